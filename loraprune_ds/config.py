@@ -1,0 +1,308 @@
+"""One YAML file = one run, read into frozen dataclasses.
+
+Every value is checked once, here, and the message names the key; the rest of the package trusts the types.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loraprune_ds.errors import UserError
+
+DTYPES = ("bfloat16", "float16", "float32")
+CRITERIA = ("lora", "lora_squared", "magnitude", "random")
+RANKINGS = ("uniform", "global")
+NORMALIZATIONS = ("l2", "none")
+SCHEDULERS = ("linear", "cosine", "constant")
+DATA_FORMATS = ("text", "instruction")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    _require(value in allowed, f"{key} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network. `path`: a local folder, a hub id, or `embedded` (SmolLM2-135M from the PyPI package)."""
+
+    path: str = "embedded"
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    attn_implementation: str = "sdpa"
+    adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's own names. The criterion needs LoRA on all seven linears of a decoder layer, so they are not a choice."""
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require(self.r >= 1, f"lora.r must be at least 1; got {self.r}")
+        _require(self.lora_alpha > 0, f"lora.lora_alpha must be positive; got {self.lora_alpha}")
+        _require(0 <= self.lora_dropout < 1, f"lora.lora_dropout must be in [0, 1); got {self.lora_dropout}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to tune on and what to hold out.
+
+    `path`: `embedded` (Python's own help topics), a file or a glob of `.txt`, `.json`, `.jsonl`, or a `datasets` name.
+    """
+
+    path: str = "embedded"
+    name: str | None = None  # configuration of a `datasets` dataset
+    split: str = "train"
+    format: str = "text"  # text: documents packed to windows; instruction: the prompt is masked out of the loss
+    text_field: str = "text"
+    prompt_field: str = "instruction"
+    input_field: str | None = "input"
+    response_field: str = "response"
+    window: int = 512  # tokens of one sample
+    held_out: str | None = None  # text file for perplexity; None: a part of `path`
+    held_out_fraction: float = 0.1
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("data.format", self.format, DATA_FORMATS)
+        _require(self.window >= 2, f"data.window must be at least 2 tokens; got {self.window}")
+        _require(
+            0 < self.held_out_fraction < 1, f"data.held_out_fraction must be in (0, 1); got {self.held_out_fraction}"
+        )
+        _require(
+            self.max_samples is None or self.max_samples >= 1,
+            f"data.max_samples must be at least 1; got {self.max_samples}",
+        )
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What to cut, when, and by which score (shared names with the LoRAPrune paper where it has one)."""
+
+    ratio: float = 0.5  # fraction of all decoder-layer linear parameters that is gone at the end
+    criterion: str = "lora"
+    ranking: str = "uniform"
+    normalize: str | None = None  # of a module's scores; None: l2 for uniform, none for global
+    joint_budget: bool = False  # global only: heads and channels compete per parameter
+    moving_average: float = 0.9
+    prune_every: int = 10
+    warmup_fraction: float = 0.1  # of the steps, before the first cut
+    cooldown_fraction: float = 0.1  # of the steps, after the last cut
+    protected_first: int | None = None  # None: the first 10 % of the layers, at least one
+    protected_last: int = 1
+    min_heads: int = 1  # key-value groups a layer keeps at least
+    min_channels: int = 1
+    max_layer_ratio: float = 1.0  # of its own linear parameters that one layer may lose
+    channel_multiple: int = 1  # channel counts are rounded to a multiple of this
+
+    def __post_init__(self) -> None:
+        _require(0 < self.ratio < 1, f"prune.ratio must be in (0, 1); got {self.ratio}")
+        _one_of("prune.criterion", self.criterion, CRITERIA)
+        _one_of("prune.ranking", self.ranking, RANKINGS)
+        if self.normalize is not None:
+            _one_of("prune.normalize", self.normalize, NORMALIZATIONS)
+        _require(0 <= self.moving_average < 1, f"prune.moving_average must be in [0, 1); got {self.moving_average}")
+        for key in ("prune_every", "min_heads", "min_channels", "channel_multiple"):
+            _require(getattr(self, key) >= 1, f"prune.{key} must be at least 1; got {getattr(self, key)}")
+        for key in ("warmup_fraction", "cooldown_fraction"):
+            _require(0 <= getattr(self, key) < 1, f"prune.{key} must be in [0, 1); got {getattr(self, key)}")
+        _require(
+            self.warmup_fraction + self.cooldown_fraction < 1,
+            "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
+        )
+        _require(0 < self.max_layer_ratio <= 1, f"prune.max_layer_ratio must be in (0, 1]; got {self.max_layer_ratio}")
+        _require(self.protected_last >= 0, f"prune.protected_last must not be negative; got {self.protected_last}")
+        _require(
+            self.protected_first is None or self.protected_first >= 0,
+            f"prune.protected_first must not be negative; got {self.protected_first}",
+        )
+        _require(
+            not (self.joint_budget and self.ranking == "uniform"),
+            "prune.joint_budget needs prune.ranking: global (uniform cuts the same counts in every layer)",
+        )
+
+    @property
+    def normalization(self) -> str:
+        """The normalisation in force: unit norms per module for `uniform`, raw sums for `global`."""
+        return self.normalize or ("l2" if self.ranking == "uniform" else "none")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recovery training. The global batch is the unit: a step means the same on any number of ranks."""
+
+    global_batch_size: int = 128
+    micro_batch_size: int = 2
+    steps: int | None = None
+    epochs: float | None = None
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch_size", "micro_batch_size"):
+            _require(getattr(self, key) >= 1, f"train.{key} must be at least 1; got {getattr(self, key)}")
+        _require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"train.global_batch_size ({self.global_batch_size}) is not a multiple of "
+            f"train.micro_batch_size ({self.micro_batch_size})",
+        )
+        _require((self.steps is None) != (self.epochs is None), "give exactly one of train.steps and train.epochs")
+        _require(self.steps is None or self.steps >= 1, f"train.steps must be at least 1; got {self.steps}")
+        _require(self.epochs is None or self.epochs > 0, f"train.epochs must be positive; got {self.epochs}")
+        _require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}")
+        _one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULERS)
+        _require(self.warmup_steps >= 0, f"train.warmup_steps must not be negative; got {self.warmup_steps}")
+        _require(self.max_grad_norm >= 0, f"train.max_grad_norm must not be negative; got {self.max_grad_norm}")
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches each rank runs per step: G / (micro * W).
+
+        Raises:
+            UserError: it is not a whole number; the message lists the world sizes that fit.
+        """
+        micro_batches = self.global_batch_size // self.micro_batch_size
+        if micro_batches % world_size:
+            fit = ", ".join(str(w) for w in range(1, micro_batches + 1) if micro_batches % w == 0)
+            raise UserError(
+                f"train.global_batch_size {self.global_batch_size} in micro-batches of {self.micro_batch_size} cannot "
+                f"be split over {world_size} ranks; world sizes that fit: {fit}"
+            )
+        return micro_batches // world_size
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Perplexity on the held-out text: fixed windows, 127 predictions per window of 128."""
+
+    window: int = 128
+    max_windows: int | None = 160
+    batch_size: int = 8
+    every: int | None = None  # steps between evaluations during the run
+
+    def __post_init__(self) -> None:
+        _require(self.window >= 2, f"evaluate.window must be at least 2 tokens; got {self.window}")
+        _require(self.batch_size >= 1, f"evaluate.batch_size must be at least 1; got {self.batch_size}")
+        for key in ("max_windows", "every"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"evaluate.{key} must be at least 1; got {value}")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a person sees while it runs."""
+
+    progress: bool = True
+    tensorboard: bool = True
+    verbose: bool = False  # DeepSpeed's and transformers' own messages
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One full run."""
+
+    output_dir: str
+    seed: int = 0
+    deepspeed: str = "ds_configs/zero3.json"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100))
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary, as written to `<output_dir>/config.yaml`."""
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run from YAML; `overrides` are `key=value` or `section.key=value`, values in YAML.
+
+    Raises:
+        UserError: no such file, not a mapping, an unknown key (the message lists the known ones), a wrong type,
+            or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must be a mapping of keys to values")
+    for override in overrides:
+        _apply_override(raw, override)
+    return _build(RunConfig, raw, "")
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    dotted, separator, value = override.partition("=")
+    _require(bool(separator and dotted), f"--set takes key=value, got {override!r}")
+    *sections, key = dotted.strip().split(".")
+    target = raw
+    for section in sections:
+        target = target.setdefault(section, {})
+        _require(isinstance(target, dict), f"--set {dotted}: {section} is not a section")
+    try:
+        target[key] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {dotted}: {value!r} is not a YAML value") from None
+
+
+def _build(cls: type, raw: Any, prefix: str) -> Any:
+    _require(isinstance(raw, dict), f"{prefix.rstrip('.')} must be a section of keys, got {raw!r}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in raw:
+        _require(key in known, f"unknown key {prefix}{key}; known keys there: {', '.join(known)}")
+    for f in dataclasses.fields(cls):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        _require(not required or f.name in raw, f"the key {prefix}{f.name} is missing")
+    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in raw.items()})
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """YAML value -> field type. YAML reads `1e-4` as a string and `16` as an int, both fine for a float."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), {} if value is None else value, f"{key}.")
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(a for a in allowed if a is not type(None))
+    if kind is float and isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise UserError(f"{key} must be a number; got {value!r}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    right = type(value) is kind
+    _require(right, f"{key} must be of type {kind.__name__}; got {value!r}")
+    return value

@@ -1,0 +1,150 @@
+"""What the network's sizes are, read from a Hugging Face config and nowhere else.
+
+A decoder layer has two kinds of groups that leave together:
+  heads     one key-value head with all the query heads that read it (under MHA: one head)
+  channels  one MLP channel
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from loraprune_ds.errors import UserError
+
+Kind = Literal["heads", "channels"]
+KINDS: tuple[Kind, Kind] = ("heads", "channels")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "pruned_llama", "pruned_mistral")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One LoRA-adapted linear of a decoder layer and how it takes part in a group."""
+
+    name: str  # path inside the decoder layer, as in the checkpoint
+    kind: Kind
+    axis: Literal[0, 1]  # which axis of weight (out_features, in_features) shrinks
+    queries: bool = False  # True: one group is head_dim * queries_per_group wide, else head_dim
+
+
+LINEARS: tuple[Linear, ...] = (
+    Linear("self_attn.q_proj", "heads", 0, queries=True),
+    Linear("self_attn.k_proj", "heads", 0),
+    Linear("self_attn.v_proj", "heads", 0),
+    Linear("self_attn.o_proj", "heads", 1, queries=True),
+    Linear("mlp.gate_proj", "channels", 0),
+    Linear("mlp.up_proj", "channels", 0),
+    Linear("mlp.down_proj", "channels", 1),
+)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The counts of one decoder layer that pruning changes."""
+
+    heads: int  # key-value heads = head groups
+    channels: int  # intermediate_size
+
+    def count(self, kind: Kind) -> int:
+        return self.heads if kind == "heads" else self.channels
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All sizes that matter to pruning; names as in the Hugging Face config where one exists."""
+
+    model_type: str
+    hidden_size: int
+    head_dim: int
+    queries_per_group: int  # num_attention_heads / num_key_value_heads, the same in every layer
+    vocab_size: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    layers: tuple[LayerShape, ...]
+
+    def group_width(self, linear: Linear) -> int:
+        """Rows (axis 0) or columns (axis 1) of `linear` that belong to one group."""
+        if linear.kind == "channels":
+            return 1
+        return self.head_dim * (self.queries_per_group if linear.queries else 1)
+
+    def linear_shape(self, layer: int, linear: Linear) -> tuple[int, int]:
+        """(out_features, in_features) of a linear at this layer's current width."""
+        width = self.layers[layer].count(linear.kind) * self.group_width(linear)
+        return (width, self.hidden_size) if linear.axis == 0 else (self.hidden_size, width)
+
+    def group_numel(self, kind: Kind) -> int:
+        """Linear parameters (biases not counted) that leave with one group."""
+        return sum(self.group_width(linear) * self.hidden_size for linear in LINEARS if linear.kind == kind)
+
+    def layer_numel(self, layer: int) -> int:
+        """Linear parameters of one decoder layer: what `prune.ratio` is a fraction of."""
+        return sum(self.layers[layer].count(kind) * self.group_numel(kind) for kind in KINDS)
+
+    def linear_numel(self) -> int:
+        """Linear parameters of all decoder layers."""
+        return sum(self.layer_numel(i) for i in range(len(self.layers)))
+
+    def total_numel(self) -> int:
+        """All parameters of the model, each once: embedding, head unless tied, norms, linears and their biases."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        norms = self.hidden_size * (2 * len(self.layers) + 1)
+        return embeddings + norms + self.linear_numel() + sum(self._bias_numel(layer) for layer in self.layers)
+
+    def _bias_numel(self, layer: LayerShape) -> int:
+        numel = 0
+        if self.attention_bias:
+            numel += layer.heads * self.head_dim * (self.queries_per_group + 2) + self.hidden_size
+        if self.mlp_bias:
+            numel += 2 * layer.channels + self.hidden_size
+        return numel
+
+    def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":
+        return replace(self, layers=layers)
+
+    @property
+    def is_uniform(self) -> bool:
+        """True when every layer has the same counts, so that a stock model class can hold it."""
+        return len(set(self.layers)) == 1
+
+
+def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
+    """Reads `config.json` of a LLaMA-family checkpoint (`per_layer_config` included).
+
+    Raises:
+        UserError: a model type that is not supported, a missing size, or query heads that key-value heads do not
+            divide; `where` (the folder or hub id) is named.
+    """
+    model_type = config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: llama, mistral (and pruned)")
+    try:
+        num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
+        per_layer = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}
+        sizes = [_layer_sizes(config | per_layer.get(i, {})) for i in range(num_layers)]
+        vocab_size = int(config["vocab_size"])
+        head_dim = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
+    except KeyError as error:
+        raise UserError(f"{where}: config.json has no {error.args[0]}") from None
+    for i, (queries, heads, _) in enumerate(sizes):
+        if heads < 1 or queries % heads or queries // heads != sizes[0][0] // sizes[0][1]:
+            raise UserError(
+                f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
+                "the same whole number of query heads per key-value head"
+            )
+    llama_biases = model_type in ("llama", "pruned_llama")  # Mistral's linears never have one
+    return ModelShape(
+        model_type=model_type,
+        hidden_size=hidden,
+        head_dim=head_dim,
+        queries_per_group=sizes[0][0] // sizes[0][1],
+        vocab_size=vocab_size,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        attention_bias=llama_biases and bool(config.get("attention_bias", False)),
+        mlp_bias=llama_biases and bool(config.get("mlp_bias", False)),
+        layers=tuple(LayerShape(heads, channels) for _, heads, channels in sizes),
+    )
+
+
+def _layer_sizes(config: dict[str, Any]) -> tuple[int, int, int]:
+    queries = int(config["num_attention_heads"])
+    return queries, int(config.get("num_key_value_heads") or queries), int(config["intermediate_size"])
