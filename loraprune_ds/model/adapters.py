@@ -1,0 +1,101 @@
+"""PEFT LoRA on the seven linears of every decoder layer, fresh or from an existing adapter."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from loraprune_ds.config import LINEARS as LINEAR_NAMES
+from loraprune_ds.config import LoraConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.model.shapes import Linear
+
+ADAPTER = "default"
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """Wraps the model. A is drawn from `seed` alone, the same on every rank and world size; B is zero.
+
+    The adapters keep the model's dtype (no silent upcast): their fp32 masters belong to the optimizer.
+    """
+    torch.manual_seed(seed)
+    peft_config = PeftLoraConfig(
+        r=config.r,
+        lora_alpha=cast(int, config.lora_alpha),  # PEFT types it int and divides it as a float
+        lora_dropout=config.lora_dropout,
+        target_modules=list(LINEAR_NAMES),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return cast(PeftModel, get_peft_model(model, peft_config, autocast_adapter_dtype=False))
+
+
+def check_adapter(folder: Path, config: LoraConfig) -> None:
+    """Whether an existing adapter can be the start of a run: plain LoRA on all seven linears, same r and alpha.
+
+    Raises:
+        UserError: names the folder and what does not fit.
+    """
+    found = read_json(folder / "adapter_config.json")
+    if found.get("peft_type") != "LORA" or found.get("use_dora") or found.get("use_rslora"):
+        raise UserError(f"model.adapter {folder} is not a plain LoRA adapter")
+    if found.get("bias", "none") != "none" or found.get("rank_pattern") or found.get("alpha_pattern"):
+        raise UserError(f"model.adapter {folder}: trained biases and per-module ranks or alphas are not supported")
+    for key, expected in (("r", config.r), ("lora_alpha", config.lora_alpha)):
+        if found.get(key) != expected:
+            raise UserError(
+                f"model.adapter {folder} has {key} {found.get(key)}; the run config says lora.{key} {expected}"
+            )
+    missing = set(LINEAR_NAMES) - set(found.get("target_modules") or [])
+    if missing:
+        raise UserError(
+            f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion needs all seven linears"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder / 'adapter_model.safetensors'} does not exist")
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Copies an adapter's weights into the wrapped model, before ZeRO-3 shards them.
+
+    Raises:
+        UserError: the file is damaged, lacks a tensor or has one of another shape.
+    """
+    path = folder / "adapter_model.safetensors"
+    try:
+        result = set_peft_model_state_dict(model, load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())[:200]}") from None
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise UserError(f"{path} does not fit the model: {(missing or result.unexpected_keys)[0]}")
+
+
+def lora_linear(layer: nn.Module, linear: Linear) -> LoraLinear:
+    """PEFT's wrapper around one linear of a decoder layer."""
+    module = layer.get_submodule(linear.name)
+    assert isinstance(module, LoraLinear)
+    return module
+
+
+def lora_weights(module: LoraLinear) -> tuple[nn.Parameter, nn.Parameter]:
+    """(A (r, in_features), B (out_features, r)) as parameters."""
+    return cast(nn.Linear, module.lora_A[ADAPTER]).weight, cast(nn.Linear, module.lora_B[ADAPTER]).weight
+
+
+def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:
+    """Tells a shrunk linear and its PEFT wrappers their new sizes (read by repr, merge and save)."""
+    base, lora_a, lora_b = (
+        cast(nn.Linear, m) for m in (module.base_layer, module.lora_A[ADAPTER], module.lora_B[ADAPTER])
+    )
+    for holder in (base, module):
+        holder.out_features, holder.in_features = out_features, in_features
+    lora_a.in_features, lora_b.out_features = in_features, out_features

@@ -1,0 +1,79 @@
+"""Where a model comes from, and its modules without any weights."""
+
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
+
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.checkpoint import Checkpoint
+from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
+
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+EMBEDDED = "embedded"
+
+
+def locate_model(config: ModelConfig) -> Path:
+    """The local folder of `model.path`: a folder, the embedded default, or a hub id, which is downloaded.
+
+    Raises:
+        UserError: it is none of these, or the hub cannot be reached.
+    """
+    if config.path == EMBEDDED:
+        return embedded_model_dir()
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
+        raise UserError(f"model.path: folder {config.path} does not exist")
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.path: no folder {config.path}, and not available from the hub: {reason}") from None
+
+
+def build_on_meta(checkpoint: Checkpoint, attn_implementation: str) -> PreTrainedModel:
+    """The modules of the checkpoint's model, every parameter on the meta device: shapes only, no memory.
+
+    Buffers that a checkpoint does not hold (rotary frequencies) are real.
+    """
+    config_class, model_class = {
+        "llama": (LlamaConfig, None),
+        "mistral": (MistralConfig, None),
+        "pruned_llama": (PrunedLlamaConfig, PrunedLlamaForCausalLM),
+        "pruned_mistral": (PrunedMistralConfig, PrunedMistralForCausalLM),
+    }[checkpoint.shape.model_type]
+    config = config_class.from_pretrained(checkpoint.folder)
+    config.use_cache = False
+    config._attn_implementation = attn_implementation
+    with torch.device("meta"):
+        model = model_class(config) if model_class else AutoModelForCausalLM.from_config(config)
+    decoder = model.get_submodule("model")
+    rotary = decoder.get_submodule("rotary_emb")
+    decoder.rotary_emb = type(rotary)(config=config)
+    return model
+
+
+def quiet_tokenizers() -> None:
+    """The tokenizers library warns at every fork of a data worker unless told."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal LM, wrapped by PEFT or not."""
+    for path in ("base_model.model.model.layers", "model.layers"):
+        try:
+            layers = model.get_submodule(path)
+        except AttributeError:
+            continue
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+    raise AssertionError(f"{type(model).__name__} has no decoder layers")

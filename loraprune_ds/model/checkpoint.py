@@ -1,0 +1,128 @@
+"""A Hugging Face checkpoint on disk, checked by its headers and read piece by piece: nobody holds a whole model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.shapes import LINEARS, ModelShape, shape_from_config
+
+READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the piece itself
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A supported LLaMA-family checkpoint.
+
+    Attributes:
+        folder: where config.json and the tokenizer are.
+        config: config.json as it is.
+        shape: the sizes it declares, checked against the tensors on disk.
+        files: tensor name -> safetensors file.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shape: ModelShape
+    files: dict[str, Path]
+
+    def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
+
+        Only the rows that contain the piece are read from disk.
+        """
+        piece = torch.empty(end - start, dtype=dtype)
+        with safe_open(self.files[name], framework="pt") as file:
+            view = file.get_slice(name)
+            shape = view.get_shape()
+            columns = shape[1] if len(shape) == 2 else 1
+            rows_at_once = max(1, READ_CHUNK // columns)
+            for row in range(start // columns, -(-end // columns), rows_at_once):
+                last_row = min(row + rows_at_once, -(-end // columns))
+                low, high = max(start, row * columns), min(end, last_row * columns)
+                rows = view[row:last_row].reshape(-1)
+                piece[low - start : high - start] = rows[low - row * columns : high - row * columns].to(dtype)
+        return piece
+
+
+def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a checkpoint, in the Hugging Face LLaMA layout; a tied head is not one."""
+    hidden = shape.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    for i in range(len(shape.layers)):
+        prefix = f"model.layers.{i}."
+        for linear in LINEARS:
+            out_features, in_features = shape.linear_shape(i, linear)
+            shapes[f"{prefix}{linear.name}.weight"] = (out_features, in_features)
+            if shape.attention_bias if linear.kind == "heads" else shape.mlp_bias:
+                shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
+        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not shape.tie_word_embeddings:
+        shapes["lm_head.weight"] = (shape.vocab_size, hidden)
+    return shapes
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads config.json and the headers of all safetensors files; no weight is read.
+
+    Raises:
+        UserError: not a supported checkpoint, a missing or damaged file, a missing tensor, or a tensor whose shape
+            contradicts config.json.
+    """
+    config = read_json(folder / "config.json")
+    shape = shape_from_config(config, str(folder))
+    headers = _read_headers(folder)
+    files = {}
+    for name, expected in parameter_shapes(shape).items():
+        if name not in headers:
+            raise UserError(f"{folder}: tensor {name} is missing")
+        found, files[name] = headers[name]
+        if found != expected:
+            raise UserError(f"{files[name]}: {name} has shape {list(found)}; config.json says {list(expected)}")
+    return Checkpoint(folder, config, shape, files)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value
+
+
+def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], Path]]:
+    """Tensor name -> (shape, file). Opening a file checks that its length matches its header."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    else:
+        names = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name != "adapter_model.safetensors"]
+    if not names:
+        hint = " (.bin checkpoints must be saved as safetensors first)" if any(folder.glob("*.bin")) else ""
+        raise UserError(f"{folder} has no safetensors files{hint}")
+    headers = {}
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {index.name} names it")
+        try:
+            with safe_open(path, framework="pt") as file:
+                headers |= {name: (tuple(file.get_slice(name).get_shape()), path) for name in file.keys()}
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+    return headers

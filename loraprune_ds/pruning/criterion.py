@@ -1,0 +1,84 @@
+"""How important an element of a weight is, and its sum over rows or columns of the piece a rank owns.
+
+Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); `scaling` s = lora_alpha / r.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.zero.store import LoraFactors, OwnedPiece
+
+BLOCK_NUMEL = 1 << 17  # elements scored at a time: a block and its gradient estimate stay in the processor's cache
+
+# (rows of W in fp32, the LoRA factors of those rows) -> element importance up to its sign, same shape as the rows.
+ElementCriterion = Callable[[Tensor, LoraFactors], Tensor]
+
+
+def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
+    """W + s·B·A, what the network computes with."""
+    return torch.addmm(weight, factors.B, factors.A, alpha=factors.scaling)
+
+
+def gradient_estimate(factors: LoraFactors) -> Tensor:
+    """G = gB·A + B·gA − gB·gA: the change of B·A by one unit SGD step on both (LoRAPrune, arXiv 2305.18403, eq. 8).
+
+    Written as one product of twice the rank: gB·(A − gA) + B·gA.
+    """
+    return torch.cat([factors.grad_B, factors.B], 1) @ torch.cat([factors.A - factors.grad_A, factors.grad_A])
+
+
+def lora(weight: Tensor, factors: LoraFactors) -> Tensor:
+    """|G ⊙ (W + s·B·A)|, the first-order change of the loss when an element goes (the released code's form)."""
+    return gradient_estimate(factors).mul_(effective_weight(weight, factors))
+
+
+def lora_squared(weight: Tensor, factors: LoraFactors) -> Tensor:
+    """(G ⊙ (W + s·B·A))², the form in the paper's text."""
+    return lora(weight, factors).square_()
+
+
+def magnitude(weight: Tensor, factors: LoraFactors) -> Tensor:
+    """|W + s·B·A|: no gradient."""
+    return effective_weight(weight, factors)
+
+
+ELEMENT_CRITERIA: dict[str, ElementCriterion] = {"lora": lora, "lora_squared": lora_squared, "magnitude": magnitude}
+
+
+@torch.no_grad()
+def score_piece(piece: OwnedPiece, factors: LoraFactors, criterion: ElementCriterion, axis: int) -> Tensor:
+    """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the whole weight.
+
+    Returns:
+        (out_features,) or (in_features,) float64 partial sums; summed over the ranks they are those of the weight.
+        Blocks of rows are scored in fp32 and added up in float64. Only the owned elements of the first and last row
+        count, so a row that two ranks share is not counted twice.
+    """
+    columns = piece.shape[1]
+    total = torch.zeros(piece.shape[axis], dtype=torch.float64, device=piece.flat.device)
+    start, end = piece.start, piece.start + len(piece.flat)
+    if start == end:
+        return total
+    last_row, block_rows = (end - 1) // columns + 1, max(1, BLOCK_NUMEL // columns)
+    for row in range(start // columns, last_row, block_rows):
+        stop = min(row + block_rows, last_row)
+        low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
+        head, tail = low - row * columns, stop * columns - high
+        weight = piece.flat[low - start : high - start].float()
+        if head or tail:
+            weight = torch.nn.functional.pad(weight, (head, tail))
+        of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
+        importance = criterion(weight.view(stop - row, columns), of_rows)
+        if head or tail:
+            flat = importance.view(-1)
+            flat[:head] = 0
+            flat[len(flat) - tail :] = 0
+        sums = torch.linalg.vector_norm(importance, ord=1, dim=1 - axis).double()
+        if axis == 0:
+            total[row:stop] = sums
+        else:
+            total += sums
+    return total

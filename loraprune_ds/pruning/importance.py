@@ -1,0 +1,96 @@
+"""Scores of groups: element importance summed over all that leaves together, and its moving average."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.errors import RunError
+from loraprune_ds.model.shapes import KINDS, LINEARS, Kind, ModelShape
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_piece
+from loraprune_ds.zero.store import LayerKeep, WeightStore
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Importance of a decoder layer's groups: heads (key-value heads,), channels (intermediate_size,), float64."""
+
+    heads: Tensor
+    channels: Tensor
+
+    def of(self, kind: Kind) -> Tensor:
+        return self.heads if kind == "heads" else self.channels
+
+    def kept(self, keep: LayerKeep) -> "LayerScores":
+        return LayerScores(self.heads[keep.heads], self.channels[keep.channels])
+
+
+def score_groups(store: WeightStore, criterion: str, normalization: str, step: int) -> list[LayerScores]:
+    """Scores all groups from the pieces the ranks own: one all-reduce of O(heads + channels) numbers.
+
+    Raises:
+        RunError: a score is not finite; the message names the layer, the linear and the step.
+    """
+    element_criterion = ELEMENT_CRITERIA[criterion]
+    partial = []
+    for layer in range(len(store.shape.layers)):
+        factors = store.lora_factors(layer)
+        for linear in LINEARS:
+            piece = store.owned_weight(layer, linear)
+            sums = score_piece(piece, factors[linear.name], element_criterion, linear.axis)
+            partial.append(sums.view(-1, store.shape.group_width(linear)).sum(1))  # (groups,)
+    sizes = [len(scores) for scores in partial]
+    totals = store.sum_over_ranks(torch.cat(partial)).cpu().split(sizes)
+    count = len(LINEARS)
+    return [
+        _add_modules(list(totals[i * count : (i + 1) * count]), normalization, layer=i, step=step)
+        for i in range(len(store.shape.layers))
+    ]
+
+
+def _add_modules(scores: list[Tensor], normalization: str, *, layer: int, step: int) -> LayerScores:
+    """Seven vectors of module scores, complete sums over the ranks -> the two vectors of a layer's groups."""
+    total: dict[Kind, Tensor] = {}
+    for linear, score in zip(LINEARS, scores, strict=True):
+        if not torch.isfinite(score).all():
+            raise RunError(f"step {step}: the score of layer {layer} {linear.name} is not finite")
+        norm = score.norm()
+        if normalization == "l2" and norm > 0:
+            score = score / norm
+        total[linear.kind] = total[linear.kind] + score if linear.kind in total else score
+    return LayerScores(total["heads"], total["channels"])
+
+
+def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
+    """The `random` criterion: one fixed draw per group, the same on any number of ranks."""
+    scores = []
+    for i, layer in enumerate(shape.layers):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        scores.append(
+            LayerScores(*(torch.rand(layer.count(kind), generator=generator, dtype=torch.float64) for kind in KINDS))
+        )
+    return scores
+
+
+class MovingAverage:
+    """S ← λ·S + (1 − λ)·S_now on every optimizer step, starting at zero; cut along with the groups."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.scores: list[LayerScores] | None = None
+        self.updates_since_cut = 0
+
+    def update(self, now: list[LayerScores]) -> None:
+        if self.scores is None:
+            self.scores = [LayerScores(torch.zeros_like(s.heads), torch.zeros_like(s.channels)) for s in now]
+        blend = [
+            [self.decay * old.of(k) + (1 - self.decay) * new.of(k) for k in KINDS]
+            for old, new in zip(self.scores, now, strict=True)
+        ]
+        self.scores = [LayerScores(*kinds) for kinds in blend]
+        self.updates_since_cut += 1
+
+    def shrink(self, keep: list[LayerKeep]) -> None:
+        assert self.scores is not None
+        self.scores = [scores.kept(k) for scores, k in zip(self.scores, keep, strict=True)]
+        self.updates_since_cut = 0

@@ -1,0 +1,48 @@
+"""When to cut and how much should be gone by then."""
+
+from dataclasses import dataclass
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The cubic schedule (Zhu & Gupta, arXiv 1710.01878): ratio · (1 − (1 − t)³) between warm-up and cool-down.
+
+    Steps are counted from 1: step s is the s-th optimizer update, and a cut follows it.
+
+    Attributes:
+        start: last step of the warm-up; the target is 0 up to here.
+        end: the step of the last cut, where the target is `ratio`.
+    """
+
+    ratio: float
+    start: int
+    end: int
+    every: int
+
+    def target(self, step: int) -> float:
+        """Fraction of the decoder-layer linear parameters that should be gone after `step`."""
+        t = (step - self.start) / (self.end - self.start)
+        return self.ratio * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
+
+    def cut_steps(self) -> list[int]:
+        """Every `every` steps after the warm-up, and the last one exactly where the cool-down begins."""
+        return [*range(self.start + self.every, self.end, self.every), self.end]
+
+    def is_cut(self, step: int) -> bool:
+        return self.start < step <= self.end and ((step - self.start) % self.every == 0 or step == self.end)
+
+
+def make_schedule(config: PruneConfig, steps: int) -> Schedule:
+    """The schedule of a run of `steps` optimizer steps.
+
+    Raises:
+        UserError: no step is left between warm-up and cool-down.
+    """
+    start = int(config.warmup_fraction * steps)
+    end = steps - int(config.cooldown_fraction * steps)
+    if end <= start:
+        raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
+    return Schedule(config.ratio, start, end, config.prune_every)

@@ -1,0 +1,75 @@
+"""The collectives of pruning, with a count of what they send. Gathers of the training step are DeepSpeed's own."""
+
+from dataclasses import dataclass, field
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+
+@dataclass
+class Counter:
+    """Calls and elements this rank sent to others, by collective."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    elements: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+
+    def add(self, name: str, sent: int, element_size: int) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.elements[name] = self.elements.get(name, 0) + sent
+        self.bytes += sent * element_size
+
+
+class Communicator:
+    """Collectives over the ranks that share the model's weights."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.world_size: int = dist.get_world_size(group)
+        self.rank: int = dist.get_rank(group)
+        self.counter = Counter()
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        """(n,) on every rank -> (W, n)."""
+        if self.world_size == 1:
+            return local[None]
+        gathered = torch.empty(self.world_size * local.numel(), dtype=local.dtype, device=local.device)
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=self.group)
+        self.counter.add("all_gather", local.numel() * (self.world_size - 1), local.element_size())
+        return gathered.view(self.world_size, -1)
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.group)
+            self.counter.add("all_reduce", values.numel(), values.element_size())
+        return values
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Rank 0's values, in place."""
+        if self.world_size > 1:
+            dist.broadcast(values, 0, group=self.group)
+            self.counter.add("broadcast", values.numel() if self.rank == 0 else 0, values.element_size())
+        return values
+
+    def all_to_all(self, outgoing: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Flat elements ordered by destination -> flat elements ordered by source. Split sizes are per rank."""
+        incoming = torch.empty(sum(receive), dtype=outgoing.dtype, device=outgoing.device)
+        if self.world_size == 1:
+            return incoming.copy_(outgoing)
+        dist.all_to_all_single(incoming, outgoing, receive, send, group=self.group)
+        self.counter.add("all_to_all", outgoing.numel() - send[self.rank], outgoing.element_size())
+        return incoming
+
+    def gather_to(self, owner: int, local: Tensor) -> Tensor | None:
+        """(n,) on every rank -> (W, n) on `owner` only, so that no other rank holds the whole."""
+        if self.world_size == 1:
+            return local[None]
+        into = [torch.empty_like(local) for _ in range(self.world_size)] if self.rank == owner else None
+        dist.gather(local.contiguous(), into, dst=owner, group=self.group)
+        self.counter.add("gather", 0 if self.rank == owner else local.numel(), local.element_size())
+        return torch.stack(into) if into is not None else None
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.group)

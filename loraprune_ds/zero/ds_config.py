@@ -1,0 +1,110 @@
+"""DeepSpeed's own JSON: what the run config owns is "auto" there and filled in here, so no number has two owners."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.model.shapes import LINEARS, ModelShape
+
+MAX_BUCKET = 50_000_000  # elements; a reduce bucket is allocated whole on every rank
+
+# Settings that cannot work with, or have not been tried under, a repartition on the live engine.
+REFUSED = {
+    ("optimizer",): "the run config owns the optimizer (train.learning_rate, train.adam_*)",
+    ("scheduler",): "the run config owns the schedule (train.lr_scheduler, train.warmup_steps)",
+    ("torch_autocast",): "weights are kept in model.dtype; autocast is not supported",
+    ("zero_optimization", "offload_optimizer"): "optimizer offload is not supported with repartition yet",
+    ("zero_optimization", "offload_param"): "parameter offload is not supported with repartition yet",
+    ("zero_optimization", "zero_hpz_partition_size"): "hierarchical partitioning (hpZ) is not supported yet",
+    ("zero_optimization", "mics_shard_size"): "MiCS is not supported yet",
+    ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat pieces to repartition",
+    ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be repartitioned",
+    ("zero_optimization", "zenflow"): "ZenFlow is not supported",
+}
+NEUTRAL = {"zero_hpz_partition_size": 1, "mics_shard_size": -1}  # DeepSpeed's own defaults are no choice
+
+
+def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON and replaces every "auto".
+
+    Raises:
+        UserError: not ZeRO-3, a setting that does not go with repartition, a value that contradicts the run config,
+            or an "auto" that nobody owns.
+    """
+    path = Path(path)
+    raw = read_json(path)
+    zero = raw.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        raise UserError(f"{path}: zero_optimization.stage must be 3")
+    _refuse(path, raw)
+    resolved = copy.deepcopy(raw)
+    for keys, value in _owned_values(config, shape, world_size).items():
+        _fill(path, resolved, keys, value)
+    leftover = _find_auto(resolved, ())
+    if leftover:
+        raise UserError(f'{path}: {".".join(leftover)} is "auto" but the run config does not own it; give a value')
+    return resolved
+
+
+def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict[tuple[str, ...], Any]:
+    train = config.train
+    return {
+        ("train_batch_size",): train.global_batch_size,
+        ("train_micro_batch_size_per_gpu",): train.micro_batch_size,
+        ("gradient_accumulation_steps",): train.gradient_accumulation_steps(world_size),
+        ("gradient_clipping",): train.max_grad_norm,
+        ("bf16", "enabled"): config.model.dtype == "bfloat16",
+        ("fp16", "enabled"): config.model.dtype == "float16",
+        # Any LoRA gradient fits a bucket of one layer's LoRA; a larger bucket means fewer reduce-scatters.
+        ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, config.lora.r),
+        # Two of the largest linears: the next weights arrive while the present ones are used.
+        ("zero_optimization", "stage3_prefetch_bucket_size"): 2 * max(_linear_sizes(shape)),
+    }
+
+
+def bucket_numel(shape: ModelShape, rank: int) -> int:
+    """Elements of the gradient bucket: all LoRA parameters, or as many as MAX_BUCKET and one layer's at least."""
+    per_layer = [rank * sum(sum(shape.linear_shape(i, linear)) for linear in LINEARS) for i in range(len(shape.layers))]
+    return max(max(per_layer), min(sum(per_layer), MAX_BUCKET))
+
+
+def _linear_sizes(shape: ModelShape) -> list[int]:
+    shapes = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in LINEARS]
+    return [out_features * in_features for out_features, in_features in shapes]
+
+
+def _refuse(path: Path, raw: dict[str, Any]) -> None:
+    for keys, reason in REFUSED.items():
+        value: Any = raw
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        off = value in (None, False, NEUTRAL.get(keys[-1])) or (
+            isinstance(value, dict) and value.get("device") == "none"
+        )
+        if not off:
+            raise UserError(f"{path}: {'.'.join(keys)}: {reason}")
+
+
+def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    section = resolved
+    for key in keys[:-1]:
+        section = section.setdefault(key, {})
+    found = section.get(keys[-1], "auto")
+    tunable = keys[0] == "zero_optimization"  # sizes that change speed, not results: the JSON may set them
+    if found == "auto":
+        section[keys[-1]] = value
+    elif found != value and not tunable:
+        raise UserError(f'{path}: {".".join(keys)} is {found}, but the run config makes it {value}; write "auto"')
+
+
+def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:
+    if value == "auto":
+        return where
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if found := _find_auto(item, (*where, key)):
+                return found
+    return None

@@ -1,0 +1,142 @@
+"""Starts DeepSpeed: the process group, a model born sharded, and the ZeRO-3 engine around it."""
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.adapters import add_lora, load_adapter
+from loraprune_ds.model.build import build_on_meta
+from loraprune_ds.model.checkpoint import Checkpoint
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.params import shard_at_birth
+from loraprune_ds.zero.sharded import ShardedStore
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def quiet_deepspeed() -> None:
+    """Only warnings of DeepSpeed that matter: its logger prints to stdout at INFO by default."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("deepspeed").setLevel(logging.ERROR)
+
+
+def start_ranks() -> Communicator:
+    """Joins the process group that the launcher described in the environment (one rank without a launcher)."""
+    alone = "RANK" not in os.environ
+    for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    if alone:
+        os.environ.setdefault("MASTER_PORT", "0")
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    with quiet_stdout():
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), auto_mpi_discovery=False)
+    return Communicator()
+
+
+def stop_ranks() -> None:
+    """Leaves the process group, so that gloo's threads are joined before the interpreter exits."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def check_dtype(dtype: str) -> None:
+    """Whether this rank's device can train in `dtype`.
+
+    Raises:
+        UserError: it cannot; one line naming the device.
+    """
+    accelerator = get_accelerator()
+    supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
+    if dtype in supported and not supported[dtype]():
+        raise UserError(f"model.dtype {dtype} is not supported by the {accelerator.device_name()} device; use bfloat16")
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """DeepSpeed and ninja print with `print`; their lines go nowhere while this is open."""
+    stdout = sys.stdout
+    with open(os.devnull, "w") as sys.stdout:
+        try:
+            yield
+        finally:
+            sys.stdout = stdout
+
+
+def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
+    """The schedule's factor on the learning rate at a 0-based step: linear warm-up, then linear or cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.lr_scheduler == "linear":
+        return 1 - progress
+    return 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_scheduler == "cosine" else 1.0
+
+
+def build_training_store(
+    config: RunConfig, checkpoint: Checkpoint, ds_config: dict[str, Any], steps: int
+) -> ShardedStore:
+    """The sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
+    with quiet_stdout():
+        model = _sharded_base(checkpoint, config.model.attn_implementation, config.model.dtype, ds_config)
+        peft_model = add_lora(model, config.lora, config.seed)
+        if config.model.adapter:
+            load_adapter(peft_model, Path(config.model.adapter))
+        if config.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = _optimizer(peft_model, config.train)
+        schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config.train, steps, step))
+        engine, *_ = deepspeed.initialize(
+            model=peft_model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config, dist_init_required=False
+        )
+    return ShardedStore(engine, checkpoint.shape)
+
+
+def build_inference_engine(
+    checkpoint: Checkpoint, attn_implementation: str, dtype: str, ds_config: dict[str, Any]
+) -> Any:
+    """The plain sharded model of a checkpoint in evaluation mode: an engine without an optimizer. Collective."""
+    with quiet_stdout():
+        model = _sharded_base(checkpoint, attn_implementation, dtype, ds_config)
+        engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
+    engine.module.eval()
+    return engine
+
+
+def _sharded_base(checkpoint: Checkpoint, attn_implementation: str, dtype: str, ds_config: dict[str, Any]) -> Any:
+    comm = Communicator()
+    model = build_on_meta(checkpoint, attn_implementation)
+    shard_at_birth(
+        model,
+        checkpoint.read_flat,
+        ds_config=ds_config,
+        dtype=DTYPES[dtype],
+        world_size=comm.world_size,
+        rank=comm.rank,
+    )
+    return model
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    return AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )

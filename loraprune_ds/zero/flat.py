@@ -1,0 +1,125 @@
+"""Pure geometry of ZeRO-3's flat partition, and of a cut carried out on it. No communication, no DeepSpeed.
+
+ZeRO-3 views a tensor as one row-major flat vector of N elements and gives rank r the piece [r*P, (r+1)*P), with
+P = ceil(N / W); the last pieces are padded and may be empty. Removing rows or columns keeps the order of what stays,
+so the kept elements of a piece [s, e) are again one contiguous piece [kept_before(s), kept_before(e)) of the smaller
+tensor. Every rank therefore derives the whole send and receive plan from shapes and the kept indices alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def partition_numel(numel: int, world_size: int) -> int:
+    """Elements of one rank's piece, padding included: ceil(numel / world_size)."""
+    return -(-numel // world_size)
+
+
+def owned_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
+    """[start, end) of the real elements that `rank` owns; start == end for an empty piece."""
+    size = partition_numel(numel, world_size)
+    return min(rank * size, numel), min((rank + 1) * size, numel)
+
+
+@dataclass(frozen=True)
+class AxisCut:
+    """Which rows (axis 0) or columns (axis 1) of a tensor stay.
+
+    Attributes:
+        shape: the tensor's shape before the cut, one or two dimensions.
+        axis: the axis that shrinks; 0 for a vector.
+        keep: (kept,) int64, ascending.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    keep: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[1] if len(self.shape) == 2 else 1
+
+    @property
+    def new_shape(self) -> tuple[int, ...]:
+        shape = list(self.shape)
+        shape[self.axis] = len(self.keep)
+        return tuple(shape)
+
+    def kept_mask(self) -> Tensor:
+        """(size of the axis,) bool."""
+        mask = torch.zeros(self.shape[self.axis], dtype=torch.bool)
+        mask[self.keep] = True
+        return mask
+
+    def kept_before(self, positions: Tensor) -> Tensor:
+        """How many kept elements lie before each flat position (int64, same shape), in O(1) per position."""
+        counts = torch.zeros(self.shape[self.axis] + 1, dtype=torch.int64)
+        counts[1:] = self.kept_mask().to(torch.int64).cumsum(0)
+        row, column = positions // self.columns, positions % self.columns
+        if self.axis == 1:
+            return row * len(self.keep) + counts[column]
+        row_is_kept = counts[(row + 1).clamp(max=self.rows)] - counts[row]
+        return counts[row] * self.columns + column * row_is_kept
+
+
+class ReshardPlan:
+    """What one rank sends to and receives from every other when a flat-partitioned tensor is cut.
+
+    Attributes:
+        send: (W,) elements for each rank, itself included.
+        receive: (W,) elements from each rank, itself included.
+        old, new: (start, end) of the owned piece before and after, in the old and the new flat order.
+        new_partition: elements of a new piece, padding included.
+    """
+
+    def __init__(self, cut: AxisCut, world_size: int, rank: int) -> None:
+        old_numel, new_numel = math.prod(cut.shape), math.prod(cut.new_shape)
+        self.cut = cut
+        self.old = owned_range(old_numel, world_size, rank)
+        self.new = owned_range(new_numel, world_size, rank)
+        self.new_partition = partition_numel(new_numel, world_size)
+        ranks = torch.arange(world_size + 1)
+        old_bounds = (ranks * partition_numel(old_numel, world_size)).clamp(max=old_numel)
+        kept = cut.kept_before(old_bounds)  # (W+1,) old ownership, in the new flat order
+        owner = (ranks * self.new_partition).clamp(max=new_numel)  # (W+1,) new ownership
+        self.send: list[int] = _overlap(kept[rank], kept[rank + 1], owner[:-1], owner[1:]).tolist()
+        self.receive: list[int] = _overlap(kept[:-1], kept[1:], owner[rank], owner[rank + 1]).tolist()
+        self.moved = sum(self.send) - self.send[rank]  # elements that change owner, leaving this rank
+
+    def take(self, shard: Tensor) -> Tensor:
+        """The kept elements of this rank's old piece, in flat order: (sum(send),). Padding is never read."""
+        start, end = self.old
+        columns, position, parts = self.cut.columns, start, []
+        mask, keep = self.cut.kept_mask().to(shard.device), self.cut.keep.to(shard.device)
+
+        def part_of_row(stop: int) -> Tensor:
+            row, first = divmod(position, columns)
+            piece = shard[position - start : stop - start]
+            if self.cut.axis == 0:
+                return piece if mask[row] else piece[:0]
+            return piece[mask[first : first + stop - position]]
+
+        if position < end and position % columns:  # the piece starts inside a row
+            stop = min(end, (position // columns + 1) * columns)
+            parts.append(part_of_row(stop))
+            position = stop
+        if whole := (end - position) // columns:
+            row = position // columns
+            block = shard[position - start : position - start + whole * columns].view(whole, columns)
+            kept = block[mask[row : row + whole]] if self.cut.axis == 0 else block.index_select(1, keep)
+            parts.append(kept.reshape(-1))
+            position += whole * columns
+        if position < end:  # and ends inside another
+            parts.append(part_of_row(end))
+        return torch.cat(parts) if parts else shard[:0]
+
+
+def _overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> Tensor:
+    return (torch.minimum(end_a, end_b) - torch.maximum(start_a, start_b)).clamp(min=0)

@@ -1,0 +1,81 @@
+"""Bytes a rank holds: the distinct storages of its training state, the formula they must equal, and resident memory."""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from loraprune_ds.model.checkpoint import parameter_shapes
+from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.zero.flat import partition_numel
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind some tensors: views and aliases count once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
+
+
+def weight_tensors(engine: Any) -> Iterator[Tensor]:
+    """Pieces of all weights, frozen and LoRA."""
+    return (p.ds_tensor for p in engine.module.parameters())
+
+
+def state_tensors(engine: Any) -> Iterator[Tensor]:
+    """All that ZeRO-3 holds for training: pieces, fp32 masters, Adam moments, gradient buffers."""
+    zero = engine.optimizer
+    yield from weight_tensors(engine)
+    for master in zero.fp32_partitioned_groups_flat:
+        yield master.detach()
+        yield from (v for v in zero.optimizer.state.get(master, {}).values() if v.dim())  # not Adam's step count
+    yield zero.grad_partitions_flat_buffer
+    yield from (bucket.buffer for bucket in zero.ipg_buckets.values())
+
+
+def expected_state_bytes(
+    shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
+) -> int:
+    """What `storage_bytes(state_tensors(engine))` must be, from the shapes alone.
+
+    Frozen tensor of n elements: ceil(n / W) elements. LoRA factor: the same, plus an fp32 master (none in an fp32 run,
+    where it is the weight itself), two fp32 moments once the optimizer has stepped, and an fp32 gradient.
+    Plus the fp32 reduce bucket.
+    """
+    frozen = sum(partition_numel(_product(s), world_size) for s in parameter_shapes(shape).values())
+    lora = 0
+    for layer in range(len(shape.layers)):
+        for linear in LINEARS:
+            lora += sum(partition_numel(n * lora_rank, world_size) for n in shape.linear_shape(layer, linear))
+    master = 0 if element_size == 4 else 4
+    moments = 8 if stepped else 0
+    return frozen * element_size + lora * (element_size + master + moments + 4) + bucket_numel * 4
+
+
+def resident_bytes() -> int:
+    """Memory this rank uses now: allocated device memory, or on a CPU its anonymous and shared resident memory.
+
+    Never the process's peak, which can only grow and would hide a cut. File-backed pages are reclaimable and left out.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return int(accelerator.memory_allocated())
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
+
+
+def peak_bytes() -> int:
+    """Most memory this rank has used: the device allocator's peak, or the process's peak resident set on a CPU."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return int(accelerator.max_memory_allocated())
+    with open(f"/proc/{os.getpid()}/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

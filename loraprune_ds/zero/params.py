@@ -1,0 +1,89 @@
+"""Parameters that are born sharded, and the surgery that gives a live one a smaller piece."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, free_param
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus as PieceStatus
+from torch import Tensor, nn
+
+from loraprune_ds.zero.flat import owned_range, partition_numel
+
+ReadFlat = Callable[[str, int, int, torch.dtype], Tensor]
+
+
+def shard_at_birth(
+    model: nn.Module, read_flat: ReadFlat, *, ds_config: dict[str, Any], dtype: torch.dtype, world_size: int, rank: int
+) -> None:
+    """Replaces every meta parameter by a ZeRO-3 parameter whose piece is read from disk by its owner.
+
+    No tensor is ever whole on a rank and nothing is broadcast. Tied parameters stay one parameter.
+
+    Args:
+        model: modules with parameters on the meta device.
+        read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a checkpoint tensor.
+    """
+    init = Init(config_dict_or_path=ds_config, enabled=True)
+    init._enable_mem_efficient_linear()  # else autograd keeps a view of each gathered weight until its backward
+    sharded: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in sharded:
+                start, end = owned_range(parameter.numel(), world_size, rank)
+                full_name = f"{module_name}.{name}" if module_name else name
+                piece = read_flat(full_name, start, end, dtype).to(init.local_device)
+                sharded[id(parameter)] = _zero_parameter(
+                    init, parameter.shape, pad(piece, parameter.numel(), world_size)
+                )
+            module._parameters[name] = sharded[id(parameter)]
+
+
+def _zero_parameter(init: Init, shape: torch.Size, piece: Tensor) -> nn.Parameter:
+    # An expanded scalar has the whole tensor's shape and the memory of one element.
+    parameter = nn.Parameter(piece.new_empty(1).expand(shape), requires_grad=False)
+    init._convert_to_deepspeed_param(parameter)
+    free_param(parameter)
+    install_piece(parameter, piece, tuple(shape))
+    return parameter
+
+
+def pad(piece: Tensor, numel: int, world_size: int) -> Tensor:
+    """A piece padded with zeros to the length all ranks share."""
+    size = partition_numel(numel, world_size)
+    return piece if len(piece) == size else torch.cat([piece, piece.new_zeros(size - len(piece))])
+
+
+def install_piece(parameter: nn.Parameter, piece: Tensor, shape: tuple[int, ...]) -> None:
+    """Makes `piece` (padded) this rank's partition of a parameter that now has `shape`.
+
+    Only while the parameter is partitioned and no module is using it.
+    """
+    state: Any = parameter
+    assert state.ds_status == ZeroParamStatus.NOT_AVAILABLE, "a gathered parameter cannot change its shape"
+    assert not state.ds_active_sub_modules, "a parameter in use cannot change its shape"
+    tensor: Any = piece.detach()
+    tensor.ds_numel = piece.numel()
+    tensor.status = PieceStatus.AVAILABLE
+    tensor.final_location = None
+    state.ds_tensor = tensor
+    state.ds_shape = torch.Size(shape)
+    state.ds_numel = math.prod(shape)
+    state.ds_numel_aligned = piece.numel() * state.ds_zero_partition_world_size
+    state.ds_secondary_tensor = None
+    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+
+def owned_flat(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """(this rank's real elements, padding cut off; their start in the flat tensor). A view, not a copy."""
+    state: Any = parameter
+    start, end = owned_range(state.ds_numel, state.ds_zero_partition_world_size, state.ds_zero_partition_rank)
+    return state.ds_tensor.detach()[: end - start], start
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The whole parameter's shape, whatever this rank holds of it."""
+    return tuple(parameter.ds_shape)  # type: ignore[attr-defined]

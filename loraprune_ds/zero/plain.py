@@ -1,0 +1,74 @@
+"""The plain-tensor twin of the ZeRO-3 store: one process, whole tensors, no DeepSpeed.
+
+The whole pruning method runs on it unchanged, which is how the method is tested apart from the sharding.
+"""
+
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
+from loraprune_ds.model.build import decoder_layers
+from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
+from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Traffic
+
+
+class PlainStore:
+    """A `WeightStore` over an ordinary PEFT model and a torch optimizer with per-parameter state."""
+
+    world_size, rank = 1, 0
+
+    def __init__(self, model: PeftModel, shape: ModelShape, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.shape = shape
+        self.optimizer = optimizer
+        self.layers = decoder_layers(model)
+        self.device = next(model.parameters()).device
+
+    def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
+        factors = {}
+        for linear in LINEARS:
+            module = lora_linear(self.layers[layer], linear)
+            a, b = lora_weights(module)
+            assert a.grad is not None, "LoRA is scored after a backward"
+            assert b.grad is not None, "LoRA is scored after a backward"
+            whole = (t.detach().float() for t in (a, b, a.grad, b.grad))
+            factors[linear.name] = LoraFactors(*whole, scaling=module.scaling[ADAPTER])
+        return factors
+
+    def owned_weight(self, layer: int, linear: Linear) -> OwnedPiece:
+        weight = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer).weight
+        return OwnedPiece(weight.detach().reshape(-1), 0, cast(tuple[int, int], tuple(weight.shape)))
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather_values(self, value: int) -> list[int]:
+        return [value]
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        return values
+
+    @torch.no_grad()
+    def shrink(self, keep: list[LayerKeep]) -> Traffic:
+        for layer, layer_keep in zip(self.layers, keep, strict=True):
+            for linear in LINEARS:
+                module, rows = lora_linear(layer, linear), layer_keep.rows(self.shape, linear)
+                base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
+                for parameter in (base.weight, b if linear.axis == 0 else a):
+                    self._select(parameter, linear.axis, rows)
+                if base.bias is not None and linear.axis == 0:
+                    self._select(base.bias, 0, rows)
+                set_features(module, *base.weight.shape)
+            cast(Any, layer).mlp.intermediate_size = len(layer_keep.channels)
+        self.shape = self.shape.with_layers(tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep))
+        return Traffic(0, 0)
+
+    def _select(self, parameter: nn.Parameter, axis: int, rows: Tensor) -> None:
+        parameter.data = parameter.data.index_select(axis, rows)
+        parameter.grad = None
+        state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in state:
+                state[key] = state[key].index_select(axis, rows)

@@ -1,0 +1,134 @@
+"""The model under pruning as ZeRO-3 holds it: flat pieces on every rank, shrunk in place on the live engine."""
+
+from typing import Any, cast
+
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+from torch import Tensor, nn
+
+from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
+from loraprune_ds.model.build import decoder_layers
+from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.flat import AxisCut
+from loraprune_ds.zero.optimizer import OptimizerState
+from loraprune_ds.zero.params import full_shape, install_piece, owned_flat
+from loraprune_ds.zero.reshard import Item, reshard
+from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Traffic
+
+
+class ShardedStore:
+    """A `WeightStore` over a DeepSpeed ZeRO-3 engine whose module is a PEFT LoRA model."""
+
+    def __init__(self, engine: Any, shape: ModelShape) -> None:
+        self.engine = engine
+        self.shape = shape
+        self.comm = Communicator()
+        self.world_size, self.rank = self.comm.world_size, self.comm.rank
+        self.device = torch.device(engine.device)
+        self.layers = decoder_layers(engine.module)
+
+    def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
+        """The all-reduce hook: the averaged LoRA gradients of a layer, whole, on every rank, from one all-gather.
+
+        ZeRO-3 has reduce-scattered them at the accumulation boundary; the masters and gradients of the layer's
+        A and B travel together. fp16 gradients are divided by the loss scale.
+        """
+        modules = [lora_linear(self.layers[layer], linear) for linear in LINEARS]
+        parameters = [weight for module in modules for weight in lora_weights(module)]
+        with torch.no_grad():
+            masters = [_local(safe_get_local_fp32_param(p)) for p in parameters]
+            gradients = [_local(safe_get_local_grad(p)) / self.loss_scale for p in parameters]
+            whole = self._gather(masters + gradients, parameters + parameters)
+        count, factors = len(parameters), {}
+        for i, (linear, module) in enumerate(zip(LINEARS, modules, strict=True)):
+            a, b = 2 * i, 2 * i + 1
+            scaling = module.scaling[ADAPTER]
+            factors[linear.name] = LoraFactors(whole[a], whole[b], whole[count + a], whole[count + b], scaling)
+        return factors
+
+    def owned_weight(self, layer: int, linear: Linear) -> OwnedPiece:
+        weight = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer).weight
+        flat, start = owned_flat(weight)
+        return OwnedPiece(flat, start, cast(tuple[int, int], full_shape(weight)))
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.comm.all_reduce(values)
+
+    def gather_values(self, value: int) -> list[int]:
+        return self.comm.all_gather(torch.tensor([value], dtype=torch.int64, device=self.device)).flatten().tolist()
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        return self.comm.broadcast(values.to(self.device)).cpu()
+
+    def shrink(self, keep: list[LayerKeep]) -> Traffic:
+        """One decoder layer at a time, then the optimizer's flat buffers anew. No loss graph may be alive."""
+        before = dict(self.comm.counter.elements).get("all_to_all", 0), self.comm.counter.bytes
+        self.engine.empty_partition_cache()
+        trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
+        state = OptimizerState(self.engine.optimizer, trainable)
+        for i, layer_keep in enumerate(keep):
+            self._shrink_layer(i, layer_keep, state)
+        layers = tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep)
+        self.shape = self.shape.with_layers(layers)
+        state.rebuild()
+        self._refresh_engine()
+        after = self.comm.counter.elements.get("all_to_all", 0), self.comm.counter.bytes
+        return Traffic(after[0] - before[0], after[1] - before[1])
+
+    @property
+    def loss_scale(self) -> float:
+        """What the gradients are multiplied by: 1 unless fp16."""
+        return float(self.engine.optimizer.loss_scale)
+
+    def _gather(self, pieces: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
+        """fp32 pieces of several parameters -> whole tensors, coalesced into one all-gather."""
+        gathered = self.comm.all_gather(torch.cat(pieces))  # (W, sum of pieces)
+        whole, position = [], 0
+        for piece, parameter in zip(pieces, parameters, strict=True):
+            flat = gathered[:, position : position + len(piece)].reshape(-1)
+            shape = full_shape(parameter)
+            whole.append(flat[: shape[0] * shape[1]].view(shape))
+            position += len(piece)
+        return whole
+
+    def _shrink_layer(self, index: int, keep: LayerKeep, state: OptimizerState) -> None:
+        if all(len(keep.of(kind)) == self.shape.layers[index].count(kind) for kind in ("heads", "channels")):
+            return
+        cuts: list[tuple[nn.Parameter, AxisCut]] = []
+        for linear in LINEARS:
+            module = lora_linear(self.layers[index], linear)
+            base, rows = cast(nn.Linear, module.base_layer), keep.rows(self.shape, linear)
+            lora_a, lora_b = lora_weights(module)
+            shrinking = [base.weight, lora_b if linear.axis == 0 else lora_a]
+            if base.bias is not None and linear.axis == 0:  # a bias along the kept outputs of o_proj, down_proj stays
+                shrinking.append(base.bias)
+            cuts += [(p, AxisCut(full_shape(p), linear.axis, rows)) for p in shrinking]
+            out_features, in_features = AxisCut(full_shape(base.weight), linear.axis, rows).new_shape
+            set_features(module, out_features, in_features)
+        cast(Any, self.layers[index]).mlp.intermediate_size = len(keep.channels)
+        carried = [(p, cut, key) for p, cut in cuts if p.requires_grad for key in state.keys()]
+        state_pieces = reshard([Item(state.piece(p, key), cut) for p, cut, key in carried], self.comm)
+        pieces = reshard([Item(cast(Any, p).ds_tensor.detach(), cut) for p, cut in cuts], self.comm)
+        for (parameter, cut), piece in zip(cuts, pieces, strict=True):
+            install_piece(parameter, piece, cut.new_shape)
+        for (parameter, _, key), piece in zip(carried, state_pieces, strict=True):
+            state.piece(parameter, key).copy_(piece)
+
+    def _refresh_engine(self) -> None:
+        """Everything else that DeepSpeed derived from the old sizes: which parameters persist, and the fetch trace."""
+        offload = self.engine.optimizer.parameter_offload
+        for parameter in self.engine.module.parameters():
+            parameter.ds_persist = False
+        persistent = offload.mark_persistent_parameters(
+            offload.param_numel_persistence_threshold, offload.model_persistence_threshold
+        )
+        offload.persistent_parameters = self.engine.optimizer.persistent_parameters = persistent
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+
+
+def _local(piece: Tensor | None) -> Tensor:
+    assert piece is not None, "LoRA state is read between the boundary backward and the optimizer's step"
+    return piece.detach().float().reshape(-1)

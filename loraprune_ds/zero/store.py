@@ -1,0 +1,89 @@
+"""What pruning needs of a model, whoever holds it: the ZeRO-3 ranks (`sharded.py`) or one process (`plain.py`)."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.model.shapes import Kind, Linear, ModelShape
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The LoRA of one linear with the loss gradients averaged over the global batch: unclipped, unscaled, fp32.
+
+    Shapes: A and grad_A (r, in_features); B and grad_B (out_features, r). `scaling` is lora_alpha / r.
+    """
+
+    A: Tensor
+    B: Tensor
+    grad_A: Tensor
+    grad_B: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class OwnedPiece:
+    """The flat piece [start, start + len(flat)) of a row-major weight of `shape` that this rank owns."""
+
+    flat: Tensor
+    start: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LayerKeep:
+    """Groups that stay in one decoder layer: ascending int64 indices into its current groups."""
+
+    heads: Tensor
+    channels: Tensor
+
+    def of(self, kind: Kind) -> Tensor:
+        return self.heads if kind == "heads" else self.channels
+
+    def rows(self, shape: ModelShape, linear: Linear) -> Tensor:
+        """Indices along `linear.axis` of the rows or columns that stay: each group is `group_width` wide."""
+        width = shape.group_width(linear)
+        return (self.of(linear.kind)[:, None] * width + torch.arange(width)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What this rank sent to others during a cut."""
+
+    elements: int
+    bytes: int
+
+
+class WeightStore(Protocol):
+    """The model under pruning. All methods are collective: every rank calls them in the same order."""
+
+    shape: ModelShape
+    world_size: int
+    rank: int
+    device: torch.device
+
+    def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
+        """The seven linears' LoRA of a layer by name; valid between the last backward of a step and its update."""
+        ...
+
+    def owned_weight(self, layer: int, linear: Linear) -> OwnedPiece:
+        """The piece of the frozen weight that this rank owns. No communication."""
+        ...
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum of a small tensor over all ranks."""
+        ...
+
+    def gather_values(self, value: int) -> list[int]:
+        """One 63-bit integer of every rank, in rank order."""
+        ...
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank."""
+        ...
+
+    def shrink(self, keep: list[LayerKeep]) -> Traffic:
+        """Physically removes all other groups: weights, biases, LoRA, fp32 masters and Adam moments."""
+        ...
