@@ -1,0 +1,39 @@
+"""What every test can rely on: a CPU environment that reaches child processes too, and real ranks."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankPool
+
+# Before anything imports torch or DeepSpeed: both read these at import.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",  # no test may depend on the hub
+    "TOKENIZERS_PARALLELISM": "false",
+    # DeepSpeed's just-in-time build takes the first ninja on PATH, and another ninja's build is not up to date to it.
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return  # and torch need not be imported
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """A pool of DeepSpeed ranks on CPU: `ranks.run(world_size, function, *args)` gives one value per rank."""
+    pool = RankPool()
+    yield pool
+    pool.close()

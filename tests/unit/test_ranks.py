@@ -1,0 +1,178 @@
+"""The harness that other tests trust: it must name the rank that failed first and never hang."""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import RankFailure, RankPool
+
+
+def no_setup(rank: int, world_size: int, folder: Path) -> None:
+    os.environ["RANK"] = str(rank)
+
+
+def broken_setup(rank: int, world_size: int, folder: Path) -> None:
+    raise ValueError(f"no accelerator for {rank}")
+
+
+@pytest.fixture
+def pool() -> Iterator[RankPool]:
+    """Workers without torch, which start in a tenth of a second: most tests here end them."""
+    pool = RankPool(setup=no_setup)
+    yield pool
+    pool.close()
+
+
+def my_rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def rank_and(argument: Any) -> tuple[int, Any, int]:
+    return my_rank(), argument, os.getpid()
+
+
+def fail_in_turn(first: int, delay: float) -> None:
+    if my_rank() != first:
+        time.sleep(delay)
+    raise ValueError(f"rank {my_rank()} says no")
+
+
+def fail_on(rank: int) -> None:
+    if my_rank() == rank:
+        raise ValueError("the cause")
+    time.sleep(60)
+
+
+def stuck_here(rank: int) -> None:
+    if my_rank() == rank:
+        time.sleep(60)
+
+
+def die_on(rank: int, number: int) -> None:
+    if my_rank() == rank:
+        time.sleep(0.1)
+        os.kill(os.getpid(), number)
+    raise ConnectionError("peer is gone")  # what a collective says when a peer dies, here even before it does
+
+
+def read_null() -> None:
+    ctypes.string_at(0)
+
+
+def exit_worker(code: int) -> None:
+    raise SystemExit(code)
+
+
+def unpicklable() -> Any:
+    return lambda: None
+
+
+def sum_over_ranks() -> Any:
+    import deepspeed
+    import torch
+
+    value = torch.tensor([float(torch.distributed.get_rank() + 1)])
+    deepspeed.comm.all_reduce(value)
+    return value, torch.distributed.get_world_size(), os.environ["LOCAL_RANK"]
+
+
+def wait_for_a_sum_nobody_joins() -> None:
+    import torch
+
+    if torch.distributed.get_rank() == 1:
+        torch.distributed.all_reduce(torch.zeros(1))
+
+
+def test_values_come_in_rank_order_from_workers_that_stay(pool: RankPool) -> None:
+    first = pool.run(3, rank_and, {"a": 1})
+    second = pool.run(3, rank_and, None)
+    assert [(rank, argument) for rank, argument, _ in first] == [(0, {"a": 1}), (1, {"a": 1}), (2, {"a": 1})]
+    assert [pid for *_, pid in first] == [pid for *_, pid in second]
+    assert len({os.getpid(), *(pid for *_, pid in first)}) == 4
+
+
+def test_world_sizes_have_workers_of_their_own(pool: RankPool) -> None:
+    pairs, singles, again = (pool.run(size, rank_and, None) for size in (2, 1, 2))
+    assert len(pairs) == 2
+    assert len(singles) == 1
+    assert pairs == again
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_traceback_is_the_failure(pool: RankPool, first: int) -> None:
+    with pytest.raises(RankFailure, match=f"(?s)^rank {first} of 2: .*in fail_in_turn.*ValueError: rank {first} says"):
+        pool.run(2, fail_in_turn, first, 0.4)
+
+
+def test_a_failure_does_not_wait_for_the_others_and_they_are_replaced(pool: RankPool) -> None:
+    before = [pid for *_, pid in pool.run(2, rank_and, None)]
+    started = time.monotonic()
+    with pytest.raises(RankFailure, match=r"(?s)^rank 1 of 2: .*ValueError: the cause"):
+        pool.run(2, fail_on, 1)
+    assert time.monotonic() - started < 10
+    for pid in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert [rank for rank, *_ in pool.run(2, rank_and, None)] == [0, 1]
+
+
+def test_the_deadline_says_where_every_rank_stood(pool: RankPool) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pool.run(2, stuck_here, 1, timeout=0.5)
+    text = str(failure.value)
+    assert text.startswith("no end after 0.5 s\nrank 0 of 2: has finished\n")
+    assert "in stuck_here" in text[text.index("rank 1 of 2:") :]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_is_the_cause_even_if_a_peer_complains_first(pool: RankPool, number: signal.Signals) -> None:
+    with pytest.raises(RankFailure, match=f"^rank 1 of 2: killed by {number.name}"):
+        pool.run(2, die_on, 1, number)
+
+
+def test_a_crash_shows_the_python_line(pool: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"(?s)killed by SIGSEGV.*in read_null"):
+        pool.run(1, read_null)
+
+
+def test_exit_is_a_failure(pool: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"SystemExit: 3"):
+        pool.run(1, exit_worker, 3)
+
+
+def test_a_dead_worker_is_named_by_the_next_call(pool: RankPool) -> None:
+    [(_, _, pid)] = pool.run(1, rank_and, None)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RankFailure, match=r"^rank 0 of 1: killed by SIGKILL"):
+        pool.run(1, rank_and, None)
+
+
+def test_a_value_that_cannot_travel_is_a_failure(pool: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"(?s)rank 0 of 1.*pickle.*unpicklable"):
+        pool.run(1, unpicklable)
+
+
+def test_a_failing_setup_is_reported() -> None:
+    with pytest.raises(RankFailure, match=r"no accelerator for 0"):
+        RankPool(setup=broken_setup).run(1, my_rank)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_deepspeed_ranks_add_up(ranks: RankPool, world_size: int) -> None:
+    answers = ranks.run(world_size, sum_over_ranks)
+    total = world_size * (world_size + 1) / 2
+    assert [(value.tolist(), size, rank) for value, size, rank in answers] == [
+        ([total], world_size, str(rank)) for rank in range(world_size)
+    ]
+
+
+def test_a_hanging_collective_is_cut_short(ranks: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"(?s)rank 1 of 2: .*in all_reduce.*in wait_for_a_sum_nobody_joins"):
+        ranks.run(2, wait_for_a_sum_nobody_joins, timeout=1)
+    assert len(ranks.run(2, sum_over_ranks)) == 2
