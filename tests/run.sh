@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs every check: ruff, pyright, shellcheck, then all tests. With arguments, only pytest with them:
+#
+#   bash tests/run.sh [tests/unit -k mask …]
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
+
+set_up embedded,dev
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+prepare
+
+if (($# == 0)); then
+  ruff check
+  ruff format --check
+  PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright # the warning is about newer releases, which it asks the network for
+  find launch tests slurm .ci \( -name '*.sh' -o -name '*.sbatch' -o -path .ci/run \) -print0 |
+    xargs --null shellcheck --external-sources
+fi
+exec python -m pytest "$@"
