@@ -40,18 +40,16 @@ def expected_state_bytes(
 ) -> int:
     """What `storage_bytes(state_tensors(engine))` must be, from the shapes alone.
 
-    Frozen tensor of n elements: ceil(n / W) elements. LoRA factor: the same, plus an fp32 master (none in an fp32 run,
-    where it is the weight itself), two fp32 moments once the optimizer has stepped, and an fp32 gradient.
-    Plus the fp32 reduce bucket.
+    Frozen tensor of n elements: ceil(n / W) elements. LoRA factor: the same, plus an fp32 master (in an fp32 run too),
+    two fp32 moments once the optimizer has stepped, and an fp32 gradient. Plus the fp32 reduce bucket.
     """
     frozen = sum(partition_numel(_product(s), world_size) for s in parameter_shapes(shape).values())
     lora = 0
     for layer in range(len(shape.layers)):
         for linear in LINEARS:
             lora += sum(partition_numel(n * lora_rank, world_size) for n in shape.linear_shape(layer, linear))
-    master = 0 if element_size == 4 else 4
-    moments = 8 if stepped else 0
-    return frozen * element_size + lora * (element_size + master + moments + 4) + bucket_numel * 4
+    master, moments, gradient = 4, 8 if stepped else 0, 4
+    return frozen * element_size + lora * (element_size + master + moments + gradient) + bucket_numel * 4
 
 
 def resident_bytes() -> int:

@@ -30,16 +30,10 @@ class OptimizerState:
         self.zero = zero_optimizer
         self.parameters = parameters
 
-    @property
-    def masters_are_separate(self) -> bool:
-        """False in fp32 runs, where DeepSpeed's masters are the parameters' own buffer."""
-        low, master = self.zero.fp16_partitioned_groups_flat[0], self.zero.fp32_partitioned_groups_flat[0]
-        return low.data_ptr() != master.data_ptr()
-
     def keys(self) -> tuple[str, ...]:
         """What must travel with a parameter besides its own piece."""
         has_moments = bool(self.zero.optimizer.state)  # Adam creates them at its first step
-        return (("master",) if self.masters_are_separate else ()) + (MOMENTS if has_moments else ())
+        return ("master", *MOMENTS) if has_moments else ("master",)
 
     def piece(self, parameter: nn.Parameter, key: str) -> Tensor:
         """This rank's (padded) fp32 piece of `master`, `exp_avg` or `exp_avg_sq`: a view of its slot.
