@@ -1,0 +1,109 @@
+"""The criterion in fp64, transcribed from its definition in the most literal way.
+
+Shares no code with the package, which is tested against it: loops where the package has reductions, the product form
+of the gradient estimate where the package has its expansion.
+
+Source: LoRAPrune (arXiv 2305.18403), equations for the estimated gradient and the group importance.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# W (out, in), A (r, in), B (out, r), gA (r, in), gB (out, r)
+LoraLinear = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def gradient_estimate(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor) -> Tensor:
+    """What one SGD step of size 1 on A and B takes away from B·A: (out, in)."""
+    A, B, gA, gB = A.double(), B.double(), gA.double(), gB.double()
+    return B @ A - (B - gB) @ (A - gA)
+
+
+def element_importance(
+    W: Tensor, A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, scaling: float, power: int = 1
+) -> Tensor:
+    """|G ⊙ (W + s·B·A)| ** power, (out, in). `power` is 2 for the paper's text, 1 for its released code."""
+    merged = W.double() + scaling * (B.double() @ A.double())
+    return (gradient_estimate(A, B, gA, gB) * merged).abs() ** power
+
+
+def group_scores(
+    layer: Mapping[str, LoraLinear],
+    scaling: float,
+    num_key_value_heads: int,
+    queries_per_group: int,
+    head_dim: int,
+    normalize: bool,
+    power: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Importance of each group of one decoder layer: (heads (num_key_value_heads,), channels (intermediate_size,)).
+
+    `layer` maps "self_attn.q_proj" … "mlp.down_proj" to their tensors. A head group is one key-value head: its rows of
+    k and v, the rows of all its query heads in q and their columns in o. A channel is its rows of gate and up and its
+    column of down. With `normalize` each module's scores get unit L2 norm before the modules of a group are added.
+    """
+    element = {name: element_importance(*tensors, scaling, power) for name, tensors in layer.items()}
+
+    q, k, v, o = (torch.zeros(num_key_value_heads, dtype=torch.float64) for _ in range(4))
+    for group in range(num_key_value_heads):
+        for row in range(group * head_dim, (group + 1) * head_dim):
+            k[group] += element["self_attn.k_proj"][row, :].sum()
+            v[group] += element["self_attn.v_proj"][row, :].sum()
+        for query_head in range(group * queries_per_group, (group + 1) * queries_per_group):
+            for position in range(query_head * head_dim, (query_head + 1) * head_dim):
+                q[group] += element["self_attn.q_proj"][position, :].sum()
+                o[group] += element["self_attn.o_proj"][:, position].sum()
+
+    num_channels = element["mlp.gate_proj"].shape[0]
+    gate, up, down = (torch.zeros(num_channels, dtype=torch.float64) for _ in range(3))
+    for channel in range(num_channels):
+        gate[channel] += element["mlp.gate_proj"][channel, :].sum()
+        up[channel] += element["mlp.up_proj"][channel, :].sum()
+        down[channel] += element["mlp.down_proj"][:, channel].sum()
+
+    if normalize:
+        q, k, v, o, gate, up, down = (_unit_norm(scores) for scores in (q, k, v, o, gate, up, down))
+    return q + k + v + o, gate + up + down
+
+
+def _unit_norm(scores: Tensor) -> Tensor:
+    norm = math.sqrt(sum(float(score) ** 2 for score in scores))
+    return scores if norm == 0 else scores / norm
+
+
+def moving_average(old: Tensor, new: Tensor, lam: float) -> Tensor:
+    """S ← lam·S + (1 − lam)·S_now; the first `old` is zeros."""
+    return lam * old + (1 - lam) * new
+
+
+def cubic_target(step: int, steps: int, ratio: float, warmup_fraction: float, cooldown_fraction: float) -> float:
+    """Fraction that should be gone once `step` of `steps` optimizer steps are done.
+
+    Zero up to the end of the warm-up, `ratio` from the start of the cool-down on; neither border is rounded.
+    """
+    first, last = warmup_fraction * steps, steps - cooldown_fraction * steps
+    if step <= first:
+        return 0.0
+    if step >= last:
+        return ratio
+    return ratio * (1 - (1 - (step - first) / (last - first)) ** 3)
+
+
+def keep_best(scores: Tensor, count: int) -> list[int]:
+    """Indices, ascending, of the `count` highest scores; of equal ones the lower index is kept."""
+    values = scores.tolist()
+    return sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
+
+
+def cut_gap(scores: Tensor, count: int) -> float:
+    """How far apart the lowest kept and the highest removed score are, relative to the kept one.
+
+    Two computations of the scores that agree better than this must choose the same groups.
+    """
+    ordered = sorted(scores.tolist(), reverse=True)
+    if count <= 0 or count >= len(ordered):
+        return math.inf
+    return (ordered[count - 1] - ordered[count]) / ordered[count - 1]

@@ -1,0 +1,134 @@
+"""Random tiny models, adapters and batches that every test can make for itself.
+
+Shares no code with the package.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def make_tiny_llama(
+    folder: Path,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    hidden: int,
+    ffn: int,
+    layers: int,
+    vocab: int,
+    seed: int,
+    tie: bool = False,
+    biases: bool = False,
+    model_type: str = "llama",
+    dtype: str = "float32",
+) -> Path:
+    """Saves a random model and its tokenizer as a Hugging Face folder and returns the folder.
+
+    The weights keep the size of what flows through them, so that logits spread by about 2 and every group matters
+    (transformers' own initialisation is so small that all tokens are equally likely).
+    """
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tie,
+        "bos_token_id": SPECIAL_TOKENS.index("<s>"),
+        "eos_token_id": SPECIAL_TOKENS.index("</s>"),
+    }
+    if model_type == "llama":
+        config = LlamaConfig(**sizes, attention_bias=biases, mlp_bias=biases)
+    elif model_type == "mistral":
+        assert not biases, "Mistral's linears have no bias"
+        config = MistralConfig(**sizes, sliding_window=None)
+    else:
+        raise ValueError(f"no tiny model of type {model_type}")
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_random_weight(name, parameter.shape, generator))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    make_tokenizer(vocab).save_pretrained(folder)
+    return folder
+
+
+def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1 + 0.1 * noise
+    if name.endswith("bias"):
+        return 0.1 * noise
+    vocabulary = "embed_tokens" in name or "lm_head" in name
+    return noise * (2 if vocabulary else 1) / math.sqrt(shape[1])
+
+
+def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """One token per byte: space and newline, printable ASCII, the rest; what a small vocabulary lacks is <unk>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (c not in "ĠĊ", ord(c)))
+    tokens = [*SPECIAL_TOKENS, *alphabet][:vocab]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token=SPECIAL_TOKENS[0])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    unk, bos, eos = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos)
+
+
+def make_lora(folder: Path, *, r: int, seed: int, size: float = 0.3) -> dict[str, Tensor]:
+    """A random fp32 adapter for a saved model, keyed "layers.{i}.{linear}.lora_A" (r, in) and ".lora_B" (out, r).
+
+    B is not zero, unlike at a usual start, so that s·B·A is a visible part of the weight (its norm is about
+    `size` * lora_alpha / r of the weight's).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lora = {}
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        layers = 1 + max(int(key.split(".")[2]) for key in file.keys() if ".layers." in key)
+        for i in range(layers):
+            for linear in LINEARS:
+                out_features, in_features = file.get_slice(f"model.layers.{i}.{linear}.weight").get_shape()
+                a = torch.randn(r, in_features, generator=generator) / math.sqrt(in_features)
+                b = torch.randn(out_features, r, generator=generator) * size / math.sqrt(r)
+                lora |= {f"layers.{i}.{linear}.lora_A": a, f"layers.{i}.{linear}.lora_B": b}
+    return lora
+
+
+def make_batches(
+    *, steps: int, samples: int, tokens: int, vocab: int, seed: int, masked: bool = True
+) -> list[tuple[Tensor, Tensor]]:
+    """`steps` global batches of (input_ids, labels), int64 (samples, tokens).
+
+    With `masked` each sample's prompt, of any length that leaves one supervised token, is -100 in the labels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(steps):
+        input_ids = torch.randint(len(SPECIAL_TOKENS), vocab, (samples, tokens), generator=generator)
+        prompt = torch.randint(0, tokens, (samples, 1), generator=generator)
+        hidden = torch.arange(tokens) < prompt
+        batches.append((input_ids, input_ids.masked_fill(hidden, -100) if masked else input_ids.clone()))
+    return batches
