@@ -1,10 +1,16 @@
 """The collectives of pruning, with a count of what they send. Gathers of the training step are DeepSpeed's own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
+
+from loraprune_ds.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,6 +76,31 @@ class Communicator:
         dist.gather(local.contiguous(), into, dst=owner, group=self.group)
         self.counter.add("gather", 0 if self.rank == owner else local.numel(), local.element_size())
         return torch.stack(into) if into is not None else None
+
+    def gather_objects(self, value: T) -> list[T]:
+        """A small picklable value of every rank, in rank order."""
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every rank; if it fails on any, all raise the error of the lowest one that failed.
+
+        Without this a rank with bad input would leave while the others wait for it in the next collective.
+
+        Raises:
+            UserError: as raised by `action`; from another rank, with that rank named.
+        """
+        result, error = None, None
+        try:
+            result = action()
+        except UserError as caught:
+            error = caught
+        failed = [(rank, e) for rank, e in enumerate(self.gather_objects(error)) if e is not None]
+        if failed:
+            rank, first = failed[0]
+            raise first if rank == 0 else type(first)(f"rank {rank}: {first}")
+        return cast(T, result)
 
     def barrier(self) -> None:
         dist.barrier(group=self.group)

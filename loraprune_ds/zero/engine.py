@@ -25,6 +25,8 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.params import shard_at_birth
 from loraprune_ds.zero.sharded import ShardedStore
 
+EngineLike = Any  # a DeepSpeedEngine; its attributes are made at run time, so a type checker knows none of them
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -53,6 +55,14 @@ def stop_ranks() -> None:
     """Leaves the process group, so that gloo's threads are joined before the interpreter exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def device_name() -> str:
+    """What this rank computes on, as a person would name it."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cuda":
+        return torch.cuda.get_device_name()
+    return accelerator.device_name()
 
 
 def check_dtype(dtype: str) -> None:

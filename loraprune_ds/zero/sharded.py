@@ -11,6 +11,7 @@ from loraprune_ds.model.build import decoder_layers
 from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut
+from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, install_piece, owned_flat
 from loraprune_ds.zero.reshard import Item, reshard
@@ -38,7 +39,7 @@ class ShardedStore:
         parameters = [weight for module in modules for weight in lora_weights(module)]
         with torch.no_grad():
             masters = [_local(safe_get_local_fp32_param(p)) for p in parameters]
-            gradients = [_local(safe_get_local_grad(p)) / self.loss_scale for p in parameters]
+            gradients = [unscale(_local(safe_get_local_grad(p)), self.loss_scale) for p in parameters]
             whole = self._gather(masters + gradients, parameters + parameters)
         count, factors = len(parameters), {}
         for i, (linear, module) in enumerate(zip(LINEARS, modules, strict=True)):
@@ -75,6 +76,14 @@ class ShardedStore:
         self._refresh_engine()
         after = self.comm.counter.elements.get("all_to_all", 0), self.comm.counter.bytes
         return Traffic(after[0] - before[0], after[1] - before[1])
+
+    def nonfinite_layer(self) -> int | None:
+        """The first layer whose averaged LoRA gradient has an inf or NaN in this rank's pieces."""
+        flat = self.engine.optimizer.grad_partitions_flat_buffer
+        if torch.isfinite(flat.sum()):  # one pass when all is well, which is always
+            return None
+        weights = [[w for linear in LINEARS for w in lora_weights(lora_linear(layer, linear))] for layer in self.layers]
+        return first_nonfinite([torch.cat([_local(safe_get_local_grad(w)) for w in layer]) for layer in weights])
 
     @property
     def loss_scale(self) -> float:

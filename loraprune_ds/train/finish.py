@@ -1,0 +1,101 @@
+"""The results of a run on disk, written by rank 0, and the lines that introduce it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.export.config import export_config
+from loraprune_ds.export.huggingface import finish_folder, publish
+from loraprune_ds.export.model_card import ModelCard, write_model_card
+from loraprune_ds.model.build import EMBEDDED
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.train.output import MODEL_FOLDER
+from loraprune_ds.train.pictures import draw_kept_groups, draw_training
+from loraprune_ds.train.prepare import Prepared
+from loraprune_ds.train.records import History
+from loraprune_ds.train.report import make_report, write_kept_groups, write_report
+from loraprune_ds.train.units import format_count, format_percent
+from loraprune_ds.zero.engine import device_name
+from loraprune_ds.zero.store import LayerKeep
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out: the final shape, the kept groups as indices into the dense model, peak memory of every rank."""
+
+    pruned: ModelShape
+    kept: list[LayerKeep]
+    peak_memory_bytes: list[int]
+    world_size: int
+
+
+def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
+    """Two or three lines at the start: what is pruned, on what, how far."""
+    dense, train = prepared.checkpoint.shape, config.train
+    ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
+    lines = [
+        f"{model_name(config)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "
+        f"on {ranks} ({device_name()})",
+        f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
+        f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "
+        f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
+    ]
+    if world_size == 1:
+        lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
+    return "\n".join(lines)
+
+
+def model_name(config: RunConfig) -> str:
+    """A name of the dense model that says nothing of this machine's folders."""
+    return "SmolLM2-135M-Instruct" if config.model.path == EMBEDDED else Path(config.model.path).name
+
+
+def model_card(config: RunConfig, prepared: Prepared, pruned: ModelShape, history: History) -> ModelCard:
+    """The facts of the checkpoint's README, with the perplexities known so far."""
+    evaluate = config.evaluate
+    held_out = Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data_name(config)}"
+    return ModelCard(
+        base_model=model_name(config),
+        dense=prepared.checkpoint.shape,
+        pruned=pruned,
+        criterion=config.prune.criterion,
+        ranking=config.prune.ranking,
+        data=data_name(config),
+        steps=prepared.steps,
+        perplexity_data=f"{held_out}, {len(prepared.windows)} windows of {evaluate.window} tokens",
+        perplexity_dense=history.perplexity("dense"),
+        perplexity_pruned=history.perplexity("pruned"),
+    )
+
+
+def data_name(config: RunConfig) -> str:
+    return "Python's help topics (pydoc_data)" if config.data.path == EMBEDDED else Path(config.data.path).name
+
+
+def describe_model(folder: Path, config: RunConfig, prepared: Prepared, card: ModelCard) -> None:
+    """Everything of the checkpoint but its weights."""
+    source = prepared.checkpoint
+    finish_folder(folder, export_config(source.config, card.pruned, config.model.dtype), source.folder, card)
+
+
+def publish_model(
+    staging: Path, folder: Path, config: RunConfig, prepared: Prepared, outcome: Outcome, history: History
+) -> None:
+    """The final model card, `model/` under its name, the report, the kept groups and the pictures."""
+    dense = prepared.checkpoint.shape
+    exported = export_config(prepared.checkpoint.config, outcome.pruned, config.model.dtype)
+    write_model_card(staging, model_card(config, prepared, outcome.pruned, history), exported)
+    publish(staging, folder / MODEL_FOLDER)
+    write_kept_groups(folder, outcome.kept, dense)
+    report = make_report(
+        config,
+        history,
+        dense=dense,
+        pruned=outcome.pruned,
+        world_size=outcome.world_size,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        accelerator=device_name(),
+    )
+    write_report(folder, report)
+    draw_kept_groups(folder / "kept_groups.png", dense, outcome.pruned)
+    draw_training(folder / "training.png", history)

@@ -1,0 +1,87 @@
+"""Everything a run needs to know before any long work: all that can be wrong with its input is found here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.perplexity import cut_windows
+from loraprune_ds.model.adapters import check_adapter
+from loraprune_ds.model.build import locate_model
+from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
+from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.train.data import SampleOrder, Samples, load_samples
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.ds_config import resolve_ds_config
+from loraprune_ds.zero.engine import check_dtype
+from loraprune_ds.zero.private import check_private_attributes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run.
+
+    Attributes:
+        steps: optimizer steps.
+        windows: (windows, evaluate.window) token ids of the held-out text.
+        ds_config: DeepSpeed's JSON with every "auto" replaced.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    samples: Samples
+    order: SampleOrder
+    windows: Tensor
+    steps: int
+    schedule: Schedule
+    limits: Limits
+    ds_config: dict[str, Any]
+
+
+def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) -> Prepared:
+    """Checks the whole input on every rank. Collective.
+
+    Raises:
+        UserError: something cannot be used; all ranks raise the same line.
+    """
+    # One rank per node downloads or converts, the others find it in the node's cache.
+    comm.together(lambda: locate_model(config.model) if is_first_on_node else None)
+    prepared = comm.together(lambda: _prepare(config, comm.world_size))
+    digests = comm.gather_objects(prepared.samples.digest())
+    if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise UserError(
+            f"rank {different[0]} reads other training data than rank 0; data.path must be the same everywhere"
+        )
+    return prepared
+
+
+def _prepare(config: RunConfig, world_size: int) -> Prepared:
+    check_private_attributes()
+    check_dtype(config.model.dtype)
+    config.train.gradient_accumulation_steps(world_size)
+    checkpoint = open_checkpoint(locate_model(config.model))
+    if config.model.adapter:
+        check_adapter(Path(config.model.adapter), config.lora)
+    ds_config = resolve_ds_config(config.deepspeed, config, checkpoint.shape, world_size)
+    limits = make_limits(config.prune, checkpoint.shape)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    loaded = load_samples(config.data, tokenizer, minimum=config.train.global_batch_size)
+    order = SampleOrder(len(loaded.samples), config.train.global_batch_size, config.seed)
+    steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
+    return Prepared(
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        samples=loaded.samples,
+        order=order,
+        windows=cut_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows),
+        steps=steps,
+        schedule=make_schedule(config.prune, steps),
+        limits=limits,
+        ds_config=ds_config,
+    )

@@ -1,0 +1,127 @@
+"""One optimizer step on the global batch, with scoring and, when it is due, a cut."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.pruning.step import Cut, Pruner
+from loraprune_ds.train.data import SampleOrder, Samples, rank_micro_batches, supervised_tokens
+from loraprune_ds.train.loss import token_loss_sum
+from loraprune_ds.train.records import CutRecord, StepRecord
+from loraprune_ds.train.seeding import seed_draws
+from loraprune_ds.zero.loss_scale import decide
+from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
+from loraprune_ds.zero.sharded import ShardedStore
+
+
+@dataclass(frozen=True)
+class _RankReport:
+    """What each rank says of a step, in one collective."""
+
+    loss: list[float]
+    bad_layer: list[int | None]
+    resident_bytes: list[int]
+
+
+class Trainer:
+    """Trains LoRA on the sharded model while the pruner watches."""
+
+    def __init__(
+        self, store: ShardedStore, pruner: Pruner, samples: Samples, order: SampleOrder, config: RunConfig
+    ) -> None:
+        self.store = store
+        self.pruner = pruner
+        self.samples = samples
+        self.order = order
+        self.config = config
+        self.engine: Any = store.engine
+        self.weight_bytes = self._weight_bytes()
+
+    def step(self, step: int) -> StepRecord:
+        """The `step`-th optimizer step (from 1): forward and backward of this rank's micro-batches, score, update."""
+        began = time.perf_counter()
+        batch = self.order.batch(step - 1)
+        supervised = supervised_tokens(self.samples, batch)
+        learning_rate = float(self.engine.get_lr()[0])
+        sparsity = self.pruner.reached()
+        report = self._exchange(self._accumulate(step, batch, supervised))
+        decision = decide(report.bad_layer, report.loss, dtype=self.config.model.dtype, step=step)
+        if decision == "update":
+            self.pruner.observe(step)
+        self.engine.step()
+        seconds = time.perf_counter() - began
+        tokens = batch.numel() * self.samples.input_ids.shape[1]
+        norm = None if decision == "skip" else self.engine.get_global_grad_norm()
+        return StepRecord(
+            step=step,
+            loss=sum(report.loss) / supervised,
+            learning_rate=learning_rate,
+            grad_norm=None if norm is None else float(norm),
+            sparsity=sparsity,
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            weight_bytes=self.weight_bytes,
+            resident_bytes=report.resident_bytes,
+            skipped=decision == "skip",
+        )
+
+    def cut(self, step: int) -> CutRecord | None:
+        """Shrinks the model if the schedule says so."""
+        before = self.weight_bytes
+        cut = self.pruner.cut(step)
+        if cut is None:
+            return None
+        self.weight_bytes = self._weight_bytes()
+        return self._cut_record(cut, before)
+
+    def _accumulate(self, step: int, batch: torch.Tensor, supervised: int) -> float:
+        """Forward and backward of this rank's micro-batches; returns its part of the sum of token losses.
+
+        ZeRO-3 averages gradients over the ranks, so the loss is scaled by W to make their sum that of the batch.
+        """
+        total = 0.0
+        store = self.store
+        micro_batches = rank_micro_batches(batch, self.config.train.micro_batch_size, store.rank, store.world_size)
+        for i, indices in enumerate(micro_batches):
+            seed_draws(self.config.seed, step, i, store.rank)
+            input_ids = self.samples.input_ids[indices].long().to(store.device)
+            labels = self.samples.labels[indices].long().to(store.device)
+            loss = token_loss_sum(self.engine(input_ids=input_ids).logits, labels)
+            total += loss.item()
+            self.engine.backward(loss * (store.world_size / supervised), scale_wrt_gas=False)
+            del loss  # a live graph remembers the shapes before a cut
+            if i < len(micro_batches) - 1:
+                self.engine.step()  # not a boundary: only counts the micro-batch
+        return total
+
+    def _exchange(self, loss: float) -> _RankReport:
+        bad = self.store.nonfinite_layer()
+        mine = torch.tensor([loss, -1 if bad is None else bad, resident_bytes()], dtype=torch.float64)
+        rows = self.store.comm.all_gather(mine.to(self.store.device)).tolist()
+        return _RankReport(
+            loss=[row[0] for row in rows],
+            bad_layer=[None if row[1] < 0 else int(row[1]) for row in rows],
+            resident_bytes=[int(row[2]) for row in rows],
+        )
+
+    def _weight_bytes(self) -> list[int]:
+        return self.store.gather_values(storage_bytes(weight_tensors(self.engine)))
+
+    def _cut_record(self, cut: Cut, before: list[int]) -> CutRecord:
+        dense, shape = self.pruner.limits.dense, self.store.shape
+        return CutRecord(
+            step=cut.step,
+            target=cut.target,
+            reached=cut.reached,
+            removed_fraction=1 - shape.total_numel() / dense.total_numel(),
+            seconds=cut.seconds,
+            bytes_sent=sum(self.store.gather_values(cut.sent.bytes)),
+            weight_bytes_before=before,
+            weight_bytes_after=self.weight_bytes,
+            heads=[layer.heads for layer in shape.layers],
+            channels=[layer.channels for layer in shape.layers],
+        )

@@ -1,0 +1,43 @@
+"""fp16's loss scale, as pure functions: what to do with gradients that may have overflowed."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.errors import RunError
+
+Decision = Literal["update", "skip"]
+
+
+def unscale(gradient: Tensor, loss_scale: float) -> Tensor:
+    """The gradient of the unscaled loss. The criterion is not linear in it (gB·gA), so scores need it unscaled."""
+    return gradient if loss_scale == 1 else gradient / loss_scale
+
+
+def first_nonfinite(gradients: list[Tensor]) -> int | None:
+    """Index of the first tensor that holds an inf or a NaN; None if all are finite."""
+    return next((i for i, gradient in enumerate(gradients) if not torch.isfinite(gradient).all()), None)
+
+
+def decide(bad_layers: list[int | None], losses: list[float], *, dtype: str, step: int) -> Decision:
+    """Whether a step's gradients can be scored and applied, from what every rank found in its pieces.
+
+    In fp16 a non-finite gradient means that the loss scale was too high: the step is skipped and not scored.
+
+    Args:
+        bad_layers: per rank, the first layer with a non-finite LoRA gradient.
+        losses: per rank, its part of the loss.
+
+    Raises:
+        RunError: a loss is not finite, or a gradient is not and the dtype has no loss scale. Names layer and step.
+    """
+    for rank, loss in enumerate(losses):
+        if not torch.isfinite(torch.tensor(loss)):
+            raise RunError(f"step {step}: the loss is {loss} on rank {rank}")
+    found = [layer for layer in bad_layers if layer is not None]
+    if not found:
+        return "update"
+    if dtype == "float16":
+        return "skip"
+    raise RunError(f"step {step}: the LoRA gradient of layer {min(found)} is not finite")
