@@ -1,0 +1,48 @@
+"""Small JSON files that are either whole or not there, and always valid JSON."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.errors import UserError
+
+
+def finite(value: Any) -> Any:
+    """The same nested value with null for NaN and infinities, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one go: a reader, or a process killed here, sees the old text or the new one.
+
+    One writer only (rank 0). Not forced to the disk: it may be called on every step.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold one object.
+
+    Raises:
+        UserError: it cannot be read or is damaged; the message names the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it must hold a JSON object")
+    return value

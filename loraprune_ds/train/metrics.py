@@ -1,0 +1,124 @@
+"""Records on disk: metrics.jsonl for programs, TensorBoard for eyes."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.train.files import finite, write_text
+from loraprune_ds.train.records import KINDS, CutRecord, EvaluationRecord, Record, StepRecord
+
+KIND_OF = {record: kind for kind, record in KINDS.items()}
+
+
+class MetricsLog:
+    """Appends one JSON object per line and record: `{"kind": "step" | "cut" | "evaluation", ...}`.
+
+    Every line is flushed, so that a killed run keeps all but the line it was writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            write_text(path, _whole_lines(path))  # a killed process left half a line, and more would be glued to it
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        line = {"kind": KIND_OF[type(record)], **asdict(record)}
+        self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate_to(self, step: int) -> None:
+        """Drops the lines of later steps: a run resumed from the checkpoint of `step` writes them again.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        lines = (json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step)
+        write_text(self.path, "".join(lines))
+        self._file.close()  # it still points to the file that was replaced
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics.jsonl; `records.history_from` makes records of them.
+
+    Raises:
+        UserError: the file does not exist or a line is damaged; the message names the file and the line.
+    """
+    try:
+        lines = _whole_lines(path).splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _whole_lines(path: Path) -> str:
+    """The text up to its last newline: what follows is a line that a killed process did not finish."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1]
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        raise UserError(f"{where} is not valid JSON") from None
+    if not isinstance(value, dict) or value.get("kind") not in KINDS or not isinstance(value.get("step"), int):
+        raise UserError(f"{where} is damaged: it must hold an object with kind and step")
+    missing = KINDS[value["kind"]].__dataclass_fields__.keys() - value.keys()
+    if missing:
+        raise UserError(f"{where} is damaged: {', '.join(sorted(missing))} missing")
+    return value
+
+
+class TensorBoardLog:
+    """The same records as TensorBoard scalars, bytes of each rank as curves of their own."""
+
+    def __init__(self, folder: Path, resumed_from: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # half a second that runs without it need not pay
+
+        purge_step = None if resumed_from is None else resumed_from + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def write(self, record: Record) -> None:
+        for tag, value in _scalars(record).items():
+            self._writer.add_scalar(tag, value, record.step)
+        if not isinstance(record, StepRecord):
+            self._writer.flush()  # rare and worth seeing at once
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    match record:
+        case StepRecord():
+            scalars = {
+                "train/loss": record.loss,
+                "train/learning_rate": record.learning_rate,
+                "train/sparsity": record.sparsity,
+                "speed/tokens_per_second": record.tokens_per_second,
+                "speed/seconds_per_step": record.seconds,
+            }
+            if record.grad_norm is not None:
+                scalars["train/grad_norm"] = record.grad_norm
+            for rank, (weights, resident) in enumerate(zip(record.weight_bytes, record.resident_bytes, strict=True)):
+                scalars[f"weight_bytes/rank_{rank}"] = weights
+                scalars[f"resident_bytes/rank_{rank}"] = resident
+            return scalars
+        case CutRecord():
+            return {
+                "cut/target": record.target,
+                "cut/reached": record.reached,
+                "cut/removed_fraction": record.removed_fraction,
+                "cut/seconds": record.seconds,
+                "cut/bytes_sent": record.bytes_sent,
+            }
+        case EvaluationRecord():
+            return {f"perplexity/{record.name}": record.perplexity}

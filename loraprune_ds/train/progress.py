@@ -1,0 +1,149 @@
+"""What a person sees while it runs: one live line on a terminal, plain lines in a log file. Rank 0 only."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TextIO
+
+from tqdm import tqdm
+
+from loraprune_ds.train.records import CutRecord, EvaluationRecord, Record, StepRecord
+from loraprune_ds.train.units import format_bytes, format_clock, format_duration, format_percent, format_perplexity
+
+EVALUATED = {
+    "dense": "dense model",
+    "after_last_cut": "right after the last cut",
+    "pruned": "exported model",
+    "step": "held-out text",
+}
+
+
+class TimeLeft:
+    """Steps get faster with every cut, so only the latest ones count; a cut counts as part of the step before it."""
+
+    def __init__(self, window: int = 10) -> None:
+        self._recent: deque[float] = deque(maxlen=window)
+        self._warm = False
+
+    def add_step(self, seconds: float) -> None:
+        if not self._warm and self._recent:  # the first step compiles and allocates: forgotten once there is another
+            self._recent.clear()
+            self._warm = True
+        self._recent.append(seconds)
+
+    def add_cut(self, seconds: float) -> None:
+        if self._recent:
+            self._recent[-1] += seconds
+
+    def seconds(self, steps_left: int) -> float:
+        """0 before the first step, when nothing is known."""
+        return steps_left * sum(self._recent) / max(len(self._recent), 1)
+
+
+class Progress:
+    """Shows steps as they come; cuts, evaluations and notes get a line of their own.
+
+    Args:
+        steps: of the whole run.
+        first: steps that an earlier process of a resumed run has done.
+        stream: standard error unless given; a terminal gets the live line, anything else plain lines.
+        every_seconds: least time between two step lines that are not on a terminal.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        *,
+        first: int = 0,
+        stream: TextIO | None = None,
+        every_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.steps = steps
+        self._stream = sys.stderr if stream is None else stream
+        self._every_seconds = every_seconds
+        self._clock = clock
+        self._started = clock()
+        self._last_line: float | None = None
+        self._time_left = TimeLeft()
+        self._bar: tqdm | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=steps,
+                initial=first,
+                file=self._stream,
+                bar_format="{desc}  {bar:10}",  # last, so that a narrow terminal loses the bar before the numbers
+                dynamic_ncols=True,
+                miniters=1,
+            )
+            self._bar.set_description_str(f"step {first}/{steps}")
+
+    def write(self, record: Record) -> None:
+        match record:
+            case StepRecord():
+                self._step(record)
+            case CutRecord():
+                self._time_left.add_cut(record.seconds)
+                self.note(cut_line(record))
+            case EvaluationRecord():
+                self.note(evaluation_line(record))
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the live line if there is one."""
+        if self._bar is None:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+        else:
+            self._bar.write(text, file=self._stream)
+
+    def close(self) -> None:
+        """Ends the live line; it stays on the screen as it last was."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _step(self, record: StepRecord) -> None:
+        self._time_left.add_step(record.seconds)
+        if record.skipped:
+            self.note(f"step {record.step}  skipped: the fp16 gradients overflowed, the loss scale goes down")
+        if self._bar is not None:
+            self._bar.set_description_str(self._step_line(record), refresh=False)
+            self._bar.update(record.step - self._bar.n)
+        elif self._line_is_due(record.step):
+            self.note(self._step_line(record))
+
+    def _line_is_due(self, step: int) -> bool:
+        now = self._clock()
+        due = self._last_line is None or now - self._last_line >= self._every_seconds or step == self.steps
+        if due:
+            self._last_line = now
+        return due
+
+    def _step_line(self, record: StepRecord) -> str:
+        left = self._time_left.seconds(self.steps - record.step)
+        return "  ".join(
+            [
+                f"step {record.step:>{len(str(self.steps))}}/{self.steps}",
+                f"{format_clock(self._clock() - self._started)}, {format_clock(left)} left",
+                f"loss {record.loss:.3f}",
+                f"sparsity {format_percent(record.sparsity)}",
+                f"{record.tokens_per_second:,.0f} tok/s",
+                f"mem {format_bytes(max(record.resident_bytes))}",
+            ]
+        )
+
+
+def cut_line(cut: CutRecord) -> str:
+    """One line about a cut; weights are those of the fullest rank."""
+    before, after = (format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after))
+    return (
+        f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}) "
+        f"in {format_duration(cut.seconds)}, {format_bytes(cut.bytes_sent)} sent, weights per rank {before} → {after}"
+    )
+
+
+def evaluation_line(evaluation: EvaluationRecord) -> str:
+    return (
+        f"step {evaluation.step}  perplexity {format_perplexity(evaluation.perplexity)} "
+        f"({EVALUATED[evaluation.name]}, {evaluation.windows} windows)"
+    )

@@ -1,0 +1,55 @@
+"""Where a result comes from: versions, commit, hardware."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions, Python's, and the commit if this is a git checkout."""
+    return {name: _version(name) for name in PACKAGES} | {
+        "python": platform.python_version(),
+        "commit": commit(CHECKOUT),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit(checkout: Path) -> str | None:
+    """The commit, with `-dirty` if files were changed since; None where git or a checkout is missing.
+
+    Only a repository that begins right here counts: an installed copy may lie inside somebody else's.
+    """
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+def hardware(accelerator: str) -> dict[str, Any]:
+    """This machine (rank 0's): CPU model, the cores this process may use, and the accelerator's name."""
+    return {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "accelerator": accelerator}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

@@ -1,0 +1,131 @@
+"""report.json and kept_groups.json: what a run did and what came out of it, as data."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.train.files import read_json_object, write_json, write_text
+from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.train.records import CutRecord, History
+from loraprune_ds.zero.store import LayerKeep
+
+REPORT_FILE = "report.json"
+KEPT_GROUPS_FILE = "kept_groups.json"
+
+
+def make_report(
+    config: RunConfig,
+    history: History,
+    *,
+    dense: ModelShape,
+    pruned: ModelShape,
+    world_size: int,
+    peak_memory_bytes: list[int],
+    accelerator: str,
+    resumed_from: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Everything report.json holds.
+
+    Args:
+        peak_memory_bytes: most memory each rank has used: (world_size,).
+        accelerator: name of the device the ranks ran on.
+        resumed_from: the steps at which the run was taken up again.
+    """
+    first_cut, last_cut = (history.cuts[0].step, history.cuts[-1].step) if history.cuts else (None, None)
+    return {
+        "params": _parameters(dense, pruned),
+        "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
+        "world_size": world_size,
+        "steps": history.steps[-1].step if history.steps else 0,
+        "prune_steps": [_prune_step(cut) for cut in history.cuts],
+        "seconds_per_step": {
+            "before": _seconds_per_step(history, resumed_from, last=first_cut),
+            "after": None if last_cut is None else _seconds_per_step(history, resumed_from, after=last_cut),
+        },
+        "resident_bytes": {
+            "before": _resident_bytes(history, first_cut),
+            "after": _resident_bytes(history, None) if last_cut is not None else None,
+        },
+        "peak_memory_bytes": peak_memory_bytes,
+        "seed": config.seed,
+        "resumed_from": list(resumed_from),
+        "versions": versions(),
+        "hardware": hardware(accelerator),
+        "config": config.to_dict(),
+    }
+
+
+def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
+    """Each tensor once, tied ones once, no LoRA. `linear_*`: the decoder layers', which `prune.ratio` is about."""
+    return {
+        "dense": dense.total_numel(),
+        "pruned": pruned.total_numel(),
+        "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
+        "linear_dense": dense.linear_numel(),
+        "linear_pruned": pruned.linear_numel(),
+    }
+
+
+def _prune_step(cut: CutRecord) -> dict[str, Any]:
+    return {
+        "step": cut.step,
+        "target": cut.target,
+        "reached": cut.reached,
+        "removed_fraction": cut.removed_fraction,
+        "seconds": cut.seconds,
+        "bytes_sent": cut.bytes_sent,
+        "weight_bytes_before": cut.weight_bytes_before,
+        "weight_bytes_after": cut.weight_bytes_after,
+    }
+
+
+def _seconds_per_step(
+    history: History, resumed_from: Sequence[int], *, after: int = 0, last: int | None = None
+) -> float | None:
+    """Median over the steps in (after, last]; None when there are none.
+
+    The first step of every process is a warm-up, and a skipped one updates nothing: neither counts.
+    """
+    warm_up = {1, *(step + 1 for step in resumed_from)}
+    times = [
+        s.seconds
+        for s in history.steps
+        if s.step > after and (last is None or s.step <= last) and s.step not in warm_up and not s.skipped
+    ]
+    return statistics.median(times) if times else None
+
+
+def _resident_bytes(history: History, last: int | None) -> list[int] | None:
+    """Memory in use on every rank at the latest step up to `last`: (world_size,)."""
+    return next((s.resident_bytes for s in reversed(history.steps) if last is None or s.step <= last), None)
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    write_json(folder / REPORT_FILE, report)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Raises UserError, naming the file, when it is missing or damaged."""
+    return read_json_object(folder / REPORT_FILE)
+
+
+def write_kept_groups(folder: Path, kept: Sequence[LayerKeep], dense: ModelShape) -> None:
+    """Per layer, the indices into the dense model's groups that are left, and how many it had; one line a layer.
+
+    `heads` are key-value heads, with all query heads that read them. The same input gives the same bytes.
+    """
+    layers = [
+        {
+            "heads": keep.heads.tolist(),
+            "heads_dense": layer.heads,
+            "channels": keep.channels.tolist(),
+            "channels_dense": layer.channels,
+        }
+        for keep, layer in zip(kept, dense.layers, strict=True)
+    ]
+    lines = ",\n".join(json.dumps(layer, sort_keys=True) for layer in layers)
+    write_text(folder / KEPT_GROUPS_FILE, f'{{"layers": [\n{lines}\n]}}\n')

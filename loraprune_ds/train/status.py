@@ -1,0 +1,52 @@
+"""status.json: what a run is doing, for people, scripts and the next start in the same folder."""
+
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, get_args
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.train.files import read_json_object, write_json
+
+State = Literal["running", "stopped", "finished", "failed"]
+STATUS_FILE = "status.json"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of a run: `step` of `steps` optimizer steps are done. `error` is the one line a failed run ended with.
+
+    A killed process cannot say so: "running" with an old `updated` (UTC, ISO 8601) means that.
+    """
+
+    state: State
+    step: int
+    steps: int
+    error: str | None = None
+    updated: str = field(default_factory=_now)
+
+
+def write_status(folder: Path, status: Status) -> None:
+    write_json(folder / STATUS_FILE, asdict(status))
+
+
+def read_status(folder: Path) -> Status | None:
+    """The status of the run in this folder; None when there is none.
+
+    Raises:
+        UserError: status.json is damaged; the message names it.
+    """
+    path = folder / STATUS_FILE
+    if not path.exists():
+        return None
+    raw = read_json_object(path)
+    if raw.get("state") not in get_args(State):
+        raise UserError(f"{path} is damaged: state is {raw.get('state')!r}, not one of {', '.join(get_args(State))}")
+    for key, kind in (("step", int), ("steps", int), ("updated", str), ("error", str | None)):
+        if not isinstance(raw.get(key), kind):
+            raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
+    return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"])

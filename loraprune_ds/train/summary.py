@@ -1,0 +1,114 @@
+"""The table a person reads when a run is over."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.train.units import format_bytes, format_count, format_duration, format_percent, format_perplexity
+
+RESULTS = (
+    ("model", "Hugging Face checkpoint, smaller and dense, LoRA merged in"),
+    ("report.json", "these numbers and more, with versions and config"),
+    ("kept_groups.json", "the heads and channels that every layer kept"),
+    ("kept_groups.png", "the same as a picture"),
+    ("training.png", "loss, sparsity, speed and memory over the steps"),
+    ("metrics.jsonl", "every step, cut and evaluation"),
+    ("tensorboard", "the same as curves, for tensorboard --logdir"),
+)
+Row = tuple[str, str, str, str]
+
+
+def summary_table(report: dict[str, Any], folder: Path) -> str:
+    """Plain ASCII, at most 100 columns (but for a long folder name); `report` is what report.json holds."""
+    rows: list[Row] = [("", "dense", "pruned", ""), *_size_rows(report), *_quality_rows(report), *_speed_rows(report)]
+    cuts, ranks = len(report["prune_steps"]), report["world_size"]
+    title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
+    return "\n".join([title, "", *_aligned(rows), "", *_results(folder)]) + "\n"
+
+
+def _size_rows(report: dict[str, Any]) -> list[Row]:
+    params, cuts = report["params"], report["prune_steps"]
+    target = f" (target {format_percent(cuts[-1]['target'])})" if cuts else ""
+    linear_removed = 1 - params["linear_pruned"] / params["linear_dense"]
+    return [
+        (
+            "parameters, whole model",
+            format_count(params["dense"]),
+            format_count(params["pruned"]),
+            f"{format_percent(params['removed_fraction'])} removed",
+        ),
+        (
+            "  linear layers of the decoder",
+            format_count(params["linear_dense"]),
+            format_count(params["linear_pruned"]),
+            f"{format_percent(linear_removed)} removed{target}",
+        ),
+    ]
+
+
+def _quality_rows(report: dict[str, Any]) -> list[Row]:
+    perplexity = report["perplexity"]
+    after_cut = perplexity["after_last_cut"]
+    return [
+        (
+            "perplexity, held-out text",
+            format_perplexity(perplexity["dense"]),
+            format_perplexity(perplexity["pruned"]),
+            "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut",
+        )
+    ]
+
+
+def _speed_rows(report: dict[str, Any]) -> list[Row]:
+    seconds, cuts, resident = report["seconds_per_step"], report["prune_steps"], report["resident_bytes"]
+    before = max(cuts[0]["weight_bytes_before"]) if cuts else None
+    after = max(cuts[-1]["weight_bytes_after"]) if cuts else None
+    return [
+        (
+            "time per step",
+            "-" if seconds["before"] is None else format_duration(seconds["before"]),
+            "-" if seconds["after"] is None else format_duration(seconds["after"]),
+            _speed_up(seconds["before"], seconds["after"]),
+        ),
+        _bytes_row("weights per rank", before, after),
+        _bytes_row("memory in use per rank", *(max(resident[k]) if resident[k] else None for k in ("before", "after"))),
+    ]
+
+
+def _bytes_row(name: str, before: int | None, after: int | None) -> Row:
+    note = "" if before is None or after is None else _change(after / before - 1)
+    return (name, _or_dash(before), _or_dash(after), note)
+
+
+def _or_dash(count: int | None) -> str:
+    return "-" if count is None else format_bytes(count)
+
+
+def _change(fraction: float) -> str:
+    return f"{format_percent(abs(fraction))} {'less' if fraction <= 0 else 'more'}"
+
+
+def _speed_up(before: float | None, after: float | None) -> str:
+    if not before or not after:
+        return ""
+    return f"{before / after:.2f}x faster" if before >= after else f"{after / before:.2f}x slower"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _aligned(rows: list[Row]) -> Iterable[str]:
+    """Names to the left, the two columns of numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for name, before, after, note in rows:
+        yield f"{name:<{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}   {note}".rstrip()
+
+
+def _results(folder: Path) -> Iterable[str]:
+    """What is in the folder; the rest may be switched off or not made yet."""
+    yield f"results in {folder}"
+    for name, what in RESULTS:
+        path = folder / name
+        if path.exists():
+            yield f"  {name + ('/' if path.is_dir() else ''):<17} {what}"

@@ -1,0 +1,51 @@
+"""Numbers as a person reads them."""
+
+import math
+
+
+def format_count(count: float) -> str:
+    """134515008 -> '134.5 M'."""
+    return _scaled(count, ("", " k", " M", " B", " T"))
+
+
+def format_bytes(count: float) -> str:
+    """Decimal units: 134515008 -> '134.5 MB'."""
+    return _scaled(count, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def format_duration(seconds: float) -> str:
+    """0.4231 -> '0.42 s', 75 -> '1 min 15 s', 7500 -> '2 h 05 min'."""
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    if seconds < 3599.5:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def format_clock(seconds: float) -> str:
+    """75 -> '1:15', 7500 -> '2:05:00'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_percent(fraction: float) -> str:
+    """0.2475 -> '24.8 %'."""
+    return f"{100 * fraction:.1f} %"
+
+
+def format_perplexity(perplexity: float | None) -> str:
+    """Four digits or so; a model that fell apart has values that only powers of ten can show."""
+    if perplexity is None or not math.isfinite(perplexity):
+        return "-" if perplexity is None else "not finite"
+    return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.2e}"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if abs(value) < 999.95:
+            return f"{value:.0f}{unit}" if unit == units[0] else f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.1f}{units[-1]}"

@@ -1,0 +1,198 @@
+"""report.json, kept_groups.json and the final table say what the records say."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.train.provenance import commit
+from loraprune_ds.train.records import EvaluationRecord, History
+from loraprune_ds.train.report import make_report, read_report, write_kept_groups, write_report
+from loraprune_ds.train.summary import summary_table
+from loraprune_ds.train.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
+from loraprune_ds.zero.store import LayerKeep
+from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
+
+
+def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str, Any]:
+    return make_report(
+        RunConfig(output_dir="runs/x", seed=7),
+        history,
+        dense=DENSE,
+        pruned=PRUNED,
+        world_size=2,
+        peak_memory_bytes=[11, 12],
+        accelerator="cpu",
+        resumed_from=resumed_from,
+    )
+
+
+def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
+    write_report(tmp_path, report_of(small_run(), resumed_from=(5,)))
+    report = read_report(tmp_path)
+    # By hand: embedding 100·64, norms 64·(2·3 + 1); a head 8·64·(2 + 1 + 1 + 2), a channel 3·64.
+    dense = 6400 + 448 + 3 * (4 * 3072 + 96 * 192)
+    pruned = dense - 3 * 3072 - (56 + 46) * 192
+    assert report["params"]["dense"] == dense
+    assert report["params"]["pruned"] == pruned
+    assert report["params"]["removed_fraction"] == 1 - pruned / dense  # unrounded, through JSON too
+    assert report["perplexity"] == {"dense": 51.59, "after_last_cut": 103.2, "pruned": 74.23}
+    assert (report["world_size"], report["steps"], report["seed"]) == (2, 10, 7)
+    assert report["resumed_from"] == [5]
+    assert report["peak_memory_bytes"] == [11, 12]
+    assert report["prune_steps"][1] == {
+        "step": 6,
+        "target": pytest.approx(0.3),
+        "reached": 0.297,
+        "removed_fraction": 0.297 * 0.8,
+        "seconds": 1.234,
+        "bytes_sent": 3_400_000,
+        "weight_bytes_before": [101_200_000, 101_199_900],
+        "weight_bytes_after": [90_000_000, 89_999_900],
+    }
+    assert {"torch", "deepspeed", "transformers", "peft", "python", "loraprune_ds", "commit"} <= set(report["versions"])
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["hardware"]["accelerator"] == "cpu"
+    assert report["config"]["prune"]["ratio"] == 0.5
+
+
+def test_seconds_per_step_are_medians_without_warm_up() -> None:
+    """Before: steps 2 to 4 (the cut follows step 4), not the warm-up of 9 s. After: steps 7 to 10."""
+    assert report_of(small_run())["seconds_per_step"] == {"before": 2.0, "after": 1.0}
+
+
+def test_the_first_step_after_a_resume_is_a_warm_up_too() -> None:
+    history = History(
+        steps=[step_record(i, seconds=s) for i, s in enumerate([9.0, 2.0, 8.0, 2.0, 1.0], start=1)],
+        cuts=[cut_record(4, before=2000, after=1000, reached=0.2)],
+    )
+    assert report_of(history, resumed_from=(2,))["seconds_per_step"] == {"before": 2.0, "after": 1.0}
+    assert report_of(history, resumed_from=(2, 4))["seconds_per_step"]["after"] is None
+
+
+def test_skipped_steps_do_not_count() -> None:
+    history = History(steps=[step_record(1), step_record(2, seconds=0.1, skipped=True), step_record(3, seconds=2.0)])
+    assert report_of(history)["seconds_per_step"] == {"before": 2.0, "after": None}
+
+
+def test_memory_in_use_is_that_of_the_last_step_before_and_after() -> None:
+    assert report_of(small_run())["resident_bytes"] == {
+        "before": [4_999_999_996, 5_099_999_996],
+        "after": [4_999_999_990, 5_099_999_990],
+    }
+
+
+def test_a_run_without_anything_still_has_a_report_and_a_table(tmp_path: Path) -> None:
+    report = report_of(History())
+    assert report["seconds_per_step"] == {"before": None, "after": None}
+    assert report["prune_steps"] == []
+    assert "0 steps, 0 cuts, 2 ZeRO-3 ranks" in summary_table(report, tmp_path)
+
+
+def test_a_perplexity_that_is_not_finite_is_valid_json(tmp_path: Path) -> None:
+    write_report(tmp_path, report_of(History(evaluations=[EvaluationRecord(0, "dense", math.inf, 1, 1)])))
+    assert read_report(tmp_path)["perplexity"]["dense"] is None
+
+
+def test_a_damaged_report_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"params"')
+    with pytest.raises(UserError, match=r"report\.json cannot be read"):
+        read_report(tmp_path)
+
+
+def keep(heads: list[int], channels: list[int]) -> LayerKeep:
+    return LayerKeep(torch.tensor(heads), torch.tensor(channels))
+
+
+def test_kept_groups_are_indices_into_the_dense_model_and_stable(tmp_path: Path) -> None:
+    kept = [keep([0, 1, 2, 3], [0, 5]), keep([2], [95]), keep([1, 3], [7])]
+    write_kept_groups(tmp_path, kept, DENSE)
+    text = (tmp_path / "kept_groups.json").read_text()
+    assert json.loads(text)["layers"][1] == {"heads": [2], "heads_dense": 4, "channels": [95], "channels_dense": 96}
+    assert len(text.splitlines()) == 3 + 2  # a line per layer
+    write_kept_groups(tmp_path / "again", kept, DENSE)
+    assert (tmp_path / "again" / "kept_groups.json").read_bytes() == text.encode()
+
+
+def test_kept_groups_need_every_layer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        write_kept_groups(tmp_path, [keep([0], [0])], DENSE)
+
+
+def test_the_table_says_it_all_within_100_columns(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    write_report(tmp_path, report_of(small_run()))
+    table = summary_table(read_report(tmp_path), tmp_path)
+    table.encode("ascii")
+    numbers, _, results = table.partition(f"results in {tmp_path}\n")
+    assert max(len(line) for line in table.splitlines() if str(tmp_path) not in line) <= 100
+    assert [line.rstrip() for line in numbers.splitlines()] == [
+        "10 steps, 2 cuts, 2 ZeRO-3 ranks",
+        "",
+        "                                   dense   pruned",
+        "parameters, whole model           99.0 k   70.2 k   29.1 % removed",
+        "  linear layers of the decoder    92.2 k   63.4 k   31.2 % removed (target 30.0 %)",
+        "perplexity, held-out text          51.59    74.23   103.20 right after the last cut",
+        "time per step                     2.00 s   1.00 s   2.00x faster",
+        "weights per rank                134.5 MB  90.0 MB   33.1 % less",
+        "memory in use per rank            5.1 GB   5.1 GB   0.0 % less",
+        "",
+    ]
+    assert [line.split()[0] for line in results.splitlines()] == ["model/", "report.json"]  # only what is there
+
+
+def test_a_slower_and_larger_result_is_said_so(tmp_path: Path) -> None:
+    report = report_of(small_run())
+    report["seconds_per_step"] = {"before": 1.0, "after": 1.25}
+    report["resident_bytes"] = {"before": [100], "after": [110]}
+    table = summary_table(report, tmp_path)
+    assert "1.25x slower" in table
+    assert "10.0 % more" in table
+
+
+def test_commit_is_read_only_from_a_checkout_of_its_own(tmp_path: Path) -> None:
+    inside = tmp_path / "somebody" / "site-packages"
+    inside.mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert commit(tmp_path) == head
+    assert commit(inside) is None
+
+
+def test_commit_is_none_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    assert commit(tmp_path) is None  # not a repository
+    monkeypatch.setenv("PATH", "")
+    assert commit(tmp_path) is None  # no git
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (format_count(999), "999"),
+        (format_count(134_515_008), "134.5 M"),
+        (format_count(999_960), "1.0 M"),
+        (format_bytes(512), "512 B"),
+        (format_bytes(3_400_000), "3.4 MB"),
+        (format_bytes(2.5e18), "2500.0 PB"),
+        (format_duration(0.4231), "0.42 s"),
+        (format_duration(12.34), "12.3 s"),
+        (format_duration(59.97), "1 min 00 s"),
+        (format_duration(7500), "2 h 05 min"),
+        (format_clock(59.6), "1:00"),
+        (format_clock(7500), "2:05:00"),
+        (format_perplexity(None), "-"),
+        (format_perplexity(math.nan), "not finite"),
+        (format_perplexity(2.5e7), "2.50e+07"),
+    ],
+)
+def test_units(text: str, expected: str) -> None:
+    assert text == expected
