@@ -53,7 +53,7 @@ def start_deepspeed(rank: int, world_size: int, folder: Path) -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     # Otherwise it compiles an all-reduce that only its inference uses: half a minute, in a cache that all checkouts
     # share, where a build cut short by a killed worker leaves a lock that every later one waits for.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
     deepspeed.init_distributed(
         dist_backend="gloo",
         auto_mpi_discovery=False,
