@@ -13,7 +13,6 @@ from loraprune_ds.train.pictures import draw_kept_groups, draw_training
 from loraprune_ds.train.records import EvaluationRecord, History
 from tests.unit.run_records import DENSE, PRUNED, small_run, step_record
 
-
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib only warns when a layout collapses
 
 
