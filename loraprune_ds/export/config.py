@@ -1,0 +1,160 @@
+"""config.json of a pruned model: stock wherever a stock class can hold the shape, readable by transformers 4 and 5."""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from loraprune_ds.model.shapes import ModelShape
+
+CAUSAL_LM = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "pruned_llama": "PrunedLlamaForCausalLM",
+    "pruned_mistral": "PrunedMistralForCausalLM",
+}
+
+# Keys of the source that say something about its files, its own pruning or its family's options, not about this model.
+DROPPED = {
+    "_name_or_path",
+    "auto_map",
+    "attention_bias",
+    "mlp_bias",
+    "per_layer_config",
+    "pretraining_tp",
+    "quantization_config",
+    "sliding_window",
+}
+# What transformers assumes where config.json is silent, for keys on which the Llama and Mistral classes differ.
+DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
+DEFAULT_SLIDING_WINDOW = 4096  # of MistralConfig
+DEFAULT_ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class ExportedConfig:
+    """How a pruned model is described on disk.
+
+    Attributes:
+        config: the contents of config.json.
+        modelling_file: file of loraprune_ds/model that has to lie beside the weights; None for a stock model.
+        renamed: the model type is not the source's.
+    """
+
+    config: dict[str, Any]
+    modelling_file: str | None
+    renamed: bool
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether transformers must be told to run the file in the folder."""
+        return self.modelling_file is not None
+
+    @property
+    def loader(self) -> str:
+        """The line of Python that loads the checkpoint from `folder`."""
+        trust = ", trust_remote_code=True" if self.trust_remote_code else ""
+        return f'AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})'
+
+
+def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> ExportedConfig:
+    """Describes a model of the source's family with the sizes of `shape`, its weights stored as `dtype` ("bfloat16").
+
+    Uniform layers stay a stock model. transformers 5 refuses a Llama whose head count does not divide hidden_size;
+    Mistral's class has the same mathematics and no such check, but no biases, so with biases the shipped file remains.
+
+    Args:
+        source: config.json of the model that was pruned; may itself be the config of a pruned export.
+    """
+    model_type = _model_type(shape)
+    renamed = model_type != shape.model_type
+    config = {key: value for key, value in source.items() if key not in DROPPED}
+    config |= _sizes(shape) | _rope(source) | _family_options(source, shape, model_type)
+    config |= {
+        "architectures": [CAUSAL_LM[model_type]],
+        "model_type": model_type,
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        "torch_dtype": dtype,  # the name up to transformers 4.55
+        "dtype": dtype,
+        # AutoTokenizer suspects every mistral checkpoint without a version of an old tokenizer bug, and warns.
+        "transformers_version": version("transformers"),
+    }
+    if not model_type.startswith("pruned_"):
+        return ExportedConfig(config, None, renamed)
+    module = f"modeling_{model_type}"
+    causal_lm = CAUSAL_LM[model_type]
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.{causal_lm.replace('ForCausalLM', 'Config')}",
+        "AutoModel": f"{module}.{causal_lm.replace('ForCausalLM', 'Model')}",  # vLLM builds the model through this one
+        "AutoModelForCausalLM": f"{module}.{causal_lm}",
+    }
+    return ExportedConfig(config, f"{module}.py", renamed)
+
+
+def _model_type(shape: ModelShape) -> str:
+    family = _family(shape)
+    if not shape.is_uniform:
+        return f"pruned_{family}"
+    query_heads = shape.layers[0].heads * shape.queries_per_group
+    if family == "mistral" or shape.hidden_size % query_heads == 0:
+        return family
+    return "pruned_llama" if shape.attention_bias or shape.mlp_bias else "mistral"
+
+
+def _family(shape: ModelShape) -> str:
+    return shape.model_type.removeprefix("pruned_")
+
+
+def _sizes(shape: ModelShape) -> dict[str, Any]:
+    """Global sizes, of the widest layer so that whoever reads only these never reserves too little, and layers' own."""
+    heads = max(layer.heads for layer in shape.layers)
+    sizes: dict[str, Any] = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": len(shape.layers),
+        "head_dim": shape.head_dim,
+        **_layer_sizes(heads, max(layer.channels for layer in shape.layers), shape),
+    }
+    if not shape.is_uniform:
+        per_layer = enumerate(shape.layers)
+        sizes["per_layer_config"] = {str(i): _layer_sizes(x.heads, x.channels, shape) for i, x in per_layer}
+    return sizes
+
+
+def _layer_sizes(heads: int, channels: int, shape: ModelShape) -> dict[str, int]:
+    return {
+        "num_attention_heads": heads * shape.queries_per_group,
+        "num_key_value_heads": heads,
+        "intermediate_size": channels,
+    }
+
+
+def _rope(source: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings under the names of transformers 4 and of transformers 5.
+
+    4 reads rope_theta and rope_scaling and silently ignores rope_parameters; 5 prefers a rope_scaling that is not
+    null, completes it with rope_theta, and otherwise reads rope_parameters.
+    """
+    given = dict(source.get("rope_scaling") or source.get("rope_parameters") or {})
+    theta = given.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
+    legacy_type = given.pop("type", None)
+    rope_type = given.pop("rope_type", None) or legacy_type or "default"
+    scaling = {"rope_type": rope_type, **given}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None if rope_type == "default" else scaling,
+        "rope_parameters": scaling | {"rope_theta": theta},
+    }
+
+
+def _family_options(source: dict[str, Any], shape: ModelShape, model_type: str) -> dict[str, Any]:
+    family = _family(shape)
+    options: dict[str, Any] = {
+        "max_position_embeddings": source.get("max_position_embeddings", DEFAULT_POSITIONS[family])
+    }
+    if family == "mistral":
+        options["sliding_window"] = source.get("sliding_window", DEFAULT_SLIDING_WINDOW)
+    elif model_type == "mistral":  # a Llama in Mistral's class
+        options["sliding_window"] = None
+    else:
+        options |= {"attention_bias": shape.attention_bias, "mlp_bias": shape.mlp_bias}
+    return options

@@ -1,0 +1,72 @@
+"""A pruned model as a Hugging Face checkpoint: merged weights, shard by shard, in a folder that appears whole or not.
+
+rank 0  staging = begin(out)
+each    write_shard(staging, ...)             (shards.py; shard k by rank k % world size)
+rank 0  write_index(staging, ...); finish_folder(staging, ...); publish(staging, out)
+"""
+
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.export.config import ExportedConfig
+from loraprune_ds.export.model_card import ModelCard, write_model_card
+from loraprune_ds.export.tokenizer import copy_tokenizer, has_tokenizer, pin_tokenizer
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """W + scaling·B·A, computed in fp32 and rounded once, to `dtype`.
+
+    Args:
+        weight: (out_features, in_features).
+        lora_a: (r, in_features), preferably the fp32 master.
+        lora_b: (out_features, r), likewise.
+        scaling: lora_alpha / r.
+    """
+    return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scaling).to(dtype)
+
+
+def begin(out: Path) -> Path:
+    """Makes the empty folder the export is built in, a dot-named sibling of `out`; a crashed attempt's is replaced.
+
+    Raises:
+        UserError: `out` is there already and not an empty folder.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
+    staging = out.with_name(f".{out.name}.partial")
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def finish_folder(folder: Path, exported: ExportedConfig, source: Path, card: ModelCard) -> None:
+    """Writes all but the weights: tokenizer and generation settings of `source`, config, modelling file, card."""
+    copy_tokenizer(source, folder)
+    if exported.renamed and has_tokenizer(folder):
+        pin_tokenizer(source, folder)
+    if not (folder / "generation_config.json").is_file():
+        ids = {key: value for key, value in exported.config.items() if key in TOKEN_IDS}
+        _write_json(folder / "generation_config.json", ids)
+    _write_json(folder / "config.json", exported.config)
+    if exported.modelling_file:
+        code = resources.files("loraprune_ds.model").joinpath(exported.modelling_file).read_text(encoding="utf-8")
+        (folder / exported.modelling_file).write_text(code, encoding="utf-8")
+    write_model_card(folder, card, exported)
+
+
+def publish(staging: Path, out: Path) -> None:
+    """Gives the finished export its name, in one step."""
+    staging.rename(out)
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

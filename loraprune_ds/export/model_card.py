@@ -1,0 +1,122 @@
+"""README.md of an exported checkpoint: what was cut, what it cost, how to load it."""
+
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from loraprune_ds.export.config import ExportedConfig
+from loraprune_ds.model.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the README says.
+
+    Attributes:
+        base_model: name of the dense model, not a path of this machine.
+        dense, pruned: sizes before and after.
+        criterion, ranking: as in the run config.
+        data: what it was tuned on.
+        steps: optimizer steps of the recovery training.
+        perplexity_data: what perplexity was measured on, and how.
+        perplexity_dense, perplexity_pruned: None if they were not measured.
+    """
+
+    base_model: str
+    dense: ModelShape
+    pruned: ModelShape
+    criterion: str
+    ranking: str
+    data: str
+    steps: int
+    perplexity_data: str
+    perplexity_dense: float | None
+    perplexity_pruned: float | None
+
+
+TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- pruned
+- loraprune
+---
+
+# {base_model}, pruned
+
+A structurally pruned, smaller dense model: attention heads and MLP channels were removed while LoRA was tuned, and the
+LoRA weights are merged. Made with loraprune_ds. The licence of {base_model} applies.
+
+| | dense | pruned | removed |
+|---|---|---|---|
+| parameters (all, each once) | {dense_total:,} | {pruned_total:,} | {removed_total:.2%} |
+| of these in the decoder layers' linears | {dense_linear:,} | {pruned_linear:,} | {removed_linear:.2%} |
+| perplexity | {perplexity_dense} | {perplexity_pruned} | |
+
+- Perplexity on: {perplexity_data}
+- Tuned on: {data}, {steps:,} optimizer steps
+- Chosen by: criterion `{criterion}`, ranking `{ranking}`
+- Weights: {dtype}, head size {head_dim}
+
+| layers | query heads | key-value heads | MLP channels |
+|---|---|---|---|
+{layers}
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+model = {loader}
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+```
+{remark}"""
+
+REMARK = """
+The layers differ in size, or have sizes no stock class takes: `{file}` in this folder describes them to transformers
+(4.57 or newer), and `trust_remote_code=True` allows it to run. It holds no weights and imports only torch and
+transformers.
+"""
+
+
+def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
+    """Writes README.md of the checkpoint in `folder`."""
+    dense, pruned = card.dense, card.pruned
+    text = TEMPLATE.format(
+        base_model=card.base_model,
+        dense_total=dense.total_numel(),
+        pruned_total=pruned.total_numel(),
+        removed_total=1 - pruned.total_numel() / dense.total_numel(),
+        dense_linear=dense.linear_numel(),
+        pruned_linear=pruned.linear_numel(),
+        removed_linear=1 - pruned.linear_numel() / dense.linear_numel(),
+        perplexity_dense=_perplexity(card.perplexity_dense),
+        perplexity_pruned=_perplexity(card.perplexity_pruned),
+        perplexity_data=card.perplexity_data,
+        data=card.data,
+        steps=card.steps,
+        criterion=card.criterion,
+        ranking=card.ranking,
+        dtype=exported.config["dtype"],
+        head_dim=pruned.head_dim,
+        layers="\n".join(_layer_rows(pruned)),
+        loader=exported.loader,
+        trust=", trust_remote_code=True" if exported.trust_remote_code else "",
+        remark=REMARK.format(file=exported.modelling_file) if exported.trust_remote_code else "",
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _perplexity(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f}"
+
+
+def _layer_rows(shape: ModelShape) -> list[str]:
+    """One table row for each stretch of equal layers."""
+    rows = []
+    for layer, run in groupby(range(len(shape.layers)), key=lambda i: shape.layers[i]):
+        first, *rest = run
+        span = f"{first}–{rest[-1]}" if rest else f"{first}"
+        rows.append(f"| {span} | {layer.heads * shape.queries_per_group} | {layer.heads} | {layer.channels} |")
+    return rows

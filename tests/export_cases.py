@@ -1,0 +1,210 @@
+"""Tiny random models, cut with plain index_select: what an exported checkpoint has to reproduce.
+
+The cut is written here a second time, from the architecture alone, so that the tests share nothing with the package's.
+"""
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from loraprune_ds.export.config import ExportedConfig, export_config
+from loraprune_ds.export.huggingface import begin, finish_folder, publish
+from loraprune_ds.export.model_card import ModelCard
+from loraprune_ds.export.shards import shard_count, write_index, write_shard
+from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+
+VOCAB = 400
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 5000.0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense model and how many (kv heads, channels) each layer keeps."""
+
+    name: str
+    family: str
+    sizes: dict[str, Any]
+    keep: list[tuple[int, int]]
+    becomes: str  # model_type of the export
+    dtype: str = "float32"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MHA = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8, "intermediate_size": 37}
+# head_dim is not hidden_size / heads; 9 of the 12 query heads do not divide hidden_size.
+GQA = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 53}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+TIED = {"tie_word_embeddings": True}
+
+CASES = [
+    Case("mha", "llama", MHA, [(4, 21)] * 3, "llama"),
+    Case("gqa_tied", "llama", GQA, [(2, 31)] * 3, "llama", options=TIED),
+    Case("biases", "llama", GQA, [(2, 31)] * 3, "llama", options=BIASES),
+    Case("stand_in", "llama", GQA, [(3, 31)] * 3, "mistral", options=TIED | {"rope_parameters": LINEAR}),
+    Case("biases_odd_heads", "llama", GQA, [(3, 31)] * 3, "pruned_llama", options=BIASES),
+    Case("layers_mha_tied", "llama", MHA, [(5, 37), (1, 1), (5, 20)], "pruned_llama", options=TIED),
+    Case(
+        "layers_gqa_biases",
+        "llama",
+        GQA,
+        [(3, 53), (1, 17), (2, 40)],
+        "pruned_llama",
+        options=BIASES | {"rope_parameters": LLAMA3},
+    ),
+    Case("layers_bf16", "llama", GQA, [(4, 53), (1, 17), (2, 40)], "pruned_llama", dtype="bfloat16"),
+    Case("window", "mistral", GQA, [(3, 31)] * 3, "mistral", options={"sliding_window": 5}),
+    Case("layers_window", "mistral", GQA, [(3, 53), (1, 17), (4, 40)], "pruned_mistral", options={"sliding_window": 5}),
+    Case(
+        "layers_no_window",
+        "mistral",
+        MHA,
+        [(5, 37), (1, 9), (5, 20)],
+        "pruned_mistral",
+        options={"sliding_window": None},
+    ),
+]
+
+
+def dense_model(case: Case) -> PreTrainedModel:
+    """The random dense model, fp32; biases and norms are random too, so that losing one shows."""
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }[case.family]
+    options = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}} | case.options
+    config = config_class(
+        **case.sizes,
+        **options,
+        vocab_size=VOCAB,
+        num_hidden_layers=len(case.keep),
+        max_position_embeddings=64,
+        architectures=[model_class.__name__],
+        dtype=case.dtype,
+    )
+    model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(len(case.name))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.2 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(1 + noise if "norm" in name else noise)
+    return model
+
+
+def kept_groups(case: Case) -> list[tuple[list[int], list[int]]]:
+    """Per layer: the kept key-value heads and channels, indices into the dense model in ascending order."""
+    draw = random.Random(case.name)
+    heads, channels = case.sizes["num_key_value_heads"], case.sizes["intermediate_size"]
+    return [(sorted(draw.sample(range(heads), h)), sorted(draw.sample(range(channels), c))) for h, c in case.keep]
+
+
+def widths(case: Case) -> tuple[int, int]:
+    """(query columns, key-value columns) of one head group."""
+    head_dim = case.sizes["head_dim"]
+    return case.sizes["num_attention_heads"] // case.sizes["num_key_value_heads"] * head_dim, head_dim
+
+
+def columns(groups: list[int], width: int) -> Tensor:
+    return torch.tensor([group * width + i for group in groups for i in range(width)])
+
+
+def cut(model: PreTrainedModel, case: Case) -> PreTrainedModel:
+    """A copy of the dense model in which each layer holds only its kept groups, still of the stock class."""
+    model = copy.deepcopy(model)
+    query_width, key_width = widths(case)
+    for layer, (heads, channels) in zip(model.get_submodule("model.layers").children(), kept_groups(case), strict=True):
+        queries, keys, kept = columns(heads, query_width), columns(heads, key_width), torch.tensor(channels)
+        for name, rows in [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]:
+            _select(layer.get_submodule(f"self_attn.{name}"), 0, rows)
+        _select(layer.get_submodule("self_attn.o_proj"), 1, queries)
+        for name in ("gate_proj", "up_proj"):
+            _select(layer.get_submodule(f"mlp.{name}"), 0, kept)
+        _select(layer.get_submodule("mlp.down_proj"), 1, kept)
+    for parameter in model.parameters():  # and not model.to(), which would round the rotary frequencies too
+        parameter.data = parameter.data.to(getattr(torch, case.dtype))
+    return model
+
+
+def _select(linear: nn.Module, axis: int, kept: Tensor) -> None:
+    assert isinstance(linear, nn.Linear)
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(axis, kept))
+    if axis == 0 and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach().index_select(0, kept))
+
+
+def mask(model: PreTrainedModel, case: Case) -> None:
+    """Zeroes what the removed groups send into o_proj and down_proj of the dense model; no weight changes."""
+    query_width, _ = widths(case)
+    for layer, (heads, channels) in zip(model.get_submodule("model.layers").children(), kept_groups(case), strict=True):
+        for name, kept in [
+            ("self_attn.o_proj", columns(heads, query_width)),
+            ("mlp.down_proj", torch.tensor(channels)),
+        ]:
+            linear = layer.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            keep = torch.zeros(linear.in_features).index_fill(0, kept, 1.0)
+            linear.register_forward_pre_hook(_times(keep))
+
+
+def _times(keep: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    return lambda module, args: (args[0] * keep,)
+
+
+def exported_config(model: PreTrainedModel, case: Case) -> tuple[ExportedConfig, ModelShape, ModelShape]:
+    """(what config.json will say, dense shape, pruned shape)."""
+    source = json.loads(model.config.to_json_string(use_diff=False))
+    dense = shape_from_config(source, case.name)
+    pruned = dense.with_layers(tuple(LayerShape(heads, channels) for heads, channels in case.keep))
+    return export_config(source, pruned, case.dtype), dense, pruned
+
+
+def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> ExportedConfig:
+    """Writes the cut model with the package's pieces; `source` is the folder of the tokenizer."""
+    exported, dense, pruned = exported_config(model, case)
+    tensors = dict(cut(model, case).named_parameters())  # a tied head appears once, as the embedding
+    count = shard_count(len(case.keep))
+    staging = begin(out)
+    entries = []
+    for index in range(count):
+        prefix = f"model.layers.{index}."
+        rest = index == count - 1
+        shard = {n: t for n, t in tensors.items() if ("model.layers." not in n if rest else n.startswith(prefix))}
+        entries.append(write_shard(staging, index, count, shard))
+    write_index(staging, entries)
+    finish_folder(staging, exported, source, model_card(dense, pruned))
+    publish(staging, out)
+    return exported
+
+
+def model_card(dense: ModelShape, pruned: ModelShape) -> ModelCard:
+    return ModelCard(
+        base_model="tiny",
+        dense=dense,
+        pruned=pruned,
+        criterion="lora",
+        ranking="uniform",
+        data="nothing",
+        steps=1000,
+        perplexity_data="nothing",
+        perplexity_dense=None,
+        perplexity_pruned=12.345,
+    )

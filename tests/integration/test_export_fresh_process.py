@@ -1,0 +1,226 @@
+"""An exported checkpoint in the hands of a stranger: a process that has transformers and not this package."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from loraprune_ds.export.config import ExportedConfig
+from loraprune_ds.model.shapes import shape_from_config
+from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export
+
+NEW_TOKENS = 8
+PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB  # longer than the sliding window of 5
+# Same weights, same kernels: in practice the difference is 0. One ulp of a logit of 4 is 5e-7.
+SAME = 1e-6
+# eager and sdpa attention add in another order, in the checkpoint's dtype (8 bits of mantissa in bf16, three layers).
+EAGER = {"float32": 1e-5, "bfloat16": 0.1}
+TEXTS = ["The  import statement\n\tdef f(x):", "one</s>two <s> three", " lead", ""]
+
+STRANGER = """
+import importlib.abc, json, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "loraprune_ds":
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+def generate(model, prompt, **options):
+    lengths = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    return model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0, **lengths, **options
+    )
+
+def report(folder, trust, prompt, texts):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **trust).eval()
+    result = {"logits": model(prompt).logits, "dtype": torch.empty(0, dtype=model.dtype)}
+    result["hidden"] = AutoModel.from_pretrained(folder, dtype="auto", **trust).eval()(prompt).last_hidden_state
+    result["cached"] = generate(model, prompt)
+    result["uncached"] = generate(model, prompt, use_cache=False)
+    result["static"] = generate(model, prompt, cache_implementation="static")
+    copy = Path(folder).with_name(Path(folder).name + "_saved_again")
+    model.save_pretrained(copy)
+    result["saved_again"] = AutoModelForCausalLM.from_pretrained(copy, dtype="auto", **trust).eval()(prompt).logits
+    model.set_attn_implementation("eager")
+    eager = model(prompt, output_attentions=True)
+    result["eager"] = eager.logits
+    result["attended"] = torch.stack([layer.float().sum((1, 2, 3)) for layer in eager.attentions])
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+    for i, text in enumerate(texts):
+        result[f"text{i}"] = torch.tensor(tokenizer(text).input_ids, dtype=torch.long)
+    return {name: tensor.detach().contiguous() for name, tensor in result.items()}
+
+job = json.loads(sys.argv[1])
+NEW_TOKENS = job["new_tokens"]
+prompt = load_file(job["prompt"])["prompt"]
+for folder in job["folders"]:
+    trust = {"trust_remote_code": True} if folder in job["trusted"] else {}
+    save_file(report(folder, trust, prompt, job["texts"]), folder + ".safetensors")
+assert not any(name.partition(".")[0] == "loraprune_ds" for name in sys.modules)
+"""
+
+
+@dataclass
+class Exported:
+    """A case on disk, the in-memory model it must equal, and what a stranger found in it."""
+
+    case: Case
+    folder: Path
+    config: ExportedConfig
+    reference: PreTrainedModel
+    source: Path
+    found: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """All cases, exported here and read by one fresh process elsewhere."""
+    root = tmp_path_factory.mktemp("exports")
+    results = {}
+    for case in CASES:
+        model = dense_model(case)
+        source = make_source(root / f"{case.name}_source", model)
+        config = export(model, case, source, root / case.name)
+        results[case.name] = Exported(case, root / case.name, config, cut(model, case), source, {})
+    run_stranger(list(results.values()), root)
+    for result in results.values():
+        result.found = load_file(f"{result.folder}.safetensors")
+    return results
+
+
+def make_source(folder: Path, model: PreTrainedModel) -> Path:
+    """The dense model's folder as far as an export reads it: config and a sentencepiece-only Llama tokenizer."""
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    text = folder.with_suffix(".txt")
+    text.write_text("\n".join(f"the import statement defines {i} names in one two three" for i in range(400)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def run_stranger(exports: list[Exported], root: Path) -> None:
+    elsewhere = root / "elsewhere"
+    elsewhere.mkdir()
+    save_file({"prompt": PROMPT.contiguous()}, root / "prompt.safetensors")
+    job = {
+        "prompt": str(root / "prompt.safetensors"),
+        "folders": [str(export.folder) for export in exports],
+        "trusted": [str(export.folder) for export in exports if export.config.trust_remote_code],
+        "texts": TEXTS,
+        "new_tokens": NEW_TOKENS,
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere / "hf")}
+    result = subprocess.run(
+        [sys.executable, "-c", STRANGER, json.dumps(job)],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def exported(request: pytest.FixtureRequest, exports: dict[str, Exported]) -> Exported:
+    return exports[request.param.name]
+
+
+def test_model_type_is_stock_wherever_a_stock_class_holds_the_shape(exported: Exported) -> None:
+    config = json.loads((exported.folder / "config.json").read_text())
+    assert config["model_type"] == exported.case.becomes
+    assert exported.config.trust_remote_code == exported.case.becomes.startswith("pruned_")
+    shape = shape_from_config(config, "export")
+    assert [(layer.heads, layer.channels) for layer in shape.layers] == exported.case.keep
+
+
+def test_logits_equal_the_cut_model_in_memory(exported: Exported) -> None:
+    assert exported.found["dtype"].dtype == getattr(torch, exported.case.dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.found["logits"], exported.reference(PROMPT).logits, rtol=0, atol=SAME)
+        hidden = exported.reference.get_submodule("model")(PROMPT).last_hidden_state
+    torch.testing.assert_close(exported.found["hidden"], hidden, rtol=0, atol=SAME)
+
+
+@pytest.mark.parametrize("how", ["uncached", "cached", "static"])
+@pytest.mark.parametrize("exported", [case for case in CASES if case.dtype == "float32"], ids=str, indirect=True)
+def test_greedy_text_equals_stepwise_argmax(exported: Exported, how: str) -> None:
+    """fp32 only: in bf16 the sums differ with the number of tokens at a time, and close tokens may swap."""
+    tokens = PROMPT
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            logits = exported.reference(tokens, use_cache=False).logits[:, -1]
+        logits[:, exported.reference.config.eos_token_id] = -torch.inf  # min_new_tokens forbids it
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(exported.found[how], tokens)
+
+
+def test_saved_again_by_transformers_is_the_same_model(exported: Exported) -> None:
+    torch.testing.assert_close(exported.found["saved_again"], exported.found["logits"], rtol=0, atol=0)
+    again = exported.folder.with_name(exported.folder.name + "_saved_again")
+    code = sorted(path.name for path in again.glob("*.py"))
+    assert code == ([exported.config.modelling_file] if exported.config.modelling_file else [])
+    shape = shape_from_config(json.loads((again / "config.json").read_text()), "saved again")
+    assert [(layer.heads, layer.channels) for layer in shape.layers] == exported.case.keep
+
+
+def test_attention_implementation_reaches_every_layer(exported: Exported) -> None:
+    """Only eager attention returns its weights, so a layer left on sdpa would have none."""
+    torch.testing.assert_close(
+        exported.found["eager"], exported.found["logits"], rtol=0, atol=EAGER[exported.case.dtype]
+    )
+    queries = exported.case.sizes["num_attention_heads"] // exported.case.sizes["num_key_value_heads"]
+    # Each query head spreads a weight of 1 per position over the keys.
+    expected = torch.tensor([[heads * queries * PROMPT.shape[1]] * 2 for heads, _ in exported.case.keep])
+    torch.testing.assert_close(exported.found["attended"], expected.float(), rtol=0.01, atol=0)
+
+
+def test_tokens_equal_those_of_the_dense_model(exported: Exported) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported.source)
+    assert not (exported.source / "tokenizer.json").exists()
+    for i, text in enumerate(TEXTS):
+        assert exported.found[f"text{i}"].tolist() == tokenizer(text).input_ids
+
+
+def test_every_tensor_is_stored_once(exported: Exported) -> None:
+    index = json.loads((exported.folder / "model.safetensors.index.json").read_text())
+    names = {name for name, _ in exported.reference.named_parameters()}
+    assert index["weight_map"].keys() == names
+    assert ("lm_head.weight" in names) != exported.case.options.get("tie_word_embeddings", False)
+    for shard in set(index["weight_map"].values()):
+        expected = {name for name, file in index["weight_map"].items() if file == shard}
+        assert load_file(exported.folder / shard).keys() == expected
+    shape = shape_from_config(json.loads((exported.folder / "config.json").read_text()), "export")
+    element = torch.empty(0, dtype=getattr(torch, exported.case.dtype)).element_size()
+    assert index["metadata"]["total_size"] == shape.total_numel() * element

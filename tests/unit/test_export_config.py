@@ -1,0 +1,173 @@
+"""What config.json of a pruned model says, for every family, shape and age of the source's config.json."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig
+
+from loraprune_ds.export.config import ExportedConfig, export_config
+from loraprune_ds.model.shapes import LayerShape, shape_from_config
+
+LAYERS = 3
+SOURCE: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "intermediate_size": 50,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+}
+MISTRAL = SOURCE | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 7}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+UNIFORM_2 = [(2, 30)] * LAYERS  # 6 query heads divide 48
+UNIFORM_3 = [(3, 30)] * LAYERS  # 9 do not
+PER_LAYER = [(3, 50), (1, 1), (2, 30)]
+
+
+def export(source: dict[str, Any], keep: list[tuple[int, int]], dtype: str = "bfloat16") -> ExportedConfig:
+    shape = shape_from_config(source, "source").with_layers(tuple(LayerShape(*counts) for counts in keep))
+    return export_config(source, shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("source", "keep", "expected"),
+    [
+        (SOURCE, UNIFORM_2, "llama"),
+        (SOURCE, UNIFORM_3, "mistral"),
+        (SOURCE, PER_LAYER, "pruned_llama"),
+        (SOURCE | BIASES, UNIFORM_2, "llama"),
+        (SOURCE | BIASES, UNIFORM_3, "pruned_llama"),
+        (SOURCE | {"attention_bias": True}, UNIFORM_3, "pruned_llama"),
+        (SOURCE | {"mlp_bias": True}, UNIFORM_3, "pruned_llama"),
+        (MISTRAL, UNIFORM_2, "mistral"),
+        (MISTRAL, UNIFORM_3, "mistral"),
+        (MISTRAL, PER_LAYER, "pruned_mistral"),
+    ],
+)
+def test_model_type_and_sizes(source: dict[str, Any], keep: list[tuple[int, int]], expected: str) -> None:
+    exported = export(source, keep)
+    assert exported.config["model_type"] == expected
+    assert exported.renamed == (expected != source["model_type"])
+    assert exported.trust_remote_code == expected.startswith("pruned_")
+    assert exported.trust_remote_code == ("trust_remote_code=True" in exported.loader)
+    shape = shape_from_config(exported.config, "exported")
+    before = shape_from_config(source, "source")
+    assert [(layer.heads, layer.channels) for layer in shape.layers] == keep
+    assert (shape.attention_bias, shape.mlp_bias) == (before.attention_bias, before.mlp_bias)
+    assert exported.config["head_dim"] == before.head_dim == 4
+    assert (shape.hidden_size, shape.vocab_size, shape.queries_per_group) == (48, 100, 3)
+    assert exported.config["dtype"] == exported.config["torch_dtype"] == "bfloat16"
+
+
+def test_global_sizes_are_those_of_the_widest_layer() -> None:
+    config = export(SOURCE, [(1, 30), (3, 2), (2, 1)]).config
+    sizes = (config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"])
+    assert sizes == (9, 3, 30)
+    assert config["per_layer_config"]["1"] == {
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 2,
+    }
+
+
+def test_auto_map_names_classes_of_the_modelling_file() -> None:
+    for source in (SOURCE, MISTRAL):
+        exported = export(source, PER_LAYER)
+        family = "Llama" if source is SOURCE else "Mistral"
+        module = f"modeling_pruned_{family.lower()}"
+        assert exported.modelling_file == f"{module}.py"
+        assert exported.config["auto_map"] == {
+            "AutoConfig": f"{module}.Pruned{family}Config",
+            "AutoModel": f"{module}.Pruned{family}Model",
+            "AutoModelForCausalLM": f"{module}.Pruned{family}ForCausalLM",
+        }
+        assert exported.config["architectures"] == [f"Pruned{family}ForCausalLM"]
+
+
+@pytest.mark.parametrize("source", [SOURCE, MISTRAL])
+def test_a_pruned_export_can_be_pruned_again(source: dict[str, Any]) -> None:
+    once = export(source, PER_LAYER).config
+    twice = export(once, [(2, 50), (1, 1), (1, 30)])
+    assert twice.config["model_type"] == once["model_type"]
+    assert twice.config["per_layer_config"]["0"]["num_key_value_heads"] == 2
+    uniform = export(once, [(1, 1)] * LAYERS)
+    assert uniform.config["model_type"] == source["model_type"]
+    assert uniform.modelling_file is None
+    assert not {"per_layer_config", "auto_map"} & uniform.config.keys()
+    assert uniform.config.get("sliding_window") == source.get("sliding_window")
+
+
+def test_nothing_that_is_no_longer_true_is_left() -> None:
+    stale = {"quantization_config": {"bits": 4}, "_name_or_path": "somewhere", "auto_map": {"AutoConfig": "x.Y"}}
+    assert not stale.keys() & export(SOURCE | stale, UNIFORM_2).config.keys()
+
+
+def test_sliding_window() -> None:
+    assert export(MISTRAL, UNIFORM_2).config["sliding_window"] == 7
+    assert export(MISTRAL, PER_LAYER).config["sliding_window"] == 7
+    assert export(MISTRAL | {"sliding_window": None}, PER_LAYER).config["sliding_window"] is None
+    silent = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
+    assert export(silent, UNIFORM_2).config["sliding_window"] == MistralConfig().sliding_window
+    assert export(SOURCE, UNIFORM_3).config["sliding_window"] is None  # a Llama in Mistral's class has none
+    assert "sliding_window" not in export(SOURCE, UNIFORM_2).config
+
+
+def test_silent_defaults_of_the_source_family_are_written() -> None:
+    """The stand-in class assumes other values where config.json says nothing."""
+    silent = {k: v for k, v in SOURCE.items() if k not in ("max_position_embeddings", "num_key_value_heads")}
+    config = export(silent, [(5, 30)] * LAYERS).config  # MHA now: 12 heads cut to 5
+    assert config["model_type"] == "mistral"
+    assert config["max_position_embeddings"] == LlamaConfig().max_position_embeddings
+    assert config["num_key_value_heads"] == 5
+
+
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta", "rope_type"),
+    [
+        ({}, 10000.0, "default"),
+        ({"rope_theta": 5000.0}, 5000.0, "default"),
+        ({"rope_theta": 5000.0, "rope_scaling": None}, 5000.0, "default"),
+        ({"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}}, 5000.0, "default"),
+        ({"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}, 5000.0, "linear"),
+        ({"rope_theta": 5000.0, "rope_scaling": {"rope_type": "llama3"} | LLAMA3}, 5000.0, "llama3"),
+        ({"rope_parameters": {"rope_theta": 5000.0, "rope_type": "llama3"} | LLAMA3}, 5000.0, "llama3"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 10000.0, "dynamic"),
+    ],
+)
+@pytest.mark.parametrize("keep", [UNIFORM_2, UNIFORM_3])
+def test_rope_in_the_words_of_transformers_4_and_5(
+    rope: dict[str, Any], theta: float, rope_type: str, keep: list[tuple[int, int]]
+) -> None:
+    source = SOURCE | rope
+    config = export(source, keep).config
+    # 4.x: rope_theta, and rope_scaling without it
+    assert config["rope_theta"] == theta
+    if rope_type == "default":
+        assert config["rope_scaling"] is None
+    else:
+        assert config["rope_scaling"]["rope_type"] == rope_type
+        assert not {"rope_theta", "type"} & config["rope_scaling"].keys()
+    # 5.x, by transformers itself
+    parsed = {"llama": LlamaConfig, "mistral": MistralConfig}[config["model_type"]].from_dict(config)
+    expected = LlamaConfig.from_dict(source).to_dict()["rope_parameters"]
+    expected.pop("type", None)  # an older name that transformers keeps beside rope_type
+    assert parsed.rope_parameters == expected
+    without_legacy = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    assert LlamaConfig.from_dict(without_legacy | {"num_attention_heads": 6}).rope_parameters == expected
+    assert parsed.dtype == torch.bfloat16

@@ -1,0 +1,196 @@
+"""The pieces of an exported folder: merged weights, shards, index, tokenizer, card, and the folder's appearance."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.export.config import export_config
+from loraprune_ds.export.huggingface import begin, finish_folder, merge_lora, publish
+from loraprune_ds.export.model_card import write_model_card
+from loraprune_ds.export.shards import shard_count, shard_file_name, write_index, write_shard
+from loraprune_ds.export.tokenizer import copy_tokenizer
+from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+from tests.export_cases import CASES, cut, dense_model, exported_config, model_card
+from tests.oracle.models import make_tokenizer
+
+MHA = CASES[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_merge_rounds_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, lora_a, lora_b = torch.randn(7, 5).to(dtype), torch.randn(3, 5), torch.randn(7, 3)
+    exact = weight.double() + 2.5 * lora_b.double() @ lora_a.double()
+    merged = merge_lora(weight, lora_a, lora_b, 2.5, dtype)
+    assert merged.dtype == dtype
+    # Rounding to nearest moves a value by at most half an eps; the fp32 sum of three products adds a few fp32 eps.
+    limit = 0.5 * torch.finfo(dtype).eps * exact.abs() + 1e-6
+    assert ((merged.double() - exact).abs() <= limit).all()
+
+
+def test_merge_keeps_what_a_half_precision_sum_would_lose() -> None:
+    """Each of B·A's terms is below half an ulp of W in bf16; together they are not."""
+    ulp = torch.finfo(torch.bfloat16).eps
+    weight, lora_b, lora_a = torch.ones(1, 1).bfloat16(), torch.full((1, 4), 0.25 * ulp), torch.ones(4, 1)
+    assert merge_lora(weight, lora_a, lora_b, 1.0, torch.bfloat16).item() == 1 + ulp
+
+
+def test_shards_can_be_written_in_any_order_from_views_of_one_buffer(tmp_path: Path) -> None:
+    flat = torch.arange(20.0)
+    count = shard_count(2)
+    tensors = [
+        {"model.layers.0.a": flat[:6].view(2, 3), "model.layers.0.b": flat[6:10]},
+        {"model.layers.1.a": flat[10:16].view(2, 3).t()},
+        {"model.norm.weight": flat[16:].bfloat16()},
+    ]
+    entries = {index: write_shard(tmp_path, index, count, tensors[index]) for index in (2, 0, 1)}
+    write_index(tmp_path, [entries[index] for index in range(count)])
+    assert [shard_file_name(index, count) for index in range(count)] == [
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+    ]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 16 * 4 + 4 * 2
+    assert len(index["weight_map"]) == 4
+    for shard in tensors:
+        for name, tensor in shard.items():
+            loaded = load_file(tmp_path / index["weight_map"][name])[name]
+            assert torch.equal(loaded, tensor)
+            assert loaded.dtype == tensor.dtype
+
+
+def test_a_tensor_in_two_shards_is_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="two shards"):
+        write_index(tmp_path, [{"model.norm.weight": 4}, {"model.norm.weight": 4}])
+
+
+def test_nothing_is_visible_before_publish(tmp_path: Path) -> None:
+    out = tmp_path / "run" / "model"
+    staging = begin(out)
+    (staging / "leftover").touch()
+    assert not out.exists()
+    assert staging.parent == out.parent
+    assert staging.name.startswith(".")
+    staging = begin(out)  # after a crash
+    assert not list(staging.iterdir())
+    (staging / "config.json").touch()
+    publish(staging, out)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+
+def test_an_existing_export_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").touch()
+    with pytest.raises(UserError, match=f"{tmp_path / 'model'} exists already"):
+        begin(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    publish(begin(tmp_path / "empty"), tmp_path / "empty")
+
+
+def test_tokenizer_files_are_copied_as_they_are(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    copied = {"tokenizer.model", "chat_template.jinja", "generation_config.json", "added_tokens.json", "merges.txt"}
+    for name in copied | {"model.safetensors", "config.json", "training_args.bin"}:
+        (source / name).write_bytes(b"\x00\xff" + name.encode())
+    config = '{"tokenizer_class":  "LlamaTokenizer"}'
+    (source / "tokenizer_config.json").write_text(config)
+    copy_tokenizer(source, out)
+    assert {path.name for path in out.iterdir()} == copied | {"tokenizer_config.json"}
+    assert all((out / name).read_bytes() == (source / name).read_bytes() for name in copied)
+    assert (out / "tokenizer_config.json").read_text() == config
+
+
+def test_names_only_transformers_5_knows_are_replaced(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    """4.57 raises on both: an unknown class, and a list where it expects a mapping (tried by hand)."""
+    config = json.loads((tiny_tokenizer / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "TokenizersBackend"
+    config["extra_special_tokens"] = ["import"]
+    (tiny_tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    copy_tokenizer(tiny_tokenizer, tmp_path)
+    copied = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert copied["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert copied["additional_special_tokens"] == ["import"]
+    assert "extra_special_tokens" not in copied
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (tiny_tokenizer, tmp_path))
+    for text in ("an import statement", "é\n"):
+        assert before(text).input_ids == after(text).input_ids
+    assert before.all_special_tokens == after.all_special_tokens
+
+
+@pytest.fixture
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(300).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(dense_model(MHA).config.to_dict()))
+    return folder
+
+
+def test_finished_folder_holds_config_code_and_card(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    case = next(case for case in CASES if case.becomes == "pruned_llama")
+    exported, dense, pruned = exported_config(dense_model(case), case)
+    finish_folder(tmp_path, exported, tiny_tokenizer, model_card(dense, pruned))
+    assert json.loads((tmp_path / "config.json").read_text()) == exported.config
+    package = Path(__file__).parents[2] / "loraprune_ds" / "model"
+    code = "modeling_pruned_llama.py"
+    assert (tmp_path / code).read_text() == (package / code).read_text()
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == exported.config["eos_token_id"]
+    assert (tmp_path / "README.md").is_file()
+
+
+def test_generation_settings_of_the_source_are_kept(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    (tiny_tokenizer / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    exported, dense, pruned = exported_config(dense_model(MHA), MHA)
+    finish_folder(tmp_path, exported, tiny_tokenizer, model_card(dense, pruned))
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def llama_7b() -> tuple[dict[str, object], ModelShape]:
+    config: dict[str, object] = {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
+    return config, shape_from_config(config, "7B")
+
+
+def test_card_states_sizes_and_how_to_load(tmp_path: Path) -> None:
+    config, dense = llama_7b()
+    wide, narrow = dense.layers[0], LayerShape(heads=16, channels=5504)
+    pruned = dense.with_layers((wide,) * 3 + (narrow,) * 28 + (wide,))
+    write_model_card(tmp_path, model_card(dense, pruned), export_config(config, pruned, "bfloat16"))
+    text = (tmp_path / "README.md").read_text()
+    assert "| parameters (all, each once) | 6,738,415,616 | 3,905,163,264 | 42.05% |" in text
+    assert "| 43.75% |" in text  # 28 of 32 layers lose half of their linears
+    assert "| perplexity | not measured | 12.35 | |" in text
+    assert "| 0–2 | 32 | 32 | 11008 |\n| 3–30 | 16 | 16 | 5504 |\n| 31 | 32 | 32 | 11008 |" in text
+    assert text.count("trust_remote_code=True)") == 2
+    assert "1,000 optimizer steps" in text
+
+
+def test_card_of_a_stock_model_asks_for_no_trust(tmp_path: Path) -> None:
+    config, dense = llama_7b()
+    pruned = dense.with_layers((LayerShape(heads=16, channels=5504),) * 32)
+    write_model_card(tmp_path, model_card(dense, pruned), export_config(config, pruned, "bfloat16"))
+    assert "trust_remote_code" not in (tmp_path / "README.md").read_text()
+
+
+def test_cut_reference_has_the_declared_shapes() -> None:
+    """Guards the tests' own cut: its sizes are the ones the package's shape declares."""
+    for case in CASES:
+        model = dense_model(case)
+        _, dense, pruned = exported_config(model, case)
+        assert sum(p.numel() for p in model.parameters()) == dense.total_numel()
+        assert sum(p.numel() for p in cut(model, case).parameters()) == pruned.total_numel()

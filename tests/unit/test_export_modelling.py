@@ -1,0 +1,102 @@
+"""The modelling files we ship, and the claim they rest on: a cut model computes what the masked one does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
+from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, exported_config, mask
+
+PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB
+PRUNED = [case for case in CASES if case.becomes.startswith("pruned_")]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "float32"], ids=str)
+def test_masked_equals_shrunk(case: Case) -> None:
+    model = dense_model(case)
+    with torch.no_grad():
+        shrunk = cut(model, case)(PROMPT).logits
+        full = model(PROMPT).logits
+        mask(model, case)
+        masked = model(PROMPT).logits
+    # The masked sums are as long as the dense model's and add in another order: some ulps (2e-7 at 2) per layer.
+    torch.testing.assert_close(shrunk, masked, rtol=0, atol=1e-5)
+    assert (full - masked).abs().max() > 0.1  # the removed groups mattered
+
+
+def build(case: Case, device: str = "cpu") -> PreTrainedModel:
+    exported, _, _ = exported_config(dense_model(case), case)
+    config_class, model_class = {
+        "pruned_llama": (PrunedLlamaConfig, PrunedLlamaForCausalLM),
+        "pruned_mistral": (PrunedMistralConfig, PrunedMistralForCausalLM),
+    }[case.becomes]
+    with torch.device(device):
+        return model_class(config_class.from_dict(exported.config))
+
+
+def filled(case: Case) -> PreTrainedModel:
+    """The shipped class with the cut model's weights."""
+    model = build(case)
+    model.load_state_dict(cut(dense_model(case), case).state_dict())
+    return model
+
+
+@pytest.mark.parametrize("case", PRUNED, ids=str)
+def test_born_on_meta_at_the_right_sizes(case: Case) -> None:
+    model = build(case, "meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    expected = {name: parameter.shape for name, parameter in cut(dense_model(case), case).named_parameters()}
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # renamed, and still in 5.x
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("case", PRUNED, ids=str)
+def test_lora_and_gradient_checkpointing(case: Case) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(filled(case), LoraConfig(r=2, target_modules=LINEARS, task_type="CAUSAL_LM"))
+        base = model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        layer_calls = []
+        for layer in base.get_submodule("model.layers").children():
+            # Of the MLP: transformers checkpoints a layer's forward, inside the layer's own hooks.
+            layer.get_submodule("mlp").register_forward_pre_hook(lambda *_, calls=layer_calls: calls.append(1))
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        model(PROMPT, labels=PROMPT).loss.backward()
+        passes = 2 if checkpointing else 1  # a checkpointed layer runs again in backward
+        assert len(layer_calls) == passes * len(case.keep)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    plain, checkpointed = gradients
+    assert len(plain) == 2 * len(LINEARS) * len(case.keep)
+    for name, gradient in plain.items():
+        assert gradient is not None
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=0, atol=0)
+    assert all(gradient.abs().sum() > 0 for name, gradient in plain.items() if "lora_B" in name)
+
+
+def test_attention_implementation_can_be_changed_on_the_model() -> None:
+    for case in PRUNED:
+        model = build(case, "meta")
+        model.set_attn_implementation("eager")
+        for layer in model.get_submodule("model.layers").children():
+            attention: Any = layer.get_submodule("self_attn")
+            assert attention.config._attn_implementation == "eager"
+
+
+def test_the_two_modelling_files_differ_in_the_family_only() -> None:
+    """Each is shipped alone, so they cannot share code; a change to one belongs into the other."""
+    folder = Path(__file__).parents[2] / "loraprune_ds" / "model"
+    llama, mistral = ((folder / f"modeling_pruned_{family}.py").read_text() for family in ("llama", "mistral"))
+    start = "def layer_config"
+    translated = llama[llama.index(start) :].replace("Llama", "Mistral").replace("llama", "mistral")
+    assert mistral[mistral.index(start) :] == translated
