@@ -83,9 +83,10 @@ def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list
         assert cuts == [4, 6]
 
 
-def test_pictures_of_odd_runs_are_drawn(tmp_path: Path) -> None:
+def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
     """Nothing happened yet; one step with a lost loss and a model that fell apart."""
     odd = History(steps=[step_record(1, loss=math.nan)], evaluations=[EvaluationRecord(1, "pruned", math.inf, 1, 1)])
     for name, history in (("empty", History()), ("odd", odd)):
         draw_training(tmp_path / f"{name}.png", history)
         assert is_png(tmp_path / f"{name}.png")
+        assert len(figures[-1].axes[0].texts) == 0  # an infinite perplexity has no place on the axis

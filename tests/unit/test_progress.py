@@ -82,9 +82,11 @@ def test_time_left_follows_the_latest_steps() -> None:
     assert time_left.seconds(10) == 0
     time_left.add_step(30.0)  # the warm-up is all that is known
     assert time_left.seconds(10) == 300
-    for _ in range(4):
+    time_left.add_step(4.0)
+    assert time_left.seconds(10) == 40  # and is forgotten at once
+    for _ in range(3):
         time_left.add_step(4.0)
-    assert time_left.seconds(10) == 40  # and is forgotten
+    assert time_left.seconds(10) == 40
     for _ in range(4):
         time_left.add_step(1.0)
     assert time_left.seconds(10) == 10  # steps are faster after a cut

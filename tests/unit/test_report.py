@@ -95,6 +95,12 @@ def test_a_run_without_anything_still_has_a_report_and_a_table(tmp_path: Path) -
     assert "0 steps, 0 cuts, 2 ZeRO-3 ranks" in summary_table(report, tmp_path)
 
 
+def test_of_two_evaluations_of_a_name_the_later_counts() -> None:
+    """A run resumed at its end measures the exported model again."""
+    history = History(evaluations=[EvaluationRecord(10, "pruned", p, 1, 1) for p in (80.0, 74.0)])
+    assert report_of(history)["perplexity"]["pruned"] == 74.0
+
+
 def test_a_perplexity_that_is_not_finite_is_valid_json(tmp_path: Path) -> None:
     write_report(tmp_path, report_of(History(evaluations=[EvaluationRecord(0, "dense", math.inf, 1, 1)])))
     assert read_report(tmp_path)["perplexity"]["dense"] is None
@@ -115,6 +121,7 @@ def test_kept_groups_are_indices_into_the_dense_model_and_stable(tmp_path: Path)
     write_kept_groups(tmp_path, kept, DENSE)
     text = (tmp_path / "kept_groups.json").read_text()
     assert json.loads(text)["layers"][1] == {"heads": [2], "heads_dense": 4, "channels": [95], "channels_dense": 96}
+    assert text.splitlines()[2] == '{"channels": [95], "channels_dense": 96, "heads": [2], "heads_dense": 4},'
     assert len(text.splitlines()) == 3 + 2  # a line per layer
     write_kept_groups(tmp_path / "again", kept, DENSE)
     assert (tmp_path / "again" / "kept_groups.json").read_bytes() == text.encode()
