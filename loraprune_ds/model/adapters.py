@@ -88,7 +88,8 @@ def lora_linear(layer: nn.Module, linear: Linear) -> LoraLinear:
 
 def lora_weights(module: LoraLinear) -> tuple[nn.Parameter, nn.Parameter]:
     """(A (r, in_features), B (out_features, r)) as parameters."""
-    return cast(nn.Linear, module.lora_A[ADAPTER]).weight, cast(nn.Linear, module.lora_B[ADAPTER]).weight
+    a, b = (cast(nn.Linear, factors[ADAPTER]).weight for factors in (module.lora_A, module.lora_B))
+    return cast(nn.Parameter, a), cast(nn.Parameter, b)
 
 
 def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:

@@ -129,9 +129,9 @@ class _Removal:
         sites: list[tuple[int, Kind, int]] = []
         per_parameter = []
         for layer in reversed(self.limits.open_layers):
-            for kind in reversed(kinds):
+            for kind in kinds:
                 values = self.scores[layer].of(kind).flip(0)
-                sites += [(layer, kind, index) for index in range(len(values) - 1, -1, -1)]
+                sites.extend((layer, kind, index) for index in range(len(values) - 1, -1, -1))
                 per_parameter.append(values / self.limits.dense.group_numel(kind))
         order = torch.cat(per_parameter).argsort(stable=True).tolist()
         return [sites[position] for position in order]

@@ -18,8 +18,8 @@ from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.train.data import SampleOrder, Samples, load_samples
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import check_dtype
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import check_dtype
 from loraprune_ds.zero.private import check_private_attributes
 
 

@@ -11,23 +11,20 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import RunConfig, TrainConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import add_lora, load_adapter
 from loraprune_ds.model.build import build_on_meta
 from loraprune_ds.model.checkpoint import Checkpoint
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import DTYPES, accelerator, is_cpu
 from loraprune_ds.zero.params import shard_at_birth
 from loraprune_ds.zero.sharded import ShardedStore
 
 EngineLike = Any  # a DeepSpeedEngine; its attributes are made at run time, so a type checker knows none of them
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def quiet_deepspeed() -> None:
@@ -43,11 +40,10 @@ def start_ranks() -> Communicator:
         os.environ.setdefault(key, value)
     if alone:
         os.environ.setdefault("MASTER_PORT", "0")
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if not is_cpu():
+        accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     with quiet_stdout():
-        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), auto_mpi_discovery=False)
+        deepspeed.init_distributed(dist_backend=accelerator().communication_backend_name(), auto_mpi_discovery=False)
     return Communicator()
 
 
@@ -55,26 +51,6 @@ def stop_ranks() -> None:
     """Leaves the process group, so that gloo's threads are joined before the interpreter exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def device_name() -> str:
-    """What this rank computes on, as a person would name it."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cuda":
-        return torch.cuda.get_device_name()
-    return accelerator.device_name()
-
-
-def check_dtype(dtype: str) -> None:
-    """Whether this rank's device can train in `dtype`.
-
-    Raises:
-        UserError: it cannot; one line naming the device.
-    """
-    accelerator = get_accelerator()
-    supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
-    if dtype in supported and not supported[dtype]():
-        raise UserError(f"model.dtype {dtype} is not supported by the {accelerator.device_name()} device; use bfloat16")
 
 
 @contextmanager
@@ -110,7 +86,7 @@ def build_training_store(
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = _optimizer(peft_model, config.train)
-        schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config.train, steps, step))
+        schedule: Any = LambdaLR(optimizer, lambda step: learning_rate_factor(config.train, steps, step))
         engine, *_ = deepspeed.initialize(
             model=peft_model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config, dist_init_required=False
         )
@@ -124,7 +100,7 @@ def build_inference_engine(
     with quiet_stdout():
         model = _sharded_base(checkpoint, attn_implementation, dtype, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
-    engine.module.eval()
+    engine.eval()
     return engine
 
 

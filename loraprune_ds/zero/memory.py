@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from loraprune_ds.model.checkpoint import parameter_shapes
 from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.flat import partition_numel
 
 
@@ -57,9 +57,8 @@ def resident_bytes() -> int:
 
     Never the process's peak, which can only grow and would hide a cut. File-backed pages are reclaimable and left out.
     """
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        return int(accelerator.memory_allocated())
+    if not is_cpu():
+        return int(accelerator().memory_allocated())
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
@@ -67,9 +66,8 @@ def resident_bytes() -> int:
 
 def peak_bytes() -> int:
     """Most memory this rank has used: the device allocator's peak, or the process's peak resident set on a CPU."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        return int(accelerator.max_memory_allocated())
+    if not is_cpu():
+        return int(accelerator().max_memory_allocated())
     with open(f"/proc/{os.getpid()}/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return int(fields["VmHWM"].split()[0]) * 1024

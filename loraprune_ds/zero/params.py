@@ -77,13 +77,13 @@ def install_piece(parameter: nn.Parameter, piece: Tensor, shape: tuple[int, ...]
     parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
-def owned_flat(parameter: nn.Parameter) -> tuple[Tensor, int]:
+def owned_flat(parameter: Tensor) -> tuple[Tensor, int]:
     """(this rank's real elements, padding cut off; their start in the flat tensor). A view, not a copy."""
     state: Any = parameter
     start, end = owned_range(state.ds_numel, state.ds_zero_partition_world_size, state.ds_zero_partition_rank)
     return state.ds_tensor.detach()[: end - start], start
 
 
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """The whole parameter's shape, whatever this rank holds of it."""
     return tuple(parameter.ds_shape)  # type: ignore[attr-defined]

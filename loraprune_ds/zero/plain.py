@@ -65,7 +65,7 @@ class PlainStore:
         self.shape = self.shape.with_layers(tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep))
         return Traffic(0, 0)
 
-    def _select(self, parameter: nn.Parameter, axis: int, rows: Tensor) -> None:
+    def _select(self, parameter: Tensor, axis: int, rows: Tensor) -> None:
         parameter.data = parameter.data.index_select(axis, rows)
         parameter.grad = None
         state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}

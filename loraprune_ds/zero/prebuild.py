@@ -3,9 +3,8 @@
 import shutil
 import sys
 
-from deepspeed.accelerator import get_accelerator
-
 from loraprune_ds.errors import UserError
+from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.engine import quiet_deepspeed, quiet_stdout
 
 
@@ -15,14 +14,13 @@ def prebuild_ops() -> None:
     Raises:
         UserError: no C++ compiler or no ninja.
     """
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
+    if not is_cpu():
         return
     for program, package in (("g++", "g++"), ("ninja", "ninja-build")):
         if shutil.which(program) is None:
             raise UserError(f"DeepSpeed compiles an op for CPU ranks and finds no {program}; install {package}")
     with quiet_stdout():
-        builder = accelerator.create_op_builder("ShareMemCommBuilder")
+        builder = accelerator().create_op_builder("ShareMemCommBuilder")
         assert builder is not None
         try:
             builder.load(verbose=False)

@@ -1,0 +1,35 @@
+"""What this rank computes on."""
+
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from loraprune_ds.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def accelerator() -> Any:
+    """DeepSpeed's accelerator, which is never None once it has been asked for."""
+    return get_accelerator()
+
+
+def is_cpu() -> bool:
+    return accelerator().device_name() == "cpu"
+
+
+def device_name() -> str:
+    """The device as a person would name it."""
+    return torch.cuda.get_device_name() if accelerator().device_name() == "cuda" else accelerator().device_name()
+
+
+def check_dtype(dtype: str) -> None:
+    """Whether this rank's device can train in `dtype`.
+
+    Raises:
+        UserError: it cannot; one line naming the device.
+    """
+    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": accelerator().is_bf16_supported}
+    if dtype in supported and not supported[dtype]():
+        raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")

@@ -1,0 +1,169 @@
+"""Runs the package's trainer on real ZeRO-3 ranks and brings back everything the oracle can be compared with."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from loraprune_ds.train.data import Samples
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.limits import make_limits
+from loraprune_ds.pruning.schedule import make_schedule
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.collect import collect_tensor
+from loraprune_ds.zero.ds_config import resolve_ds_config
+from loraprune_ds.zero.engine import build_training_store
+from loraprune_ds.zero.memory import expected_state_bytes, state_tensors, storage_bytes
+from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
+from loraprune_ds.zero.sharded import ShardedStore
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of the package, small enough to send to a worker."""
+
+    folder: Path
+    adapter: Path
+    batches: list[tuple[Tensor, Tensor]]
+    prune: dict[str, Any]
+    dtype: str = "float32"
+    micro_batch_size: int = 2
+    max_grad_norm: float = 0.0
+    gradient_checkpointing: bool = False
+    lora_dropout: float = 0.0
+    learning_rate: float = 5e-3
+    seed: int = 0
+    lora_r: int = 4
+    lora_alpha: float = 8
+
+
+@dataclass
+class Outcome:
+    """What one run did; tensors are whole, gathered on every rank."""
+
+    losses: list[float] = field(default_factory=list)
+    averages: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    kept: list[list[tuple[list[int], list[int]]]] = field(default_factory=list)
+    cut_steps: list[int] = field(default_factory=list)
+    masters: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    lora: dict[str, Tensor] = field(default_factory=dict)
+    state_bytes: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Consecutive:
+    """Batch s is samples [s·G, (s+1)·G): the oracle's order."""
+
+    size: int
+
+    def batch(self, step: int) -> Tensor:
+        return torch.arange(step * self.size, (step + 1) * self.size)
+
+
+def write_adapter(folder: Path, lora: dict[str, Tensor], *, r: int, alpha: float) -> Path:
+    """The oracle's LoRA ("layers.{i}.{linear}.lora_A") as a PEFT adapter on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "base_model.model.model."
+    tensors = {f"{prefix}{name}.weight": tensor.contiguous() for name, tensor in lora.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": list(LINEARS), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def build(job: Job) -> Trainer:
+    """The package's trainer over a fresh engine."""
+    world_size = torch.distributed.get_world_size()
+    size = len(job.batches[0][0])
+    config = RunConfig(
+        output_dir="unused",
+        seed=job.seed,
+        deepspeed="ds_configs/zero3.json",
+        model=ModelConfig(path=str(job.folder), dtype=job.dtype, adapter=str(job.adapter)),
+        lora=LoraConfig(r=job.lora_r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout),
+        prune=PruneConfig(**job.prune),
+        train=TrainConfig(
+            steps=len(job.batches),
+            global_batch_size=size,
+            micro_batch_size=job.micro_batch_size,
+            learning_rate=job.learning_rate,
+            lr_scheduler="constant",
+            max_grad_norm=job.max_grad_norm,
+            gradient_checkpointing=job.gradient_checkpointing,
+        ),
+    )
+    checkpoint = open_checkpoint(job.folder)
+    ds_config = resolve_ds_config(config.deepspeed, config, checkpoint.shape, world_size)
+    store = build_training_store(config, checkpoint, ds_config, len(job.batches))
+    schedule = make_schedule(config.prune, len(job.batches))
+    pruner = Pruner(store, config.prune, schedule, make_limits(config.prune, checkpoint.shape), config.seed)
+    samples = Samples(torch.cat([b[0] for b in job.batches]), torch.cat([b[1] for b in job.batches]))
+    return Trainer(store, pruner, samples, Consecutive(size), config)  # type: ignore[arg-type]
+
+
+def train(job: Job) -> Outcome:
+    """The whole run, with what it left behind."""
+    trainer = build(job)
+    store, pruner = trainer.store, trainer.pruner
+    outcome = Outcome()
+    for step in range(1, len(job.batches) + 1):
+        outcome.losses.append(trainer.step(step).loss)
+        outcome.averages.append([as_pair(scores) for scores in pruner.average.scores or []])
+        if trainer.cut(step):
+            outcome.cut_steps.append(step)
+        outcome.kept.append([(keep.heads.tolist(), keep.channels.tolist()) for keep in pruner.kept])
+        outcome.state_bytes.append((storage_bytes(state_tensors(store.engine)), expected_bytes(job, store)))
+    collect_into(outcome, store)
+    return outcome
+
+
+def expected_bytes(job: Job, store: ShardedStore) -> int:
+    bucket = next(iter(store.engine.optimizer.ipg_buckets.values())).buffer.numel()
+    return expected_state_bytes(
+        store.shape,
+        job.lora_r,
+        world_size=store.world_size,
+        element_size=4 if job.dtype == "float32" else 2,
+        bucket_numel=bucket,
+        stepped=True,
+    )
+
+
+def as_pair(scores: LayerScores) -> tuple[Tensor, Tensor]:
+    return scores.heads.clone(), scores.channels.clone()
+
+
+def collect_into(outcome: Outcome, store: ShardedStore) -> None:
+    """Whole tensors by the oracle's names."""
+    trainable = [p for p in store.engine.module.parameters() if p.requires_grad]
+    state = OptimizerState(store.engine.optimizer, trainable)
+    for name, parameter in store.engine.module.named_parameters():
+        whole = gather_everywhere(store, parameter)
+        if not parameter.requires_grad:
+            outcome.frozen[name.removeprefix("base_model.model.").replace(".base_layer", "")] = whole
+            continue
+        key = name.removeprefix("base_model.model.model.").removesuffix(".default.weight")
+        outcome.lora[key] = whole
+        outcome.masters[key] = gather_everywhere(store, parameter, state.piece(parameter, "master"))
+        first, second = (gather_everywhere(store, parameter, state.piece(parameter, k)) for k in MOMENTS)
+        outcome.moments[key] = (first, second)
+
+
+def gather_everywhere(store: ShardedStore, parameter: Any, piece: Tensor | None = None) -> Tensor:
+    """A whole tensor on every rank, by broadcasting what rank 0 collected."""
+    whole = collect_tensor(store, parameter, 0, piece)
+    if whole is None:
+        source = parameter.ds_tensor if piece is None else piece
+        whole = torch.empty(tuple(parameter.ds_shape), dtype=source.dtype)
+    return store.comm.broadcast(whole.contiguous()).clone()

@@ -1,0 +1,240 @@
+"""What the tests of a single cut or a single scoring do on the ranks."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from deepspeed import comm as ds_comm
+from deepspeed.utils import safe_set_local_grad
+from torch import Tensor
+
+from loraprune_ds.errors import RunError
+from loraprune_ds.model.adapters import lora_linear, lora_weights
+from loraprune_ds.model.shapes import LINEARS
+from loraprune_ds.pruning.importance import score_groups
+from loraprune_ds.pruning.step import Pruner, agree
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
+from loraprune_ds.zero.params import pad
+from loraprune_ds.zero.store import LayerKeep
+from tests.numerics.driver import Job, as_pair, build, gather_everywhere
+
+COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "broadcast", "all_to_all_single", "gather", "all_gather")
+
+
+@contextmanager
+def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
+    """(name, elements given by this rank) of every collective below DeepSpeed's own front, whoever calls it."""
+    backend: Any = ds_comm.comm.cdb
+    calls: list[tuple[str, int]] = []
+    originals = {name: getattr(backend, name) for name in COLLECTIVES}
+
+    def recording(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            given = tensors[1] if name in ("all_gather_into_tensor", "all_to_all_single") else tensors[0]
+            calls.append((name, given.numel()))
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for name, call in originals.items():
+        setattr(backend, name, recording(name, call))
+    try:
+        yield calls
+    finally:
+        for name, call in originals.items():
+            setattr(backend, name, call)
+
+
+def after_backward(job: Job, step: int = 1) -> Trainer:
+    """A trainer that has the gradients of a step and has not applied them."""
+    trainer = build(job)
+    for done in range(1, step):
+        trainer.step(done)
+    batch = trainer.order.batch(step - 1)
+    trainer._accumulate(step, batch, int((trainer.samples.labels[batch][:, 1:] != -100).sum()))
+    return trainer
+
+
+def score_pieces_and_whole(job: Job, corrupt: bool = False) -> dict[str, Any]:
+    """Scores from owned pieces, with the collectives they took, and all that the oracle needs to score the whole."""
+    trainer = after_backward(job, step=2)
+    store = trainer.store
+    weights = [
+        {linear.name: gather_everywhere(store, _weight(trainer, i, linear)) for linear in LINEARS}
+        for i in range(len(store.layers))
+    ]
+    if corrupt and store.rank == store.world_size - 1:
+        piece = store.owned_weight(1, LINEARS[1]).flat
+        piece[len(piece) // 2] += 0.5
+    with recorded_collectives() as calls:
+        scores = score_groups(store, "lora", "none", 2)
+    factors = [store.lora_factors(i) for i in range(len(store.layers))]
+    return {
+        "scores": [as_pair(s) for s in scores],
+        "calls": calls,
+        "weights": weights,
+        "factors": [{n: (f.A, f.B, f.grad_A, f.grad_B, f.scaling) for n, f in layer.items()} for layer in factors],
+        "lora_pieces": sum(p.ds_tensor.ds_numel for p in _trainable(trainer)),
+    }
+
+
+def _weight(trainer: Trainer, layer: int, linear: Any) -> Any:
+    return lora_linear(trainer.store.layers[layer], linear).base_layer.weight
+
+
+def _trainable(trainer: Trainer) -> list[Any]:
+    return [p for p in trainer.engine.module.parameters() if p.requires_grad]
+
+
+def whole_state(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor that a cut carries: frozen weights, LoRA copies, masters and moments, whole."""
+    store = trainer.store
+    state = OptimizerState(trainer.engine.optimizer, _trainable(trainer))
+    found = {}
+    for name, parameter in trainer.engine.module.named_parameters():
+        found[name] = gather_everywhere(store, parameter)
+        if parameter.requires_grad:
+            for key in ("master", *MOMENTS):
+                found[f"{name}/{key}"] = gather_everywhere(store, parameter, state.piece(parameter, key))
+    return found
+
+
+def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[LayerKeep]:
+    """The same kept groups in layers 1 and 2, everything in the others."""
+    dense = trainer.store.shape.layers
+    chosen = LayerKeep(torch.tensor(heads), torch.tensor(channels))
+    whole = [LayerKeep(torch.arange(layer.heads), torch.arange(layer.channels)) for layer in dense]
+    return [chosen if i in (1, 2) else keep for i, keep in enumerate(whole)]
+
+
+def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
+    """State before and after one cut, what it sent, and whether the old pieces are gone."""
+    trainer = build(job)
+    trainer.step(1)
+    trainer.step(2)
+    before = whole_state(trainer)
+    keep = some_keep(trainer, heads, channels)
+    old = [weakref.ref(t) for t in _replaced_tensors(trainer)]
+    with recorded_collectives() as calls:
+        sent = trainer.store.shrink(keep)
+    gc.collect()
+    return {
+        "before": before,
+        "after": whole_state(trainer),
+        "sent": sent.elements,
+        "calls": calls,
+        "alive": sum(ref() is not None for ref in old),
+        "shape": trainer.store.shape,
+        "engine_steps": (trainer.engine.global_steps, float(trainer.engine.get_lr()[0])),
+        "next_loss": trainer.step(3).loss,
+    }
+
+
+def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
+    zero = trainer.engine.optimizer
+    cut_weights = [_weight(trainer, i, linear).ds_tensor for i in (1, 2) for linear in LINEARS]
+    moments = [state[key] for state in zero.optimizer.state.values() for key in MOMENTS]
+    return [*cut_weights, *moments, zero.grad_partitions_flat_buffer, zero.lp_param_buffer]
+
+
+def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) -> dict[str, Any]:
+    """The masks of a cut from given whole gradients; without any, those of this number of ranks."""
+    trainer = after_backward(job)
+    store = trainer.store
+    named = {n: p for n, p in trainer.engine.module.named_parameters() if p.requires_grad}
+    if gradients is not None:
+        for name, parameter in named.items():
+            start, end = owned_range(gradients[name].numel(), store.world_size, store.rank)
+            piece = gradients[name].reshape(-1)[start:end]
+            safe_set_local_grad(parameter, pad(piece, gradients[name].numel(), store.world_size))
+    names = [[n for n, p in named.items() if p is w] for w in _lora_in_order(trainer)]
+    whole: dict[str, Tensor] = {}
+    for i in range(len(store.layers)):
+        for factors in store.lora_factors(i).values():
+            whole |= {names[len(whole)][0]: factors.grad_A}
+            whole |= {names[len(whole)][0]: factors.grad_B}
+    trainer.pruner.observe(1)
+    keep = trainer.pruner._rank(trainer.pruner.schedule.end, job.prune["ratio"])
+    return {"gradients": whole, "masks": [(k.heads.tolist(), k.channels.tolist()) for k in keep]}
+
+
+def _lora_in_order(trainer: Trainer) -> list[Any]:
+    return [w for layer in trainer.store.layers for linear in LINEARS for w in lora_weights(lora_linear(layer, linear))]
+
+
+# Things that go wrong
+
+
+def disagree(job: Job) -> str:
+    """The last rank would keep another group; every rank must say so and none may hang."""
+    trainer = build(job)
+    store = trainer.store
+    heads = [0, 1] if store.rank < store.world_size - 1 else [0, 2]
+    keep = some_keep(trainer, heads, list(range(50)))
+    try:
+        agree(keep, store, 7)
+    except RunError as error:
+        return str(error)
+    return "agreed"
+
+
+def cut_without_scores(job: Job) -> str:
+    trainer = build(job)
+    pruner: Pruner = trainer.pruner
+    try:
+        pruner.cut(pruner.schedule.cut_steps()[0])
+    except RunError as error:
+        return str(error)
+    return "cut"
+
+
+def poisoned(job: Job, where: str) -> str:
+    """A NaN in one weight of layer 2 on one rank, found as a loss, or in one gradient only."""
+    trainer = build(job)
+    if where == "loss":
+        if trainer.store.rank == 0:
+            trainer.store.owned_weight(2, LINEARS[0]).flat[0] = float("nan")
+    elif where == "gradient":
+        exchange = trainer._exchange
+
+        def poison_then_exchange(loss: float) -> Any:
+            if trainer.store.rank == trainer.store.world_size - 1:
+                weight = _lora_in_order(trainer)[2 * 14 + 1]  # layer 2, q_proj, B
+                trainer.engine.optimizer.get_local_fp32_grad_for_param(weight)
+                slot = trainer.engine.optimizer._get_fp32_grad_state_partition(weight, release_swap_buffers=True)[0]
+                slot[0] = float("inf")
+            return exchange(loss)
+
+        trainer._exchange = poison_then_exchange  # type: ignore[method-assign]
+    else:
+        trainer.pruner.observe = lambda step: score_groups(  # type: ignore[method-assign]
+            _PoisonedScores(trainer.store), "lora", "none", step
+        )
+    try:
+        trainer.step(1)
+    except RunError as error:
+        return str(error)
+    return "no error"
+
+
+class _PoisonedScores:
+    """A store whose weight of layer 1 overflows only when it is scored."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def owned_weight(self, layer: int, linear: Any) -> Any:
+        piece = self._store.owned_weight(layer, linear)
+        if layer == 1:
+            piece.flat[0] = float("inf")
+        return piece

@@ -1,0 +1,123 @@
+"""The sharded trainer against the oracle, an independent dense process, on 1, 2 and 3 real ZeRO-3 ranks.
+
+Tolerances. Both sides compute in fp32 but sum in different orders (per micro-batch, per rank, per piece), and the
+oracle's own fp32 run differs from its fp64 run by 2e-6 in scores and 8e-7 in the loss on models of this size. So 1e-5
+leaves a factor of about five above pure rounding, and the masks are compared only where the gap between the last group
+that stays and the first that goes is more than ten such tolerances. What a cut only moves is compared bit by bit.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.numerics.driver import Job, Outcome, train, write_adapter
+from tests.oracle.dense_trainer import DenseTrainer, Settings, StepRecord
+from tests.oracle.formula import cut_gap
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+TOLERANCE = 1e-5
+STEPS = 10
+MODELS = {
+    "gqa_odd": {"heads": 8, "kv_heads": 4, "head_dim": 8, "hidden": 64, "ffn": 173, "biases": True},
+    "mha": {"heads": 4, "kv_heads": 4, "head_dim": 12, "hidden": 56, "ffn": 96, "tie": True},
+}
+PRUNE = {"ratio": 0.3, "prune_every": 3}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def base_job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make_tiny_llama(folder / "model", layers=4, vocab=97, seed=1, **MODELS[request.param])
+    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
+    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=97, seed=3)
+    return Job(model, adapter, batches, PRUNE)
+
+
+def dense_run(job: Job, outcome: Outcome) -> tuple[DenseTrainer, list[StepRecord]]:
+    """The oracle, told how many groups to keep but not which."""
+    settings = Settings(lora_alpha=job.lora_alpha, max_grad_norm=job.max_grad_norm)
+    trainer = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
+    counts = {step: [(len(h), len(c)) for h, c in outcome.kept[step - 1]] for step in outcome.cut_steps}
+    return trainer, trainer.run(job.batches, [job.learning_rate] * STEPS, counts)
+
+
+def assert_masks_are_decided(outcome: Outcome, records: list[StepRecord]) -> None:
+    """Identical masks mean something only where rounding could not have swapped two groups."""
+    for step in outcome.cut_steps:
+        for averages, kept in zip(records[step - 1].averages, outcome.kept[step - 1], strict=True):
+            for scores, groups in zip(averages, kept, strict=True):
+                if len(groups) < len(scores):
+                    assert cut_gap(scores, len(groups)) > 10 * TOLERANCE
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float(((found.double() - expected.double()).abs() / expected.double().abs().clamp_min(1e-12)).max())
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 12), (1, 6), (2, 6), (2, 3), (3, 4), (3, 2)])
+def test_training_and_cuts(ranks: RankPool, base_job: Job, world_size: int, micro: int) -> None:
+    job = Job(**{**vars(base_job), "micro_batch_size": micro, "max_grad_norm": 0.5})
+    outcomes = ranks.run(world_size, train, job)
+    outcome = outcomes[0]
+    oracle, records = dense_run(job, outcome)
+
+    assert outcome.cut_steps == [4, 7, 9]
+    assert_masks_are_decided(outcome, records)
+    for step, record in enumerate(records):
+        assert abs(outcome.losses[step] - record.loss) < TOLERANCE
+        assert outcome.kept[step] == [(list(h), list(c)) for h, c in record.kept]
+        if step < outcome.cut_steps[-1]:  # the package stops scoring after its last cut
+            for found, expected in zip(outcome.averages[step], record.averages, strict=True):
+                assert relative(found[0], expected[0]) < TOLERANCE
+                assert relative(found[1], expected[1]) < TOLERANCE
+    for name, master in oracle.masters().items():
+        assert (outcome.masters[name] - master).abs().max() < TOLERANCE, name
+        for found, expected in zip(outcome.moments[name], oracle.moments()[name], strict=True):
+            # Moments are as small as squared gradients, so their difference is taken relative to the largest one.
+            assert (found - expected).abs().max() < 2 * TOLERANCE * expected.abs().max().clamp_min(1e-6), name
+    frozen = oracle.frozen()
+    assert {name.removeprefix("model.") for name in outcome.frozen} == set(frozen)
+    for name, weight in outcome.frozen.items():
+        assert torch.equal(weight, frozen[name.removeprefix("model.")]), name
+    assert all(found == expected for found, expected in outcome.state_bytes)
+    for other in outcomes[1:]:
+        assert other.kept == outcome.kept
+        assert other.losses == outcome.losses
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradient_checkpointing_changes_nothing(ranks: RankPool, base_job: Job, world_size: int) -> None:
+    plain, checkpointed = (
+        ranks.run(world_size, train, Job(**{**vars(base_job), "gradient_checkpointing": on}))[0] for on in (False, True)
+    )
+    assert plain.losses == checkpointed.losses  # the same operations on the same numbers, only some of them twice
+    assert plain.kept == checkpointed.kept
+    assert all(torch.equal(plain.masters[name], checkpointed.masters[name]) for name in plain.masters)
+
+
+def test_same_seed_same_result(ranks: RankPool, base_job: Job) -> None:
+    job = Job(**{**vars(base_job), "lora_dropout": 0.1, "dtype": "bfloat16"})
+    first, second = (ranks.run(2, train, job)[0] for _ in range(2))
+    assert first.losses == second.losses
+    assert first.kept == second.kept
+    assert all(torch.equal(first.masters[name], second.masters[name]) for name in first.masters)
+
+
+def test_another_seed_draws_other_dropout(ranks: RankPool, base_job: Job) -> None:
+    other = Job(**{**vars(base_job), "lora_dropout": 0.5, "seed": 1})
+    same = Job(**{**vars(base_job), "lora_dropout": 0.5})
+    assert ranks.run(2, train, other)[0].losses != ranks.run(2, train, same)[0].losses
+
+
+def test_global_ranking_reaches_its_target_on_any_number_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    model = make_tiny_llama(tmp_path / "m", layers=4, vocab=97, seed=4, **MODELS["gqa_odd"])
+    adapter = write_adapter(tmp_path / "a", make_lora(model, r=4, seed=5), r=4, alpha=8)
+    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=97, seed=6)
+    job = Job(model, adapter, batches, {**PRUNE, "ranking": "global", "protected_first": 0, "protected_last": 0})
+    outcomes = [ranks.run(world_size, train, job)[0] for world_size in (1, 2, 3)]
+    assert len({len(h) for h, _ in outcomes[0].kept[-1]} | {len(c) for _, c in outcomes[0].kept[-1]}) > 2
+    for outcome in outcomes[1:]:
+        assert outcome.kept == outcomes[0].kept

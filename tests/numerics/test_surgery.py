@@ -1,0 +1,178 @@
+"""One scoring and one cut, looked at closely: what is computed, what is sent, what is carried, what is freed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.model.shapes import LINEARS
+from loraprune_ds.zero.flat import partition_numel
+from tests.numerics import surgery
+from tests.numerics.driver import Job, write_adapter
+from tests.oracle.formula import group_scores
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 6, 3, 8, 40, 61
+KEPT_HEADS, KEPT_CHANNELS = [0, 2], [c for c in range(FFN) if c % 3]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("surgery")
+    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
+    model = make_tiny_llama(folder / "model", layers=4, vocab=97, seed=1, biases=True, **sizes)
+    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
+    batches = make_batches(steps=4, samples=6, tokens=12, vocab=97, seed=3)
+    return Job(model, adapter, batches, {"ratio": 0.2, "prune_every": 1}, micro_batch_size=1)
+
+
+def variant(job: Job, **changes: object) -> Job:
+    return Job(**{**vars(job), **changes})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_scores_of_pieces_are_scores_of_the_whole(ranks: RankPool, job: Job, world_size: int) -> None:
+    found = ranks.run(world_size, surgery.score_pieces_and_whole, job)
+    # The oracle scores the gathered W from the same fp32 gradients in fp64: what is left is one fp32 rounding of each
+    # element and of short sums, below 1e-6 of a sum of positive terms.
+    assert worst_difference(found[0]) < 1e-6
+    for other in found[1:]:
+        assert all(
+            torch.equal(a, b)
+            for x, y in zip(found[0]["scores"], other["scores"], strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
+
+
+def worst_difference(result: dict) -> float:
+    worst = 0.0
+    for scores, weights, factors in zip(result["scores"], result["weights"], result["factors"], strict=True):
+        layer = {name: (weights[name], *factors[name][:4]) for name in weights}
+        scaling = factors["mlp.up_proj"][4]
+        expected = group_scores(layer, scaling, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM, normalize=False)
+        worst = max(worst, *(float(((a - b).abs() / b.abs()).max()) for a, b in zip(scores, expected, strict=True)))
+    return worst
+
+
+def test_a_corrupted_piece_shows_in_the_scores(ranks: RankPool, job: Job) -> None:
+    assert worst_difference(ranks.run(3, surgery.score_pieces_and_whole, job, True)[0]) > 1e-4
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_scoring_gathers_lora_and_no_frozen_weight(ranks: RankPool, job: Job, world_size: int) -> None:
+    for result in ranks.run(world_size, surgery.score_pieces_and_whole, job):
+        gathers = [n for name, n in result["calls"] if name == "all_gather_into_tensor"]
+        reduces = [n for name, n in result["calls"] if name == "all_reduce"]
+        assert {name for name, _ in result["calls"]} == {"all_gather_into_tensor", "all_reduce"}
+        assert sum(gathers) == 2 * result["lora_pieces"]  # masters and gradients, nothing else
+        assert len(gathers) == 4  # one per layer
+        assert reduces == [4 * (4 * KV_HEADS + 3 * FFN)]  # every module's groups, once
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_size: int, dtype: str) -> None:
+    results = ranks.run(world_size, surgery.cut_once, variant(job, dtype=dtype), KEPT_HEADS, KEPT_CHANNELS)
+    before, after = results[0]["before"], results[0]["after"]
+    assert set(before) == set(after)
+    changed = 0
+    for name, tensor in before.items():
+        expected = sliced(name, tensor)
+        changed += expected.shape != tensor.shape
+        assert torch.equal(after[name], expected), name
+    # per cut layer: 7 weights, 5 biases, and of 7 LoRA factors the copy, the master and two moments
+    assert changed == 2 * (7 + 5 + 7 * 4)
+    assert results[0]["engine_steps"][0] == 2
+    if world_size > 1:
+        assert all(r["next_loss"] == results[0]["next_loss"] for r in results)
+
+
+def sliced(name: str, tensor: Tensor) -> Tensor:
+    """What a tensor of this name is after the cut, by plain index_select."""
+    layer = name.split(".layers.")[1].split(".")[0] if ".layers." in name else ""
+    linear = next((x for x in LINEARS if x.name in name), None)
+    if layer not in ("1", "2") or linear is None:
+        return tensor
+    if ("lora_A" in name and linear.axis == 0) or ("lora_B" in name and linear.axis == 1):
+        return tensor
+    if name.endswith("bias") and linear.axis == 1:
+        return tensor
+    groups = KEPT_HEADS if linear.kind == "heads" else KEPT_CHANNELS
+    width = 1 if linear.kind == "channels" else HEAD_DIM * (HEADS // KV_HEADS if linear.queries else 1)
+    rows = torch.tensor([g * width + j for g in groups for j in range(width)])
+    return tensor.index_select(linear.axis if tensor.dim() == 2 else 0, rows)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_cut_sends_what_changes_owner_and_nothing_else(ranks: RankPool, job: Job, world_size: int) -> None:
+    results = ranks.run(world_size, surgery.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
+    sent = sum(r["sent"] for r in results)
+    carried = {n: t for n, t in results[0]["before"].items() if sliced(n, t).shape != t.shape}
+    assert sent == sum(moved(name, tensor, world_size) for name, tensor in carried.items())
+    assert {name for name, _ in results[0]["calls"]} <= {"all_to_all_single"}
+    assert sum(name == "all_to_all_single" for name, _ in results[0]["calls"]) == 2 * 2  # two per layer that is cut
+
+
+def moved(name: str, tensor: Tensor, world_size: int) -> int:
+    """Elements whose owner differs before and after, counted one by one."""
+    positions = torch.arange(tensor.numel()).view(tensor.shape)
+    old = sliced(name, positions).reshape(-1) // partition_numel(tensor.numel(), world_size)
+    new = torch.arange(len(old)) // partition_numel(len(old), world_size)
+    return int((old != new).sum())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_old_pieces_and_buffers_are_freed(ranks: RankPool, job: Job, world_size: int) -> None:
+    results = ranks.run(world_size, surgery.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
+    assert [r["alive"] for r in results] == [0] * world_size
+
+
+def test_bf16_masks_are_the_same_on_any_number_of_ranks(ranks: RankPool, job: Job) -> None:
+    """From the same saved weights and gradients: gradients themselves differ between rank counts in bf16."""
+    bf16 = variant(job, dtype="bfloat16")
+    first = ranks.run(1, surgery.masks_from_saved_gradients, bf16, None)[0]
+    for world_size in (1, 2, 3):
+        for result in ranks.run(world_size, surgery.masks_from_saved_gradients, bf16, first["gradients"]):
+            assert result["masks"] == first["masks"]
+
+
+def test_a_rank_with_another_mask_ends_the_run_everywhere(ranks: RankPool, job: Job) -> None:
+    messages = ranks.run(3, surgery.disagree, job)
+    assert messages == ["step 7: rank 2 computed another mask than rank 0"] * 3
+
+
+def test_a_cut_on_scores_that_were_never_updated_is_refused(ranks: RankPool, job: Job) -> None:
+    assert all("no score was updated" in m for m in ranks.run(2, surgery.cut_without_scores, job))
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("loss", "step 1: the loss is nan on rank 0"),
+        ("gradient", "step 1: the LoRA gradient of layer 2 is not finite"),
+        ("score", "step 1: the score of layer 1 self_attn.q_proj is not finite"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_named_on_every_rank(
+    ranks: RankPool, job: Job, where: str, message: str
+) -> None:
+    assert ranks.run(2, surgery.poisoned, job, where) == [message] * 2
+
+
+def test_dropped_moments_would_be_noticed(ranks: RankPool, job: Job) -> None:
+    """The control of the bitwise test: a cut that loses Adam's moments."""
+    result = ranks.run(2, cut_without_moments, variant(job, dtype="bfloat16"))[0]
+    lost = [n for n, t in result["before"].items() if not torch.equal(sliced(n, t), result["after"][n])]
+    assert lost
+    assert all("/exp_avg" in name for name in lost)
+
+
+def cut_without_moments(job: Job) -> dict:
+    from loraprune_ds.zero.optimizer import OptimizerState
+
+    original = OptimizerState.keys
+    OptimizerState.keys = lambda self: ("master",)  # type: ignore[method-assign]
+    try:
+        return surgery.cut_once(job, KEPT_HEADS, KEPT_CHANNELS)
+    finally:
+        OptimizerState.keys = original  # type: ignore[method-assign]
