@@ -74,9 +74,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 {remark}"""
 
 REMARK = """
-The layers differ in size, or have sizes no stock class takes: `{file}` in this folder describes them to transformers
-(4.57 or newer), and `trust_remote_code=True` allows it to run. It holds no weights and imports only torch and
-transformers.
+The layers differ in size, or have a size no stock class takes: `{file}` in this folder describes them
+to transformers (4.57 or newer), and `trust_remote_code=True` allows it to run. It imports only torch and transformers.
 """
 
 

@@ -105,6 +105,11 @@ def test_a_pruned_export_can_be_pruned_again(source: dict[str, Any]) -> None:
     assert uniform.config.get("sliding_window") == source.get("sliding_window")
 
 
+def test_tied_embeddings_are_stated() -> None:
+    assert export(SOURCE | {"tie_word_embeddings": True}, PER_LAYER).config["tie_word_embeddings"] is True
+    assert export(SOURCE, PER_LAYER).config["tie_word_embeddings"] is False  # where the source says nothing
+
+
 def test_nothing_that_is_no_longer_true_is_left() -> None:
     stale = {"quantization_config": {"bits": 4}, "_name_or_path": "somewhere", "auto_map": {"AutoConfig": "x.Y"}}
     assert not stale.keys() & export(SOURCE | stale, UNIFORM_2).config.keys()
