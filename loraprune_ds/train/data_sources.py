@@ -1,0 +1,162 @@
+"""Rows of text from wherever `data.path` points: files, a `datasets` name, or Python's own help."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from glob import glob
+from pathlib import Path
+from typing import Any, Protocol
+
+from loraprune_ds.config import DataConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.embedded import embedded_text
+
+EMBEDDED = "embedded"
+TEXT_SUFFIXES = (".txt",)
+JSON_SUFFIXES = (".json", ".jsonl")
+SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
+Row = Mapping[str, Any]
+
+
+class Rows(Protocol):
+    """What a list of dictionaries and a `datasets.Dataset` have in common."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def read_rows(config: DataConfig) -> Rows:
+    """All rows of `data.path`, with at least the fields that the config names. A text file is one row.
+
+    Raises:
+        UserError: nothing there, an empty file, what is not valid JSON (file and line), or an unknown field.
+    """
+    if config.path == EMBEDDED:
+        if config.format == "instruction":
+            raise UserError("data.format instruction needs a data.path; the embedded text is no instructions")
+        return [{config.text_field: document} for document in embedded_text()]
+    files = local_files(config.path)
+    if files is None:
+        return _load_dataset(config)
+    rows = [row for file in files for row in _read_file(file, config)]
+    _check_fields(config, {field for row in rows for field in row})
+    return rows
+
+
+def local_files(path: str) -> list[Path] | None:
+    """The files that `data.path` names, by itself, as a glob or as their folder, sorted; None: it is no local path.
+
+    Raises:
+        UserError: it looks like a path, but nothing is there.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix not in SUFFIXES:
+            raise UserError(f"data.path: {path} must be one of {', '.join(SUFFIXES)}")
+        return [local]
+    if local.is_dir():
+        return _readable(local.rglob("*"), f"data.path: folder {path}")
+    if any(wildcard in path for wildcard in "*?["):
+        return _readable(map(Path, glob(str(local), recursive=True)), f"data.path: {path}")
+    if local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~")):
+        raise UserError(f"data.path: {path} does not exist")
+    return None
+
+
+def read_text_file(path: Path) -> str:
+    """A text file with something in it.
+
+    Raises:
+        UserError: it does not exist, is not UTF-8 or is blank.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    if not text.strip():
+        raise UserError(f"{path} is empty")
+    return text
+
+
+def used_fields(config: DataConfig) -> dict[str, str]:
+    """The fields a row must have -> the keys of the config that name them."""
+    if config.format == "text":
+        return {config.text_field: "data.text_field"}
+    fields = {config.prompt_field: "data.prompt_field", config.response_field: "data.response_field"}
+    return fields if config.input_field is None else fields | {config.input_field: "data.input_field"}
+
+
+def _readable(paths: Iterable[Path], where: str) -> list[Path]:
+    files = sorted(path for path in paths if path.suffix in SUFFIXES and path.is_file())
+    if not files:
+        raise UserError(f"{where} matches no {', '.join(SUFFIXES)} file")
+    return files
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
+    return UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
+
+
+def _read_file(path: Path, config: DataConfig) -> list[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        return _read_json_lines(path)
+    text = read_text_file(path)
+    if path.suffix == ".json":
+        value = _parse(text, path, 1)
+        if not isinstance(value, list) or not value:
+            raise UserError(f"{path} must hold a list of objects (one object per line goes into a .jsonl file)")
+        return [_as_row(item, f"{path}, item {i}") for i, item in enumerate(value)]
+    if config.format == "instruction":
+        raise UserError(f"data.format instruction needs .json or .jsonl files; {path} is plain text")
+    return [{config.text_field: text}]
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+            rows = [_as_row(_parse(line, path, number), f"{path}, line {number}") for number, line in numbered]
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    if not rows:
+        raise UserError(f"{path} is empty")
+    return rows
+
+
+def _parse(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}") from None
+
+
+def _as_row(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def _check_fields(config: DataConfig, known: set[str]) -> None:
+    for field, key in used_fields(config).items():
+        if field not in known:
+            hint = " (null: there is none)" if key == "data.input_field" else ""
+            raise UserError(f"{key}: {config.path} has no field {field!r}{hint}; it has {', '.join(sorted(known))}")
+
+
+def _load_dataset(config: DataConfig) -> Rows:
+    from datasets import Dataset, load_dataset  # takes seconds, and files do without it
+    from datasets.exceptions import DatasetsError
+
+    try:
+        dataset = load_dataset(config.path, config.name, split=config.split)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"data.path: no file {config.path}, and not available as a dataset: {reason}") from None
+    assert isinstance(dataset, Dataset)
+    if not len(dataset):
+        raise UserError(f"data.path: {config.path} has no rows in split {config.split}")
+    _check_fields(config, set(dataset.column_names))
+    return dataset.select_columns(list(used_fields(config)))

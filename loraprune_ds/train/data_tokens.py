@@ -1,0 +1,116 @@
+"""From text to samples: documents packed to windows, or instructions with the prompt left out of the loss."""
+
+import logging
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from loraprune_ds.train.data import Samples
+
+BATCH = 1000  # texts tokenised at a time
+PROMPT = "Answer the request.\n\n### Request\n{prompt}\n\n### Answer\n"
+PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}\n\n### Text\n{input}\n\n### Answer\n"
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the model is asked and what it should say."""
+
+    prompt: str
+    response: str
+
+
+def make_instruction(prompt: str, material: str, response: str) -> Instruction:
+    """Puts a request, and the text it is about if there is one, into words."""
+    template = PROMPT_WITH_INPUT if material else PROMPT
+    return Instruction(template.format(prompt=prompt, input=material), response)
+
+
+def pack_documents(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, window: int, max_samples: int | None
+) -> Samples:
+    """One stream of all documents, with the tokenizer's EOS between them, cut to windows; the tail is dropped."""
+    eos = _eos(tokenizer)
+    stream = array("i")
+    for batch in _batches(document for document in documents if document):
+        for ids in _ids(batch, tokenizer, special=True):
+            if stream and eos is not None and stream[-1] != eos:  # some tokenizers end a text with it themselves
+                stream.append(eos)
+            stream.extend(ids)
+        if max_samples is not None and len(stream) >= max_samples * window:
+            break
+    count = len(stream) // window if max_samples is None else min(max_samples, len(stream) // window)
+    return _samples(stream[: count * window], [window] * count, [0] * count, window)
+
+
+def mask_prompts(
+    instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase, window: int, max_samples: int | None
+) -> Samples:
+    """One sample per instruction: prompt (not predicted), response, EOS; cut to the window.
+
+    Prompt and response are tokenised apart, so the mask ends exactly between them. Samples of which nothing is left to
+    predict are dropped.
+    """
+    stream = array("i")
+    lengths: list[int] = []
+    prompt_lengths: list[int] = []
+    dropped = 0
+    for prompt, response in _tokenize_instructions(instructions, tokenizer):
+        ids = (prompt + response)[:window]
+        if len(ids) <= max(len(prompt), 1):
+            dropped += 1
+            continue
+        stream.extend(ids)
+        lengths.append(len(ids))
+        prompt_lengths.append(len(prompt))
+        if len(lengths) == max_samples:
+            break
+    if dropped:
+        log.info("%d samples have no response within the window of %d tokens; left out", dropped, window)
+    return _samples(stream, lengths, prompt_lengths, window)
+
+
+def _samples(stream: "array[int]", lengths: list[int], prompt_lengths: list[int], window: int) -> Samples:
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return Samples(np.asarray(stream, dtype=np.int32), starts, np.asarray(prompt_lengths, dtype=np.int32), window)
+
+
+def _tokenize_instructions(
+    instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[int]]]:
+    eos = _eos(tokenizer)
+    for batch in _batches(instructions):
+        prompts = _ids([instruction.prompt for instruction in batch], tokenizer, special=True)
+        responses = _ids([instruction.response for instruction in batch], tokenizer, special=False)
+        for prompt, response in zip(prompts, responses, strict=True):
+            if eos is not None and prompt[-1:] == [eos]:  # a tokenizer that ends every text
+                prompt = prompt[:-1]
+            if eos is not None and response:
+                response = [*response, eos]
+            yield prompt, response
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[list[int]]:
+    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    eos = tokenizer.eos_token_id
+    assert eos is None or isinstance(eos, int)
+    return eos
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, BATCH)):
+        yield batch
