@@ -14,11 +14,12 @@ MICRO_BATCHES=16 # of one step in that config: ranks must divide them
 
 # GPUs that PyTorch can use; asks it only where there are any, for its import takes seconds.
 count_gpus() {
+  local gpus=0
   if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
-    python -c 'import torch; print(torch.cuda.device_count())'
-  else
-    echo 0
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    if ((gpus == 0)); then echo "PyTorch cannot use the GPUs of this machine (driver too old?): CPU it is" >&2; fi
   fi
+  echo "$gpus"
 }
 
 fresh=false
@@ -35,12 +36,12 @@ fi
 prepare
 
 if ((gpus == 0)); then
-  echo "Tuning and pruning on 2 CPU ranks (about 5 minutes)"
+  echo "Tuning and pruning on 2 CPU ranks (about 5 minutes the first time)"
   launcher=(deepspeed --quiet --num_accelerators 2)
 else
   ranks=1
   while ((ranks * 2 <= gpus && ranks * 2 <= MICRO_BATCHES)); do ranks=$((ranks * 2)); done
-  echo "Tuning and pruning on $ranks of $gpus GPUs (about a minute)"
+  echo "Tuning and pruning on $ranks of $gpus GPUs"
   launcher=(deepspeed --quiet --num_gpus "$ranks")
   # With --num_gpus the launcher would ignore a choice of devices.
   if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then

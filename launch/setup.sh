@@ -85,8 +85,10 @@ set_up() {
 
 # What would otherwise happen in the middle of the first run, on every rank at once. Both are quick when done before.
 prepare() {
-  echo "DeepSpeed's op for CPU ranks (compiled once, about 35 s)"
-  quietly python -m loraprune_ds.zero.prebuild
+  if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
+    echo "DeepSpeed's op for CPU ranks (compiled once, about 35 s)"
+    quietly python -m loraprune_ds.zero.prebuild
+  fi
   echo "The embedded model SmolLM2-135M (converted once, about 20 s)"
   quietly python -m loraprune_ds.model.embedded
 }
