@@ -10,7 +10,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 CONFIG=launch/configs/quickstart.yaml
-MICRO_BATCHES=16 # of one step in that config: ranks must divide them
 
 # GPUs that PyTorch can use; asks it only where there are any, for its import takes seconds.
 count_gpus() {
@@ -20,6 +19,16 @@ count_gpus() {
     if ((gpus == 0)); then echo "PyTorch cannot use the GPUs of this machine (driver too old?): CPU it is" >&2; fi
   fi
   echo "$gpus"
+}
+
+# The largest power of two that has a GPU for every rank and a micro-batch of each step for every GPU.
+choose_ranks() {
+  local gpus=$1 micro_batches ranks=1
+  micro_batches=$(python -c 'import sys, yaml
+train = yaml.safe_load(open(sys.argv[1]))["train"]
+print(train["global_batch_size"] // train["micro_batch_size"])' "$CONFIG")
+  while ((ranks * 2 <= gpus && micro_batches % (ranks * 2) == 0)); do ranks=$((ranks * 2)); done
+  echo "$ranks"
 }
 
 fresh=false
@@ -39,8 +48,7 @@ if ((gpus == 0)); then
   echo "Tuning and pruning on 2 CPU ranks (about 5 minutes the first time)"
   launcher=(deepspeed --quiet --num_accelerators 2)
 else
-  ranks=1
-  while ((ranks * 2 <= gpus && ranks * 2 <= MICRO_BATCHES)); do ranks=$((ranks * 2)); done
+  ranks=$(choose_ranks "$gpus")
   echo "Tuning and pruning on $ranks of $gpus GPUs"
   launcher=(deepspeed --quiet --num_gpus "$ranks")
   # With --num_gpus the launcher would ignore a choice of devices.
