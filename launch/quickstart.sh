@@ -14,7 +14,7 @@ CONFIG=launch/configs/quickstart.yaml
 # GPUs that PyTorch can use; asks it only where there are any, for its import takes seconds.
 count_gpus() {
   local gpus=0
-  if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+  if [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     if ((gpus == 0)); then echo "PyTorch cannot use the GPUs of this machine (driver too old?): CPU it is" >&2; fi
   fi
