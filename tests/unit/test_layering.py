@@ -13,6 +13,7 @@ MAX_LINES = 300
 LAYERS = (
     ("errors",),
     ("config",),
+    ("config_file",),
     ("model",),
     ("zero",),
     ("pruning",),
