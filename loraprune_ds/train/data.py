@@ -7,7 +7,6 @@ goes on where it stopped.
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,65 +14,80 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # what torch's cross_entropy skips
-PADDING_ID = 0  # any id would do: see Samples.batch
 WIDTH_MULTIPLE = 8  # matrix products are fastest at widths that tensor cores divide
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
-    """N samples end to end, unpadded: millions of short instructions cost what their tokens cost.
+class Ragged:
+    """Rows of unequal length end to end: millions of short instructions cost what their tokens cost.
+
+    Read like a matrix (N, window) by row numbers: `ragged[indices]` is (len(indices), width) int32, padded on the right
+    to the longest of these rows, rounded up to a multiple of 8 but never above `window`.
 
     Attributes:
-        tokens: (total,) int32, all samples' ids.
-        starts: (N + 1,) int64; sample i is tokens[starts[i]:starts[i + 1]], of 2 to `window` tokens.
-        prompt_lengths: (N,) int32; that many first tokens of a sample are not predicted. 0: all text counts.
-        window: the longest a sample may be.
+        values: (total,) int32.
+        starts: (N + 1,) int64; row i is values[starts[i]:starts[i + 1]], of at most `window` values.
+        padding: the value that stands after the end of a row.
     """
 
-    tokens: npt.NDArray[np.int32]
-    starts: npt.NDArray[np.int64]
-    prompt_lengths: npt.NDArray[np.int32]
+    values: Tensor
+    starts: Tensor
     window: int
+    padding: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.starts) - 1, self.window
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
+        return self.shape[0]
 
-    @cached_property
-    def supervised(self) -> npt.NDArray[np.int64]:
-        """(N,): predictions in each sample that count; there is none for a first token."""
-        return np.diff(self.starts) - np.maximum(self.prompt_lengths, 1)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples padded on the right to the longest of them: input_ids and labels, both (batch, width) int64.
-
-        Labels are the ids themselves, IGNORE_INDEX at prompts and padding (models shift them). Padding needs no
-        attention mask: it comes after every real token, where causal attention cannot see it. The width is rounded up
-        to a multiple of 8, but never above `window`.
-
-        Args:
-            indices: (batch,) sample numbers.
-        """
-        chosen = [torch.from_numpy(self.tokens[self.starts[i] : self.starts[i + 1]]) for i in indices.tolist()]
-        longest = max(len(sample) for sample in chosen)
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        bounds = zip(self.starts[indices].tolist(), self.starts[indices + 1].tolist(), strict=True)
+        rows = [self.values[start:end] for start, end in bounds]
+        longest = max(len(row) for row in rows)
         width = min(self.window, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
-        input_ids = torch.full((len(chosen), width), PADDING_ID, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
-        for row, (sample, prompt) in enumerate(zip(chosen, self.prompt_lengths[indices.numpy()], strict=True)):
-            input_ids[row, : len(sample)] = sample
-            labels[row, prompt : len(sample)] = sample[prompt:]
-        return input_ids, labels
+        padded = torch.full((len(rows), width), self.padding, dtype=self.values.dtype)
+        for target, row in zip(padded, rows, strict=True):
+            target[: len(row)] = row
+        return padded
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """N samples of up to `window` tokens.
+
+    Padding needs no attention mask: it comes after every real token, where causal attention cannot see it, and no label
+    asks for it.
+
+    Attributes:
+        input_ids: (N, window) int32 or int64, by row numbers.
+        labels: the same shape; the ids themselves, IGNORE_INDEX at prompts and padding (models shift them).
+    """
+
+    input_ids: Tensor | Ragged
+    labels: Tensor | Ragged
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def largest_id(self) -> int:
+        ids = self.input_ids.values if isinstance(self.input_ids, Ragged) else self.input_ids
+        return int(ids.max())
 
     def digest(self) -> str:
         """sha256 of all samples, for ranks to compare."""
-        digest = hashlib.sha256(str(self.window).encode())
-        for part in (self.tokens, self.starts, self.prompt_lengths):
-            digest.update(np.ascontiguousarray(part).data)
+        digest = hashlib.sha256()
+        for part in (self.input_ids, self.labels):
+            digest.update(repr(tuple(part.shape)).encode())
+            for tensor in (part.values, part.starts) if isinstance(part, Ragged) else (part,):
+                digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
 
 def supervised_tokens(samples: Samples, indices: Tensor) -> int:
     """How many predictions of these samples count: a step's denominator, which each rank knows without asking."""
-    return int(samples.supervised[indices.numpy()].sum())
+    return int((samples.labels[indices][:, 1:] != IGNORE_INDEX).sum())
 
 
 class SampleOrder:

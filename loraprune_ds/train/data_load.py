@@ -59,7 +59,7 @@ def load_samples(
             f"data.path {config.path} is too short: {len(samples)} samples of {config.window} tokens (data.window); "
             f"one global batch needs {minimum} (train.global_batch_size)"
         )
-    if (largest := int(samples.tokens.max())) >= vocab_size:
+    if (largest := samples.largest_id()) >= vocab_size:
         raise UserError(f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
     if held_out_text is None:
         held_out_text = "\n\n".join(_whole_text_of(row, config) for row in held_out)

@@ -8,10 +8,12 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.train.data import Samples
+from loraprune_ds.train.data import IGNORE_INDEX, Ragged, Samples
 
+PADDING_ID = 0  # every model has it, and nothing looks at it
 BATCH = 1000  # texts tokenised at a time
 PROMPT = "Answer the request.\n\n### Request\n{prompt}\n\n### Answer\n"
 PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}\n\n### Text\n{input}\n\n### Answer\n"
@@ -48,7 +50,8 @@ def pack_documents(
         if max_samples is not None and len(stream) >= max_samples * window:
             break
     count = len(stream) // window if max_samples is None else min(max_samples, len(stream) // window)
-    return _samples(stream[: count * window], [window] * count, [0] * count, window)
+    windows = torch.from_numpy(np.asarray(stream[: count * window], dtype=np.int32)).view(count, window)
+    return Samples(input_ids=windows, labels=windows)
 
 
 def mask_prompts(
@@ -59,29 +62,26 @@ def mask_prompts(
     Prompt and response are tokenised apart, so the mask ends exactly between them. Samples of which nothing is left to
     predict are dropped.
     """
-    stream = array("i")
-    lengths: list[int] = []
-    prompt_lengths: list[int] = []
+    ids, labels = array("i"), array("i")
+    starts = array("q", [0])
     dropped = 0
     for prompt, response in _tokenize_instructions(instructions, tokenizer):
-        ids = (prompt + response)[:window]
-        if len(ids) <= max(len(prompt), 1):
+        answer = response[: max(0, window - len(prompt))]
+        if not answer or len(prompt) + len(answer) < 2:  # nothing predicts a first token
             dropped += 1
             continue
-        stream.extend(ids)
-        lengths.append(len(ids))
-        prompt_lengths.append(len(prompt))
-        if len(lengths) == max_samples:
+        ids.extend(prompt + answer)
+        labels.extend([IGNORE_INDEX] * len(prompt) + answer)
+        starts.append(len(ids))
+        if len(starts) - 1 == max_samples:
             break
     if dropped:
         log.info("%d samples have no response within the window of %d tokens; left out", dropped, window)
-    return _samples(stream, lengths, prompt_lengths, window)
-
-
-def _samples(stream: "array[int]", lengths: list[int], prompt_lengths: list[int], window: int) -> Samples:
-    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    return Samples(np.asarray(stream, dtype=np.int32), starts, np.asarray(prompt_lengths, dtype=np.int32), window)
+    offsets = torch.from_numpy(np.asarray(starts, dtype=np.int64))
+    return Samples(
+        input_ids=Ragged(torch.from_numpy(np.asarray(ids, dtype=np.int32)), offsets, window, PADDING_ID),
+        labels=Ragged(torch.from_numpy(np.asarray(labels, dtype=np.int32)), offsets, window, IGNORE_INDEX),
+    )
 
 
 def _tokenize_instructions(
