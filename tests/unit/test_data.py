@@ -1,0 +1,121 @@
+"""Samples in memory, the order of steps, and who takes which part: all without talking to another rank."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.train.data import IGNORE_INDEX, Ragged, SampleOrder, Samples, rank_micro_batches, supervised_tokens
+
+PADDING = 0
+
+
+def ragged(rows: list[list[int]], window: int, padding: int = PADDING) -> Ragged:
+    starts = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    values = torch.tensor([value for row in rows for value in row], dtype=torch.int32)
+    return Ragged(values, starts, window, padding)
+
+
+def masked_samples() -> Samples:
+    """Three samples with 2, 1 and 3 predicted tokens."""
+    ids = [[5, 6, 7, 8], [5, 9], [4, 5, 6]]
+    labels = [[-100, -100, 7, 8], [-100, 9], [4, 5, 6]]  # nothing predicts the 4
+    return Samples(ragged(ids, 16), ragged(labels, 16, IGNORE_INDEX))
+
+
+def numbers(*indices: int) -> Tensor:
+    return torch.tensor(indices)
+
+
+def test_ragged_rows_are_padded_to_the_longest_of_a_batch_in_steps_of_8() -> None:
+    rows = ragged([list(range(1, 10)), [1, 2], [3]], window=16)
+    assert (len(rows), rows.shape) == (3, (3, 16))
+    assert rows[numbers(2, 1)].tolist() == [[3] + [0] * 7, [1, 2] + [0] * 6]
+    assert rows[numbers(0)].shape == (1, 16)
+    assert rows[numbers(0)].dtype == torch.int32
+
+
+def test_a_window_that_is_no_multiple_of_8_is_never_exceeded() -> None:
+    rows = ragged([list(range(1, 10))], window=10)
+    assert rows[numbers(0, 0)].tolist() == [[*range(1, 10), 0]] * 2
+
+
+def test_labels_and_ids_of_a_batch_have_one_shape() -> None:
+    samples = masked_samples()
+    assert samples.labels[numbers(1, 0)].tolist() == [[-100, 9] + [-100] * 6, [-100, -100, 7, 8] + [-100] * 4]
+    assert samples.input_ids[numbers(1, 0)].tolist() == [[5, 9] + [0] * 6, [5, 6, 7, 8] + [0] * 4]
+
+
+def test_supervised_tokens_counts_predictions_once_per_occurrence_and_no_first_token() -> None:
+    samples = masked_samples()
+    assert [supervised_tokens(samples, numbers(i)) for i in range(3)] == [2, 1, 2]
+    assert supervised_tokens(samples, numbers(0, 1, 2, 0)) == 7
+    text = torch.ones(3, 5, dtype=torch.int32)
+    assert supervised_tokens(Samples(text, text), numbers(0, 2)) == 8
+
+
+def test_a_digest_sees_every_part_of_the_samples() -> None:
+    ids, labels = [[1, 2, 3], [4]], [[-100, 2, 3], [4]]
+    variants = [
+        Samples(ragged(ids, 8), ragged(labels, 8)),
+        Samples(ragged([[1, 2, 3], [5]], 8), ragged(labels, 8)),
+        Samples(ragged(ids, 8), ragged([[-100, -100, 3], [4]], 8)),
+        Samples(ragged([[1, 2], [3, 4]], 8), ragged([[-100, 2], [3, 4]], 8)),
+        Samples(ragged(ids, 9), ragged(labels, 9)),
+        Samples(torch.arange(6).view(2, 3), torch.arange(6).view(2, 3)),
+        Samples(torch.arange(6).view(3, 2), torch.arange(6).view(3, 2)),
+    ]
+    digests = [samples.digest() for samples in variants]
+    assert len(set(digests)) == len(variants)
+    assert variants[0].digest() == Samples(ragged(ids, 8), ragged(labels, 8)).digest()
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(10, 4), (12, 4), (7, 7), (3, 8), (1, 1)])
+def test_every_epoch_is_a_permutation_and_steps_follow_on_without_a_gap(samples: int, batch: int) -> None:
+    order = SampleOrder(samples, batch, seed=1)
+    epochs = 4
+    stream = torch.cat([order.batch(step) for step in range(-(-epochs * samples // batch))])
+    for epoch in stream[: epochs * samples].view(epochs, samples):
+        assert sorted(epoch.tolist()) == list(range(samples))
+
+
+def test_a_step_can_be_looked_up_in_any_order() -> None:
+    forward = SampleOrder(10, 4, seed=3)
+    batches = [forward.batch(step) for step in range(20)]
+    backward = SampleOrder(10, 4, seed=3)
+    for step in reversed(range(20)):
+        assert torch.equal(backward.batch(step), batches[step])
+    assert torch.equal(SampleOrder(10, 4, seed=3).batch(13), batches[13])
+
+
+def test_the_order_depends_on_seed_and_epoch_and_not_on_the_batch_size() -> None:
+    def stream(seed: int, batch: int) -> list[int]:
+        order = SampleOrder(100, batch, seed)
+        return torch.cat([order.batch(step) for step in range(200 // batch)]).tolist()
+
+    assert stream(0, 10) == stream(0, 25)
+    assert stream(0, 10) != stream(1, 10)
+    assert stream(0, 10)[:100] != stream(0, 10)[100:]
+    assert stream(0, 10)[:100] != stream(1, 10)[100:]  # nor on their sum
+    assert stream(-1, 10) != stream(1, 10)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch", "steps"), [(2, 100, 12, 16), (0.29, 100, 1, 29), (1, 12, 12, 1), (0.01, 12, 12, 1)]
+)
+def test_steps_for_epochs(epochs: float, samples: int, batch: int, steps: int) -> None:
+    assert SampleOrder(samples, batch, seed=0).steps_for_epochs(epochs) == steps
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_ranks_share_the_same_micro_batches_whatever_their_number(world_size: int) -> None:
+    indices = torch.randperm(12)
+    parts = [rank_micro_batches(indices, 2, rank, world_size) for rank in range(world_size)]
+    assert {len(part) for part in parts} == {6 // world_size}
+    shared = sorted(tuple(micro.tolist()) for part in parts for micro in part)
+    assert shared == sorted(tuple(micro.tolist()) for micro in indices.view(6, 2))
+    assert sum(supervised_tokens_of(part) for part in parts) == supervised_tokens_of([indices])
+
+
+def supervised_tokens_of(micro_batches: list[Tensor]) -> int:
+    labels = torch.where(torch.rand(12, 9, generator=torch.Generator().manual_seed(0)) < 0.5, IGNORE_INDEX, 1)
+    return sum(supervised_tokens(Samples(labels, labels), indices) for indices in micro_batches)

@@ -1,0 +1,277 @@
+"""From `data.path` to samples and a held-out text: every kind of source, and every way to get it wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from loraprune_ds.config import DataConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.train.data_load import LoadedData, load_samples
+from loraprune_ds.train.data_sources import local_files, read_rows
+from tests.unit.test_data import numbers
+from tests.unit.test_data_tokens import make_tokenizer, words
+
+WINDOW = 4
+TOKENIZER = make_tokenizer()
+
+
+def load(path: Path | str, *, minimum: int = 1, **settings: Any) -> LoadedData:
+    config = DataConfig(**({"path": str(path), "window": WINDOW} | settings))
+    return load_samples(config, TOKENIZER, minimum=minimum, vocab_size=100, max_positions=64)
+
+
+def tuned_on(data: LoadedData) -> set[int]:
+    return set(data.samples.input_ids[numbers(*range(len(data.samples)))].flatten().tolist())
+
+
+def held_out_ids(data: LoadedData) -> set[int]:
+    return set(TOKENIZER(data.held_out)["input_ids"])
+
+
+def write_json(path: Path, rows: list[Any]) -> Path:
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n" if path.suffix == ".jsonl" else f"[{', '.join(lines)}]")
+    return path
+
+
+def documents(count: int) -> list[dict[str, str]]:
+    """Document i is the word w(i+1), four times."""
+    return [{"text": f"w{i + 1} " * WINDOW} for i in range(count)]
+
+
+INSTRUCTIONS = [{"instruction": f"w{i}", "input": f"w{i + 20}" if i % 2 else "", "response": "w50"} for i in range(10)]
+
+
+# Where text comes from
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_json_and_json_lines_hold_one_document_per_object(name: str, tmp_path: Path) -> None:
+    data = load(write_json(tmp_path / name, documents(20)))
+    assert held_out_ids(data) == {20, 30}  # w10 and w20: every tenth
+    assert tuned_on(data) - {2} == set(range(11, 31)) - {20, 30}
+    assert len(data.samples) == (18 * WINDOW + 17) // WINDOW
+
+
+def test_every_text_file_of_a_folder_is_a_document_in_the_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for i in (2, 1):
+        (tmp_path / f"{i}.txt").write_text(words(10 * i, 10 * i + 9))
+    (tmp_path / "deep/3.txt").write_text(words(40, 49))
+    (tmp_path / "notes.md").write_text("not data")
+    held_out = tmp_path / "held_out"
+    held_out.write_text("w1")
+    data = load(tmp_path, held_out=str(held_out), window=32)
+    row = data.samples.input_ids[numbers(0)][0].tolist()
+    assert row == [*range(20, 30), 2, *range(30, 40), 2, *range(50, 60)]
+    assert data.held_out == "w1"
+
+
+def test_a_glob_and_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b.txt", "c.jsonl", "odd[1].txt"):
+        (tmp_path / name).write_text('{"text": "w1"}')
+    (tmp_path / "sub").mkdir()
+    assert local_files(str(tmp_path / "*.txt")) == [tmp_path / name for name in ("a.txt", "b.txt", "odd[1].txt")]
+    assert local_files(str(tmp_path / "[ab].*")) == [tmp_path / "a.txt", tmp_path / "b.txt"]
+    assert local_files(str(tmp_path / "odd[1].txt")) == [tmp_path / "odd[1].txt"]
+    monkeypatch.chdir(tmp_path / "sub")
+    assert local_files("../c*.jsonl") == [Path("../c.jsonl")]
+    assert local_files("wikitext") is local_files("some/dataset") is None
+
+
+def test_the_embedded_text_is_split_by_topics() -> None:
+    data = load("embedded", window=8)
+    assert len(data.samples) > 1000
+    assert "debugger" not in data.held_out[:20]
+    assert 10_000 < len(data.held_out) < 100_000
+
+
+def test_a_datasets_name_goes_to_datasets_with_its_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, str | None]] = [{**row, "source": "s"} for row in INSTRUCTIONS]
+    rows[3]["input"] = None  # as real data has them
+    asked = []
+
+    def load_dataset(path: str, name: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load("someone/data", name="small", split="train[:10]", format="instruction", window=40)
+    assert asked == [("someone/data", "small", "train[:10]")]
+    assert len(data.samples) == 9
+    assert "w9" in data.held_out
+    assert "w29" in data.held_out
+
+
+def test_a_datasets_name_that_cannot_be_reached_is_one_line() -> None:
+    with pytest.raises(
+        UserError, match="no file someone/data, and not available as a dataset: Couldn't reach"
+    ) as caught:
+        load("someone/data")  # the tests run with HF_HUB_OFFLINE=1
+    assert "\n" not in str(caught.value)
+
+
+# What is held out
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3, 0.5, 0.9])
+def test_held_out_and_tuning_documents_never_overlap_and_are_everything(fraction: float, tmp_path: Path) -> None:
+    data = load(write_json(tmp_path / "data.json", documents(40)), held_out_fraction=fraction)
+    assert len(held_out_ids(data)) == pytest.approx(40 * fraction, abs=1)
+    assert tuned_on(data).isdisjoint(held_out_ids(data))
+    # The last document may lose its end with the tail.
+    assert len((tuned_on(data) - {2}) | held_out_ids(data)) >= 39
+
+
+def test_of_one_big_file_the_end_is_held_out_from_the_start_of_a_line(tmp_path: Path) -> None:
+    text = "".join(f"w{i % 20 + 1} {words(30, 34)}\n" for i in range(200))
+    (tmp_path / "book.txt").write_text(text)
+    data = load(tmp_path / "book.txt", held_out_fraction=0.25)
+    assert text.endswith(data.held_out)
+    assert text[-len(data.held_out) - 1] == "\n"
+    assert len(data.held_out) / len(text) == pytest.approx(0.25, rel=0.02)
+    tuned = len(data.samples) * WINDOW + len(TOKENIZER(data.held_out)["input_ids"])
+    assert 0 <= len(TOKENIZER(text)["input_ids"]) - tuned < WINDOW
+
+
+def test_a_line_end_far_away_does_not_move_the_cut(tmp_path: Path) -> None:
+    text = "w1\n" + "w2 " * 5000
+    (tmp_path / "line.txt").write_text(text)
+    assert len(load(tmp_path / "line.txt").held_out) == pytest.approx(0.1 * len(text), abs=2)
+
+
+def test_a_held_out_file_leaves_all_documents_to_tuning(tmp_path: Path) -> None:
+    (tmp_path / "held_out.raw").write_text(words(40, 45))
+    path = write_json(tmp_path / "data.json", documents(20))
+    data = load(path, held_out=str(tmp_path / "held_out.raw"))
+    assert data.held_out == words(40, 45)
+    assert tuned_on(data) - {2} == set(range(11, 31))
+
+
+def test_held_out_instructions_are_prompt_and_response(tmp_path: Path) -> None:
+    data = load(write_json(tmp_path / "data.jsonl", INSTRUCTIONS), format="instruction", window=64)
+    assert len(data.samples) == 9
+    assert [data.held_out.count(word) for word in ("w9", "w29", "w50")] == [1, 1, 1]
+    assert "w8" not in data.held_out
+
+
+def test_max_samples_cuts_tuning_and_leaves_the_held_out_text_alone(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "data.json", documents(40))
+    whole, cut = load(path), load(path, max_samples=3)
+    assert len(cut.samples) == 3
+    assert cut.held_out == whole.held_out
+    first = numbers(0, 1, 2)
+    assert cut.samples.input_ids[first].tolist() == whole.samples.input_ids[first].tolist()
+
+
+def test_the_same_files_give_the_same_samples(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "data.json", documents(20))
+    assert load(path).samples.digest() == load(path).samples.digest()
+    assert load(path).samples.digest() != load(path, max_samples=3).samples.digest()
+
+
+# What can be wrong
+
+
+def fails(message: str, path: Path | str, **settings: Any) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load(path, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_shorter_than_one_global_batch_says_how_many_samples_there_are(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "data.json", documents(4))
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("w1")
+    fails(r"4 samples of 4 tokens .* needs 5", path, minimum=5, held_out=str(held_out))
+    assert len(load(path, minimum=4, held_out=str(held_out)).samples) == 4
+    fails(r"data.max_samples 3 is below train.global_batch_size 5", path, minimum=5, max_samples=3)
+    fails(r"data.window 65 is longer than the model's 64 positions", path, window=65)
+
+
+def test_a_tokenizer_of_another_model_is_found_before_training(tmp_path: Path) -> None:
+    config = DataConfig(path=str(write_json(tmp_path / "data.json", documents(20))), window=WINDOW)
+    load_samples(config, TOKENIZER, minimum=1, vocab_size=30, max_positions=None)  # w19 is 29, w20 is held out
+    with pytest.raises(UserError, match="gives id 29, but the model's vocab_size is 29"):
+        load_samples(config, TOKENIZER, minimum=1, vocab_size=29, max_positions=None)
+
+
+BAD_FILES = {
+    "an empty text": ("a.txt", "", r"a\.txt is empty"),
+    "a blank text": ("a.txt", " \n", r"a\.txt is empty"),
+    "an empty jsonl": ("a.jsonl", "\n\n", r"a\.jsonl is empty"),
+    "an empty list": ("a.json", "[]", r"a\.json must hold a list of objects"),
+    "an object": ("a.json", '{"text": "w1"}', r"a\.json must hold a list of objects"),
+    "broken json": ("a.json", '[\n{"text": "w1"},\n{"text": }]', r"a\.json, line 3, column 10: not valid JSON"),
+    "broken jsonl": ("a.jsonl", '{"text": "w1"}\n\n{"text"', r"a\.jsonl, line 3, column 8: not valid JSON"),
+    "a line that is no object": ("a.jsonl", '{"text": "w1"}\n"w2"', r"a\.jsonl, line 2: expected an object, got str"),
+    "an item that is no object": ("a.json", '[{"text": "w1"}, 3]', r"a\.json, item 1: expected an object, got int"),
+    "an unknown field": ("a.json", '[{"body": "w1"}]', r"data\.text_field: .*a\.json has no field 'text'; it has body"),
+    "a field that is no text": ("a.json", '[{"text": 5}]', r"field 'text' must be text; a row has 5"),
+    "another suffix": ("a.csv", "text\nw1", r"a\.csv must be one of \.txt, \.json, \.jsonl"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_bad_file_is_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    fails(message, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_bytes_that_are_not_utf8_are_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b'{"text": "\xff"}')
+    fails(r"is not UTF-8 text: invalid start byte at byte 10", tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "w1"}')
+    assert list(read_rows(DataConfig(path=str(tmp_path / "a.jsonl")))) == [{"text": "w1"}]
+
+
+def test_a_path_that_is_not_there_is_one_line_and_no_download(tmp_path: Path) -> None:
+    fails(r"missing\.txt does not exist", tmp_path / "missing.txt")
+    fails(r"missing\.jsonl does not exist", "missing.jsonl")
+    fails(r"\./missing does not exist", "./missing")
+    fails(r"\*\.txt matches no \.txt, \.json, \.jsonl file", tmp_path / "*.txt")
+    fails(r"folder .* matches no \.txt, \.json, \.jsonl file", tmp_path)
+
+
+def test_the_held_out_file_is_checked_too(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "data.json", documents(20))
+    fails("held.txt does not exist", path, held_out=str(tmp_path / "held.txt"))
+    (tmp_path / "held.txt").write_text("")
+    fails("held.txt is empty", path, held_out=str(tmp_path / "held.txt"))
+    (tmp_path / "held.txt").write_text("w1")
+    fails("data.held_out: .* is tuned on too", tmp_path, held_out=str(tmp_path / "held.txt"))
+    fails(
+        "data.held_out: .* is tuned on too",
+        tmp_path / "*.txt",
+        held_out=str(tmp_path / "../" / tmp_path.name / "held.txt"),
+    )
+
+
+def test_instructions_need_their_fields_and_enough_rows(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "data.json", INSTRUCTIONS)
+    config = {"format": "instruction", "window": 64}
+    fails(
+        r"data\.response_field: .* has no field 'output'; it has input, inst", path, response_field="output", **config
+    )
+    fails(
+        r"data\.input_field: .* has no field 'context' \(null: there is none\)", path, input_field="context", **config
+    )
+    fails(r"data\.held_out_fraction 0\.1 of the 5 instructions", write_json(path, INSTRUCTIONS[:5]), **config)
+    (tmp_path / "a.txt").write_text("w1")
+    fails(r"needs \.json or \.jsonl files; .*a\.txt is plain text", tmp_path / "a.txt", **config)
+    fails(r"data\.format instruction needs a data\.path", "embedded", **config)
+
+
+def test_instructions_without_an_input_field(tmp_path: Path) -> None:
+    rows = [{"instruction": f"w{i}", "response": "w50"} for i in range(10)]
+    path = write_json(tmp_path / "data.json", rows)
+    assert len(load(path, format="instruction", input_field=None, window=64).samples) == 9
+    rows[0]["input"] = "w33"  # one row that has it is enough to know the field
+    assert len(load(write_json(path, rows), format="instruction", window=64).samples) == 9

@@ -1,0 +1,136 @@
+"""Packing documents and masking prompts, token by token, with tokenizers that add BOS, EOS, both or neither."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from loraprune_ds.train.data import IGNORE_INDEX, Ragged, Samples, supervised_tokens
+from loraprune_ds.train.data_tokens import BATCH, Instruction, make_instruction, mask_prompts, pack_documents
+from tests.unit.test_data import numbers
+
+BOS, EOS = 1, 2
+WORDS = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": 10 + i for i in range(1, 60)}
+
+
+def make_tokenizer(*, template: str = "$A", eos: str | None = "</s>") -> PreTrainedTokenizerFast:
+    """One token per word: w1 is 11, w2 is 12, ..."""
+    core = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos, unk_token="<unk>")
+
+
+def words(first: int, last: int) -> str:
+    return " ".join(f"w{i}" for i in range(first, last + 1))
+
+
+def rows(samples: Samples) -> tuple[list[list[int]], list[list[int]]]:
+    everything = numbers(*range(len(samples)))
+    return samples.input_ids[everything].tolist(), samples.labels[everything].tolist()
+
+
+PACKED = {
+    "neither": ("$A", "</s>", [[11, 12, EOS, 13], [14, 15, EOS, 16], [17, 18, 19, 20]]),
+    "BOS": ("<s> $A", "</s>", [[BOS, 11, 12, EOS], [BOS, 13, 14, 15], [EOS, BOS, 16, 17], [18, 19, 20, 21]]),
+    "EOS": ("$A </s>", "</s>", [[11, 12, EOS, 13], [14, 15, EOS, 16], [17, 18, 19, 20]]),
+    "no EOS known": ("$A", None, [[11, 12, 13, 14], [15, 16, 17, 18]]),
+}
+
+
+@pytest.mark.parametrize(("template", "eos", "expected"), PACKED.values(), ids=PACKED.keys())
+def test_documents_are_packed_with_eos_between_and_the_tail_is_dropped(
+    template: str, eos: str | None, expected: list[list[int]]
+) -> None:
+    documents = [words(1, 2), "", words(3, 5), words(6, 11)]
+    samples = pack_documents(documents, make_tokenizer(template=template, eos=eos), 4, None)
+    ids, labels = rows(samples)
+    assert ids[: len(expected)] == expected
+    assert labels == ids
+    lengths = {"$A": 2 + 3 + 6 + (2 if eos else 0), "<s> $A": 16, "$A </s>": 14}
+    assert len(samples) == lengths[template] // 4
+
+
+def test_max_samples_takes_the_first_windows_and_reads_no_further_than_it_must() -> None:
+    read = []
+
+    def documents():
+        for i in range(3 * BATCH):
+            read.append(i)
+            yield words(1, 3)
+
+    whole = pack_documents([words(1, 3)] * 3 * BATCH, make_tokenizer(), 4, None)
+    samples = pack_documents(documents(), make_tokenizer(), 4, 5)
+    assert len(whole) == (4 * 3 * BATCH - 1) // 4
+    assert rows(samples)[0] == rows(whole)[0][:5]
+    assert len(read) == BATCH
+
+
+def test_text_shorter_than_a_window_gives_no_sample() -> None:
+    assert len(pack_documents([words(1, 3)], make_tokenizer(), 4, None)) == 0
+    assert len(pack_documents([], make_tokenizer(), 4, 2)) == 0
+
+
+def instructions(*pairs: tuple[str, str]) -> list[Instruction]:
+    return [Instruction(prompt, response) for prompt, response in pairs]
+
+
+MASKED = {
+    "neither": ("$A", "</s>", [11, 12], [13, 14, EOS]),
+    "BOS": ("<s> $A", "</s>", [BOS, 11, 12], [13, 14, EOS]),
+    "BOS and EOS": ("<s> $A </s>", "</s>", [BOS, 11, 12], [13, 14, EOS]),
+    "no EOS known": ("<s> $A", None, [BOS, 11, 12], [13, 14]),
+}
+
+
+@pytest.mark.parametrize(("template", "eos", "prompt", "response"), MASKED.values(), ids=MASKED.keys())
+def test_the_prompt_is_masked_and_the_response_ends_with_one_eos(
+    template: str, eos: str | None, prompt: list[int], response: list[int]
+) -> None:
+    tokenizer = make_tokenizer(template=template, eos=eos)
+    samples = mask_prompts(instructions((words(1, 2), words(3, 4))), tokenizer, 8, None)
+    padding = 8 - len(prompt + response)
+    ids, labels = rows(samples)
+    assert ids == [prompt + response + [0] * padding]
+    assert labels == [[IGNORE_INDEX] * len(prompt) + response + [IGNORE_INDEX] * padding]
+    assert supervised_tokens(samples, numbers(0)) == len(response)
+
+
+def test_a_long_response_is_cut_at_the_window_and_a_sample_without_response_is_dropped(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pairs = [
+        (words(1, 6), words(7, 20)),  # cut: two tokens of the response are left
+        (words(1, 8), words(9, 9)),  # the prompt fills the window
+        (words(1, 20), words(21, 22)),
+        (words(1, 2), ""),
+        ("", words(1, 3)),  # no prompt at all: the first token is not predicted
+        (words(1, 7), words(8, 8)),
+    ]
+    with caplog.at_level("INFO"):
+        samples = mask_prompts(instructions(*pairs), make_tokenizer(), 8, None)
+    assert [supervised_tokens(samples, numbers(i)) for i in range(len(samples))] == [2, 3, 1]
+    assert rows(samples)[0][0] == [11, 12, 13, 14, 15, 16, 17, 18]
+    assert "3 samples have no response within the window of 8 tokens" in caplog.text
+
+
+def test_masked_samples_cost_their_tokens_and_not_their_window() -> None:
+    samples = mask_prompts(instructions(*[(words(1, 2), words(3, 4))] * 100), make_tokenizer(), 512, None)
+    assert isinstance(samples.input_ids, Ragged)
+    assert samples.input_ids.values.numel() == 500
+    assert samples.input_ids[numbers(0, 99)].shape == (2, 8)
+
+
+def test_max_samples_counts_samples_that_are_kept() -> None:
+    pairs = [(words(1, 2), ""), (words(1, 2), "w3"), (words(1, 2), "w4"), (words(1, 2), "w5")]
+    samples = mask_prompts(instructions(*pairs), make_tokenizer(), 8, 2)
+    assert [row[2] for row in rows(samples)[0]] == [13, 14]
+
+
+def test_a_prompt_may_hold_braces_and_headings_and_its_mask_ends_where_the_response_begins() -> None:
+    tokenizer = make_tokenizer()
+    prompt = "Fill {prompt} and {0} ### Answer w1"
+    example = make_instruction(prompt, "", "w5 ### Answer w6")
+    assert prompt in example.prompt
+    assert make_instruction(prompt, "{input} w9", "w5").prompt.count("{input} w9") == 1
+    _, labels = rows(mask_prompts([example], tokenizer, 64, None))
+    assert [label for label in labels[0] if label != IGNORE_INDEX] == [15, 0, 0, 16, EOS]
