@@ -7,11 +7,11 @@ deepspeed --quiet --num_accelerators 2 launch/run.py --config launch/configs/qui
 import argparse
 import os
 import sys
-import threading
 import warnings
 from pathlib import Path
 
-from loraprune_ds.config import RunConfig, load_config
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 
 
@@ -54,14 +54,7 @@ def prune(config: RunConfig, is_main: bool) -> None:
         silence_libraries()
     from loraprune_ds.train.run import run
     from loraprune_ds.zero.engine import start_ranks, stop_ranks
-    from loraprune_ds.zero.prebuild import prebuild_ops
 
-    note = threading.Timer(3, print, ["building DeepSpeed's op for CPU ranks, about 35 s, once"], {"file": sys.stderr})
-    note.daemon = True
-    if is_main:
-        note.start()
-    prebuild_ops()
-    note.cancel()
     comm = start_ranks()
     try:
         run(config, comm)

@@ -30,15 +30,12 @@ find_python() {
       return
     fi
   done
-  fail "Python 3.11 or newer is missing. Ask for it: sudo apt-get install python3 python3-venv python3-dev"
+  fail "Python 3.11 or newer is missing. Ask for it: sudo apt-get install python3 python3-venv"
 }
 
-# The Debian packages that are missing; DeepSpeed compiles an op at first use, against the headers of this Python.
+# The Debian packages that are missing. No compiler is among them: nothing is built, DeepSpeed's CPU op is not used.
 missing_packages() {
-  local python=$1
-  command -v g++ >/dev/null || echo g++
-  "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
-  "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
+  "$1" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
 }
 
 install_missing_packages() {
@@ -70,7 +67,7 @@ install_project() {
 }
 
 # set_up EXTRAS: changes to the checkout and puts its .venv, with the project and these extras, first on PATH, where
-# deepspeed and ninja are looked for. Installs nothing if this pyproject.toml was installed in this place before.
+# deepspeed is looked for. Installs nothing if this pyproject.toml was installed in this place before.
 set_up() {
   local extras=$1 key
   cd "$ROOT"
@@ -83,12 +80,8 @@ set_up() {
   export PATH=$VENV/bin:$PATH
 }
 
-# What would otherwise happen in the middle of the first run, on every rank at once. Both are quick when done before.
+# What would otherwise happen in the middle of the first run; quick when done before.
 prepare() {
-  if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
-    echo "DeepSpeed's op for CPU ranks (compiled once, about 35 s)"
-    quietly python -m loraprune_ds.zero.prebuild
-  fi
   echo "The embedded model SmolLM2-135M (converted once, about 20 s)"
   quietly python -m loraprune_ds.model.embedded
 }

@@ -4,14 +4,9 @@ Every value is checked once, here, and the message names the key; the rest of th
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from loraprune_ds.errors import UserError
 
@@ -24,13 +19,14 @@ DATA_FORMATS = ("text", "instruction")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str) -> None:
+    """Raises UserError with `message` unless `ok`."""
     if not ok:
         raise UserError(message)
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    _require(value in allowed, f"{key} must be one of {', '.join(allowed)}; got {value!r}")
+    require(value in allowed, f"{key} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,9 @@ class LoraConfig:
     lora_dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        _require(self.r >= 1, f"lora.r must be at least 1; got {self.r}")
-        _require(self.lora_alpha > 0, f"lora.lora_alpha must be positive; got {self.lora_alpha}")
-        _require(0 <= self.lora_dropout < 1, f"lora.lora_dropout must be in [0, 1); got {self.lora_dropout}")
+        require(self.r >= 1, f"lora.r must be at least 1; got {self.r}")
+        require(self.lora_alpha > 0, f"lora.lora_alpha must be positive; got {self.lora_alpha}")
+        require(0 <= self.lora_dropout < 1, f"lora.lora_dropout must be in [0, 1); got {self.lora_dropout}")
 
 
 @dataclass(frozen=True)
@@ -83,11 +79,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.format", self.format, DATA_FORMATS)
-        _require(self.window >= 2, f"data.window must be at least 2 tokens; got {self.window}")
-        _require(
+        require(self.window >= 2, f"data.window must be at least 2 tokens; got {self.window}")
+        require(
             0 < self.held_out_fraction < 1, f"data.held_out_fraction must be in (0, 1); got {self.held_out_fraction}"
         )
-        _require(
+        require(
             self.max_samples is None or self.max_samples >= 1,
             f"data.max_samples must be at least 1; got {self.max_samples}",
         )
@@ -114,27 +110,27 @@ class PruneConfig:
     channel_multiple: int = 1  # channel counts are rounded to a multiple of this
 
     def __post_init__(self) -> None:
-        _require(0 < self.ratio < 1, f"prune.ratio must be in (0, 1); got {self.ratio}")
+        require(0 < self.ratio < 1, f"prune.ratio must be in (0, 1); got {self.ratio}")
         _one_of("prune.criterion", self.criterion, CRITERIA)
         _one_of("prune.ranking", self.ranking, RANKINGS)
         if self.normalize is not None:
             _one_of("prune.normalize", self.normalize, NORMALIZATIONS)
-        _require(0 <= self.moving_average < 1, f"prune.moving_average must be in [0, 1); got {self.moving_average}")
+        require(0 <= self.moving_average < 1, f"prune.moving_average must be in [0, 1); got {self.moving_average}")
         for key in ("prune_every", "min_heads", "min_channels", "channel_multiple"):
-            _require(getattr(self, key) >= 1, f"prune.{key} must be at least 1; got {getattr(self, key)}")
+            require(getattr(self, key) >= 1, f"prune.{key} must be at least 1; got {getattr(self, key)}")
         for key in ("warmup_fraction", "cooldown_fraction"):
-            _require(0 <= getattr(self, key) < 1, f"prune.{key} must be in [0, 1); got {getattr(self, key)}")
-        _require(
+            require(0 <= getattr(self, key) < 1, f"prune.{key} must be in [0, 1); got {getattr(self, key)}")
+        require(
             self.warmup_fraction + self.cooldown_fraction < 1,
             "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
         )
-        _require(0 < self.max_layer_ratio <= 1, f"prune.max_layer_ratio must be in (0, 1]; got {self.max_layer_ratio}")
-        _require(self.protected_last >= 0, f"prune.protected_last must not be negative; got {self.protected_last}")
-        _require(
+        require(0 < self.max_layer_ratio <= 1, f"prune.max_layer_ratio must be in (0, 1]; got {self.max_layer_ratio}")
+        require(self.protected_last >= 0, f"prune.protected_last must not be negative; got {self.protected_last}")
+        require(
             self.protected_first is None or self.protected_first >= 0,
             f"prune.protected_first must not be negative; got {self.protected_first}",
         )
-        _require(
+        require(
             not (self.joint_budget and self.ranking == "uniform"),
             "prune.joint_budget needs prune.ranking: global (uniform cuts the same counts in every layer)",
         )
@@ -165,19 +161,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "micro_batch_size"):
-            _require(getattr(self, key) >= 1, f"train.{key} must be at least 1; got {getattr(self, key)}")
-        _require(
+            require(getattr(self, key) >= 1, f"train.{key} must be at least 1; got {getattr(self, key)}")
+        require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"train.global_batch_size ({self.global_batch_size}) is not a multiple of "
             f"train.micro_batch_size ({self.micro_batch_size})",
         )
-        _require((self.steps is None) != (self.epochs is None), "give exactly one of train.steps and train.epochs")
-        _require(self.steps is None or self.steps >= 1, f"train.steps must be at least 1; got {self.steps}")
-        _require(self.epochs is None or self.epochs > 0, f"train.epochs must be positive; got {self.epochs}")
-        _require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}")
+        require((self.steps is None) != (self.epochs is None), "give exactly one of train.steps and train.epochs")
+        require(self.steps is None or self.steps >= 1, f"train.steps must be at least 1; got {self.steps}")
+        require(self.epochs is None or self.epochs > 0, f"train.epochs must be positive; got {self.epochs}")
+        require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}")
         _one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULERS)
-        _require(self.warmup_steps >= 0, f"train.warmup_steps must not be negative; got {self.warmup_steps}")
-        _require(self.max_grad_norm >= 0, f"train.max_grad_norm must not be negative; got {self.max_grad_norm}")
+        require(self.warmup_steps >= 0, f"train.warmup_steps must not be negative; got {self.warmup_steps}")
+        require(self.max_grad_norm >= 0, f"train.max_grad_norm must not be negative; got {self.max_grad_norm}")
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches each rank runs per step: G / (micro * W).
@@ -205,11 +201,11 @@ class EvaluateConfig:
     every: int | None = None  # steps between evaluations during the run
 
     def __post_init__(self) -> None:
-        _require(self.window >= 2, f"evaluate.window must be at least 2 tokens; got {self.window}")
-        _require(self.batch_size >= 1, f"evaluate.batch_size must be at least 1; got {self.batch_size}")
+        require(self.window >= 2, f"evaluate.window must be at least 2 tokens; got {self.window}")
+        require(self.batch_size >= 1, f"evaluate.batch_size must be at least 1; got {self.batch_size}")
         for key in ("max_windows", "every"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, f"evaluate.{key} must be at least 1; got {value}")
+            require(value is None or value >= 1, f"evaluate.{key} must be at least 1; got {value}")
 
 
 @dataclass(frozen=True)
@@ -239,70 +235,3 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as written to `<output_dir>/config.yaml`."""
         return dataclasses.asdict(self)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run from YAML; `overrides` are `key=value` or `section.key=value`, values in YAML.
-
-    Raises:
-        UserError: no such file, not a mapping, an unknown key (the message lists the known ones), a wrong type,
-            or a value out of range.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config file {path} does not exist")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must be a mapping of keys to values")
-    for override in overrides:
-        _apply_override(raw, override)
-    return _build(RunConfig, raw, "")
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    dotted, separator, value = override.partition("=")
-    _require(bool(separator and dotted), f"--set takes key=value, got {override!r}")
-    *sections, key = dotted.strip().split(".")
-    target = raw
-    for section in sections:
-        target = target.setdefault(section, {})
-        _require(isinstance(target, dict), f"--set {dotted}: {section} is not a section")
-    try:
-        target[key] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {dotted}: {value!r} is not a YAML value") from None
-
-
-def _build(cls: type, raw: Any, prefix: str) -> Any:
-    _require(isinstance(raw, dict), f"{prefix.rstrip('.')} must be a section of keys, got {raw!r}")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in raw:
-        _require(key in known, f"unknown key {prefix}{key}; known keys there: {', '.join(known)}")
-    for f in dataclasses.fields(cls):
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        _require(not required or f.name in raw, f"the key {prefix}{f.name} is missing")
-    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in raw.items()})
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """YAML value -> field type. YAML reads `1e-4` as a string and `16` as an int, both fine for a float."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), {} if value is None else value, f"{key}.")
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in allowed:
-        return None
-    kind = next(a for a in allowed if a is not type(None))
-    if kind is float and isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise UserError(f"{key} must be a number; got {value!r}") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    right = type(value) is kind
-    _require(right, f"{key} must be of type {kind.__name__}; got {value!r}")
-    return value

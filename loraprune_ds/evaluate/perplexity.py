@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
 
+CHARACTERS_PER_TOKEN = 32  # far more than any tokenizer reaches on prose
 Forward = Callable[[Tensor], Tensor]  # input_ids (batch, window) -> logits (batch, window, vocabulary)
 
 
@@ -31,6 +32,8 @@ def cut_windows(text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_
     Raises:
         UserError: the text is shorter than one window.
     """
+    if max_windows is not None and len(text) > (enough := max_windows * window * CHARACTERS_PER_TOKEN):
+        text = text[:enough]  # a held-out part can be gigabytes, of which only the first windows are used
     token_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     count = len(token_ids) // window
     if count == 0:

@@ -71,6 +71,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def count_tokens(self, indices: Tensor) -> int:
+        """Real tokens of these samples, padding not counted."""
+        if isinstance(self.input_ids, Ragged):
+            starts = self.input_ids.starts
+            return int((starts[indices + 1] - starts[indices]).sum())
+        return len(indices) * self.input_ids.shape[1]
+
     def largest_id(self) -> int:
         ids = self.input_ids.values if isinstance(self.input_ids, Ragged) else self.input_ids
         return int(ids.max())

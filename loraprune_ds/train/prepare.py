@@ -16,7 +16,8 @@ from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
-from loraprune_ds.train.data import SampleOrder, Samples, load_samples
+from loraprune_ds.train.data import SampleOrder, Samples
+from loraprune_ds.train.data_load import load_samples
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype
 from loraprune_ds.zero.ds_config import resolve_ds_config
@@ -71,7 +72,13 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     ds_config = resolve_ds_config(config.deepspeed, config, checkpoint.shape, world_size)
     limits = make_limits(config.prune, checkpoint.shape)
     tokenizer = load_tokenizer(checkpoint.folder)
-    loaded = load_samples(config.data, tokenizer, minimum=config.train.global_batch_size)
+    loaded = load_samples(
+        config.data,
+        tokenizer,
+        minimum=config.train.global_batch_size,
+        vocab_size=checkpoint.shape.vocab_size,
+        max_positions=checkpoint.config.get("max_position_embeddings"),
+    )
     order = SampleOrder(len(loaded.samples), config.train.global_batch_size, config.seed)
     steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
     return Prepared(

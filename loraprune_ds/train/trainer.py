@@ -53,7 +53,7 @@ class Trainer:
             self.pruner.observe(step)
         self.engine.step()
         seconds = time.perf_counter() - began
-        tokens = batch.numel() * self.samples.input_ids.shape[1]
+        tokens = self.samples.count_tokens(batch)
         norm = None if decision == "skip" else self.engine.get_global_grad_norm()
         return StepRecord(
             step=step,

@@ -42,9 +42,19 @@ def start_ranks() -> Communicator:
         os.environ.setdefault("MASTER_PORT", "0")
     if not is_cpu():
         accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    _skip_shared_memory_op()
     with quiet_stdout():
         deepspeed.init_distributed(dist_backend=accelerator().communication_backend_name(), auto_mpi_discovery=False)
     return Communicator()
+
+
+def _skip_shared_memory_op() -> None:
+    """Keeps CPU ranks from compiling DeepSpeed's shared-memory all-reduce, which only its inference uses.
+
+    It would cost half a minute and a compiler, leave a lock that every later start waits for if it is killed midway,
+    and need 70 MB of /dev/shm per rank.
+    """
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
 
 
 def stop_ranks() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraprune_ds.train.data import Samples
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.data import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.ds_config import resolve_ds_config
@@ -41,6 +41,7 @@ class Job:
     gradient_checkpointing: bool = False
     lora_dropout: float = 0.0
     learning_rate: float = 5e-3
+    adam_epsilon: float = 1e-3
     seed: int = 0
     lora_r: int = 4
     lora_alpha: float = 8
@@ -98,6 +99,7 @@ def build(job: Job) -> Trainer:
             global_batch_size=size,
             micro_batch_size=job.micro_batch_size,
             learning_rate=job.learning_rate,
+            adam_epsilon=job.adam_epsilon,
             lr_scheduler="constant",
             max_grad_norm=job.max_grad_norm,
             gradient_checkpointing=job.gradient_checkpointing,

@@ -4,7 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -21,7 +21,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
-from loraprune_ds.zero.store import LayerKeep
+from loraprune_ds.zero.store import LayerKeep, WeightStore
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
 COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "broadcast", "all_to_all_single", "gather", "all_gather")
@@ -215,7 +215,7 @@ def poisoned(job: Job, where: str) -> str:
         trainer._exchange = poison_then_exchange  # type: ignore[method-assign]
     else:
         trainer.pruner.observe = lambda step: score_groups(  # type: ignore[method-assign]
-            _PoisonedScores(trainer.store), "lora", "none", step
+            cast(WeightStore, _PoisonedScores(trainer.store)), "lora", "none", step
         )
     try:
         trainer.step(1)
@@ -224,7 +224,7 @@ def poisoned(job: Job, where: str) -> str:
     return "no error"
 
 
-class _PoisonedScores:
+class _PoisonedScores:  # stands in for a WeightStore
     """A store whose weight of layer 1 overflows only when it is scored."""
 
     def __init__(self, store: Any) -> None:

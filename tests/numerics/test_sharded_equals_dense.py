@@ -4,6 +4,9 @@ Tolerances. Both sides compute in fp32 but sum in different orders (per micro-ba
 oracle's own fp32 run differs from its fp64 run by 2e-6 in scores and 8e-7 in the loss on models of this size. So 1e-5
 leaves a factor of about five above pure rounding, and the masks are compared only where the gap between the last group
 that stays and the first that goes is more than ten such tolerances. What a cut only moves is compared bit by bit.
+
+Adam's epsilon is 1e-3 here: some LoRA directions of k_proj have a gradient that is zero but for rounding (softmax
+ignores a common shift), and with 1e-8 Adam would turn that rounding into full-size steps on both sides.
 """
 
 from pathlib import Path
@@ -38,7 +41,7 @@ def base_job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def dense_run(job: Job, outcome: Outcome) -> tuple[DenseTrainer, list[StepRecord]]:
     """The oracle, told how many groups to keep but not which."""
-    settings = Settings(lora_alpha=job.lora_alpha, max_grad_norm=job.max_grad_norm)
+    settings = Settings(lora_alpha=job.lora_alpha, max_grad_norm=job.max_grad_norm, epsilon=job.adam_epsilon)
     trainer = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
     counts = {step: [(len(h), len(c)) for h, c in outcome.kept[step - 1]] for step in outcome.cut_steps}
     return trainer, trainer.run(job.batches, [job.learning_rate] * STEPS, counts)
@@ -75,9 +78,10 @@ def test_training_and_cuts(ranks: RankPool, base_job: Job, world_size: int, micr
                 assert relative(found[1], expected[1]) < TOLERANCE
     for name, master in oracle.masters().items():
         assert (outcome.masters[name] - master).abs().max() < TOLERANCE, name
-        for found, expected in zip(outcome.moments[name], oracle.moments()[name], strict=True):
-            # Moments are as small as squared gradients, so their difference is taken relative to the largest one.
-            assert (found - expected).abs().max() < 2 * TOLERANCE * expected.abs().max().clamp_min(1e-6), name
+    for i in (0, 1):  # first and second moments, the difference relative to the largest: they have gradients' units
+        largest = max(moments[i].abs().max() for moments in oracle.moments().values())
+        for name, moments in oracle.moments().items():
+            assert (outcome.moments[name][i] - moments[i]).abs().max() < TOLERANCE * largest, name
     frozen = oracle.frozen()
     assert {name.removeprefix("model.") for name in outcome.frozen} == set(frozen)
     for name, weight in outcome.frozen.items():

@@ -12,15 +12,25 @@ from tests.oracle.formula import group_scores
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 6, 3, 8, 40, 61
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 6, 3, 8, 42, 61
 KEPT_HEADS, KEPT_CHANNELS = [0, 2], [c for c in range(FFN) if c % 3]
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("surgery")
-    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
-    model = make_tiny_llama(folder / "model", layers=4, vocab=97, seed=1, biases=True, **sizes)
+    model = make_tiny_llama(
+        folder / "model",
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        hidden=HIDDEN,
+        ffn=FFN,
+        layers=4,
+        vocab=97,
+        seed=1,
+        biases=True,
+    )
     adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
     batches = make_batches(steps=4, samples=6, tokens=12, vocab=97, seed=3)
     return Job(model, adapter, batches, {"ratio": 0.2, "prune_every": 1}, micro_batch_size=1)
