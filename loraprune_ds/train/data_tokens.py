@@ -49,7 +49,7 @@ def pack_documents(
             stream.extend(ids)
         if max_samples is not None and len(stream) >= max_samples * window:
             break
-    count = len(stream) // window if max_samples is None else len(stream) // window
+    count = len(stream) // window if max_samples is None else min(max_samples, len(stream) // window)
     windows = torch.from_numpy(np.asarray(stream[: count * window], dtype=np.int32)).view(count, window)
     return Samples(input_ids=windows, labels=windows)
 

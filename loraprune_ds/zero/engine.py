@@ -54,7 +54,7 @@ def _skip_shared_memory_op() -> None:
     It would cost half a minute and a compiler, leave a lock that every later start waits for if it is killed midway,
     and need 70 MB of /dev/shm per rank.
     """
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
 
 
 def stop_ranks() -> None:

@@ -77,6 +77,8 @@ def test_a_glob_and_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert local_files(str(tmp_path / "*.txt")) == [tmp_path / name for name in ("a.txt", "b.txt", "odd[1].txt")]
     assert local_files(str(tmp_path / "[ab].*")) == [tmp_path / "a.txt", tmp_path / "b.txt"]
     assert local_files(str(tmp_path / "odd[1].txt")) == [tmp_path / "odd[1].txt"]
+    (tmp_path / "sub/d.txt").touch()
+    assert local_files(str(tmp_path / "**/d.txt")) == [tmp_path / "sub/d.txt"]
     monkeypatch.chdir(tmp_path / "sub")
     assert local_files("../c*.jsonl") == [Path("../c.jsonl")]
     assert local_files("wikitext") is local_files("some/dataset") is None
@@ -273,5 +275,5 @@ def test_instructions_without_an_input_field(tmp_path: Path) -> None:
     rows = [{"instruction": f"w{i}", "response": "w50"} for i in range(10)]
     path = write_json(tmp_path / "data.json", rows)
     assert len(load(path, format="instruction", input_field=None, window=64).samples) == 9
-    rows[0]["input"] = "w33"  # one row that has it is enough to know the field
+    rows[3]["input"] = "w33"  # one row that has it is enough to know the field
     assert len(load(write_json(path, rows), format="instruction", window=64).samples) == 9

@@ -104,13 +104,14 @@ def test_a_long_response_is_cut_at_the_window_and_a_sample_without_response_is_d
         (words(1, 20), words(21, 22)),
         (words(1, 2), ""),
         ("", words(1, 3)),  # no prompt at all: the first token is not predicted
+        ("", "w1"),  # nor has it a second
         (words(1, 7), words(8, 8)),
     ]
     with caplog.at_level("INFO"):
-        samples = mask_prompts(instructions(*pairs), make_tokenizer(), 8, None)
-    assert [supervised_tokens(samples, numbers(i)) for i in range(len(samples))] == [2, 3, 1]
+        samples = mask_prompts(instructions(*pairs), make_tokenizer(eos=None), 8, None)
+    assert [supervised_tokens(samples, numbers(i)) for i in range(len(samples))] == [2, 2, 1]
     assert rows(samples)[0][0] == [11, 12, 13, 14, 15, 16, 17, 18]
-    assert "3 samples have no response within the window of 8 tokens" in caplog.text
+    assert "4 samples have no response within the window of 8 tokens" in caplog.text
 
 
 def test_masked_samples_cost_their_tokens_and_not_their_window() -> None:
