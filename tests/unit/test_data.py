@@ -16,7 +16,7 @@ def ragged(rows: list[list[int]], window: int, padding: int = PADDING) -> Ragged
 
 
 def masked_samples() -> Samples:
-    """Three samples with 2, 1 and 3 predicted tokens."""
+    """Three samples with 2, 1 and 2 predictions that count."""
     ids = [[5, 6, 7, 8], [5, 9], [4, 5, 6]]
     labels = [[-100, -100, 7, 8], [-100, 9], [4, 5, 6]]  # nothing predicts the 4
     return Samples(ragged(ids, 16), ragged(labels, 16, IGNORE_INDEX))
@@ -51,6 +51,12 @@ def test_supervised_tokens_counts_predictions_once_per_occurrence_and_no_first_t
     assert supervised_tokens(samples, numbers(0, 1, 2, 0)) == 7
     text = torch.ones(3, 5, dtype=torch.int32)
     assert supervised_tokens(Samples(text, text), numbers(0, 2)) == 8
+
+
+def test_count_tokens_leaves_padding_out() -> None:
+    assert masked_samples().count_tokens(numbers(0, 1, 0)) == 10
+    text = torch.ones(3, 5, dtype=torch.int32)
+    assert Samples(text, text).count_tokens(numbers(0, 2)) == 10
 
 
 def test_a_digest_sees_every_part_of_the_samples() -> None:
