@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -76,21 +77,38 @@ def _read_held_out(config: DataConfig) -> str | None:
 
 
 def _split(rows: Rows, config: DataConfig) -> tuple[Iterable[Row], Iterable[Row]]:
-    """Rows to tune on and rows to hold out, evenly spread; of documents too few for that, the ends are held out."""
+    """Rows to tune on and rows to hold out, evenly spread; of documents too few for that, the ends are held out.
+
+    Documents differ a lot in length, so it is their characters that the fraction is of.
+    """
     if config.held_out is not None:
         return rows, ()
-    fraction, count = config.held_out_fraction, len(rows)
-    chosen = [i for i in range(count) if math.floor((i + 1) * fraction) > math.floor(i * fraction)]
+    fraction = config.held_out_fraction
+    if config.format == "text":
+        chosen = _spread((len(_text_of(row, config.text_field)) for row in rows), fraction)
+    else:
+        chosen = _spread(repeat(1, len(rows)), fraction)
     if chosen:
         left_out = set(chosen)
         return (row for i, row in enumerate(rows) if i not in left_out), (rows[i] for i in chosen)
     if config.format == "instruction":
         raise UserError(
-            f"data.held_out_fraction {fraction} of the {count} instructions in {config.path} is none; raise it or give "
-            "data.held_out"
+            f"data.held_out_fraction {fraction} of the {len(rows)} instructions in {config.path} is none; raise it or "
+            "give data.held_out"
         )
     parts = [_split_tail(_text_of(row, config.text_field), fraction) for row in rows]
     return [{config.text_field: head} for head, _ in parts], [{config.text_field: tail} for _, tail in parts]
+
+
+def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
+    """Numbers of the items to take: each that brings the size taken nearer to `fraction` of the size seen so far."""
+    chosen, seen, taken = [], 0, 0
+    for i, size in enumerate(sizes):
+        seen += size
+        if size and taken + size / 2 <= fraction * seen:
+            taken += size
+            chosen.append(i)
+    return chosen
 
 
 def _split_tail(text: str, fraction: float) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import pytest
 
 from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.train.data_load import LoadedData, load_samples
 from loraprune_ds.train.data_sources import local_files, read_rows
 from tests.unit.test_data import numbers
@@ -38,11 +39,13 @@ def write_json(path: Path, rows: list[Any]) -> Path:
 
 
 def documents(count: int) -> list[dict[str, str]]:
-    """Document i is the word w(i+1), four times."""
-    return [{"text": f"w{i + 1} " * WINDOW} for i in range(count)]
+    """Document i is the word w(i+1), four times; all are of one length."""
+    return [{"text": f"w{i + 1}".ljust(4) * WINDOW} for i in range(count)]
 
 
-INSTRUCTIONS = [{"instruction": f"w{i}", "input": f"w{i + 20}" if i % 2 else "", "response": "w50"} for i in range(10)]
+INSTRUCTIONS = [
+    {"instruction": f"w{i}", "input": f"w{i + 20}" if i % 2 == 0 else "", "response": "w50"} for i in range(10)
+]
 
 
 # Where text comes from
@@ -51,8 +54,8 @@ INSTRUCTIONS = [{"instruction": f"w{i}", "input": f"w{i + 20}" if i % 2 else "",
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_json_and_json_lines_hold_one_document_per_object(name: str, tmp_path: Path) -> None:
     data = load(write_json(tmp_path / name, documents(20)))
-    assert held_out_ids(data) == {20, 30}  # w10 and w20: every tenth
-    assert tuned_on(data) - {2} == set(range(11, 31)) - {20, 30}
+    assert held_out_ids(data) == {15, 25}  # w5 and w15: every tenth
+    assert tuned_on(data) - {2} == set(range(11, 31)) - {15, 25}
     assert len(data.samples) == (18 * WINDOW + 17) // WINDOW
 
 
@@ -87,12 +90,12 @@ def test_the_embedded_text_is_split_by_topics() -> None:
     data = load("embedded", window=8)
     assert len(data.samples) > 1000
     assert "debugger" not in data.held_out[:20]
-    assert 10_000 < len(data.held_out) < 100_000
+    assert len(data.held_out) == pytest.approx(0.1 * sum(map(len, embedded_text())), rel=0.05)
 
 
 def test_a_datasets_name_goes_to_datasets_with_its_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, str | None]] = [{**row, "source": "s"} for row in INSTRUCTIONS]
-    rows[3]["input"] = None  # as real data has them
+    rows[2]["input"] = None  # as real data has them
     asked = []
 
     def load_dataset(path: str, name: str | None, *, split: str) -> datasets.Dataset:
@@ -103,8 +106,8 @@ def test_a_datasets_name_goes_to_datasets_with_its_configuration_and_split(monke
     data = load("someone/data", name="small", split="train[:10]", format="instruction", window=40)
     assert asked == [("someone/data", "small", "train[:10]")]
     assert len(data.samples) == 9
-    assert "w9" in data.held_out
-    assert "w29" in data.held_out
+    assert "w4" in data.held_out
+    assert "w24" in data.held_out
 
 
 def test_a_datasets_name_that_cannot_be_reached_is_one_line() -> None:
@@ -125,6 +128,12 @@ def test_held_out_and_tuning_documents_never_overlap_and_are_everything(fraction
     assert tuned_on(data).isdisjoint(held_out_ids(data))
     # The last document may lose its end with the tail.
     assert len((tuned_on(data) - {2}) | held_out_ids(data)) >= 39
+
+
+def test_the_fraction_is_of_the_text_and_not_of_the_number_of_documents(tmp_path: Path) -> None:
+    rows = [{"text": "w1 " * (1 + 7 * i % 50)} for i in range(300)] + [{"text": ""}] * 300
+    data = load(write_json(tmp_path / "data.json", rows), held_out_fraction=0.2)
+    assert data.held_out.count("w1") == pytest.approx(0.2 * sum(1 + 7 * i % 50 for i in range(300)), rel=0.01)
 
 
 def test_of_one_big_file_the_end_is_held_out_from_the_start_of_a_line(tmp_path: Path) -> None:
@@ -155,8 +164,8 @@ def test_a_held_out_file_leaves_all_documents_to_tuning(tmp_path: Path) -> None:
 def test_held_out_instructions_are_prompt_and_response(tmp_path: Path) -> None:
     data = load(write_json(tmp_path / "data.jsonl", INSTRUCTIONS), format="instruction", window=64)
     assert len(data.samples) == 9
-    assert [data.held_out.count(word) for word in ("w9", "w29", "w50")] == [1, 1, 1]
-    assert "w8" not in data.held_out
+    assert [data.held_out.count(word) for word in ("w4", "w24", "w50")] == [1, 1, 1]
+    assert "w3" not in data.held_out
 
 
 def test_max_samples_cuts_tuning_and_leaves_the_held_out_text_alone(tmp_path: Path) -> None:
@@ -195,9 +204,9 @@ def test_text_shorter_than_one_global_batch_says_how_many_samples_there_are(tmp_
 
 def test_a_tokenizer_of_another_model_is_found_before_training(tmp_path: Path) -> None:
     config = DataConfig(path=str(write_json(tmp_path / "data.json", documents(20))), window=WINDOW)
-    load_samples(config, TOKENIZER, minimum=1, vocab_size=30, max_positions=None)  # w19 is 29, w20 is held out
-    with pytest.raises(UserError, match="gives id 29, but the model's vocab_size is 29"):
-        load_samples(config, TOKENIZER, minimum=1, vocab_size=29, max_positions=None)
+    load_samples(config, TOKENIZER, minimum=1, vocab_size=31, max_positions=None)  # w20 is 30
+    with pytest.raises(UserError, match="gives id 30, but the model's vocab_size is 30"):
+        load_samples(config, TOKENIZER, minimum=1, vocab_size=30, max_positions=None)
 
 
 BAD_FILES = {
@@ -264,7 +273,7 @@ def test_instructions_need_their_fields_and_enough_rows(tmp_path: Path) -> None:
     fails(
         r"data\.input_field: .* has no field 'context' \(null: there is none\)", path, input_field="context", **config
     )
-    fails(r"data\.held_out_fraction 0\.1 of the 5 instructions", write_json(path, INSTRUCTIONS[:5]), **config)
+    fails(r"data\.held_out_fraction 0\.1 of the 4 instructions", write_json(path, INSTRUCTIONS[:4]), **config)
     (tmp_path / "a.txt").write_text("w1")
     fails(r"needs \.json or \.jsonl files; .*a\.txt is plain text", tmp_path / "a.txt", **config)
     fails(r"data\.format instruction needs a data\.path", "embedded", **config)
