@@ -173,7 +173,11 @@ class TrainConfig:
         require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}")
         _one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULERS)
         require(self.warmup_steps >= 0, f"train.warmup_steps must not be negative; got {self.warmup_steps}")
-        require(self.max_grad_norm >= 0, f"train.max_grad_norm must not be negative; got {self.max_grad_norm}")
+        for key in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, key) < 1, f"train.{key} must be in [0, 1); got {getattr(self, key)}")
+        require(self.adam_epsilon > 0, f"train.adam_epsilon must be positive; got {self.adam_epsilon}")
+        for key in ("weight_decay", "max_grad_norm"):
+            require(getattr(self, key) >= 0, f"train.{key} must not be negative; got {getattr(self, key)}")
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches each rank runs per step: G / (micro * W).
@@ -231,6 +235,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32); got {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as written to `<output_dir>/config.yaml`."""

@@ -1,6 +1,7 @@
 """YAML and `--set` overrides -> the frozen dataclasses of `config.py`."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must be a mapping of keys to values")
@@ -40,7 +41,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *sections, key = dotted.strip().split(".")
     target = raw
     for section in sections:
-        target = target.setdefault(section, {})
+        if target.get(section) is None:  # absent, or a section without any keys
+            target[section] = {}
+        target = target[section]
         require(isinstance(target, dict), f"--set {dotted}: {section} is not a section")
     try:
         target[key] = yaml.safe_load(value)
@@ -75,6 +78,6 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             raise UserError(f"{key} must be a number; got {value!r}") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    right = type(value) is kind
-    require(right, f"{key} must be of type {kind.__name__}; got {value!r}")
+    require(type(value) is kind, f"{key} must be of type {kind.__name__}; got {value!r}")
+    require(kind is not float or math.isfinite(value), f"{key} must be finite; got {value!r}")
     return value

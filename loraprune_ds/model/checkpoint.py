@@ -13,6 +13,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import LINEARS, ModelShape, shape_from_config
 
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the piece itself
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; an 8-bit weight means nothing without its scales
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads config.json and the headers of all safetensors files; no weight is read.
 
     Raises:
-        UserError: not a supported checkpoint, a missing or damaged file, a missing tensor, or a tensor whose shape
-            contradicts config.json.
+        UserError: not a supported checkpoint, a missing or damaged file, a missing tensor, a tensor whose shape
+            contradicts config.json, or a quantized one.
     """
     config = read_json(folder / "config.json")
     shape = shape_from_config(config, str(folder))
@@ -83,9 +84,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for name, expected in parameter_shapes(shape).items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
-        found, files[name] = headers[name]
+        found, dtype, files[name] = headers[name]
         if found != expected:
             raise UserError(f"{files[name]}: {name} has shape {list(found)}; config.json says {list(expected)}")
+        if dtype not in FLOAT_TYPES:
+            raise UserError(f"{files[name]}: {name} is stored as {dtype}; quantized weights cannot be pruned")
     return Checkpoint(folder, config, shape, files)
 
 
@@ -106,11 +109,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], Path]]:
-    """Tensor name -> (shape, file). Opening a file checks that its length matches its header."""
+def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
+    """Tensor name -> (shape, dtype, file). Opening a file checks that its length matches its header."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} has no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
     else:
         names = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name != "adapter_model.safetensors"]
     if not names:
@@ -122,7 +128,9 @@ def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], Path]]:
             raise UserError(f"{path} is missing; {index.name} names it")
         try:
             with safe_open(path, framework="pt") as file:
-                headers |= {name: (tuple(file.get_slice(name).get_shape()), path) for name in file.keys()}
+                for name in file.keys():
+                    view = file.get_slice(name)
+                    headers[name] = tuple(view.get_shape()), view.get_dtype(), path
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
     return headers

@@ -111,8 +111,8 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     """Reads `config.json` of a LLaMA-family checkpoint (`per_layer_config` included).
 
     Raises:
-        UserError: a model type that is not supported, a missing size, or query heads that key-value heads do not
-            divide; `where` (the folder or hub id) is named.
+        UserError: a model type that is not supported, a missing or impossible size, or query heads that key-value
+            heads do not divide; `where` (the folder or hub id) is named.
     """
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
@@ -125,8 +125,12 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         head_dim = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
     except KeyError as error:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{where}: config.json holds a size that is no number: {error}") from None
+    if min(num_layers, hidden, vocab_size, head_dim, *(size for layer in sizes for size in layer)) < 1:
+        raise UserError(f"{where}: config.json holds a size below 1")
     for i, (queries, heads, _) in enumerate(sizes):
-        if heads < 1 or queries % heads or queries // heads != sizes[0][0] // sizes[0][1]:
+        if queries % heads or queries // heads != sizes[0][0] // sizes[0][1]:
             raise UserError(
                 f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
                 "the same whole number of query heads per key-value head"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shapes import Kind, LayerShape, ModelShape
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,33 @@ class Limits:
         """Layers that pruning may cut."""
         return [i for i, budget in enumerate(self.layer_budget) if budget > 0]
 
+    def blocks(self, layer: int, kind: Kind, count: int) -> list[int]:
+        """Groups that leave together, one block after the other, from `count` down to the floor.
+
+        A block is one group, or as many channels as lead to the next lower multiple.
+        """
+        multiple, floor = self.multiple if kind == "channels" else 1, self.floor[layer].count(kind)
+        if count <= floor:
+            return []
+        first = count % multiple or multiple
+        return [first] + [multiple] * ((count - first - floor) // multiple)
+
+    def fewest_channels(self, layer: int, heads: int) -> int | None:
+        """The fewest channels that the layer may keep beside so many heads; None if the heads alone are too few."""
+        dense = self.dense.layers[layer]
+        spare = self.layer_budget[layer] - (dense.heads - heads) * self.dense.group_numel("heads")
+        if spare < 0:
+            return None
+        least = dense.channels - spare // self.dense.group_numel("channels")
+        least = -(-least // self.multiple) * self.multiple
+        return min(max(least, self.floor[layer].channels), dense.channels)
+
+    def lost(self, layer: int, heads: int, channels: int) -> int:
+        """Linear parameters that a layer of these counts has lost."""
+        dense = self.dense.layers[layer]
+        gone = (dense.heads - heads) * self.dense.group_numel("heads")
+        return gone + (dense.channels - channels) * self.dense.group_numel("channels")
+
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     """Protected layers, minimum widths and the cap per layer.
@@ -38,7 +65,7 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
             reach under these limits; the message states the largest ratio that is not.
     """
     count = len(dense.layers)
-    first = max(1, math.ceil(0.1 * count)) if config.protected_first is None else config.protected_first
+    first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
@@ -47,7 +74,8 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
         least_channels = math.ceil(config.min_channels / config.channel_multiple) * config.channel_multiple
         cut = LayerShape(min(config.min_heads, layer.heads), min(least_channels, layer.channels))
         floor.append(layer if i in protected else cut)
-        budget.append(0 if i in protected else int(config.max_layer_ratio * dense.layer_numel(i)))
+        # The sliver keeps 0.29 of 100 from being 28.999999999999996.
+        budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
     limits = Limits(dense, tuple(floor), tuple(budget), config.channel_multiple)
     _check_reachable(config, limits)
     return limits
@@ -57,10 +85,42 @@ def _check_reachable(config: PruneConfig, limits: Limits) -> None:
     dense = limits.dense
     if config.ranking == "uniform" and len({dense.layers[i] for i in limits.open_layers}) > 1:
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
-    floors = dense.with_layers(limits.floor)
-    most = sum(min(limits.layer_budget[i], dense.layer_numel(i) - floors.layer_numel(i)) for i in limits.open_layers)
-    if config.ratio * dense.linear_numel() > most:
+    most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
+    # A ratio that a cap states to the digit may miss by part of a group; that much off is what either ranking promises.
+    near = dense.group_numel("heads") if config.ranking == "global" else _half_a_step(limits)
+    if most == 0 or config.ratio * dense.linear_numel() > most + near:
         raise UserError(
             f"prune.ratio {config.ratio} is out of reach: with the protected layers, minimum widths and "
             f"prune.max_layer_ratio at most {math.floor(1e4 * most / dense.linear_numel()) / 1e4} can go"
         )
+
+
+def _half_a_step(limits: Limits) -> float:
+    """How far from a target `uniform` may end where nothing stops it: half a channel (or multiple) in every layer."""
+    return len(limits.open_layers) * limits.multiple * limits.dense.group_numel("channels") / 2
+
+
+def _most_uniform(limits: Limits) -> int:
+    """Largest loss of equal counts."""
+    return len(limits.open_layers) * max(lost for lost, _ in _least_widths(limits, limits.open_layers[0]))
+
+
+def _most_global(limits: Limits) -> int:
+    """Largest loss that `global` reaches whatever the scores.
+
+    Under a cap a layer ends where neither a head nor a channel may go any more. Which of several such ends it is
+    depends on the scores, so each layer counts with its smallest.
+    """
+    return sum(min(lost for lost, is_end in _least_widths(limits, i) if is_end) for i in limits.open_layers)
+
+
+def _least_widths(limits: Limits, layer: int) -> list[tuple[int, bool]]:
+    """For every count of heads: what goes with the fewest channels beside them, and whether one more head may not."""
+    widths = []
+    for heads in range(limits.floor[layer].heads, limits.dense.layers[layer].heads + 1):
+        channels = limits.fewest_channels(layer, heads)
+        if channels is not None:
+            lost = limits.lost(layer, heads, channels)
+            one_more = lost + limits.dense.group_numel("heads") <= limits.layer_budget[layer]
+            widths.append((lost, heads == limits.floor[layer].heads or not one_more))
+    return widths

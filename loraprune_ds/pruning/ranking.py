@@ -3,6 +3,7 @@
 The target is a fraction of the linear parameters of all decoder layers of the *dense* model. Ties keep the lower index.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -37,27 +38,35 @@ def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
     if target >= final:
         return goal
     heads, channels = (dense.count(k) - round(target / final * (dense.count(k) - goal.count(k))) for k in KINDS)
-    return LayerShape(heads, _to_multiple(channels, goal.channels, limits.multiple))
+    return LayerShape(heads, _nearest_multiple(channels, goal.channels, dense.channels, limits.multiple))
 
 
 def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
-    """The counts every open layer keeps at the end: as near to `ratio` of all linear parameters as whole groups get."""
+    """The counts every open layer keeps at the end: as near to `ratio` of all linear parameters as whole groups get.
+
+    Heads give their share as nearly as they can, unless floors, the cap or too few channels to make up for the rest
+    would then leave more than half a step of the channels between the target and what is reached.
+    """
     dense, first = limits.dense, limits.open_layers[0]
-    layer, floor = dense.layers[first], limits.floor[first]
-    head, channel = dense.group_numel("heads"), dense.group_numel("channels")
-    loss = ratio * dense.linear_numel() / len(limits.open_layers)  # parameters that each open layer loses
-    most_channels = layer.channels - floor.channels
-    heads_gone = min(round(layer.heads * loss / dense.layer_numel(first)), layer.heads - floor.heads)
-    while loss - heads_gone * head > most_channels * channel and heads_gone < layer.heads - floor.heads:
-        heads_gone += 1  # channels have reached their floor, so heads give more
-    channels_gone = min(max(0, round((loss - heads_gone * head) / channel)), most_channels)
-    return LayerShape(
-        layer.heads - heads_gone, _to_multiple(layer.channels - channels_gone, floor.channels, limits.multiple)
-    )
+    layer, channel = dense.layers[first], dense.group_numel("channels")
+    wanted = ratio * dense.linear_numel() / len(limits.open_layers)  # parameters that each open layer loses
+    share = layer.heads * (1 - wanted / dense.layer_numel(first))  # heads that stay if both kinds give alike
+    options = []
+    for heads in range(limits.floor[first].heads, layer.heads + 1):
+        fewest = limits.fewest_channels(first, heads)
+        if fewest is not None:
+            exact = layer.channels - (wanted - limits.lost(first, heads, layer.channels)) / channel
+            channels = _nearest_multiple(exact, fewest, layer.channels, limits.multiple)
+            error = abs(limits.lost(first, heads, channels) - wanted)
+            distance = max(error, limits.multiple * channel / 2)
+            options.append((distance, abs(heads - share), LayerShape(heads, channels)))
+    return min(options, key=lambda option: option[:2])[-1]
 
 
-def _to_multiple(count: int, floor: int, multiple: int) -> int:
-    return max(round(count / multiple) * multiple, floor)
+def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:
+    """The multiple that is nearest to `count` between the bounds, or one of them."""
+    below = math.floor(count / multiple) * multiple
+    return min((min(max(c, lowest), highest) for c in (below, below + multiple)), key=lambda c: abs(c - count))
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
@@ -73,89 +82,86 @@ def rank_global(
     Separate budgets (the default): heads give their share of the target, channels the rest. Joint: both compete by
     score per parameter. Either way the total stops within one group of the target.
     """
-    dense = limits.dense
     removal = _Removal(scores, current, limits)
-    budget = round(target * dense.linear_numel())
+    budget = round(target * limits.dense.linear_numel())
     if joint:
         removal.take(KINDS, budget)
     else:
-        head_share = sum(layer.heads for layer in dense.layers) * dense.group_numel("heads") / dense.linear_numel()
-        removal.take(("heads",), round(budget * head_share) + removal.gone_of("channels"))
+        removal.take(("heads",), round(budget * _head_share(limits)) + removal.gone_of("channels"))
         removal.take(("channels",), budget)
         removal.take(("heads",), budget)  # where floors or caps stopped the channels
     return removal.keep()
 
 
+def _head_share(limits: Limits) -> float:
+    """What part of the open layers' parameters belongs to heads."""
+    dense = limits.dense
+    heads = sum(dense.layers[i].heads for i in limits.open_layers) * dense.group_numel("heads")
+    return heads / sum(dense.layer_numel(i) for i in limits.open_layers)
+
+
 @dataclass
 class _Removal:
-    """Takes groups one by one, least important first, within the limits."""
+    """Takes blocks of groups one by one, least important first, within the limits.
+
+    Only counts are kept: which groups of a layer go follows from its own scores.
+    """
 
     scores: list[LayerScores]
     current: ModelShape
     limits: Limits
-    removed: dict[tuple[int, Kind], set[int]] = field(init=False)
+    left: list[dict[Kind, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.removed = {(i, kind): set() for i in range(len(self.scores)) for kind in KINDS}
-        self.lost = [self.limits.dense.layer_numel(i) - self.current.layer_numel(i) for i in range(len(self.scores))]
+        self.left = [{kind: layer.count(kind) for kind in KINDS} for layer in self.current.layers]
+        self.lost = [self.limits.lost(i, **left) for i, left in enumerate(self.left)]
 
     def gone_of(self, kind: Kind) -> int:
-        """Parameters of one kind that earlier cuts removed."""
-        layers = zip(self.limits.dense.layers, self.current.layers, strict=True)
-        return sum(d.count(kind) - c.count(kind) for d, c in layers) * self.limits.dense.group_numel(kind)
+        """Parameters of one kind that are gone so far, earlier cuts included."""
+        layers = zip(self.limits.dense.layers, self.left, strict=True)
+        return sum(dense.count(kind) - left[kind] for dense, left in layers) * self.limits.dense.group_numel(kind)
 
     def take(self, kinds: tuple[Kind, ...], budget: int) -> None:
         """Removes groups while that brings the parameters gone so far nearer to `budget`."""
         gone = sum(self.lost)
         smallest = min(self.limits.dense.group_numel(kind) for kind in kinds)
-        for layer, kind, index in self._candidates(kinds):
-            size = self.limits.dense.group_numel(kind)
+        for layer, kind, groups in self._candidates(kinds):
             if gone + smallest / 2 > budget:
                 return
-            if gone + size / 2 <= budget and self._may_lose(layer, kind, index, size):
-                self.removed[layer, kind].add(index)
+            size = groups * self.limits.dense.group_numel(kind)
+            if gone + size / 2 <= budget and self.lost[layer] + size <= self.limits.layer_budget[layer]:
+                self.left[layer][kind] -= groups
                 self.lost[layer] += size
                 gone += size
 
     def keep(self) -> list[LayerKeep]:
-        heads = [self._rest(i, "heads") for i in range(len(self.scores))]
-        channels = self._rounded_channels([len(self._rest(i, "channels")) for i in range(len(self.scores))])
         return [
-            LayerKeep(h, _best(scores.channels, n)) for h, scores, n in zip(heads, self.scores, channels, strict=True)
+            LayerKeep(*(_best(scores.of(kind), left[kind]) for kind in KINDS))
+            for scores, left in zip(self.scores, self.left, strict=True)
         ]
 
     def _candidates(self, kinds: tuple[Kind, ...]) -> list[tuple[int, Kind, int]]:
-        """Groups of the open layers by score per parameter, ascending; among equals the higher index goes first."""
+        """(layer, kind, groups) of all blocks by score per parameter, ascending; among equals the last layer first.
+
+        The blocks of a layer come in the order in which they must leave, for their scores ascend.
+        """
         sites: list[tuple[int, Kind, int]] = []
         per_parameter = []
         for layer in reversed(self.limits.open_layers):
             for kind in kinds:
-                values = self.scores[layer].of(kind).flip(0)
-                sites.extend((layer, kind, index) for index in range(len(values) - 1, -1, -1))
-                per_parameter.append(values / self.limits.dense.group_numel(kind))
+                left = self.left[layer][kind]
+                blocks = self.limits.blocks(layer, kind, left)
+                sites.extend((layer, kind, groups) for groups in blocks)
+                scores = self.scores[layer].of(kind).sort().values[-left:]
+                per_parameter.append(_block_means(scores, blocks) / self.limits.dense.group_numel(kind))
         order = torch.cat(per_parameter).argsort(stable=True).tolist()
         return [sites[position] for position in order]
 
-    def _may_lose(self, layer: int, kind: Kind, index: int, size: int) -> bool:
-        gone = self.removed[layer, kind]
-        left = self.current.layers[layer].count(kind) - len(gone)
-        above_floor = left > self.limits.floor[layer].count(kind)
-        return index not in gone and above_floor and self.lost[layer] + size <= self.limits.layer_budget[layer]
 
-    def _rest(self, layer: int, kind: Kind) -> Tensor:
-        gone = self.removed[layer, kind]
-        return torch.tensor([i for i in range(self.current.layers[layer].count(kind)) if i not in gone])
-
-    def _rounded_channels(self, counts: list[int]) -> list[int]:
-        """Counts of the layers that are cut, as multiples with (nearly) the same sum: largest remainders round up."""
-        multiple = self.limits.multiple
-        rounded = list(counts)
-        cut = [i for i in self.limits.open_layers if counts[i] < self.limits.dense.layers[i].channels]
-        units = round(sum(counts[i] for i in cut) / multiple)
-        for i in cut:
-            rounded[i] = counts[i] // multiple * multiple
-        spare = units - sum(rounded[i] // multiple for i in cut)
-        for i in sorted(cut, key=lambda i: (-(counts[i] % multiple), i))[: max(spare, 0)]:
-            rounded[i] += multiple
-        current = self.current.layers
-        return [min(max(rounded[i], self.limits.floor[i].channels), current[i].channels) for i in range(len(counts))]
+def _block_means(scores: Tensor, blocks: list[int]) -> Tensor:
+    """(blocks,): mean score of each block of ascending scores; all blocks but the first are of one size."""
+    if not blocks:
+        return scores[:0]
+    first, rest = scores[: blocks[0]], scores[blocks[0] : sum(blocks)]
+    means = torch.cat([first.mean()[None], rest.view(-1, blocks[-1]).mean(1)])
+    return means.cummax(0).values  # rounding must not let a block leave before the one below it

@@ -1,5 +1,6 @@
 """When to cut and how much should be gone by then."""
 
+import math
 from dataclasses import dataclass
 
 from loraprune_ds.config import PruneConfig
@@ -41,8 +42,9 @@ def make_schedule(config: PruneConfig, steps: int) -> Schedule:
     Raises:
         UserError: no step is left between warm-up and cool-down.
     """
-    start = int(config.warmup_fraction * steps)
-    end = steps - int(config.cooldown_fraction * steps)
+    # The sliver keeps 0.29 of 100 steps from being 28.999999999999996.
+    start = math.floor(config.warmup_fraction * steps + 1e-6)
+    end = steps - math.floor(config.cooldown_fraction * steps + 1e-6)
     if end <= start:
         raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
     return Schedule(config.ratio, start, end, config.prune_every)

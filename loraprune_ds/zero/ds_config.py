@@ -4,6 +4,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import read_json
@@ -16,14 +20,20 @@ REFUSED = {
     ("optimizer",): "the run config owns the optimizer (train.learning_rate, train.adam_*)",
     ("scheduler",): "the run config owns the schedule (train.lr_scheduler, train.warmup_steps)",
     ("torch_autocast",): "weights are kept in model.dtype; autocast is not supported",
+    ("amp",): "weights are kept in model.dtype; apex is not supported",
+    ("elasticity",): "the run config owns the batch sizes (train.global_batch_size, train.micro_batch_size)",
     ("zero_optimization", "offload_optimizer"): "optimizer offload is not supported with repartition yet",
     ("zero_optimization", "offload_param"): "parameter offload is not supported with repartition yet",
+    ("zero_optimization", "cpu_offload"): "optimizer offload is not supported with repartition yet",
+    ("zero_optimization", "cpu_offload_param"): "parameter offload is not supported with repartition yet",
     ("zero_optimization", "zero_hpz_partition_size"): "hierarchical partitioning (hpZ) is not supported yet",
     ("zero_optimization", "mics_shard_size"): "MiCS is not supported yet",
     ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat pieces to repartition",
     ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be repartitioned",
+    ("zero_optimization", "zero_quantized_gradients"): "scores need the LoRA gradients as they are",
     ("zero_optimization", "zenflow"): "ZenFlow is not supported",
 }
+SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 NEUTRAL = {"zero_hpz_partition_size": 1, "mics_shard_size": -1}  # DeepSpeed's own defaults are no choice
 
 
@@ -32,7 +42,7 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
 
     Raises:
         UserError: not ZeRO-3, a setting that does not go with repartition, a value that contradicts the run config,
-            or an "auto" that nobody owns.
+            an "auto" that nobody owns, or a key or value that DeepSpeed does not know.
     """
     path = Path(path)
     raw = read_json(path)
@@ -46,6 +56,7 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
     leftover = _find_auto(resolved, ())
     if leftover:
         raise UserError(f'{path}: {".".join(leftover)} is "auto" but the run config does not own it; give a value')
+    _validate(path, resolved)
     return resolved
 
 
@@ -58,6 +69,10 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         ("gradient_clipping",): train.max_grad_norm,
         ("bf16", "enabled"): config.model.dtype == "bfloat16",
         ("fp16", "enabled"): config.model.dtype == "float16",
+        # LoRA gradients are added up in fp32, over micro-batches and over ranks, or scores would depend on their number.
+        ("data_types", "grad_accum_dtype"): "fp32",
+        ("communication_data_type",): "fp32",
+        ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
         # Any LoRA gradient fits a bucket of one layer's LoRA; a larger bucket means fewer reduce-scatters.
         ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, config.lora.r),
         # Two of the largest linears: the next weights arrive while the present ones are used.
@@ -81,9 +96,9 @@ def _refuse(path: Path, raw: dict[str, Any]) -> None:
         value: Any = raw
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        off = value in (None, False, NEUTRAL.get(keys[-1])) or (
-            isinstance(value, dict) and value.get("device") == "none"
-        )
+        off = value in (None, False, NEUTRAL.get(keys[-1]))
+        if isinstance(value, dict):
+            off = value.get("device") == "none" or value.get("enabled") is False
         if not off:
             raise UserError(f"{path}: {'.'.join(keys)}: {reason}")
 
@@ -92,12 +107,25 @@ def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: An
     section = resolved
     for key in keys[:-1]:
         section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {key} must be a section of keys, got {section!r}")
     found = section.get(keys[-1], "auto")
     tunable = keys[0] == "zero_optimization"  # sizes that change speed, not results: the JSON may set them
     if found == "auto":
         section[keys[-1]] = value
     elif found != value and not tunable:
         raise UserError(f'{path}: {".".join(keys)} is {found}, but the run config makes it {value}; write "auto"')
+
+
+def _validate(path: Path, resolved: dict[str, Any]) -> None:
+    """Lets DeepSpeed check its own sections, which it would do only once the model is loaded."""
+    for name, section in SECTIONS.items():
+        try:
+            section(**resolved[name])
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join([name, *map(str, first["loc"])])
+            raise UserError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
 
 
 def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:

@@ -1,5 +1,6 @@
 """fp16's loss scale, as pure functions: what to do with gradients that may have overflowed."""
 
+import math
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ def decide(bad_layers: list[int | None], losses: list[float], *, dtype: str, ste
         RunError: a loss is not finite, or a gradient is not and the dtype has no loss scale. Names layer and step.
     """
     for rank, loss in enumerate(losses):
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise RunError(f"step {step}: the loss is {loss} on rank {rank}")
     found = [layer for layer in bad_layers if layer is not None]
     if not found:

@@ -56,6 +56,7 @@ class PlainStore:
             for linear in LINEARS:
                 module, rows = lora_linear(layer, linear), layer_keep.rows(self.shape, linear)
                 base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
+                rows = rows.to(base.weight.device)
                 for parameter in (base.weight, b if linear.axis == 0 else a):
                     self._select(parameter, linear.axis, rows)
                 if base.bias is not None and linear.axis == 0:

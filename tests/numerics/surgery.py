@@ -124,6 +124,7 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
     old = [weakref.ref(t) for t in _replaced_tensors(trainer)]
     with recorded_collectives() as calls:
         sent = trainer.store.shrink(keep)
+    trainer.pruner.average.shrink(keep)
     gc.collect()
     return {
         "before": before,
@@ -200,7 +201,7 @@ def poisoned(job: Job, where: str) -> str:
     trainer = build(job)
     if where == "loss":
         if trainer.store.rank == 0:
-            trainer.store.owned_weight(2, LINEARS[0]).flat[0] = float("nan")
+            trainer.store.owned_weight(2, LINEARS[-1]).flat[0] = float("nan")
     elif where == "gradient":
         exchange = trainer._exchange
 
