@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from loraprune_ds.export.config import ExportedConfig, export_config
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard
-from loraprune_ds.export.shards import shard_count, write_index, write_shard
+from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+from loraprune_ds.model.shards import shard_count, write_index, write_shard
 
 VOCAB = 400
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}

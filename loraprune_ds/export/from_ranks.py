@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loraprune_ds.export.huggingface import merge_lora
-from loraprune_ds.export.shards import shard_count, write_index, write_shard
+from loraprune_ds.model.shards import shard_count, write_index, write_shard
 from loraprune_ds.zero.collect import CollectedLayer, collect_ends, collect_layer
 from loraprune_ds.zero.device import DTYPES
 from loraprune_ds.zero.sharded import ShardedStore

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.config import ExportedConfig
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.export.tokenizer import copy_tokenizer, has_tokenizer, pin_tokenizer
+from loraprune_ds.model.exported_config import ExportedConfig
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

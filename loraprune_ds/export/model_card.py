@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from loraprune_ds.export.config import ExportedConfig
+from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.shapes import ModelShape
 
 

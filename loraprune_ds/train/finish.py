@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.export.config import export_config
 from loraprune_ds.export.huggingface import finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.model.build import EMBEDDED
+from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.output import MODEL_FOLDER
 from loraprune_ds.train.pictures import draw_kept_groups, draw_training

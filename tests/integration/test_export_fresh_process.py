@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from loraprune_ds.export.config import ExportedConfig
+from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.shapes import shape_from_config
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export
 

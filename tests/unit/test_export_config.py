@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
 
-from loraprune_ds.export.config import ExportedConfig, export_config
+from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.shapes import LayerShape, shape_from_config
 
 LAYERS = 3

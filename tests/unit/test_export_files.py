@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.config import export_config
 from loraprune_ds.export.huggingface import begin, finish_folder, merge_lora, publish
 from loraprune_ds.export.model_card import write_model_card
-from loraprune_ds.export.shards import shard_count, shard_file_name, write_index, write_shard
 from loraprune_ds.export.tokenizer import copy_tokenizer
+from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+from loraprune_ds.model.shards import shard_count, shard_file_name, write_index, write_shard
 from tests.export_cases import CASES, cut, dense_model, exported_config, model_card
 from tests.oracle.models import make_tokenizer
 
