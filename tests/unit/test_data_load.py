@@ -135,6 +135,11 @@ def test_the_fraction_is_of_the_text_and_not_of_the_number_of_documents(tmp_path
     assert data.held_out.count("w1") == pytest.approx(0.2 * sum(1 + 7 * i % 50 for i in range(300)), rel=0.01)
 
 
+def test_a_blank_document_is_not_what_is_held_out(tmp_path: Path) -> None:
+    rows = [{"text": ""}, {"text": "w1 " * 100}]
+    assert load(write_json(tmp_path / "data.json", rows)).held_out.count("w1") == 10
+
+
 def test_of_one_big_file_the_end_is_held_out_from_the_start_of_a_line(tmp_path: Path) -> None:
     text = "".join(f"w{i % 20 + 1} {words(30, 34)}\n" for i in range(200))
     (tmp_path / "book.txt").write_text(text)
