@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,13 +42,15 @@ def check_adapter(folder: Path, config: LoraConfig) -> None:
     """Whether an existing adapter can be the start of a run: plain LoRA on all seven linears, same r and alpha.
 
     Raises:
-        UserError: names the folder and what does not fit.
+        UserError: names the folder and what does not fit, a damaged file included.
     """
     found = read_json(folder / "adapter_config.json")
     if found.get("peft_type") != "LORA" or found.get("use_dora") or found.get("use_rslora"):
         raise UserError(f"model.adapter {folder} is not a plain LoRA adapter")
     if found.get("bias", "none") != "none" or found.get("rank_pattern") or found.get("alpha_pattern"):
         raise UserError(f"model.adapter {folder}: trained biases and per-module ranks or alphas are not supported")
+    if found.get("modules_to_save"):
+        raise UserError(f"model.adapter {folder}: trained modules beside LoRA (modules_to_save) are not supported")
     for key, expected in (("r", config.r), ("lora_alpha", config.lora_alpha)):
         if found.get(key) != expected:
             raise UserError(
@@ -59,8 +61,14 @@ def check_adapter(folder: Path, config: LoraConfig) -> None:
         raise UserError(
             f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion needs all seven linears"
         )
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder / 'adapter_model.safetensors'} does not exist")
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the length of the file fits its header
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

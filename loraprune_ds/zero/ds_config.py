@@ -69,7 +69,7 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         ("gradient_clipping",): train.max_grad_norm,
         ("bf16", "enabled"): config.model.dtype == "bfloat16",
         ("fp16", "enabled"): config.model.dtype == "float16",
-        # LoRA gradients are added up in fp32, over micro-batches and over ranks, or scores would depend on their number.
+        # LoRA gradients are added up in fp32, or scores would depend on the number of micro-batches and ranks.
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
         ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
