@@ -61,14 +61,18 @@ class OptimizerState:
         zero.averaged_gradients = {}
         zero.zero_grad(set_to_none=True)
         if steps:
-            for flat in zero.fp32_partitioned_groups_flat:
-                moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-                zero.optimizer.state[flat] = {"step": steps[0].clone(), **moments}
+            self.create_moments(int(steps[0]))
         for parameter in self.parameters:
             old = old_slots[id(parameter)]
             for key in keys:
                 new = self.piece(parameter, key)
                 new.copy_(old_flats[old.group][key].narrow(0, old.offset, new.numel()))
+
+    def create_moments(self, step: int) -> None:
+        """Zero moments for every flat buffer, as Adam has them after `step` updates: it makes them lazily."""
+        for flat in self.zero.fp32_partitioned_groups_flat:
+            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
+            self.zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
 
     def _slot(self, parameter: nn.Parameter) -> _Slot:
         group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]

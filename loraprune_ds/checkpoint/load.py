@@ -1,0 +1,103 @@
+"""Finds the newest good checkpoint and gives its parts back; damaged ones are named and passed over."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loraprune_ds.checkpoint import files
+from loraprune_ds.checkpoint.save import layer_file, numbered, step_folder
+from loraprune_ds.checkpoint.state import RunState, ShapeSource, read_state
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
+from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.zero.comm import Communicator
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A verified checkpoint."""
+
+    folder: Path
+    state: RunState
+
+    def shape_folder(self) -> Path:
+        """Where its frozen weights are."""
+        shape = self.state.shape
+        return Path(shape.folder) if shape.is_source else self.folder.parent / shape.folder
+
+    def scores(self) -> list[LayerScores] | None:
+        """The moving averages; None when nothing had been scored."""
+        path = self.folder / "scores.safetensors"
+        if not path.exists():
+            return None
+        tensors = load_file(path)
+        return [LayerScores(tensors[f"{i}.heads"], tensors[f"{i}.channels"]) for i in range(len(tensors) // 2)]
+
+    def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
+        """Elements [start, end) of a layer's LoRA tensor, flat; only the rows that hold them are read."""
+        with safe_open(self.folder / layer_file(layer), framework="pt") as file:
+            view = file.get_slice(name)
+            columns = view.get_shape()[1]
+            first = start // columns
+            rows = view[first : -(-end // columns)].reshape(-1)
+        return rows[start - first * columns : end - first * columns]
+
+
+def find_newest(root: Path, comm: Communicator, warn: Callable[[str], None]) -> Saved | None:
+    """The newest checkpoint under `root` that is whole; the ranks share the reading. Collective."""
+    for number in reversed(comm.gather_objects(numbered(root, "step"))[0]):
+        try:
+            return open_saved(step_folder(root, number), comm)
+        except UserError as error:
+            warn(f"checkpoint step-{number} cannot be used: {error}")
+    return None
+
+
+def open_saved(folder: Path, comm: Communicator) -> Saved:
+    """Verifies one checkpoint and the shape it names. Collective.
+
+    Raises:
+        UserError: something is missing, damaged or of a newer format; all ranks raise the same line.
+    """
+
+    def check() -> Saved:
+        saved = Saved(folder, read_state(folder))
+        files.verify(folder, part=comm.rank, parts=comm.world_size)
+        _check_shape(saved, comm)
+        return saved
+
+    return comm.together(check)
+
+
+def _check_shape(saved: Saved, comm: Communicator) -> None:
+    folder, shape = saved.shape_folder(), saved.state.shape
+    if shape.is_source:
+        if source_digest(open_checkpoint(folder)) != shape.digest:
+            raise UserError(f"{folder} is not the model that {saved.folder} was started from: its tensors differ")
+        return
+    if not (folder / files.MANIFEST).is_file() or files.sha256(folder / files.MANIFEST) != shape.digest:
+        raise UserError(f"{folder} is missing or is not the one that {saved.folder} names")
+    files.verify(folder, part=comm.rank, parts=comm.world_size)
+
+
+def source_digest(checkpoint: Checkpoint) -> str:
+    """Identifies a source model by its config, its tensors' names and shapes, and its files' sizes and first bytes.
+
+    Reading all of it would take as long as loading it; a file of the same size with other numbers is not noticed.
+    """
+    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    for path in sorted(set(checkpoint.files.values())):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+def source_of(checkpoint: Checkpoint) -> ShapeSource:
+    """The frozen weights of a run that has not cut yet."""
+    return ShapeSource(str(checkpoint.folder.resolve()), source_digest(checkpoint), is_source=True)

@@ -1,0 +1,80 @@
+"""What a checkpoint knows besides tensors, as JSON."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.errors import UserError
+
+FORMAT = 1
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class ShapeSource:
+    """Where the frozen weights are: `shape-K` beside the steps, or the source checkpoint before the first cut.
+
+    Attributes:
+        folder: name of the shape folder, or the path of the source.
+        digest: checksum of the shape's manifest, or of the source's headers.
+        is_source: the weights are those of the model the run started from.
+    """
+
+    folder: str
+    digest: str
+    is_source: bool
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run after `step` optimizer steps; independent of the number of ranks.
+
+    Attributes:
+        adam_step: updates that Adam has made; fewer than `step` if fp16 steps were skipped.
+        schedule: state of the learning-rate schedule.
+        loss_scale: state of fp16's loss scaler, empty otherwise.
+        kept: per layer, kept heads and channels as indices into the dense model.
+        updates_since_cut: scores observed since the last cut.
+        cuts: made so far; the number of the shape.
+        resumed_from: steps at which the run was taken up before.
+        config: the resolved run config.
+    """
+
+    step: int
+    adam_step: int
+    schedule: dict[str, Any]
+    loss_scale: dict[str, Any]
+    kept: list[tuple[list[int], list[int]]]
+    updates_since_cut: int
+    cuts: int
+    shape: ShapeSource
+    resumed_from: list[int]
+    config: dict[str, Any]
+    format: int = field(default=FORMAT)
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+
+
+def read_state(folder: Path) -> RunState:
+    """Reads `state.json`.
+
+    Raises:
+        UserError: it is missing or damaged, or of a newer format than this version knows.
+    """
+    path = folder / STATE_FILE
+    try:
+        raw = json.loads(path.read_text())
+        version = int(raw["format"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is missing or damaged") from None
+    if version > FORMAT:
+        raise UserError(f"{path} has format {version}; this version of loraprune_ds reads up to {FORMAT}")
+    try:
+        raw["shape"] = ShapeSource(**raw["shape"])
+        raw["kept"] = [(list(heads), list(channels)) for heads, channels in raw["kept"]]
+        return RunState(**raw)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: a field is missing or unknown") from None
