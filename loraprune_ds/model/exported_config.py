@@ -68,7 +68,7 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
     model_type = _model_type(shape)
     renamed = model_type != shape.model_type
     config = {key: value for key, value in source.items() if key not in DROPPED}
-    config |= _sizes(shape) | rope_settings(source) | _family_options(source, shape, model_type)
+    config |= _sizes(shape) | _rope(source) | _family_options(source, shape, model_type)
     config |= {
         "architectures": [CAUSAL_LM[model_type]],
         "model_type": model_type,
@@ -128,7 +128,7 @@ def _layer_sizes(heads: int, channels: int, shape: ModelShape) -> dict[str, int]
     }
 
 
-def rope_settings(source: dict[str, Any]) -> dict[str, Any]:
+def _rope(source: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings under the names of transformers 4 and of transformers 5.
 
     4 reads rope_theta and rope_scaling and silently ignores rope_parameters; 5 prefers a rope_scaling that is not
