@@ -7,16 +7,30 @@ deepspeed --quiet --num_accelerators 2 launch/run.py --config launch/configs/qui
 import argparse
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
-from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import load_config
-from loraprune_ds.errors import UserError
+try:
+    from loraprune_ds.config import RunConfig
+    from loraprune_ds.config_file import load_config
+    from loraprune_ds.errors import UserError
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
+
+GRACE = 5.0  # seconds that the other ranks stay after an error
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are told like any other wrong input: by one rank, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value, e.g. --set prune.ratio=0.3"
@@ -27,35 +41,57 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0 finished, 1 the run went wrong, 2 unusable input."""
-    arguments = parse_arguments()
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", "0"))
+    joined = False
     try:
+        arguments = parse_arguments()
         config = load_config(arguments.config, arguments.set)
-        prune(config, is_main)
+        # Heavy imports come after the config is known to be good: a typo should not cost ten seconds.
+        from loraprune_ds.train.output import check_output
+
+        finished = check_output(config)
+        joined = not finished
+        if not finished:
+            prune(config)
+        if rank == 0:
+            if finished:
+                print(f"{config.output_dir} holds this run, finished:")
+            print_summary(Path(config.output_dir))
     except UserError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(error, rank, agreed=joined)
         return error.exit_code
-    if is_main:
-        print_summary(Path(config.output_dir))
     return 0
 
 
-def prune(config: RunConfig, is_main: bool) -> None:
-    """Runs unless the output folder already holds this run, finished."""
-    # Heavy imports come after the config is known to be good: a typo should not cost ten seconds.
-    from loraprune_ds.train.output import check_output
+def tell(error: UserError, rank: int, *, agreed: bool) -> None:
+    """One line from rank 0 about what all ranks met.
 
-    if check_output(config):
-        if is_main:
-            print(f"{config.output_dir} holds this run, finished:")
+    The first rank that leaves makes the launcher end the others, so those wait until rank 0 has spoken. A rank still
+    alive after that met an error of its own, unless the ranks had `agreed` on it, and tells it.
+    """
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return
+    time.sleep(GRACE)
+    if not agreed:
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def prune(config: RunConfig) -> None:
+    """Carries out the run on all ranks. Collective."""
     if not config.logging.verbose:
         silence_libraries()
+    from torch.distributed import DistNetworkError
+
     from loraprune_ds.train.run import run
     from loraprune_ds.zero.engine import start_ranks, stop_ranks
 
-    comm = start_ranks()
+    try:
+        comm = start_ranks()
+    except DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        hint = "if another run uses that port, give the launcher a --master_port"
+        raise UserError(f"the ranks cannot meet at {where} ({hint}): {str(error).splitlines()[0]}") from None
     try:
         run(config, comm)
     finally:
@@ -66,7 +102,6 @@ def silence_libraries() -> None:
     """Leaves only what the run itself has to say."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     from loraprune_ds.zero.engine import quiet_deepspeed

@@ -18,6 +18,7 @@ from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.data_load import load_samples
+from loraprune_ds.train.provenance import CHECKOUT
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype
 from loraprune_ds.zero.ds_config import resolve_ds_config
@@ -69,7 +70,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     checkpoint = open_checkpoint(locate_model(config.model))
     if config.model.adapter:
         check_adapter(Path(config.model.adapter), config.lora)
-    ds_config = resolve_ds_config(config.deepspeed, config, checkpoint.shape, world_size)
+    ds_config = resolve_ds_config(_find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
     limits = make_limits(config.prune, checkpoint.shape)
     tokenizer = load_tokenizer(checkpoint.folder)
     loaded = load_samples(
@@ -92,3 +93,12 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
         limits=limits,
         ds_config=ds_config,
     )
+
+
+def _find_ds_config(path: str) -> Path:
+    """`deepspeed` as given, or else below the checkout: the shipped ds_configs/ serve from any working directory."""
+    given = Path(path).expanduser()
+    found = next((candidate for candidate in (given, CHECKOUT / given) if candidate.is_file()), None)
+    if found is None:
+        raise UserError(f"deepspeed: {path} does not exist")
+    return found

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import closing
 from pathlib import Path
 
 from loraprune_ds.config import RunConfig
@@ -34,23 +35,23 @@ def run(config: RunConfig, comm: Communicator) -> None:
     writes = comm.rank == 0
     folder = Path(config.output_dir)
     comm.together(lambda: create_output(config) if writes else None)
-    with RunStatus(folder, prepared.steps, writes=writes) as status:
-        recorder = Recorder(config, folder, prepared.steps, active=writes)
+    with (
+        RunStatus(folder, prepared.steps, writes=writes) as status,
+        closing(Recorder(config, folder, prepared.steps, active=writes)) as recorder,
+    ):
         recorder.note(describe_run(config, prepared, comm.world_size))
-        staging = comm.gather_objects(begin(folder / MODEL_FOLDER) if writes else None)[0]
+        staging = comm.gather_objects(comm.together(lambda: begin(folder / MODEL_FOLDER) if writes else None))[0]
         assert staging is not None
         pruned, kept = _train(config, prepared, recorder, status, staging)
         gc.collect()  # the training engine, which has cycles, before the exported model is loaded
-        if writes:
-            describe_model(staging, config, prepared, model_card(config, prepared, pruned, recorder.history))
-        comm.barrier()
+        card = model_card(config, prepared, pruned, recorder.history)
+        comm.together(lambda: describe_model(staging, config, prepared, card) if writes else None)
         recorder.write(_measure_exported(config, prepared, staging, comm))
         outcome = Outcome(pruned, kept, comm.gather_objects(peak_bytes()), comm.world_size)
-        if writes:
-            publish_model(staging, folder, config, prepared, outcome, recorder.history)
-        comm.barrier()
+        comm.together(
+            lambda: publish_model(staging, folder, config, prepared, outcome, recorder.history) if writes else None
+        )
         status.finish()
-        recorder.close()
 
 
 def _train(
@@ -81,7 +82,7 @@ def _train(
 
 def _measure_exported(config: RunConfig, prepared: Prepared, folder: Path, comm: Communicator) -> EvaluationRecord:
     """Perplexity of the exported model, read back from disk as anyone would read it, but sharded."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = comm.together(lambda: open_checkpoint(folder))  # on every node, or output_dir is not shared
     engine = build_inference_engine(
         checkpoint, config.model.attn_implementation, config.model.dtype, prepared.ds_config
     )

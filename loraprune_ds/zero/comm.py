@@ -89,13 +89,15 @@ class Communicator:
         Without this a rank with bad input would leave while the others wait for it in the next collective.
 
         Raises:
-            UserError: as raised by `action`; from another rank, with that rank named.
+            UserError: as raised by `action`, or for its OSError; from another rank, with that rank named.
         """
         result, error = None, None
         try:
             result = action()
         except UserError as caught:
             error = caught
+        except OSError as caught:
+            error = UserError(" ".join(str(caught).split()))  # "[Errno 28] No space left on device: '...'" says it all
         failed = [(rank, e) for rank, e in enumerate(self.gather_objects(error)) if e is not None]
         if failed:
             rank, first = failed[0]
