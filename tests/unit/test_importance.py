@@ -1,0 +1,227 @@
+"""Scores of groups against the oracle, from weights split over simulated ranks; and what each term of them is worth."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.errors import RunError
+from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
+from loraprune_ds.pruning import importance
+from loraprune_ds.pruning.criterion import score_piece
+from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores
+from loraprune_ds.zero.store import LayerKeep
+from tests.oracle import formula
+from tests.unit.shapes_and_scores import make_shape
+from tests.unit.split_store import LayerTensors, random_layer, scores_over_ranks
+
+FP32 = 1e-5  # relative to the largest score, as in test_criterion
+SCALING, RANK = 2.5, 3
+SHAPES = {
+    "mha": make_shape([(4, 19), (4, 19)], hidden=13, head_dim=3),
+    "gqa": make_shape([(3, 17), (3, 17)], hidden=11, head_dim=5, queries_per_group=3),
+    "layers_differ": make_shape([(3, 17), (1, 1), (2, 30)], hidden=11, head_dim=2, queries_per_group=2),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Two steps' tensors: only the gradients change, as in training they would mostly."""
+
+    shape: ModelShape
+    steps: list[list[LayerTensors]]
+
+    def package(self, *, world_size: int = 1, criterion: str = "lora", normalization: str = "l2") -> list[LayerScores]:
+        """The moving average after the last step."""
+        average = MovingAverage(0.9)
+        for layers in self.steps:
+            kind = {"criterion": criterion, "normalization": normalization}
+            average.update(scores_over_ranks(self.shape, layers, scaling=SCALING, world_size=world_size, **kind))
+        assert average.scores is not None
+        return average.scores
+
+    def oracle(self, *, power: int = 1, normalize: bool = True) -> list[tuple[Tensor, Tensor]]:
+        averages = []
+        for i, layer in enumerate(self.shape.layers):
+            heads, channels = (torch.zeros(layer.count(kind), dtype=torch.float64) for kind in ("heads", "channels"))
+            for layers in self.steps:
+                sizes = (layer.heads, self.shape.queries_per_group, self.shape.head_dim)
+                now = formula.group_scores(layers[i], SCALING, *sizes, normalize=normalize, power=power)
+                heads = formula.moving_average(heads, now[0], 0.9)
+                channels = formula.moving_average(channels, now[1], 0.9)
+            averages.append((heads, channels))
+        return averages
+
+
+def random_run(shape: ModelShape, seed: int = 0) -> Run:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = ([random_layer(shape, i, RANK, generator) for i in range(len(shape.layers))] for _ in range(2))
+    later = [
+        {name: (*a[name][:3], *b[name][3:]) for name in a} for a, b in zip(first, second, strict=True)
+    ]  # weight, A, B of the first
+    return Run(shape, [first, later])
+
+
+def assert_same(found: list[LayerScores], expected: list[tuple[Tensor, Tensor]]) -> None:
+    for layer, (heads, channels) in zip(found, expected, strict=True):
+        for scores, oracle in ((layer.heads, heads), (layer.channels, channels)):
+            assert scores.dtype == torch.float64
+            assert scores.shape == oracle.shape
+            assert (scores - oracle).abs().max() <= FP32 * oracle.max()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 9])
+def test_scores_are_the_oracles_on_any_number_of_ranks(name: str, world_size: int) -> None:
+    run = random_run(SHAPES[name])
+    for normalize in (False, True):
+        for power, criterion in ((1, "lora"), (2, "lora_squared")):
+            kind = {"criterion": criterion, "normalization": "l2" if normalize else "none"}
+            assert_same(run.package(world_size=world_size, **kind), run.oracle(power=power, normalize=normalize))
+
+
+def test_magnitude_ignores_the_gradients() -> None:
+    run = random_run(SHAPES["gqa"])
+    other = Run(
+        run.shape, [[{n: (*t[:3], t[3] * 0, t[4] * 7) for n, t in run.steps[0][i].items()} for i in (0, 1)]] * 2
+    )
+    for a, b in zip(run.package(criterion="magnitude"), other.package(criterion="magnitude"), strict=True):
+        assert torch.equal(a.heads, b.heads)
+        assert torch.equal(a.channels, b.channels)
+
+
+# What each part of the definition is worth: without it the comparison above fails.
+
+
+def skip_module(name: str) -> Callable[..., LayerScores]:
+    def add_modules(scores: list[Tensor], *args: object, **kwargs: object) -> LayerScores:
+        kept = [s * (linear.name != name) for linear, s in zip(LINEARS, scores, strict=True)]
+        return ADD_MODULES(kept, *args, **kwargs)  # type: ignore[arg-type]
+
+    return add_modules
+
+
+def no_average(self: MovingAverage, now: list[LayerScores]) -> None:
+    self.scores = now
+
+
+def sum_of_all_steps(self: MovingAverage, now: list[LayerScores]) -> None:
+    old = self.scores or [LayerScores(s.heads * 0, s.channels * 0) for s in now]
+    self.scores = [LayerScores(a.heads + b.heads, a.channels + b.channels) for a, b in zip(old, now, strict=True)]
+
+
+def average_from_the_first_score(self: MovingAverage, now: list[LayerScores]) -> None:
+    if self.scores is None:
+        self.scores = now
+    UPDATE(self, now)
+
+
+ADD_MODULES, UPDATE = importance._add_modules, MovingAverage.update
+WRONG: dict[str, tuple[object, str, object]] = {
+    **{f"without {linear.name}": (importance, "_add_modules", skip_module(linear.name)) for linear in LINEARS},
+    "without the average": (MovingAverage, "update", no_average),
+    "sum instead of average": (MovingAverage, "update", sum_of_all_steps),
+    "average not from zero": (MovingAverage, "update", average_from_the_first_score),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("normalization", ["none", "l2"])
+def test_leaving_something_out_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: str, normalization: str) -> None:
+    run = random_run(SHAPES["gqa"])
+    expected = run.oracle(normalize=normalization == "l2")
+    assert_same(run.package(normalization=normalization), expected)
+    monkeypatch.setattr(*WRONG[wrong])  # type: ignore[call-overload]
+    with pytest.raises(AssertionError):
+        assert_same(run.package(normalization=normalization), expected)
+
+
+def test_normalisation_matters() -> None:
+    run = random_run(SHAPES["gqa"])
+    for normalization, other in (("l2", False), ("none", True)):
+        with pytest.raises(AssertionError):
+            assert_same(run.package(normalization=normalization), run.oracle(normalize=other))
+
+
+def test_normalising_before_the_sum_over_ranks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unit norms of the ranks' parts do not add up to those of the whole, though one rank alone would not notice."""
+    run = random_run(SHAPES["gqa"])
+
+    def normalised_part(*args: object) -> Tensor:
+        return torch.nn.functional.normalize(score_piece(*args), dim=0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(importance, "score_piece", normalised_part)
+    assert_same(run.package(world_size=1), run.oracle())
+    with pytest.raises(AssertionError):
+        assert_same(run.package(world_size=3), run.oracle())
+
+
+def test_grouping_follows_the_key_value_heads() -> None:
+    """A head group is one kv head with the query heads that read it: planted where only one group has any weight."""
+    shape = make_shape([(3, 4)], hidden=6, head_dim=2, queries_per_group=2)
+    layer = random_layer(shape, 0, RANK, torch.Generator().manual_seed(4))
+    for linear in LINEARS:
+        weight, a, b, grad_a, grad_b = layer[linear.name]
+        rows = torch.arange(shape.group_width(linear)) + shape.group_width(linear)  # those of group 1
+        only = torch.zeros_like(weight).index_fill_(linear.axis, rows, 1.0)
+        layer[linear.name] = (weight * only, a, b * 0, grad_a, grad_b)
+    (scores,) = scores_over_ranks(shape, [layer], scaling=SCALING, world_size=2)
+    assert scores.heads.nonzero().flatten().tolist() == [1]
+    assert scores.channels.nonzero().flatten().tolist() == [1]
+
+
+def test_mean_of_the_ranks_scores_is_another_criterion() -> None:
+    """The estimate is not linear in the gradients: they must be averaged before, not the scores after."""
+    run = random_run(SHAPES["mha"])
+    first, second = run.steps
+    mean = [
+        {name: (*a[name][:3], *((x + y) / 2 for x, y in zip(a[name][3:], b[name][3:], strict=True))) for name in a}
+        for a, b in zip(first, second, strict=True)
+    ]
+    of_mean = Run(run.shape, [mean])  # type: ignore[list-item]
+    assert_same(of_mean.package(), of_mean.oracle())
+    per_rank = [Run(run.shape, [layers]).package() for layers in (first, second)]
+    mean_of_scores = [((a.heads + b.heads) / 2, (a.channels + b.channels) / 2) for a, b in zip(*per_rank, strict=True)]
+    with pytest.raises(AssertionError):
+        assert_same(of_mean.package(), mean_of_scores)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("linear", [LINEARS[0], LINEARS[3], LINEARS[6]], ids=lambda linear: linear.name)
+def test_a_score_that_is_not_finite_names_layer_linear_and_step(linear: Linear, bad: float) -> None:
+    run = random_run(SHAPES["gqa"])
+    run.steps[0][1][linear.name][4][0, 0] = bad  # gB
+    with pytest.raises(RunError, match=rf"^step 1: the score of layer 1 {linear.name} is not finite$"):
+        run.package(world_size=2)
+
+
+def test_a_module_without_any_score_is_not_divided_by_its_norm() -> None:
+    run = random_run(SHAPES["gqa"])
+    for layers in run.steps:
+        weight, a, b, grad_a, grad_b = layers[0]["self_attn.v_proj"]
+        layers[0]["self_attn.v_proj"] = (weight * 0, a, b * 0, grad_a, grad_b)
+    assert_same(run.package(normalization="l2"), run.oracle(normalize=True))
+
+
+def test_average_is_cut_along_with_the_groups() -> None:
+    average = MovingAverage(0.9)
+    now = [LayerScores(torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5]))]
+    average.update(now)
+    assert average.updates_since_cut == 1
+    average.shrink([LayerKeep(torch.tensor([0, 2]), torch.tensor([1]))])
+    assert average.updates_since_cut == 0
+    assert average.scores is not None
+    torch.testing.assert_close(average.scores[0].heads, torch.tensor([0.1, 0.3]))
+    torch.testing.assert_close(average.scores[0].channels, torch.tensor([0.5]))
+
+
+def test_random_scores_are_one_draw_per_group() -> None:
+    shape = make_shape([(4, 30), (4, 30), (2, 5)])
+    first, again, other = random_scores(shape, 1), random_scores(shape, 1), random_scores(shape, 2)
+    assert [(len(s.heads), len(s.channels)) for s in first] == [(4, 30), (4, 30), (2, 5)]
+    assert all(torch.equal(a.of(k), b.of(k)) for a, b in zip(first, again, strict=True) for k in ("heads", "channels"))
+    assert not torch.equal(first[0].channels, other[0].channels)
+    assert not torch.equal(first[0].channels, first[1].channels)  # layers draw their own
