@@ -65,24 +65,27 @@ def open_saved(folder: Path, comm: Communicator) -> Saved:
         UserError: something is missing, damaged or of a newer format; all ranks raise the same line.
     """
 
-    def check() -> Saved:
-        saved = Saved(folder, read_state(folder))
-        files.verify(folder, part=comm.rank, parts=comm.world_size)
-        _check_shape(saved, comm)
-        return saved
-
-    return comm.together(check)
+    return comm.together(lambda: check_saved(folder, part=comm.rank, parts=comm.world_size))
 
 
-def _check_shape(saved: Saved, comm: Communicator) -> None:
-    folder, shape = saved.shape_folder(), saved.state.shape
+def check_saved(folder: Path, *, part: int = 0, parts: int = 1) -> Saved:
+    """Verifies one checkpoint and the shape it names, or the share that falls to one of `parts` readers.
+
+    Raises:
+        UserError: something is missing, damaged or of a newer format.
+    """
+    saved = Saved(folder, read_state(folder))
+    files.verify(folder, part=part, parts=parts)
+    shape_folder, shape = saved.shape_folder(), saved.state.shape
     if shape.is_source:
-        if source_digest(open_checkpoint(folder)) != shape.digest:
-            raise UserError(f"{folder} is not the model that {saved.folder} was started from: its tensors differ")
-        return
-    if not (folder / files.MANIFEST).is_file() or files.sha256(folder / files.MANIFEST) != shape.digest:
-        raise UserError(f"{folder} is missing or is not the one that {saved.folder} names")
-    files.verify(folder, part=comm.rank, parts=comm.world_size)
+        if source_digest(open_checkpoint(shape_folder)) != shape.digest:
+            raise UserError(f"{shape_folder} is not the model that {folder} was started from: its tensors differ")
+        return saved
+    manifest = shape_folder / files.MANIFEST
+    if not manifest.is_file() or files.sha256(manifest) != shape.digest:
+        raise UserError(f"{shape_folder} is missing or is not the one that {folder} names")
+    files.verify(shape_folder, part=part, parts=parts)
+    return saved
 
 
 def source_digest(checkpoint: Checkpoint) -> str:
