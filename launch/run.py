@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 try:
     from loraprune_ds.config import RunConfig
@@ -19,7 +19,12 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
+STOPPED_EXIT_CODE = 85  # asked to stop and saved; Slurm scripts requeue on it
 GRACE = 5.0  # seconds that the other ranks stay after an error
+
+
+if TYPE_CHECKING:
+    from loraprune_ds.train.output import Start
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,26 +40,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value, e.g. --set prune.ratio=0.3"
     )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on from the newest good checkpoint of output_dir, or of a run or step folder",
+    )
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Returns the exit code: 0 finished, 1 the run went wrong, 2 unusable input."""
+    """Returns the exit code: 0 finished, 1 the run went wrong, 2 unusable input, 85 stopped on request."""
     rank = int(os.environ.get("RANK", "0"))
     joined = False
     try:
         arguments = parse_arguments()
         config = load_config(arguments.config, arguments.set)
         # Heavy imports come after the config is known to be good: a typo should not cost ten seconds.
-        from loraprune_ds.train.output import check_output
+        from loraprune_ds.train.output import inspect_output
 
-        finished = check_output(config)
-        joined = not finished
-        if not finished:
-            prune(config)
+        start = inspect_output(config, arguments.resume)
+        joined = start.kind != "finished"
+        if joined and not prune(config, start):
+            return STOPPED_EXIT_CODE
         if rank == 0:
-            if finished:
+            if start.kind == "finished":
                 print(f"{config.output_dir} holds this run, finished:")
             print_summary(Path(config.output_dir))
     except UserError as error:
@@ -77,8 +87,8 @@ def tell(error: UserError, rank: int, *, agreed: bool) -> None:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
-def prune(config: RunConfig) -> None:
-    """Carries out the run on all ranks. Collective."""
+def prune(config: RunConfig, start: "Start") -> bool:
+    """Carries out the run on all ranks; False if it was asked to stop. Collective."""
     if not config.logging.verbose:
         silence_libraries()
     from torch.distributed import DistNetworkError
@@ -93,7 +103,7 @@ def prune(config: RunConfig) -> None:
         hint = "if another run uses that port, give the launcher a --master_port"
         raise UserError(f"the ranks cannot meet at {where} ({hint}): {str(error).splitlines()[0]}") from None
     try:
-        run(config, comm)
+        return run(config, comm, start)
     finally:
         stop_ranks()
 

@@ -213,6 +213,19 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Portable checkpoints in `<output_dir>/checkpoints`; one is also written on request and at the end."""
+
+    every: int | None = 100  # steps; None: only on request and at the end
+    keep_last: int = 2
+    copy_source: bool = False  # keep a copy of the uncut weights too, instead of naming the source by path and digest
+
+    def __post_init__(self) -> None:
+        require(self.every is None or self.every >= 1, f"checkpoint.every must be at least 1; got {self.every}")
+        require(self.keep_last >= 1, f"checkpoint.keep_last must be at least 1; got {self.keep_last}")
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What a person sees while it runs."""
 
@@ -234,6 +247,7 @@ class RunConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:

@@ -31,9 +31,7 @@ def layer_file(layer: int) -> str:
     return f"layer-{layer:05d}.safetensors"
 
 
-def save_shape(
-    store: ShardedStore, root: Path, cuts: int, config_json: dict[str, Any], dtype: str, step: int
-) -> ShapeSource:
+def save_shape(store: ShardedStore, root: Path, cuts: int, config_json: dict[str, Any], dtype: str) -> ShapeSource:
     """Publishes the frozen weights as `shape-{cuts}`, unless an earlier save of this shape did. Collective."""
     target = root / f"shape-{cuts}"
     if not store.comm.gather_objects(target.exists())[0]:
@@ -42,8 +40,8 @@ def save_shape(
         store.comm.barrier()
         staging = files.staging_of(target)
         write_model(store, staging, dtype, frozen_tensors)
-        fail_point("save.shape_written", step)
-        _seal_and_publish(store, target, step)
+        fail_point("save.shape_written")
+        _seal_and_publish(store, target, "shape")
     digest = store.comm.gather_objects(files.sha256(target / files.MANIFEST) if store.rank == 0 else "")[0]
     return ShapeSource(target.name, digest, is_source=False)
 
@@ -65,12 +63,12 @@ def save_step(store: ShardedStore, root: Path, state: RunState, scores: list[Lay
         if tensors is not None:
             save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staging / layer_file(layer))
         del tensors
-    fail_point("save.step_written", state.step)
-    _seal_and_publish(store, target, state.step)
+    fail_point("save.step_written")
+    _seal_and_publish(store, target, "step")
     return target
 
 
-def _seal_and_publish(store: ShardedStore, target: Path, step: int) -> None:
+def _seal_and_publish(store: ShardedStore, target: Path, kind: str) -> None:
     """Ranks share the checksums; rank 0 writes the manifest and renames."""
     store.comm.barrier()
     staging = files.staging_of(target)
@@ -81,9 +79,9 @@ def _seal_and_publish(store: ShardedStore, target: Path, step: int) -> None:
         sealed |= part
     if store.rank == 0:
         files.write_manifest(staging, sealed)
-        fail_point("save.before_rename", step)
+        fail_point(f"save.{kind}_before_rename")
         files.publish(target)
-        fail_point("save.after_rename", step)
+        fail_point(f"save.{kind}_after_rename")
     store.comm.barrier()
 
 

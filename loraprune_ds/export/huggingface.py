@@ -41,11 +41,16 @@ def begin(out: Path) -> Path:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
-    staging = out.with_name(f".{out.name}.partial")
+    staging = staging_of(out)
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     return staging
+
+
+def staging_of(out: Path) -> Path:
+    """The dot-named sibling that `out` is built in."""
+    return out.with_name(f".{out.name}.partial")
 
 
 def finish_folder(folder: Path, exported: ExportedConfig, source: Path, card: ModelCard) -> None:

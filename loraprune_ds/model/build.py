@@ -1,6 +1,5 @@
 """Where a model comes from, and its modules without any weights."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -60,11 +59,6 @@ def build_on_meta(checkpoint: Checkpoint, attn_implementation: str) -> PreTraine
     rotary = decoder.get_submodule("rotary_emb")
     decoder.rotary_emb = type(rotary)(config=config)
     return model
-
-
-def quiet_tokenizers() -> None:
-    """The tokenizers library warns at every fork of a data worker unless told."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
+from loraprune_ds.faults import fail_point
 from loraprune_ds.model.shapes import KINDS, ModelShape
-from loraprune_ds.pruning.importance import MovingAverage, random_scores, score_groups
+from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import Schedule
@@ -61,6 +62,7 @@ class Pruner:
         """Scores all groups from this step's gradients and updates the moving average; nothing after the last cut."""
         if step > self.schedule.end:
             return
+        fail_point("scoring")
         if self.config.criterion == "random":
             now = [scores.kept(keep) for scores, keep in zip(self._random, self.kept, strict=True)]
         else:
@@ -78,10 +80,17 @@ class Pruner:
         began = time.perf_counter()
         target = self.schedule.target(step)
         keep = agree(self._rank(step, target), self.store, step)
+        fail_point("cut.agreed")
         sent = self.store.shrink(keep)
         self.average.shrink(keep)
         self.kept = [compose(kept, k) for kept, k in zip(self.kept, keep, strict=True)]
         return Cut(step, target, self.reached(), keep, sent, time.perf_counter() - began)
+
+    def restore(self, kept: list[LayerKeep], scores: list[LayerScores] | None, updates_since_cut: int) -> None:
+        """Goes on where a checkpoint left off."""
+        self.kept = kept
+        self.average.scores = scores
+        self.average.updates_since_cut = updates_since_cut
 
     def reached(self) -> float:
         """Fraction of the dense decoder-layer linear parameters that is gone."""

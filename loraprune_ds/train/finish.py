@@ -1,10 +1,11 @@
 """The results of a run on disk, written by rank 0, and the lines that introduce it."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.export.huggingface import finish_folder, publish
+from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.exported_config import export_config
@@ -27,6 +28,7 @@ class Outcome:
     kept: list[LayerKeep]
     peak_memory_bytes: list[int]
     world_size: int
+    resumed_from: list[int]
 
 
 def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
@@ -72,6 +74,13 @@ def data_name(config: RunConfig) -> str:
     return "Python's help topics (pydoc_data)" if config.data.path == EMBEDDED else Path(config.data.path).name
 
 
+def start_model(folder: Path) -> Path:
+    """The staging folder of `model/`; a model already there is of a run that was killed before its report."""
+    if (folder / MODEL_FOLDER).exists():
+        shutil.rmtree(folder / MODEL_FOLDER)
+    return begin(folder / MODEL_FOLDER)
+
+
 def describe_model(folder: Path, config: RunConfig, prepared: Prepared, card: ModelCard) -> None:
     """Everything of the checkpoint but its weights."""
     source = prepared.checkpoint
@@ -95,6 +104,7 @@ def publish_model(
         world_size=outcome.world_size,
         peak_memory_bytes=outcome.peak_memory_bytes,
         accelerator=device_name(),
+        resumed_from=outcome.resumed_from,
     )
     write_report(folder, report)
     draw_kept_groups(folder / "kept_groups.png", dense, outcome.pruned)

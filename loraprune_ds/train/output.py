@@ -1,8 +1,10 @@
 """The folder of a run: whether it may be used, and what lies in it."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -13,30 +15,75 @@ from loraprune_ds.train.status import Status, read_status, write_status
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
+CHECKPOINTS_FOLDER = "checkpoints"
+NOT_THE_RUN = ("logging", "output_dir")  # how and where a run is shown is not part of what it is
 
 
-def check_output(config: RunConfig) -> bool:
-    """Looks at `output_dir` without touching it. True: it holds this very run, finished.
+@dataclass(frozen=True)
+class Start:
+    """How to begin. `path`: the run or checkpoint folder that `--resume` named; None with `auto`."""
+
+    kind: Literal["fresh", "finished", "resume"]
+    path: Path | None = None
+
+
+def inspect_output(config: RunConfig, resume: str | None) -> Start:
+    """Looks at `output_dir` without touching it and decides how to begin.
+
+    Args:
+        resume: what `--resume` said: None, "auto" or a path.
 
     Raises:
-        UserError: it holds an unfinished run, another run, or something that is not a run.
+        UserError: it holds an unfinished run and `--resume` was not given, another run, or something that is no run;
+            or the path to resume from does not exist.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is not a folder")
+    if resume is not None and resume != "auto" and not Path(resume).is_dir():
+        raise UserError(f"--resume {resume}: no such folder")
     status = read_status(folder)
-    if status is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
-        return False
-    if different := _first_difference(_read_config(folder), config.to_dict(), ""):
-        raise UserError(f"output_dir {folder} holds another run ({different} differs); choose another output_dir")
-    if status.state != "finished":
+    if status is not None and status.state == "finished":
+        _check_same_run(folder, config)
+        return Start("finished")
+    if resume is not None:
+        return Start("resume", None if resume == "auto" else Path(resume))
+    if status is not None:
         where = f"{status.state} at step {status.step} of {status.steps}"
         raise UserError(
-            f"output_dir {folder} holds an unfinished run ({where}); remove it or choose another output_dir"
+            f"output_dir {folder} holds an unfinished run ({where}); go on with --resume auto, or choose another"
         )
-    return True
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
+    return Start("fresh")
+
+
+def _check_same_run(folder: Path, config: RunConfig) -> None:
+    path = folder / CONFIG_FILE
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        raise UserError(f"{path} is missing or damaged; remove {folder} or choose another output_dir") from None
+    if different := differences(raw if isinstance(raw, dict) else {}, config.to_dict(), NOT_THE_RUN):
+        raise UserError(
+            f"output_dir {folder} holds another run ({', '.join(different)} differs); choose another output_dir"
+        )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]) -> list[str]:
+    """Dotted keys whose values differ, sections and keys in `ignored` left out."""
+    return list(_differences(old, new, ignored, ""))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str], prefix: str) -> Iterator[str]:
+    for key in dict.fromkeys((*new, *old)):
+        name, before, after = prefix + key, old.get(key), new.get(key)
+        if name in ignored or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, ignored, f"{name}.")
+        else:
+            yield name
 
 
 def create_output(config: RunConfig) -> Path:
@@ -57,22 +104,22 @@ def create_output(config: RunConfig) -> Path:
 class RunStatus:
     """Keeps status.json true: running while open, failed with its one-line error if an exception passes through."""
 
-    def __init__(self, folder: Path, steps: int, *, writes: bool) -> None:
+    def __init__(self, folder: Path, steps: int, *, first: int, writes: bool) -> None:
         self.folder = folder
         self.steps = steps
-        self.step = 0
+        self.step = first
         self._writes = writes
 
     def __enter__(self) -> "RunStatus":
-        self.update(0)
+        self.update(self.step)
         return self
 
     def update(self, step: int) -> None:
         self.step = step
         self._write(Status("running", step, self.steps))
 
-    def finish(self) -> None:
-        self._write(Status("finished", self.step, self.steps))
+    def end(self, state: Literal["finished", "stopped"]) -> None:
+        self._write(Status(state, self.step, self.steps))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -84,24 +131,3 @@ class RunStatus:
     def _write(self, status: Status) -> None:
         if self._writes:
             write_status(self.folder, status)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):
-        raise UserError(f"{path} is missing or damaged; remove {folder} or choose another output_dir") from None
-    return raw if isinstance(raw, dict) else {}
-
-
-def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str) -> str | None:
-    """The first key whose values differ; how a run is shown is not part of what it is."""
-    for key in [k for k in (*new, *(k for k in old if k not in new)) if prefix + k not in ("logging", "output_dir")]:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            if found := _first_difference(before, after, f"{prefix}{key}."):
-                return found
-        elif before != after:
-            return prefix + key
-    return None

@@ -3,81 +3,97 @@
 import gc
 import os
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
+from loraprune_ds.checkpoint.load import Saved
 from loraprune_ds.config import RunConfig
-from loraprune_ds.evaluate.perplexity import measure_perplexity
 from loraprune_ds.export.from_ranks import write_merged_weights
-from loraprune_ds.export.huggingface import begin
+from loraprune_ds.export.huggingface import staging_of
 from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.finish import Outcome, describe_model, describe_run, model_card, publish_model
-from loraprune_ds.train.output import MODEL_FOLDER, RunStatus, create_output
+from loraprune_ds.train.checkpoints import find_saved
+from loraprune_ds.train.finish import Outcome, describe_model, describe_run, model_card, publish_model, start_model
+from loraprune_ds.train.loop import Loop, measure
+from loraprune_ds.train.output import MODEL_FOLDER, RunStatus, Start, create_output
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.recorder import Recorder
-from loraprune_ds.train.records import EvaluationName, EvaluationRecord
-from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.train.records import EvaluationRecord
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.engine import EngineLike, build_inference_engine, build_training_store
+from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.memory import peak_bytes
 from loraprune_ds.zero.store import LayerKeep
 
 
-def run(config: RunConfig, comm: Communicator) -> None:
-    """Carries out a run on all ranks and leaves its results in `config.output_dir`. Collective.
+def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
+    """Carries out a run, or the rest of one, on all ranks; the results are in `config.output_dir`. Collective.
+
+    Returns:
+        False if it was asked to stop: a checkpoint is there and nothing is exported.
 
     Raises:
         UserError: unusable input, before anything was written.
         RunError: the run went wrong; status.json says how.
     """
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
+    warnings: list[str] = []
+    saved = find_saved(start, config, comm, warnings)
+    first = saved.state.step if saved else 0
     writes = comm.rank == 0
     folder = Path(config.output_dir)
     comm.together(lambda: create_output(config) if writes else None)
     with (
-        RunStatus(folder, prepared.steps, writes=writes) as status,
-        closing(Recorder(config, folder, prepared.steps, active=writes)) as recorder,
+        RunStatus(folder, prepared.steps, first=first, writes=writes) as status,
+        closing(Recorder(config, folder, prepared.steps, saved, active=writes)) as recorder,
     ):
-        recorder.note(describe_run(config, prepared, comm.world_size))
-        staging = comm.gather_objects(comm.together(lambda: begin(folder / MODEL_FOLDER) if writes else None))[0]
-        assert staging is not None
-        pruned, kept = _train(config, prepared, recorder, status, staging)
+        for line in (*warnings, describe_run(config, prepared, comm.world_size)):
+            recorder.note(line)
+        trained = _train(config, prepared, saved, recorder, status)
+        if trained is None:
+            status.end("stopped")
+            return False
         gc.collect()  # the training engine, which has cycles, before the exported model is loaded
-        card = model_card(config, prepared, pruned, recorder.history)
-        comm.together(lambda: describe_model(staging, config, prepared, card) if writes else None)
-        recorder.write(_measure_exported(config, prepared, staging, comm))
-        outcome = Outcome(pruned, kept, comm.gather_objects(peak_bytes()), comm.world_size)
-        comm.together(
-            lambda: publish_model(staging, folder, config, prepared, outcome, recorder.history) if writes else None
-        )
-        status.finish()
+        _finish(config, prepared, trained, recorder, comm)
+        status.end("finished")
+    return True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is left of training once the engine is gone."""
+
+    staging: Path
+    pruned: ModelShape
+    kept: list[LayerKeep]
+    resumed_from: list[int]
 
 
 def _train(
-    config: RunConfig, prepared: Prepared, recorder: Recorder, status: RunStatus, staging: Path
-) -> tuple[ModelShape, list[LayerKeep]]:
-    """Trains and cuts, then writes the merged weights. The engine lives no longer than this call."""
-    store = build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
-    pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
-    trainer = Trainer(store, pruner, prepared.samples, prepared.order, config)
-
-    def evaluate(step: int, name: EvaluationName) -> None:
-        recorder.write(_measure(store.engine, config, prepared, store.comm, step=step, name=name))
-
-    evaluate(0, "dense")
-    for step in range(1, prepared.steps + 1):
-        recorder.write(trainer.step(step))
-        if cut := trainer.cut(step):
-            recorder.write(cut)
-        if step == prepared.schedule.end:
-            evaluate(step, "after_last_cut")
-        elif config.evaluate.every and step % config.evaluate.every == 0:
-            evaluate(step, "step")
-        status.update(step)
+    config: RunConfig, prepared: Prepared, saved: Saved | None, recorder: Recorder, status: RunStatus
+) -> Trained | None:
+    """Trains and cuts, then writes the merged weights; None if it was asked to stop. The engine ends with this call."""
+    loop = Loop(config, prepared, saved, recorder, status)
+    if not loop.run():
+        return None
     recorder.note("writing the merged model")
+    store, folder = loop.store, Path(config.output_dir)
+    staging = store.comm.together(lambda: start_model(folder) if store.rank == 0 else staging_of(folder / MODEL_FOLDER))
     write_merged_weights(store, staging, config.model.dtype)
-    return store.shape, pruner.kept
+    return Trained(staging, store.shape, loop.pruner.kept, loop.resumed_from)
+
+
+def _finish(config: RunConfig, prepared: Prepared, trained: Trained, recorder: Recorder, comm: Communicator) -> None:
+    """Reads the exported model back, measures it, and publishes it with the report."""
+    writes, folder = comm.rank == 0, Path(config.output_dir)
+    card = model_card(config, prepared, trained.pruned, recorder.history)
+    comm.together(lambda: describe_model(trained.staging, config, prepared, card) if writes else None)
+    recorder.write(_measure_exported(config, prepared, trained.staging, comm))
+    outcome = Outcome(
+        trained.pruned, trained.kept, comm.gather_objects(peak_bytes()), comm.world_size, trained.resumed_from
+    )
+    comm.together(
+        lambda: publish_model(trained.staging, folder, config, prepared, outcome, recorder.history) if writes else None
+    )
 
 
 def _measure_exported(config: RunConfig, prepared: Prepared, folder: Path, comm: Communicator) -> EvaluationRecord:
@@ -86,22 +102,4 @@ def _measure_exported(config: RunConfig, prepared: Prepared, folder: Path, comm:
     engine = build_inference_engine(
         checkpoint, config.model.attn_implementation, config.model.dtype, prepared.ds_config
     )
-    return _measure(engine, config, prepared, comm, step=prepared.steps, name="pruned")
-
-
-def _measure(
-    engine: EngineLike, config: RunConfig, prepared: Prepared, comm: Communicator, *, step: int, name: EvaluationName
-) -> EvaluationRecord:
-    """Held-out perplexity on all ranks. Draws nothing and leaves no trace in the training state."""
-    engine.eval()
-    result = measure_perplexity(
-        lambda input_ids: engine(input_ids=input_ids).logits,
-        prepared.windows,
-        config.evaluate.batch_size,
-        device=engine.device,
-        rank=comm.rank,
-        world_size=comm.world_size,
-        sum_over_ranks=comm.all_reduce,
-    )
-    engine.train()
-    return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
+    return measure(engine, config, prepared, comm, step=prepared.steps, name="pruned")

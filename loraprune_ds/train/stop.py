@@ -8,8 +8,6 @@ from types import FrameType
 
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
-STOPPED_EXIT_CODE = 85
-SAME_REQUEST_SECONDS = 30.0  # Slurm and the launcher each deliver TERM
 
 NOTHING, SAVE, STOP = 0, 1, 2
 

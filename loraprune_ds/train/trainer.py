@@ -1,12 +1,14 @@
 """One optimizer step on the global batch, with scoring and, when it is due, a cut."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from loraprune_ds.config import RunConfig
+from loraprune_ds.faults import fail_point
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.train.data import SampleOrder, Samples, rank_micro_batches, supervised_tokens
 from loraprune_ds.train.loss import token_loss_sum
@@ -24,13 +26,20 @@ class _RankReport:
     loss: list[float]
     bad_layer: list[int | None]
     resident_bytes: list[int]
+    request: int
 
 
 class Trainer:
     """Trains LoRA on the sharded model while the pruner watches."""
 
     def __init__(
-        self, store: ShardedStore, pruner: Pruner, samples: Samples, order: SampleOrder, config: RunConfig
+        self,
+        store: ShardedStore,
+        pruner: Pruner,
+        samples: Samples,
+        order: SampleOrder,
+        config: RunConfig,
+        pending: Callable[[], int] = lambda: 0,
     ) -> None:
         self.store = store
         self.pruner = pruner
@@ -39,6 +48,8 @@ class Trainer:
         self.config = config
         self.engine: Any = store.engine
         self.weight_bytes = self._weight_bytes()
+        self.requested = 0  # the largest request of any rank at the last step (stop.py)
+        self._pending = pending
 
     def step(self, step: int) -> StepRecord:
         """The `step`-th optimizer step (from 1): forward and backward of this rank's micro-batches, score, update."""
@@ -48,6 +59,7 @@ class Trainer:
         learning_rate = float(self.engine.get_lr()[0])
         sparsity = self.pruner.reached()
         report = self._exchange(self._accumulate(step, batch, supervised))
+        self.requested = report.request
         decision = decide(report.bad_layer, report.loss, dtype=self.config.model.dtype, step=step)
         if decision == "update":
             self.pruner.observe(step)
@@ -91,8 +103,10 @@ class Trainer:
             input_ids = self.samples.input_ids[indices].long().to(store.device)
             labels = self.samples.labels[indices].long().to(store.device)
             loss = token_loss_sum(self.engine(input_ids=input_ids).logits, labels)
+            fail_point("forward")
             total += loss.item()
             self.engine.backward(loss * (store.world_size / supervised), scale_wrt_gas=False)
+            fail_point("backward")
             del loss  # a live graph remembers the shapes before a cut
             if i < len(micro_batches) - 1:
                 self.engine.step()  # not a boundary: only counts the micro-batch
@@ -100,12 +114,13 @@ class Trainer:
 
     def _exchange(self, loss: float) -> _RankReport:
         bad = self.store.nonfinite_layer()
-        mine = torch.tensor([loss, -1 if bad is None else bad, resident_bytes()], dtype=torch.float64)
+        mine = torch.tensor([loss, -1 if bad is None else bad, resident_bytes(), self._pending()], dtype=torch.float64)
         rows = self.store.comm.all_gather(mine.to(self.store.device)).tolist()
         return _RankReport(
             loss=[row[0] for row in rows],
             bad_layer=[None if row[1] < 0 else int(row[1]) for row in rows],
             resident_bytes=[int(row[2]) for row in rows],
+            request=int(max(row[3] for row in rows)),
         )
 
     def _weight_bytes(self) -> list[int]:

@@ -6,6 +6,7 @@ import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 from torch import Tensor, nn
 
+from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
 from loraprune_ds.model.build import decoder_layers
 from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
@@ -70,9 +71,11 @@ class ShardedStore:
         state = OptimizerState(self.engine.optimizer, trainable)
         for i, layer_keep in enumerate(keep):
             self._shrink_layer(i, layer_keep, state)
+            fail_point("cut.layer")
         layers = tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep)
         self.shape = self.shape.with_layers(layers)
         state.rebuild()
+        fail_point("cut.rebuilt")
         self._refresh_engine()
         after = self.comm.counter.elements.get("all_to_all", 0), self.comm.counter.bytes
         return Traffic(after[0] - before[0], after[1] - before[1])

@@ -1,0 +1,116 @@
+"""Saves and resumes a run: ties the checkpoint format to the trainer."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraprune_ds.checkpoint.load import Saved, find_newest, open_saved, source_of
+from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
+from loraprune_ds.checkpoint.state import RunState, ShapeSource
+from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.output import CHECKPOINTS_FOLDER, Start, differences
+from loraprune_ds.train.prepare import Prepared
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.engine import build_training_store
+from loraprune_ds.zero.sharded import ShardedStore
+from loraprune_ds.zero.store import LayerKeep
+from loraprune_ds.zero.training_state import adam_step, counters, restore_counters, restore_lora_state
+
+# What a resumed run may change: how it is shown and saved, and how a global batch is split.
+MAY_DIFFER = ("output_dir", "logging", "checkpoint", "deepspeed", "train.micro_batch_size")
+
+
+def find_saved(start: Start, config: RunConfig, comm: Communicator, warnings: list[str]) -> Saved | None:
+    """The checkpoint to go on from; None to start at step 0. Collective.
+
+    Raises:
+        UserError: a checkpoint was asked for by path and is not there or not good, or it belongs to another run.
+    """
+    if start.kind != "resume":
+        return None
+    if start.path is not None and start.path.name.startswith("step-"):
+        saved = open_saved(start.path, comm)
+    else:
+        run = Path(config.output_dir) if start.path is None else start.path
+        saved = find_newest(run / CHECKPOINTS_FOLDER, comm, warnings.append)
+        if saved is None and start.path is not None:
+            raise UserError(f"--resume {start.path}: no usable checkpoint there{_because(warnings)}")
+    if saved is None:
+        warnings.append("no usable checkpoint: starting at step 0")
+        return None
+    if different := differences(saved.state.config, config.to_dict(), MAY_DIFFER):
+        raise UserError(f"{saved.folder} belongs to a run with other settings: {', '.join(different)}")
+    return saved
+
+
+def _because(warnings: list[str]) -> str:
+    return f" ({warnings[-1]})" if warnings else ""
+
+
+def build_store(config: RunConfig, prepared: Prepared, saved: Saved | None) -> ShardedStore:
+    """The sharded training model, fresh or as a checkpoint has it: its shape first, then the state to its owners."""
+    if saved is None:
+        return build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
+    state = saved.state
+    without_adapter = replace(config, model=replace(config.model, adapter=None))  # its LoRA comes from the checkpoint
+    shape = open_checkpoint(saved.shape_folder())
+    store = build_training_store(without_adapter, shape, prepared.ds_config, prepared.steps)
+    # The family is the dense model's, even where the saved shape had to be described as another.
+    store.shape = prepared.checkpoint.shape.with_layers(shape.shape.layers)
+    restore_lora_state(store, saved.read_flat, state.adam_step)
+    restore_counters(store, state.step, state.schedule, state.loss_scale)
+    return store
+
+
+def restore_pruner(pruner: Pruner, saved: Saved) -> None:
+    """Kept groups and moving averages."""
+    kept = [LayerKeep(torch.tensor(heads), torch.tensor(channels)) for heads, channels in saved.state.kept]
+    pruner.restore(kept, saved.scores(), saved.state.updates_since_cut)
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run."""
+
+    def __init__(self, config: RunConfig, prepared: Prepared, pruner: Pruner, resumed_from: list[int]) -> None:
+        self.config = config
+        self.prepared = prepared
+        self.pruner = pruner
+        self.resumed_from = resumed_from
+        self.root = Path(config.output_dir) / CHECKPOINTS_FOLDER
+        self._cuts = prepared.schedule.cut_steps()
+
+    def save(self, store: ShardedStore, step: int) -> None:
+        """Publishes `step-{step}` and, if a cut changed them, the frozen weights; then drops old ones. Collective."""
+        schedule, loss_scale = counters(store)
+        state = RunState(
+            step=step,
+            adam_step=adam_step(store),
+            schedule=schedule,
+            loss_scale=loss_scale,
+            kept=[(keep.heads.tolist(), keep.channels.tolist()) for keep in self.pruner.kept],
+            updates_since_cut=self.pruner.average.updates_since_cut,
+            cuts=self._cuts_made(step),
+            shape=self._shape(store, step),
+            resumed_from=self.resumed_from,
+            config=self.config.to_dict(),
+        )
+        save_step(store, self.root, state, self.pruner.average.scores)
+        if store.rank == 0:
+            drop_old(self.root, self.config.checkpoint.keep_last)
+
+    def _cuts_made(self, step: int) -> int:
+        return sum(cut <= step for cut in self._cuts)
+
+    def _shape(self, store: ShardedStore, step: int) -> ShapeSource:
+        cuts = self._cuts_made(step)
+        if cuts == 0 and not self.config.checkpoint.copy_source:
+            return source_of(self.prepared.checkpoint)
+        dtype = self.config.model.dtype
+        described: dict[str, Any] = export_config(self.prepared.checkpoint.config, store.shape, dtype).config
+        return save_shape(store, self.root, cuts, described, dtype)

@@ -1,0 +1,91 @@
+"""The steps of a run: train, cut, evaluate, save, and stop when asked."""
+
+from pathlib import Path
+
+from loraprune_ds.checkpoint.load import Saved
+from loraprune_ds.config import RunConfig
+from loraprune_ds.evaluate.perplexity import measure_perplexity
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.checkpoints import Checkpoints, build_store, restore_pruner
+from loraprune_ds.train.output import RunStatus
+from loraprune_ds.train.prepare import Prepared
+from loraprune_ds.train.recorder import Recorder
+from loraprune_ds.train.records import EvaluationName, EvaluationRecord
+from loraprune_ds.train.stop import STOP, Requests
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.engine import EngineLike
+
+
+class Loop:
+    """Owns the sharded model while it trains."""
+
+    def __init__(
+        self, config: RunConfig, prepared: Prepared, saved: Saved | None, recorder: Recorder, status: RunStatus
+    ) -> None:
+        self.config, self.prepared, self.recorder, self.status = config, prepared, recorder, status
+        self.store = build_store(config, prepared, saved)
+        self.pruner = Pruner(self.store, config.prune, prepared.schedule, prepared.limits, config.seed)
+        self.resumed_from: list[int] = []
+        if saved:
+            restore_pruner(self.pruner, saved)
+            self.resumed_from = [*saved.state.resumed_from, saved.state.step]
+        self._requests = Requests(Path(config.output_dir), watches_files=self.store.rank == 0)
+        self._trainer = Trainer(
+            self.store, self.pruner, prepared.samples, prepared.order, config, self._requests.pending
+        )
+        self._checkpoints = Checkpoints(config, prepared, self.pruner, self.resumed_from)
+
+    def run(self) -> bool:
+        """All steps that are left; False if it was asked to stop before the end, after a checkpoint."""
+        if not self.resumed_from:
+            self._evaluate(0, "dense")
+        for step in range(self.status.step + 1, self.prepared.steps + 1):
+            self._step(step)
+            requested = self._trainer.requested
+            if requested or self._save_is_due(step):
+                self._checkpoints.save(self.store, step)
+            self.status.update(step)
+            if requested:
+                self._requests.clear()
+            if requested == STOP:
+                self.recorder.note(f"stopped at step {step}; go on with --resume auto")
+                return False
+        return True
+
+    def _step(self, step: int) -> None:
+        self.recorder.write(self._trainer.step(step))
+        if cut := self._trainer.cut(step):
+            self.recorder.write(cut)
+        every = self.config.evaluate.every
+        if step == self.prepared.schedule.end:
+            self._evaluate(step, "after_last_cut")
+        elif every is not None and step % every == 0:
+            self._evaluate(step, "step")
+
+    def _save_is_due(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return step == self.prepared.steps or (every is not None and step % every == 0)
+
+    def _evaluate(self, step: int, name: EvaluationName) -> None:
+        self.recorder.write(
+            measure(self.store.engine, self.config, self.prepared, self.store.comm, step=step, name=name)
+        )
+
+
+def measure(
+    engine: EngineLike, config: RunConfig, prepared: Prepared, comm: Communicator, *, step: int, name: EvaluationName
+) -> EvaluationRecord:
+    """Held-out perplexity on all ranks. Draws nothing and leaves no trace in the training state."""
+    engine.eval()
+    result = measure_perplexity(
+        lambda input_ids: engine(input_ids=input_ids).logits,
+        prepared.windows,
+        config.evaluate.batch_size,
+        device=engine.device,
+        rank=comm.rank,
+        world_size=comm.world_size,
+        sum_over_ranks=comm.all_reduce,
+    )
+    engine.train()
+    return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
