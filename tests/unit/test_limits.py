@@ -1,0 +1,172 @@
+"""What pruning may take: protected layers, floors, caps, and a bound on the ratio that really can be reached."""
+
+import random
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.ranking import rank_global, rank_uniform
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, after, gone, make_shape, random_scores_of, random_shape
+
+
+def limits_of(shape: ModelShape, **prune: Any) -> Limits:
+    return make_limits(PruneConfig(**{"ratio": 0.1, **prune}), shape)
+
+
+@pytest.mark.parametrize(
+    ("layers", "protected"),
+    [(3, [0, 2]), (10, [0, 9]), (11, [0, 1, 10]), (30, [0, 1, 2, 29]), (32, [0, 1, 2, 3, 31]), (70, [*range(7), 69])],
+)
+def test_the_first_tenth_and_the_last_layer_are_protected(layers: int, protected: list[int]) -> None:
+    limits = limits_of(make_shape([(4, 40)] * layers))
+    assert limits.open_layers == [i for i in range(layers) if i not in protected]
+    for i in protected:
+        assert limits.floor[i] == limits.dense.layers[i]
+
+
+def test_protection_is_a_setting() -> None:
+    assert limits_of(SMOLLM2, protected_first=0, protected_last=0).open_layers == list(range(30))
+    assert limits_of(SMOLLM2, protected_first=2, protected_last=3).open_layers == list(range(2, 27))
+    with pytest.raises(UserError, match=r"^prune\.protected_first and prune\.protected_last protect all 30 layers"):
+        limits_of(SMOLLM2, protected_first=29)
+
+
+def test_floors_are_multiples_and_never_above_what_is_there() -> None:
+    shape = make_shape([(4, 200), (4, 100), (1, 30)])
+    limits = limits_of(
+        shape, ranking="global", protected_first=0, protected_last=0, min_heads=2, min_channels=65, channel_multiple=32
+    )
+    assert limits.floor == (LayerShape(2, 96), LayerShape(2, 96), LayerShape(1, 30))
+
+
+def test_a_cap_is_a_fraction_of_the_layers_own_parameters() -> None:
+    shape = make_shape([(4, 40), (2, 20), (2, 20)])
+    limits = limits_of(shape, ranking="global", protected_first=0, max_layer_ratio=0.29)
+    assert limits.layer_budget == (int(0.29 * shape.layer_numel(0)), int(0.29 * shape.layer_numel(1)), 0)
+
+
+def test_a_cap_loses_no_parameter_to_a_binary_fraction() -> None:
+    shape = make_shape([(1, 100)] * 3, hidden=1, head_dim=25)  # 4·25 + 3·100 = 400 parameters; 0.29 · 400 is 115.99…
+    assert limits_of(shape, ratio=0.01, protected_first=1, max_layer_ratio=0.29).layer_budget == (0, 116, 0)
+
+
+def test_blocks_lead_down_to_the_floor_by_multiples() -> None:
+    limits = limits_of(make_shape([(4, 173)] * 3), channel_multiple=64, min_channels=60)
+    assert limits.blocks(1, "channels", 173) == [45, 64]
+    assert limits.blocks(1, "channels", 128) == [64]
+    assert limits.blocks(1, "channels", 64) == []
+    assert limits.blocks(1, "heads", 4) == [1, 1, 1]
+    assert limits.blocks(0, "channels", 173) == limits.blocks(0, "heads", 4) == []  # protected
+
+
+def test_fewest_channels_by_trying_them_all() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        shape = random_shape(draw, uniform=True)
+        multiple, cap = draw.choice([1, 1, 4, 7]), draw.choice([0.2, 0.5, 0.9, 1.0])
+        prune = {"channel_multiple": multiple, "max_layer_ratio": cap, "min_channels": draw.randint(1, 20)}
+        try:
+            limits = limits_of(shape, ratio=1e-9, protected_first=0, protected_last=0, **prune)
+        except UserError:
+            continue  # nothing can be cut at all
+        dense, floor = shape.layers[0], limits.floor[0]
+        allowed = [c for c in range(floor.channels, dense.channels + 1) if c % multiple == 0 or c == dense.channels]
+        for heads in range(floor.heads, dense.heads + 1):
+            fitting = [c for c in allowed if limits.lost(0, heads, c) <= limits.layer_budget[0]]
+            assert limits.fewest_channels(0, heads) == min(fitting, default=None)
+
+
+# The ratio that can be reached
+
+
+def random_config(draw: random.Random, ranking: str) -> PruneConfig:
+    return PruneConfig(
+        ratio=0.999999,
+        ranking=ranking,
+        joint_budget=ranking == "global" and draw.random() < 0.4,
+        protected_first=draw.choice([0, 0, 1, 2]),
+        protected_last=draw.choice([0, 0, 1]),
+        min_heads=draw.choice([1, 1, 2, 4]),
+        min_channels=draw.choice([1, 1, 5, 30]),
+        max_layer_ratio=draw.choice([0.15, 0.4, 0.5, 0.8, 1.0, 1.0]),
+        channel_multiple=draw.choice([1, 1, 1, 4, 16]),
+    )
+
+
+def largest_ratio(config: PruneConfig, shape: ModelShape) -> float:
+    """The one that the error of an unreachable ratio states."""
+    with pytest.raises(UserError, match="out of reach") as caught:
+        make_limits(config, shape)
+    stated = re.search(r"at most ([\d.e-]+) can go$", str(caught.value))
+    assert stated
+    return float(stated[1])
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: str) -> None:
+    draw, generator = random.Random(2), torch.Generator().manual_seed(2)
+    reached_something = 0
+    for _ in range(300):
+        shape, config = random_shape(draw, uniform=ranking == "uniform"), random_config(draw, ranking)
+        if config.protected_last + (config.protected_first or 0) >= len(shape.layers):
+            continue
+        most = largest_ratio(config, shape)
+        if most == 0:
+            continue
+        reached_something += 1
+        config = replace(config, ratio=most)
+        limits = make_limits(config, shape)
+        scores = random_scores_of(shape, generator)
+        if ranking == "uniform":
+            keep = rank_uniform(scores, shape, limits, most, most)
+            step = len(limits.open_layers) * limits.multiple * shape.group_numel("channels") / 2
+        else:
+            keep = rank_global(scores, shape, limits, most, joint=config.joint_budget)
+            step = max(shape.group_numel("heads"), limits.multiple * shape.group_numel("channels"))
+        # The stated ratio has four digits, rounded down.
+        short = most * shape.linear_numel() - gone(after(shape, keep), shape)
+        assert short <= step + 1e-9, (config, shape)
+    assert reached_something > 150
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_a_ratio_above_it_is_refused(ranking: str) -> None:
+    """Not only the absurd one: anything further off than what either ranking promises to come within."""
+    prune = {"ranking": ranking, "protected_first": 1, "protected_last": 0, "min_channels": 768, "min_heads": 1}
+    most = largest_ratio(PruneConfig(ratio=0.99, **prune), SMOLLM2)
+    head, channel = SMOLLM2.group_numel("heads"), SMOLLM2.group_numel("channels")
+    exact = 29 * (2 * head + 768 * channel) / SMOLLM2.linear_numel()
+    assert most == pytest.approx(exact, abs=1e-4)
+    make_limits(PruneConfig(ratio=most, **prune), SMOLLM2)
+    with pytest.raises(UserError, match=re.escape(f"at most {most} can go")):
+        make_limits(PruneConfig(ratio=most + 0.005, **prune), SMOLLM2)
+
+
+def test_a_cap_on_all_layers_can_be_the_ratio() -> None:
+    """A cap of a half and a ratio of a half go together, though whole groups stop a little below."""
+    for ranking in ("uniform", "global"):
+        prune = {"ranking": ranking, "protected_first": 0, "protected_last": 0, "max_layer_ratio": 0.5}
+        for shape in (SMOLLM2, LLAMA_7B):
+            make_limits(PruneConfig(ratio=0.5, **prune), shape)
+
+
+def test_nothing_to_cut_is_refused_even_for_a_tiny_ratio() -> None:
+    for ranking in ("uniform", "global"):
+        config = PruneConfig(ratio=1e-9, ranking=ranking, min_heads=3, min_channels=1536)
+        with pytest.raises(UserError, match=r"at most 0\.0 can go"):
+            make_limits(config, SMOLLM2)
+
+
+def test_uniform_refuses_layers_of_different_shapes() -> None:
+    shape = make_shape([(4, 40), (4, 40), (3, 40), (4, 40)])
+    with pytest.raises(UserError, match=r"^prune\.ranking: uniform needs layers of equal shape.*use global$"):
+        limits_of(shape)
+    limits_of(shape, ranking="global")
+    limits_of(make_shape([(3, 40), (4, 40), (4, 40), (2, 7)]))  # only protected layers differ

@@ -1,0 +1,182 @@
+"""`global`: the least important groups of all open layers, to within one group of the target, inside all limits."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape
+from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.ranking import rank_global
+from loraprune_ds.zero.store import LayerKeep
+from tests.unit.shapes_and_scores import SMOLLM2, after, gone, make_shape, random_scores_of, random_shape
+
+
+def limits_of(shape: ModelShape, **prune: Any) -> Limits:
+    free = {"ratio": 1e-4, "ranking": "global", "protected_first": 0, "protected_last": 0}
+    return make_limits(PruneConfig(**{**free, **prune}), shape)
+
+
+def random_limits(draw: random.Random) -> tuple[Limits, float]:
+    """Limits, and a ratio that they allow."""
+    while True:
+        prune = {
+            "ratio": draw.uniform(0.02, 0.8),
+            "min_heads": draw.choice([1, 1, 2]),
+            "min_channels": draw.choice([1, 1, 9]),
+            "max_layer_ratio": draw.choice([0.4, 0.6, 1.0, 1.0]),
+            "channel_multiple": draw.choice([1, 1, 4, 16]),
+            "protected_last": draw.choice([0, 1]),
+        }
+        try:
+            return limits_of(random_shape(draw, uniform=False), **prune), prune["ratio"]
+        except UserError:
+            continue  # out of reach there
+
+
+def check_limits(limits: Limits, shape: ModelShape) -> None:
+    for i, (dense, floor, layer) in enumerate(zip(limits.dense.layers, limits.floor, shape.layers, strict=True)):
+        assert dense.heads >= layer.heads >= floor.heads
+        assert dense.channels >= layer.channels >= floor.channels
+        assert limits.lost(i, layer.heads, layer.channels) <= limits.layer_budget[i]
+        assert layer.channels % limits.multiple == 0 or layer.channels == dense.channels
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_every_cut_stops_within_one_group_of_its_target(joint: bool) -> None:
+    """Over four cuts in a row, on layers of any shape, with few enough distinct scores that most are tied."""
+    draw, generator = random.Random(int(joint)), torch.Generator().manual_seed(int(joint))
+    for _ in range(250):
+        limits, ratio = random_limits(draw)
+        dense = shape = limits.dense
+        group = max(dense.group_numel("heads"), limits.multiple * dense.group_numel("channels"))
+        for fraction in (0.3, 0.7, 0.9, 1.0):
+            scores = random_scores_of(shape, generator, levels=draw.choice([None, 4]))
+            shape = after(shape, rank_global(scores, shape, limits, fraction * ratio, joint=joint))
+            check_limits(limits, shape)
+            assert abs(gone(shape, dense) - fraction * ratio * dense.linear_numel()) <= group
+
+
+def test_without_floors_and_caps_it_stops_within_half_a_channel() -> None:
+    generator = torch.Generator().manual_seed(2)
+    limits = limits_of(SMOLLM2)
+    for joint in (False, True):
+        for target in (0.1, 0.333, 0.5, 0.7):
+            keep = rank_global(random_scores_of(SMOLLM2, generator), SMOLLM2, limits, target, joint=joint)
+            off = gone(after(SMOLLM2, keep), SMOLLM2) - target * SMOLLM2.linear_numel()
+            assert abs(off) <= SMOLLM2.group_numel("channels") / 2 + 0.5
+
+
+def sites(scores: list[LayerScores], keep: list[LayerKeep], kind: str) -> tuple[list[Any], list[Any]]:
+    """(score, -layer, -index) of what goes and of what stays."""
+    goes, stays = [], []
+    for i, (layer, layer_keep) in enumerate(zip(scores, keep, strict=True)):
+        kept = set(layer_keep.of(kind).tolist())  # type: ignore[arg-type]
+        for index, score in enumerate(layer.of(kind).tolist()):  # type: ignore[arg-type]
+            (stays if index in kept else goes).append((score, -i, -index))
+    return goes, stays
+
+
+@pytest.mark.parametrize("levels", [None, 5, 1])
+def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(levels: int | None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shape = make_shape([(9, 40), (7, 55), (8, 20), (9, 30)])
+    limits = limits_of(shape)
+    for _ in range(20):
+        scores = random_scores_of(shape, generator, levels=levels)
+        # A large minimum in every layer, so that no floor stops anything.
+        for layer in scores:
+            layer.heads[0] = layer.channels[0] = 99
+        keep = rank_global(scores, shape, limits, 0.4, joint=False)
+        for kind in KINDS:
+            goes, stays = sites(scores, keep, kind)
+            assert max(goes) < min(stays)  # by score, then the higher layer, then the higher index
+
+
+def test_heads_and_channels_have_separate_budgets_unless_joint() -> None:
+    """Scores that would send all heads first: separate budgets give heads no more than their share."""
+    shape = make_shape([(8, 96)] * 4)
+    limits = limits_of(shape)
+    cheap_heads = [LayerScores(torch.rand(8) * 1e-6, 1 + torch.rand(96)) for _ in range(4)]
+    separate = after(shape, rank_global(cheap_heads, shape, limits, 0.25, joint=False))
+    heads_gone = sum(8 - layer.heads for layer in separate.layers)
+    assert heads_gone == 8  # a quarter of 32
+    joint = after(shape, rank_global(cheap_heads, shape, limits, 0.25, joint=True))
+    assert sum(8 - layer.heads for layer in joint.layers) > 2 * heads_gone
+
+
+def test_a_joint_budget_compares_scores_per_parameter() -> None:
+    """A head is worth 16 channels here: with 8 times a channel's score it is the cheaper loss."""
+    shape = make_shape([(4, 64)] * 2, hidden=12, head_dim=12)
+    head, channel = shape.group_numel("heads"), shape.group_numel("channels")
+    assert head == 16 * channel
+    limits = limits_of(shape)
+    target = 2 * head / shape.linear_numel()
+
+    def heads_left(score: float) -> int:
+        scores = [LayerScores(torch.full((4,), score), torch.ones(64)) for _ in range(2)]
+        keep = rank_global(scores, shape, limits, target, joint=True)
+        return sum(layer.heads for layer in after(shape, keep).layers)
+
+    assert heads_left(8.0) == 6
+    assert heads_left(24.0) == 8
+
+
+def test_a_cap_spreads_what_one_layer_would_have_lost() -> None:
+    shape = make_shape([(4, 60)] * 4)
+    worthless = [LayerScores(torch.rand(4) * (i > 0), torch.rand(60) * (i > 0)) for i in range(4)]
+    free = after(shape, rank_global(worthless, shape, limits_of(shape), 0.2, joint=False))
+    assert shape.layer_numel(0) - free.layer_numel(0) > 0.6 * shape.layer_numel(0)
+    limits = limits_of(shape, max_layer_ratio=0.4)
+    capped = after(shape, rank_global(worthless, shape, limits, 0.2, joint=False))
+    assert shape.layer_numel(0) - capped.layer_numel(0) <= 0.4 * shape.layer_numel(0)
+    assert gone(capped, shape) == pytest.approx(0.2 * shape.linear_numel(), abs=shape.group_numel("channels"))
+
+
+def test_floors_stop_a_layer_and_protected_layers_keep_all() -> None:
+    shape = make_shape([(4, 60)] * 4)
+    scores = [
+        LayerScores(torch.rand(4) * 1e-9, torch.rand(60) * 1e-9) if i in (0, 1) else random_
+        for i, random_ in enumerate(random_scores_of(shape, torch.Generator().manual_seed(4)))
+    ]
+    limits = limits_of(shape, protected_first=1, min_heads=2, min_channels=11)
+    left = after(shape, rank_global(scores, shape, limits, 0.4, joint=False))
+    assert left.layers[0] == LayerShape(4, 60)
+    assert left.layers[1] == LayerShape(2, 11)
+
+
+def test_channels_leave_by_multiples_inside_the_budget() -> None:
+    """The old way, rounding after ranking, could break a layer's cap and miss the target by many groups."""
+    shape = make_shape([(4, 173)] * 6, hidden=8)
+    limits = limits_of(shape, channel_multiple=64, max_layer_ratio=0.6)
+    scores = random_scores_of(shape, torch.Generator().manual_seed(5))
+    left = after(shape, rank_global(scores, shape, limits, 0.4, joint=False))
+    check_limits(limits, left)
+    assert {layer.channels for layer in left.layers} <= {64, 128, 173}
+    assert abs(gone(left, shape) - 0.4 * shape.linear_numel()) <= 64 * shape.group_numel("channels")
+
+
+def test_a_block_of_channels_counts_with_its_mean() -> None:
+    """Layer 0 has the single worst channel, layer 1 the worst block of four."""
+    shape = make_shape([(1, 8), (1, 8)], hidden=4, head_dim=1)
+    limits = limits_of(shape, channel_multiple=4, min_heads=1)
+    scores = [
+        LayerScores(torch.ones(1), torch.tensor([0.0, 9, 9, 9, 9, 9, 9, 9])),
+        LayerScores(torch.ones(1), torch.tensor([1.0, 9, 1, 9, 1, 9, 1, 9])),
+    ]
+    target = 4 * shape.group_numel("channels") / shape.linear_numel()
+    keep = rank_global(scores, shape, limits, target, joint=False)
+    assert keep[0].channels.tolist() == list(range(8))
+    assert keep[1].channels.tolist() == [1, 3, 5, 7]
+
+
+def test_the_same_scores_always_give_the_same_groups() -> None:
+    scores = random_scores_of(SMOLLM2, torch.Generator().manual_seed(6), levels=3)
+    first, again = (rank_global(scores, SMOLLM2, limits_of(SMOLLM2), 0.5, joint=True) for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.heads, b.heads)
+        assert torch.equal(a.channels, b.channels)

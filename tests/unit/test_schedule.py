@@ -1,0 +1,76 @@
+"""When to cut and how much: the cubic schedule against the oracle's, and the same cuts from both ways to ask."""
+
+import random
+
+import pytest
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from tests.oracle.formula import cubic_target
+
+
+def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
+    for steps in (10, 40, 100, 260):
+        schedule = make_schedule(PruneConfig(ratio=0.4), steps)
+        for step in range(steps + 1):
+            assert schedule.target(step) == pytest.approx(cubic_target(step, steps, 0.4, 0.1, 0.1), abs=1e-12)
+
+
+def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
+    """Rounded borders change a target a little, but not at which step it leaves zero or arrives."""
+    draw = random.Random(0)
+    for _ in range(500):
+        steps, warmup, cooldown = draw.randint(5, 300), draw.randint(0, 49), draw.randint(0, 49)  # in per cent
+        config = PruneConfig(ratio=0.5, warmup_fraction=warmup / 100, cooldown_fraction=cooldown / 100)
+        schedule = make_schedule(config, steps)
+        for step in range(steps + 1):
+            assert (schedule.target(step) > 0) == (100 * step > warmup * steps), (steps, warmup, step)
+            assert (schedule.target(step) == 0.5) == (100 * step >= (100 - cooldown) * steps), (steps, cooldown, step)
+
+
+def test_target_only_grows_and_ends_exactly() -> None:
+    schedule = Schedule(0.37, 7, 61, 10)
+    targets = [schedule.target(step) for step in range(80)]
+    assert targets == sorted(targets)
+    assert targets[7] == 0 < targets[8]
+    assert targets[60] < targets[61] == targets[79] == 0.37
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "cuts"),
+    [
+        (40, 4, [8, 12, 16, 20, 24, 28, 32, 36]),
+        (40, 5, [9, 14, 19, 24, 29, 34, 36]),  # the last one where the cool-down begins, whatever the rhythm
+        (100, 10, [20, 30, 40, 50, 60, 70, 80, 90]),
+        (100, 1000, [90]),
+        (10, 1, [2, 3, 4, 5, 6, 7, 8, 9]),
+        (5, 1, [1, 2, 3, 4, 5]),  # a tenth of five steps is none
+    ],
+)
+def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
+    assert make_schedule(PruneConfig(prune_every=every), steps).cut_steps() == cuts
+
+
+def test_both_ways_to_ask_agree() -> None:
+    draw = random.Random(1)
+    for _ in range(300):
+        start = draw.randint(0, 20)
+        schedule = Schedule(0.5, start, start + draw.randint(1, 60), draw.randint(1, 30))
+        cuts = schedule.cut_steps()
+        assert [step for step in range(120) if schedule.is_cut(step)] == cuts
+        assert cuts[-1] == schedule.end
+        assert len(set(cuts)) == len(cuts)
+
+
+def test_no_binary_fraction_moves_a_border() -> None:
+    """0.29 · 100 is 28.999999999999996 in floating point."""
+    schedule = make_schedule(PruneConfig(warmup_fraction=0.29, cooldown_fraction=0.29), 100)
+    assert (schedule.start, schedule.end) == (29, 71)
+
+
+def test_a_run_too_short_to_cut_is_refused() -> None:
+    config = PruneConfig(warmup_fraction=0.5, cooldown_fraction=0.49)
+    assert make_schedule(config, 1).cut_steps() == [1]
+    with pytest.raises(UserError, match=r"train\.steps 100000000 leaves no step between prune\.warmup_fraction"):
+        make_schedule(PruneConfig(warmup_fraction=0.5, cooldown_fraction=0.5 - 1e-15), 100_000_000)
