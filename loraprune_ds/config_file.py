@@ -35,6 +35,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _build(RunConfig, raw, "")
 
 
+def config_from_dict(raw: dict[str, Any]) -> RunConfig:
+    """A resolved config, as `RunConfig.to_dict` gives it and a checkpoint keeps it.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    return _build(RunConfig, raw, "")
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, separator, value = override.partition("=")
     require(bool(separator and dotted), f"--set takes key=value, got {override!r}")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from loraprune_ds.config import RunConfig
+from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.shapes import ModelShape
 
@@ -34,6 +36,45 @@ class ModelCard:
     perplexity_pruned: float | None
 
 
+def card_of_run(
+    config: RunConfig,
+    dense: ModelShape,
+    pruned: ModelShape,
+    *,
+    steps: int,
+    windows: int | None = None,
+    perplexity_dense: float | None = None,
+    perplexity_pruned: float | None = None,
+) -> ModelCard:
+    """What a run says about its result; `windows` is how many perplexity was measured on."""
+    held_out = Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data_name(config)}"
+    count = "" if windows is None else f"{windows} "
+    return ModelCard(
+        base_model=model_name(config),
+        dense=dense,
+        pruned=pruned,
+        criterion=config.prune.criterion,
+        ranking=config.prune.ranking,
+        data=data_name(config),
+        steps=steps,
+        perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
+        perplexity_dense=perplexity_dense,
+        perplexity_pruned=perplexity_pruned,
+    )
+
+
+def model_name(config: RunConfig) -> str:
+    """A name of the dense model that says nothing of this machine's folders."""
+    return "SmolLM2-135M-Instruct" if config.model.path == EMBEDDED else Path(config.model.path).name
+
+
+def data_name(config: RunConfig) -> str:
+    """The same of the data."""
+    return "Python's help topics (pydoc_data)" if config.data.path == EMBEDDED else Path(config.data.path).name
+
+
+CARD_FILE = "README.md"
+LOAD_HEADING = "## Load it"
 TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -44,8 +85,8 @@ tags:
 
 # {base_model}, pruned
 
-A structurally pruned, smaller dense model: attention heads and MLP channels were removed while LoRA was tuned, and the
-LoRA weights are merged. Made with loraprune_ds. The licence of {base_model} applies.
+A structurally pruned, smaller dense model: attention heads and MLP channels were removed while LoRA was tuned. Made
+with loraprune_ds. The licence of {base_model} applies.
 
 | | dense | pruned | removed |
 |---|---|---|---|
@@ -56,13 +97,15 @@ LoRA weights are merged. Made with loraprune_ds. The licence of {base_model} app
 - Perplexity on: {perplexity_data}
 - Tuned on: {data}, {steps:,} optimizer steps
 - Chosen by: criterion `{criterion}`, ranking `{ranking}`
-- Weights: {dtype}, head size {head_dim}
+- Head size: {head_dim}
 
 | layers | query heads | key-value heads | MLP channels |
 |---|---|---|---|
 {layers}
 
 ## Load it
+
+The weights are {dtype}, with LoRA merged.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,7 +147,18 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         trust=", trust_remote_code=True" if exported.trust_remote_code else "",
         remark=REMARK.format(file=exported.modelling_file) if exported.trust_remote_code else "",
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def retell_model_card(source: Path, folder: Path, how_to_load: str) -> None:
+    """Writes into `folder` the model card in the folder `source`, of the same model in another form.
+
+    A card that is not ours is kept whole, and one that is missing is not made up.
+    """
+    path = source / CARD_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    facts = text.partition(LOAD_HEADING)[0].rstrip()
+    (folder / CARD_FILE).write_text(f"{facts}\n\n{LOAD_HEADING}\n\n{how_to_load}".lstrip(), encoding="utf-8")
 
 
 def _perplexity(value: float | None) -> str:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
-from loraprune_ds.export.model_card import ModelCard, write_model_card
-from loraprune_ds.model.build import EMBEDDED
+from loraprune_ds.export.model_card import ModelCard, card_of_run, model_name, write_model_card
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.output import MODEL_FOLDER
@@ -47,31 +46,17 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def model_name(config: RunConfig) -> str:
-    """A name of the dense model that says nothing of this machine's folders."""
-    return "SmolLM2-135M-Instruct" if config.model.path == EMBEDDED else Path(config.model.path).name
-
-
 def model_card(config: RunConfig, prepared: Prepared, pruned: ModelShape, history: History) -> ModelCard:
     """The facts of the checkpoint's README, with the perplexities known so far."""
-    evaluate = config.evaluate
-    held_out = Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data_name(config)}"
-    return ModelCard(
-        base_model=model_name(config),
-        dense=prepared.checkpoint.shape,
-        pruned=pruned,
-        criterion=config.prune.criterion,
-        ranking=config.prune.ranking,
-        data=data_name(config),
+    return card_of_run(
+        config,
+        prepared.checkpoint.shape,
+        pruned,
         steps=prepared.steps,
-        perplexity_data=f"{held_out}, {len(prepared.windows)} windows of {evaluate.window} tokens",
+        windows=len(prepared.windows),
         perplexity_dense=history.perplexity("dense"),
         perplexity_pruned=history.perplexity("pruned"),
     )
-
-
-def data_name(config: RunConfig) -> str:
-    return "Python's help topics (pydoc_data)" if config.data.path == EMBEDDED else Path(config.data.path).name
 
 
 def start_model(folder: Path) -> Path:
