@@ -126,7 +126,7 @@ def test_on_the_way_both_kinds_are_cut_in_proportion() -> None:
     assert abs(counts.heads - (32 + goal.heads) / 2) <= 0.5
     assert abs(counts.channels - (11008 + goal.channels) / 2) <= 0.5
     reached = len(limits.open_layers) * limits.lost(4, counts.heads, counts.channels) / LLAMA_7B.linear_numel()
-    assert reached == pytest.approx(0.25, abs=0.004)  # half a head in every layer
+    assert reached == pytest.approx(0.25, abs=0.005)  # half a head in every layer
 
 
 def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:

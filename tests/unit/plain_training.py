@@ -1,0 +1,112 @@
+"""The whole method in one process: the package's pruner and plain-tensor store around a loop with torch's AdamW."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from loraprune_ds.config import LoraConfig, PruneConfig
+from loraprune_ds.model.adapters import add_lora
+from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.pruning.limits import make_limits
+from loraprune_ds.pruning.schedule import make_schedule
+from loraprune_ds.pruning.step import Cut, Pruner
+from loraprune_ds.train.loss import token_loss_sum
+from loraprune_ds.zero.plain import PlainStore
+
+Batch = tuple[Tensor, Tensor]
+PREFIX = "base_model.model.model."
+
+
+def build_model(folder: Path, lora: dict[str, Tensor], *, alpha: float, dtype: torch.dtype) -> PeftModel:
+    """The saved model with the oracle's adapter ("layers.{i}.{linear}.lora_A") in place of a fresh one."""
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    rank = next(iter(lora.values())).shape[0]
+    model = add_lora(base, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0), seed=0)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in lora.items():
+            named[f"{PREFIX}{name}.default.weight"].copy_(value)
+    return model
+
+
+@dataclass
+class PlainRun:
+    """Trains and prunes; records what can be compared with the oracle."""
+
+    folder: Path
+    lora: dict[str, Tensor]
+    prune: PruneConfig
+    steps: int
+    alpha: float = 8
+    learning_rate: float = 5e-3
+    epsilon: float = 1e-3
+    max_grad_norm: float = 0.0
+    micro_batch_size: int = 3
+    dtype: torch.dtype = torch.float32
+    losses: list[float] = field(default_factory=list)
+    averages: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model = build_model(self.folder, self.lora, alpha=self.alpha, dtype=self.dtype)
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=self.learning_rate, eps=self.epsilon, weight_decay=0.0)
+        shape = open_checkpoint(self.folder).shape
+        self.store = PlainStore(self.model, shape, self.optimizer)
+        limits, schedule = make_limits(self.prune, shape), make_schedule(self.prune, self.steps)
+        self.pruner = Pruner(cast(Any, self.store), self.prune, schedule, limits, seed=0)
+
+    def step(self, step: int, batch: Batch) -> None:
+        self.backward(batch)
+        self.pruner.observe(step)
+        assert self.pruner.average.scores is not None
+        self.averages.append([(s.heads.clone(), s.channels.clone()) for s in self.pruner.average.scores])
+        if self.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm)
+        self.optimizer.step()
+        if cut := self.pruner.cut(step):
+            self.cuts.append(cut)
+
+    def backward(self, batch: Batch) -> None:
+        """The loss of the global batch, micro-batch by micro-batch."""
+        self.optimizer.zero_grad()
+        supervised, total = int((batch[1][:, 1:] != -100).sum()), 0.0
+        for ids, targets in zip(*(t.split(self.micro_batch_size) for t in batch), strict=True):
+            loss = token_loss_sum(self.model(input_ids=ids).logits, targets) / supervised
+            loss.backward()
+            total += loss.item()
+        self.losses.append(total)
+
+    def run(self, batches: Sequence[Batch]) -> "PlainRun":
+        for step, batch in enumerate(batches, start=1):
+            self.step(step, batch)
+        return self
+
+    def kept(self) -> list[tuple[list[int], list[int]]]:
+        return [(keep.heads.tolist(), keep.channels.tolist()) for keep in self.pruner.kept]
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model(input_ids=input_ids).logits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by the oracle's names: "layers.0.mlp.up_proj.lora_B", "layers.0.mlp.up_proj.weight", …"""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            short = name.removeprefix("base_model.model.").removeprefix("model.")
+            found[short.removesuffix(".default.weight").replace(".base_layer.", ".")] = parameter.detach()
+        return found
+
+    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        names = {id(p): name for name, p in self._named()}
+        return {names[id(p)]: (s["exp_avg"], s["exp_avg_sq"]) for p, s in self.optimizer.state.items()}
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        named = self.model.named_parameters()
+        return [(n.removeprefix(PREFIX).removesuffix(".default.weight"), p) for n, p in named if p.requires_grad]

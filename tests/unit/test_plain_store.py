@@ -1,0 +1,351 @@
+"""The whole method in one process against the oracle: scores, cuts, carried state, and what a cut does to the network.
+
+Tolerances as in tests/numerics: both sides compute in fp32 and sum in different orders; masks are compared where the
+gap between the last group that stays and the first that goes is above ten tolerances.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import RunError
+from loraprune_ds.model.shapes import KINDS, LINEARS, Kind, LayerShape
+from loraprune_ds.pruning.importance import MovingAverage
+from loraprune_ds.pruning.step import agree, all_groups
+from loraprune_ds.zero.plain import PlainStore
+from loraprune_ds.zero.store import LayerKeep
+from tests.oracle.dense_trainer import DenseTrainer, Settings
+from tests.oracle.formula import cut_gap
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.unit.plain_training import Batch, PlainRun
+
+TOLERANCE = 1e-5
+VOCAB, LAYERS, STEPS = 97, 3, 8
+SHAPES: dict[str, dict[str, Any]] = {
+    "mha": {"heads": 4, "kv_heads": 4, "head_dim": 6, "hidden": 24, "ffn": 37, "tie": True},
+    "gqa_biases": {"heads": 8, "kv_heads": 4, "head_dim": 4, "hidden": 32, "ffn": 41, "biases": True},
+    "mistral": {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 20, "ffn": 23, "model_type": "mistral"},
+}
+UNIFORM = PruneConfig(ratio=0.3, prune_every=2, protected_first=0)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    folder: Path
+    lora: dict[str, Tensor]
+    batches: list[Batch]
+
+    def plain(self, prune: PruneConfig = UNIFORM, **settings: Any) -> PlainRun:
+        return PlainRun(self.folder, self.lora, prune, STEPS, **settings)
+
+    def oracle(self, run: PlainRun, **settings: Any) -> DenseTrainer:
+        settings = {"lora_alpha": run.alpha, "epsilon": run.epsilon, "max_grad_norm": run.max_grad_norm, **settings}
+        return DenseTrainer(self.folder, self.lora, Settings(**settings))
+
+
+def make_tiny(folder: Path, name: str) -> Tiny:
+    make_tiny_llama(folder, layers=LAYERS, vocab=VOCAB, seed=1, **SHAPES[name])
+    batches = make_batches(steps=STEPS, samples=6, tokens=12, vocab=VOCAB, seed=3)
+    return Tiny(folder, make_lora(folder, r=4, seed=2), batches)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def gqa(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("gqa"), "gqa_biases")
+
+
+# The method against the oracle
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float(((found - expected).abs() / expected.abs().clamp_min(1e-12)).max())
+
+
+def assert_equals_oracle(tiny: Tiny, run: PlainRun, **settings: Any) -> None:
+    """The oracle is told how many groups each cut keeps, but not which."""
+    run.run(tiny.batches)
+    oracle = tiny.oracle(run, normalize=run.prune.normalization == "l2", **settings)
+    counts = {cut.step: [(len(k.heads), len(k.channels)) for k in cut.keep] for cut in run.cuts}
+    records = oracle.run(tiny.batches, [run.learning_rate] * STEPS, counts)
+    for step, record in enumerate(records, start=1):
+        assert abs(run.losses[step - 1] - record.loss) < TOLERANCE
+        if step <= run.cuts[-1].step:
+            for found, expected in zip(run.averages[step - 1], record.averages, strict=True):
+                assert max(relative(f, e) for f, e in zip(found, expected, strict=True)) < TOLERANCE
+        for averages, wanted in zip(record.averages, counts.get(step, []), strict=step in counts):
+            assert all(cut_gap(scores, count) > 10 * TOLERANCE for scores, count in zip(averages, wanted, strict=True))
+    assert run.kept() == oracle.kept
+    tensors, moments = run.tensors(), run.moments()
+    for name, expected in oracle.frozen().items():
+        assert torch.equal(tensors[name], expected), name
+    for name, expected in oracle.masters().items():
+        assert (tensors[name] - expected).abs().max() < TOLERANCE, name
+    for i in (0, 1):
+        largest = max(pair[i].abs().max() for pair in oracle.moments().values())
+        for name, pair in oracle.moments().items():
+            assert (moments[name][i] - pair[i]).abs().max() < TOLERANCE * largest, name
+
+
+def test_uniform_equals_the_oracle(tiny: Tiny) -> None:
+    run = tiny.plain(max_grad_norm=0.5)
+    assert_equals_oracle(tiny, run)
+    assert [cut.step for cut in run.cuts] == [2, 4, 6, 8]
+    assert run.store.shape.layers[0] == run.store.shape.layers[1] != run.store.shape.layers[2]
+
+
+def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
+    prune = PruneConfig(
+        ratio=0.4, prune_every=3, ranking="global", criterion="lora_squared", protected_first=0, protected_last=0
+    )
+    run = tiny.plain(prune, micro_batch_size=2)
+    assert_equals_oracle(tiny, run, power=2)
+    largest_group = max(run.pruner.limits.dense.group_numel(kind) for kind in KINDS)
+    dense = run.pruner.limits.dense.linear_numel()
+    for cut in run.cuts:
+        assert abs(cut.reached - cut.target) <= largest_group / dense
+    assert run.cuts[-1].target == 0.4
+
+
+def drop_moments(self: PlainStore, parameter: Any, axis: int, rows: Tensor) -> None:
+    SELECT(self, parameter, axis, rows)
+    state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+    for key in {"exp_avg", "exp_avg_sq"} & set(state):
+        state[key].zero_()
+
+
+def keep_the_first(self: PlainStore, parameter: Any, axis: int, rows: Tensor) -> None:
+    SELECT(self, parameter, axis, torch.arange(len(rows)))
+
+
+def forget_the_update(self: Any, now: Any) -> None:
+    if self.scores is None:
+        UPDATE(self, now)
+    self.updates_since_cut += 1
+
+
+SELECT, UPDATE = PlainStore._select, MovingAverage.update
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "wrong"),
+    [
+        (PlainStore, "_select", drop_moments),
+        (PlainStore, "_select", keep_the_first),
+        (MovingAverage, "update", forget_the_update),
+    ],
+)
+def test_a_broken_method_is_caught(
+    monkeypatch: pytest.MonkeyPatch, gqa: Tiny, cls: type, name: str, wrong: Any
+) -> None:
+    monkeypatch.setattr(cls, name, wrong)
+    with pytest.raises(AssertionError):
+        assert_equals_oracle(gqa, gqa.plain())
+
+
+def test_mean_of_means_is_another_loss(gqa: Tiny) -> None:
+    """Samples of unequal supervised length: the mean of the micro-batches' means is not the mean over the tokens."""
+    run = gqa.plain(micro_batch_size=2)
+    input_ids, labels = gqa.batches[0]
+    run.backward((input_ids, labels))
+    means = []
+    for ids, targets in zip(input_ids.split(2), labels.split(2), strict=True):
+        logits = run.logits(ids)[:, :-1]
+        means.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten()).item())
+    expected = gqa.oracle(run).loss((input_ids, labels))
+    assert abs(run.losses[0] - expected) < TOLERANCE
+    assert abs(sum(means) / len(means) - expected) > 100 * TOLERANCE
+
+
+# What a cut does
+
+
+def odd_groups(run: PlainRun) -> list[LayerKeep]:
+    """Every second head and channel, another choice in each layer."""
+    return [
+        LayerKeep(torch.arange(i % 2, layer.heads, 2), torch.arange(i % 3, layer.channels, 2))
+        for i, layer in enumerate(run.store.shape.layers)
+    ]
+
+
+def mask(run: PlainRun, keep: list[LayerKeep]) -> None:
+    """Zeroes what leaves where it enters the residual stream: columns of o_proj and down_proj, LoRA included."""
+    shape = run.store.shape
+    for name, tensor in run.tensors().items():
+        for linear in LINEARS:
+            if linear.axis == 1 and f".{linear.name}." in name and name.endswith((".weight", ".lora_A")):
+                rows = keep[int(name.split(".")[1])].rows(shape, linear)
+                gone = torch.ones(tensor.shape[1], dtype=torch.bool).index_fill_(0, rows, False)
+                tensor[:, gone] = 0
+
+
+def test_masked_equals_shrunk(tiny: Tiny) -> None:
+    run, masked = tiny.plain(), tiny.plain()
+    for r in (run, masked):
+        r.step(1, tiny.batches[0])
+    keep, input_ids = odd_groups(run), tiny.batches[1][0]
+    before = run.logits(input_ids)
+    mask(masked, keep)
+    run.store.shrink(keep)
+    assert (run.logits(input_ids) - before).abs().max() > 0.1
+    torch.testing.assert_close(run.logits(input_ids), masked.logits(input_ids), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dtype) -> None:
+    run = tiny.plain(dtype=dtype)
+    run.step(1, tiny.batches[0])
+    tensors = {name: t.clone() for name, t in run.tensors().items()}
+    moments = {name: (m.clone(), v.clone()) for name, (m, v) in run.moments().items()}
+    shape, keep = run.store.shape, odd_groups(run)
+    run.store.shrink(keep)
+
+    def expected(name: str, whole: Tensor) -> Tensor:
+        for linear in LINEARS:
+            if f".{linear.name}." in name:
+                axis_of = {"weight": linear.axis, "bias": 0, "lora_A": 1, "lora_B": 0}[name.split(".")[-1]]
+                shrinks = name.endswith("weight") or axis_of == linear.axis
+                rows = keep[int(name.split(".")[1])].rows(shape, linear)
+                return whole.index_select(axis_of, rows) if shrinks else whole
+        return whole
+
+    for name, tensor in run.tensors().items():
+        assert torch.equal(tensor, expected(name, tensors[name])), name
+        assert tensor.dtype == dtype
+    for name, pair in run.moments().items():
+        assert all(torch.equal(new, expected(name, old)) for new, old in zip(pair, moments[name], strict=True)), name
+    assert run.store.shape.layers == tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep)
+    for i, layer in enumerate(run.store.layers):
+        for linear in LINEARS:
+            module: Any = layer.get_submodule(linear.name)
+            assert (module.out_features, module.in_features) == run.store.shape.linear_shape(i, linear)
+            assert module.base_layer.weight.shape == run.store.shape.linear_shape(i, linear)
+
+
+def test_kept_indices_name_the_groups_of_the_dense_model(gqa: Tiny) -> None:
+    """After several cuts: the weights that are left are those of the named groups of the file on disk."""
+    run = gqa.plain().run(gqa.batches)
+    assert len(run.cuts) > 2
+    dense = load_file(gqa.folder / "model.safetensors")
+    tensors = run.tensors()
+    for i, kept in enumerate(run.pruner.kept):
+        for linear in LINEARS:
+            rows = kept.rows(run.pruner.limits.dense, linear)
+            whole = dense[f"model.layers.{i}.{linear.name}.weight"]
+            assert torch.equal(tensors[f"layers.{i}.{linear.name}.weight"], whole.index_select(linear.axis, rows))
+
+
+# Which groups go
+
+
+def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> Tiny:
+    """A kv group that writes nothing and a channel that is zero, LoRA included, in a copy of the model."""
+    run = tiny.plain()
+    shape, lora = run.store.shape, {name: t.clone() for name, t in tiny.lora.items()}
+    tensors = load_file(tiny.folder / "model.safetensors")
+    useless = LayerKeep(torch.tensor([head]), torch.tensor([channel]))
+    for linear in LINEARS:
+        rows, factor = useless.rows(shape, linear), "lora_A" if linear.axis else "lora_B"
+        lora[f"layers.{layer}.{linear.name}.{factor}"].index_fill_(linear.axis, rows, 0)
+        if linear.kind == "channels" or linear.axis == 1:
+            tensors[f"model.layers.{layer}.{linear.name}.weight"].index_fill_(linear.axis, rows, 0)
+            if linear.axis == 0 and shape.mlp_bias:
+                tensors[f"model.layers.{layer}.{linear.name}.bias"].index_fill_(0, rows, 0)
+    for path in tiny.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return Tiny(folder, lora, tiny.batches)
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+@pytest.mark.parametrize("criterion", ["lora", "lora_squared"])
+def test_planted_useless_groups_go_first(tiny: Tiny, tmp_path: Path, ranking: str, criterion: str) -> None:
+    planted = plant(tiny, tmp_path, layer=1, head=2, channel=5)
+    prune = PruneConfig(
+        ratio=0.35, prune_every=1, ranking=ranking, criterion=criterion, protected_first=0, warmup_fraction=0.2
+    )
+    run = planted.plain(prune).run(planted.batches)
+    assert 2 in first_to_go(run, 1, "heads")
+    assert 5 in first_to_go(run, 1, "channels")
+
+
+def first_to_go(run: PlainRun, layer: int, kind: Kind) -> set[int]:
+    """What the first cut that took any groups of a layer took: dense indices, as nothing had gone before."""
+    count = run.pruner.limits.dense.layers[layer].count(kind)
+    kept = (set(cut.keep[layer].of(kind).tolist()) for cut in run.cuts)
+    return next(set(range(count)) - left for left in kept if len(left) < count)
+
+
+# The pruner's own promises
+
+
+def test_no_cut_without_a_new_score(gqa: Tiny) -> None:
+    run = gqa.plain()
+    with pytest.raises(RunError, match=r"^step 2: a cut is due but no score was updated since the last one$"):
+        run.pruner.cut(2)
+    run.step(2, gqa.batches[0])
+    assert len(run.cuts) == 1
+    with pytest.raises(RunError, match=r"^step 4: a cut is due"):
+        run.pruner.cut(4)
+
+
+def test_scoring_stops_after_the_last_cut(gqa: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = []
+    lora_factors = PlainStore.lora_factors
+    monkeypatch.setattr(PlainStore, "lora_factors", lambda *args: scored.append(step) or lora_factors(*args))
+    run = gqa.plain(PruneConfig(ratio=0.3, prune_every=2, protected_first=0, cooldown_fraction=0.5))
+    for step, batch in enumerate(gqa.batches, start=1):
+        run.step(step, batch)
+    assert run.cuts[-1].step == 4
+    assert sorted(set(scored)) == [1, 2, 3, 4]
+
+
+def test_a_rank_with_another_mask_is_named(gqa: Tiny) -> None:
+    store: Any = gqa.plain().store
+    keep = all_groups(store.shape)
+    digests: list[int] = []
+    store.gather_values = lambda value: digests.append(value) or [value, value]
+    agreed = agree(keep, store, 7)
+    assert all(torch.equal(a.of(k), b.of(k)) for a, b in zip(agreed, keep, strict=True) for k in KINDS)
+    other = [LayerKeep(keep[0].heads, keep[0].channels[1:]), *keep[1:]]
+    store.gather_values = lambda value: [digests[0], digests[0], value]
+    with pytest.raises(RunError, match=r"^step 7: rank 2 computed another mask than rank 0$"):
+        agree(other, store, 7)
+
+
+def test_rank_0_decides_the_mask(gqa: Tiny) -> None:
+    store: Any = gqa.plain().store
+    keep = [LayerKeep(k.heads[1:], k.channels[::2]) for k in all_groups(store.shape)]
+    sent: list[Tensor] = []
+    store.broadcast = lambda values: sent.append(values) or values
+    agreed = agree(keep, store, 1)
+    assert sent[0].dtype == torch.uint8
+    assert len(sent[0]) == sum(layer.heads + layer.channels for layer in store.shape.layers)
+    assert all(torch.equal(a.of(k), b.of(k)) for a, b in zip(agreed, keep, strict=True) for k in KINDS)
+
+
+def test_random_pruning_draws_once(gqa: Tiny) -> None:
+    prune = PruneConfig(ratio=0.3, prune_every=2, protected_first=0, criterion="random")
+    first, again = (gqa.plain(prune).run(gqa.batches[:n] * 2) for n in (4, 4))
+    assert first.kept() == again.kept()
+    assert first.averages[0][0][1].argsort().tolist() == first.averages[1][0][1].argsort().tolist()
+
+
+def test_what_a_cut_reports(gqa: Tiny) -> None:
+    run = gqa.plain().run(gqa.batches)
+    dense = run.pruner.limits.dense.linear_numel()
+    for cut in run.cuts:
+        assert cut.target == run.pruner.schedule.target(cut.step)
+    numel = sum(run.tensors()[f"layers.{i}.{linear.name}.weight"].numel() for i in range(LAYERS) for linear in LINEARS)
+    assert run.cuts[-1].reached == run.pruner.reached() == 1 - numel / dense
+    assert run.cuts[-1].reached == pytest.approx(0.3, abs=2 * run.pruner.limits.dense.group_numel("channels") / dense)
