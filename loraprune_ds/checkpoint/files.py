@@ -1,4 +1,5 @@
-"""Folders that appear whole or not at all: built under a dot-name, checksummed, flushed to disk, renamed once."""
+"""Names of a checkpoint's folders, which appear whole or not at all: built under a dot-name, checksummed, flushed to
+disk, renamed once."""
 
 import hashlib
 import json
@@ -11,6 +12,20 @@ from loraprune_ds.errors import UserError
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 24
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step}"
+
+
+def layer_file(layer: int) -> str:
+    return f"layer-{layer:05d}.safetensors"
+
+
+def numbered(root: Path, kind: str) -> list[int]:
+    """Numbers of the published folders `{kind}-N`, ascending."""
+    found = [path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*") if path.is_dir()]
+    return sorted(int(number) for number in found if number.isdigit())
 
 
 def staging_of(target: Path) -> Path:

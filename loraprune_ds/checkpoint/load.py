@@ -4,18 +4,20 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import files
-from loraprune_ds.checkpoint.save import layer_file, numbered, step_folder
 from loraprune_ds.checkpoint.state import RunState, ShapeSource, read_state
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.zero.comm import Communicator
+
+if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
+    from loraprune_ds.zero.comm import Communicator
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Saved:
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """Elements [start, end) of a layer's LoRA tensor, flat; only the rows that hold them are read."""
-        with safe_open(self.folder / layer_file(layer), framework="pt") as file:
+        with safe_open(self.folder / files.layer_file(layer), framework="pt") as file:
             view = file.get_slice(name)
             columns = view.get_shape()[1]
             first = start // columns
@@ -48,17 +50,17 @@ class Saved:
         return rows[start - first * columns : end - first * columns]
 
 
-def find_newest(root: Path, comm: Communicator, warn: Callable[[str], None]) -> Saved | None:
+def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -> Saved | None:
     """The newest checkpoint under `root` that is whole; the ranks share the reading. Collective."""
-    for number in reversed(comm.gather_objects(numbered(root, "step"))[0]):
+    for number in reversed(comm.gather_objects(files.numbered(root, "step"))[0]):
         try:
-            return open_saved(step_folder(root, number), comm)
+            return open_saved(files.step_folder(root, number), comm)
         except UserError as error:
             warn(f"checkpoint step-{number} cannot be used: {error}")
     return None
 
 
-def open_saved(folder: Path, comm: Communicator) -> Saved:
+def open_saved(folder: Path, comm: "Communicator") -> Saved:
     """Verifies one checkpoint and the shape it names. Collective.
 
     Raises:

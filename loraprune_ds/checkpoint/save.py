@@ -23,14 +23,6 @@ from loraprune_ds.zero.training_state import collect_lora_state
 from loraprune_ds.zero.write import frozen_tensors, write_model
 
 
-def step_folder(root: Path, step: int) -> Path:
-    return root / f"step-{step}"
-
-
-def layer_file(layer: int) -> str:
-    return f"layer-{layer:05d}.safetensors"
-
-
 def save_shape(store: ShardedStore, root: Path, cuts: int, config_json: dict[str, Any], dtype: str) -> ShapeSource:
     """Publishes the frozen weights as `shape-{cuts}`, unless an earlier save of this shape did. Collective."""
     target = root / f"shape-{cuts}"
@@ -48,7 +40,7 @@ def save_shape(store: ShardedStore, root: Path, cuts: int, config_json: dict[str
 
 def save_step(store: ShardedStore, root: Path, state: RunState, scores: list[LayerScores] | None) -> Path:
     """Publishes `step-{state.step}`. Collective; layer k is written by rank k % W."""
-    target = step_folder(root, state.step)
+    target = files.step_folder(root, state.step)
     if store.comm.gather_objects(target.exists())[0]:
         return target
     if store.rank == 0:
@@ -61,7 +53,7 @@ def save_step(store: ShardedStore, root: Path, state: RunState, scores: list[Lay
     for layer in range(len(store.layers)):
         tensors = collect_lora_state(store, layer, layer % store.world_size)
         if tensors is not None:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staging / layer_file(layer))
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staging / files.layer_file(layer))
         del tensors
     fail_point("save.step_written")
     _seal_and_publish(store, target, "step")
@@ -87,7 +79,7 @@ def _seal_and_publish(store: ShardedStore, target: Path, kind: str) -> None:
 
 def drop_old(root: Path, keep_last: int) -> None:
     """Removes all but the newest steps, and every shape that no step names any more. On rank 0 only."""
-    steps = numbered(root, "step")
+    steps = files.numbered(root, "step")
     for number in steps[:-keep_last]:
         files.remove(root / f"step-{number}")
     named = set()
@@ -96,15 +88,9 @@ def drop_old(root: Path, keep_last: int) -> None:
             named.add(read_state(root / f"step-{number}").shape.folder)
         except UserError:
             return  # a damaged step may name any shape
-    for number in numbered(root, "shape"):
+    for number in files.numbered(root, "shape"):
         if f"shape-{number}" not in named:
             files.remove(root / f"shape-{number}")
-
-
-def numbered(root: Path, kind: str) -> list[int]:
-    """Numbers of the published folders `{kind}-N`, ascending."""
-    found = [path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*") if path.is_dir()]
-    return sorted(int(number) for number in found if number.isdigit())
 
 
 def _score_tensors(scores: list[LayerScores]) -> dict[str, Tensor]:

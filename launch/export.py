@@ -1,0 +1,51 @@
+"""Brings the result of a run into the format of the tool that will read it.
+
+launch/export.py runs/quickstart --format gguf-q8_0
+launch/export.py runs/quickstart/checkpoints/step-20 --format adapter     (a run that goes on, or was stopped)
+
+hf         Hugging Face checkpoint, LoRA merged
+adapter    the pruned base and its PEFT adapter, for further tuning
+gguf-f16   llama.cpp, 16 bit
+gguf-q8_0  llama.cpp, 8 bit
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+try:
+    from loraprune_ds.errors import UserError
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder of a run, of one of its checkpoints, or of a merged model")
+    parser.add_argument("--format", default="hf", choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"))
+    parser.add_argument("--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 2 for what cannot be exported."""
+    arguments = parse_arguments()
+    source: Path = arguments.source
+    out: Path = arguments.out or Path(f"{source.resolve().name}-{arguments.format}")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from loraprune_ds.export.formats import export, find_source  # seconds of imports, after the arguments are good
+
+    try:
+        remarks = export(find_source(source), arguments.format, out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    for remark in remarks:
+        print(f"note: {remark}")
+    print(f"{arguments.format}: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

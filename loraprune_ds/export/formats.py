@@ -1,0 +1,150 @@
+"""One result in any of the formats it can be had in: finds what a folder holds and converts it."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraprune_ds.checkpoint.files import numbered, step_folder
+from loraprune_ds.checkpoint.load import check_saved
+from loraprune_ds.checkpoint.state import STATE_FILE
+from loraprune_ds.errors import UserError
+from loraprune_ds.export.from_checkpoint import Unmerged, write_base_and_adapter, write_merged
+from loraprune_ds.export.gguf import write_gguf
+from loraprune_ds.export.gguf_tensors import Precision
+from loraprune_ds.export.huggingface import begin, publish
+from loraprune_ds.export.model_card import retell_model_card
+from loraprune_ds.model.checkpoint import open_checkpoint, read_json
+
+STATUS_FILE, MODEL_FOLDER, CHECKPOINTS_FOLDER = "status.json", "model", "checkpoints"  # of a run's folder
+HOW_TO_LOAD_GGUF = """`{file}` is the {dtype} model as {precision}, for llama.cpp (architecture `{arch}`).
+
+```python
+from llama_cpp import Llama  # pip install llama-cpp-python
+
+model = Llama("path/to/{file}")
+print(model("The import statement", max_tokens=32, temperature=0)["choices"][0]["text"])
+```
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found.
+
+    Attributes:
+        name: of the result, for file names.
+        model: folder of the merged model, if there is one.
+        checkpoints: with LoRA not merged, newest first; of the same weights as `model` if there is one.
+    """
+
+    name: str
+    model: Path | None
+    checkpoints: list[Path]
+
+
+def find_source(path: Path) -> Source:
+    """Looks at the folder of a run, one of its checkpoints, or a merged model.
+
+    Raises:
+        UserError: it is none of these, or a run that has nothing to export yet.
+    """
+    name = path.resolve().name
+    if (path / STATUS_FILE).is_file():
+        return _find_run(path, name)
+    if (path / STATE_FILE).is_file():
+        return Source(name, None, [path])
+    if (path / "config.json").is_file():
+        return Source(name, path, [])
+    what = "holds no run, checkpoint or model" if path.is_dir() else "is no folder"
+    raise UserError(f"{path} {what}")
+
+
+def _find_run(path: Path, name: str) -> Source:
+    status = read_json(path / STATUS_FILE)
+    steps = sorted(numbered(path / CHECKPOINTS_FOLDER, "step"), reverse=True)
+    checkpoints = [step_folder(path / CHECKPOINTS_FOLDER, step) for step in steps]
+    if status.get("state") == "finished":
+        return Source(name, path / MODEL_FOLDER, checkpoints[:1] if steps[:1] == [status.get("step")] else [])
+    if not checkpoints:
+        where = f"{status.get('state')} at step {status.get('step')} of {status.get('steps')}"
+        raise UserError(f"{path} holds an unfinished run ({where}) without a checkpoint: nothing to export yet")
+    return Source(name, None, checkpoints)
+
+
+def export(source: Source, name: str, out: Path) -> list[str]:
+    """Writes format `name` of `FORMATS` into the new folder `out`, which appears whole or not at all.
+
+    Returns:
+        Lines that a person should know about the result.
+
+    Raises:
+        UserError: `out` is there already, or this result cannot be had in this format: says in which it can.
+    """
+    staging = begin(out)
+    try:
+        remarks = FORMATS[name](source, staging)
+        publish(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return remarks
+
+
+def _huggingface(source: Source, folder: Path) -> list[str]:
+    if source.model is None:
+        unmerged, remarks = _open_newest(source.checkpoints)
+        write_merged(unmerged, folder)
+        return remarks
+    open_checkpoint(source.model)
+    shutil.copytree(source.model, folder, dirs_exist_ok=True)
+    return []
+
+
+def _adapter(source: Source, folder: Path) -> list[str]:
+    if not source.checkpoints:
+        others = ", ".join(name for name in FORMATS if name != "adapter")
+        raise UserError(f"{source.name} has no checkpoint with its LoRA apart; formats that can: {others}")
+    unmerged, remarks = _open_newest(source.checkpoints)
+    write_base_and_adapter(unmerged, folder)
+    return remarks
+
+
+def _open_newest(checkpoints: list[Path]) -> tuple[Unmerged, list[str]]:
+    """The first that is whole, and a line about what was passed over."""
+    remarks: list[str] = []
+    for path in checkpoints:
+        try:
+            unmerged = Unmerged(check_saved(path))
+        except UserError as error:
+            remarks.append(f"{path.name} cannot be used: {error}")
+            continue
+        return unmerged, [*remarks, f"taken from {path.name}"]
+    raise UserError(remarks[0])
+
+
+def _gguf(precision: Precision) -> Callable[[Source, Path], list[str]]:
+    def write(source: Source, folder: Path) -> list[str]:
+        merged, model = folder / ".merged", source.model
+        remarks: list[str] = []
+        if model is None:
+            merged.mkdir()
+            remarks = _huggingface(source, merged)
+            model = merged
+        checkpoint = open_checkpoint(model)
+        path = folder / f"{source.name}-{precision}.gguf"
+        remarks += write_gguf(checkpoint, path, precision, source.name)
+        dtype, arch = checkpoint.config.get("dtype"), "llama" if checkpoint.shape.is_uniform else "deci"
+        how_to_load = HOW_TO_LOAD_GGUF.format(file=path.name, dtype=dtype, precision=precision, arch=arch)
+        retell_model_card(model, folder, how_to_load + "".join(f"\n{remark}\n" for remark in remarks))
+        shutil.rmtree(merged, ignore_errors=True)
+        return remarks
+
+    return write
+
+
+FORMATS: dict[str, Callable[[Source, Path], list[str]]] = {
+    "hf": _huggingface,
+    "adapter": _adapter,
+    "gguf-f16": _gguf("f16"),
+    "gguf-q8_0": _gguf("q8_0"),
+}
