@@ -27,14 +27,14 @@ REFUSED = {
     ("zero_optimization", "cpu_offload"): "optimizer offload is not supported with repartition yet",
     ("zero_optimization", "cpu_offload_param"): "parameter offload is not supported with repartition yet",
     ("zero_optimization", "zero_hpz_partition_size"): "hierarchical partitioning (hpZ) is not supported yet",
-    ("zero_optimization", "mics_shard_size"): "MiCS is not supported yet",
+    ("zero_optimization", "mics_shard_size"): "MiCS is not supported, and gone from DeepSpeed",
     ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat pieces to repartition",
     ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be repartitioned",
     ("zero_optimization", "zero_quantized_gradients"): "scores need the LoRA gradients as they are",
     ("zero_optimization", "zenflow"): "ZenFlow is not supported",
 }
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-NEUTRAL = {"zero_hpz_partition_size": 1, "mics_shard_size": -1}  # DeepSpeed's own defaults are no choice
+NEUTRAL = {"zero_hpz_partition_size": 1}  # DeepSpeed's own default is no choice
 
 
 def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
