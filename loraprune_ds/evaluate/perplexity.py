@@ -1,10 +1,11 @@
-"""Perplexity over fixed windows: the whole text tokenised once, cut into windows, the tail dropped.
+"""Perplexity of a text, tokenised once as a whole, by fixed or by sliding windows.
 
-A window of n tokens gives n − 1 predictions. The negative log-likelihoods are summed in float64, over all ranks.
+Special tokens are what the tokenizer itself adds, once, at the start of the text. The negative log-likelihoods are
+summed in float64, over all ranks; their number is known from the windows alone.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.errors import UserError
 
 CHARACTERS_PER_TOKEN = 32  # far more than any tokenizer reaches on prose
-Forward = Callable[[Tensor], Tensor]  # input_ids (batch, window) -> logits (batch, window, vocabulary)
+Forward = Callable[[Tensor], Tensor]  # input_ids (batch, length) -> logits (batch, length, vocabulary)
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,74 @@ class Perplexity:
     windows: int
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Windows of equal length, input_ids (rows, length), of each of which the last `predicted` tokens count."""
+
+    input_ids: Tensor
+    predicted: int
+
+
 def cut_windows(text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_windows: int | None) -> Tensor:
-    """(windows, window) int64; special tokens as the tokenizer adds them, once at the start of the text.
+    """(windows, window) int64, side by side; the tail that fills no window is dropped.
 
     Raises:
         UserError: the text is shorter than one window.
     """
-    if max_windows is not None and len(text) > (enough := max_windows * window * CHARACTERS_PER_TOKEN):
-        text = text[:enough]  # a held-out part can be gigabytes, of which only the first windows are used
-    token_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    token_ids = tokenize(text, tokenizer, None if max_windows is None else max_windows * window)
+    _check_length(token_ids, window)
     count = len(token_ids) // window
-    if count == 0:
+    return token_ids[: count * window].view(count, window)[:max_windows]
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> Tensor:
+    """(tokens,) int64 of the whole text, or of a beginning that holds the first `needed` tokens."""
+    if needed is not None and len(text) > (enough := needed * CHARACTERS_PER_TOKEN):
+        # A held-out part can be gigabytes, of which only the first windows are used.
+        token_ids = _encode(text[:enough], tokenizer)
+        if len(token_ids) > needed:
+            return token_ids
+    return _encode(text, tokenizer)
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _check_length(token_ids: Tensor, window: int) -> None:
+    if len(token_ids) < window:
         raise UserError(f"the evaluation text has {len(token_ids)} tokens, less than one window of {window}")
-    windows = token_ids[: count * window].view(count, window)
-    return windows if max_windows is None else windows[:max_windows]
 
 
-@torch.no_grad()
+def fixed_batches(windows: Tensor, batch_size: int) -> list[Batch]:
+    """Windows (count, window) that know nothing of each other: window − 1 predictions each."""
+    return [Batch(rows, windows.shape[1] - 1) for rows in windows.split(batch_size)]
+
+
+def sliding_batches(
+    token_ids: Tensor, window: int, stride: int, max_windows: int | None, batch_size: int
+) -> list[Batch]:
+    """Windows that begin every `stride` < `window` tokens; every token but the first is predicted exactly once.
+
+    The first window predicts all its tokens, each later one only those that no earlier window held, so with at least
+    window − stride tokens before them. The last window ends with the text and is shorter.
+
+    Args:
+        token_ids: (tokens,).
+
+    Raises:
+        UserError: the text is shorter than one window.
+    """
+    _check_length(token_ids, window)
+    rows = token_ids.unfold(0, window, stride)[:max_windows]
+    batches = [Batch(rows[:1], window - 1)]
+    batches += [Batch(later, stride) for later in rows[1:].split(batch_size) if len(later)]
+    end = (len(rows) - 1) * stride + window
+    if len(rows) != max_windows and end < len(token_ids):
+        batches.append(Batch(token_ids[None, len(rows) * stride :], len(token_ids) - end))
+    return batches
+
+
 def measure_perplexity(
     forward: Forward,
     windows: Tensor,
@@ -53,27 +105,47 @@ def measure_perplexity(
     world_size: int = 1,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Perplexity:
-    """The same number on any number of ranks: each takes every W-th batch of windows.
+    """Of fixed windows (count, window); see `measure_batches`."""
+    batches = fixed_batches(windows, batch_size)
+    return measure_batches(
+        forward, batches, device=device, rank=rank, world_size=world_size, sum_over_ranks=sum_over_ranks
+    )
+
+
+@torch.no_grad()
+def measure_batches(
+    forward: Forward,
+    batches: list[Batch],
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+    watch: Callable[[Iterable[int]], Iterable[int]] = lambda rounds: rounds,
+) -> Perplexity:
+    """The same number on any number of ranks: each takes every W-th batch.
 
     All ranks run `forward` equally often, since a sharded model gathers its weights in it; a rank that is out of
-    windows repeats the first batch and does not count it.
+    batches repeats the first one and does not count it. `watch` goes through the rounds, to show how far they are.
     """
-    batches = list(windows.split(batch_size))
     total = torch.zeros(1, dtype=torch.float64, device=device)
-    for round_start in range(0, len(batches), world_size):
+    for round_start in watch(range(0, len(batches), world_size)):
         mine = round_start + rank
-        batch = batches[mine if mine < len(batches) else 0].to(device)
-        nll = negative_log_likelihood(forward(batch), batch)
+        batch = batches[mine if mine < len(batches) else 0]
+        input_ids = batch.input_ids.to(device)
+        nll = negative_log_likelihood(forward(input_ids), input_ids, batch.predicted)
         if mine < len(batches):
             total += nll
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    return Perplexity(math.exp(min(sum_over_ranks(total).item() / tokens, 700.0)), tokens, windows.shape[0])
+    tokens = sum(len(batch.input_ids) * batch.predicted for batch in batches)
+    mean = sum_over_ranks(total).item() / tokens
+    return Perplexity(math.exp(min(mean, 700.0)), tokens, sum(len(batch.input_ids) for batch in batches))
 
 
-def negative_log_likelihood(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Sum over all predictions of a batch, in float64: a scalar."""
+def negative_log_likelihood(logits: Tensor, input_ids: Tensor, predicted: int) -> Tensor:
+    """Sum over the last `predicted` tokens of every row, in float64: a scalar."""
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    first = input_ids.shape[1] - predicted
     for row_logits, row in zip(logits, input_ids, strict=True):  # one window at a time: fp32 logits are large
-        losses = torch.nn.functional.cross_entropy(row_logits[:-1].float(), row[1:], reduction="none")
+        losses = torch.nn.functional.cross_entropy(row_logits[first - 1 : -1].float(), row[first:], reduction="none")
         total += losses.double().sum()
     return total

@@ -1,0 +1,179 @@
+"""Measures a model: perplexity, zero-shot tasks, parameters, MACs, speed and memory, alone or beside a dense one.
+
+launch/evaluate.py MODEL --text FILE --window 128 --max-windows 160 --dtype float32 --json
+launch/evaluate.py runs/quickstart --dense embedded --dataset wikitext2 --window 2048 --speed
+launch/evaluate.py MODEL --tasks paper
+deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sharded     (or torchrun)
+
+MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, the folder of a run, or `embedded`.
+
+Perplexity: the text is tokenised once, with the special tokens the tokenizer adds at its start, and cut into windows
+side by side; the tail is dropped, and each window of n tokens gives n - 1 predictions, summed in float64. With
+--sliding S a window begins every S tokens and predicts only what no window before it held, so that every token but
+the first is predicted once. Either number is the same on any number of ranks.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+try:
+    from loraprune_ds.config import DTYPES
+    from loraprune_ds.errors import UserError
+    from loraprune_ds.evaluate.texts import DATASETS, EvaluationText, load_dataset_text, read_text
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
+
+if TYPE_CHECKING:
+    from loraprune_ds.evaluate.candidates import Plan
+
+GRACE = 5.0  # seconds that the other ranks stay after an error, or the launcher would end rank 0 before it spoke
+DEFAULT_DATASET = "wikitext2"
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are told like any other wrong input: by one rank, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--dense", metavar="MODEL", help="measure this one too, side by side")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", type=Path, metavar="FILE", help="perplexity on a UTF-8 file")
+    text.add_argument(
+        "--dataset", choices=DATASETS, help=f"perplexity on a test set by name (default: {DEFAULT_DATASET})"
+    )
+    parser.add_argument("--split", default="test", help="of --dataset (default: test)")
+    parser.add_argument("--window", type=int, default=128, metavar="TOKENS", help="default: 128")
+    parser.add_argument("--sliding", type=int, metavar="STRIDE", help="sliding windows, one every STRIDE tokens")
+    parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the model's own")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="windows at once (default: about 2,048 tokens)")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, files, or `paper`")
+    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents per task, to try things")
+    parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
+    parser.add_argument("--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--verbose", action="store_true", help="let the libraries speak")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 2 for unusable input."""
+    stdout = keep_stdout()
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        arguments = parse_arguments()
+        result = measure(arguments)
+    except UserError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(GRACE)
+        return error.exit_code
+    if is_main:
+        write_result(result, stdout, as_json=arguments.json)
+    return 0
+
+
+def keep_stdout() -> TextIO:
+    """The standard output, for the result alone: whatever else prints, libraries in C included, goes to stderr."""
+    result_file = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return result_file
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Carries out the evaluation on all ranks. Collective."""
+    if not arguments.verbose:
+        silence_libraries()
+    # Heavy imports come after the arguments are known to be good: a typo should not cost ten seconds.
+    from loraprune_ds.evaluate.evaluation import evaluate
+    from loraprune_ds.evaluate.result import make_result
+    from loraprune_ds.train.provenance import hardware, versions
+    from loraprune_ds.zero.device import device_name
+    from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
+
+    quiet_deepspeed()
+    comm = start_ranks()
+    try:
+        first = os.environ["LOCAL_RANK"] == "0"
+        comm.together(lambda: read_evaluation_text(arguments) if first else None)
+        plan = comm.together(lambda: make_plan(arguments))
+        paths = [arguments.model, *([arguments.dense] if arguments.dense else [])]
+        measured = evaluate(paths, plan, comm, is_first_on_node=first, watch=show_progress)
+        provenance = {"versions": versions(), "hardware": hardware(device_name())}
+        return make_result(measured, plan, comm.world_size, provenance)
+    finally:
+        stop_ranks()
+
+
+def make_plan(arguments: argparse.Namespace) -> "Plan":
+    from loraprune_ds.evaluate.candidates import Plan, Protocol
+    from loraprune_ds.evaluate.speed import SpeedPlan
+    from loraprune_ds.evaluate.zeroshot import TaskPlan
+
+    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
+    tasks = TaskPlan(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
+    return Plan(
+        Protocol(arguments.window, arguments.sliding, arguments.max_windows),
+        text=read_evaluation_text(arguments),
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        tasks=tasks if names else None,
+        speed=SpeedPlan() if arguments.speed else None,
+        sharded=arguments.sharded,
+    )
+
+
+def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
+    """WikiText-2 unless another text is named or something else is to be measured."""
+    if arguments.text:
+        return read_text(arguments.text)
+    if not arguments.dataset and (arguments.tasks or arguments.speed):
+        return None
+    return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split)
+
+
+def show_progress(rounds: Iterable[int]) -> Iterable[int]:
+    """A bar on a terminal, of rank 0."""
+    from tqdm import tqdm
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    return tqdm(rounds, desc="perplexity", unit="batch", leave=False, disable=None if is_main else True)
+
+
+def silence_libraries() -> None:
+    """Leaves only what the evaluation itself has to say; their bars stay on a terminal."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def write_result(result: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
+    from loraprune_ds.evaluate.result import result_table
+    from loraprune_ds.train.files import finite
+
+    with out:
+        out.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if as_json else result_table(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""One evaluation: a model, or two side by side, on a text, on tasks and against the clock."""
+
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loraprune_ds.evaluate.candidates import Candidate, Plan, check_candidates
+from loraprune_ds.evaluate.cost import Cost, count_cost
+from loraprune_ds.evaluate.models import Source, find_model, load_model
+from loraprune_ds.evaluate.perplexity import Forward, Perplexity, measure_batches
+from loraprune_ds.evaluate.speed import Speed, measure_speed
+from loraprune_ds.evaluate.zeroshot import run_tasks
+from loraprune_ds.model.exported_config import DEFAULT_SLIDING_WINDOW
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import DTYPES, accelerator
+from loraprune_ds.zero.engine import build_inference_engine
+
+Watch = Callable[[Iterable[int]], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything about one model. `removed_fraction`: of the dense model's parameters, None where that is unknown."""
+
+    path: str
+    kind: str
+    model_type: str
+    dtype: str
+    removed_fraction: float | None
+    cost: Cost
+    perplexity: Perplexity | None
+    tasks: dict[str, Any] | None
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class _Quality:
+    perplexity: Perplexity | None = None
+    tasks: dict[str, Any] | None = None
+
+
+def evaluate(
+    paths: list[str], plan: Plan, comm: Communicator, *, is_first_on_node: bool, watch: Watch = lambda rounds: rounds
+) -> list[Measured]:
+    """Measures the models that `paths` name; of two, the second is the dense one that the first is held against.
+
+    Tasks and speed are in the result of rank 0 only. Collective.
+
+    Raises:
+        UserError: something cannot be used; all ranks raise the same line, before anything long.
+    """
+    # One rank per node downloads or converts, the others find it in the node's cache.
+    comm.together(lambda: [find_model(path) for path in paths] if is_first_on_node else None)
+    candidates = comm.together(lambda: check_candidates(paths, plan))
+    models: list[PreTrainedModel] = []  # only where their speed is measured, which needs all at once
+    qualities = [_measure_quality(candidate, plan, comm, watch, models) for candidate in candidates]
+    speeds: list[Any] = [None] * len(candidates)
+    if plan.speed and comm.rank == 0:
+        speeds = measure_speed(models, plan.speed)
+    dense = candidates[1].source.checkpoint.shape.total_numel() if len(candidates) > 1 else None
+    return [
+        _describe(candidate, plan.protocol.window, dense, quality, speed)
+        for candidate, quality, speed in zip(candidates, qualities, speeds, strict=True)
+    ]
+
+
+def _measure_quality(
+    candidate: Candidate, plan: Plan, comm: Communicator, watch: Watch, keep: list[PreTrainedModel]
+) -> _Quality:
+    """Loads one model and measures how good it is; it goes into `keep` if its speed is to be measured too."""
+    if not (candidate.batches or plan.tasks or plan.speed):
+        return _Quality()
+    device = torch.device(accelerator().current_device_name())
+    if plan.sharded:
+        return _Quality(_measure_perplexity(_sharded_forward(candidate), candidate, comm, device, watch))
+    model = comm.together(lambda: load_model(candidate.source, candidate.dtype, device))
+    if plan.speed:
+        keep.append(model)
+
+    def forward(input_ids: Tensor) -> Tensor:
+        return model(input_ids=input_ids, use_cache=False).logits
+
+    perplexity = _measure_perplexity(forward, candidate, comm, device, watch) if candidate.batches else None
+    if not plan.tasks:
+        return _Quality(perplexity)
+    ranks = {"rank": comm.rank, "world_size": comm.world_size}
+    return _Quality(perplexity, run_tasks(plan.tasks, model, candidate.tokenizer, plan.rows, **ranks))
+
+
+def _measure_perplexity(
+    forward: Forward, candidate: Candidate, comm: Communicator, device: torch.device, watch: Watch
+) -> Perplexity:
+    return measure_batches(
+        forward,
+        candidate.batches,
+        device=device,
+        rank=comm.rank,
+        world_size=comm.world_size,
+        sum_over_ranks=comm.all_reduce,
+        watch=watch,
+    )
+
+
+def _sharded_forward(candidate: Candidate) -> Forward:
+    """The model born sharded over all ranks; nothing above one layer or the embedding is ever whole on one."""
+    gc.collect()  # the engine of the model before, which has cycles
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": candidate.dtype == "bfloat16"},
+        "fp16": {"enabled": candidate.dtype == "float16"},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    engine = build_inference_engine(candidate.source.checkpoint, "sdpa", candidate.dtype, ds_config)
+    return lambda input_ids: engine(input_ids=input_ids).logits
+
+
+def _describe(candidate: Candidate, window: int, dense: int | None, quality: _Quality, speed: Speed | None) -> Measured:
+    source = candidate.source
+    shape = source.checkpoint.shape
+    dense = dense or source.dense_parameters
+    return Measured(
+        path=source.path,
+        kind=source.kind,
+        model_type=shape.model_type,
+        dtype=candidate.dtype,
+        removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
+        cost=count_cost(shape, window, _sliding_window(source), DTYPES[candidate.dtype].itemsize),
+        perplexity=quality.perplexity,
+        tasks=quality.tasks,
+        speed=speed,
+    )
+
+
+def _sliding_window(source: Source) -> int | None:
+    """Llama's attention has none, whatever its config.json says."""
+    if not source.checkpoint.shape.model_type.endswith("mistral"):
+        return None
+    return source.checkpoint.config.get("sliding_window", DEFAULT_SLIDING_WINDOW)

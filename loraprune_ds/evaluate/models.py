@@ -1,0 +1,158 @@
+"""What a user names as a model: a checkpoint, a hub id, a PEFT adapter or the folder of a run."""
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from loraprune_ds.config import DTYPES, ModelConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.build import locate_model
+from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, read_json
+from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
+from loraprune_ds.model.tokenizer import load_tokenizer
+
+Kind = Literal["checkpoint", "adapter", "run"]
+MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
+    "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "pruned_llama": PrunedLlamaForCausalLM,
+    "pruned_mistral": PrunedMistralForCausalLM,
+}
+ADAPTER_FILE = "adapter_config.json"
+STATUS_FILE, REPORT_FILE, MODEL_FOLDER = "status.json", "report.json", "model"  # of a run's folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found and whose files fit together; no weight is read yet.
+
+    Attributes:
+        path: as the user named it.
+        checkpoint: the weights, of an adapter's base without the adapter.
+        tokenizer_folder: where its tokenizer is.
+        adapter: folder of the LoRA to merge.
+        dense_parameters: of the model a run began with.
+    """
+
+    path: str
+    kind: Kind
+    checkpoint: Checkpoint
+    tokenizer_folder: Path
+    adapter: Path | None = None
+    dense_parameters: int | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype its config.json declares; float32 if none."""
+        config = self.checkpoint.config
+        return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def find_model(path: str) -> Source:
+    """Looks at what `path` names: a folder, `embedded` or a hub id, which is downloaded.
+
+    Raises:
+        UserError: there is nothing, or nothing that can be evaluated; one line naming the file at fault.
+    """
+    if Path(path).is_file():
+        raise UserError(f"{path} is a file; a model is a folder or a hub id")
+    try:
+        folder = locate_model(ModelConfig(path))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("model.path: ")) from None
+    if (folder / STATUS_FILE).is_file():
+        return _find_run(path, folder)
+    if (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
+        return _find_adapter(path, folder)
+    return Source(path, "checkpoint", open_checkpoint(folder), folder)
+
+
+def _find_run(path: str, folder: Path) -> Source:
+    """The exported model of a finished run."""
+    status = read_json(folder / STATUS_FILE)
+    if status.get("state") != "finished":
+        where = f"{status.get('state')} at step {status.get('step')} of {status.get('steps')}"
+        raise UserError(f"{path} holds an unfinished run ({where}), which has no {MODEL_FOLDER}/ to evaluate yet")
+    model = folder / MODEL_FOLDER
+    parameters = read_json(folder / REPORT_FILE).get("params")
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("dense"), int):
+        raise UserError(f"{folder / REPORT_FILE} is damaged: it has no params.dense")
+    return Source(path, "run", open_checkpoint(model), model, dense_parameters=parameters["dense"])
+
+
+def _find_adapter(path: str, folder: Path) -> Source:
+    """A LoRA adapter and its base model, which is looked for beside the adapter first, then as named."""
+    config = read_json(folder / ADAPTER_FILE)
+    base = config.get("base_model_name_or_path")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder / ADAPTER_FILE}: only LoRA can be merged; peft_type is {config.get('peft_type')!r}")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / ADAPTER_FILE} names no base_model_name_or_path")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder / 'adapter_model.safetensors'} does not exist")
+    beside = folder / base
+    try:
+        source = find_model(str(beside) if beside.is_dir() else base)
+    except UserError as error:
+        raise UserError(f"base model of adapter {path}: {error}") from None
+    if source.adapter:
+        raise UserError(f"base model of adapter {path}: {base} is an adapter itself")
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return replace(
+        source, path=path, kind="adapter", adapter=folder, tokenizer_folder=folder if own else source.tokenizer_folder
+    )
+
+
+def choose_dtype(source: Source, dtype: str | None) -> str:
+    """`dtype`, or the model's own where the user named none.
+
+    Raises:
+        UserError: the model's own is none to compute in.
+    """
+    chosen = dtype or source.dtype
+    if chosen not in DTYPES:
+        raise UserError(f"{source.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
+    return chosen
+
+
+def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
+    """Raises UserError if there is none that can be read."""
+    # Else AutoTokenizer, which looks at config.json, asks whether to run the modelling file beside it.
+    AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
+    AutoConfig.register("pruned_mistral", PrunedMistralConfig, exist_ok=True)
+    return load_tokenizer(source.tokenizer_folder)
+
+
+def load_model(source: Source, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The whole model on this rank's device, in evaluation mode; an adapter is merged in fp32 and rounded once.
+
+    Raises:
+        UserError: the adapter does not fit its base model.
+    """
+    model_class = MODEL_CLASSES[source.checkpoint.shape.model_type]
+    read_dtype = torch.float32 if source.adapter else getattr(torch, dtype)
+    model = model_class.from_pretrained(source.checkpoint.folder, dtype=read_dtype, attn_implementation="sdpa")
+    if source.adapter:
+        model = _merge(model, source.adapter)
+        for parameter in model.parameters():  # not model.to(), which would round the rotary frequencies too
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`
+
+
+def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
+    except (SafetensorError, RuntimeError, ValueError, TypeError, UserWarning) as error:
+        raise UserError(
+            f"adapter {adapter} does not fit its base model: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return wrapped.merge_and_unload()

@@ -1,0 +1,138 @@
+"""An evaluation as data, which launch/compare.py reads again, and as a table for people."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from loraprune_ds.evaluate.candidates import Plan
+from loraprune_ds.evaluate.evaluation import Measured
+
+Row = tuple[str, list[str], str]  # name, one cell per column, remark
+
+
+def make_result(measured: list[Measured], plan: Plan, world_size: int, provenance: dict[str, Any]) -> dict[str, Any]:
+    """What `--json` prints: the first model's values at the top, the second's under `dense`, then how they came about.
+
+    Args:
+        provenance: more entries, such as versions and hardware.
+    """
+    text = plan.text
+    return {
+        **_model_entries(measured[0]),
+        "dense": _model_entries(measured[1]) if len(measured) > 1 else None,
+        "text": text and {"name": text.name, "split": text.split, "sha256": text.sha256},
+        "protocol": asdict(plan.protocol),
+        "batch_size": plan.rows,
+        "world_size": world_size,
+        "sharded": plan.sharded,
+        "speed_plan": plan.speed and asdict(plan.speed),
+        **provenance,
+    }
+
+
+def _model_entries(model: Measured) -> dict[str, Any]:
+    entries = asdict(model)
+    perplexity = entries.pop("perplexity") or {"perplexity": None, "tokens": None, "windows": None}
+    return perplexity | entries
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """Plain text, at most about 100 columns; the dense model, if there is one, to the left."""
+    models = [model for model in (result["dense"], result) if model]
+    rows = [*_size_rows(models), *_quality_rows(models), *_task_rows(models), *_speed_rows(models)]
+    names = ["dense", "model"] if len(models) > 1 else ["model"]
+    lines = [f"{name:<6} {_title(model)}" for name, model in zip(names, models, strict=True)]
+    return "\n".join([*lines, *_text_lines(result), "", *_aligned([("", names, ""), *rows])]) + "\n"
+
+
+def _title(model: dict[str, Any]) -> str:
+    return f"{model['path']} ({model['kind']}, {model['model_type']}, {model['dtype']})"
+
+
+def _text_lines(result: dict[str, Any]) -> Iterable[str]:
+    text, protocol = result["text"], result["protocol"]
+    if text:
+        split = f", split {text['split']}" if text["split"] else ""
+        stride = f", one every {protocol['stride']}" if protocol["stride"] else ""
+        windows = f"{result['windows']:,} windows of {protocol['window']} tokens{stride}"
+        yield f"text   {text['name']}{split}: {windows}, {result['tokens']:,} predictions"
+
+
+def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
+    costs = [model["cost"] for model in models]
+    removed = models[-1]["removed_fraction"]
+    yield (
+        "parameters",
+        [f"{cost['parameters']:,}" for cost in costs],
+        "" if removed is None else f"{100 * removed:.1f} % removed",
+    )
+    linear = [cost["linear_parameters"] for cost in costs]
+    yield "  in the layers' linears", [f"{count:,}" for count in linear], _less(linear)
+    context = costs[-1]["macs_per_token"]["mean_context"]
+    macs = [cost["macs_per_token"]["total"] / 1e6 for cost in costs]
+    yield f"MACs per token at {context:g} of context, M", [f"{count:,.1f}" for count in macs], _less(macs)
+    weights = [cost["weight_bytes"] / 1e6 for cost in costs]
+    yield "weights, MB", [f"{count:,.1f}" for count in weights], _less(weights)
+    cache = [cost["kv_bytes_per_token"] / 1e3 for cost in costs]
+    yield "key-value cache per token, kB", [f"{count:,.1f}" for count in cache], _less(cache)
+
+
+def _quality_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
+    values = [model["perplexity"] for model in models]
+    if values[0] is not None:
+        ratio = f"{values[1] / values[0]:.3f} times" if len(values) > 1 and all(map(math.isfinite, values)) else ""
+        yield "perplexity", [_perplexity(value) for value in values], ratio
+
+
+def _perplexity(value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.3f}" if value < 1e5 else f"{value:.2e}"
+
+
+def _task_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
+    """Every metric of every task with lm-eval's standard error."""
+    if models[0]["tasks"] is None:
+        return
+    results = [model["tasks"]["results"] for model in models]
+    for task, metrics in results[0].items():
+        for key in metrics:
+            metric, _, filtered = key.partition(",")
+            if filtered and not metric.endswith("_stderr"):
+                name = f"{task} {metric}" + (f" ({filtered})" if filtered != "none" else "")
+                yield name, [_metric(result[task], metric, filtered) for result in results], ""
+
+
+def _metric(metrics: dict[str, Any], metric: str, filtered: str) -> str:
+    value, error = metrics[f"{metric},{filtered}"], metrics.get(f"{metric}_stderr,{filtered}")
+    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+
+
+def _speed_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
+    speeds = [model["speed"] for model in models]
+    if speeds[0] is None:
+        return
+    for name, key in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
+        values = [speed[key] for speed in speeds]
+        ratio = f"{values[1] / values[0]:.2f} times as fast" if len(values) > 1 else ""
+        yield f"{name}, tokens/s", [f"{value:,.1f}" for value in values], ratio
+    if speeds[0]["peak_bytes"] is not None:
+        peaks = [speed["peak_bytes"] / 1e6 for speed in speeds]
+        yield "peak memory beyond weights, MB", [f"{peak:,.1f}" for peak in peaks], _less(peaks)
+
+
+def _less(values: list[Any]) -> str:
+    if len(values) < 2 or not values[0]:
+        return ""
+    change = values[1] / values[0] - 1
+    return f"{100 * abs(change):.1f} % {'less' if change <= 0 else 'more'}"
+
+
+def _aligned(rows: list[Row]) -> Iterable[str]:
+    """Names to the left, the columns of values to the right."""
+    first = max(len(name) for name, _, _ in rows)
+    widths = [max(map(len, column)) for column in zip(*(cells for _, cells, _ in rows), strict=True)]
+    for name, cells, remark in rows:
+        columns = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        yield f"{name:<{first}}  {columns}   {remark}".rstrip()

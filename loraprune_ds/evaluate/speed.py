@@ -1,0 +1,93 @@
+"""How fast models read and write: prefill and decode of one sequence, round by round in turn.
+
+The models take turns within every round, so that what else the machine does falls on all of them alike, and the
+medians over the rounds are compared.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loraprune_ds.zero.device import accelerator, is_cpu
+
+
+@dataclass(frozen=True)
+class SpeedPlan:
+    """A prompt of `prompt` random tokens, then `generated` greedy ones, `rounds` times after a warm-up."""
+
+    prompt: int = 512
+    generated: int = 32
+    rounds: int = 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians of one model at batch size 1.
+
+    Attributes:
+        prefill_tokens_per_second: prompt tokens read at once, logits of the last one only.
+        decode_tokens_per_second: tokens written one by one after the prompt, with a key-value cache.
+        peak_bytes: most device memory beyond what was there before, weights not included; None on a CPU.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class _Round:
+    prefill: float  # seconds
+    decode: float
+    peak_bytes: int | None
+
+
+def measure_speed(models: Sequence[PreTrainedModel], plan: SpeedPlan) -> list[Speed]:
+    """One result per model."""
+    vocabulary = min(int(model.config.vocab_size) for model in models)
+    prompt = torch.randint(vocabulary, (1, plan.prompt), generator=torch.Generator().manual_seed(0))
+    rounds = [[_run(model, prompt, plan.generated) for model in models] for _ in range(plan.rounds + 1)]
+    return [_medians([turn[i] for turn in rounds[1:]], plan) for i in range(len(models))]
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> _Round:
+    """Reads `prompt` (1, tokens) and writes `generated` tokens."""
+    token_ids = prompt.to(model.device)
+    before = _start_peak()
+    times = [_now()]
+    output = model(input_ids=token_ids, use_cache=True, logits_to_keep=1)
+    times.append(_now())
+    for _ in range(generated):
+        next_id = output.logits[:, -1:].argmax(-1)  # (1, 1)
+        output = model(input_ids=next_id, past_key_values=output.past_key_values, use_cache=True)
+    times.append(_now())
+    peak = None if before is None else accelerator().max_memory_allocated() - before
+    return _Round(times[1] - times[0], times[2] - times[1], peak)
+
+
+def _start_peak() -> int | None:
+    if is_cpu():
+        return None
+    accelerator().reset_peak_memory_stats()
+    return accelerator().memory_allocated()
+
+
+def _now() -> float:
+    """Seconds, once the device has done all it was given."""
+    accelerator().synchronize()
+    return time.perf_counter()
+
+
+def _medians(rounds: Sequence[_Round], plan: SpeedPlan) -> Speed:
+    peaks = [turn.peak_bytes for turn in rounds if turn.peak_bytes is not None]
+    return Speed(
+        plan.prompt / statistics.median(turn.prefill for turn in rounds),
+        plan.generated / statistics.median(turn.decode for turn in rounds),
+        max(peaks, default=None),
+    )
