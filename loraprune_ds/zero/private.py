@@ -44,8 +44,11 @@ OPTIMIZER_ATTRIBUTES = (
     "parameter_offload",
     "persistent_parameters",
     "ipg_buckets",
+    "loss_scaler",
+    "optimizer",
 )
 OFFLOAD_METHODS = ("mark_persistent_parameters", "get_param_coordinator")
+OFFLOAD_ATTRIBUTES = ("param_numel_persistence_threshold", "model_persistence_threshold", "persistent_parameters")
 COORDINATOR_METHODS = ("is_invalid_trace", "_invalidate_trace")
 INIT_METHODS = ("_convert_to_deepspeed_param", "_enable_mem_efficient_linear")
 PARAMETER_ATTRIBUTES = (
@@ -58,6 +61,28 @@ PARAMETER_ATTRIBUTES = (
     "ds_process_group",
     "ds_secondary_tensor",
     "ds_id",
+    "ds_zero_partition_world_size",
+    "ds_zero_partition_rank",
+)
+
+METHODS: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (DeepSpeedZeroOptimizer_Stage3, OPTIMIZER_METHODS),
+    (DeepSpeedZeRoOffload, OFFLOAD_METHODS),
+    (PartitionedParameterCoordinator, COORDINATOR_METHODS),
+    (Init, INIT_METHODS),
+)
+# Instance attributes exist only on a live engine; the names that a function assigns are in its code object.
+ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (
+    (DeepSpeedZeroOptimizer_Stage3, "__init__", "DeepSpeedZeroOptimizer_Stage3", OPTIMIZER_ATTRIBUTES),
+    (
+        DeepSpeedZeroOptimizer_Stage3,
+        "_setup_for_real_optimizer",
+        "DeepSpeedZeroOptimizer_Stage3",
+        ("grad_partitions_flat_buffer",),
+    ),
+    (DeepSpeedZeRoOffload, "__init__", "DeepSpeedZeRoOffload", OFFLOAD_ATTRIBUTES),
+    (Init, "__init__", "Init", ("local_device",)),
+    (Init, "_convert_to_deepspeed_param", "Parameter", PARAMETER_ATTRIBUTES),
 )
 
 
@@ -67,22 +92,11 @@ def check_private_attributes() -> None:
     Raises:
         UserError: a name is missing; it names DeepSpeed's version and what is missing.
     """
-    missing = [
-        f"{cls.__name__}.{name}"
-        for cls, names in (
-            (DeepSpeedZeroOptimizer_Stage3, OPTIMIZER_METHODS),
-            (DeepSpeedZeRoOffload, OFFLOAD_METHODS),
-            (PartitionedParameterCoordinator, COORDINATOR_METHODS),
-            (Init, INIT_METHODS),
-        )
-        for name in names
-        if not hasattr(cls, name)
-    ]
-    # Instance attributes exist only on a live engine; the names a constructor assigns are in its code object.
-    assigned = DeepSpeedZeroOptimizer_Stage3.__init__.__code__.co_names
-    missing += [f"DeepSpeedZeroOptimizer_Stage3.{name}" for name in OPTIMIZER_ATTRIBUTES if name not in assigned]
-    assigned = Init._convert_to_deepspeed_param.__code__.co_names if hasattr(Init, INIT_METHODS[0]) else ()
-    missing += [f"Parameter.{name}" for name in PARAMETER_ATTRIBUTES if name not in assigned]
+    missing = [f"{cls.__name__}.{name}" for cls, names in METHODS for name in names if not hasattr(cls, name)]
+    for cls, function, holder, names in ASSIGNED:
+        code = getattr(getattr(cls, function, None), "__code__", None)
+        assigned = code.co_names if code else ()
+        missing += [f"{holder}.{name}" for name in names if name not in assigned]
     if missing:
         raise UserError(
             f"deepspeed {deepspeed.__version__} lacks what in-place pruning relies on ({', '.join(missing)}); "

@@ -1,5 +1,7 @@
 """A DeepSpeed that lacks what in-place pruning relies on is refused by name, with its version, before any work."""
 
+import ast
+
 import deepspeed
 import pytest
 from deepspeed.runtime.zero.partition_parameters import Init
@@ -9,6 +11,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from loraprune_ds.errors import UserError
 from loraprune_ds.zero import private
 from loraprune_ds.zero.private import check_private_attributes
+from tests.unit.shapes_and_scores import repository
 
 
 def refusal() -> str:
@@ -28,7 +31,7 @@ def test_the_installed_deepspeed_has_them_all() -> None:
     ("cls", "name"),
     [
         (DeepSpeedZeroOptimizer_Stage3, "set_grad_positions"),
-        (DeepSpeedZeroOptimizer_Stage3, "_setup_for_real_optimizer"),
+        (DeepSpeedZeroOptimizer_Stage3, "_create_fp16_partitions_with_defragmentation"),
         (PartitionedParameterCoordinator, "_invalidate_trace"),
         (Init, "_enable_mem_efficient_linear"),
     ],
@@ -44,23 +47,21 @@ def test_a_renamed_converter_takes_the_parameters_attributes_with_it(monkeypatch
     assert missing == ["Init._convert_to_deepspeed_param", *(f"Parameter.{n}" for n in private.PARAMETER_ATTRIBUTES)]
 
 
-@pytest.mark.parametrize("name", private.OPTIMIZER_ATTRIBUTES)
-def test_a_missing_optimizer_attribute_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """As if DeepSpeed's constructor assigned everything but this one."""
-    names = tuple(n for n in DeepSpeedZeroOptimizer_Stage3.__init__.__code__.co_names if n != name)
-    monkeypatch.setattr(DeepSpeedZeroOptimizer_Stage3, "__init__", FakeFunction(names))
-    assert refusal() == f"DeepSpeedZeroOptimizer_Stage3.{name}"
-
-
-@pytest.mark.parametrize("name", private.PARAMETER_ATTRIBUTES)
-def test_a_missing_parameter_attribute_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    names = tuple(n for n in Init._convert_to_deepspeed_param.__code__.co_names if n != name)
-    monkeypatch.setattr(Init, "_convert_to_deepspeed_param", FakeFunction(names))
-    assert refusal() == f"Parameter.{name}"
+@pytest.mark.parametrize(
+    ("cls", "function", "holder", "name"),
+    [(cls, function, holder, name) for cls, function, holder, names in private.ASSIGNED for name in names],
+)
+def test_a_missing_attribute_is_named(
+    monkeypatch: pytest.MonkeyPatch, cls: type, function: str, holder: str, name: str
+) -> None:
+    """As if DeepSpeed's function assigned everything but this one."""
+    names = tuple(n for n in getattr(cls, function).__code__.co_names if n != name)
+    monkeypatch.setattr(cls, function, FakeFunction(names))
+    assert refusal() == f"{holder}.{name}"
 
 
 def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private, "OPTIMIZER_METHODS", ("gone", "step", "lost"))
+    monkeypatch.setattr(private, "METHODS", ((DeepSpeedZeroOptimizer_Stage3, ("gone", "step", "lost")),))
     monkeypatch.setattr(deepspeed, "__version__", "9.9.9")
     assert refusal() == "DeepSpeedZeroOptimizer_Stage3.gone, DeepSpeedZeroOptimizer_Stage3.lost"
     with pytest.raises(UserError, match=r"^deepspeed 9\.9\.9 lacks .*; install a version that pyproject\.toml allows$"):
@@ -72,3 +73,31 @@ class FakeFunction:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.__code__ = type("Code", (), {"co_names": names})
+
+
+# The list is exact: whatever the package takes from DeepSpeed's objects is in it.
+
+OBJECTS = {"zero", "zero_optimizer", "optimizer", "offload", "coordinator", "init"}  # as the package's variables say
+PUBLIC = {"optimizer", "state", "param_groups", "loss_scale", "get", "clear"}
+ONLY_WRITTEN = {"ds_numel_aligned"}  # in a decorated function, whose names cannot be seen
+
+
+def touched(source: str) -> set[str]:
+    """Attributes of DeepSpeed's optimizer and its helpers, and of its parameters, that a file mentions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value).split(".")[-1]
+            if owner in OBJECTS or node.attr.startswith("ds_"):
+                found.add(node.attr)
+    return found
+
+
+def test_everything_the_package_touches_is_checked() -> None:
+    checked = {name for _, names in private.METHODS for name in names}
+    checked |= {name for *_, names in private.ASSIGNED for name in names}
+    files = [path for path in (repository() / "loraprune_ds" / "zero").glob("*.py") if "ds_config" not in path.name]
+    used = set().union(*(touched(path.read_text()) for path in files))
+    assert used >= {"ds_tensor", "grad_position", "is_invalid_trace", "_setup_for_real_optimizer"}
+    assert used - checked - PUBLIC - ONLY_WRITTEN == set()
+    assert touched("engine.optimizer._secret + p.ds_new + q.fine") == {"_secret", "ds_new"}
