@@ -1,0 +1,127 @@
+"""What scoring, a cut and a smaller model cost in time: two engines on the same ranks, their steps interleaved.
+
+    deepspeed --quiet --num_accelerators 2 tests/benchmarks/step_time.py [--steps 8] [--model FOLDER]
+
+One engine holds the dense model, the other the same cut to 50 % of its decoder-layer linear parameters. Each round runs
+a plain ZeRO-3 LoRA step, the same step with scoring, and a plain step of the cut model, so that noise of a shared
+machine falls on all alike. Medians, and ratios of medians; the result goes to tests/benchmarks/results/step_time.json.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.files import write_json
+from loraprune_ds.train.prepare import Prepared, prepare
+from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.device import device_name
+from loraprune_ds.zero.engine import build_training_store, quiet_deepspeed, start_ranks, stop_ranks
+
+RESULT = Path(__file__).parent / "results" / "step_time.json"
+
+
+class Timed(Trainer):
+    """A trainer whose steps can leave the scoring out."""
+
+    def __init__(self, config: RunConfig, prepared: Prepared) -> None:
+        store = build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
+        pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
+        super().__init__(store, pruner, prepared.samples, prepared.order, config)
+        self._observe = pruner.observe
+        self._next = 1
+
+    def timed_step(self, *, scoring: bool) -> float:
+        """Seconds of one step on all ranks."""
+        self.pruner.observe = self._observe if scoring else lambda step: None  # type: ignore[method-assign]
+        self.store.comm.barrier()
+        began = time.perf_counter()
+        self.step(self._next)
+        self._next += 1
+        self.store.comm.barrier()
+        return time.perf_counter() - began
+
+
+def flops_per_token(shape: ModelShape, window: int) -> float:
+    """Multiply-adds of a forward pass times two: linears, head, and attention over half the window on average."""
+    attention = sum(2 * layer.heads * shape.queries_per_group * shape.head_dim * window / 2 for layer in shape.layers)
+    return 2 * (shape.linear_numel() + shape.vocab_size * shape.hidden_size + attention)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8, help="rounds that are timed, after one that is not")
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--local_rank", type=int)
+    arguments = parser.parse_args()
+    config = RunConfig(
+        output_dir="unused",
+        model=ModelConfig(path=arguments.model),
+        data=DataConfig(window=128),
+        prune=PruneConfig(ratio=0.5, prune_every=1, warmup_fraction=0, cooldown_fraction=0),
+        train=TrainConfig(steps=4 * arguments.steps + 8, global_batch_size=16, micro_batch_size=4, learning_rate=1e-4),
+        evaluate=EvaluateConfig(window=128, max_windows=1),
+    )
+    quiet_deepspeed()
+    comm = start_ranks()
+    prepared = prepare(config, comm, is_first_on_node=comm.rank == 0)
+    dense, small = Timed(config, prepared), Timed(config, prepared)
+    small.timed_step(scoring=True)
+    cut = small.pruner.schedule
+    small.pruner.schedule = replace(cut, start=0, end=1)  # all of it in one cut: the largest there is
+    record = small.cut(1)
+    assert record is not None
+    times: dict[str, list[float]] = {"plain": [], "scoring": [], "pruned": []}
+    for _ in range(arguments.steps + 1):
+        times["plain"].append(dense.timed_step(scoring=False))
+        times["scoring"].append(dense.timed_step(scoring=True))
+        times["pruned"].append(small.timed_step(scoring=False))
+    result = summarise({name: values[1:] for name, values in times.items()}, config, dense, small, record.seconds)
+    if comm.rank == 0:
+        write_json(RESULT, result)
+        show(result)
+    stop_ranks()
+
+
+def summarise(
+    times: dict[str, list[float]], config: RunConfig, dense: Timed, small: Timed, cut_seconds: float
+) -> dict[str, Any]:
+    median = {name: statistics.median(values) for name, values in times.items()}
+    flops = [flops_per_token(t.store.shape, config.data.window) for t in (dense, small)]
+    return {
+        "seconds_per_step": median,
+        "all_seconds": times,
+        "scoring_over_plain": median["scoring"] / median["plain"],
+        "pruned_over_dense": median["pruned"] / median["plain"],
+        "pruned_over_dense_flops": flops[1] / flops[0],
+        "cut_seconds": cut_seconds,
+        "cut_over_step": cut_seconds / median["plain"],
+        "weight_bytes_per_rank": {"dense": dense.weight_bytes, "pruned": small.weight_bytes},
+        "tokens_per_step": config.train.global_batch_size * config.data.window,
+        "world_size": dense.store.world_size,
+        "config": config.to_dict(),
+        "versions": versions(),
+        "hardware": hardware(device_name()),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    seconds = result["seconds_per_step"]
+    print(f"plain ZeRO-3 LoRA step          {seconds['plain']:.2f} s  ({result['tokens_per_step']} tokens)")
+    print(f"the same with scoring           {seconds['scoring']:.2f} s  {result['scoring_over_plain']:.3f} x")
+    print(
+        f"step of the model cut by 50 %   {seconds['pruned']:.2f} s  {result['pruned_over_dense']:.3f} x "
+        f"(by FLOPs {result['pruned_over_dense_flops']:.3f})"
+    )
+    print(f"the cut itself                  {result['cut_seconds']:.2f} s  {result['cut_over_step']:.2f} steps")
+    print(f"result: {RESULT}")
+
+
+if __name__ == "__main__":
+    main()
