@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig
+from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -19,6 +21,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    # Else AutoTokenizer, which looks at config.json, asks on the terminal whether to run the modelling file beside it.
+    AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
+    AutoConfig.register("pruned_mistral", PrunedMistralConfig, exist_ok=True)
     sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
     if sentencepiece_only:
         _check_sentencepiece(folder / SENTENCEPIECE_FILE)

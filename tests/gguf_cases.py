@@ -1,0 +1,79 @@
+"""Tokenizers of the two kinds that GGUF files hold, trained here in a moment."""
+
+import json
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TRAINING_TEXT = [f"the import statement defines {i} names, isn't it, in one two  three\n\tlines" for i in range(400)]
+TEXTS = [
+    "The  import statement\n\tdef f(x): return 2024 + x",
+    " lead and trail  ",
+    "it's 3.14159, names' defined; don't ünïcode 日本 🙂",
+    "a\n\n\n b\t\tc",
+    "x",
+]
+SPECIAL = ("<unk>", "<s>", "</s>")
+SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
+LLAMA3 = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+PRE_TOKENIZERS = {"gpt-2": pre_tokenizers.ByteLevel(False), "smollm": SMOLLM, "llama-bpe": LLAMA3}
+
+
+def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: bool = False) -> Path:
+    """A folder with a byte-level BPE tokenizer of fewer than `vocab` tokens, some of them added, one not special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab - 8,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.add_tokens([AddedToken("statement names", normalized=False)])
+    unk, begin, end = SPECIAL
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unk, bos_token=begin, eos_token=end)
+    fast.chat_template = "{{ messages[0].content }}"
+    fast.save_pretrained(folder)
+    return folder
+
+
+def sentencepiece_tokenizer(folder: Path, vocab: int, model_type: str = "bpe") -> Path:
+    """A folder that has LLaMA's kind of tokenizer.model and no tokenizer.json."""
+    folder.mkdir()
+    text = folder.with_suffix(".txt")
+    text.write_text("\n".join(line.replace("\n", " ") for line in TRAINING_TEXT))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=vocab,
+        model_type=model_type,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -1,0 +1,252 @@
+"""GGUF files read back with gguf-py: every tensor, every size, and what no such file can hold."""
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.export.gguf import write_gguf
+from loraprune_ds.export.gguf_rope import llama3_factors
+from loraprune_ds.model.checkpoint import open_checkpoint
+from tests.export_cases import CASES, LLAMA3, VOCAB, Case, dense_model, export, widths
+from tests.gguf_cases import byte_level_tokenizer
+
+OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+INNER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """All cases as merged checkpoints."""
+    root = tmp_path_factory.mktemp("models")
+    source = byte_level_tokenizer(root / "tokenizer", VOCAB)
+    for case in CASES:
+        export(dense_model(case), case, source, root / case.name)
+    return {case.name: root / case.name for case in CASES}
+
+
+def convert(model: Path, out: Path, precision: Any = "f16") -> tuple[GGUFReader, list[str]]:
+    remarks = write_gguf(open_checkpoint(model), out, precision, "tiny")
+    return GGUFReader(out), remarks
+
+
+def tensors_of(model: Path) -> dict[str, Tensor]:
+    return {name: t for path in model.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def hugging_face_name(name: str) -> str:
+    if name in OUTER:
+        return OUTER[name]
+    _, layer, module, kind = name.split(".")
+    return f"model.layers.{layer}.{INNER[module]}.{kind}"
+
+
+def value(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def paired(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Row by row: llama.cpp's rows 2i and 2i+1 of a head are transformers' rows i and i + head_dim / 2."""
+    order = [
+        head + pair + half
+        for head in range(0, len(rows), head_dim)
+        for pair in range(head_dim // 2)
+        for half in (0, head_dim // 2)
+    ]
+    return rows[order]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_tensor_is_there_and_exact_up_to_f16(case: Case, models: dict[str, Path], tmp_path: Path) -> None:
+    reader, _ = convert(models[case.name], tmp_path / "m.gguf")
+    expected = tensors_of(models[case.name])
+    names = {hugging_face_name(t.name) for t in reader.tensors if t.name != "rope_freqs.weight"}
+    assert names == expected.keys()
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            continue
+        name = hugging_face_name(tensor.name)
+        want = expected[name].float().numpy()
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            want = paired(want, case.sizes["head_dim"])
+        dtype = np.float16 if want.ndim == 2 else np.float32
+        assert tensor.data.dtype == dtype
+        np.testing.assert_array_equal(tensor.data, want.astype(dtype), err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sizes(case: Case, models: dict[str, Path], tmp_path: Path) -> None:
+    reader, _ = convert(models[case.name], tmp_path / "m.gguf")
+    arch = value(reader, "general.architecture")
+    uniform = len(set(case.keep)) == 1
+    assert arch == ("llama" if uniform else "deci")
+    queries = widths(case)[0] // widths(case)[1]
+    for key, want in {
+        "attention.head_count": [heads * queries for heads, _ in case.keep],
+        "attention.head_count_kv": [heads for heads, _ in case.keep],
+        "feed_forward_length": [channels for _, channels in case.keep],
+    }.items():
+        assert value(reader, f"{arch}.{key}") == (want[0] if uniform else want)
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        assert value(reader, f"{arch}.{key}") == case.sizes["head_dim"]
+    assert value(reader, f"{arch}.embedding_length") == case.sizes["hidden_size"]
+    assert value(reader, f"{arch}.block_count") == len(case.keep)
+    assert value(reader, f"{arch}.vocab_size") == VOCAB
+    assert value(reader, f"{arch}.rope.freq_base") == 5000.0
+    assert value(reader, f"{arch}.attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
+
+
+def test_q8_0_is_within_half_a_step_and_odd_rows_stay_f16(models: dict[str, Path], tmp_path: Path) -> None:
+    """hidden_size is 48, so all but attention outputs of 32 columns are odd: a model of 64 makes the usual case."""
+    sizes = {
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "intermediate_size": 96,
+    }
+    case = Case("q8", "llama", sizes, [(4, 64), (2, 37), (3, 96)], "pruned_llama")
+    export(dense_model(case), case, byte_level_tokenizer(tmp_path / "tokenizer", VOCAB), tmp_path / "model")
+    reader, remarks = convert(tmp_path / "model", tmp_path / "m.gguf", "q8_0")
+    expected = tensors_of(tmp_path / "model")
+    halves = set()
+    for tensor in reader.tensors:
+        want = expected[hugging_face_name(tensor.name)].float().numpy()
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            want = paired(want, 8)
+        if tensor.tensor_type == GGMLQuantizationType.F16:
+            halves.add(tensor.name)
+        elif tensor.tensor_type == GGMLQuantizationType.Q8_0:
+            blocks = np.abs(want).reshape(-1, 32)
+            # 127 steps up to a block's largest value, and that step rounded to f16 (11 bits).
+            limit = blocks.max(1, keepdims=True) * (0.5 / 127 + 2**-11)
+            got = dequantize(tensor.data, tensor.tensor_type).reshape(-1, 32)
+            assert (np.abs(got - want.reshape(-1, 32)) <= limit).all()
+    assert halves == {"blk.1.ffn_down.weight", "blk.2.attn_output.weight"}  # 37 and 3 * 2 * 8 columns
+    assert len(remarks) == 1
+    assert remarks[0].startswith("2 tensors stay f16")
+
+
+def test_a_sliding_window_bounds_the_context(models: dict[str, Path], tmp_path: Path) -> None:
+    reader, remarks = convert(models["window"], tmp_path / "m.gguf")
+    assert value(reader, "llama.context_length") == 5
+    assert "sliding window" in remarks[0]
+    reader, remarks = convert(models["layers_no_window"], tmp_path / "n.gguf")
+    assert value(reader, "deci.context_length") == 64
+    assert remarks == []
+
+
+def test_rope_scaling(models: dict[str, Path], tmp_path: Path) -> None:
+    reader, _ = convert(models["stand_in"], tmp_path / "linear.gguf")
+    assert value(reader, "llama.rope.scaling.type") == "linear"
+    assert value(reader, "llama.rope.scaling.factor") == 2.0
+    reader, _ = convert(models["layers_gqa_biases"], tmp_path / "llama3.gguf")
+    assert value(reader, "deci.rope.scaling.type") is None
+    freqs = next(t for t in reader.tensors if t.name == "rope_freqs.weight")
+    np.testing.assert_array_equal(freqs.data, llama3_factors(LLAMA3, 6))
+
+
+def test_llama3_factors_are_those_of_transformers() -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(hidden_size=4096, num_attention_heads=32, head_dim=128, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
+    factors = llama3_factors(rope, 128)
+    assert len(set(factors.tolist())) > 5  # both ends and between
+    np.testing.assert_allclose(factors, (plain / scaled).numpy(), rtol=1e-5)
+
+
+def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
+    """numpy's share of it, which tracemalloc sees: what is permuted, rounded or quantised."""
+    sizes = {
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": 256,
+    }
+    case = Case("deep", "llama", sizes, [(4, 256)] * 24, "llama")
+    export(dense_model(case), case, byte_level_tokenizer(tmp_path / "tokenizer", VOCAB), tmp_path / "model")
+    tracemalloc.start()
+    convert(tmp_path / "model", tmp_path / "m.gguf")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    total = sum(t.numel() * 2 for t in tensors_of(tmp_path / "model").values())
+    assert total > 20_000_000
+    assert peak < 4_000_000  # a tenth of that are the names and headers; the vocabulary's tensor has 400 kB in fp32
+
+
+def edit_config(model: Path, copy: Path, **changes: Any) -> Path:
+    copy.mkdir()
+    for path in model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "cannot hold hidden_act 'gelu'"),
+        ({"rope_scaling": YARN}, "cannot hold rope scaling yarn"),
+        (
+            {"rope_scaling": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial rotary",
+        ),
+    ],
+)
+def test_what_the_file_cannot_say_is_refused(
+    changes: dict[str, Any], message: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = edit_config(models["mha"], tmp_path / "model", **changes)
+    with pytest.raises(UserError, match=message) as error:
+        convert(model, tmp_path / "m.gguf")
+    assert "formats that can: hf, adapter" in str(error.value)
+
+
+def test_a_value_beyond_f16_is_named(models: dict[str, Path], tmp_path: Path) -> None:
+    model = edit_config(models["mha"], tmp_path / "model")
+    path = next(p for p in model.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(p))
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 7e4
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values beyond 65504"):
+        convert(model, tmp_path / "m.gguf")
