@@ -6,13 +6,13 @@ rank 0  write_index(staging, ...); finish_folder(staging, ...); publish(staging,
 """
 
 import json
-import shutil
 from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from loraprune_ds.checkpoint import files
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.export.tokenizer import copy_tokenizer, has_tokenizer, pin_tokenizer
@@ -41,16 +41,7 @@ def begin(out: Path) -> Path:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
-    staging = staging_of(out)
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def staging_of(out: Path) -> Path:
-    """The dot-named sibling that `out` is built in."""
-    return out.with_name(f".{out.name}.partial")
+    return files.begin(out)
 
 
 def finish_folder(folder: Path, exported: ExportedConfig, source: Path, card: ModelCard) -> None:

@@ -6,10 +6,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraprune_ds.checkpoint.files import staging_of
 from loraprune_ds.checkpoint.load import Saved
 from loraprune_ds.config import RunConfig
 from loraprune_ds.export.from_ranks import write_merged_weights
-from loraprune_ds.export.huggingface import staging_of
 from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.checkpoints import find_saved
@@ -17,8 +17,9 @@ from loraprune_ds.train.finish import Outcome, describe_model, describe_run, mod
 from loraprune_ds.train.loop import Loop, measure
 from loraprune_ds.train.output import MODEL_FOLDER, RunStatus, Start, create_output
 from loraprune_ds.train.prepare import Prepared, prepare
-from loraprune_ds.train.recorder import Recorder
+from loraprune_ds.train.recorder import Recorder, take_over_metrics
 from loraprune_ds.train.records import EvaluationRecord
+from loraprune_ds.train.stop import drop_stale_requests
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.memory import peak_bytes
@@ -41,13 +42,14 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     first = saved.state.step if saved else 0
     writes = comm.rank == 0
     folder = Path(config.output_dir)
-    comm.together(lambda: create_output(config) if writes else None)
+    comm.together(lambda: _open_output(config, saved, warnings) if writes else None)
     with (
         RunStatus(folder, prepared.steps, first=first, writes=writes) as status,
         closing(Recorder(config, folder, prepared.steps, saved, active=writes)) as recorder,
     ):
-        for line in (*warnings, describe_run(config, prepared, comm.world_size)):
-            recorder.note(line)
+        for line in warnings:
+            recorder.warn(line)
+        recorder.note(describe_run(config, prepared, comm.world_size))
         trained = _train(config, prepared, saved, recorder, status)
         if trained is None:
             status.end("stopped")
@@ -56,6 +58,13 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         _finish(config, prepared, trained, recorder, comm)
         status.end("finished")
     return True
+
+
+def _open_output(config: RunConfig, saved: Saved | None, warnings: list[str]) -> None:
+    folder = create_output(config)
+    warnings += drop_stale_requests(folder)
+    if saved:
+        take_over_metrics(saved, folder)
 
 
 @dataclass(frozen=True)
