@@ -65,7 +65,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     if (folder / SENTENCEPIECE_FILE).is_file():
         return _sentencepiece(folder / SENTENCEPIECE_FILE)
     if fast.get("model", {}).get("byte_fallback"):
-        return _sentencepiece_from_merges(fast["model"], path)
+        return _sentencepiece_from_merges(fast, path)
     raise UserError(f"{folder}: its tokenizer is neither byte-level BPE nor sentencepiece; {FORMATS_LEFT}")
 
 
@@ -114,24 +114,24 @@ def _sentencepiece(path: Path) -> Vocabulary:
     return Vocabulary("llama", "default", [piece.piece for piece in pieces], types, [piece.score for piece in pieces])
 
 
-def _sentencepiece_from_merges(model: dict[str, Any], path: Path) -> Vocabulary:
+def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
     """A sentencepiece model of which only transformers' conversion to merges is left.
 
     The conversion lists every pair of tokens that makes a token, best token first, so a token's score is its place.
     """
-    tokens = _by_id(model["vocab"])
-    merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    places = {left + right: float(-place) for place, (left, right) in reversed(list(enumerate(merges)))}
+    tokens, added = _by_id(fast["model"]["vocab"]), {token["content"] for token in fast["added_tokens"]}
+    merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in fast["model"]["merges"]]
     made = [left + right for left, right in merges]
+    places = {token: float(-place) for place, token in reversed(list(enumerate(made)))}
     in_one_go = 1 + sum(a != b for a, b in pairwise(made)) == len(places)
-    if not in_one_go or not _all_pairs(set(tokens), places.keys()) <= set(merges):
+    if not in_one_go or not _all_pairs(set(tokens) - added) <= set(merges):
         raise UserError(f"{path}: its merges are not those of a sentencepiece model; {FORMATS_LEFT}")
-    types = [_type_of(token, model.get("unk_token")) for token in tokens]
+    types = [_type_of(token, fast["model"].get("unk_token")) for token in tokens]
     return Vocabulary("llama", "default", tokens, types, [places.get(token, float(-len(merges))) for token in tokens])
 
 
-def _all_pairs(tokens: set[str], made: Any) -> set[tuple[str, ...]]:
-    splits = ((token[:i], token[i:]) for token in made for i in range(1, len(token)))
+def _all_pairs(tokens: set[str]) -> set[tuple[str, ...]]:
+    splits = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
     return {(left, right) for left, right in splits if left in tokens and right in tokens}
 
 
