@@ -20,6 +20,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
 STOPPED_EXIT_CODE = 85  # asked to stop and saved; Slurm scripts requeue on it
+INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped at once
 GRACE = 5.0  # seconds that the other ranks stay after an error
 
 
@@ -70,6 +71,8 @@ def main() -> int:
     except UserError as error:
         tell(error, rank, agreed=joined)
         return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE
     return 0
 
 
@@ -94,6 +97,7 @@ def prune(config: RunConfig, start: "Start") -> bool:
     from torch.distributed import DistNetworkError
 
     from loraprune_ds.train.run import run
+    from loraprune_ds.train.watch import Watch
     from loraprune_ds.zero.engine import start_ranks, stop_ranks
 
     try:
@@ -102,9 +106,11 @@ def prune(config: RunConfig, start: "Start") -> bool:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         hint = "if another run uses that port, give the launcher a --master_port"
         raise UserError(f"the ranks cannot meet at {where} ({hint}): {str(error).splitlines()[0]}") from None
+    watch = Watch(comm)
     try:
         return run(config, comm, start)
     finally:
+        watch.close()
         stop_ranks()
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.faults import fail_point
 
 MANIFEST = "manifest.json"
+SCORES_FILE = "scores.safetensors"
 CHUNK = 1 << 24
 
 
@@ -77,7 +79,10 @@ def publish(target: Path) -> None:
 def remove(folder: Path) -> None:
     """Removes a published folder; it loses its name first, so that nobody finds half of it."""
     doomed = folder.with_name(f".{folder.name}.removed")
+    if doomed.exists():
+        shutil.rmtree(doomed)  # an earlier removal was killed halfway
     folder.rename(doomed)
+    fail_point("save.remove_renamed")
     shutil.rmtree(doomed)
 
 

@@ -34,7 +34,7 @@ class Saved:
 
     def scores(self) -> list[LayerScores] | None:
         """The moving averages; None when nothing had been scored."""
-        path = self.folder / "scores.safetensors"
+        path = self.folder / files.SCORES_FILE
         if not path.exists():
             return None
         tensors = load_file(path)
@@ -60,13 +60,22 @@ def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -
     return None
 
 
+def newest_state(root: Path) -> RunState | None:
+    """The newest state under `root` that can be read, unverified: enough to see whose run it is."""
+    for number in reversed(files.numbered(root, "step")):
+        try:
+            return read_state(files.step_folder(root, number))
+        except UserError:
+            continue
+    return None
+
+
 def open_saved(folder: Path, comm: "Communicator") -> Saved:
     """Verifies one checkpoint and the shape it names. Collective.
 
     Raises:
         UserError: something is missing, damaged or of a newer format; all ranks raise the same line.
     """
-
     return comm.together(lambda: check_saved(folder, part=comm.rank, parts=comm.world_size))
 
 

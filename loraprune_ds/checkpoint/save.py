@@ -7,6 +7,7 @@ checkpoints/step-120/    layer-00000.safetensors ...  fp32 LoRA masters and Adam
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import files
-from loraprune_ds.checkpoint.state import RunState, ShapeSource, read_state, write_state
+from loraprune_ds.checkpoint.staging import Staging
+from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, read_state, state_text
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.pruning.importance import LayerScores
@@ -24,73 +26,68 @@ from loraprune_ds.zero.write import frozen_tensors, write_model
 
 
 def save_shape(store: ShardedStore, root: Path, cuts: int, config_json: dict[str, Any], dtype: str) -> ShapeSource:
-    """Publishes the frozen weights as `shape-{cuts}`, unless an earlier save of this shape did. Collective."""
-    target = root / f"shape-{cuts}"
-    if not store.comm.gather_objects(target.exists())[0]:
+    """Publishes the frozen weights as `shape-{cuts}`. Collective.
+
+    Raises:
+        RunError: a rank cannot write; nothing is published and nothing older is lost.
+    """
+    with Staging(store.comm, root / f"shape-{cuts}", "shape") as staging:
         if store.rank == 0:
-            (files.begin(target) / "config.json").write_text(json.dumps(config_json, indent=2))
-        store.comm.barrier()
-        staging = files.staging_of(target)
-        write_model(store, staging, dtype, frozen_tensors)
+            staging.write("config.json", lambda path: path.write_text(json.dumps(config_json, indent=2)))
+        staging.seal(write_model(store, staging.folder, dtype, frozen_tensors))
         fail_point("save.shape_written")
-        _seal_and_publish(store, target, "shape")
-    digest = store.comm.gather_objects(files.sha256(target / files.MANIFEST) if store.rank == 0 else "")[0]
-    return ShapeSource(target.name, digest, is_source=False)
+        staging.publish()
+    digest = files.sha256(staging.target / files.MANIFEST) if store.rank == 0 else ""
+    return ShapeSource(staging.target.name, store.comm.gather_objects(digest)[0], is_source=False)
 
 
 def save_step(store: ShardedStore, root: Path, state: RunState, scores: list[LayerScores] | None) -> Path:
-    """Publishes `step-{state.step}`. Collective; layer k is written by rank k % W."""
-    target = files.step_folder(root, state.step)
-    if store.comm.gather_objects(target.exists())[0]:
-        return target
-    if store.rank == 0:
-        staging = files.begin(target)
-        write_state(staging, state)
-        if scores is not None:
-            save_file(_score_tensors(scores), staging / "scores.safetensors")
-    store.comm.barrier()
-    staging = files.staging_of(target)
-    for layer in range(len(store.layers)):
-        tensors = collect_lora_state(store, layer, layer % store.world_size)
-        if tensors is not None:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staging / files.layer_file(layer))
-        del tensors
-    fail_point("save.step_written")
-    _seal_and_publish(store, target, "step")
-    return target
+    """Publishes `step-{state.step}`. Collective; layer k is written by rank k % W.
+
+    Raises:
+        RunError: a rank cannot write; nothing is published and nothing older is lost.
+    """
+    with Staging(store.comm, files.step_folder(root, state.step), "step") as staging:
+        if store.rank == 0:
+            staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
+            if scores is not None:
+                staging.write(files.SCORES_FILE, lambda path: save_file(_score_tensors(scores), path))
+        for layer in range(len(store.layers)):
+            tensors = collect_lora_state(store, layer, layer % store.world_size)
+            if tensors is not None:
+                staging.write(files.layer_file(layer), lambda path, tensors=tensors: _save_on_cpu(tensors, path))
+            del tensors
+            fail_point("save.layer")
+        fail_point("save.step_written")
+        staging.publish()
+    return staging.target
 
 
-def _seal_and_publish(store: ShardedStore, target: Path, kind: str) -> None:
-    """Ranks share the checksums; rank 0 writes the manifest and renames."""
-    store.comm.barrier()
-    staging = files.staging_of(target)
-    names = sorted(path.name for path in staging.iterdir())
-    mine = {name: files.seal(staging / name) for name in names[store.rank :: store.world_size]}
-    sealed: dict[str, dict[str, Any]] = {}
-    for part in store.comm.gather_objects(mine):
-        sealed |= part
-    if store.rank == 0:
-        files.write_manifest(staging, sealed)
-        fail_point(f"save.{kind}_before_rename")
-        files.publish(target)
-        fail_point(f"save.{kind}_after_rename")
-    store.comm.barrier()
+def drop_old(root: Path, step: int, keep_last: int) -> None:
+    """After `step-{step}` was published: removes what no later start needs. On rank 0 only.
 
-
-def drop_old(root: Path, keep_last: int) -> None:
-    """Removes all but the newest steps, and every shape that no step names any more. On rank 0 only."""
+    That is: steps beyond `step`, which a damaged checkpoint or a start from an older one has left behind; all but the
+    newest steps; every shape that no step names any more; and what a killed save or removal has left.
+    """
+    for leftover in (*root.glob(".*.removed"), *root.glob(".*.partial")):
+        shutil.rmtree(leftover)
     steps = files.numbered(root, "step")
-    for number in steps[:-keep_last]:
-        files.remove(root / f"step-{number}")
-    named = set()
-    for number in steps[-keep_last:]:
-        try:
-            named.add(read_state(root / f"step-{number}").shape.folder)
-        except UserError:
-            return  # a damaged step may name any shape
+    keep = [number for number in steps if number <= step][-keep_last:]
+    for number in steps:
+        if number not in keep:
+            files.remove(files.step_folder(root, number))
+            fail_point("save.dropped")
+    try:
+        named = {read_state(files.step_folder(root, number)).shape.folder for number in keep}
+    except UserError:
+        return  # a damaged step may name any shape
     for number in files.numbered(root, "shape"):
         if f"shape-{number}" not in named:
             files.remove(root / f"shape-{number}")
+
+
+def _save_on_cpu(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _score_tensors(scores: list[LayerScores]) -> dict[str, Tensor]:

@@ -54,8 +54,9 @@ class RunState:
     format: int = field(default=FORMAT)
 
 
-def write_state(folder: Path, state: RunState) -> None:
-    (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+def state_text(state: RunState) -> str:
+    """The content of `state.json`."""
+    return json.dumps(asdict(state), indent=1) + "\n"
 
 
 def read_state(folder: Path) -> RunState:

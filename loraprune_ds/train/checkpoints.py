@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from loraprune_ds.checkpoint.load import Saved, find_newest, open_saved, source_of
+from loraprune_ds.checkpoint.load import Saved, find_newest, newest_state, open_saved, source_of
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
 from loraprune_ds.checkpoint.state import RunState, ShapeSource
 from loraprune_ds.config import RunConfig
@@ -14,16 +14,14 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.output import CHECKPOINTS_FOLDER, Start, differences
+from loraprune_ds.train.output import CHECKPOINTS_FOLDER, MAY_DIFFER, Start, differences
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_training_store
 from loraprune_ds.zero.sharded import ShardedStore
 from loraprune_ds.zero.store import LayerKeep
 from loraprune_ds.zero.training_state import adam_step, counters, restore_counters, restore_lora_state
-
-# What a resumed run may change: how it is shown and saved, and how a global batch is split.
-MAY_DIFFER = ("output_dir", "logging", "checkpoint", "deepspeed", "train.micro_batch_size")
+from loraprune_ds.zero.write import LocalWrites
 
 
 def find_saved(start: Start, config: RunConfig, comm: Communicator, warnings: list[str]) -> Saved | None:
@@ -38,15 +36,22 @@ def find_saved(start: Start, config: RunConfig, comm: Communicator, warnings: li
         saved = open_saved(start.path, comm)
     else:
         run = Path(config.output_dir) if start.path is None else start.path
-        saved = find_newest(run / CHECKPOINTS_FOLDER, comm, warnings.append)
+        root = run / CHECKPOINTS_FOLDER
+        # Before anything is read in full, and before another run's checkpoints are called damaged.
+        comm.together(lambda: _check_settings(newest_state(root), root, config))
+        saved = find_newest(root, comm, warnings.append)
         if saved is None and start.path is not None:
             raise UserError(f"--resume {start.path}: no usable checkpoint there{_because(warnings)}")
     if saved is None:
         warnings.append("no usable checkpoint: starting at step 0")
         return None
-    if different := differences(saved.state.config, config.to_dict(), MAY_DIFFER):
-        raise UserError(f"{saved.folder} belongs to a run with other settings: {', '.join(different)}")
+    _check_settings(saved.state, saved.folder, config)
     return saved
+
+
+def _check_settings(state: RunState | None, folder: Path, config: RunConfig) -> None:
+    if state is not None and (different := differences(state.config, config.to_dict(), MAY_DIFFER)):
+        raise UserError(f"{folder} belongs to a run with other settings: {', '.join(different)}")
 
 
 def _because(warnings: list[str]) -> str:
@@ -77,16 +82,24 @@ def restore_pruner(pruner: Pruner, saved: Saved) -> None:
 class Checkpoints:
     """Writes the checkpoints of one run."""
 
-    def __init__(self, config: RunConfig, prepared: Prepared, pruner: Pruner, resumed_from: list[int]) -> None:
+    def __init__(self, config: RunConfig, prepared: Prepared, pruner: Pruner, saved: Saved | None) -> None:
         self.config = config
         self.prepared = prepared
         self.pruner = pruner
-        self.resumed_from = resumed_from
+        self.resumed_from = [*saved.state.resumed_from, saved.state.step] if saved else []
         self.root = Path(config.output_dir) / CHECKPOINTS_FOLDER
         self._cuts = prepared.schedule.cut_steps()
+        # The newest shape folder that is of this run's course; others under `root` may be of one that it has left.
+        self._published: ShapeSource | None = None
+        if saved and saved.folder.parent.resolve() == self.root.resolve() and not saved.state.shape.is_source:
+            self._published = saved.state.shape
 
     def save(self, store: ShardedStore, step: int) -> None:
-        """Publishes `step-{step}` and, if a cut changed them, the frozen weights; then drops old ones. Collective."""
+        """Publishes `step-{step}` and, if a cut changed them, the frozen weights; then drops old ones. Collective.
+
+        Raises:
+            RunError: a rank cannot write; what was published before is still there.
+        """
         schedule, loss_scale = counters(store)
         state = RunState(
             step=step,
@@ -101,8 +114,10 @@ class Checkpoints:
             config=self.config.to_dict(),
         )
         save_step(store, self.root, state, self.pruner.average.scores)
+        writes = LocalWrites()
         if store.rank == 0:
-            drop_old(self.root, self.config.checkpoint.keep_last)
+            writes.do(lambda: drop_old(self.root, step, self.config.checkpoint.keep_last))
+        writes.agree(store.comm, self.root)
 
     def _cuts_made(self, step: int) -> int:
         return sum(cut <= step for cut in self._cuts)
@@ -111,6 +126,9 @@ class Checkpoints:
         cuts = self._cuts_made(step)
         if cuts == 0 and not self.config.checkpoint.copy_source:
             return source_of(self.prepared.checkpoint)
+        if self._published is not None and self._published.folder == f"shape-{cuts}":
+            return self._published
         dtype = self.config.model.dtype
         described: dict[str, Any] = export_config(self.prepared.checkpoint.config, store.shape, dtype).config
-        return save_shape(store, self.root, cuts, described, dtype)
+        self._published = save_shape(store, self.root, cuts, described, dtype)
+        return self._published

@@ -26,28 +26,34 @@ class Loop:
         self.config, self.prepared, self.recorder, self.status = config, prepared, recorder, status
         self.store = build_store(config, prepared, saved)
         self.pruner = Pruner(self.store, config.prune, prepared.schedule, prepared.limits, config.seed)
-        self.resumed_from: list[int] = []
         if saved:
             restore_pruner(self.pruner, saved)
-            self.resumed_from = [*saved.state.resumed_from, saved.state.step]
         self._requests = Requests(Path(config.output_dir), watches_files=self.store.rank == 0)
         self._trainer = Trainer(
             self.store, self.pruner, prepared.samples, prepared.order, config, self._requests.pending
         )
-        self._checkpoints = Checkpoints(config, prepared, self.pruner, self.resumed_from)
+        self._checkpoints = Checkpoints(config, prepared, self.pruner, saved)
+        self.resumed_from = self._checkpoints.resumed_from
 
     def run(self) -> bool:
         """All steps that are left; False if it was asked to stop before the end, after a checkpoint."""
+        try:
+            return self._run()
+        finally:
+            self._requests.close()
+
+    def _run(self) -> bool:
         if not self.resumed_from:
             self._evaluate(0, "dense")
         for step in range(self.status.step + 1, self.prepared.steps + 1):
             self._step(step)
             requested = self._trainer.requested
             if requested or self._save_is_due(step):
+                self.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
                 self._checkpoints.save(self.store, step)
             self.status.update(step)
             if requested:
-                self._requests.clear()
+                self._requests.clear(requested)
             if requested == STOP:
                 self.recorder.note(f"stopped at step {step}; go on with --resume auto")
                 return False

@@ -1,6 +1,7 @@
 """Records on disk: metrics.jsonl for programs, TensorBoard for eyes."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,6 +41,10 @@ class MetricsLog:
         write_text(self.path, "".join(lines))
         self._file.close()  # it still points to the file that was replaced
         self._file = self.path.open("a", encoding="utf-8")
+
+    def flush(self) -> None:
+        """Forces what was written to the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -1,6 +1,7 @@
 """The folder of a run: whether it may be used, and what lies in it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,12 +12,14 @@ import yaml
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.files import write_text
-from loraprune_ds.train.status import Status, read_status, write_status
+from loraprune_ds.train.status import STATUS_FILE, Status, read_status, write_status
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
 NOT_THE_RUN = ("logging", "output_dir")  # how and where a run is shown is not part of what it is
+# What a resumed run may change besides: how it is saved, and how a global batch is split.
+MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
 
     Raises:
         UserError: it holds an unfinished run and `--resume` was not given, another run, or something that is no run;
-            or the path to resume from does not exist.
+            or the path to resume from does not exist, or leads elsewhere though `output_dir` holds a run.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -44,10 +47,10 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
         raise UserError(f"--resume {resume}: no such folder")
     status = read_status(folder)
     if status is not None and status.state == "finished":
-        _check_same_run(folder, config)
+        _check_same_run(folder, config, NOT_THE_RUN)
         return Start("finished")
     if resume is not None:
-        return Start("resume", None if resume == "auto" else Path(resume))
+        return _inspect_for_resume(folder, config, None if resume == "auto" else Path(resume))
     if status is not None:
         where = f"{status.state} at step {status.step} of {status.steps}"
         raise UserError(
@@ -58,13 +61,27 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
     return Start("fresh")
 
 
-def _check_same_run(folder: Path, config: RunConfig) -> None:
+def _inspect_for_resume(folder: Path, config: RunConfig, path: Path | None) -> Start:
+    holds_run = any((folder / name).exists() for name in (CONFIG_FILE, STATUS_FILE, CHECKPOINTS_FOLDER))
+    if not holds_run and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
+    if (folder / CONFIG_FILE).exists():
+        _check_same_run(folder, config, MAY_DIFFER)
+    if holds_run and path is not None and not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"output_dir {folder} holds a run already, so it cannot take up --resume {path}; "
+            "go on with --resume auto, or choose another output_dir"
+        )
+    return Start("resume", path)
+
+
+def _check_same_run(folder: Path, config: RunConfig, ignored: Sequence[str]) -> None:
     path = folder / CONFIG_FILE
     try:
         raw = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError):
         raise UserError(f"{path} is missing or damaged; remove {folder} or choose another output_dir") from None
-    if different := differences(raw if isinstance(raw, dict) else {}, config.to_dict(), NOT_THE_RUN):
+    if different := differences(raw if isinstance(raw, dict) else {}, config.to_dict(), ignored):
         raise UserError(
             f"output_dir {folder} holds another run ({', '.join(different)} differs); choose another output_dir"
         )
@@ -126,7 +143,8 @@ class RunStatus:
     ) -> None:
         if error is not None:
             line = " ".join(str(error).split()) or type(error).__name__
-            self._write(Status("failed", self.step, self.steps, error=line))
+            with suppress(OSError):  # a full disk must not hide what went wrong
+                self._write(Status("failed", self.step, self.steps, error=line))
 
     def _write(self, status: Status) -> None:
         if self._writes:

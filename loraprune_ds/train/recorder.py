@@ -1,12 +1,28 @@
 """Where a run's records go: the history for the report, metrics.jsonl, TensorBoard and the progress display."""
 
+import sys
 from pathlib import Path
 
 from loraprune_ds.checkpoint.load import Saved
 from loraprune_ds.config import RunConfig
+from loraprune_ds.train.files import write_text
 from loraprune_ds.train.metrics import MetricsLog, TensorBoardLog, read_metrics
 from loraprune_ds.train.progress import Progress
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, History, Record, Sink, StepRecord, history_from
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def take_over_metrics(saved: Saved, folder: Path) -> None:
+    """The records of the earlier steps, copied if the run goes on in another folder than `saved` is of.
+
+    Raises:
+        UserError: they are missing or damaged, so the report would lack them.
+    """
+    earlier, own = saved.folder.parents[1] / METRICS_FILE, folder / METRICS_FILE
+    read_metrics(earlier)
+    if earlier.resolve() != own.resolve():
+        write_text(own, earlier.read_text(encoding="utf-8"))
 
 
 class Recorder:
@@ -16,13 +32,14 @@ class Recorder:
         self.history = History()
         self._sinks: list[Sink] = []
         self._progress: Progress | None = None
+        self._metrics: MetricsLog | None = None
         if not active:
             return
-        metrics = MetricsLog(folder / "metrics.jsonl")
+        self._metrics = metrics = MetricsLog(folder / METRICS_FILE)
         first = saved.state.step if saved else 0
         metrics.truncate_to(first if saved else -1)  # what a killed run did after its last checkpoint is done again
         if saved:
-            self.history = history_from(read_metrics(folder / "metrics.jsonl"))
+            self.history = history_from(read_metrics(folder / METRICS_FILE))
         self._sinks.append(metrics)
         if config.logging.tensorboard:
             self._sinks.append(TensorBoardLog(folder / "tensorboard", first if saved else None))
@@ -45,6 +62,18 @@ class Recorder:
         """A line for whoever watches."""
         if self._progress is not None:
             self._progress.note(text)
+
+    def warn(self, text: str) -> None:
+        """A line that is shown even where no progress is."""
+        if self._progress is not None:
+            self._progress.note(text)
+        elif self._metrics is not None:
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        """Forces metrics.jsonl to the disk."""
+        if self._metrics is not None:
+            self._metrics.flush()
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -1,0 +1,73 @@
+"""A folder that the ranks fill together, each sealing what it wrote itself, and that appears whole or not at all."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from loraprune_ds.checkpoint import files
+from loraprune_ds.faults import fail_point
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.write import LocalWrites
+
+
+class Staging:
+    """One folder under construction; `kind` is its name in fail-points. Construction and `publish` are collective.
+
+    A context manager: if a save fails, what was written is removed, which also gives a full disk its space back.
+    """
+
+    def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
+        self.target, self.folder = target, files.staging_of(target)
+        self._comm, self._kind = comm, kind
+        self._writes = LocalWrites()
+        self._sealed: dict[str, dict[str, Any]] = {}
+        if comm.rank == 0:
+            self._writes.do(lambda: files.begin(target))
+        self._writes.agree(comm, self.folder)
+
+    def __enter__(self) -> "Staging":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and self._comm.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """This rank writes one file and seals it: only the writer's own fsync is sure to reach its cache."""
+
+        def write_and_seal() -> None:
+            write(self.folder / name)
+            self._sealed[name] = files.seal(self.folder / name)
+
+        self._writes.do(write_and_seal)
+
+    def seal(self, names: Iterable[str]) -> None:
+        """Seals files that this rank has written."""
+        for name in names:
+            self.write(name, lambda path: None)
+
+    def publish(self) -> None:
+        """Writes the manifest and renames. A folder of that name is of a course the run has left, and is replaced.
+
+        Raises:
+            RunError: a write failed on some rank; nothing is published.
+        """
+        self._writes.agree(self._comm, self.folder)
+        sealed: dict[str, dict[str, Any]] = {}
+        for part in self._comm.gather_objects(self._sealed):
+            sealed |= part
+        if self._comm.rank == 0:
+            self._writes.do(lambda: self._rename(sealed))
+        self._writes.agree(self._comm, self.folder)
+
+    def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:
+        files.write_manifest(self.folder, sealed)
+        if self.target.exists():
+            files.remove(self.target)
+        fail_point(f"save.{self._kind}_before_rename")
+        files.publish(self.target)
+        fail_point(f"save.{self._kind}_after_rename")

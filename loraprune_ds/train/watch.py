@@ -1,0 +1,90 @@
+"""A thread that notices what no collective tells: the launcher is gone, or another rank of this node is.
+
+The launcher ends the ranks one after the other and gives each 30 s, so ranks that hang in a collective with a dead
+one would stay for minutes; and nobody ends the ranks of a launcher that was killed itself.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from loraprune_ds.zero.comm import Communicator
+
+INTERVAL = 1.0  # seconds
+GRACE = 15.0  # for a rank that lost another to end with a traceback of its own
+PARENT = os.getppid()  # at import: a launcher killed while the model loads is noticed too
+
+
+class Watch(threading.Thread):
+    """Runs until `close`; started by the constructor, which is collective."""
+
+    def __init__(self, comm: Communicator) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._rank = comm.rank
+        here = _pid_namespace()
+        everyone = comm.gather_objects((here, os.getpid()))
+        self._others = {r: pid for r, (where, pid) in enumerate(everyone) if where == here and r != comm.rank}
+        self._launchers = [PARENT, *_deepspeed_runner(PARENT)]
+        self._closed = threading.Event()
+        self.start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def run(self) -> None:
+        asked = False
+        while not self._closed.wait(INTERVAL):
+            if not asked and (os.getppid() != PARENT or not all(map(_alive, self._launchers))):
+                asked = True
+                self._say("the launcher is gone, which is a request to stop")
+                os.kill(os.getpid(), signal.SIGTERM)
+            if gone := [rank for rank, pid in self._others.items() if not _alive(pid)]:
+                self._leave(gone[0])
+
+    def _leave(self, gone: int) -> None:
+        if not self._closed.wait(GRACE):
+            self._say(f"rank {gone} is gone: leaving")
+            os._exit(1)  # the main thread waits for it in a collective and cannot be told
+
+    def _say(self, text: str) -> None:
+        try:
+            os.write(sys.stderr.fileno(), f"rank {self._rank}: {text}\n".encode())
+        except OSError:  # whoever read the output is gone too: a rank must not die of its next line before it has saved
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.dup2(nowhere, sys.stderr.fileno())
+
+
+def _pid_namespace() -> str:
+    """Ranks with the same value see each other's process ids."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"unknown {os.getpid()}"
+
+
+def _deepspeed_runner(launcher: int) -> list[int]:
+    """The `deepspeed` command above launch.py, which does not watch it; nothing if something else is there."""
+    try:
+        if b"deepspeed" not in Path(f"/proc/{launcher}/cmdline").read_bytes():
+            return []
+        above = int(_stat(launcher)[1])
+        words = Path(f"/proc/{above}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+    return [above] if any(word.endswith(b"/deepspeed") for word in words[:3]) else []
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return _stat(pid)[0] != "Z"
+    except OSError:
+        return not Path("/proc").is_dir()  # without /proc nothing is known
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, ...: what follows the program's name, which may hold anything, in /proc/PID/stat."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
