@@ -11,7 +11,7 @@ PACKAGE = "loraprune_ds"
 MAX_LINES = 300
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
-    ("errors",),
+    ("errors", "faults"),
     ("config",),
     ("config_file",),
     ("model",),
