@@ -112,7 +112,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
 
     Raises:
         UserError: a model type that is not supported, a missing or impossible size, or query heads that key-value
-            heads do not divide; `where` (the folder or hub id) is named.
+            heads do not divide, or that transformers refuses; `where` (the folder or hub id) is named.
     """
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
@@ -135,6 +135,13 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
                 f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
                 "the same whole number of query heads per key-value head"
             )
+    if head_dim % 2:
+        raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+    if model_type == "llama" and hidden % sizes[0][0]:
+        raise UserError(
+            f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {sizes[0][0]}, which "
+            "transformers' Llama requires"
+        )
     llama_biases = model_type in ("llama", "pruned_llama")  # Mistral's linears never have one
     return ModelShape(
         model_type=model_type,

@@ -1,0 +1,160 @@
+"""Sizes read from config.json, and the arithmetic of groups against counting real tensors."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.checkpoint import parameter_shapes
+from loraprune_ds.model.shapes import KINDS, LINEARS, LayerShape, ModelShape, shape_from_config
+from loraprune_ds.zero.store import LayerKeep
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 33,
+}
+REQUIRED = sorted(set(LLAMA) - {"model_type", "num_key_value_heads"})
+
+
+def without(*keys: str, **values: Any) -> dict[str, Any]:
+    return {key: value for key, value in LLAMA.items() if key not in keys} | values
+
+
+def refused(config: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        shape_from_config(config, "somewhere")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("somewhere: ")
+    return message.removeprefix("somewhere: ")
+
+
+def test_a_llama() -> None:
+    shape = shape_from_config(LLAMA, "somewhere")
+    assert (shape.hidden_size, shape.head_dim, shape.queries_per_group, shape.vocab_size) == (48, 8, 3, 33)
+    assert shape.layers == (LayerShape(2, 100),) * 2
+    assert (shape.tie_word_embeddings, shape.attention_bias, shape.mlp_bias) == (False, False, False)
+    assert shape.is_uniform
+
+
+def test_defaults_of_older_configs() -> None:
+    """LLaMA-1 files have neither key-value heads nor a head size; some write null."""
+    for config in (without("num_key_value_heads"), without(num_key_value_heads=None, head_dim=None)):
+        shape = shape_from_config(config, "somewhere")
+        assert (shape.queries_per_group, shape.layers[0].heads, shape.head_dim) == (1, 6, 8)
+    assert shape_from_config(without(head_dim=20), "somewhere").head_dim == 20
+
+
+def test_biases_belong_to_llama_only() -> None:
+    biased = without(attention_bias=True, mlp_bias=True)
+    assert shape_from_config(biased, "somewhere").attention_bias
+    mistral = shape_from_config(biased | {"model_type": "mistral"}, "somewhere")
+    assert (mistral.attention_bias, mistral.mlp_bias) == (False, False)
+
+
+def test_layers_that_differ() -> None:
+    config = without(
+        model_type="pruned_llama",
+        per_layer_config={"1": {"num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 7}},
+    )
+    shape = shape_from_config(config, "somewhere")
+    assert shape.layers == (LayerShape(2, 100), LayerShape(1, 7))
+    assert not shape.is_uniform
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (without("model_type"), "model_type None is not supported; supported: llama, mistral (and pruned)"),
+        (without(model_type="qwen2"), "model_type 'qwen2' is not supported"),
+        (without(model_type=["llama"]), "model_type ['llama'] is not supported"),
+        *((without(key), f"config.json has no {key}") for key in REQUIRED),
+        (without(hidden_size="wide"), "config.json holds a size that is no number: "),
+        (without(hidden_size=None), "config.json holds a size that is no number: "),
+        (without(num_attention_heads=0), "config.json holds a size that is no number: "),
+        (without(per_layer_config={"first": {}}), "config.json holds a size that is no number: "),
+        (without(per_layer_config={"0": 3}), "config.json holds a size that is no number: "),
+        (without(num_hidden_layers=0), "config.json holds a size below 1"),
+        (without(intermediate_size=-5), "config.json holds a size below 1"),
+        (without(num_attention_heads=3, num_key_value_heads=-1), "config.json holds a size below 1"),
+        (without(num_attention_heads=60), "config.json holds a size below 1"),  # head_dim 48 // 60
+        (without(head_dim=5), "head_dim 5 is odd; rotary embeddings need an even one"),
+        (without(hidden_size=50, head_dim=8), "hidden_size 50 is not a multiple of num_attention_heads 6, which"),
+        (without(num_key_value_heads=4), "layer 0 has 6 query heads for 4 key-value heads; every layer must have"),
+        (
+            without(per_layer_config={"1": {"num_attention_heads": 4}}),
+            "layer 1 has 4 query heads for 2 key-value heads; every layer must have",
+        ),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else "config",
+)
+def test_what_cannot_be_is_refused(config: dict[str, Any], message: str) -> None:
+    assert refused(config).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**without("model_type")),
+        LlamaConfig(**without("model_type"), attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        LlamaConfig(**without("model_type"), head_dim=6),
+        MistralConfig(**without("model_type", num_attention_heads=10, num_key_value_heads=5), head_dim=4),
+    ],
+    ids=["llama", "biases, tied", "head_dim", "mistral"],
+)
+def test_counts_are_those_of_the_stock_model(config: Any) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shape = shape_from_config(config.to_dict(), "somewhere")
+    assert shape.total_numel() == sum(parameter.numel() for parameter in model.parameters())
+    layers = model.model.layers
+    assert shape.linear_numel() == sum(
+        layer.get_submodule(linear.name).weight.numel() for layer in layers for linear in LINEARS
+    )
+    for linear in LINEARS:
+        assert tuple(layers[0].get_submodule(linear.name).weight.shape) == shape.linear_shape(0, linear)
+
+
+@pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_7B, make_shape([(3, 7), (2, 9)], head_dim=5, queries_per_group=4)])
+def test_a_group_is_what_leaves_with_it(shape: ModelShape) -> None:
+    dense = shape.linear_numel()
+    for kind in KINDS:
+        layer = shape.layers[0]
+        fewer = LayerShape(layer.heads - (kind == "heads"), layer.channels - (kind == "channels"))
+        assert dense - shape.with_layers((fewer, *shape.layers[1:])).linear_numel() == shape.group_numel(kind)
+
+
+def test_sizes_of_known_models() -> None:
+    assert LLAMA_7B.linear_numel() == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert LLAMA_7B.group_numel("heads") == 4 * 128 * 4096
+    assert SMOLLM2.group_numel("heads") == (3 + 3 + 1 + 1) * 64 * 576  # q and o of three query heads, k, v
+    assert SMOLLM2.group_numel("channels") == 3 * 576
+
+
+def test_rows_of_a_group() -> None:
+    """2 of 3 key-value heads with 2 query heads each, head_dim 2."""
+    shape = make_shape([(3, 5)], head_dim=2, queries_per_group=2)
+    keep = LayerKeep(torch.tensor([0, 2]), torch.tensor([1, 4]))
+    rows = {linear.name: keep.rows(shape, linear).tolist() for linear in LINEARS}
+    assert rows["self_attn.q_proj"] == rows["self_attn.o_proj"] == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert rows["self_attn.k_proj"] == rows["self_attn.v_proj"] == [0, 1, 4, 5]
+    assert rows["mlp.gate_proj"] == rows["mlp.up_proj"] == rows["mlp.down_proj"] == [1, 4]
+
+
+def test_biases_shrink_with_their_linear() -> None:
+    config = without(attention_bias=True, mlp_bias=True)
+    shape = shape_from_config(config, "somewhere")
+    names = {name for name in parameter_shapes(shape) if name.endswith("bias")}
+    assert len(names) == 2 * 7
+    smaller = shape.with_layers((LayerShape(1, 90), shape.layers[1]))
+    lost = shape.total_numel() - smaller.total_numel()
+    biases = 8 * (3 + 2) + 10 * 2  # q, k, v of one group; gate and up of ten channels; o and down keep theirs
+    assert lost == shape.linear_numel() - smaller.linear_numel() + biases
