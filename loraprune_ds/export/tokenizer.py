@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from loraprune_ds.model.tokenizer import load_tokenizer
+
 CONFIG_FILE = "tokenizer_config.json"
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing else, in transformers 4 and 5
 TOKENIZER_FILES = (
@@ -28,11 +30,14 @@ TOKENIZER_FILES = (
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copies tokenizer, chat template and generation settings from folder `source` to folder `out` as they are.
 
-    Only what transformers 5 writes and 4.x cannot load gets its older name, which both read.
+    What transformers 5 writes and 4.x cannot load gets its older name, which both read. LLaMA's sentencepiece file, if
+    alone, is joined by the files made of it: from that file alone AutoTokenizer forgets to begin a text with BOS.
     """
     for pattern in TOKENIZER_FILES:
         for path in sorted(source.glob(pattern)):
             shutil.copyfile(path, out / path.name)
+    if (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file():
+        load_tokenizer(source).save_pretrained(out)
     config = _read_config(out)
     portable = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":

@@ -98,7 +98,14 @@ def test_tokenizer_files_are_copied_as_they_are(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     out.mkdir()
-    copied = {"tokenizer.model", "chat_template.jinja", "generation_config.json", "added_tokens.json", "merges.txt"}
+    copied = {
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "generation_config.json",
+        "added_tokens.json",
+        "merges.txt",
+    }
     for name in copied | {"model.safetensors", "config.json", "training_args.bin"}:
         (source / name).write_bytes(b"\x00\xff" + name.encode())
     config = '{"tokenizer_class":  "LlamaTokenizer"}'

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import AutoTokenizer
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.export.tokenizer import copy_tokenizer
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.oracle.models import make_tiny_llama
@@ -111,3 +113,19 @@ def _quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """sentencepiece writes its training log to the terminal."""
     yield
     capfd.readouterr()
+
+
+@pytest.mark.parametrize("tokenizer_config", CONFIGS.values(), ids=CONFIGS)
+def test_an_export_begins_texts_like_the_source(
+    tmp_path: Path, sentencepiece_model: bytes, tokenizer_config: dict[str, Any]
+) -> None:
+    """AutoTokenizer on the exported folder, as users load it; from tokenizer.model alone it forgets BOS."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    write_folder(source, sentencepiece_model, **tokenizer_config)
+    copy_tokenizer(source, out)
+    (out / "config.json").write_text((source / "config.json").read_text())
+    exported, dense = AutoTokenizer.from_pretrained(out), load_tokenizer(source)
+    assert all(exported(text)["input_ids"] == dense(text)["input_ids"] for text in TEXTS)
+    assert exported("x")["input_ids"][0] == BOS
