@@ -1,0 +1,215 @@
+"""PEFT LoRA: the same start everywhere, no silent upcast, and an existing adapter taken over whole or refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from loraprune_ds.config import LoraConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.adapters import (
+    ADAPTER,
+    add_lora,
+    check_adapter,
+    load_adapter,
+    lora_linear,
+    lora_weights,
+    set_features,
+)
+from loraprune_ds.model.build import decoder_layers
+from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.shapes import LINEARS
+from tests.oracle.models import make_lora, make_tiny_llama
+
+CONFIG = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.0)
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes: dict[str, Any] = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 6,
+        "hidden": 24,
+        "ffn": 37,
+        "layers": LAYERS,
+        "vocab": 59,
+    }
+    return make_tiny_llama(tmp_path_factory.mktemp("model"), seed=1, biases=True, **sizes)
+
+
+def wrap(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, config: LoraConfig = CONFIG) -> PeftModel:
+    return add_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), config, seed)
+
+
+def lora_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.fixture
+def adapter(folder: Path, tmp_path: Path) -> Path:
+    """What PEFT itself saves, with random factors."""
+    model = wrap(folder, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+# A fresh one
+
+
+def test_lora_is_on_all_seven_linears_and_only_lora_is_trained(folder: Path) -> None:
+    model = wrap(folder)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(lora_of(model))
+    assert len(trained) == LAYERS * len(LINEARS) * 2
+    for i, layer in enumerate(decoder_layers(model)):
+        for linear in LINEARS:
+            module = lora_linear(layer, linear)
+            a, b = lora_weights(module)
+            out_features, in_features = open_checkpoint(folder).shape.linear_shape(i, linear)
+            assert (a.shape, b.shape) == ((4, in_features), (out_features, 4))
+            assert a.abs().max() > 0
+            assert not b.any()
+            assert module.scaling[ADAPTER] == 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adapters_keep_the_models_dtype(folder: Path, dtype: torch.dtype) -> None:
+    assert {tensor.dtype for tensor in lora_of(wrap(folder, dtype=dtype)).values()} == {dtype}
+
+
+def test_the_start_depends_on_the_seed_alone(folder: Path) -> None:
+    first = lora_of(wrap(folder, seed=3))
+    torch.manual_seed(99)
+    torch.rand(17)
+    again, other = lora_of(wrap(folder, seed=3)), lora_of(wrap(folder, seed=4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
+
+
+def test_dropout_is_where_lora_is(folder: Path) -> None:
+    model = wrap(folder, config=LoraConfig(r=4, lora_alpha=6, lora_dropout=0.5)).train()
+    input_ids = torch.arange(3, 20)[None]
+    for layer in decoder_layers(model):
+        for linear in LINEARS:
+            nn.init.normal_(lora_weights(lora_linear(layer, linear))[1])
+    first, second = (model(input_ids=input_ids).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model(input_ids=input_ids).logits, model(input_ids=input_ids).logits)
+
+
+def test_features_are_told_to_all_wrappers(folder: Path) -> None:
+    module = lora_linear(decoder_layers(wrap(folder))[0], LINEARS[0])
+    set_features(module, 12, 7)
+    a, b = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+    for holder in (module, module.base_layer):
+        assert (holder.out_features, holder.in_features) == (12, 7)  # type: ignore[union-attr]
+    assert (a.in_features, a.out_features, b.in_features, b.out_features) == (7, 4, 4, 12)
+
+
+# An existing one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_taken_over(folder: Path, adapter: Path, dtype: torch.dtype) -> None:
+    check_adapter(adapter, CONFIG)
+    model = wrap(folder, dtype=dtype)
+    load_adapter(model, adapter)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    for name, tensor in lora_of(model).items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, saved[name.replace(".default", "")].to(dtype)), name
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter)
+    if dtype == torch.float32:
+        input_ids = torch.arange(3, 20)[None]
+        assert torch.equal(model.eval()(input_ids=input_ids).logits, stock.eval()(input_ids=input_ids).logits)
+
+
+def edit(adapter: Path, **values: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "IA3"}, "is not a plain LoRA adapter"),
+        ({"use_dora": True}, "is not a plain LoRA adapter"),
+        ({"use_rslora": True}, "is not a plain LoRA adapter"),
+        ({"bias": "all"}, "trained biases and per-module ranks or alphas are not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, "trained biases and per-module ranks or alphas are not supported"),
+        ({"alpha_pattern": {"q_proj": 2}}, "trained biases and per-module ranks or alphas are not supported"),
+        ({"modules_to_save": ["lm_head"]}, "trained modules beside LoRA (modules_to_save) are not supported"),
+        ({"r": 8}, "has r 8; the run config says lora.r 4"),
+        ({"lora_alpha": 16}, "has lora_alpha 16; the run config says lora.lora_alpha 6"),
+        (
+            {"target_modules": ["q_proj", "v_proj"]},
+            "has no LoRA on down_proj, gate_proj, k_proj, o_proj, up_proj; the criterion needs all seven linears",
+        ),
+        ({"target_modules": None}, "has no LoRA on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_does_not_fit(adapter: Path, values: dict[str, Any], message: str) -> None:
+    edit(adapter, **values)
+    with pytest.raises(UserError) as caught:
+        check_adapter(adapter, CONFIG)
+    assert str(adapter) in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_damaged_files(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    for damaged in (content[:-1], content[:50], b"", b"\0" * 100):
+        weights.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged: "):
+            check_adapter(adapter, CONFIG)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors does not exist$"):
+        check_adapter(adapter, CONFIG)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"adapter_config\.json does not exist$"):
+        check_adapter(adapter, CONFIG)
+
+
+def refused(folder: Path, adapter: Path, tensors: dict[str, Tensor]) -> str:
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError) as caught:
+        load_adapter(wrap(folder), adapter)
+    message = str(caught.value)
+    assert "\n" not in message
+    prefix = f"{adapter / 'adapter_model.safetensors'} does not fit the model: "
+    assert message.startswith(prefix)
+    return message.removeprefix(prefix)
+
+
+def test_tensors_that_do_not_fit(folder: Path, adapter: Path) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    missing = {key: tensor for key, tensor in tensors.items() if key != name}
+    assert "layers.1.mlp.up_proj.lora_B" in refused(folder, adapter, missing)
+    wrong = tensors | {name: tensors[name][:5].clone()}
+    assert "size mismatch" in refused(folder, adapter, wrong)
+    third = name.replace("layers.1", "layers.2")
+    assert "layers.2.mlp.up_proj.lora_B" in refused(folder, adapter, tensors | {third: tensors[name].clone()})
+
+
+def test_the_oracles_adapter_has_the_names_of_peft(folder: Path) -> None:
+    """The tests' own writer of adapters and the package speak of the same tensors."""
+    names = {f"base_model.model.model.{name}.default.weight" for name in make_lora(folder, r=4, seed=1)}
+    assert names == set(lora_of(wrap(folder)))
