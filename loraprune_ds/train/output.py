@@ -1,5 +1,6 @@
 """The folder of a run: whether it may be used, and what lies in it."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,17 +39,18 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
 
     Raises:
         UserError: it holds an unfinished run and `--resume` was not given, another run, or something that is no run;
-            or the path to resume from does not exist, or leads elsewhere though `output_dir` holds a run.
+            the path to resume from does not exist, or leads elsewhere though `output_dir` holds a run; or the folder
+            cannot be read or written.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is not a folder")
+    _check_access(folder, os.R_OK | os.X_OK, "readable")
     if resume is not None and resume != "auto" and not Path(resume).is_dir():
         raise UserError(f"--resume {resume}: no such folder")
     status = read_status(folder)
     if status is not None and status.state == "finished":
         _check_same_run(folder, config, NOT_THE_RUN)
         return Start("finished")
+    _check_access(folder, os.W_OK, "writable")
     if resume is not None:
         return _inspect_for_resume(folder, config, None if resume == "auto" else Path(resume))
     if status is not None:
@@ -59,6 +61,15 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
     return Start("fresh")
+
+
+def _check_access(folder: Path, mode: int, what: str) -> None:
+    """Now, rather than when the data of a large run has been prepared."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise UserError(f"output_dir {folder}: {there} is not a folder")
+    if not os.access(there, mode):
+        raise UserError(f"output_dir {folder}: {there} is not {what}")
 
 
 def _inspect_for_resume(folder: Path, config: RunConfig, path: Path | None) -> Start:
