@@ -6,11 +6,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import Source, choose_dtype, find_model, tokenizer_of
+from loraprune_ds.evaluate.models import Source, choose_dtype, find_model
 from loraprune_ds.evaluate.perplexity import Batch, cut_windows, fixed_batches, sliding_batches, tokenize
 from loraprune_ds.evaluate.speed import SpeedPlan
 from loraprune_ds.evaluate.texts import EvaluationText
 from loraprune_ds.evaluate.zeroshot import TaskPlan, check_tasks
+from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.zero.device import check_dtype
 
 TOKENS_PER_BATCH = 2048  # the default batch: enough work at once, and logits of some hundred megabytes
@@ -97,7 +98,7 @@ def _check_candidate(path: str, plan: Plan) -> Candidate:
         if source.adapter:
             raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
     _check_positions(source, plan)
-    tokenizer = tokenizer_of(source)
+    tokenizer = load_tokenizer(source.tokenizer_folder)
     return Candidate(source, dtype, tokenizer, _cut(plan.text.text, tokenizer, plan) if plan.text else [])
 
 

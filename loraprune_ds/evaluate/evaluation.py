@@ -25,10 +25,16 @@ Watch = Callable[[Iterable[int]], Iterable[int]]
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything about one model. `removed_fraction`: of the dense model's parameters, None where that is unknown."""
+    """Everything about one model.
+
+    Attributes:
+        method: criterion and ranking, where the model is of a run.
+        removed_fraction: of the dense model's parameters; None where that is unknown.
+    """
 
     path: str
     kind: str
+    method: str | None
     model_type: str
     dtype: str
     removed_fraction: float | None
@@ -126,6 +132,7 @@ def _describe(candidate: Candidate, window: int, dense: int | None, quality: _Qu
     return Measured(
         path=source.path,
         kind=source.kind,
+        method=source.method,
         model_type=shape.model_type,
         dtype=candidate.dtype,
         removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,

@@ -8,15 +8,15 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel
 
 from loraprune_ds.config import DTYPES, ModelConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.runs import MODEL_FOLDER, REPORT_FILE, STATUS_FILE, read_run_report
 from loraprune_ds.model.build import locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, read_json
-from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
-from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaForCausalLM
+from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralForCausalLM
 
 Kind = Literal["checkpoint", "adapter", "run"]
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
@@ -26,7 +26,6 @@ MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "pruned_mistral": PrunedMistralForCausalLM,
 }
 ADAPTER_FILE = "adapter_config.json"
-STATUS_FILE, REPORT_FILE, MODEL_FOLDER = "status.json", "report.json", "model"  # of a run's folder
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class Source:
         checkpoint: the weights, of an adapter's base without the adapter.
         tokenizer_folder: where its tokenizer is.
         adapter: folder of the LoRA to merge.
-        dense_parameters: of the model a run began with.
+        dense_parameters: of the model a run began with; None if it was no run.
+        method: a run's criterion and ranking.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Source:
     tokenizer_folder: Path
     adapter: Path | None = None
     dense_parameters: int | None = None
+    method: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -80,11 +81,12 @@ def _find_run(path: str, folder: Path) -> Source:
     if status.get("state") != "finished":
         where = f"{status.get('state')} at step {status.get('step')} of {status.get('steps')}"
         raise UserError(f"{path} holds an unfinished run ({where}), which has no {MODEL_FOLDER}/ to evaluate yet")
-    model = folder / MODEL_FOLDER
-    parameters = read_json(folder / REPORT_FILE).get("params")
-    if not isinstance(parameters, dict) or not isinstance(parameters.get("dense"), int):
-        raise UserError(f"{folder / REPORT_FILE} is damaged: it has no params.dense")
-    return Source(path, "run", open_checkpoint(model), model, dense_parameters=parameters["dense"])
+    report, model = folder / REPORT_FILE, folder / MODEL_FOLDER
+    try:
+        dense, method = read_run_report(read_json(report))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{report} is damaged: {error!r}") from None
+    return Source(path, "run", open_checkpoint(model), model, dense_parameters=dense, method=method)
 
 
 def _find_adapter(path: str, folder: Path) -> Source:
@@ -120,14 +122,6 @@ def choose_dtype(source: Source, dtype: str | None) -> str:
     if chosen not in DTYPES:
         raise UserError(f"{source.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
     return chosen
-
-
-def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
-    """Raises UserError if there is none that can be read."""
-    # Else AutoTokenizer, which looks at config.json, asks whether to run the modelling file beside it.
-    AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
-    AutoConfig.register("pruned_mistral", PrunedMistralConfig, exist_ok=True)
-    return load_tokenizer(source.tokenizer_folder)
 
 
 def load_model(source: Source, dtype: str, device: torch.device) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from typing import Any
 
 from loraprune_ds.evaluate.candidates import Plan
 from loraprune_ds.evaluate.evaluation import Measured
+from loraprune_ds.evaluate.zeroshot import mean_accuracy
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 
@@ -102,6 +103,9 @@ def _task_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
             if filtered and not metric.endswith("_stderr"):
                 name = f"{task} {metric}" + (f" ({filtered})" if filtered != "none" else "")
                 yield name, [_metric(result[task], metric, filtered) for result in results], ""
+    means = [mean_accuracy(model["tasks"]) for model in models]
+    if len(results[0]) > 1 and None not in means:
+        yield "mean acc", [f"{mean:.4f}" for mean in means], ""
 
 
 def _metric(metrics: dict[str, Any], metric: str, filtered: str) -> str:

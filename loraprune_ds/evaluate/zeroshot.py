@@ -7,11 +7,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.errors import UserError
+
+if TYPE_CHECKING:  # launch/compare.py reads results and need not wait for it
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), under lm-eval's names.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -48,8 +49,8 @@ def check_tasks(plan: TaskPlan) -> None:
 
 def run_tasks(
     plan: TaskPlan,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,
     *,
     rank: int = 0,
@@ -80,6 +81,12 @@ def run_tasks(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--tasks {' '.join(plan.names)}: {reason}") from error
     return {"results": found["results"], "settings": _settings(found)} if rank == 0 else None
+
+
+def mean_accuracy(tasks: dict[str, Any]) -> float | None:
+    """The mean of plain accuracy ("acc") over the tasks that have one; None if none has."""
+    accuracies = [metrics["acc,none"] for metrics in tasks["results"].values() if "acc,none" in metrics]
+    return sum(accuracies) / len(accuracies) if accuracies else None
 
 
 def _settings(found: dict[str, Any]) -> dict[str, Any]:

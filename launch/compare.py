@@ -1,0 +1,61 @@
+"""Puts results side by side: one table, and one picture of quality against the true removed fraction.
+
+launch/compare.py runs/lora runs/magnitude pruned.json --picture comparison.png
+
+RUN is the folder of a finished run or what launch/evaluate.py --json printed; a result of the latter has a removed
+fraction if it was evaluated with --dense or is the folder of a run.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+try:
+    from loraprune_ds.errors import UserError
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are told like any other wrong input: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", metavar="RUN", nargs="+", type=Path)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw a picture too (.png, .pdf or .svg)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 2 for unusable input."""
+    try:
+        compare(parse_arguments())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from loraprune_ds.evaluate.compare import comparison_table, read_results
+    from loraprune_ds.evaluate.compare_picture import draw_comparison
+
+    results = read_results(arguments.results)
+    if arguments.picture:
+        draw_comparison(arguments.picture, results)
+    if arguments.json:
+        print(json.dumps({"results": [asdict(result) for result in results]}, indent=2, allow_nan=False))
+    else:
+        print(comparison_table(results), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
