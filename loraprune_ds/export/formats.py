@@ -9,7 +9,7 @@ from loraprune_ds.checkpoint.files import numbered, step_folder
 from loraprune_ds.checkpoint.load import check_saved
 from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.from_checkpoint import Unmerged, write_base_and_adapter, write_merged
+from loraprune_ds.export.from_checkpoint import BASE, Unmerged, write_base_and_adapter, write_merged
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, publish
@@ -17,6 +17,18 @@ from loraprune_ds.export.model_card import retell_model_card
 from loraprune_ds.model.checkpoint import open_checkpoint, read_json
 
 STATUS_FILE, MODEL_FOLDER, CHECKPOINTS_FOLDER = "status.json", "model", "checkpoints"  # of a run's folder
+HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, for further tuning.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+base = AutoModelForCausalLM.from_pretrained(f"{{folder}}/base", dtype="auto"{trust})
+model = PeftModel.from_pretrained(base, f"{{folder}}/adapter", is_trainable=True)
+tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/base"{trust})
+```
+"""
 HOW_TO_LOAD_GGUF = """`{file}` is the {dtype} model as {precision}, for llama.cpp (architecture `{arch}`).
 
 ```python
@@ -106,6 +118,9 @@ def _adapter(source: Source, folder: Path) -> list[str]:
         raise UserError(f"{source.name} has no checkpoint with its LoRA apart; formats that can: {others}")
     unmerged, remarks = _open_newest(source.checkpoints)
     write_base_and_adapter(unmerged, folder)
+    trust = ", trust_remote_code=True" if unmerged.exported.trust_remote_code else ""
+    # A finished run knows more about its result than its checkpoint.
+    retell_model_card(source.model or folder / BASE, folder, HOW_TO_LOAD_ADAPTER.format(trust=trust))
     return remarks
 
 

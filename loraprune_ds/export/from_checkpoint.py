@@ -22,19 +22,6 @@ from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.model.shards import shard_count, write_index, write_shard
 
 BASE, ADAPTER = "base", "adapter"
-HOW_TO_LOAD = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, so that tuning can go on.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/this/folder"
-base = AutoModelForCausalLM.from_pretrained(f"{{folder}}/base", dtype="auto"{trust})
-model = PeftModel.from_pretrained(base, f"{{folder}}/adapter", is_trainable=True)
-tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/base"{trust})
-```
-"""
-
 Change = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]  # of a layer's frozen tensors before they are written
 
 
@@ -81,8 +68,6 @@ def write_base_and_adapter(source: Unmerged, folder: Path) -> None:
     """Writes `base/`, a Hugging Face checkpoint without LoRA, and `adapter/`, the fp32 LoRA as PEFT reads it."""
     (folder / BASE).mkdir()
     _write_model(source, folder / BASE, lambda layer, tensors: tensors)
-    trust = ", trust_remote_code=True" if source.exported.trust_remote_code else ""
-    retell_model_card(folder / BASE, folder, HOW_TO_LOAD.format(trust=trust))
     retell_model_card(folder / BASE, folder / BASE, "This base has no LoRA in it: see the folder above.\n")
     _write_adapter(source, folder / ADAPTER)
 

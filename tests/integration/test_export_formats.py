@@ -1,0 +1,252 @@
+"""launch/export.py on a tiny run: every format in the hands of the library that reads it."""
+
+import io
+import json
+import runpy
+import shutil
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from gguf import GGUFReader
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from loraprune_ds.config import LoraConfig
+from loraprune_ds.model.adapters import check_adapter
+from loraprune_ds.model.checkpoint import open_checkpoint
+from tests.gguf_cases import byte_level_tokenizer
+from tests.integration.launching import ROOT, Ended, launch, read_json, run_to_end, write_config, write_text
+from tests.oracle.models import make_tiny_llama
+
+EXPORT = ROOT / "launch" / "export.py"
+VOCAB, STEPS = 320, 6
+PROMPT = torch.arange(60).view(3, 20) * 7 % 300
+SAME = 1e-5  # fp32; the LoRA is added in another order than it was merged in
+
+
+@dataclass
+class Run:
+    """A finished run, cut after steps 3 and 5, with a checkpoint of steps 4 and 6."""
+
+    folder: Path
+    source: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("export")
+    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 64, "layers": 3}
+    source = make_tiny_llama(root / "dense", vocab=VOCAB, seed=3, tie=True, biases=True, **sizes)
+    byte_level_tokenizer(source, VOCAB)
+    write_text(root / "text.txt", 6_000)
+    config = {
+        "output_dir": str(root / "run"),
+        "model": {"path": str(source), "dtype": "float32"},
+        "lora": {"r": 4, "lora_dropout": 0.0},
+        "data": {"path": str(root / "text.txt"), "window": 32, "held_out_fraction": 0.2},
+        "prune": {"ratio": 0.35, "ranking": "global", "prune_every": 2, "protected_first": 0, "protected_last": 0}
+        | {"warmup_fraction": 0.2, "cooldown_fraction": 0.2},
+        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
+        "evaluate": {"window": 32, "max_windows": 4},
+        "checkpoint": {"every": 4},
+    }
+    arguments = ["--config", str(write_config(root / "run.yaml", config))]
+    ended = launch(arguments, launcher="python", ranks=1, cwd=root)
+    assert ended.code == 0, ended.everything
+    return Run(root / "run", source)
+
+
+def export(*arguments: str | Path) -> Ended:
+    """launch/export.py in this process, which has the imports already."""
+    out, err = io.StringIO(), io.StringIO()
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [str(EXPORT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(EXPORT), run_name="__main__")
+    return Ended(cast(int, ended.value.code), out.getvalue(), err.getvalue(), time.monotonic() - began)
+
+
+def exported(source: Path, name: str, out: Path) -> Path:
+    ended = export(source, "--format", name, "--out", out)
+    assert ended.code == 0, ended.everything
+    assert ended.out.splitlines()[-1] == f"{name}: {out}"
+    assert not list(out.parent.glob(".*.partial"))
+    return out
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(PROMPT).logits
+
+
+@pytest.fixture(scope="module")
+def adapter(run: Run) -> Path:
+    return exported(run.folder, "adapter", run.folder.parent / "adapter")
+
+
+def test_base_and_adapter_give_the_merged_model(run: Run, adapter: Path) -> None:
+    base = load(adapter / "base")
+    without = logits(base)
+    model = PeftModel.from_pretrained(base, str(adapter / "adapter"))
+    merged = logits(load(run.model))
+    torch.testing.assert_close(logits(model), merged, rtol=0, atol=SAME)
+    assert (without - merged).abs().max() > 100 * SAME, "the LoRA has to matter"
+    again = model.merge_and_unload()
+    for name, tensor in read_tensors(run.model).items():
+        torch.testing.assert_close(again.get_parameter(name).detach(), tensor, rtol=0, atol=1e-6)
+
+
+def test_tuning_goes_on_from_base_and_adapter(run: Run, adapter: Path) -> None:
+    model = PeftModel.from_pretrained(load(adapter / "base"), str(adapter / "adapter"), is_trainable=True).train()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trainable) == 3 * 7 * 2
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(PROMPT, labels=PROMPT).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_run_can_start_from_base_and_adapter(adapter: Path) -> None:
+    assert open_checkpoint(adapter / "base").shape.layers
+    check_adapter(adapter / "adapter", LoraConfig(r=4))
+
+
+def test_the_finished_model_is_copied(run: Run, tmp_path: Path) -> None:
+    """By a process of its own: one line, and the result in the folder it was started from."""
+    ended = run_to_end([sys.executable, str(EXPORT), str(run.folder)], cwd=tmp_path)
+    assert (ended.code, ended.out, ended.err) == (0, "hf: run-hf\n", ""), ended.everything
+    out = tmp_path / "run-hf"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in run.model.iterdir()
+    }
+
+
+def test_the_last_checkpoint_is_the_finished_model(run: Run, tmp_path: Path) -> None:
+    out = exported(run.folder / "checkpoints" / f"step-{STEPS}", "hf", tmp_path / "hf")
+    assert read_json(out / "config.json") == read_json(run.model / "config.json")
+    expected = read_tensors(run.model)
+    found = read_tensors(out)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+@pytest.fixture
+def unfinished(run: Run, tmp_path: Path) -> Path:
+    """The run as it was after step 4."""
+    folder = tmp_path / "unfinished"
+    shutil.copytree(run.folder, folder)
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoints" / f"step-{STEPS}")
+    status = read_json(folder / "status.json") | {"state": "stopped", "step": 4}
+    (folder / "status.json").write_text(json.dumps(status))
+    return folder
+
+
+def test_an_unfinished_run_gives_its_newest_checkpoint(run: Run, unfinished: Path, tmp_path: Path) -> None:
+    ended = export(unfinished, "--out", tmp_path / "hf")
+    assert ended.code == 0, ended.everything
+    assert "taken from step-4" in ended.out
+    shape, last = (open_checkpoint(folder).shape for folder in (tmp_path / "hf", run.model))
+    dense = open_checkpoint(run.source).shape
+    assert dense.linear_numel() > shape.linear_numel() > last.linear_numel()
+    assert torch.isfinite(logits(load(tmp_path / "hf"))).all()
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)("the import statement").input_ids
+    assert tokens == AutoTokenizer.from_pretrained(run.source)("the import statement").input_ids
+    assert "4 optimizer steps" in (tmp_path / "hf" / "README.md").read_text()
+    exported(unfinished, "gguf-f16", tmp_path / "gguf")
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"README.md", "unfinished-f16.gguf"}
+
+
+def test_a_damaged_checkpoint_is_passed_over(run: Run, unfinished: Path, tmp_path: Path) -> None:
+    steps = unfinished / "checkpoints"
+    shutil.copytree(steps / "step-4", steps / "step-5")
+    (steps / "step-5" / "layer-00001.safetensors").write_bytes(b"")
+    ended = export(unfinished, "--out", tmp_path / "hf")
+    assert ended.code == 0, ended.everything
+    assert "step-5 cannot be used" in ended.out
+    assert "taken from step-4" in ended.out
+    (steps / "step-4" / "layer-00001.safetensors").write_bytes(b"")
+    check_error(export(unfinished, "--out", tmp_path / "again"), "layer-00001.safetensors is damaged")
+
+
+@pytest.mark.parametrize("precision", ["f16", "q8_0"])
+def test_gguf(run: Run, precision: str, tmp_path: Path) -> None:
+    out = exported(run.folder, f"gguf-{precision}", tmp_path / "gguf")
+    reader = GGUFReader(out / f"run-{precision}.gguf")
+    architecture = reader.get_field("general.architecture")
+    assert architecture is not None
+    assert architecture.contents() == "deci"
+    assert len(reader.tensors) == len(read_tensors(run.model))
+
+
+def test_every_format_has_the_same_card(run: Run, adapter: Path, tmp_path: Path) -> None:
+    report = read_json(run.folder / "report.json")
+    gguf = exported(run.folder, "gguf-f16", tmp_path / "gguf")
+    how = {run.model: "LoRA merged", adapter: "PeftModel.from_pretrained", gguf: 'Llama("path/to/run-f16.gguf")'}
+    for folder, words in how.items():
+        card = (folder / "README.md").read_text()
+        for number in (report["params"]["dense"], report["params"]["pruned"]):
+            assert f"{number:,}" in card
+        assert f"{report['params']['removed_fraction']:.2%}" in card
+        for name in ("dense", "pruned"):
+            assert f"{report['perplexity'][name]:.2f}" in card
+        assert f"{STEPS} optimizer steps" in card
+        assert words in card
+        assert card.count("## Load it") == 1
+
+
+def check_error(ended: Ended, message: str) -> None:
+    assert ended.code == 2, ended.everything
+    assert ended.out == ""
+    assert len(ended.err.splitlines()) == 1, ended.err
+    assert message in ended.err
+
+
+def test_bad_input_is_one_line(run: Run, unfinished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    check_error(export(tmp_path / "nowhere", "--out", out), "nowhere is no folder")
+    check_error(export(tmp_path, "--out", out), "holds no run, checkpoint or model")
+    check_error(
+        export(run.model, "--format", "adapter", "--out", out),
+        "model has no checkpoint with its LoRA apart; formats that can: hf, gguf-f16, gguf-q8_0",
+    )
+    check_error(export(run.folder, "--out", unfinished), "exists already")
+    shutil.rmtree(unfinished / "checkpoints")
+    check_error(
+        export(unfinished, "--out", out), "holds an unfinished run (stopped at step 4 of 6) without a checkpoint"
+    )
+    model = tmp_path / "model"
+    shutil.copytree(run.model, model)
+    (model / "tokenizer.json").unlink()
+    check_error(export(model, "--format", "gguf-f16", "--out", out), "has no tokenizer")
+    next(model.glob("*.safetensors")).write_bytes(b"no")
+    check_error(export(model, "--out", out), "is damaged")
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
