@@ -9,8 +9,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loraprune_ds.zero.comm import Communicator
+if TYPE_CHECKING:
+    from loraprune_ds.zero.comm import Communicator
 
 INTERVAL = 1.0  # seconds
 GRACE = 15.0  # for a rank that lost another to end with a traceback of its own
@@ -20,7 +22,7 @@ PARENT = os.getppid()  # at import: a launcher killed while the model loads is n
 class Watch(threading.Thread):
     """Runs until `close`; started by the constructor, which is collective."""
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: "Communicator") -> None:
         super().__init__(name="watch", daemon=True)
         self._rank = comm.rank
         here = _pid_namespace()

@@ -1,246 +1,200 @@
-"""A Hugging Face folder: read piece by piece exactly, and refused in one line when anything about it is wrong."""
+"""Folders that appear whole or not at all, whatever a killed process left."""
 
 import json
-import random
-import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from loraprune_ds.checkpoint import files
+from loraprune_ds.checkpoint.save import drop_old
+from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, ShapeSource, read_state, state_text
 from loraprune_ds.errors import UserError
-from loraprune_ds.model import checkpoint
-from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes, read_json
-from tests.oracle.models import make_tiny_llama
-
-SIZES: dict[str, Any] = {
-    "heads": 4,
-    "kv_heads": 2,
-    "head_dim": 6,
-    "hidden": 24,
-    "ffn": 37,
-    "layers": 3,
-    "vocab": 59,
-    "seed": 1,
-}
-WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("original"), **SIZES)
+def make_state(step: int, shape: str) -> RunState:
+    return RunState(
+        step=step,
+        adam_step=step,
+        schedule={"last_epoch": step},
+        loss_scale={},
+        kept=[([0, 2], [1, 3, 4])],
+        updates_since_cut=1,
+        cuts=0,
+        shape=ShapeSource(shape, "abc", is_source=not shape.startswith("shape-")),
+        resumed_from=[3],
+        config={"seed": 0},
+    )
 
 
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(original, tmp_path / "model"))
+def make_step(root: Path, step: int, shape: str) -> Path:
+    target = files.step_folder(root, step)
+    staging = files.begin(target)
+    (staging / STATE_FILE).write_text(state_text(make_state(step, shape)))
+    files.write_manifest(staging, {STATE_FILE: files.seal(staging / STATE_FILE)})
+    files.publish(target)
+    return target
 
 
-def refused(folder: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        open_checkpoint(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(folder) in message
-    return message.replace(f"{folder}/", "").replace(str(folder), "FOLDER")
+def make_shape(root: Path, number: int) -> Path:
+    folder = root / f"shape-{number}"
+    folder.mkdir(parents=True)
+    return folder
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
 
 
-def save(folder: Path, tensors: dict[str, Tensor], name: str = "model.safetensors") -> None:
-    save_file(tensors, folder / name, {"format": "pt"})
+def test_nothing_has_its_name_before_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "step-4"
+    staging = files.begin(target)
+    (staging / "a").write_text("1")
+    files.write_manifest(staging, {"a": files.seal(staging / "a")})
+    assert files.numbered(tmp_path, "step") == []
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    files.publish(target)
+    assert names(tmp_path) == ["step-4"]
+    files.verify(target)
 
 
-def edit_config(folder: Path, **values: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def test_what_a_killed_save_left_is_not_mixed_in(tmp_path: Path) -> None:
+    (files.begin(tmp_path / "step-4") / "old").write_text("half")
+    staging = files.begin(tmp_path / "step-4")
+    assert list(staging.iterdir()) == []
 
 
-def split(folder: Path) -> Path:
-    """Two shards and an index, like the checkpoints of larger models."""
-    tensors = tensors_of(folder)
-    names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for shard, members in shards.items():
-        save(folder, {name: tensors[name] for name in members}, shard)
-    (folder / "model.safetensors").unlink()
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {name: shard for shard, names in shards.items() for name in names}}))
-    return index
-
-
-# Reading
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"tie": True},
-        {"biases": True},
-        {"model_type": "mistral", "heads": 3, "kv_heads": 1},
-    ],
-    ids=str,
-)
-def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings: dict[str, Any]) -> None:
-    folder = make_tiny_llama(tmp_path, **{**SIZES, **settings})
-    stock = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    if settings.get("tie"):
-        del stock["lm_head.weight"]
-    found = open_checkpoint(folder)
-    assert parameter_shapes(found.shape) == {name: tuple(tensor.shape) for name, tensor in stock.items()}
-    assert set(found.files) == set(stock)
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("chunk", [1, 50, 1 << 24])
-def test_read_flat_is_a_slice_of_the_flat_tensor(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool, chunk: int
+def test_a_file_and_the_name_are_on_the_disk_before_anything_relies_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "READ_CHUNK", chunk)
-    expected = tensors_of(folder)
-    if sharded:
-        split(folder)
-    opened, draw = open_checkpoint(folder), random.Random(chunk)
-    for _ in range(150):
-        name = draw.choice(sorted(expected))
-        numel = expected[name].numel()
-        start, end = sorted((draw.randint(0, numel), draw.randint(0, numel)))
-        dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
-        piece = opened.read_flat(name, start, end, dtype)
-        assert piece.dtype == dtype
-        assert torch.equal(piece, expected[name].reshape(-1)[start:end].to(dtype)), (name, start, end)
+    synced: list[str] = []
+    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
+    make_step(tmp_path, 4, "shape-1")
+    assert synced == [STATE_FILE, files.MANIFEST, ".step-4.partial", tmp_path.name]
 
 
-@pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16, torch.float16])
-def test_every_float_type_on_disk_can_be_read(folder: Path, stored: torch.dtype) -> None:
-    tensors = {name: tensor.to(stored) for name, tensor in tensors_of(folder).items()}
-    save(folder, tensors)
-    piece = open_checkpoint(folder).read_flat(WEIGHT, 10, 500, torch.float32)
-    assert torch.equal(piece, tensors[WEIGHT].reshape(-1)[10:500].float())
+def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step(tmp_path, 4, "shape-1")
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            files.remove(step)
+    assert files.numbered(tmp_path, "step") == []
+    files.remove(make_step(tmp_path, 4, "shape-1"))
+    assert names(tmp_path) == []
 
 
-def test_all_pieces_of_all_ranks_make_up_the_tensor(folder: Path) -> None:
-    opened, expected = open_checkpoint(folder), tensors_of(folder)[WEIGHT].reshape(-1)
-    size = -(-len(expected) // 7)
-    pieces = [
-        opened.read_flat(WEIGHT, min(r * size, len(expected)), min((r + 1) * size, len(expected)), torch.float32)
-        for r in range(7)
-    ]
-    assert torch.equal(torch.cat(pieces), expected)
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
 
 
-def test_what_the_model_does_not_need_is_ignored(folder: Path) -> None:
-    save(folder, tensors_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
-    save(folder, {"base_model.model.x": torch.ones(2)}, "adapter_model.safetensors")
-    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_checkpoint(folder).files
-
-
-# Damage
-
-
-@pytest.mark.parametrize("left", [0, 3, 100, -1, -4000])
-def test_a_truncated_file(folder: Path, left: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:left])
-    assert refused(folder).startswith("model.safetensors is damaged: ")
-
-
-def test_a_file_of_garbage(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(5000))
-    assert refused(folder).startswith("model.safetensors is damaged: ")
-
-
-def test_a_missing_tensor(folder: Path) -> None:
-    tensors = tensors_of(folder)
-    del tensors[WEIGHT]
-    save(folder, tensors)
-    assert refused(folder) == f"FOLDER: tensor {WEIGHT} is missing"
-
-
-def test_a_missing_bias_that_the_config_promises(folder: Path) -> None:
-    edit_config(folder, attention_bias=True)
-    assert refused(folder) == "FOLDER: tensor model.layers.0.self_attn.q_proj.bias is missing"
-
-
-def test_a_tensor_of_another_shape(folder: Path) -> None:
-    tensors = tensors_of(folder)
-    tensors[WEIGHT] = tensors[WEIGHT].t().contiguous()
-    save(folder, tensors)
-    assert refused(folder) == f"model.safetensors: {WEIGHT} has shape [24, 37]; config.json says [37, 24]"
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"0")
 
 
 @pytest.mark.parametrize(
-    ("stored", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8")]
-)
-def test_a_quantized_tensor(folder: Path, stored: torch.dtype, name: str) -> None:
-    """bitsandbytes and fp8 checkpoints keep a weight's shape; read as it is it would be nonsense."""
-    tensors = tensors_of(folder)
-    tensors[WEIGHT] = tensors[WEIGHT].to(stored)
-    save(folder, tensors)
-    assert refused(folder) == f"model.safetensors: {WEIGHT} is stored as {name}; quantized weights cannot be pruned"
-
-
-def test_a_missing_shard(folder: Path) -> None:
-    split(folder)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    assert refused(folder) == "model-00002-of-00002.safetensors is missing; model.safetensors.index.json names it"
-
-
-def test_a_damaged_shard(folder: Path) -> None:
-    split(folder)
-    path = folder / "model-00001-of-00002.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert refused(folder).startswith("model-00001-of-00002.safetensors is damaged: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
+    ("damage", "name", "word"),
     [
-        ("{", "model.safetensors.index.json is not valid JSON: "),
-        ("[]", "model.safetensors.index.json must hold a JSON object"),
-        ("{}", "model.safetensors.index.json has no weight_map"),
-        ('{"weight_map": ["a"]}', "model.safetensors.index.json has no weight_map"),
-        ('{"weight_map": {"a": 7}}', "7 is missing; model.safetensors.index.json names it"),
-        ('{"weight_map": {}}', "FOLDER has no safetensors files"),
+        (flip, "b", "damaged"),
+        (lengthen, "b", "damaged"),
+        (Path.unlink, "b", "missing"),
+        (Path.unlink, files.MANIFEST, "missing"),
+        (flip, files.MANIFEST, "damaged"),
+        (lambda path: path.write_text('{"files": {"a": 3}}'), files.MANIFEST, "damaged"),
     ],
 )
-def test_a_wrong_index(folder: Path, text: str, message: str) -> None:
-    split(folder).write_text(text)
-    assert refused(folder).startswith(message)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_damage_is_named_by_some_reader(
+    tmp_path: Path, damage: Callable[[Path], object], name: str, word: str, parts: int
+) -> None:
+    staging = files.begin(tmp_path / "step-1")
+    for file in "abc":
+        (staging / file).write_text(file)
+    files.write_manifest(staging, {file: files.seal(staging / file) for file in "abc"})
+    files.publish(tmp_path / "step-1")
+    damage(tmp_path / "step-1" / name)
+    lines = []
+    for part in range(parts):
+        try:
+            files.verify(tmp_path / "step-1", part=part, parts=parts)
+        except UserError as error:
+            lines.append(str(error))
+    assert lines
+    assert all(str(tmp_path / "step-1" / name) in line and word in line and "\n" not in line for line in lines)
 
 
-def test_no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    assert refused(folder) == "FOLDER has no safetensors files"
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    assert refused(folder) == "FOLDER has no safetensors files (.bin checkpoints must be saved as safetensors first)"
+def test_old_steps_go_and_shapes_that_none_names(tmp_path: Path) -> None:
+    for number, step in enumerate((4, 8, 12, 16)):
+        make_step(tmp_path, step, f"shape-{number // 2}")
+    for number in (0, 1, 2):
+        make_shape(tmp_path, number)
+    drop_old(tmp_path, 16, keep_last=3)
+    assert names(tmp_path) == ["shape-0", "shape-1", "step-12", "step-16", "step-8"]
+    drop_old(tmp_path, 16, keep_last=2)
+    assert names(tmp_path) == ["shape-1", "step-12", "step-16"]
 
 
-def test_an_adapters_folder_is_no_model(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    assert refused(folder) == "FOLDER has no safetensors files"
+def test_what_belongs_to_a_course_the_run_has_left_goes(tmp_path: Path) -> None:
+    for step in (4, 8, 12, 16):
+        make_step(tmp_path, step, "shape-1")
+    make_shape(tmp_path, 1)
+    make_shape(tmp_path, 2)
+    drop_old(tmp_path, 8, keep_last=2)
+    assert names(tmp_path) == ["shape-1", "step-4", "step-8"]
 
 
-def test_no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    assert refused(folder) == "config.json does not exist"
+def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
+    make_step(tmp_path, 4, "/models/source")
+    for name in (".step-8.partial", ".shape-1.partial", ".step-2.removed"):
+        (tmp_path / name).mkdir()
+    drop_old(tmp_path, 4, keep_last=1)
+    assert names(tmp_path) == ["step-4"]
+
+
+def test_no_shape_goes_while_a_step_cannot_say_which_it_names(tmp_path: Path) -> None:
+    (make_step(tmp_path, 4, "shape-0") / STATE_FILE).write_text("{")
+    make_step(tmp_path, 8, "shape-1")
+    make_shape(tmp_path, 0)
+    make_shape(tmp_path, 1)
+    drop_old(tmp_path, 8, keep_last=2)
+    assert names(tmp_path) == ["shape-0", "shape-1", "step-4", "step-8"]
+
+
+def test_steps_are_numbers(tmp_path: Path) -> None:
+    for name in ("step-10", "step-9", "step-x", "step-", ".step-11.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-12").write_text("a file")
+    assert files.numbered(tmp_path, "step") == [9, 10]
+    assert files.numbered(tmp_path / "nowhere", "step") == []
+
+
+def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    state = make_state(7, "shape-2")
+    (tmp_path / STATE_FILE).write_text(state_text(state))
+    assert read_state(tmp_path) == state
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"{", "is not valid JSON"), (b"\xff\xfe{}", "is not valid JSON"), (b"3", "must hold a JSON object")],
+    ("change", "words"),
+    [
+        ({"format": FORMAT + 1}, f"has format {FORMAT + 1}; this version of loraprune_ds reads up to {FORMAT}"),
+        ({"format": None}, "missing or damaged"),
+        ({"surprise": 1}, "a field is missing or unknown"),
+        ({"kept": 3}, "a field is missing or unknown"),
+        ({"shape": {}}, "a field is missing or unknown"),
+    ],
 )
-def test_json_that_is_none(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "x.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} {message}"):
-        read_json(path)
+def test_another_state_is_refused_in_one_line(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    raw = json.loads(state_text(make_state(7, "shape-2"))) | change
+    (tmp_path / STATE_FILE).write_text(json.dumps(raw))
+    with pytest.raises(UserError) as caught:
+        read_state(tmp_path)
+    assert str(tmp_path / STATE_FILE) in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,132 @@
+"""Whole runs inside pool workers: started, stopped at some step, taken up again; and what their checkpoints hold."""
+
+import gc
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import load_config
+from loraprune_ds.errors import UserError
+from loraprune_ds.train.checkpoints import find_saved
+from loraprune_ds.train.output import inspect_output
+from loraprune_ds.train.run import run
+from loraprune_ds.train.stop import NOTHING, STOP, Requests
+from loraprune_ds.zero.comm import Communicator
+from tests.oracle.models import make_tiny_llama
+
+STEPS = 20
+CUTS = [7, 12, 17, 18]
+
+
+def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A tiny model, text and config in `folder`; `sections` add to those of the config. Adam's epsilon is 1e-3 for the
+    reason told in tests/numerics/test_sharded_equals_dense.py."""
+    make_tiny_llama(
+        folder / "source", heads=8, kv_heads=4, head_dim=8, hidden=64, ffn=93, layers=3, vocab=97, seed=1, biases=True
+    )
+    words = random.Random(0)
+    names = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
+    lines = (" ".join(words.choice(names) for _ in range(12)) for _ in range(200))
+    (folder / "text.txt").write_text("\n".join(lines))
+    config: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder / "source"), "dtype": "float32"},
+        "lora": {"r": 4, "lora_dropout": 0.1},
+        "data": {"path": str(folder / "text.txt"), "window": 24},
+        "prune": {"ratio": 0.4, "prune_every": 5, "protected_first": 0, "protected_last": 0},
+        "train": {
+            "steps": STEPS,
+            "global_batch_size": 6,
+            "micro_batch_size": 1,
+            "learning_rate": 5e-3,
+            "adam_epsilon": 1e-3,
+        },
+        "evaluate": {"window": 24, "max_windows": 4},
+        "checkpoint": {"every": 1, "keep_last": STEPS},
+        "logging": {"progress": False, "tensorboard": False},
+    }
+    for section, values in sections.items():
+        config[section] |= values
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(folder / "out"), **config}))
+    return path
+
+
+def config_for(path: Path, out: Path, *changes: str) -> RunConfig:
+    return load_config(str(path), [f"output_dir={out}", *changes])
+
+
+def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None = None) -> bool:
+    """On every rank: the run, or the rest of it, asked to stop during step `stop_at`."""
+    gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
+
+    def pending(requests: Requests) -> int:
+        status = json.loads((Path(config.output_dir) / "status.json").read_text())
+        return STOP if stop_at is not None and status["step"] >= stop_at - 1 else NOTHING
+
+    with mock.patch.object(Requests, "pending", pending):
+        return run(config, Communicator(), inspect_output(config, resume))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a start would go on from."""
+
+    step: int | None
+    warnings: list[str]
+    error: str | None = None
+    exit_code: int = 0
+
+
+def find_here(config: RunConfig, resume: str) -> Found:
+    warnings: list[str] = []
+    try:
+        saved = find_saved(inspect_output(config, resume), config, Communicator(), warnings)
+    except UserError as error:
+        return Found(None, warnings, str(error), error.exit_code)
+    return Found(saved.state.step if saved else None, warnings)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors and masks of one checkpoint: LoRA masters and moments of all layers, moving averages, kept groups."""
+
+    lora: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    kept: list[Any]
+
+
+def contents(out: Path, step: int) -> Contents:
+    folder = out / "checkpoints" / f"step-{step}"
+    lora = {
+        f"{path.stem}.{name}": tensor
+        for path in sorted(folder.glob("layer-*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    scores = folder / "scores.safetensors"
+    return Contents(lora, load_file(scores) if scores.exists() else {}, read_state(out, step)["kept"])
+
+
+def read_state(out: Path, step: int) -> dict[str, Any]:
+    return json.loads((out / "checkpoints" / f"step-{step}" / "state.json").read_text())
+
+
+def metrics(out: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(out: Path) -> list[float]:
+    steps = metrics(out, "step")
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))  # each step once
+    return [step["loss"] for step in steps]

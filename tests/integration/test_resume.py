@@ -1,0 +1,262 @@
+"""A run that was stopped and taken up again is the run that never stopped.
+
+At the same world size every number is computed by the same operations in the same order, so everything is compared
+bit by bit, with dropout on. On another number of ranks sums are taken in another order: 1e-5, with dropout off, for the
+reasons told in tests/numerics/test_sharded_equals_dense.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.resuming import (
+    CUTS,
+    STEPS,
+    Contents,
+    config_for,
+    contents,
+    find_here,
+    losses,
+    metrics,
+    read_state,
+    run_here,
+    write_run,
+)
+from tests.ranks import RankPool
+
+TOLERANCE = 1e-5
+NO_DROPOUT = ("lora.lora_dropout=0", "checkpoint.every=null")
+STOPS = [CUTS[0] - 1, CUTS[1], CUTS[3] + 1]  # before a cut, at one, and after one
+
+
+def assert_bitwise(found: Contents, expected: Contents) -> None:
+    assert found.kept == expected.kept
+    for ours, theirs in ((found.lora, expected.lora), (found.scores, expected.scores)):
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks that was never stopped, with a checkpoint of every step; its config lies beside it."""
+    folder = tmp_path_factory.mktemp("straight")
+    ranks.run(2, run_here, config_for(write_run(folder), folder / "out"))
+    return folder / "out"
+
+
+@pytest.fixture
+def again(straight: Path) -> Path:
+    return straight.parent / "config.yaml"
+
+
+def test_the_straight_run_is_worth_comparing_with(straight: Path) -> None:
+    last = contents(straight, STEPS)
+    assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
+    assert len(last.lora) == 3 * 7 * 2 * 3
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in last.lora.values())
+    assert len({tuple(heads) for heads, _ in last.kept}) > 1
+
+
+def test_stopped_before_at_and_after_a_cut(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:
+    config = config_for(again, tmp_path / "out", "checkpoint.every=null")
+    for i, stop in enumerate(STOPS):
+        assert ranks.run(2, run_here, config, "auto" if i else None, stop) == [False, False]
+        assert json.loads((tmp_path / "out/status.json").read_text())["state"] == "stopped"
+        assert_bitwise(contents(tmp_path / "out", stop), contents(straight, stop))
+    assert ranks.run(2, run_here, config, "auto") == [True, True]
+
+    assert_bitwise(contents(tmp_path / "out", STEPS), contents(straight, STEPS))
+    assert losses(tmp_path / "out") == losses(straight)
+    assert read_state(tmp_path / "out", STEPS)["resumed_from"] == STOPS
+    found, expected = (json.loads((out / "report.json").read_text()) for out in (tmp_path / "out", straight))
+    assert found["resumed_from"] == STOPS
+    assert found["perplexity"] == expected["perplexity"]
+    assert [cut["step"] for cut in found["prune_steps"]] == CUTS
+    assert (tmp_path / "out/kept_groups.json").read_bytes() == (straight / "kept_groups.json").read_bytes()
+    for name in (path.name for path in (straight / "model").glob("*.safetensors")):
+        assert (tmp_path / "out/model" / name).read_bytes() == (straight / "model" / name).read_bytes()
+
+
+def test_in_bf16_too(ranks: RankPool, again: Path, tmp_path: Path) -> None:
+    """The low-precision copies that a step uses are those of the masters."""
+    bf16 = ("model.dtype=bfloat16", "prune.ranking=global", "checkpoint.every=null")
+    ranks.run(2, run_here, config_for(again, tmp_path / "straight", *bf16))
+    config = config_for(again, tmp_path / "out", *bf16)
+    ranks.run(2, run_here, config, None, CUTS[1] + 1)
+    ranks.run(2, run_here, config, "auto")
+    assert_bitwise(contents(tmp_path / "out", STEPS), contents(tmp_path / "straight", STEPS))
+    assert losses(tmp_path / "out") == losses(tmp_path / "straight")
+
+
+@pytest.fixture(scope="module")
+def no_dropout(ranks: RankPool, straight: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("no_dropout") / "out"
+    ranks.run(2, run_here, config_for(straight.parent / "config.yaml", out, *NO_DROPOUT))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stop", "changes"),
+    [
+        (2, 3, CUTS[1], ()),
+        (3, 1, CUTS[0] + 1, ("train.micro_batch_size=3",)),
+        (3, 1, CUTS[2] - 1, ("train.micro_batch_size=2",)),
+    ],
+)
+def test_on_another_number_of_ranks(
+    ranks: RankPool,
+    no_dropout: Path,
+    again: Path,
+    tmp_path: Path,
+    before: int,
+    after: int,
+    stop: int,
+    changes: tuple[str, ...],
+) -> None:
+    def config(*more: str):
+        return config_for(again, tmp_path / "out", *NO_DROPOUT, *more)
+
+    ranks.run(before, run_here, config(), None, stop)
+    ranks.run(after, run_here, config(*changes), "auto")
+    found, expected = contents(tmp_path / "out", STEPS), contents(no_dropout, STEPS)
+    assert found.kept == expected.kept
+    for suffix in (
+        "master",
+        "exp_avg",
+        "exp_avg_sq",
+    ):  # the moments relative to the largest: they have gradients' units
+        names = [name for name in expected.lora if name.endswith(f".{suffix}")]
+        assert len(names) == 3 * 7 * 2
+        scale = 1.0 if suffix == "master" else max(float(expected.lora[name].abs().max()) for name in names)
+        assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in names) < TOLERANCE * scale, suffix
+    for name, scores in expected.scores.items():
+        assert torch.allclose(found.scores[name], scores, rtol=TOLERANCE, atol=0), name
+    assert losses(tmp_path / "out") == pytest.approx(losses(no_dropout), abs=TOLERANCE)
+
+
+def killed_after(straight: Path, step: int, folder: Path) -> Path:
+    """What a run killed some time after `step` leaves: its checkpoints up to it, metrics that are ahead of them."""
+    out = folder / "out"
+    shutil.copytree(straight, out, ignore=shutil.ignore_patterns("model", "report.json", "kept_groups*"))
+    for path in (out / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    status = json.loads((out / "status.json").read_text())
+    (out / "status.json").write_text(json.dumps(status | {"state": "running", "step": step}))
+    return out
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "a flipped bit": ("step-13/layer-00001.safetensors", flip_a_bit, "damaged"),
+    "scores cut short": ("step-13/scores.safetensors", truncate, "damaged"),
+    "a layer missing": ("step-13/layer-00002.safetensors", Path.unlink, "missing"),
+    "no manifest": ("step-13/manifest.json", Path.unlink, "missing"),
+    "state of another kind": ("step-13/state.json", lambda path: path.write_text("[]"), "damaged"),
+    "an empty state": ("step-13/state.json", lambda path: path.write_text(""), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    ranks: RankPool, straight: Path, again: Path, tmp_path: Path, name: str
+) -> None:
+    path, damage, word = DAMAGES[name]
+    out = killed_after(straight, 13, tmp_path)
+    damage(out / "checkpoints" / path)
+    for found in ranks.run(2, find_here, config_for(again, out), "auto"):
+        assert (found.step, found.error) == (12, None)
+        assert len(found.warnings) == 1
+        assert str(out / "checkpoints" / path) in found.warnings[0]
+        assert word in found.warnings[0]
+
+
+def test_a_damaged_shape_spoils_all_steps_that_name_it(
+    ranks: RankPool, straight: Path, again: Path, tmp_path: Path
+) -> None:
+    out = killed_after(straight, 13, tmp_path)
+    flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
+    found = ranks.run(2, find_here, config_for(again, out), "auto")[1]
+    assert found.step == 11
+    assert len(found.warnings) == 2
+    assert all("shape-2" in warning for warning in found.warnings)
+
+
+def test_what_a_damaged_checkpoint_is_replaced_with_is_good(
+    ranks: RankPool, straight: Path, again: Path, tmp_path: Path
+) -> None:
+    """The course is taken again from the good one: step and shape are written anew, and what is later goes."""
+    out = killed_after(straight, 13, tmp_path)
+    flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
+    config = config_for(again, out, "checkpoint.every=null")
+    ranks.run(2, run_here, config, "auto", 12)
+    assert sorted(path.name for path in (out / "checkpoints").glob("step-1?")) == ["step-10", "step-11", "step-12"]
+    assert ranks.run(2, find_here, config, "auto")[0].step == 12
+    ranks.run(2, run_here, config, "auto")
+    assert_bitwise(contents(out, STEPS), contents(straight, STEPS))
+    assert losses(out) == losses(straight)
+
+
+def test_from_another_folder_with_its_records(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:
+    config = config_for(again, tmp_path / "branch", "checkpoint.every=null")
+    before = sorted(path for path in straight.rglob("*"))
+    ranks.run(2, run_here, config, str(straight / "checkpoints/step-18"))
+    assert losses(tmp_path / "branch") == losses(straight)
+    assert_bitwise(contents(tmp_path / "branch", STEPS), contents(straight, STEPS))
+    assert read_state(tmp_path / "branch", STEPS)["shape"]["folder"] == "shape-4"
+    assert (tmp_path / "branch/checkpoints/shape-4/manifest.json").exists()
+    assert sorted(path for path in straight.rglob("*")) == before
+
+
+def test_killed_between_model_and_report(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:
+    out = killed_after(straight, STEPS, tmp_path)
+    shutil.copytree(straight / "model", out / "model")
+    assert ranks.run(2, run_here, config_for(again, out), "auto") == [True, True]
+    report = json.loads((out / "report.json").read_text())
+    assert report["perplexity"] == json.loads((straight / "report.json").read_text())["perplexity"]
+    assert (out / "kept_groups.json").read_bytes() == (straight / "kept_groups.json").read_bytes()
+
+
+def test_nothing_usable_starts_over_and_says_so(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:
+    found = ranks.run(2, find_here, config_for(again, tmp_path / "new"), "auto")[0]
+    assert (found.step, found.warnings) == (None, ["no usable checkpoint: starting at step 0"])
+
+
+def test_what_cannot_be_resumed_is_one_line(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    new = config_for(again, tmp_path / "new")
+    newer = killed_after(straight, 1, tmp_path)
+    state = read_state(newer, 1)
+    (newer / "checkpoints/step-1/state.json").write_text(json.dumps(state | {"format": 2}))
+    shutil.copytree(straight.parent / "source", tmp_path / "other_model")
+    other_model = config_for(again, tmp_path / "new", f"model.path={tmp_path / 'other_model'}")
+    other_batch = config_for(again, tmp_path / "new", "train.global_batch_size=12", "seed=1")
+    held = config_for(again, newer)
+    cases = [
+        (new, str(tmp_path / "empty"), f"--resume {tmp_path / 'empty'}: no usable checkpoint there"),
+        (new, str(tmp_path / "nowhere"), f"--resume {tmp_path / 'nowhere'}: no such folder"),
+        (new, str(newer), "format 2; this version of loraprune_ds reads up to 1"),
+        (new, str(newer / "checkpoints/step-1"), "format 2; this version of loraprune_ds reads up to 1"),
+        (other_model, str(straight), "other settings: model.path"),
+        (other_batch, str(straight), "other settings: seed, train.global_batch_size"),
+        (held, str(straight), f"output_dir {newer} holds a run already"),
+    ]
+    for config, resume, line in cases:
+        for found in ranks.run(2, find_here, config, resume):
+            assert found.error is not None
+            assert line in found.error
+            assert "\n" not in found.error
+            assert found.exit_code == 2
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,160 @@
+"""Requests from outside only set a flag; what honours them clears exactly them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loraprune_ds.train import stop
+from loraprune_ds.train.stop import NOTHING, SAVE, SAVE_FILE, STOP, STOP_FILE, Requests, drop_stale_requests
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Iterator[Requests]:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    requests = Requests(tmp_path, watches_files=True)
+    yield requests
+    requests.close()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_files(requests: Requests, tmp_path: Path) -> None:
+    assert requests.pending() == NOTHING
+    (tmp_path / SAVE_FILE).touch()
+    assert requests.pending() == SAVE
+    (tmp_path / STOP_FILE).touch()
+    assert requests.pending() == STOP
+
+
+def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: Requests, tmp_path: Path) -> None:
+    (tmp_path / SAVE_FILE).touch()
+    assert requests.pending() == SAVE
+    (tmp_path / STOP_FILE).touch()
+    requests.clear(SAVE)
+    assert requests.pending() == STOP
+    requests.clear(STOP)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_one_rank_looks_at_files(tmp_path: Path) -> None:
+    (tmp_path / STOP_FILE).touch()
+    other = Requests(tmp_path, watches_files=False)
+    assert other.pending() == NOTHING
+    other.clear(STOP)
+    other.close()
+    assert (tmp_path / STOP_FILE).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_stop_and_its_echo_the_same_one(requests: Requests, number: signal.Signals) -> None:
+    for _ in range(3):
+        os.kill(os.getpid(), number)
+        assert requests.pending() == STOP
+
+
+def test_a_second_interrupt_stops_at_once(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now)
+    signal.raise_signal(signal.SIGINT)
+    now = 100.9
+    signal.raise_signal(signal.SIGINT)  # the launcher's copy of the first
+    now = 101.1
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_terminate_never_stops_at_once(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now)
+    for now in (100.0, 129.0, 200.0):  # noqa: B007  # read by the lambda
+        signal.raise_signal(signal.SIGTERM)
+    assert requests.pending() == STOP
+
+
+@pytest.mark.parametrize(
+    ("variables", "catches"),
+    [
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "0", "CROSS_RANK": "0"}, False),
+        ({"SLURM_PROCID": "0", "TORCHELASTIC_RUN_ID": "x"}, False),
+        ({}, False),
+    ],
+)
+def test_usr1_is_caught_only_straight_under_srun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], catches: bool
+) -> None:
+    for name in ("SLURM_PROCID", "CROSS_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    requests = Requests(tmp_path, watches_files=False)
+    assert (signal.getsignal(signal.SIGUSR1) == requests._on_signal) == catches
+    requests.close()
+
+
+def test_requests_to_an_earlier_process_are_removed_and_told(tmp_path: Path) -> None:
+    assert drop_stale_requests(tmp_path) == []
+    (tmp_path / STOP_FILE).touch()
+    assert drop_stale_requests(tmp_path) == [f"{tmp_path / STOP_FILE} was there before this start: removed"]
+    assert list(tmp_path.iterdir()) == []
+
+
+WATCHED = """
+import signal, sys, time
+from loraprune_ds.train import watch
+
+watch.INTERVAL, watch.GRACE = 0.05, float(sys.argv[2])
+
+class Comm:
+    rank = 1
+    def gather_objects(self, mine):
+        return [(mine[0], int(sys.argv[1]) or mine[1]), mine]
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
+watcher = watch.Watch(Comm())
+print("watching", flush=True)
+time.sleep(20)
+"""
+
+
+def watched(other: int, *, grace: float = 0.2, above: str = "exec", after: str = "") -> subprocess.Popen[str]:
+    """A process with a Watch whose peer is process `other`, below a shell that stands for the launcher."""
+    command = f'{above} "$@"{after}'
+    process = subprocess.Popen(
+        ["sh", "-c", command, "sh", sys.executable, "-c", WATCHED, str(other), str(grace)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "watching\n"
+    return process
+
+
+def test_a_rank_leaves_when_another_of_its_node_is_gone() -> None:
+    peer = subprocess.Popen(["sleep", "60"])
+    process = watched(peer.pid)
+    time.sleep(0.3)
+    assert process.poll() is None
+    peer.kill()  # and not reaped: a zombie is gone too
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (1, "rank 1: rank 0 is gone: leaving\n")
+    peer.wait()
+
+
+def test_a_rank_whose_launcher_is_gone_takes_it_as_a_request_to_stop() -> None:
+    launcher = watched(0, above="", after="; exit")  # the shell stays as its parent
+    assert launcher.stdout is not None
+    assert launcher.stderr is not None
+    launcher.kill()
+    launcher.wait()
+    assert launcher.stderr.read() == "rank 1: the launcher is gone, which is a request to stop\n"
+    assert launcher.stdout.read() == ""  # at its end: the rank has left
