@@ -7,6 +7,7 @@ from pathlib import Path
 from loraprune_ds.config import RunConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, card_of_run, model_name, write_model_card
+from loraprune_ds.faults import fail_point
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.output import MODEL_FOLDER
@@ -79,7 +80,9 @@ def publish_model(
     dense = prepared.checkpoint.shape
     exported = export_config(prepared.checkpoint.config, outcome.pruned, config.model.dtype)
     write_model_card(staging, model_card(config, prepared, outcome.pruned, history), exported)
+    fail_point("finish.before_rename")
     publish(staging, folder / MODEL_FOLDER)
+    fail_point("finish.after_rename")
     write_kept_groups(folder, outcome.kept, dense)
     report = make_report(
         config,
@@ -92,5 +95,6 @@ def publish_model(
         resumed_from=outcome.resumed_from,
     )
     write_report(folder, report)
+    fail_point("finish.reported")
     draw_kept_groups(folder / "kept_groups.png", dense, outcome.pruned)
     draw_training(folder / "training.png", history)

@@ -1,14 +1,17 @@
 """A whole run: prepare, measure the dense model, train and cut, export, measure what was exported, report."""
 
+import errno
 import gc
 import os
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraprune_ds.checkpoint.files import staging_of
 from loraprune_ds.checkpoint.load import Saved
 from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import RunError
 from loraprune_ds.export.from_ranks import write_merged_weights
 from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.model.shapes import ModelShape
@@ -46,6 +49,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     with (
         RunStatus(folder, prepared.steps, first=first, writes=writes) as status,
         closing(Recorder(config, folder, prepared.steps, saved, active=writes)) as recorder,
+        _full_disk_is_told(folder),
     ):
         for line in warnings:
             recorder.warn(line)
@@ -58,6 +62,17 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         _finish(config, prepared, trained, recorder, comm)
         status.end("finished")
     return True
+
+
+@contextmanager
+def _full_disk_is_told(folder: Path) -> Iterator[None]:
+    """Rank 0's small files can be what does not fit any more: one line, not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"output_dir {folder} cannot be written: {error.strerror}") from None
 
 
 def _open_output(config: RunConfig, saved: Saved | None, warnings: list[str]) -> None:
