@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--runs", nargs="*", choices=list(RUNS), default=list(RUNS))
     arguments = parser.parse_args()
+    RESULT.parent.mkdir(exist_ok=True)
     results = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else {}
     for name in arguments.runs:
         results[name] = run(name, arguments)

@@ -84,6 +84,7 @@ def main() -> None:
         times["pruned"].append(small.timed_step(scoring=False))
     result = summarise({name: values[1:] for name, values in times.items()}, config, dense, small, record.seconds)
     if comm.rank == 0:
+        RESULT.parent.mkdir(exist_ok=True)
         write_json(RESULT, result)
         show(result)
     stop_ranks()
