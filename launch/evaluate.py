@@ -5,7 +5,8 @@ launch/evaluate.py runs/quickstart --dense embedded --dataset wikitext2 --window
 launch/evaluate.py MODEL --tasks paper
 deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sharded     (or torchrun)
 
-MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, the folder of a run, or `embedded`.
+MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, the folder of a run or of one of its
+checkpoints (an unfinished run: its newest good one), or `embedded`.
 
 Perplexity: the text is tokenised once, with the special tokens the tokenizer adds at its start, and cut into windows
 side by side; the tail is dropped, and each window of n tokens gives n - 1 predictions, summed in float64. With
@@ -19,8 +20,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 try:
@@ -32,6 +36,7 @@ except ModuleNotFoundError as missing:
 
 if TYPE_CHECKING:
     from loraprune_ds.evaluate.candidates import Plan
+    from loraprune_ds.zero.comm import Communicator
 
 GRACE = 5.0  # seconds that the other ranks stay after an error, or the launcher would end rank 0 before it spoke
 DEFAULT_DATASET = "wikitext2"
@@ -113,12 +118,41 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         first = os.environ["LOCAL_RANK"] == "0"
         comm.together(lambda: read_evaluation_text(arguments) if first else None)
         plan = comm.together(lambda: make_plan(arguments))
-        paths = [arguments.model, *([arguments.dense] if arguments.dense else [])]
-        measured = evaluate(paths, plan, comm, is_first_on_node=first, watch=show_progress)
+        given = [arguments.model, *([arguments.dense] if arguments.dense else [])]
+        with readable(given, comm, is_first_on_node=first) as paths:
+            measured = evaluate(paths, plan, comm, is_first_on_node=first, watch=show_progress)
+        named = [replace(model, path=path) for model, path in zip(measured, given, strict=True)]
         provenance = {"versions": versions(), "hardware": hardware(device_name())}
-        return make_result(measured, plan, comm.world_size, provenance)
+        return make_result(named, plan, comm.world_size, provenance)
     finally:
         stop_ranks()
+
+
+@contextmanager
+def readable(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) -> Iterator[list[str]]:
+    """The same models; what a run has not merged yet is, once per node, in a folder that is gone afterwards."""
+    with ExitStack() as stack:
+        scratch = None
+        if is_first_on_node:
+            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="evaluate-")))
+        merged = comm.together(lambda: [merge(p, scratch / str(i)) for i, p in enumerate(paths)] if scratch else None)
+        # The ranks of a node follow its first one.
+        yield next(found for found in reversed(comm.gather_objects(merged)[: comm.rank + 1]) if found)
+
+
+def merge(path: str, out: Path) -> str:
+    """The path of a model to load: `out`, if `path` is a checkpoint of a run or an unfinished run, else itself."""
+    from loraprune_ds.checkpoint.state import STATE_FILE
+    from loraprune_ds.export.formats import STATUS_FILE, export, find_source
+
+    if not any((Path(path) / name).is_file() for name in (STATUS_FILE, STATE_FILE)):
+        return path
+    source = find_source(Path(path))
+    if source.model is not None:
+        return path
+    for remark in export(source, "hf", out):
+        print(f"note: {path}: {remark}", file=sys.stderr)
+    return str(out)
 
 
 def make_plan(arguments: argparse.Namespace) -> "Plan":

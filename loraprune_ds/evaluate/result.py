@@ -48,7 +48,8 @@ def result_table(result: dict[str, Any]) -> str:
 
 
 def _title(model: dict[str, Any]) -> str:
-    return f"{model['path']} ({model['kind']}, {model['model_type']}, {model['dtype']})"
+    facts = [model[key] for key in ("kind", "method", "model_type", "dtype") if model[key]]
+    return f"{model['path']} ({', '.join(facts)})"
 
 
 def _text_lines(result: dict[str, Any]) -> Iterable[str]:

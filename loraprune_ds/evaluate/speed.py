@@ -4,6 +4,7 @@ The models take turns within every round, so that what else the machine does fal
 medians over the rounds are compared.
 """
 
+import inspect
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from loraprune_ds.zero.device import accelerator, is_cpu
+
+# transformers renamed the argument between the versions that pyproject.toml allows.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,12 @@ def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> _Round:
     """Reads `prompt` (1, tokens) and writes `generated` tokens."""
     token_ids = prompt.to(model.device)
     before = _start_peak()
+    cache = {CACHE: DynamicCache(config=model.config), "use_cache": True}  # filled in place
     times = [_now()]
-    output = model(input_ids=token_ids, use_cache=True, logits_to_keep=1)
+    logits = model(input_ids=token_ids, logits_to_keep=1, **cache).logits
     times.append(_now())
     for _ in range(generated):
-        next_id = output.logits[:, -1:].argmax(-1)  # (1, 1)
-        output = model(input_ids=next_id, past_key_values=output.past_key_values, use_cache=True)
+        logits = model(input_ids=logits.argmax(-1), **cache).logits  # (1, 1, vocabulary)
     times.append(_now())
     peak = None if before is None else accelerator().max_memory_allocated() - before
     return _Round(times[1] - times[0], times[2] - times[1], peak)

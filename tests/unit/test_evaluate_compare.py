@@ -1,0 +1,197 @@
+"""Results side by side: read from runs and evaluations, as a table and as a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+from matplotlib.figure import Figure
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.compare import Result, comparison_table, read_results
+from loraprune_ds.evaluate.compare_picture import draw_comparison
+
+
+def run_report(criterion: str, removed: float, perplexity: float | None) -> dict[str, Any]:
+    return {
+        "params": {"dense": 1000, "pruned": round(1000 * (1 - removed)), "removed_fraction": removed},
+        "perplexity": {"dense": 18.0, "after_last_cut": 90.0, "pruned": perplexity},
+        "config": {
+            "model": {"dtype": "bfloat16"},
+            "data": {"path": "embedded", "held_out": None},
+            "prune": {"criterion": criterion, "ranking": "uniform"},
+            "evaluate": {"window": 128, "max_windows": 64, "batch_size": 8, "every": None},
+        },
+    }
+
+
+def evaluation(perplexity: float | None = 60.0, *, removed: float | None = 0.25, tasks: bool = False) -> dict[str, Any]:
+    accuracy = {"results": {"piqa": {"acc,none": 0.5}, "boolq": {"acc,none": 0.7}}} if tasks else None
+    dense = {"perplexity": 50.0, "tasks": {"results": {"piqa": {"acc,none": 0.8}, "boolq": {"acc,none": 0.8}}}}
+    return {
+        "perplexity": perplexity,
+        "method": None,
+        "dtype": "float32",
+        "cost": {"parameters": 750},
+        "removed_fraction": removed,
+        "tasks": accuracy,
+        "dense": dense,
+        "text": {"name": "wikitext2", "split": "test", "sha256": "0"},
+        "protocol": {"window": 128, "stride": 64, "max_windows": None},
+    }
+
+
+def write_run(folder: Path, report: dict[str, Any], state: str = "finished") -> Path:
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "status.json").write_text(json.dumps({"state": state, "step": 3, "steps": 8}))
+    return folder
+
+
+def write_evaluation(path: Path, result: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(result))
+    return path
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    return [
+        write_evaluation(tmp_path / "b.json", evaluation(tasks=True)),
+        write_run(tmp_path / "magnitude", run_report("magnitude", 0.4, 45.0)),
+        write_run(tmp_path / "lora", run_report("lora", 0.2, 27.0)),
+    ]
+
+
+def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -> None:
+    lora, magnitude, evaluated = read_results(paths)
+    assert lora == Result(
+        name="lora",
+        method="lora, uniform",
+        measured_on="a held-out part of embedded, first 64 windows of 128, bfloat16",
+        parameters=800,
+        removed_fraction=0.2,
+        perplexity=27.0,
+        dense_perplexity=18.0,
+    )
+    assert (magnitude.name, magnitude.method) == ("magnitude", "magnitude, uniform")
+    assert evaluated == Result(
+        name="b",
+        method=None,
+        measured_on="wikitext2 test, windows of 128 every 64, float32",
+        parameters=750,
+        removed_fraction=0.25,
+        perplexity=60.0,
+        dense_perplexity=50.0,
+        accuracy=pytest.approx(0.6),  # type: ignore[arg-type]
+        dense_accuracy=pytest.approx(0.8),  # type: ignore[arg-type]
+        tasks=("piqa", "boolq"),
+    )
+
+
+def test_the_table_keeps_apart_what_does_not_compare(paths: list[Path]) -> None:
+    assert comparison_table(read_results(paths)).splitlines() == [
+        "perplexity on a held-out part of embedded, first 64 windows of 128, bfloat16",
+        "result     method              parameters  removed  perplexity  dense  times",
+        "lora       lora, uniform              800  20.00 %       27.00  18.00   1.50",
+        "magnitude  magnitude, uniform         600  40.00 %       45.00  18.00   2.50",
+        "",
+        "perplexity on wikitext2 test, windows of 128 every 64, float32",
+        "result  parameters  removed  perplexity  dense  times  accuracy   dense",
+        "b              750  25.00 %       60.00  50.00   1.20    0.6000  0.8000",
+    ]
+
+
+def test_a_lost_model_is_in_the_table_and_not_in_the_picture(tmp_path: Path) -> None:
+    lost = write_run(tmp_path / "lost", run_report("random", 0.9, None))
+    assert comparison_table(read_results([lost])).splitlines()[2].split() == [
+        *("lost", "random,", "uniform", "100", "90.00", "%", "18.00")
+    ]
+    with pytest.raises(UserError, match="nothing to draw: no result has a quality and a removed fraction"):
+        draw_comparison(tmp_path / "picture.png", read_results([lost]))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nothing.json", "{p}/nothing.json does not exist"),
+        (lambda p: write_run(p / "r", run_report("lora", 0.1, 9.0), "running"), "{p}/r holds an unfinished run"),
+        (lambda p: write_run(p / "r", {"params": {}}), "{p}/r/report.json is damaged or of another version: KeyError("),
+        (lambda p: write_evaluation(p / "e.json", {"a": 1}), "{p}/e.json is not a result of launch/evaluate.py --json"),
+        (lambda p: p, "{p}/status.json does not exist"),
+    ],
+)
+def test_what_is_no_result_is_one_line(tmp_path: Path, make: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_results([make(tmp_path)])
+    assert str(caught.value).startswith(message.format(p=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+# The picture
+
+
+def drawn(results: list[Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Figure:
+    """The figure, as it was saved."""
+    kept: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(self: Figure, *arguments: Any, **settings: Any) -> None:
+        kept.append(self)
+        save(self, *arguments, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    draw_comparison(tmp_path / "pictures" / "p.png", results)
+    assert matplotlib.image.imread(tmp_path / "pictures" / "p.png").std() > 0.05  # not blank
+    return kept[0]
+
+
+def curve(name: str, values: dict[float, float], method: str | None) -> list[Result]:
+    return [Result(f"{name}-{x}", method, "text", 100, x, y, 20.0) for x, y in values.items()]
+
+
+def test_methods_are_curves_over_the_removed_percentage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = curve("l", {0.1: 22.0, 0.3: 30.0}, "lora") + curve("r", {0.1: 25.0, 0.3: 200.0}, "random")
+    (axes,) = drawn(results, monkeypatch, tmp_path).axes
+    lines: dict[str, Any] = {str(line.get_label()): line for line in axes.lines}
+    assert lines["lora"].get_xydata().tolist() == [[10.0, 22.0], [30.0, 30.0]]
+    assert lines["lora"].get_linestyle() == lines["random"].get_linestyle() == "-"
+    assert lines["lora"].get_color() != lines["random"].get_color()
+    assert list(lines["dense"].get_ydata()) == [20.0]
+    assert axes.get_yscale() == "log"  # 20 to 200
+    assert sorted(text.get_text() for text in axes.texts) == ["20.0", "200.0", "22.0", "25.0", "30.0"]
+
+
+def test_points_that_are_no_curve_carry_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = curve("a", {0.300: 30.0}, "lora") + curve("b", {0.301: 31.0}, "lora") + curve("c", {0.3: 29.0}, None)
+    (axes,) = drawn(results, monkeypatch, tmp_path).axes
+    assert axes.get_yscale() == "linear"
+    assert all(line.get_linestyle() == "None" for line in axes.lines if line.get_label() in ("lora", "evaluated"))
+    assert {text.get_text() for text in axes.texts} == {"20.0", "30.0 a-0.3", "31.0 b-0.301", "29.0 c-0.3"}
+
+
+def test_labels_do_not_lie_on_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [result for i in range(6) for result in curve(f"run{i}", {0.3 + i / 1e4: 30.0 + i / 10}, None)]
+    figure = drawn(results, monkeypatch, tmp_path)
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_each_text_and_accuracy_have_their_own_panel(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = drawn(read_results(paths), monkeypatch, tmp_path)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "Perplexity on a held-out part of embedded, first 64 windows of 128, bfloat16",
+        "Perplexity on wikitext2 test, windows of 128 every 64, float32",
+        "Mean accuracy, zero-shot: piqa, boolq",
+    ]
+    assert {text.get_text() for text in figure.axes[2].texts} == {"0.800", "0.600 b"}
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(paths: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--picture .*\.xyz cannot be written: "):
+        draw_comparison(tmp_path / "picture.xyz", read_results(paths))

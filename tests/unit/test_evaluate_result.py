@@ -1,0 +1,152 @@
+"""The table a person reads and the object a program reads, and which requests are refused."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.candidates import Plan, Protocol
+from loraprune_ds.evaluate.cost import count_cost
+from loraprune_ds.evaluate.evaluation import Measured
+from loraprune_ds.evaluate.perplexity import Perplexity
+from loraprune_ds.evaluate.result import make_result, result_table
+from loraprune_ds.evaluate.speed import Speed, SpeedPlan
+from loraprune_ds.evaluate.texts import EvaluationText
+from loraprune_ds.evaluate.zeroshot import TaskPlan
+from loraprune_ds.model.shapes import LayerShape, shape_from_config
+
+SMOLLM: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+SHAPE = shape_from_config(SMOLLM, "SmolLM2-135M")
+TASKS = {
+    "results": {
+        "boolq": {"alias": "boolq", "acc,none": 0.75, "acc_stderr,none": 0.0123},
+        "piqa": {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": "N/A", "acc_norm,strict": 0.25},
+    },
+    "settings": {},
+}
+DENSE = Measured(
+    path="embedded",
+    kind="checkpoint",
+    method=None,
+    model_type="llama",
+    dtype="float32",
+    removed_fraction=0.0,
+    cost=count_cost(SHAPE, 128, None, 4),
+    perplexity=Perplexity(50.0, 20320, 160),
+    tasks=TASKS,
+    speed=Speed(1000.0, 20.0, 3_000_000),
+)
+PRUNED = replace(
+    DENSE,
+    path="runs/a",
+    kind="run",
+    method="lora, uniform",
+    removed_fraction=0.25,
+    cost=count_cost(SHAPE.with_layers((LayerShape(2, 1024),) * 30), 128, None, 4),
+    perplexity=Perplexity(75.0, 20320, 160),
+    speed=Speed(1500.0, 30.0, 1_500_000),
+)
+PLAN = Plan(Protocol(128, None, 160), text=EvaluationText("wikitext2", "test", "text"), speed=SpeedPlan())
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """Name -> the rest of the row, split where there are two spaces or more."""
+    found = {}
+    for line in filter(None, map(str.strip, table.splitlines())):
+        name, *cells = (cell.strip() for cell in line.split("  ") if cell.strip())
+        found[name] = cells
+    return found
+
+
+def test_side_by_side_the_dense_model_is_to_the_left() -> None:
+    table = result_table(make_result([PRUNED, DENSE], PLAN, 2, {}))
+    assert max(map(len, table.splitlines())) <= 100
+    assert table.splitlines()[:3] == [
+        "dense  embedded (checkpoint, llama, float32)",
+        "model  runs/a (run, lora, uniform, llama, float32)",
+        "text   wikitext2, split test: 160 windows of 128 tokens, 20,320 predictions",
+    ]
+    found = rows("\n".join(table.splitlines()[4:]))
+    assert found["parameters"] == ["134,515,008", "99,125,568", "25.0 % removed"]
+    assert found["in the layers' linears"] == ["106,168,320", "70,778,880", "33.3 % less"]
+    # 106,168,320 + 28,311,552 + 2 · 30 · 9 · 64 · 64.5, and with 6 query heads and ffn 1024
+    assert found["MACs per token at 64.5 of context, M"] == ["136.7", "100.6", "26.4 % less"]
+    assert found["weights, MB"] == ["538.1", "396.5", "26.3 % less"]
+    assert found["key-value cache per token, kB"] == ["46.1", "30.7", "33.3 % less"]
+    assert found["perplexity"] == ["50.000", "75.000", "1.500 times"]
+    assert found["prefill, tokens/s"] == ["1,000.0", "1,500.0", "1.50 times as fast"]
+    assert found["peak memory beyond weights, MB"] == ["3.0", "1.5", "50.0 % less"]
+    assert found["boolq acc"] == ["0.7500 ± 0.0123"] * 2
+    assert found["piqa acc"] == ["0.5000"] * 2
+    assert found["piqa acc_norm (strict)"] == ["0.2500"] * 2
+    assert found["mean acc"] == ["0.6250"] * 2
+
+
+def test_what_was_not_measured_has_no_row() -> None:
+    bare = replace(PRUNED, perplexity=None, tasks=None, speed=None, removed_fraction=None)
+    table = result_table(make_result([bare], Plan(Protocol()), 1, {}))
+    assert "perplexity" not in table
+    assert "tokens/s" not in table
+    assert "removed" not in table
+    assert rows(table)["parameters"] == ["99,125,568"]
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "not finite"), (math.exp(700), "1.01e+304")])
+def test_a_broken_model_is_told_as_such(value: float, shown: str) -> None:
+    broken = replace(PRUNED, perplexity=Perplexity(value, 20320, 160))
+    assert rows(result_table(make_result([broken], PLAN, 1, {})))["perplexity"] == [shown]
+
+
+def test_the_object_has_the_first_models_values_on_top() -> None:
+    result = make_result([PRUNED, DENSE], PLAN, 2, {"versions": {"torch": "2"}})
+    again = json.loads(json.dumps(result, allow_nan=False))
+    assert (again["perplexity"], again["tokens"], again["windows"]) == (75.0, 20320, 160)
+    assert (again["dense"]["perplexity"], again["removed_fraction"]) == (50.0, 0.25)
+    assert again["protocol"] == {"window": 128, "stride": None, "max_windows": 160}
+    assert again["text"]["split"] == "test"
+    assert (again["world_size"], again["batch_size"], again["versions"]) == (2, 16, {"torch": "2"})
+    assert again["speed_plan"] == {"prompt": 512, "generated": 32, "rounds": 5}
+
+
+def test_an_object_without_a_text_says_so() -> None:
+    result = make_result([replace(PRUNED, perplexity=None)], Plan(Protocol()), 1, {})
+    assert [result[key] for key in ("perplexity", "tokens", "windows", "text", "dense")] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Protocol(window=1), "--window must be at least 2 tokens; got 1"),
+        (lambda: Protocol(128, stride=128), "--sliding must be from 1 to one less than --window 128; got 128"),
+        (lambda: Protocol(128, stride=0), "--sliding must be from 1 to one less than --window 128; got 0"),
+        (lambda: Protocol(max_windows=0), "--max-windows must be at least 1; got 0"),
+        (lambda: Plan(Protocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
+        (
+            lambda: Plan(Protocol(), tasks=TaskPlan(("piqa",)), sharded=True),
+            "--sharded measures perplexity only; --tasks and --speed need the whole model on a rank",
+        ),
+    ],
+)
+def test_wrong_numbers_name_their_option(make: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("window", "rows_at_once"), [(2, 1024), (128, 16), (2048, 1), (4096, 1)])
+def test_a_batch_is_about_two_thousand_tokens(window: int, rows_at_once: int) -> None:
+    assert Plan(Protocol(window)).rows == rows_at_once
+    assert Plan(Protocol(window), batch_size=3).rows == 3
