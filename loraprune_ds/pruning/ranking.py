@@ -27,16 +27,13 @@ def rank_uniform(
     keep = []
     for i, layer in enumerate(current.layers):
         wanted = counts if i in limits.open_layers else layer
-        best = (_best(scores[i].of(kind), min(wanted.count(kind), layer.count(kind))) for kind in KINDS)
-        keep.append(LayerKeep(*best))
+        keep.append(LayerKeep(*(_best(scores[i].of(kind), wanted.count(kind)) for kind in KINDS)))
     return keep
 
 
 def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
     """The counts every open layer keeps when `target` of the way to `final` is due."""
     dense, goal = limits.dense.layers[limits.open_layers[0]], uniform_goal(limits, final)
-    if target >= final:
-        return goal
     heads, channels = (dense.count(k) - round(target / final * (dense.count(k) - goal.count(k))) for k in KINDS)
     return LayerShape(heads, _nearest_multiple(channels, goal.channels, dense.channels, limits.multiple))
 
@@ -70,7 +67,7 @@ def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) ->
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, ascending; among equals the lower index stays."""
+    """Indices of the `count` highest scores, or of all there are, ascending; among equals the lower index stays."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 

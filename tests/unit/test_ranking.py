@@ -109,6 +109,28 @@ def test_heads_and_channels_have_separate_budgets_unless_joint() -> None:
     assert sum(8 - layer.heads for layer in joint.layers) > 2 * heads_gone
 
 
+def test_heads_keep_to_their_share_over_several_cuts() -> None:
+    """Whatever the scores of a later cut: what channels have lost is not heads' to spend."""
+    shape = dense = make_shape([(8, 96)] * 4)
+    limits, generator = limits_of(shape), torch.Generator().manual_seed(7)
+    for target, heads in ((0.125, 4), (0.25, 8), (0.5, 16)):
+        shape = after(shape, rank_global(random_scores_of(shape, generator), shape, limits, target, joint=False))
+        assert sum(d.heads - layer.heads for d, layer in zip(dense.layers, shape.layers, strict=True)) == heads
+
+
+def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
+    """Channels end at their floor. Layer 0 has lost its one cheap head by then; its others are dear."""
+    shape = make_shape([(8, 16)] * 2, hidden=8, head_dim=2)
+    limits = limits_of(shape, min_channels=16)
+    scores = [
+        LayerScores(torch.tensor([0.0, 90, 91, 92, 93, 94, 95, 96]), torch.ones(16)),
+        LayerScores(torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), torch.ones(16)),
+    ]
+    target = 5 * shape.group_numel("heads") / shape.linear_numel()
+    keep = rank_global(scores, shape, limits, target, joint=False)
+    assert [layer.heads.tolist() for layer in keep] == [[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7]]
+
+
 def test_a_joint_budget_compares_scores_per_parameter() -> None:
     """A head is worth 16 channels here: with 8 times a channel's score it is the cheaper loss."""
     shape = make_shape([(4, 64)] * 2, hidden=12, head_dim=12)
@@ -172,6 +194,30 @@ def test_a_block_of_channels_counts_with_its_mean() -> None:
     keep = rank_global(scores, shape, limits, target, joint=False)
     assert keep[0].channels.tolist() == list(range(8))
     assert keep[1].channels.tolist() == [1, 3, 5, 7]
+
+
+def test_later_blocks_count_with_their_mean_too() -> None:
+    """After a block of each layer, layer 0's next is worse by its mean, though it has the best channel."""
+    shape = make_shape([(1, 12), (1, 12)], hidden=4, head_dim=1)
+    limits = limits_of(shape, channel_multiple=4, min_heads=1)
+    scores = [
+        LayerScores(torch.ones(1), torch.tensor([0.0] * 4 + [1, 1, 1, 9] + [10] * 4)),
+        LayerScores(torch.ones(1), torch.tensor([0.5] * 4 + [5, 5, 5, 5] + [10] * 4)),
+    ]
+    target = 12 * shape.group_numel("channels") / shape.linear_numel()
+    keep = rank_global(scores, shape, limits, target, joint=False)
+    assert [len(layer.channels) for layer in keep] == [4, 8]
+
+
+def test_rounding_never_breaks_a_multiple() -> None:
+    """The means of blocks of equal scores differ in the last bit; the smaller first block must still leave first."""
+    shape = make_shape([(1, 173)] * 2, hidden=4, head_dim=1)
+    limits, generator = limits_of(shape, channel_multiple=64), torch.Generator().manual_seed(8)
+    target = 45 * shape.group_numel("channels") / shape.linear_numel()
+    for value in torch.rand(300, generator=generator, dtype=torch.float64):
+        tied = [LayerScores(torch.ones(1), value.expand(173)) for _ in range(2)]
+        left = after(shape, rank_global(tied, shape, limits, target, joint=False))
+        assert [layer.channels for layer in left.layers] == [173, 128]
 
 
 def test_the_same_scores_always_give_the_same_groups() -> None:
