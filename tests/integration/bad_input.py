@@ -1,0 +1,106 @@
+"""A good run, and what makes it unusable."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.integration.launching import ROOT, Ended, read_json, write_config, write_text
+from tests.oracle.models import make_tiny_llama
+
+STEPS = 4
+Make = Callable[[Path, Path], None]  # (material, here): prepares in `here` what a wrong config names
+
+
+def make_material(root: Path) -> Path:
+    """What a good run needs: model/, text.txt and run.yaml, which says no output_dir."""
+    make_tiny_llama(
+        root / "model", heads=4, kv_heads=2, head_dim=8, hidden=32, ffn=48, layers=3, vocab=259, seed=1, tie=True
+    )
+    write_text(root / "text.txt", 6_000)
+    content = {
+        "model": {"path": str(root / "model"), "dtype": "float32"},
+        "data": {"path": str(root / "text.txt"), "window": 32},
+        "prune": {"ratio": 0.2, "prune_every": 1},
+        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2},
+        "evaluate": {"window": 32, "max_windows": 4},
+        "logging": {"progress": False},
+    }
+    write_config(root / "run.yaml", content)
+    return root
+
+
+def arguments(material: Path, here: Path, *overrides: str) -> list[str]:
+    given = [f"output_dir={here / 'out'}", *overrides]
+    return ["--config", str(material / "run.yaml"), *(word for override in given for word in ("--set", override))]
+
+
+def assert_refused(ended: Ended, *words: str, code: int = 2) -> None:
+    """One line, with these words in it."""
+    assert ended.code == code, ended.everything
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, ended.everything
+    assert lines[0].startswith("error: "), ended.everything
+    for word in words:
+        assert word in lines[0]
+
+
+def copy_of_model(change: Callable[[Path], None]) -> Make:
+    """A copy of the model at {here}/model, changed."""
+
+    def make(material: Path, here: Path) -> None:
+        shutil.copytree(material / "model", here / "model")
+        change(here / "model")
+
+    return make
+
+
+def edit_config(**values: Any) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        path = model / "config.json"
+        path.write_text(json.dumps(read_json(path) | values))
+
+    return change
+
+
+def truncate(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def drop_tensor(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors")
+
+
+def drop_tokenizer(model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+
+
+def file_at(name: str, text: str) -> Make:
+    def make(material: Path, here: Path) -> None:
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(text)
+
+    return make
+
+
+def ds_config(**changes: Any) -> Make:
+    """The shipped DeepSpeed JSON at {here}/ds.json, with top-level keys replaced."""
+
+    def make(material: Path, here: Path) -> None:
+        (here / "ds.json").write_text(json.dumps(read_json(ROOT / "ds_configs" / "zero3.json") | changes))
+
+    return make
+
+
+def poison(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors")

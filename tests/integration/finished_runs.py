@@ -1,0 +1,219 @@
+"""Whole runs of tiny models, each by a real launcher, and what a process without this package reads in the results."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.integration.launching import (
+    Ended,
+    Launcher,
+    fork_ranks,
+    launch,
+    read_json,
+    run_to_end,
+    write_config,
+    write_text,
+)
+from tests.oracle.models import make_tiny_llama
+
+VOCAB, LAYERS, HEAD_DIM = 259, 3, 8
+STEPS, WINDOW, WINDOWS = 6, 32, 24
+SIZES: dict[str, Any] = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 64}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. `source`: sizes of a fresh model, or the name of the case whose pruned model is pruned again."""
+
+    name: str
+    becomes: str  # model_type of the result
+    source: dict[str, Any] | str
+    ranks: int = 2
+    launcher: Launcher | None = "deepspeed"  # None: forked ranks, which take half the time
+    dtype: str = "float32"
+    prune: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+GLOBAL = {"ranking": "global", "ratio": 0.35}
+CASES = (
+    Case("uniform", "llama", {**SIZES, "tie": True}),
+    Case("watched", "llama", {**SIZES, "tie": True}, launcher=None, evaluate={"every": 1}),
+    # 5 heads become 3, which do not divide the hidden size: transformers refuses such a llama.
+    Case("indivisible", "mistral", {**SIZES, "heads": 5, "kv_heads": 5, "hidden": 40}, launcher="torchrun"),
+    Case("mistral", "mistral", {**SIZES, "model_type": "mistral"}, launcher="python", ranks=1, dtype="bfloat16"),
+    Case("global", "pruned_llama", {**SIZES, "biases": True}, dtype="bfloat16", prune=GLOBAL),
+    Case(
+        "again",
+        "pruned_llama",
+        "global",
+        launcher=None,
+        dtype="bfloat16",
+        prune=GLOBAL,
+        train={"gradient_checkpointing": True},
+    ),
+)
+NAMES = [case.name for case in CASES]
+
+
+@dataclass
+class Run:
+    """A case that has been run, successfully or not."""
+
+    case: Case
+    source: Path
+    config: Path
+    folder: Path
+    ended: Ended
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        return read_json(self.folder / "report.json")
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.metrics if record["kind"] == kind]
+
+    @cached_property
+    def before(self) -> dict[str, Tensor]:
+        return read_tensors(self.source)
+
+    @cached_property
+    def after(self) -> dict[str, Tensor]:
+        return read_tensors(self.folder / "model")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by name; a tensor in two files is an error."""
+    tensors: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found = load_file(path)
+        assert not found.keys() & tensors.keys()
+        tensors |= found
+    return tensors
+
+
+def run_all(root: Path) -> dict[str, Run]:
+    """All cases, one after the other."""
+    write_text(root / "text.txt", 12_000)
+    write_text(root / "held_out.txt", 2_000, start=50_000)
+    runs: dict[str, Run] = {}
+    for seed, case in enumerate(CASES):
+        if isinstance(case.source, str):
+            source = runs[case.source].folder / "model"
+        else:
+            sizes = {"head_dim": HEAD_DIM, "layers": LAYERS, "vocab": VOCAB, "dtype": case.dtype, **case.source}
+            seed = 1 if case.name == "watched" else seed + 1  # "watched" and "uniform" are the same run
+            source = make_tiny_llama(root / f"{case.name}_dense", seed=seed, **sizes)
+        config = write_config(root / f"{case.name}.yaml", run_config(case, source, root))
+        runs[case.name] = Run(case, source, config, root / case.name, _start(case, config, root))
+    return runs
+
+
+def _start(case: Case, config: Path, root: Path) -> Ended:
+    """From another folder than the checkout: shipped files are found from anywhere."""
+    arguments = ["--config", str(config)]
+    if case.launcher is None:
+        outputs = root / f"{case.name}_outputs"
+        outputs.mkdir()
+        return fork_ranks(arguments, outputs, ranks=case.ranks, cwd=root, timeout=120)[0]
+    return launch(arguments, launcher=case.launcher, ranks=case.ranks, cwd=root)
+
+
+def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
+    """Cuts after steps 3 and 5 of 6; dropout is on."""
+    return {
+        "output_dir": str(root / case.name),
+        "model": {"path": str(source), "dtype": case.dtype},
+        "lora": {"r": 4},
+        "data": {"path": str(root / "text.txt"), "held_out": str(root / "held_out.txt"), "window": WINDOW},
+        "prune": {
+            "ratio": 0.4,
+            "prune_every": 2,
+            "warmup_fraction": 0.2,
+            "cooldown_fraction": 0.2,
+            "protected_first": 0,
+            "protected_last": 0,
+            **case.prune,
+        },
+        "train": {
+            "steps": STEPS,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "learning_rate": 1e-3,
+            **case.train,
+        },
+        "evaluate": {"window": WINDOW, "max_windows": WINDOWS, "batch_size": 5, **case.evaluate},
+    }
+
+
+STRANGER = """
+import importlib.abc, json, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "loraprune_ds":
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+@torch.no_grad()
+def perplexity(folder, trust, text, window, count):
+    trust = {"trust_remote_code": True} if trust else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **trust).eval()
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(folder, **trust)(text).input_ids)
+    windows = tokens[: len(tokens) // window * window].view(-1, window)[:count]
+    log_probabilities = model(windows).logits.double().log_softmax(-1)[:, :-1]
+    chosen = log_probabilities.gather(-1, windows[:, 1:, None])
+    return {"perplexity": (-chosen.mean()).exp().item(), "windows": len(windows), "dtype": str(model.dtype)}
+
+job = json.loads(sys.argv[1])
+text = Path(job["text"]).read_text()
+result = {name: perplexity(folder, trust, text, job["window"], job["count"]) for name, folder, trust in job["models"]}
+print("RESULT " + json.dumps(result))
+"""
+
+
+def ask_stranger(runs: dict[str, Run], root: Path) -> dict[str, dict[str, Any]]:
+    """Held-out perplexity of every case's model before ("<case>_dense") and after, by plain transformers."""
+    models: list[tuple[str, str, bool]] = []
+    for run in runs.values():
+        for name, folder in ((run.case.name, run.folder / "model"), (f"{run.case.name}_dense", run.source)):
+            has_code = any(folder.glob("modeling_*.py"))
+            models.append((name, str(folder), has_code))
+    elsewhere = root / "elsewhere"
+    elsewhere.mkdir()
+    job = {"models": models, "text": str(root / "held_out.txt"), "window": WINDOW, "count": WINDOWS}
+    environment = {"PYTHONPATH": "", "HF_HOME": str(elsewhere), "HF_HUB_OFFLINE": "1"}
+    ended = run_to_end([sys.executable, "-c", STRANGER, json.dumps(job)], cwd=elsewhere, environment=environment)
+    assert ended.code == 0, ended.everything
+    return json.loads(ended.out.partition("RESULT ")[2])
+
+
+def nearest_rows(rows: Tensor, among: Tensor) -> list[int]:
+    """For every row of (n, width), the number of the most similar row among (m, width)."""
+    return torch.cdist(rows.float(), among.float()).argmin(1).tolist()
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name -> (time of the last change in ns, size) of all that a folder holds."""
+    stats = {str(path.relative_to(folder)): os.stat(path) for path in folder.rglob("*")}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}

@@ -1,0 +1,188 @@
+"""launch/run.py as users start it: by a real launcher or, for many short starts, on ranks forked after the imports."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, Literal
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "launch" / "run.py"
+# What a start imports before it knows whether its input is any good.
+PRELOADED = ["torch", "deepspeed", "peft", "transformers", "datasets", "loraprune_ds.train.run", __name__]
+Launcher = Literal["deepspeed", "torchrun", "python"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended: exit code (minus the signal if one ended it), its output, how long it took."""
+
+    code: int | None
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def everything(self) -> str:
+        return f"code {self.code} after {self.seconds:.1f} s\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+def write_text(path: Path, characters: int, *, start: int = 0) -> Path:
+    """Prose: a part of Python's own help."""
+    prose = "\n\n".join(topics[topic] for topic in sorted(topics))
+    path.write_text(prose[start : start + characters], encoding="utf-8")
+    return path
+
+
+def write_config(path: Path, content: Mapping[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(dict(content)), encoding="utf-8")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(
+    arguments: Sequence[str],
+    *,
+    launcher: Launcher = "deepspeed",
+    ranks: int = 2,
+    port: int | None = None,
+    cwd: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 120,
+) -> Ended:
+    """Runs launch/run.py with these arguments to its end; whatever is left at the deadline is killed.
+
+    Raises:
+        AssertionError: it did not end in `timeout` seconds.
+    """
+    port = port or free_port()
+    starter = {
+        "deepspeed": [_beside_python("deepspeed"), "--quiet", f"--master_port={port}", f"--num_accelerators={ranks}"],
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--master_port={port}",
+            f"--nproc_per_node={ranks}",
+        ],
+        "python": [sys.executable],
+    }[launcher]
+    return run_to_end([*starter, str(RUN), *arguments], cwd=cwd, environment=environment, timeout=timeout)
+
+
+def run_to_end(
+    command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 120
+) -> Ended:
+    """A command in a session of its own, so that all it started can be killed with it."""
+    environment = clean_environment() | dict(environment or {})
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"no end after {timeout:g} s\n--- stdout\n{out}\n--- stderr\n{err}") from None
+    return Ended(process.returncode, out, err, time.monotonic() - began)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's own, without what a launcher or pytest put there; this checkout comes before an installed one."""
+    drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in drop and not key.startswith("PYTEST_")}
+    # .venv/bin/deepspeed has to work without .venv activated.
+    return kept | {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def _beside_python(program: str) -> str:
+    return str(Path(sys.executable).parent / program)
+
+
+def fork_ranks(
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    ranks: int = 1,
+    cwd: Path = ROOT,
+    environment: Callable[[int], dict[str, str]] = lambda rank: {},
+    before: Callable[[], None] | None = None,
+    timeout: float = 60,
+) -> list[Ended]:
+    """Runs launch/run.py on `ranks` ranks, each forked from a server that has the imports already: a second, not ten.
+
+    No launcher watches them: every rank has to end by itself.
+
+    Args:
+        folder: for their output.
+        environment: more variables, by rank.
+        before: called first in every rank; a top-level function.
+
+    Raises:
+        AssertionError: a rank did not end in `timeout` seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    common = (
+        {} if ranks == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    )
+    processes = []
+    began = time.monotonic()
+    for rank in range(ranks):
+        own = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        variables = clean_environment() | common | own | environment(rank)
+        outputs = [folder / f"{name}-{rank}" for name in ("stdout", "stderr")]
+        process = context.Process(target=_be_rank, args=(list(arguments), cwd, variables, outputs, before), daemon=True)
+        process.start()
+        processes.append((process, outputs))
+    ended = []
+    for process, (out, err) in processes:
+        process.join(max(0.1, began + timeout - time.monotonic()))
+        ended.append(Ended(process.exitcode, out.read_text(), err.read_text(), time.monotonic() - began))
+    for process, _ in processes:
+        process.kill()
+    assert all(rank.code is not None for rank in ended), "\n".join(rank.everything for rank in ended)
+    return ended
+
+
+def _be_rank(
+    arguments: list[str], cwd: Path, environment: dict[str, str], outputs: list[Path], before: Callable[[], None] | None
+) -> None:
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = [str(RUN), *arguments]
+    if before is not None:
+        before()
+    runpy.run_path(str(RUN), run_name="__main__")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,155 @@
+"""Input that cannot be used: one clear line on standard error, exit code 2 on every rank, nothing written, no hang.
+
+Most starts are forked after the imports, with no launcher that would end a rank which hangs.
+"""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration.bad_input import (
+    Make,
+    arguments,
+    assert_refused,
+    copy_of_model,
+    drop_tensor,
+    drop_tokenizer,
+    ds_config,
+    edit_config,
+    file_at,
+    make_material,
+    truncate,
+)
+from tests.integration.launching import ROOT, RUN, fork_ranks, run_to_end
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_material(tmp_path_factory.mktemp("material"))
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Overrides that make a good run unusable, and what the line has to say; "{here}" is the test's own folder."""
+
+    name: str
+    override: str
+    words: tuple[str, ...]
+    make: Make | None = None
+    ranks: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MODEL, DS = "model.path={here}/model", "deepspeed={here}/ds.json"
+WRONG = (
+    Wrong("unknown key", "prune.rato=0.5", ("unknown key prune.rato", "ratio")),
+    Wrong("unknown section", "prun.ratio=0.5", ("unknown key prun", "prune")),
+    Wrong("mistyped value", "train.steps=ten", ("train.steps", "int", "ten")),
+    Wrong("ratio of 1", "prune.ratio=1.0", ("prune.ratio", "(0, 1)")),
+    Wrong("unreachable ratio", "prune.ratio=0.9", ("prune.ratio 0.9 is out of reach", "at most 0.2625")),
+    Wrong("unknown criterion", "prune.criterion=taylor", ("prune.criterion", "magnitude", "taylor")),
+    Wrong("no such model", "model.path={here}/model", ("model.path", "does not exist")),
+    Wrong("model is no checkpoint", "model.path={here}", ("config.json does not exist",)),
+    Wrong("model on no hub", "model.path=nobody/nothing", ("model.path", "nobody/nothing", "hub")),
+    Wrong("gpt2", MODEL, ("'gpt2'", "llama, mistral"), copy_of_model(edit_config(model_type="gpt2"))),
+    Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate)),
+    Wrong("missing tensor", MODEL, ("model.layers.1.mlp.up_proj.weight is missing",), copy_of_model(drop_tensor)),
+    Wrong("wrong width", MODEL, ("has shape", "[50, 32]"), copy_of_model(edit_config(intermediate_size=50))),
+    Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
+    Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
+    Wrong("no data", "data.path={here}/text.txt", ("data.path", "does not exist")),
+    Wrong("data in another format", "data.path={here}/x.pdf", (".txt, .json, .jsonl",), file_at("x.pdf", "%PDF")),
+    Wrong("broken JSON", "data.path={here}/x.jsonl", ("x.jsonl, line 2",), file_at("x.jsonl", '{"text": "a"}\n{"te')),
+    Wrong(
+        "text too short",
+        "data.path={here}/short.txt",
+        ("short.txt is too short", "one global batch needs 4"),
+        file_at("short.txt", "Only a few words here, and that is all. " * 3),
+    ),
+    Wrong("micro-batches", "train.micro_batch_size=3", ("train.global_batch_size (4)", "micro_batch_size (3)")),
+    Wrong("ranks", "train.global_batch_size=6", ("over 2 ranks", "world sizes that fit: 1, 3"), ranks=2),
+    Wrong("window", "data.window=4096", ("data.window 4096", "512 positions")),
+    Wrong("no ds_config", DS, ("deepspeed: ", "ds.json does not exist")),
+    Wrong("ds_config is no JSON", DS, ("ds.json is not valid JSON",), file_at("ds.json", "{'stage': 3}")),
+    Wrong("not ZeRO-3", DS, ("zero_optimization.stage must be 3",), ds_config(zero_optimization={"stage": 2})),
+    Wrong("fights the run", DS, ("train_batch_size is 64", "makes it 4"), ds_config(train_batch_size=64)),
+    Wrong("owns an optimizer", DS, ("optimizer", "train.learning_rate"), ds_config(optimizer={"type": "Adam"})),
+    Wrong("float16", "model.dtype=float16", ("model.dtype float16", "cpu")),
+    Wrong("output_dir is a file", "seed=1", ("output_dir", "out is not a folder"), file_at("out", "")),
+    Wrong("output_dir in a file", "output_dir={here}/file/out", ("file is not a folder",), file_at("file", "")),
+    Wrong("read-only output_dir", "output_dir=/proc/out", ("output_dir /proc/out cannot be written",)),
+    Wrong("other files in output_dir", "seed=1", ("not empty and holds no run",), file_at("out/thesis.tex", "x")),
+    Wrong("damaged status", "seed=1", ("status.json", "cannot be read"), file_at("out/status.json", "{")),
+)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_wrong_input_is_one_line_before_anything_is_written(wrong: Wrong, material: Path, tmp_path: Path) -> None:
+    here, outputs = tmp_path / "here", tmp_path / "outputs"
+    here.mkdir()
+    outputs.mkdir()
+    if wrong.make:
+        wrong.make(material, here)
+    before = sorted(here.rglob("*"))
+    words = [word.format(here=here) for word in wrong.words]
+    override = wrong.override.format(here=here)
+    first, *others = fork_ranks(arguments(material, here, override), outputs, ranks=wrong.ranks)
+    assert_refused(first, *words)
+    assert first.out == ""
+    assert [(rank.code, rank.out, rank.err) for rank in others] == [(2, "", "")] * len(others)
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], ("--config",)),
+        (["--config", "{good}", "--set", "prune.ratio"], ("--set takes key=value", "prune.ratio")),
+        (["--config", "{good}", "--epochs", "3"], ("unrecognized arguments: --epochs 3",)),
+        (["--config", "{good}.yml"], ("config file", "run.yaml.yml does not exist")),
+        (["--config", "{here}"], ("config file",)),
+        (["--config", "{good}"], ("output_dir is missing",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments(given: list[str], words: tuple[str, ...], material: Path, tmp_path: Path) -> None:
+    filled = [word.format(good=material / "run.yaml", here=tmp_path) for word in given]
+    (ended,) = fork_ranks(filled, tmp_path)
+    assert_refused(ended, *words)
+
+
+def test_a_python_without_the_package_is_told_as_such() -> None:
+    ended = run_to_end([sys.executable, "-I", "-S", str(RUN), "--config", "x.yaml"], cwd=ROOT)
+    assert_refused(ended, f"{sys.executable} has no ", "launch/quickstart.sh", code=1)
+
+
+def lose_a_private_method() -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    del DeepSpeedZeroOptimizer_Stage3.set_grad_positions
+
+
+def test_another_deepspeed_is_named(material: Path, tmp_path: Path) -> None:
+    (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=lose_a_private_method)
+    assert_refused(ended, "deepspeed 0.", "DeepSpeedZeroOptimizer_Stage3.set_grad_positions")
+    assert not (tmp_path / "out").exists()
+
+
+def be_nobody() -> None:
+    """Root may write everywhere; whether one may is asked for the real user, files are opened as the effective one."""
+    if os.geteuid() == 0:
+        os.setreuid(65534, -1)
+
+
+def test_a_read_only_folder_is_told_before_the_data_is_read(material: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as shared:  # pytest's own folders are closed to others
+        os.chmod(shared, 0o555)
+        given = arguments(material, tmp_path, f"output_dir={shared}/me/out", "data.path=/nowhere.txt")
+        (ended,) = fork_ranks(given, tmp_path, before=be_nobody)
+    assert_refused(ended, f"output_dir {shared}/me/out: {shared} is not writable")

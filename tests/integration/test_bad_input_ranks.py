@@ -1,0 +1,109 @@
+"""Input that only one rank lacks, that only a step can show, or that a launcher could hide: all end, rank 0 tells."""
+
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model, make_material, poison
+from tests.integration.launching import ROOT, fork_ranks, launch, read_json, write_text
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture
+def homes(material: Path, tmp_path: Path) -> Callable[[int], dict[str, str]]:
+    """A home folder per rank, as if each were another machine; rank 0's holds text.txt and model/, rank 1's nothing."""
+    for rank in range(2):
+        (tmp_path / f"home{rank}").mkdir()
+    shutil.copy(material / "text.txt", tmp_path / "home0")
+    shutil.copytree(material / "model", tmp_path / "home0" / "model")
+    return lambda rank: {"HOME": str(tmp_path / f"home{rank}")}
+
+
+@pytest.mark.parametrize(("key", "name"), [("data.path", "text.txt"), ("model.path", "model")])
+def test_what_only_one_rank_lacks_is_told_of_it(
+    key: str, name: str, homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path
+) -> None:
+    first, other = fork_ranks(arguments(material, tmp_path, f"{key}=~/{name}"), tmp_path, ranks=2, environment=homes)
+    assert_refused(first, f"rank 1: {key}", f"~/{name} does not exist")
+    assert (other.code, other.err) == (2, "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_data_on_one_rank(homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "home1" / "text.txt", 6_000, start=1)
+    first, other = fork_ranks(
+        arguments(material, tmp_path, "data.path=~/text.txt"), tmp_path, ranks=2, environment=homes
+    )
+    assert_refused(first, "rank 1 reads other training data than rank 0")
+    assert (other.code, other.err) == (2, "")
+
+
+def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: Path) -> None:
+    """The one wrong input that only a step can show; the folder says so, and the next start too."""
+    copy_of_model(poison)(material, tmp_path)
+    given = arguments(material, tmp_path, f"model.path={tmp_path / 'model'}")
+    first, other = fork_ranks(given, tmp_path, ranks=2)
+    assert_refused(first, "step 1: the loss is nan", code=1)
+    assert (other.code, other.err) == (1, "")
+    status = read_json(tmp_path / "out" / "status.json")
+    assert (status["state"], status["step"], f"error: {status['error']}\n") == ("failed", 0, first.err)
+    assert not (tmp_path / "out" / "model").exists()
+    (again,) = fork_ranks(given, tmp_path)
+    assert_refused(again, f"output_dir {tmp_path / 'out'} holds an unfinished run (failed at step 0 of {STEPS})")
+
+
+RANK_HOOK = """
+import os, time
+rank = os.environ.get("RANK")
+if rank is not None:
+    os.environ["HOME"] += rank
+    time.sleep(float(os.environ.get("DELAY_RANK_0", "0")) if rank == "0" else 0)
+    if rank != "0" and "LATER_FOLDER" in os.environ:
+        os.chdir(os.environ["LATER_FOLDER"])
+"""
+
+
+@pytest.fixture
+def hook(tmp_path: Path) -> dict[str, str]:
+    """Environment that makes the ranks of a launcher differ: $HOME gets the rank's number."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(RANK_HOOK)
+    return {"PYTHONPATH": f"{ROOT}:{tmp_path / 'hook'}", "HOME": str(tmp_path / "home")}
+
+
+def test_launched_a_slow_rank_0_still_gets_to_tell(hook: dict[str, str], material: Path, tmp_path: Path) -> None:
+    """Rank 1 meets the typo first, and its end would make the launcher kill rank 0."""
+    ended = launch(arguments(material, tmp_path, "prune.rato=1"), environment=hook | {"DELAY_RANK_0": "2"})
+    assert_refused(ended, "unknown key prune.rato")
+    assert ended.out.count("\n") == 1  # the launcher's own: the exit code
+
+
+def test_launched_a_config_that_only_one_rank_lacks(hook: dict[str, str], material: Path, tmp_path: Path) -> None:
+    given = ["--config", "run.yaml", "--set", f"output_dir={tmp_path / 'out'}"]
+    ended = launch(given, cwd=material, environment=hook | {"LATER_FOLDER": str(tmp_path)})
+    assert ended.code == 2, ended.everything
+    assert ended.err == "error on rank 1: config file run.yaml does not exist\n"
+
+
+def test_launched_data_that_only_one_rank_lacks(
+    hook: dict[str, str], homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path
+) -> None:
+    ended = launch(arguments(material, tmp_path, "data.path=~/text.txt"), environment=hook)
+    assert_refused(ended, "rank 1: data.path: ~/text.txt does not exist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_launched_on_a_port_that_is_taken(material: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = launch(arguments(material, tmp_path), port=port)
+    assert_refused(ended, f"the ranks cannot meet at 127.0.0.1:{port}", "--master_port")
