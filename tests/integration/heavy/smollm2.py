@@ -1,0 +1,20 @@
+"""SmolLM2-135M, the embedded model, cut to stock and to per-layer shapes with odd widths."""
+
+from pydoc_data.topics import topics
+
+from tests.export_cases import Case
+
+SIZES = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1536}
+DENSE = Case("smollm2", "llama", SIZES, [(3, 1536)] * 30, "llama", "bfloat16")
+PRUNED = [
+    Case("smollm2_uniform", "llama", SIZES, [(2, 1301)] * 30, "llama", "bfloat16"),
+    Case(
+        "smollm2_layers",
+        "llama",
+        SIZES,
+        [(3 - i % 9 // 8, (1536, 1488, 1409)[i % 3]) for i in range(30)],
+        "pruned_llama",
+        "bfloat16",
+    ),
+]
+LONG_TEXT = topics["while"] + topics["numbers"] + topics["import"]

