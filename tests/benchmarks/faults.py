@@ -1,6 +1,6 @@
 """The fault table: runs are killed, stopped and robbed of their disk through the real launcher, then taken up again.
 
-    python -m tests.benchmarks.faults [--random 20] [--only WORD] [--jobs 1] [--out FILE]
+    python -m tests.benchmarks.faults [--random 20] [--only REGEX] [--keep] [--jobs 1] [--out FILE]
 
 For every fault: where it struck, steps lost, seconds until no process of the job was left, and whether the resumed run
 ends with the same kept_groups.json, byte for byte, as the run that nothing happened to. Exit code 1 unless all do.
@@ -26,6 +26,7 @@ from typing import Any
 
 from loraprune_ds.checkpoint import files
 from loraprune_ds.errors import UserError
+from loraprune_ds.train import provenance
 from loraprune_ds.train.provenance import hardware, versions
 from tests.integration.resuming import write_run
 
@@ -130,6 +131,7 @@ class Row:
     seconds_until_gone: float = -1.0
     same_result: bool = False
     problem: str | None = None
+    commit: str | None = field(default_factory=lambda: provenance.commit(ROOT))
     said: list[str] = field(default_factory=list)
 
     @property
@@ -371,11 +373,12 @@ def format_row(row: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=int, default=20, help="kills at random moments, seeded")
-    parser.add_argument("--only", default="", help="faults whose name holds this")
+    parser.add_argument("--only", default="", help="faults whose name this regular expression finds")
+    parser.add_argument("--keep", action="store_true", help="leave the other faults' rows of FILE as they are")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; 2 ranks each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    faults = [fault for fault in fault_table(arguments.random) if arguments.only in fault.name]
+    faults = [fault for fault in fault_table(arguments.random) if re.search(arguments.only, fault.name)]
     skipped = []
     if os.geteuid() != 0:
         skipped = [{"fault": fault.name, "why": "mounting a small tmpfs needs root"} for fault in faults if fault.disk]
@@ -394,7 +397,6 @@ def main() -> int:
         print(f"{'':4} {'fault':<62} at resumed  lost   gone  code status")
         facts = {
             "command": "python -m tests.benchmarks.faults " + " ".join(sys.argv[1:]),
-            "commit": commit(),
             "config": config.read_text(),
             "ranks": RANKS,
             "checkpoint_every": EVERY,
@@ -403,14 +405,20 @@ def main() -> int:
             "hardware": hardware("cpu"),
             "skipped": skipped,
         }
+        kept = read_rows(arguments.out, without={fault.name for fault in faults}) if arguments.keep else []
         rows: list[Row] = []
         with ThreadPoolExecutor(arguments.jobs) as pool:
             for row in pool.map(lambda fault: carry_out(fault, root, expected), faults):
                 rows.append(row)
-                write_result(arguments.out, facts, rows, root)
+                write_result(arguments.out, facts, [*kept, *rows], root)
     good = sum(row.good for row in rows)
     print(f"{good} of {len(rows)} as promised; in {arguments.out}")
     return 0 if good == len(rows) else 1
+
+
+def read_rows(path: Path, without: set[str]) -> list[Row]:
+    rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+    return [row for row in rows if row.fault not in without]
 
 
 def write_result(path: Path, facts: dict[str, Any], rows: list[Row], root: Path) -> None:
@@ -418,12 +426,6 @@ def write_result(path: Path, facts: dict[str, Any], rows: list[Row], root: Path)
     result = facts | {"good": sum(row.good for row in rows), "of": len(rows), "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1).replace(str(root), "/tmp/faults") + "\n")
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

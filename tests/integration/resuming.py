@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
@@ -76,6 +78,23 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
 
     with mock.patch.object(Requests, "pending", pending):
         return run(config, Communicator(), inspect_output(config, resume))
+
+
+def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) -> tuple[str, int]:
+    """Like `run_here`; on one rank there is no room for files called `name`. The error of the run."""
+
+    def save_file_if_room(tensors: dict[str, Tensor], path: Path, **_: Any) -> None:
+        if Communicator().rank == full_rank and path.name == name:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    with (
+        mock.patch("loraprune_ds.checkpoint.save.save_file", save_file_if_room),
+        mock.patch("loraprune_ds.model.shards.save_file", save_file_if_room),
+        pytest.raises(UserError) as caught,
+    ):
+        run_here(config, resume)
+    return str(caught.value), caught.value.exit_code
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from tests.integration.resuming import (
     metrics,
     read_state,
     run_here,
+    run_on_full_disk,
     write_run,
 )
 from tests.ranks import RankPool
@@ -207,6 +208,35 @@ def test_what_a_damaged_checkpoint_is_replaced_with_is_good(
     ranks.run(2, run_here, config, "auto")
     assert_bitwise(contents(out, STEPS), contents(straight, STEPS))
     assert losses(out) == losses(straight)
+
+
+@pytest.mark.parametrize(
+    ("rank", "name", "lost"),
+    [
+        (1, "layer-00001.safetensors", "step-14"),
+        (0, "scores.safetensors", "step-14"),
+        (1, "model-00002-of-00004.safetensors", "shape-3"),
+    ],
+)
+def test_a_rank_without_room_ends_the_run_and_loses_nothing_older(
+    ranks: RankPool, straight: Path, again: Path, tmp_path: Path, rank: int, name: str, lost: str
+) -> None:
+    out = killed_after(straight, 13, tmp_path)
+    for path in (out / "checkpoints").glob("shape-[34]"):
+        shutil.rmtree(path)
+    before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()}
+    config = config_for(again, out, *(("checkpoint.every=17",) if lost == "shape-3" else ()))
+    where = f"{out}/checkpoints/.{lost}.partial cannot be written: "
+    for line, code in ranks.run(2, run_on_full_disk, config, "auto", rank, name):
+        assert where in line
+        assert "No space left on device" in line
+        assert "\n" not in line
+        assert code == 1
+    assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "No space left on device" in status["error"]
+    assert ranks.run(2, find_here, config, "auto")[0].step == 13
 
 
 def test_from_another_folder_with_its_records(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""What a start does with the folder it is given: nothing to it before it is known to be the right one."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.train.output import RunStatus, Start, create_output, inspect_output
+from loraprune_ds.train.status import Status, read_status, write_status
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return RunConfig(output_dir=str(tmp_path / "out"))
+
+
+def nothing(config: RunConfig) -> None:
+    pass
+
+
+def empty(config: RunConfig) -> None:
+    Path(config.output_dir).mkdir()
+
+
+def begun(config: RunConfig) -> None:
+    create_output(config)
+
+
+def in_state(state: str) -> Callable[[RunConfig], None]:
+    def make(config: RunConfig) -> None:
+        create_output(config)
+        write_status(Path(config.output_dir), Status(state, 3, 10))  # type: ignore[arg-type]
+
+    return make
+
+
+def foreign(config: RunConfig) -> None:
+    empty(config)
+    (Path(config.output_dir) / "thesis.tex").write_text("")
+
+
+def of_another_seed(config: RunConfig) -> None:
+    in_state("stopped")(dataclasses.replace(config, seed=5))
+
+
+CASES = [
+    (nothing, None, "fresh"),
+    (empty, None, "fresh"),
+    (begun, None, "is not empty and holds no run"),
+    (foreign, None, "is not empty and holds no run"),
+    (in_state("running"), None, "holds an unfinished run (running at step 3 of 10); go on with --resume auto"),
+    (in_state("failed"), None, "holds an unfinished run (failed at step 3 of 10)"),
+    (in_state("finished"), None, "finished"),
+    (nothing, "auto", "resume"),
+    (empty, "auto", "resume"),
+    (begun, "auto", "resume"),
+    (foreign, "auto", "is not empty and holds no run"),
+    (in_state("stopped"), "auto", "resume"),
+    (in_state("finished"), "auto", "finished"),
+    (of_another_seed, "auto", "holds another run (seed differs)"),
+]
+
+
+@pytest.mark.parametrize(("make", "resume", "expected"), CASES)
+def test_start(
+    config: RunConfig, make: Callable[[RunConfig], None], resume: str | None, expected: str, tmp_path: Path
+) -> None:
+    make(config)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    if expected in ("fresh", "resume", "finished"):
+        assert inspect_output(config, resume) == Start(expected)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(UserError) as caught:
+            inspect_output(config, resume)
+        assert expected in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_another_split_of_the_batch_and_another_way_of_saving_are_the_same_run(config: RunConfig) -> None:
+    in_state("stopped")(config)
+    other = dataclasses.replace(
+        config,
+        train=TrainConfig(steps=100, micro_batch_size=8),
+        checkpoint=dataclasses.replace(config.checkpoint, every=7),
+        logging=dataclasses.replace(config.logging, progress=False),
+    )
+    assert inspect_output(other, "auto") == Start("resume")
+    with pytest.raises(UserError, match=r"train\.learning_rate"):
+        inspect_output(dataclasses.replace(config, train=TrainConfig(steps=100, learning_rate=1.0)), "auto")
+
+
+def test_a_path_may_lie_in_the_run_or_lead_to_another_for_a_new_folder(config: RunConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    assert inspect_output(config, str(other)) == Start("resume", other)
+    in_state("stopped")(config)
+    inside = Path(config.output_dir) / "checkpoints"
+    inside.mkdir()
+    assert inspect_output(config, str(inside)) == Start("resume", inside)
+    with pytest.raises(UserError, match="holds a run already, so it cannot take up --resume"):
+        inspect_output(config, str(other))
+    with pytest.raises(UserError, match="no such folder"):
+        inspect_output(config, str(tmp_path / "nowhere"))
+
+
+def test_the_config_in_force_is_written(config: RunConfig) -> None:
+    folder = create_output(config)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == config.to_dict()
+
+
+def test_status_follows_the_run_and_keeps_its_error(tmp_path: Path) -> None:
+    def run() -> None:
+        with RunStatus(tmp_path, 10, first=4, writes=True) as status:
+            seen.append(read_status(tmp_path))
+            status.update(5)
+            raise UserError("no\nluck")
+
+    seen: list[Status | None] = []
+    with pytest.raises(UserError):
+        run()
+    first, last = seen[0], read_status(tmp_path)
+    assert first is not None
+    assert last is not None
+    assert (first.state, first.step) == ("running", 4)
+    assert (last.state, last.step, last.steps, last.error) == ("failed", 5, 10, "no luck")
+
+
+def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def run() -> None:
+        with RunStatus(tmp_path, 10, first=0, writes=True):
+            monkeypatch.setattr("loraprune_ds.train.output.write_status", full)
+            raise UserError("the cause")
+
+    with pytest.raises(UserError, match="the cause"):
+        run()
