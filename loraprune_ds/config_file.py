@@ -88,5 +88,5 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     require(type(value) is kind, f"{key} must be of type {kind.__name__}; got {value!r}")
-    require(kind is not float or math.isfinite(value), f"{key} must be finite; got {value!r}")
+    require(kind is not float or math.isfinite(typing.cast(float, value)), f"{key} must be finite; got {value!r}")
     return value
