@@ -36,7 +36,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     for pattern in TOKENIZER_FILES:
         for path in sorted(source.glob(pattern)):
             shutil.copyfile(path, out / path.name)
-    if (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file():
+    if _is_llama_sentencepiece(source):
         load_tokenizer(source).save_pretrained(out)
     config = _read_config(out)
     portable = dict(config)
@@ -46,6 +46,13 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
     if portable != config:
         _write_config(out, portable)
+
+
+def _is_llama_sentencepiece(source: Path) -> bool:
+    """LLaMA's tokenizer.model alone. A Mistral's is copied as it is: AutoTokenizer splits its texts its own way."""
+    alone = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
+    config = source / "config.json"
+    return alone and config.is_file() and "mistral" not in json.loads(config.read_text()).get("model_type", "")
 
 
 def has_tokenizer(folder: Path) -> bool:

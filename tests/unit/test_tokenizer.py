@@ -115,7 +115,10 @@ def _quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     capfd.readouterr()
 
 
-@pytest.mark.parametrize("tokenizer_config", CONFIGS.values(), ids=CONFIGS)
+LLAMA_CONFIGS = {name: config for name, config in CONFIGS.items() if name != "mistral"}  # copied as it is
+
+
+@pytest.mark.parametrize("tokenizer_config", LLAMA_CONFIGS.values(), ids=LLAMA_CONFIGS)
 def test_an_export_begins_texts_like_the_source(
     tmp_path: Path, sentencepiece_model: bytes, tokenizer_config: dict[str, Any]
 ) -> None:
