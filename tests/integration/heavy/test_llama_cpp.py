@@ -35,8 +35,9 @@ from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
 PRECISIONS = ("f16", "q8_0")
-# Largest difference of a logit, as a part of the logits' spread.
-TOLERANCE = {"f16": 0.01, "q8_0": 0.1}
+# Root mean square of the logits' differences, as a part of their spread. Through 30 layers a value that went the other
+# way makes others do so; the dense SmolLM2 shows how far that goes in a file that nobody doubts.
+TOLERANCE = {"f16": 0.005, "q8_0": 0.1}
 NEW_TOKENS = 16
 BROKEN = "broken"
 
@@ -220,6 +221,7 @@ def row(item: Compared) -> dict[str, Any]:
         "precision": item.precision,
         "tokenizer": item.tokenizer,
         "largest_difference": float(np.abs(item.found["logits"] - logits).max()),
+        "rms_difference": float(np.sqrt(np.square(item.found["logits"] - logits).mean())),
         "spread": float(logits.std()),
         "greedy_tokens": item.new_tokens,
         "greedy_same": len(same),
@@ -237,7 +239,7 @@ ALL = [f"{case.name}-{precision}" for case in (*TINY, *REAL) for precision in PR
 @pytest.mark.parametrize("name", ALL)
 def test_logits(name: str, rows: dict[str, dict[str, Any]]) -> None:
     result = rows[name]
-    assert result["largest_difference"] <= TOLERANCE[result["precision"]] * result["spread"]
+    assert result["rms_difference"] <= TOLERANCE[result["precision"]] * result["spread"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -261,4 +263,4 @@ def test_texts_are_the_same_tokens(name: str, rows: dict[str, dict[str, Any]]) -
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_wrong_file_is_seen(precision: str, rows: dict[str, dict[str, Any]]) -> None:
     result = rows[f"{BROKEN}-{precision}"]
-    assert result["largest_difference"] > 5 * TOLERANCE[precision] * result["spread"]
+    assert result["rms_difference"] > 5 * TOLERANCE[precision] * result["spread"]
