@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--held-out", help="text to measure on; default: a held-out part of the text")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--ratio", type=float, default=0.4)
+    parser.add_argument("--windows", type=int, default=64, help="of 128 tokens, to measure on")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--runs", nargs="*", choices=list(RUNS), default=list(RUNS))
     arguments = parser.parse_args()
@@ -57,7 +58,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             f"train.steps={arguments.steps}",
             f"prune.ratio={arguments.ratio}",
             "train.global_batch_size=8",
-            "evaluate.max_windows=64",
+            f"evaluate.max_windows={arguments.windows}",
             "checkpoint.every=null",
             "logging.tensorboard=false",
             *([f"data.path={arguments.text}"] if arguments.text else []),
@@ -69,7 +70,9 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         command += [part for setting in settings for part in ("--set", setting)]
         print(f"{name} ...", file=sys.stderr, flush=True)
         subprocess.run(command, cwd=ROOT, check=True)
-        return json.loads(Path(folder, "run", "report.json").read_text())
+        report = json.loads(Path(folder, "run", "report.json").read_text())
+        report["config"]["output_dir"] = "run"  # a temporary folder says nothing
+        return report
 
 
 if __name__ == "__main__":
