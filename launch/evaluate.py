@@ -115,12 +115,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     quiet_deepspeed()
     comm = start_ranks()
     try:
+        # One rank per node downloads, converts or merges; the others then find it in the node's cache.
         first = os.environ["LOCAL_RANK"] == "0"
-        comm.together(lambda: read_evaluation_text(arguments) if first else None)
-        plan = comm.together(lambda: make_plan(arguments))
         given = [arguments.model, *([arguments.dense] if arguments.dense else [])]
         with readable(given, comm, is_first_on_node=first) as paths:
-            measured = evaluate(paths, plan, comm, is_first_on_node=first, watch=show_progress)
+            comm.together(lambda: read_evaluation_text(arguments) if first else None)
+            plan = comm.together(lambda: make_plan(arguments))
+            measured = evaluate(paths, plan, comm, show_progress)
         named = [replace(model, path=path) for model, path in zip(measured, given, strict=True)]
         provenance = {"versions": versions(), "hardware": hardware(device_name())}
         return make_result(named, plan, comm.world_size, provenance)
@@ -130,29 +131,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def readable(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) -> Iterator[list[str]]:
-    """The same models; what a run has not merged yet is, once per node, in a folder that is gone afterwards."""
+    """The same models, found; what a run has not merged yet is in a folder that is gone afterwards."""
     with ExitStack() as stack:
         scratch = None
         if is_first_on_node:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="evaluate-")))
-        merged = comm.together(lambda: [merge(p, scratch / str(i)) for i, p in enumerate(paths)] if scratch else None)
+        found = comm.together(
+            lambda: [find_or_merge(path, scratch / str(i)) for i, path in enumerate(paths)] if scratch else None
+        )
         # The ranks of a node follow its first one.
-        yield next(found for found in reversed(comm.gather_objects(merged)[: comm.rank + 1]) if found)
+        yield next(names for names in reversed(comm.gather_objects(found)[: comm.rank + 1]) if names)
 
 
-def merge(path: str, out: Path) -> str:
+def find_or_merge(path: str, out: Path) -> str:
     """The path of a model to load: `out`, if `path` is a checkpoint of a run or an unfinished run, else itself."""
     from loraprune_ds.checkpoint.state import STATE_FILE
+    from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.export.formats import STATUS_FILE, export, find_source
 
-    if not any((Path(path) / name).is_file() for name in (STATUS_FILE, STATE_FILE)):
-        return path
-    source = find_source(Path(path))
-    if source.model is not None:
-        return path
-    for remark in export(source, "hf", out):
-        print(f"note: {path}: {remark}", file=sys.stderr)
-    return str(out)
+    if any((Path(path) / name).is_file() for name in (STATUS_FILE, STATE_FILE)):
+        source = find_source(Path(path))
+        if source.model is None:
+            for remark in export(source, "hf", out):
+                print(f"note: {path}: {remark}", file=sys.stderr)
+            return str(out)
+    find_model(path)
+    return path
 
 
 def make_plan(arguments: argparse.Namespace) -> "Plan":
@@ -209,5 +213,12 @@ def write_result(result: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
         out.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if as_json else result_table(result))
 
 
+def leave(code: int) -> NoReturn:
+    """Ends this process without taking the interpreter down, which now and then aborts in a thread of gloo's (-6)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

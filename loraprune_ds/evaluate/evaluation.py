@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.evaluate.candidates import Candidate, Plan, check_candidates
 from loraprune_ds.evaluate.cost import Cost, count_cost
-from loraprune_ds.evaluate.models import Source, find_model, load_model
+from loraprune_ds.evaluate.models import Source, load_model
 from loraprune_ds.evaluate.perplexity import Forward, Perplexity, measure_batches
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.zeroshot import run_tasks
@@ -50,9 +50,7 @@ class _Quality:
     tasks: dict[str, Any] | None = None
 
 
-def evaluate(
-    paths: list[str], plan: Plan, comm: Communicator, *, is_first_on_node: bool, watch: Watch = lambda rounds: rounds
-) -> list[Measured]:
+def evaluate(paths: list[str], plan: Plan, comm: Communicator, watch: Watch = lambda rounds: rounds) -> list[Measured]:
     """Measures the models that `paths` name; of two, the second is the dense one that the first is held against.
 
     Tasks and speed are in the result of rank 0 only. Collective.
@@ -60,8 +58,6 @@ def evaluate(
     Raises:
         UserError: something cannot be used; all ranks raise the same line, before anything long.
     """
-    # One rank per node downloads or converts, the others find it in the node's cache.
-    comm.together(lambda: [find_model(path) for path in paths] if is_first_on_node else None)
     candidates = comm.together(lambda: check_candidates(paths, plan))
     models: list[PreTrainedModel] = []  # only where their speed is measured, which needs all at once
     qualities = [_measure_quality(candidate, plan, comm, watch, models) for candidate in candidates]

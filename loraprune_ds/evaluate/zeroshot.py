@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def check_tasks(plan: TaskPlan) -> None:
         raise UserError(f"--tasks needs the package lm-eval: {INSTALL}")
     if plan.include_path and not plan.include_path.is_dir():
         raise UserError(f"--include-path: {plan.include_path} is not a folder")
-    known = _task_manager(plan).all_tasks
+    known = _task_manager(plan.include_path).all_tasks
     for name in _expand(plan.names):
         if name not in known and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
             close = difflib.get_close_matches(name, known, n=3)
@@ -71,7 +72,7 @@ def run_tasks(
         found = _lm_eval("").simple_evaluate(
             RankedLM(model, tokenizer, batch_size, rank, world_size),
             tasks=list(_expand(plan.names)),
-            task_manager=_task_manager(plan),
+            task_manager=_task_manager(plan.include_path),
             num_fewshot=plan.fewshot,
             batch_size=batch_size,
             limit=plan.limit,
@@ -108,8 +109,10 @@ def _expand(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
-def _task_manager(plan: TaskPlan) -> Any:
-    return _lm_eval(".tasks").TaskManager(include_path=plan.include_path)
+@cache
+def _task_manager(include_path: Path | None) -> Any:
+    """lm-eval's index of all task files, which takes seconds to make."""
+    return _lm_eval(".tasks").TaskManager(include_path=include_path)
 
 
 def _lm_eval(module: str) -> Any:

@@ -1,0 +1,349 @@
+"""launch/evaluate.py and launch/compare.py as a user starts them, against the straightforward computation."""
+
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loraprune_ds.export.formats import export, find_source
+from tests.integration.launching import (
+    PRELOADED,
+    ROOT,
+    Ended,
+    clean_environment,
+    free_port,
+    launch,
+    read_json,
+    run_to_end,
+    write_config,
+    write_text,
+)
+from tests.oracle.models import make_tiny_llama
+
+EVALUATE, COMPARE = ROOT / "launch" / "evaluate.py", ROOT / "launch" / "compare.py"
+VOCAB, WINDOW, WINDOWS, STEPS = 259, 32, 21, 6
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+
+@dataclass(frozen=True)
+class Made:
+    """dense/, a finished run/ of it with checkpoints of steps 4 and 6, its LoRA apart in apart/, text.txt, tasks/."""
+
+    root: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.root / name
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("evaluate")
+    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 64, "layers": 3}
+    dense = make_tiny_llama(root / "dense", vocab=VOCAB, seed=3, tie=True, biases=True, **sizes)
+    write_text(root / "text.txt", 6_000)
+    config = {
+        "output_dir": str(root / "run"),
+        "model": {"path": str(dense), "dtype": "float32"},
+        "lora": {"r": 4, "lora_dropout": 0.0},
+        "data": {"path": str(root / "text.txt"), "window": 32, "held_out_fraction": 0.2},
+        "prune": {"ratio": 0.35, "ranking": "global", "prune_every": 2, "protected_first": 0, "protected_last": 0}
+        | {"warmup_fraction": 0.2, "cooldown_fraction": 0.2},
+        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
+        "evaluate": {"window": 32, "max_windows": 4},
+        "checkpoint": {"every": 4},
+    }
+    ended = launch(["--config", str(write_config(root / "run.yaml", config))], launcher="python", cwd=root)
+    assert ended.code == 0, ended.everything
+    export(find_source(root / "run"), "adapter", root / "apart")
+    write_tasks(root / "tasks")
+    return Made(root)
+
+
+def write_tasks(folder: Path) -> None:
+    """A task with a choice and one of perplexity, both read from local files."""
+    folder.mkdir()
+    questions = [
+        {"query": f"The {noun} is", "choices": [" red.", " made of wood.", " here"], "gold": i % 3}
+        for i, noun in enumerate(["house", "car", "sea", "number", "import statement"])
+    ]
+    texts = [{"text": f"The {noun} is an object that has a type, " * 3} for noun in ("list", "class", "generator")]
+    for name, lines in (("choice", questions), ("prose", texts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = "dataset_path: json\ndataset_kwargs: {data_files: {test: %s}}\ntest_split: test\nmetadata: {version: 1}\n"
+    (folder / "choice.yaml").write_text(
+        f"task: tiny_choice\n{data % (folder / 'choice.jsonl')}output_type: multiple_choice\n"
+        "doc_to_text: '{{query}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{gold}}'\ntarget_delimiter: ''\n"
+        "metric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    )
+    (folder / "prose.yaml").write_text(
+        f"task: tiny_prose\n{data % (folder / 'prose.jsonl')}output_type: loglikelihood_rolling\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list:\n- metric: word_perplexity\n"
+    )
+
+
+def evaluate(made: Made, *arguments: str | Path, timeout: float = 60) -> Ended:
+    """One rank, forked from a server that has the imports already: a second, not ten."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    outputs = [made / "stdout", made / "stderr"]
+    process = context.Process(target=_be_evaluate, args=(list(map(str, arguments)), clean_environment(), outputs))
+    process.start()
+    process.join(timeout)
+    process.kill()
+    out, err = (path.read_text() for path in outputs)
+    ended = Ended(process.exitcode, out, err, 0.0)
+    assert ended.code is not None, ended.everything
+    return ended
+
+
+def _be_evaluate(arguments: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [str(EVALUATE), *arguments]
+    runpy.run_path(str(EVALUATE), run_name="__main__")
+
+
+def answer(ended: Ended) -> dict[str, Any]:
+    """The one object on stdout of an evaluation that went well."""
+    assert ended.code == 0, ended.everything
+    return json.loads(ended.out)
+
+
+def straightforward(folder: Path, text: Path) -> float:
+    """Perplexity by plain transformers, one window at a time, in the words of the definition."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(text.read_text()).input_ids
+    losses = []
+    for start in range(0, WINDOWS * WINDOW, WINDOW):
+        window = torch.tensor(tokens[start : start + WINDOW])
+        with torch.no_grad():
+            log_probabilities = model(window[None]).logits[0].double().log_softmax(-1)
+        losses += [-float(log_probabilities[i - 1, window[i]]) for i in range(1, WINDOW)]
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+def on_text(made: Made) -> list[str]:
+    return ["--text", str(made / "text.txt"), "--window", str(WINDOW), "--max-windows", str(WINDOWS), "--json"]
+
+
+@pytest.mark.parametrize("name", ["dense", "run/model"])
+def test_perplexity_is_the_straightforward_one(made: Made, name: str) -> None:
+    found = answer(evaluate(made, made / name, *on_text(made), "--dtype", "float32"))
+    assert found["perplexity"] == pytest.approx(straightforward(made / name, made / "text.txt"), rel=1e-6)
+    assert (found["tokens"], found["windows"]) == (WINDOWS * (WINDOW - 1), WINDOWS)
+
+
+def test_a_run_is_its_model_and_knows_what_it_lost(made: Made) -> None:
+    found = answer(evaluate(made, made / "run", *on_text(made), "--dense", made / "dense"))
+    assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-6)
+    assert found["dense"]["perplexity"] == pytest.approx(straightforward(made / "dense", made / "text.txt"), rel=1e-6)
+    params = read_json(made / "run" / "report.json")["params"]
+    assert found["removed_fraction"] == params["removed_fraction"] > 0.1
+    assert (found["cost"]["parameters"], found["dense"]["cost"]["parameters"]) == (params["pruned"], params["dense"])
+    assert (found["kind"], found["method"], found["dtype"]) == ("run", "lora, global", "float32")
+
+
+def test_an_adapter_is_merged_on_the_fly(made: Made) -> None:
+    """The pruned base and its LoRA apart are the same model as the two merged."""
+    found = answer(evaluate(made, made / "apart" / "adapter", *on_text(made)))
+    assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-5)
+    base = answer(evaluate(made, made / "apart" / "base", *on_text(made)))
+    assert abs(found["perplexity"] / base["perplexity"] - 1) > 1e-2
+
+
+def test_a_checkpoint_and_the_unfinished_run_it_belongs_to(made: Made, tmp_path: Path) -> None:
+    checkpoint = made / "run" / "checkpoints" / "step-4"
+    export(find_source(checkpoint), "hf", tmp_path / "merged")
+    expected = straightforward(tmp_path / "merged", made / "text.txt")
+    found = answer(evaluate(made, checkpoint, *on_text(made)))
+    assert found["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert found["path"] == str(checkpoint)
+    assert expected != pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-3)
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step-6")
+    (run / "status.json").write_text('{"state": "running", "step": 5, "steps": 6}')
+    ended = evaluate(made, run, *on_text(made))
+    assert answer(ended)["perplexity"] == found["perplexity"]
+    assert "taken from step-4" in ended.err
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_ranks_give_the_same_number(made: Made, launcher: str) -> None:
+    """Whole on each rank under one launcher, sharded under the other; rank 0 alone writes, and nothing else."""
+    sharded = ["--sharded"] if launcher == "torchrun" else []
+    start = {
+        "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_accelerators=2"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"],
+    }[launcher]
+    command = [*start, f"--master_port={free_port()}", str(EVALUATE), str(made / "run"), *on_text(made), *sharded]
+    found = answer(run_to_end([*command, "--batch-size", "4"], cwd=ROOT))
+    assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-6)
+    assert (found["world_size"], found["sharded"]) == (2, bool(sharded))
+
+
+def test_the_table_is_for_people(made: Made) -> None:
+    arguments = [*on_text(made)[:-1], "--sliding", "16", "--batch-size", "2"]
+    ended = evaluate(made, made / "run", "--dense", made / "dense", *arguments)
+    assert ended.code == 0, ended.everything
+    lines = ended.out.splitlines()
+    assert lines[0].startswith("dense  ")
+    assert f"{WINDOWS} windows of {WINDOW} tokens, one every 16, {31 + 20 * 16} predictions" in lines[2]
+    assert any(line.startswith("perplexity ") and line.endswith("times") for line in lines)
+
+
+def test_speed_is_measured_on_both(made: Made, tmp_path: Path) -> None:
+    for name in ("dense", "run/model"):  # the tiny ones read 512 tokens at most
+        shutil.copytree(made / name, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text()) | {"max_position_embeddings": 1024}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    found = answer(evaluate(made, tmp_path / "run/model", "--dense", tmp_path / "dense", "--speed", "--json"))
+    assert found["perplexity"] is None
+    for model in (found, found["dense"]):
+        assert model["speed"]["prefill_tokens_per_second"] > model["speed"]["decode_tokens_per_second"] > 0
+
+
+BY_HAND = """
+import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+folders, tasks, include_path = json.loads(sys.argv[1])
+manager = TaskManager(include_path=include_path)
+for folder in folders:
+    model_args = f"pretrained={folder},dtype=float32,trust_remote_code=True"
+    found = simple_evaluate("hf", model_args, tasks, batch_size=16, device="cpu", task_manager=manager)
+    print("RESULT " + json.dumps(found["results"]))
+"""
+
+
+@needs_lm_eval
+def test_tasks_are_what_lm_eval_by_hand_gives(made: Made) -> None:
+    """Dense and pruned; the tokenizer and settings lm-eval chooses for a folder are the ones used here."""
+    tasks = ["tiny_choice", "tiny_prose"]
+    arguments = ["--tasks", *tasks, "--include-path", made / "tasks", "--json"]
+    found = answer(evaluate(made, made / "run", "--dense", made / "dense", *arguments, timeout=300))
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(made / "home")}
+    job = json.dumps([[str(made / "run" / "model"), str(made / "dense")], tasks, str(made / "tasks")])
+    by_hand = run_to_end([sys.executable, "-c", BY_HAND, job], cwd=made.root, environment=offline, timeout=300)
+    assert by_hand.code == 0, by_hand.everything
+    pruned, dense = (json.loads(part.splitlines()[0]) for part in by_hand.out.split("RESULT ")[1:])
+    assert found["tasks"]["results"] == pruned
+    assert found["dense"]["tasks"]["results"] == dense
+    assert pruned["tiny_prose"] != dense["tiny_prose"]
+    settings = found["tasks"]["settings"]
+    assert settings["documents"]["tiny_choice"] == {"original": 5, "effective": 5}
+    assert settings["fewshot"] == {"tiny_choice": 0, "tiny_prose": 0}
+
+
+def test_runs_and_evaluations_are_compared(made: Made, tmp_path: Path) -> None:
+    answered = evaluate(made, made / "run", *on_text(made), "--dense", made / "dense")
+    (tmp_path / "again.json").write_text(answered.out)
+    command = [sys.executable, str(COMPARE), str(made / "run"), str(tmp_path / "again.json")]
+    ended = run_to_end([*command, "--picture", str(tmp_path / "picture.png")], cwd=ROOT)
+    assert ended.code == 0, ended.everything
+    assert {line.split()[0] for line in ended.out.splitlines() if line} == {"perplexity", "result", "run", "again"}
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    found = json.loads(run_to_end([*command, "--json"], cwd=ROOT).out)["results"]
+    assert [result["method"] for result in found] == ["lora, global"] * 2
+    assert found[0]["removed_fraction"] == found[1]["removed_fraction"]
+
+
+# Bad input
+
+Spoil = Callable[[Made, Path], list[Any]]
+
+
+def without_tokenizer(made: Made, here: Path) -> list[Any]:
+    shutil.copytree(made / "dense", here / "model")
+    for path in (here / "model").glob("tokenizer*"):
+        path.unlink()
+    return [here / "model", "--text", made / "text.txt"]
+
+
+def damaged_run(made: Made, here: Path) -> list[Any]:
+    shutil.copytree(made / "run", here / "run")
+    for path in (here / "run" / "model").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-20])
+    return [here / "run"]
+
+
+def unfinished_run(made: Made, here: Path) -> list[Any]:
+    (here / "run").mkdir()
+    (here / "run" / "status.json").write_text('{"state": "running", "step": 2, "steps": 6}')
+    return [here / "run"]
+
+
+def short_text(made: Made, here: Path) -> list[Any]:
+    (here / "short.txt").write_text("too short")
+    return [made / "dense", "--text", here / "short.txt"]
+
+
+def other_tokens(made: Made, here: Path) -> list[Any]:
+    sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 4, "hidden": 8, "ffn": 8, "layers": 1}
+    make_tiny_llama(here / "other", vocab=40, seed=0, **sizes)
+    return [made / "dense", "--dense", here / "other", "--text", made / "text.txt"]
+
+
+BAD: dict[str, tuple[Spoil, str]] = {
+    "no such model": (lambda m, h: [h / "nothing"], "folder {here}/nothing does not exist"),
+    "no tokenizer": (without_tokenizer, "{here}/model has no tokenizer that can be read"),
+    "damaged run": (damaged_run, "{here}/run/model/model-"),
+    "unfinished run": (unfinished_run, "{here}/run holds an unfinished run (running at step 2 of 6) without a"),
+    "no such text": (lambda m, h: [m / "dense", "--text", h / "no.txt"], "--text: {here}/no.txt does not exist"),
+    "short text": (short_text, "the evaluation text has 9 tokens, less than one window of 128"),
+    "offline": (lambda m, h: [m / "dense", "--dataset", "ptb"], "--dataset ptb: ptb-text-only/ptb_text_only, split"),
+    "other tokens": (other_tokens, "{made}/dense and {here}/other read the text as different tokens"),
+    "long window": (
+        lambda m, h: [m / "dense", "--text", m / "text.txt", "--window", "1024"],
+        "{made}/dense reads at most 512 tokens (max_position_embeddings), not 1024",
+    ),
+    "sharded tasks": (lambda m, h: [m / "dense", "--tasks", "piqa", "--sharded"], "--sharded measures perplexity only"),
+    "sharded adapter": (
+        lambda m, h: [m / "apart/adapter", "--text", m / "text.txt", "--sharded"],
+        "{made}/apart/adapter: --sharded cannot merge an adapter",
+    ),
+    "mistyped option": (lambda m, h: [m / "dense", "--windo", "x"], "argument --window: invalid int value: 'x'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(made: Made, tmp_path: Path, name: str) -> None:
+    spoil, message = BAD[name]
+    ended = evaluate(made, *spoil(made, tmp_path), "--json")
+    assert ended.code == 2, ended.everything
+    assert ended.out == ""
+    (line,) = ended.err.splitlines()
+    assert line.startswith("error: " + message.format(here=tmp_path, made=made.root))
+
+
+@needs_lm_eval
+def test_an_unknown_task_is_one_line(made: Made) -> None:
+    ended = evaluate(made, made / "dense", "--tasks", "no_such_task", timeout=300)
+    assert (ended.code, ended.out) == (2, ""), ended.everything
+    assert ended.err.startswith("error: --tasks: lm-eval knows no task no_such_task")
+    assert ended.err.count("\n") == 1
+
+
+def test_bad_input_on_two_ranks_is_one_line_of_rank_0(made: Made) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    ended = run_to_end([*command, str(EVALUATE), str(made / "nothing"), *on_text(made)], cwd=ROOT)
+    assert ended.code != 0
+    assert ended.out == ""
+    assert ended.err.count(f"error: folder {made / 'nothing'} does not exist") == 1
