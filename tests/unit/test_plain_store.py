@@ -17,6 +17,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import KINDS, LINEARS, Kind, LayerShape
 from loraprune_ds.pruning.importance import MovingAverage
+from loraprune_ds.pruning.ranking import rank_global, uniform_counts
 from loraprune_ds.pruning.step import agree, all_groups
 from loraprune_ds.zero.plain import PlainStore
 from loraprune_ds.zero.store import LayerKeep
@@ -115,6 +116,28 @@ def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
     for cut in run.cuts:
         assert abs(cut.reached - cut.target) <= largest_group / dense
     assert run.cuts[-1].target == 0.4
+
+
+def test_uniform_heads_for_the_schedules_end(gqa: Tiny) -> None:
+    """Each cut is in proportion to the final counts: its own target alone would round to other ones."""
+    run = gqa.plain().run(gqa.batches)
+    limits, ratio = run.pruner.limits, run.prune.ratio
+    on_the_way = [uniform_counts(limits, cut.target, ratio) for cut in run.cuts]
+    assert [LayerShape(len(cut.keep[0].heads), len(cut.keep[0].channels)) for cut in run.cuts] == on_the_way
+    assert on_the_way != [uniform_counts(limits, cut.target, cut.target) for cut in run.cuts]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_budgets_are_a_setting(gqa: Tiny, joint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def watched(*args: Any, joint: bool) -> list[LayerKeep]:
+        asked.append(joint)
+        return rank_global(*args, joint=joint)
+
+    monkeypatch.setattr("loraprune_ds.pruning.step.rank_global", watched)
+    gqa.plain(PruneConfig(ratio=0.3, prune_every=4, ranking="global", joint_budget=joint)).run(gqa.batches)
+    assert set(asked) == {joint}
 
 
 def drop_moments(self: PlainStore, parameter: Any, axis: int, rows: Tensor) -> None:
