@@ -112,7 +112,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from loraprune_ds.zero.device import device_name
     from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 
-    quiet_deepspeed()
+    if not arguments.verbose:
+        quiet_deepspeed()
     comm = start_ranks()
     try:
         # One rank per node downloads, converts or merges; the others then find it in the node's cache.

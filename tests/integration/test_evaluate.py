@@ -93,18 +93,26 @@ def write_tasks(folder: Path) -> None:
     )
 
 
-def evaluate(made: Made, *arguments: str | Path, timeout: float = 60) -> Ended:
-    """One rank, forked from a server that has the imports already: a second, not ten."""
+def evaluate(made: Made, *arguments: str | Path, ranks: int = 1, timeout: float = 180) -> Ended:
+    """Rank 0's end. Each rank is forked from a server that has the imports already: a second, not ten."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    outputs = [made / "stdout", made / "stderr"]
-    process = context.Process(target=_be_evaluate, args=(list(map(str, arguments)), clean_environment(), outputs))
-    process.start()
-    process.join(timeout)
-    process.kill()
-    out, err = (path.read_text() for path in outputs)
-    ended = Ended(process.exitcode, out, err, 0.0)
-    assert ended.code is not None, ended.everything
+    common = (
+        {} if ranks == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    )
+    processes = []
+    for rank in range(ranks):
+        own = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        outputs = [made / f"{name}-{rank}" for name in ("stdout", "stderr")]
+        setting = (list(map(str, arguments)), clean_environment() | common | own, outputs)
+        processes.append(context.Process(target=_be_evaluate, args=setting))
+        processes[-1].start()
+    for process in processes:
+        process.join(timeout)
+        process.kill()
+    out, err = (path.read_text() for path in (made / "stdout-0", made / "stderr-0"))
+    ended = Ended(processes[0].exitcode, out, err, 0.0)
+    assert all(process.exitcode is not None for process in processes), ended.everything
     return ended
 
 
@@ -115,7 +123,19 @@ def _be_evaluate(arguments: list[str], environment: dict[str, str], outputs: lis
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(EVALUATE), *arguments]
+    torch.nn.functional.cross_entropy = _noisy(torch.nn.functional.cross_entropy)
     runpy.run_path(str(EVALUATE), run_name="__main__")
+
+
+def _noisy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Prints at every call, as libraries do, in Python and past it: the answer must stay alone on stdout."""
+
+    def noisy(*arguments: Any, **settings: Any) -> Any:
+        print("from Python", flush=True)  # noqa: T201
+        os.write(1, b"from C\n")
+        return function(*arguments, **settings)
+
+    return noisy
 
 
 def answer(ended: Ended) -> dict[str, Any]:
@@ -238,7 +258,7 @@ def test_tasks_are_what_lm_eval_by_hand_gives(made: Made) -> None:
     """Dense and pruned; the tokenizer and settings lm-eval chooses for a folder are the ones used here."""
     tasks = ["tiny_choice", "tiny_prose"]
     arguments = ["--tasks", *tasks, "--include-path", made / "tasks", "--json"]
-    found = answer(evaluate(made, made / "run", "--dense", made / "dense", *arguments, timeout=300))
+    found = answer(evaluate(made, made / "run", "--dense", made / "dense", *arguments))
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(made / "home")}
     job = json.dumps([[str(made / "run" / "model"), str(made / "dense")], tasks, str(made / "tasks")])
     by_hand = run_to_end([sys.executable, "-c", BY_HAND, job], cwd=made.root, environment=offline, timeout=300)
@@ -250,6 +270,12 @@ def test_tasks_are_what_lm_eval_by_hand_gives(made: Made) -> None:
     settings = found["tasks"]["settings"]
     assert settings["documents"]["tiny_choice"] == {"original": 5, "effective": 5}
     assert settings["fewshot"] == {"tiny_choice": 0, "tiny_prose": 0}
+    shared = answer(evaluate(made, made / "run", *arguments, ranks=2))["tasks"]["results"]
+    assert shared["tiny_choice"]["acc,none"] == pruned["tiny_choice"]["acc,none"]
+    # Sums of fp32 log-likelihoods, batched with other texts.
+    assert shared["tiny_prose"]["word_perplexity,none"] == pytest.approx(
+        pruned["tiny_prose"]["word_perplexity,none"], rel=1e-5
+    )
 
 
 def test_runs_and_evaluations_are_compared(made: Made, tmp_path: Path) -> None:
@@ -335,7 +361,7 @@ def test_bad_input_is_one_line(made: Made, tmp_path: Path, name: str) -> None:
 
 @needs_lm_eval
 def test_an_unknown_task_is_one_line(made: Made) -> None:
-    ended = evaluate(made, made / "dense", "--tasks", "no_such_task", timeout=300)
+    ended = evaluate(made, made / "dense", "--tasks", "no_such_task")
     assert (ended.code, ended.out) == (2, ""), ended.everything
     assert ended.err.startswith("error: --tasks: lm-eval knows no task no_such_task")
     assert ended.err.count("\n") == 1
