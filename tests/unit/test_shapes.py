@@ -105,15 +105,18 @@ def test_what_cannot_be_is_refused(config: dict[str, Any], message: str) -> None
     [
         LlamaConfig(**without("model_type")),
         LlamaConfig(**without("model_type"), attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        LlamaConfig(**without("model_type"), attention_bias=True),
+        LlamaConfig(**without("model_type"), mlp_bias=True),
         LlamaConfig(**without("model_type"), head_dim=6),
         MistralConfig(**without("model_type", num_attention_heads=10, num_key_value_heads=5), head_dim=4),
     ],
-    ids=["llama", "biases, tied", "head_dim", "mistral"],
+    ids=["llama", "biases, tied", "attention biases", "mlp biases", "head_dim", "mistral"],
 )
 def test_counts_are_those_of_the_stock_model(config: Any) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = shape_from_config(config.to_dict(), "somewhere")
+    assert parameter_shapes(shape) == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert shape.total_numel() == sum(parameter.numel() for parameter in model.parameters())
     layers = model.model.layers
     assert shape.linear_numel() == sum(
