@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -58,6 +59,7 @@ def main() -> int:
     try:
         arguments = parse_arguments()
         config = load_config(arguments.config, arguments.set)
+        config = replace(config, output_dir=os.path.expanduser(config.output_dir))
         # Heavy imports come after the config is known to be good: a typo should not cost ten seconds.
         from loraprune_ds.train.output import inspect_output
 
@@ -95,7 +97,7 @@ def prune(config: RunConfig, start: "Start") -> bool:
     """Carries out the run on all ranks; False if it was asked to stop. Collective."""
     if not config.logging.verbose:
         silence_libraries()
-    from torch.distributed import DistNetworkError
+    from torch.distributed import DistError
 
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
@@ -103,7 +105,7 @@ def prune(config: RunConfig, start: "Start") -> bool:
 
     try:
         comm = start_ranks()
-    except DistNetworkError as error:
+    except DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         hint = "if another run uses that port, give the launcher a --master_port"
         raise UserError(f"the ranks cannot meet at {where} ({hint}): {str(error).splitlines()[0]}") from None

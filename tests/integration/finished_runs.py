@@ -131,7 +131,7 @@ def _start(case: Case, config: Path, root: Path) -> Ended:
     if case.launcher is None:
         outputs = root / f"{case.name}_outputs"
         outputs.mkdir()
-        return fork_ranks(arguments, outputs, ranks=case.ranks, cwd=root, timeout=120)[0]
+        return fork_ranks(arguments, outputs, ranks=case.ranks, cwd=root, timeout=300)[0]
     return launch(arguments, launcher=case.launcher, ranks=case.ranks, cwd=root)
 
 

@@ -64,7 +64,7 @@ def launch(
     port: int | None = None,
     cwd: Path = ROOT,
     environment: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = 300,
 ) -> Ended:
     """Runs launch/run.py with these arguments to its end; whatever is left at the deadline is killed.
 
@@ -87,7 +87,7 @@ def launch(
 
 
 def run_to_end(
-    command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 120
+    command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 300
 ) -> Ended:
     """A command in a session of its own, so that all it started can be killed with it."""
     environment = clean_environment() | dict(environment or {})
