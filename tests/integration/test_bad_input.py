@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -80,7 +81,6 @@ WRONG = (
     Wrong("not ZeRO-3", DS, ("zero_optimization.stage must be 3",), ds_config(zero_optimization={"stage": 2})),
     Wrong("fights the run", DS, ("train_batch_size is 64", "makes it 4"), ds_config(train_batch_size=64)),
     Wrong("owns an optimizer", DS, ("optimizer", "train.learning_rate"), ds_config(optimizer={"type": "Adam"})),
-    Wrong("float16", "model.dtype=float16", ("model.dtype float16", "cpu")),
     Wrong("output_dir is a file", "seed=1", ("output_dir", "out is not a folder"), file_at("out", "")),
     Wrong("output_dir in a file", "output_dir={here}/file/out", ("file is not a folder",), file_at("file", "")),
     Wrong("read-only output_dir", "output_dir=/proc/out", ("output_dir /proc/out cannot be written",)),
@@ -138,6 +138,20 @@ def lose_a_private_method() -> None:
 def test_another_deepspeed_is_named(material: Path, tmp_path: Path) -> None:
     (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=lose_a_private_method)
     assert_refused(ended, "deepspeed 0.", "DeepSpeedZeroOptimizer_Stage3.set_grad_positions")
+    assert not (tmp_path / "out").exists()
+
+
+def have_no_float16() -> None:
+    """Some CPUs have it."""
+    from deepspeed.accelerator import get_accelerator
+
+    mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: False).start()
+
+
+def test_a_device_without_float16(material: Path, tmp_path: Path) -> None:
+    given = arguments(material, tmp_path, "model.dtype=float16")
+    (ended,) = fork_ranks(given, tmp_path, before=have_no_float16)
+    assert_refused(ended, "model.dtype float16 is not supported by the cpu device")
     assert not (tmp_path / "out").exists()
 
 
