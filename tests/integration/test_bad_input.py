@@ -145,7 +145,7 @@ def have_no_float16() -> None:
     """Some CPUs have it."""
     from deepspeed.accelerator import get_accelerator
 
-    mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: False).start()
+    mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=False).start()
 
 
 def test_a_device_without_float16(material: Path, tmp_path: Path) -> None:
