@@ -78,10 +78,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0, or 2 for unusable input."""
-    stdout = keep_stdout()
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         arguments = parse_arguments()
+        stdout = keep_stdout()
         result = measure(arguments)
     except UserError as error:
         if is_main:

@@ -139,7 +139,7 @@ def _draw_panel(axes: "Axes", panel: _Panel, styles: dict[str | None, tuple[str,
     axes.margins(y=0.14)
     for baseline in baselines:
         axes.axhline(baseline, color=GREY, lw=0.8, ls=":", zorder=1)
-        _annotate(axes, (0.0, baseline), panel.show(baseline), (10, 0), "left")
+        _annotate(axes, (0.0, baseline), panel.show(baseline), (8, 7), "left")
     _label_points(axes, labels, panel)
     axes.set_title(panel.title)
     axes.set_ylabel(panel.label)
