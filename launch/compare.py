@@ -11,19 +11,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 try:
+    from loraprune_ds.command import Parser, tell
     from loraprune_ds.errors import UserError
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are told like any other wrong input: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +32,7 @@ def main() -> int:
     try:
         compare(parse_arguments())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return error.exit_code
     return 0
 

@@ -18,16 +18,15 @@ import argparse
 import json
 import os
 import sys
-import time
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 try:
+    from loraprune_ds.command import Parser, leave, silence_libraries, tell
     from loraprune_ds.config import DTYPES
     from loraprune_ds.errors import UserError
     from loraprune_ds.evaluate.texts import DATASETS, EvaluationText, load_dataset_text, read_text
@@ -38,15 +37,7 @@ if TYPE_CHECKING:
     from loraprune_ds.evaluate.candidates import Plan
     from loraprune_ds.zero.comm import Communicator
 
-GRACE = 5.0  # seconds that the other ranks stay after an error, or the launcher would end rank 0 before it spoke
 DEFAULT_DATASET = "wikitext2"
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are told like any other wrong input: by one rank, in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,10 +75,7 @@ def main() -> int:
         stdout = keep_stdout()
         result = measure(arguments)
     except UserError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(GRACE)
+        tell(error)
         return error.exit_code
     if is_main:
         write_result(result, stdout, as_json=arguments.json)
@@ -104,7 +92,7 @@ def keep_stdout() -> TextIO:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
     if not arguments.verbose:
-        silence_libraries()
+        silence_evaluation()
     # Heavy imports come after the arguments are known to be good: a typo should not cost ten seconds.
     from loraprune_ds.evaluate.evaluation import evaluate
     from loraprune_ds.evaluate.result import make_result
@@ -195,15 +183,12 @@ def show_progress(rounds: Iterable[int]) -> Iterable[int]:
     return tqdm(rounds, desc="perplexity", unit="batch", leave=False, disable=None if is_main else True)
 
 
-def silence_libraries() -> None:
-    """Leaves only what the evaluation itself has to say; their bars stay on a terminal."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+def silence_evaluation() -> None:
+    """Leaves only what the evaluation itself has to say; the libraries' bars stay on a terminal."""
+    silence_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
 
 
 def write_result(result: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
@@ -212,13 +197,6 @@ def write_result(result: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
 
     with out:
         out.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if as_json else result_table(result))
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process without taking the interpreter down, which now and then aborts in a thread of gloo's (-6)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

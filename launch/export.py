@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 try:
+    from loraprune_ds.command import tell
     from loraprune_ds.errors import UserError
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
@@ -39,7 +40,7 @@ def main() -> int:
     try:
         remarks = export(find_source(source), arguments.format, out)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return error.exit_code
     for remark in remarks:
         print(f"note: {remark}")

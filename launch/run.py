@@ -8,13 +8,12 @@ import argparse
 import gc
 import os
 import sys
-import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 try:
+    from loraprune_ds.command import Parser, leave, silence_libraries, tell
     from loraprune_ds.config import RunConfig
     from loraprune_ds.config_file import load_config
     from loraprune_ds.errors import UserError
@@ -23,18 +22,10 @@ except ModuleNotFoundError as missing:
 
 STOPPED_EXIT_CODE = 85  # asked to stop and saved; Slurm scripts requeue on it
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped at once
-GRACE = 5.0  # seconds that the other ranks stay after an error
 
 
 if TYPE_CHECKING:
     from loraprune_ds.train.output import Start
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are told like any other wrong input: by one rank, in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,43 +63,22 @@ def main() -> int:
                 print(f"{config.output_dir} holds this run, finished:")
             print_summary(Path(config.output_dir))
     except UserError as error:
-        tell(error, rank, agreed=joined)
+        tell(error, agreed=joined)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
     return 0
 
 
-def tell(error: UserError, rank: int, *, agreed: bool) -> None:
-    """One line from rank 0 about what all ranks met.
-
-    The first rank that leaves makes the launcher end the others, so those wait until rank 0 has spoken. A rank still
-    alive after that met an error of its own, unless the ranks had `agreed` on it, and tells it.
-    """
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return
-    time.sleep(GRACE)
-    if not agreed:
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-
-
 def prune(config: RunConfig, start: "Start") -> bool:
     """Carries out the run on all ranks; False if it was asked to stop. Collective."""
     if not config.logging.verbose:
-        silence_libraries()
-    from torch.distributed import DistError
-
+        silence_run()
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
     from loraprune_ds.zero.engine import start_ranks, stop_ranks
 
-    try:
-        comm = start_ranks()
-    except DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        hint = "if another run uses that port, give the launcher a --master_port"
-        raise UserError(f"the ranks cannot meet at {where} ({hint}): {str(error).splitlines()[0]}") from None
+    comm = start_ranks()
     gc.freeze()  # what the imports have made is no garbage: DeepSpeed collects twice per cut, over all of it
     watch = Watch(comm)
     try:
@@ -118,14 +88,11 @@ def prune(config: RunConfig, start: "Start") -> bool:
         stop_ranks()
 
 
-def silence_libraries() -> None:
+def silence_run() -> None:
     """Leaves only what the run itself has to say."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    silence_libraries()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every rank would tell of every retry
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
     from loraprune_ds.zero.engine import quiet_deepspeed
 
     quiet_deepspeed()
@@ -136,13 +103,6 @@ def print_summary(folder: Path) -> None:
     from loraprune_ds.train.summary import summary_table
 
     print(summary_table(read_report(folder), folder))
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process without taking the interpreter down, which now and then aborts in a thread of gloo's (-6)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

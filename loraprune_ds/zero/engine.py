@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import add_lora, load_adapter
 from loraprune_ds.model.build import build_on_meta
 from loraprune_ds.model.checkpoint import Checkpoint
@@ -34,7 +35,11 @@ def quiet_deepspeed() -> None:
 
 
 def start_ranks() -> Communicator:
-    """Joins the process group that the launcher described in the environment (one rank without a launcher)."""
+    """Joins the process group that the launcher described in the environment (one rank without a launcher).
+
+    Raises:
+        UserError: the ranks cannot meet, for example because the port is taken.
+    """
     alone = "RANK" not in os.environ
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
@@ -43,8 +48,14 @@ def start_ranks() -> Communicator:
     if not is_cpu():
         accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     _skip_shared_memory_op()
-    with quiet_stdout():
-        deepspeed.init_distributed(dist_backend=accelerator().communication_backend_name(), auto_mpi_discovery=False)
+    backend = accelerator().communication_backend_name()
+    try:
+        with quiet_stdout():
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+    except torch.distributed.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        hint = "if another run uses that port, give the launcher a --master_port"
+        raise UserError(f"the ranks cannot meet at {where} ({hint}): {str(error).splitlines()[0]}") from None
     return Communicator()
 
 
