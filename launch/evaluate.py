@@ -134,9 +134,10 @@ def readable(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) 
 
 def find_or_merge(path: str, out: Path) -> str:
     """The path of a model to load: `out`, if `path` is a checkpoint of a run or an unfinished run, else itself."""
+    from loraprune_ds.checkpoint.run_folder import STATUS_FILE
     from loraprune_ds.checkpoint.state import STATE_FILE
     from loraprune_ds.evaluate.models import find_model
-    from loraprune_ds.export.formats import STATUS_FILE, export, find_source
+    from loraprune_ds.export.formats import export, find_source
 
     if any((Path(path) / name).is_file() for name in (STATUS_FILE, STATE_FILE)):
         source = find_source(Path(path))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.checkpoint.run_folder import REPORT_FILE, STATUS_FILE
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.runs import REPORT_FILE, STATUS_FILE, read_run_report
+from loraprune_ds.evaluate.runs import read_run_report
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
 from loraprune_ds.model.checkpoint import read_json
 

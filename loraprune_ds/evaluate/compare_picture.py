@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.compare import Result
+from loraprune_ds.evaluate.plot_style import PLOT_STYLE, TEXT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,22 +16,7 @@ if TYPE_CHECKING:
 # Okabe & Ito's colours: told apart with any kind of colour vision, and in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-GREY, TEXT = "#777777", "#444444"
-STYLE: Any = {  # matplotlib's own type for the keys lists them all, and only once it is imported
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": TEXT,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#EEEEEE",
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "legend.frameon": False,
-}
+GREY = "#777777"
 LOG_FROM = 4.0  # ratio of the largest to the smallest perplexity from which the axis is logarithmic
 LABEL_GAP = 13.0  # points from label to label, above one line of text
 
@@ -71,7 +57,7 @@ def draw_comparison(path: Path, results: Sequence[Result]) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     styles = _styles(results)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(8, 4.2 * len(panels)), layout=ConstrainedLayoutEngine(h_pad=0.12))
         for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             _draw_panel(axes, panel, styles)

@@ -10,9 +10,10 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel
 
+from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, STATUS_FILE
 from loraprune_ds.config import DTYPES, ModelConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.runs import MODEL_FOLDER, REPORT_FILE, STATUS_FILE, read_run_report
+from loraprune_ds.evaluate.runs import read_run_report
 from loraprune_ds.model.build import locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, read_json
 from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaForCausalLM

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-STATUS_FILE, REPORT_FILE, MODEL_FOLDER = "status.json", "report.json", "model"
-
 
 def read_run_report(report: dict[str, Any]) -> tuple[int, str]:
     """Parameters of the dense model, and the method as "criterion, ranking".

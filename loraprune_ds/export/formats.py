@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraprune_ds.checkpoint.files import numbered, step_folder
 from loraprune_ds.checkpoint.load import check_saved
+from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, STATUS_FILE
 from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.from_checkpoint import BASE, Unmerged, write_base_and_adapter, write_merged
@@ -16,7 +17,6 @@ from loraprune_ds.export.huggingface import begin, publish
 from loraprune_ds.export.model_card import retell_model_card
 from loraprune_ds.model.checkpoint import open_checkpoint, read_json
 
-STATUS_FILE, MODEL_FOLDER, CHECKPOINTS_FOLDER = "status.json", "model", "checkpoints"  # of a run's folder
 HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, for further tuning.
 
 ```python

@@ -1,12 +1,14 @@
 """Saves and resumes a run: ties the checkpoint format to the trainer."""
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loraprune_ds.checkpoint.load import Saved, find_newest, newest_state, open_saved, source_of
+from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
 from loraprune_ds.checkpoint.state import RunState, ShapeSource
 from loraprune_ds.config import RunConfig
@@ -14,7 +16,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.output import CHECKPOINTS_FOLDER, MAY_DIFFER, Start, differences
+from loraprune_ds.train.output import MAY_DIFFER, Start, differences
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_training_store
@@ -119,13 +121,18 @@ class Checkpoints:
             writes.do(lambda: drop_old(self.root, step, self.config.checkpoint.keep_last))
         writes.agree(store.comm, self.root)
 
+    @cached_property
+    def _source(self) -> ShapeSource:
+        """Read once: the uncut weights do not change while a run lasts."""
+        return source_of(self.prepared.checkpoint)
+
     def _cuts_made(self, step: int) -> int:
         return sum(cut <= step for cut in self._cuts)
 
     def _shape(self, store: ShardedStore, step: int) -> ShapeSource:
         cuts = self._cuts_made(step)
         if cuts == 0 and not self.config.checkpoint.copy_source:
-            return source_of(self.prepared.checkpoint)
+            return self._source
         if self._published is not None and self._published.folder == f"shape-{cuts}":
             return self._published
         dtype = self.config.model.dtype

@@ -4,13 +4,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, card_of_run, model_name, write_model_card
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.train.output import MODEL_FOLDER
 from loraprune_ds.train.pictures import draw_kept_groups, draw_training
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.records import History

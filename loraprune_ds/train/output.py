@@ -10,14 +10,13 @@ from typing import Any, Literal
 
 import yaml
 
+from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.files import write_text
-from loraprune_ds.train.status import STATUS_FILE, Status, read_status, write_status
+from loraprune_ds.train.status import Status, read_status, write_status
 
 CONFIG_FILE = "config.yaml"
-MODEL_FOLDER = "model"
-CHECKPOINTS_FOLDER = "checkpoints"
 NOT_THE_RUN = ("logging", "output_dir")  # how and where a run is shown is not part of what it is
 # What a resumed run may change besides: how it is saved, and how a global batch is split.
 MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraprune_ds.evaluate.plot_style import PLOT_STYLE
 from loraprune_ds.model.shapes import KINDS, Kind, ModelShape
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, History
 from loraprune_ds.train.units import format_perplexity
@@ -15,24 +16,8 @@ if TYPE_CHECKING:  # imported where a picture is drawn: a run that is only plann
 
 # Okabe & Ito's colours: told apart with any kind of colour vision, and in grey.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PALE, CUT, TEXT = "#DDDDDD", "#C4C4C4", "#444444"
-STYLE: Any = {  # matplotlib's own type for the keys lists them all, and only once it is imported
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": TEXT,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#EEEEEE",
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "legend.frameon": False,
-}
+PALE, CUT = "#DDDDDD", "#C4C4C4"
+STYLE: Any = PLOT_STYLE | {"axes.titlepad": 8, "axes.grid.axis": "y"}
 # Drawn whole on the edge of the axes; the layout would make room for it, and with no point in it collapse.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
 LABEL: dict[Kind, str] = {"heads": "Key-value heads", "channels": "MLP channels"}

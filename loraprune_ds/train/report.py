@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.checkpoint.run_folder import REPORT_FILE
 from loraprune_ds.config import RunConfig
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.files import read_json_object, write_json, write_text
@@ -13,7 +14,6 @@ from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.records import CutRecord, History
 from loraprune_ds.zero.store import LayerKeep
 
-REPORT_FILE = "report.json"
 KEPT_GROUPS_FILE = "kept_groups.json"
 
 

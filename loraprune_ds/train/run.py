@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loraprune_ds.checkpoint.files import staging_of
 from loraprune_ds.checkpoint.load import Saved
+from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.export.from_ranks import write_merged_weights
@@ -18,7 +19,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.checkpoints import find_saved
 from loraprune_ds.train.finish import Outcome, describe_model, describe_run, model_card, publish_model, start_model
 from loraprune_ds.train.loop import Loop, measure
-from loraprune_ds.train.output import MODEL_FOLDER, RunStatus, Start, create_output
+from loraprune_ds.train.output import RunStatus, Start, create_output
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.recorder import Recorder, take_over_metrics
 from loraprune_ds.train.records import EvaluationRecord

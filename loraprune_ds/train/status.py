@@ -5,11 +5,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
 
+from loraprune_ds.checkpoint.run_folder import STATUS_FILE
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.files import read_json_object, write_json
 
 State = Literal["running", "stopped", "finished", "failed"]
-STATUS_FILE = "status.json"
 
 
 def _now() -> str:

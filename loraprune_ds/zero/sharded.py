@@ -65,7 +65,7 @@ class ShardedStore:
 
     def shrink(self, keep: list[LayerKeep]) -> Traffic:
         """One decoder layer at a time, then the optimizer's flat buffers anew. No loss graph may be alive."""
-        before = dict(self.comm.counter.elements).get("all_to_all", 0), self.comm.counter.bytes
+        before = self.comm.counter.elements.get("all_to_all", 0), self.comm.counter.bytes
         self.engine.empty_partition_cache()
         trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
         state = OptimizerState(self.engine.optimizer, trainable)

@@ -10,11 +10,10 @@ from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.flat import owned_range
-from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
+from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import pad
 from loraprune_ds.zero.sharded import ShardedStore
 
-KEYS = ("master", *MOMENTS)
 LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 # (layer, tensor name, start, end) -> flat fp32 elements [start, end)
