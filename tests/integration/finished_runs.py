@@ -23,6 +23,7 @@ from tests.integration.launching import (
     write_text,
 )
 from tests.oracle.models import make_tiny_llama
+from tests.stranger import WITHOUT_THE_PACKAGE
 
 VOCAB, LAYERS, HEAD_DIM = 259, 3, 8
 STEPS, WINDOW, WINDOWS = 6, 32, 24
@@ -163,14 +164,7 @@ def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
 
 
 STRANGER = """
-import importlib.abc, json, sys
-
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "loraprune_ds":
-            raise ImportError(name + " is blocked")
-
-sys.meta_path.insert(0, Blocked())
+import json, sys
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -203,7 +197,9 @@ def ask_stranger(runs: dict[str, Run], root: Path) -> dict[str, dict[str, Any]]:
     elsewhere.mkdir()
     job = {"models": models, "text": str(root / "held_out.txt"), "window": WINDOW, "count": WINDOWS}
     environment = {"PYTHONPATH": "", "HF_HOME": str(elsewhere), "HF_HUB_OFFLINE": "1"}
-    ended = run_to_end([sys.executable, "-c", STRANGER, json.dumps(job)], cwd=elsewhere, environment=environment)
+    ended = run_to_end(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE + STRANGER, json.dumps(job)], cwd=elsewhere, environment=environment
+    )
     assert ended.code == 0, ended.everything
     return json.loads(ended.out.partition("RESULT ")[2])
 

@@ -186,3 +186,20 @@ def _be_rank(
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run_with_checkpoints(root: Path, model: Path, *, steps: int) -> None:
+    """A finished global run of `model` in `root`/run, tuned on `root`/text.txt, with the checkpoints it leaves."""
+    config = {
+        "output_dir": str(root / "run"),
+        "model": {"path": str(model), "dtype": "float32"},
+        "lora": {"r": 4, "lora_dropout": 0.0},
+        "data": {"path": str(write_text(root / "text.txt", 6_000)), "window": 32, "held_out_fraction": 0.2},
+        "prune": {"ratio": 0.35, "ranking": "global", "prune_every": 2, "protected_first": 0, "protected_last": 0}
+        | {"warmup_fraction": 0.2, "cooldown_fraction": 0.2},
+        "train": {"steps": steps, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
+        "evaluate": {"window": 32, "max_windows": 4},
+        "checkpoint": {"every": 4},
+    }
+    ended = launch(["--config", str(write_config(root / "run.yaml", config))], launcher="python", ranks=1, cwd=root)
+    assert ended.code == 0, ended.everything

@@ -24,11 +24,9 @@ from tests.integration.launching import (
     Ended,
     clean_environment,
     free_port,
-    launch,
     read_json,
     run_to_end,
-    write_config,
-    write_text,
+    run_with_checkpoints,
 )
 from tests.oracle.models import make_tiny_llama
 
@@ -52,20 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("evaluate")
     sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 64, "layers": 3}
     dense = make_tiny_llama(root / "dense", vocab=VOCAB, seed=3, tie=True, biases=True, **sizes)
-    write_text(root / "text.txt", 6_000)
-    config = {
-        "output_dir": str(root / "run"),
-        "model": {"path": str(dense), "dtype": "float32"},
-        "lora": {"r": 4, "lora_dropout": 0.0},
-        "data": {"path": str(root / "text.txt"), "window": 32, "held_out_fraction": 0.2},
-        "prune": {"ratio": 0.35, "ranking": "global", "prune_every": 2, "protected_first": 0, "protected_last": 0}
-        | {"warmup_fraction": 0.2, "cooldown_fraction": 0.2},
-        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
-        "evaluate": {"window": 32, "max_windows": 4},
-        "checkpoint": {"every": 4},
-    }
-    ended = launch(["--config", str(write_config(root / "run.yaml", config))], launcher="python", cwd=root)
-    assert ended.code == 0, ended.everything
+    run_with_checkpoints(root, dense, steps=STEPS)
     export(find_source(root / "run"), "adapter", root / "apart")
     write_tasks(root / "tasks")
     return Made(root)

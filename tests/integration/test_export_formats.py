@@ -23,7 +23,13 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.checkpoint import open_checkpoint
 from tests.gguf_cases import byte_level_tokenizer
-from tests.integration.launching import ROOT, Ended, launch, read_json, run_to_end, write_config, write_text
+from tests.integration.launching import (
+    ROOT,
+    Ended,
+    read_json,
+    run_to_end,
+    run_with_checkpoints,
+)
 from tests.oracle.models import make_tiny_llama
 
 EXPORT = ROOT / "launch" / "export.py"
@@ -50,21 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 64, "layers": 3}
     source = make_tiny_llama(root / "dense", vocab=VOCAB, seed=3, tie=True, biases=True, **sizes)
     byte_level_tokenizer(source, VOCAB)
-    write_text(root / "text.txt", 6_000)
-    config = {
-        "output_dir": str(root / "run"),
-        "model": {"path": str(source), "dtype": "float32"},
-        "lora": {"r": 4, "lora_dropout": 0.0},
-        "data": {"path": str(root / "text.txt"), "window": 32, "held_out_fraction": 0.2},
-        "prune": {"ratio": 0.35, "ranking": "global", "prune_every": 2, "protected_first": 0, "protected_last": 0}
-        | {"warmup_fraction": 0.2, "cooldown_fraction": 0.2},
-        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
-        "evaluate": {"window": 32, "max_windows": 4},
-        "checkpoint": {"every": 4},
-    }
-    arguments = ["--config", str(write_config(root / "run.yaml", config))]
-    ended = launch(arguments, launcher="python", ranks=1, cwd=root)
-    assert ended.code == 0, ended.everything
+    run_with_checkpoints(root, source, steps=STEPS)
     return Run(root / "run", source)
 
 

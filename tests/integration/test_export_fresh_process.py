@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.shapes import shape_from_config
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export
+from tests.gguf_cases import sentencepiece_tokenizer
+from tests.stranger import WITHOUT_THE_PACKAGE
 
 NEW_TOKENS = 8
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB  # longer than the sliding window of 5
@@ -27,14 +28,7 @@ EAGER = {"float32": 1e-5, "bfloat16": 0.1}
 TEXTS = ["The  import statement\n\tdef f(x):", "one</s>two <s> three", " lead", ""]
 
 STRANGER = """
-import importlib.abc, json, sys
-
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "loraprune_ds":
-            raise ImportError(name + " is blocked")
-
-sys.meta_path.insert(0, Blocked())
+import json, sys
 import torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -105,24 +99,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
 
 def make_source(folder: Path, model: PreTrainedModel) -> Path:
     """The dense model's folder as far as an export reads it: config and a sentencepiece-only Llama tokenizer."""
-    folder.mkdir()
+    sentencepiece_tokenizer(folder, VOCAB)
     model.config.save_pretrained(folder)
-    text = folder.with_suffix(".txt")
-    text.write_text("\n".join(f"the import statement defines {i} names in one two three" for i in range(400)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=VOCAB,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.vocab").unlink()
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -140,7 +118,7 @@ def run_stranger(exports: list[Exported], root: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere / "hf")}
     result = subprocess.run(
-        [sys.executable, "-c", STRANGER, json.dumps(job)],
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE + STRANGER, json.dumps(job)],
         cwd=elsewhere,
         env=environment,
         capture_output=True,
