@@ -14,7 +14,7 @@ if (($# == 0)); then
   ruff check
   ruff format --check
   PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright # the warning is about newer releases, which it asks the network for
-  find launch tests slurm .ci \( -name '*.sh' -o -name '*.sbatch' -o -path .ci/run \) -print0 |
+  find . -path ./.venv -prune -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print0 |
     xargs --null shellcheck --external-sources
 fi
 exec python -m pytest "$@"
