@@ -1,0 +1,164 @@
+"""Size, seconds and host memory of a checkpoint, and of going on from one: SmolLM2-135M in bf16.
+
+    python -m tests.benchmarks.checkpoint_cost [--ranks 2] [--model FOLDER]
+
+Two launches of real ranks. The first trains a step at a time and saves before any cut, after a cut, and with no cut
+since the last save; the second, in fresh processes, verifies the newest checkpoint and rebuilds the sharded model from
+it, and beside it a fresh model from the dense source. Memory is RssAnon + RssShmem of each rank, sampled every 5 ms,
+above what it held when the stretch began. The result goes to tests/benchmarks/results/checkpoint_cost.json.
+"""
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.checkpoint.load import find_newest
+from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
+from loraprune_ds.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PruneConfig,
+    RunConfig,
+    TrainConfig,
+)
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.checkpoints import Checkpoints, build_store
+from loraprune_ds.train.files import read_json_object, write_json
+from loraprune_ds.train.prepare import Prepared, prepare
+from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import device_name
+from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
+from loraprune_ds.zero.memory import storage_bytes, weight_tensors
+from tests.benchmarks.peak import Peak
+
+ROOT = Path(__file__).parents[2]
+RESULT = Path(__file__).parent / "results" / "checkpoint_cost.json"
+
+
+def make_config(folder: Path, model: str) -> RunConfig:
+    """One cut, after step 2, to half of the decoder's linear parameters: the largest shape folder there is to write."""
+    return RunConfig(
+        output_dir=str(folder),
+        model=ModelConfig(path=model),
+        data=DataConfig(window=128),
+        prune=PruneConfig(ratio=0.5, prune_every=2, warmup_fraction=0.5, cooldown_fraction=0.25),
+        train=TrainConfig(steps=4, global_batch_size=12, micro_batch_size=1, learning_rate=1e-4),
+        evaluate=EvaluateConfig(window=128, max_windows=1),
+        checkpoint=CheckpointConfig(keep_last=4),  # so that the folders tell what was written
+    )
+
+
+def measured(comm: Communicator, act: Callable[[], Any]) -> dict[str, Any]:
+    """Seconds until all ranks are done, and what each held on top meanwhile."""
+    gc.collect()
+    comm.barrier()
+    began = time.perf_counter()
+    with Peak() as peak:
+        kept = act()
+        comm.barrier()
+    del kept
+    return {"seconds": time.perf_counter() - began, "extra_bytes_per_rank": comm.gather_objects(peak.extra)}
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
+    """Three saves: nothing cut yet; after a cut; none since the last."""
+    store = build_store(config, prepared, None)
+    pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
+    trainer = Trainer(store, pruner, prepared.samples, prepared.order, config)
+    checkpoints = Checkpoints(config, prepared, pruner, None)
+    root = Path(config.output_dir) / CHECKPOINTS_FOLDER
+    cut_steps, result = prepared.schedule.cut_steps(), {}
+    names = {1: "before_any_cut", cut_steps[-1]: "after_a_cut", cut_steps[-1] + 1: "no_cut_since_the_last"}
+    for step in range(1, cut_steps[-1] + 2):
+        trainer.step(step)
+        trainer.cut(step)
+        if step not in names:
+            continue
+        before = {path.name for path in root.glob("*")}
+        row = measured(comm, lambda step=step: checkpoints.save(store, step))
+        written = {path.name: folder_bytes(path) for path in sorted(root.iterdir()) if path.name not in before}
+        row |= {"bytes_written": sum(written.values()), "folders": written}
+        row["weight_bytes_per_rank"] = store.gather_values(storage_bytes(weight_tensors(store.engine)))
+        result[names[step]] = row
+    return result
+
+
+def resume_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
+    """Verification, the model of the checkpoint, and the dense model from its source for comparison."""
+    root = Path(config.output_dir) / CHECKPOINTS_FOLDER
+    found: list[Any] = []
+    result = {"verify": measured(comm, lambda: found.append(find_newest(root, comm, lambda line: None)))}
+    result["rebuild"] = measured(comm, lambda: build_store(config, prepared, found[0]))
+    gc.collect()
+    result["fresh_dense_model"] = measured(comm, lambda: build_store(config, prepared, None))
+    return result
+
+
+def rank_main(arguments: argparse.Namespace) -> None:
+    quiet_deepspeed()
+    comm = start_ranks()
+    config = make_config(arguments.folder / "out", arguments.model)
+    prepared = prepare(config, comm, is_first_on_node=comm.rank == 0)
+    phase = save_phase if arguments.phase == "save" else resume_phase
+    result = phase(config, prepared, comm)
+    if comm.rank == 0:
+        facts = {"config": config.to_dict(), "hardware": hardware(device_name())}
+        write_json(arguments.folder / f"{arguments.phase}.json", {"result": result, **facts})
+    stop_ranks()
+
+
+def launch(phase: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    command = [deepspeed, "--quiet", f"--num_accelerators={arguments.ranks}", Path(__file__), "--phase", phase]
+    command += ["--folder", arguments.folder, "--model", arguments.model]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
+    return read_json_object(arguments.folder / f"{phase}.json")
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{'':<24}{'written':>10}{'seconds':>9}  extra memory of a rank")
+    for name, row in {**result["save"], **result["resume"]}.items():
+        written = f"{row['bytes_written'] / 1e6:.1f} MB" if "bytes_written" in row else ""
+        extra = max(row["extra_bytes_per_rank"]) / 1e6
+        print(f"{name.replace('_', ' '):<24}{written:>10}{row['seconds']:>9.2f}  {extra:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--phase", choices=("save", "resume"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.phase:
+        rank_main(arguments)
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoint-cost-") as name:
+        arguments.folder = Path(name)
+        save, resume = launch("save", arguments), launch("resume", arguments)
+    config = save["config"] | {"output_dir": "unused"}
+    facts = {"ranks": arguments.ranks, "config": config, "versions": versions(), "hardware": save["hardware"]}
+    result = {"save": save["result"], "resume": resume["result"], **facts}
+    write_json(RESULT, result)
+    show(result)
+
+
+if __name__ == "__main__":
+    main()
