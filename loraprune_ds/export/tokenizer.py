@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing else, in transformers 4 and 5
@@ -30,14 +30,16 @@ TOKENIZER_FILES = (
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copies tokenizer, chat template and generation settings from folder `source` to folder `out` as they are.
 
-    What transformers 5 writes and 4.x cannot load gets its older name, which both read. LLaMA's sentencepiece file, if
-    alone, is joined by the files made of it: from that file alone AutoTokenizer forgets to begin a text with BOS.
+    What transformers 5 writes and 4.x cannot load gets its older name, which both read. A sentencepiece file, if alone,
+    is joined by the files made of it: from that file alone AutoTokenizer forgets to begin a LLaMA's text with BOS, and
+    splits a Mistral's otherwise than the run did.
     """
     for pattern in TOKENIZER_FILES:
         for path in sorted(source.glob(pattern)):
             shutil.copyfile(path, out / path.name)
-    if _is_llama_sentencepiece(source):
+    if (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file():
         load_tokenizer(source).save_pretrained(out)
+        pin_tokenizer(source, out)
     config = _read_config(out)
     portable = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
@@ -48,16 +50,9 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         _write_config(out, portable)
 
 
-def _is_llama_sentencepiece(source: Path) -> bool:
-    """LLaMA's tokenizer.model alone. A Mistral's is copied as it is: AutoTokenizer splits its texts its own way."""
-    alone = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
-    config = source / "config.json"
-    return alone and config.is_file() and "mistral" not in json.loads(config.read_text()).get("model_type", "")
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a vocabulary."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return any((folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE))
 
 
 def pin_tokenizer(source: Path, out: Path) -> None:
@@ -66,7 +61,7 @@ def pin_tokenizer(source: Path, out: Path) -> None:
     AutoTokenizer looks at model_type: the same files split text after a special token differently under `llama` and
     under `mistral`. So the tokenizer as built from `source` is written whole, for a class that adds nothing to it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = load_tokenizer(source)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
