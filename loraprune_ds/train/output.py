@@ -41,7 +41,13 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
             the path to resume from does not exist, or leads elsewhere though `output_dir` holds a run; or the folder
             cannot be read or written.
     """
-    folder = Path(config.output_dir)
+    try:
+        return _inspect_output(Path(config.output_dir), config, resume)
+    except OSError as error:  # a name that is too long, a disk that does not answer
+        raise UserError(f"output_dir {config.output_dir} cannot be read: {error.strerror}") from None
+
+
+def _inspect_output(folder: Path, config: RunConfig, resume: str | None) -> Start:
     _check_access(folder, os.R_OK | os.X_OK, "readable")
     if resume is not None and resume != "auto" and not Path(resume).is_dir():
         raise UserError(f"--resume {resume}: no such folder")

@@ -69,7 +69,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     config.train.gradient_accumulation_steps(world_size)
     checkpoint = open_checkpoint(locate_model(config.model))
     if config.model.adapter:
-        check_adapter(Path(config.model.adapter), config.lora)
+        check_adapter(Path(config.model.adapter).expanduser(), config.lora)
     ds_config = resolve_ds_config(_find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
     limits = make_limits(config.prune, checkpoint.shape)
     build_on_meta(checkpoint, config.model.attn_implementation)
