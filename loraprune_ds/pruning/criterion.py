@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loraprune_ds.zero.store import LoraFactors, OwnedPiece
 
-# Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On other devices a block costs
-# a dozen kernel launches whatever its size, and its three fp32 copies may take 100 MB.
+# Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU a block costs a
+# dozen kernel launches whatever its size, and its three fp32 copies may take 100 MB.
 CPU_BLOCK_NUMEL = 1 << 17
 DEVICE_BLOCK_NUMEL = 1 << 23
 
