@@ -146,6 +146,15 @@ def test_another_deepspeed_is_named(material: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def lose_a_private_module() -> None:
+    sys.modules["loraprune_ds.train.run"] = None  # type: ignore[assignment]  # importing it fails
+
+
+def test_a_library_that_lacks_what_is_imported_is_named(material: Path, tmp_path: Path) -> None:
+    (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=lose_a_private_module)
+    assert_refused(ended, "loraprune_ds.train.run", "pyproject.toml")
+
+
 def have_no_float16() -> None:
     """Some CPUs have it."""
     from deepspeed.accelerator import get_accelerator
