@@ -74,9 +74,14 @@ def prune(config: RunConfig, start: "Start") -> bool:
     """Carries out the run on all ranks; False if it was asked to stop. Collective."""
     if not config.logging.verbose:
         silence_run()
-    from loraprune_ds.train.run import run
-    from loraprune_ds.train.watch import Watch
-    from loraprune_ds.zero.engine import start_ranks, stop_ranks
+    try:
+        from loraprune_ds.train.run import run
+        from loraprune_ds.train.watch import Watch
+        from loraprune_ds.zero.engine import start_ranks, stop_ranks
+    except ImportError as error:  # private modules of DeepSpeed among them
+        raise UserError(
+            f"{error}; install the versions that pyproject.toml names, as launch/quickstart.sh does"
+        ) from None
 
     comm = start_ranks()
     gc.freeze()  # what the imports have made is no garbage: DeepSpeed collects twice per cut, over all of it

@@ -73,7 +73,7 @@ class DataConfig:
     input_field: str | None = "input"
     response_field: str = "response"
     window: int = 512  # tokens of one sample
-    held_out: str | None = None  # text file for perplexity; None: a part of `path`
+    held_out: str | None = None  # text, JSON or JSONL file for perplexity; None: a part of `path`
     held_out_fraction: float = 0.1
     max_samples: int | None = None
 

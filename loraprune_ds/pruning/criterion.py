@@ -11,7 +11,10 @@ from torch import Tensor
 
 from loraprune_ds.zero.store import LoraFactors, OwnedPiece
 
-BLOCK_NUMEL = 1 << 17  # elements scored at a time: a block and its gradient estimate stay in the processor's cache
+# Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU a block costs a
+# dozen kernel launches whatever its size, and its three fp32 copies may take 100 MB.
+CPU_BLOCK_NUMEL = 1 << 17
+DEVICE_BLOCK_NUMEL = 1 << 23
 
 # (rows of W in fp32, the LoRA factors of those rows) -> element importance up to its sign, same shape as the rows.
 ElementCriterion = Callable[[Tensor, LoraFactors], Tensor]
@@ -62,7 +65,8 @@ def score_piece(piece: OwnedPiece, factors: LoraFactors, criterion: ElementCrite
     start, end = piece.start, piece.start + len(piece.flat)
     if start == end:
         return total
-    last_row, block_rows = (end - 1) // columns + 1, max(1, BLOCK_NUMEL // columns)
+    block_numel = CPU_BLOCK_NUMEL if piece.flat.device.type == "cpu" else DEVICE_BLOCK_NUMEL
+    last_row, block_rows = (end - 1) // columns + 1, max(1, block_numel // columns)
     for row in range(start // columns, last_row, block_rows):
         stop = min(row + block_rows, last_row)
         low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows

@@ -96,8 +96,13 @@ def _check_reachable(config: PruneConfig, limits: Limits) -> None:
 
 
 def _half_a_step(limits: Limits) -> float:
-    """How far from a target `uniform` may end where nothing stops it: half a channel (or multiple) in every layer."""
-    return len(limits.open_layers) * limits.multiple * limits.dense.group_numel("channels") / 2
+    """How far from a target `uniform` may end where nothing stops it: half a channel (or multiple) in every layer.
+
+    A multiple beyond what may go leaves the channels as they are, and nothing to come nearer with.
+    """
+    first = limits.open_layers[0]
+    step = min(limits.multiple, limits.dense.layers[first].channels - limits.floor[first].channels)
+    return len(limits.open_layers) * step * limits.dense.group_numel("channels") / 2
 
 
 def _most_uniform(limits: Limits) -> int:

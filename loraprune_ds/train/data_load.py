@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.data import Samples
-from loraprune_ds.train.data_sources import Row, Rows, local_files, read_rows, read_text_file
+from loraprune_ds.train.data_sources import JSON_SUFFIXES, Row, Rows, local_files, read_rows, read_text_file
 from loraprune_ds.train.data_tokens import Instruction, make_instruction, mask_prompts, pack_documents
 
 LINE_END_WITHIN = 1000  # characters before a cut through a document where a line may end
@@ -31,20 +31,16 @@ def load_samples(
     *,
     minimum: int,
     vocab_size: int,
-    max_positions: int | None,
 ) -> LoadedData:
     """Samples and held-out text; the same on every rank that reads the same files.
 
     Args:
         minimum: samples of one global batch.
         vocab_size: ids the model knows.
-        max_positions: the model's max_position_embeddings, if it names them.
 
     Raises:
         UserError: the data cannot be read, does not fit the model, or is shorter than one global batch.
     """
-    if max_positions is not None and config.window > max_positions:
-        raise UserError(f"data.window {config.window} is longer than the model's {max_positions} positions")
     if config.max_samples is not None and config.max_samples < minimum:
         raise UserError(f"data.max_samples {config.max_samples} is below train.global_batch_size {minimum}")
     held_out_text = _read_held_out(config)
@@ -63,7 +59,7 @@ def load_samples(
     if (largest := samples.largest_id()) >= vocab_size:
         raise UserError(f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
     if held_out_text is None:
-        held_out_text = "\n\n".join(_whole_text_of(row, config) for row in held_out)
+        held_out_text = _join_text(held_out, config)
     return LoadedData(samples, held_out_text)
 
 
@@ -73,7 +69,9 @@ def _read_held_out(config: DataConfig) -> str | None:
     path = Path(config.held_out).expanduser()
     if path.resolve() in [file.resolve() for file in local_files(config.path) or []]:
         raise UserError(f"data.held_out: {config.held_out} is tuned on too, as a part of data.path")
-    return read_text_file(path)
+    if path.suffix not in JSON_SUFFIXES:
+        return read_text_file(path)
+    return _join_text(read_rows(replace(config, path=str(path))), config)
 
 
 def _split(rows: Rows, config: DataConfig) -> tuple[Iterable[Row], Iterable[Row]]:
@@ -117,6 +115,10 @@ def _split_tail(text: str, fraction: float) -> tuple[str, str]:
     line_end = text.rfind("\n", max(0, middle - LINE_END_WITHIN), middle) + 1
     cut = line_end or middle
     return text[:cut], text[cut:]
+
+
+def _join_text(rows: Iterable[Row], config: DataConfig) -> str:
+    return "\n\n".join(_whole_text_of(row, config) for row in rows)
 
 
 def _whole_text_of(row: Row, config: DataConfig) -> str:

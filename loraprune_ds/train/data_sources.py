@@ -101,23 +101,23 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
 
 def _read_file(path: Path, config: DataConfig) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
-        return _read_json_lines(path)
+        return _read_json_lines(path, config)
     text = read_text_file(path)
     if path.suffix == ".json":
         value = _parse(text, path, 1)
         if not isinstance(value, list) or not value:
             raise UserError(f"{path} must hold a list of objects (one object per line goes into a .jsonl file)")
-        return [_as_row(item, f"{path}, item {i}") for i, item in enumerate(value)]
+        return [_as_row(item, f"{path}, item {i}", config) for i, item in enumerate(value)]
     if config.format == "instruction":
         raise UserError(f"data.format instruction needs .json or .jsonl files; {path} is plain text")
     return [{config.text_field: text}]
 
 
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+def _read_json_lines(path: Path, config: DataConfig) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig") as lines:
             numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-            rows = [_as_row(_parse(line, path, number), f"{path}, line {number}") for number, line in numbered]
+            rows = [_as_row(_parse(line, path, number), f"{path}, line {number}", config) for number, line in numbered]
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
     if not rows:
@@ -133,9 +133,12 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
         raise UserError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}") from None
 
 
-def _as_row(value: Any, where: str) -> dict[str, Any]:
+def _as_row(value: Any, where: str, config: DataConfig) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, got {type(value).__name__}")
+    for field in used_fields(config):
+        if not isinstance(value.get(field), str | None):  # rows of real data have gaps
+            raise UserError(f"{where}: field {field!r} must be text; got {value[field]!r:.80}")
     return value
 
 

@@ -1,12 +1,14 @@
 """The folder of a run: whether it may be used, and what lies in it."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 import yaml
 
@@ -16,8 +18,12 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.train.files import write_text
 from loraprune_ds.train.status import Status, read_status, write_status
 
+if TYPE_CHECKING:  # a start that fails on its config should not wait for DeepSpeed's imports
+    from loraprune_ds.zero.comm import Communicator
+
 CONFIG_FILE = "config.yaml"
 NOT_THE_RUN = ("logging", "output_dir")  # how and where a run is shown is not part of what it is
+SHARED_WAIT = 60.0  # seconds; a network file system may remember for half a minute that a file was not there
 # What a resumed run may change besides: how it is saved, and how a global batch is split.
 MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size")
 
@@ -41,7 +47,13 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
             the path to resume from does not exist, or leads elsewhere though `output_dir` holds a run; or the folder
             cannot be read or written.
     """
-    folder = Path(config.output_dir)
+    try:
+        return _inspect_output(Path(config.output_dir), config, resume)
+    except OSError as error:  # a name that is too long, a disk that does not answer
+        raise UserError(f"output_dir {config.output_dir} cannot be read: {error.strerror}") from None
+
+
+def _inspect_output(folder: Path, config: RunConfig, resume: str | None) -> Start:
     _check_access(folder, os.R_OK | os.X_OK, "readable")
     if resume is not None and resume != "auto" and not Path(resume).is_dir():
         raise UserError(f"--resume {resume}: no such folder")
@@ -126,6 +138,29 @@ def create_output(config: RunConfig) -> Path:
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
     return folder
+
+
+def check_shared(folder: Path, comm: "Communicator") -> None:
+    """Whether all ranks see the folder that rank 0 made: each will write its part of checkpoints there. Collective.
+
+    Raises:
+        UserError: a rank does not, on another machine for one; the message names it.
+    """
+    token = comm.gather_objects(f".shared-{uuid4().hex}")[0]
+    comm.together(lambda: (folder / token).touch() if comm.rank == 0 else None)
+    try:
+        comm.together(lambda: _wait_for(folder, token))
+    finally:
+        if comm.rank == 0:
+            (folder / token).unlink(missing_ok=True)
+
+
+def _wait_for(folder: Path, token: str) -> None:
+    deadline = time.monotonic() + SHARED_WAIT
+    while not (folder / token).exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"output_dir {folder} is not the folder of rank 0; it must be on a shared file system")
+        time.sleep(0.1)
 
 
 class RunStatus:

@@ -96,7 +96,7 @@ def _annotate(axes: "Axes", evaluation: EvaluationRecord) -> None:
 
     placement = {
         "dense": ("dense", (2, 10), "left"),
-        "after_last_cut": ("after the last cut", (-8, 0), "right"),
+        "after_last_cut": ("after the last cut", (0, 14), "right"),
         "pruned": ("exported", (0, -13), "right"),
     }
     if evaluation.name not in placement:

@@ -11,7 +11,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import cut_windows
 from loraprune_ds.model.adapters import check_adapter
-from loraprune_ds.model.build import locate_model
+from loraprune_ds.model.build import build_on_meta, locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.pruning.limits import Limits, make_limits
@@ -69,16 +69,17 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     config.train.gradient_accumulation_steps(world_size)
     checkpoint = open_checkpoint(locate_model(config.model))
     if config.model.adapter:
-        check_adapter(Path(config.model.adapter), config.lora)
+        check_adapter(Path(config.model.adapter).expanduser(), config.lora)
     ds_config = resolve_ds_config(_find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
     limits = make_limits(config.prune, checkpoint.shape)
+    build_on_meta(checkpoint, config.model.attn_implementation)
+    _check_windows(config, checkpoint.config.get("max_position_embeddings"))
     tokenizer = load_tokenizer(checkpoint.folder)
     loaded = load_samples(
         config.data,
         tokenizer,
         minimum=config.train.global_batch_size,
         vocab_size=checkpoint.shape.vocab_size,
-        max_positions=checkpoint.config.get("max_position_embeddings"),
     )
     order = SampleOrder(len(loaded.samples), config.train.global_batch_size, config.seed)
     steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
@@ -93,6 +94,13 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
         limits=limits,
         ds_config=ds_config,
     )
+
+
+def _check_windows(config: RunConfig, positions: int | None) -> None:
+    """Against the model's max_position_embeddings, if it names them."""
+    for key, window in (("data.window", config.data.window), ("evaluate.window", config.evaluate.window)):
+        if positions is not None and window > positions:
+            raise UserError(f"{key} {window} is longer than the model's {positions} positions")
 
 
 def _find_ds_config(path: str) -> Path:

@@ -1,5 +1,6 @@
 """What a person sees while it runs: one live line on a terminal, plain lines in a log file. Rank 0 only."""
 
+import os
 import sys
 import time
 from collections import deque
@@ -68,7 +69,7 @@ class Progress:
         self._last_line: float | None = None
         self._time_left = TimeLeft()
         self._bar: tqdm | None = None
-        if self._stream.isatty():
+        if _can_show_live_line(self._stream):
             self._bar = tqdm(
                 total=steps,
                 initial=first,
@@ -131,6 +132,16 @@ class Progress:
                 f"mem {format_bytes(max(record.resident_bytes))}",
             ]
         )
+
+
+def _can_show_live_line(stream: TextIO) -> bool:
+    """A terminal, unless its width is 0, as a script's or a container's may be: tqdm would show nothing there."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:  # it does not say
+        return True
 
 
 def cut_line(cut: CutRecord) -> str:

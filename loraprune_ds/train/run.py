@@ -19,7 +19,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.checkpoints import find_saved
 from loraprune_ds.train.finish import Outcome, describe_model, describe_run, model_card, publish_model, start_model
 from loraprune_ds.train.loop import Loop, measure
-from loraprune_ds.train.output import RunStatus, Start, create_output
+from loraprune_ds.train.output import RunStatus, Start, check_shared, create_output
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.recorder import Recorder, take_over_metrics
 from loraprune_ds.train.records import EvaluationRecord
@@ -47,6 +47,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     writes = comm.rank == 0
     folder = Path(config.output_dir)
     comm.together(lambda: _open_output(config, saved, warnings) if writes else None)
+    check_shared(folder, comm)
     with (
         RunStatus(folder, prepared.steps, first=first, writes=writes) as status,
         closing(Recorder(config, folder, prepared.steps, saved, active=writes)) as recorder,

@@ -85,7 +85,10 @@ def _or_dash(count: int | None) -> str:
 
 
 def _change(fraction: float) -> str:
-    return f"{format_percent(abs(fraction))} {'less' if fraction <= 0 else 'more'}"
+    percent = format_percent(abs(fraction))
+    if percent == format_percent(0):
+        return "unchanged"
+    return f"{percent} {'less' if fraction < 0 else 'more'}"
 
 
 def _speed_up(before: float | None, after: float | None) -> str:

@@ -32,9 +32,16 @@ REFUSED = {
     ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be repartitioned",
     ("zero_optimization", "zero_quantized_gradients"): "scores need the LoRA gradients as they are",
     ("zero_optimization", "zenflow"): "ZenFlow is not supported",
+    ("zero_optimization", "stage3_module_granularity_threshold"): "modules gathered whole are not supported",
+    ("prescale_gradients",): "DeepSpeed's ZeRO-3 has no prescaled gradients",
+    ("gradient_predivide_factor",): "DeepSpeed's ZeRO-3 has no predivided gradients",
+    ("sequence_parallel_size",): "every rank reads whole samples; sequence parallelism is not supported",
+    ("tensor_parallel",): "a linear cut over ranks is not supported; ZeRO-3 shards it",
+    ("compression_training",): "DeepSpeed's own compression is not supported",
 }
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-NEUTRAL = {"zero_hpz_partition_size": 1}  # DeepSpeed's own default is no choice
+# DeepSpeed's own default is no choice.
+NEUTRAL = {"zero_hpz_partition_size": 1, "gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
 
 def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:

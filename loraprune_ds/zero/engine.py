@@ -103,7 +103,7 @@ def build_training_store(
         model = _sharded_base(checkpoint, config.model.attn_implementation, config.model.dtype, ds_config)
         peft_model = add_lora(model, config.lora, config.seed)
         if config.model.adapter:
-            load_adapter(peft_model, Path(config.model.adapter))
+            load_adapter(peft_model, Path(config.model.adapter).expanduser())
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = _optimizer(peft_model, config.train)

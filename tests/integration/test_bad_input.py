@@ -63,6 +63,7 @@ WRONG = (
     Wrong("missing tensor", MODEL, ("model.layers.1.mlp.up_proj.weight is missing",), copy_of_model(drop_tensor)),
     Wrong("wrong width", MODEL, ("has shape", "[50, 32]"), copy_of_model(edit_config(intermediate_size=50))),
     Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
+    Wrong("no adapter at home", "model.adapter=~/nowhere", ("/nowhere/adapter_config.json does not exist",)),
     Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
     Wrong("no data", "data.path={here}/text.txt", ("data.path", "does not exist")),
     Wrong("data in another format", "data.path={here}/x.pdf", (".txt, .json, .jsonl",), file_at("x.pdf", "%PDF")),
@@ -76,6 +77,9 @@ WRONG = (
     Wrong("micro-batches", "train.micro_batch_size=3", ("train.global_batch_size (4)", "micro_batch_size (3)")),
     Wrong("ranks", "train.global_batch_size=6", ("over 2 ranks", "world sizes that fit: 1, 3"), ranks=2),
     Wrong("window", "data.window=4096", ("data.window 4096", "512 positions")),
+    Wrong("evaluation window", "evaluate.window=513", ("evaluate.window 513", "512 positions")),
+    Wrong("attention", "model.attn_implementation=flash", ("cannot build this model", "attn_implementation flash")),
+    Wrong("activation", MODEL, ("config.json", "KeyError: 'zelu'"), copy_of_model(edit_config(hidden_act="zelu"))),
     Wrong("no ds_config", DS, ("deepspeed: ", "ds.json does not exist")),
     Wrong("ds_config is no JSON", DS, ("ds.json is not valid JSON",), file_at("ds.json", "{'stage': 3}")),
     Wrong("not ZeRO-3", DS, ("zero_optimization.stage must be 3",), ds_config(zero_optimization={"stage": 2})),
@@ -83,6 +87,7 @@ WRONG = (
     Wrong("owns an optimizer", DS, ("optimizer", "train.learning_rate"), ds_config(optimizer={"type": "Adam"})),
     Wrong("output_dir is a file", "seed=1", ("output_dir", "out is not a folder"), file_at("out", "")),
     Wrong("output_dir in a file", "output_dir={here}/file/out", ("file is not a folder",), file_at("file", "")),
+    Wrong("endless output_dir", "output_dir={here}/" + 300 * "x", ("output_dir", "cannot be read: File name too long")),
     Wrong("read-only output_dir", "output_dir=/proc/out", ("output_dir /proc/out cannot be written",)),
     Wrong("other files in output_dir", "seed=1", ("not empty and holds no run",), file_at("out/thesis.tex", "x")),
     Wrong("damaged status", "seed=1", ("status.json", "cannot be read"), file_at("out/status.json", "{")),
@@ -139,6 +144,15 @@ def test_another_deepspeed_is_named(material: Path, tmp_path: Path) -> None:
     (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=lose_a_private_method)
     assert_refused(ended, "deepspeed 0.", "DeepSpeedZeroOptimizer_Stage3.set_grad_positions")
     assert not (tmp_path / "out").exists()
+
+
+def lose_a_private_module() -> None:
+    sys.modules["loraprune_ds.train.run"] = None  # type: ignore[assignment]  # importing it fails
+
+
+def test_a_library_that_lacks_what_is_imported_is_named(material: Path, tmp_path: Path) -> None:
+    (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=lose_a_private_module)
+    assert_refused(ended, "loraprune_ds.train.run", "pyproject.toml")
 
 
 def have_no_float16() -> None:

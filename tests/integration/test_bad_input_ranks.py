@@ -45,6 +45,22 @@ def test_other_data_on_one_rank(homes: Callable[[int], dict[str, str]], material
     assert (other.code, other.err) == (2, "")
 
 
+def wait_a_second() -> None:
+    from loraprune_ds.train import output
+
+    output.SHARED_WAIT = 1.0
+
+
+def test_an_output_folder_that_ranks_do_not_share(
+    homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path
+) -> None:
+    given = arguments(material, tmp_path, "output_dir=~/out")
+    first, other = fork_ranks(given, tmp_path, ranks=2, environment=homes, before=wait_a_second)
+    assert_refused(first, f"rank 1: output_dir {tmp_path / 'home1' / 'out'} is not the folder of rank 0")
+    assert (other.code, other.err) == (2, "")
+    assert not (tmp_path / "home0" / "out" / "status.json").exists()
+
+
 def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: Path) -> None:
     """The one wrong input that only a step can show; the folder says so, and the next start too."""
     copy_of_model(poison)(material, tmp_path)

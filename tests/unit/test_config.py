@@ -1,6 +1,7 @@
 """One YAML = one run: what is accepted, and that everything else is one line that names the key."""
 
 import dataclasses
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,18 @@ def test_a_file_that_is_no_text_or_is_not_there(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml")
     with pytest.raises(UserError, match=r"^config file .*nowhere\.yaml does not exist$"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so the refusal is the file system's by hand."""
+
+    def refuse(path: Path, **arguments: str) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "run.yaml").write_text("output_dir: out")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"config file .*run\.yaml cannot be read: Permission denied"):
+        load_config(tmp_path / "run.yaml")
 
 
 # --set

@@ -128,8 +128,24 @@ def check_splits(draw: random.Random, cases: int, score: Score = score_piece) ->
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 17])
 def test_partial_sums_add_up_to_those_of_the_whole(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(criterion, "BLOCK_NUMEL", block)
+    monkeypatch.setattr(criterion, "CPU_BLOCK_NUMEL", block)
     check_splits(random.Random(block), cases=1000)
+
+
+def test_a_gpu_gets_few_large_blocks() -> None:
+    """down_proj of LLaMA-7B on one of 8 ranks, on a device without memory: 5.6 M elements."""
+    out_features, in_features, r = 4096, 11008, 8
+    a, b = (torch.empty(shape, device="meta") for shape in ((r, in_features), (out_features, r)))
+    numel = out_features * in_features // 8
+    piece = OwnedPiece(torch.empty(numel, dtype=torch.bfloat16, device="meta"), 3 * numel, (out_features, in_features))
+    blocks = []
+
+    def count(weight: Tensor, factors: LoraFactors) -> Tensor:
+        blocks.append(weight.numel())
+        return ELEMENT_CRITERIA["lora"](weight, factors)
+
+    assert score_piece(piece, LoraFactors(a, b, a, b, 2.0), count, 1).shape == (in_features,)
+    assert blocks == [numel]
 
 
 def score_naively(

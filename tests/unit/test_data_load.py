@@ -21,7 +21,7 @@ TOKENIZER = make_tokenizer()
 
 def load(path: Path | str, *, minimum: int = 1, **settings: Any) -> LoadedData:
     config = DataConfig(**({"path": str(path), "window": WINDOW} | settings))
-    return load_samples(config, TOKENIZER, minimum=minimum, vocab_size=100, max_positions=64)
+    return load_samples(config, TOKENIZER, minimum=minimum, vocab_size=100)
 
 
 def tuned_on(data: LoadedData) -> set[int]:
@@ -165,6 +165,17 @@ def test_a_held_out_file_leaves_all_documents_to_tuning(tmp_path: Path) -> None:
     assert tuned_on(data) - {2} == set(range(11, 31))
 
 
+def test_a_held_out_json_file_is_read_as_rows_and_not_as_prose(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "data.json", documents(20))
+    held_out = write_json(tmp_path / "held_out.jsonl", [{"text": "w40"}, {"text": "w41"}])
+    assert load(path, held_out=str(held_out)).held_out == "w40\n\nw41"
+    fails(
+        r"data\.text_field: .*held_out\.json has no field 'text'",
+        path,
+        held_out=str(write_json(tmp_path / "held_out.json", [{"a": "b"}])),
+    )
+
+
 def test_held_out_instructions_are_prompt_and_response(tmp_path: Path) -> None:
     data = load(write_json(tmp_path / "data.jsonl", INSTRUCTIONS), format="instruction", window=64)
     assert len(data.samples) == 9
@@ -203,14 +214,13 @@ def test_text_shorter_than_one_global_batch_says_how_many_samples_there_are(tmp_
     fails(r"4 samples of 4 tokens .* needs 5", path, minimum=5, held_out=str(held_out))
     assert len(load(path, minimum=4, held_out=str(held_out)).samples) == 4
     fails(r"data.max_samples 3 is below train.global_batch_size 5", path, minimum=5, max_samples=3)
-    fails(r"data.window 65 is longer than the model's 64 positions", path, window=65)
 
 
 def test_a_tokenizer_of_another_model_is_found_before_training(tmp_path: Path) -> None:
     config = DataConfig(path=str(write_json(tmp_path / "data.json", documents(20))), window=WINDOW)
-    load_samples(config, TOKENIZER, minimum=1, vocab_size=31, max_positions=None)  # w20 is 30
+    load_samples(config, TOKENIZER, minimum=1, vocab_size=31)  # w20 is 30
     with pytest.raises(UserError, match="gives id 30, but the model's vocab_size is 30"):
-        load_samples(config, TOKENIZER, minimum=1, vocab_size=30, max_positions=None)
+        load_samples(config, TOKENIZER, minimum=1, vocab_size=30)
 
 
 BAD_FILES = {
@@ -224,7 +234,16 @@ BAD_FILES = {
     "a line that is no object": ("a.jsonl", '{"text": "w1"}\n"w2"', r"a\.jsonl, line 2: expected an object, got str"),
     "an item that is no object": ("a.json", '[{"text": "w1"}, 3]', r"a\.json, item 1: expected an object, got int"),
     "an unknown field": ("a.json", '[{"body": "w1"}]', r"data\.text_field: .*a\.json has no field 'text'; it has body"),
-    "a field that is no text": ("a.json", '[{"text": 5}]', r"field 'text' must be text; a row has 5"),
+    "a field that is no text": (
+        "a.json",
+        '[{"text": "w1"}, {"text": 5}]',
+        r"a\.json, item 1: field 'text' must be text; got 5",
+    ),
+    "a line without text": (
+        "a.jsonl",
+        '{"text": null}\n{"text": ["w1"]}',
+        r"a\.jsonl, line 2: field 'text' must be text",
+    ),
     "another suffix": ("a.csv", "text\nw1", r"a\.csv must be one of \.txt, \.json, \.jsonl"),
 }
 

@@ -157,6 +157,15 @@ def test_a_cap_on_all_layers_can_be_the_ratio() -> None:
             make_limits(PruneConfig(ratio=0.5, **prune), shape)
 
 
+def test_channels_that_cannot_go_excuse_no_ratio() -> None:
+    """A multiple above the width keeps all channels: what the heads alone give is the most."""
+    prune = {"channel_multiple": 10_000, "protected_first": 0, "protected_last": 0}
+    most = 30 * 2 * SMOLLM2.group_numel("heads") / SMOLLM2.linear_numel()
+    limits_of(SMOLLM2, ratio=most, **prune)
+    with pytest.raises(UserError, match="out of reach"):
+        limits_of(SMOLLM2, ratio=most + 0.001, **prune)
+
+
 def test_nothing_to_cut_is_refused_even_for_a_tiny_ratio() -> None:
     for ranking in ("uniform", "global"):
         config = PruneConfig(ratio=1e-9, ranking=ranking, min_heads=3, min_channels=1536)

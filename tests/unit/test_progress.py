@@ -1,6 +1,8 @@
 """Progress in a log file has no live line, on a terminal it has one, and time left follows the latest steps."""
 
 import io
+import os
+import pty
 
 import pytest
 
@@ -75,6 +77,16 @@ def test_a_terminal_gets_one_live_line() -> None:
     assert "step 2/2" in lines[-2]
     assert lines[-1] == ""  # the cursor is on a line of its own
     assert len(lines) == 3  # one line for the cut, one that stays
+
+
+def test_a_terminal_without_a_width_gets_whole_lines() -> None:
+    """What `script`, and some containers, give; a live line would be cut to nothing."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as shown:
+        progress = Progress(2, stream=stream, clock=Clock())
+        progress.write(step_record(1))
+        progress.close()
+        assert shown.read(1000).startswith(b"step 1/2  ")
 
 
 def test_time_left_follows_the_latest_steps() -> None:
