@@ -80,7 +80,15 @@ def _write_model(source: Unmerged, folder: Path, change: Change) -> None:
         tensors = _read_shard(source.base, k, dtype)
         entries.append(write_shard(folder, k, shard_count(layers), change(k, tensors) if k < layers else tensors))
     write_index(folder, entries)
-    card = card_of_run(source.config, source.dense.shape, source.shape, steps=source.saved.state.step)
+    state = source.saved.state
+    card = card_of_run(
+        source.config,
+        source.dense.shape,
+        source.shape,
+        steps=state.step,
+        perplexity_dense=state.tally.perplexity_dense,
+        perplexity_pruned=state.tally.perplexity,
+    )
     finish_folder(folder, source.exported, source.dense.folder, card)
 
 
