@@ -1,6 +1,6 @@
 """The fault table: runs are killed, stopped and robbed of their disk through the real launcher, then taken up again.
 
-    python -m tests.benchmarks.faults [--random 20] [--only REGEX] [--keep] [--jobs 1] [--out FILE]
+    python -m tests.benchmarks.faults [--random 20] [--only REGEX] [--missing] [--most N] [--jobs 1] [--out FILE]
 
 For every fault: where it struck, steps lost, seconds until no process of the job was left, and whether the resumed run
 ends with the same kept_groups.json, byte for byte, as the run that nothing happened to. Exit code 1 unless all do.
@@ -334,12 +334,14 @@ def fault_table(random_moments: int) -> list[Fault]:
         ("cut", "cut.layer@5:1"),
         ("save", "save.layer@5:1"),
     ]
+    asked_too_late = Fault("SIGTERM: finish, which is short", "finish.before_rename@1:0:15", expected_codes=(0,))
     stopped = "stopped at step"
     rank_0 = "--local_rank=0"
     launcher, runner = "deepspeed.launcher.launch", "bin/deepspeed"
     return [
         *(Fault(f"SIGKILL: {name}", f"{point}:9", expected_codes=(1, 247, 0)) for name, point in kills),
         *(Fault(f"SIGTERM: {name}", f"{point}:15", expected_codes=(85,), line=stopped) for name, point in terms),
+        asked_too_late,
         Fault("stop file", strike=at_step(4, touch_stop), expected_codes=(85,), line=stopped),
         Fault("deepspeed runner: SIGKILL", strike=at_step(4, kill(runner, signal.SIGKILL)), line=stopped),
         Fault("deepspeed runner: SIGTERM", strike=at_step(4, kill(runner, signal.SIGTERM)), line=stopped),
@@ -374,11 +376,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=int, default=20, help="kills at random moments, seeded")
     parser.add_argument("--only", default="", help="faults whose name this regular expression finds")
-    parser.add_argument("--keep", action="store_true", help="leave the other faults' rows of FILE as they are")
+    parser.add_argument("--missing", action="store_true", help="only those that FILE has no good row of; keep the rest")
+    parser.add_argument("--most", type=int, help="stop after so many; --missing goes on from there")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; 2 ranks each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    faults = [fault for fault in fault_table(arguments.random) if re.search(arguments.only, fault.name)]
+    table = fault_table(arguments.random)
+    kept = [row for row in read_rows(arguments.out) if row.good] if arguments.missing else []
+    kept = [row for row in kept if row.fault in {fault.name for fault in table}]
+    done = {row.fault for row in kept}
+    faults = [f for f in table if re.search(arguments.only, f.name) and f.name not in done][: arguments.most]
     skipped = []
     if os.geteuid() != 0:
         skipped = [{"fault": fault.name, "why": "mounting a small tmpfs needs root"} for fault in faults if fault.disk]
@@ -396,29 +403,27 @@ def main() -> int:
         expected = (straight / "out" / "kept_groups.json").read_bytes()
         print(f"{'':4} {'fault':<62} at resumed  lost   gone  code status")
         facts = {
-            "command": "python -m tests.benchmarks.faults " + " ".join(sys.argv[1:]),
+            "command": "python -m tests.benchmarks.faults",  # the rows say at which commit they were found
             "config": config.read_text(),
             "ranks": RANKS,
             "checkpoint_every": EVERY,
-            "random_moments": arguments.random,
             "versions": versions(),
             "hardware": hardware("cpu"),
             "skipped": skipped,
         }
-        kept = read_rows(arguments.out, without={fault.name for fault in faults}) if arguments.keep else []
+        order = {fault.name: i for i, fault in enumerate(table)}
         rows: list[Row] = []
         with ThreadPoolExecutor(arguments.jobs) as pool:
             for row in pool.map(lambda fault: carry_out(fault, root, expected), faults):
                 rows.append(row)
-                write_result(arguments.out, facts, [*kept, *rows], root)
+                write_result(arguments.out, facts, sorted([*kept, *rows], key=lambda r: order[r.fault]), root)
     good = sum(row.good for row in rows)
     print(f"{good} of {len(rows)} as promised; in {arguments.out}")
     return 0 if good == len(rows) else 1
 
 
-def read_rows(path: Path, without: set[str]) -> list[Row]:
-    rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
-    return [row for row in rows if row.fault not in without]
+def read_rows(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
 
 
 def write_result(path: Path, facts: dict[str, Any], rows: list[Row], root: Path) -> None:
