@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from loraprune_ds.evaluate.candidates import Plan
     from loraprune_ds.zero.comm import Communicator
 
-DEFAULT_DATASET = "wikitext2"
+DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     text.add_argument(
         "--dataset", choices=DATASETS, help=f"perplexity on a test set by name (default: {DEFAULT_DATASET})"
     )
-    parser.add_argument("--split", default="test", help="of --dataset (default: test)")
+    parser.add_argument("--split", help=f"of --dataset (default: {DEFAULT_SPLIT})")
     parser.add_argument("--window", type=int, default=128, metavar="TOKENS", help="default: 128")
     parser.add_argument("--sliding", type=int, metavar="STRIDE", help="sliding windows, one every STRIDE tokens")
     parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
@@ -169,11 +169,13 @@ def make_plan(arguments: argparse.Namespace) -> "Plan":
 
 def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
     """WikiText-2 unless another text is named or something else is to be measured."""
+    if arguments.text and arguments.split:
+        raise UserError("--split is a part of --dataset; --text is read whole")
     if arguments.text:
         return read_text(arguments.text)
     if not arguments.dataset and (arguments.tasks or arguments.speed):
         return None
-    return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split)
+    return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
 
 
 def show_progress(rounds: Iterable[int]) -> Iterable[int]:

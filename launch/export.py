@@ -15,14 +15,14 @@ import sys
 from pathlib import Path
 
 try:
-    from loraprune_ds.command import tell
+    from loraprune_ds.command import Parser, tell
     from loraprune_ds.errors import UserError
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of a run, of one of its checkpoints, or of a merged model")
     parser.add_argument("--format", default="hf", choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"))
     parser.add_argument("--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)")
@@ -31,21 +31,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0, or 2 for what cannot be exported."""
-    arguments = parse_arguments()
+    try:
+        convert(parse_arguments())
+    except UserError as error:
+        tell(error)
+        return error.exit_code
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> None:
     source: Path = arguments.source
     out: Path = arguments.out or Path(f"{source.resolve().name}-{arguments.format}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from loraprune_ds.export.formats import export, find_source  # seconds of imports, after the arguments are good
 
-    try:
-        remarks = export(find_source(source), arguments.format, out)
-    except UserError as error:
-        tell(error)
-        return error.exit_code
-    for remark in remarks:
+    for remark in export(find_source(source), arguments.format, out):
         print(f"note: {remark}")
     print(f"{arguments.format}: {out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -55,8 +55,7 @@ def sha256(path: Path) -> str:
 
 def seal(path: Path) -> dict[str, Any]:
     """Flushes a written file to disk; its entry for the manifest."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(path)
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
@@ -71,19 +70,22 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> str:
 def publish(target: Path) -> None:
     """Gives a sealed staging folder its name, and makes the name last."""
     staging = staging_of(target)
-    _flush_folder(staging)
+    flush(staging)
     staging.rename(target)
-    _flush_folder(target.parent)
+    flush(target.parent)
 
 
 def remove(folder: Path) -> None:
-    """Removes a published folder; it loses its name first, so that nobody finds half of it."""
+    """Removes a published folder; it loses its name first, so that nobody finds half of it.
+
+    What stays of it (NFS keeps files that somebody still reads) goes with the next removal: no reason to end a run.
+    """
     doomed = folder.with_name(f".{folder.name}.removed")
     if doomed.exists():
         shutil.rmtree(doomed)  # an earlier removal was killed halfway
     folder.rename(doomed)
     fail_point("save.remove_renamed")
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
@@ -114,8 +116,9 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is missing or damaged") from None
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Forces a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import files
-from loraprune_ds.checkpoint.state import RunState, ShapeSource, read_state
+from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSource, read_state
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
 from loraprune_ds.pruning.importance import LayerScores
@@ -51,20 +51,32 @@ class Saved:
 
 
 def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -> Saved | None:
-    """The newest checkpoint under `root` that is whole; the ranks share the reading. Collective."""
+    """The newest checkpoint under `root` that is whole; the ranks share the reading. Collective.
+
+    Raises:
+        CheckpointMismatch: it is whole, but of a newer format or of another source model than is there now.
+    """
     for number in reversed(comm.gather_objects(files.numbered(root, "step"))[0]):
         try:
             return open_saved(files.step_folder(root, number), comm)
+        except CheckpointMismatch:
+            raise
         except UserError as error:
             warn(f"checkpoint step-{number} cannot be used: {error}")
     return None
 
 
 def newest_state(root: Path) -> RunState | None:
-    """The newest state under `root` that can be read, unverified: enough to see whose run it is."""
+    """The newest state under `root` that can be read, unverified: enough to see whose run it is.
+
+    Raises:
+        CheckpointMismatch: it is of a newer format.
+    """
     for number in reversed(files.numbered(root, "step")):
         try:
             return read_state(files.step_folder(root, number))
+        except CheckpointMismatch:
+            raise
         except UserError:
             continue
     return None
@@ -74,7 +86,8 @@ def open_saved(folder: Path, comm: "Communicator") -> Saved:
     """Verifies one checkpoint and the shape it names. Collective.
 
     Raises:
-        UserError: something is missing, damaged or of a newer format; all ranks raise the same line.
+        UserError: something is missing or damaged; all ranks raise the same line.
+        CheckpointMismatch: it is of a newer format or of another source model; likewise.
     """
     return comm.together(lambda: check_saved(folder, part=comm.rank, parts=comm.world_size))
 
@@ -83,20 +96,29 @@ def check_saved(folder: Path, *, part: int = 0, parts: int = 1) -> Saved:
     """Verifies one checkpoint and the shape it names, or the share that falls to one of `parts` readers.
 
     Raises:
-        UserError: something is missing, damaged or of a newer format.
+        UserError: something is missing or damaged.
+        CheckpointMismatch: it is of a newer format or of another source model.
     """
     saved = Saved(folder, read_state(folder))
     files.verify(folder, part=part, parts=parts)
     shape_folder, shape = saved.shape_folder(), saved.state.shape
     if shape.is_source:
-        if source_digest(open_checkpoint(shape_folder)) != shape.digest:
-            raise UserError(f"{shape_folder} is not the model that {folder} was started from: its tensors differ")
+        _check_source(shape_folder, shape.digest, folder)
         return saved
     manifest = shape_folder / files.MANIFEST
     if not manifest.is_file() or files.sha256(manifest) != shape.digest:
         raise UserError(f"{shape_folder} is missing or is not the one that {folder} names")
     files.verify(shape_folder, part=part, parts=parts)
     return saved
+
+
+def _check_source(source: Path, digest: str, folder: Path) -> None:
+    try:
+        found = source_digest(open_checkpoint(source))
+    except UserError as error:
+        raise CheckpointMismatch(f"the model that {folder} was started from cannot be read: {error}") from None
+    if found != digest:
+        raise CheckpointMismatch(f"{source} is not the model that {folder} was started from: its tensors differ")
 
 
 def source_digest(checkpoint: Checkpoint) -> str:

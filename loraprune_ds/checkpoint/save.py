@@ -70,7 +70,7 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
     newest steps; every shape that no step names any more; and what a killed save or removal has left.
     """
     for leftover in (*root.glob(".*.removed"), *root.glob(".*.partial")):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     steps = files.numbered(root, "step")
     keep = [number for number in steps if number <= step][-keep_last:]
     for number in steps:

@@ -11,6 +11,13 @@ FORMAT = 1
 STATE_FILE = "state.json"
 
 
+class CheckpointMismatch(UserError):
+    """A whole checkpoint that this start cannot use.
+
+    Unlike a damaged one it is not passed over: what would be begun instead, its first save would remove it.
+    """
+
+
 @dataclass(frozen=True)
 class ShapeSource:
     """Where the frozen weights are: `shape-K` beside the steps, or the source checkpoint before the first cut.
@@ -27,10 +34,26 @@ class ShapeSource:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """What a run has read and measured.
+
+    Attributes:
+        tokens: of all its steps.
+        perplexity_dense: held-out, before the first step.
+        perplexity: held-out, at this very step.
+    """
+
+    tokens: int = 0
+    perplexity_dense: float | None = None
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
 class RunState:
     """A run after `step` optimizer steps; independent of the number of ranks.
 
     Attributes:
+        tally: tokens read, perplexities measured.
         adam_step: updates that Adam has made; fewer than `step` if fp16 steps were skipped.
         schedule: state of the learning-rate schedule.
         loss_scale: state of fp16's loss scaler, empty otherwise.
@@ -42,6 +65,7 @@ class RunState:
     """
 
     step: int
+    tally: Tally
     adam_step: int
     schedule: dict[str, Any]
     loss_scale: dict[str, Any]
@@ -63,7 +87,8 @@ def read_state(folder: Path) -> RunState:
     """Reads `state.json`.
 
     Raises:
-        UserError: it is missing or damaged, or of a newer format than this version knows.
+        UserError: it is missing or damaged.
+        CheckpointMismatch: it is of a newer format than this version knows.
     """
     path = folder / STATE_FILE
     try:
@@ -72,8 +97,9 @@ def read_state(folder: Path) -> RunState:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is missing or damaged") from None
     if version > FORMAT:
-        raise UserError(f"{path} has format {version}; this version of loraprune_ds reads up to {FORMAT}")
+        raise CheckpointMismatch(f"{path} has format {version}; this version of loraprune_ds reads up to {FORMAT}")
     try:
+        raw["tally"] = Tally(**raw["tally"])
         raw["shape"] = ShapeSource(**raw["shape"])
         raw["kept"] = [(list(heads), list(channels)) for heads, channels in raw["kept"]]
         return RunState(**raw)

@@ -130,7 +130,7 @@ def _draw_panel(axes: "Axes", panel: _Panel, styles: dict[str | None, tuple[str,
     axes.set_title(panel.title)
     axes.set_ylabel(panel.label)
     axes.set_xlabel("parameters removed, % of the whole model")
-    axes.legend(loc="lower left" if panel.higher_is_better else "upper left", handlelength=1.6)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)  # beside: inside it would hide a value
 
 
 def _far_apart(xs: Sequence[float]) -> bool:

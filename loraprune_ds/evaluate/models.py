@@ -14,6 +14,7 @@ from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, STATUS
 from loraprune_ds.config import DTYPES, ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.runs import read_run_report
+from loraprune_ds.model.adapters import ADAPTER_FOLDER
 from loraprune_ds.model.build import locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, read_json
 from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaForCausalLM
@@ -71,8 +72,10 @@ def find_model(path: str) -> Source:
         raise UserError(str(error).removeprefix("model.path: ")) from None
     if (folder / STATUS_FILE).is_file():
         return _find_run(path, folder)
-    if (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
-        return _find_adapter(path, folder)
+    if not (folder / "config.json").is_file():
+        for adapter in (folder, folder / ADAPTER_FOLDER):  # the second: what launch/export.py --format adapter made
+            if (adapter / ADAPTER_FILE).is_file():
+                return _find_adapter(path, adapter)
     return Source(path, "checkpoint", open_checkpoint(folder), folder)
 
 

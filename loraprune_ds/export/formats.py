@@ -10,11 +10,12 @@ from loraprune_ds.checkpoint.load import check_saved
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, STATUS_FILE
 from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.from_checkpoint import BASE, Unmerged, write_base_and_adapter, write_merged
+from loraprune_ds.export.from_checkpoint import Unmerged, write_base_and_adapter, write_merged
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, publish
 from loraprune_ds.export.model_card import retell_model_card
+from loraprune_ds.model.adapters import BASE_FOLDER
 from loraprune_ds.model.checkpoint import open_checkpoint, read_json
 
 HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, for further tuning.
@@ -120,7 +121,7 @@ def _adapter(source: Source, folder: Path) -> list[str]:
     write_base_and_adapter(unmerged, folder)
     trust = ", trust_remote_code=True" if unmerged.exported.trust_remote_code else ""
     # A finished run knows more about its result than its checkpoint.
-    retell_model_card(source.model or folder / BASE, folder, HOW_TO_LOAD_ADAPTER.format(trust=trust))
+    retell_model_card(source.model or folder / BASE_FOLDER, folder, HOW_TO_LOAD_ADAPTER.format(trust=trust))
     return remarks
 
 

@@ -15,13 +15,13 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.export.huggingface import finish_folder, merge_lora
 from loraprune_ds.export.model_card import card_of_run, retell_model_card
+from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
 from loraprune_ds.model.build import locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.model.shards import shard_count, write_index, write_shard
 
-BASE, ADAPTER = "base", "adapter"
 Change = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]  # of a layer's frozen tensors before they are written
 
 
@@ -66,10 +66,12 @@ def write_merged(source: Unmerged, folder: Path) -> None:
 
 def write_base_and_adapter(source: Unmerged, folder: Path) -> None:
     """Writes `base/`, a Hugging Face checkpoint without LoRA, and `adapter/`, the fp32 LoRA as PEFT reads it."""
-    (folder / BASE).mkdir()
-    _write_model(source, folder / BASE, lambda layer, tensors: tensors)
-    retell_model_card(folder / BASE, folder / BASE, "This base has no LoRA in it: see the folder above.\n")
-    _write_adapter(source, folder / ADAPTER)
+    (folder / BASE_FOLDER).mkdir()
+    _write_model(source, folder / BASE_FOLDER, lambda layer, tensors: tensors)
+    retell_model_card(
+        folder / BASE_FOLDER, folder / BASE_FOLDER, "This base has no LoRA in it: see the folder above.\n"
+    )
+    _write_adapter(source, folder / ADAPTER_FOLDER)
 
 
 def _write_model(source: Unmerged, folder: Path, change: Change) -> None:
@@ -80,7 +82,15 @@ def _write_model(source: Unmerged, folder: Path, change: Change) -> None:
         tensors = _read_shard(source.base, k, dtype)
         entries.append(write_shard(folder, k, shard_count(layers), change(k, tensors) if k < layers else tensors))
     write_index(folder, entries)
-    card = card_of_run(source.config, source.dense.shape, source.shape, steps=source.saved.state.step)
+    state = source.saved.state
+    card = card_of_run(
+        source.config,
+        source.dense.shape,
+        source.shape,
+        steps=state.step,
+        perplexity_dense=state.tally.perplexity_dense,
+        perplexity_pruned=state.tally.perplexity,
+    )
     finish_folder(folder, source.exported, source.dense.folder, card)
 
 
@@ -111,7 +121,7 @@ def _adapter_config(lora: LoraConfig) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": f"../{BASE}",
+        "base_model_name_or_path": f"../{BASE_FOLDER}",
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,

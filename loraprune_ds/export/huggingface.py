@@ -60,8 +60,12 @@ def finish_folder(folder: Path, exported: ExportedConfig, source: Path, card: Mo
 
 
 def publish(staging: Path, out: Path) -> None:
-    """Gives the finished export its name, in one step."""
+    """Gives the finished export its name, in one step, once it is on the disk."""
+    for path in staging.rglob("*"):
+        files.flush(path)
+    files.flush(staging)
     staging.rename(out)
+    files.flush(out.parent)
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

@@ -18,6 +18,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import read_json
 from loraprune_ds.model.shapes import Linear
 
+BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # in an export of the two apart
 ADAPTER = "default"
 
 

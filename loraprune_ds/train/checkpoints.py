@@ -10,7 +10,7 @@ import torch
 from loraprune_ds.checkpoint.load import Saved, find_newest, newest_state, open_saved, source_of
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
-from loraprune_ds.checkpoint.state import RunState, ShapeSource
+from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, Tally
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import open_checkpoint
@@ -34,11 +34,10 @@ def find_saved(start: Start, config: RunConfig, comm: Communicator, warnings: li
     """
     if start.kind != "resume":
         return None
-    if start.path is not None and start.path.name.startswith("step-"):
+    if start.path is not None and _is_step(start.path):
         saved = open_saved(start.path, comm)
     else:
-        run = Path(config.output_dir) if start.path is None else start.path
-        root = run / CHECKPOINTS_FOLDER
+        root = _root(Path(config.output_dir) if start.path is None else start.path)
         # Before anything is read in full, and before another run's checkpoints are called damaged.
         comm.together(lambda: _check_settings(newest_state(root), root, config))
         saved = find_newest(root, comm, warnings.append)
@@ -49,6 +48,16 @@ def find_saved(start: Start, config: RunConfig, comm: Communicator, warnings: li
         return None
     _check_settings(saved.state, saved.folder, config)
     return saved
+
+
+def _is_step(path: Path) -> bool:
+    """Also where its state is lost; a run may have any name, step-1 too."""
+    return (path / STATE_FILE).is_file() or path.resolve().parent.name == CHECKPOINTS_FOLDER
+
+
+def _root(path: Path) -> Path:
+    """Where the checkpoints of a run are, given its folder or that very one."""
+    return path if path.resolve().name == CHECKPOINTS_FOLDER else path / CHECKPOINTS_FOLDER
 
 
 def _check_settings(state: RunState | None, folder: Path, config: RunConfig) -> None:
@@ -96,7 +105,7 @@ class Checkpoints:
         if saved and saved.folder.parent.resolve() == self.root.resolve() and not saved.state.shape.is_source:
             self._published = saved.state.shape
 
-    def save(self, store: ShardedStore, step: int) -> None:
+    def save(self, store: ShardedStore, step: int, tally: Tally) -> None:
         """Publishes `step-{step}` and, if a cut changed them, the frozen weights; then drops old ones. Collective.
 
         Raises:
@@ -105,6 +114,7 @@ class Checkpoints:
         schedule, loss_scale = counters(store)
         state = RunState(
             step=step,
+            tally=tally,
             adam_step=adam_step(store),
             schedule=schedule,
             loss_scale=loss_scale,

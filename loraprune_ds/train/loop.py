@@ -1,12 +1,14 @@
 """The steps of a run: train, cut, evaluate, save, and stop when asked."""
 
-from pathlib import Path
+from dataclasses import replace
 
 from loraprune_ds.checkpoint.load import Saved
+from loraprune_ds.checkpoint.state import Tally
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate.perplexity import measure_perplexity
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.checkpoints import Checkpoints, build_store, restore_pruner
+from loraprune_ds.train.files import finite
 from loraprune_ds.train.output import RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import Recorder
@@ -21,28 +23,27 @@ class Loop:
     """Owns the sharded model while it trains."""
 
     def __init__(
-        self, config: RunConfig, prepared: Prepared, saved: Saved | None, recorder: Recorder, status: RunStatus
+        self,
+        config: RunConfig,
+        prepared: Prepared,
+        saved: Saved | None,
+        recorder: Recorder,
+        status: RunStatus,
+        requests: Requests,
     ) -> None:
         self.config, self.prepared, self.recorder, self.status = config, prepared, recorder, status
         self.store = build_store(config, prepared, saved)
         self.pruner = Pruner(self.store, config.prune, prepared.schedule, prepared.limits, config.seed)
         if saved:
             restore_pruner(self.pruner, saved)
-        self._requests = Requests(Path(config.output_dir), watches_files=self.store.rank == 0)
-        self._trainer = Trainer(
-            self.store, self.pruner, prepared.samples, prepared.order, config, self._requests.pending
-        )
+        self._requests = requests
+        self._trainer = Trainer(self.store, self.pruner, prepared.samples, prepared.order, config, requests.pending)
         self._checkpoints = Checkpoints(config, prepared, self.pruner, saved)
+        self._tally = saved.state.tally if saved else Tally()
         self.resumed_from = self._checkpoints.resumed_from
 
     def run(self) -> bool:
         """All steps that are left; False if it was asked to stop before the end, after a checkpoint."""
-        try:
-            return self._run()
-        finally:
-            self._requests.close()
-
-    def _run(self) -> bool:
         if not self.resumed_from:
             self._evaluate(0, "dense")
         for step in range(self.status.step + 1, self.prepared.steps + 1):
@@ -50,7 +51,7 @@ class Loop:
             requested = self._trainer.requested
             if requested or self._save_is_due(step):
                 self.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
-                self._checkpoints.save(self.store, step)
+                self._checkpoints.save(self.store, step, self._tally)
             self.status.update(step)
             if requested:
                 self._requests.clear(requested)
@@ -60,7 +61,9 @@ class Loop:
         return True
 
     def _step(self, step: int) -> None:
-        self.recorder.write(self._trainer.step(step))
+        record = self._trainer.step(step)
+        self.recorder.write(record)
+        self._tally = replace(self._tally, tokens=self._tally.tokens + record.tokens, perplexity=None)
         if cut := self._trainer.cut(step):
             self.recorder.write(cut)
         every = self.config.evaluate.every
@@ -74,9 +77,10 @@ class Loop:
         return step == self.prepared.steps or (every is not None and step % every == 0)
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
-        self.recorder.write(
-            measure(self.store.engine, self.config, self.prepared, self.store.comm, step=step, name=name)
-        )
+        record = measure(self.store.engine, self.config, self.prepared, self.store.comm, step=step, name=name)
+        self.recorder.write(record)
+        measured = "perplexity_dense" if name == "dense" else "perplexity"
+        self._tally = replace(self._tally, **{measured: finite(record.perplexity)})
 
 
 def measure(

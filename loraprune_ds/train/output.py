@@ -57,7 +57,7 @@ def _inspect_output(folder: Path, config: RunConfig, resume: str | None) -> Star
     _check_access(folder, os.R_OK | os.X_OK, "readable")
     if resume is not None and resume != "auto" and not Path(resume).is_dir():
         raise UserError(f"--resume {resume}: no such folder")
-    status = read_status(folder)
+    status = _read_status(folder, resume)
     if status is not None and status.state == "finished":
         _check_same_run(folder, config, NOT_THE_RUN)
         return Start("finished")
@@ -74,6 +74,16 @@ def _inspect_output(folder: Path, config: RunConfig, resume: str | None) -> Star
     return Start("fresh")
 
 
+def _read_status(folder: Path, resume: str | None) -> Status | None:
+    """A crash of the whole machine can leave status.json empty; to go on, the checkpoints are enough."""
+    try:
+        return read_status(folder)
+    except UserError as error:
+        if resume is None:
+            raise UserError(f"{error}; go on with --resume auto, or choose another output_dir") from None
+        return None
+
+
 def _check_access(folder: Path, mode: int, what: str) -> None:
     """Now, rather than when the data of a large run has been prepared."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
@@ -87,7 +97,7 @@ def _inspect_for_resume(folder: Path, config: RunConfig, path: Path | None) -> S
     holds_run = any((folder / name).exists() for name in (CONFIG_FILE, STATUS_FILE, CHECKPOINTS_FOLDER))
     if not holds_run and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
-    if (folder / CONFIG_FILE).exists():
+    if _read_config(folder):  # else it was lost in a crash of the machine; every checkpoint holds it too
         _check_same_run(folder, config, MAY_DIFFER)
     if holds_run and path is not None and not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(
@@ -98,15 +108,22 @@ def _inspect_for_resume(folder: Path, config: RunConfig, path: Path | None) -> S
 
 
 def _check_same_run(folder: Path, config: RunConfig, ignored: Sequence[str]) -> None:
-    path = folder / CONFIG_FILE
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):
-        raise UserError(f"{path} is missing or damaged; remove {folder} or choose another output_dir") from None
-    if different := differences(raw if isinstance(raw, dict) else {}, config.to_dict(), ignored):
+    raw = _read_config(folder)
+    if raw is None:
+        raise UserError(f"{folder / CONFIG_FILE} is missing or damaged; remove {folder} or choose another output_dir")
+    if different := differences(raw, config.to_dict(), ignored):
         raise UserError(
             f"output_dir {folder} holds another run ({', '.join(different)} differs); choose another output_dir"
         )
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """The resolved config of the run in `folder`; None if it is missing or damaged."""
+    try:
+        raw = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return raw if isinstance(raw, dict) and raw else None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]) -> list[str]:

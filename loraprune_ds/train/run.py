@@ -23,7 +23,7 @@ from loraprune_ds.train.output import RunStatus, Start, check_shared, create_out
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.recorder import Recorder, take_over_metrics
 from loraprune_ds.train.records import EvaluationRecord
-from loraprune_ds.train.stop import drop_stale_requests
+from loraprune_ds.train.stop import STOP, Requests, drop_stale_requests
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.memory import peak_bytes
@@ -51,19 +51,37 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     with (
         RunStatus(folder, prepared.steps, first=first, writes=writes) as status,
         closing(Recorder(config, folder, prepared.steps, saved, active=writes)) as recorder,
+        closing(Requests(folder, watches_files=writes)) as requests,
         _full_disk_is_told(folder),
     ):
         for line in warnings:
             recorder.warn(line)
         recorder.note(describe_run(config, prepared, comm.world_size))
-        trained = _train(config, prepared, saved, recorder, status)
-        if trained is None:
-            status.end("stopped")
-            return False
+        asked = Asked(requests, comm, recorder, status)
+        trained = _train(config, prepared, saved, asked)
         gc.collect()  # the training engine, which has cycles, before the exported model is loaded
-        _finish(config, prepared, trained, recorder, comm)
-        status.end("finished")
-    return True
+        finished = trained is not None and _finish(config, prepared, trained, asked)
+        status.end("finished" if finished else "stopped")
+        comm.barrier()  # the first rank that leaves with another code than 0 makes the launcher end the others
+    return finished
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Requests to stop between the steps, and who has to know of them."""
+
+    requests: Requests
+    comm: Communicator
+    recorder: Recorder
+    status: RunStatus
+
+    def to_stop(self) -> bool:
+        """For where no step carries the request and all that could be saved has been. Collective."""
+        if self.requests.agree(self.comm) != STOP:
+            return False
+        self.requests.clear(STOP)
+        self.recorder.note(f"stopped at step {self.status.step}; go on with --resume auto")
+        return True
 
 
 @contextmanager
@@ -94,25 +112,26 @@ class Trained:
     resumed_from: list[int]
 
 
-def _train(
-    config: RunConfig, prepared: Prepared, saved: Saved | None, recorder: Recorder, status: RunStatus
-) -> Trained | None:
+def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, asked: Asked) -> Trained | None:
     """Trains and cuts, then writes the merged weights; None if it was asked to stop. The engine ends with this call."""
-    loop = Loop(config, prepared, saved, recorder, status)
-    if not loop.run():
+    loop = Loop(config, prepared, saved, asked.recorder, asked.status, asked.requests)
+    if asked.to_stop() or not loop.run() or asked.to_stop():
         return None
-    recorder.note("writing the merged model")
+    asked.recorder.note("writing the merged model")
     store, folder = loop.store, Path(config.output_dir)
     staging = store.comm.together(lambda: start_model(folder) if store.rank == 0 else staging_of(folder / MODEL_FOLDER))
     write_merged_weights(store, staging, config.model.dtype)
     return Trained(staging, store.shape, loop.pruner.kept, loop.resumed_from)
 
 
-def _finish(config: RunConfig, prepared: Prepared, trained: Trained, recorder: Recorder, comm: Communicator) -> None:
-    """Reads the exported model back, measures it, and publishes it with the report."""
+def _finish(config: RunConfig, prepared: Prepared, trained: Trained, asked: Asked) -> bool:
+    """Reads the exported model back, measures it, and publishes it with the report; False if it was asked to stop."""
+    comm, recorder = asked.comm, asked.recorder
     writes, folder = comm.rank == 0, Path(config.output_dir)
     card = model_card(config, prepared, trained.pruned, recorder.history)
     comm.together(lambda: describe_model(trained.staging, config, prepared, card) if writes else None)
+    if asked.to_stop():
+        return False
     recorder.write(_measure_exported(config, prepared, trained.staging, comm))
     outcome = Outcome(
         trained.pruned, trained.kept, comm.gather_objects(peak_bytes()), comm.world_size, trained.resumed_from
@@ -120,6 +139,7 @@ def _finish(config: RunConfig, prepared: Prepared, trained: Trained, recorder: R
     comm.together(
         lambda: publish_model(trained.staging, folder, config, prepared, outcome, recorder.history) if writes else None
     )
+    return True
 
 
 def _measure_exported(config: RunConfig, prepared: Prepared, folder: Path, comm: Communicator) -> EvaluationRecord:

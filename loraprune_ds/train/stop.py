@@ -5,7 +5,10 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraprune_ds.zero.comm import Communicator
 
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
@@ -37,6 +40,10 @@ class Requests:
             if (self._folder / SAVE_FILE).exists():
                 return SAVE
         return NOTHING
+
+    def agree(self, comm: "Communicator") -> int:
+        """The largest request of all ranks, for where no step carries it. Collective."""
+        return max(comm.gather_objects(self.pending()))
 
     def clear(self, honoured: int) -> None:
         """Takes the files of an honoured request away; one that came during the save stays for the next step."""

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.train.checkpoints import find_saved
 from loraprune_ds.train.output import inspect_output
 from loraprune_ds.train.run import run
+from loraprune_ds.train.status import Status, write_status
 from loraprune_ds.train.stop import NOTHING, STOP, Requests
 from loraprune_ds.zero.comm import Communicator
 from tests.oracle.models import make_tiny_llama
@@ -67,8 +69,13 @@ def config_for(path: Path, out: Path, *changes: str) -> RunConfig:
     return load_config(str(path), [f"output_dir={out}", *changes])
 
 
-def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None = None) -> bool:
-    """On every rank: the run, or the rest of it, asked to stop during step `stop_at`."""
+def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None = None, between: int = 0) -> bool:
+    """On every rank: the run, or the rest of it, asked to stop during step `stop_at`.
+
+    Args:
+        between: or at this of the places where no step carries the request: 1 before the first step, 2 after the last
+            one, 3 when the merged weights are written.
+    """
     gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
 
@@ -76,8 +83,21 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
         status = json.loads((Path(config.output_dir) / "status.json").read_text())
         return STOP if stop_at is not None and status["step"] >= stop_at - 1 else NOTHING
 
-    with mock.patch.object(Requests, "pending", pending):
+    between_steps = mock.Mock(side_effect=[STOP if place == between else NOTHING for place in (1, 2, 3)])
+    with mock.patch.object(Requests, "pending", pending), mock.patch.object(Requests, "agree", between_steps):
         return run(config, Communicator(), inspect_output(config, resume))
+
+
+def state_on_return(config: RunConfig, resume: str, stop_at: int) -> str:
+    """What status.json says when `run_here` returns on this rank; it takes rank 0 a while to write it."""
+
+    def write_slowly(folder: Path, status: Status) -> None:
+        time.sleep(0.3 if status.state == "stopped" else 0)
+        write_status(folder, status)
+
+    with mock.patch("loraprune_ds.train.output.write_status", write_slowly):
+        run_here(config, resume, stop_at)
+    return json.loads((Path(config.output_dir) / "status.json").read_text())["state"]
 
 
 def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) -> tuple[str, int]:

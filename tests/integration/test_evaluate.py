@@ -167,6 +167,8 @@ def test_an_adapter_is_merged_on_the_fly(made: Made) -> None:
     """The pruned base and its LoRA apart are the same model as the two merged."""
     found = answer(evaluate(made, made / "apart" / "adapter", *on_text(made)))
     assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-5)
+    both = answer(evaluate(made, made / "apart", *on_text(made)))
+    assert (both["perplexity"], both["kind"]) == (found["perplexity"], "adapter")
     base = answer(evaluate(made, made / "apart" / "base", *on_text(made)))
     assert abs(found["perplexity"] / base["perplexity"] - 1) > 1e-2
 
@@ -321,6 +323,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "short text": (short_text, "the evaluation text has 9 tokens, less than one window of 128"),
     "offline": (lambda m, h: [m / "dense", "--dataset", "ptb"], "--dataset ptb: ptb-text-only/ptb_text_only, split"),
     "other tokens": (other_tokens, "{made}/dense and {here}/other read the text as different tokens"),
+    "split of a text": (
+        lambda m, h: [m / "dense", "--text", m / "text.txt", "--split", "train"],
+        "--split is a part of --dataset; --text is read whole",
+    ),
     "long window": (
         lambda m, h: [m / "dense", "--text", m / "text.txt", "--window", "1024"],
         "{made}/dense reads at most 512 tokens (max_position_embeddings), not 1024",

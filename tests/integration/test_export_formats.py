@@ -171,7 +171,11 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run: Run, unfinished: Pat
     assert torch.isfinite(logits(load(tmp_path / "hf"))).all()
     tokens = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)("the import statement").input_ids
     assert tokens == AutoTokenizer.from_pretrained(run.source)("the import statement").input_ids
-    assert "4 optimizer steps" in (tmp_path / "hf" / "README.md").read_text()
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "4 optimizer steps" in card
+    assert (
+        f"| perplexity | {read_json(run.folder / 'report.json')['perplexity']['dense']:.2f} | not measured | |" in card
+    )
     exported(unfinished, "gguf-f16", tmp_path / "gguf")
     assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"README.md", "unfinished-f16.gguf"}
 
@@ -225,6 +229,7 @@ def test_bad_input_is_one_line(run: Run, unfinished: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     check_error(export(tmp_path / "nowhere", "--out", out), "nowhere is no folder")
     check_error(export(tmp_path, "--out", out), "holds no run, checkpoint or model")
+    check_error(export(run.folder, "--format", "onnx"), "argument --format: invalid choice: 'onnx'")
     check_error(
         export(run.model, "--format", "adapter", "--out", out),
         "model has no checkpoint with its LoRA apart; formats that can: hf, gguf-f16, gguf-q8_0",

@@ -7,11 +7,13 @@ reasons told in tests/numerics/test_sharded_equals_dense.py.
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from loraprune_ds.checkpoint.files import seal, write_manifest
 from tests.integration.resuming import (
     CUTS,
     STEPS,
@@ -24,6 +26,7 @@ from tests.integration.resuming import (
     read_state,
     run_here,
     run_on_full_disk,
+    state_on_return,
     write_run,
 )
 from tests.ranks import RankPool
@@ -59,6 +62,13 @@ def test_the_straight_run_is_worth_comparing_with(straight: Path) -> None:
     assert len(last.lora) == 3 * 7 * 2 * 3
     assert all(tensor.isfinite().all() and tensor.any() for tensor in last.lora.values())
     assert len({tuple(heads) for heads, _ in last.kept}) > 1
+    evaluated = {e["name"]: e["perplexity"] for e in metrics(straight, "evaluation")}
+    for step in (CUTS[-1], STEPS):
+        assert read_state(straight, step)["tally"] == {
+            "tokens": sum(record["tokens"] for record in metrics(straight, "step")[:step]),
+            "perplexity_dense": evaluated["dense"],
+            "perplexity": evaluated["after_last_cut"] if step == CUTS[-1] else None,
+        }
 
 
 def test_stopped_before_at_and_after_a_cut(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:
@@ -71,7 +81,9 @@ def test_stopped_before_at_and_after_a_cut(ranks: RankPool, straight: Path, agai
 
     assert_bitwise(contents(tmp_path / "out", STEPS), contents(straight, STEPS))
     assert losses(tmp_path / "out") == losses(straight)
-    assert read_state(tmp_path / "out", STEPS)["resumed_from"] == STOPS
+    state, never_stopped = (read_state(out, STEPS) for out in (tmp_path / "out", straight))
+    assert state["resumed_from"] == STOPS
+    assert state["tally"] == never_stopped["tally"]
     found, expected = (json.loads((out / "report.json").read_text()) for out in (tmp_path / "out", straight))
     assert found["resumed_from"] == STOPS
     assert found["perplexity"] == expected["perplexity"]
@@ -257,6 +269,83 @@ def test_killed_between_model_and_report(ranks: RankPool, straight: Path, again:
     report = json.loads((out / "report.json").read_text())
     assert report["perplexity"] == json.loads((straight / "report.json").read_text())["perplexity"]
     assert (out / "kept_groups.json").read_bytes() == (straight / "kept_groups.json").read_bytes()
+
+
+@pytest.mark.parametrize(("between", "files"), [(1, set()), (2, set()), (3, {".model.partial"})])
+def test_asked_to_stop_between_the_steps(
+    ranks: RankPool, straight: Path, again: Path, tmp_path: Path, between: int, files: set[str]
+) -> None:
+    out = killed_after(straight, STEPS if between == 3 else STEPS - 1, tmp_path)
+    config = config_for(again, out)
+    assert ranks.run(2, run_here, config, "auto", None, between) == [False, False]
+    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
+    assert {path.name for path in out.glob("*model*")} == files
+    assert (out / f"checkpoints/step-{STEPS}").exists() == (between > 1)
+    if between == 3:
+        assert ranks.run(2, run_here, config, "auto") == [True, True]
+        assert_bitwise(contents(out, STEPS), contents(straight, STEPS))
+        assert not list(out.glob(".*"))
+
+
+def test_no_rank_leaves_before_the_folder_says_that_the_run_is_stopped(
+    ranks: RankPool, straight: Path, again: Path, tmp_path: Path
+) -> None:
+    """The first one that leaves makes the launcher end the others."""
+    out = killed_after(straight, 13, tmp_path)
+    assert ranks.run(2, state_on_return, config_for(again, out), "auto", 15) == ["stopped", "stopped"]
+
+
+def test_after_a_power_cut_the_checkpoints_are_enough(
+    ranks: RankPool, straight: Path, again: Path, tmp_path: Path
+) -> None:
+    out = killed_after(straight, 13, tmp_path)
+    for name in ("status.json", "config.yaml"):
+        (out / name).write_text("")
+    assert ranks.run(2, find_here, config_for(again, out), "auto")[0].step == 13
+    (other,) = ranks.run(1, find_here, config_for(again, out, "seed=1"), "auto")
+    assert "belongs to a run with other settings: seed" in str(other.error)
+
+
+def newer_format(out: Path) -> None:
+    (out / "checkpoints/step-13/state.json").write_text(json.dumps(read_state(out, 13) | {"format": 2}))
+
+
+def another_source(out: Path) -> None:
+    for path in (out / "checkpoints").glob("step-*"):
+        step = int(path.name.removeprefix("step-"))
+        if step >= CUTS[0]:
+            shutil.rmtree(path)
+            continue
+        state = read_state(out, step)
+        assert state["shape"]["is_source"]
+        (path / "state.json").write_text(json.dumps(state | {"shape": state["shape"] | {"digest": "0" * 64}}))
+        manifest = json.loads((path / "manifest.json").read_text())["files"]
+        write_manifest(path, manifest | {"state.json": seal(path / "state.json")})
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (newer_format, "step-13/state.json has format 2; this version of loraprune_ds reads up to 1"),
+        (another_source, "is not the model that"),
+    ],
+)
+def test_a_whole_checkpoint_that_does_not_fit_is_not_given_up_for_an_older_one(
+    ranks: RankPool, straight: Path, again: Path, tmp_path: Path, change: Callable[[Path], None], line: str
+) -> None:
+    """The first save would remove it."""
+    out = killed_after(straight, 13, tmp_path)
+    change(out)
+    for found in ranks.run(2, find_here, config_for(again, out), "auto"):
+        assert line in str(found.error)
+        assert (found.exit_code, found.warnings) == (2, [])
+
+
+def test_a_run_may_have_the_name_of_a_step(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:
+    killed_after(straight, 13, tmp_path).rename(tmp_path / "step-1")
+    for path in ("step-1", "step-1/checkpoints", "step-1/checkpoints/step-13"):
+        (found,) = ranks.run(1, find_here, config_for(again, tmp_path / "new"), str(tmp_path / path))
+        assert (found.step, found.error) == (13, None), path
 
 
 def test_nothing_usable_starts_over_and_says_so(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:

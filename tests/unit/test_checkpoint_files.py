@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all, whatever a killed process left."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import pytest
 
 from loraprune_ds.checkpoint import files
 from loraprune_ds.checkpoint.save import drop_old
-from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, ShapeSource, read_state, state_text
+from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, ShapeSource, Tally, read_state, state_text
 from loraprune_ds.errors import UserError
 
 
 def make_state(step: int, shape: str) -> RunState:
     return RunState(
         step=step,
+        tally=Tally(1536 * step, 22.5, None),
         adam_step=step,
         schedule={"last_epoch": step},
         loss_scale={},
@@ -76,7 +78,7 @@ def test_a_file_and_the_name_are_on_the_disk_before_anything_relies_on_them(
 def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step(tmp_path, 4, "shape-1")
 
-    def killed(folder: Path) -> None:
+    def killed(folder: Path, **_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -86,6 +88,18 @@ def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypat
     assert files.numbered(tmp_path, "step") == []
     files.remove(make_step(tmp_path, 4, "shape-1"))
     assert names(tmp_path) == []
+
+
+def test_what_cannot_be_removed_yet_ends_no_run_and_goes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps the files of a folder that somebody reads, under names of its own."""
+    make_step(tmp_path, 4, "/models/source")
+    make_step(tmp_path, 8, "/models/source")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", lambda *_, **__: os.stat("/nowhere"))
+        drop_old(tmp_path, 8, keep_last=1)
+    assert names(tmp_path) == [".step-4.removed", "step-8"]
+    drop_old(tmp_path, 8, keep_last=1)
+    assert names(tmp_path) == ["step-8"]
 
 
 def flip(path: Path) -> None:
@@ -188,6 +202,7 @@ def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"surprise": 1}, "a field is missing or unknown"),
         ({"kept": 3}, "a field is missing or unknown"),
         ({"shape": {}}, "a field is missing or unknown"),
+        ({"tally": None}, "a field is missing or unknown"),
     ],
 )
 def test_another_state_is_refused_in_one_line(tmp_path: Path, change: dict[str, object], words: str) -> None:

@@ -43,6 +43,12 @@ def foreign(config: RunConfig) -> None:
     (Path(config.output_dir) / "thesis.tex").write_text("")
 
 
+def hit_by_a_power_cut(config: RunConfig) -> None:
+    in_state("running")(config)
+    for name in ("status.json", "config.yaml"):
+        (Path(config.output_dir) / name).write_text("")
+
+
 def of_another_seed(config: RunConfig) -> None:
     in_state("stopped")(dataclasses.replace(config, seed=5))
 
@@ -61,6 +67,8 @@ CASES = [
     (foreign, "auto", "is not empty and holds no run"),
     (in_state("stopped"), "auto", "resume"),
     (in_state("finished"), "auto", "finished"),
+    (hit_by_a_power_cut, None, "status.json cannot be read"),
+    (hit_by_a_power_cut, "auto", "resume"),
     (of_another_seed, "auto", "holds another run (seed differs)"),
 ]
 
