@@ -30,7 +30,9 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: i
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
     chunk = chunk_tokens or max(1, LOGITS_AT_ONCE // len(weight))
-    losses: Any = _ChunkedLosses.apply(hidden[:, :-1][supervised], weight, targets[supervised], chunk)
+    differentiate = torch.is_grad_enabled() and hidden.requires_grad
+    assert not (differentiate and weight.requires_grad), "the head is frozen: no gradient of it is computed"
+    losses: Any = _ChunkedLosses.apply(hidden[:, :-1][supervised], weight, targets[supervised], chunk, differentiate)
     return torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device).masked_scatter(supervised, losses)
 
 
@@ -38,10 +40,9 @@ class _ChunkedLosses(torch.autograd.Function):
     """(tokens, hidden_size), (vocabulary, hidden_size), (tokens,) -> (tokens,) fp32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        assert not ctx.needs_input_grad[1], "the head is frozen: no gradient of it is computed"
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, differentiate: bool) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        gradient = torch.empty_like(hidden) if differentiate else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             losses[rows], probabilities = _softmax(hidden[rows] @ weight.t(), labels[rows, None])
@@ -54,9 +55,9 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None
+        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None, None
 
 
 def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
