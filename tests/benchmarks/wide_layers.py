@@ -4,8 +4,8 @@
 
 Random bf16 weights of hidden 8192 (65b: 64 heads, ffn 22016; 70b: 64 heads, 8 key-value heads, ffn 28672), vocabulary
 512, are written to disk tensor by tensor. Two ranks (`wide_layers_rank.py`) then load them, train with LoRA, cut to
-25 % and to 50 % of the linear parameters gone, save a checkpoint, export, and read the export back. Meanwhile this process
-reads RssAnon + RssShmem of every rank from /proc and kills them all when one holds, above what its imports took, more
+25 % and to 50 % of the linear parameters gone, save a checkpoint, export, and read the export back. Meanwhile this
+process reads RssAnon + RssShmem of every rank from /proc and kills them all when one holds, above its imports, more
 than its shard of the dense model, one whole decoder layer and SLACK. (RLIMIT_AS and RLIMIT_DATA would charge mapped
 files too.) The negative control is the same run with one rank that materialises the full weights: it must be killed.
 
