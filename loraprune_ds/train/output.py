@@ -25,7 +25,7 @@ CONFIG_FILE = "config.yaml"
 NOT_THE_RUN = ("logging", "output_dir")  # how and where a run is shown is not part of what it is
 SHARED_WAIT = 60.0  # seconds; a network file system may remember for half a minute that a file was not there
 # What a resumed run may change besides: how it is saved, and how a global batch is split.
-MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size")
+MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size", "train.loss_chunk_tokens")
 
 
 @dataclass(frozen=True)
