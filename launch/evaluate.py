@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 try:
-    from loraprune_ds.command import Parser, leave, silence_libraries, tell
+    from loraprune_ds.command import Parser, adopt_srun_ranks, leave, silence_libraries, tell
     from loraprune_ds.config import DTYPES
     from loraprune_ds.errors import UserError
     from loraprune_ds.evaluate.texts import DATASETS, EvaluationText, load_dataset_text, read_text
@@ -69,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0, or 2 for unusable input."""
+    adopt_srun_ranks()
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         arguments = parse_arguments()

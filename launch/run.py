@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
-    from loraprune_ds.command import Parser, leave, silence_libraries, tell
+    from loraprune_ds.command import Parser, adopt_srun_ranks, leave, silence_libraries, tell
     from loraprune_ds.config import RunConfig
-    from loraprune_ds.config_file import load_config
+    from loraprune_ds.config_file import config_value, load_config
     from loraprune_ds.errors import UserError
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
@@ -39,18 +39,25 @@ def parse_arguments() -> argparse.Namespace:
         metavar="auto|PATH",
         help="go on from the newest good checkpoint of output_dir, or of a run or step folder",
     )
+    parser.add_argument(
+        "--show", metavar="KEY", help="print this value of the config, for example output_dir, and leave"
+    )
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     return parser.parse_args()
 
 
 def main() -> int:
     """Returns the exit code: 0 finished, 1 the run went wrong, 2 unusable input, 85 stopped on request."""
+    adopt_srun_ranks()
     rank = int(os.environ.get("RANK", "0"))
     joined = False
     try:
         arguments = parse_arguments()
         config = load_config(arguments.config, arguments.set)
         config = replace(config, output_dir=os.path.expanduser(config.output_dir))
+        if arguments.show is not None:
+            print(config_value(config, arguments.show))
+            return 0
         # Heavy imports come after the config is known to be good: a typo should not cost ten seconds.
         from loraprune_ds.train.output import inspect_output
 

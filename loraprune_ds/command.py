@@ -1,10 +1,12 @@
-"""What the commands in launch/ share: how they read arguments, tell an error and end."""
+"""What the commands in launch/ share: how they learn their rank, read arguments, tell an error and end."""
 
 import argparse
 import os
+import re
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from typing import NoReturn
 
 from loraprune_ds.errors import UserError
@@ -17,6 +19,32 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def adopt_srun_ranks() -> None:
+    """Without a launcher, started by srun once per rank: puts into the environment what a launcher would have."""
+    if "RANK" not in os.environ:
+        os.environ |= srun_ranks(os.environ)
+
+
+def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from what srun tells its tasks; empty outside a job step.
+
+    Not from SLURM_NTASKS, which a batch script has as well: what it runs without srun is one process, not so many.
+    MASTER_ADDR and MASTER_PORT that are set already stay.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in environment:
+        return {}
+    nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])  # gpu[01-04,7],login -> gpu[01-04,7]
+    first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])  # -> gpu01, which has task 0; scontrol may be missing here
+    port = 20_000 + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 12_000
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", first_node),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+    }
 
 
 def tell(error: UserError, *, agreed: bool = True) -> None:

@@ -37,6 +37,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _build(RunConfig, raw, "")
 
 
+def config_value(config: RunConfig, dotted: str) -> Any:
+    """The value of `key` or `section.key`.
+
+    Raises:
+        UserError: no such key, or a section.
+    """
+    value: Any = config.to_dict()
+    for key in dotted.split("."):
+        value = value.get(key, {}) if isinstance(value, dict) else {}
+    require(not isinstance(value, dict), f"the config has no value {dotted}")
+    return value
+
+
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     """A resolved config, as `RunConfig.to_dict` gives it and a checkpoint keeps it.
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_file import load_config
+from loraprune_ds.config_file import config_value, load_config
 from loraprune_ds.errors import UserError
 from tests.unit.shapes_and_scores import repository
 
@@ -250,6 +250,15 @@ def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, message: st
 
 
 # The global batch is the unit
+
+
+def test_a_value_can_be_asked_for(tmp_path: Path) -> None:
+    config = load(tmp_path, "output_dir: runs/mine\nprune: {ratio: 0.4}", "prune.ratio=0.3")
+    assert config_value(config, "output_dir") == "runs/mine"
+    assert config_value(config, "prune.ratio") == 0.3
+    for key in ("prune", "prune.rate", "output_dir.x", "x", ""):
+        with pytest.raises(UserError, match=f"the config has no value {key}$"):
+            config_value(config, key)
 
 
 def test_accumulation_follows_from_the_ranks() -> None:

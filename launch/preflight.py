@@ -1,0 +1,205 @@
+"""Checks the nodes of a job before a long run, and names the bad ones. Started by srun, once per node:
+
+srun --ntasks-per-node=1 python launch/preflight.py --nodes node1 node2 --port 29400 --output runs/mine
+
+Each node imports what a run imports, computes on every accelerator and writes where the run will write. Then the
+nodes see whether they have that folder in common and whether a collective passes between their accelerators.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+try:
+    from loraprune_ds.command import leave
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
+
+VISIBLE_WITHIN = 15.0  # seconds until the others must see a file that one node has written
+
+
+class Unfit(Exception):
+    """What is wrong with this node."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", required=True, nargs="+", metavar="NAME", help="all, in Slurm's order")
+    parser.add_argument("--port", required=True, type=int, help="free on the first node")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="of the run; need not exist")
+    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="accelerators that will be used")
+    parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for all nodes to answer")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit code: 0 if all nodes are fit, 1 if any is not."""
+    arguments = parse_arguments()
+    index = int(os.environ.get("SLURM_NODEID", "0"))
+    try:
+        check_imports()
+        meeting = Meeting(arguments.nodes, index, arguments.port, arguments.timeout)
+    except Unfit as problem:
+        tell(arguments.nodes[index], str(problem))  # it has no way to tell the others
+        return 1
+    fit = check_together(meeting, arguments)
+    if fit and index == 0:
+        print(f"preflight: all {len(arguments.nodes)} nodes are fit", flush=True)
+    return 0 if fit else 1
+
+
+def check_together(meeting: "Meeting", arguments: argparse.Namespace) -> bool:
+    """One check after the other on all nodes, until one of them is not fit."""
+    with ExitStack() as open_files:
+
+        def write_probe() -> None:
+            probe = open_files.enter_context(probe_file(arguments.output))
+            meeting.store.set(f"probe {meeting.index}", str(probe))
+
+        return (
+            meeting.agree("accelerators", lambda: check_accelerators(arguments.ranks_per_node))
+            and meeting.agree("output", write_probe)
+            and meeting.agree(
+                "shared", lambda: check_visible(Path(meeting.store.get("probe 0").decode()), meeting.nodes[0])
+            )
+            and meeting.agree("collective", lambda: check_collective(meeting))
+        )
+
+
+def tell(node: str, problem: str) -> None:
+    print(f"preflight: {node}: {problem}", file=sys.stderr, flush=True)
+
+
+class Meeting:
+    """Where the nodes tell each other how they are: a store on the first of them."""
+
+    def __init__(self, nodes: list[str], index: int, port: int, timeout: float) -> None:
+        """
+        Raises:
+            Unfit: the first node cannot be reached, or the port is taken there.
+        """
+        from torch.distributed import DistError
+        from torch.distributed.distributed_c10d import TCPStore
+
+        self.nodes, self.index, self.timeout = nodes, index, timedelta(seconds=timeout)
+        try:
+            self.store = TCPStore(nodes[0], port, is_master=index == 0, timeout=self.timeout, wait_for_workers=False)
+        except DistError as error:
+            raise Unfit(f"cannot meet the others at {nodes[0]}:{port}: {str(error).splitlines()[0]}") from None
+
+    def agree(self, stage: str, check: Callable[[], None]) -> bool:
+        """Whether every node passes `check`; the first node tells which do not. Called by all nodes alike."""
+        problem = ""
+        try:
+            check()
+        except (Unfit, OSError, RuntimeError) as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+        self.store.set(f"{stage} {self.index}", problem)
+        if self.index == 0:
+            self.store.set(f"{stage} all", "fit" if self._all_fit(stage) else "unfit")
+        all_fit = self.store.get(f"{stage} all") == b"fit"
+        self._leave_last(stage)
+        return all_fit
+
+    def _all_fit(self, stage: str) -> bool:
+        fit, deadline = True, time.monotonic() + self.timeout.total_seconds()
+        for index, node in enumerate(self.nodes):
+            problem = self._answer(f"{stage} {index}", deadline)
+            if problem:
+                tell(node, problem)
+                fit = False
+        return fit
+
+    def _answer(self, key: str, deadline: float) -> str:
+        from torch.distributed import DistStoreError
+
+        try:
+            self.store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
+        except DistStoreError:
+            return f"no answer in {self.timeout.total_seconds():g} s"
+        return self.store.get(key).decode()
+
+    def _leave_last(self, stage: str) -> None:
+        """The store ends with the first node, so that one waits until all have read."""
+        if self.index > 0:
+            self.store.set(f"{stage} read {self.index}", "")
+            return
+        deadline = time.monotonic() + 10
+        for index in range(1, len(self.nodes)):
+            self._answer(f"{stage} read {index}", deadline)
+
+
+def check_imports() -> None:
+    """What launch/run.py imports before its ranks meet."""
+    try:
+        import loraprune_ds.train.run  # noqa: F401
+    except ImportError as error:
+        raise Unfit(f"{sys.executable}: {error}") from None
+
+
+def check_accelerators(ranks: int) -> None:
+    """A small product on every accelerator that a rank will use."""
+    import torch
+
+    from loraprune_ds.zero.device import accelerator, is_cpu
+
+    count = 1 if is_cpu() else accelerator().device_count()
+    if not is_cpu() and count < ranks:
+        raise Unfit(f"{count} accelerators for {ranks} ranks")
+    for device in range(count if is_cpu() else ranks):
+        ones = torch.ones(64, 64, device=accelerator().device_name(None if is_cpu() else device))
+        if (ones @ ones).sum().item() != 64**3:
+            raise Unfit(f"{ones.device} computes wrong numbers")
+
+
+@contextmanager
+def probe_file(folder: Path) -> Iterator[Path]:
+    """A file in `folder`, or in the nearest one above it that exists, for as long as the context lasts.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=there) as file:
+        yield Path(file.name)
+
+
+def check_visible(probe: Path, first_node: str) -> None:
+    """Whether this node sees what the first one has written: output_dir has to be shared."""
+    deadline = time.monotonic() + VISIBLE_WITHIN
+    while not probe.exists():
+        if time.monotonic() > deadline:
+            raise Unfit(f"output_dir is not shared: it has no {probe}, which {first_node} has written")
+        time.sleep(0.5)
+
+
+def check_collective(meeting: Meeting) -> None:
+    """A sum over one accelerator of each node."""
+    import torch
+    from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    from loraprune_ds.zero.device import accelerator
+
+    distributed.init_process_group(
+        accelerator().communication_backend_name(),
+        store=PrefixStore("collective", meeting.store),
+        rank=meeting.index,
+        world_size=len(meeting.nodes),
+        timeout=meeting.timeout,
+    )
+    number = torch.tensor([float(meeting.index)], device=accelerator().current_device_name())
+    distributed.all_reduce(number)
+    if number.item() != sum(range(len(meeting.nodes))):
+        raise Unfit(f"a sum over the nodes is {number.item():g}")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,102 @@
+# shellcheck shell=bash
+# Sourced by the scripts here: the rendezvous, the check of the nodes, one launcher per node, and what signals and the
+# end of the ranks mean for the job.
+
+# shellcheck source=slurm/site.sh
+source "${LORAPRUNE_SITE:-$LORAPRUNE_ROOT/slurm/site.sh}"
+export PYTHONUNBUFFERED=1
+
+say() {
+  echo "[$(date +%FT%T)] $*"
+}
+
+fail() {
+  say "$*"
+  exit 1
+}
+
+# From the allocation; the ports from the job, so that jobs that share a node do not meet.
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${NODES%%$'\n'*}
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 6000))
+CHECK_PORT=$((26000 + SLURM_JOB_ID % 6000))
+RESTARTS=${SLURM_RESTART_COUNT:-0}
+HOSTFILE=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.hostfile
+OUTPUT=
+STOP_ASKED= # by time: Slurm does not requeue a job for that
+
+# begin OUTPUT_DIR: gives up a job that was started too often, then checks all nodes.
+begin() {
+  OUTPUT=$1
+  say "job $SLURM_JOB_ID, restart $RESTARTS, on $SLURM_JOB_NODELIST with $RANKS_PER_NODE ranks each: $OUTPUT"
+  if ((RESTARTS > MAX_RESTARTS)); then fail "started again $RESTARTS times, MAX_RESTARTS is $MAX_RESTARTS: given up"; fi
+  echo "${NODES//$'\n'/" slots=$RANKS_PER_NODE"$'\n'} slots=$RANKS_PER_NODE" >"$HOSTFILE"
+  trap 'rm -f "$HOSTFILE"' EXIT
+  # shellcheck disable=SC2086  # one argument per node
+  step python "$LORAPRUNE_ROOT/launch/preflight.py" --nodes $NODES --port "$CHECK_PORT" \
+    --ranks-per-node "$RANKS_PER_NODE" --output "$OUTPUT" ||
+    fail "not all nodes are fit; sbatch --exclude=NODE leaves one out"
+}
+
+# step COMMAND…: one on each node; one that fails ends all.
+step() {
+  srun --export=ALL --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60 --unbuffered "${SRUN_OPTIONS[@]}" \
+    "$@" </dev/null
+}
+
+# config_value KEY ARGUMENTS…: what the run config that launch/run.py reads from these arguments says.
+config_value() {
+  srun --export=ALL --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" \
+    python "$LORAPRUNE_ROOT/launch/run.py" --show "$1" --config "${@:2}" </dev/null
+}
+
+# ranks SCRIPT ARGUMENTS…: SCRIPT on all ranks, by one deepspeed launcher per node.
+ranks() {
+  # SLURM_NODEID has a value on the nodes only. TERM ends the `deepspeed` command at once, and with it the step while
+  # its ranks still save; so it ignores TERM, which its launch.py gets as well and passes on to the ranks.
+  # shellcheck disable=SC2016
+  step bash -c 'trap "" TERM; exec deepspeed --quiet --hostfile "$1" --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$2" \
+    --master_port "$3" "${@:4}"' _ "$HOSTFILE" "$MASTER_ADDR" "$MASTER_PORT" "$@"
+}
+
+# train ARGUMENTS…: launch/run.py with these, going on from the newest checkpoint; does not return.
+train() {
+  local running code=0
+  ranks "$LORAPRUNE_ROOT/launch/run.py" --resume auto --config "$@" &
+  running=$!
+  trap 'STOP_ASKED=yes; ask_to_stop "$running" USR1' USR1
+  trap 'ask_to_stop "$running" TERM' TERM
+  # A trapped signal ends `wait` early.
+  while kill -0 "$running" 2>/dev/null; do wait "$running" || true; done
+  wait "$running" || code=$?
+  trap '' USR1 TERM
+  if [[ -n $ASKING ]]; then
+    kill "$ASKING" 2>/dev/null || true
+    rm -f "$OUTPUT/STOP"
+  fi
+  if ((code != 0)) && [[ -n $STOP_ASKED ]]; then start_again; fi
+  exit "$code"
+}
+
+ASKING=
+
+# ask_to_stop PROCESS SIGNAL: as a stop file, since launchers give their ranks little time to save after a signal.
+ask_to_stop() {
+  say "got $2: asking the run to save and stop"
+  if [[ -n $ASKING ]]; then return; fi
+  # More than once: a run that is still loading takes it for one meant for an earlier run, and removes it.
+  while kill -0 "$1" 2>/dev/null; do
+    if [[ -e $OUTPUT/status.json ]]; then touch "$OUTPUT/STOP"; fi
+    sleep 5
+  done &
+  ASKING=$!
+}
+
+start_again() {
+  # USR1 comes before a preemption as well where Slurm is set up so, and then Slurm requeues by itself.
+  if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" PreemptTime=None "* ]]; then return; fi
+  if ((RESTARTS >= MAX_RESTARTS)); then fail "the time is over, and MAX_RESTARTS is $MAX_RESTARTS: given up"; fi
+  say "the time is over: requeued"
+  scontrol requeue "$SLURM_JOB_ID"
+  sleep 600 # Slurm ends this shell
+}

@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# All that differs from site to site. Every script here sources it, or the file that LORAPRUNE_SITE names instead.
+# Source it before sbatch, too, which reads the SBATCH_ variables:
+#
+#   source slurm/site.sh && sbatch slurm/prune.sbatch CONFIG
+#
+# A value that the environment has already wins.
+
+# What to ask Slurm for; the options of sbatch win over these, and these over the #SBATCH lines of the scripts.
+# export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=project
+# export SBATCH_GPUS_PER_NODE=8
+# export SBATCH_TIMELIMIT=12:00:00
+
+# Software: modules, the .venv of the checkout, or a container.
+# module load cuda
+PATH=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)/.venv/bin:$PATH
+# More options of every srun, for example a container by pyxis.
+# shellcheck disable=SC2034  # job.sh reads it
+SRUN_OPTIONS=() # (--container-image=loraprune.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
+
+# Ranks per node: one per GPU that Slurm has given.
+: "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
+
+# Accelerator: DeepSpeed finds the GPUs. On CPUs, with as many RANKS_PER_NODE as fit the memory:
+# export DS_ACCELERATOR=cpu OMP_NUM_THREADS=4
+
+# Network interfaces, where a node has several and the first found is a slow one.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# Caches: what is compiled lies on the node, what is downloaded on the shared file system.
+: "${NODE_CACHE:=${TMPDIR:-/tmp}/loraprune-$UID}"
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$NODE_CACHE/triton}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$NODE_CACHE/torch_extensions}
+# export HF_HOME=/shared/huggingface HF_HUB_OFFLINE=1
+
+# How often one job may start again before it is given up.
+: "${MAX_RESTARTS:=20}"
