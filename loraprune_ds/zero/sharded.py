@@ -11,6 +11,7 @@ from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_
 from loraprune_ds.model.build import decoder_layers
 from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.flat import AxisCut
 from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
@@ -77,6 +78,7 @@ class ShardedStore:
         state.rebuild()
         fail_point("cut.rebuilt")
         self._refresh_engine()
+        accelerator().synchronize()  # a GPU is still at work: the seconds of a cut are its own
         after = self.comm.counter.elements.get("all_to_all", 0), self.comm.counter.bytes
         return Traffic(after[0] - before[0], after[1] - before[1])
 
