@@ -90,6 +90,11 @@ class ShardedStore:
         weights = [[w for linear in LINEARS for w in lora_weights(lora_linear(layer, linear))] for layer in self.layers]
         return first_nonfinite([torch.cat([_local(safe_get_local_grad(w)) for w in layer]) for layer in weights])
 
+    def nonfinite_weights(self) -> int | None:
+        """The first layer with an inf or NaN in this rank's pieces of its weights, frozen or LoRA."""
+        pieces = (((i, cast(Any, p).ds_tensor) for p in layer.parameters()) for i, layer in enumerate(self.layers))
+        return next((i for layer in pieces for i, piece in layer if not torch.isfinite(piece).all()), None)
+
     @property
     def loss_scale(self) -> float:
         """What the gradients are multiplied by: 1 unless fp16."""
