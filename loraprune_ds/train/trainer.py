@@ -1,5 +1,6 @@
 """One optimizer step on the global batch, with scoring and, when it is due, a cut."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class Trainer:
         return total
 
     def _exchange(self, loss: float) -> _RankReport:
-        bad = self.store.nonfinite_layer()
+        bad = self.store.nonfinite_layer() if math.isfinite(loss) else self.store.nonfinite_weights()
         mine = torch.tensor([loss, -1 if bad is None else bad, resident_bytes(), self._pending()], dtype=torch.float64)
         rows = self.store.comm.all_gather(mine.to(self.store.device)).tolist()
         return _RankReport(

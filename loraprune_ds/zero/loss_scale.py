@@ -27,15 +27,17 @@ def decide(bad_layers: list[int | None], losses: list[float], *, dtype: str, ste
     In fp16 a non-finite gradient means that the loss scale was too high: the step is skipped and not scored.
 
     Args:
-        bad_layers: per rank, the first layer with a non-finite LoRA gradient.
+        bad_layers: per rank, the first layer with a non-finite LoRA gradient, or where the loss is not finite (then all
+            gradients are NaN) the first one with a non-finite weight.
         losses: per rank, its part of the loss.
 
     Raises:
         RunError: a loss is not finite, or a gradient is not and the dtype has no loss scale. Names layer and step.
     """
-    for rank, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            raise RunError(f"step {step}: the loss is {loss} on rank {rank}")
+    if lost := [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
+        weights = [layer for rank in lost if (layer := bad_layers[rank]) is not None]
+        where = f"; the weights of layer {min(weights)} are not finite" if weights else ""
+        raise RunError(f"step {step}: the loss is {losses[lost[0]]} on rank {lost[0]}{where}")
     found = [layer for layer in bad_layers if layer is not None]
     if not found:
         return "update"

@@ -11,6 +11,7 @@ from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_
 from loraprune_ds.model.build import decoder_layers
 from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.flat import AxisCut
 from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
@@ -81,6 +82,7 @@ class ShardedStore:
         state.rebuild()
         fail_point("cut.rebuilt")
         self._refresh_engine()
+        accelerator().synchronize()  # a GPU is still at work: the seconds of a cut are its own
         after = self.comm.counter.elements.get("all_to_all", 0), self.comm.counter.bytes
         return Traffic(after[0] - before[0], after[1] - before[1])
 
@@ -91,6 +93,11 @@ class ShardedStore:
             return None
         weights = [[w for linear in LINEARS for w in lora_weights(lora_linear(layer, linear))] for layer in self.layers]
         return first_nonfinite([torch.cat([_local(safe_get_local_grad(w)) for w in layer]) for layer in weights])
+
+    def nonfinite_weights(self) -> int | None:
+        """The first layer with an inf or NaN in this rank's pieces of its weights, frozen or LoRA."""
+        pieces = (((i, cast(Any, p).ds_tensor) for p in layer.parameters()) for i, layer in enumerate(self.layers))
+        return next((i for layer in pieces for i, piece in layer if not torch.isfinite(piece).all()), None)
 
     @property
     def loss_scale(self) -> float:

@@ -158,7 +158,7 @@ def test_a_cut_on_scores_that_were_never_updated_is_refused(ranks: RankPool, job
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("loss", "step 1: the loss is nan on rank 0"),
+        ("loss", "step 1: the loss is nan on rank 0; the weights of layer 2 are not finite"),
         ("gradient", "step 1: the LoRA gradient of layer 2 is not finite"),
         ("score", "step 1: the score of layer 1 self_attn.q_proj is not finite"),
     ],

@@ -126,6 +126,8 @@ def test_features_are_told_to_all_wrappers(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_is_taken_over(folder: Path, adapter: Path, dtype: torch.dtype) -> None:
     check_adapter(adapter, CONFIG)
+    edit(adapter, target_modules=".*_proj")  # PEFT takes a pattern too
+    check_adapter(adapter, CONFIG)
     model = wrap(folder, dtype=dtype)
     load_adapter(model, adapter)
     saved = load_file(adapter / "adapter_model.safetensors")

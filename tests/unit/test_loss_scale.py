@@ -35,7 +35,9 @@ def test_without_a_loss_scale_a_bad_gradient_stops_the_run(dtype: str) -> None:
 def test_a_bad_loss_stops_the_run_in_every_dtype(dtype: str, loss: float) -> None:
     """The loss itself is not scaled: no lower scale would help."""
     with pytest.raises(RunError, match=rf"^step 4: the loss is {loss} on rank 1$"):
-        decide([None, 3], [1.0, loss], dtype=dtype, step=4)
+        decide([3, None], [1.0, loss], dtype=dtype, step=4)
+    with pytest.raises(RunError, match=rf"^step 4: the loss is {loss} on rank 1; the weights of layer 2 are not fin"):
+        decide([0, 5, 2], [1.0, loss, loss], dtype=dtype, step=4)
 
 
 def test_first_nonfinite() -> None:
