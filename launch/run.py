@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
-    from loraprune_ds.command import Parser, adopt_srun_ranks, leave, silence_libraries, tell
+    from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
     from loraprune_ds.config import RunConfig
     from loraprune_ds.config_file import config_value, load_config
     from loraprune_ds.errors import UserError
@@ -94,10 +94,11 @@ def prune(config: RunConfig, start: "Start") -> bool:
     gc.freeze()  # what the imports have made is no garbage: DeepSpeed collects twice per cut, over all of it
     watch = Watch(comm)
     try:
-        return run(config, comm, start)
+        finished = run(config, comm, start)
     finally:
         watch.close()
-        stop_ranks()
+    stop_ranks()  # not after an error: NCCL would wait there for the ranks that wait for this one
+    return finished
 
 
 def silence_run() -> None:
@@ -118,4 +119,5 @@ def print_summary(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    leave_on_error()
     leave(main())

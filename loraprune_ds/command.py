@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from types import TracebackType
 from typing import NoReturn
 
 from loraprune_ds.errors import UserError
@@ -75,6 +76,20 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def leave_on_error() -> None:
+    """From now on an error that nobody expected ends this process right after its traceback.
+
+    An interpreter that is taken down first can wait for other ranks, which wait for this one; the launcher, who ends
+    them all, waits for its exit code.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        sys.__excepthook__(kind, error, traceback)
+        leave(1)
+
+    sys.excepthook = hook
 
 
 def _say(line: str) -> None:

@@ -3,6 +3,7 @@
 # tests/benchmarks/results/export_formats.json.
 #
 #   bash tests/run_heavy.sh [--vllm] [arguments of pytest]
+#   bash tests/run_heavy.sh --transformers        the oldest transformers that exports promise to load in
 #
 # Each tool gets an environment of its own in the checkout, once: llama.cpp in .venv-llama (compiles for ten minutes on
 # two cores), with --vllm also vLLM's CPU build in .venv-vllm (3 GB, three minutes). LLAMA_CPP_PYTHON and VLLM_PYTHON may
@@ -30,6 +31,12 @@ install_vllm() {
   quietly "$ROOT/.venv-vllm/bin/pip" uninstall --yes torchaudio torchcodec
 }
 
+install_transformers() {
+  echo "Installing transformers 4.57, once"
+  quietly "$ROOT/.venv/bin/python" -m pip install --no-deps --target "$ROOT/.venv-transformers" \
+    transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+}
+
 # has PYTHON MODULE
 has() {
   "$1" -c "import $2" >/dev/null 2>&1
@@ -38,6 +45,11 @@ has() {
 set_up embedded,dev
 prepare
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+if [[ ${1:-} == --transformers ]]; then
+  export OTHER_TRANSFORMERS=$ROOT/.venv-transformers
+  [[ -d $OTHER_TRANSFORMERS/transformers ]] || install_transformers
+  exec python -m pytest tests/integration/test_export_fresh_process.py
+fi
 export LLAMA_CPP_PYTHON=${LLAMA_CPP_PYTHON:-$ROOT/.venv-llama/bin/python}
 has "$LLAMA_CPP_PYTHON" llama_cpp || install_llama_cpp
 if [[ ${1:-} == --vllm ]]; then

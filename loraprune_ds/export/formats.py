@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from loraprune_ds.checkpoint.files import numbered, step_folder
 from loraprune_ds.checkpoint.load import check_saved
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, STATUS_FILE
@@ -92,14 +94,18 @@ def export(source: Source, name: str, out: Path) -> list[str]:
         Lines that a person should know about the result.
 
     Raises:
-        UserError: `out` is there already, or this result cannot be had in this format: says in which it can.
+        UserError: `out` is there already or cannot be written, or this result cannot be had in this format: says in
+            which it can.
     """
-    staging = begin(out)
     try:
-        remarks = FORMATS[name](source, staging)
-        publish(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        staging = begin(out)
+        try:
+            remarks = FORMATS[name](source, staging)
+            publish(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # a full disk, or a checkpoint that its run has dropped meanwhile
+        raise UserError(f"{out} cannot be made: {' '.join(str(error).split())}") from None
     return remarks
 
 

@@ -2,8 +2,10 @@
 
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -73,6 +75,26 @@ def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: P
     assert not (tmp_path / "out" / "model").exists()
     (again,) = fork_ranks(given, tmp_path)
     assert_refused(again, f"output_dir {tmp_path / 'out'} holds an unfinished run (failed at step 0 of {STEPS})")
+
+
+def run_out_of_memory() -> None:
+    """At the first step; and leaving the process group is as it is with NCCL while another rank waits in a collective.
+
+    Whatever interpreter comes after that is no part of this: a forked rank has one of its own.
+    """
+    import torch
+
+    from loraprune_ds.train.trainer import Trainer
+
+    mock.patch.object(Trainer, "step", side_effect=torch.OutOfMemoryError("of the device")).start()
+    mock.patch("torch.distributed.destroy_process_group", side_effect=lambda: time.sleep(1000)).start()
+
+
+def test_an_error_nobody_expected_ends_its_rank_without_waiting_for_others(material: Path, tmp_path: Path) -> None:
+    (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=run_out_of_memory)
+    assert ended.code == 1, ended.everything
+    assert "OutOfMemoryError: of the device" in ended.err
+    assert read_json(tmp_path / "out" / "status.json")["error"] == "of the device"
 
 
 RANK_HOOK = """

@@ -15,6 +15,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -225,10 +226,18 @@ def check_error(ended: Ended, message: str) -> None:
     assert message in ended.err
 
 
+def no_room(*_: Any) -> None:
+    raise SafetensorError("Error while serializing: No space left on device")
+
+
 def test_bad_input_is_one_line(run: Run, unfinished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     check_error(export(tmp_path / "nowhere", "--out", out), "nowhere is no folder")
     check_error(export(tmp_path, "--out", out), "holds no run, checkpoint or model")
+    check_error(export(run.folder, "--out", "/proc/nowhere/out"), "/proc/nowhere/out cannot be made: [Errno 2]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loraprune_ds.export.from_checkpoint.write_shard", no_room)
+        check_error(export(unfinished, "--out", out), f"{out} cannot be made: Error while serializing: No space left")
     check_error(export(run.folder, "--format", "onnx"), "argument --format: invalid choice: 'onnx'")
     check_error(
         export(run.model, "--format", "adapter", "--out", out),

@@ -18,8 +18,10 @@ from loraprune_ds.model.shapes import shape_from_config
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export
 from tests.gguf_cases import sentencepiece_tokenizer
+from tests.integration.heavy.results import record
 from tests.stranger import WITHOUT_THE_PACKAGE
 
+OTHER_TRANSFORMERS = os.environ.get("OTHER_TRANSFORMERS")  # a folder with another version (tests/run_heavy.sh)
 NEW_TOKENS = 8
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB  # longer than the sliding window of 5
 # Same weights, same kernels: in practice the difference is 0. One ulp of a logit of 4 is 5e-7.
@@ -118,13 +120,15 @@ def run_stranger(exports: list[Exported], root: Path) -> None:
     }
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere / "hf")}
+    if OTHER_TRANSFORMERS:
+        environment["PYTHONPATH"] = OTHER_TRANSFORMERS
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE + STRANGER, json.dumps(job)],
         cwd=elsewhere,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900 if OTHER_TRANSFORMERS else 300,
         check=False,
         stdin=subprocess.DEVNULL,
     )
@@ -204,3 +208,18 @@ def test_every_tensor_is_stored_once(exported: Exported) -> None:
     shape = shape_from_config(json.loads((exported.folder / "config.json").read_text()), "export")
     element = torch.empty(0, dtype=getattr(torch, exported.case.dtype)).element_size()
     assert index["metadata"]["total_size"] == shape.total_numel() * element
+
+
+@pytest.mark.skipif(OTHER_TRANSFORMERS is None, reason="for tests/run_heavy.sh --transformers")
+def test_what_another_transformers_found_is_recorded(exports: dict[str, Exported]) -> None:
+    rows = []
+    for name, exported in exports.items():
+        tokenizer = load_tokenizer(exported.source)
+        same = [exported.found[f"text{i}"].tolist() == tokenizer(text)["input_ids"] for i, text in enumerate(TEXTS)]
+        with torch.no_grad():
+            difference = (exported.found["logits"] - exported.reference(PROMPT).logits).abs().max().item()
+        rows.append({"case": name, "architecture": exported.case.becomes, "precision": exported.case.dtype})
+        rows[-1] |= {"largest_difference": difference, "texts": len(TEXTS), "texts_same": sum(same)}
+    (folder,) = Path(str(OTHER_TRANSFORMERS)).glob("transformers-*.dist-info")
+    record("transformers", folder.stem.replace("-", " "), rows)
+    assert all(row["largest_difference"] <= SAME and row["texts_same"] == row["texts"] for row in rows)
