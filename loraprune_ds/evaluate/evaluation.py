@@ -3,10 +3,10 @@
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraprune_ds.evaluate.candidates import Candidate, Plan, check_candidates
@@ -59,7 +59,8 @@ def evaluate(paths: list[str], plan: Plan, comm: Communicator, watch: Watch = la
     Raises:
         UserError: something cannot be used; all ranks raise the same line, before anything long.
     """
-    candidates = comm.together(lambda: check_candidates(paths, plan))
+    with comm.patient() as waiting:  # a model may have to be downloaded or converted
+        candidates = waiting.together(lambda: check_candidates(paths, plan))
     models: list[PreTrainedModel] = []  # only where their speed is measured, which needs all at once
     qualities = [_measure_quality(candidate, plan, comm, watch, models) for candidate in candidates]
     speeds: list[Any] = [None] * len(candidates)
@@ -85,9 +86,10 @@ def _measure_quality(
     if plan.speed:
         keep.append(model)
 
+    decoder, head = model.get_decoder(), cast(nn.Linear, model.get_output_embeddings())
+
     def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
-        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return token_losses(hidden, model.get_output_embeddings().weight, labels)
+        return token_losses(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, head.weight, labels)
 
     perplexity = _measure_perplexity(losses, candidate, comm, device, watch) if candidate.batches else None
     if not plan.tasks:
