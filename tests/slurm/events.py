@@ -38,6 +38,25 @@ def run_two_per_node(lab: Lab, row: Row) -> None:
     lab.finish(row, lab.submit("two", ranks_per_node=2), "two", 4)
 
 
+def run_with_hpz(lab: Lab, row: Row) -> None:
+    """Hierarchical partitioning: a copy of the weights on each node. It must not change what is cut."""
+    settings = read_json(ROOT / "ds_configs" / "zero3.json")
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 2
+    path = lab.folder / "hpz.json"
+    path.write_text(json.dumps(settings))
+    lab.finish(row, lab.submit("hpz", ranks_per_node=2, changes=[f"deepspeed={path}"]), "hpz", 4)
+
+
+def refuse_mics(lab: Lab, row: Row) -> None:
+    row.expected = "FAILED"
+    path = lab.folder / "mics.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}))
+    job = lab.submit("mics", ranks_per_node=2, changes=[f"deepspeed={path}"])
+    lab.finish(row, job, "mics")
+    row.remarks = said(job.log(), "mics_shard_size")
+    assert row.remarks, job.log()
+
+
 def preempt(lab: Lab, row: Row) -> None:
     row.expected_restarts = (1,)
     job = started(lab, "preempted", 2)
@@ -211,6 +230,8 @@ def evaluate(lab: Lab, row: Row) -> None:
 EVENTS: dict[str, Event] = {
     "2 nodes, 1 rank each": run_plain,
     "2 nodes, 2 ranks each": run_two_per_node,
+    "2 nodes, 2 ranks each, hpZ over the node": run_with_hpz,
+    "2 nodes, 2 ranks each, MiCS": refuse_mics,
     "preempted by a job of higher priority": preempt,
     "time limit": reach_time_limit,
     "node lost": lose_node,

@@ -158,7 +158,6 @@ def test_what_does_not_go_with_repartition_is_refused_by_name(tmp_path: Path, ke
     [
         (("zero_optimization", "offload_param"), {"device": "none"}),
         (("zero_optimization", "offload_optimizer"), None),
-        (("zero_optimization", "zero_hpz_partition_size"), 1),
         (("zero_optimization", "zero_quantized_weights"), False),
         (("torch_autocast",), {"enabled": False}),
         (("elasticity",), {"enabled": False}),
@@ -167,6 +166,17 @@ def test_what_does_not_go_with_repartition_is_refused_by_name(tmp_path: Path, ke
 )
 def test_a_setting_that_is_off_is_no_setting(tmp_path: Path, keys: tuple[str, ...], value: Any) -> None:
     resolve(tmp_path, place(keys, value))
+
+
+@pytest.mark.parametrize("size", [1, 3, "3"])
+def test_hpz_goes_over_equal_groups_of_ranks(tmp_path: Path, size: int | str) -> None:
+    resolve(tmp_path, zero3(zero_hpz_partition_size=size))
+
+
+@pytest.mark.parametrize("size", [0, 2, 4, 6])
+def test_hpz_over_unequal_groups_is_refused(tmp_path: Path, size: int) -> None:
+    message = refused(tmp_path, zero3(zero_hpz_partition_size=size))
+    assert message.startswith(f"zero_optimization.zero_hpz_partition_size is {size}, which does not divide 3 ranks")
 
 
 def test_an_auto_that_nobody_owns_is_named(tmp_path: Path) -> None:
