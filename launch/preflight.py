@@ -84,8 +84,10 @@ class Meeting:
         Raises:
             Unfit: the first node cannot be reached, or the port is taken there.
         """
-        from torch.distributed import DistError
-        from torch.distributed.distributed_c10d import TCPStore
+        from torch.distributed import (
+            DistError,
+            TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+        )
 
         self.nodes, self.index, self.timeout = nodes, index, timedelta(seconds=timeout)
         try:

@@ -23,7 +23,9 @@ CHECK_PORT=$((26000 + SLURM_JOB_ID % 6000))
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 HOSTFILE=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.hostfile
 OUTPUT=
-STOP_ASKED= # by time: Slurm does not requeue a job for that
+RUNNING= # process of the step with the ranks
+ASKED=   # signals that came
+ASKING=  # process that repeats the request to stop
 
 # begin OUTPUT_DIR: gives up a job that was started too often, then checks all nodes.
 begin() {
@@ -61,42 +63,46 @@ ranks() {
 
 # train ARGUMENTS…: launch/run.py with these, going on from the newest checkpoint; does not return.
 train() {
-  local running code=0
-  ranks "$LORAPRUNE_ROOT/launch/run.py" --resume auto --config "$@" &
-  running=$!
-  trap 'STOP_ASKED=yes; ask_to_stop "$running" USR1' USR1
-  trap 'ask_to_stop "$running" TERM' TERM
-  # A trapped signal ends `wait` early.
-  while kill -0 "$running" 2>/dev/null; do wait "$running" || true; done
-  wait "$running" || code=$?
-  trap '' USR1 TERM
+  local code=1
+  if [[ -z $ASKED ]]; then
+    code=0
+    ranks "$LORAPRUNE_ROOT/launch/run.py" --resume auto --config "$@" &
+    RUNNING=$!
+    # A trapped signal ends `wait` early.
+    while kill -0 "$RUNNING" 2>/dev/null; do wait "$RUNNING" || true; done
+    wait "$RUNNING" || code=$?
+  fi
   if [[ -n $ASKING ]]; then
     kill "$ASKING" 2>/dev/null || true
     rm -f "$OUTPUT/STOP"
   fi
-  if ((code != 0)) && [[ -n $STOP_ASKED ]]; then start_again; fi
+  if ((code != 0)) && [[ -n $ASKED ]]; then start_again; fi
   exit "$code"
 }
 
-ASKING=
-
-# ask_to_stop PROCESS SIGNAL: as a stop file, since launchers give their ranks little time to save after a signal.
-ask_to_stop() {
-  say "got $2: asking the run to save and stop"
-  if [[ -n $ASKING ]]; then return; fi
-  # More than once: a run that is still loading takes it for one meant for an earlier run, and removes it.
-  while kill -0 "$1" 2>/dev/null; do
-    if [[ -e $OUTPUT/status.json ]]; then touch "$OUTPUT/STOP"; fi
-    sleep 5
-  done &
-  ASKING=$!
+# on_signal NAME: asks by a stop file, since launchers give their ranks little time to save after a signal.
+on_signal() {
+  say "got $1: the run is to save and stop"
+  if [[ -n $RUNNING && -z $ASKED ]]; then
+    # More than once: a run that is still loading takes it for one meant for an earlier run, and removes it.
+    while kill -0 "$RUNNING" 2>/dev/null; do
+      if [[ -e $OUTPUT/status.json ]]; then touch "$OUTPUT/STOP"; fi
+      sleep 5
+    done &
+    ASKING=$!
+  fi
+  ASKED=$ASKED$1
 }
 
 start_again() {
-  # USR1 comes before a preemption as well where Slurm is set up so, and then Slurm requeues by itself.
-  if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" PreemptTime=None "* ]]; then return; fi
+  # TERM is Slurm's own: of a cancelled or requeued job. USR1 comes when the time is nearly over, and where Slurm is set
+  # up so before a preemption as well; after that it requeues by itself.
+  if [[ $ASKED != *USR1* || $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" PreemptTime=None "* ]]; then return; fi
   if ((RESTARTS >= MAX_RESTARTS)); then fail "the time is over, and MAX_RESTARTS is $MAX_RESTARTS: given up"; fi
   say "the time is over: requeued"
   scontrol requeue "$SLURM_JOB_ID"
   sleep 600 # Slurm ends this shell
 }
+
+trap 'on_signal USR1' USR1
+trap 'on_signal TERM' TERM

@@ -24,8 +24,8 @@ REFUSED = {
     ("elasticity",): "the run config owns the batch sizes (train.global_batch_size, train.micro_batch_size)",
     ("zero_optimization", "cpu_offload"): "gone from DeepSpeed; write offload_optimizer: {device: cpu}",
     ("zero_optimization", "cpu_offload_param"): "gone from DeepSpeed; write offload_param: {device: cpu}",
-    ("zero_optimization", "zero_hpz_partition_size"): "hierarchical partitioning (hpZ) is not supported yet",
-    ("zero_optimization", "mics_shard_size"): "MiCS is not supported, and gone from DeepSpeed",
+    ("zero_optimization", "mics_shard_size"): "MiCS has been removed from DeepSpeed; hpZ "
+    "(zero_hpz_partition_size) gathers the weights of forward and backward within a node, too",
     ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat pieces to repartition",
     ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be repartitioned",
     ("zero_optimization", "zero_quantized_gradients"): "scores need the LoRA gradients as they are",
@@ -58,7 +58,7 @@ ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
 }
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 # DeepSpeed's own default is no choice.
-NEUTRAL = {"zero_hpz_partition_size": 1, "gradient_predivide_factor": 1, "sequence_parallel_size": 1}
+NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
 
 def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
@@ -81,6 +81,7 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
     if leftover:
         raise UserError(f'{path}: {".".join(leftover)} is "auto" but the run config does not own it; give a value')
     _validate(path, resolved)
+    _check_hpz(path, resolved, world_size)
     return resolved
 
 
@@ -160,6 +161,16 @@ def _validate(path: Path, resolved: dict[str, Any]) -> None:
             first = error.errors()[0]
             where = ".".join([name, *map(str, first["loc"])])
             raise UserError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _check_hpz(path: Path, resolved: dict[str, Any], world_size: int) -> None:
+    """hpZ keeps a second copy of the weights, sharded over groups of neighbouring ranks: those of a node."""
+    size = DeepSpeedZeroConfig(**resolved["zero_optimization"]).zero_hpz_partition_size
+    if size < 1 or world_size % size:
+        raise UserError(
+            f"{path}: zero_optimization.zero_hpz_partition_size is {size}, which does not divide {world_size} ranks; "
+            "give the number of ranks per node"
+        )
 
 
 def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:

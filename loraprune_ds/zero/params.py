@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, free_param
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus as PieceStatus
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from loraprune_ds.zero.device import accelerator
@@ -26,7 +27,9 @@ def shard_at_birth(
         model: modules with parameters on the meta device.
         read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a checkpoint tensor.
     """
-    init = Init(config_dict_or_path=ds_config, enabled=True)
+    # With hpZ the first Init makes the group of a node. It is the process's, so a second Init must not make it again.
+    node_group = groups._get_zero_param_intra_parallel_group()
+    init = Init(config_dict_or_path=ds_config, enabled=True, zero_param_parallel_group=node_group)
     init._enable_mem_efficient_linear()  # else autograd keeps a view of each gathered weight until its backward
     sharded: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():

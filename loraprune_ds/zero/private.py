@@ -4,11 +4,14 @@ DeepSpeed has no public call that changes the shape of a partitioned parameter. 
 touches private state stays within these names; a DeepSpeed that lacks one is refused before any work starts.
 """
 
+from types import ModuleType
+
 import deepspeed
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import groups
 
 from loraprune_ds.errors import UserError
 
@@ -50,6 +53,7 @@ OPTIMIZER_ATTRIBUTES = (
 OFFLOAD_METHODS = ("mark_persistent_parameters", "get_param_coordinator")
 OFFLOAD_ATTRIBUTES = ("param_numel_persistence_threshold", "model_persistence_threshold", "persistent_parameters")
 COORDINATOR_METHODS = ("is_invalid_trace", "_invalidate_trace")
+GROUPS_FUNCTIONS = ("_get_zero_param_intra_parallel_group",)
 INIT_METHODS = ("_convert_to_deepspeed_param", "_enable_mem_efficient_linear")
 PARAMETER_ATTRIBUTES = (
     "ds_shape",
@@ -65,11 +69,12 @@ PARAMETER_ATTRIBUTES = (
     "ds_zero_partition_rank",
 )
 
-METHODS: tuple[tuple[type, tuple[str, ...]], ...] = (
+METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (DeepSpeedZeroOptimizer_Stage3, OPTIMIZER_METHODS),
     (DeepSpeedZeRoOffload, OFFLOAD_METHODS),
     (PartitionedParameterCoordinator, COORDINATOR_METHODS),
     (Init, INIT_METHODS),
+    (groups, GROUPS_FUNCTIONS),
 )
 # Instance attributes exist only on a live engine; the names that a function assigns are in its code object.
 ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (

@@ -31,7 +31,13 @@ class Cluster:
         self.folder = folder
         self.environment = environment
 
-    def execute(self, *command: str | Path, variables: dict[str, str] | None = None, timeout: float = 60) -> str:
+    def execute(
+        self,
+        *command: str | Path,
+        variables: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 60,
+    ) -> str:
         """The output of a command on the login node.
 
         Raises:
@@ -39,7 +45,7 @@ class Cluster:
         """
         ended = subprocess.run(
             [SCRIPT, "exec", *command],
-            cwd=self.folder,
+            cwd=cwd or self.folder,
             env=self.environment | (variables or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -160,7 +160,6 @@ def test_what_does_not_go_with_repartition_is_refused_by_name(tmp_path: Path, ke
         (("zero_optimization", "offload_param"), {"device": "cpu"}),
         (("zero_optimization", "offload_optimizer"), {"device": "cpu", "pin_memory": True}),
         (("zero_optimization", "offload_optimizer"), None),
-        (("zero_optimization", "zero_hpz_partition_size"), 1),
         (("zero_optimization", "stage3_module_granularity_threshold"), 0),
         (("gradient_predivide_factor",), 1.0),
         (("prescale_gradients",), False),
@@ -186,6 +185,17 @@ def test_a_setting_that_is_off_or_works_is_no_fault(tmp_path: Path, keys: tuple[
 def test_a_kind_of_offload_that_cannot_work(tmp_path: Path, section: str, key: str, value: Any, why: str) -> None:
     raw = zero3(**{section: {"device": "cpu", key: value}})
     assert refused(tmp_path, raw).startswith(f"zero_optimization.{section}.{key} {value}: {why}")
+
+
+@pytest.mark.parametrize("size", [1, 3, "3"])
+def test_hpz_goes_over_equal_groups_of_ranks(tmp_path: Path, size: int | str) -> None:
+    resolve(tmp_path, zero3(zero_hpz_partition_size=size))
+
+
+@pytest.mark.parametrize("size", [0, 2, 4, 6])
+def test_hpz_over_unequal_groups_is_refused(tmp_path: Path, size: int) -> None:
+    message = refused(tmp_path, zero3(zero_hpz_partition_size=size))
+    assert message.startswith(f"zero_optimization.zero_hpz_partition_size is {size}, which does not divide 3 ranks")
 
 
 def test_an_auto_that_nobody_owns_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,310 @@
+"""What can happen to a job, on a real Slurm of three nodes: the table in slurm/README.md.
+
+    python -m tests.slurm.events [--only REGEX] [--out FILE]
+
+Every event must end as said, with the kept groups of a run without Slurm on as many ranks (fp32, no dropout). Exit code
+1 unless all do. Root on Debian; about ten minutes on two idle cores.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.train.provenance import hardware, versions
+from tests.integration.finished_runs import snapshot
+from tests.integration.launching import read_json
+from tests.slurm.cluster import FOR_GOOD, ROOT, Job, obstacle, running_cluster
+from tests.slurm.lab import PATIENCE, RUN, Event, Lab, Row, carry_out, said
+
+NODES = 3  # one more than a job takes, for the one that is lost
+RESULTS = ROOT / "tests" / "benchmarks" / "results" / "slurm.json"
+SAVED = 5  # a step after which a checkpoint is there
+
+
+def run_plain(lab: Lab, row: Row) -> None:
+    lab.finish(row, lab.submit("plain"), "plain")
+
+
+def run_two_per_node(lab: Lab, row: Row) -> None:
+    lab.finish(row, lab.submit("two", ranks_per_node=2), "two", 4)
+
+
+def run_with_hpz(lab: Lab, row: Row) -> None:
+    """Hierarchical partitioning: a copy of the weights on each node. It must not change what is cut."""
+    settings = read_json(ROOT / "ds_configs" / "zero3.json")
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 2
+    path = lab.folder / "hpz.json"
+    path.write_text(json.dumps(settings))
+    lab.finish(row, lab.submit("hpz", ranks_per_node=2, changes=[f"deepspeed={path}"]), "hpz", 4)
+
+
+def refuse_mics(lab: Lab, row: Row) -> None:
+    row.expected = "FAILED"
+    path = lab.folder / "mics.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}))
+    job = lab.submit("mics", ranks_per_node=2, changes=[f"deepspeed={path}"])
+    lab.finish(row, job, "mics")
+    row.remarks = said(job.log(), "mics_shard_size")
+    assert row.remarks, job.log()
+
+
+def preempt(lab: Lab, row: Row) -> None:
+    row.expected_restarts = (1,)
+    job = started(lab, "preempted", 2)
+    lab.cluster.execute(
+        "sbatch", f"--nodes={NODES}", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=sleep 1"
+    )
+    lab.finish(row, job, "preempted")
+
+
+def reach_time_limit(lab: Lab, row: Row) -> None:
+    """A rank stands still until Slurm warns, so that the run is not over before, however fast the machine is."""
+    row.expected_restarts = (1,)
+    job = started(lab, "limited", 2, options=["--signal=B:USR1@60"])
+    rank = lab.rank_process("limited", nodes_of(lab, job)[1])
+    os.kill(rank, signal.SIGSTOP)
+    minutes = int(job.field("RunTime").split(":")[1]) + 3
+    lab.cluster.execute("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
+    job.wait_until(lambda: "got USR1" in job.log(), "told that its time is nearly over", PATIENCE)
+    os.kill(rank, signal.SIGCONT)
+    job.wait_until(lambda: job.restarts == 1, "requeued", PATIENCE)
+    lab.cluster.execute("scontrol", "update", f"JobId={job.number}", "TimeLimit=1-00:00:00")
+    lab.finish(row, job, "limited")
+    row.remarks = said(job.log(), "got USR1", "the time is over")
+
+
+def lose_node(lab: Lab, row: Row) -> None:
+    """Its network cable is unplugged, and stays so until the job has ended on the others."""
+    lose(lab, row, "lost", 1)
+
+
+def lose_first_node(lab: Lab, row: Row) -> None:
+    """The one with rank 0 and the batch script."""
+    lose(lab, row, "lost-first", 0)
+
+
+def lose(lab: Lab, row: Row, out: str, which: int) -> None:
+    row.expected_restarts = (1, 2)  # Slurm now and then takes another node for down as well, for a moment
+    job = started(lab, out, SAVED)
+    lost = int(nodes_of(lab, job)[which].removeprefix("node"))
+    lab.cluster.cut(lost)
+    try:
+        lab.finish(row, job, out)
+        row.remarks = [f"node{lost} lost, ended on {job.field('NodeList')}"]
+        before = snapshot(lab.folder / out)
+    finally:
+        lab.cluster.join(lost)
+    lab.wait_until_idle(NODES)
+    if snapshot(lab.folder / out) != before:
+        row.problem = "what was left of the job on the lost node has changed output_dir after its return"
+
+
+def kill_rank(lab: Lab, row: Row) -> None:
+    """Ends the job at once; Slurm does not requeue what has failed, a person does."""
+    job = started(lab, "killed", SAVED)
+    began = time.monotonic()
+    os.kill(lab.rank_process("killed", nodes_of(lab, job)[1]), signal.SIGKILL)
+    state = job.wait_for_end(PATIENCE)
+    row.remarks = [f"{state} {time.monotonic() - began - FOR_GOOD:.1f} s after the kill; then scontrol requeue"]
+    assert state == "FAILED", job.log()
+    assert job.restarts == 0
+    row.expected_restarts = (1,)
+    requeue(lab, job, 1)
+    lab.finish(row, job, "killed")
+
+
+def requeue_from_outside(lab: Lab, row: Row) -> None:
+    row.expected_restarts = (1,)
+    job = started(lab, "requeued", 2)
+    requeue(lab, job, 1)
+    lab.finish(row, job, "requeued")
+
+
+def requeue_finished(lab: Lab, row: Row) -> None:
+    row.expected_restarts = (1,)
+    job = lab.submit("plain")  # which an event before has finished, or which this one finishes
+    assert job.wait_for_end(PATIENCE) == "COMPLETED", job.log()
+    before = snapshot(lab.folder / "plain")
+    requeue(lab, job, 1)
+    lab.finish(row, job, "plain")
+    if snapshot(lab.folder / "plain") != before:
+        row.problem = "output_dir has changed"
+
+
+def restart_too_often(lab: Lab, row: Row) -> None:
+    row.expected, row.expected_restarts = "FAILED", (1,)
+    job = lab.submit("given-up", variables={"MAX_RESTARTS": "0"})
+    job.wait_until(lambda: "given-up" in job.log(), "started", PATIENCE)
+    requeue(lab, job, 1)
+    lab.finish(row, job, "given-up")
+    row.remarks = said(job.log(), "MAX_RESTARTS")
+    assert row.remarks
+
+
+def meet_bad_node(lab: Lab, row: Row) -> None:
+    """On one node the place of output_dir is another file system than on the others."""
+    row.expected = "FAILED"
+    shared = lab.folder / "shared"
+    shared.mkdir()
+    on_node = ["srun", "--quiet", "--nodelist=node2"]
+    lab.cluster.execute(*on_node, "mount", "-t", "tmpfs", "tmpfs", shared)
+    try:
+        job = lab.submit("shared/run", options=["--nodelist=node1,node2"])
+        lab.finish(row, job, "shared/run")
+    finally:
+        lab.cluster.execute(*on_node, "umount", shared)
+    row.remarks = said(job.log(), "preflight:")
+    assert any(line.startswith("preflight: node2: output_dir is not shared") for line in row.remarks), job.log()
+
+
+def start_by_srun(lab: Lab, row: Row) -> None:
+    """No launcher: one process per rank, started from the login node."""
+    out = lab.folder / "srun"
+    command = ["srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1", sys.executable, "launch/run.py"]
+    run_on_login_node(lab, row, out, command, 4)
+
+
+def start_by_pdsh(lab: Lab, row: Row) -> None:
+    """DeepSpeed's own way over ssh, without Slurm."""
+    out = lab.folder / "pdsh"
+    hostfile = lab.folder / "hostfile"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+    exported = {name: lab.cluster.environment[name] for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "PATH")}
+    environment = lab.folder / "deepspeed_env"
+    environment.write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
+    command = ["env", f"DS_ENV_FILE={environment}", "deepspeed", "--hostfile", str(hostfile), "launch/run.py"]
+    row.remarks = run_on_login_node(lab, row, out, command, 2).splitlines()
+
+
+def run_on_login_node(lab: Lab, row: Row, out: Path, command: Sequence[str], ranks: int) -> str:
+    arguments = ["--config", str(lab.config), "--set", f"output_dir={out}"]
+    log = lab.cluster.execute(*command, *arguments, cwd=ROOT, timeout=PATIENCE)
+    row.state = "COMPLETED"
+    lab.compare(row, out, ranks)
+    return log
+
+
+def sweep_at_once(lab: Lab, row: Row) -> None:
+    sweep(lab, row, "parallel", "20,35,50")
+
+
+def sweep_in_turn(lab: Lab, row: Row) -> None:
+    sweep(lab, row, "serial", "20,35,50%1")
+
+
+def sweep(lab: Lab, row: Row, out: str, array: str) -> None:
+    """Three ratios on a node each leave three results, every one that of its ratio."""
+    options = ("--nodes=1", f"--array={array}")
+    arguments = (lab.config, "--set", f"output_dir={lab.folder / out}")
+    number = lab.cluster.submit("sweep.sbatch", *arguments, options=options).number
+    tasks = {ratio: Job(lab.cluster, f"{number}_{ratio}") for ratio in (20, 35, 50)}
+    states = {ratio: job.wait_for_end(PATIENCE) for ratio, job in tasks.items()}
+    assert set(states.values()) == {"COMPLETED"}, "\n".join(job.log() for job in tasks.values())
+    row.state, row.same_groups = "COMPLETED", True
+    for ratio in tasks:
+        folder = lab.folder / f"{out}-ratio-0.{ratio}"
+        found = (folder / "kept_groups.json").read_bytes()
+        row.same_groups = row.same_groups and found == lab.straight(1, f"prune.ratio=0.{ratio}")
+        report = read_json(folder / "report.json")
+        row.remarks.append(f"ratio 0.{ratio}: perplexity {report['perplexity']['pruned']:.2f}")
+
+
+def evaluate(lab: Lab, row: Row) -> None:
+    """slurm/evaluate.sbatch on what run_plain has left, over two nodes."""
+    arguments = (lab.folder / "plain", "--text", lab.folder / "text.txt", "--window", "24", "--max-windows", "4")
+    job = lab.cluster.submit("evaluate.sbatch", *arguments, options=("--nodes=2",))
+    row.state = job.wait_for_end(PATIENCE)
+    row.remarks = said(job.log(), "perplexity")
+    assert row.remarks, job.log()
+
+
+EVENTS: dict[str, Event] = {
+    "2 nodes, 1 rank each": run_plain,
+    "2 nodes, 2 ranks each": run_two_per_node,
+    "2 nodes, 2 ranks each, hpZ over the node": run_with_hpz,
+    "2 nodes, 2 ranks each, MiCS": refuse_mics,
+    "preempted by a job of higher priority": preempt,
+    "time limit": reach_time_limit,
+    "node lost": lose_node,
+    "first node lost": lose_first_node,
+    "rank killed": kill_rank,
+    "scontrol requeue": requeue_from_outside,
+    "finished, then scontrol requeue": requeue_finished,
+    "requeued more often than MAX_RESTARTS": restart_too_often,
+    "a node with another file system": meet_bad_node,
+    "srun, one process per rank, 2 x 2": start_by_srun,
+    "deepspeed --hostfile over pdsh": start_by_pdsh,
+    "sweep of three ratios, at once": sweep_at_once,
+    "sweep of three ratios, one after the other": sweep_in_turn,
+    "evaluate.sbatch on 2 nodes": evaluate,
+}
+
+
+def started(lab: Lab, out: str, step: int, options: Sequence[str] = ()) -> Job:
+    """A job of two nodes that has done so many steps."""
+    job = lab.submit(out, options=options)
+    job.wait_for_step(lab.folder / out, step, PATIENCE)
+    return job
+
+
+def nodes_of(lab: Lab, job: Job) -> list[str]:
+    return lab.cluster.execute("scontrol", "show", "hostnames", job.field("NodeList")).split()
+
+
+def requeue(lab: Lab, job: Job, restarts: int) -> None:
+    lab.cluster.execute("scontrol", "requeue", job.number)
+    job.wait_until(lambda: job.restarts == restarts, "requeued", PATIENCE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="REGEX", help="events whose name it finds; the other rows stay")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if why := obstacle():
+        print(f"no Slurm cluster can run here: {why}", file=sys.stderr)
+        return 1
+    chosen = {name: event for name, event in EVENTS.items() if re.search(arguments.only, name)}
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-events-") as folder,
+        running_cluster(Path(folder), nodes=NODES) as cluster,
+    ):
+        lab = Lab(cluster)
+        slurm = cluster.execute("sinfo", "--version").strip()
+        rows = []
+        for name, event in chosen.items():
+            rows.append(carry_out(lab, name, event))
+            write_result(arguments.out, rows, slurm, folder)
+    good = sum(row.good for row in rows)
+    print(f"{good} of {len(rows)} as promised; in {arguments.out}")
+    return 0 if good == len(rows) else 1
+
+
+def write_result(path: Path, rows: Sequence[Row], slurm: str, folder: str) -> None:
+    """After every event, in the place of older rows of the same name: what an interrupted command has found stays."""
+    found = {row.event: asdict(row) | {"good": row.good, "commit": versions()["commit"]} for row in rows}
+    old = {row["event"]: row for row in read_json(path)["rows"]} if path.exists() else {}
+    known: dict[str, dict[str, Any]] = old | found
+    result = {
+        "command": "python -m tests.slurm.events",
+        "slurm": slurm,
+        "nodes": NODES,
+        "config": RUN,
+        "versions": versions(),
+        "hardware": hardware("cpu"),
+        "rows": [known[name] for name in EVENTS if name in known],
+    }
+    path.write_text(json.dumps(result, indent=1).replace(folder, "/tmp/slurm-events") + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What the table of events works with: a cluster, a tiny run, and the same run without Slurm to compare with."""
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.integration.launching import fork_ranks, read_json
+from tests.integration.resuming import write_run
+from tests.slurm.cluster import Cluster, Job
+
+PATIENCE = 900.0  # seconds; the machine may be busy with other things
+RUN: dict[str, dict[str, Any]] = {
+    "lora": {"lora_dropout": 0.0},
+    "prune": {"prune_every": 3},
+    "train": {"steps": 10, "global_batch_size": 4},  # cuts after steps 4, 6, 9
+    "checkpoint": {"every": 4, "keep_last": 2},
+}
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    `state` and `restarts` are what Slurm says of the job at its end, `steps_lost` is what the first restart had to do
+    again; `same_groups`: kept_groups.json is the straight run's, byte for byte.
+    """
+
+    event: str
+    expected: str = "COMPLETED"
+    state: str = ""
+    restarts: int = 0
+    expected_restarts: tuple[int, ...] = (0,)
+    same_groups: bool | None = None
+    resumed_from: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    remarks: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+    @property
+    def good(self) -> bool:
+        return (
+            self.problem is None
+            and self.state == self.expected
+            and self.restarts in self.expected_restarts
+            and self.same_groups is not False
+        )
+
+
+class Lab:
+    """The run of `config` on a cluster, event after event; each in an output_dir of its own."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.folder = cluster.folder
+        self.config = write_run(self.folder, **RUN)
+        self._straight: dict[tuple[int, tuple[str, ...]], bytes] = {}
+
+    def submit(
+        self,
+        out: str,
+        *,
+        ranks_per_node: int = 1,
+        options: Sequence[str] = (),
+        changes: Sequence[str] = (),
+        variables: dict[str, str] | None = None,
+    ) -> Job:
+        """slurm/prune.sbatch with output_dir `out`."""
+        arguments = [word for change in (f"output_dir={self.folder / out}", *changes) for word in ("--set", change)]
+        variables = {"RANKS_PER_NODE": str(ranks_per_node)} | (variables or {})
+        return self.cluster.submit("prune.sbatch", self.config, *arguments, options=tuple(options), variables=variables)
+
+    def straight(self, ranks: int, *changes: str) -> bytes:
+        """kept_groups.json of the run without Slurm, on as many ranks."""
+        if (ranks, changes) not in self._straight:
+            out = self.folder / f"straight-{len(self._straight)}"
+            arguments = [word for change in (f"output_dir={out}", *changes) for word in ("--set", change)]
+            ended = fork_ranks(["--config", str(self.config), *arguments], self.folder, ranks=ranks, timeout=PATIENCE)
+            assert ended[0].code == 0, ended[0].everything
+            self._straight[ranks, changes] = (out / "kept_groups.json").read_bytes()
+        return self._straight[ranks, changes]
+
+    def finish(self, row: Row, job: Job, out: str, ranks: int = 2, *changes: str) -> None:
+        """Waits for the end of the job and fills in what came out."""
+        row.state = job.wait_for_end(PATIENCE)
+        row.restarts = job.restarts
+        if row.state == "COMPLETED":
+            self.compare(row, self.folder / out, ranks, *changes)
+            row.resumed_from = read_json(self.folder / out / "report.json")["resumed_from"]
+        elif row.state != row.expected:
+            row.problem = job.log()[-2000:]
+
+    def compare(self, row: Row, out: Path, ranks: int, *changes: str) -> None:
+        row.same_groups = (out / "kept_groups.json").read_bytes() == self.straight(ranks, *changes)
+
+    def rank_process(self, out: str, node: str) -> int:
+        """A rank of the run in `out` on a node, by its process id on this machine."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                host = f"SLURMD_NODENAME={node}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if host and f"output_dir={self.folder / out}".encode() in words and b"--local_rank=0" in words:
+                return int(folder.name)
+        raise AssertionError(f"no rank on {node}")
+
+    def wait_until_idle(self, nodes: int, timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            shown = self.cluster.execute("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T")
+            if shown.split().count("idle") == nodes:
+                return
+            assert time.monotonic() < deadline, f"not {nodes} nodes idle after {timeout:g} s: {shown.split()}"
+            time.sleep(0.5)
+
+
+def said(log: str, *words: str) -> list[str]:
+    """The lines of a log that hold any of the words."""
+    return [line[-200:] for line in log.splitlines() if any(word in line for word in words)]
+
+
+Event = Callable[[Lab, Row], None]
+
+
+def carry_out(lab: Lab, name: str, event: Event) -> Row:
+    """The event, with whatever went wrong as its `problem`."""
+    row = Row(name)
+    began = time.monotonic()
+    try:
+        event(lab, row)
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        row.problem = str(error)[-3000:]
+    row.seconds = round(time.monotonic() - began, 1)
+    verdict = "ok  " if row.good else "FAIL"
+    print(f"{verdict} {name:<60} {row.state:<10} {row.restarts:>2} {row.same_groups!s:<5} {row.seconds:>6}", flush=True)
+    if not row.good:
+        print(row.problem, flush=True)
+    return row
