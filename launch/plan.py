@@ -49,7 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     for field in dataclasses.fields(Cluster):
         kind = int if isinstance(field.default, int) else float
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=kind, default=field.default, metavar="N", help=f"{HELP[field.name]} (%(default)s)")
+        parser.add_argument(
+            name, type=kind, default=field.default, metavar="N", help=f"{HELP[field.name]} (%(default)s)"
+        )
     return parser.parse_args()
 
 

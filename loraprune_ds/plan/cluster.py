@@ -42,7 +42,9 @@ class Cluster:
             if not math.isfinite(value) or value < 0 or (value == 0 and least is None):
                 raise UserError(f"{name} must be a number above 0; got {value}")
         if self.world_size > MOST_GPUS:
-            raise UserError(f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node} is more than {MOST_GPUS} GPUs")
+            raise UserError(
+                f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node} is more than {MOST_GPUS} GPUs"
+            )
         if self.reserve >= self.gpu_memory:
             raise UserError(f"--gpu-memory {self.gpu_memory} leaves nothing beside --reserve {self.reserve}")
 

@@ -55,7 +55,9 @@ def training_stage(
     moments = {
         "training": _training(request, shape, train),
         "reducing gradients": {"gradient_reduction": _reduction(request, shape)},
-        "optimizer step": {"optimizer_temporaries": 0 if request.offloads("optimizer") else 2 * _lora_piece(request, shape) * 4},
+        "optimizer step": {
+            "optimizer_temporaries": 0 if request.offloads("optimizer") else 2 * _lora_piece(request, shape) * 4
+        },
         "scoring": _scoring(request, shape),
         "evaluation": _evaluation(request, shape, evaluation),
         "export": {"layer_on_its_writer": _whole_layer(shape) * request.element_size * 2},

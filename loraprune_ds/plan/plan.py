@@ -13,7 +13,7 @@ MOST_CUTS = 24  # that are planned one by one; of more, as many evenly spread
 
 @dataclass(frozen=True)
 class PlannedCut:
-    """A cut of the schedule: fractions gone after it, bytes of weights and LoRA of a rank, what the busiest rank sends."""
+    """A cut of the schedule: the fraction gone after it, a rank's state before and after, what the busiest rank sends."""
 
     step: int
     target: float
@@ -112,7 +112,7 @@ def _plan_cuts(request: Request, steps: list[int], shapes: list[ModelShape]) -> 
 
 
 def _in_all(request: Request, cuts: list[PlannedCut], first: Seconds, last: Seconds) -> tuple[float, float]:
-    """Steps before the first cut at its rate, after the last cut at the other, between in proportion to what is gone."""
+    """Steps before the first cut take the first time, after the last the other, between in proportion to what is gone."""
     schedule, total = request.schedule, [0.0, 0.0]
     for step in range(1, request.steps + 1):
         gone = schedule.target(step - 1) / schedule.ratio

@@ -106,11 +106,14 @@ def plan_table(plan: Plan, suggested: list[Suggestion]) -> str:
     lines += [f"note: {note}" for note in notes(plan)]
     if suggested:
         lines += ["", "what to change:"]
-        lines += [
-            f"  {'fits' if s.fits else 'does not fit':<13}{_gib(s.device_bytes):>8} GiB  {s.change}: {s.setting}".rstrip(": ")
-            for s in suggested
-        ]
+        lines += [_suggestion_row(suggestion) for suggestion in suggested]
     return "\n".join(lines)
+
+
+def _suggestion_row(suggestion: Suggestion) -> str:
+    verdict = "fits" if suggestion.fits else "does not fit"
+    how = f": {suggestion.setting}" if suggestion.setting else ""
+    return f"  {verdict:<13}{_gib(suggestion.device_bytes):>8} GiB  {suggestion.change}{how}"
 
 
 def _memory_rows(plan: Plan) -> list[str]:
@@ -145,8 +148,8 @@ def _traffic_rows(plan: Plan) -> list[str]:
     rows.append(f"{'seconds per step':<28}" + "".join(f"{span:>20}" for span in spans))
     first = plan.cuts[0]
     rows.append(
-        f"first cut (step {first.step}): the busiest rank sends {first.bytes_sent / 1e6:.1f} MB, {first.seconds:.3f} s; "
-        f"{len(plan.request.schedule.cut_steps())} cuts in all"
+        f"first cut (step {first.step}): the busiest rank sends {first.bytes_sent / 1e6:.1f} MB, "
+        f"{first.seconds:.3f} s; {len(plan.request.schedule.cut_steps())} cuts in all"
     )
     low, high = (seconds / 3600 for seconds in plan.seconds_in_all)
     rows.append(f"in all: {low:.1f} to {high:.1f} hours for {plan.request.steps:,} steps")

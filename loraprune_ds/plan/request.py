@@ -75,7 +75,10 @@ class Request:
             layers = tuple(counts if i in open_layers else layer for i, layer in enumerate(dense.layers))
             return dense.with_layers(layers)
         share = min(1.0, target * dense.linear_numel() / sum(dense.layer_numel(i) for i in open_layers))
-        cut = [LayerShape(max(1, round(x.heads * (1 - share))), max(1, round(x.channels * (1 - share)))) for x in dense.layers]
+        cut = [
+            LayerShape(max(1, round(x.heads * (1 - share))), max(1, round(x.channels * (1 - share))))
+            for x in dense.layers
+        ]
         return dense.with_layers(tuple(c if i in open_layers else dense.layers[i] for i, c in enumerate(cut)))
 
 

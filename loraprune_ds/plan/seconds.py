@@ -36,9 +36,9 @@ class Seconds:
 def flops_per_token(request: Request, shape: ModelShape) -> float:
     """Of training, per token: a multiply-add is two.
 
-    Linears: 2 forward, 2 for the gradient of their input (the weights are frozen), 2 more if recomputed. LoRA: 2 forward,
-    4 backward, 2. Attention over half a window on average: two products forward, five backward, two. Head: logits and
-    the gradient of their input, once.
+    Linears: 2 forward, 2 for the gradient of their input (the weights are frozen), 2 more if recomputed. LoRA: 2
+    forward, 4 backward, 2. Attention over half a window on average: two products forward, five backward, two. Head:
+    logits and the gradient of their input, once.
     """
     again = int(request.config.train.gradient_checkpointing)
     layers, rank = range(len(shape.layers)), request.config.lora.r

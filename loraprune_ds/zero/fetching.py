@@ -206,9 +206,7 @@ class Fetcher:
         return self._released[key]
 
     def _decide_release(self, module: Module) -> set[Parameter]:
-        released = {
-            p for p in module.parameters if not self._persists(p) and self._last_fetched[p] <= self._step
-        }
+        released = {p for p in module.parameters if not self._persists(p) and self._last_fetched[p] <= self._step}
         traversed = 0
         for position in range(self._step, len(self._modules)):
             if traversed >= self.limits.max_reuse_distance or not released:

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.repartition_plan
 
-No weights. For every tensor of every layer what each rank sends is compared with what the others expect. One cut takes a
-quarter of the linear parameters at once, more than any of a run's schedule. Bytes are those of the busiest rank: weights
-in bf16, LoRA copies, fp32 masters and moments. Against it stands a scheme that all-gathers what shrinks. The result goes
-to tests/benchmarks/results/repartition_plan.json.
+No weights. For every tensor of every layer what each rank sends is compared with what the others expect. One cut takes
+a quarter of the linear parameters at once, more than any of a run's schedule. Bytes are those of the busiest rank:
+weights in bf16, LoRA copies, fp32 masters and moments. Against it stands a scheme that all-gathers what shrinks. The
+result goes to tests/benchmarks/results/repartition_plan.json.
 """
 
 import time
