@@ -235,7 +235,7 @@ def saved_activations(case: Case) -> dict[str, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = trainer.samples.input_ids[: case.micro_batch_size].long()
+    ids = trainer.samples.input_ids[torch.arange(case.micro_batch_size)].long()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.engine(input_ids=ids, labels=ids).sum()
     del loss

@@ -13,7 +13,7 @@ MOST_CUTS = 24  # that are planned one by one; of more, as many evenly spread
 
 @dataclass(frozen=True)
 class PlannedCut:
-    """A cut of the schedule: the fraction gone after it, a rank's state before and after, what the busiest rank sends."""
+    """A cut of the schedule: the fraction gone after it, a rank's state around it, what the busiest rank sends."""
 
     step: int
     target: float
@@ -83,10 +83,11 @@ def make_plan(request: Request) -> Plan:
         for step, before, after in zip(steps, shapes, shapes[1:], strict=False)
     ]
     stages.append(training_stage("after the last cut", request, shapes[-1], final.training, final.evaluation))
-    traffic = [step_traffic(request, s, p.training) for s, p in ((shapes[0], dense), (shapes[-1], final))]
-    seconds = [_seconds(request, *at) for at in zip((shapes[0], shapes[-1]), traffic, (dense, final), strict=True)]
+    step, step_time = _step(request, shapes[0], dense)
+    last_step, last_time = _step(request, shapes[-1], final)
     cuts = _plan_cuts(request, steps, shapes)
-    return Plan(request, stages, cuts, *traffic, *seconds, _in_all(request, cuts, *seconds))
+    in_all = _in_all(request, cuts, step_time, last_time)
+    return Plan(request, stages, cuts, step, last_step, step_time, last_time, in_all)
 
 
 def _some_cuts(steps: list[int]) -> list[int]:
@@ -96,8 +97,9 @@ def _some_cuts(steps: list[int]) -> list[int]:
     return [steps[i] for i in sorted(chosen)]
 
 
-def _seconds(request: Request, shape: ModelShape, traffic: StepTraffic, passes: Passes) -> Seconds:
-    return step_seconds(request, shape, traffic, passes.training)
+def _step(request: Request, shape: ModelShape, passes: Passes) -> tuple[StepTraffic, Seconds]:
+    traffic = step_traffic(request, shape, passes.training)
+    return traffic, step_seconds(request, shape, traffic, passes.training)
 
 
 def _plan_cuts(request: Request, steps: list[int], shapes: list[ModelShape]) -> list[PlannedCut]:
@@ -112,7 +114,7 @@ def _plan_cuts(request: Request, steps: list[int], shapes: list[ModelShape]) -> 
 
 
 def _in_all(request: Request, cuts: list[PlannedCut], first: Seconds, last: Seconds) -> tuple[float, float]:
-    """Steps before the first cut take the first time, after the last the other, between in proportion to what is gone."""
+    """Steps before the first cut take the first time, after the last the other, between in proportion."""
     schedule, total = request.schedule, [0.0, 0.0]
     for step in range(1, request.steps + 1):
         gone = schedule.target(step - 1) / schedule.ratio

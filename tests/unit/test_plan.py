@@ -19,12 +19,13 @@ LONG = SMALL.with_layers(SMALL.layers * 8)
 WEIGHTS = SMALL.total_numel() * 2
 
 
-def request(cluster: Cluster, *, steps: int = 20, shape: ModelShape = SMALL, **train: Any) -> Request:
+def request(cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMALL, **train: Any) -> Request:
+    settings: dict[str, Any] = {"steps": steps, "global_batch_size": 64} | train
     config = RunConfig(
         output_dir="unused",
         data=DataConfig(window=64),
         prune=PruneConfig(ratio=0.5, prune_every=5),
-        train=TrainConfig(**({"steps": steps, "global_batch_size": 64} | train)),
+        train=TrainConfig(**settings),
     )
     return build_request("small", shape, config, cluster)
 
@@ -113,7 +114,7 @@ def test_logits_are_bounded_by_their_chunk() -> None:
 
 
 def test_epochs_need_the_number_of_samples() -> None:
-    unknown = request(Cluster(1, 1), steps=None, epochs=2)  # type: ignore[arg-type]
+    unknown = request(Cluster(1, 1), steps=None, epochs=2)
     assert any("--samples" in note for note in notes(make_plan(unknown)))
     config = replace(unknown.config)
     known = build_request("small", SMALL, config, Cluster(1, 1), samples=640)
