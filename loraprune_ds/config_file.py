@@ -33,7 +33,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(raw, dict):
         raise UserError(f"{path} must be a mapping of keys to values")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return _build(RunConfig, raw, "")
 
 
@@ -59,7 +59,12 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     return _build(RunConfig, raw, "")
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Puts a `section.key=value` into the nested dictionary of a run.
+
+    Raises:
+        UserError: no such form.
+    """
     dotted, separator, value = override.partition("=")
     require(bool(separator and dotted), f"--set takes key=value, got {override!r}")
     *sections, key = dotted.strip().split(".")

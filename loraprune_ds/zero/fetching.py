@@ -76,9 +76,10 @@ class _State:
 class Fetcher:
     """One rank's coordinator; all ranks do the same."""
 
-    def __init__(self, limits: FetchLimits, world_size: int) -> None:
+    def __init__(self, limits: FetchLimits, world_size: int, *, offloaded: bool = False) -> None:
         self.limits = limits
         self.world_size = world_size
+        self._copies = world_size > 1 or offloaded  # else a parameter's data is its one piece itself
         self._mode: Literal["invalid", "record", "complete"] = "invalid"
         self._modules: list[Module] = []
         self._trace: list[tuple[Parameter, int]] = []
@@ -232,9 +233,9 @@ class Fetcher:
             return
         gather = _Gather(set(parameters))
         pieces = sum(partition_numel(p.numel, self.world_size) for p in parameters)
-        if self.world_size > 1:
+        if self._copies:
             buffer = pieces * self.world_size
-            self._traffic.gathers += 1
+            self._traffic.gathers += self.world_size > 1
             self._traffic.sent += pieces * (self.world_size - 1)
             self._traffic.gathered += buffer
             self._traffic.largest_gather = max(self._traffic.largest_gather, buffer)

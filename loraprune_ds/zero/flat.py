@@ -69,6 +69,40 @@ class AxisCut:
         return counts[row] * self.columns + column * row_is_kept
 
 
+class Owners:
+    """Who owns what before and after a cut, for all ranks: the arithmetic behind every rank's plan.
+
+    Attributes:
+        kept: (W+1,) how many kept elements lie before each old piece: old ownership, in the new flat order.
+        new: (W+1,) where each new piece starts.
+        new_partition: elements of a new piece, padding included.
+    """
+
+    def __init__(self, cut: AxisCut, world_size: int) -> None:
+        old_numel, new_numel = math.prod(cut.shape), math.prod(cut.new_shape)
+        self.new_partition = partition_numel(new_numel, world_size)
+        ranks = torch.arange(world_size + 1)
+        self.kept = cut.kept_before((ranks * partition_numel(old_numel, world_size)).clamp(max=old_numel))
+        self.new = (ranks * self.new_partition).clamp(max=new_numel)
+
+    def sent_by(self, ranks: Tensor) -> Tensor:
+        """(ranks, W) elements that each of `ranks` has for every rank, itself included."""
+        start, end = self.kept[ranks, None], self.kept[ranks + 1, None]
+        return _overlap(start, end, self.new[None, :-1], self.new[None, 1:])
+
+    def received_by(self, ranks: Tensor) -> Tensor:
+        """(ranks, W) elements that each of `ranks` gets from every rank, itself included."""
+        start, end = self.new[ranks, None], self.new[ranks + 1, None]
+        return _overlap(self.kept[None, :-1], self.kept[None, 1:], start, end)
+
+
+def moved_elements(cut: AxisCut, world_size: int) -> Tensor:
+    """(W,) elements that leave each rank: what it keeps of its old piece and no longer owns."""
+    owners = Owners(cut, world_size)
+    stays = _overlap(owners.kept[:-1], owners.kept[1:], owners.new[:-1], owners.new[1:])
+    return owners.kept.diff() - stays
+
+
 class ReshardPlan:
     """What one rank sends to and receives from every other when a flat-partitioned tensor is cut.
 
@@ -80,17 +114,13 @@ class ReshardPlan:
     """
 
     def __init__(self, cut: AxisCut, world_size: int, rank: int) -> None:
-        old_numel, new_numel = math.prod(cut.shape), math.prod(cut.new_shape)
+        owners, this = Owners(cut, world_size), torch.tensor([rank])
         self.cut = cut
-        self.old = owned_range(old_numel, world_size, rank)
-        self.new = owned_range(new_numel, world_size, rank)
-        self.new_partition = partition_numel(new_numel, world_size)
-        ranks = torch.arange(world_size + 1)
-        old_bounds = (ranks * partition_numel(old_numel, world_size)).clamp(max=old_numel)
-        kept = cut.kept_before(old_bounds)  # (W+1,) old ownership, in the new flat order
-        owner = (ranks * self.new_partition).clamp(max=new_numel)  # (W+1,) new ownership
-        self.send: list[int] = _overlap(kept[rank], kept[rank + 1], owner[:-1], owner[1:]).tolist()
-        self.receive: list[int] = _overlap(kept[:-1], kept[1:], owner[rank], owner[rank + 1]).tolist()
+        self.old = owned_range(math.prod(cut.shape), world_size, rank)
+        self.new = owned_range(math.prod(cut.new_shape), world_size, rank)
+        self.new_partition = owners.new_partition
+        self.send: list[int] = owners.sent_by(this)[0].tolist()
+        self.receive: list[int] = owners.received_by(this)[0].tolist()
         self.moved = sum(self.send) - self.send[rank]  # elements that change owner, leaving this rank
 
     def take(self, shard: Tensor) -> Tensor:

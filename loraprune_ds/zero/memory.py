@@ -35,21 +35,35 @@ def state_tensors(engine: Any) -> Iterator[Tensor]:
     yield from (bucket.buffer for bucket in zero.ipg_buckets.values())
 
 
-def expected_state_bytes(
+def state_terms(
     shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
-) -> int:
-    """What `storage_bytes(state_tensors(engine))` must be, from the shapes alone.
+) -> dict[str, int]:
+    """Bytes of each part of `state_tensors(engine)`, from the shapes alone.
 
-    Frozen tensor of n elements: ceil(n / W) elements. LoRA factor: the same, plus an fp32 master (in an fp32 run too),
-    two fp32 moments once the optimizer has stepped, and an fp32 gradient. Plus the fp32 reduce bucket.
+    A frozen tensor of n elements: ceil(n / W) elements. A LoRA factor: the same, plus an fp32 master (in an fp32 run
+    too), two fp32 moments once the optimizer has stepped, and an fp32 gradient. Plus the fp32 reduce bucket.
     """
     frozen = sum(partition_numel(_product(s), world_size) for s in parameter_shapes(shape).values())
     lora = 0
     for layer in range(len(shape.layers)):
         for linear in LINEARS:
             lora += sum(partition_numel(n * lora_rank, world_size) for n in shape.linear_shape(layer, linear))
-    master, moments, gradient = 4, 8 if stepped else 0, 4
-    return frozen * element_size + lora * (element_size + master + moments + gradient) + bucket_numel * 4
+    return {
+        "weights": frozen * element_size,
+        "lora": lora * element_size,
+        "lora_masters": lora * 4,
+        "lora_moments": lora * 8 if stepped else 0,
+        "lora_gradients": lora * 4,
+        "reduce_bucket": bucket_numel * 4,
+    }
+
+
+def expected_state_bytes(
+    shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
+) -> int:
+    """What `storage_bytes(state_tensors(engine))` must be: the sum of `state_terms`."""
+    sizes = {"world_size": world_size, "element_size": element_size, "bucket_numel": bucket_numel}
+    return sum(state_terms(shape, lora_rank, **sizes, stepped=stepped).values())
 
 
 def resident_bytes() -> int:

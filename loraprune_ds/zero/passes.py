@@ -134,7 +134,7 @@ class Network:
                         break  # the early stop: nothing that is still open is left
 
     def _backward_of_first_layer(self, layer: Module) -> Iterator[Visit]:
-        """Without checkpointing the embedding's output needs no gradient: nothing upstream of lora_A of q, k, v does."""
+        """Without checkpointing the embedding's output needs no gradient, nor does what precedes lora_A of q, k, v."""
         norm, attention = layer.children[:2]
         without_gradient = {norm}
         without_input_gradient = {layer}

@@ -1,0 +1,99 @@
+"""Says what a run needs before it runs: memory per rank over the whole run, whether that fits, traffic, seconds.
+
+launch/plan.py llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80
+launch/plan.py path/to/model --config my.yaml --set train.micro_batch_size=4 --nodes 1 --gpus-per-node 8 --json
+launch/plan.py llama-65b --gpu-memory 40 --smallest
+
+MODEL is a folder, a hub id (only its config.json is fetched) or llama-7b, llama-13b, llama-30b, llama-65b, which bring
+their run config from launch/configs/. No weight is loaded. Exit codes: 0 it fits, 3 it does not, 2 unusable input.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+try:
+    from loraprune_ds.command import Parser, leave, silence_libraries, tell
+    from loraprune_ds.errors import UserError
+    from loraprune_ds.plan.cluster import Cluster
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
+
+DOES_NOT_FIT_EXIT_CODE = 3
+FORMULAS = Path(__file__).resolve().parents[1] / "loraprune_ds" / "plan" / "README.md"
+HELP = {
+    "nodes": "machines",
+    "gpus_per_node": "GPUs of one machine",
+    "gpu_memory": "GiB of one GPU",
+    "host_memory": "GiB of host memory of one machine",
+    "reserve": "GiB of a GPU that are not the run's: CUDA context, NCCL, gaps",
+    "host_reserve": "GiB of host memory of a rank's process before it loads anything",
+    "intra_bandwidth": "GB/s a GPU receives from GPUs of its machine",
+    "inter_bandwidth": "GB/s a machine receives from the others",
+    "host_bandwidth": "GB/s between GPU and host memory",
+    "flops": "TFLOP/s that a GPU sustains in matrix products",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder, hub id or name; default: the run config's model")
+    parser.add_argument("--config", help="YAML file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the run")
+    parser.add_argument("--samples", type=int, help="in the training data, for a run that counts epochs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--smallest", action="store_true", help="find the fewest such GPUs on which it fits")
+    parser.add_argument("--explain", action="store_true", help="print the formula of every term and end")
+    for field in dataclasses.fields(Cluster):
+        kind = int if isinstance(field.default, int) else float
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(
+            name, type=kind, default=field.default, metavar="N", help=f"{HELP[field.name]} (%(default)s)"
+        )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit code: 0 it fits, 2 unusable input, 3 it does not fit."""
+    try:
+        arguments = parse_arguments()
+        if arguments.explain:
+            print(FORMULAS.read_text(), end="")
+            return 0
+        cluster = Cluster(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Cluster)})
+        return plan(arguments, cluster)
+    except UserError as error:
+        tell(error)
+        return error.exit_code
+
+
+def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
+    silence_libraries()
+    from loraprune_ds.plan.advice import smallest_plan, suggestions  # seconds of imports, after the arguments are good
+    from loraprune_ds.plan.plan import make_plan
+    from loraprune_ds.plan.report import plan_json, plan_table, verdict
+    from loraprune_ds.plan.request import make_request
+
+    request = make_request(
+        arguments.model,
+        dataclasses.replace(cluster, nodes=1, gpus_per_node=1) if arguments.smallest else cluster,
+        config_path=arguments.config,
+        overrides=arguments.set,
+        samples=arguments.samples,
+    )
+    found = (smallest_plan(request, cluster) if arguments.smallest else None) or make_plan(request)
+    suggested = [] if found.fits else suggestions(found)
+    if arguments.json:
+        print(json.dumps(plan_json(found, suggested), indent=2, allow_nan=False))
+    else:
+        print(plan_table(found, suggested))
+    if not found.fits:
+        tell(UserError(verdict(found)))
+        return DOES_NOT_FIT_EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,106 @@
+"""What to change when a run does not fit, and the fewest GPUs on which it does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.plan import Plan, make_plan
+from loraprune_ds.plan.request import Request, changed
+
+MOST_NODES = 512  # that --smallest tries
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change, how it is written, and what it leads to."""
+
+    change: str
+    setting: str
+    device_bytes: int
+    host_bytes: int
+    fits: bool
+
+
+def suggestions(plan: Plan) -> list[Suggestion]:
+    """Changes that lower what a rank needs, each planned on its own, then all of the run's together."""
+    request, found = plan.request, []
+    for change, setting, sections in _changes(request):
+        found += _try(request, change, setting, None, sections)
+    combined: dict[str, Any] = {}
+    for _, _, sections in _changes(request):
+        for section, values in sections.items():
+            combined.setdefault(section, {}).update(values)
+    if len(found) > 1:
+        found += _try(request, "all of the above", "", None, combined)
+    if smallest := smallest_plan(request, request.cluster):
+        where = smallest.request.cluster
+        setting = f"--nodes {where.nodes} --gpus-per-node {where.gpus_per_node}"
+        found.append(_suggestion("more GPUs", setting, smallest))
+    return found
+
+
+def smallest_plan(request: Request, largest: Cluster) -> Plan | None:
+    """The plan on the fewest GPUs that fit and can split the global batch; None if none does.
+
+    Up to as many as `largest` has in one node, then whole nodes like its.
+    """
+    for cluster in _clusters(largest):
+        try:
+            candidate = changed(request, cluster)
+        except UserError:
+            continue  # the global batch cannot be split over so many
+        if candidate.shape.total_numel() * candidate.element_size > _room(candidate):
+            continue
+        plan = make_plan(candidate)
+        if plan.fits:
+            return plan
+    return None
+
+
+def _room(request: Request) -> float:
+    """Bytes that the weights alone must be below, wherever they lie."""
+    cluster = request.cluster
+    return cluster.host_bytes * cluster.nodes if request.offloads("param") else cluster.gpu_bytes * cluster.world_size
+
+
+def _clusters(cluster: Cluster) -> Iterator[Cluster]:
+    for gpus in range(1, cluster.gpus_per_node + 1):
+        yield replace(cluster, nodes=1, gpus_per_node=gpus)
+    for nodes in range(2, MOST_NODES + 1):
+        yield replace(cluster, nodes=nodes)
+
+
+def _changes(request: Request) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
+    train = request.config.train
+    if train.micro_batch_size > 1:
+        yield "one sample at a time", "--set train.micro_batch_size=1", {"train": {"micro_batch_size": 1}}
+    if not train.gradient_checkpointing:
+        values = {"gradient_checkpointing": True}
+        yield "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": values}
+    zero = request.ds_config["zero_optimization"]
+    layer = max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
+    if int(zero.get("stage3_max_live_parameters", 1_000_000_000)) > layer:
+        live = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
+        setting = f"stage3_max_live_parameters {layer}, stage3_max_reuse_distance 0 in the DeepSpeed JSON"
+        yield "fewer gathered weights", setting, {"deepspeed": live}
+    if not request.offloads("optimizer"):
+        offload = {"offload_optimizer": {"device": "cpu"}}
+        yield "optimizer on the host", "--set deepspeed=ds_configs/zero3_offload_optimizer.json", {"deepspeed": offload}
+    if not request.offloads("param"):
+        both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+        yield "optimizer and weights on the host", "--set deepspeed=ds_configs/zero3_offload.json", {"deepspeed": both}
+
+
+def _try(
+    request: Request, change: str, setting: str, cluster: Cluster | None, sections: dict[str, dict[str, Any]]
+) -> list[Suggestion]:
+    try:
+        return [_suggestion(change, setting, make_plan(changed(request, cluster, **sections)))]
+    except UserError:
+        return []  # the batch cannot be split like that
+
+
+def _suggestion(change: str, setting: str, plan: Plan) -> Suggestion:
+    return Suggestion(change, setting, plan.device_bytes, plan.host_bytes, plan.fits)

@@ -1,0 +1,194 @@
+"""Bytes that a rank holds over the whole run, term by term. Every term is a formula of README.md in this folder."""
+
+from dataclasses import dataclass, field
+
+from loraprune_ds.model.checkpoint import READ_CHUNK
+from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.plan.activations import Batch, activations, logits
+from loraprune_ds.plan.request import Request
+from loraprune_ds.pruning.criterion import BLOCK_NUMEL
+from loraprune_ds.zero.fetching import PassTraffic
+from loraprune_ds.zero.flat import partition_numel
+from loraprune_ds.zero.memory import state_terms
+from loraprune_ds.zero.passes import lora_sizes, parameter_sizes
+
+OPTIMIZER_TERMS = ("lora_masters", "lora_moments", "lora_gradients")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rank holds at one stage of the run: the state that stays, and what each moment adds to it.
+
+    Attributes:
+        state: bytes on the GPU between two steps, by term.
+        moments: bytes that come on top for a while, by moment and term; moments do not overlap.
+        host: bytes of this rank in host memory, by term.
+    """
+
+    name: str
+    state: dict[str, int]
+    moments: dict[str, dict[str, int]]
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def resident(self) -> int:
+        return sum(self.state.values())
+
+    @property
+    def peak(self) -> int:
+        return self.resident + max((sum(terms.values()) for terms in self.moments.values()), default=0)
+
+    @property
+    def peak_moment(self) -> str:
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def host_peak(self) -> int:
+        return sum(self.host.values())
+
+
+def training_stage(
+    name: str, request: Request, shape: ModelShape, train: PassTraffic, evaluation: PassTraffic
+) -> Stage:
+    """A step with scoring, and an evaluation, at a given shape."""
+    state, host = _split(request, _state(request, shape, stepped=True))
+    moments = {
+        "training": _training(request, shape, train),
+        "reducing gradients": {"gradient_reduction": _reduction(request, shape)},
+        "optimizer step": {
+            "optimizer_temporaries": 0 if request.offloads("optimizer") else 2 * _lora_piece(request, shape) * 4
+        },
+        "scoring": _scoring(request, shape),
+        "evaluation": _evaluation(request, shape, evaluation),
+        "export": {"layer_on_its_writer": _whole_layer(shape) * request.element_size * 2},
+    }
+    return Stage(name, state, moments, host | {"export": _whole_layer(shape) * request.element_size})
+
+
+def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape) -> Stage:
+    """A cut, before anything of the old state is gone."""
+    state, host = _split(request, _state(request, before, stepped=True))
+    new_optimizer = _state(request, after, stepped=True)
+    rebuilt = new_optimizer["lora"] + new_optimizer["reduce_bucket"]
+    rebuilt += 0 if request.offloads("optimizer") else sum(new_optimizer[term] for term in OPTIMIZER_TERMS)
+    moments = {
+        "repartition": {"repartition": repartition(request, before)},
+        "optimizer rebuilt": {"new_optimizer_buffers": rebuilt},
+    }
+    return Stage(name, state, moments, host)
+
+
+def loading_stage(request: Request) -> Stage:
+    """From the disk to the engine: each rank's pieces; LoRA is whole until DeepSpeed shards it."""
+    shape, e = request.shape, request.element_size
+    terms = _state(request, shape, stepped=False)
+    state, host = _split(request, terms)
+    largest = max(parameter_sizes(shape, request.config.lora.r).values())
+    reading = partition_numel(largest, request.cluster.world_size) * e + 2 * READ_CHUNK * 4
+    lora = sum(n for name, n in parameter_sizes(shape, request.config.lora.r).items() if ".lora_" in name)
+    held = {name: n for name, n in state.items() if name in ("weights",)}
+    moments = {"building": {"lora_whole": lora * e}, "engine starts": {n: state[n] for n in state if n not in held}}
+    return Stage("loading", held, moments, host | {"reading": reading})
+
+
+def repartition(request: Request, shape: ModelShape) -> int:
+    """At most three local shards of the widest layer: what leaves, what arrives and the new pieces."""
+    layers: dict[str, int] = {}
+    for name, numel in parameter_sizes(shape, request.config.lora.r).items():
+        if ".layers." in name and ".lora_" not in name:
+            layer = name.split(".")[2]
+            layers[layer] = layers.get(layer, 0) + partition_numel(numel, request.cluster.world_size)
+    return 3 * max(layers.values()) * request.element_size
+
+
+def _state(request: Request, shape: ModelShape, *, stepped: bool) -> dict[str, int]:
+    bucket = int(request.ds_config["zero_optimization"]["reduce_bucket_size"])
+    return state_terms(
+        shape,
+        request.config.lora.r,
+        world_size=request.cluster.world_size,
+        element_size=request.element_size,
+        bucket_numel=bucket,
+        stepped=stepped,
+    )
+
+
+def _split(request: Request, terms: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """(on the GPU, in host memory) as the DeepSpeed config offloads."""
+    away: set[str] = set()
+    if request.offloads("optimizer"):
+        away |= set(OPTIMIZER_TERMS)
+    if request.offloads("param"):
+        away |= {"weights", "lora"}
+    device = {name: value for name, value in terms.items() if name not in away}
+    return device, {name: value for name, value in terms.items() if name in away}
+
+
+def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> dict[str, int]:
+    config = request.config
+    batch = Batch(config.train.micro_batch_size, config.data.window, request.element_size)
+    held = activations(
+        shape,
+        batch,
+        lora_rank=config.lora.r,
+        dropout=config.lora.lora_dropout > 0,
+        checkpointing=config.train.gradient_checkpointing,
+    )
+    return {
+        "gathered_weights": traffic.peak_live * request.element_size,
+        "activations": held,
+        "logits": logits(shape, batch, config.train.loss_chunk_tokens),
+    }
+
+
+def _evaluation(request: Request, shape: ModelShape, traffic: PassTraffic) -> dict[str, int]:
+    evaluate = request.config.evaluate
+    batch = Batch(evaluate.batch_size, evaluate.window, request.element_size)
+    t, e = batch.tokens, batch.element_size
+    return {
+        "gathered_weights": traffic.peak_live * e,
+        "activations": t * (3 * e * shape.hidden_size + 4 * shape.hidden_size)
+        + 4 * e * t * max(layer.channels for layer in shape.layers),
+        "logits": logits(shape, batch, request.config.train.loss_chunk_tokens),
+    }
+
+
+def _scoring(request: Request, shape: ModelShape) -> dict[str, int]:
+    """One layer's LoRA masters and gradients: this rank's pieces, all pieces gathered, and the factors made of them."""
+    pieces, whole = 0, 0
+    for i in range(len(shape.layers)):
+        sizes = [n for linear in LINEARS for n in lora_sizes(shape, i, linear, request.config.lora.r)]
+        pieces = max(pieces, 2 * _piece(request, sizes) * 4)
+        whole = max(whole, 2 * sum(sizes) * 4)
+    groups = sum(len(LINEARS) * max(layer.heads, layer.channels) for layer in shape.layers)
+    return {
+        "lora_factors_of_a_layer": pieces + pieces * request.cluster.world_size + whole,
+        "score_blocks": 4 * BLOCK_NUMEL * 4,
+        "score_sums": 8 * groups,
+    }
+
+
+def _reduction(request: Request, shape: ModelShape) -> int:
+    """A full bucket once more, in the order of the ranks."""
+    sizes = _all_lora(request, shape)
+    bucket = int(request.ds_config["zero_optimization"]["reduce_bucket_size"])
+    return min(bucket, sum(sizes)) * 4
+
+
+def _lora_piece(request: Request, shape: ModelShape) -> int:
+    return _piece(request, _all_lora(request, shape))
+
+
+def _all_lora(request: Request, shape: ModelShape) -> list[int]:
+    layers, rank = range(len(shape.layers)), request.config.lora.r
+    return [n for i in layers for linear in LINEARS for n in lora_sizes(shape, i, linear, rank)]
+
+
+def _piece(request: Request, sizes: list[int]) -> int:
+    return sum(partition_numel(n, request.cluster.world_size) for n in sizes)
+
+
+def _whole_layer(shape: ModelShape) -> int:
+    """Elements of what one rank writes at once: the widest layer, or embedding and head."""
+    ends = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    return max(ends, *(shape.layer_numel(i) for i in range(len(shape.layers))))

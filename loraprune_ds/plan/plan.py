@@ -1,0 +1,125 @@
+"""The plan of a run: memory over all of it, whether that fits, bytes and seconds per step and per cut."""
+
+from dataclasses import dataclass
+
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.memory import Stage, cut_stage, loading_stage, training_stage
+from loraprune_ds.plan.request import Request
+from loraprune_ds.plan.seconds import Seconds, cut_seconds, step_seconds
+from loraprune_ds.plan.traffic import Passes, StepTraffic, cut_bytes, simulate_passes, step_traffic
+
+MOST_CUTS = 24  # that are planned one by one; of more, as many evenly spread
+
+
+@dataclass(frozen=True)
+class PlannedCut:
+    """A cut of the schedule: the fraction gone after it, a rank's state around it, what the busiest rank sends."""
+
+    step: int
+    target: float
+    parameters: int
+    state_before: int
+    state_after: int
+    bytes_sent: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need, or would if it fitted.
+
+    Attributes:
+        stages: in the order of the run; the dense steps and the last ones with all their moments.
+        step, last_step: traffic of an optimizer step before the first and after the last cut.
+        seconds_in_all: of all steps and cuts, from `hidden` to `exposed`; evaluation, loading and saving not counted.
+    """
+
+    request: Request
+    stages: list[Stage]
+    cuts: list[PlannedCut]
+    step: StepTraffic
+    last_step: StepTraffic
+    step_seconds: Seconds
+    last_step_seconds: Seconds
+    seconds_in_all: tuple[float, float]
+
+    @property
+    def peak_stage(self) -> Stage:
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def device_bytes(self) -> int:
+        """Most that a rank holds on its GPU."""
+        return self.peak_stage.peak
+
+    @property
+    def host_bytes(self) -> int:
+        """Most that the ranks of a node hold in host memory."""
+        cluster = self.request.cluster
+        reserve = int(cluster.host_reserve * (1 << 30))
+        return cluster.gpus_per_node * (reserve + max(stage.host_peak for stage in self.stages))
+
+    @property
+    def fits_device(self) -> bool:
+        return self.device_bytes <= self.request.cluster.gpu_bytes
+
+    @property
+    def fits_host(self) -> bool:
+        return self.host_bytes <= self.request.cluster.host_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_device and self.fits_host
+
+
+def make_plan(request: Request) -> Plan:
+    """Plans the whole run. Takes seconds for LLaMA-65B, and memory for shapes only."""
+    steps = _some_cuts(request.schedule.cut_steps())
+    shapes = [request.shape, *(request.shape_at(request.schedule.target(step)) for step in steps)]
+    dense, final = simulate_passes(request, [shapes[0], shapes[-1]])
+    stages = [loading_stage(request), training_stage("dense", request, shapes[0], dense.training, dense.evaluation)]
+    stages += [
+        cut_stage(f"cut at step {step}", request, before, after)
+        for step, before, after in zip(steps, shapes, shapes[1:], strict=False)
+    ]
+    stages.append(training_stage("after the last cut", request, shapes[-1], final.training, final.evaluation))
+    step, step_time = _step(request, shapes[0], dense)
+    last_step, last_time = _step(request, shapes[-1], final)
+    cuts = _plan_cuts(request, steps, shapes)
+    in_all = _in_all(request, cuts, step_time, last_time)
+    return Plan(request, stages, cuts, step, last_step, step_time, last_time, in_all)
+
+
+def _some_cuts(steps: list[int]) -> list[int]:
+    if len(steps) <= MOST_CUTS:
+        return steps
+    chosen = {round(i * (len(steps) - 1) / (MOST_CUTS - 1)) for i in range(MOST_CUTS)}
+    return [steps[i] for i in sorted(chosen)]
+
+
+def _step(request: Request, shape: ModelShape, passes: Passes) -> tuple[StepTraffic, Seconds]:
+    traffic = step_traffic(request, shape, passes.training)
+    return traffic, step_seconds(request, shape, traffic, passes.training)
+
+
+def _plan_cuts(request: Request, steps: list[int], shapes: list[ModelShape]) -> list[PlannedCut]:
+    cuts = []
+    for step, before, after in zip(steps, shapes, shapes[1:], strict=False):
+        sent = cut_bytes(request, before, after)
+        states = [cut_stage("", request, shape, shape).resident for shape in (before, after)]
+        seconds = cut_seconds(request, before, sent)
+        target = request.schedule.target(step)
+        cuts.append(PlannedCut(step, target, after.total_numel(), *states, bytes_sent=sent, seconds=seconds))
+    return cuts
+
+
+def _in_all(request: Request, cuts: list[PlannedCut], first: Seconds, last: Seconds) -> tuple[float, float]:
+    """Steps before the first cut take the first time, after the last the other, between in proportion."""
+    schedule, total = request.schedule, [0.0, 0.0]
+    for step in range(1, request.steps + 1):
+        gone = schedule.target(step - 1) / schedule.ratio
+        for end, name in enumerate(("hidden", "exposed")):
+            total[end] += getattr(first, name) + gone * (getattr(last, name) - getattr(first, name))
+    count = len(schedule.cut_steps())
+    of_cuts = count * sum(cut.seconds for cut in cuts) / len(cuts)
+    return total[0] + of_cuts, total[1] + of_cuts

@@ -1,0 +1,207 @@
+"""What is to be planned: model, run, cluster; read without loading a weight."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.config_file import apply_override, config_from_dict, load_config
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.build import EMBEDDED
+from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.ranking import uniform_counts
+from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.zero.ds_config import resolve_ds_config
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here
+ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+# LLaMA (arXiv 2302.13971, table 2): hidden_size, layers, heads, intermediate_size; head_dim 128, 32,000 tokens.
+LLAMA = {
+    "llama-7b": (4096, 32, 32, 11008),
+    "llama-13b": (5120, 40, 40, 13824),
+    "llama-30b": (6656, 60, 52, 17920),
+    "llama-65b": (8192, 80, 64, 22016),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run on a cluster.
+
+    Attributes:
+        steps: optimizer steps; `steps_known` tells whether the run says so, or they are assumed.
+        ds_config: DeepSpeed's JSON with every "auto" replaced.
+    """
+
+    model: str
+    shape: ModelShape
+    config: RunConfig
+    cluster: Cluster
+    steps: int
+    steps_known: bool
+    limits: Limits
+    schedule: Schedule
+    ds_config: dict[str, Any]
+
+    @property
+    def element_size(self) -> int:
+        return ELEMENT_SIZES[self.config.model.dtype]
+
+    def offloads(self, what: str) -> bool:
+        """Whether the DeepSpeed config keeps "optimizer" or "param" in host memory."""
+        return (self.ds_config["zero_optimization"].get(f"offload_{what}") or {}).get("device") == "cpu"
+
+    def shape_at(self, target: float) -> ModelShape:
+        """The shape once `target` of the linear parameters is gone.
+
+        `uniform` is known before it happens. Which layers `global` takes from is not; it is planned as if from all
+        alike.
+        """
+        dense = self.shape
+        if target <= 0:
+            return dense
+        open_layers = self.limits.open_layers
+        if self.config.prune.ranking == "uniform":
+            counts = uniform_counts(self.limits, target, self.config.prune.ratio)
+            layers = tuple(counts if i in open_layers else layer for i, layer in enumerate(dense.layers))
+            return dense.with_layers(layers)
+        share = min(1.0, target * dense.linear_numel() / sum(dense.layer_numel(i) for i in open_layers))
+        cut = [
+            LayerShape(max(1, round(x.heads * (1 - share))), max(1, round(x.channels * (1 - share))))
+            for x in dense.layers
+        ]
+        return dense.with_layers(tuple(c if i in open_layers else dense.layers[i] for i, c in enumerate(cut)))
+
+
+def make_request(
+    model: str | None,
+    cluster: Cluster,
+    *,
+    config_path: str | None = None,
+    overrides: list[str] | None = None,
+    samples: int | None = None,
+) -> Request:
+    """Reads everything a plan rests on.
+
+    Args:
+        model: a folder, a hub id, or a name of LLAMA; None: the run config's model.
+        config_path: YAML of the run; None: the shipped one of that name, or the defaults.
+        overrides: `key=value`, as for launch/run.py.
+        samples: in the training data, for a run that counts epochs.
+
+    Raises:
+        UserError: something cannot be used, as a run would say it.
+    """
+    config = _read_config(model, config_path, overrides or [])
+    name = model or config.model.path
+    return build_request(name, read_shape(name, config.model.revision), config, cluster, samples=samples)
+
+
+def build_request(
+    name: str, shape: ModelShape, config: RunConfig, cluster: Cluster, *, samples: int | None = None
+) -> Request:
+    """The request for a known shape.
+
+    Raises:
+        UserError: the run config does not fit the model or the number of ranks.
+    """
+    train = config.train
+    train.gradient_accumulation_steps(cluster.world_size)
+    steps = train.steps
+    if steps is None and samples is not None:
+        if samples < train.global_batch_size:
+            raise UserError(f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}")
+        steps = max(1, int((train.epochs or 1) * (samples // train.global_batch_size)))
+    planned = steps or ASSUMED_STEPS
+    return Request(
+        model=name,
+        shape=shape,
+        config=config,
+        cluster=cluster,
+        steps=planned,
+        steps_known=steps is not None,
+        limits=make_limits(config.prune, shape),
+        schedule=make_schedule(config.prune, planned),
+        ds_config=resolve_ds_config(_find(config.deepspeed), config, shape, cluster.world_size),
+    )
+
+
+def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:
+    """The same request with another cluster or other values in sections of the run config, `train={...}`.
+
+    `deepspeed={...}` are keys of zero_optimization.
+
+    Raises:
+        UserError: the run cannot be split like that.
+    """
+    raw = request.config.to_dict()
+    zero = sections.pop("deepspeed", {})
+    for section, values in sections.items():
+        raw[section] |= values
+    again = build_request(request.model, request.shape, config_from_dict(raw), cluster or request.cluster)
+    again = replace(again, steps=request.steps, steps_known=request.steps_known, schedule=request.schedule)
+    again.ds_config["zero_optimization"] |= request.ds_config["zero_optimization"] | zero
+    return again
+
+
+def read_shape(model: str, revision: str | None = None) -> ModelShape:
+    """Sizes from config.json alone; no weight is read or downloaded.
+
+    Raises:
+        UserError: neither a known name, nor a folder, nor to be had from the hub; or not a supported model.
+    """
+    if model in LLAMA:
+        hidden, layers, heads, channels = LLAMA[model]
+        return ModelShape("llama", hidden, 128, 1, 32_000, False, False, False, (LayerShape(heads, channels),) * layers)
+    folder = embedded_model_dir() if model == EMBEDDED else Path(model).expanduser()
+    path = folder / "config.json" if folder.is_dir() else _download_config(model, revision)
+    try:
+        return shape_from_config(json.loads(path.read_text()), model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _download_config(model: str, revision: str | None) -> Path:
+    known = f"a folder, a hub id, or one of {', '.join(LLAMA)}"
+    if model.startswith((".", "~", "/")) or model.count("/") != 1:
+        raise UserError(f"model {model} does not exist; give {known}")
+    try:
+        return Path(hf_hub_download(model, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model {model} is no folder and not available from the hub ({reason}); give {known}") from None
+
+
+def _read_config(model: str | None, path: str | None, overrides: list[str]) -> RunConfig:
+    if path is None and model in LLAMA:
+        path = str(CHECKOUT / "launch" / "configs" / f"{model}.yaml")
+    if path is not None:
+        return load_config(path, overrides)
+    if model is None:
+        raise UserError("give a model or --config")
+    return load_config_defaults(overrides)
+
+
+def load_config_defaults(overrides: list[str]) -> RunConfig:
+    """The defaults of a run, with `key=value` overrides."""
+    raw = RunConfig(output_dir="unused", train=TrainConfig(steps=100)).to_dict()
+    for override in overrides:
+        apply_override(raw, override)
+    return config_from_dict(raw)
+
+
+def _find(ds_config: str) -> Path:
+    given = Path(ds_config).expanduser()
+    found = next((path for path in (given, CHECKOUT / given) if path.is_file()), None)
+    if found is None:
+        raise UserError(f"deepspeed: {ds_config} does not exist")
+    return found

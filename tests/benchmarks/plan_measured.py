@@ -1,0 +1,201 @@
+"""The plan beside what real ranks do: SmolLM2-135M and a random LLaMA of 1.1 billion parameters on 1, 2 and 3 ranks.
+
+    python -m tests.benchmarks.plan_measured [--models smollm2 1b] [--ranks 1 2 3]
+
+Each launch trains two steps, cuts to 40 %, trains two more, one micro-batch per rank and step, in bf16 on CPU ranks.
+Storages and bytes sent are compared to the byte: what DeepSpeed gathers and reduces is counted below its own front,
+what pruning sends by its counter. Memory is RssAnon + RssShmem above what the process held once everything was imported
+and a tiny model had trained, sampled every 5 ms. Blocks from 128 KiB are given back to the system when freed (glibc
+would otherwise keep more, the longer it runs), so that resident memory shows what is held. The result goes to
+tests/benchmarks/results/plan_measured.json; the run ends with an error if a planned number is off.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from loraprune_ds.model.checkpoint import parameter_shapes
+from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.shapes import shape_from_config
+from loraprune_ds.model.shards import shard_count, write_index, write_shard
+from loraprune_ds.train.files import read_json_object, write_json
+from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
+from tests.oracle.models import make_tiny_llama
+from tests.plan_cases import Case, run_beside_plan
+
+ROOT = Path(__file__).parents[2]
+RESULT = Path(__file__).parent / "results" / "plan_measured.json"
+RSS_TOLERANCE = 0.10  # of what is planned, for the 1B model
+LIMITED = {"stage3_max_live_parameters": 200_000_000, "stage3_max_reuse_distance": 100_000_000}
+
+
+def make_random_1b(folder: Path) -> Path:
+    """TinyLlama's sizes, written layer by layer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    shapes = parameter_shapes(shape_from_config(config.to_dict(), str(folder)))
+    layers = config.num_hidden_layers
+    count = shard_count(layers)
+    generator = torch.Generator().manual_seed(0)
+    entries = []
+    for k in range(count):
+        names = [n for n in shapes if (f".layers.{k}." in n if k < layers else ".layers." not in n)]
+        tensors = {n: _random(n, shapes[n], generator) for n in names}
+        entries.append(write_shard(folder, k, count, tensors))
+    write_index(folder, entries)
+    return folder
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if "norm" in name:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+
+
+def cases(model: str, folder: Path) -> Case:
+    """SmolLM2 with the shipped DeepSpeed config; the large one with checkpointing and little gathered at once."""
+    if model == "smollm2":
+        return Case(embedded_model_dir(), window=64)
+    limited = read_json_object(ROOT / "ds_configs" / "zero3.json")
+    limited["zero_optimization"] |= LIMITED
+    write_json(folder / "limited.json", limited)
+    return Case(folder / "1b", deepspeed=str(folder / "limited.json"), window=32, checkpointing=True)
+
+
+def rank_main(arguments: argparse.Namespace) -> None:
+    quiet_deepspeed()
+    comm = start_ranks()
+    run_beside_plan(Case(arguments.folder / "tiny", checkpointing=True))  # imports what is imported late
+    rows = comm.gather_objects(run_beside_plan(cases(arguments.model, arguments.folder)))
+    if comm.rank == 0:
+        write_json(arguments.folder / "result.json", {"ranks": rows})
+    stop_ranks()
+
+
+def launch(model: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    command = [
+        deepspeed,
+        "--quiet",
+        f"--num_accelerators={ranks}",
+        Path(__file__),
+        "--model",
+        model,
+        "--folder",
+        folder,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
+    return read_json_object(folder / "result.json")["ranks"]
+
+
+def faults(model: str, ranks: list[dict[str, Any]]) -> list[str]:
+    """What is not as planned."""
+    found = []
+    for row in ranks:
+        where = f"{model} on {len(ranks)} ranks, rank {row['rank']}"
+        for state in row["states"]:
+            if state["storages"] != state["planned_storages"]:
+                found.append(
+                    f"{where}, {state['at']}: storages {state['storages']}, planned {state['planned_storages']}"
+                )
+            sent = state.get("sent")
+            if sent and sent["planned"] != sent["counted"]:
+                found.append(f"{where}, cut: sent {sent}")
+        for step in row["steps"]:
+            found += [
+                f"{where}, step {step['step']}: {kind} {step[kind]}"
+                for kind in ("weights", "lora_gradients", "pruning")
+                if step[kind]["planned"] != step[kind]["counted"]
+            ]
+        if model == "1b":
+            found += [
+                f"{where}, {name}: {measured / 1e6:.0f} MB resident, planned {planned / 1e6:.0f}"
+                for name, planned, measured in rss_pairs(row)
+                if abs(measured / planned - 1) > RSS_TOLERANCE
+            ]
+    return found
+
+
+def rss_pairs(row: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """(when, planned, measured) bytes of resident memory above the baseline."""
+    loaded, cut = row["states"]
+    pairs = [("loaded", loaded["planned_storages"], loaded["rss"])]
+    pairs += [(f"peak of step {s['step']}", s["peak_planned"], s["peak_rss"]) for s in row["steps"]]
+    return [*pairs, ("after the cut", cut["planned_storages"], cut["rss"])]
+
+
+def show(model: str, ranks: list[dict[str, Any]]) -> None:
+    row = ranks[0]
+    print(f"{model}, {len(ranks)} ranks, rank 0")
+    for name, planned, measured in rss_pairs(row):
+        sizes = f"planned {planned / 1e6:>9.1f} MB  resident {measured / 1e6:>9.1f} MB"
+        print(f"  {name:<16}{sizes}  {measured / planned:.3f}")
+    weights, cut = row["steps"][1]["weights"]["counted"], row["states"][1]["sent"]["counted"]
+    print(f"  a step sends {weights / 1e6:.1f} MB of weights; a cut {cut / 1e6:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["smollm2", "1b"], choices=("smollm2", "1b"))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder:
+        rank_main(arguments)
+        return
+    results: dict[str, dict[str, Any]] = {}
+    found: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="plan-measured-") as name:
+        folder = Path(name)
+        make_tiny_llama(
+            folder / "tiny",
+            heads=4,
+            kv_heads=2,
+            head_dim=8,
+            hidden=32,
+            ffn=48,
+            layers=3,
+            vocab=97,
+            seed=0,
+            dtype="bfloat16",
+        )
+        if "1b" in arguments.models:
+            make_random_1b(folder / "1b")
+        for model in arguments.models:
+            results[model] = {}
+            for ranks in arguments.ranks:
+                rows = launch(model, ranks, folder)
+                results[model][f"{ranks} ranks"] = rows
+                found += faults(model, rows)
+                show(model, rows)
+    facts = {"limited": LIMITED, "rss_tolerance": RSS_TOLERANCE, "faults": found}
+    write_json(RESULT, {"results": results, **facts, "versions": versions(), "hardware": hardware("cpu")})
+    if found:
+        sys.exit(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The plan beside real ranks on a tiny model: storages, bytes and activations to the byte.
+
+SmolLM2 and a model of a billion parameters: tests/benchmarks/plan_measured.py.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.oracle.models import make_tiny_llama
+from tests.plan_cases import Case, run_beside_plan, saved_activations
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(
+        tmp_path_factory.mktemp("plan"),
+        heads=6,
+        kv_heads=3,
+        head_dim=8,
+        hidden=48,
+        ffn=61,
+        layers=3,
+        vocab=97,
+        seed=1,
+        biases=True,
+        dtype="bfloat16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "checkpointing", "limited"), [(1, False, False), (2, False, True), (2, True, False), (3, True, True)]
+)
+def test_ranks_hold_and_send_what_was_planned(
+    ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, checkpointing: bool, limited: bool
+) -> None:
+    deepspeed = limited_config(tmp_path) if limited else "ds_configs/zero3.json"
+    case = Case(folder, deepspeed=deepspeed, checkpointing=checkpointing)
+    for row in ranks.run(world_size, run_beside_plan, case):
+        assert [state["at"] for state in row["states"]] == ["loaded", "after the cut"]
+        for state in row["states"]:
+            assert state["storages"] == state["planned_storages"]
+        assert row["states"][1]["sent"]["counted"] == row["states"][1]["sent"]["planned"]
+        for step in row["steps"]:
+            for kind in ("weights", "lora_gradients", "pruning"):
+                assert step[kind]["counted"] == step[kind]["planned"], (step["step"], kind)
+        assert (row["steps"][0]["weights"]["counted"] > 0) == (world_size > 1)
+
+
+def limited_config(folder: Path) -> str:
+    """The shipped config with limits that such a small model meets."""
+    text = Path("ds_configs/zero3.json").read_text()
+    limits = '"stage3_max_live_parameters": 15000, "stage3_max_reuse_distance": 9000, "stage": 3'
+    (folder / "limited.json").write_text(text.replace('"stage": 3', limits))
+    return str(folder / "limited.json")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_autograd_keeps_what_the_formula_says_of_a_layer(
+    ranks: RankPool, folder: Path, tmp_path: Path, dropout: float
+) -> None:
+    """Between three layers and four: what lies outside the layers is the same."""
+    sizes = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 61, "vocab": 97, "seed": 1, "biases": True}
+    longer = make_tiny_llama(tmp_path / "longer", layers=4, dtype="bfloat16", **sizes)  # type: ignore[arg-type]
+    three, four = (ranks.run(1, saved_activations, Case(x, dropout=dropout))[0] for x in (folder, longer))
+    assert four["counted"] - three["counted"] == four["one_layer"]

@@ -1,0 +1,253 @@
+"""Runs real ranks beside their plan: what is held, what is sent, and what autograd keeps."""
+
+import gc
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as ds_comm
+from torch import Tensor
+
+from loraprune_ds.config import DataConfig, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.activations import Batch, logits, saved_by_layer
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.memory import Stage, cut_stage, training_stage
+from loraprune_ds.plan.request import Request, build_request
+from loraprune_ds.plan.traffic import agreement_bytes, layer_cuts, lora_pieces, moved_bytes, scoring_bytes
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.data import Samples
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.engine import build_training_store
+from loraprune_ds.zero.fetching import Fetcher, FetchLimits, PassTraffic
+from loraprune_ds.zero.memory import resident_bytes, state_tensors, state_terms, storage_bytes
+from loraprune_ds.zero.passes import Network
+from tests.benchmarks.peak import Peak
+
+STEPS = 4  # the cut follows the second
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small run: one micro-batch per rank and step."""
+
+    folder: Path
+    deepspeed: str = "ds_configs/zero3.json"
+    dtype: str = "bfloat16"
+    window: int = 16
+    micro_batch_size: int = 1
+    checkpointing: bool = False
+    dropout: float = 0.0
+
+    def request(self, world_size: int) -> Request:
+        config = RunConfig(
+            output_dir="unused",
+            deepspeed=self.deepspeed,
+            model=ModelConfig(path=str(self.folder), dtype=self.dtype),
+            lora=LoraConfig(lora_dropout=self.dropout),
+            data=DataConfig(window=self.window),
+            prune=PruneConfig(ratio=0.4, prune_every=1, warmup_fraction=0.25, cooldown_fraction=0.5, protected_last=0),
+            train=TrainConfig(
+                steps=STEPS,
+                global_batch_size=self.micro_batch_size * world_size,
+                micro_batch_size=self.micro_batch_size,
+                gradient_checkpointing=self.checkpointing,
+            ),
+        )
+        shape = open_checkpoint(self.folder).shape
+        return build_request(str(self.folder), shape, config, Cluster(nodes=1, gpus_per_node=world_size))
+
+
+@dataclass(frozen=True)
+class InOrder:
+    size: int
+
+    def batch(self, step: int) -> Tensor:
+        return torch.arange(step * self.size, (step + 1) * self.size)
+
+
+def build(request: Request) -> Trainer:
+    """The package's trainer on random tokens."""
+    config = request.config
+    checkpoint = open_checkpoint(Path(config.model.path))
+    store = build_training_store(config, checkpoint, request.ds_config, STEPS)
+    pruner = Pruner(store, config.prune, request.schedule, request.limits, config.seed)
+    generator = torch.Generator().manual_seed(0)
+    size = config.train.global_batch_size
+    ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
+    return Trainer(store, pruner, Samples(ids, ids), InOrder(size), config)  # type: ignore[arg-type]
+
+
+@contextmanager
+def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
+    """Bytes this rank sends by collective, whoever calls it, below DeepSpeed's own front."""
+    backend: Any = ds_comm.comm.cdb
+    sent: dict[str, int] = defaultdict(int)
+    others = world_size - 1
+    rules: dict[str, tuple[int, Callable[[Tensor], float]]] = {  # position of what is given, elements sent of it
+        "all_gather_into_tensor": (1, lambda given: given.numel() * others),
+        "reduce_scatter_tensor": (1, lambda given: given.numel() // world_size * others),
+        "all_reduce": (0, lambda given: given.numel() if others else 0),
+        "broadcast": (0, lambda given: given.numel() if others and rank == 0 else 0),
+    }
+    originals = {name: getattr(backend, name) for name in rules}
+
+    def counting(name: str) -> Callable[..., Any]:
+        position, elements = rules[name]
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)][position]
+            sent[name] += int(elements(given)) * given.element_size()
+            return originals[name](*args, **kwargs)
+
+        return wrapped
+
+    for name in rules:
+        setattr(backend, name, counting(name))
+    try:
+        yield sent
+    finally:
+        for name, original in originals.items():
+            setattr(backend, name, original)
+
+
+def run_beside_plan(case: Case) -> dict[str, Any]:
+    """Four steps and a cut on this rank: every planned number with the measured one beside it."""
+    gc.collect()
+    baseline = resident_bytes()
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    request = case.request(world_size)
+    with Peak() as loading:
+        trainer = build(request)
+        gc.collect()
+    network = Network(request.shape, request.config.lora.r)
+    limits = FetchLimits.from_ds_config(request.ds_config)
+    fetcher = Fetcher(limits, world_size)
+    rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
+    rows[0]["peak_rss"] = loading.peak - baseline
+    steps = []
+    for step in range(1, STEPS + 1):
+        shape = trainer.store.shape
+        traffic = fetcher.run(network.training_pass(checkpointing=case.checkpointing))
+        steps.append(_measured_step(step, request, shape, trainer, traffic, baseline))
+        before, kept_before = shape, trainer.store.comm.counter.bytes
+        with Peak() as cutting:
+            record = trainer.cut(step)
+        if record is None:
+            continue
+        keep = trainer.pruner.kept  # the first cut: indices into the dense model
+        cuts = [layer_cuts(before, i, k, request.config.lora.r) for i, k in enumerate(keep)]
+        cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != trainer.store.shape.layers[i]]
+        moved = sum(int(moved_bytes(c, world_size, request.element_size)[rank]) for c in cut_layers)
+        planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
+        network.resize(trainer.store.shape)
+        fetcher.cut()
+        rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
+        planned_stage = cut_stage("", request, before, trainer.store.shape)
+        rows[-1] |= {
+            "sent": {"planned": planned, "counted": trainer.store.comm.counter.bytes - kept_before},
+            "peak_rss": cutting.peak - baseline,
+            "extra_rss": cutting.extra,
+            "extra_planned": planned_stage.peak - planned_stage.resident,
+        }
+    return {"rank": rank, "states": rows, "steps": steps}
+
+
+def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
+    gc.collect()
+    terms = planned_state(request, trainer.store.shape, stepped=stepped)
+    return {
+        "at": name,
+        "planned_storages": sum(terms.values()),
+        "storages": storage_bytes(state_tensors(trainer.engine)),
+        "rss": resident_bytes() - baseline,
+        "terms": terms,
+    }
+
+
+def planned_state(request: Request, shape: ModelShape, *, stepped: bool) -> dict[str, int]:
+    return state_terms(
+        shape,
+        request.config.lora.r,
+        world_size=request.cluster.world_size,
+        element_size=request.element_size,
+        bucket_numel=int(request.ds_config["zero_optimization"]["reduce_bucket_size"]),
+        stepped=stepped,
+    )
+
+
+def _measured_step(
+    step: int, request: Request, shape: ModelShape, trainer: Trainer, traffic: PassTraffic, baseline: int
+) -> dict[str, Any]:
+    world_size, rank = request.cluster.world_size, trainer.store.rank
+    counter, before = trainer.store.comm.counter, trainer.store.comm.counter.bytes
+    with counted_bytes(world_size, rank) as sent, Peak() as peak:
+        trainer.step(step)
+    scores = step <= request.schedule.end
+    own = counter.bytes - before
+    own_planned = (scoring_bytes(request, shape) if scores else 0) + agreement_bytes(shape, world_size, rank)[0]
+    groups = sum(layer.count(kind) for layer in shape.layers for kind in ("heads",) * 4 + ("channels",) * 3)  # type: ignore[arg-type]
+    gathered_by_pruning = own - (groups * 8 if scores and world_size > 1 else 0)
+    lora = sum(lora_pieces(request, shape)) * (world_size - 1) * 4
+    stage = training_stage("", request, shape, traffic, PassTraffic())
+    return {
+        "step": step,
+        "weights": {
+            "planned": traffic.sent * request.element_size,
+            "counted": sent["all_gather_into_tensor"] - gathered_by_pruning,
+        },
+        "lora_gradients": {"planned": lora, "counted": sent["reduce_scatter_tensor"]},
+        "pruning": {"planned": own_planned, "counted": own},
+        "unplanned": {name: sent[name] for name in ("broadcast",)},
+        "peak_planned": planned_peak(stage),
+        "peak_rss": peak.peak - baseline,
+        "moments": stage.moments,
+        "rss": resident_bytes() - baseline,
+    }
+
+
+def planned_peak(stage: Stage) -> int:
+    """Of a step: no evaluation and no export happen in it."""
+    return stage.resident + max(
+        sum(t.values()) for name, t in stage.moments.items() if name not in ("evaluation", "export")
+    )
+
+
+def saved_activations(case: Case) -> dict[str, int]:
+    """Bytes of the distinct storages that autograd keeps of one forward, weights apart, and the formula's."""
+    world_size = torch.distributed.get_world_size()
+    request = case.request(world_size)
+    trainer = build(request)
+    parameters = list(trainer.engine.module.parameters())
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if (
+            storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in parameters}
+            and tensor.is_floating_point()
+        ):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = trainer.samples.input_ids[torch.arange(case.micro_batch_size)].long()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = trainer.engine(input_ids=ids, labels=ids).sum()
+    del loss
+    batch = Batch(case.micro_batch_size, case.window, request.element_size)
+    shape = request.shape
+    layers = [
+        saved_by_layer(shape, x, batch, lora_rank=8, dropout=case.dropout > 0, mask_size=request.element_size)
+        for x in shape.layers
+    ]
+    return {
+        "counted": sum(kept.values()),
+        "layers": sum(layers),
+        "one_layer": layers[0],
+        "logits": logits(shape, batch, None),
+    }

@@ -1,0 +1,173 @@
+"""The planner's arithmetic, apart from real ranks."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.plan.advice import smallest_plan, suggestions
+from loraprune_ds.plan.cluster import GIB, Cluster
+from loraprune_ds.plan.plan import make_plan
+from loraprune_ds.plan.report import notes, plan_json, plan_table
+from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
+
+SMALL = ModelShape("llama", 512, 64, 2, 1000, False, False, False, (LayerShape(4, 1376),) * 6)
+LONG = SMALL.with_layers(SMALL.layers * 8)
+WEIGHTS = SMALL.total_numel() * 2
+
+
+def request(cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMALL, **train: Any) -> Request:
+    settings: dict[str, Any] = {"steps": steps, "global_batch_size": 64} | train
+    config = RunConfig(
+        output_dir="unused",
+        data=DataConfig(window=64),
+        prune=PruneConfig(ratio=0.5, prune_every=5),
+        train=TrainConfig(**settings),
+    )
+    return build_request("small", shape, config, cluster)
+
+
+def tight(gpus: int, megabytes: float) -> Cluster:
+    """GPUs that have so much memory for the run."""
+    return Cluster(1, gpus, gpu_memory=3 + megabytes * 1e6 / GIB)
+
+
+def test_llama_65b_has_its_published_number_of_parameters() -> None:
+    counts = {name: read_shape(name).total_numel() for name in LLAMA}
+    assert counts["llama-65b"] == 65_285_660_672
+    assert counts["llama-7b"] == 6_738_415_616
+    assert [round(n / 1e8) / 10 for n in counts.values()] == [6.7, 13.0, 32.5, 65.3]
+
+
+def test_weights_fall_with_the_ranks_and_with_every_cut() -> None:
+    plans = [make_plan(request(Cluster(1, ranks))) for ranks in (1, 2, 4, 8)]
+    weights = [plan.stages[1].state["weights"] for plan in plans]
+    assert weights == [WEIGHTS // ranks for ranks in (1, 2, 4, 8)]
+    parameters = [cut.parameters for cut in plans[0].cuts]
+    assert parameters == sorted(parameters, reverse=True)
+    assert plans[0].stages[-1].state["weights"] == 2 * parameters[-1]
+    assert plans[0].step.total == 0  # nobody to send to
+    assert plans[3].step.weights > plans[3].last_step.weights > 0
+
+
+def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
+    plan = make_plan(request(tight(2, 40), micro_batch_size=4))
+    assert not plan.fits
+    changes = {s.change: s for s in suggestions(plan)}
+    assert changes["one sample at a time"].device_bytes < plan.device_bytes
+    assert changes["activation checkpointing"].device_bytes < plan.device_bytes
+    offloaded = changes["optimizer and weights on the host"]
+    assert offloaded.device_bytes < plan.device_bytes
+    assert offloaded.host_bytes > plan.host_bytes
+    assert changes["all of the above"].device_bytes < offloaded.device_bytes
+    assert "does not fit on 2 GPUs" in plan_table(plan, list(changes.values()))
+
+
+def test_the_smallest_cluster_fits_and_the_next_smaller_one_does_not() -> None:
+    little_gathered = {"stage3_max_live_parameters": 4_000_000, "stage3_max_reuse_distance": 0}
+    one = changed(request(Cluster(1, 1), shape=LONG), deepspeed=little_gathered)
+    needs = {n: make_plan(changed(one, Cluster(1, n))).device_bytes for n in (1, 2, 4, 8)}
+    assert needs[8] < needs[4] < min(needs[1], needs[2])
+    found = smallest_plan(one, tight(8, needs[4] / 1e6 + 1))
+    assert found is not None
+    assert found.fits
+    assert found.request.cluster.world_size == 4  # 64 samples in micro-batches of 2 cannot be split over 3
+
+
+def test_no_cluster_is_large_enough() -> None:
+    assert smallest_plan(request(tight(1, 1)), tight(8, 1)) is None
+
+
+def test_host_memory_can_be_what_does_not_fit() -> None:
+    plan = make_plan(request(Cluster(1, 8, host_memory=8)))
+    assert plan.fits_device
+    assert not plan.fits_host
+    assert not plan.fits
+
+
+def test_offload_moves_bytes_from_the_gpu_to_the_host() -> None:
+    plain = request(Cluster(1, 2))
+    away = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    offloaded = changed(plain, deepspeed=away)
+    dense, host = make_plan(plain).stages[1], make_plan(offloaded).stages[1]
+    moved = ("weights", "lora", "lora_masters", "lora_moments", "lora_gradients")
+    assert not set(moved) & set(host.state)
+    assert {term: host.host[term] for term in moved} == {term: dense.state[term] for term in moved}
+    assert make_plan(offloaded).step_seconds.host_copies > 0
+
+
+def test_checkpointing_trades_memory_for_gathers_and_arithmetic() -> None:
+    plain, checkpointed = (make_plan(request(Cluster(1, 4), gradient_checkpointing=on)) for on in (False, True))
+    held = [plan.stages[1].moments["training"]["activations"] for plan in (plain, checkpointed)]
+    assert held[1] < held[0] / 2
+    assert checkpointed.step.weights > plain.step.weights
+    assert checkpointed.step_seconds.compute > plain.step_seconds.compute
+
+
+def test_logits_are_bounded_by_their_chunk() -> None:
+    plans = [make_plan(request(Cluster(1, 1), loss_chunk_tokens=chunk)) for chunk in (16, 32)]
+    found = [plan.stages[1].moments["training"]["logits"] for plan in plans]
+    assert found[1] - found[0] == 16 * SMALL.vocab_size * (4 + 2)
+
+
+def test_epochs_need_the_number_of_samples() -> None:
+    unknown = request(Cluster(1, 1), steps=None, epochs=2)
+    assert any("--samples" in note for note in notes(make_plan(unknown)))
+    config = replace(unknown.config)
+    known = build_request("small", SMALL, config, Cluster(1, 1), samples=640)
+    assert (known.steps, known.steps_known) == (20, True)
+    with pytest.raises(UserError, match="--samples 5 is less"):
+        build_request("small", SMALL, config, Cluster(1, 1), samples=5)
+
+
+def test_json_holds_what_the_table_shows() -> None:
+    plan = make_plan(request(Cluster(2, 2)))
+    found = plan_json(plan, [])
+    assert found["parameters"] == SMALL.total_numel()
+    assert found["fits"] is True
+    assert found["device_bytes"] == max(stage["peak"] for stage in found["stages"])
+    assert (
+        found["seconds_per_step"]["before_any_cut"]["hidden"] <= found["seconds_per_step"]["before_any_cut"]["exposed"]
+    )
+
+
+def test_a_network_between_nodes_makes_a_step_slower() -> None:
+    one, two = (make_plan(request(Cluster(nodes, 8 // nodes))) for nodes in (1, 2))
+    assert two.step_seconds.communication > 2 * one.step_seconds.communication
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"nodes": 0}, "--nodes must be a number above 0; got 0"),
+        ({"gpu_memory": float("nan")}, "--gpu-memory must be a number above 0; got nan"),
+        ({"flops": -1.0}, "--flops must be a number above 0; got -1.0"),
+        ({"gpu_memory": 2.0}, "--gpu-memory 2.0 leaves nothing beside --reserve 3.0"),
+        ({"nodes": 10**6, "gpus_per_node": 8}, "is more than 1048576 GPUs"),
+    ],
+)
+def test_an_impossible_cluster_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Cluster(**wrong)
+
+
+def test_a_batch_that_cannot_be_split_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot be split over 3 ranks"):
+        request(Cluster(1, 3))
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"model \./nowhere does not exist; give a folder, a hub id, or one of llama-7b"
+    ):
+        make_request("./nowhere", Cluster())
+
+
+def test_the_shipped_config_comes_with_the_name() -> None:
+    found = make_request("llama-65b", Cluster(4, 8), overrides=["train.micro_batch_size=4"])
+    assert found.config.train.gradient_checkpointing
+    assert found.config.train.micro_batch_size == 4
+    assert len(found.shape.layers) == 80
