@@ -11,9 +11,10 @@ from typing import Any
 from loraprune_ds.errors import UserError
 
 DTYPES = ("bfloat16", "float16", "float32")
-CRITERIA = ("lora", "lora_squared", "magnitude", "random")
+CRITERIA = ("lora", "lora_squared", "gradient", "magnitude", "random")
 RANKINGS = ("uniform", "global")
 NORMALIZATIONS = ("l2", "none")
+COMPENSATIONS = ("none", "bias", "least_squares")
 SCHEDULERS = ("linear", "cosine", "constant")
 DATA_FORMATS = ("text", "instruction")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -108,6 +109,11 @@ class PruneConfig:
     min_channels: int = 1
     max_layer_ratio: float = 1.0  # of its own linear parameters that one layer may lose
     channel_multiple: int = 1  # channel counts are rounded to a multiple of this
+    gradient_every: int = 1  # criterion gradient: steps from one scoring to the next; the step of a cut always scores
+    compensate: str = "none"  # for the removed inputs of o_proj and down_proj; see pruning/compensate.py
+    compensate_steps: int = 2  # steps before a cut, its own included, whose inputs are measured
+    compensate_decay: float = 0.5  # what one more measured step leaves of the moving average of earlier ones
+    compensate_ridge: float = 0.05  # least_squares: added to the diagonal, as a fraction of the mean squared input
 
     def __post_init__(self) -> None:
         require(0 < self.ratio < 1, f"prune.ratio must be in (0, 1); got {self.ratio}")
@@ -116,7 +122,13 @@ class PruneConfig:
         if self.normalize is not None:
             _one_of("prune.normalize", self.normalize, NORMALIZATIONS)
         require(0 <= self.moving_average < 1, f"prune.moving_average must be in [0, 1); got {self.moving_average}")
-        for key in ("prune_every", "min_heads", "min_channels", "channel_multiple"):
+        _one_of("prune.compensate", self.compensate, COMPENSATIONS)
+        require(
+            0 <= self.compensate_decay < 1, f"prune.compensate_decay must be in [0, 1); got {self.compensate_decay}"
+        )
+        require(self.compensate_ridge > 0, f"prune.compensate_ridge must be positive; got {self.compensate_ridge}")
+        counts = ("prune_every", "min_heads", "min_channels", "channel_multiple", "gradient_every", "compensate_steps")
+        for key in counts:
             require(getattr(self, key) >= 1, f"prune.{key} must be at least 1; got {getattr(self, key)}")
         for key in ("warmup_fraction", "cooldown_fraction"):
             require(0 <= getattr(self, key) < 1, f"prune.{key} must be in [0, 1); got {getattr(self, key)}")

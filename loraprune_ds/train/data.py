@@ -78,6 +78,15 @@ class Samples:
             return int((starts[indices + 1] - starts[indices]).sum())
         return len(indices) * self.input_ids.shape[1]
 
+    def real_tokens(self, indices: Tensor) -> Tensor | None:
+        """(len(indices), width) bool, False at padding; None if these samples have none."""
+        if not isinstance(self.input_ids, Ragged):
+            return None
+        starts = self.input_ids.starts
+        lengths = starts[indices + 1] - starts[indices]
+        width = self.input_ids[indices].shape[1]
+        return None if bool((lengths == width).all()) else torch.arange(width) < lengths[:, None]
+
     def largest_id(self) -> int:
         ids = self.input_ids.values if isinstance(self.input_ids, Ragged) else self.input_ids
         return int(ids.max())

@@ -58,14 +58,15 @@ class Trainer:
         supervised = supervised_tokens(self.samples, batch)
         learning_rate = float(self.engine.get_lr()[0])
         sparsity = self.pruner.reached()
-        report = self._exchange(self._accumulate(step, batch, supervised))
-        self.requested = report.request
-        decision = decide(report.bad_layer, report.loss, dtype=self.config.model.dtype, step=step)
-        if decision == "update":
-            self.pruner.observe(step)
+        tokens = self.samples.count_tokens(batch)
+        with self.pruner.watching(step, tokens):
+            report = self._exchange(self._accumulate(step, batch, supervised))
+            self.requested = report.request
+            decision = decide(report.bad_layer, report.loss, dtype=self.config.model.dtype, step=step)
+            if decision == "update":
+                self.pruner.observe(step)
         self.engine.step()
         seconds = time.perf_counter() - began
-        tokens = self.samples.count_tokens(batch)
         norm = None if decision == "skip" else self.engine.get_global_grad_norm()
         return StepRecord(
             step=step,
@@ -102,12 +103,14 @@ class Trainer:
             seed_draws(self.config.seed, step, i, store.rank)
             input_ids = self.samples.input_ids[indices].long().to(store.device)
             labels = self.samples.labels[indices].long().to(store.device)
-            loss = token_loss_sum(self.engine(input_ids=input_ids).logits, labels)
+            with self.pruner.forward(self.samples.real_tokens(indices)):
+                logits = self.engine(input_ids=input_ids).logits
+            loss = token_loss_sum(logits, labels)
             fail_point("forward")
             total += loss.item()
             self.engine.backward(loss * (store.world_size / supervised), scale_wrt_gas=False)
             fail_point("backward")
-            del loss  # a live graph remembers the shapes before a cut
+            del loss, logits  # a live graph remembers the shapes before a cut
             if i < len(micro_batches) - 1:
                 self.engine.step()  # not a boundary: only counts the micro-batch
         return total
