@@ -170,6 +170,7 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
     gradient_checkpointing: bool = False
+    loss_chunk_tokens: int | None = None  # tokens whose logits are held at once; None: as many as make 256 MiB in fp32
 
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "micro_batch_size"):
@@ -182,6 +183,10 @@ class TrainConfig:
         require((self.steps is None) != (self.epochs is None), "give exactly one of train.steps and train.epochs")
         require(self.steps is None or self.steps >= 1, f"train.steps must be at least 1; got {self.steps}")
         require(self.epochs is None or self.epochs > 0, f"train.epochs must be positive; got {self.epochs}")
+        require(
+            self.loss_chunk_tokens is None or self.loss_chunk_tokens >= 1,
+            f"train.loss_chunk_tokens must be at least 1; got {self.loss_chunk_tokens}",
+        )
         require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}")
         _one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULERS)
         require(self.warmup_steps >= 0, f"train.warmup_steps must not be negative; got {self.warmup_steps}")

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from loraprune_ds.evaluate.candidates import Candidate, Plan, check_candidates
 from loraprune_ds.evaluate.cost import Cost, count_cost
 from loraprune_ds.evaluate.models import Source, load_model
-from loraprune_ds.evaluate.perplexity import Forward, Perplexity, measure_batches
+from loraprune_ds.evaluate.perplexity import Losses, Perplexity, measure_batches
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.zeroshot import run_tasks
 from loraprune_ds.model.exported_config import DEFAULT_SLIDING_WINDOW
+from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES, accelerator
 from loraprune_ds.zero.engine import build_inference_engine
@@ -79,15 +80,16 @@ def _measure_quality(
         return _Quality()
     device = torch.device(accelerator().current_device_name())
     if plan.sharded:
-        return _Quality(_measure_perplexity(_sharded_forward(candidate), candidate, comm, device, watch))
+        return _Quality(_measure_perplexity(_sharded_losses(candidate), candidate, comm, device, watch))
     model = comm.together(lambda: load_model(candidate.source, candidate.dtype, device))
     if plan.speed:
         keep.append(model)
 
-    def forward(input_ids: Tensor) -> Tensor:
-        return model(input_ids=input_ids, use_cache=False).logits
+    def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
+        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        return token_losses(hidden, model.get_output_embeddings().weight, labels)
 
-    perplexity = _measure_perplexity(forward, candidate, comm, device, watch) if candidate.batches else None
+    perplexity = _measure_perplexity(losses, candidate, comm, device, watch) if candidate.batches else None
     if not plan.tasks:
         return _Quality(perplexity)
     ranks = {"rank": comm.rank, "world_size": comm.world_size}
@@ -95,10 +97,10 @@ def _measure_quality(
 
 
 def _measure_perplexity(
-    forward: Forward, candidate: Candidate, comm: Communicator, device: torch.device, watch: Watch
+    losses: Losses, candidate: Candidate, comm: Communicator, device: torch.device, watch: Watch
 ) -> Perplexity:
     return measure_batches(
-        forward,
+        losses,
         candidate.batches,
         device=device,
         rank=comm.rank,
@@ -108,7 +110,7 @@ def _measure_perplexity(
     )
 
 
-def _sharded_forward(candidate: Candidate) -> Forward:
+def _sharded_losses(candidate: Candidate) -> Losses:
     """The model born sharded over all ranks; nothing above one layer or the embedding is ever whole on one."""
     gc.collect()  # the engine of the model before, which has cycles
     ds_config = {
@@ -118,7 +120,7 @@ def _sharded_forward(candidate: Candidate) -> Forward:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     engine = build_inference_engine(candidate.source.checkpoint, "sdpa", candidate.dtype, ds_config)
-    return lambda input_ids: engine(input_ids=input_ids).logits
+    return lambda input_ids, labels: engine(input_ids=input_ids, labels=labels)
 
 
 def _describe(candidate: Candidate, window: int, dense: int | None, quality: _Quality, speed: Speed | None) -> Measured:

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.token_loss import IGNORE_INDEX
 
 CHARACTERS_PER_TOKEN = 32  # far more than any tokenizer reaches on prose
-Forward = Callable[[Tensor], Tensor]  # input_ids (batch, length) -> logits (batch, length, vocabulary)
+# (input_ids, labels), both (batch, length) -> fp32 token losses (batch, length - 1), 0 where the label is IGNORE_INDEX
+Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def sliding_batches(
 
 
 def measure_perplexity(
-    forward: Forward,
+    losses: Losses,
     windows: Tensor,
     batch_size: int,
     *,
@@ -108,13 +110,13 @@ def measure_perplexity(
     """Of fixed windows (count, window); see `measure_batches`."""
     batches = fixed_batches(windows, batch_size)
     return measure_batches(
-        forward, batches, device=device, rank=rank, world_size=world_size, sum_over_ranks=sum_over_ranks
+        losses, batches, device=device, rank=rank, world_size=world_size, sum_over_ranks=sum_over_ranks
     )
 
 
 @torch.no_grad()
 def measure_batches(
-    forward: Forward,
+    losses: Losses,
     batches: list[Batch],
     *,
     device: torch.device,
@@ -125,7 +127,7 @@ def measure_batches(
 ) -> Perplexity:
     """The same number on any number of ranks: each takes every W-th batch.
 
-    All ranks run `forward` equally often, since a sharded model gathers its weights in it; a rank that is out of
+    All ranks run `losses` equally often, since a sharded model gathers its weights in it; a rank that is out of
     batches repeats the first one and does not count it. `watch` goes through the rounds, to show how far they are.
     """
     total = torch.zeros(1, dtype=torch.float64, device=device)
@@ -133,19 +135,11 @@ def measure_batches(
         mine = round_start + rank
         batch = batches[mine if mine < len(batches) else 0]
         input_ids = batch.input_ids.to(device)
-        nll = negative_log_likelihood(forward(input_ids), input_ids, batch.predicted)
+        labels = input_ids.clone()
+        labels[:, : -batch.predicted] = IGNORE_INDEX
+        found = losses(input_ids, labels).double().sum()
         if mine < len(batches):
-            total += nll
+            total += found
     tokens = sum(len(batch.input_ids) * batch.predicted for batch in batches)
     mean = sum_over_ranks(total).item() / tokens
     return Perplexity(math.exp(min(mean, 700.0)), tokens, sum(len(batch.input_ids) for batch in batches))
-
-
-def negative_log_likelihood(logits: Tensor, input_ids: Tensor, predicted: int) -> Tensor:
-    """Sum over the last `predicted` tokens of every row, in float64: a scalar."""
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    first = input_ids.shape[1] - predicted
-    for row_logits, row in zip(logits, input_ids, strict=True):  # one window at a time: fp32 logits are large
-        losses = torch.nn.functional.cross_entropy(row_logits[first - 1 : -1].float(), row[first:], reduction="none")
-        total += losses.double().sum()
-    return total

@@ -14,6 +14,7 @@ from loraprune_ds.model.checkpoint import Checkpoint
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
 from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
+from loraprune_ds.model.token_loss import with_token_losses
 
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 EMBEDDED = "embedded"
@@ -39,10 +40,13 @@ def locate_model(config: ModelConfig) -> Path:
         raise UserError(f"model.path: no folder {config.path}, and not available from the hub: {reason}") from None
 
 
-def build_on_meta(checkpoint: Checkpoint, attn_implementation: str) -> PreTrainedModel:
+def build_on_meta(
+    checkpoint: Checkpoint, attn_implementation: str, loss_chunk_tokens: int | None = None
+) -> PreTrainedModel:
     """The modules of the checkpoint's model, every parameter on the meta device: shapes only, no memory.
 
-    Buffers that a checkpoint does not hold (rotary frequencies) are real.
+    Buffers that a checkpoint does not hold (rotary frequencies) are real. Told the labels, the model gives token losses
+    (token_loss.py), `loss_chunk_tokens` at a time.
     """
     config_class, model_class = {
         "llama": (LlamaConfig, None),
@@ -58,7 +62,7 @@ def build_on_meta(checkpoint: Checkpoint, attn_implementation: str) -> PreTraine
     decoder = model.get_submodule("model")
     rotary = decoder.get_submodule("rotary_emb")
     decoder.rotary_emb = type(rotary)(config=config)
-    return model
+    return with_token_losses(model, loss_chunk_tokens)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # what torch's cross_entropy skips
+from loraprune_ds.model.token_loss import IGNORE_INDEX
+
 WIDTH_MULTIPLE = 8  # matrix products are fastest at widths that tensor cores divide
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.train.data import IGNORE_INDEX, Ragged, Samples
+from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.train.data import Ragged, Samples
 
 PADDING_ID = 0  # every model has it, and nothing looks at it
 BATCH = 1000  # texts tokenised at a time

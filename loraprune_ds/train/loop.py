@@ -85,7 +85,7 @@ def measure(
     """Held-out perplexity on all ranks. Draws nothing and leaves no trace in the training state."""
     engine.eval()
     result = measure_perplexity(
-        lambda input_ids: engine(input_ids=input_ids).logits,
+        lambda input_ids, labels: engine(input_ids=input_ids, labels=labels),
         prepared.windows,
         config.evaluate.batch_size,
         device=engine.device,

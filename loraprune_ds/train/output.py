@@ -19,7 +19,7 @@ from loraprune_ds.train.status import Status, read_status, write_status
 CONFIG_FILE = "config.yaml"
 NOT_THE_RUN = ("logging", "output_dir")  # how and where a run is shown is not part of what it is
 # What a resumed run may change besides: how it is saved, and how a global batch is split.
-MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size")
+MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size", "train.loss_chunk_tokens")
 
 
 @dataclass(frozen=True)

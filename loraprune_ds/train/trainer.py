@@ -11,7 +11,6 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.faults import fail_point
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.train.data import SampleOrder, Samples, rank_micro_batches, supervised_tokens
-from loraprune_ds.train.loss import token_loss_sum
 from loraprune_ds.train.records import CutRecord, StepRecord
 from loraprune_ds.train.seeding import seed_draws
 from loraprune_ds.zero.loss_scale import decide
@@ -104,13 +103,12 @@ class Trainer:
             input_ids = self.samples.input_ids[indices].long().to(store.device)
             labels = self.samples.labels[indices].long().to(store.device)
             with self.pruner.forward(self.samples.real_tokens(indices)):
-                logits = self.engine(input_ids=input_ids).logits
-            loss = token_loss_sum(logits, labels)
+                loss = self.engine(input_ids=input_ids, labels=labels).sum()
             fail_point("forward")
             total += loss.item()
             self.engine.backward(loss * (store.world_size / supervised), scale_wrt_gas=False)
             fail_point("backward")
-            del loss, logits  # a live graph remembers the shapes before a cut
+            del loss  # a live graph remembers the shapes before a cut
             if i < len(micro_batches) - 1:
                 self.engine.step()  # not a boundary: only counts the micro-batch
         return total

@@ -100,7 +100,13 @@ def build_training_store(
 ) -> ShardedStore:
     """The sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
     with quiet_stdout():
-        model = _sharded_base(checkpoint, config.model.attn_implementation, config.model.dtype, ds_config)
+        model = _sharded_base(
+            checkpoint,
+            config.model.attn_implementation,
+            config.model.dtype,
+            ds_config,
+            config.train.loss_chunk_tokens,
+        )
         peft_model = add_lora(model, config.lora, config.seed)
         if config.model.adapter:
             load_adapter(peft_model, Path(config.model.adapter))
@@ -125,9 +131,15 @@ def build_inference_engine(
     return engine
 
 
-def _sharded_base(checkpoint: Checkpoint, attn_implementation: str, dtype: str, ds_config: dict[str, Any]) -> Any:
+def _sharded_base(
+    checkpoint: Checkpoint,
+    attn_implementation: str,
+    dtype: str,
+    ds_config: dict[str, Any],
+    loss_chunk_tokens: int | None = None,
+) -> Any:
     comm = Communicator()
-    model = build_on_meta(checkpoint, attn_implementation)
+    model = build_on_meta(checkpoint, attn_implementation, loss_chunk_tokens)
     shard_at_birth(
         model,
         checkpoint.read_flat,

@@ -40,6 +40,8 @@ class Job:
     micro_batch_size: int = 2
     max_grad_norm: float = 0.0
     gradient_checkpointing: bool = False
+    loss_chunk_tokens: int | None = None
+    deepspeed: str = "ds_configs/zero3.json"
     lora_dropout: float = 0.0
     learning_rate: float = 5e-3
     adam_epsilon: float = 1e-3
@@ -92,7 +94,7 @@ def build(job: Job) -> Trainer:
     config = RunConfig(
         output_dir="unused",
         seed=job.seed,
-        deepspeed="ds_configs/zero3.json",
+        deepspeed=job.deepspeed,
         model=ModelConfig(path=str(job.folder), dtype=job.dtype, adapter=str(job.adapter)),
         lora=LoraConfig(r=job.lora_r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout),
         prune=PruneConfig(**job.prune),
@@ -105,6 +107,7 @@ def build(job: Job) -> Trainer:
             lr_scheduler="constant",
             max_grad_norm=job.max_grad_norm,
             gradient_checkpointing=job.gradient_checkpointing,
+            loss_chunk_tokens=job.loss_chunk_tokens,
         ),
     )
     checkpoint = open_checkpoint(job.folder)
@@ -118,7 +121,11 @@ def build(job: Job) -> Trainer:
 
 def train(job: Job) -> Outcome:
     """The whole run, with what it left behind."""
-    trainer = build(job)
+    return run_steps(build(job), job)
+
+
+def run_steps(trainer: Trainer, job: Job) -> Outcome:
+    """All steps of a trainer that has made none yet."""
     store, pruner = trainer.store, trainer.pruner
     outcome = Outcome()
     for step in range(1, len(job.batches) + 1):

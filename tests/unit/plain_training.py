@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import LoraConfig, PruneConfig
@@ -16,7 +17,6 @@ from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Cut, Pruner
-from loraprune_ds.train.loss import token_loss_sum
 from loraprune_ds.zero.plain import PlainStore
 
 Batch = tuple[Tensor, Tensor]
@@ -78,7 +78,8 @@ class PlainRun:
         self.optimizer.zero_grad()
         supervised, total = int((batch[1][:, 1:] != -100).sum()), 0.0
         for ids, targets in zip(*(t.split(self.micro_batch_size) for t in batch), strict=True):
-            loss = token_loss_sum(self.model(input_ids=ids).logits, targets) / supervised
+            predictions = self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            loss = cross_entropy(predictions, targets[:, 1:].flatten(), reduction="sum") / supervised
             loss.backward()
             total += loss.item()
         self.losses.append(total)

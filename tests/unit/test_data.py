@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.train.data import IGNORE_INDEX, Ragged, SampleOrder, Samples, rank_micro_batches, supervised_tokens
+from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.train.data import Ragged, SampleOrder, Samples, rank_micro_batches, supervised_tokens
 
 PADDING = 0
 

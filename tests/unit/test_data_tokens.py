@@ -4,7 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from loraprune_ds.train.data import IGNORE_INDEX, Ragged, Samples, supervised_tokens
+from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.train.data import Ragged, Samples, supervised_tokens
 from loraprune_ds.train.data_tokens import BATCH, Instruction, make_instruction, mask_prompts, pack_documents
 from tests.unit.test_data import numbers
 

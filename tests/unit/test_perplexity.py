@@ -47,6 +47,16 @@ def forward(model: Any) -> Any:
     return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
 
 
+def losses_of(forward: Any) -> Any:
+    """What `measure_batches` asks of a model, from one that gives logits."""
+
+    def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
+        logits = forward(input_ids)[:, :-1].float()
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+
+    return losses
+
+
 def token_ids(count: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
 
@@ -73,7 +83,7 @@ def over_ranks(forward: Any, batches: list[Batch], world_size: int) -> list[Perp
             return forward(input_ids)
 
         settings = {"device": CPU, "rank": rank, "world_size": world_size}
-        return measure_batches(counted, batches, sum_over_ranks=reduce, **settings)
+        return measure_batches(losses_of(counted), batches, sum_over_ranks=reduce, **settings)
 
     for rank in range(world_size):
         measure(rank, lambda values: parts.append(values.clone()) or values)
@@ -87,7 +97,7 @@ def test_it_is_the_straightforward_mean(forward: Any) -> None:
     windows = token_ids(7 * 24).view(7, 24)
     expected = slow_perplexity(forward, list(windows), [1] * 7)
     assert expected > 5  # not a number that anything would give
-    found = measure_perplexity(forward, windows, 3, device=CPU)
+    found = measure_perplexity(losses_of(forward), windows, 3, device=CPU)
     assert found.perplexity == pytest.approx(expected, rel=1e-6)
     assert (found.tokens, found.windows) == (7 * 23, 7)
 
@@ -96,7 +106,7 @@ def test_it_is_the_straightforward_mean(forward: Any) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_neither_batch_size_nor_ranks_matter(forward: Any, batch_size: int, world_size: int) -> None:
     windows = token_ids(7 * 16).view(7, 16)
-    one = measure_perplexity(forward, windows, 7, device=CPU)
+    one = measure_perplexity(losses_of(forward), windows, 7, device=CPU)
     for found in over_ranks(forward, fixed_batches(windows, batch_size), world_size):
         assert found.perplexity == pytest.approx(one.perplexity, rel=1e-6)
         assert (found.tokens, found.windows) == (one.tokens, one.windows)
@@ -105,8 +115,10 @@ def test_neither_batch_size_nor_ranks_matter(forward: Any, batch_size: int, worl
 def test_a_mean_of_the_batches_means_is_another_number(forward: Any) -> None:
     """The last batch is smaller: it must not weigh as much as the others."""
     windows = token_ids(5 * 16).view(5, 16)
-    means = [math.log(measure_perplexity(forward, part, 4, device=CPU).perplexity) for part in windows.split(4)]
-    expected = measure_perplexity(forward, windows, 4, device=CPU).perplexity
+    means = [
+        math.log(measure_perplexity(losses_of(forward), part, 4, device=CPU).perplexity) for part in windows.split(4)
+    ]
+    expected = measure_perplexity(losses_of(forward), windows, 4, device=CPU).perplexity
     assert abs(math.exp(sum(means) / 2) / expected - 1) > 1e-3
 
 
@@ -131,7 +143,7 @@ def test_sliding_predicts_every_token_once_with_the_longest_context(forward: Any
         windows.append(ids[start : start + 16])
         first.append(counted - start)
         counted = min(start + 16, tokens)
-    found = measure_batches(forward, sliding_batches(ids, 16, stride, None, 3), device=CPU)
+    found = measure_batches(losses_of(forward), sliding_batches(ids, 16, stride, None, 3), device=CPU)
     assert found.perplexity == pytest.approx(slow_perplexity(forward, windows, first), rel=1e-6)
     assert (found.tokens, found.windows) == (tokens - 1, len(windows))
 
@@ -140,7 +152,7 @@ def test_sliding_windows_can_be_limited_and_spread_over_ranks(forward: Any) -> N
     ids = token_ids(60)
     limited = sliding_batches(ids, 16, 8, 3, 2)
     assert sum(len(batch.input_ids) for batch in limited) == 3
-    expected = measure_batches(forward, sliding_batches(ids[:32], 16, 8, None, 2), device=CPU)
+    expected = measure_batches(losses_of(forward), sliding_batches(ids[:32], 16, 8, None, 2), device=CPU)
     for found in over_ranks(forward, limited, 3):
         assert found == Perplexity(pytest.approx(expected.perplexity, rel=1e-6), 31, 3)  # type: ignore[arg-type]
 
@@ -206,14 +218,14 @@ def test_a_hopeless_model_has_a_large_finite_perplexity_and_a_broken_one_none() 
 
         return forward
 
-    assert measure_perplexity(certain(1e4), windows, 1, device=CPU).perplexity == math.exp(700)
-    assert math.isnan(measure_perplexity(certain(math.nan), windows, 1, device=CPU).perplexity)
+    assert measure_perplexity(losses_of(certain(1e4)), windows, 1, device=CPU).perplexity == math.exp(700)
+    assert math.isnan(measure_perplexity(losses_of(certain(math.nan)), windows, 1, device=CPU).perplexity)
 
 
 def test_low_precision_logits_are_summed_in_fp64() -> None:
     windows = token_ids(64 * 32).view(64, 32)
     logits = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found = measure_perplexity(lambda ids: logits[ids], windows, 8, device=CPU).perplexity
+    found = measure_perplexity(losses_of(lambda ids: logits[ids]), windows, 8, device=CPU).perplexity
     assert found == pytest.approx(slow_perplexity(lambda ids: logits[ids], list(windows), [1] * 64), rel=1e-6)
 
 
@@ -224,6 +236,6 @@ def test_measuring_builds_no_graph(model: Any) -> None:
         seen.append(model(input_ids=input_ids).logits.requires_grad)
         return torch.zeros(*input_ids.shape, VOCAB)
 
-    found = measure_perplexity(forward, token_ids(32).view(2, 16), 1, device=CPU)
+    found = measure_perplexity(losses_of(forward), token_ids(32).view(2, 16), 1, device=CPU)
     assert seen == [False, False]
     assert found.perplexity == pytest.approx(VOCAB)

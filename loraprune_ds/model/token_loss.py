@@ -1,0 +1,107 @@
+"""Cross-entropy of every token, a chunk of tokens at a time: the logits of a whole batch are never held.
+
+With a vocabulary of 128,000 and 4,096 tokens the fp32 logits alone are 2 GB, and their gradient as much again. Here the
+head computes them chunk by chunk, and with them, while they are there, the gradient of each loss with respect to its
+hidden state; backward only scales that. So the logits are computed once, and the frozen head is gathered once.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entropy
+LOGITS_AT_ONCE = 1 << 26  # fp32 elements of a chunk: 256 MiB, and still rows enough to keep a GPU's matrix units busy
+
+
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int | None = None) -> Tensor:
+    """Next-token cross-entropies in fp32, (batch, window - 1); 0 where a token is not supervised.
+
+    Only supervised tokens reach the head. Differentiable with respect to `hidden`, once; the head is frozen.
+
+    Args:
+        hidden: (batch, window, hidden_size), what the decoder's last norm gives.
+        weight: (vocabulary, hidden_size) of the head, whole.
+        labels: (batch, window), IGNORE_INDEX where a token is not supervised; position t predicts label t + 1.
+        chunk_tokens: tokens whose logits are held at once; None: as many as make LOGITS_AT_ONCE.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    chunk = chunk_tokens or max(1, LOGITS_AT_ONCE // len(weight))
+    losses: Any = _ChunkedLosses.apply(hidden[:, :-1][supervised], weight, targets[supervised], chunk)
+    return torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device).masked_scatter(supervised, losses)
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    """(tokens, hidden_size), (vocabulary, hidden_size), (tokens,) -> (tokens,) fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        assert not ctx.needs_input_grad[1], "the head is frozen: no gradient of it is computed"
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            losses[rows], probabilities = _softmax(hidden[rows] @ weight.t(), labels[rows, None])
+            if gradient is not None:
+                probabilities.scatter_add_(1, labels[rows, None], torch.full_like(probabilities[:, :1], -1))
+                gradient[rows] = probabilities.to(weight.dtype) @ weight
+            del probabilities  # before the next chunk's are made
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None
+
+
+def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropies (tokens,), probabilities (tokens, vocabulary)), both fp32, in one buffer; uses up `logits`."""
+    logits = logits.float()
+    largest = logits.amax(1, keepdim=True)
+    label_logits = logits.gather(1, labels)
+    exponentials = logits.sub_(largest).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    return (total.log() + largest - label_logits)[:, 0], exponentials.div_(total)
+
+
+class LossHead(nn.Linear):
+    """A head that gives token losses when it is told the labels, logits otherwise.
+
+    The loss is computed inside this module's forward because that is where ZeRO-3 has its weight gathered.
+    """
+
+    def __init__(self, head: nn.Linear, chunk_tokens: int | None) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
+        self.weight = head.weight  # the same parameter, which may be the embedding's
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(input)
+        return token_losses(input, self.weight, labels, self.chunk_tokens)
+
+
+class TokenLosses:
+    """Before a stock causal LM among the bases of a class: its forward gives token losses if it is told the labels."""
+
+    model: nn.Module
+    lm_head: nn.Module
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **settings: Any) -> Any:
+        """Labels (batch, window) -> (batch, window - 1) fp32; without labels what the stock model gives."""
+        if labels is None:
+            return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
+        return self.lm_head(self.model(input_ids=input_ids, use_cache=False).last_hidden_state, labels)
+
+
+def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:
+    """Makes `model(input_ids=…, labels=…)` give token losses; parameters and their names stay."""
+    model.lm_head = LossHead(cast(nn.Linear, model.get_submodule("lm_head")), chunk_tokens)
+    stock = type(model)
+    model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
+    return model

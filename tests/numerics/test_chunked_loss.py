@@ -1,0 +1,56 @@
+"""Logits in chunks of a few tokens, with activations computed twice, change no loss, no score and no perplexity.
+
+`test_sharded_equals_dense.py` holds the package against an oracle that computes all logits at once with torch's
+cross_entropy; there a chunk holds the whole batch. Products of other heights add up in another order, 6e-8 a term, so
+the tolerance here is that test's.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from loraprune_ds.evaluate.perplexity import measure_perplexity
+from tests.numerics.driver import Job, Outcome, build, run_steps, write_adapter
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("chunks")
+    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 45, "tie": request.param}
+    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, **sizes)
+    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
+    batches = make_batches(steps=3, samples=12, tokens=16, vocab=97, seed=3)
+    prune = {"ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "cooldown_fraction": 0.3}
+    return Job(model, adapter, batches, prune, max_grad_norm=0.5)
+
+
+def train_and_measure(job: Job) -> tuple[Outcome, float]:
+    trainer = build(job)
+    outcome = run_steps(trainer, job)
+    engine, comm = trainer.engine, trainer.store.comm
+    engine.eval()
+    windows = torch.cat([ids for ids, _ in job.batches])[:7]
+    ranks = {"rank": comm.rank, "world_size": comm.world_size, "sum_over_ranks": comm.all_reduce}
+    settings = {"device": engine.device, **ranks}
+    measured = measure_perplexity(lambda ids, labels: engine(input_ids=ids, labels=labels), windows, 2, **settings)
+    return outcome, measured.perplexity
+
+
+def test_a_loss_in_chunks(ranks: RankPool, job: Job) -> None:
+    whole, perplexity = ranks.run(2, train_and_measure, job)[0]
+    chunked, found = ranks.run(2, train_and_measure, replace(job, loss_chunk_tokens=5, gradient_checkpointing=True))[0]
+    assert whole.cut_steps
+    assert chunked.kept == whole.kept
+    assert chunked.losses == pytest.approx(whole.losses, abs=TOLERANCE)
+    for averages, expected in zip(chunked.averages, whole.averages, strict=True):
+        for ours, theirs in zip(averages, expected, strict=True):
+            assert all(((a - b).abs() / b.abs()).max() < TOLERANCE for a, b in zip(ours, theirs, strict=True))
+    for name, master in whole.masters.items():
+        assert (chunked.masters[name] - master).abs().max() < TOLERANCE, name
+    assert found == pytest.approx(perplexity, rel=TOLERANCE)

@@ -1,0 +1,158 @@
+"""Token losses chunk by chunk against torch's cross_entropy on all logits at once, and what is never held."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from loraprune_ds.model import token_loss
+from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, token_losses, with_token_losses
+from tests.oracle.models import make_tiny_llama
+
+BATCH, WINDOW, HIDDEN, VOCAB = 3, 17, 24, 131
+CHUNKS = [1, 5, 16, 48, None]
+
+
+def material(dtype: torch.dtype = torch.float32, *, supervised: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden, weight, labels); logits spread by about 3."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(BATCH, WINDOW, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(VOCAB, HIDDEN, generator=generator) * 3 / math.sqrt(HIDDEN)).to(dtype)
+    labels = torch.randint(VOCAB, (BATCH, WINDOW), generator=generator)
+    labels[torch.rand(BATCH, WINDOW, generator=generator) > supervised] = IGNORE_INDEX
+    return hidden, weight, labels
+
+
+def straightforward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """In fp64, from the same numbers."""
+    logits = hidden[:, :-1].double() @ weight.double().t()
+    return cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def gradient_of(losses: Tensor, hidden: Tensor, upstream: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad((losses * upstream).sum(), hidden)
+    return found
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    """Relative to the largest: an element of a loss or a gradient can be zero but for rounding."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-6),  # sums of 24 and of 131 terms, each rounded to 6e-8
+        # Logits come out of the head in bf16, so 2**-9 of up to 10; the unchunked loss of a bf16 model is as far away.
+        (torch.bfloat16, 1e-2),
+    ],
+)
+def test_losses_and_gradients(chunk: int | None, dtype: torch.dtype, tolerance: float) -> None:
+    hidden, weight, labels = material(dtype)
+    upstream = torch.rand(BATCH, WINDOW - 1, generator=torch.Generator().manual_seed(1))
+    found, expected = token_losses(hidden, weight, labels, chunk), straightforward(hidden, weight, labels)
+    assert found.dtype == torch.float32
+    assert worst(found, expected) < tolerance
+    gradient = gradient_of(found, hidden, upstream)
+    assert gradient.dtype == dtype
+    assert worst(gradient, gradient_of(expected, hidden, upstream)) < tolerance
+
+
+def test_bf16_is_as_good_as_without_chunks() -> None:
+    """The gradient is rounded to bf16 once more than autograd's: it may be off by a half more, not by a multiple."""
+    hidden, weight, labels = material(torch.bfloat16)
+    upstream = torch.rand(BATCH, WINDOW - 1, generator=torch.Generator().manual_seed(1))
+    exact = gradient_of(straightforward(hidden, weight, labels), hidden, upstream)
+    logits = (hidden[:, :-1] @ weight.t()).float()
+    usual = cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none")
+    chunked = token_losses(hidden, weight, labels, 5)
+    assert worst(gradient_of(chunked, hidden, upstream), exact) < 1.5 * worst(
+        gradient_of(usual, hidden, upstream), exact
+    )
+
+
+def test_a_batch_without_a_supervised_token() -> None:
+    """A rank can have one; its backward must still run, for the others wait in its gathers."""
+    hidden, weight, labels = material()
+    losses = token_losses(hidden, weight, torch.full_like(labels, IGNORE_INDEX))
+    assert torch.equal(losses, torch.zeros(BATCH, WINDOW - 1))
+    assert torch.equal(gradient_of(losses, hidden, torch.ones(BATCH, WINDOW - 1)), torch.zeros_like(hidden))
+
+
+def test_hopeless_and_broken_logits() -> None:
+    hidden, weight, labels = material(supervised=1)
+    losses = token_losses(hidden * 1e4, weight, labels)
+    assert torch.isfinite(losses).all()
+    assert losses.max() > 1e4
+    with torch.no_grad():
+        hidden[1, 3, 5] = torch.nan
+    assert token_losses(hidden, weight, labels, 5).isnan().nonzero().tolist() == [[1, 3]]
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor) and tensor.data_ptr() not in self.given:
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {tensor.data_ptr() for tensor in given}  # views of these are no new memory
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_no_more_logits_than_a_chunk_are_ever_held(chunk: int) -> None:
+    hidden, weight, labels = material(supervised=1)
+    with _Largest(weight) as largest:
+        token_losses(hidden, weight, labels, chunk).sum().backward()
+    assert largest.numel == max(chunk * VOCAB, hidden.numel())
+    assert largest.numel < BATCH * (WINDOW - 1) * VOCAB
+
+
+def test_the_automatic_chunk_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = material(supervised=1)
+    for at_once, rows in ((20 * VOCAB + 3, 20), (10 * VOCAB, 10), (VOCAB - 1, 1)):
+        monkeypatch.setattr(token_loss, "LOGITS_AT_ONCE", at_once)
+        with _Largest(weight) as largest, torch.no_grad():
+            token_losses(hidden, weight, labels)
+        assert largest.numel == max(rows * VOCAB, BATCH * (WINDOW - 1) * HIDDEN)
+
+
+def test_a_head_that_trains_is_refused() -> None:
+    hidden, weight, labels = material()
+    with pytest.raises(AssertionError, match="the head is frozen"):
+        token_losses(hidden, weight.requires_grad_(), labels)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie": True}, {"model_type": "mistral"}], ids=str)
+def test_a_model_told_the_labels(tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = make_tiny_llama(
+        tmp_path, heads=4, kv_heads=2, head_dim=8, hidden=32, ffn=48, layers=2, vocab=97, seed=1, **settings
+    )
+    stock, model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    names = [name for name, _ in model.named_parameters()]
+    model = with_token_losses(model, chunk_tokens=7).requires_grad_(False)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert isinstance(model.lm_head, LossHead)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == bool(settings.get("tie"))
+    ids = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = stock(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, logits)
+        losses = model(input_ids=ids, labels=ids)
+    expected = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
