@@ -161,7 +161,9 @@ class TrainConfig:
     micro_batch_size: int = 2
     steps: int | None = None
     epochs: float | None = None
+    recovery_steps: int = 0  # that follow `steps`, in which nothing is cut any more
     learning_rate: float = 1e-4
+    recovery_learning_rate: float | None = None  # at the start of the recovery; None: as learning_rate
     lr_scheduler: str = "linear"
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -170,6 +172,8 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
     gradient_checkpointing: bool = False
+    distill_weight: float = 0.0  # w of the loss (1 - w) * cross-entropy + w * KL(uncut model || model); 0: off
+    distill_top_k: int | None = None  # of the uncut model's logits that are kept; None: its final hidden states, exact
     loss_chunk_tokens: int | None = None  # tokens whose logits are held at once; None: as many as make 256 MiB in fp32
 
     def __post_init__(self) -> None:
@@ -188,11 +192,20 @@ class TrainConfig:
             f"train.loss_chunk_tokens must be at least 1; got {self.loss_chunk_tokens}",
         )
         require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}")
+        require(self.recovery_steps >= 0, f"train.recovery_steps must not be negative; got {self.recovery_steps}")
+        rate = self.recovery_learning_rate
+        require(rate is None or rate > 0, f"train.recovery_learning_rate must be positive; got {rate}")
+        require(rate is None or self.recovery_steps > 0, "train.recovery_learning_rate needs train.recovery_steps")
         _one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULERS)
         require(self.warmup_steps >= 0, f"train.warmup_steps must not be negative; got {self.warmup_steps}")
         for key in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, key) < 1, f"train.{key} must be in [0, 1); got {getattr(self, key)}")
         require(self.adam_epsilon > 0, f"train.adam_epsilon must be positive; got {self.adam_epsilon}")
+        require(0 <= self.distill_weight <= 1, f"train.distill_weight must be in [0, 1]; got {self.distill_weight}")
+        require(
+            self.distill_top_k is None or self.distill_top_k >= 1,
+            f"train.distill_top_k must be at least 1; got {self.distill_top_k}",
+        )
         for key in ("weight_decay", "max_grad_norm"):
             require(getattr(self, key) >= 0, f"train.{key} must not be negative; got {getattr(self, key)}")
 

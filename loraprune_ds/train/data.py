@@ -88,6 +88,15 @@ class Samples:
         width = self.input_ids[indices].shape[1]
         return None if bool((lengths == width).all()) else torch.arange(width) < lengths[:, None]
 
+    def supervised_counts(self) -> Tensor:
+        """(N,) int64: predictions of each sample that count."""
+        if not isinstance(self.labels, Ragged):
+            return (self.labels[:, 1:] != IGNORE_INDEX).sum(1)
+        starts = self.labels.starts
+        before = torch.zeros(len(self.labels.values) + 1, dtype=torch.int64)
+        before[1:] = (self.labels.values != IGNORE_INDEX).cumsum(0)
+        return before[starts[1:]] - before[torch.minimum(starts[:-1] + 1, starts[1:])]
+
     def largest_id(self) -> int:
         ids = self.input_ids.values if isinstance(self.input_ids, Ragged) else self.input_ids
         return int(ids.max())

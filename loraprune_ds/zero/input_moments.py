@@ -1,6 +1,6 @@
 """First or second moments of what enters o_proj and down_proj, measured in the forward passes of training itself."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -65,6 +65,19 @@ class InputMoments:
             rows = keep[site.layer].rows(self._store.shape, site.linear).to(value.device)
             value = value.index_select(0, rows)
             self.values[site] = value.index_select(1, rows) if self._second else value
+
+    def of_layer(self, layer: int) -> dict[str, Tensor]:
+        """The moments of one layer by linear; empty where this rank does not own it or nothing was measured."""
+        return {site.linear.name: value for site, value in self.values.items() if site.layer == layer}
+
+    def restore(self, read: Callable[[int], dict[str, Tensor]]) -> None:
+        """Goes on where a checkpoint left off; `read` gives what `of_layer` gave on whichever rank owned the layer."""
+        for layer in range(len(self._store.layers)):
+            if self._store.owner(layer) == self._store.rank:
+                found = read(layer)
+                for linear in INPUT_LINEARS:
+                    if linear.name in found:
+                        self.values[Site(layer, linear)] = found[linear.name].to(self._store.device)
 
     def clear(self) -> None:
         self.values.clear()

@@ -150,7 +150,11 @@ class ShardedStore:
             offload.param_numel_persistence_threshold, offload.model_persistence_threshold
         )
         offload.persistent_parameters = self.engine.optimizer.persistent_parameters = persistent
-        coordinator = offload.get_param_coordinator()
+        self.forget_trace()
+
+    def forget_trace(self) -> None:
+        """The order in which modules run, by which ZeRO-3 prefetches, is about to change: it is recorded again."""
+        coordinator = self.engine.optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
 

@@ -145,7 +145,7 @@ def test_weight_gradients_are_scored_piece_by_piece(monkeypatch: pytest.MonkeyPa
         weight, factors = random_linear(generator, shape, 2, 2.0)
         gradient = torch.randn(shape, generator=generator)
         expected = (gradient.double() * (weight.double() + 2 * factors.B.double() @ factors.A.double())).abs()
-        split = [(sharded_piece(w, world_size, r) for w in (weight, gradient)) for r in range(world_size)]
+        split = [[sharded_piece(w, world_size, r) for w in (weight, gradient)] for r in range(world_size)]
         sums = [score_piece(w, factors, ELEMENT_CRITERIA["gradient"], axis, g.flat) for w, g in split]
         assert close(torch.stack(sums).sum(0), expected.sum(1 - axis)), (shape, world_size, axis)
 
