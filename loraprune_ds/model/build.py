@@ -11,30 +11,41 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import Checkpoint
+from loraprune_ds.model.convert_bin import converted, needs_conversion
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
 from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
 from loraprune_ds.model.token_loss import with_token_losses
 
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+HUB_BIN_FILES = ["pytorch_model*.bin"]  # only where there are no safetensors
 EMBEDDED = "embedded"
 
 
 def locate_model(config: ModelConfig) -> Path:
     """The local folder of `model.path`: a folder, the embedded default, or a hub id, which is downloaded.
 
+    A `.bin` checkpoint is converted to safetensors first, which are in the user's cache.
+
     Raises:
-        UserError: it is none of these, or the hub cannot be reached.
+        UserError: it is none of these, the hub cannot be reached, or a `.bin` file is missing or damaged.
     """
     if config.path == EMBEDDED:
         return embedded_model_dir()
     folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
-        raise UserError(f"model.path: folder {config.path} does not exist")
+    if not folder.is_dir():
+        if folder.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
+            raise UserError(f"model.path: folder {config.path} does not exist")
+        folder = _download(config)
+    return converted(folder) if needs_conversion(folder) else folder
+
+
+def _download(config: ModelConfig) -> Path:
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_BIN_FILES)
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path: no folder {config.path}, and not available from the hub: {reason}") from None

@@ -13,7 +13,9 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import LINEARS, ModelShape, shape_from_config
 
+SHARDS = "model-*-of-*.safetensors"
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the piece itself
+IGNORED = (".rotary_emb.inv_freq", "lm_head.weight")  # computed anew; a tied head, which is the embedding
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; an 8-bit weight means nothing without its scales
 
 
@@ -79,14 +81,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads config.json and the headers of all safetensors files; no weight is read.
 
     Raises:
-        UserError: not a supported checkpoint, a missing or damaged file, a missing tensor, a tensor whose shape
-            contradicts config.json, or a quantized one.
+        UserError: not a supported checkpoint, a missing, surplus or damaged file, a missing or surplus tensor, one
+            whose shape contradicts config.json, or a quantized one.
     """
     config = read_json(folder / "config.json")
     shape = shape_from_config(config, str(folder))
     headers = _read_headers(folder)
-    files = {}
-    for name, expected in parameter_shapes(shape).items():
+    files, shapes = {}, parameter_shapes(shape)
+    for name, expected in shapes.items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
         found, dtype, files[name] = headers[name]
@@ -94,6 +96,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise UserError(f"{files[name]}: {name} has shape {list(found)}; config.json says {list(expected)}")
         if dtype not in FLOAT_TYPES:
             raise UserError(f"{files[name]}: {name} is stored as {dtype}; quantized weights cannot be pruned")
+    for name, (_, _, path) in headers.items():
+        if name not in shapes and not name.endswith(IGNORED):
+            raise UserError(f"{path}: {name} has no place in the model that config.json describes")
     return Checkpoint(folder, config, shape, files)
 
 
@@ -148,9 +153,8 @@ def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
     else:
         names = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name != "adapter_model.safetensors"]
     if not names:
-        hint = " (.bin checkpoints must be saved as safetensors first)" if any(folder.glob("*.bin")) else ""
-        raise UserError(f"{folder} has no safetensors files{hint}")
-    headers = {}
+        raise UserError(f"{folder} has no safetensors files")
+    headers: dict[str, tuple[tuple[int, ...], str, Path]] = {}
     for path in (folder / name for name in names):
         if not path.is_file():
             raise UserError(f"{path} is missing; {index.name} names it")
@@ -158,7 +162,11 @@ def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     view = file.get_slice(name)
+                    if name in headers:
+                        raise UserError(f"{path}: {name} is in {headers[name][2].name}, too")
                     headers[name] = tuple(view.get_shape()), view.get_dtype(), path
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
+    if surplus := sorted(path for path in folder.glob(SHARDS) if path.name not in names):
+        raise UserError(f"{surplus[0]} is one shard too many; {index.name} does not name it")
     return headers

@@ -73,7 +73,9 @@ def distilled_losses(
         labels: (tokens,).
         chunk_tokens: tokens whose logits are held at once; None: as many as make LOGITS_AT_ONCE.
     """
-    losses: Any = _DistilledLosses.apply(hidden, weight, labels, distillation, _chunk(weight, chunk_tokens))
+    differentiate = torch.is_grad_enabled() and hidden.requires_grad
+    chunk = _chunk(weight, chunk_tokens)
+    losses: Any = _DistilledLosses.apply(hidden, weight, labels, distillation, chunk, differentiate)
     return losses
 
 
@@ -84,12 +86,17 @@ def _chunk(weight: Tensor, chunk_tokens: int | None) -> int:
 class _DistilledLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, distillation: Distillation, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        distillation: Distillation,
+        chunk: int,
+        differentiate: bool,
     ) -> Tensor:
-        assert not ctx.needs_input_grad[1], "the head is frozen: no gradient of it is computed"
         w = distillation.weight
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        gradient = torch.empty_like(hidden) if differentiate else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             log_probs = (hidden[rows] @ weight.t()).float().log_softmax(1)
@@ -106,9 +113,9 @@ class _DistilledLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None, None
+        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None, None, None
 
 
 def _target(

@@ -9,9 +9,7 @@ does that ahead of a run.
 import importlib.metadata
 import json
 import logging
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.cache import make_once, user_cache
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -53,19 +52,14 @@ def embedded_model_dir() -> Path:
     Raises:
         UserError: the package or `gguf` is not installed, or the cache cannot be written or is incomplete.
     """
-    folder = _cache_dir() / FOLDER
+    folder = user_cache() / FOLDER
     if folder.exists():
         if missing := [name for name in FILES if not (folder / name).is_file()]:
             raise UserError(f"{folder} has no {missing[0]}; delete the folder, and it is made again")
         return folder
     source = _gguf_path()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-            made = Path(scratch) / "model"
-            made.mkdir()
-            _convert(source, made)
-            _publish(made, folder)
+        make_once(folder, lambda made: _convert(source, made))
     except OSError as error:
         raise UserError(f"the embedded model cannot be written to {folder}: {error}") from None
     return folder
@@ -78,12 +72,6 @@ def embedded_text() -> list[str]:
     return [topics[topic] for topic in sorted(topics)]
 
 
-def _cache_dir() -> Path:
-    """The base directory the XDG specification names; a relative value is to be ignored."""
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return configured if configured.is_absolute() else Path.home() / ".cache"
-
-
 def _gguf_path() -> Path:
     try:
         importlib.metadata.version("gguf")
@@ -94,15 +82,6 @@ def _gguf_path() -> Path:
         if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
             return path
     raise UserError(f"the package {PACKAGE} holds no GGUF file; install it anew: {INSTALL}")
-
-
-def _publish(made: Path, folder: Path) -> None:
-    try:
-        made.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        # Another process was faster and its folder is the same.
 
 
 def _convert(source: Path, folder: Path) -> None:

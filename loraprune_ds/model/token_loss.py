@@ -40,9 +40,11 @@ def token_losses(
     supervised = targets != IGNORE_INDEX
     chunk = chunk_tokens or max(1, LOGITS_AT_ONCE // len(weight))
     rows, wanted = hidden[:, :-1][supervised], targets[supervised]
+    differentiate = torch.is_grad_enabled() and hidden.requires_grad
+    assert not (differentiate and weight.requires_grad), "the head is frozen: no gradient of it is computed"
     losses: Any
     if distillation is None:
-        losses = _ChunkedLosses.apply(rows, weight, wanted, chunk)
+        losses = _ChunkedLosses.apply(rows, weight, wanted, chunk, differentiate)
     else:
         losses = distilled_losses(rows, weight, wanted, distillation, chunk_tokens)
     return torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device).masked_scatter(supervised, losses)
@@ -52,10 +54,9 @@ class _ChunkedLosses(torch.autograd.Function):
     """(tokens, hidden_size), (vocabulary, hidden_size), (tokens,) -> (tokens,) fp32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        assert not ctx.needs_input_grad[1], "the head is frozen: no gradient of it is computed"
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, differentiate: bool) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        gradient = torch.empty_like(hidden) if differentiate else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             losses[rows], probabilities = _softmax(hidden[rows] @ weight.t(), labels[rows, None])
@@ -68,9 +69,9 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None
+        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None, None
 
 
 def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

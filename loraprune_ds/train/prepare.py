@@ -53,7 +53,8 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
         UserError: something cannot be used; all ranks raise the same line.
     """
     # One rank per node downloads or converts, the others find it in the node's cache.
-    comm.together(lambda: locate_model(config.model) if is_first_on_node else None)
+    with comm.patient() as waiting:
+        waiting.together(lambda: locate_model(config.model) if is_first_on_node else None)
     prepared = comm.together(lambda: _prepare(config, comm.world_size))
     digests = comm.gather_objects(prepared.samples.digest())
     if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:

@@ -61,7 +61,7 @@ def collect_ends(store: "ShardedStore", owner: int) -> dict[str, Tensor]:
 def collect_tensor(store: "ShardedStore", parameter: Tensor, owner: int, piece: Tensor | None = None) -> Tensor | None:
     """A whole parameter (or its fp32 state, given as this rank's `piece`) on rank `owner`; None elsewhere."""
     local = parameter.ds_tensor if piece is None else piece  # type: ignore[attr-defined]
-    gathered = store.comm.gather_to(owner, local.detach())
+    gathered = store.comm.gather_to(owner, local.detach().to(store.device))  # from the host, if it is offloaded
     if gathered is None:
         return None
     shape = full_shape(parameter)

@@ -1,7 +1,9 @@
 """The collectives of pruning, with a count of what they send. Gathers of the training step are DeepSpeed's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,6 +14,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.zero.flat import partition_numel
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)
 
 
 @dataclass
@@ -134,6 +137,18 @@ class Communicator:
             rank, first = failed[0]
             raise first if rank == 0 else type(first)(f"rank {rank}: {first}")
         return cast(T, result)
+
+    @contextmanager
+    def patient(self) -> Iterator["Communicator"]:
+        """The same ranks, for what may take one of them hours while the others wait. Collective.
+
+        A collective of the usual group gives up after minutes: a download or a conversion would end the run.
+        """
+        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            yield Communicator(group)
+        finally:
+            torch.distributed.destroy_process_group(group)
 
     def barrier(self) -> None:
         dist.barrier(group=self.group)

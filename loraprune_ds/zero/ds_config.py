@@ -15,23 +15,40 @@ from loraprune_ds.model.shapes import LINEARS, ModelShape
 
 MAX_BUCKET = 50_000_000  # elements; a reduce bucket is allocated whole on every rank
 
-# Settings that cannot work with, or have not been tried under, a repartition on the live engine.
+# Settings that cannot work with a repartition on the live engine, or that the run config owns.
 REFUSED = {
     ("optimizer",): "the run config owns the optimizer (train.learning_rate, train.adam_*)",
     ("scheduler",): "the run config owns the schedule (train.lr_scheduler, train.warmup_steps)",
     ("torch_autocast",): "weights are kept in model.dtype; autocast is not supported",
     ("amp",): "weights are kept in model.dtype; apex is not supported",
     ("elasticity",): "the run config owns the batch sizes (train.global_batch_size, train.micro_batch_size)",
-    ("zero_optimization", "offload_optimizer"): "optimizer offload is not supported with repartition yet",
-    ("zero_optimization", "offload_param"): "parameter offload is not supported with repartition yet",
-    ("zero_optimization", "cpu_offload"): "optimizer offload is not supported with repartition yet",
-    ("zero_optimization", "cpu_offload_param"): "parameter offload is not supported with repartition yet",
+    ("zero_optimization", "cpu_offload"): "gone from DeepSpeed; write offload_optimizer: {device: cpu}",
+    ("zero_optimization", "cpu_offload_param"): "gone from DeepSpeed; write offload_param: {device: cpu}",
     ("zero_optimization", "zero_hpz_partition_size"): "hierarchical partitioning (hpZ) is not supported yet",
     ("zero_optimization", "mics_shard_size"): "MiCS is not supported, and gone from DeepSpeed",
     ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat pieces to repartition",
     ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be repartitioned",
     ("zero_optimization", "zero_quantized_gradients"): "scores need the LoRA gradients as they are",
     ("zero_optimization", "zenflow"): "ZenFlow is not supported",
+}
+# Of a setting that works, the values that do not.
+ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
+    ("zero_optimization", "offload_optimizer", "device"): (
+        ("none", "cpu"),
+        "masters and moments on NVMe are not in memory when they are cut; use cpu",
+    ),
+    ("zero_optimization", "offload_optimizer", "ratio"): (
+        (1,),
+        "a part of the optimizer on the host needs DeepSpeedCPUAdam beside a second optimizer; offload all of it",
+    ),
+    ("zero_optimization", "offload_optimizer", "super_offload"): (
+        (False,),
+        "SuperOffload has its own optimizer, whose state is not repartitioned",
+    ),
+    ("zero_optimization", "offload_param", "device"): (
+        ("none", "cpu"),
+        "weights on NVMe are not in memory when they are cut; use cpu",
+    ),
 }
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 NEUTRAL = {"zero_hpz_partition_size": 1}  # DeepSpeed's own default is no choice
@@ -73,6 +90,7 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
         ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
+        ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW on the host, too, when the optimizer is offloaded
         # Any LoRA gradient fits a bucket of one layer's LoRA; a larger bucket means fewer reduce-scatters.
         ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, config.lora.r),
         # Two of the largest linears: the next weights arrive while the present ones are used.
@@ -91,11 +109,20 @@ def _linear_sizes(shape: ModelShape) -> list[int]:
     return [out_features * in_features for out_features, in_features in shapes]
 
 
+def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    value: Any = raw
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def _refuse(path: Path, raw: dict[str, Any]) -> None:
+    for keys, (allowed, reason) in ONLY.items():
+        value = _look_up(raw, keys)
+        if value is not None and value not in allowed:
+            raise UserError(f"{path}: {'.'.join(keys)} {value}: {reason}")
     for keys, reason in REFUSED.items():
-        value: Any = raw
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
+        value = _look_up(raw, keys)
         off = value in (None, False, NEUTRAL.get(keys[-1]))
         if isinstance(value, dict):
             off = value.get("device") == "none" or value.get("enabled") is False

@@ -9,6 +9,7 @@ from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, f
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus as PieceStatus
 from torch import Tensor, nn
 
+from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.flat import owned_range, partition_numel
 
 ReadFlat = Callable[[str, int, int, torch.dtype], Tensor]
@@ -35,20 +36,24 @@ def shard_at_birth(
             if id(parameter) not in sharded:
                 start, end = owned_range(parameter.numel(), world_size, rank)
                 full_name = f"{module_name}.{name}" if module_name else name
-                piece = read_flat(full_name, start, end, dtype).to(init.local_device)
-                sharded[id(parameter)] = _zero_parameter(
-                    init, parameter.shape, pad(piece, parameter.numel(), world_size)
-                )
+                piece = pad(read_flat(full_name, start, end, dtype), parameter.numel(), world_size)
+                sharded[id(parameter)] = _zero_parameter(init, parameter.shape, piece)
             module._parameters[name] = sharded[id(parameter)]
 
 
 def _zero_parameter(init: Init, shape: torch.Size, piece: Tensor) -> nn.Parameter:
     # An expanded scalar has the whole tensor's shape and the memory of one element.
-    parameter = nn.Parameter(piece.new_empty(1).expand(shape), requires_grad=False)
+    parameter = nn.Parameter(piece.new_empty(1, device=init.local_device).expand(shape), requires_grad=False)
     init._convert_to_deepspeed_param(parameter)
     free_param(parameter)
-    install_piece(parameter, piece, tuple(shape))
+    # Where DeepSpeed would put it: this rank's device, or the host's memory under parameter offload.
+    _install(parameter, _at(piece, init.remote_device, pinned=init.pin_memory), tuple(shape))
     return parameter
+
+
+def _at(piece: Tensor, device: Any, *, pinned: bool) -> Tensor:
+    piece = piece.detach().to(device)
+    return accelerator().pin_memory(piece) if pinned else piece
 
 
 def pad(piece: Tensor, numel: int, world_size: int) -> Tensor:
@@ -58,14 +63,19 @@ def pad(piece: Tensor, numel: int, world_size: int) -> Tensor:
 
 
 def install_piece(parameter: nn.Parameter, piece: Tensor, shape: tuple[int, ...]) -> None:
-    """Makes `piece` (padded) this rank's partition of a parameter that now has `shape`.
+    """Makes `piece` (padded) this rank's partition of a parameter that now has `shape`, where the old piece was.
 
     Only while the parameter is partitioned and no module is using it.
     """
+    old: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    _install(parameter, _at(piece, old.device, pinned=old.is_pinned()), shape)
+
+
+def _install(parameter: nn.Parameter, piece: Tensor, shape: tuple[int, ...]) -> None:
     state: Any = parameter
     assert state.ds_status == ZeroParamStatus.NOT_AVAILABLE, "a gathered parameter cannot change its shape"
     assert not state.ds_active_sub_modules, "a parameter in use cannot change its shape"
-    tensor: Any = piece.detach()
+    tensor: Any = piece
     tensor.ds_numel = piece.numel()
     tensor.status = PieceStatus.AVAILABLE
     tensor.final_location = None
@@ -78,7 +88,7 @@ def install_piece(parameter: nn.Parameter, piece: Tensor, shape: tuple[int, ...]
 
 
 def owned_flat(parameter: Tensor) -> tuple[Tensor, int]:
-    """(this rank's real elements, padding cut off; their start in the flat tensor). A view, not a copy."""
+    """(this rank's real elements, padding cut off; their start in the flat tensor). A view, where the piece lies."""
     state: Any = parameter
     start, end = owned_range(state.ds_numel, state.ds_zero_partition_world_size, state.ds_zero_partition_rank)
     return state.ds_tensor.detach()[: end - start], start

@@ -81,7 +81,7 @@ ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (
         ("grad_partitions_flat_buffer",),
     ),
     (DeepSpeedZeRoOffload, "__init__", "DeepSpeedZeRoOffload", OFFLOAD_ATTRIBUTES),
-    (Init, "__init__", "Init", ("local_device",)),
+    (Init, "__init__", "Init", ("local_device", "remote_device", "pin_memory")),
     (Init, "_convert_to_deepspeed_param", "Parameter", PARAMETER_ATTRIBUTES),
 )
 

@@ -48,4 +48,6 @@ def rounds(sites: Sequence[Site], world_size: int) -> list[list[Site]]:
 
 def _install(store: "ShardedStore", parameter: Any, owner: int, whole: Tensor | None) -> None:
     flat = None if whole is None else whole.reshape(-1)
-    store.comm.scatter_from(owner, flat, parameter.ds_tensor)
+    piece = torch.empty_like(parameter.ds_tensor, device=store.device)
+    store.comm.scatter_from(owner, flat, piece)
+    parameter.ds_tensor.copy_(piece)  # on the host, if it is offloaded

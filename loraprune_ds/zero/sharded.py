@@ -22,7 +22,11 @@ from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Rewrite,
 
 
 class ShardedStore:
-    """A `WeightStore` over a DeepSpeed ZeRO-3 engine whose module is a PEFT LoRA model."""
+    """A `WeightStore` over a DeepSpeed ZeRO-3 engine whose module is a PEFT LoRA model.
+
+    Under CPU offload pieces and optimizer state lie on the host: they come to the device to be scored or sent, and go
+    back where they were.
+    """
 
     def __init__(self, engine: Any, shape: ModelShape) -> None:
         self.engine = engine
@@ -54,7 +58,7 @@ class ShardedStore:
     def owned_weight(self, layer: int, linear: Linear) -> OwnedPiece:
         weight = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer).weight
         flat, start = owned_flat(weight)
-        return OwnedPiece(flat, start, cast(tuple[int, int], full_shape(weight)))
+        return OwnedPiece(flat.to(self.device), start, cast(tuple[int, int], full_shape(weight)))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.comm.all_reduce(values)
@@ -109,7 +113,7 @@ class ShardedStore:
 
     def _gather(self, pieces: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """fp32 pieces of several parameters -> whole tensors, coalesced into one all-gather."""
-        gathered = self.comm.all_gather(torch.cat(pieces))  # (W, sum of pieces)
+        gathered = self.comm.all_gather(torch.cat(pieces).to(self.device))  # (W, sum of pieces)
         whole, position = [], 0
         for piece, parameter in zip(pieces, parameters, strict=True):
             flat = gathered[:, position : position + len(piece)].reshape(-1)
@@ -134,8 +138,8 @@ class ShardedStore:
             set_features(module, out_features, in_features)
         cast(Any, self.layers[index]).mlp.intermediate_size = len(keep.channels)
         carried = [(p, cut, key) for p, cut in cuts if p.requires_grad for key in state.keys()]
-        state_pieces = reshard([Item(state.piece(p, key), cut) for p, cut, key in carried], self.comm)
-        pieces = reshard([Item(cast(Any, p).ds_tensor.detach(), cut) for p, cut in cuts], self.comm)
+        state_pieces = reshard([Item(state.piece(p, key).to(self.device), cut) for p, cut, key in carried], self.comm)
+        pieces = reshard([Item(cast(Any, p).ds_tensor.detach().to(self.device), cut) for p, cut in cuts], self.comm)
         for (parameter, cut), piece in zip(cuts, pieces, strict=True):
             install_piece(parameter, piece, cut.new_shape)
         for (parameter, _, key), piece in zip(carried, state_pieces, strict=True):

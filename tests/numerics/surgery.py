@@ -142,7 +142,8 @@ def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
     zero = trainer.engine.optimizer
     cut_weights = [_weight(trainer, i, linear).ds_tensor for i in (1, 2) for linear in LINEARS]
     moments = [state[key] for state in zero.optimizer.state.values() for key in MOMENTS]
-    return [*cut_weights, *moments, zero.grad_partitions_flat_buffer, zero.lp_param_buffer]
+    copies = zero.param_groups_fp16_flat_cpu_memory if zero.offload_param else [zero.lp_param_buffer]
+    return [*cut_weights, *moments, zero.grad_partitions_flat_buffer, *copies]
 
 
 def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) -> dict[str, Any]:

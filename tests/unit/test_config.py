@@ -47,6 +47,13 @@ def test_the_papers_sizes_ship() -> None:
         assert (config.data.window, config.prune.prune_every, config.prune.moving_average) == (512, 10, 0.9)
 
 
+def test_large_models_compute_activations_twice_rather_than_keep_them() -> None:
+    """That it changes no score is tested on ranks: tests/numerics/test_sharded_equals_dense.py."""
+    large = [load_config(path) for path in SHIPPED if path.stem.startswith("llama-")]
+    assert len(large) >= 4
+    assert all(config.train.gradient_checkpointing for config in large)
+
+
 def test_defaults_and_sections(tmp_path: Path) -> None:
     config = load(tmp_path, "output_dir: out\nprune:\n  ratio: 0.25\nlora:\n")
     assert config == RunConfig("out", prune=PruneConfig(ratio=0.25))

@@ -157,6 +157,8 @@ def test_what_does_not_go_with_repartition_is_refused_by_name(tmp_path: Path, ke
     ("keys", "value"),
     [
         (("zero_optimization", "offload_param"), {"device": "none"}),
+        (("zero_optimization", "offload_param"), {"device": "cpu"}),
+        (("zero_optimization", "offload_optimizer"), {"device": "cpu", "pin_memory": True}),
         (("zero_optimization", "offload_optimizer"), None),
         (("zero_optimization", "zero_hpz_partition_size"), 1),
         (("zero_optimization", "zero_quantized_weights"), False),
@@ -165,8 +167,22 @@ def test_what_does_not_go_with_repartition_is_refused_by_name(tmp_path: Path, ke
     ],
     ids=str,
 )
-def test_a_setting_that_is_off_is_no_setting(tmp_path: Path, keys: tuple[str, ...], value: Any) -> None:
+def test_a_setting_that_is_off_or_works_is_no_fault(tmp_path: Path, keys: tuple[str, ...], value: Any) -> None:
     resolve(tmp_path, place(keys, value))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "why"),
+    [
+        ("offload_optimizer", "device", "nvme", "masters and moments on NVMe are not in memory when they are cut"),
+        ("offload_param", "device", "nvme", "weights on NVMe are not in memory when they are cut; use cpu"),
+        ("offload_optimizer", "ratio", 0.5, "a part of the optimizer on the host needs DeepSpeedCPUAdam"),
+        ("offload_optimizer", "super_offload", True, "SuperOffload has its own optimizer"),
+    ],
+)
+def test_a_kind_of_offload_that_cannot_work(tmp_path: Path, section: str, key: str, value: Any, why: str) -> None:
+    raw = zero3(**{section: {"device": "cpu", key: value}})
+    assert refused(tmp_path, raw).startswith(f"zero_optimization.{section}.{key} {value}: {why}")
 
 
 def test_an_auto_that_nobody_owns_is_named(tmp_path: Path) -> None:

@@ -221,8 +221,24 @@ def test_a_wrong_index(folder: Path, text: str, message: str) -> None:
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert refused(folder) == "FOLDER has no safetensors files"
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    assert refused(folder) == "FOLDER has no safetensors files (.bin checkpoints must be saved as safetensors first)"
+
+
+def test_a_surplus_shard(folder: Path) -> None:
+    index = split(folder)
+    shutil.copy(folder / "model-00002-of-00002.safetensors", folder / "model-00003-of-00003.safetensors")
+    assert refused(folder) == f"model-00003-of-00003.safetensors is one shard too many; {index.name} does not name it"
+
+
+def test_a_tensor_in_two_files(folder: Path) -> None:
+    save(folder, {WEIGHT: tensors_of(folder)[WEIGHT]}, "more.safetensors")
+    assert refused(folder) == f"more.safetensors: {WEIGHT} is in model.safetensors, too"
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
+def test_a_surplus_tensor(folder: Path, name: str) -> None:
+    """A layer more than config.json has, or a bias it does not promise: the model would compute something else."""
+    save(folder, tensors_of(folder) | {name: torch.ones(24)})
+    assert refused(folder) == f"model.safetensors: {name} has no place in the model that config.json describes"
 
 
 def test_an_adapters_folder_is_no_model(folder: Path) -> None:

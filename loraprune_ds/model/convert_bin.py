@@ -1,0 +1,164 @@
+"""Turns a `.bin` checkpoint (torch's pickles) into safetensors, which ranks can read piece by piece.
+
+    python -m loraprune_ds.model.convert_bin FOLDER
+does that ahead of a run; otherwise a run does it when it starts, once per node. A file's tensors are mapped, not read,
+and written a few at a time, so the process never holds more than GROUP_BYTES or the largest tensor, twice (files that
+torch wrote before 1.6 cannot be mapped: of those one is held). The result is in the user's cache under a digest of the
+source, and is as large as the source.
+"""
+
+import hashlib
+import logging
+import pickle
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.cache import make_once, user_cache
+from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.model.shards import write_index, write_shard
+
+INDEX = "pytorch_model.bin.index.json"
+FOLDER = "loraprune_ds/converted"
+SINGLE = "pytorch_model.bin"
+KEPT = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer
+GROUP_BYTES = 1 << 28  # of tensors written to one file, unless one alone is larger
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tensors of one `.bin` file that are written to one safetensors file."""
+
+    source: Path
+    names: list[str]
+
+
+def needs_conversion(folder: Path) -> bool:
+    """Whether a folder holds a `.bin` checkpoint and no safetensors."""
+    has_bin = (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+    return has_bin and not any(path.name != "adapter_model.safetensors" for path in folder.glob("*.safetensors"))
+
+
+def converted(folder: Path) -> Path:
+    """The folder of the same checkpoint as safetensors, made at the first call.
+
+    Raises:
+        UserError: a file is missing, damaged or holds something other than tensors, or the cache cannot be written.
+    """
+    files = _bin_files(folder)
+    try:
+        target = user_cache() / FOLDER / _digest(folder, files)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"a file of {folder} is damaged: {error}") from None
+    if not target.exists():
+        try:
+            make_once(target, lambda made: _convert(folder, files, made))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be converted to safetensors in {target}: {error.strerror}") from None
+    return target
+
+
+def _bin_files(folder: Path) -> list[Path]:
+    if not (folder / INDEX).is_file():
+        return [folder / SINGLE]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX} has no weight_map")
+    files = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {INDEX} names it")
+    return files
+
+
+def _digest(folder: Path, files: list[Path]) -> str:
+    """Of the contents: torch's files are zip archives, whose directory holds a checksum of every tensor."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in KEPT for path in folder.glob(pattern)):
+        digest.update(path.name.encode() + path.read_bytes())
+    for path in files:
+        digest.update(path.name.encode())
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entries = [(entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist()]
+            digest.update(repr(entries).encode())
+        else:  # written by torch before 1.6
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _convert(folder: Path, files: list[Path], made: Path) -> None:
+    log.info("converting %s to safetensors, once", folder)
+    groups = [group for path in files for group in _groups(path)]
+    seen: dict[str, Path] = {}
+    for group in groups:
+        for name in group.names:
+            if name in seen:
+                raise UserError(f"{group.source}: {name} is in {seen[name].name}, too")
+            seen[name] = group.source
+    entries = []
+    for i, group in enumerate(groups):
+        tensors = _load(group.source)  # mapped anew for every group: what was read of it before can go
+        entries.append(write_shard(made, i, len(groups), {name: tensors[name].clone() for name in group.names}))
+        del tensors
+    write_index(made, entries)
+    for path in (path for pattern in KEPT for path in folder.glob(pattern)):
+        if path.name != INDEX:
+            shutil.copy(path, made / path.name)
+
+
+def _groups(path: Path) -> Iterator[_Group]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in _load(path).items():
+        if names and size + tensor.nbytes > GROUP_BYTES:
+            yield _Group(path, names)
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    if names:
+        yield _Group(path, names)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """Tensors by name; of a zip archive their bytes stay on disk until they are touched."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds something other than tensors, or is damaged") from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path} must hold a dictionary of tensors")
+    return tensors
+
+
+def main() -> int:
+    """Says in one line where the converted checkpoint is, and makes it first if need be."""
+    if len(sys.argv) != 2:
+        sys.stderr.write(f"{__doc__}\n")
+        return 2
+    folder = Path(sys.argv[1])
+    try:
+        if not needs_conversion(folder):
+            raise UserError(f"{folder} holds no .bin checkpoint that needs conversion")
+        found = converted(folder)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    sys.stdout.write(f"{folder} as safetensors is in {found}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

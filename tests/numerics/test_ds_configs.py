@@ -1,0 +1,74 @@
+"""Every shipped DeepSpeed config really run on two ranks: training, a cut, training on, evaluation.
+
+On a CPU all of them compute the same things in the same order on the same memory, so they must agree bit by bit.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.zero.ds_config import resolve_ds_config
+from loraprune_ds.zero.engine import build_inference_engine
+from tests.numerics import surgery
+from tests.numerics.driver import Job, write_adapter
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+ROOT = Path(__file__).parents[2]
+BASELINE = "zero3"
+OTHERS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json") if path.stem != BASELINE)
+HEADS, CHANNELS = [0, 2], [c for c in range(45) if c % 3]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("configs")
+    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 42, "ffn": 45, "biases": True}
+    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, **sizes)
+    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
+    batches = make_batches(steps=4, samples=8, tokens=12, vocab=97, seed=3)
+    return Job(model, adapter, batches, {"ratio": 0.1, "prune_every": 1}, dtype="bfloat16")
+
+
+def run_all(job: Job) -> dict[str, Any]:
+    """Two steps, a cut, a step, and the dense model's losses on an engine without an optimizer."""
+    result = surgery.cut_once(job, HEADS, CHANNELS)
+    return result | {"inference": inference(job)}
+
+
+def inference(job: Job) -> Tensor:
+    checkpoint = open_checkpoint(job.folder)
+    config = RunConfig("unused")
+    resolved = resolve_ds_config(job.deepspeed, config, checkpoint.shape, torch.distributed.get_world_size())
+    engine = build_inference_engine(checkpoint, "sdpa", job.dtype, resolved)
+    with torch.no_grad():
+        return engine(input_ids=job.batches[0][0], labels=job.batches[0][1])
+
+
+@pytest.fixture(scope="module")
+def baseline(ranks: RankPool, job: Job) -> dict[str, Any]:
+    return ranks.run(2, run_all, job)[0]
+
+
+def test_the_cut_under_test_removes_something(baseline: dict[str, Any]) -> None:
+    changed = [n for n, tensor in baseline["before"].items() if tensor.shape != baseline["after"][n].shape]
+    assert len(changed) == 2 * (7 + 5 + 7 * 4)  # of two layers, as in test_surgery.py
+    assert baseline["inference"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_same_bits_as_without(ranks: RankPool, job: Job, baseline: dict[str, Any], name: str) -> None:
+    results = ranks.run(2, run_all, replace(job, deepspeed=f"ds_configs/{name}.json"))
+    for when in ("before", "after"):
+        assert set(results[0][when]) == set(baseline[when])
+        for tensor_name, tensor in baseline[when].items():
+            assert torch.equal(results[0][when][tensor_name], tensor), (when, tensor_name)
+    assert results[0]["next_loss"] == baseline["next_loss"]
+    assert torch.equal(results[0]["inference"], baseline["inference"])
+    assert [r["alive"] for r in results] == [0, 0]

@@ -1,0 +1,183 @@
+"""`.bin` checkpoints: the same tensors as safetensors, made once, whole or not at all, a few at a time."""
+
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model import convert_bin
+from loraprune_ds.model.build import locate_model
+from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
+from loraprune_ds.model.convert_bin import converted, needs_conversion
+from tests.oracle.models import make_tiny_llama
+
+SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
+FILES = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "loraprune_ds" / "converted"
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    return {}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Two `.bin` files and their index, as transformers saved them; `tensors` is what they hold."""
+    folder = make_tiny_llama(tmp_path / "model", seed=1, dtype="bfloat16", **SIZES)
+    tensors |= load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = dict(zip(FILES, (names[::2], names[1::2]), strict=True))
+    for file, members in halves.items():
+        torch.save({name: tensors[name] for name in members}, folder / file)
+    weight_map = {name: file for file, members in halves.items() for name in members}
+    (folder / convert_bin.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def written(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == torch.bfloat16 for name in expected)
+
+
+@pytest.mark.parametrize("group_bytes", [1, 4000, 1 << 28])
+def test_the_same_tensors(
+    folder: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, group_bytes: int
+) -> None:
+    monkeypatch.setattr(convert_bin, "GROUP_BYTES", group_bytes)
+    found = locate_model(ModelConfig(str(folder)))
+    checkpoint = open_checkpoint(found)
+    assert set(checkpoint.files) == set(parameter_shapes(checkpoint.shape)) == set(tensors)
+    assert_same(written(found), tensors)
+    assert (found / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert not (found / convert_bin.INDEX).exists()
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    for path in found.glob("*.safetensors"):
+        assert sum(tensor.nbytes for tensor in load_file(path).values()) <= max(group_bytes, largest)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_one_file_without_an_index(folder: Path, tensors: dict[str, Tensor], zipped: bool) -> None:
+    for name in (*FILES, convert_bin.INDEX):
+        (folder / name).unlink()
+    torch.save(tensors, folder / convert_bin.SINGLE, _use_new_zipfile_serialization=zipped)
+    assert_same(written(converted(folder)), tensors)
+
+
+def test_tensors_that_share_memory(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """A tied head is saved as a second name of the embedding."""
+    first = torch.load(folder / FILES[0])
+    tied = first | {"model.embed_tokens.weight": tensors["lm_head.weight"], "lm_head.weight": tensors["lm_head.weight"]}
+    second = {name: tensor for name, tensor in torch.load(folder / FILES[1]).items() if name not in tied}
+    torch.save(tied, folder / FILES[0])
+    torch.save(second, folder / FILES[1])
+    assert torch.equal(written(converted(folder))["lm_head.weight"], tensors["lm_head.weight"])
+
+
+def test_it_is_done_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = converted(folder)
+    monkeypatch.setattr(convert_bin, "_convert", None)  # not called again
+    assert converted(folder) == first
+
+
+def test_other_weights_are_another_folder(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Same names, same sizes, one element changed."""
+    first = converted(folder)
+    changed = torch.load(folder / FILES[0])
+    next(iter(changed.values())).view(-1)[3] += 1
+    torch.save(changed, folder / FILES[0])
+    second = converted(folder)
+    assert second != first
+    assert_same({name: written(second)[name] for name in changed}, changed)
+
+
+def _convert_in_a_process(folder: Path, results: Any) -> None:
+    made = []
+    original = convert_bin._convert
+    convert_bin._convert = lambda *given: (made.append(1), original(*given))  # type: ignore[assignment]
+    results.put((str(converted(folder)), len(made)))
+
+
+def test_of_several_processes_one_converts(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results: Any = context.Queue()
+    processes = [context.Process(target=_convert_in_a_process, args=(folder, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len({path for path, _ in found}) == 1
+    assert sum(count for _, count in found) == 1
+
+
+def test_nothing_is_left_of_a_conversion_that_failed(folder: Path, cache: Path, monkeypatch: Any) -> None:
+    calls = []
+
+    def fail_at_the_second(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return {}
+
+    monkeypatch.setattr(convert_bin, "write_shard", fail_at_the_second)
+    with pytest.raises(UserError, match=r"cannot be converted to safetensors in .*: No space left on device$"):
+        converted(folder)
+    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        locate_model(ModelConfig(str(folder)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+class _Code:
+    def __reduce__(self) -> Any:
+        return print, ("a checkpoint must not run code",)
+
+
+def test_what_cannot_be_converted_is_one_line(folder: Path, tensors: dict[str, Tensor], capfd: Any) -> None:
+    path = folder / FILES[1]
+    good = path.read_bytes()
+    path.write_bytes(good[:-200])
+    assert refused(folder).startswith(f"{FILES[1]} ")
+    path.write_bytes(pickle.dumps(_Code()))
+    assert refused(folder) == f"{FILES[1]} holds something other than tensors, or is damaged"
+    assert "must not run" not in capfd.readouterr().out
+    torch.save([1, 2], path)
+    assert refused(folder) == f"{FILES[1]} must hold a dictionary of tensors"
+    torch.save({**torch.load(folder / FILES[0])}, path)
+    assert refused(folder).endswith(f"is in {FILES[0]}, too")
+    path.unlink()
+    assert refused(folder) == f"{FILES[1]} is missing; {convert_bin.INDEX} names it"
+    (folder / convert_bin.INDEX).write_text("{}")
+    assert refused(folder) == f"{convert_bin.INDEX} has no weight_map"
+
+
+def test_safetensors_are_taken_where_there_are_both(folder: Path, tensors: dict[str, Tensor]) -> None:
+    assert needs_conversion(folder)
+    (folder / "adapter_model.safetensors").touch()
+    assert needs_conversion(folder)
+    (folder / "model.safetensors").touch()
+    assert not needs_conversion(folder)
+    assert locate_model(ModelConfig(str(folder))) == folder
