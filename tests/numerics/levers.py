@@ -84,6 +84,7 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
     compensator.compensate(keep, 1)
     after = whole_layers(trainer)
     trainer.store.shrink(keep)
+    trainer.pruner.average.shrink(keep)
     return {
         "steps": steps,
         "before": before,

@@ -1,0 +1,40 @@
+"""SmolLM2-135M with multi-head attention: every key-value head repeated for each query head that reads it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loraprune_ds.model.embedded import embedded_model_dir
+
+
+def expanded_model(folder: Path) -> Path:
+    """Writes the model into `folder`, unless it is there: the same function, 9 + 9 heads instead of 9 + 3."""
+    if folder.exists():
+        return folder
+    source = embedded_model_dir()
+    config = json.loads((source / "config.json").read_text())
+    kv_heads, head_dim = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
+    repeats = config["num_attention_heads"] // kv_heads
+    staging = folder.with_suffix(".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (staging / "config.json").write_text(
+        json.dumps(config | {"num_key_value_heads": config["num_attention_heads"]}, indent=2)
+    )
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            tensors[name] = repeat_heads(tensor, kv_heads, head_dim, repeats)
+    save_file(tensors, staging / "model.safetensors", {"format": "pt"})
+    staging.rename(folder)
+    return folder
+
+
+def repeat_heads(weight: Tensor, kv_heads: int, head_dim: int, repeats: int) -> Tensor:
+    """(kv_heads * head_dim, in_features) -> (kv_heads * repeats * head_dim, in_features)."""
+    heads = weight.view(kv_heads, head_dim, -1)
+    return torch.repeat_interleave(heads, repeats, dim=0).reshape(-1, weight.shape[1]).contiguous()
