@@ -20,7 +20,7 @@ TOLERANCE = 1e-6  # of the loss, which is about 5, and of the largest gradient: 
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("distillation")
     sizes = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": levers.HIDDEN_SIZE, "ffn": 61}
-    model = make_tiny_llama(folder / "model", layers=2, vocab=97, seed=1, biases=True, **sizes)
+    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, biases=True, **sizes)
     adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
     batches = make_batches(steps=STEPS, samples=SAMPLES, tokens=16, vocab=97, seed=3)
     return Job(model, adapter, batches, {"ratio": 0.2, "warmup_fraction": 0.0}, micro_batch_size=2)
