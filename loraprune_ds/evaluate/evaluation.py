@@ -3,10 +3,10 @@
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraprune_ds.evaluate.candidates import Candidate, Plan, check_candidates
@@ -85,9 +85,10 @@ def _measure_quality(
     if plan.speed:
         keep.append(model)
 
+    decoder, head = model.get_decoder(), cast(nn.Linear, model.get_output_embeddings())
+
     def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
-        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return token_losses(hidden, model.get_output_embeddings().weight, labels)
+        return token_losses(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, head.weight, labels)
 
     perplexity = _measure_perplexity(losses, candidate, comm, device, watch) if candidate.batches else None
     if not plan.tasks:

@@ -20,9 +20,11 @@ from loraprune_ds.model.exported_config import ExportedConfig
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
+
 
 def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """W + scaling·B·A, computed in fp32 and rounded once, to `dtype`.
+    """W + scaling·B·A, computed in fp32, a block of rows at a time, and rounded once, to `dtype`.
 
     Args:
         weight: (out_features, in_features).
@@ -30,7 +32,12 @@ def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, d
         lora_b: (out_features, r), likewise.
         scaling: lora_alpha / r.
     """
-    return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scaling).to(dtype)
+    merged = torch.empty_like(weight, dtype=dtype)
+    a, rows_at_once = lora_a.float(), max(1, MERGE_BLOCK // weight.shape[1])
+    for start in range(0, len(weight), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        merged[rows] = torch.addmm(weight[rows].float(), lora_b[rows].float(), a, alpha=scaling)
+    return merged
 
 
 def begin(out: Path) -> Path:

@@ -18,10 +18,10 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.zero.input_moments import INPUT_LINEARS, InputMoments
-from loraprune_ds.zero.store import LayerKeep, Site, WeightStore, WholeLinear
+from loraprune_ds.zero.store import CollectedLinear, LayerKeep, Site, WeightStore
 
 
-def mean_output(linear: WholeLinear, mean: Tensor, kept: Tensor) -> Tensor:
+def mean_output(linear: CollectedLinear, mean: Tensor, kept: Tensor) -> Tensor:
     """What the removed inputs add to the output on average: (out_features,) fp32.
 
     Args:
@@ -32,7 +32,7 @@ def mean_output(linear: WholeLinear, mean: Tensor, kept: Tensor) -> Tensor:
     return _effective(linear, removed) @ mean[removed].float()
 
 
-def refit(linear: WholeLinear, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
+def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
     """The weight with ΔW added to its kept columns, in its own dtype: (out_features, in_features).
 
     Solved in float64: 16 bytes per element of C[K, K] while it lasts.
@@ -67,7 +67,7 @@ def removed_columns(count: int, kept: Tensor) -> Tensor:
     return mask.nonzero().flatten()
 
 
-def _effective(linear: WholeLinear, columns: Tensor) -> Tensor:
+def _effective(linear: CollectedLinear, columns: Tensor) -> Tensor:
     """Columns of W + s·B·A, fp32."""
     weight = linear.weight.index_select(1, columns).float()
     return torch.addmm(weight, linear.lora_B, linear.lora_A.index_select(1, columns), alpha=linear.scaling)
@@ -108,7 +108,7 @@ class Compensator:
             if len(keep[i].of(linear.kind)) < layer.count(linear.kind)
         ]
 
-        def compute(site: Site, linear: WholeLinear) -> Tensor:
+        def compute(site: Site, linear: CollectedLinear) -> Tensor:
             moment = self.moments.values[site]
             kept = keep[site.layer].rows(shape, site.linear).to(moment.device)
             if not self._refits:

@@ -144,7 +144,7 @@ class Communicator:
 
         A collective of the usual group gives up after minutes: a download or a conversion would end the run.
         """
-        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         try:
             yield Communicator(group)
         finally:

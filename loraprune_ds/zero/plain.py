@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
 from loraprune_ds.model.build import decoder_layers
 from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
-from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site, Traffic, WholeLinear
+from loraprune_ds.zero.store import CollectedLinear, LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site, Traffic
 
 
 class PlainStore:
@@ -65,7 +65,7 @@ class PlainStore:
         for site in sites:
             module = lora_linear(self.layers[site.layer], site.linear)
             base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-            whole = WholeLinear(base.weight, base.bias, a.float(), b.float(), module.scaling[ADAPTER])
+            whole = CollectedLinear(base.weight, base.bias, a.float(), b.float(), module.scaling[ADAPTER])
             getattr(base, what).copy_(compute(site, whole))
 
     @torch.no_grad()

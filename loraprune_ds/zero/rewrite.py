@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.zero.collect import collect_linear
-from loraprune_ds.zero.store import Rewrite, Site, WholeLinear
+from loraprune_ds.zero.store import CollectedLinear, Rewrite, Site
 
 if TYPE_CHECKING:  # the store's own method ends here
     from loraprune_ds.zero.sharded import ShardedStore
@@ -25,9 +25,9 @@ def rewrite(store: "ShardedStore", sites: Sequence[Site], what: Literal["weight"
     """
     store.engine.empty_partition_cache()
     for sites_of_round in rounds(sites, store.world_size):
-        whole: dict[Site, WholeLinear] = {}
+        whole: dict[Site, CollectedLinear] = {}
         for site in sites_of_round:
-            collected = collect_linear(store, site, store.owner(site.layer))
+            collected = collect_linear(store, site.layer, site.linear, store.owner(site.layer))
             if collected is not None:
                 whole[site] = collected
         results = store.comm.together(

@@ -50,7 +50,7 @@ class LayerKeep:
 
 
 @dataclass(frozen=True)
-class WholeLinear:
+class CollectedLinear:
     """A whole linear: frozen weight and bias, and the fp32 masters of its LoRA."""
 
     weight: Tensor
@@ -68,7 +68,7 @@ class Site(NamedTuple):
 
 
 # A whole linear -> its new weight or bias, same shape and dtype. Raises UserError where that cannot be computed.
-Rewrite = Callable[[Site, WholeLinear], Tensor]
+Rewrite = Callable[[Site, CollectedLinear], Tensor]
 
 
 @dataclass(frozen=True)

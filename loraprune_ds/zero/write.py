@@ -1,4 +1,7 @@
-"""Writes a model from the ZeRO-3 ranks, shard by shard: no rank ever holds more than one layer or the ends."""
+"""Writes a model from the ZeRO-3 ranks, shard by shard: no rank ever holds more than one layer or the ends.
+
+A layer is brought together linear by linear, each in the form it is written in before the next one comes.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +10,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
+from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.model.shards import INDEX_FILE, shard_count, shard_file_name, write_index, write_shard
-from loraprune_ds.zero.collect import CollectedLayer, collect_ends, collect_layer
+from loraprune_ds.zero.collect import collect_ends, collect_linear, collect_norms
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES
 from loraprune_ds.zero.sharded import ShardedStore
+from loraprune_ds.zero.store import CollectedLinear
 
-TensorsOf = Callable[[CollectedLayer, str], dict[str, Tensor]]  # a layer and its prefix -> tensors by checkpoint name
+TensorsOf = Callable[[CollectedLinear], dict[str, Tensor]]  # -> what is written of it: weight and, if any, bias
 
 
 class LocalWrites:
@@ -64,10 +69,12 @@ def write_model(store: ShardedStore, folder: Path, dtype: str, tensors_of: Tenso
     for k in range(count):
         owner = k % store.world_size
         if k < layers:
-            layer = collect_layer(store, k, owner)
-            tensors = {} if layer is None else tensors_of(layer, f"model.layers.{k}.")
+            tensors = _layer_tensors(store, k, owner, tensors_of)
+            ends = {f"model.layers.{k}.{name}": t for name, t in collect_norms(store, k, owner).items()}
         else:
-            tensors = {name: t.to(DTYPES[dtype]) for name, t in collect_ends(store, owner).items()}
+            tensors, ends = {}, collect_ends(store, owner)
+        tensors |= {name: tensor.to(DTYPES[dtype]) for name, tensor in ends.items()}
+        del ends
         if tensors:
             writes.do(lambda k=k, tensors=tensors: mine.update({k: write_shard(folder, k, count, tensors)}))
         del tensors
@@ -83,11 +90,17 @@ def write_model(store: ShardedStore, folder: Path, dtype: str, tensors_of: Tenso
     return names
 
 
-def frozen_tensors(layer: CollectedLayer, prefix: str) -> dict[str, Tensor]:
-    """A layer as it is, LoRA left out."""
-    tensors = {prefix + name: tensor for name, tensor in layer.others.items()}
-    for name, linear in layer.linears.items():
-        tensors[f"{prefix}{name}.weight"] = linear.weight
-        if linear.bias is not None:
-            tensors[f"{prefix}{name}.bias"] = linear.bias
+def _layer_tensors(store: ShardedStore, layer: int, owner: int, tensors_of: TensorsOf) -> dict[str, Tensor]:
+    tensors = {}
+    for linear in LINEARS:
+        collected = collect_linear(store, layer, linear, owner)
+        if collected is not None:
+            prefix = f"model.layers.{layer}.{linear.name}."
+            tensors |= {prefix + name: tensor for name, tensor in tensors_of(collected).items()}
+        del collected
     return tensors
+
+
+def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:
+    """A linear as it is, LoRA left out."""
+    return {"weight": linear.weight} | ({} if linear.bias is None else {"bias": linear.bias})

@@ -2,6 +2,7 @@
 
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed
 
@@ -20,7 +21,7 @@ def work(comm: Communicator) -> str:
 
 
 def wait_both_ways() -> tuple[str, str]:
-    hasty = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT))
+    hasty: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT))
     with Communicator(hasty).patient() as patient:
         waited = work(patient)
     return work(Communicator(hasty)), waited

@@ -1,0 +1,75 @@
+"""Host memory of other processes, and a limit on it that is enforced."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraprune_ds.zero.memory import resident_bytes
+
+WATCH_EVERY = 0.01  # seconds
+
+
+def tell(folder: Path, rank: int) -> None:
+    """Called by a process that wants to be watched, once its imports are done."""
+    partial = folder / f"rank-{rank}.partial"
+    partial.write_text(json.dumps({"pid": os.getpid(), "imports": resident_bytes()}))
+    partial.rename(folder / f"rank-{rank}.json")
+
+
+def told(folder: Path) -> dict[str, dict[str, int]]:
+    """What the processes have told: name -> pid, and bytes held after the imports."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """How a group of processes ended: the most each held above its imports, and which one went beyond the limit.
+
+    Attributes:
+        peaks: bytes of RssAnon + RssShmem above those after the imports, sampled every WATCH_EVERY seconds.
+        killed: the process that held more than the limit; all were killed then.
+    """
+
+    exit_code: int
+    peaks: dict[str, int]
+    killed: str | None
+
+
+def watch(process: "subprocess.Popen[bytes]", folder: Path, limit: int) -> Watched:
+    """Until `process` ends; kills it and all that told their pid once one holds more than `limit` above its imports."""
+    for path in folder.glob("rank-*.json"):
+        path.unlink()
+    peaks: dict[str, int] = {}
+    killed = None
+    while process.poll() is None:
+        known = told(folder)
+        for name, facts in known.items():
+            peaks[name] = max(peaks.get(name, 0), held(facts["pid"]) - facts["imports"])
+            if peaks[name] > limit and killed is None:
+                killed = name
+                for other in known.values():
+                    kill(other["pid"])
+                process.terminate()
+        time.sleep(WATCH_EVERY)
+    return Watched(process.returncode, peaks, killed)
+
+
+def held(pid: int) -> int:
+    """RssAnon + RssShmem of a process in bytes; 0 once it is gone. Pages of mapped files are reclaimable: left out."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    fields = dict(line.split(":", 1) for line in lines)
+    return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem") if key in fields)
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass

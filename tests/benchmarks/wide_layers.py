@@ -1,0 +1,249 @@
+"""The true widths of LLaMA-65B and 70B, two layers, on two CPU ranks, under a limit of host memory that is enforced.
+
+    python -m tests.benchmarks.wide_layers [--models 65b 70b bin]
+
+Random bf16 weights of hidden 8192 (65b: 64 heads, ffn 22016; 70b: 64 heads, 8 key-value heads, ffn 28672), vocabulary
+512, are written to disk tensor by tensor. Two ranks (`wide_layers_rank.py`) then load them, train with LoRA, cut to
+25 % and to 50 % of the linear parameters gone, save a checkpoint, export, and read the export back. Meanwhile this
+process reads RssAnon + RssShmem of every rank from /proc and kills them all when one holds, above its imports, more
+than its shard of the dense model, one whole decoder layer and SLACK. (RLIMIT_AS and RLIMIT_DATA would charge mapped
+files too.) The negative control is the same run with one rank that materialises the full weights: it must be killed.
+
+`bin` is the conversion of a `.bin` checkpoint of the 65b widths, in a process under such a limit. `tiny` is there to
+try the script. The result goes to tests/benchmarks/results/wide_layers.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
+from loraprune_ds.model.convert_bin import INDEX, converted
+from loraprune_ds.model.shapes import ModelShape, shape_from_config
+from loraprune_ds.model.shards import write_index, write_shard
+from loraprune_ds.train.files import read_json_object, write_json
+from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.zero.flat import partition_numel
+from tests.benchmarks.watchdog import Watched, tell, told, watch
+from tests.benchmarks.wide_layers_rank import STEPS, WINDOW
+
+ROOT = Path(__file__).parents[2]
+RESULT = Path(__file__).parent / "results" / "wide_layers.json"
+RANKS, LAYERS, VOCABULARY = 2, 2, 512
+WIDE = {"hidden_size": 8192, "num_attention_heads": 64}
+SIZES = {
+    "65b": WIDE | {"num_key_value_heads": 64, "intermediate_size": 22016},
+    "70b": WIDE | {"num_key_value_heads": 8, "intermediate_size": 28672},
+    "tiny": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704},
+}
+SLACK = 700_000_000  # bytes: linears fetched ahead of the layer in use, activations, what gloo and the allocator keep
+BIN_LIMIT = 1_200_000_000  # bytes: the group being written and the largest tensor, twice
+GB = 1e9
+
+
+def config_json(name: str) -> dict[str, Any]:
+    fixed = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    return fixed | {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY} | SIZES[name]
+
+
+def write_checkpoint(folder: Path, name: str) -> None:
+    """One file per tensor: random numbers, drawn once and repeated with a period that no row divides."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_json(name)))
+    period = torch.randn((1 << 24) - 3, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    shapes = parameter_shapes(shape_from_config(config_json(name), name))
+    entries = []
+    for i, (tensor_name, shape) in enumerate(shapes.items()):
+        numel = torch.Size(shape).numel()
+        tensor = period.roll(7919 * i).repeat(-(-numel // len(period)))[:numel].view(shape)
+        tensor = torch.ones(shape, dtype=torch.bfloat16) if "norm" in tensor_name else tensor
+        entries.append(write_shard(folder, i, len(shapes), {tensor_name: tensor}))
+    write_index(folder, entries)
+
+
+def write_ds_config(path: Path, largest_linear: int) -> None:
+    """The shipped one, with no more gathered weights kept alive than two linears: what a tight machine would set."""
+    config = read_json_object(ROOT / "ds_configs" / "zero3.json")
+    config["zero_optimization"] |= {
+        "stage3_max_live_parameters": 2 * largest_linear,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": largest_linear,
+    }
+    path.write_text(json.dumps(config))
+
+
+def run_ranks(folder: Path, limit: int, *, control: bool) -> Watched:
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    script = Path(__file__).with_name("wide_layers_rank.py")
+    command = [deepspeed, "--quiet", f"--num_accelerators={RANKS}", script, "--folder", folder]
+    command += ["--control"] if control else []
+    output = folder / "output.txt"
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [str(word) for word in command], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
+        )
+        watched = watch(process, folder, limit)
+    if not control and watched.exit_code:
+        sys.stderr.write(output.read_text()[-4000:])
+    return watched
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """The run and its negative control."""
+    write_checkpoint(folder / "model", name)
+    shape = shape_from_config(config_json(name), name)
+    sizes = [torch.Size(s).numel() for s in parameter_shapes(shape).values()]
+    write_ds_config(folder / "ds.json", max(sizes))
+    shard, layer = 2 * sum(partition_numel(size, RANKS) for size in sizes), 2 * shape.layer_numel(0)
+    limit = shard + layer + SLACK
+    watched = run_ranks(folder, limit, control=False)
+    assert (watched.killed, watched.exit_code) == (None, 0), watched
+    ranks = [read_json_object(folder / f"result-{rank}.json") for rank in range(RANKS)]
+    result = {
+        "parameters": shape.total_numel(),
+        "bytes": {"whole_model": 2 * shape.total_numel(), "shard": shard, "whole_layer": layer},
+        "imports": [facts["imports"] for facts in told(folder).values()],
+        "limit_above_imports": limit,
+        "peak_above_imports": watched.peaks,
+        "local_shard_of_a_layer": layer // RANKS,
+        "largest_extra_of_a_cut": most_extra(ranks, "cut"),
+        "largest_extra_of_scoring": most_extra(ranks, "scoring"),
+        "ranks": ranks,
+    }
+    check(result, shape)
+    if name != "tiny":  # whose whole model would not show
+        control = run_ranks(folder, limit, control=True)
+        assert control.killed == f"rank-{RANKS - 1}", control
+        result["control"] = {"killed": control.killed, "peak_above_imports": control.peaks}
+    return result
+
+
+def most_extra(ranks: list[dict[str, Any]], phase: str) -> int:
+    rows = [row for rank in ranks for name, row in rank["phases"].items() if name.startswith(phase)]
+    return int(max(row["extra"] for row in rows))
+
+
+def check(result: dict[str, Any], dense: ModelShape) -> None:
+    for rank in result["ranks"]:
+        kept = sum(
+            layer["heads"] * dense.group_numel("heads") + layer["channels"] * dense.group_numel("channels")
+            for layer in rank["layers_at_the_end"]
+        )
+        assert abs(kept / dense.linear_numel() - 0.5) < 0.01, rank["layers_at_the_end"]
+        # Merging rounds every weight to bf16 once more, 2**-9 of it.
+        assert abs(rank["loss_reloaded"] / rank["loss_trained"] - 1) < 2e-2, rank
+    if dense.hidden_size >= WIDE["hidden_size"]:  # what a process holds besides tensors is nothing beside these
+        assert result["largest_extra_of_a_cut"] <= 3 * result["local_shard_of_a_layer"]
+
+
+# .bin checkpoints
+
+
+def measure_bin(folder: Path) -> dict[str, Any]:
+    """The widths of 65B as one `.bin` per layer, converted by the package in a watched process."""
+    write_checkpoint(folder / "model", "65b")
+    command = [sys.executable, __file__, "--folder", str(folder)]
+    subprocess.run([*command, "--part", "write-bin"], check=True, cwd=ROOT, env=environment())
+    began = time.perf_counter()
+    own_cache = environment(XDG_CACHE_HOME=str(folder / "cache"))
+    process = subprocess.Popen([*command, "--part", "convert"], cwd=ROOT, env=own_cache)
+    watched = watch(process, folder, BIN_LIMIT)
+    assert (watched.killed, watched.exit_code) == (None, 0), watched
+    files = [path.stat().st_size for path in (folder / "bin").glob("*.bin")]
+    return {
+        "bytes": sum(files),
+        "largest_file": max(files),
+        "limit_above_imports": BIN_LIMIT,
+        "peak_above_imports": watched.peaks["rank-0"],
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def write_bin(folder: Path) -> None:
+    """From the safetensors of the folder; in a process of its own, for a whole layer is in memory."""
+    checkpoint, weight_map = open_checkpoint(folder / "model"), {}
+    (folder / "bin").mkdir()
+    (folder / "bin" / "config.json").write_text(json.dumps(checkpoint.config))
+    for part in ("model.layers.0.", "model.layers.1.", ""):
+        tensors = {}
+        for name, path in checkpoint.files.items():
+            if name.startswith(part) and name not in weight_map:
+                with safe_open(path, framework="pt") as file:
+                    tensors[name] = file.get_tensor(name)
+        file_name = f"pytorch_model-{part or 'ends'}.bin"
+        torch.save(tensors, folder / "bin" / file_name)
+        weight_map |= dict.fromkeys(tensors, file_name)
+    (folder / "bin" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def convert(folder: Path) -> None:
+    tell(folder, 0)
+    found, expected = open_checkpoint(converted(folder / "bin")), open_checkpoint(folder / "model")
+    assert found.shape == expected.shape
+    for name in expected.files:
+        pieces = (checkpoint.read_flat(name, 0, 512, torch.bfloat16) for checkpoint in (found, expected))
+        assert torch.equal(*pieces), name
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    sizes = ", ".join(f"{key.replace('_', ' ')} {value / GB:.2f} GB" for key, value in result["bytes"].items())
+    print(f"{name}: {result['parameters'] / 1e9:.3f} B parameters in {LAYERS} layers; {sizes}")
+    for rank, peak in result["peak_above_imports"].items():
+        print(
+            f"  {rank}: at most {peak / GB:.2f} GB above its imports; limit {result['limit_above_imports'] / GB:.2f} GB"
+        )
+    for key in ("largest_extra_of_a_cut", "largest_extra_of_scoring", "local_shard_of_a_layer"):
+        print(f"  {key.replace('_', ' ')}: {result[key] / GB:.3f} GB")
+    if "control" in result:
+        print(f"  control with the whole model on one rank: {result['control']['killed']} was killed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=(*SIZES, "bin"), default=["65b", "70b", "bin"])
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("write-bin", "convert"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        (write_bin if arguments.part == "write-bin" else convert)(arguments.folder)
+        return
+    result = read_json_object(RESULT) if RESULT.exists() else {}
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory(prefix="wide-layers-") as folder:
+            found = measure_bin(Path(folder)) if name == "bin" else measure(name, Path(folder))
+        if name == "bin":
+            print(
+                f"bin: {found['bytes'] / GB:.2f} GB converted with {found['peak_above_imports'] / GB:.2f} GB of memory"
+            )
+        else:
+            show(name, found)
+        if name != "tiny":
+            facts = {"ranks": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions()}
+            result |= {name: found, **facts, "hardware": hardware("cpu")}
+            write_json(RESULT, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What each rank of `wide_layers.py` does: load, train, cut twice, save, export, read back; every phase measured."""
+
+import argparse
+import gc
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.checkpoint.save import save_shape
+from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.export.from_ranks import write_merged_weights
+from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.pruning.limits import make_limits
+from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.data import Samples
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import device_name
+from loraprune_ds.zero.ds_config import resolve_ds_config
+from loraprune_ds.zero.engine import (
+    build_inference_engine,
+    build_training_store,
+    quiet_deepspeed,
+    start_ranks,
+    stop_ranks,
+)
+from tests.benchmarks.peak import Peak
+from tests.benchmarks.watchdog import tell
+
+STEPS, WINDOW = 5, 16
+CUTS = {2: 0.25, 4: 0.5}  # step -> fraction of the decoder's linear parameters that is gone after it
+
+
+class FixedSchedule(Schedule):
+    """Cuts at the given steps only."""
+
+    def target(self, step: int) -> float:
+        return CUTS[step]
+
+    def is_cut(self, step: int) -> bool:
+        return step in CUTS
+
+
+@dataclass(frozen=True)
+class Consecutive:
+    """Batch s is samples [s * size, (s + 1) * size)."""
+
+    size: int
+
+    def batch(self, step: int) -> Tensor:
+        return torch.arange(step * self.size, (step + 1) * self.size)
+
+
+@dataclass
+class Phases:
+    """Seconds of each phase, and the bytes this rank held before it and at its peak."""
+
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def measure(self, name: str, act: Callable[[], Any]) -> Any:
+        gc.collect()
+        began = time.perf_counter()
+        with Peak() as peak:
+            value = act()
+        seconds = time.perf_counter() - began
+        self.rows[name] = {"seconds": seconds, "before": peak.before, "peak": peak.peak, "extra": peak.extra}
+        return value
+
+
+def make_config(folder: Path, ranks: int) -> RunConfig:
+    return RunConfig(
+        output_dir="unused",
+        deepspeed=str(folder / "ds.json"),
+        model=ModelConfig(path=str(folder / "model")),
+        prune=PruneConfig(ratio=0.5, protected_first=0, protected_last=0),
+        train=TrainConfig(
+            steps=STEPS, global_batch_size=ranks, micro_batch_size=1, learning_rate=1e-4, gradient_checkpointing=True
+        ),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--control", action="store_true", help="the last rank materialises the full weights")
+    parser.add_argument("--local_rank", type=int)
+    arguments = parser.parse_args()
+    folder, rank = arguments.folder, int(os.environ["RANK"])
+    tell(folder, rank)
+    quiet_deepspeed()
+    comm = start_ranks()
+    config, checkpoint, phases = make_config(folder, comm.world_size), open_checkpoint(folder / "model"), Phases()
+    ds_config = resolve_ds_config(config.deepspeed, config, checkpoint.shape, comm.world_size)
+    hoard = materialise(checkpoint) if arguments.control and rank == comm.world_size - 1 else []
+    ids = torch.randint(checkpoint.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=seeded())
+    result = train_and_export(folder, config, checkpoint, ds_config, ids, phases, comm)
+    del hoard
+    gc.collect()
+    engine = phases.measure(
+        "reload", lambda: build_inference_engine(open_checkpoint(folder / "exported"), "sdpa", "bfloat16", ds_config)
+    )
+    result |= {"phases": phases.rows, "loss_reloaded": evaluate(engine, ids), "device": device_name()}
+    (folder / f"result-{rank}.json").write_text(json.dumps(result))
+    stop_ranks()
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def materialise(checkpoint: Checkpoint) -> list[Tensor]:
+    """What no rank may do: all weights, whole."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in parameter_shapes(checkpoint.shape).items()}
+    return [checkpoint.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
+
+
+def train_and_export(
+    folder: Path,
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    ds_config: dict[str, Any],
+    ids: Tensor,
+    phases: Phases,
+    comm: Communicator,
+) -> dict[str, Any]:
+    """All that needs the training engine, which ends with this call."""
+    store = phases.measure("load", lambda: build_training_store(config, checkpoint, ds_config, STEPS))
+    limits = make_limits(config.prune, checkpoint.shape)
+    pruner = Pruner(store, config.prune, FixedSchedule(0.5, 0, max(CUTS), 1), limits, config.seed)
+    trainer = Trainer(store, pruner, Samples(ids, ids), Consecutive(comm.world_size), config)  # type: ignore[arg-type]
+    losses = train(trainer, phases)
+    described = export_config(checkpoint.config, store.shape, "bfloat16").config
+    phases.measure("checkpoint", lambda: save_shape(store, folder / "saved", len(CUTS), described, "bfloat16"))
+    exported = folder / "exported"
+    if comm.rank == 0:
+        exported.mkdir()
+        (exported / "config.json").write_text(json.dumps(described))
+    comm.barrier()
+    phases.measure("export", lambda: write_merged_weights(store, exported, "bfloat16"))
+    trained = evaluate(store.engine, ids)
+    return {
+        "losses": losses,
+        "loss_trained": trained,
+        "layers_at_the_end": [asdict(layer) for layer in store.shape.layers],
+    }
+
+
+def train(trainer: Trainer, phases: Phases) -> list[float]:
+    observe, losses = trainer.pruner.observe, []
+    for step in range(1, STEPS + 1):
+        trainer.pruner.observe = lambda s: phases.measure(f"scoring {s}", lambda: observe(s))  # type: ignore[method-assign]
+        losses.append(phases.measure(f"step {step}", lambda step=step: trainer.step(step)).loss)
+        if step in CUTS:
+            phases.measure(f"cut {step}", lambda step=step: trainer.cut(step))
+    return losses
+
+
+@torch.no_grad()
+def evaluate(engine: Any, ids: Tensor) -> float:
+    """Mean loss of one window, the same on every rank."""
+    engine.eval()
+    return float(engine(input_ids=ids[:1], labels=ids[:1]).mean())
+
+
+if __name__ == "__main__":
+    main()
