@@ -1,6 +1,7 @@
 """Distillation on 1, 2 and 3 ZeRO-3 ranks against autograd on one dense model and its teacher's dense logits."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ TOLERANCE = 1e-6  # of the loss, which is about 5, and of the largest gradient: 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("distillation")
-    sizes = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": levers.HIDDEN_SIZE, "ffn": 61}
+    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": levers.HIDDEN_SIZE, "ffn": 61}
     model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, biases=True, **sizes)
     adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
     batches = make_batches(steps=STEPS, samples=SAMPLES, tokens=16, vocab=97, seed=3)
