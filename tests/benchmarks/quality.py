@@ -92,7 +92,7 @@ def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: ar
         f"seed={seed}",
         f"model.path={model}",
         f"data.path={arguments.tune.resolve()}",
-        "evaluate.max_windows=160",
+        f"evaluate.max_windows={arguments.windows}",
         "checkpoint.every=20",
         "checkpoint.keep_last=1",
         "logging.tensorboard=false",

@@ -1,4 +1,4 @@
-"""What makes up for removed inputs, as arithmetic on one linear; on real ranks in tests/numerics/test_compensation.py."""
+"""What makes up for removed inputs, as arithmetic on one linear (on real ranks: tests/numerics)."""
 
 import pytest
 import torch
