@@ -38,7 +38,7 @@ class Cut:
     Attributes:
         target, reached: fraction of the dense decoder-layer linear parameters that should be and is gone.
         keep: per layer, the groups that stayed, as indices into the groups before this cut.
-        sent: what this rank sent to others.
+        sent: what this rank sent to others in the repartition.
         seconds: ranking, agreement, compensation and repartition together.
     """
 

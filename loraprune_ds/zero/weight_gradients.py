@@ -16,10 +16,10 @@ from loraprune_ds.zero.store import Site, WeightStore
 class WeightGradients:
     """Collects the gradient of every frozen linear during one step: fp32, averaged over the global batch.
 
-    In the backward pass of a linear its gradient gᵀ·x is formed in the model's dtype, reduce-scattered in fp32 to the
-    owners of W's flat pieces and added up there over the micro-batches. Beside those pieces (4 bytes per element of W,
-    over W ranks, while a step lasts) a rank holds the gradient of one linear: for the widest of n elements 4·n bytes
-    and its copy in the model's dtype.
+    In the backward pass of a linear its gradient gᵀ·x is formed in the model's dtype (fp16: in fp32), reduce-scattered
+    in fp32 to the owners of W's flat pieces and added up there over the micro-batches. Beside those pieces (4 bytes per
+    element of W, over W ranks, while a step lasts) a rank holds the gradient of one linear: for the widest of n elements
+    4·n bytes and its copy in the model's dtype.
     """
 
     def __init__(self, store: WeightStore) -> None:
@@ -50,6 +50,8 @@ class WeightGradients:
         return _Tap.apply(output, inputs[0], partial(self._receive, site)) if self._active else None
 
     def _receive(self, site: Site, gradient: Tensor, inputs: Tensor) -> None:
+        if gradient.dtype == torch.float16:  # scaled for LoRA's gradients, which are smaller than W's
+            gradient, inputs = gradient.float(), inputs.float()
         whole = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)  # (out_features, in_features)
         piece = self._store.reduce_scatter(whole.reshape(-1).float())
         if site in self._pieces:

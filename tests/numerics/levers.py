@@ -18,6 +18,7 @@ from loraprune_ds.train.stop import STOP
 from loraprune_ds.train.teacher import make_teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher
 from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.memory import storage_bytes
 from loraprune_ds.zero.store import LayerKeep
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
@@ -80,6 +81,7 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
     untouched = whole_layers(trainer)
     chosen = LayerKeep(torch.tensor(heads), torch.tensor(channels))
     keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
+    held = storage_bytes(compensator.moments.values.values())
     owned = {f"{site.layer}.{site.linear.name}" for site in compensator.moments.values}
     compensator.compensate(keep, 1)
     after = whole_layers(trainer)
@@ -91,6 +93,7 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
         "untouched": untouched,
         "after": after,
         "owned": owned,
+        "moment_bytes": held,
         "moment_sizes": {f"{s.layer}.{s.linear.name}": tuple(v.shape) for s, v in compensator.moments.values.items()},
         "next_loss": trainer.step(3).loss,
     }

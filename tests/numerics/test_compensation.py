@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.zero.memory import moment_bytes
 from tests.numerics import levers
 from tests.numerics.driver import Job, train, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
@@ -92,7 +94,9 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
         assert own_error(inputs, layer, after, kept) < 0.99 * own_error(inputs, layer, layer, kept), name
         width = len(kept)
         assert {r["moment_sizes"][name] for r in results if name in r["moment_sizes"]} == {(width, width)}
+    planned = moment_bytes(open_checkpoint(job.folder).shape, world_size)
     for rank, other in enumerate(results):  # each layer's moments on one rank
+        assert other["moment_bytes"] == planned[rank]
         assert {int(name[0]) for name in other["owned"]} == set(range(rank, LAYERS, world_size))
         assert math.isfinite(other["next_loss"])
 
