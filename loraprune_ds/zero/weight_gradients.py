@@ -18,8 +18,8 @@ class WeightGradients:
 
     In the backward pass of a linear its gradient gᵀ·x is formed in the model's dtype (fp16: in fp32), reduce-scattered
     in fp32 to the owners of W's flat pieces and added up there over the micro-batches. Beside those pieces (4 bytes per
-    element of W, over W ranks, while a step lasts) a rank holds the gradient of one linear: for the widest of n elements
-    4·n bytes and its copy in the model's dtype.
+    weight, split over the ranks, while a step lasts) a rank holds the gradient of one linear: 4 bytes per element, and its
+    copy in the model's dtype.
     """
 
     def __init__(self, store: WeightStore) -> None:
