@@ -17,8 +17,8 @@ class WeightGradients:
     """Collects the gradient of every frozen linear during one step: fp32, averaged over the global batch.
 
     In the backward pass of a linear its gradient gᵀ·x is formed in the model's dtype (fp16: in fp32), reduce-scattered
-    in fp32 to the owners of W's flat pieces and added up there over the micro-batches. Beside those pieces (4 bytes per
-    weight, split over the ranks, while a step lasts) a rank holds the gradient of one linear: 4 bytes per element, and its
+    in fp32 to the owners of W's flat pieces and added up there over the micro-batches. While a step lasts a rank holds
+    those pieces, 4 bytes per element of W over W ranks, and one linear's gradient at a time: 4 bytes per element, and a
     copy in the model's dtype.
     """
 

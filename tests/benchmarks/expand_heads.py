@@ -1,4 +1,4 @@
-"""SmolLM2-135M with multi-head attention: every key-value head repeated for each query head that reads it."""
+"""A Llama with multi-head attention from one with grouped queries: every key-value head repeated for its queries."""
 
 import json
 import shutil
@@ -8,16 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.model.embedded import embedded_model_dir
 
-
-def expanded_model(folder: Path) -> Path:
-    """Writes the model into `folder`, unless it is there: the same function, 9 + 9 heads instead of 9 + 3."""
+def expanded_model(source: Path, folder: Path) -> Path:
+    """Writes the model into `folder`, unless it is there. It computes the same (SmolLM2: 9 + 9 heads for 9 + 3)."""
     if folder.exists():
         return folder
-    source = embedded_model_dir()
     config = json.loads((source / "config.json").read_text())
-    kv_heads, head_dim = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
+    kv_heads = config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     repeats = config["num_attention_heads"] // kv_heads
     staging = folder.with_suffix(".partial")
     shutil.rmtree(staging, ignore_errors=True)
@@ -35,6 +33,6 @@ def expanded_model(folder: Path) -> Path:
 
 
 def repeat_heads(weight: Tensor, kv_heads: int, head_dim: int, repeats: int) -> Tensor:
-    """(kv_heads * head_dim, in_features) -> (kv_heads * repeats * head_dim, in_features)."""
+    """(kv_heads * head_dim, ...) -> (kv_heads * repeats * head_dim, ...): a weight or a bias."""
     heads = weight.view(kv_heads, head_dim, -1)
-    return torch.repeat_interleave(heads, repeats, dim=0).reshape(-1, weight.shape[1]).contiguous()
+    return torch.repeat_interleave(heads, repeats, dim=0).reshape(-1, *weight.shape[1:]).contiguous()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.evaluate.texts import read_text
-from loraprune_ds.model.embedded import embedded_text
+from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.train.files import read_json_object, write_json, write_text
 from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality_settings import GROUPS, Setting, select
@@ -85,7 +85,11 @@ def result_path(work: Path, setting: Setting, seed: int) -> Path:
 def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
     """One run to its end, and its perplexities."""
     print(f"{setting.name}, seed {seed} ...", file=sys.stderr, flush=True)
-    model = expanded_model(arguments.work / "smollm2-135m-mha") if setting.model == "mha" else "embedded"
+    model = (
+        expanded_model(embedded_model_dir(), arguments.work / "smollm2-135m-mha")
+        if setting.model == "mha"
+        else "embedded"
+    )
     folder = arguments.work / "runs" / f"{setting.name}-s{seed}"
     settings = [
         f"output_dir={folder}",
