@@ -59,7 +59,8 @@ def evaluate(paths: list[str], plan: Plan, comm: Communicator, watch: Watch = la
     Raises:
         UserError: something cannot be used; all ranks raise the same line, before anything long.
     """
-    candidates = comm.together(lambda: check_candidates(paths, plan))
+    with comm.patient() as waiting:  # a model may have to be downloaded or converted
+        candidates = waiting.together(lambda: check_candidates(paths, plan))
     models: list[PreTrainedModel] = []  # only where their speed is measured, which needs all at once
     qualities = [_measure_quality(candidate, plan, comm, watch, models) for candidate in candidates]
     speeds: list[Any] = [None] * len(candidates)

@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="another Llama than SmolLM2-135M, in a work folder of its own")
     parser.add_argument("--steps", type=int, help="a trial of so many steps")
     parser.add_argument("--windows", type=int, default=160, help="of 128 tokens, of each text")
     parser.add_argument("--list", action="store_true", help="only say what would run")
@@ -50,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    is_trial = arguments.steps is not None or arguments.model is not None
     chosen = select(arguments.groups, arguments.only)
     if arguments.steps:
         arguments.work = arguments.work / f"trial-{arguments.steps}"
@@ -61,9 +63,9 @@ def main() -> None:
             print(f"{'done' if path.exists() else 'to do':<6} {path.stem}")
         elif not path.exists():
             write_json(path, carry_out(setting, seed, texts, arguments))
-            publish(arguments)
+            publish(arguments.work, arguments.work if is_trial else RESULTS)
     if not arguments.list:
-        publish(arguments)
+        publish(arguments.work, arguments.work if is_trial else RESULTS)
 
 
 def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
@@ -144,12 +146,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] in ("step", "cut")]
 
 
-def publish(arguments: argparse.Namespace) -> None:
+def publish(work: Path, target: Path) -> None:
     """Table, picture and JSON from every run that is in the work folder."""
-    runs = [read_json_object(path) for path in sorted((arguments.work / "results").glob("*.json"))]
+    runs = [read_json_object(path) for path in sorted((work / "results").glob("*.json"))]
     rows = rows_of(runs)
     print(table(rows))
-    target = arguments.work if arguments.steps else RESULTS
     write_json(target / "quality.json", {"rows": rows, "runs": runs})
     draw(target / "quality.png", rows)
 

@@ -240,8 +240,8 @@ def main() -> None:
         else:
             show(name, found)
         if name != "tiny":
-            facts = {"ranks": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions()}
-            result |= {name: found, **facts, "hardware": hardware("cpu")}
+            facts = {"ranks": RANKS, "steps": STEPS, "window": WINDOW}
+            result[name] = found | facts | {"versions": versions(), "hardware": hardware("cpu")}
             write_json(RESULT, result)
 
 

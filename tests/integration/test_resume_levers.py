@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import UserError
 from tests.integration.resuming import config_for, contents, losses, metrics, read_state, run_here, write_run
-from tests.ranks import RankFailure, RankPool
+from tests.ranks import RankPool
 
 STEPS, RECOVERY, CUTS, STOP_AT = 8, 2, [4, 6, 8], 5
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,13 @@ def run_levers(config: RunConfig, resume: str | None = None, stop_at: int | None
         return run_here(config, resume, stop_at)
 
 
+def refusal(config: RunConfig) -> str:
+    """What a start is refused with."""
+    with pytest.raises(UserError) as caught:
+        run_levers(config, "auto")
+    return str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("levers")
@@ -58,6 +66,11 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     assert {path.name: path.stat().st_mtime_ns for path in teacher.glob("*.safetensors")}.items() >= first.items()
     step = tmp_path / "out" / "checkpoints" / f"step-{STOP_AT}"
     assert len(list(step.glob("moments-*.safetensors"))) == 3  # one of each layer
+    lost, elsewhere = teacher / "targets-00003.safetensors", tmp_path / "lost"
+    lost.rename(elsewhere)
+    message = f"{lost} is missing or damaged, and the model that would write it again is cut already"
+    assert ranks.run(2, refusal, config) == [message, message]
+    elsewhere.rename(lost)
     assert all(ranks.run(2, run_levers, config, "auto"))
 
     total = STEPS + RECOVERY
@@ -78,14 +91,6 @@ def test_recovery_has_a_learning_rate_of_its_own(straight: Path) -> None:
     rates = [step["learning_rate"] for step in metrics(straight, "step")]
     assert rates == pytest.approx([5e-3 * (1 - s / STEPS) for s in range(STEPS)] + [1e-2, 5e-3])
     assert metrics(straight, "step")[-1]["sparsity"] == pytest.approx(metrics(straight, "cut")[-1]["reached"])
-
-
-def test_a_lost_teacher_is_named_once_the_model_is_cut(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
-    config = config_for(straight.parent / "config.yaml", tmp_path / "out")
-    ranks.run(2, run_levers, config, None, STOP_AT)
-    (tmp_path / "out" / "teacher" / "targets-00003.safetensors").unlink()
-    with pytest.raises(RankFailure, match=r"targets-00003\.safetensors is missing or damaged, and the model"):
-        ranks.run(2, run_levers, config, "auto")
 
 
 def test_biases_that_make_up_for_a_cut_are_exported(ranks: RankPool, straight: Path, tmp_path: Path) -> None:

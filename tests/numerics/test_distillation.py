@@ -14,7 +14,8 @@ from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
 WEIGHT, STEPS, SAMPLES = 0.5, 2, 12
-TOLERANCE = 1e-6  # of the loss, which is about 5, and of the largest gradient: fp32 sums in another order
+# In fp32 against fp64. The loss is about 5, whose last bit is 5e-7; gradients reach 0.3.
+TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def dense_step(job: Job, top_k: int | None) -> tuple[float, dict[str, Tensor]]:
     """Loss and LoRA gradients of the first batch; the teacher is the same model without its adapter."""
-    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), Settings(lora_alpha=job.lora_alpha))
+    settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
+    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
     input_ids, labels = job.batches[0]
     with torch.no_grad(), oracle.model.disable_adapter():  # type: ignore[operator]
         theirs = oracle.model(input_ids=input_ids, use_cache=False).logits
@@ -59,14 +61,13 @@ def test_loss_and_gradients_are_the_dense_ones(
 ) -> None:
     changed = Job(**{**vars(job), "gradient_checkpointing": checkpointing})
     loss, gradients = dense_step(job, top_k)
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     files = []
     for world_size in (1, 2, 3):
         result = ranks.run(world_size, levers.distilled_step, changed, tmp_path, top_k)[0]
         assert abs(result["loss"] - loss) < TOLERANCE
         assert set(result["gradients"]) == set(gradients)
         for name, gradient in gradients.items():
-            assert (result["gradients"][name] - gradient).abs().max() < TOLERANCE * largest, name
+            assert (result["gradients"][name] - gradient).abs().max() < TOLERANCE, name
         assert result["passes"] == [False, True]  # stopped inside the pass, then taken up
         on_disk, planned = result["bytes"]
         assert planned < on_disk < planned + 512 * len(result["files"])  # and each file's header

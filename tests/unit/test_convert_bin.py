@@ -3,17 +3,18 @@
 import json
 import multiprocessing
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model import convert_bin
+from loraprune_ds.model import build, convert_bin
 from loraprune_ds.model.build import locate_model
 from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
 from loraprune_ds.model.convert_bin import converted, needs_conversion
@@ -172,6 +173,28 @@ def test_what_cannot_be_converted_is_one_line(folder: Path, tensors: dict[str, T
     assert refused(folder) == f"{FILES[1]} is missing; {convert_bin.INDEX} names it"
     (folder / convert_bin.INDEX).write_text("{}")
     assert refused(folder) == f"{convert_bin.INDEX} has no weight_map"
+
+
+@pytest.mark.parametrize("has_safetensors", [False, True])
+def test_a_hub_model_is_downloaded_in_one_format(
+    folder: Path, tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: Any, has_safetensors: bool
+) -> None:
+    snapshot = tmp_path / "snapshot"
+    if has_safetensors:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (repository, revision) == ("some/model", "main")
+        snapshot.mkdir(exist_ok=True)
+        for path in (path for pattern in allow_patterns for path in folder.glob(pattern)):
+            shutil.copy(path, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(build, "snapshot_download", download)
+    found = locate_model(ModelConfig("some/model", revision="main"))
+    assert_same(written(found), tensors)
+    assert any(snapshot.glob("*.bin")) != has_safetensors
+    assert (found == snapshot) == has_safetensors
 
 
 def test_safetensors_are_taken_where_there_are_both(folder: Path, tensors: dict[str, Tensor]) -> None:
