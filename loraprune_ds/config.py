@@ -11,9 +11,10 @@ from typing import Any
 from loraprune_ds.errors import UserError
 
 DTYPES = ("bfloat16", "float16", "float32")
-CRITERIA = ("lora", "lora_squared", "magnitude", "random")
+CRITERIA = ("lora", "lora_squared", "gradient", "magnitude", "random")
 RANKINGS = ("uniform", "global")
 NORMALIZATIONS = ("l2", "none")
+COMPENSATIONS = ("none", "bias", "least_squares")
 SCHEDULERS = ("linear", "cosine", "constant")
 DATA_FORMATS = ("text", "instruction")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -108,6 +109,11 @@ class PruneConfig:
     min_channels: int = 1
     max_layer_ratio: float = 1.0  # of its own linear parameters that one layer may lose
     channel_multiple: int = 1  # channel counts are rounded to a multiple of this
+    gradient_every: int = 1  # criterion gradient: steps from one scoring to the next; the step of a cut always scores
+    compensate: str = "none"  # for the removed inputs of o_proj and down_proj; see pruning/compensate.py
+    compensate_steps: int = 2  # steps before a cut, its own included, whose inputs are measured
+    compensate_decay: float = 0.5  # what one more measured step leaves of the moving average of earlier ones
+    compensate_ridge: float = 0.05  # least_squares: added to the diagonal, as a fraction of the mean squared input
 
     def __post_init__(self) -> None:
         require(0 < self.ratio < 1, f"prune.ratio must be in (0, 1); got {self.ratio}")
@@ -116,7 +122,13 @@ class PruneConfig:
         if self.normalize is not None:
             _one_of("prune.normalize", self.normalize, NORMALIZATIONS)
         require(0 <= self.moving_average < 1, f"prune.moving_average must be in [0, 1); got {self.moving_average}")
-        for key in ("prune_every", "min_heads", "min_channels", "channel_multiple"):
+        _one_of("prune.compensate", self.compensate, COMPENSATIONS)
+        require(
+            0 <= self.compensate_decay < 1, f"prune.compensate_decay must be in [0, 1); got {self.compensate_decay}"
+        )
+        require(self.compensate_ridge > 0, f"prune.compensate_ridge must be positive; got {self.compensate_ridge}")
+        counts = ("prune_every", "min_heads", "min_channels", "channel_multiple", "gradient_every", "compensate_steps")
+        for key in counts:
             require(getattr(self, key) >= 1, f"prune.{key} must be at least 1; got {getattr(self, key)}")
         for key in ("warmup_fraction", "cooldown_fraction"):
             require(0 <= getattr(self, key) < 1, f"prune.{key} must be in [0, 1); got {getattr(self, key)}")
@@ -149,7 +161,9 @@ class TrainConfig:
     micro_batch_size: int = 2
     steps: int | None = None
     epochs: float | None = None
+    recovery_steps: int = 0  # that follow `steps`, in which nothing is cut any more
     learning_rate: float = 1e-4
+    recovery_learning_rate: float | None = None  # at the start of the recovery; None: as learning_rate
     lr_scheduler: str = "linear"
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -158,6 +172,8 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
     gradient_checkpointing: bool = False
+    distill_weight: float = 0.0  # w of the loss (1 - w) * cross-entropy + w * KL(uncut model || model); 0: off
+    distill_top_k: int | None = None  # of the uncut model's logits that are kept; None: its final hidden states, exact
     loss_chunk_tokens: int | None = None  # tokens whose logits are held at once; None: as many as make 256 MiB in fp32
 
     def __post_init__(self) -> None:
@@ -176,11 +192,20 @@ class TrainConfig:
             f"train.loss_chunk_tokens must be at least 1; got {self.loss_chunk_tokens}",
         )
         require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}")
+        require(self.recovery_steps >= 0, f"train.recovery_steps must not be negative; got {self.recovery_steps}")
+        rate = self.recovery_learning_rate
+        require(rate is None or rate > 0, f"train.recovery_learning_rate must be positive; got {rate}")
+        require(rate is None or self.recovery_steps > 0, "train.recovery_learning_rate needs train.recovery_steps")
         _one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULERS)
         require(self.warmup_steps >= 0, f"train.warmup_steps must not be negative; got {self.warmup_steps}")
         for key in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, key) < 1, f"train.{key} must be in [0, 1); got {getattr(self, key)}")
         require(self.adam_epsilon > 0, f"train.adam_epsilon must be positive; got {self.adam_epsilon}")
+        require(0 <= self.distill_weight <= 1, f"train.distill_weight must be in [0, 1]; got {self.distill_weight}")
+        require(
+            self.distill_top_k is None or self.distill_top_k >= 1,
+            f"train.distill_top_k must be at least 1; got {self.distill_top_k}",
+        )
         for key in ("weight_decay", "max_grad_norm"):
             require(getattr(self, key) >= 0, f"train.{key} must not be negative; got {getattr(self, key)}")
 

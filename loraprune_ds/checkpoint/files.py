@@ -24,6 +24,10 @@ def layer_file(layer: int) -> str:
     return f"layer-{layer:05d}.safetensors"
 
 
+def moments_file(layer: int) -> str:
+    return f"moments-{layer:05d}.safetensors"
+
+
 def numbered(root: Path, kind: str) -> list[int]:
     """Numbers of the published folders `{kind}-N`, ascending."""
     found = [path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*") if path.is_dir()]

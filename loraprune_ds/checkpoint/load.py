@@ -40,6 +40,11 @@ class Saved:
         tensors = load_file(path)
         return [LayerScores(tensors[f"{i}.heads"], tensors[f"{i}.channels"]) for i in range(len(tensors) // 2)]
 
+    def moments(self, layer: int) -> dict[str, Tensor]:
+        """Moments of the inputs of a layer's linears, by name; empty when none had been measured."""
+        path = self.folder / files.moments_file(layer)
+        return load_file(path) if path.exists() else {}
+
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """Elements [start, end) of a layer's LoRA tensor, flat; only the rows that hold them are read."""
         with safe_open(self.folder / files.layer_file(layer), framework="pt") as file:

@@ -3,6 +3,8 @@
 checkpoints/shape-2/     the model after the second cut, LoRA left out: a Hugging Face folder
 checkpoints/step-120/    layer-00000.safetensors ...  fp32 LoRA masters and Adam moments of a layer
                          scores.safetensors           moving averages, float64
+                         moments-00000.safetensors …  with prune.compensate, until the last cut: what is known of the
+                                                      inputs of a layer's o_proj and down_proj, fp32
                          state.json, manifest.json    everything else, and the checksums of all files
 """
 
@@ -20,6 +22,7 @@ from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, rea
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.zero.input_moments import InputMoments
 from loraprune_ds.zero.sharded import ShardedStore
 from loraprune_ds.zero.training_state import collect_lora_state
 from loraprune_ds.zero.write import frozen_tensors, write_model
@@ -41,8 +44,10 @@ def save_shape(store: ShardedStore, root: Path, cuts: int, config_json: dict[str
     return ShapeSource(staging.target.name, store.comm.gather_objects(digest)[0], is_source=False)
 
 
-def save_step(store: ShardedStore, root: Path, state: RunState, scores: list[LayerScores] | None) -> Path:
-    """Publishes `step-{state.step}`. Collective; layer k is written by rank k % W.
+def save_step(
+    store: ShardedStore, root: Path, state: RunState, scores: list[LayerScores] | None, moments: InputMoments | None
+) -> Path:
+    """Publishes `step-{state.step}`. Collective; layer k is written by rank k % W, which has its moments.
 
     Raises:
         RunError: a rank cannot write; nothing is published and nothing older is lost.
@@ -57,6 +62,9 @@ def save_step(store: ShardedStore, root: Path, state: RunState, scores: list[Lay
             if tensors is not None:
                 staging.write(files.layer_file(layer), lambda path, tensors=tensors: _save_on_cpu(tensors, path))
             del tensors
+            measured = {} if moments is None else moments.of_layer(layer)
+            if measured:
+                staging.write(files.moments_file(layer), lambda path, measured=measured: _save_on_cpu(measured, path))
             fail_point("save.layer")
         fail_point("save.step_written")
         staging.publish()

@@ -17,7 +17,7 @@ from loraprune_ds.export.huggingface import finish_folder, merge_lora
 from loraprune_ds.export.model_card import card_of_run, retell_model_card
 from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
 from loraprune_ds.model.build import locate_model
-from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
+from loraprune_ds.model.checkpoint import Checkpoint, open_for_pruning, parameter_shapes
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.model.shards import shard_count, write_index, write_shard
@@ -35,8 +35,8 @@ class Unmerged:
     def __init__(self, saved: Saved) -> None:
         self.saved = saved
         self.config = config_from_dict(saved.state.config)
-        self.dense = open_checkpoint(locate_model(self.config.model))
-        self.base = open_checkpoint(saved.shape_folder())
+        self.dense = open_for_pruning(locate_model(self.config.model), self.config.prune)
+        self.base = open_for_pruning(saved.shape_folder(), self.config.prune)
         # The family is the dense model's, even where the saved shape had to be described as another.
         self.shape = self.dense.shape.with_layers(self.base.shape.layers)
 

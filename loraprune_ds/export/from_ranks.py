@@ -5,9 +5,9 @@ from pathlib import Path
 from torch import Tensor
 
 from loraprune_ds.export.huggingface import merge_lora
-from loraprune_ds.zero.collect import CollectedLinear
 from loraprune_ds.zero.device import DTYPES
 from loraprune_ds.zero.sharded import ShardedStore
+from loraprune_ds.zero.store import CollectedLinear
 from loraprune_ds.zero.write import write_model
 
 

@@ -1,5 +1,7 @@
 """PEFT LoRA on the seven linears of every decoder layer, fresh or from an existing adapter."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -101,6 +103,22 @@ def lora_weights(module: LoraLinear) -> tuple[nn.Parameter, nn.Parameter]:
     """(A (r, in_features), B (out_features, r)) as parameters."""
     a, b = (cast(nn.Linear, factors[ADAPTER]).weight for factors in (module.lora_A, module.lora_B))
     return cast(nn.Parameter, a), cast(nn.Parameter, b)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model alone computes while this is open.
+
+    PEFT's own `disable_adapter` also takes the gradients from LoRA's parameters, which ZeRO-3 has its hooks on.
+    """
+    modules = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for module in modules:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._disable_adapters = False
 
 
 def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:

@@ -82,6 +82,8 @@ def _build_on_meta(checkpoint: Checkpoint, attn_implementation: str) -> PreTrain
     }[checkpoint.shape.model_type]
     config = config_class.from_pretrained(checkpoint.folder)
     config.use_cache = False
+    if isinstance(config, LlamaConfig):  # as the shape has it, which may have more than the files (`open_for_pruning`)
+        config.attention_bias, config.mlp_bias = checkpoint.shape.attention_bias, checkpoint.shape.mlp_bias
     config._attn_implementation = attn_implementation
     with torch.device("meta"):
         model = model_class(config) if model_class else AutoModelForCausalLM.from_config(config)

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint on disk, checked by its headers and read piece by piece: nobody holds a whole model."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import LINEARS, ModelShape, shape_from_config
 
@@ -27,18 +28,22 @@ class Checkpoint:
         config: config.json as it is.
         shape: the sizes it declares, checked against the tensors on disk.
         files: tensor name -> safetensors file.
+        absent: names of tensors that no file holds and that are zero (`open_for_pruning`).
     """
 
     folder: Path
     config: dict[str, Any]
     shape: ModelShape
     files: dict[str, Path]
+    absent: frozenset[str] = frozenset()
 
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
 
         Only the rows that contain the piece are read from disk.
         """
+        if name in self.absent:
+            return torch.zeros(end - start, dtype=dtype)
         piece = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
             view = file.get_slice(name)
@@ -95,6 +100,29 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if name not in shapes and not name.endswith(IGNORED):
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
     return Checkpoint(folder, config, shape, files)
+
+
+def open_for_pruning(folder: Path, config: PruneConfig) -> Checkpoint:
+    """The model of a run: as `open_checkpoint`, with biases where a cut is to be made up for by them.
+
+    Raises:
+        UserError: as `open_checkpoint`, or its linears cannot have biases.
+    """
+    checkpoint = open_checkpoint(folder)
+    return _with_biases(checkpoint) if config.compensate == "bias" else checkpoint
+
+
+def _with_biases(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with biases on all linears of the decoder layers: those it lacks are zero."""
+    shape = checkpoint.shape
+    if shape.model_type not in ("llama", "pruned_llama"):
+        raise UserError(
+            f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({checkpoint.folder}) lacks"
+        )
+    config = checkpoint.config | {"attention_bias": True, "mlp_bias": True}
+    shape = replace(shape, attention_bias=True, mlp_bias=True)
+    absent = frozenset(name for name in parameter_shapes(shape) if name not in checkpoint.files)
+    return Checkpoint(checkpoint.folder, config, shape, checkpoint.files, absent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from loraprune_ds.model.distillation import Distillation, Recording, distilled_losses, record
+
 IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entropy
 LOGITS_AT_ONCE = 1 << 26  # fp32 elements of a chunk: 256 MiB, and still rows enough to keep a GPU's matrix units busy
 
 
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int | None = None) -> Tensor:
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int | None = None,
+    distillation: Distillation | None = None,
+) -> Tensor:
     """Next-token cross-entropies in fp32, (batch, window - 1); 0 where a token is not supervised.
 
     Only supervised tokens reach the head. Differentiable with respect to `hidden`, once; the head is frozen.
@@ -26,13 +34,19 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: i
         weight: (vocabulary, hidden_size) of the head, whole.
         labels: (batch, window), IGNORE_INDEX where a token is not supervised; position t predicts label t + 1.
         chunk_tokens: tokens whose logits are held at once; None: as many as make LOGITS_AT_ONCE.
+        distillation: what the cross-entropies are mixed with.
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
     chunk = chunk_tokens or max(1, LOGITS_AT_ONCE // len(weight))
+    rows, wanted = hidden[:, :-1][supervised], targets[supervised]
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
     assert not (differentiate and weight.requires_grad), "the head is frozen: no gradient of it is computed"
-    losses: Any = _ChunkedLosses.apply(hidden[:, :-1][supervised], weight, targets[supervised], chunk, differentiate)
+    losses: Any
+    if distillation is None:
+        losses = _ChunkedLosses.apply(rows, weight, wanted, chunk, differentiate)
+    else:
+        losses = distilled_losses(rows, weight, wanted, distillation, chunk_tokens)
     return torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device).masked_scatter(supervised, losses)
 
 
@@ -81,10 +95,14 @@ class LossHead(nn.Linear):
         self.weight = head.weight  # the same parameter, which may be the embedding's
         self.chunk_tokens = chunk_tokens
 
-    def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, labels: Tensor | None = None, distillation: Distillation | Recording | None = None
+    ) -> Tensor | dict[str, Tensor]:
         if labels is None:
             return super().forward(input)
-        return token_losses(input, self.weight, labels, self.chunk_tokens)
+        if isinstance(distillation, Recording):
+            return record(input[:, :-1][labels[:, 1:] != IGNORE_INDEX], self.weight, distillation, self.chunk_tokens)
+        return token_losses(input, self.weight, labels, self.chunk_tokens, distillation)
 
 
 class TokenLosses:
@@ -93,11 +111,20 @@ class TokenLosses:
     model: nn.Module
     lm_head: nn.Module
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **settings: Any) -> Any:
-        """Labels (batch, window) -> (batch, window - 1) fp32; without labels what the stock model gives."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        distillation: Distillation | Recording | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Labels (batch, window) -> (batch, window - 1) fp32; without labels what the stock model gives.
+
+        With a `Recording` the fields of a teacher for the supervised tokens instead (distillation.py).
+        """
         if labels is None:
             return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
-        return self.lm_head(self.model(input_ids=input_ids, use_cache=False).last_hidden_state, labels)
+        return self.lm_head(self.model(input_ids=input_ids, use_cache=False).last_hidden_state, labels, distillation)
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:

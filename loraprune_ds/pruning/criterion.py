@@ -16,8 +16,9 @@ from loraprune_ds.zero.store import LoraFactors, OwnedPiece
 CPU_BLOCK_NUMEL = 1 << 17
 DEVICE_BLOCK_NUMEL = 1 << 23
 
-# (rows of W in fp32, the LoRA factors of those rows) -> element importance up to its sign, same shape as the rows.
-ElementCriterion = Callable[[Tensor, LoraFactors], Tensor]
+# (rows of W in fp32, the LoRA factors of those rows; for `gradient` also the rows of W's gradient)
+# -> element importance up to its sign, same shape as the rows.
+ElementCriterion = Callable[..., Tensor]
 
 
 def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
@@ -48,12 +49,31 @@ def magnitude(weight: Tensor, factors: LoraFactors) -> Tensor:
     return effective_weight(weight, factors)
 
 
-ELEMENT_CRITERIA: dict[str, ElementCriterion] = {"lora": lora, "lora_squared": lora_squared, "magnitude": magnitude}
+def gradient(weight: Tensor, factors: LoraFactors, weight_gradient: Tensor) -> Tensor:
+    """|gW ⊙ (W + s·B·A)|: what `lora` estimates (LLM-Pruner's first-order criterion, arXiv 2305.11627)."""
+    return effective_weight(weight, factors).mul_(weight_gradient)
+
+
+ELEMENT_CRITERIA: dict[str, ElementCriterion] = {
+    "lora": lora,
+    "lora_squared": lora_squared,
+    "gradient": gradient,
+    "magnitude": magnitude,
+}
 
 
 @torch.no_grad()
-def score_piece(piece: OwnedPiece, factors: LoraFactors, criterion: ElementCriterion, axis: int) -> Tensor:
+def score_piece(
+    piece: OwnedPiece,
+    factors: LoraFactors,
+    criterion: ElementCriterion,
+    axis: int,
+    weight_gradient: Tensor | None = None,
+) -> Tensor:
     """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the whole weight.
+
+    Args:
+        weight_gradient: of the owned elements, (len(piece.flat),) fp32, padding allowed; for the criterion `gradient`.
 
     Returns:
         (out_features,) or (in_features,) float64 partial sums; summed over the ranks they are those of the weight.
@@ -71,11 +91,10 @@ def score_piece(piece: OwnedPiece, factors: LoraFactors, criterion: ElementCrite
         stop = min(row + block_rows, last_row)
         low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
         head, tail = low - row * columns, stop * columns - high
-        weight = piece.flat[low - start : high - start].float()
-        if head or tail:
-            weight = torch.nn.functional.pad(weight, (head, tail))
+        owned = [piece.flat] if weight_gradient is None else [piece.flat, weight_gradient]
+        weight, *given = (_whole_rows(flat[low - start : high - start], head, tail, columns) for flat in owned)
         of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
-        importance = criterion(weight.view(stop - row, columns), of_rows)
+        importance = criterion(weight, of_rows, *given)
         if head or tail:
             flat = importance.view(-1)
             flat[:head] = 0
@@ -86,3 +105,9 @@ def score_piece(piece: OwnedPiece, factors: LoraFactors, criterion: ElementCrite
         else:
             total += sums
     return total
+
+
+def _whole_rows(flat: Tensor, head: int, tail: int, columns: int) -> Tensor:
+    """(rows, columns) fp32; what the first and the last row lack is zero."""
+    whole = torch.nn.functional.pad(flat.float(), (head, tail)) if head or tail else flat.float()
+    return whole.view(-1, columns)

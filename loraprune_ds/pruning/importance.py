@@ -9,6 +9,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import KINDS, LINEARS, Kind, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_piece
 from loraprune_ds.zero.store import LayerKeep, WeightStore
+from loraprune_ds.zero.weight_gradients import WeightGradients
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,13 @@ class LayerScores:
         return LayerScores(self.heads[keep.heads], self.channels[keep.channels])
 
 
-def score_groups(store: WeightStore, criterion: str, normalization: str, step: int) -> list[LayerScores]:
+def score_groups(
+    store: WeightStore, criterion: str, normalization: str, step: int, gradients: WeightGradients | None = None
+) -> list[LayerScores]:
     """Scores all groups from the pieces the ranks own: one all-reduce of O(heads + channels) numbers.
+
+    Args:
+        gradients: of the weights, for the criterion `gradient`.
 
     Raises:
         RunError: a score is not finite; the message names the layer, the linear and the step.
@@ -37,7 +43,8 @@ def score_groups(store: WeightStore, criterion: str, normalization: str, step: i
         factors = store.lora_factors(layer)
         for linear in LINEARS:
             piece = store.owned_weight(layer, linear)
-            sums = score_piece(piece, factors[linear.name], element_criterion, linear.axis)
+            given = () if gradients is None else (gradients.owned(layer, linear),)
+            sums = score_piece(piece, factors[linear.name], element_criterion, linear.axis, *given)
             partial.append(sums.view(-1, store.shape.group_width(linear)).sum(1))  # (groups,)
     sizes = [len(scores) for scores in partial]
     totals = store.sum_over_ranks(torch.cat(partial)).cpu().split(sizes)

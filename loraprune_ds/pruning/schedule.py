@@ -35,6 +35,10 @@ class Schedule:
     def is_cut(self, step: int) -> bool:
         return self.start < step <= self.end and ((step - self.start) % self.every == 0 or step == self.end)
 
+    def is_scored(self, step: int, every: int) -> bool:
+        """Every `every` steps from the first one on, and before each cut; never after the last."""
+        return step <= self.end and ((step - 1) % every == 0 or self.is_cut(step))
+
 
 def make_schedule(config: PruneConfig, steps: int) -> Schedule:
     """The schedule of a run of `steps` optimizer steps.

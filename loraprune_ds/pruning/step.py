@@ -1,16 +1,18 @@
 """One pruning step. Read this file first.
 
 micro-batches → engine.backward → LoRA gradients, averaged over ranks and micro-batches by ZeRO-3
+    watching()  around the step's passes and its scoring: what a setting asks to be measured in them
     observe()   every rank scores the flat piece of W it owns; one all-reduce of the score vectors;
                 moving average                                       (between the last backward and the update)
 engine.step()   the optimizer's update
-    cut()       at a step of the schedule: rank groups under the target → agree on the mask → shrink the weights,
-                the LoRA factors and their Adam state in place
+    cut()       at a step of the schedule: rank groups under the target → agree on the mask → make up for what leaves,
+                if asked to → shrink the weights, the LoRA factors and their Adam state in place
 training goes on, smaller and faster
 """
 
 import hashlib
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +22,13 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.shapes import KINDS, ModelShape
+from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.zero.store import LayerKeep, Traffic, WeightStore
+from loraprune_ds.zero.weight_gradients import WeightGradients
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Cut:
     Attributes:
         target, reached: fraction of the dense decoder-layer linear parameters that should be and is gone.
         keep: per layer, the groups that stayed, as indices into the groups before this cut.
-        sent: what this rank sent to others.
-        seconds: ranking, agreement and repartition together.
+        sent: what this rank sent to others in the repartition.
+        seconds: ranking, agreement, compensation and repartition together.
     """
 
     step: int
@@ -56,17 +60,35 @@ class Pruner:
         self.limits = limits
         self.average = MovingAverage(config.moving_average)
         self.kept = all_groups(limits.dense)  # indices into the dense model
+        self.compensator = None if config.compensate == "none" else Compensator(store, config, schedule)
+        self.gradients = WeightGradients(store) if config.criterion == "gradient" else None
         self._random = random_scores(limits.dense, seed)
 
+    def watching(self, step: int, tokens: int) -> AbstractContextManager[None]:
+        """Around all passes of a step, whose global batch has so many tokens, and its `observe`."""
+        if self.compensator is not None:
+            self.compensator.begin(step, tokens)
+        if self.gradients is not None and self.schedule.is_scored(step, self.config.gradient_every):
+            return self.gradients.collecting()
+        return nullcontext()
+
+    def forward(self, real: Tensor | None) -> AbstractContextManager[None]:
+        """Around the forward pass of every micro-batch; `real` (batch, window) is False at padding, None without."""
+        return nullcontext() if self.compensator is None else self.compensator.forward(real)
+
     def observe(self, step: int) -> None:
-        """Scores all groups from this step's gradients and updates the moving average; nothing after the last cut."""
-        if step > self.schedule.end:
+        """Scores all groups from this step's gradients and updates the moving average; nothing after the last cut.
+
+        The criterion `gradient` scores at the steps that `gradient_every` says and at every cut.
+        """
+        every = self.config.gradient_every if self.gradients else 1
+        if not self.schedule.is_scored(step, every):
             return
         fail_point("scoring")
         if self.config.criterion == "random":
             now = [scores.kept(keep) for scores, keep in zip(self._random, self.kept, strict=True)]
         else:
-            now = score_groups(self.store, self.config.criterion, self.config.normalization, step)
+            now = score_groups(self.store, self.config.criterion, self.config.normalization, step, self.gradients)
         self.average.update(now)
 
     def cut(self, step: int) -> Cut | None:
@@ -81,6 +103,9 @@ class Pruner:
         target = self.schedule.target(step)
         keep = agree(self._rank(step, target), self.store, step)
         fail_point("cut.agreed")
+        if self.compensator is not None:
+            self.compensator.compensate(keep, step)
+            fail_point("cut.compensated")
         sent = self.store.shrink(keep)
         self.average.shrink(keep)
         self.kept = [compose(kept, k) for kept, k in zip(self.kept, keep, strict=True)]

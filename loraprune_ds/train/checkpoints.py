@@ -13,7 +13,7 @@ from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
 from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, Tally
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.checkpoint import open_for_pruning
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.output import MAY_DIFFER, Start, differences
@@ -75,7 +75,7 @@ def build_store(config: RunConfig, prepared: Prepared, saved: Saved | None) -> S
         return build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
     state = saved.state
     without_adapter = replace(config, model=replace(config.model, adapter=None))  # its LoRA comes from the checkpoint
-    shape = open_checkpoint(saved.shape_folder())
+    shape = open_for_pruning(saved.shape_folder(), config.prune)
     store = build_training_store(without_adapter, shape, prepared.ds_config, prepared.steps)
     # The family is the dense model's, even where the saved shape had to be described as another.
     store.shape = prepared.checkpoint.shape.with_layers(shape.shape.layers)
@@ -85,9 +85,11 @@ def build_store(config: RunConfig, prepared: Prepared, saved: Saved | None) -> S
 
 
 def restore_pruner(pruner: Pruner, saved: Saved) -> None:
-    """Kept groups and moving averages."""
+    """Kept groups and moving averages, and the moments of inputs where a cut is made up for."""
     kept = [LayerKeep(torch.tensor(heads), torch.tensor(channels)) for heads, channels in saved.state.kept]
     pruner.restore(kept, saved.scores(), saved.state.updates_since_cut)
+    if pruner.compensator is not None:
+        pruner.compensator.moments.restore(saved.moments)
 
 
 class Checkpoints:
@@ -125,7 +127,9 @@ class Checkpoints:
             resumed_from=self.resumed_from,
             config=self.config.to_dict(),
         )
-        save_step(store, self.root, state, self.pruner.average.scores)
+        compensator = self.pruner.compensator
+        moments = None if compensator is None else compensator.moments
+        save_step(store, self.root, state, self.pruner.average.scores, moments)
         writes = LocalWrites()
         if store.rank == 0:
             writes.do(lambda: drop_old(self.root, step, self.config.checkpoint.keep_last))

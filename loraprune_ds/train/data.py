@@ -79,6 +79,24 @@ class Samples:
             return int((starts[indices + 1] - starts[indices]).sum())
         return len(indices) * self.input_ids.shape[1]
 
+    def real_tokens(self, indices: Tensor) -> Tensor | None:
+        """(len(indices), width) bool, False at padding; None if these samples have none."""
+        if not isinstance(self.input_ids, Ragged):
+            return None
+        starts = self.input_ids.starts
+        lengths = starts[indices + 1] - starts[indices]
+        width = self.input_ids[indices].shape[1]
+        return None if bool((lengths == width).all()) else torch.arange(width) < lengths[:, None]
+
+    def supervised_counts(self) -> Tensor:
+        """(N,) int64: predictions of each sample that count."""
+        if not isinstance(self.labels, Ragged):
+            return (self.labels[:, 1:] != IGNORE_INDEX).sum(1)
+        starts = self.labels.starts
+        before = torch.zeros(len(self.labels.values) + 1, dtype=torch.int64)
+        before[1:] = (self.labels.values != IGNORE_INDEX).cumsum(0)
+        return before[starts[1:]] - before[torch.minimum(starts[:-1] + 1, starts[1:])]
+
     def largest_id(self) -> int:
         ids = self.input_ids.values if isinstance(self.input_ids, Ragged) else self.input_ids
         return int(ids.max())

@@ -14,6 +14,8 @@ from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.stop import STOP, Requests
+from loraprune_ds.train.teacher import Teacher
+from loraprune_ds.train.teacher_pass import find_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import EngineLike
@@ -36,8 +38,11 @@ class Loop:
         self.pruner = Pruner(self.store, config.prune, prepared.schedule, prepared.limits, config.seed)
         if saved:
             restore_pruner(self.pruner, saved)
+        self._teacher = self._find_teacher(saved) if config.train.distill_weight else None
         self._requests = requests
-        self._trainer = Trainer(self.store, self.pruner, prepared.samples, prepared.order, config, requests.pending)
+        self._trainer = Trainer(
+            self.store, self.pruner, prepared.samples, prepared.order, config, requests.pending, self._teacher
+        )
         self._checkpoints = Checkpoints(config, prepared, self.pruner, saved)
         self._tally = saved.state.tally if saved else Tally()
         self.resumed_from = self._checkpoints.resumed_from
@@ -46,6 +51,10 @@ class Loop:
         """All steps that are left; False if it was asked to stop before the end, after a checkpoint."""
         if not self.resumed_from:
             self._evaluate(0, "dense")
+        if self._teacher is not None and not self._record(self._teacher):
+            self._requests.clear(STOP)
+            self.recorder.note("stopped before the first step; go on with --resume auto")
+            return False
         for step in range(self.status.step + 1, self.prepared.steps + 1):
             self._step(step)
             requested = self._trainer.requested
@@ -59,6 +68,14 @@ class Loop:
                 self.recorder.note(f"stopped at step {step}; go on with --resume auto")
                 return False
         return True
+
+    def _find_teacher(self, saved: Saved | None) -> Teacher:
+        is_cut = self.store.shape != self.prepared.checkpoint.shape
+        return self.store.comm.together(lambda: find_teacher(self.config, self.prepared, saved, is_cut=is_cut))
+
+    def _record(self, teacher: Teacher) -> bool:
+        samples, pending, note = self.prepared.samples, self._requests.pending, self.recorder.note
+        return record_teacher(self.store, teacher, samples, self.config, pending=pending, note=note)
 
     def _step(self, step: int) -> None:
         record = self._trainer.step(step)

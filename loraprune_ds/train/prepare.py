@@ -12,7 +12,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import cut_windows
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.build import build_on_meta, locate_model
-from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
+from loraprune_ds.model.checkpoint import Checkpoint, open_for_pruning
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
@@ -30,7 +30,7 @@ class Prepared:
     """A checked run.
 
     Attributes:
-        steps: optimizer steps.
+        steps: optimizer steps, the recovery included.
         windows: (windows, evaluate.window) token ids of the held-out text.
         ds_config: DeepSpeed's JSON with every "auto" replaced.
     """
@@ -68,7 +68,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     check_private_attributes()
     check_dtype(config.model.dtype)
     config.train.gradient_accumulation_steps(world_size)
-    checkpoint = open_checkpoint(locate_model(config.model))
+    checkpoint = open_for_pruning(locate_model(config.model), config.prune)
     if config.model.adapter:
         check_adapter(Path(config.model.adapter).expanduser(), config.lora)
     ds_config = resolve_ds_config(_find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
@@ -83,15 +83,15 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
         vocab_size=checkpoint.shape.vocab_size,
     )
     order = SampleOrder(len(loaded.samples), config.train.global_batch_size, config.seed)
-    steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
+    pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
     return Prepared(
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         samples=loaded.samples,
         order=order,
         windows=cut_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows),
-        steps=steps,
-        schedule=make_schedule(config.prune, steps),
+        steps=pruning_steps + config.train.recovery_steps,
+        schedule=make_schedule(config.prune, pruning_steps),
         limits=limits,
         ds_config=ds_config,
     )

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.recorder import Recorder, take_over_metrics
 from loraprune_ds.train.records import EvaluationRecord
 from loraprune_ds.train.stop import STOP, Requests, drop_stale_requests
+from loraprune_ds.train.teacher import TEACHER_FOLDER
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.memory import peak_bytes
@@ -139,6 +141,8 @@ def _finish(config: RunConfig, prepared: Prepared, trained: Trained, asked: Aske
     comm.together(
         lambda: publish_model(trained.staging, folder, config, prepared, outcome, recorder.history) if writes else None
     )
+    if writes:
+        shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)
     return True
 
 

@@ -10,10 +10,12 @@ import torch
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.faults import fail_point
+from loraprune_ds.model.distillation import Distillation
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.train.data import SampleOrder, Samples, rank_micro_batches, supervised_tokens
 from loraprune_ds.train.records import CutRecord, StepRecord
 from loraprune_ds.train.seeding import seed_draws
+from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
 from loraprune_ds.zero.sharded import ShardedStore
@@ -40,6 +42,7 @@ class Trainer:
         order: SampleOrder,
         config: RunConfig,
         pending: Callable[[], int] = lambda: 0,
+        teacher: Teacher | None = None,
     ) -> None:
         self.store = store
         self.pruner = pruner
@@ -50,6 +53,7 @@ class Trainer:
         self.weight_bytes = self._weight_bytes()
         self.requested = 0  # the largest request of any rank at the last step (stop.py)
         self._pending = pending
+        self._teacher = teacher
 
     def step(self, step: int) -> StepRecord:
         """The `step`-th optimizer step (from 1): forward and backward of this rank's micro-batches, score, update."""
@@ -58,14 +62,15 @@ class Trainer:
         supervised = supervised_tokens(self.samples, batch)
         learning_rate = float(self.engine.get_lr()[0])
         sparsity = self.pruner.reached()
-        report = self._exchange(self._accumulate(step, batch, supervised))
-        self.requested = report.request
-        decision = decide(report.bad_layer, report.loss, dtype=self.config.model.dtype, step=step)
-        if decision == "update":
-            self.pruner.observe(step)
+        tokens = self.samples.count_tokens(batch)
+        with self.pruner.watching(step, tokens):
+            report = self._exchange(self._accumulate(step, batch, supervised))
+            self.requested = report.request
+            decision = decide(report.bad_layer, report.loss, dtype=self.config.model.dtype, step=step)
+            if decision == "update":
+                self.pruner.observe(step)
         self.engine.step()
         seconds = time.perf_counter() - began
-        tokens = self.samples.count_tokens(batch)
         norm = None if decision == "skip" else self.engine.get_global_grad_norm()
         return StepRecord(
             step=step,
@@ -102,7 +107,8 @@ class Trainer:
             seed_draws(self.config.seed, step, i, store.rank)
             input_ids = self.samples.input_ids[indices].long().to(store.device)
             labels = self.samples.labels[indices].long().to(store.device)
-            loss = self.engine(input_ids=input_ids, labels=labels).sum()
+            with self.pruner.forward(self.samples.real_tokens(indices)):
+                loss = self.engine(input_ids=input_ids, labels=labels, **self._mixed_with(indices)).sum()
             fail_point("forward")
             total += loss.item()
             self.engine.backward(loss * (store.world_size / supervised), scale_wrt_gas=False)
@@ -111,6 +117,12 @@ class Trainer:
             if i < len(micro_batches) - 1:
                 self.engine.step()  # not a boundary: only counts the micro-batch
         return total
+
+    def _mixed_with(self, indices: torch.Tensor) -> dict[str, Distillation]:
+        """What the loss of these samples takes besides their labels."""
+        if self._teacher is None:
+            return {}
+        return {"distillation": self._teacher.distillation(indices, self.store.device)}
 
     def _exchange(self, loss: float) -> _RankReport:
         bad = self.store.nonfinite_layer() if math.isfinite(loss) else self.store.nonfinite_weights()

@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.zero.flat import partition_numel
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -79,6 +80,36 @@ class Communicator:
         dist.gather(local.contiguous(), into, dst=owner, group=self.group)
         self.counter.add("gather", 0 if self.rank == owner else local.numel(), local.element_size())
         return torch.stack(into) if into is not None else None
+
+    def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
+        """Sum over ranks on `owner` only; `values` is used up."""
+        if self.world_size > 1:
+            dist.reduce(values, owner, group=self.group)
+            self.counter.add("reduce", 0 if self.rank == owner else values.numel(), values.element_size())
+        return values if self.rank == owner else None
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        """(n,) on every rank -> this rank's (ceil(n / W),) piece of their sum, the last ones padded with zeros."""
+        if self.world_size == 1:
+            return values
+        size = partition_numel(len(values), self.world_size)
+        padded = torch.nn.functional.pad(values, (0, size * self.world_size - len(values)))
+        piece = values.new_empty(size)
+        dist.reduce_scatter_tensor(piece, padded, group=self.group)
+        self.counter.add("reduce_scatter", size * (self.world_size - 1), values.element_size())
+        return piece
+
+    def scatter_from(self, owner: int, whole: Tensor | None, piece: Tensor) -> None:
+        """Fills `piece` of every rank with its part of a flat tensor that `owner` holds; padding becomes zero."""
+        parts = None
+        if whole is not None:
+            padded = torch.nn.functional.pad(whole, (0, len(piece) * self.world_size - len(whole)))
+            parts = list(padded.split(len(piece)))
+        if self.world_size == 1:
+            piece.copy_(cast(list[Tensor], parts)[0])
+            return
+        dist.scatter(piece, parts, src=owner, group=self.group)
+        self.counter.add("scatter", len(piece) * (self.world_size - 1) if parts else 0, piece.element_size())
 
     def gather_objects(self, value: T) -> list[T]:
         """A small picklable value of every rank, in rank order."""

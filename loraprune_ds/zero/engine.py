@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,16 @@ def quiet_stdout() -> Iterator[None]:
 
 
 def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
-    """The schedule's factor on the learning rate at a 0-based step: linear warm-up, then linear or cosine to zero."""
+    """The schedule's factor on the learning rate at a 0-based step: linear warm-up, then linear or cosine to zero.
+
+    The recovery, the last of `steps`, has a schedule of its own, without warm-up: Adam's moments are there already.
+    """
+    main = steps - config.recovery_steps
+    if config.recovery_steps and step >= main:
+        rate = config.recovery_learning_rate or config.learning_rate
+        recovery = replace(config, warmup_steps=0, recovery_steps=0, recovery_learning_rate=None)
+        return rate / config.learning_rate * learning_rate_factor(recovery, config.recovery_steps, step - main)
+    steps = main
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)

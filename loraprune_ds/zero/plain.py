@@ -3,7 +3,8 @@
 The whole pruning method runs on it unchanged, which is how the method is tested apart from the sharding.
 """
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
 from loraprune_ds.model.build import decoder_layers
 from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
-from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Traffic
+from loraprune_ds.zero.store import CollectedLinear, LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site, Traffic
 
 
 class PlainStore:
     """A `WeightStore` over an ordinary PEFT model and a torch optimizer with per-parameter state."""
 
-    world_size, rank = 1, 0
+    world_size, rank, loss_scale = 1, 0, 1.0
 
     def __init__(self, model: PeftModel, shape: ModelShape, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.shape = shape
@@ -49,6 +50,23 @@ class PlainStore:
 
     def broadcast(self, values: Tensor) -> Tensor:
         return values
+
+    def owner(self, layer: int) -> int:
+        return 0
+
+    def reduce_to(self, owner: int, values: Tensor) -> Tensor:
+        return values
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        return values
+
+    @torch.no_grad()
+    def rewrite(self, sites: Sequence[Site], what: Literal["weight", "bias"], compute: Rewrite) -> None:
+        for site in sites:
+            module = lora_linear(self.layers[site.layer], site.linear)
+            base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
+            whole = CollectedLinear(base.weight, base.bias, a.float(), b.float(), module.scaling[ADAPTER])
+            getattr(base, what).copy_(compute(site, whole))
 
     @torch.no_grad()
     def shrink(self, keep: list[LayerKeep]) -> Traffic:

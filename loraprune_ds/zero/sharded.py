@@ -1,6 +1,7 @@
 """The model under pruning as ZeRO-3 holds it: flat pieces on every rank, shrunk in place on the live engine."""
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
@@ -17,7 +18,8 @@ from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, install_piece, owned_flat
 from loraprune_ds.zero.reshard import Item, reshard
-from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Traffic
+from loraprune_ds.zero.rewrite import rewrite
+from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site, Traffic
 
 
 class ShardedStore:
@@ -67,6 +69,18 @@ class ShardedStore:
 
     def broadcast(self, values: Tensor) -> Tensor:
         return self.comm.broadcast(values.to(self.device)).cpu()
+
+    def owner(self, layer: int) -> int:
+        return layer % self.world_size
+
+    def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
+        return self.comm.reduce_to(owner, values)
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        return self.comm.reduce_scatter(values)
+
+    def rewrite(self, sites: Sequence[Site], what: Literal["weight", "bias"], compute: Rewrite) -> None:
+        rewrite(self, sites, what, compute)
 
     def shrink(self, keep: list[LayerKeep]) -> Traffic:
         """One decoder layer at a time, then the optimizer's flat buffers anew. No loss graph may be alive."""
@@ -147,7 +161,11 @@ class ShardedStore:
             offload.param_numel_persistence_threshold, offload.model_persistence_threshold
         )
         offload.persistent_parameters = self.engine.optimizer.persistent_parameters = persistent
-        coordinator = offload.get_param_coordinator()
+        self.forget_trace()
+
+    def forget_trace(self) -> None:
+        """The order in which modules run, by which ZeRO-3 prefetches, is about to change: it is recorded again."""
+        coordinator = self.engine.optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
 

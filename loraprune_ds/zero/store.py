@@ -1,10 +1,11 @@
 """What pruning needs of a model, whoever holds it: the ZeRO-3 ranks (`sharded.py`) or one process (`plain.py`)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraprune_ds.model.shapes import Kind, Linear, ModelShape
 
@@ -49,6 +50,28 @@ class LayerKeep:
 
 
 @dataclass(frozen=True)
+class CollectedLinear:
+    """A whole linear: frozen weight and bias, and the fp32 masters of its LoRA."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+class Site(NamedTuple):
+    """One linear of one decoder layer."""
+
+    layer: int
+    linear: Linear
+
+
+# A whole linear -> its new weight or bias, same shape and dtype. Raises UserError where that cannot be computed.
+Rewrite = Callable[[Site, CollectedLinear], Tensor]
+
+
+@dataclass(frozen=True)
 class Traffic:
     """What this rank sent to others during a cut."""
 
@@ -63,6 +86,7 @@ class WeightStore(Protocol):
     world_size: int
     rank: int
     device: torch.device
+    layers: nn.ModuleList
 
     def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
         """The seven linears' LoRA of a layer by name; valid between the last backward of a step and its update."""
@@ -82,6 +106,27 @@ class WeightStore(Protocol):
 
     def broadcast(self, values: Tensor) -> Tensor:
         """Rank 0's tensor on every rank."""
+        ...
+
+    def owner(self, layer: int) -> int:
+        """The rank that holds what is kept whole of a layer."""
+        ...
+
+    def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
+        """Sum over all ranks on rank `owner`; None elsewhere."""
+        ...
+
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        """Sum over all ranks of flat tensors as long as a weight: this rank gets the piece it owns of that weight."""
+        ...
+
+    @property
+    def loss_scale(self) -> float:
+        """What gradients are multiplied by during a backward: 1 unless fp16."""
+        ...
+
+    def rewrite(self, sites: Sequence[Site], what: Literal["weight", "bias"], compute: Rewrite) -> None:
+        """Replaces whole weights or biases, each computed on its layer's owner, owners at the same time."""
         ...
 
     def shrink(self, keep: list[LayerKeep]) -> Traffic:

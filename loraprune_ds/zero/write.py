@@ -12,10 +12,11 @@ from torch import Tensor
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.model.shards import INDEX_FILE, shard_count, shard_file_name, write_index, write_shard
-from loraprune_ds.zero.collect import CollectedLinear, collect_ends, collect_linear, collect_norms
+from loraprune_ds.zero.collect import collect_ends, collect_linear, collect_norms
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES
 from loraprune_ds.zero.sharded import ShardedStore
+from loraprune_ds.zero.store import CollectedLinear
 
 TensorsOf = Callable[[CollectedLinear], dict[str, Tensor]]  # -> what is written of it: weight and, if any, bias
 

@@ -51,14 +51,18 @@ def test_estimate_is_the_oracles_in_fp64() -> None:
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 2.0, 7.5])
 def test_criteria_are_the_oracles_in_fp64(scaling: float) -> None:
     weight, factors = random_linear(torch.Generator().manual_seed(1), (9, 6), 3, scaling, torch.float64)
+    weight_gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2), dtype=weight.dtype)
     expected = {
         "lora": oracle_importance(weight, factors),
         "lora_squared": oracle_importance(weight, factors, power=2),
+        "gradient": (weight_gradient * (weight + scaling * factors.B @ factors.A)).abs(),
         "magnitude": (weight + scaling * factors.B @ factors.A).abs(),
     }
     assert set(expected) == set(ELEMENT_CRITERIA)
     for name, importance in expected.items():
-        torch.testing.assert_close(ELEMENT_CRITERIA[name](weight, factors).abs(), importance, rtol=1e-12, atol=1e-12)
+        given = (weight_gradient,) if name == "gradient" else ()
+        found = ELEMENT_CRITERIA[name](weight, factors, *given).abs()
+        torch.testing.assert_close(found, importance, rtol=1e-12, atol=1e-12)
 
 
 def no_scaling(weight: Tensor, factors: LoraFactors) -> Tensor:
@@ -148,6 +152,20 @@ def test_a_gpu_gets_few_large_blocks() -> None:
     assert blocks == [numel]
 
 
+@pytest.mark.parametrize("block", [7, 1 << 17])
+def test_weight_gradients_are_scored_piece_by_piece(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(criterion, "CPU_BLOCK_NUMEL", block)
+    draw, generator = random.Random(block), torch.Generator().manual_seed(block)
+    for _ in range(300):
+        shape, world_size, axis = (draw.randint(1, 23), draw.randint(1, 23)), draw.randint(1, 9), draw.randint(0, 1)
+        weight, factors = random_linear(generator, shape, 2, 2.0)
+        gradient = torch.randn(shape, generator=generator)
+        expected = (gradient.double() * (weight.double() + 2 * factors.B.double() @ factors.A.double())).abs()
+        split = [[sharded_piece(w, world_size, r) for w in (weight, gradient)] for r in range(world_size)]
+        sums = [score_piece(w, factors, ELEMENT_CRITERIA["gradient"], axis, g.flat) for w, g in split]
+        assert close(torch.stack(sums).sum(0), expected.sum(1 - axis)), (shape, world_size, axis)
+
+
 def score_naively(
     piece: OwnedPiece,
     factors: LoraFactors,
@@ -180,7 +198,8 @@ def test_scoring_leaves_its_input_alone() -> None:
     weight, factors = random_linear(torch.Generator().manual_seed(2), (6, 5), 2, 2.0)
     before = [t.clone() for t in (weight, factors.A, factors.B, factors.grad_A, factors.grad_B)]
     for name, element in ELEMENT_CRITERIA.items():
-        score_piece(sharded_piece(weight, 1, 0), factors, element, 0)
+        given = (weight.reshape(-1),) if name == "gradient" else ()
+        score_piece(sharded_piece(weight, 1, 0), factors, element, 0, *given)
         after = (weight, factors.A, factors.B, factors.grad_A, factors.grad_B)
         assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True)), name
 

@@ -74,3 +74,10 @@ def test_a_run_too_short_to_cut_is_refused() -> None:
     assert make_schedule(config, 1).cut_steps() == [1]
     with pytest.raises(UserError, match=r"train\.steps 100000000 leaves no step between prune\.warmup_fraction"):
         make_schedule(PruneConfig(warmup_fraction=0.5, cooldown_fraction=0.5 - 1e-15), 100_000_000)
+
+
+@pytest.mark.parametrize(("every", "scored"), [(1, list(range(1, 10))), (4, [1, 4, 5, 7, 9]), (99, [1, 4, 7, 9])])
+def test_scores_every_kth_step_and_before_each_cut(every: int, scored: list[int]) -> None:
+    schedule = make_schedule(PruneConfig(prune_every=3), 10)
+    assert schedule.cut_steps() == [4, 7, 9]
+    assert [step for step in range(1, 11) if schedule.is_scored(step, every)] == scored

@@ -1,0 +1,135 @@
+"""Token losses that pull towards the uncut model: (1 − w) · cross-entropy + w · KL(teacher ‖ student), chunk by chunk.
+
+The teacher is one of two, for the supervised tokens of a batch in the order of its rows:
+  its final hidden states   the head is never cut, so its logits are computed again, exactly
+  its k largest logits      as log-probabilities, with the mass of all the others, which is compared as one event
+Of both the gradient by the student's logits is softmax − (1 − w) · label − w · target. Where only the mass of the rest
+is known, the target spreads it over the rest as the student does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS_AT_ONCE = 1 << 26  # fp32 elements of the four buffers of a chunk together: 256 MiB
+
+
+@dataclass(frozen=True)
+class HiddenTeacher:
+    """hidden: (tokens, hidden_size)."""
+
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class TopTeacher:
+    """log_probs: (tokens, k) fp32, ids: (tokens, k) int64, rest: (tokens,) fp32, the mass of all other ids."""
+
+    log_probs: Tensor
+    ids: Tensor
+    rest: Tensor
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a loss is mixed with. `weight`: w, in (0, 1]."""
+
+    teacher: HiddenTeacher | TopTeacher
+    weight: float
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Asks for what a teacher is made of instead of losses. `top_k`: None for its hidden states."""
+
+    top_k: int | None
+
+
+@torch.no_grad()
+def record(hidden: Tensor, weight: Tensor, recording: Recording, chunk_tokens: int | None = None) -> dict[str, Tensor]:
+    """The fields of a teacher, from (tokens, hidden_size) and the head's (vocabulary, hidden_size)."""
+    if recording.top_k is None:
+        return {"hidden": hidden}
+    parts = []
+    for rows in hidden.split(_chunk(weight, chunk_tokens)):
+        log_probs = (rows @ weight.t()).float().log_softmax(1)
+        values, ids = log_probs.topk(recording.top_k, dim=1)
+        parts.append((values, ids, log_probs.exp_().scatter_(1, ids, 0).sum(1)))
+    log_probs, ids, rest = (torch.cat(fields) for fields in zip(*parts, strict=True))
+    return {"log_probs": log_probs, "ids": ids, "rest": rest}
+
+
+def distilled_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, distillation: Distillation, chunk_tokens: int | None = None
+) -> Tensor:
+    """(tokens,) fp32. Differentiable with respect to `hidden`, once; the head is frozen.
+
+    Args:
+        hidden: (tokens, hidden_size) of supervised tokens.
+        weight: (vocabulary, hidden_size) of the head.
+        labels: (tokens,).
+        chunk_tokens: tokens whose logits are held at once; None: as many as make LOGITS_AT_ONCE.
+    """
+    differentiate = torch.is_grad_enabled() and hidden.requires_grad
+    chunk = _chunk(weight, chunk_tokens)
+    losses: Any = _DistilledLosses.apply(hidden, weight, labels, distillation, chunk, differentiate)
+    return losses
+
+
+def _chunk(weight: Tensor, chunk_tokens: int | None) -> int:
+    return chunk_tokens or max(1, LOGITS_AT_ONCE // (4 * len(weight)))
+
+
+class _DistilledLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        distillation: Distillation,
+        chunk: int,
+        differentiate: bool,
+    ) -> Tensor:
+        w = distillation.weight
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if differentiate else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            log_probs = (hidden[rows] @ weight.t()).float().log_softmax(1)
+            target, divergence = _target(distillation.teacher, rows, weight, log_probs)
+            label = labels[rows, None]
+            losses[rows] = w * divergence - (1 - w) * log_probs.gather(1, label)[:, 0]
+            if gradient is not None:
+                slope = log_probs.exp_().sub_(target, alpha=w)
+                slope.scatter_add_(1, label, torch.full_like(slope[:, :1], w - 1))
+                gradient[rows] = slope.to(weight.dtype) @ weight
+            del log_probs, target  # before the next chunk's are made
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None, None, None
+
+
+def _target(
+    teacher: HiddenTeacher | TopTeacher, rows: slice, weight: Tensor, log_probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(what the teacher would have the student predict (tokens, vocabulary), KL(teacher ‖ student) (tokens,)), fp32."""
+    if isinstance(teacher, HiddenTeacher):
+        expected = (teacher.hidden[rows] @ weight.t()).float().log_softmax(1)
+        target = expected.exp()
+        return target, expected.sub_(log_probs).mul_(target).sum(1)
+    known, ids, rest = teacher.log_probs[rows], teacher.ids[rows], teacher.rest[rows]
+    target = log_probs.exp().scatter_(1, ids, 0)
+    others = target.sum(1).clamp_min(torch.finfo(torch.float32).tiny)  # the student's mass of the rest
+    divergence = (known.exp() * (known - log_probs.gather(1, ids))).sum(1)
+    divergence += torch.xlogy(rest, rest) - torch.xlogy(rest, others)
+    target.mul_((rest / others)[:, None]).scatter_(1, ids, known.exp())
+    return target, divergence

@@ -1,0 +1,126 @@
+"""Makes up for the inputs of o_proj and down_proj that a cut removes, by what is known of those inputs.
+
+With W' = W + s·B·A what the network computes with, K the kept and R the removed columns, and x the inputs of a layer:
+  bias           the mean of what leaves becomes a bias: b += W'[:, R] · mean(x_R)            (FLAP, arXiv 2312.11983)
+  least_squares  the kept columns take over what they can predict of it: W[:, K] += ΔW, where ΔW is the ridge solution
+                 W'[:, R] · C[R, K] · (C[K, K] + λ·mean(diag C)·I)⁻¹ and C the mean of x xᵀ
+ΔW = 0 is among the candidates that the ridge solution beats, so neither makes the output of the layer worse on the
+tokens that were measured.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import RunError
+from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.zero.input_moments import INPUT_LINEARS, InputMoments
+from loraprune_ds.zero.store import CollectedLinear, LayerKeep, Site, WeightStore
+
+
+def mean_output(linear: CollectedLinear, mean: Tensor, kept: Tensor) -> Tensor:
+    """What the removed inputs add to the output on average: (out_features,) fp32.
+
+    Args:
+        mean: (in_features,) mean of the inputs.
+        kept: indices of the inputs that stay.
+    """
+    removed = removed_columns(len(mean), kept)
+    return _effective(linear, removed) @ mean[removed].float()
+
+
+def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """The weight with ΔW added to its kept columns, in its own dtype: (out_features, in_features).
+
+    Solved in float64: 16 bytes per element of C[K, K] while it lasts.
+
+    Args:
+        moment: C, (in_features, in_features).
+        kept: indices of the inputs that stay.
+        ridge: λ.
+
+    Raises:
+        RunError: C holds an inf or NaN, or is zero.
+    """
+    removed = removed_columns(len(moment), kept)
+    system = moment.index_select(0, kept).index_select(1, kept).double()
+    system.diagonal().add_(ridge * moment.diagonal().double().mean())
+    factor, info = torch.linalg.cholesky_ex(system)
+    del system
+    # C[K, R] · W'[:, R]ᵀ: (kept, out_features)
+    right = moment.index_select(0, kept).index_select(1, removed).double() @ _effective(linear, removed).double().T
+    delta = torch.cholesky_solve(right, factor).T
+    if info.item() != 0 or not torch.isfinite(delta).all():
+        raise RunError("the second moment of its inputs cannot be inverted")
+    weight = linear.weight.clone()
+    weight[:, kept] = (weight[:, kept].double() + delta).to(weight.dtype)
+    return weight
+
+
+def removed_columns(count: int, kept: Tensor) -> Tensor:
+    """Indices of 0 … count − 1 that are not kept, ascending, on the same device."""
+    mask = torch.ones(count, dtype=torch.bool, device=kept.device)
+    mask[kept] = False
+    return mask.nonzero().flatten()
+
+
+def _effective(linear: CollectedLinear, columns: Tensor) -> Tensor:
+    """Columns of W + s·B·A, fp32."""
+    weight = linear.weight.index_select(1, columns).float()
+    return torch.addmm(weight, linear.lora_B, linear.lora_A.index_select(1, columns), alpha=linear.scaling)
+
+
+class Compensator:
+    """Measures the inputs before each cut and makes up for those that it removes."""
+
+    def __init__(self, store: WeightStore, config: PruneConfig, schedule: Schedule) -> None:
+        self._store, self._config, self._schedule = store, config, schedule
+        self._refits = config.compensate == "least_squares"
+        self.moments = InputMoments(store, second=self._refits, decay=config.compensate_decay)
+        self._measures = False
+
+    def begin(self, step: int, tokens: int) -> None:
+        """Tells of a step and the tokens of its global batch; those just before a cut are measured."""
+        near = range(step, step + self._config.compensate_steps)
+        self._measures = any(self._schedule.is_cut(s) for s in near)
+        if self._measures:
+            self.moments.begin(tokens)
+
+    @contextmanager
+    def forward(self, real: Tensor | None) -> Iterator[None]:
+        """Around the forward pass of one micro-batch; `real` is False at padding."""
+        if not self._measures:
+            yield
+            return
+        with self.moments.measuring(real):
+            yield
+
+    def compensate(self, keep: list[LayerKeep], step: int) -> None:
+        """Before the cut to `keep`. Layers that lose nothing are not touched. Collective."""
+        shape = self._store.shape
+        sites = [
+            Site(i, linear)
+            for i, layer in enumerate(shape.layers)
+            for linear in INPUT_LINEARS
+            if len(keep[i].of(linear.kind)) < layer.count(linear.kind)
+        ]
+
+        def compute(site: Site, linear: CollectedLinear) -> Tensor:
+            moment = self.moments.values[site]
+            kept = keep[site.layer].rows(shape, site.linear).to(moment.device)
+            if not self._refits:
+                assert linear.bias is not None, "a model that is to be compensated by biases is built with them"
+                return (linear.bias.float() + mean_output(linear, moment, kept)).to(linear.bias.dtype)
+            try:
+                return refit(linear, moment, kept, self._config.compensate_ridge)
+            except RunError as error:
+                raise RunError(f"step {step}: layer {site.layer} {site.linear.name}: {error}") from None
+
+        self._store.rewrite(sites, "weight" if self._refits else "bias", compute)
+        if step == self._schedule.end:
+            self.moments.clear()
+        else:
+            self.moments.shrink(keep)

@@ -1,0 +1,159 @@
+"""What each choice is worth for perplexity at equal tokens and equal removed fraction, over seeds, on SmolLM2-135M.
+
+    python -m tests.benchmarks.quality --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
+                                       [--groups levers long ...] [--seeds 0 1 2] [--ranks 2]
+
+One command for the whole table, in hours: every run's JSON is kept in the work folder and a run that is there is not
+made again, a run that was cut off goes on from its checkpoint, and after every run the table, the picture and
+tests/benchmarks/results/quality.json are written anew from all that are there. `--steps` and `--windows` make a short
+trial, whose numbers mean nothing and which is kept apart.
+
+Every run is launch/run.py through the deepspeed launcher. What can be chosen (the learning rate above all, group
+`rates`) is chosen by the perplexity of a held-out tenth of the tuning text; the test text and the other text, which is
+of another kind (by default Python's help topics), are looked at by launch/evaluate.py once a run is over.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.evaluate.texts import read_text
+from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
+from loraprune_ds.train.files import read_json_object, write_json, write_text
+from tests.benchmarks.expand_heads import expanded_model
+from tests.benchmarks.quality_settings import GROUPS, Setting, select
+from tests.benchmarks.quality_table import draw, rows_of, table
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", type=Path, required=True, help="text to tune on; a tenth of it is held out")
+    parser.add_argument("--test", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--other", type=Path, help="text of another kind; default: Python's help topics")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="default: runs/quality")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="settings by name")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="another Llama than SmolLM2-135M, in a work folder of its own")
+    parser.add_argument("--steps", type=int, help="a trial of so many steps")
+    parser.add_argument("--windows", type=int, default=160, help="of 128 tokens, of each text")
+    parser.add_argument("--list", action="store_true", help="only say what would run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    is_trial = arguments.steps is not None or arguments.model is not None
+    chosen = select(arguments.groups, arguments.only)
+    if arguments.steps:
+        arguments.work = arguments.work / f"trial-{arguments.steps}"
+    texts = prepare_texts(arguments)
+    todo = [(setting, seed) for seed in arguments.seeds for setting in chosen if seed in setting.seeds(arguments.seeds)]
+    for setting, seed in todo:
+        path = result_path(arguments.work, setting, seed)
+        if arguments.list:
+            print(f"{'done' if path.exists() else 'to do':<6} {path.stem}")
+        elif not path.exists():
+            write_json(path, carry_out(setting, seed, texts, arguments))
+            publish(arguments.work, arguments.work if is_trial else RESULTS)
+    if not arguments.list:
+        publish(arguments.work, arguments.work if is_trial else RESULTS)
+
+
+def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
+    """The two texts that are looked at last."""
+    if arguments.other is None:
+        arguments.other = arguments.work / "help_topics.txt"
+        arguments.other.parent.mkdir(parents=True, exist_ok=True)
+        write_text(arguments.other, "\n\n".join(embedded_text()))
+    texts = {"test": arguments.test, "other": arguments.other}
+    for path in (arguments.tune, *texts.values()):
+        read_text(path)  # whatever is wrong with it is found before the first run
+    return texts
+
+
+def result_path(work: Path, setting: Setting, seed: int) -> Path:
+    return work / "results" / f"{setting.name}-s{seed}.json"
+
+
+def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
+    """One run to its end, and its perplexities."""
+    print(f"{setting.name}, seed {seed} ...", file=sys.stderr, flush=True)
+    model = (
+        expanded_model(embedded_model_dir(), arguments.work / "smollm2-135m-mha")
+        if setting.model == "mha"
+        else "embedded"
+    )
+    folder = arguments.work / "runs" / f"{setting.name}-s{seed}"
+    settings = [
+        f"output_dir={folder}",
+        f"seed={seed}",
+        f"model.path={model}",
+        f"data.path={arguments.tune.resolve()}",
+        f"evaluate.max_windows={arguments.windows}",
+        "checkpoint.every=20",
+        "checkpoint.keep_last=1",
+        "logging.tensorboard=false",
+        *setting.overrides,
+        *([f"train.steps={arguments.steps}", "prune.prune_every=1"] if arguments.steps else []),
+    ]
+    command = ["launch/run.py", "--config", "launch/configs/quickstart.yaml", "--resume", "auto"]
+    command += [part for value in settings for part in ("--set", value)]
+    launch(command, arguments.ranks)
+    report = read_json_object(folder / "report.json")
+    measured = {name: perplexity(folder, path, arguments.windows) for name, path in texts.items()}
+    report["config"] |= {"output_dir": "run"}
+    return {
+        "setting": setting.name,
+        "group": setting.group,
+        "seed": seed,
+        "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
+        "perplexity": {"validation": report["perplexity"]["pruned"], **measured},
+        "windows": arguments.windows,
+        "texts": {name: path.name for name, path in ({"tune": arguments.tune} | texts).items()},
+        "seconds": sum(record["seconds"] for record in metrics(folder)),
+        "report": report,
+    }
+
+
+def launch(command: list[str], ranks: int) -> None:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [deepspeed, "--quiet", f"--num_accelerators={ranks}", *command], cwd=ROOT, check=True, env=environment
+    )
+
+
+def perplexity(model: Path, text: Path, windows: int) -> float:
+    command = [sys.executable, "launch/evaluate.py", str(model), "--text", str(text.resolve()), "--window", "128"]
+    command += ["--max-windows", str(windows), "--json"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"}
+    answer = subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(answer.stdout)["perplexity"])
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Steps and cuts: the seconds of training alone."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] in ("step", "cut")]
+
+
+def publish(work: Path, target: Path) -> None:
+    """Table, picture and JSON from every run that is in the work folder."""
+    runs = [read_json_object(path) for path in sorted((work / "results").glob("*.json"))]
+    rows = rows_of(runs)
+    print(table(rows))
+    write_json(target / "quality.json", {"rows": rows, "runs": runs})
+    draw(target / "quality.png", rows)
+
+
+if __name__ == "__main__":
+    main()

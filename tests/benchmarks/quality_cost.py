@@ -1,0 +1,212 @@
+"""What the levers of quality cost in seconds, bytes and disk on SmolLM2-135M, beside what they replace.
+
+    python -m tests.benchmarks.quality_cost [--ranks 2] [--steps 4] [--model FOLDER]
+
+Each stretch is a launch of its own, so that none inherits another's memory:
+  lora, gradient   a training step scored by either criterion
+  whole_gradient   the same step in one process that holds W's gradient whole, as LLM-Pruner does
+  cut, refit       the same cut to half of the linear parameters, plain and with the least-squares refit
+  teacher          the uncut model's pass over the samples of a run, and the training steps over the same samples
+Memory is RssAnon + RssShmem of each rank, sampled every 5 ms: `peak`, and `extra` above the start of the stretch.
+The result goes to tests/benchmarks/results/quality_cost.json.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.model.adapters import add_lora, lora_linear
+from loraprune_ds.model.build import decoder_layers, locate_model
+from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.files import read_json_object, write_json
+from loraprune_ds.train.prepare import Prepared, prepare
+from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.train.teacher_pass import find_teacher, record_teacher
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import DTYPES, device_name
+from loraprune_ds.zero.engine import build_training_store, quiet_deepspeed, start_ranks, stop_ranks
+from loraprune_ds.zero.memory import moment_bytes
+from tests.benchmarks.peak import Peak
+
+ROOT = Path(__file__).parents[2]
+RESULT = Path(__file__).parent / "results" / "quality_cost.json"
+PHASES = ("lora", "gradient", "whole_gradient", "cut", "refit", "teacher")
+
+
+def make_config(arguments: argparse.Namespace) -> RunConfig:
+    """A cut of everything at the last step; 1,024 tokens a step."""
+    prune = PruneConfig(ratio=0.5, prune_every=1, warmup_fraction=0.99, cooldown_fraction=0)
+    changes: dict[str, dict[str, Any]] = {
+        "gradient": {"criterion": "gradient"},
+        "refit": {"compensate": "least_squares", "compensate_steps": 1},
+    }
+    return RunConfig(
+        output_dir=str(arguments.folder),
+        model=ModelConfig(path=arguments.model),
+        data=DataConfig(window=128),
+        prune=replace(prune, **changes.get(arguments.phase, {})),
+        train=TrainConfig(
+            steps=arguments.steps + 1,
+            global_batch_size=8,
+            micro_batch_size=4,
+            learning_rate=1e-4,
+            distill_weight=0.5 if arguments.phase == "teacher" else 0.0,
+        ),
+        evaluate=EvaluateConfig(window=128, max_windows=1),
+    )
+
+
+def measured(comm: Communicator, act: Callable[[], Any]) -> dict[str, Any]:
+    gc.collect()
+    comm.barrier()
+    began = time.perf_counter()
+    with Peak() as peak:
+        act()
+        comm.barrier()
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "peak_bytes": comm.gather_objects(peak.peak),
+        "extra_bytes": comm.gather_objects(peak.extra),
+    }
+
+
+def steps_and_cut(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
+    """The first step warms up, those between are timed; the cut follows the last, which measures for it."""
+    store = build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
+    pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
+    trainer = Trainer(store, pruner, prepared.samples, prepared.order, config)
+    rows = [measured(comm, lambda step=step: trainer.step(step)) for step in range(1, prepared.steps + 1)]
+    cut = measured(comm, lambda: trainer.cut(prepared.steps))
+    return {"step": middle(rows[1:-1]), "last_step": rows[-1], "cut": cut}
+
+
+def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median seconds, largest bytes."""
+    largest = {key: [max(values) for values in zip(*(r[key] for r in rows), strict=True)] for key in _bytes(rows[0])}
+    return {"seconds": statistics.median(row["seconds"] for row in rows), **largest}
+
+
+def _bytes(row: dict[str, Any]) -> list[str]:
+    return [key for key in row if key.endswith("_bytes")]
+
+
+def teacher_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
+    store = build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
+    pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
+    teacher = find_teacher(config, prepared, None, is_cut=False)
+    samples = prepared.samples
+    recorded = measured(
+        comm, lambda: record_teacher(store, teacher, samples, config, pending=lambda: 0, note=lambda line: None)
+    )
+    trainer = Trainer(store, pruner, samples, prepared.order, config, teacher=teacher)
+    trained = measured(comm, lambda: [trainer.step(step) for step in range(1, prepared.steps + 1)])
+    on_disk = sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors"))
+    disk = {"disk_bytes": on_disk, "planned_disk_bytes": teacher.plan.bytes, "samples": len(teacher.plan.samples)}
+    return {"pass": recorded | disk, "training_on_them": trained}
+
+
+def whole_gradient_phase(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """One process, every frozen linear with a gradient of its own."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = DTYPES[config.model.dtype]
+    base: Any = AutoModelForCausalLM.from_pretrained(locate_model(config.model), dtype=dtype)
+    model = add_lora(base, config.lora, config.seed)
+    for layer in decoder_layers(model):
+        for linear in LINEARS:
+            lora_linear(layer, linear).base_layer.weight.requires_grad_(True)
+    comm, rows = Communicator(), []
+    for step in range(prepared.steps):
+        batch = prepared.samples.input_ids[prepared.order.batch(step)].long()
+        rows.append(measured(comm, lambda batch=batch: _whole_step(model, batch, config.train.micro_batch_size)))
+    return {"step": middle(rows[1:])}
+
+
+def _whole_step(model: Any, batch: torch.Tensor, micro: int) -> None:
+    for ids in batch.split(micro):
+        (model(input_ids=ids, labels=ids, use_cache=False).loss * len(ids) / len(batch)).backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def planned_refit_bytes(shape: ModelShape, ranks: int) -> int:
+    """Of the fullest rank: its layers' moments, and while one is solved three fp64 matrices of the widest input."""
+    widest = max(shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in LINEARS)
+    return max(moment_bytes(shape, ranks)) + 3 * 8 * widest**2
+
+
+def rank_main(arguments: argparse.Namespace) -> None:
+    quiet_deepspeed()
+    comm = start_ranks()
+    config = make_config(arguments)
+    prepared = prepare(config, comm, is_first_on_node=comm.rank == 0)
+    if arguments.phase == "whole_gradient":
+        result = whole_gradient_phase(config, prepared)
+    elif arguments.phase == "teacher":
+        result = teacher_phase(config, prepared, comm)
+    else:
+        result = steps_and_cut(config, prepared, comm)
+    if arguments.phase == "refit":
+        result["planned_bytes"] = planned_refit_bytes(prepared.checkpoint.shape, comm.world_size)
+    if comm.rank == 0:
+        config_facts = config.to_dict() | {"output_dir": "unused"}
+        facts = {"ranks": comm.world_size, "config": config_facts, "hardware": hardware(device_name())}
+        write_json(arguments.folder / "result.json", {**result, **facts})
+    stop_ranks()
+
+
+def launch(phase: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    ranks = 1 if phase == "whole_gradient" else arguments.ranks
+    with tempfile.TemporaryDirectory(prefix="quality-cost-") as folder:
+        command = [deepspeed, "--quiet", f"--num_accelerators={ranks}", Path(__file__), "--phase", phase]
+        command += ["--folder", folder, "--model", arguments.model, "--steps", arguments.steps]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
+        return read_json_object(Path(folder) / "result.json")
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{'':<32}{'seconds':>9}{'peak of a rank':>16}{'extra':>12}")
+    for phase, stretches in result["phases"].items():
+        for name, row in stretches.items():
+            if isinstance(row, dict) and "peak_bytes" in row:
+                peak, extra = max(row["peak_bytes"]) / 1e6, max(row["extra_bytes"]) / 1e6
+                print(f"{phase + ', ' + name:<32}{row['seconds']:>9.2f}{peak:>13.0f} MB{extra:>9.0f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--result", type=Path, default=RESULT, help="default: tests/benchmarks/results")
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.phase:
+        rank_main(arguments)
+        return
+    result = {"phases": {phase: launch(phase, arguments) for phase in PHASES}, "versions": versions()}
+    write_json(arguments.result, result)
+    show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The runs of quality.py, by group: what each changes in the plain method at the same budget and removed fraction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+REFIT = "prune.compensate=least_squares"
+BIAS = "prune.compensate=bias"
+DISTILL = "train.distill_weight=0.5"
+GRADIENT = "prune.criterion=gradient"
+ALL_THREE = (REFIT, DISTILL, GRADIENT)
+STOCK = ("prune.protected_first=0", "prune.protected_last=0")  # every layer alike: stock classes load the result
+
+# 81,920 and 409,600 tokens, in windows of 128; a cut every 5 % of the steps, as in the published runs.
+SHORT = ("train.steps=80", "train.global_batch_size=8", "prune.prune_every=4", "train.learning_rate=1e-3")
+LONG = ("train.steps=200", "train.global_batch_size=16", "prune.prune_every=10", "train.learning_rate=1e-3")
+DEEP, LIGHT = "prune.ratio=0.417", "prune.ratio=0.148"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table. `model`: `mha` (key-value heads repeated) or `gqa` (SmolLM2 as it is)."""
+
+    group: str
+    name: str
+    overrides: tuple[str, ...]
+    model: str = "mha"
+    one_seed: bool = False  # for choosing, not for comparing
+
+    def seeds(self, wanted: Sequence[int]) -> Sequence[int]:
+        return wanted[:1] if self.one_seed else wanted
+
+
+def _short(group: str, name: str, *changes: str, model: str = "mha", one_seed: bool = False) -> Setting:
+    return Setting(group, name, (*SHORT, DEEP, *changes), model, one_seed)
+
+
+def _settings() -> list[Setting]:
+    levers = [
+        _short("levers", "plain"),
+        _short("levers", "refit", REFIT),
+        _short("levers", "bias", BIAS),
+        _short("levers", "distillation", DISTILL),
+        _short("levers", "gradient", GRADIENT),
+        _short("levers", "all-three", *ALL_THREE),
+    ]
+    rates = [
+        _short("rates", f"{name}-lr{rate}", *changes, f"train.learning_rate={rate}", one_seed=True)
+        for name, changes in (("plain", ()), ("all-three", ALL_THREE))
+        for rate in ("3e-4", "2e-3", "4e-3")
+    ]
+    details = [
+        _short("details", "all-three-every-4th-step", *ALL_THREE, "prune.gradient_every=4"),
+        _short("details", "all-three-top-64", *ALL_THREE, "train.distill_top_k=64"),
+        _short("details", "all-three-ridge-0.01", *ALL_THREE, "prune.compensate_ridge=0.01"),
+        _short("details", "all-three-recovery", *ALL_THREE, "train.steps=60", "train.recovery_steps=20"),
+        _short("details", "all-three-end-0.5", *ALL_THREE, "prune.cooldown_fraction=0.5"),
+    ]
+    where = [
+        _short("where", "all-three-nothing-protected", *ALL_THREE, *STOCK),
+        _short("where", "all-three-global", *ALL_THREE, "prune.ranking=global"),
+        _short("where", "all-three-global-joint", *ALL_THREE, "prune.ranking=global", "prune.joint_budget=true"),
+        _short("where", "all-three-global-cap-60", *ALL_THREE, "prune.ranking=global", "prune.max_layer_ratio=0.6"),
+    ]
+    long = [
+        Setting("long", "plain-409600", (*LONG, DEEP)),
+        Setting("long", "all-three-409600", (*LONG, DEEP, *ALL_THREE)),
+    ]
+    light = [
+        Setting("light", "plain-light", (*SHORT, LIGHT)),
+        Setting("light", "all-three-light", (*SHORT, LIGHT, *ALL_THREE)),
+        Setting("light", "all-three-light-409600", (*LONG, LIGHT, *ALL_THREE)),
+    ]
+    gqa = [
+        _short("gqa", "gqa-plain", model="gqa"),
+        _short("gqa", "gqa-all-three", *ALL_THREE, model="gqa"),
+        _short("gqa", "gqa-plain-stock", *STOCK, model="gqa"),
+        _short("gqa", "gqa-all-three-stock", *ALL_THREE, *STOCK, model="gqa"),
+    ]
+    return [*levers, *rates, *details, *where, *long, *light, *gqa]
+
+
+SETTINGS = {setting.name: setting for setting in _settings()}
+GROUPS = {setting.group: None for setting in SETTINGS.values()}
+
+
+def select(groups: Sequence[str], only: Sequence[str] | None) -> list[Setting]:
+    """Settings of some groups, or by name.
+
+    Raises:
+        SystemExit: an unknown name.
+    """
+    if only is None:
+        return [setting for setting in SETTINGS.values() if setting.group in groups]
+    if unknown := [name for name in only if name not in SETTINGS]:
+        raise SystemExit(f"error: no setting {unknown[0]}; there are {', '.join(SETTINGS)}")
+    return [SETTINGS[name] for name in only]

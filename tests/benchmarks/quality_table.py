@@ -1,0 +1,67 @@
+"""Means and spreads over seeds, as rows, as a table and as a picture."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.evaluate.plot_style import PLOT_STYLE
+
+TEXTS = ("validation", "test", "other")
+Row = dict[str, Any]
+
+
+def rows_of(runs: Sequence[dict[str, Any]]) -> list[Row]:
+    """One row per setting: mean and spread (largest minus smallest) of each perplexity over its seeds."""
+    names = list(dict.fromkeys(run["setting"] for run in runs))
+    return [_row([run for run in runs if run["setting"] == name]) for name in names]
+
+
+def _row(runs: list[dict[str, Any]]) -> Row:
+    params = runs[0]["report"]["params"]
+    return {
+        "setting": runs[0]["setting"],
+        "group": runs[0]["group"],
+        "seeds": [run["seed"] for run in runs],
+        "tokens": runs[0]["tokens"],
+        "removed_linear_fraction": 1 - params["linear_pruned"] / params["linear_dense"],
+        "seconds": statistics.mean(run["seconds"] for run in runs),
+        **{text: _spread([run["perplexity"][text] for run in runs]) for text in TEXTS},
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "spread": max(values) - min(values)}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Plain text; the spread over seeds in brackets."""
+    lines = [
+        f"{'setting':<30}{'seeds':>6}{'tokens':>9}{'removed':>9}{'seconds':>9}" + "".join(f"{t:>18}" for t in TEXTS)
+    ]
+    for row in rows:
+        perplexities = "".join(f"{row[t]['mean']:>10.2f} ({row[t]['spread']:5.2f})" for t in TEXTS)
+        lines.append(
+            f"{row['setting']:<30}{len(row['seeds']):>6}{row['tokens']:>9,}{row['removed_linear_fraction']:>9.2%}"
+            f"{row['seconds']:>9.0f}{perplexities}"
+        )
+    return "\n".join(lines)
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Perplexity on the test text and on the other text, a line of dots each, settings from the best down."""
+    import matplotlib.pyplot as plt
+
+    ordered = sorted(rows, key=lambda row: -row["test"]["mean"])
+    with plt.style.context([PLOT_STYLE]):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * len(ordered)), sharey=True)
+        for axis, text in zip(axes, ("test", "other"), strict=True):
+            means = [row[text]["mean"] for row in ordered]
+            half = [row[text]["spread"] / 2 for row in ordered]
+            axis.errorbar(means, range(len(ordered)), xerr=half, fmt="o", markersize=4, color="#2F6B9A")
+            axis.set_xscale("log")
+            axis.set_title(f"perplexity, {text} text")
+        axes[0].set_yticks(range(len(ordered)), [row["setting"] for row in ordered])
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        plt.close(figure)

@@ -1,0 +1,120 @@
+"""A run with refit, true gradient, distillation and recovery, stopped inside the teacher's pass and between two cuts,
+ends bit by bit as the run that never stopped."""
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import UserError
+from tests.integration.resuming import config_for, contents, losses, metrics, read_state, run_here, write_run
+from tests.ranks import RankPool
+
+STEPS, RECOVERY, CUTS, STOP_AT = 8, 2, [4, 6, 8], 5
+SECTIONS: dict[str, dict[str, Any]] = {
+    "prune": {
+        "prune_every": 2,
+        "warmup_fraction": 0.25,
+        "cooldown_fraction": 0.0,
+        "criterion": "gradient",
+        "gradient_every": 3,
+        "compensate": "least_squares",
+    },
+    "train": {
+        "steps": STEPS,
+        "recovery_steps": RECOVERY,
+        "recovery_learning_rate": 1e-2,
+        "distill_weight": 0.5,
+    },
+    "checkpoint": {"every": None},
+}
+
+
+def run_levers(config: RunConfig, resume: str | None = None, stop_at: int | None = None) -> bool:
+    """With small files of the teacher, so that a stop can come between two of them."""
+    with mock.patch("loraprune_ds.train.teacher.SAMPLES_PER_FILE", 8):
+        return run_here(config, resume, stop_at)
+
+
+def refusal(config: RunConfig) -> str:
+    """What a start is refused with."""
+    with pytest.raises(UserError) as caught:
+        run_levers(config, "auto")
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("levers")
+    ranks.run(2, run_levers, config_for(write_run(folder, **SECTIONS), folder / "out"))
+    return folder / "out"
+
+
+def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+    config = config_for(straight.parent / "config.yaml", tmp_path / "out")
+    teacher = tmp_path / "out" / "teacher"
+    assert not any(ranks.run(2, run_levers, config, None, 1))
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
+    first = {path.name: path.stat().st_mtime_ns for path in teacher.glob("*.safetensors")}
+    assert len(first) == 2  # one file of each rank
+    assert not any(ranks.run(2, run_levers, config, "auto", STOP_AT))
+    assert {path.name: path.stat().st_mtime_ns for path in teacher.glob("*.safetensors")}.items() >= first.items()
+    step = tmp_path / "out" / "checkpoints" / f"step-{STOP_AT}"
+    assert len(list(step.glob("moments-*.safetensors"))) == 3  # one of each layer
+    lost, elsewhere = teacher / "targets-00003.safetensors", tmp_path / "lost"
+    lost.rename(elsewhere)
+    message = f"{lost} is missing or damaged, and the model that would write it again is cut already"
+    assert ranks.run(2, refusal, config) == [message, message]
+    elsewhere.rename(lost)
+    assert all(ranks.run(2, run_levers, config, "auto"))
+
+    total = STEPS + RECOVERY
+    assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
+    assert read_state(tmp_path / "out", total)["resumed_from"] == [STOP_AT]
+    assert losses(tmp_path / "out") == losses(straight)
+    found, expected = contents(tmp_path / "out", total), contents(straight, total)
+    assert found.kept == expected.kept
+    assert all(torch.equal(found.lora[name], tensor) for name, tensor in expected.lora.items())
+    for path in (straight / "model").glob("*.safetensors"):
+        ours = load_file(tmp_path / "out" / "model" / path.name)
+        assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(path).items()), path.name
+    assert not list((straight / "checkpoints" / f"step-{total}").glob("moments-*"))  # no cut is left that needs them
+    assert not (straight / "teacher").exists()
+
+
+def test_recovery_has_a_learning_rate_of_its_own(straight: Path) -> None:
+    rates = [step["learning_rate"] for step in metrics(straight, "step")]
+    assert rates == pytest.approx([5e-3 * (1 - s / STEPS) for s in range(STEPS)] + [1e-2, 5e-3])
+    assert metrics(straight, "step")[-1]["sparsity"] == pytest.approx(metrics(straight, "cut")[-1]["reached"])
+
+
+def test_biases_that_make_up_for_a_cut_are_exported(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+    """The model has no biases before; stopped between cuts, resumed, exported as a stock Llama with biases."""
+    sections = {**SECTIONS, "prune": {**SECTIONS["prune"], "compensate": "bias", "criterion": "lora"}}
+    sections["train"] = {"steps": STEPS}
+    path = write_run(tmp_path, **sections)
+    _without_biases(tmp_path / "source")
+    config = config_for(path, tmp_path / "out")
+    ranks.run(2, run_levers, config, None, STOP_AT)
+    ranks.run(2, run_levers, config, "auto")
+    described = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert described["attention_bias"] is described["mlp_bias"] is True
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in (tmp_path / "out" / "model").glob("*.safetensors"):
+        tensors |= load_file(shard)
+    for layer in range(3):
+        assert tensors[f"model.layers.{layer}.mlp.down_proj.bias"].any()
+        assert tensors[f"model.layers.{layer}.self_attn.o_proj.bias"].any()
+        assert not tensors[f"model.layers.{layer}.mlp.up_proj.bias"].any()
+
+
+def _without_biases(folder: Path) -> None:
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"attention_bias": False, "mlp_bias": False}))
+    (path,) = folder.glob("*.safetensors")
+    save_file({n: t for n, t in load_file(path).items() if not n.endswith(".bias")}, path, {"format": "pt"})

@@ -1,0 +1,168 @@
+"""Refit, true gradient and distillation on real ranks, and what a dense computation needs to be compared with them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.checkpoint.files import sha256
+from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.shapes import LINEARS
+from loraprune_ds.pruning.step import all_groups
+from loraprune_ds.train.stop import STOP
+from loraprune_ds.train.teacher import make_teacher, plan_teacher
+from loraprune_ds.train.teacher_pass import record_teacher
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.memory import storage_bytes
+from loraprune_ds.zero.store import LayerKeep
+from tests.numerics.driver import Job, as_pair, build, gather_everywhere
+
+INPUTS = ("self_attn.o_proj", "mlp.down_proj")
+CUT_LAYERS = (1, 2)
+HIDDEN_SIZE, FILE_SAMPLES = 42, 5  # of the distillation test's model, and samples in a file of its teacher
+
+
+@contextmanager
+def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
+    """What enters o_proj and down_proj in the passes that measure them, by hooks that are not the package's."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def see(key: str, module: Any, inputs: tuple[Any, ...]) -> None:
+        compensator = trainer.pruner.compensator
+        if compensator is not None and compensator.moments._active:
+            seen.setdefault(key, []).append(inputs[0].detach().flatten(0, 1).clone())
+
+    handles = [
+        lora_linear(layer, linear).register_forward_pre_hook(partial(see, f"{i}.{linear.name}"))
+        for i, layer in enumerate(trainer.store.layers)
+        for linear in LINEARS
+        if linear.name in INPUTS
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str, dict[str, Tensor]]:
+    """Weight, bias and LoRA of linears of all layers, by "1.mlp.down_proj"."""
+    found = {}
+    for i, layer in enumerate(trainer.store.layers):
+        for linear in LINEARS:
+            if linear.name in names:
+                module = lora_linear(layer, linear)
+                parameters = {n.split(".")[0]: p for n, p in module.named_parameters() if not n.endswith("bias")}
+                if module.base_layer.bias is not None:
+                    parameters["bias"] = module.base_layer.bias
+                whole = {n: gather_everywhere(trainer.store, p) for n, p in parameters.items()}
+                found[f"{i}.{linear.name}"] = whole
+    return found
+
+
+def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
+    """Two measured steps, then the refit of a cut of layers 1 and 2; before it, the refit of a cut of nothing."""
+    trainer = build(job)
+    compensator = trainer.pruner.compensator
+    assert compensator is not None
+    steps: list[dict[str, Tensor]] = []
+    for step in (1, 2):
+        with seen_inputs(trainer) as seen:
+            trainer.step(step)
+        mine = {key: torch.cat(parts) for key, parts in seen.items()}
+        parts = trainer.store.comm.gather_objects(mine)
+        steps.append({key: torch.cat([part[key] for part in parts]) for key in mine})
+    before = whole_layers(trainer)
+    everything = all_groups(trainer.store.shape)
+    compensator.compensate(everything, 1)
+    untouched = whole_layers(trainer)
+    chosen = LayerKeep(torch.tensor(heads), torch.tensor(channels))
+    keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
+    held = storage_bytes(compensator.moments.values.values())
+    owned = {f"{site.layer}.{site.linear.name}" for site in compensator.moments.values}
+    compensator.compensate(keep, 1)
+    after = whole_layers(trainer)
+    trainer.store.shrink(keep)
+    trainer.pruner.average.shrink(keep)
+    return {
+        "steps": steps,
+        "before": before,
+        "untouched": untouched,
+        "after": after,
+        "owned": owned,
+        "moment_bytes": held,
+        "moment_sizes": {f"{s.layer}.{s.linear.name}": tuple(v.shape) for s, v in compensator.moments.values.items()},
+        "next_loss": trainer.step(3).loss,
+    }
+
+
+def gradient_scores(job: Job) -> dict[str, Any]:
+    """Raw scores of the first step by the criterion `gradient`, what a rank held for them, and LoRA after two steps."""
+    trainer = build(job)
+    store, gradients = trainer.store, trainer.pruner.gradients
+    assert gradients is not None
+    observe, reduce_scatter = trainer.pruner.observe, store.reduce_scatter
+    pieces: list[int] = []
+    whole: list[int] = []
+
+    def observe_and_look(step: int) -> None:
+        pieces.append(sum(piece.numel() for piece in gradients._pieces.values()))
+        observe(step)
+
+    def scatter_and_look(values: Tensor) -> Tensor:
+        whole.append(len(values))
+        return reduce_scatter(values)
+
+    trainer.pruner.observe = observe_and_look  # type: ignore[method-assign]
+    store.reduce_scatter = scatter_and_look  # type: ignore[method-assign]
+    trainer.step(1)
+    scores = [as_pair(s) for s in trainer.pruner.average.scores or []]
+    left = len(gradients._pieces)
+    trainer.step(2)
+    named = dict(trainer.engine.module.named_parameters())
+    assert all(p.grad is None for p in named.values() if not p.requires_grad)
+    lora = {name: gather_everywhere(store, p) for name, p in named.items() if p.requires_grad}
+    return {"scores": scores, "pieces": pieces, "whole": whole, "left": left, "lora": lora}
+
+
+def lora_after_two_steps(job: Job) -> dict[str, Tensor]:
+    trainer = build(job)
+    trainer.step(1)
+    trainer.step(2)
+    named = trainer.engine.module.named_parameters()
+    return {name: gather_everywhere(trainer.store, p) for name, p in named if p.requires_grad}
+
+
+def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
+    """The teacher pass, its files' digests, and the averaged LoRA gradients of the first distilled step."""
+    trainer = build(job)
+    store, samples = trainer.store, trainer.samples
+    train = replace(trainer.config.train, distill_weight=0.5, distill_top_k=top_k)
+    config = trainer.config = replace(trainer.config, train=train)
+    plan = plan_teacher(config, samples, trainer.order, len(job.batches), hidden_size=HIDDEN_SIZE, element_size=4)
+    plan = replace(plan, per_file=FILE_SAMPLES)
+    teacher = make_teacher(config, plan, samples="", source="", folder=folder / f"{store.world_size}-{top_k}")
+    asked = iter([STOP])
+    passes = [
+        record_teacher(store, teacher, samples, config, pending=lambda: next(asked, 0), note=lambda line: None)
+        for _ in range(2)
+    ]
+    trainer._teacher = teacher
+    batch = trainer.order.batch(0)
+    supervised = int((samples.labels[batch][:, 1:] != -100).sum())
+    loss = trainer._accumulate(1, batch, supervised) / supervised
+    gradients = {}
+    for i in range(len(store.layers)):
+        for name, factors in store.lora_factors(i).items():
+            gradients[f"layers.{i}.{name}.lora_A"] = factors.grad_A
+            gradients[f"layers.{i}.{name}.lora_B"] = factors.grad_B
+    return {
+        "passes": passes,
+        "loss": sum(store.comm.gather_objects(loss)),
+        "gradients": gradients,
+        "files": {path.name: sha256(path) for path in sorted(teacher.folder.glob("*.safetensors"))},
+        "bytes": (sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors")), plan.bytes),
+    }

@@ -1,0 +1,142 @@
+"""The refit after a cut, on 1, 2 and 3 ZeRO-3 ranks, against torch.linalg.lstsq on the same activations."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.zero.memory import moment_bytes
+from tests.numerics import levers
+from tests.numerics.driver import Job, train, write_adapter
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+LAYERS, KV_HEADS, QUERIES, HEAD_DIM, HIDDEN, FFN = 5, 3, 2, 8, 42, 61
+HEADS, CHANNELS = [0, 2], [c for c in range(FFN) if c % 3]
+RIDGE, DECAY, SCALING = 0.05, 0.5, 2.0
+# The refit is solved in fp64 from moments that are summed in fp32. Their rounding, 1e-7, grows by the condition number
+# of C[K, K] + ridge, which is below 100 for these activations.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("compensation")
+    sizes: dict[str, Any] = {
+        "heads": KV_HEADS * QUERIES,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "hidden": HIDDEN,
+        "ffn": FFN,
+    }
+    model = make_tiny_llama(folder / "model", layers=LAYERS, vocab=97, seed=1, biases=True, **sizes)
+    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
+    batches = make_batches(steps=6, samples=12, tokens=16, vocab=97, seed=3)
+    prune = {"ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "compensate": "least_squares"}
+    prune["compensate_steps"] = 4  # from the first step on: the first cut follows the fourth
+    return Job(model, adapter, batches, prune, micro_batch_size=2)
+
+
+def variant(job: Job, **changes: object) -> Job:
+    return Job(**{**vars(job), **changes})
+
+
+def kept_columns(name: str) -> list[int]:
+    width = QUERIES * HEAD_DIM
+    return CHANNELS if "mlp" in name else [h * width + j for h in HEADS for j in range(width)]
+
+
+def weighted_inputs(result: dict[str, Any], name: str) -> Tensor:
+    """(tokens of both steps, in_features) fp64, such that the moving average is their second moment."""
+    first, second = (step[name].double() for step in result["steps"])
+    return torch.cat([first * math.sqrt(DECAY / len(first)), second * math.sqrt((1 - DECAY) / len(second))])
+
+
+def effective(layer: dict[str, Tensor]) -> Tensor:
+    return layer["base_layer"].double() + SCALING * layer["lora_B"].double() @ layer["lora_A"].double()
+
+
+def dense_refit(inputs: Tensor, layer: dict[str, Tensor], kept: list[int]) -> Tensor:
+    """W[:, K] + ΔW by least squares on the inputs themselves, the ridge as rows of its own."""
+    removed = [j for j in range(inputs.shape[1]) if j not in kept]
+    ridge = math.sqrt(RIDGE * float(inputs.square().sum(0).mean()))
+    system = torch.cat([inputs[:, kept], ridge * torch.eye(len(kept), dtype=torch.float64)])
+    wanted = inputs[:, removed] @ effective(layer)[:, removed].T
+    solution = torch.linalg.lstsq(system, torch.cat([wanted, wanted.new_zeros(len(kept), wanted.shape[1])])).solution
+    return layer["base_layer"].double()[:, kept] + solution.T
+
+
+def own_error(inputs: Tensor, before: dict[str, Tensor], after: dict[str, Tensor], kept: list[int]) -> float:
+    """Squared error of the layer's output once the other columns are gone."""
+    bias = 0 if "bias" not in before else (after["bias"] - before["bias"]).double()
+    remaining = inputs[:, kept] @ effective(after)[:, kept].T + bias
+    return float((remaining - inputs @ effective(before).T).square().sum())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, world_size: int) -> None:
+    results = ranks.run(world_size, levers.compensate_once, job, HEADS, CHANNELS)
+    result = results[0]
+    for name, layer in result["before"].items():
+        after, kept, inputs = result["after"][name], kept_columns(name), weighted_inputs(result, name)
+        assert len(inputs) == 2 * 12 * 16  # every token of both global batches, once
+        assert all(torch.equal(layer[n], result["untouched"][name][n]) for n in layer), f"{name}: nothing was removed"
+        if int(name[0]) not in levers.CUT_LAYERS:
+            assert torch.equal(layer["base_layer"], after["base_layer"]), name
+            continue
+        expected = dense_refit(inputs, layer, kept)
+        assert (after["base_layer"][:, kept] - expected).abs().max() < TOLERANCE, name
+        assert (after["base_layer"] - layer["base_layer"])[:, kept].abs().max() > 1000 * TOLERANCE, "a refit of nothing"
+        assert all(torch.equal(layer[n], after[n]) for n in layer if n != "base_layer")
+        assert own_error(inputs, layer, after, kept) < 0.99 * own_error(inputs, layer, layer, kept), name
+        width = len(kept)
+        assert {r["moment_sizes"][name] for r in results if name in r["moment_sizes"]} == {(width, width)}
+    planned = moment_bytes(open_checkpoint(job.folder).shape, world_size)
+    for rank, other in enumerate(results):  # each layer's moments on one rank
+        assert other["moment_bytes"] == planned[rank]
+        assert {int(name[0]) for name in other["owned"]} == set(range(rank, LAYERS, world_size))
+        assert math.isfinite(other["next_loss"])
+
+
+def test_activation_checkpointing_measures_every_token_once(ranks: RankPool, job: Job) -> None:
+    plain, checkpointed = (
+        ranks.run(2, levers.compensate_once, variant(job, gradient_checkpointing=on), HEADS, CHANNELS)[0]
+        for on in (False, True)
+    )
+    for name, layer in plain["after"].items():
+        assert torch.equal(layer["base_layer"], checkpointed["after"][name]["base_layer"]), name
+
+
+def test_bias_takes_over_the_mean_output(ranks: RankPool, job: Job) -> None:
+    prune = {**job.prune, "compensate": "bias"}
+    result = ranks.run(2, levers.compensate_once, variant(job, prune=prune), HEADS, CHANNELS)[0]
+    for name, layer in result["before"].items():
+        after, kept = result["after"][name], kept_columns(name)
+        assert torch.equal(layer["bias"], result["untouched"][name]["bias"])
+        assert torch.equal(layer["base_layer"], after["base_layer"])
+        if int(name[0]) not in levers.CUT_LAYERS:
+            assert torch.equal(layer["bias"], after["bias"]), name
+            continue
+        first, second = (step[name].double() for step in result["steps"])
+        mean = DECAY * first.mean(0) + (1 - DECAY) * second.mean(0)
+        removed = [j for j in range(len(mean)) if j not in kept]
+        expected = layer["bias"].double() + effective(layer)[:, removed] @ mean[removed]
+        assert (after["bias"] - expected).abs().max() < TOLERANCE, name
+        tokens = torch.cat([first, second])
+        assert own_error(tokens, layer, after, kept) < own_error(tokens, layer, layer, kept)
+
+
+def test_whole_runs_agree_on_any_number_of_ranks(ranks: RankPool, job: Job) -> None:
+    """Several cuts, moments carried across them; fp32 sums in another order, as in test_sharded_equals_dense."""
+    first, *others = (ranks.run(world_size, train, job)[0] for world_size in (1, 3))
+    plain = ranks.run(1, train, variant(job, prune={**job.prune, "compensate": "none"}))[0]
+    assert len(first.cut_steps) >= 2
+    assert abs(first.losses[-1] - plain.losses[-1]) > 1e-3, "the refit must have an effect"
+    for other in others:
+        assert other.kept == first.kept
+        for name, weight in first.frozen.items():
+            assert (other.frozen[name] - weight).abs().max() < TOLERANCE, name
+        assert all(abs(a - b) < TOLERANCE for a, b in zip(first.losses, other.losses, strict=True))

@@ -1,0 +1,76 @@
+"""Distillation on 1, 2 and 3 ZeRO-3 ranks against autograd on one dense model and its teacher's dense logits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.numerics import levers
+from tests.numerics.driver import Job, write_adapter
+from tests.oracle.dense_trainer import DenseTrainer, Settings
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+WEIGHT, STEPS, SAMPLES = 0.5, 2, 12
+# In fp32 against fp64. The loss is about 5, whose last bit is 5e-7; gradients reach 0.3.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("distillation")
+    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": levers.HIDDEN_SIZE, "ffn": 61}
+    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, biases=True, **sizes)
+    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
+    batches = make_batches(steps=STEPS, samples=SAMPLES, tokens=16, vocab=97, seed=3)
+    return Job(model, adapter, batches, {"ratio": 0.2, "warmup_fraction": 0.0}, micro_batch_size=2)
+
+
+def dense_step(job: Job, top_k: int | None) -> tuple[float, dict[str, Tensor]]:
+    """Loss and LoRA gradients of the first batch; the teacher is the same model without its adapter."""
+    settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
+    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
+    input_ids, labels = job.batches[0]
+    with torch.no_grad(), oracle.model.disable_adapter():  # type: ignore[operator]
+        theirs = oracle.model(input_ids=input_ids, use_cache=False).logits
+    ours = oracle.model(input_ids=input_ids, use_cache=False).logits
+    wanted = labels[:, 1:] != -100
+    student, teacher = (logits[:, :-1][wanted].log_softmax(1) for logits in (ours, theirs))
+    if top_k is not None:
+        top = teacher.topk(top_k, 1).indices
+        mask = torch.ones_like(teacher, dtype=torch.bool).scatter_(1, top, False)
+        cross_entropy = -student.gather(1, labels[:, 1:][wanted][:, None]).sum()
+        student, teacher = (
+            torch.cat([x.gather(1, top), x.masked_fill(~mask, -torch.inf).logsumexp(1, keepdim=True)], 1)
+            for x in (student, teacher)
+        )
+    else:
+        cross_entropy = -student.gather(1, labels[:, 1:][wanted][:, None]).sum()
+    divergence = (teacher.exp() * (teacher - student)).sum()
+    loss = ((1 - WEIGHT) * cross_entropy + WEIGHT * divergence) / wanted.sum()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in oracle.copies.items() if parameter.grad is not None}
+    return float(loss.detach()), gradients
+
+
+@pytest.mark.parametrize(("top_k", "checkpointing"), [(None, True), (7, False)])
+def test_loss_and_gradients_are_the_dense_ones(
+    ranks: RankPool, job: Job, tmp_path: Path, top_k: int | None, checkpointing: bool
+) -> None:
+    changed = Job(**{**vars(job), "gradient_checkpointing": checkpointing})
+    loss, gradients = dense_step(job, top_k)
+    files = []
+    for world_size in (1, 2, 3):
+        result = ranks.run(world_size, levers.distilled_step, changed, tmp_path, top_k)[0]
+        assert abs(result["loss"] - loss) < TOLERANCE
+        assert set(result["gradients"]) == set(gradients)
+        for name, gradient in gradients.items():
+            assert (result["gradients"][name] - gradient).abs().max() < TOLERANCE, name
+        assert result["passes"] == [False, True]  # stopped inside the pass, then taken up
+        on_disk, planned = result["bytes"]
+        assert planned < on_disk < planned + 512 * len(result["files"])  # and each file's header
+        files.append(result["files"])
+    assert len(files[0]) == -(-STEPS * SAMPLES // levers.FILE_SAMPLES)
+    assert files[0] == files[1] == files[2]  # bit by bit

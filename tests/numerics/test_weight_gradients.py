@@ -1,0 +1,93 @@
+"""Scores by the true gradient of W on 1, 2 and 3 ZeRO-3 ranks, against autograd on one dense model."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.numerics import levers
+from tests.numerics.driver import Job, write_adapter
+from tests.oracle.dense_trainer import CHANNEL_LINEARS, HEAD_LINEARS, INPUT_SHRINKS, DenseTrainer, Settings
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 6, 3, 8, 42, 61, 3
+# Both sides compute gradients and sums of fp32 numbers, in another order; the scores are sums of positive terms.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("gradient")
+    sizes: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
+    model = make_tiny_llama(folder / "model", layers=LAYERS, vocab=97, seed=1, biases=True, **sizes)
+    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
+    batches = make_batches(steps=6, samples=12, tokens=16, vocab=97, seed=3)
+    prune = {"ratio": 0.2, "criterion": "gradient", "normalize": "none", "moving_average": 0.0, "warmup_fraction": 0.5}
+    return Job(model, adapter, batches, prune, micro_batch_size=2)
+
+
+def dense_scores(job: Job) -> list[tuple[Tensor, Tensor]]:
+    """(heads, channels) of every layer by autograd on whole weights, element by element in fp64."""
+    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), Settings(lora_alpha=job.lora_alpha))
+    wrappers = {(i, n): oracle._wrapper(i, n) for i in range(LAYERS) for n in HEAD_LINEARS + CHANNEL_LINEARS}
+    for wrapper in wrappers.values():
+        wrapper.base_layer.weight.requires_grad_(True)
+    for part in oracle._partial_losses(job.batches[0]):
+        part.backward()
+    return [(_sum(wrappers, i, HEAD_LINEARS, KV_HEADS), _sum(wrappers, i, CHANNEL_LINEARS, FFN)) for i in range(LAYERS)]
+
+
+def _sum(wrappers: dict[tuple[int, str], Any], layer: int, linears: tuple[str, ...], groups: int) -> Tensor:
+    total = torch.zeros(groups, dtype=torch.float64)
+    for linear in linears:
+        wrapper = wrappers[layer, linear]
+        weight = wrapper.base_layer.weight
+        a, b = (factors["default"].weight.detach().double() for factors in (wrapper.lora_A, wrapper.lora_B))
+        assert weight.grad is not None
+        importance = (weight.grad.double() * (weight.detach().double() + wrapper.scaling["default"] * b @ a)).abs()
+        total += importance.sum(0 if linear in INPUT_SHRINKS else 1).view(groups, -1).sum(1)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro", "checkpointing"),
+    [(1, 12, False), (2, 2, True), (3, 4, False)],
+)
+def test_scores_are_those_of_autograd(
+    ranks: RankPool, job: Job, world_size: int, micro: int, checkpointing: bool
+) -> None:
+    changed = Job(**{**vars(job), "micro_batch_size": micro, "gradient_checkpointing": checkpointing})
+    results = ranks.run(world_size, levers.gradient_scores, changed)
+    result = results[0]
+    for found, expected in zip(result["scores"], dense_scores(job), strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert ((a - b).abs() / b.abs()).max() < TOLERANCE
+    numels = [HIDDEN * n for n in (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, FFN)]
+    micro_batches = 2 * 12 // (micro * world_size)  # of both steps
+    assert set(result["whole"]) == set(numels)  # never more than one linear
+    assert len(result["whole"]) == 7 * LAYERS * micro_batches
+    linear_numel = LAYERS * (2 * numels[0] + 2 * numels[1] + 3 * numels[2])
+    for other in results:
+        assert linear_numel / world_size <= other["pieces"][0] <= linear_numel / world_size + 7 * LAYERS
+        assert other["left"] == 0
+        assert all(
+            torch.equal(a, b)
+            for x, y in zip(other["scores"], result["scores"], strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
+
+
+def test_training_does_not_notice(ranks: RankPool, job: Job) -> None:
+    with_gradients = ranks.run(2, levers.gradient_scores, job)[0]["lora"]
+    without = ranks.run(2, levers.lora_after_two_steps, Job(**{**vars(job), "prune": {"ratio": 0.2}}))[0]
+    assert all(torch.equal(with_gradients[name], without[name]) for name in without)
+
+
+def test_only_every_kth_step_pays(ranks: RankPool, job: Job) -> None:
+    sparse = Job(**{**vars(job), "prune": {**job.prune, "gradient_every": 2}})
+    result = ranks.run(2, levers.gradient_scores, sparse)[0]
+    assert result["pieces"][0] > 0
+    assert result["pieces"][1] == 0
+    assert len(result["whole"]) == 7 * LAYERS * 3  # the three micro-batches of step 1

@@ -1,0 +1,73 @@
+"""What makes up for removed inputs, as arithmetic on one linear (on real ranks: tests/numerics)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.errors import RunError
+from loraprune_ds.pruning.compensate import mean_output, refit, removed_columns
+from loraprune_ds.zero.store import CollectedLinear
+
+OUT, IN, TOKENS = 7, 12, 40
+
+
+def made_up(seed: int, dtype: torch.dtype = torch.float32) -> tuple[CollectedLinear, Tensor]:
+    """A linear and correlated inputs (tokens, in_features)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, a, b = (torch.randn(size, generator=generator) for size in ((OUT, IN), (2, IN), (OUT, 2)))
+    inputs = torch.randn(TOKENS, 5, generator=generator) @ torch.randn(5, IN, generator=generator)
+    inputs += 0.3 * torch.randn(TOKENS, IN, generator=generator) + 0.5
+    return CollectedLinear(weight.to(dtype), None, a, b, 0.5), inputs
+
+
+def output_error(linear: CollectedLinear, weight: Tensor, inputs: Tensor, kept: Tensor) -> float:
+    change = linear.scaling * linear.lora_B @ linear.lora_A
+    before, after = inputs @ (linear.weight.float() + change).T, inputs[:, kept] @ (weight.float() + change)[:, kept].T
+    return float((after - before).square().sum())
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("ridge", [1e-4, 0.05, 10.0])
+def test_the_output_never_gets_worse(seed: int, ridge: float) -> None:
+    linear, inputs = made_up(seed)
+    kept = torch.randperm(IN, generator=torch.Generator().manual_seed(seed))[: 1 + seed % (IN - 1)].sort().values
+    refitted = refit(linear, inputs.T @ inputs / TOKENS, kept, ridge)
+    assert output_error(linear, refitted, inputs, kept) < output_error(linear, linear.weight, inputs, kept)
+    removed = removed_columns(IN, kept)
+    assert torch.equal(refitted[:, removed], linear.weight[:, removed])  # they are about to go
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_removed_changes_no_bit(dtype: torch.dtype) -> None:
+    linear, inputs = made_up(1, dtype)
+    everything = torch.arange(IN)
+    refitted = refit(linear, inputs.T @ inputs, everything, 0.05)
+    assert refitted.dtype == dtype
+    assert torch.equal(refitted, linear.weight)
+    assert not mean_output(linear, inputs.mean(0), everything).any()
+
+
+def test_a_copied_input_is_taken_over_whole() -> None:
+    """Input 3 is twice input 0: with hardly a ridge the kept column takes over all that it did."""
+    linear, inputs = made_up(2)
+    inputs[:, 3] = 2 * inputs[:, 0]
+    kept = torch.tensor([i for i in range(IN) if i != 3])
+    refitted = refit(linear, inputs.T @ inputs / TOKENS, kept, 1e-9)
+    effective = linear.weight + linear.scaling * linear.lora_B @ linear.lora_A
+    torch.testing.assert_close(refitted[:, 0] - linear.weight[:, 0], 2 * effective[:, 3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_a_moment_that_cannot_be_inverted_is_an_error(bad: float) -> None:
+    linear, _ = made_up(3)
+    with pytest.raises(RunError, match="cannot be inverted"):
+        refit(linear, torch.full((IN, IN), bad), torch.arange(1, IN), 0.05)
+
+
+def test_the_mean_of_what_left_is_what_left_on_average() -> None:
+    linear, inputs = made_up(4)
+    kept = torch.tensor([0, 4, 5, 9])
+    removed = removed_columns(IN, kept)
+    effective = linear.weight + linear.scaling * linear.lora_B @ linear.lora_A
+    expected = (inputs[:, removed] @ effective[:, removed].T).mean(0)
+    torch.testing.assert_close(mean_output(linear, inputs.mean(0), kept), expected, rtol=1e-5, atol=1e-5)

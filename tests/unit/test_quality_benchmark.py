@@ -1,0 +1,59 @@
+"""The parts of tests/benchmarks/quality.py that a wrong table could come from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loraprune_ds.config_file import load_config
+from tests.benchmarks.expand_heads import expanded_model
+from tests.benchmarks.quality_settings import SETTINGS, select
+from tests.benchmarks.quality_table import draw, rows_of, table
+from tests.oracle.models import make_tiny_llama
+
+
+def test_repeated_heads_compute_the_same(tmp_path: Path) -> None:
+    sizes = {"heads": 6, "kv_heads": 2, "head_dim": 8, "hidden": 48, "ffn": 20, "layers": 2, "vocab": 97, "seed": 0}
+    source = make_tiny_llama(tmp_path / "gqa", biases=True, **sizes)  # type: ignore[arg-type]
+    models = [AutoModelForCausalLM.from_pretrained(f) for f in (source, expanded_model(source, tmp_path / "mha"))]
+    assert models[1].config.num_key_value_heads == 6
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        before, after = (model(input_ids=ids).logits for model in models)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def made_up_run(setting: str, seed: int, test: float) -> dict:
+    params = {"linear_dense": 1000, "linear_pruned": 583}
+    return {
+        "setting": setting,
+        "group": "levers",
+        "seed": seed,
+        "tokens": 81920,
+        "seconds": 100.0,
+        "perplexity": {"validation": 50.0, "test": test, "other": 2 * test},
+        "report": {"params": params},
+    }
+
+
+def test_a_row_has_mean_and_spread_of_its_seeds_alone(tmp_path: Path) -> None:
+    runs = [made_up_run("plain", 0, 90.0), made_up_run("refit", 0, 70.0), made_up_run("plain", 1, 86.0)]
+    plain, refit = rows_of(runs)
+    assert (plain["setting"], plain["seeds"]) == ("plain", [0, 1])
+    assert plain["test"] == {"mean": 88.0, "spread": 4.0}
+    assert refit["other"] == {"mean": 140.0, "spread": 0.0}
+    assert plain["removed_linear_fraction"] == pytest.approx(0.417)
+    assert [line.split()[0] for line in table([plain, refit]).splitlines()] == ["setting", "plain", "refit"]
+    draw(tmp_path / "quality.png", [plain, refit])
+    assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_every_setting_is_a_run_config(tmp_path: Path) -> None:
+    for setting in SETTINGS.values():
+        config = load_config("launch/configs/quickstart.yaml", setting.overrides)
+        tokens = (config.train.steps or 0) + config.train.recovery_steps
+        tokens *= config.train.global_batch_size * config.data.window
+        assert tokens == (409_600 if setting.name.endswith("409600") else 81_920), setting.name
+    with pytest.raises(SystemExit, match="no setting best"):
+        select([], ["best"])

@@ -1,0 +1,98 @@
+"""Which samples a teacher's files hold, where each lies, and what is told of them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.errors import RunError
+from loraprune_ds.model.distillation import HiddenTeacher
+from loraprune_ds.train.data import IGNORE_INDEX, Ragged, SampleOrder, Samples
+from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
+
+HIDDEN = 3
+CPU = torch.device("cpu")
+
+
+def ragged_samples(lengths: list[int], prompts: list[int]) -> Samples:
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    ids = torch.arange(1, int(starts[-1]) + 1, dtype=torch.int32)
+    labels = ids.clone()
+    for start, prompt in zip(starts.tolist(), prompts, strict=False):
+        labels[start : start + prompt] = IGNORE_INDEX
+    window = max(lengths)
+    return Samples(Ragged(ids, starts, window, 0), Ragged(labels, starts, window, IGNORE_INDEX))
+
+
+SAMPLES = ragged_samples([9, 4, 12, 2, 7], [3, 0, 11, 1, 7])
+
+
+def config(**train: object) -> RunConfig:
+    settings = {"steps": 1, "global_batch_size": 2, "micro_batch_size": 1, "distill_weight": 0.5} | train
+    return RunConfig("unused", train=TrainConfig(**settings))  # type: ignore[arg-type]
+
+
+def made(folder: Path, steps: int = 10) -> Teacher:
+    plan = plan_teacher(config(), SAMPLES, SampleOrder(5, 2, 0), steps, hidden_size=HIDDEN, element_size=4)
+    return make_teacher(config(), replace(plan, per_file=2), samples="a", source="b", folder=folder)
+
+
+def test_supervised_tokens_and_padding_of_ragged_samples() -> None:
+    everything = torch.arange(5)
+    labels = SAMPLES.labels[everything]
+    assert SAMPLES.supervised_counts().tolist() == (labels[:, 1:] != IGNORE_INDEX).sum(1).tolist() == [6, 3, 1, 1, 0]
+    real = SAMPLES.real_tokens(everything)
+    assert real is not None
+    assert torch.equal(real, SAMPLES.input_ids[everything] != 0)
+    assert Samples(labels, labels).real_tokens(everything) is None
+
+
+def test_only_samples_of_the_run_are_planned() -> None:
+    order = SampleOrder(5, 2, 0)
+    plan = plan_teacher(config(), SAMPLES, order, 1, hidden_size=HIDDEN, element_size=4)
+    assert plan.samples.tolist() == sorted(order.batch(0).tolist())
+    whole = plan_teacher(config(), SAMPLES, order, 10, hidden_size=HIDDEN, element_size=4)
+    assert whole.samples.tolist() == [0, 1, 2, 3, 4]
+    assert whole.bytes == 11 * HIDDEN * 4
+    top = plan_teacher(config(distill_top_k=2), SAMPLES, order, 10, hidden_size=HIDDEN, element_size=4)
+    assert top.bytes == 11 * (2 * (4 + 4) + 4)  # a log-probability and an id of each, and the rest
+
+
+def test_every_sample_is_found_where_it_was_written(tmp_path: Path) -> None:
+    teacher = made(tmp_path / "teacher")
+    teacher.begin()
+    rows = torch.arange(11 * HIDDEN, dtype=torch.float32).view(11, HIDDEN)
+    assert teacher.missing() == [0, 1, 2]
+    for file, (start, end) in enumerate([(0, 9), (9, 11), (11, 11)]):
+        teacher.write(file, {"hidden": rows[start:end]})
+    assert teacher.missing() == []
+    found = teacher.distillation(torch.tensor([2, 0, 4, 1]), CPU).teacher
+    assert isinstance(found, HiddenTeacher)
+    assert torch.equal(found.hidden, torch.cat([rows[9:10], rows[0:6], rows[6:9]]))
+
+
+def test_a_damaged_file_is_missing_and_named(tmp_path: Path) -> None:
+    teacher = made(tmp_path / "teacher")
+    teacher.begin()
+    teacher.write(0, {"hidden": torch.zeros(9, HIDDEN)})
+    path = teacher.path(0)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert teacher.missing() == [0, 1, 2]
+    with pytest.raises(RunError, match=r"targets-00000\.safetensors cannot be read"):
+        teacher.distillation(torch.tensor([0]), CPU)
+
+
+def test_files_of_another_teacher_are_replaced(tmp_path: Path) -> None:
+    teacher = made(tmp_path / "teacher")
+    teacher.begin()
+    teacher.write(0, {"hidden": torch.zeros(9, HIDDEN)})
+    same = made(tmp_path / "teacher")
+    same.begin()
+    assert same.missing() == [1, 2]
+    other = replace(teacher, identity=teacher.identity | {"source": "c"})
+    assert not other.belongs()
+    other.begin()
+    assert other.belongs()
+    assert other.missing() == [0, 1, 2]
