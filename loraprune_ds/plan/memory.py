@@ -6,7 +6,7 @@ from loraprune_ds.model.checkpoint import READ_CHUNK
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan.activations import Batch, activations, logits
 from loraprune_ds.plan.request import Request
-from loraprune_ds.pruning.criterion import BLOCK_NUMEL
+from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.zero.fetching import PassTraffic
 from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.memory import state_terms
@@ -160,10 +160,12 @@ def _scoring(request: Request, shape: ModelShape) -> dict[str, int]:
         sizes = [n for linear in LINEARS for n in lora_sizes(shape, i, linear, request.config.lora.r)]
         pieces = max(pieces, 2 * _piece(request, sizes) * 4)
         whole = max(whole, 2 * sum(sizes) * 4)
+    linears = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in LINEARS]
+    piece = max(_piece(request, [rows * columns]) + 2 * columns for rows, columns in linears)  # to whole rows
     groups = sum(len(LINEARS) * max(layer.heads, layer.channels) for layer in shape.layers)
     return {
         "lora_factors_of_a_layer": pieces + pieces * request.cluster.world_size + whole,
-        "score_blocks": 4 * BLOCK_NUMEL * 4,
+        "score_blocks": 4 * min(piece, DEVICE_BLOCK_NUMEL) * 4,
         "score_sums": 8 * groups,
     }
 

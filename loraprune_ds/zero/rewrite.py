@@ -51,3 +51,4 @@ def _install(store: "ShardedStore", parameter: Any, owner: int, whole: Tensor | 
     piece = torch.empty_like(parameter.ds_tensor, device=store.device)
     store.comm.scatter_from(owner, flat, piece)
     parameter.ds_tensor.copy_(piece)  # on the host, if it is offloaded
+    parameter.ds_secondary_tensor = None  # hpZ's copy is of the old values; the next gather makes it anew

@@ -21,6 +21,7 @@ from typing import Any
 
 from loraprune_ds.checkpoint.load import find_newest
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
+from loraprune_ds.checkpoint.state import Tally
 from loraprune_ds.config import (
     CheckpointConfig,
     DataConfig,
@@ -90,7 +91,7 @@ def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dic
         if step not in names:
             continue
         before = {path.name for path in root.glob("*")}
-        row = measured(comm, lambda step=step: checkpoints.save(store, step))
+        row = measured(comm, lambda step=step: checkpoints.save(store, step, Tally()))
         written = {path.name: folder_bytes(path) for path in sorted(root.iterdir()) if path.name not in before}
         row |= {"bytes_written": sum(written.values()), "folders": written}
         row["weight_bytes_per_rank"] = store.gather_values(storage_bytes(weight_tensors(store.engine)))

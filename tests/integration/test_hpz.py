@@ -1,4 +1,4 @@
-"""Hierarchical partitioning (hpZ): every node, a group of ranks, holds a second copy of the weights; a cut reaches it."""
+"""Hierarchical partitioning (hpZ): every node, a group of ranks, holds a second copy of the weights, cut with them."""
 
 import json
 import sys
