@@ -43,21 +43,7 @@ def build_on_meta(checkpoint: Checkpoint, attn_implementation: str) -> PreTraine
     """The modules of the checkpoint's model, every parameter on the meta device: shapes only, no memory.
 
     Buffers that a checkpoint does not hold (rotary frequencies) are real.
-
-    Raises:
-        UserError: transformers refuses something in config.json, or this attention implementation.
     """
-    try:
-        return _build_on_meta(checkpoint, attn_implementation)
-    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(
-            f"{checkpoint.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
-            f"{attn_implementation}): {reason}"
-        ) from error
-
-
-def _build_on_meta(checkpoint: Checkpoint, attn_implementation: str) -> PreTrainedModel:
     config_class, model_class = {
         "llama": (LlamaConfig, None),
         "mistral": (MistralConfig, None),
@@ -85,3 +71,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         assert isinstance(layers, nn.ModuleList)
         return layers
     raise AssertionError(f"{type(model).__name__} has no decoder layers")
+
+
+def check_buildable(checkpoint: Checkpoint, attn_implementation: str) -> None:
+    """Whether transformers can make the checkpoint's model here, found out without any weights.
+
+    Raises:
+        UserError: it refuses something in config.json, or this attention implementation.
+    """
+    try:
+        build_on_meta(checkpoint, attn_implementation)
+    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"{checkpoint.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
+            f"{attn_implementation}): {reason}"
+        ) from error
