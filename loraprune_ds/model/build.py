@@ -58,22 +58,7 @@ def build_on_meta(
 
     Buffers that a checkpoint does not hold (rotary frequencies) are real. Told the labels, the model gives token losses
     (token_loss.py), `loss_chunk_tokens` at a time.
-
-    Raises:
-        UserError: transformers refuses something in config.json, or this attention implementation.
     """
-    try:
-        model = _build_on_meta(checkpoint, attn_implementation)
-    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(
-            f"{checkpoint.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
-            f"{attn_implementation}): {reason}"
-        ) from error
-    return with_token_losses(model, loss_chunk_tokens)
-
-
-def _build_on_meta(checkpoint: Checkpoint, attn_implementation: str) -> PreTrainedModel:
     config_class, model_class = {
         "llama": (LlamaConfig, None),
         "mistral": (MistralConfig, None),
@@ -90,7 +75,7 @@ def _build_on_meta(checkpoint: Checkpoint, attn_implementation: str) -> PreTrain
     decoder = model.get_submodule("model")
     rotary = decoder.get_submodule("rotary_emb")
     decoder.rotary_emb = type(rotary)(config=config)
-    return model
+    return with_token_losses(model, loss_chunk_tokens)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -103,3 +88,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         assert isinstance(layers, nn.ModuleList)
         return layers
     raise AssertionError(f"{type(model).__name__} has no decoder layers")
+
+
+def check_buildable(checkpoint: Checkpoint, attn_implementation: str) -> None:
+    """Whether transformers can make the checkpoint's model here, found out without any weights.
+
+    Raises:
+        UserError: it refuses something in config.json, or this attention implementation.
+    """
+    try:
+        build_on_meta(checkpoint, attn_implementation)
+    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"{checkpoint.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
+            f"{attn_implementation}): {reason}"
+        ) from error

@@ -11,7 +11,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import cut_windows
 from loraprune_ds.model.adapters import check_adapter
-from loraprune_ds.model.build import build_on_meta, locate_model
+from loraprune_ds.model.build import check_buildable, locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_for_pruning
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.pruning.limits import Limits, make_limits
@@ -73,7 +73,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
         check_adapter(Path(config.model.adapter).expanduser(), config.lora)
     ds_config = resolve_ds_config(_find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
     limits = make_limits(config.prune, checkpoint.shape)
-    build_on_meta(checkpoint, config.model.attn_implementation)
+    check_buildable(checkpoint, config.model.attn_implementation)
     _check_windows(config, checkpoint.config.get("max_position_embeddings"))
     tokenizer = load_tokenizer(checkpoint.folder)
     loaded = load_samples(

@@ -64,7 +64,6 @@ CASES = (
         dtype="bfloat16",
         prune=GLOBAL,
         train={"gradient_checkpointing": True},
-        evaluate={"every": STEPS},
     ),
 )
 NAMES = [case.name for case in CASES]
