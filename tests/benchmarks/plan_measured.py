@@ -13,7 +13,6 @@ tests/benchmarks/results/plan_measured.json; the run ends with an error if a pla
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,9 +27,9 @@ from loraprune_ds.model.shapes import shape_from_config
 from loraprune_ds.model.shards import shard_count, write_index, write_shard
 from loraprune_ds.train.files import read_json_object, write_json
 from loraprune_ds.train.provenance import hardware, versions
-from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan
+from tests.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "plan_measured.json"
@@ -82,31 +81,16 @@ def cases(model: str, folder: Path) -> Case:
     return Case(folder / "1b", deepspeed=str(folder / "limited.json"), window=32, checkpointing=True)
 
 
-def rank_main(arguments: argparse.Namespace) -> None:
-    quiet_deepspeed()
-    comm = start_ranks()
-    run_beside_plan(Case(arguments.folder / "tiny", checkpointing=True))  # imports what is imported late
-    rows = comm.gather_objects(run_beside_plan(cases(arguments.model, arguments.folder)))
-    if comm.rank == 0:
-        write_json(arguments.folder / "result.json", {"ranks": rows})
-    stop_ranks()
-
-
-def launch(model: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [
-        deepspeed,
-        "--quiet",
-        f"--num_accelerators={ranks}",
-        Path(__file__),
-        "--model",
-        model,
-        "--folder",
-        folder,
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
-    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
-    return read_json_object(folder / "result.json")["ranks"]
+def measure(model: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """What every rank found, in rank order; fresh processes."""
+    pool = RankPool()
+    try:
+        pool.run(
+            world_size, run_beside_plan, Case(folder / "tiny", checkpointing=True)
+        )  # imports what is imported late
+        return pool.run(world_size, run_beside_plan, cases(model, folder), timeout=1800)
+    finally:
+        pool.close()
 
 
 def faults(model: str, ranks: list[dict[str, Any]]) -> list[str]:
@@ -159,40 +143,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2", "1b"], choices=("smollm2", "1b"))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.folder:
-        rank_main(arguments)
-        return
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)  # the ranks inherit it
     results: dict[str, dict[str, Any]] = {}
     found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="plan-measured-") as name:
         folder = Path(name)
-        make_tiny_llama(
-            folder / "tiny",
-            heads=4,
-            kv_heads=2,
-            head_dim=8,
-            hidden=32,
-            ffn=48,
-            layers=3,
-            vocab=97,
-            seed=0,
-            dtype="bfloat16",
-        )
+        sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "layers": 3, "vocab": 97, "seed": 0}
+        make_tiny_llama(folder / "tiny", dtype="bfloat16", **sizes)  # type: ignore[arg-type]
         if "1b" in arguments.models:
             make_random_1b(folder / "1b")
         for model in arguments.models:
-            results[model] = {}
-            for ranks in arguments.ranks:
-                rows = launch(model, ranks, folder)
-                results[model][f"{ranks} ranks"] = rows
+            for world_size in arguments.ranks:
+                rows = measure(model, world_size, folder)
+                results.setdefault(model, {})[f"{world_size} ranks"] = rows
                 found += faults(model, rows)
                 show(model, rows)
-    facts = {"limited": LIMITED, "rss_tolerance": RSS_TOLERANCE, "faults": found}
-    write_json(RESULT, {"results": results, **facts, "versions": versions(), "hardware": hardware("cpu")})
+                facts = {"limited": LIMITED, "rss_tolerance": RSS_TOLERANCE, "faults": found}
+                write_json(RESULT, {"results": results, **facts, "versions": versions(), "hardware": hardware("cpu")})
     if found:
         sys.exit(json.dumps(found, indent=2))
 

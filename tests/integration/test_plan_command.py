@@ -1,0 +1,91 @@
+"""launch/plan.py as a user calls it: one object or a table on stdout, one line on stderr, exit codes 0, 2 and 3."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.plan import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["launch/plan.py", *arguments])
+    return main()
+
+
+def test_the_example_of_the_readme() -> None:
+    command = "launch/plan.py llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80 --json"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    found = json.loads(done.stdout)  # exactly one object
+    assert done.returncode == 0, done.stderr
+    assert found["parameters"] == 65_285_660_672
+    assert found["fits"] is True
+    assert found["world_size"] == 32
+    assert found["stages"][1]["state"]["weights"] == 65_285_660_672 * 2 // 32
+    assert done.stderr == ""
+
+
+def test_what_does_not_fit_exits_with_3_and_says_what_to_change(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("llama-7b", "--gpus-per-node", "2", "--gpu-memory", "8", "--set", "prune.prune_every=100")
+    assert plan(monkeypatch, *arguments, "--json") == 3
+    out, error = capsys.readouterr()
+    found = json.loads(out)
+    assert found["fits"] is False
+    assert any(suggestion["fits"] for suggestion in found["suggestions"])
+    assert error.count("\n") == 1
+    assert error.startswith("error: llama-7b does not fit on 2 GPUs of 8 GiB: a rank needs ")
+
+
+def test_the_smallest_cluster_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "llama-7b",
+        "--gpu-memory",
+        "24",
+        "--smallest",
+        "--set",
+        "train.steps=100",
+        "--set",
+        "train.epochs=null",
+    )
+    assert plan(monkeypatch, *arguments, "--set", "prune.prune_every=100") == 0
+    out = capsys.readouterr().out
+    assert "llama-7b fits on " in out
+    assert "--samples" not in out  # the steps are known
+    assert "in all:" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llama-65b", "--nodes", "0"], "--nodes must be a number above 0; got 0"),
+        (["llama-65b", "--nodes", "many"], "argument --nodes: invalid int value: 'many'"),
+        (["llama-65b", "--gpu-memory", "inf"], "--gpu-memory must be a number above 0; got inf"),
+        (
+            ["llama-65b", "--nodes", "3"],
+            "train.global_batch_size 128 in micro-batches of 1 cannot be split over 24 ranks",
+        ),
+        (["llama-65b", "--set", "prune.ratio=2"], "prune.ratio must be in (0, 1); got 2"),
+        (["./nowhere"], "model ./nowhere does not exist; give a folder, a hub id, or one of llama-7b"),
+        ([], "give a model or --config"),
+    ],
+)
+def test_bad_input_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert plan(monkeypatch, *arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    assert error.startswith(f"error: {message}")
+
+
+def test_the_formulas_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(monkeypatch, "--explain") == 0
+    assert "`gathered_weights`" in capsys.readouterr().out
