@@ -20,6 +20,7 @@ from typing import Any
 from loraprune_ds.evaluate.plot_style import PLOT_STYLE
 from loraprune_ds.train.files import write_json
 from loraprune_ds.train.provenance import hardware, versions
+from tests.benchmarks.watchdog import free_port
 from tests.oracle.models import make_tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +39,8 @@ def measure(ranks: int, models: list[Path], folder: Path) -> dict[str, list[dict
     """Model -> what each rank measured."""
     result = folder / f"ranks-{ranks}.json"
     script = Path(__file__).with_name("growth_rank.py")
-    command = [Path(sys.executable).with_name("deepspeed"), "--quiet", f"--num_accelerators={ranks}", script]
-    command += ["--result", result, "--models", *models]
+    command = [Path(sys.executable).with_name("deepspeed"), "--quiet", f"--master_port={free_port()}"]
+    command += [f"--num_accelerators={ranks}", script, "--result", result, "--models", *models]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
     return json.loads(result.read_text())
