@@ -102,7 +102,12 @@ def main() -> None:
         for ranks in arguments.ranks:
             found = measure(ranks, models, folder)
             rows += [summarise(count, ranks, found[str(count)]) for count in arguments.layers]
+            record(rows)
     show(rows)
+
+
+def record(rows: list[dict[str, Any]]) -> None:
+    """After every number of ranks: a run that is cut short has not been for nothing."""
     facts = {"widths": WIDTHS, "dtype": "bfloat16", "versions": versions(), "hardware": hardware("cpu")}
     write_json(RESULTS / "growth.json", {"rows": rows, **facts})
     draw(rows, RESULTS / "growth.png")
