@@ -211,9 +211,8 @@ def _strike(fault: Fault, row: Row, folder: Path, out: Path) -> None:
     row.exit_code = job.process.wait()
     row.step_reached = job.step()
     row.status = json.loads((out / "status.json").read_text())["state"]
-    row.said = [
-        line[-200:] for line in job.text().splitlines() if re.search(r"^error|gone|fail-point|return code", line)
-    ]
+    said = job.text().replace(str(folder.parent), "faults").replace(sys.prefix, ".venv")
+    row.said = [line[-200:] for line in said.splitlines() if re.search(r"^error|gone|fail-point|return code", line)]
     if fault.after is not None:
         fault.after(job)
     if fault.expected_codes and row.exit_code not in fault.expected_codes:
@@ -433,7 +432,7 @@ def write_result(path: Path, facts: dict[str, Any], rows: list[Row], root: Path)
     """After every fault: what an interrupted command has found is not lost."""
     result = facts | {"good": sum(row.good for row in rows), "of": len(rows), "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1).replace(str(root), "/tmp/faults") + "\n")
+    path.write_text(json.dumps(result, indent=1).replace(str(root), "faults") + "\n")
 
 
 if __name__ == "__main__":
