@@ -104,8 +104,8 @@ def lose(lab: Lab, row: Row, out: str, which: int) -> None:
     finally:
         lab.cluster.join(lost)
     lab.wait_until_idle(NODES)
-    if snapshot(lab.folder / out) != before:
-        row.problem = "what was left of the job on the lost node has changed output_dir after its return"
+    if changed := snapshot(lab.folder / out).items() ^ before.items():
+        row.problem = f"changed by what came back with the lost node: {sorted({name for name, _ in changed})}"
 
 
 def kill_rank(lab: Lab, row: Row) -> None:
