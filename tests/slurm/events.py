@@ -219,8 +219,8 @@ def sweep(lab: Lab, row: Row, out: str, array: str) -> None:
 
 
 def evaluate(lab: Lab, row: Row) -> None:
-    """slurm/evaluate.sbatch on what run_plain has left, over two nodes."""
-    arguments = (lab.folder / "plain", "--text", lab.folder / "text.txt", "--window", "24", "--max-windows", "4")
+    """The dense model, spread over two nodes."""
+    arguments = (lab.folder / "source", "--text", lab.folder / "text.txt", "--window", "24", "--max-windows", "4")
     job = lab.cluster.submit("evaluate.sbatch", *arguments, options=("--nodes=2",))
     row.state = job.wait_for_end(PATIENCE)
     row.remarks = said(job.log(), "perplexity")
