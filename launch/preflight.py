@@ -21,6 +21,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
 
+LAST_WORDS = 5.0  # seconds that the first node stays for the others to hear the verdict
 VISIBLE_WITHIN = 15.0  # seconds until the others must see a file that one node has written
 
 
@@ -41,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Returns the exit code: 0 if all nodes are fit, 1 if any is not."""
     arguments = parse_arguments()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch tells of every wait in many lines
     index = int(os.environ.get("SLURM_NODEID", "0"))
     try:
         check_imports()
@@ -89,9 +91,11 @@ class Meeting:
             TCPStore,  # pyright: ignore[reportPrivateImportUsage]
         )
 
-        self.nodes, self.index, self.timeout = nodes, index, timedelta(seconds=timeout)
+        self.nodes, self.index, self.timeout = nodes, index, timeout
         try:
-            self.store = TCPStore(nodes[0], port, is_master=index == 0, timeout=self.timeout, wait_for_workers=False)
+            self.store = TCPStore(
+                nodes[0], port, is_master=index == 0, timeout=timedelta(seconds=timeout), wait_for_workers=False
+            )
         except DistError as error:
             raise Unfit(f"cannot meet the others at {nodes[0]}:{port}: {str(error).splitlines()[0]}") from None
 
@@ -103,38 +107,45 @@ class Meeting:
         except (Unfit, OSError, RuntimeError) as error:
             problem = " ".join(str(error).split()) or type(error).__name__
         self.store.set(f"{stage} {self.index}", problem)
-        if self.index == 0:
-            self.store.set(f"{stage} all", "fit" if self._all_fit(stage) else "unfit")
-        all_fit = self.store.get(f"{stage} all") == b"fit"
+        if self.index > 0:
+            return self._hear(stage)
+        bad = {index: problem for index, problem in self._problems(stage).items() if problem}
+        for index, problem in bad.items():
+            tell(self.nodes[index], problem)
+        self.store.set(f"{stage} all", "unfit" if bad else "fit")
         self._leave_last(stage)
-        return all_fit
+        return not bad
 
-    def _all_fit(self, stage: str) -> bool:
-        fit, deadline = True, time.monotonic() + self.timeout.total_seconds()
-        for index, node in enumerate(self.nodes):
-            problem = self._answer(f"{stage} {index}", deadline)
-            if problem:
-                tell(node, problem)
-                fit = False
-        return fit
+    def _hear(self, stage: str) -> bool:
+        # The first node waits for the others as long as they wait for it here, and has to tell them afterwards.
+        verdict = self._read(f"{stage} all", time.monotonic() + 2 * self.timeout)
+        if verdict is None:
+            tell(self.nodes[self.index], f"{self.nodes[0]} is gone")
+        self.store.set(f"{stage} heard {self.index}", "")
+        return verdict == "fit"
 
-    def _answer(self, key: str, deadline: float) -> str:
-        from torch.distributed import DistStoreError
+    def _problems(self, stage: str) -> dict[int, str]:
+        """What every node has found; empty for a node that is fit."""
+        deadline = time.monotonic() + self.timeout
+        answers = {index: self._read(f"{stage} {index}", deadline) for index in range(len(self.nodes))}
+        late = f"no answer in {self.timeout:g} s"
+        return {index: late if answer is None else answer for index, answer in answers.items()}
+
+    def _leave_last(self, stage: str) -> None:
+        """The store ends with the first node, so that one gives the others the time to read."""
+        deadline = time.monotonic() + LAST_WORDS
+        for index in range(1, len(self.nodes)):
+            self._read(f"{stage} heard {index}", deadline)
+
+    def _read(self, key: str, deadline: float) -> str | None:
+        """What another node has set; None if it does not until then, or the store is gone."""
+        from torch.distributed import DistError
 
         try:
             self.store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
-        except DistStoreError:
-            return f"no answer in {self.timeout.total_seconds():g} s"
-        return self.store.get(key).decode()
-
-    def _leave_last(self, stage: str) -> None:
-        """The store ends with the first node, so that one waits until all have read."""
-        if self.index > 0:
-            self.store.set(f"{stage} read {self.index}", "")
-            return
-        deadline = time.monotonic() + 10
-        for index in range(1, len(self.nodes)):
-            self._answer(f"{stage} read {index}", deadline)
+            return self.store.get(key).decode()
+        except DistError:
+            return None
 
 
 def check_imports() -> None:
@@ -194,7 +205,7 @@ def check_collective(meeting: Meeting) -> None:
         store=PrefixStore("collective", meeting.store),
         rank=meeting.index,
         world_size=len(meeting.nodes),
-        timeout=meeting.timeout,
+        timeout=timedelta(seconds=meeting.timeout),
     )
     number = torch.tensor([float(meeting.index)], device=accelerator().current_device_name())
     distributed.all_reduce(number)

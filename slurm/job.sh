@@ -21,10 +21,10 @@ MASTER_ADDR=${NODES%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 6000))
 CHECK_PORT=$((26000 + SLURM_JOB_ID % 6000))
 RESTARTS=${SLURM_RESTART_COUNT:-0}
-HOSTFILE=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.hostfile
+HOSTFILE=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID-$RESTARTS.hostfile
 OUTPUT=
 RUNNING= # process of the step with the ranks
-ASKED=   # signals that came
+ASKED=   # to stop, by USR1
 ASKING=  # process that repeats the request to stop
 
 # begin OUTPUT_DIR: gives up a job that was started too often, then checks all nodes.
@@ -80,9 +80,9 @@ train() {
   exit "$code"
 }
 
-# on_signal NAME: asks by a stop file, since launchers give their ranks little time to save after a signal.
-on_signal() {
-  say "got $1: the run is to save and stop"
+# The time is nearly over. Asks by a stop file, since launchers give their ranks little time to save after a signal.
+ask_to_stop() {
+  say "got USR1: the run is to save and stop"
   if [[ -n $RUNNING && -z $ASKED ]]; then
     # More than once: a run that is still loading takes it for one meant for an earlier run, and removes it.
     while kill -0 "$RUNNING" 2>/dev/null; do
@@ -91,18 +91,19 @@ on_signal() {
     done &
     ASKING=$!
   fi
-  ASKED=$ASKED$1
+  ASKED=yes
 }
 
 start_again() {
-  # TERM is Slurm's own: of a cancelled or requeued job. USR1 comes when the time is nearly over, and where Slurm is set
-  # up so before a preemption as well; after that it requeues by itself.
-  if [[ $ASKED != *USR1* || $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" PreemptTime=None "* ]]; then return; fi
+  # USR1 comes before a preemption as well where Slurm is set up so; after that it requeues by itself.
+  if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" PreemptTime=None "* ]]; then return; fi
   if ((RESTARTS >= MAX_RESTARTS)); then fail "the time is over, and MAX_RESTARTS is $MAX_RESTARTS: given up"; fi
   say "the time is over: requeued"
   scontrol requeue "$SLURM_JOB_ID"
   sleep 600 # Slurm ends this shell
 }
 
-trap 'on_signal USR1' USR1
-trap 'on_signal TERM' TERM
+trap ask_to_stop USR1
+# Of a job that is requeued or cancelled. The ranks get it too, so there is nothing to do but wait for them; this shell
+# may also be what was left on a lost node, and the run go on elsewhere.
+trap 'say "got TERM"' TERM

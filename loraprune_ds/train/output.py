@@ -188,6 +188,7 @@ class RunStatus:
         self.steps = steps
         self.step = first
         self._writes = writes
+        self._written: Status | None = None
 
     def __enter__(self) -> "RunStatus":
         self.update(self.step)
@@ -203,11 +204,21 @@ class RunStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
+        if error is not None and not self._taken_over():
             line = " ".join(str(error).split()) or type(error).__name__
             with suppress(OSError):  # a full disk must not hide what went wrong
                 self._write(Status("failed", self.step, self.steps, error=line))
 
     def _write(self, status: Status) -> None:
         if self._writes:
+            self._written = status
             write_status(self.folder, status)
+
+    def _taken_over(self) -> bool:
+        """Whether another process has written since: one on a node that was lost fails when it is found again, and
+        by then the run may go on, or be finished, on other nodes."""
+        try:
+            found = read_status(self.folder)
+        except UserError:
+            return False
+        return None not in (found, self._written) and found != self._written

@@ -1,4 +1,4 @@
-"""Hierarchical partitioning (hpZ): every node, a group of ranks, holds a second copy of the weights, cut with them."""
+"""Hierarchical partitioning (hpZ): each node, a group of ranks, has a second copy of the weights; a cut reaches it."""
 
 import json
 import sys

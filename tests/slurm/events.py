@@ -104,8 +104,8 @@ def lose(lab: Lab, row: Row, out: str, which: int) -> None:
     finally:
         lab.cluster.join(lost)
     lab.wait_until_idle(NODES)
-    if snapshot(lab.folder / out) != before:
-        row.problem = "what was left of the job on the lost node has changed output_dir after its return"
+    if changed := snapshot(lab.folder / out).items() ^ before.items():
+        row.problem = f"changed by what came back with the lost node: {sorted({name for name, _ in changed})}"
 
 
 def kill_rank(lab: Lab, row: Row) -> None:
@@ -219,8 +219,8 @@ def sweep(lab: Lab, row: Row, out: str, array: str) -> None:
 
 
 def evaluate(lab: Lab, row: Row) -> None:
-    """slurm/evaluate.sbatch on what run_plain has left, over two nodes."""
-    arguments = (lab.folder / "plain", "--text", lab.folder / "text.txt", "--window", "24", "--max-windows", "4")
+    """The dense model, spread over two nodes."""
+    arguments = (lab.folder / "source", "--text", lab.folder / "text.txt", "--window", "24", "--max-windows", "4")
     job = lab.cluster.submit("evaluate.sbatch", *arguments, options=("--nodes=2",))
     row.state = job.wait_for_end(PATIENCE)
     row.remarks = said(job.log(), "perplexity")

@@ -14,8 +14,8 @@ from tests.integration.resuming import losses, write_run
 from tests.slurm.cluster import SHIPPED, Cluster, Job, obstacle, running_cluster
 
 STEPS = 10  # cuts after steps 4, 6, 9
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
-TIMEOUT = 300.0  # for what takes 40 s on an idle machine
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
+TIMEOUT = 600.0  # for what takes 40 s on an idle machine
 TINY = {
     "lora": {"lora_dropout": 0.0},
     "prune": {"prune_every": 3},

@@ -10,7 +10,7 @@ import yaml
 from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.output import RunStatus, Start, create_output, inspect_output
-from loraprune_ds.train.status import Status, read_status, write_status
+from loraprune_ds.train.status import State, Status, read_status, write_status
 
 
 @pytest.fixture
@@ -136,6 +136,21 @@ def test_status_follows_the_run_and_keeps_its_error(tmp_path: Path) -> None:
     assert last is not None
     assert (first.state, first.step) == ("running", 4)
     assert (last.state, last.step, last.steps, last.error) == ("failed", 5, 10, "no luck")
+
+
+@pytest.mark.parametrize("state", ["running", "finished"])
+def test_a_run_that_went_on_elsewhere_is_not_called_failed(tmp_path: Path, state: State) -> None:
+    """By what was left of it on a node that was lost, and fails when it is found again."""
+    elsewhere = Status(state, 9, 10)
+
+    def run() -> None:
+        with RunStatus(tmp_path, 10, first=4, writes=True):
+            write_status(tmp_path, elsewhere)
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        run()
+    assert read_status(tmp_path) == elsewhere
 
 
 def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

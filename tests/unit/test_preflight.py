@@ -1,0 +1,70 @@
+"""The nodes of a job agree on whether all are fit, and the first one names those that are not."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from launch import preflight
+from launch.preflight import Meeting, Unfit, check_visible, probe_file
+from tests.integration.launching import free_port
+
+NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first
+
+
+def agree(*checks: Callable[[], None], absent: tuple[int, ...] = (), timeout: float = 20) -> list[bool]:
+    """What each node hears, one thread per node."""
+    port = free_port()
+
+    def be_node(index: int) -> bool:
+        return Meeting(NODES, index, port, timeout).agree("stage", checks[index])
+
+    present = [index for index in range(len(NODES)) if index not in absent]
+    with ThreadPoolExecutor(len(NODES)) as pool:
+        return list(pool.map(be_node, present))
+
+
+def fit() -> None:
+    pass
+
+
+def unfit() -> None:
+    raise Unfit("2 accelerators\nfor 4 ranks")
+
+
+def test_all_fit(capfd: pytest.CaptureFixture[str]) -> None:
+    assert agree(fit, fit, fit) == [True, True, True]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bad_node_is_named_once_and_all_hear_of_it(capfd: pytest.CaptureFixture[str]) -> None:
+    assert agree(fit, fit, unfit) == [False, False, False]
+    assert capfd.readouterr().err == "preflight: gpu3: 2 accelerators for 4 ranks\n"
+
+
+def test_a_node_that_does_not_come_is_named(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "LAST_WORDS", 1.0)
+    assert agree(fit, fit, fit, absent=(1,), timeout=2) == [False, False]
+    assert "preflight: gpu2: no answer in 2 s\n" in capfd.readouterr().err
+
+
+def test_the_first_node_cannot_be_reached() -> None:
+    with pytest.raises(Unfit, match=r"cannot meet the others at localhost:\d+: "):
+        Meeting(NODES, 1, free_port(), 1)
+
+
+def test_a_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "VISIBLE_WITHIN", 0.0)
+    with probe_file(tmp_path / "runs" / "mine") as probe:
+        assert probe.parent == tmp_path
+        check_visible(probe, "gpu1")
+    with pytest.raises(Unfit, match=r"output_dir is not shared: it has no .*, which gpu1 has written"):
+        check_visible(probe, "gpu1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), probe_file(tmp_path / "file" / "mine"):
+        pass
