@@ -88,11 +88,9 @@ def result_path(work: Path, setting: Setting, seed: int) -> Path:
 def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
     """One run to its end, and its perplexities."""
     print(f"{setting.name}, seed {seed} ...", file=sys.stderr, flush=True)
-    model = (
-        expanded_model(embedded_model_dir(), arguments.work / "smollm2-135m-mha")
-        if setting.model == "mha"
-        else "embedded"
-    )
+    model = embedded_model_dir() if arguments.model is None else arguments.model.resolve()
+    if setting.model == "mha":
+        model = expanded_model(model, arguments.work / "expanded")
     folder = arguments.work / "runs" / f"{setting.name}-s{seed}"
     settings = [
         f"output_dir={folder}",
