@@ -16,6 +16,7 @@ of another kind (by default Python's help topics), are looked at by launch/evalu
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -87,11 +88,9 @@ def result_path(work: Path, setting: Setting, seed: int) -> Path:
 def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
     """One run to its end, and its perplexities."""
     print(f"{setting.name}, seed {seed} ...", file=sys.stderr, flush=True)
-    model = (
-        expanded_model(embedded_model_dir(), arguments.work / "smollm2-135m-mha")
-        if setting.model == "mha"
-        else "embedded"
-    )
+    model = embedded_model_dir() if arguments.model is None else arguments.model.resolve()
+    if setting.model == "mha":
+        model = expanded_model(model, arguments.work / "expanded")
     folder = arguments.work / "runs" / f"{setting.name}-s{seed}"
     settings = [
         f"output_dir={folder}",
@@ -127,9 +126,15 @@ def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: ar
 def launch(command: list[str], ranks: int) -> None:
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [deepspeed, "--quiet", f"--num_accelerators={ranks}", *command], cwd=ROOT, check=True, env=environment
-    )
+    launcher = [deepspeed, "--quiet", f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
+    subprocess.run([*launcher, *command], cwd=ROOT, check=True, env=environment)
+
+
+def free_port() -> int:
+    """One that no other run on this machine meets at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def perplexity(model: Path, text: Path, windows: int) -> float:

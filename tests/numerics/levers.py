@@ -96,7 +96,7 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
         "after": after,
         "owned": owned,
         "moment_bytes": held,
-        "moment_sizes": {f"{s.layer}.{s.linear.name}": tuple(v.shape) for s, v in compensator.moments.values.items()},
+        "moments": {f"{s.layer}.{s.linear.name}": v.clone() for s, v in compensator.moments.values.items()},
         "next_loss": trainer.step(3).loss,
     }
 
