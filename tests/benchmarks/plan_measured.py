@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig
 
 from loraprune_ds.model.checkpoint import parameter_shapes
@@ -29,7 +30,7 @@ from loraprune_ds.train.files import read_json_object, write_json
 from loraprune_ds.train.provenance import hardware, versions
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan
-from tests.ranks import RankPool
+from tests.ranks import start_deepspeed
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "plan_measured.json"
@@ -66,9 +67,11 @@ def make_random_1b(folder: Path) -> Path:
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """One row of noise repeated: memory and traffic do not depend on what the weights are."""
     if "norm" in name:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+    row = torch.randn(shape[-1], generator=generator) * 0.02
+    return row.to(torch.bfloat16).expand(shape).contiguous()
 
 
 def cases(model: str, folder: Path) -> Case:
@@ -81,16 +84,17 @@ def cases(model: str, folder: Path) -> Case:
     return Case(folder / "1b", deepspeed=str(folder / "limited.json"), window=32, checkpointing=True)
 
 
+def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
+    start_deepspeed(rank, world_size, folder)
+    run_beside_plan(Case(folder / "tiny", checkpointing=True))  # imports what is imported late
+    write_json(folder / f"rank-{rank}.json", run_beside_plan(case))
+
+
 def measure(model: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """What every rank found, in rank order; fresh processes."""
-    pool = RankPool()
-    try:
-        pool.run(
-            world_size, run_beside_plan, Case(folder / "tiny", checkpointing=True)
-        )  # imports what is imported late
-        return pool.run(world_size, run_beside_plan, cases(model, folder), timeout=1800)
-    finally:
-        pool.close()
+    """What every rank found, in rank order; fresh processes, which may take as long as a busy machine needs."""
+    (folder / "store").unlink(missing_ok=True)
+    spawn(rank_main, (world_size, cases(model, folder), folder), nprocs=world_size)
+    return [read_json_object(folder / f"rank-{rank}.json") for rank in range(world_size)]
 
 
 def faults(model: str, ranks: list[dict[str, Any]]) -> list[str]:
@@ -139,13 +143,20 @@ def show(model: str, ranks: list[dict[str, Any]]) -> None:
     print(f"  a step sends {weights / 1e6:.1f} MB of weights; a cut {cut / 1e6:.1f} MB")
 
 
+def keep(name: str, rows: list[dict[str, Any]]) -> None:
+    """Puts one launch into the result file, beside those of other calls."""
+    result = read_json_object(RESULT) if RESULT.exists() else {}
+    facts = {"versions": versions(), "hardware": hardware("cpu"), "limited": LIMITED, "rss_tolerance": RSS_TOLERANCE}
+    result[name] = {"ranks": rows, "faults": faults(name.split(",")[0], rows), **facts}
+    write_json(RESULT, dict(sorted(result.items())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2", "1b"], choices=("smollm2", "1b"))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3])
     arguments = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)  # the ranks inherit it
-    results: dict[str, dict[str, Any]] = {}
     found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="plan-measured-") as name:
         folder = Path(name)
@@ -156,11 +167,9 @@ def main() -> None:
         for model in arguments.models:
             for world_size in arguments.ranks:
                 rows = measure(model, world_size, folder)
-                results.setdefault(model, {})[f"{world_size} ranks"] = rows
                 found += faults(model, rows)
                 show(model, rows)
-                facts = {"limited": LIMITED, "rss_tolerance": RSS_TOLERANCE, "faults": found}
-                write_json(RESULT, {"results": results, **facts, "versions": versions(), "hardware": hardware("cpu")})
+                keep(f"{model}, {world_size} ranks", rows)
     if found:
         sys.exit(json.dumps(found, indent=2))
 
