@@ -36,7 +36,7 @@ class Cluster:
         *command: str | Path,
         variables: dict[str, str] | None = None,
         cwd: Path | None = None,
-        timeout: float = 60,
+        timeout: float = 300,
     ) -> str:
         """The output of a command on the login node.
 

@@ -291,7 +291,7 @@ def main() -> int:
 
 def write_result(path: Path, rows: Sequence[Row], slurm: str, folder: str) -> None:
     """After every event, in the place of older rows of the same name: what an interrupted command has found stays."""
-    found = {row.event: asdict(row) | {"good": row.good, "commit": versions()["commit"]} for row in rows}
+    found = {row.event: asdict(row) | {"good": row.good} for row in rows}
     old = {row["event"]: row for row in read_json(path)["rows"]} if path.exists() else {}
     known: dict[str, dict[str, Any]] = old | found
     result = {

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.train import provenance
 from tests.integration.launching import fork_ranks, read_json
 from tests.integration.resuming import write_run
-from tests.slurm.cluster import Cluster, Job
+from tests.slurm.cluster import ROOT, Cluster, Job
 
 PATIENCE = 900.0  # seconds; the machine may be busy with other things
 RUN: dict[str, dict[str, Any]] = {
@@ -38,6 +39,7 @@ class Row:
     seconds: float = 0.0
     remarks: list[str] = field(default_factory=list)
     problem: str | None = None
+    commit: str | None = field(default_factory=lambda: provenance.commit(ROOT))  # when the event began
 
     @property
     def good(self) -> bool:
