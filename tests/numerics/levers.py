@@ -55,7 +55,9 @@ def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str,
         for linear in LINEARS:
             if linear.name in names:
                 module = lora_linear(layer, linear)
-                parameters = {n.split(".")[0]: p for n, p in module.named_parameters() if not n.endswith("bias")}
+                parameters: dict[str, Any] = {
+                    n.split(".")[0]: p for n, p in module.named_parameters() if not n.endswith("bias")
+                }
                 if module.base_layer.bias is not None:
                     parameters["bias"] = module.base_layer.bias
                 whole = {n: gather_everywhere(trainer.store, p) for n, p in parameters.items()}
