@@ -20,6 +20,7 @@ from typing import Any
 from loraprune_ds.evaluate.plot_style import PLOT_STYLE
 from loraprune_ds.train.files import write_json
 from loraprune_ds.train.provenance import hardware, versions
+from tests.benchmarks.watchdog import free_port
 from tests.oracle.models import make_tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +39,8 @@ def measure(ranks: int, models: list[Path], folder: Path) -> dict[str, list[dict
     """Model -> what each rank measured."""
     result = folder / f"ranks-{ranks}.json"
     script = Path(__file__).with_name("growth_rank.py")
-    command = [Path(sys.executable).with_name("deepspeed"), "--quiet", f"--num_accelerators={ranks}", script]
-    command += ["--result", result, "--models", *models]
+    command = [Path(sys.executable).with_name("deepspeed"), "--quiet", f"--master_port={free_port()}"]
+    command += [f"--num_accelerators={ranks}", script, "--result", result, "--models", *models]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
     return json.loads(result.read_text())
@@ -101,7 +102,12 @@ def main() -> None:
         for ranks in arguments.ranks:
             found = measure(ranks, models, folder)
             rows += [summarise(count, ranks, found[str(count)]) for count in arguments.layers]
+            record(rows)
     show(rows)
+
+
+def record(rows: list[dict[str, Any]]) -> None:
+    """After every number of ranks: a run that is cut short has not been for nothing."""
     facts = {"widths": WIDTHS, "dtype": "bfloat16", "versions": versions(), "hardware": hardware("cpu")}
     write_json(RESULTS / "growth.json", {"rows": rows, **facts})
     draw(rows, RESULTS / "growth.png")

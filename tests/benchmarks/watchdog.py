@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -11,6 +12,13 @@ from pathlib import Path
 from loraprune_ds.zero.memory import resident_bytes
 
 WATCH_EVERY = 0.01  # seconds
+
+
+def free_port() -> int:
+    """For `deepspeed --master_port`: its default is one for the whole machine, and two runs would meet there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def tell(folder: Path, rank: int) -> None:

@@ -33,7 +33,7 @@ from loraprune_ds.model.shards import write_index, write_shard
 from loraprune_ds.train.files import read_json_object, write_json
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
-from tests.benchmarks.watchdog import Watched, tell, told, watch
+from tests.benchmarks.watchdog import Watched, free_port, tell, told, watch
 from tests.benchmarks.wide_layers_rank import STEPS, WINDOW
 
 ROOT = Path(__file__).parents[2]
@@ -93,15 +93,15 @@ def write_ds_config(path: Path, largest_linear: int) -> None:
 def run_ranks(folder: Path, limit: int, *, control: bool) -> Watched:
     deepspeed = Path(sys.executable).with_name("deepspeed")
     script = Path(__file__).with_name("wide_layers_rank.py")
-    command = [deepspeed, "--quiet", f"--num_accelerators={RANKS}", script, "--folder", folder]
-    command += ["--control"] if control else []
+    command = [deepspeed, "--quiet", f"--master_port={free_port()}", f"--num_accelerators={RANKS}"]
+    command += [script, "--folder", folder, *(["--control"] if control else [])]
     output = folder / "output.txt"
     with output.open("wb") as file:
         process = subprocess.Popen(
             [str(word) for word in command], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
         )
         watched = watch(process, folder, limit)
-    if not control and watched.exit_code:
+    if watched.exit_code and watched.killed is None:
         sys.stderr.write(output.read_text()[-4000:])
     return watched
 
@@ -111,8 +111,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
-    """The run and its negative control."""
-    write_checkpoint(folder / "model", name)
+    """The run itself, on the checkpoint in `folder`."""
     shape = shape_from_config(config_json(name), name)
     sizes = [torch.Size(s).numel() for s in parameter_shapes(shape).values()]
     write_ds_config(folder / "ds.json", max(sizes))
@@ -133,11 +132,14 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "ranks": ranks,
     }
     check(result, shape)
-    if name != "tiny":  # whose whole model would not show
-        control = run_ranks(folder, limit, control=True)
-        assert control.killed == f"rank-{RANKS - 1}", control
-        result["control"] = {"killed": control.killed, "peak_above_imports": control.peaks}
     return result
+
+
+def measure_control(folder: Path, limit: int) -> dict[str, Any]:
+    """The same with the whole model on the last rank, which must be killed for it."""
+    control = run_ranks(folder, limit, control=True)
+    assert control.killed == f"rank-{RANKS - 1}", control
+    return {"killed": control.killed, "peak_above_imports": control.peaks}
 
 
 def most_extra(ranks: list[dict[str, Any]], phase: str) -> int:
@@ -163,7 +165,6 @@ def check(result: dict[str, Any], dense: ModelShape) -> None:
 
 def measure_bin(folder: Path) -> dict[str, Any]:
     """The widths of 65B as one `.bin` per layer, converted by the package in a watched process."""
-    write_checkpoint(folder / "model", "65b")
     command = [sys.executable, __file__, "--folder", str(folder)]
     subprocess.run([*command, "--part", "write-bin"], check=True, cwd=ROOT, env=environment())
     began = time.perf_counter()
@@ -229,20 +230,31 @@ def main() -> None:
     if arguments.part:
         (write_bin if arguments.part == "write-bin" else convert)(arguments.folder)
         return
-    result = read_json_object(RESULT) if RESULT.exists() else {}
     for name in arguments.models:
-        with tempfile.TemporaryDirectory(prefix="wide-layers-") as folder:
-            found = measure_bin(Path(folder)) if name == "bin" else measure(name, Path(folder))
-        if name == "bin":
-            print(
-                f"bin: {found['bytes'] / GB:.2f} GB converted with {found['peak_above_imports'] / GB:.2f} GB of memory"
-            )
-        else:
-            show(name, found)
-        if name != "tiny":
-            facts = {"ranks": RANKS, "steps": STEPS, "window": WINDOW}
-            result[name] = found | facts | {"versions": versions(), "hardware": hardware("cpu")}
-            write_json(RESULT, result)
+        with tempfile.TemporaryDirectory(prefix="wide-layers-") as scratch:
+            folder = Path(scratch)
+            write_checkpoint(folder / "model", "65b" if name == "bin" else name)
+            if name == "bin":
+                record(name, measure_bin(folder))
+                continue
+            found = measure(name, folder)
+            record(name, found)
+            if name != "tiny":  # whose whole model would not show
+                record(name, found | {"control": measure_control(folder, found["limit_above_imports"])})
+
+
+def record(name: str, found: dict[str, Any]) -> None:
+    """Shows a result and keeps it beside those of other models, each with where it comes from."""
+    if name == "bin":
+        held = found["peak_above_imports"]
+        print(f"bin: {found['bytes'] / GB:.2f} GB converted with {held / GB:.2f} GB of memory")
+    else:
+        show(name, found)
+    if name == "tiny":
+        return
+    facts = {"ranks": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions(), "hardware": hardware("cpu")}
+    others = read_json_object(RESULT) if RESULT.exists() else {}
+    write_json(RESULT, others | {name: found | facts})
 
 
 if __name__ == "__main__":

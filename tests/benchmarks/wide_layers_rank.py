@@ -36,8 +36,8 @@ from loraprune_ds.zero.engine import (
 from tests.benchmarks.peak import Peak
 from tests.benchmarks.watchdog import tell
 
-STEPS, WINDOW = 5, 16
-CUTS = {2: 0.25, 4: 0.5}  # step -> fraction of the decoder's linear parameters that is gone after it
+STEPS, WINDOW = 3, 16
+CUTS = {1: 0.25, 2: 0.5}  # step -> fraction of the decoder's linear parameters that is gone after it
 
 
 class FixedSchedule(Schedule):
