@@ -123,6 +123,7 @@ def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, asked: As
     store, folder = loop.store, Path(config.output_dir)
     staging = store.comm.together(lambda: start_model(folder) if store.rank == 0 else staging_of(folder / MODEL_FOLDER))
     write_merged_weights(store, staging, config.model.dtype)
+    store.forget_trace()  # or DeepSpeed would keep the engine
     return Trained(staging, store.shape, loop.pruner.kept, loop.resumed_from)
 
 

@@ -4,7 +4,9 @@ DeepSpeed has no public call that changes the shape of a partitioned parameter. 
 touches private state stays within these names; a DeepSpeed that lacks one is refused before any work starts.
 """
 
+import inspect
 from types import ModuleType
+from typing import Any, cast
 
 import deepspeed
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -52,7 +54,8 @@ OPTIMIZER_ATTRIBUTES = (
 )
 OFFLOAD_METHODS = ("mark_persistent_parameters", "get_param_coordinator")
 OFFLOAD_ATTRIBUTES = ("param_numel_persistence_threshold", "model_persistence_threshold", "persistent_parameters")
-COORDINATOR_METHODS = ("is_invalid_trace", "_invalidate_trace")
+RELEASES = "_PartitionedParameterCoordinator__params_to_release"
+COORDINATOR_METHODS = ("is_invalid_trace", "_invalidate_trace", RELEASES)
 GROUPS_FUNCTIONS = ("_get_zero_param_intra_parallel_group",)
 INIT_METHODS = ("_convert_to_deepspeed_param", "_enable_mem_efficient_linear")
 PARAMETER_ATTRIBUTES = (
@@ -102,8 +105,21 @@ def check_private_attributes() -> None:
         code = getattr(getattr(cls, function, None), "__code__", None)
         assigned = code.co_names if code else ()
         missing += [f"{holder}.{name}" for name in names if name not in assigned]
+    if not hasattr(_release_cache(), "cache_clear"):
+        missing.append(f"PartitionedParameterCoordinator.{RELEASES}.cache_clear")
     if missing:
         raise UserError(
             f"deepspeed {deepspeed.__version__} lacks what in-place pruning relies on ({', '.join(missing)}); "
             "install a version that pyproject.toml allows"
         )
+
+
+def forget_releases() -> None:
+    """Empties the cache, shared by all coordinators, of which parameters to free after which module."""
+    cast(Any, _release_cache()).cache_clear()
+
+
+def _release_cache() -> object:
+    """The cached function; DeepSpeed's profiling wraps it and keeps it in a closure only."""
+    wrapper = getattr(PartitionedParameterCoordinator, RELEASES, None)
+    return inspect.getclosurevars(wrapper).nonlocals.get("func", wrapper) if inspect.isfunction(wrapper) else wrapper
