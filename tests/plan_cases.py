@@ -167,7 +167,7 @@ def evaluate(trainer: Trainer) -> None:
     engine.eval()
     with torch.no_grad():
         for _ in range(2):
-            engine(input_ids=trainer.samples.input_ids[:1].long())
+            engine(input_ids=trainer.samples.input_ids[torch.arange(1)].long())
     engine.train()
     trainer.store.forget_trace()
 
