@@ -43,7 +43,6 @@ class Case:
     micro_batch_size: int = 1
     checkpointing: bool = False
     dropout: float = 0.0
-    evaluates: bool = False  # before the first step; the plan is not told, for it must change nothing
 
     def request(self, world_size: int) -> Request:
         config = RunConfig(
@@ -131,8 +130,6 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     fetcher = Fetcher(limits, world_size)
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
-    if case.evaluates:
-        evaluate(trainer)
     steps = []
     for step in range(1, STEPS + 1):
         shape = trainer.store.shape
@@ -149,7 +146,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         moved = sum(int(moved_bytes(c, world_size, request.element_size)[rank]) for c in cut_layers)
         planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
         network.resize(trainer.store.shape)
-        fetcher.forget_trace()
+        fetcher.cut()
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
         planned_stage = cut_stage("", request, before, trainer.store.shape)
         rows[-1] |= {
@@ -159,17 +156,6 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
             "extra_planned": planned_stage.peak - planned_stage.resident,
         }
     return {"rank": rank, "states": rows, "steps": steps}
-
-
-def evaluate(trainer: Trainer) -> None:
-    """Two forward passes, so that DeepSpeed follows the record of the first, and what a run does after them."""
-    engine = trainer.engine
-    engine.eval()
-    with torch.no_grad():
-        for _ in range(2):
-            engine(input_ids=trainer.samples.input_ids[torch.arange(1)].long())
-    engine.train()
-    trainer.store.forget_trace()
 
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:

@@ -53,10 +53,9 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
     for index, shape in enumerate(shapes):
         if index:
             network.resize(shape)
-            fetcher.forget_trace()
+            fetcher.cut()
         evaluated = [fetcher.run(evaluation) for _ in range(EVALUATION_PASSES)][-1]
-        fetcher.forget_trace()
-        trained = [fetcher.run(training) for _ in range(3)]  # makes a record, then follows it
+        trained = [fetcher.run(training) for _ in range(3)]  # leaves the old record, makes a new one, follows it
         peak = max(traffic.peak_live for traffic in trained)
         found.append(Passes(evaluated, replace(trained[-1], peak_live=peak)))
     return found

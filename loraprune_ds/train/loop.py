@@ -95,7 +95,6 @@ class Loop:
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
         record = measure(self.store.engine, self.config, self.prepared, self.store.comm, step=step, name=name)
-        self.store.forget_trace()
         self.recorder.write(record)
         measured = "perplexity_dense" if name == "dense" else "perplexity"
         self._tally = replace(self._tally, **{measured: finite(record.perplexity)})

@@ -29,6 +29,7 @@ from loraprune_ds.train.teacher import TEACHER_FOLDER
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.memory import peak_bytes
+from loraprune_ds.zero.private import forget_engines
 from loraprune_ds.zero.store import LayerKeep
 
 
@@ -61,6 +62,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         recorder.note(describe_run(config, prepared, comm.world_size))
         asked = Asked(requests, comm, recorder, status)
         trained = _train(config, prepared, saved, asked)
+        forget_engines()
         gc.collect()  # the training engine, which has cycles, before the exported model is loaded
         finished = trained is not None and _finish(config, prepared, trained, asked)
         status.end("finished" if finished else "stopped")
@@ -123,7 +125,6 @@ def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, asked: As
     store, folder = loop.store, Path(config.output_dir)
     staging = store.comm.together(lambda: start_model(folder) if store.rank == 0 else staging_of(folder / MODEL_FOLDER))
     write_merged_weights(store, staging, config.model.dtype)
-    store.forget_trace()  # or DeepSpeed would keep the engine
     return Trained(staging, store.shape, loop.pruner.kept, loop.resumed_from)
 
 

@@ -2,8 +2,8 @@
 
 A model of `PartitionedParameterCoordinator` (DeepSpeed 0.19.8): a first pass is recorded, later ones prefetch along the
 record; a parameter stays while it is needed again within `stage3_max_reuse_distance` elements; prefetching stops at
-`stage3_max_live_parameters`. Decisions of release are made once per module and position and remembered, as DeepSpeed's
-`lru_cache` does. tests/benchmarks/plan_measured.py compares it with the real thing, byte by byte.
+`stage3_max_live_parameters`. Decisions of release are made once per module and position and remembered, also across a
+cut, as DeepSpeed's `lru_cache` does. tests/benchmarks/plan_measured.py compares it with the real thing, byte by byte.
 """
 
 from collections import defaultdict, deque
@@ -104,8 +104,8 @@ class Fetcher:
         self._release_leftovers()
         return self._traffic
 
-    def forget_trace(self) -> None:
-        """What `ShardedStore.forget_trace` does: frees everything and has the next pass recorded."""
+    def cut(self) -> None:
+        """What `ShardedStore.shrink` does: frees everything and has the next pass recorded."""
         for parameter, state in self._states.items():
             if parameter in self._in_flight:
                 self._wait(parameter)
@@ -113,7 +113,6 @@ class Fetcher:
             self._release(parameter)
         if self._mode != "invalid":
             self._invalidate()
-        self._released.clear()
 
     def _start_pass_state(self) -> None:
         self._step = 0

@@ -17,7 +17,6 @@ from loraprune_ds.zero.flat import AxisCut
 from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, install_piece, owned_flat
-from loraprune_ds.zero.private import forget_releases
 from loraprune_ds.zero.reshard import Item, reshard
 from loraprune_ds.zero.rewrite import rewrite
 from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site, Traffic
@@ -165,17 +164,10 @@ class ShardedStore:
         self.forget_trace()
 
     def forget_trace(self) -> None:
-        """The order in which modules run, by which ZeRO-3 prefetches, is about to change: it is recorded again.
-
-        What DeepSpeed decided to free where, it keeps in a cache that outlives the record. With the decisions of an
-        evaluation every later step would free the weights between forward and backward and gather them twice. And the
-        cache would keep the engine when its run is over.
-        """
-        self.engine.empty_partition_cache()
+        """The order in which modules run, by which ZeRO-3 prefetches, is about to change: it is recorded again."""
         coordinator = self.engine.optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
-        forget_releases()
 
 
 def _local(piece: Tensor | None) -> Tensor:
