@@ -29,7 +29,6 @@ from loraprune_ds.train.teacher import TEACHER_FOLDER
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.memory import peak_bytes
-from loraprune_ds.zero.private import forget_engines
 from loraprune_ds.zero.store import LayerKeep
 
 
@@ -62,7 +61,6 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         recorder.note(describe_run(config, prepared, comm.world_size))
         asked = Asked(requests, comm, recorder, status)
         trained = _train(config, prepared, saved, asked)
-        forget_engines()
         gc.collect()  # the training engine, which has cycles, before the exported model is loaded
         finished = trained is not None and _finish(config, prepared, trained, asked)
         status.end("finished" if finished else "stopped")

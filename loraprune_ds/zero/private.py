@@ -4,9 +4,7 @@ DeepSpeed has no public call that changes the shape of a partitioned parameter. 
 touches private state stays within these names; a DeepSpeed that lacks one is refused before any work starts.
 """
 
-import inspect
 from types import ModuleType
-from typing import Any, cast
 
 import deepspeed
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -54,8 +52,7 @@ OPTIMIZER_ATTRIBUTES = (
 )
 OFFLOAD_METHODS = ("mark_persistent_parameters", "get_param_coordinator")
 OFFLOAD_ATTRIBUTES = ("param_numel_persistence_threshold", "model_persistence_threshold", "persistent_parameters")
-RELEASES = "_PartitionedParameterCoordinator__params_to_release"
-COORDINATOR_METHODS = ("is_invalid_trace", "_invalidate_trace", RELEASES)
+COORDINATOR_METHODS = ("is_invalid_trace", "_invalidate_trace")
 GROUPS_FUNCTIONS = ("_get_zero_param_intra_parallel_group",)
 INIT_METHODS = ("_convert_to_deepspeed_param", "_enable_mem_efficient_linear")
 PARAMETER_ATTRIBUTES = (
@@ -105,24 +102,8 @@ def check_private_attributes() -> None:
         code = getattr(getattr(cls, function, None), "__code__", None)
         assigned = code.co_names if code else ()
         missing += [f"{holder}.{name}" for name in names if name not in assigned]
-    if not hasattr(_release_cache(), "cache_clear"):
-        missing.append(f"PartitionedParameterCoordinator.{RELEASES}.cache_clear")
     if missing:
         raise UserError(
             f"deepspeed {deepspeed.__version__} lacks what in-place pruning relies on ({', '.join(missing)}); "
             "install a version that pyproject.toml allows"
         )
-
-
-def forget_engines() -> None:
-    """Empties DeepSpeed's cache of which parameters to free after which module: it would keep every engine alive.
-
-    Only when an engine has done its work: the decisions cost seconds of Python for a model of 30 layers.
-    """
-    cast(Any, _release_cache()).cache_clear()
-
-
-def _release_cache() -> object:
-    """The cached function; DeepSpeed's profiling wraps it and keeps it in a closure only."""
-    wrapper = getattr(PartitionedParameterCoordinator, RELEASES, None)
-    return inspect.getclosurevars(wrapper).nonlocals.get("func", wrapper) if inspect.isfunction(wrapper) else wrapper
