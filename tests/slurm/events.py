@@ -182,7 +182,8 @@ def start_by_pdsh(lab: Lab, row: Row) -> None:
     environment = lab.folder / "deepspeed_env"
     environment.write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
     command = ["env", f"DS_ENV_FILE={environment}", "deepspeed", "--hostfile", str(hostfile), "launch/run.py"]
-    row.remarks = run_on_login_node(lab, row, out, command, 2).splitlines()
+    log = run_on_login_node(lab, row, out, command, 2)
+    row.remarks = log.replace(str(ROOT), "CHECKOUT").splitlines()  # whose machine it was says nothing
 
 
 def run_on_login_node(lab: Lab, row: Row, out: Path, command: Sequence[str], ranks: int) -> str:
