@@ -13,6 +13,8 @@ import yaml
 from loraprune_ds.config import RunConfig, require
 from loraprune_ds.errors import UserError
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run from YAML; `overrides` are `key=value` or `section.key=value`, values in YAML.

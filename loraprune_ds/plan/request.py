@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from loraprune_ds.config import RunConfig, TrainConfig
-from loraprune_ds.config_file import apply_override, config_from_dict, load_config
+from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.embedded import embedded_model_dir
@@ -18,9 +18,8 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
-from loraprune_ds.zero.ds_config import resolve_ds_config
+from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here
 ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -131,7 +130,7 @@ def build_request(
         steps_known=steps is not None,
         limits=make_limits(config.prune, shape),
         schedule=make_schedule(config.prune, planned),
-        ds_config=resolve_ds_config(_find(config.deepspeed), config, shape, cluster.world_size),
+        ds_config=resolve_ds_config(find_ds_config(config.deepspeed), config, shape, cluster.world_size),
     )
 
 
@@ -197,11 +196,3 @@ def load_config_defaults(overrides: list[str]) -> RunConfig:
     for override in overrides:
         apply_override(raw, override)
     return config_from_dict(raw)
-
-
-def _find(ds_config: str) -> Path:
-    given = Path(ds_config).expanduser()
-    found = next((path for path in (given, CHECKOUT / given) if path.is_file()), None)
-    if found is None:
-        raise UserError(f"deepspeed: {ds_config} does not exist")
-    return found

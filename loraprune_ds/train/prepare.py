@@ -18,10 +18,9 @@ from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.data_load import load_samples
-from loraprune_ds.train.provenance import CHECKOUT
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype
-from loraprune_ds.zero.ds_config import resolve_ds_config
+from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config
 from loraprune_ds.zero.private import check_private_attributes
 
 
@@ -71,7 +70,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     checkpoint = open_for_pruning(locate_model(config.model), config.prune)
     if config.model.adapter:
         check_adapter(Path(config.model.adapter).expanduser(), config.lora)
-    ds_config = resolve_ds_config(_find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
+    ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
     limits = make_limits(config.prune, checkpoint.shape)
     check_buildable(checkpoint, config.model.attn_implementation)
     _check_windows(config, checkpoint.config.get("max_position_embeddings"))
@@ -102,12 +101,3 @@ def _check_windows(config: RunConfig, positions: int | None) -> None:
     for key, window in (("data.window", config.data.window), ("evaluate.window", config.evaluate.window)):
         if positions is not None and window > positions:
             raise UserError(f"{key} {window} is longer than the model's {positions} positions")
-
-
-def _find_ds_config(path: str) -> Path:
-    """`deepspeed` as given, or else below the checkout: the shipped ds_configs/ serve from any working directory."""
-    given = Path(path).expanduser()
-    found = next((candidate for candidate in (given, CHECKOUT / given) if candidate.is_file()), None)
-    if found is None:
-        raise UserError(f"deepspeed: {path} does not exist")
-    return found

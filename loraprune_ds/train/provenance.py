@@ -7,8 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.config_file import CHECKOUT
+
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def versions() -> dict[str, str | None]:

@@ -9,6 +9,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import CHECKOUT
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import read_json
 from loraprune_ds.model.shapes import LINEARS, ModelShape
@@ -59,6 +60,19 @@ ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 # DeepSpeed's own default is no choice.
 NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
+
+
+def find_ds_config(path: str) -> Path:
+    """`deepspeed` as given, or else below the checkout: the shipped ds_configs/ serve from any working directory.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    given = Path(path).expanduser()
+    found = next((candidate for candidate in (given, CHECKOUT / given) if candidate.is_file()), None)
+    if found is None:
+        raise UserError(f"deepspeed: {path} does not exist")
+    return found
 
 
 def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
