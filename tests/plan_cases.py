@@ -43,6 +43,7 @@ class Case:
     micro_batch_size: int = 1
     checkpointing: bool = False
     dropout: float = 0.0
+    evaluates: bool = False  # before the first step; the plan is not told, for it must change nothing
 
     def request(self, world_size: int) -> Request:
         config = RunConfig(
@@ -130,6 +131,8 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     fetcher = Fetcher(limits, world_size)
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
+    for _ in range(2 * case.evaluates):  # DeepSpeed would follow in the second the record of the first
+        trainer.store.infer(input_ids=trainer.samples.input_ids[:1].long())
     steps = []
     for step in range(1, STEPS + 1):
         shape = trainer.store.shape
@@ -146,7 +149,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         moved = sum(int(moved_bytes(c, world_size, request.element_size)[rank]) for c in cut_layers)
         planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
         network.resize(trainer.store.shape)
-        fetcher.cut()
+        fetcher.forget_trace()
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
         planned_stage = cut_stage("", request, before, trainer.store.shape)
         rows[-1] |= {

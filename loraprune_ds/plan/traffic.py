@@ -15,8 +15,6 @@ from loraprune_ds.zero.flat import AxisCut, moved_elements, partition_numel
 from loraprune_ds.zero.passes import Network, lora_sizes
 from loraprune_ds.zero.store import LayerKeep
 
-EVALUATION_PASSES = 2  # before training: DeepSpeed records the first and decides by the second what it frees when
-
 
 @dataclass(frozen=True)
 class Passes:
@@ -53,9 +51,10 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
     for index, shape in enumerate(shapes):
         if index:
             network.resize(shape)
-            fetcher.cut()
-        evaluated = [fetcher.run(evaluation) for _ in range(EVALUATION_PASSES)][-1]
-        trained = [fetcher.run(training) for _ in range(3)]  # leaves the old record, makes a new one, follows it
+            fetcher.forget_trace()
+        evaluated = fetcher.run(evaluation)
+        fetcher.forget_trace()
+        trained = [fetcher.run(training) for _ in range(3)]  # makes a record, then follows it
         peak = max(traffic.peak_live for traffic in trained)
         found.append(Passes(evaluated, replace(trained[-1], peak_live=peak)))
     return found

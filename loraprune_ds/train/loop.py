@@ -1,6 +1,8 @@
 """The steps of a run: train, cut, evaluate, save, and stop when asked."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from loraprune_ds.checkpoint.load import Saved
 from loraprune_ds.checkpoint.state import Tally
@@ -18,7 +20,7 @@ from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.teacher_pass import find_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.engine import EngineLike
+from loraprune_ds.zero.device import current_device
 
 
 class Loop:
@@ -94,25 +96,29 @@ class Loop:
         return step == self.prepared.steps or (every is not None and step % every == 0)
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
-        record = measure(self.store.engine, self.config, self.prepared, self.store.comm, step=step, name=name)
+        record = measure(self.store.infer, self.config, self.prepared, self.store.comm, step=step, name=name)
         self.recorder.write(record)
         measured = "perplexity_dense" if name == "dense" else "perplexity"
         self._tally = replace(self._tally, **{measured: finite(record.perplexity)})
 
 
 def measure(
-    engine: EngineLike, config: RunConfig, prepared: Prepared, comm: Communicator, *, step: int, name: EvaluationName
+    infer: Callable[..., Any],
+    config: RunConfig,
+    prepared: Prepared,
+    comm: Communicator,
+    *,
+    step: int,
+    name: EvaluationName,
 ) -> EvaluationRecord:
-    """Held-out perplexity on all ranks. Draws nothing and leaves no trace in the training state."""
-    engine.eval()
+    """Held-out perplexity on all ranks, by a forward pass `infer`. Draws nothing, changes no training state."""
     result = measure_perplexity(
-        lambda input_ids, labels: engine(input_ids=input_ids, labels=labels),
+        lambda input_ids, labels: infer(input_ids=input_ids, labels=labels),
         prepared.windows,
         config.evaluate.batch_size,
-        device=engine.device,
+        device=current_device(),
         rank=comm.rank,
         world_size=comm.world_size,
         sum_over_ranks=comm.all_reduce,
     )
-    engine.train()
     return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)

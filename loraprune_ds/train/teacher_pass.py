@@ -87,13 +87,8 @@ def record_teacher(
         f"the uncut model's outputs for {len(plan.samples)} samples: {format_bytes(plan.bytes)} in {teacher.folder}, "
         f"{len(missing)} of {plan.files} files to write"
     )
-    store.forget_trace()  # of training, which runs LoRA's modules too
-    store.engine.eval()
-    with torch.no_grad(), adapters_off(store.engine.module):
-        finished = _write_files(store, teacher, samples, config, missing, pending)
-    store.engine.train()
-    store.forget_trace()
-    return finished
+    with adapters_off(store.engine.module):
+        return _write_files(store, teacher, samples, config, missing, pending)
 
 
 def _write_files(
@@ -128,7 +123,7 @@ def _file_content(
         indices = batches[i if i < len(batches) else 0]
         input_ids, labels = (t[indices].long().to(store.device) for t in (samples.input_ids, samples.labels))
         recording = Recording(config.train.distill_top_k)
-        fields = store.engine(input_ids=input_ids, labels=labels, distillation=recording)
+        fields = store.infer(input_ids=input_ids, labels=labels, distillation=recording)
         if i < len(batches):
             parts.append({name: _on_disk(tensor) for name, tensor in fields.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

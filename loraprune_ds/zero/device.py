@@ -19,6 +19,11 @@ def is_cpu() -> bool:
     return accelerator().device_name() == "cpu"
 
 
+def current_device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device(accelerator().current_device_name())
+
+
 def device_name() -> str:
     """The device as a person would name it."""
     return torch.cuda.get_device_name() if accelerator().device_name() == "cuda" else accelerator().device_name()

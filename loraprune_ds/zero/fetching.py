@@ -104,8 +104,8 @@ class Fetcher:
         self._release_leftovers()
         return self._traffic
 
-    def cut(self) -> None:
-        """What `ShardedStore.shrink` does: frees everything and has the next pass recorded."""
+    def forget_trace(self) -> None:
+        """What `ShardedStore` does at a cut and around an evaluation: frees everything, has the next pass recorded."""
         for parameter, state in self._states.items():
             if parameter in self._in_flight:
                 self._wait(parameter)

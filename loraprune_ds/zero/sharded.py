@@ -163,6 +163,21 @@ class ShardedStore:
         offload.persistent_parameters = self.engine.optimizer.persistent_parameters = persistent
         self.forget_trace()
 
+    def infer(self, **inputs: Any) -> Any:
+        """One forward pass in evaluation mode, which leaves no trace in what training gathers. Collective.
+
+        What DeepSpeed decides to free where, as it follows a record, it keeps in a cache that outlives the record.
+        With the decisions of an evaluation every later step would free the weights between forward and backward, and
+        gather them twice. Nothing is decided in a pass that is being recorded.
+        """
+        self.forget_trace()
+        self.engine.eval()
+        with torch.no_grad():
+            outputs = self.engine(**inputs)
+        self.engine.train()
+        self.forget_trace()
+        return outputs
+
     def forget_trace(self) -> None:
         """The order in which modules run, by which ZeRO-3 prefetches, is about to change: it is recorded again."""
         coordinator = self.engine.optimizer.parameter_offload.get_param_coordinator()

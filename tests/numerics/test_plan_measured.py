@@ -30,13 +30,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "checkpointing", "limited"), [(1, False, False), (2, False, True), (2, True, False), (3, True, True)]
+    ("world_size", "checkpointing", "limited", "evaluates"),
+    [
+        (1, False, False, False),
+        (2, False, True, False),
+        (2, True, False, False),
+        (2, False, False, True),
+        (3, True, True, False),
+    ],
 )
 def test_ranks_hold_and_send_what_was_planned(
-    ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, checkpointing: bool, limited: bool
+    ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, checkpointing: bool, limited: bool, evaluates: bool
 ) -> None:
     deepspeed = limited_config(tmp_path) if limited else "ds_configs/zero3.json"
-    case = Case(folder, deepspeed=deepspeed, checkpointing=checkpointing)
+    case = Case(folder, deepspeed=deepspeed, checkpointing=checkpointing, evaluates=evaluates)
     for row in ranks.run(world_size, run_beside_plan, case):
         assert [state["at"] for state in row["states"]] == ["loaded", "after the cut"]
         for state in row["states"]:
