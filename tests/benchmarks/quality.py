@@ -31,6 +31,7 @@ from tests.benchmarks.quality_table import draw, rows_of, table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
+VALIDATION_WINDOWS = 64
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,7 +98,7 @@ def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: ar
         f"seed={seed}",
         f"model.path={model}",
         f"data.path={arguments.tune.resolve()}",
-        f"evaluate.max_windows={arguments.windows}",
+        f"evaluate.max_windows={min(arguments.windows, VALIDATION_WINDOWS)}",
         "checkpoint.every=20",
         "checkpoint.keep_last=1",
         "logging.tensorboard=false",

@@ -11,8 +11,9 @@ ALL_THREE = (REFIT, DISTILL, GRADIENT)
 STOCK = ("prune.protected_first=0", "prune.protected_last=0")  # every layer alike: stock classes load the result
 
 # 81,920 and 409,600 tokens, in windows of 128; a cut every 5 % of the steps, as in the published runs.
-SHORT = ("train.steps=80", "train.global_batch_size=8", "prune.prune_every=4", "train.learning_rate=1e-3")
-LONG = ("train.steps=200", "train.global_batch_size=16", "prune.prune_every=10", "train.learning_rate=1e-3")
+BOTH = ("train.micro_batch_size=8", "train.learning_rate=1e-3", "lora.lora_dropout=0")
+SHORT = ("train.steps=80", "train.global_batch_size=8", "prune.prune_every=4", *BOTH)
+LONG = ("train.steps=200", "train.global_batch_size=16", "prune.prune_every=10", *BOTH)
 DEEP, LIGHT = "prune.ratio=0.417", "prune.ratio=0.148"
 
 
