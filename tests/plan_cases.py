@@ -143,7 +143,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
     for _ in range(2 * case.evaluates):  # DeepSpeed would follow in the second the record of the first
-        trainer.store.infer(input_ids=trainer.samples.input_ids[:1].long())
+        trainer.store.infer(input_ids=trainer.samples.input_ids[torch.arange(1)].long())
     steps = []
     for step in range(1, STEPS + 1):
         shape = trainer.store.shape
