@@ -221,6 +221,7 @@ def _measured_step(
         "lora_gradients": {"planned": lora, "counted": sent["reduce_scatter_tensor"] - of_gradient},
         "pruning": {"planned": own_planned + of_gradient + of_moments, "counted": own},
         "unplanned": {name: sent[name] for name in ("broadcast",)},
+        "resident_planned": stage.resident,
         "peak_planned": planned_peak(stage, traffic, request),
         "peak_rss": peak.peak - baseline,
         "moments": stage.moments,
