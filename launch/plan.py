@@ -34,6 +34,7 @@ HELP = {
     "inter_bandwidth": "GB/s a machine receives from the others",
     "host_bandwidth": "GB/s between GPU and host memory",
     "flops": "TFLOP/s that a GPU sustains in matrix products",
+    "flops64": "TFLOP/s that a GPU sustains in matrix products in float64, for a refit",
 }
 
 

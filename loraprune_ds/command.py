@@ -1,6 +1,7 @@
 """What the commands in launch/ share: how they learn their rank, read arguments, tell an error and end."""
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -69,6 +70,8 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
+    # DeepSpeed's logger prints to stdout, its first words while it is imported, and sets its own level.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def leave(code: int) -> NoReturn:

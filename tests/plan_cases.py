@@ -15,6 +15,7 @@ from torch import Tensor
 from loraprune_ds.config import DataConfig, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan import options
 from loraprune_ds.plan.activations import Batch, logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.memory import Stage, cut_stage, training_stage
@@ -43,6 +44,8 @@ class Case:
     micro_batch_size: int = 1
     checkpointing: bool = False
     dropout: float = 0.0
+    compensate: str = "none"
+    criterion: str = "lora"
     evaluates: bool = False  # before the first step; the plan is not told, for it must change nothing
 
     def request(self, world_size: int) -> Request:
@@ -52,7 +55,15 @@ class Case:
             model=ModelConfig(path=str(self.folder), dtype=self.dtype),
             lora=LoraConfig(lora_dropout=self.dropout),
             data=DataConfig(window=self.window),
-            prune=PruneConfig(ratio=0.4, prune_every=1, warmup_fraction=0.25, cooldown_fraction=0.5, protected_last=0),
+            prune=PruneConfig(
+                ratio=0.4,
+                prune_every=1,
+                warmup_fraction=0.25,
+                cooldown_fraction=0.5,
+                protected_last=0,
+                compensate=self.compensate,
+                criterion=self.criterion,
+            ),
             train=TrainConfig(
                 steps=STEPS,
                 global_batch_size=self.micro_batch_size * world_size,
@@ -132,7 +143,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
     for _ in range(2 * case.evaluates):  # DeepSpeed would follow in the second the record of the first
-        trainer.store.infer(input_ids=trainer.samples.input_ids[:1].long())
+        trainer.store.infer(input_ids=trainer.samples.input_ids[torch.arange(1)].long())
     steps = []
     for step in range(1, STEPS + 1):
         shape = trainer.store.shape
@@ -148,6 +159,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != trainer.store.shape.layers[i]]
         moved = sum(int(moved_bytes(c, world_size, request.element_size)[rank]) for c in cut_layers)
         planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
+        planned += options.refit_bytes(request, before, trainer.store.shape, rank)
         network.resize(trainer.store.shape)
         fetcher.forget_trace()
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
@@ -194,31 +206,36 @@ def _measured_step(
     scores = step <= request.schedule.end
     own = counter.bytes - before
     own_planned = (scoring_bytes(request, shape) if scores else 0) + agreement_bytes(shape, world_size, rank)[0]
+    of_gradient = options.gradient_bytes(request, shape) if scores else 0
+    of_moments = options.measuring_bytes(request, shape, rank) if scores else 0
     groups = sum(layer.count(kind) for layer in shape.layers for kind in ("heads",) * 4 + ("channels",) * 3)  # type: ignore[arg-type]
-    gathered_by_pruning = own - (groups * 8 if scores and world_size > 1 else 0)
+    gathered_by_pruning = own - (groups * 8 if scores and world_size > 1 else 0) - of_gradient - of_moments
     lora = sum(lora_pieces(request, shape)) * (world_size - 1) * 4
-    stage = training_stage("", request, shape, traffic, PassTraffic())
+    stage = training_stage("", request, shape, traffic, PassTraffic(), scores=scores)
     return {
         "step": step,
         "weights": {
             "planned": traffic.sent * request.element_size,
             "counted": sent["all_gather_into_tensor"] - gathered_by_pruning,
         },
-        "lora_gradients": {"planned": lora, "counted": sent["reduce_scatter_tensor"]},
-        "pruning": {"planned": own_planned, "counted": own},
+        "lora_gradients": {"planned": lora, "counted": sent["reduce_scatter_tensor"] - of_gradient},
+        "pruning": {"planned": own_planned + of_gradient + of_moments, "counted": own},
         "unplanned": {name: sent[name] for name in ("broadcast",)},
-        "peak_planned": planned_peak(stage),
+        "resident_planned": stage.resident,
+        "peak_planned": planned_peak(stage, traffic, request),
         "peak_rss": peak.peak - baseline,
         "moments": stage.moments,
         "rss": resident_bytes() - baseline,
     }
 
 
-def planned_peak(stage: Stage) -> int:
-    """Of a step: no evaluation and no export happen in it."""
-    return stage.resident + max(
-        sum(t.values()) for name, t in stage.moments.items() if name not in ("evaluation", "export")
-    )
+def planned_peak(stage: Stage, traffic: PassTraffic, request: Request) -> int:
+    """Of a step: no evaluation and no export happen in it. On CPU ranks gloo has a copy of what it gathers."""
+    copied = traffic.largest_gather * request.element_size if request.cluster.world_size > 1 else 0
+    moments = {
+        name: sum(terms.values()) + (copied if name == "training" else 0) for name, terms in stage.moments.items()
+    }
+    return stage.resident + max(held for name, held in moments.items() if name not in ("evaluation", "export"))
 
 
 def saved_activations(case: Case) -> dict[str, int]:

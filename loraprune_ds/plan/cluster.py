@@ -22,6 +22,7 @@ class Cluster:
         inter_bandwidth: GB/s that a node can receive from the others, all its network cards together.
         host_bandwidth: GB/s between a GPU and host memory.
         flops: TFLOP/s of matrix products that a GPU sustains in the model's dtype, not its peak.
+        flops64: the same in float64, for the solves of `prune.compensate: least_squares`.
     """
 
     nodes: int = 1
@@ -34,6 +35,7 @@ class Cluster:
     inter_bandwidth: float = 25.0
     host_bandwidth: float = 25.0
     flops: float = 125.0
+    flops64: float = 10.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from loraprune_ds.model.checkpoint import READ_CHUNK
 from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.plan import options
 from loraprune_ds.plan.activations import Batch, activations, logits
 from loraprune_ds.plan.request import Request
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
@@ -48,17 +49,20 @@ class Stage:
 
 
 def training_stage(
-    name: str, request: Request, shape: ModelShape, train: PassTraffic, evaluation: PassTraffic
+    name: str, request: Request, shape: ModelShape, train: PassTraffic, evaluation: PassTraffic, *, scores: bool = True
 ) -> Stage:
-    """A step with scoring, and an evaluation, at a given shape."""
+    """A step, before the last cut with all its scoring, and an evaluation, at a given shape."""
     state, host = _split(request, _state(request, shape, stepped=True))
+    pieces = options.weight_gradients(request, shape) if scores else {}
+    passing = options.whole_gradient(request, shape) | options.measured_inputs(request, shape) if scores else {}
+    state |= options.kept_moments(request, shape) if scores else {}
     moments = {
-        "training": _training(request, shape, train),
-        "reducing gradients": {"gradient_reduction": _reduction(request, shape)},
+        "training": _training(request, shape, train) | pieces | passing,
+        "reducing gradients": {"gradient_reduction": _reduction(request, shape)} | pieces,
         "optimizer step": {
             "optimizer_temporaries": 0 if request.offloads("optimizer") else 2 * _lora_piece(request, shape) * 4
         },
-        "scoring": _scoring(request, shape),
+        "scoring": (_scoring(request, shape) | pieces) if scores else {},
         "evaluation": _evaluation(request, shape, evaluation),
         "export": {"layer_on_its_writer": _whole_layer(shape) * request.element_size * 2},
     }
@@ -69,9 +73,12 @@ def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape
     """A cut, before anything of the old state is gone."""
     state, host = _split(request, _state(request, before, stepped=True))
     new_optimizer = _state(request, after, stepped=True)
-    rebuilt = new_optimizer["lora"] + new_optimizer["reduce_bucket"]
-    rebuilt += 0 if request.offloads("optimizer") else sum(new_optimizer[term] for term in OPTIMIZER_TERMS)
+    rebuilt = new_optimizer["lora"]  # bucket and gradients go before the new ones come
+    if not request.offloads("optimizer"):
+        rebuilt += new_optimizer["lora_masters"] + new_optimizer["lora_moments"]
+    state |= options.kept_moments(request, before)
     moments = {
+        "refit": {"refit": options.refit(request, before, after)},
         "repartition": {"repartition": repartition(request, before)},
         "optimizer rebuilt": {"new_optimizer_buffers": rebuilt},
     }
@@ -121,7 +128,10 @@ def _split(request: Request, terms: dict[str, int]) -> tuple[dict[str, int], dic
     if request.offloads("param"):
         away |= {"weights", "lora"}
     device = {name: value for name, value in terms.items() if name not in away}
-    return device, {name: value for name, value in terms.items() if name in away}
+    host = {name: value for name, value in terms.items() if name in away}
+    if request.offloads("optimizer"):
+        host["lora_gradients_for_the_step"] = terms["lora_gradients"]  # DeepSpeed's CPU optimizer has its own
+    return device, host
 
 
 def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> dict[str, int]:
@@ -134,10 +144,13 @@ def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> dict
         dropout=config.lora.lora_dropout > 0,
         checkpointing=config.train.gradient_checkpointing,
     )
+    distills = config.train.distill_weight > 0
     return {
         "gathered_weights": traffic.peak_live * request.element_size,
         "activations": held,
-        "logits": logits(shape, batch, config.train.loss_chunk_tokens),
+        "logits": options.distilled_logits(request, shape, batch)
+        if distills
+        else logits(shape, batch, config.train.loss_chunk_tokens),
     }
 
 

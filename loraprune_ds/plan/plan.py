@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.memory import Stage, cut_stage, loading_stage, training_stage
+from loraprune_ds.plan.options import teacher_bytes, teacher_samples
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.seconds import Seconds, cut_seconds, step_seconds
+from loraprune_ds.plan.seconds import Seconds, cut_seconds, step_seconds, teacher_seconds
 from loraprune_ds.plan.traffic import Passes, StepTraffic, cut_bytes, simulate_passes, step_traffic
 
 MOST_CUTS = 24  # that are planned one by one; of more, as many evenly spread
@@ -32,6 +33,7 @@ class Plan:
         stages: in the order of the run; the dense steps and the last ones with all their moments.
         step, last_step: traffic of an optimizer step before the first and after the last cut.
         seconds_in_all: of all steps and cuts, from `hidden` to `exposed`; evaluation, loading and saving not counted.
+        teacher_bytes, teacher_seconds: of a distillation's pass before the first step: on the shared disk, and time.
     """
 
     request: Request
@@ -42,6 +44,8 @@ class Plan:
     step_seconds: Seconds
     last_step_seconds: Seconds
     seconds_in_all: tuple[float, float]
+    teacher_bytes: int
+    teacher_seconds: Seconds
 
     @property
     def peak_stage(self) -> Stage:
@@ -82,12 +86,14 @@ def make_plan(request: Request) -> Plan:
         cut_stage(f"cut at step {step}", request, before, after)
         for step, before, after in zip(steps, shapes, shapes[1:], strict=False)
     ]
-    stages.append(training_stage("after the last cut", request, shapes[-1], final.training, final.evaluation))
+    last = training_stage("after the last cut", request, shapes[-1], final.training, final.evaluation, scores=False)
+    stages.append(last)
     step, step_time = _step(request, shapes[0], dense)
-    last_step, last_time = _step(request, shapes[-1], final)
+    last_step, last_time = _step(request, shapes[-1], final, scores=False)
+    teacher = teacher_seconds(request, teacher_samples(request), dense.evaluation)
     cuts = _plan_cuts(request, steps, shapes)
     in_all = _in_all(request, cuts, step_time, last_time)
-    return Plan(request, stages, cuts, step, last_step, step_time, last_time, in_all)
+    return Plan(request, stages, cuts, step, last_step, step_time, last_time, in_all, teacher_bytes(request), teacher)
 
 
 def _some_cuts(steps: list[int]) -> list[int]:
@@ -97,8 +103,8 @@ def _some_cuts(steps: list[int]) -> list[int]:
     return [steps[i] for i in sorted(chosen)]
 
 
-def _step(request: Request, shape: ModelShape, passes: Passes) -> tuple[StepTraffic, Seconds]:
-    traffic = step_traffic(request, shape, passes.training)
+def _step(request: Request, shape: ModelShape, passes: Passes, *, scores: bool = True) -> tuple[StepTraffic, Seconds]:
+    traffic = step_traffic(request, shape, passes.training, scores=scores)
     return traffic, step_seconds(request, shape, traffic, passes.training)
 
 
@@ -107,7 +113,7 @@ def _plan_cuts(request: Request, steps: list[int], shapes: list[ModelShape]) -> 
     for step, before, after in zip(steps, shapes, shapes[1:], strict=False):
         sent = cut_bytes(request, before, after)
         states = [cut_stage("", request, shape, shape).resident for shape in (before, after)]
-        seconds = cut_seconds(request, before, sent)
+        seconds = cut_seconds(request, before, after, sent)
         target = request.schedule.target(step)
         cuts.append(PlannedCut(step, target, after.total_numel(), *states, bytes_sent=sent, seconds=seconds))
     return cuts

@@ -9,6 +9,7 @@ from loraprune_ds.plan.plan import Plan
 from loraprune_ds.plan.seconds import Seconds
 
 COMMUNICATION_BOUND = 2.0  # times the arithmetic
+OPTIONAL = ("weight_gradients", "input_moments")  # traffic of options that are off in most runs
 
 
 def plan_json(plan: Plan, suggested: list[Suggestion]) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def plan_json(plan: Plan, suggested: list[Suggestion]) -> dict[str, Any]:
         "steps": request.steps,
         "steps_known": request.steps_known,
         "seconds_in_all": {"hidden": plan.seconds_in_all[0], "exposed": plan.seconds_in_all[1]},
+        "teacher": {"disk_bytes": plan.teacher_bytes, "seconds": _seconds(plan.teacher_seconds)},
         "suggestions": [asdict(suggestion) for suggestion in suggested],
         "notes": notes(plan),
         "cluster": asdict(request.cluster),
@@ -138,8 +140,10 @@ def _row(name: str, values: list[int | None]) -> str:
 
 def _traffic_rows(plan: Plan) -> list[str]:
     rows = [f"{'':<28}{'before any cut':>20}{'after the last':>20}"]
-    for term in ("weights", "lora_gradients", "scoring"):
+    for term in ("weights", "lora_gradients", "scoring", "weight_gradients", "input_moments"):
         values = (getattr(plan.step, term), getattr(plan.last_step, term))
+        if term in OPTIONAL and not any(values):
+            continue
         rows.append(f"{'GB sent: ' + term.replace('_', ' '):<28}" + "".join(f"{v / 1e9:>20.3f}" for v in values))
     for name in ("compute", "communication", "host_copies"):
         values = (getattr(plan.step_seconds, name), getattr(plan.last_step_seconds, name))
@@ -151,6 +155,12 @@ def _traffic_rows(plan: Plan) -> list[str]:
         f"first cut (step {first.step}): the busiest rank sends {first.bytes_sent / 1e6:.1f} MB, "
         f"{first.seconds:.3f} s; {len(plan.request.schedule.cut_steps())} cuts in all"
     )
+    if plan.teacher_bytes:
+        teacher = plan.teacher_seconds
+        rows.append(
+            f"the uncut model's outputs: {plan.teacher_bytes / 1e9:.1f} GB on the shared disk, "
+            f"{teacher.hidden:.0f} to {teacher.exposed:.0f} s before the first step"
+        )
     low, high = (seconds / 3600 for seconds in plan.seconds_in_all)
     rows.append(f"in all: {low:.1f} to {high:.1f} hours for {plan.request.steps:,} steps")
     return rows

@@ -38,6 +38,7 @@ class Request:
 
     Attributes:
         steps: optimizer steps; `steps_known` tells whether the run says so, or they are assumed.
+        samples: in the training data, if known.
         ds_config: DeepSpeed's JSON with every "auto" replaced.
     """
 
@@ -50,6 +51,7 @@ class Request:
     limits: Limits
     schedule: Schedule
     ds_config: dict[str, Any]
+    samples: int | None = None
 
     @property
     def element_size(self) -> int:
@@ -114,6 +116,8 @@ def build_request(
         UserError: the run config does not fit the model or the number of ranks.
     """
     train = config.train
+    if config.prune.compensate == "bias":
+        shape = replace(shape, attention_bias=True, mlp_bias=True)  # as the run gives it them
     train.gradient_accumulation_steps(cluster.world_size)
     steps = train.steps
     if steps is None and samples is not None:
@@ -131,6 +135,7 @@ def build_request(
         limits=make_limits(config.prune, shape),
         schedule=make_schedule(config.prune, planned),
         ds_config=resolve_ds_config(find_ds_config(config.deepspeed), config, shape, cluster.world_size),
+        samples=samples,
     )
 
 
@@ -147,7 +152,8 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
     for section, values in sections.items():
         raw[section] |= values
     again = build_request(request.model, request.shape, config_from_dict(raw), cluster or request.cluster)
-    again = replace(again, steps=request.steps, steps_known=request.steps_known, schedule=request.schedule)
+    known = {"steps": request.steps, "steps_known": request.steps_known, "samples": request.samples}
+    again = replace(again, **known, schedule=request.schedule)
     again.ds_config["zero_optimization"] |= request.ds_config["zero_optimization"] | zero
     return again
 

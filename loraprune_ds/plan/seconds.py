@@ -7,6 +7,7 @@ the communication hides behind the arithmetic is not known, so a step has a lowe
 from dataclasses import dataclass
 
 from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.plan import options
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.traffic import StepTraffic
 from loraprune_ds.zero.fetching import PassTraffic
@@ -68,8 +69,25 @@ def step_seconds(request: Request, shape: ModelShape, traffic: StepTraffic, trai
     )
 
 
-def cut_seconds(request: Request, before: ModelShape, sent: int) -> float:
-    """The all-to-alls of the busiest rank; under offload also its weights to the GPU and back."""
+def teacher_seconds(request: Request, samples: int, evaluation: PassTraffic) -> Seconds:
+    """The uncut model's one forward pass over the samples of a run, LoRA off; the head only for its top logits."""
+    cluster, shape, train = request.cluster, request.shape, request.config.train
+    window, of_rank = request.config.data.window, samples / request.cluster.world_size
+    query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
+    head = 2 * shape.vocab_size * shape.hidden_size if train.distill_top_k is not None else 0
+    per_token = 2 * shape.linear_numel() + 2 * 2 * query_width * window / 2 + head
+    passes = of_rank / train.micro_batch_size
+    pieces = evaluation.sent / max(1, cluster.world_size - 1) * request.element_size
+    return Seconds(
+        compute=per_token * of_rank * window / (cluster.flops * 1e12),
+        communication=passes * cluster.seconds_to_gather(evaluation.sent * request.element_size),
+        host_copies=passes * pieces / (cluster.host_bandwidth * 1e9) if request.offloads("param") else 0,
+    )
+
+
+def cut_seconds(request: Request, before: ModelShape, after: ModelShape, sent: int) -> float:
+    """What the busiest rank sends, and solves for a refit; under offload also its weights to the GPU and back."""
     cluster = request.cluster
     copied = 2 * before.linear_numel() * request.element_size / cluster.world_size if request.offloads("param") else 0
-    return cluster.seconds_to_receive(sent) + copied / (cluster.host_bandwidth * 1e9)
+    solving = options.refit_flops(request, before, after) / (cluster.flops64 * 1e12)
+    return cluster.seconds_to_receive(sent) + copied / (cluster.host_bandwidth * 1e9) + solving

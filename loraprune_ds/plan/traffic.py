@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loraprune_ds.model.shapes import KINDS, LINEARS, LayerShape, ModelShape
+from loraprune_ds.plan import options
 from loraprune_ds.plan.request import Request
 from loraprune_ds.zero.fetching import Fetcher, FetchLimits, PassTraffic
 from loraprune_ds.zero.flat import AxisCut, moved_elements, partition_numel
@@ -31,10 +32,12 @@ class StepTraffic:
     weights: int
     lora_gradients: int
     scoring: int
+    weight_gradients: int = 0
+    input_moments: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.lora_gradients + self.scoring
+        return self.weights + self.lora_gradients + self.scoring + self.weight_gradients + self.input_moments
 
 
 def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
@@ -60,15 +63,17 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
     return found
 
 
-def step_traffic(request: Request, shape: ModelShape, training: PassTraffic) -> StepTraffic:
-    """A step of `gradient_accumulation_steps` micro-batches with scoring."""
+def step_traffic(request: Request, shape: ModelShape, training: PassTraffic, *, scores: bool = True) -> StepTraffic:
+    """A step of `gradient_accumulation_steps` micro-batches; with `scores` one that scores and measures all it can."""
     world_size = request.cluster.world_size
     micro_batches = request.config.train.gradient_accumulation_steps(world_size)
     lora = sum(lora_pieces(request, shape))
     return StepTraffic(
         weights=micro_batches * training.sent * request.element_size,
         lora_gradients=micro_batches * lora * (world_size - 1) * 4,
-        scoring=scoring_bytes(request, shape),
+        scoring=scoring_bytes(request, shape) if scores else 0,
+        weight_gradients=options.gradient_bytes(request, shape) if scores else 0,
+        input_moments=options.measuring_bytes(request, shape) if scores else 0,
     )
 
 
@@ -154,4 +159,4 @@ def cut_bytes(request: Request, before: ModelShape, after: ModelShape) -> int:
         keep = random_keep(before, after, layers[0], generator)
         cuts = layer_cuts(before, layers[0], keep, request.config.lora.r)
         sent += len(layers) * moved_bytes(cuts, world_size, request.element_size)
-    return int(sent.max())
+    return int(sent.max()) + options.refit_bytes(request, before, after)

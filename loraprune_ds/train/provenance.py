@@ -10,6 +10,7 @@ from typing import Any
 from loraprune_ds.config_file import CHECKOUT
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
+RESULTS = "tests/benchmarks/results"  # what a benchmark writes is not what it ran
 
 
 def versions() -> dict[str, str | None]:
@@ -28,18 +29,26 @@ def _version(package: str) -> str | None:
 
 
 def commit(checkout: Path) -> str | None:
-    """The commit, with `-dirty` if files were changed since; None where git or a checkout is missing.
+    """The commit, with `-dirty` if files were changed since, results apart; None where git or a checkout is missing.
 
     Only a repository that begins right here counts: an installed copy may lie inside somebody else's.
     """
     if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    head = _git(checkout, "rev-parse", "HEAD")
+    if head is None:
+        return None
+    changed = _git(checkout, "diff", "--name-only", "HEAD", "--", ".", f":(exclude){RESULTS}")
+    return head if changed == "" else f"{head}-dirty"
+
+
+def _git(checkout: Path, *arguments: str) -> str | None:
+    """What git answers; None if it is missing or refuses."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def hardware(accelerator: str) -> dict[str, Any]:

@@ -66,14 +66,16 @@ def expected_state_bytes(
     return sum(state_terms(shape, lora_rank, **sizes, stepped=stepped).values())
 
 
-def moment_bytes(shape: ModelShape, world_size: int) -> list[int]:
-    """What `prune.compensate: least_squares` keeps on every rank before a cut from `shape`: fp32 second moments.
+def moment_bytes(shape: ModelShape, world_size: int, *, second: bool = True) -> list[int]:
+    """What `prune.compensate` keeps on every rank before a cut from `shape`: fp32 moments, by rank.
 
-    A matrix as wide as the inputs for o_proj and for down_proj of each layer that the rank owns (layer i: rank i % W).
-    On top while a step is measured one more of the widest, and while one is solved three of it in float64.
+    For o_proj and down_proj of each layer that the rank owns (layer i: rank i % W) a matrix as wide as the inputs
+    (`least_squares`), or with `second` off a vector (`bias`). What comes on top for a while: plan/options.py.
     """
-    linears = [linear for linear in LINEARS if linear.axis == 1]
-    layers = [sum(4 * shape.linear_shape(i, linear)[1] ** 2 for linear in linears) for i in range(len(shape.layers))]
+    linears, power = [linear for linear in LINEARS if linear.axis == 1], 2 if second else 1
+    layers = [
+        sum(4 * shape.linear_shape(i, linear)[1] ** power for linear in linears) for i in range(len(shape.layers))
+    ]
     return [sum(layers[rank::world_size]) for rank in range(world_size)]
 
 

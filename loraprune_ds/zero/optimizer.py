@@ -50,6 +50,8 @@ class OptimizerState:
         old_flats = [{key: self._flat(i, key) for key in keys} for i in range(len(zero.fp32_partitioned_groups_flat))]
         old_slots = {id(p): self._slot(p) for p in self.parameters}
         steps = [state["step"] for state in zero.optimizer.state.values()]
+        for bucket in zero.ipg_buckets.values():
+            bucket.buffer = None  # it is as large as before, and two of them could outweigh all the rest of a cut
         for name in private.FLAT_LISTS:
             getattr(zero, name).clear()
         zero.sub_group_to_group_id = {}

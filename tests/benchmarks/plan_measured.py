@@ -5,7 +5,9 @@
 Each launch trains two steps, cuts to 40 %, trains two more, one micro-batch per rank and step, in bf16 on CPU ranks.
 Storages and bytes sent are compared to the byte: what DeepSpeed gathers and reduces is counted below its own front,
 what pruning sends by its counter. Memory is RssAnon + RssShmem above what the process held once everything was imported
-and a tiny model had trained, sampled every 5 ms. Blocks from 128 KiB are given back to the system when freed (glibc
+and a tiny model had trained, sampled every 5 ms. Of it, `objects` are no tensors: Python's objects for the modules,
+hooks and traces of a model of that depth, tens of MB whatever its widths. They are measured in the same process before,
+on a model as deep with tiny widths, and taken off. Blocks from 128 KiB are given back to the system when freed (glibc
 would otherwise keep more, the longer it runs), so that resident memory shows what is held. The result goes to
 tests/benchmarks/results/plan_measured.json; the run ends with an error if a planned number is off.
 """
@@ -15,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ from tests.ranks import start_deepspeed
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "plan_measured.json"
 RSS_TOLERANCE = 0.10  # of what is planned, for the 1B model
+DEPTHS = {"smollm2": 30, "1b": 22}
+TINY = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "vocab": 97, "seed": 0}
 LIMITED = {"stage3_max_live_parameters": 200_000_000, "stage3_max_reuse_distance": 100_000_000}
 
 
@@ -45,7 +50,7 @@ def make_random_1b(folder: Path) -> Path:
         vocab_size=32_000,
         hidden_size=2048,
         intermediate_size=5632,
-        num_hidden_layers=22,
+        num_hidden_layers=DEPTHS["1b"],
         num_attention_heads=32,
         num_key_value_heads=4,
         head_dim=64,
@@ -86,8 +91,20 @@ def cases(model: str, folder: Path) -> Case:
 
 def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
     start_deepspeed(rank, world_size, folder)
-    run_beside_plan(Case(folder / "tiny", checkpointing=True))  # imports what is imported late
-    write_json(folder / f"rank-{rank}.json", run_beside_plan(case))
+    tiny = replace(case, folder=folder / "tiny")
+    run_beside_plan(tiny)  # imports what is imported late
+    objects = objects_of(run_beside_plan(tiny))
+    write_json(folder / f"rank-{rank}.json", run_beside_plan(case) | {"objects": objects})
+
+
+def objects_of(tiny: dict[str, Any]) -> dict[str, int]:
+    """Bytes that are no tensors, by moment, from the run of a model whose tensors are nothing beside them."""
+    of_states = {state["at"]: state["rss"] - state["planned_storages"] for state in tiny["states"]}
+    return of_states | {peak_of(s["step"]): s["rss"] - s["resident_planned"] for s in tiny["steps"]}
+
+
+def peak_of(step: int) -> str:
+    return f"peak of step {step}"
 
 
 def measure(model: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
@@ -126,11 +143,12 @@ def faults(model: str, ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def rss_pairs(row: dict[str, Any]) -> list[tuple[str, int, int]]:
-    """(when, planned, measured) bytes of resident memory above the baseline."""
+    """(when, planned, measured) bytes of resident memory above the baseline, objects taken off."""
     loaded, cut = row["states"]
     pairs = [("loaded", loaded["planned_storages"], loaded["rss"])]
-    pairs += [(f"peak of step {s['step']}", s["peak_planned"], s["peak_rss"]) for s in row["steps"]]
-    return [*pairs, ("after the cut", cut["planned_storages"], cut["rss"])]
+    pairs += [(peak_of(s["step"]), s["peak_planned"], s["peak_rss"]) for s in row["steps"]]
+    pairs += [("after the cut", cut["planned_storages"], cut["rss"])]
+    return [(when, planned, measured - row["objects"][when]) for when, planned, measured in pairs]
 
 
 def show(model: str, ranks: list[dict[str, Any]]) -> None:
@@ -138,7 +156,7 @@ def show(model: str, ranks: list[dict[str, Any]]) -> None:
     print(f"{model}, {len(ranks)} ranks, rank 0")
     for name, planned, measured in rss_pairs(row):
         sizes = f"planned {planned / 1e6:>9.1f} MB  resident {measured / 1e6:>9.1f} MB"
-        print(f"  {name:<16}{sizes}  {measured / planned:.3f}")
+        print(f"  {name:<16}{sizes}  {measured / planned:.3f}  objects {row['objects'][name] / 1e6:.0f} MB apart")
     weights, cut = row["steps"][1]["weights"]["counted"], row["states"][1]["sent"]["counted"]
     print(f"  a step sends {weights / 1e6:.1f} MB of weights; a cut {cut / 1e6:.1f} MB")
 
@@ -160,11 +178,10 @@ def main() -> None:
     found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="plan-measured-") as name:
         folder = Path(name)
-        sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "layers": 3, "vocab": 97, "seed": 0}
-        make_tiny_llama(folder / "tiny", dtype="bfloat16", **sizes)  # type: ignore[arg-type]
         if "1b" in arguments.models:
             make_random_1b(folder / "1b")
         for model in arguments.models:
+            make_tiny_llama(folder / "tiny", layers=DEPTHS[model], dtype="bfloat16", **TINY)  # type: ignore[arg-type]
             for world_size in arguments.ranks:
                 rows = measure(model, world_size, folder)
                 found += faults(model, rows)

@@ -3,10 +3,10 @@
     python -m tests.benchmarks.quality --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
                                        [--groups levers long ...] [--seeds 0 1 2] [--ranks 2]
 
-One command for the whole table, in hours: every run's JSON is kept in the work folder and a run that is there is not
-made again, a run that was cut off goes on from its checkpoint, and after every run the table, the picture and
-tests/benchmarks/results/quality.json are written anew from all that are there. `--steps` and `--windows` make a short
-trial, whose numbers mean nothing and which is kept apart.
+One command for the whole table, in hours: a run whose result is in the work folder or in
+tests/benchmarks/results/quality.json is not made again (unless its settings are others now), a run that was cut off
+goes on from its checkpoint, and after every run the table, the picture and that JSON are written anew. `--steps` and
+`--windows` make a short trial, whose numbers mean nothing and which is kept apart.
 
 Every run is launch/run.py through the deepspeed launcher. What can be chosen (the learning rate above all, group
 `rates`) is chosen by the perplexity of a held-out tenth of the tuning text; the test text and the other text, which is
@@ -26,7 +26,7 @@ from loraprune_ds.evaluate.texts import read_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.train.files import read_json_object, write_json, write_text
 from tests.benchmarks.expand_heads import expanded_model
-from tests.benchmarks.quality_settings import GROUPS, Setting, select
+from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.quality_table import draw, rows_of, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +58,8 @@ def main() -> None:
     if arguments.steps:
         arguments.work = arguments.work / f"trial-{arguments.steps}"
     texts = prepare_texts(arguments)
+    if not is_trial:
+        take_over(arguments.work)
     todo = [(setting, seed) for seed in arguments.seeds for setting in chosen if seed in setting.seeds(arguments.seeds)]
     for setting, seed in todo:
         path = result_path(arguments.work, setting, seed)
@@ -80,6 +82,17 @@ def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
     for path in (arguments.tune, *texts.values()):
         read_text(path)  # whatever is wrong with it is found before the first run
     return texts
+
+
+def take_over(work: Path) -> None:
+    """Results that were published before, perhaps from another machine, as far as they are of today's settings."""
+    published = RESULTS / "quality.json"
+    for run in read_json_object(published)["runs"] if published.exists() else []:
+        setting = SETTINGS.get(run["setting"])
+        if setting and run["overrides"] == list(setting.overrides):
+            path = result_path(work, setting, run["seed"])
+            if not path.exists():
+                write_json(path, run)
 
 
 def result_path(work: Path, setting: Setting, seed: int) -> Path:
@@ -114,6 +127,7 @@ def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: ar
     return {
         "setting": setting.name,
         "group": setting.group,
+        "overrides": list(setting.overrides),
         "seed": seed,
         "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
         "perplexity": {"validation": report["perplexity"]["pruned"], **measured},

@@ -7,7 +7,8 @@ Each stretch is a launch of its own, so that none inherits another's memory:
   whole_gradient   the same step in one process that holds W's gradient whole, as LLM-Pruner does
   cut, refit       the same cut to half of the linear parameters, plain and with the least-squares refit
   teacher          the uncut model's pass over the samples of a run, and the training steps over the same samples
-Memory is RssAnon + RssShmem of each rank, sampled every 5 ms: `peak`, and `extra` above the start of the stretch.
+Memory is RssAnon + RssShmem of each rank, sampled every 5 ms: `peak`, and `extra` above the start of the stretch;
+`planned_extra` is what the planner says of it.
 The result goes to tests/benchmarks/results/quality_cost.json.
 """
 
@@ -30,6 +31,10 @@ from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneCo
 from loraprune_ds.model.adapters import add_lora, lora_linear
 from loraprune_ds.model.build import decoder_layers, locate_model
 from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.memory import cut_stage, training_stage
+from loraprune_ds.plan.request import build_request
+from loraprune_ds.plan.traffic import simulate_passes
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.files import read_json_object, write_json
 from loraprune_ds.train.prepare import Prepared, prepare
@@ -39,8 +44,9 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES, device_name
 from loraprune_ds.zero.engine import build_training_store, quiet_deepspeed, start_ranks, stop_ranks
-from loraprune_ds.zero.memory import moment_bytes
+from loraprune_ds.zero.fetching import PassTraffic
 from tests.benchmarks.peak import Peak
+from tests.plan_cases import planned_peak
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "quality_cost.json"
@@ -144,10 +150,13 @@ def _whole_step(model: Any, batch: torch.Tensor, micro: int) -> None:
         parameter.grad = None
 
 
-def planned_refit_bytes(shape: ModelShape, ranks: int) -> int:
-    """Of the fullest rank: its layers' moments, and while one is solved three fp64 matrices of the widest input."""
-    widest = max(shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in LINEARS)
-    return max(moment_bytes(shape, ranks)) + 3 * 8 * widest**2
+def planned_extra(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str, int]:
+    """What the planner says that a step and the cut add to what a rank holds between steps."""
+    request = build_request(config.model.path, shape, config, Cluster(nodes=1, gpus_per_node=ranks))
+    (passes,) = simulate_passes(request, [shape])
+    step = training_stage("step", request, shape, passes.training, PassTraffic())
+    cut = cut_stage("cut", request, shape, request.shape_at(request.schedule.ratio))
+    return {"step": planned_peak(step, passes.training, request) - step.resident, "cut": cut.peak - cut.resident}
 
 
 def rank_main(arguments: argparse.Namespace) -> None:
@@ -161,8 +170,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
         result = teacher_phase(config, prepared, comm)
     else:
         result = steps_and_cut(config, prepared, comm)
-    if arguments.phase == "refit":
-        result["planned_bytes"] = planned_refit_bytes(prepared.checkpoint.shape, comm.world_size)
+        result["planned_extra_bytes"] = planned_extra(config, prepared.checkpoint.shape, comm.world_size)
     if comm.rank == 0:
         config_facts = config.to_dict() | {"output_dir": "unused"}
         facts = {"ranks": comm.world_size, "config": config_facts, "hardware": hardware(device_name())}

@@ -55,6 +55,20 @@ def test_ranks_hold_and_send_what_was_planned(
         assert (row["steps"][0]["weights"]["counted"] > 0) == (world_size > 1)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [(2, {"criterion": "gradient"}), (2, {"compensate": "bias"}), (3, {"compensate": "least_squares"})],
+)
+def test_options_send_what_was_planned(ranks: RankPool, folder: Path, world_size: int, options: dict[str, str]) -> None:
+    for row in ranks.run(world_size, run_beside_plan, Case(folder, **options)):  # type: ignore[arg-type]
+        assert row["states"][1]["sent"]["counted"] == row["states"][1]["sent"]["planned"]
+        for step in row["steps"]:
+            for kind in ("weights", "lora_gradients", "pruning"):
+                assert step[kind]["counted"] == step[kind]["planned"], (step["step"], kind)
+        scored, rest = row["steps"][1], row["steps"][3]
+        assert scored["pruning"]["counted"] > 2 * rest["pruning"]["counted"]
+
+
 def limited_config(folder: Path) -> str:
     """The shipped config with limits that such a small model meets."""
     text = Path("ds_configs/zero3.json").read_text()

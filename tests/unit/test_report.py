@@ -11,7 +11,7 @@ import torch
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.train.provenance import commit
+from loraprune_ds.train.provenance import RESULTS, commit
 from loraprune_ds.train.records import EvaluationRecord, History
 from loraprune_ds.train.report import make_report, read_report, write_kept_groups, write_report
 from loraprune_ds.train.summary import summary_table
@@ -172,6 +172,21 @@ def test_commit_is_read_only_from_a_checkout_of_its_own(tmp_path: Path) -> None:
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert commit(tmp_path) == head
     assert commit(inside) is None
+
+
+def test_a_changed_file_makes_the_commit_dirty_and_a_result_does_not(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    result, code = tmp_path / RESULTS / "speed.json", tmp_path / "code.py"
+    result.parent.mkdir(parents=True)
+    for path in (result, code):
+        path.write_text("1")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    result.write_text("2")
+    assert not str(commit(tmp_path)).endswith("-dirty")
+    code.write_text("2")
+    assert str(commit(tmp_path)).endswith("-dirty")
 
 
 def test_commit_is_none_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
