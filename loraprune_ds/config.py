@@ -95,6 +95,7 @@ class PruneConfig:
     """What to cut, when, and by which score (shared names with the LoRAPrune paper where it has one)."""
 
     ratio: float = 0.5  # fraction of all decoder-layer linear parameters that is gone at the end
+    head_ratio: float | None = None  # of the open layers' heads; the channels give the rest. None: both give alike
     criterion: str = "lora"
     ranking: str = "uniform"
     normalize: str | None = None  # of a module's scores; None: l2 for uniform, none for global
@@ -117,6 +118,14 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.ratio < 1, f"prune.ratio must be in (0, 1); got {self.ratio}")
+        require(
+            self.head_ratio is None or 0 <= self.head_ratio < 1,
+            f"prune.head_ratio must be in [0, 1); got {self.head_ratio}",
+        )
+        require(
+            self.head_ratio is None or not self.joint_budget,
+            "prune.head_ratio and prune.joint_budget exclude each other: in a joint budget the scores decide",
+        )
         _one_of("prune.criterion", self.criterion, CRITERIA)
         _one_of("prune.ranking", self.ranking, RANKINGS)
         if self.normalize is not None:

@@ -13,7 +13,7 @@ from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict,
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
@@ -75,9 +75,13 @@ class Request:
             counts = uniform_counts(self.limits, target, self.config.prune.ratio)
             layers = tuple(counts if i in open_layers else layer for i, layer in enumerate(dense.layers))
             return dense.with_layers(layers)
-        share = min(1.0, target * dense.linear_numel() / sum(dense.layer_numel(i) for i in open_layers))
+        leaving, of_heads = target * dense.linear_numel(), self.limits.head_share
+        gone = [
+            leaving * share / sum(dense.layers[i].count(kind) * dense.group_numel(kind) for i in open_layers)
+            for kind, share in zip(KINDS, (of_heads, 1 - of_heads), strict=True)
+        ]
         cut = [
-            LayerShape(max(1, round(x.heads * (1 - share))), max(1, round(x.channels * (1 - share))))
+            LayerShape(*(max(1, round(x.count(kind) * (1 - g))) for kind, g in zip(KINDS, gone, strict=True)))
             for x in dense.layers
         ]
         return dense.with_layers(tuple(c if i in open_layers else dense.layers[i] for i, c in enumerate(cut)))

@@ -17,12 +17,14 @@ class Limits:
         floor: fewest groups each layer keeps; a protected layer's floor is its dense count.
         layer_budget: most linear parameters each layer may lose.
         multiple: kept channel counts are multiples of this, except uncut ones.
+        head_share: what part of the parameters that leave heads give, where they do not compete with channels.
     """
 
     dense: ModelShape
     floor: tuple[LayerShape, ...]
     layer_budget: tuple[int, ...]
     multiple: int
+    head_share: float
 
     @property
     def open_layers(self) -> list[int]:
@@ -61,8 +63,8 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     """Protected layers, minimum widths and the cap per layer.
 
     Raises:
-        UserError: everything is protected, `uniform` meets layers of different shapes, or `prune.ratio` is out of
-            reach under these limits; the message states the largest ratio that is not.
+        UserError: everything is protected, `uniform` meets layers of different shapes, `prune.head_ratio` cannot go
+            with `prune.ratio`, or that is out of reach under these limits; the message states the largest that is not.
     """
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
@@ -76,9 +78,29 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
         floor.append(layer if i in protected else cut)
         # The sliver keeps 0.29 of 100 from being 28.999999999999996.
         budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
-    limits = Limits(dense, tuple(floor), tuple(budget), config.channel_multiple)
+    share = _head_share(config, dense, [i for i, most in enumerate(budget) if most > 0])
+    limits = Limits(dense, tuple(floor), tuple(budget), config.channel_multiple, share)
     _check_reachable(config, limits)
     return limits
+
+
+def _head_share(config: PruneConfig, dense: ModelShape, open_layers: list[int]) -> float:
+    """Heads' part of the open layers' parameters or, with `prune.head_ratio`, of those that leave.
+
+    Raises:
+        UserError: beside so many heads the channels would have to give less than nothing or more than there are.
+    """
+    heads = sum(dense.layers[i].heads for i in open_layers) * dense.group_numel("heads")
+    if config.head_ratio is None or not open_layers:
+        return heads / max(1, sum(dense.layer_numel(i) for i in open_layers))
+    channels = sum(dense.layers[i].channels for i in open_layers) * dense.group_numel("channels")
+    leaving, of_heads = config.ratio * dense.linear_numel(), config.head_ratio * heads
+    if not of_heads <= leaving <= of_heads + channels:
+        raise UserError(
+            f"prune.head_ratio {config.head_ratio} with prune.ratio {config.ratio} would take "
+            f"{(leaving - of_heads) / channels:.1%} of the channels"
+        )
+    return of_heads / leaving
 
 
 def _check_reachable(config: PruneConfig, limits: Limits) -> None:

@@ -47,7 +47,7 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
     dense, first = limits.dense, limits.open_layers[0]
     layer, channel = dense.layers[first], dense.group_numel("channels")
     wanted = ratio * dense.linear_numel() / len(limits.open_layers)  # parameters that each open layer loses
-    share = layer.heads * (1 - wanted / dense.layer_numel(first))  # heads that stay if both kinds give alike
+    share = layer.heads - wanted * limits.head_share / dense.group_numel("heads")  # heads that would stay
     options = []
     for heads in range(limits.floor[first].heads, layer.heads + 1):
         fewest = limits.fewest_channels(first, heads)
@@ -84,17 +84,10 @@ def rank_global(
     if joint:
         removal.take(KINDS, budget)
     else:
-        removal.take(("heads",), round(budget * _head_share(limits)) + removal.gone_of("channels"))
+        removal.take(("heads",), round(budget * limits.head_share) + removal.gone_of("channels"))
         removal.take(("channels",), budget)
         removal.take(("heads",), budget)  # where floors or caps stopped the channels
     return removal.keep()
-
-
-def _head_share(limits: Limits) -> float:
-    """What part of the open layers' parameters belongs to heads."""
-    dense = limits.dense
-    heads = sum(dense.layers[i].heads for i in limits.open_layers) * dense.group_numel("heads")
-    return heads / sum(dense.layer_numel(i) for i in limits.open_layers)
 
 
 @dataclass

@@ -58,6 +58,8 @@ def _settings() -> list[Setting]:
     ]
     where = [
         _short("where", "all-three-nothing-protected", *ALL_THREE, *STOCK),
+        _short("where", "all-three-few-heads", *ALL_THREE, "prune.head_ratio=0.25"),
+        _short("where", "all-three-many-heads", *ALL_THREE, "prune.head_ratio=0.75"),
         _short("where", "all-three-global", *ALL_THREE, "prune.ranking=global"),
         _short("where", "all-three-global-joint", *ALL_THREE, "prune.ranking=global", "prune.joint_budget=true"),
         _short("where", "all-three-global-cap-60", *ALL_THREE, "prune.ranking=global", "prune.max_layer_ratio=0.6"),

@@ -252,7 +252,7 @@ def record(name: str, found: dict[str, Any]) -> None:
         show(name, found)
     if name == "tiny":
         return
-    facts = {"ranks": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions(), "hardware": hardware("cpu")}
+    facts = {"world_size": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions(), "hardware": hardware("cpu")}
     others = read_json_object(RESULT) if RESULT.exists() else {}
     write_json(RESULT, others | {name: found | facts})
 

@@ -31,6 +31,7 @@ def random_limits(draw: random.Random) -> tuple[Limits, float]:
             "max_layer_ratio": draw.choice([0.4, 0.6, 1.0, 1.0]),
             "channel_multiple": draw.choice([1, 1, 4, 16]),
             "protected_last": draw.choice([0, 1]),
+            "head_ratio": draw.choice([None, None, 0.2]),
         }
         try:
             return limits_of(random_shape(draw, uniform=False), **prune), prune["ratio"]
