@@ -123,7 +123,9 @@ def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: ar
     launch(command, arguments.ranks)
     report = read_json_object(folder / "report.json")
     measured = {name: perplexity(folder, path, arguments.windows) for name, path in texts.items()}
-    report["config"] |= {"output_dir": "run"}
+    report["config"] |= {"output_dir": "run"}  # no folder of this machine
+    report["config"]["model"] |= {"path": setting.model}
+    report["config"]["data"] |= {"path": arguments.tune.name}
     return {
         "setting": setting.name,
         "group": setting.group,

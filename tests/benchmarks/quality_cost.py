@@ -1,6 +1,6 @@
 """What the levers of quality cost in seconds, bytes and disk on SmolLM2-135M, beside what they replace.
 
-    python -m tests.benchmarks.quality_cost [--ranks 2] [--steps 4] [--model FOLDER]
+    python -m tests.benchmarks.quality_cost [--ranks 2] [--steps 4] [--phases lora gradient ...] [--model FOLDER]
 
 Each stretch is a launch of its own, so that none inherits another's memory:
   lora, gradient   a training step scored by either criterion
@@ -190,9 +190,9 @@ def launch(phase: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return read_json_object(Path(folder) / "result.json")
 
 
-def show(result: dict[str, Any]) -> None:
+def show(phases: dict[str, Any]) -> None:
     print(f"{'':<32}{'seconds':>9}{'peak of a rank':>16}{'extra':>12}")
-    for phase, stretches in result["phases"].items():
+    for phase, stretches in phases.items():
         for name, row in stretches.items():
             if isinstance(row, dict) and "peak_bytes" in row:
                 peak, extra = max(row["peak_bytes"]) / 1e6, max(row["extra_bytes"]) / 1e6
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--result", type=Path, default=RESULT, help="default: tests/benchmarks/results")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -212,9 +213,11 @@ def main() -> None:
     if arguments.phase:
         rank_main(arguments)
         return
-    result = {"phases": {phase: launch(phase, arguments) for phase in PHASES}, "versions": versions()}
-    write_json(arguments.result, result)
-    show(result)
+    phases = read_json_object(arguments.result)["phases"] if arguments.result.exists() else {}
+    for phase in arguments.phases:
+        phases[phase] = launch(phase, arguments) | {"versions": versions()}
+        write_json(arguments.result, {"phases": phases})
+    show(phases)
 
 
 if __name__ == "__main__":
