@@ -20,6 +20,7 @@ from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES, accelerator
 from loraprune_ds.zero.engine import build_inference_engine
+from loraprune_ds.zero.half_products import fast_half_products
 
 Watch = Callable[[Iterable[int]], Iterable[int]]
 
@@ -62,7 +63,10 @@ def evaluate(paths: list[str], plan: Plan, comm: Communicator, watch: Watch = la
     with comm.patient() as waiting:  # a model may have to be downloaded or converted
         candidates = waiting.together(lambda: check_candidates(paths, plan))
     models: list[PreTrainedModel] = []  # only where their speed is measured, which needs all at once
-    qualities = [_measure_quality(candidate, plan, comm, watch, models) for candidate in candidates]
+    qualities: list[_Quality] = []
+    for candidate in candidates:
+        with fast_half_products(candidate.dtype):  # not where speed is measured: that is torch's own
+            qualities.append(_measure_quality(candidate, plan, comm, watch, models))
     speeds: list[Any] = [None] * len(candidates)
     if plan.speed and comm.rank == 0:
         speeds = measure_speed(models, plan.speed)

@@ -28,6 +28,7 @@ from loraprune_ds.train.stop import STOP, Requests, drop_stale_requests
 from loraprune_ds.train.teacher import TEACHER_FOLDER
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
+from loraprune_ds.zero.half_products import fast_half_products
 from loraprune_ds.zero.memory import peak_bytes
 from loraprune_ds.zero.store import LayerKeep
 
@@ -51,6 +52,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     comm.together(lambda: _open_output(config, saved, warnings) if writes else None)
     check_shared(folder, comm)
     with (
+        fast_half_products(config.model.dtype),
         RunStatus(folder, prepared.steps, first=first, writes=writes) as status,
         closing(Recorder(config, folder, prepared.steps, saved, active=writes)) as recorder,
         closing(Requests(folder, watches_files=writes)) as requests,

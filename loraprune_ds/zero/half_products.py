@@ -1,0 +1,89 @@
+"""Matrix products of bf16 and fp16 on a CPU that has no instructions for them.
+
+torch computes those of such a CPU (AVX2 only, for example) in a plain loop, about ten times slower than in fp32. Through
+fp32 they are the same products: either way the sums are fp32 and rounded once, at the end, so that results differ only
+where the order of a sum decides a rounding.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loraprune_ds.zero.device import is_cpu
+
+aten = torch.ops.aten
+HALF = (torch.bfloat16, torch.float16)
+LARGEST_COPY = 2**24  # elements of a weight that are in fp32 at once: 64 MiB, whatever the weight's size
+
+
+def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
+    """Where this thread's products in `dtype` go through fp32, if they are half-precision ones and that is faster here."""
+    if not is_cpu():
+        return nullcontext()
+    native = {
+        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return nullcontext() if dtype not in native or native[dtype]() else ThroughFloat32()
+
+
+class ThroughFloat32(TorchDispatchMode):
+    """Computes products of half-precision CPU tensors in fp32; everything else passes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        product = PRODUCTS.get(func)
+        if product is None or args[0].dtype not in HALF or args[0].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        return product(*args, **(kwargs or {}))
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    """left: (n, k); right: (k, m), usually a weight, of which only some columns are in fp32 at a time."""
+    wide = left.float()
+    return torch.cat([(wide @ part.float()).to(left.dtype) for part in _columns(right, len(right))], dim=1)
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, **factors: float) -> Tensor:
+    wide, biases = left.float(), _columns(bias.expand(len(left), right.shape[1]), len(right))
+    parts = zip(biases, _columns(right, len(right)), strict=True)
+    return torch.cat([torch.addmm(b.float(), wide, r.float(), **factors).to(left.dtype) for b, r in parts], dim=1)
+
+
+def _columns(matrix: Tensor, height: int) -> tuple[Tensor, ...]:
+    """As many columns at a time as make `LARGEST_COPY` elements when they are `height` high."""
+    return matrix.split(max(1, LARGEST_COPY // height), dim=1)
+
+
+def _widened(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """`operation` on fp32 copies of its half-precision arguments, which are activations; its results are half again,
+    but for the log-sum-exp of attention, which torch keeps in fp32."""
+
+    def product(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        wide = operation(first.float(), *map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
+        if isinstance(wide, Tensor):
+            return wide.to(first.dtype)
+        return tuple(result.to(first.dtype) if result.dim() == first.dim() else result for result in wide)
+
+    return product
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
+PRODUCTS: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _widened(aten.bmm),
+    aten.baddbmm.default: _widened(aten.baddbmm),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _widened(
+        aten._scaled_dot_product_flash_attention_for_cpu
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _widened(
+        aten._scaled_dot_product_flash_attention_for_cpu_backward
+    ),
+}

@@ -1,0 +1,129 @@
+"""Half-precision products through fp32 are torch's own ones, to a rounding, and cost one part of a weight at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loraprune_ds.zero import half_products
+from loraprune_ds.zero.half_products import ThroughFloat32, fast_half_products
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return functional.linear(x, w)
+
+
+def linear_with_bias(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return functional.linear(x, w, bias)
+
+
+def scaled_product(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x.flatten(0, 1), w.t(), beta=0.5, alpha=2)
+
+
+def batched(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return torch.bmm(x, w.t().expand(len(x), -1, -1))
+
+
+def batched_with_addition(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return torch.baddbmm(bias, x, w.t().expand(len(x), -1, -1))
+
+
+def attention(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    heads = functional.linear(x, w).unflatten(-1, (3, -1)).transpose(1, 2)
+    return functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+
+
+def masked_attention(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    heads = functional.linear(x, w).unflatten(-1, (3, -1)).transpose(1, 2)
+    mask = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype).masked_fill(torch.eye(x.shape[1]) == 1, -2.0)
+    return functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+
+
+ALL = (linear, linear_with_bias, scaled_product, batched, batched_with_addition, attention, masked_attention)
+
+
+def outputs(product: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The product and its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 16, 24), (48, 24), (48,))
+    tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    out = product(*tensors)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)).sum().backward()
+    return [out.detach(), *(tensor.grad for tensor in tensors if tensor.grad is not None)]
+
+
+@pytest.mark.parametrize("dtype", half_products.HALF)
+@pytest.mark.parametrize("product", ALL)
+def test_same_as_torchs_own_product(product: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    expected = outputs(product, dtype)
+    with ThroughFloat32():
+        got = outputs(product, dtype)
+    for mine, torchs in zip(got, expected, strict=True):
+        assert mine.dtype == torchs.dtype
+        # A sum of about 24 terms in another order rounds to the next number at most, and attention rounds a few times.
+        assert (mine - torchs).abs().max() <= 4 * torch.finfo(dtype).eps * torchs.abs().max()
+
+
+@pytest.mark.parametrize("columns", [1, 5, 48, 1000])
+@pytest.mark.parametrize("product", [linear, linear_with_bias])
+def test_a_weight_in_parts_is_the_same_product(
+    product: Callable[..., Tensor], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThroughFloat32():
+        whole = outputs(product, torch.bfloat16)
+        monkeypatch.setattr(half_products, "LARGEST_COPY", 24 * columns)
+        parts = outputs(product, torch.bfloat16)
+    for mine, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=2**-8, atol=2**-8)  # one rounding of bf16
+
+
+class Halves(TorchDispatchMode):
+    """Notes the products of half-precision tensors that reach torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in str(func) for word in ("mm", "attention")) and args[0].dtype in half_products.HALF:
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("product", ALL)
+def test_none_of_them_is_left_to_torch(product: Callable[..., Tensor]) -> None:
+    with Halves() as without:
+        outputs(product, torch.bfloat16)
+    with Halves() as through, ThroughFloat32():
+        outputs(product, torch.bfloat16)
+    assert without.seen
+    assert not through.seen
+
+
+def test_fp32_is_left_alone() -> None:
+    expected = outputs(linear, torch.float32)
+    with ThroughFloat32():
+        got = outputs(linear, torch.float32)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_instructions", "goes"),
+    [
+        ("bfloat16", False, True),
+        ("bfloat16", True, False),
+        ("float16", False, True),
+        ("float32", False, False),
+    ],
+)
+def test_only_where_that_is_faster(
+    dtype: str, has_instructions: bool, goes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: has_instructions)
+    assert isinstance(fast_half_products(dtype), ThroughFloat32) == goes
