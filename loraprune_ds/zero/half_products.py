@@ -1,8 +1,8 @@
 """Matrix products of bf16 and fp16 on a CPU that has no instructions for them.
 
-torch computes those of such a CPU (AVX2 only, for example) in a plain loop, about ten times slower than in fp32. Through
-fp32 they are the same products: either way the sums are fp32 and rounded once, at the end, so that results differ only
-where the order of a sum decides a rounding.
+torch computes those of such a CPU (AVX2 only, for example) in a plain loop, about ten times slower than in fp32.
+Through fp32 they are the same products: either way the sums are fp32 and rounded once, at the end, so that results
+differ only where the order of a sum decides a rounding.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ LARGEST_COPY = 2**24  # elements of a weight that are in fp32 at once: 64 MiB, w
 
 
 def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
-    """Where this thread's products in `dtype` go through fp32, if they are half-precision ones and that is faster here."""
+    """Where this thread's products in `dtype` go through fp32, if `dtype` is a half and that is faster here."""
     if not is_cpu():
         return nullcontext()
     native = {
