@@ -47,10 +47,11 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
     return torch.cat([(wide @ part.float()).to(left.dtype) for part in _columns(right, len(right))], dim=1)
 
 
-def _addmm(bias: Tensor, left: Tensor, right: Tensor, **factors: float) -> Tensor:
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     wide, biases = left.float(), _columns(bias.expand(len(left), right.shape[1]), len(right))
     parts = zip(biases, _columns(right, len(right)), strict=True)
-    return torch.cat([torch.addmm(b.float(), wide, r.float(), **factors).to(left.dtype) for b, r in parts], dim=1)
+    sums = [torch.addmm(b.float(), wide, part.float(), beta=beta, alpha=alpha) for b, part in parts]
+    return torch.cat([part.to(left.dtype) for part in sums], dim=1)
 
 
 def _columns(matrix: Tensor, height: int) -> tuple[Tensor, ...]:
