@@ -12,11 +12,13 @@ from torch import Tensor
 
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.data import Samples
+from loraprune_ds.train.data import Ragged, Samples
+from loraprune_ds.train.data_tokens import PADDING_ID
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.ds_config import resolve_ds_config
@@ -48,6 +50,7 @@ class Job:
     seed: int = 0
     lora_r: int = 4
     lora_alpha: float = 8
+    lengths: list[int] | None = None  # tokens of each sample, whose rest is padding
 
 
 @dataclass
@@ -115,8 +118,22 @@ def build(job: Job) -> Trainer:
     store = build_training_store(config, checkpoint, ds_config, len(job.batches))
     schedule = make_schedule(config.prune, len(job.batches))
     pruner = Pruner(store, config.prune, schedule, make_limits(config.prune, checkpoint.shape), config.seed)
-    samples = Samples(torch.cat([b[0] for b in job.batches]), torch.cat([b[1] for b in job.batches]))
-    return Trainer(store, pruner, samples, Consecutive(size), config)  # type: ignore[arg-type]
+    return Trainer(store, pruner, make_samples(job), Consecutive(size), config)  # type: ignore[arg-type]
+
+
+def make_samples(job: Job) -> Samples:
+    input_ids, labels = (torch.cat(parts) for parts in zip(*job.batches, strict=True))
+    if job.lengths is None:
+        return Samples(input_ids, labels)
+    starts = torch.tensor([0, *job.lengths]).cumsum(0)
+    ids, wanted = (
+        torch.cat([row[:length] for row, length in zip(rows, job.lengths, strict=True)]) for rows in (input_ids, labels)
+    )
+    window = input_ids.shape[1]
+    return Samples(
+        Ragged(ids.where(ids != PADDING_ID, PADDING_ID + 1), starts, window, PADDING_ID),
+        Ragged(wanted, starts, window, IGNORE_INDEX),
+    )
 
 
 def train(job: Job) -> Outcome:

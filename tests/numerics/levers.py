@@ -14,6 +14,8 @@ from loraprune_ds.checkpoint.files import sha256
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.pruning.step import all_groups
+from loraprune_ds.train.data import Ragged
+from loraprune_ds.train.data_tokens import PADDING_ID
 from loraprune_ds.train.stop import STOP
 from loraprune_ds.train.teacher import make_teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher
@@ -29,15 +31,24 @@ HIDDEN_SIZE, FILE_SAMPLES = 42, 5  # of the distillation test's model, and sampl
 
 @contextmanager
 def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
-    """What enters o_proj and down_proj in the passes that measure them, by hooks that are not the package's."""
+    """What enters o_proj and down_proj in the passes that measure them, by hooks that are not the package's.
+
+    Where there is padding, only the tokens that are not.
+    """
     seen: dict[str, list[Tensor]] = {}
+    real: list[Tensor] = []
+
+    def see_ids(module: Any, args: tuple[Any, ...], fields: dict[str, Tensor]) -> None:
+        ids = fields["input_ids"]
+        real[:] = [ids != PADDING_ID if isinstance(trainer.samples.input_ids, Ragged) else torch.ones_like(ids).bool()]
 
     def see(key: str, module: Any, inputs: tuple[Any, ...]) -> None:
         compensator = trainer.pruner.compensator
         if compensator is not None and compensator.moments._active:
-            seen.setdefault(key, []).append(inputs[0].detach().flatten(0, 1).clone())
+            seen.setdefault(key, []).append(inputs[0].detach()[real[0]].clone())
 
-    handles = [
+    handles = [trainer.engine.register_forward_pre_hook(see_ids, with_kwargs=True)]
+    handles += [
         lora_linear(layer, linear).register_forward_pre_hook(partial(see, f"{i}.{linear.name}"))
         for i, layer in enumerate(trainer.store.layers)
         for linear in LINEARS

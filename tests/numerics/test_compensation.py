@@ -102,6 +102,22 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
         assert math.isfinite(other["next_loss"])
 
 
+@pytest.mark.parametrize("compensate", ["least_squares", "bias"])
+def test_padding_is_not_measured(ranks: RankPool, job: Job, compensate: str) -> None:
+    lengths = [3 + 5 * i % 14 for i in range(6 * 12)]
+    padded = variant(job, lengths=lengths, prune={**job.prune, "compensate": compensate})
+    results = ranks.run(2, levers.compensate_once, padded, HEADS, CHANNELS)
+    for name in results[0]["before"]:
+        steps = [step[name].double() for step in results[0]["steps"]]
+        assert [len(step) for step in steps] == [sum(lengths[:12]), sum(lengths[12:24])]
+        (moment,) = (r["moments"][name] for r in results if name in r["moments"])
+        first, second = (s.T @ s / len(s) if compensate == "least_squares" else s.mean(0) for s in steps)
+        wanted = DECAY * first + (1 - DECAY) * second
+        for axis in range(wanted.dim()) if int(name[0]) in levers.CUT_LAYERS else ():
+            wanted = wanted.index_select(axis, torch.tensor(kept_columns(name)))
+        assert (moment - wanted).abs().max() < TOLERANCE * wanted.abs().max(), name
+
+
 def test_activation_checkpointing_measures_every_token_once(ranks: RankPool, job: Job) -> None:
     plain, checkpointed = (
         ranks.run(2, levers.compensate_once, variant(job, gradient_checkpointing=on), HEADS, CHANNELS)[0]
