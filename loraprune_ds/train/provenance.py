@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loraprune_ds.config_file import CHECKOUT
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
@@ -52,8 +54,14 @@ def _git(checkout: Path, *arguments: str) -> str | None:
 
 
 def hardware(accelerator: str) -> dict[str, Any]:
-    """This machine (rank 0's): CPU model, the cores this process may use, and the accelerator's name."""
-    return {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "accelerator": accelerator}
+    """This machine (rank 0's): CPU model, its widest instructions that torch uses ("AVX2"), the cores this process may
+    use, and the accelerator's name."""
+    return {
+        "cpu": _cpu_model(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "accelerator": accelerator,
+    }
 
 
 def _cpu_model() -> str:
