@@ -27,10 +27,10 @@ ROUNDS = 7
 WAYS: dict[str, type[AbstractContextManager[Any]]] = {"torch": nullcontext, "through_float32": ThroughFloat32}
 
 
-def forward_and_backward(weights: list[Tensor], inputs: list[Tensor]) -> float:
+def forward_and_backward(weights: list[Tensor], inputs: list[Tensor], gradients: list[Tensor]) -> float:
     began = time.perf_counter()
-    for weight, rows in zip(weights, inputs, strict=True):
-        linear(rows, weight).sum().backward()
+    for weight, rows, gradient in zip(weights, inputs, gradients, strict=True):
+        linear(rows, weight).backward(gradient)
     return time.perf_counter() - began
 
 
@@ -41,11 +41,12 @@ def main() -> None:
     torch.set_num_threads(1)
     weights = [torch.randn(shape).bfloat16() for shape in SHAPES]
     inputs = [torch.randn(arguments.tokens, shape[1]).bfloat16().requires_grad_() for shape in SHAPES]
+    gradients = [torch.randn(arguments.tokens, shape[0]).bfloat16() for shape in SHAPES]
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(ROUNDS):
         for way, context in WAYS.items():
             with context():
-                seconds[way].append(forward_and_backward(weights, inputs))
+                seconds[way].append(forward_and_backward(weights, inputs, gradients))
     medians = {way: statistics.median(found) for way, found in seconds.items()}
     result = {
         "tokens": arguments.tokens,
