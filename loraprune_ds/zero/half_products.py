@@ -1,8 +1,8 @@
 """Matrix products of bf16 and fp16 on a CPU that has no instructions for them.
 
-torch computes those of such a CPU (AVX2 only, for example) in a plain loop, about ten times slower than in fp32.
-Through fp32 they are the same products: either way the sums are fp32 and rounded once, at the end, so that results
-differ only where the order of a sum decides a rounding.
+torch computes those of such a CPU (AVX2 only, for example) in a plain loop, ten to thirty times slower than in fp32
+(tests/benchmarks/half_products.py). Through fp32 they are the same products: either way the sums are fp32 and rounded
+once, at the end, so that results differ only where the order of a sum decides a rounding.
 """
 
 from collections.abc import Callable
