@@ -91,17 +91,23 @@ class Pruner:
             now = score_groups(self.store, self.config.criterion, self.config.normalization, step, self.gradients)
         self.average.update(now)
 
-    def cut(self, step: int) -> Cut | None:
+    def cut(self, step: int, *, scored: bool = True) -> Cut | None:
         """Shrinks the model if the schedule says so.
+
+        Args:
+            scored: False where the step's gradients overflowed in fp16. The next cut then takes over this one's groups;
+                the last cut, which has no next, goes by the scores from before.
 
         Raises:
             RunError: no score has been observed since the last cut, or a rank computed another mask.
         """
-        if not self.schedule.is_cut(step):
+        if not self.schedule.is_cut(step) or (not scored and step < self.schedule.end):
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
-        keep = agree(self._rank(step, target), self.store, step)
+        if self.average.scores is None or (scored and self.average.updates_since_cut == 0):
+            raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
+        keep = agree(self._rank(self.average.scores, target), self.store, step)
         fail_point("cut.agreed")
         if self.compensator is not None:
             self.compensator.compensate(keep, step)
@@ -121,10 +127,8 @@ class Pruner:
         """Fraction of the dense decoder-layer linear parameters that is gone."""
         return 1 - self.store.shape.linear_numel() / self.limits.dense.linear_numel()
 
-    def _rank(self, step: int, target: float) -> list[LayerKeep]:
-        if self.average.scores is None or self.average.updates_since_cut == 0:
-            raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
-        scores, shape = self.average.scores, self.store.shape
+    def _rank(self, scores: list[LayerScores], target: float) -> list[LayerKeep]:
+        shape = self.store.shape
         if self.config.ranking == "uniform":
             return rank_uniform(scores, shape, self.limits, target, self.schedule.ratio)
         return rank_global(scores, shape, self.limits, target, joint=self.config.joint_budget)

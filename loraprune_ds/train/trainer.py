@@ -54,6 +54,7 @@ class Trainer:
         self.requested = 0  # the largest request of any rank at the last step (stop.py)
         self._pending = pending
         self._teacher = teacher
+        self._scored = False  # the last step
 
     def step(self, step: int) -> StepRecord:
         """The `step`-th optimizer step (from 1): forward and backward of this rank's micro-batches, score, update."""
@@ -67,7 +68,8 @@ class Trainer:
             report = self._exchange(self._accumulate(step, batch, supervised))
             self.requested = report.request
             decision = decide(report.bad_layer, report.loss, dtype=self.config.model.dtype, step=step)
-            if decision == "update":
+            self._scored = decision == "update"
+            if self._scored:
                 self.pruner.observe(step)
         self.engine.step()
         seconds = time.perf_counter() - began
@@ -89,7 +91,7 @@ class Trainer:
     def cut(self, step: int) -> CutRecord | None:
         """Shrinks the model if the schedule says so."""
         before = self.weight_bytes
-        cut = self.pruner.cut(step)
+        cut = self.pruner.cut(step, scored=self._scored)
         if cut is None:
             return None
         self.weight_bytes = self._weight_bytes()

@@ -322,6 +322,18 @@ def test_no_cut_without_a_new_score(gqa: Tiny) -> None:
         run.pruner.cut(4)
 
 
+def test_a_step_that_overflowed_leaves_its_cut_to_the_next(gqa: Tiny) -> None:
+    """As in fp16, whose loss scale was too high for the step of a cut, or for that of the last one."""
+    run = gqa.plain()
+    run.step(1, gqa.batches[0])
+    first, *_, end = run.pruner.schedule.cut_steps()
+    assert run.pruner.cut(first, scored=False) is None
+    run.pruner.average.updates_since_cut = 0  # nothing scored since the cut before the last one
+    cut = run.pruner.cut(end, scored=False)
+    assert cut is not None
+    assert cut.reached == pytest.approx(run.pruner.schedule.ratio, abs=0.05)  # these layers have few groups
+
+
 def test_scoring_stops_after_the_last_cut(gqa: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = []
     lora_factors = PlainStore.lora_factors
