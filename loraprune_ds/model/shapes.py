@@ -125,7 +125,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         head_dim = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
     except KeyError as error:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: config.json holds a size that is no number: {error}") from None
     if min(num_layers, hidden, vocab_size, head_dim, *(size for layer in sizes for size in layer)) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")

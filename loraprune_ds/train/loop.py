@@ -40,7 +40,8 @@ class Loop:
         self.pruner = Pruner(self.store, config.prune, prepared.schedule, prepared.limits, config.seed)
         if saved:
             restore_pruner(self.pruner, saved)
-        self._teacher = self._find_teacher(saved) if config.train.distill_weight else None
+        distills = config.train.distill_weight and status.step < prepared.steps  # it is gone once no step needs it
+        self._teacher = self._find_teacher(saved) if distills else None
         self._requests = requests
         self._trainer = Trainer(
             self.store, self.pruner, prepared.samples, prepared.order, config, requests.pending, self._teacher

@@ -18,6 +18,7 @@ from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.data_load import load_samples
+from loraprune_ds.train.teacher import check_top_k
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype
 from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config
@@ -73,6 +74,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
     limits = make_limits(config.prune, checkpoint.shape)
     check_buildable(checkpoint, config.model.attn_implementation)
+    check_top_k(config.train.distill_top_k, checkpoint.shape.vocab_size)
     _check_windows(config, checkpoint.config.get("max_position_embeddings"))
     tokenizer = load_tokenizer(checkpoint.folder)
     loaded = load_samples(

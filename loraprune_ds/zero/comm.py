@@ -93,7 +93,7 @@ class Communicator:
         if self.world_size == 1:
             return values
         size = partition_numel(len(values), self.world_size)
-        padded = torch.nn.functional.pad(values, (0, size * self.world_size - len(values)))
+        padded = _padded(values, size * self.world_size)
         piece = values.new_empty(size)
         dist.reduce_scatter_tensor(piece, padded, group=self.group)
         self.counter.add("reduce_scatter", size * (self.world_size - 1), values.element_size())
@@ -103,8 +103,7 @@ class Communicator:
         """Fills `piece` of every rank with its part of a flat tensor that `owner` holds; padding becomes zero."""
         parts = None
         if whole is not None:
-            padded = torch.nn.functional.pad(whole, (0, len(piece) * self.world_size - len(whole)))
-            parts = list(padded.split(len(piece)))
+            parts = list(_padded(whole, len(piece) * self.world_size).split(len(piece)))
         if self.world_size == 1:
             piece.copy_(cast(list[Tensor], parts)[0])
             return
@@ -152,3 +151,8 @@ class Communicator:
 
     def barrier(self) -> None:
         dist.barrier(group=self.group)
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    """With zeros at its end up to `size`; no copy where nothing is missing."""
+    return values if len(values) == size else torch.nn.functional.pad(values, (0, size - len(values)))

@@ -30,12 +30,14 @@ def rewrite(store: "ShardedStore", sites: Sequence[Site], what: Literal["weight"
             collected = collect_linear(store, site.layer, site.linear, store.owner(site.layer))
             if collected is not None:
                 whole[site] = collected
+            del collected  # only `whole` holds it, until the round's results are there
         results = store.comm.together(
             lambda whole=whole: {site: compute(site, linear) for site, linear in whole.items()}
         )
+        whole.clear()
         for site in sites_of_round:
             parameter = getattr(cast(nn.Linear, lora_linear(store.layers[site.layer], site.linear).base_layer), what)
-            _install(store, parameter, store.owner(site.layer), results.get(site))
+            _install(store, parameter, store.owner(site.layer), results.pop(site, None))
 
 
 def rounds(sites: Sequence[Site], world_size: int) -> list[list[Site]]:

@@ -65,6 +65,7 @@ WRONG = (
     Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
     Wrong("no adapter at home", "model.adapter=~/nowhere", ("/nowhere/adapter_config.json does not exist",)),
     Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
+    Wrong("more logits than words", "train.distill_top_k=300", ("train.distill_top_k 300", "vocabulary of 259")),
     Wrong("no data", "data.path={here}/text.txt", ("data.path", "does not exist")),
     Wrong("data in another format", "data.path={here}/x.pdf", (".txt, .json, .jsonl",), file_at("x.pdf", "%PDF")),
     Wrong("broken JSON", "data.path={here}/x.jsonl", ("x.jsonl, line 2",), file_at("x.jsonl", '{"text": "a"}\n{"te')),

@@ -2,6 +2,7 @@
 ends bit by bit as the run that never stopped."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -85,6 +86,31 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
         assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(path).items()), path.name
     assert not list((straight / "checkpoints" / f"step-{total}").glob("moments-*"))  # no cut is left that needs them
     assert not (straight / "teacher").exists()
+
+
+def test_a_kill_after_the_teacher_is_gone_leaves_a_run_that_can_be_finished(
+    ranks: RankPool, straight: Path, tmp_path: Path
+) -> None:
+    """Its files go once the model is published, a moment before status.json says that the run has finished."""
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    status = json.loads((out / "status.json").read_text())
+    (out / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    assert all(ranks.run(2, run_levers, config_for(straight.parent / "config.yaml", out), "auto"))
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+
+
+def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+    """The moments, each layer's on one rank, and the teacher's files. Without dropout, which draws by rank."""
+    given, settings = straight.parent / "config.yaml", ("lora.lora_dropout=0", "train.learning_rate=1e-3")
+    here, moved = (config_for(given, tmp_path / name, *settings) for name in ("here", "moved"))
+    ranks.run(2, run_levers, here)
+    ranks.run(2, run_levers, moved, None, STOP_AT)
+    assert all(ranks.run(3, run_levers, moved, "auto"))
+    found, expected = (contents(tmp_path / name, STEPS + RECOVERY).kept for name in ("moved", "here"))
+    assert found == expected
+    # sums in fp32 in another order, as in tests/numerics
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "here"), abs=1e-5)
 
 
 def test_recovery_has_a_learning_rate_of_its_own(straight: Path) -> None:

@@ -81,6 +81,7 @@ def test_layers_that_differ() -> None:
         (without(hidden_size=None), "config.json holds a size that is no number: "),
         (without(num_attention_heads=0), "config.json holds a size that is no number: "),
         (without(per_layer_config={"first": {}}), "config.json holds a size that is no number: "),
+        (without(per_layer_config=[1, 2]), "config.json holds a size that is no number: "),
         (without(per_layer_config={"0": 3}), "config.json holds a size that is no number: "),
         (without(num_hidden_layers=0), "config.json holds a size below 1"),
         (without(intermediate_size=-5), "config.json holds a size below 1"),
