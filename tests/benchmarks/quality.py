@@ -4,9 +4,12 @@
                                        [--groups levers long ...] [--seeds 0 1 2] [--ranks 2]
 
 One command for the whole table, in hours: a run whose result is in the work folder or in
-tests/benchmarks/results/quality.json is not made again (unless its settings are others now), a run that was cut off
-goes on from its checkpoint, and after every run the table, the picture and that JSON are written anew. `--steps` and
-`--windows` make a short trial, whose numbers mean nothing and which is kept apart.
+tests/benchmarks/results/quality.json is not made again (unless its settings, texts or windows are others now), a run
+that was cut off goes on from its checkpoint, and after every run the table, the picture and that JSON are written anew.
+`--steps`, `--windows` and `--model` make a trial, which is kept apart in a folder of its own.
+
+`seconds` are those of training steps and cuts; the uncut model's pass before a distillation is not in them
+(quality_cost.py measures it).
 
 Every run is launch/run.py through the deepspeed launcher. What can be chosen (the learning rate above all, group
 `rates`) is chosen by the perplexity of a held-out tenth of the tuning text; the test text and the other text, which is
@@ -14,6 +17,7 @@ of another kind (by default Python's help topics), are looked at by launch/evalu
 """
 
 import argparse
+import hashlib
 import json
 import os
 import socket
@@ -31,7 +35,7 @@ from tests.benchmarks.quality_table import draw, rows_of, table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-VALIDATION_WINDOWS = 64
+WINDOWS, VALIDATION_WINDOWS = 160, 64
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,42 +48,58 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--model", type=Path, help="another Llama than SmolLM2-135M, in a work folder of its own")
+    parser.add_argument("--model", type=Path, help="another Llama than SmolLM2-135M")
     parser.add_argument("--steps", type=int, help="a trial of so many steps")
-    parser.add_argument("--windows", type=int, default=160, help="of 128 tokens, of each text")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of 128 tokens, of each text")
     parser.add_argument("--list", action="store_true", help="only say what would run")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    is_trial = arguments.steps is not None or arguments.model is not None
     chosen = select(arguments.groups, arguments.only)
-    if arguments.steps:
-        arguments.work = arguments.work / f"trial-{arguments.steps}"
+    trial = trial_name(arguments)
+    if trial:
+        arguments.work = arguments.work / trial
+    target = arguments.work if trial else RESULTS
     texts = prepare_texts(arguments)
-    if not is_trial:
+    if not trial:
         take_over(arguments.work)
     todo = [(setting, seed) for seed in arguments.seeds for setting in chosen if seed in setting.seeds(arguments.seeds)]
     for setting, seed in todo:
-        path = result_path(arguments.work, setting, seed)
+        path, basis = result_path(arguments.work, setting, seed), basis_of(setting, texts, arguments.windows)
+        done = path.exists() and read_json_object(path)["basis"] == basis
         if arguments.list:
-            print(f"{'done' if path.exists() else 'to do':<6} {path.stem}")
-        elif not path.exists():
-            write_json(path, carry_out(setting, seed, texts, arguments))
-            publish(arguments.work, arguments.work if is_trial else RESULTS)
+            print(f"{'done' if done else 'to do':<6} {path.stem}")
+        elif not done:
+            write_json(path, carry_out(setting, seed, texts, basis, arguments))
+            publish(arguments.work, target)
     if not arguments.list:
-        publish(arguments.work, arguments.work if is_trial else RESULTS)
+        publish(arguments.work, target)
+
+
+def trial_name(arguments: argparse.Namespace) -> str:
+    """Of the folder that keeps runs of fewer steps, other windows or another model apart; empty for the real ones."""
+    parts = [] if arguments.model is None else [arguments.model.resolve().name]
+    parts += [] if arguments.steps is None else [f"{arguments.steps}-steps"]
+    parts += [] if arguments.windows == WINDOWS else [f"{arguments.windows}-windows"]
+    return "-".join(["trial", *parts]) if parts else ""
+
+
+def basis_of(setting: Setting, texts: dict[str, Path], windows: int) -> dict[str, Any]:
+    """What a result depends on beside its seed: another basis, another result."""
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
+    return {"overrides": list(setting.overrides), "model": setting.model, "texts": digests, "windows": windows}
 
 
 def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
-    """The two texts that are looked at last."""
+    """The text to tune on and the two that are looked at last."""
     if arguments.other is None:
         arguments.other = arguments.work / "help_topics.txt"
         arguments.other.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.other, "\n\n".join(embedded_text()))
-    texts = {"test": arguments.test, "other": arguments.other}
-    for path in (arguments.tune, *texts.values()):
+    texts = {"tune": arguments.tune, "test": arguments.test, "other": arguments.other}
+    for path in texts.values():
         read_text(path)  # whatever is wrong with it is found before the first run
     return texts
 
@@ -89,7 +109,7 @@ def take_over(work: Path) -> None:
     published = RESULTS / "quality.json"
     for run in read_json_object(published)["runs"] if published.exists() else []:
         setting = SETTINGS.get(run["setting"])
-        if setting and run["overrides"] == list(setting.overrides):
+        if setting and run["basis"]["overrides"] == list(setting.overrides):
             path = result_path(work, setting, run["seed"])
             if not path.exists():
                 write_json(path, run)
@@ -99,7 +119,9 @@ def result_path(work: Path, setting: Setting, seed: int) -> Path:
     return work / "results" / f"{setting.name}-s{seed}.json"
 
 
-def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
+def carry_out(
+    setting: Setting, seed: int, texts: dict[str, Path], basis: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
     """One run to its end, and its perplexities."""
     print(f"{setting.name}, seed {seed} ...", file=sys.stderr, flush=True)
     model = embedded_model_dir() if arguments.model is None else arguments.model.resolve()
@@ -110,7 +132,7 @@ def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: ar
         f"output_dir={folder}",
         f"seed={seed}",
         f"model.path={model}",
-        f"data.path={arguments.tune.resolve()}",
+        f"data.path={texts['tune'].resolve()}",
         f"evaluate.max_windows={min(arguments.windows, VALIDATION_WINDOWS)}",
         "checkpoint.every=20",
         "checkpoint.keep_last=1",
@@ -122,19 +144,17 @@ def carry_out(setting: Setting, seed: int, texts: dict[str, Path], arguments: ar
     command += [part for value in settings for part in ("--set", value)]
     launch(command, arguments.ranks)
     report = read_json_object(folder / "report.json")
-    measured = {name: perplexity(folder, path, arguments.windows) for name, path in texts.items()}
+    measured = {name: perplexity(folder, texts[name], arguments.windows) for name in ("test", "other")}
     report["config"] |= {"output_dir": "run"}  # no folder of this machine
     report["config"]["model"] |= {"path": setting.model}
-    report["config"]["data"] |= {"path": arguments.tune.name}
+    report["config"]["data"] |= {"path": texts["tune"].name}
     return {
         "setting": setting.name,
         "group": setting.group,
-        "overrides": list(setting.overrides),
+        "basis": basis,
         "seed": seed,
         "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
         "perplexity": {"validation": report["perplexity"]["pruned"], **measured},
-        "windows": arguments.windows,
-        "texts": {name: path.name for name, path in ({"tune": arguments.tune} | texts).items()},
         "seconds": sum(record["seconds"] for record in metrics(folder)),
         "report": report,
     }

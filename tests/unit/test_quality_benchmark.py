@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config_file import load_config
 from tests.benchmarks.expand_heads import expanded_model
+from tests.benchmarks.quality import basis_of, parse_arguments, trial_name
 from tests.benchmarks.quality_settings import SETTINGS, select
 from tests.benchmarks.quality_table import draw, rows_of, table
 from tests.oracle.models import make_tiny_llama
@@ -57,3 +58,28 @@ def test_every_setting_is_a_run_config(tmp_path: Path) -> None:
         assert tokens == (409_600 if setting.name.endswith("409600") else 81_920), setting.name
     with pytest.raises(SystemExit, match="no setting best"):
         select([], ["best"])
+
+
+def test_a_result_of_other_settings_texts_or_windows_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    texts = {"tune": tmp_path / "tune.txt", "test": tmp_path / "test.txt"}
+    for path in texts.values():
+        path.write_text("words")
+    found = [basis_of(SETTINGS[name], texts, 160) for name in ("plain", "refit", "gqa-plain")]
+    found.append(basis_of(SETTINGS["plain"], texts, 5))
+    again = basis_of(SETTINGS["plain"], texts, 160)
+    texts["tune"].write_text("other words")
+    found.append(basis_of(SETTINGS["plain"], texts, 160))
+    assert [basis == again for basis in found] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ([], ""),
+        (["--steps", "2"], "trial-2-steps"),
+        (["--windows", "5", "--model", "x/small"], "trial-small-5-windows"),
+    ],
+)
+def test_a_trial_is_kept_apart(given: list[str], folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["quality", "--tune", "a", "--test", "b", *given])
+    assert trial_name(parse_arguments()) == folder
