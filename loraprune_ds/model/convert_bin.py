@@ -26,6 +26,7 @@ from loraprune_ds.model.checkpoint import read_json
 from loraprune_ds.model.shards import write_index, write_shard
 
 INDEX = "pytorch_model.bin.index.json"
+SHARDS = "pytorch_model-*-of-*.bin"
 FOLDER = "loraprune_ds/converted"
 SINGLE = "pytorch_model.bin"
 KEPT = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer
@@ -77,6 +78,8 @@ def _bin_files(folder: Path) -> list[Path]:
     for path in files:
         if not path.is_file():
             raise UserError(f"{path} is missing; {INDEX} names it")
+    if surplus := sorted(path for path in folder.glob(SHARDS) if path not in files):
+        raise UserError(f"{surplus[0]} is one shard too many; {INDEX} does not name it")
     return files
 
 

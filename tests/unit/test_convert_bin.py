@@ -175,6 +175,13 @@ def test_what_cannot_be_converted_is_one_line(folder: Path, tensors: dict[str, T
     assert refused(folder) == f"{convert_bin.INDEX} has no weight_map"
 
 
+def test_a_surplus_file(folder: Path) -> None:
+    """Of a download over an older one."""
+    surplus = folder / "pytorch_model-00003-of-00003.bin"
+    shutil.copy(folder / FILES[1], surplus)
+    assert refused(folder) == f"{surplus.name} is one shard too many; {convert_bin.INDEX} does not name it"
+
+
 @pytest.mark.parametrize("has_safetensors", [False, True])
 def test_a_hub_model_is_downloaded_in_one_format(
     folder: Path, tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: Any, has_safetensors: bool
