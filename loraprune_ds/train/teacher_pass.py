@@ -1,6 +1,7 @@
 """The one forward pass of the uncut model over the samples of a run that a distillation needs, on all ranks."""
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.distillation import Recording
 from loraprune_ds.train.data import Samples
+from loraprune_ds.train.output import SHARED_WAIT
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.stop import STOP
 from loraprune_ds.train.teacher import TEACHER_FOLDER, Teacher, make_teacher, plan_teacher
@@ -88,7 +90,10 @@ def record_teacher(
         f"{len(missing)} of {plan.files} files to write"
     )
     with adapters_off(store.engine.module):
-        return _write_files(store, teacher, samples, config, missing, pending)
+        if not _write_files(store, teacher, samples, config, missing, pending):
+            return False
+    comm.together(lambda: _wait_for_files(teacher))
+    return True
 
 
 def _write_files(
@@ -101,10 +106,12 @@ def _write_files(
 ) -> bool:
     comm, writes = store.comm, LocalWrites()
     for first in range(0, len(missing), comm.world_size):
-        mine = first + comm.rank
-        file = missing[mine if mine < len(missing) else 0]  # out of files: as many forward passes, written nowhere
-        fields = _file_content(store, teacher, samples, config, file)
-        if mine < len(missing):
+        files = missing[first : first + comm.world_size]
+        passes = max(-(-len(teacher.plan.members(file)) // config.train.micro_batch_size) for file in files)
+        is_mine = comm.rank < len(files)
+        file = files[comm.rank if is_mine else 0]  # out of files: as many forward passes, written nowhere
+        fields = _file_content(store, teacher, samples, config, file, passes)
+        if is_mine:
             writes.do(lambda file=file, fields=fields: teacher.write(file, fields))
         fail_point("teacher.file")
         writes.agree(comm, teacher.folder)
@@ -114,12 +121,12 @@ def _write_files(
 
 
 def _file_content(
-    store: ShardedStore, teacher: Teacher, samples: Samples, config: RunConfig, file: int
+    store: ShardedStore, teacher: Teacher, samples: Samples, config: RunConfig, file: int, passes: int
 ) -> dict[str, Tensor]:
-    """All supervised tokens of a file, in as many forward passes for every file."""
+    """All supervised tokens of a file, in so many forward passes, of which every rank makes the same number."""
     batches = teacher.plan.members(file).split(config.train.micro_batch_size)
     parts = []
-    for i in range(-(-teacher.plan.per_file // config.train.micro_batch_size)):
+    for i in range(passes):
         indices = batches[i if i < len(batches) else 0]
         input_ids, labels = (t[indices].long().to(store.device) for t in (samples.input_ids, samples.labels))
         recording = Recording(config.train.distill_top_k)
@@ -127,6 +134,15 @@ def _file_content(
         if i < len(batches):
             parts.append({name: _on_disk(tensor) for name, tensor in fields.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _wait_for_files(teacher: Teacher) -> None:
+    """Until this rank sees what the others wrote: a network file system may remember that a file was not there."""
+    deadline = time.monotonic() + SHARED_WAIT
+    while missing := teacher.missing():
+        if time.monotonic() > deadline:
+            raise UserError(f"{teacher.path(missing[0])} was written by another rank and cannot be read by this one")
+        time.sleep(0.1)
 
 
 def _on_disk(tensor: Tensor) -> Tensor:
