@@ -36,6 +36,7 @@ from tests.benchmarks.quality_table import draw, rows_of, table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 WINDOWS, VALIDATION_WINDOWS = 160, 64
+DENSE = "dense.json"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,6 +66,8 @@ def main() -> None:
     texts = prepare_texts(arguments)
     if not trial:
         take_over(arguments.work)
+    if not arguments.list:
+        measure_dense(texts, arguments)
     todo = [(setting, seed) for seed in arguments.seeds for setting in chosen if seed in setting.seeds(arguments.seeds)]
     for setting, seed in todo:
         path, basis = result_path(arguments.work, setting, seed), basis_of(setting, texts, arguments.windows)
@@ -86,10 +89,11 @@ def trial_name(arguments: argparse.Namespace) -> str:
     return "-".join(["trial", *parts]) if parts else ""
 
 
-def basis_of(setting: Setting, texts: dict[str, Path], windows: int) -> dict[str, Any]:
-    """What a result depends on beside its seed: another basis, another result."""
+def basis_of(setting: Setting | None, texts: dict[str, Path], windows: int) -> dict[str, Any]:
+    """What a result depends on beside its seed: another basis, another result. Without a setting: the uncut model's."""
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
-    return {"overrides": list(setting.overrides), "model": setting.model, "texts": digests, "windows": windows}
+    chosen = {} if setting is None else {"overrides": list(setting.overrides), "model": setting.model}
+    return {**chosen, "texts": digests, "windows": windows}
 
 
 def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
@@ -113,6 +117,15 @@ def take_over(work: Path) -> None:
             path = result_path(work, setting, run["seed"])
             if not path.exists():
                 write_json(path, run)
+
+
+def measure_dense(texts: dict[str, Path], arguments: argparse.Namespace) -> None:
+    """What the uncut model reaches on the two texts that are looked at last, into the work folder."""
+    path, basis = arguments.work / DENSE, basis_of(None, texts, arguments.windows)
+    if not path.exists() or read_json_object(path)["basis"] != basis:
+        model = "embedded" if arguments.model is None else str(arguments.model.resolve())
+        measured = {name: perplexity(model, texts[name], arguments.windows) for name in ("test", "other")}
+        write_json(path, {"basis": basis, "perplexity": measured})
 
 
 def result_path(work: Path, setting: Setting, seed: int) -> Path:
@@ -144,7 +157,7 @@ def carry_out(
     command += [part for value in settings for part in ("--set", value)]
     launch(command, arguments.ranks)
     report = read_json_object(folder / "report.json")
-    measured = {name: perplexity(folder, texts[name], arguments.windows) for name in ("test", "other")}
+    measured = {name: perplexity(str(folder), texts[name], arguments.windows) for name in ("test", "other")}
     report["config"] |= {"output_dir": "run"}  # no folder of this machine
     report["config"]["model"] |= {"path": setting.model}
     report["config"]["data"] |= {"path": texts["tune"].name}
@@ -174,8 +187,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def perplexity(model: Path, text: Path, windows: int) -> float:
-    command = [sys.executable, "launch/evaluate.py", str(model), "--text", str(text.resolve()), "--window", "128"]
+def perplexity(model: str, text: Path, windows: int) -> float:
+    command = [sys.executable, "launch/evaluate.py", model, "--text", str(text.resolve()), "--window", "128"]
     command += ["--max-windows", str(windows), "--json"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"}
     answer = subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=subprocess.PIPE, text=True)
@@ -193,7 +206,8 @@ def publish(work: Path, target: Path) -> None:
     runs = [read_json_object(path) for path in sorted((work / "results").glob("*.json"))]
     rows = rows_of(runs)
     print(table(rows))
-    write_json(target / "quality.json", {"rows": rows, "runs": runs})
+    dense = read_json_object(work / DENSE)
+    write_json(target / "quality.json", {"dense": dense, "rows": rows, "runs": runs})
     draw(target / "quality.png", rows)
 
 
