@@ -6,6 +6,7 @@ from typing import Any
 from loraprune_ds.plan.advice import Suggestion
 from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.plan import Plan
+from loraprune_ds.plan.request import ASSUMED_STEPS
 from loraprune_ds.plan.seconds import Seconds
 
 COMMUNICATION_BOUND = 2.0  # times the arithmetic
@@ -73,7 +74,7 @@ def notes(plan: Plan) -> list[str]:
     request, lines = plan.request, []
     if not request.steps_known:
         lines.append(
-            f"the run counts epochs and its data is not here: {request.steps} steps are assumed "
+            f"the run counts epochs and its data is not here: {ASSUMED_STEPS} steps are assumed "
             "(--samples N, or --set train.epochs=null --set train.steps=N)"
         )
     if request.config.prune.ranking == "global":

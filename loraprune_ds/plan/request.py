@@ -37,7 +37,8 @@ class Request:
     """A run on a cluster.
 
     Attributes:
-        steps: optimizer steps; `steps_known` tells whether the run says so, or they are assumed.
+        steps: optimizer steps, the recovery included; `steps_known` tells whether the run says how many, or they are
+            assumed.
         samples: in the training data, if known.
         ds_config: DeepSpeed's JSON with every "auto" replaced.
     """
@@ -128,16 +129,16 @@ def build_request(
         if samples < train.global_batch_size:
             raise UserError(f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}")
         steps = max(1, int((train.epochs or 1) * (samples // train.global_batch_size)))
-    planned = steps or ASSUMED_STEPS
+    pruning_steps = steps or ASSUMED_STEPS
     return Request(
         model=name,
         shape=shape,
         config=config,
         cluster=cluster,
-        steps=planned,
+        steps=pruning_steps + train.recovery_steps,
         steps_known=steps is not None,
         limits=make_limits(config.prune, shape),
-        schedule=make_schedule(config.prune, planned),
+        schedule=make_schedule(config.prune, pruning_steps),
         ds_config=resolve_ds_config(find_ds_config(config.deepspeed), config, shape, cluster.world_size),
         samples=samples,
     )
@@ -155,9 +156,8 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
     zero = sections.pop("deepspeed", {})
     for section, values in sections.items():
         raw[section] |= values
-    again = build_request(request.model, request.shape, config_from_dict(raw), cluster or request.cluster)
-    known = {"steps": request.steps, "steps_known": request.steps_known, "samples": request.samples}
-    again = replace(again, **known, schedule=request.schedule)
+    config, where = config_from_dict(raw), cluster or request.cluster
+    again = build_request(request.model, request.shape, config, where, samples=request.samples)
     again.ds_config["zero_optimization"] |= request.ds_config["zero_optimization"] | zero
     return again
 

@@ -123,6 +123,18 @@ def test_epochs_need_the_number_of_samples() -> None:
         build_request("small", SMALL, config, Cluster(1, 1), samples=5)
 
 
+def test_recovery_steps_come_after_the_schedule_and_cost_what_steps_cost() -> None:
+    settings: dict[str, Any] = {"distill_weight": 0.5}
+    plain, longer = (make_plan(request(Cluster(1, 2), **settings, recovery_steps=n)) for n in (0, 30))
+    assert (plain.request.steps, longer.request.steps) == (20, 50)
+    assert longer.request.schedule == plain.request.schedule
+    assert longer.cuts == plain.cuts
+    assert longer.teacher_bytes == plain.teacher_bytes * 50 // 20
+    added = 30 * plain.last_step_seconds.hidden
+    assert longer.seconds_in_all[0] == pytest.approx(plain.seconds_in_all[0] + added)
+    assert changed(longer.request, Cluster(1, 4)).steps == 50
+
+
 def test_json_holds_what_the_table_shows() -> None:
     plan = make_plan(request(Cluster(2, 2)))
     found = plan_json(plan, [])
