@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.memory import Stage, cut_stage, loading_stage, training_stage
 from loraprune_ds.plan.options import teacher_bytes, teacher_samples
@@ -13,9 +15,23 @@ MOST_CUTS = 24  # that are planned one by one; of more, as many evenly spread
 
 
 @dataclass(frozen=True)
-class PlannedCut:
-    """A cut of the schedule: the fraction gone after it, a rank's state around it, what the busiest rank sends."""
+class _Change:
+    """What a cut does: `number` among all cuts of the schedule, from 0, and the shapes just before and after it."""
 
+    number: int
+    step: int
+    before: ModelShape
+    after: ModelShape
+
+
+@dataclass(frozen=True)
+class PlannedCut:
+    """A cut of the schedule: the fraction gone after it, a rank's state around it, what the busiest rank sends.
+
+    `number`: among all cuts of the schedule, from 0.
+    """
+
+    number: int
     step: int
     target: float
     parameters: int
@@ -78,29 +94,36 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Plans the whole run. Takes seconds for LLaMA-65B, and memory for shapes only."""
-    steps = _some_cuts(request.schedule.cut_steps())
-    shapes = [request.shape, *(request.shape_at(request.schedule.target(step)) for step in steps)]
-    dense, final = simulate_passes(request, [shapes[0], shapes[-1]])
-    stages = [loading_stage(request), training_stage("dense", request, shapes[0], dense.training, dense.evaluation)]
-    stages += [
-        cut_stage(f"cut at step {step}", request, before, after)
-        for step, before, after in zip(steps, shapes, shapes[1:], strict=False)
-    ]
-    last = training_stage("after the last cut", request, shapes[-1], final.training, final.evaluation, scores=False)
+    changes = _changes(request)
+    first_shape, last_shape = request.shape, changes[-1].after
+    dense, final = simulate_passes(request, [first_shape, last_shape])
+    stages = [loading_stage(request), training_stage("dense", request, first_shape, dense.training, dense.evaluation)]
+    stages += [cut_stage(f"cut at step {cut.step}", request, cut.before, cut.after) for cut in changes]
+    last = training_stage("after the last cut", request, last_shape, final.training, final.evaluation, scores=False)
     stages.append(last)
-    step, step_time = _step(request, shapes[0], dense)
-    last_step, last_time = _step(request, shapes[-1], final, scores=False)
+    step, step_time = _step(request, first_shape, dense)
+    last_step, last_time = _step(request, last_shape, final, scores=False)
     teacher = teacher_seconds(request, teacher_samples(request), dense.evaluation)
-    cuts = _plan_cuts(request, steps, shapes)
+    cuts = [_plan_cut(request, change) for change in changes]
     in_all = _in_all(request, cuts, step_time, last_time)
     return Plan(request, stages, cuts, step, last_step, step_time, last_time, in_all, teacher_bytes(request), teacher)
 
 
-def _some_cuts(steps: list[int]) -> list[int]:
-    if len(steps) <= MOST_CUTS:
-        return steps
-    chosen = {round(i * (len(steps) - 1) / (MOST_CUTS - 1)) for i in range(MOST_CUTS)}
-    return [steps[i] for i in sorted(chosen)]
+def _changes(request: Request) -> list[_Change]:
+    """All cuts of the schedule, or MOST_CUTS of them, each from the shape that the cut before it leaves."""
+    steps, found = request.schedule.cut_steps(), []
+    for number in _some_cuts(len(steps)):
+        before, after = (steps[number - 1] if number else 0), steps[number]
+        shapes = [request.shape_at(request.schedule.target(step)) for step in (before, after)]
+        found.append(_Change(number, after, *shapes))
+    return found
+
+
+def _some_cuts(count: int) -> list[int]:
+    """Numbers of the cuts to plan, of so many; the first and the last are among them."""
+    if count <= MOST_CUTS:
+        return list(range(count))
+    return [round(i * (count - 1) / (MOST_CUTS - 1)) for i in range(MOST_CUTS)]
 
 
 def _step(request: Request, shape: ModelShape, passes: Passes, *, scores: bool = True) -> tuple[StepTraffic, Seconds]:
@@ -108,15 +131,19 @@ def _step(request: Request, shape: ModelShape, passes: Passes, *, scores: bool =
     return traffic, step_seconds(request, shape, traffic, passes.training)
 
 
-def _plan_cuts(request: Request, steps: list[int], shapes: list[ModelShape]) -> list[PlannedCut]:
-    cuts = []
-    for step, before, after in zip(steps, shapes, shapes[1:], strict=False):
-        sent = cut_bytes(request, before, after)
-        states = [cut_stage("", request, shape, shape).resident for shape in (before, after)]
-        seconds = cut_seconds(request, before, after, sent)
-        target = request.schedule.target(step)
-        cuts.append(PlannedCut(step, target, after.total_numel(), *states, bytes_sent=sent, seconds=seconds))
-    return cuts
+def _plan_cut(request: Request, cut: _Change) -> PlannedCut:
+    sent = cut_bytes(request, cut.before, cut.after)
+    before, after = (cut_stage("", request, shape, shape).resident for shape in (cut.before, cut.after))
+    return PlannedCut(
+        number=cut.number,
+        step=cut.step,
+        target=request.schedule.target(cut.step),
+        parameters=cut.after.total_numel(),
+        state_before=before,
+        state_after=after,
+        bytes_sent=sent,
+        seconds=cut_seconds(request, cut.before, cut.after, sent),
+    )
 
 
 def _in_all(request: Request, cuts: list[PlannedCut], first: Seconds, last: Seconds) -> tuple[float, float]:
@@ -126,6 +153,11 @@ def _in_all(request: Request, cuts: list[PlannedCut], first: Seconds, last: Seco
         gone = schedule.target(step - 1) / schedule.ratio
         for end, name in enumerate(("hidden", "exposed")):
             total[end] += getattr(first, name) + gone * (getattr(last, name) - getattr(first, name))
-    count = len(schedule.cut_steps())
-    of_cuts = count * sum(cut.seconds for cut in cuts) / len(cuts)
+    of_cuts = _of_all_cuts(request, cuts, [cut.seconds for cut in cuts])
     return total[0] + of_cuts, total[1] + of_cuts
+
+
+def _of_all_cuts(request: Request, cuts: list[PlannedCut], values: list[float]) -> float:
+    """The sum of a value over all cuts of the schedule; between two that are planned it changes in proportion."""
+    numbers = range(len(request.schedule.cut_steps()))
+    return float(np.interp(numbers, [cut.number for cut in cuts], values).sum())

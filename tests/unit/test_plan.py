@@ -10,7 +10,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.plan.advice import smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
-from loraprune_ds.plan.plan import make_plan
+from loraprune_ds.plan.plan import MOST_CUTS, make_plan
 from loraprune_ds.plan.report import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
 
@@ -133,6 +133,20 @@ def test_recovery_steps_come_after_the_schedule_and_cost_what_steps_cost() -> No
     added = 30 * plain.last_step_seconds.hidden
     assert longer.seconds_in_all[0] == pytest.approx(plain.seconds_in_all[0] + added)
     assert changed(longer.request, Cluster(1, 4)).steps == 50
+
+
+def test_of_many_cuts_some_are_planned_each_from_the_shape_just_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = request(Cluster(1, 2), steps=4 * 5 * MOST_CUTS)
+    some = make_plan(many)
+    monkeypatch.setattr("loraprune_ds.plan.plan.MOST_CUTS", 10_000)
+    every = make_plan(many)
+    steps = many.schedule.cut_steps()
+    assert len(some.cuts) == MOST_CUTS < len(every.cuts) == len(steps)
+    assert [cut.step for cut in every.cuts] == steps
+    for cut in some.cuts:
+        assert cut == every.cuts[steps.index(cut.step)]
+    assert (some.cuts[0].step, some.cuts[-1].step) == (steps[0], steps[-1])
+    assert some.seconds_in_all == pytest.approx(every.seconds_in_all, rel=0.05)
 
 
 def test_json_holds_what_the_table_shows() -> None:
