@@ -15,6 +15,7 @@ from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config
 from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.steps import steps_for_epochs
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
@@ -124,11 +125,11 @@ def build_request(
     if config.prune.compensate == "bias":
         shape = replace(shape, attention_bias=True, mlp_bias=True)  # as the run gives it them
     train.gradient_accumulation_steps(cluster.world_size)
+    if samples is not None and samples < train.global_batch_size:
+        raise UserError(f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}")
     steps = train.steps
     if steps is None and samples is not None:
-        if samples < train.global_batch_size:
-            raise UserError(f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}")
-        steps = max(1, int((train.epochs or 1) * (samples // train.global_batch_size)))
+        steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
     pruning_steps = steps or ASSUMED_STEPS
     return Request(
         model=name,

@@ -13,6 +13,7 @@ from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import MOST_CUTS, make_plan
 from loraprune_ds.plan.report import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
+from loraprune_ds.train.data import SampleOrder
 
 SMALL = ModelShape("llama", 512, 64, 2, 1000, False, False, False, (LayerShape(4, 1376),) * 6)
 LONG = SMALL.with_layers(SMALL.layers * 8)
@@ -121,6 +122,23 @@ def test_epochs_need_the_number_of_samples() -> None:
     assert (known.steps, known.steps_known) == (20, True)
     with pytest.raises(UserError, match="--samples 5 is less"):
         build_request("small", SMALL, config, Cluster(1, 1), samples=5)
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs", "steps"), [(1000, 2.5, 19), (1000, 0.5, 3), (128, 1.0, 1), (12_800, 0.29, 29)]
+)
+def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: float, steps: int) -> None:
+    config = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128).config
+    planned = build_request("small", SMALL, config, Cluster(1, 1), samples=samples)
+    assert planned.steps == SampleOrder(samples, 128, seed=0).steps_for_epochs(epochs) == steps
+
+
+@pytest.mark.parametrize("steps", [None, 20])
+@pytest.mark.parametrize("samples", [-5, 0, 63])
+def test_too_few_samples_are_refused(samples: int, steps: int | None) -> None:
+    config = request(Cluster(1, 1), steps=steps, epochs=None if steps else 1).config
+    with pytest.raises(UserError, match=f"--samples {samples} is less than train.global_batch_size 64"):
+        build_request("small", SMALL, config, Cluster(1, 1), samples=samples)
 
 
 def test_recovery_steps_come_after_the_schedule_and_cost_what_steps_cost() -> None:
