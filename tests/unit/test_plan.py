@@ -1,6 +1,8 @@
 """The planner's arithmetic, apart from real ranks."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,15 +10,24 @@ import pytest
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.plan.advice import smallest_plan, suggestions
+from loraprune_ds.plan.advice import largest_plan, nothing_fits, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import MOST_CUTS, make_plan
 from loraprune_ds.plan.report import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
 from loraprune_ds.train.data import SampleOrder
+from loraprune_ds.train.teacher import check_top_k
 
 SMALL = ModelShape("llama", 512, 64, 2, 1000, False, False, False, (LayerShape(4, 1376),) * 6)
 LONG = SMALL.with_layers(SMALL.layers * 8)
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+}
 WEIGHTS = SMALL.total_numel() * 2
 
 
@@ -34,6 +45,10 @@ def request(cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMA
 def tight(gpus: int, megabytes: float) -> Cluster:
     """GPUs that have so much memory for the run."""
     return Cluster(1, gpus, gpu_memory=3 + megabytes * 1e6 / GIB)
+
+
+LITTLE_GATHERED = {"stage3_max_live_parameters": 4_000_000, "stage3_max_reuse_distance": 0}
+SPARING = changed(request(Cluster(1, 1), shape=LONG), deepspeed=LITTLE_GATHERED)  # more ranks, less per rank
 
 
 def test_llama_65b_has_its_published_number_of_parameters() -> None:
@@ -68,18 +83,30 @@ def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
 
 
 def test_the_smallest_cluster_fits_and_the_next_smaller_one_does_not() -> None:
-    little_gathered = {"stage3_max_live_parameters": 4_000_000, "stage3_max_reuse_distance": 0}
-    one = changed(request(Cluster(1, 1), shape=LONG), deepspeed=little_gathered)
-    needs = {n: make_plan(changed(one, Cluster(1, n))).device_bytes for n in (1, 2, 4, 8)}
+    needs = {n: make_plan(changed(SPARING, Cluster(1, n))).device_bytes for n in (1, 2, 4, 8)}
     assert needs[8] < needs[4] < min(needs[1], needs[2])
-    found = smallest_plan(one, tight(8, needs[4] / 1e6 + 1))
+    found = smallest_plan(SPARING, tight(8, needs[4] / 1e6 + 1))
     assert found is not None
     assert found.fits
     assert found.request.cluster.world_size == 4  # 64 samples in micro-batches of 2 cannot be split over 3
 
 
 def test_no_cluster_is_large_enough() -> None:
-    assert smallest_plan(request(tight(1, 1)), tight(8, 1)) is None
+    asked, cluster = request(tight(1, 1)), tight(8, 1)
+    assert smallest_plan(asked, cluster) is None
+    largest = largest_plan(asked, cluster)
+    assert largest.request.cluster.world_size == 32  # 64 samples in micro-batches of 2
+    assert nothing_fits(asked, cluster).startswith("small fits on no cluster of up to 512 x 8 GPUs of 3.0")
+
+
+def test_the_search_ends_at_the_nodes_there_are() -> None:
+    needs = make_plan(changed(SPARING, Cluster(2, 2))).device_bytes / 1e6
+    cluster = tight(2, needs + 1)
+    assert smallest_plan(SPARING, cluster, 1) is None
+    assert largest_plan(SPARING, cluster, 1).request.cluster.world_size == 2
+    found = smallest_plan(SPARING, cluster, 2)
+    assert found is not None
+    assert (found.request.cluster.nodes, found.request.cluster.gpus_per_node) == (2, 2)
 
 
 def test_host_memory_can_be_what_does_not_fit() -> None:
@@ -201,6 +228,45 @@ def test_an_impossible_cluster_is_refused(wrong: dict[str, Any], message: str) -
 def test_a_batch_that_cannot_be_split_is_refused() -> None:
     with pytest.raises(UserError, match="cannot be split over 3 ranks"):
         request(Cluster(1, 3))
+
+
+def test_hpz_is_refused_by_name_whatever_the_cluster(tmp_path: Path) -> None:
+    settings = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    (tmp_path / "hpz.json").write_text(json.dumps(settings))
+    config = replace(request(Cluster()).config, deepspeed=str(tmp_path / "hpz.json"))
+    for cluster in (Cluster(1, 1), Cluster(2, 8)):
+        with pytest.raises(UserError, match=r"hpz\.json: .*zero_hpz_partition_size \(hpZ\) is not planned"):
+            build_request("small", SMALL, config, cluster)
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 1  # off
+    (tmp_path / "hpz.json").write_text(json.dumps(settings))
+    assert build_request("small", SMALL, config, Cluster(2, 8)).steps == 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", "config.json must hold a JSON object"),
+        ("{", "config.json is not valid JSON"),
+        (json.dumps(CONFIG | {"per_layer_config": [1, 2]}), "config.json holds a size that is no number"),
+    ],
+)
+def test_a_config_json_that_is_none_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_shape(str(tmp_path))
+
+
+def test_what_the_run_refuses_of_a_model_the_plan_refuses() -> None:
+    config = request(Cluster()).config
+    biased = replace(config, prune=replace(config.prune, compensate="bias"))
+    with pytest.raises(UserError, match=r"prune.compensate: bias needs linears with biases, which a mistral \(small\)"):
+        build_request("small", replace(SMALL, model_type="mistral"), biased, Cluster())
+    top = replace(config, train=replace(config.train, distill_weight=0.5, distill_top_k=1001))
+    with pytest.raises(UserError, match=r"distill_top_k 1001 is above the model's vocabulary of 1000") as planned:
+        build_request("small", SMALL, top, Cluster())
+    with pytest.raises(UserError) as ran:
+        check_top_k(1001, 1000)
+    assert str(planned.value) == str(ran.value)
 
 
 def test_an_unknown_model_is_refused() -> None:
