@@ -116,6 +116,20 @@ def gradient_bytes(request: Request, shape: ModelShape) -> int:
     return 4 * micro_batches * (world_size - 1) * sum(linear_pieces(request, shape))
 
 
+def gradient_flops(request: Request, shape: ModelShape) -> float:
+    """Per token of a step that scores by the true gradient: one more product with every linear's inputs."""
+    return 2 * shape.linear_numel() if request.config.prune.criterion == "gradient" else 0
+
+
+def measuring_flops(request: Request, shape: ModelShape) -> float:
+    """Per token of a measured step: x·xᵀ of the inputs of o_proj and down_proj, or their sum."""
+    compensate = request.config.prune.compensate
+    if compensate == "none":
+        return 0
+    widths = [shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in INPUTS]
+    return sum(2 * n * n if compensate == "least_squares" else n for n in widths)
+
+
 def measuring_bytes(request: Request, shape: ModelShape, rank: int | None = None) -> int:
     """Sent per measured step, by a rank or by the one that owns the least: its parts to the other layers' owners."""
     world_size = request.cluster.world_size

@@ -12,9 +12,11 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.plan.advice import largest_plan, nothing_fits, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
-from loraprune_ds.plan.plan import MOST_CUTS, make_plan
+from loraprune_ds.plan.plan import MOST_CUTS, Plan, make_plan
 from loraprune_ds.plan.report import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
+from loraprune_ds.plan.steps import StepKind, step_kind
+from loraprune_ds.plan.totals import NOTHING
 from loraprune_ds.train.data import SampleOrder
 from loraprune_ds.train.teacher import check_top_k
 
@@ -175,8 +177,8 @@ def test_recovery_steps_come_after_the_schedule_and_cost_what_steps_cost() -> No
     assert longer.request.schedule == plain.request.schedule
     assert longer.cuts == plain.cuts
     assert longer.teacher_bytes == plain.teacher_bytes * 50 // 20
-    added = 30 * plain.last_step_seconds.hidden
-    assert longer.seconds_in_all[0] == pytest.approx(plain.seconds_in_all[0] + added)
+    added = 30 * plain.last_step_seconds.hidden + 1.5 * plain.teacher_seconds.hidden
+    assert longer.in_all.hidden == pytest.approx(plain.in_all.hidden + added)
     assert changed(longer.request, Cluster(1, 4)).steps == 50
 
 
@@ -191,7 +193,68 @@ def test_of_many_cuts_some_are_planned_each_from_the_shape_just_before_it(monkey
     for cut in some.cuts:
         assert cut == every.cuts[steps.index(cut.step)]
     assert (some.cuts[0].step, some.cuts[-1].step) == (steps[0], steps[-1])
-    assert some.seconds_in_all == pytest.approx(every.seconds_in_all, rel=0.05)
+    assert some.in_all == every.in_all
+
+
+def test_of_very_many_cuts_a_part_tells_what_all_of_them_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = request(Cluster(1, 2), steps=4 * 5 * MOST_CUTS, shape=SMALL.with_layers((LayerShape(64, 8192),) * 6))
+    every = make_plan(many).in_all.sent
+    monkeypatch.setattr("loraprune_ds.plan.plan._all_cuts", lambda request: NOTHING)
+    of_cuts = every - make_plan(many).in_all.sent
+    monkeypatch.undo()
+    monkeypatch.setattr("loraprune_ds.plan.plan.MOST_SUMMED", len(many.schedule.cut_steps()) // 2)
+    assert make_plan(many).in_all.sent == pytest.approx(every, abs=0.25 * of_cuts)
+
+
+def pruning(plain: Request, **prune: Any) -> Plan:
+    """The plan of the same run with other values of `prune`."""
+    return make_plan(changed(plain, prune=prune))
+
+
+def test_the_true_gradient_costs_arithmetic_on_the_steps_that_score() -> None:
+    plain = request(Cluster(1, 2), steps=40, global_batch_size=16)
+    tokens = 16 * 64 / 2
+    lora, always = pruning(plain), pruning(plain, criterion="gradient")
+    seldom = pruning(plain, criterion="gradient", gradient_every=10)
+    numel = SMALL.linear_numel()
+    formed, spared = 2 * numel * tokens, 4 * plain.config.lora.r * numel / 2  # no estimate of it is made
+    added = (always.step_seconds.compute - lora.step_seconds.compute) * plain.cluster.flops * 1e12
+    assert added == pytest.approx(formed - spared)
+    assert seldom.step_seconds == always.step_seconds
+    assert always.last_step_seconds == lora.last_step_seconds
+    assert lora.in_all.sent < seldom.in_all.sent < always.in_all.sent
+    assert seldom.in_all.exposed < always.in_all.exposed
+    scored = sum(plain.schedule.is_scored(step, 10) for step in range(1, 41))
+    assert any(f"of 40 steps {scored} score and 0 measure" in note for note in notes(seldom))
+    assert not any("score and" in note for note in notes(lora))
+
+
+def test_moments_cost_arithmetic_on_the_steps_that_measure() -> None:
+    plain = request(Cluster(1, 1), steps=40, global_batch_size=16)
+    tokens, widths = 16 * 64, [4 * 2 * 64, 1376]
+    none = pruning(plain)
+    for compensate, per_token in (("least_squares", sum(2 * n * n for n in widths)), ("bias", sum(widths))):
+        one, three = (pruning(plain, compensate=compensate, compensate_steps=n) for n in (1, 3))
+        added = (one.step_seconds.compute - none.step_seconds.compute) * plain.cluster.flops * 1e12
+        assert added == pytest.approx(6 * per_token * tokens, rel=1e-6)
+        measured = [sum(kind.measures for kind in kinds_of(plan)) for plan in (one, three)]
+        cuts = plain.schedule.cut_steps()
+        assert measured == [len(cuts), len({step - before for step in cuts for before in range(3)})]
+        assert one.in_all.exposed < three.in_all.exposed
+
+
+def kinds_of(plan: Plan) -> list[StepKind]:
+    return [
+        step_kind(plan.request.config.prune, plan.request.schedule, step) for step in range(1, plan.request.steps + 1)
+    ]
+
+
+def test_in_all_holds_the_pass_of_the_uncut_model() -> None:
+    plain, distilled = (make_plan(request(Cluster(1, 2), distill_weight=weight)) for weight in (0.0, 0.5))
+    assert distilled.teacher_seconds.exposed > 0
+    added = distilled.in_all.exposed - plain.in_all.exposed
+    assert added == pytest.approx(distilled.teacher_seconds.exposed)
+    assert distilled.in_all.sent > plain.in_all.sent
 
 
 def test_json_holds_what_the_table_shows() -> None:
