@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from loraprune_ds.model.checkpoint import READ_CHUNK
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import options
-from loraprune_ds.plan.activations import Batch, activations, logits
+from loraprune_ds.plan.activations import Batch, activations, forward_temporaries, logits
 from loraprune_ds.plan.request import Request
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.zero.fetching import PassTraffic
@@ -143,6 +143,7 @@ def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> dict
         lora_rank=config.lora.r,
         dropout=config.lora.lora_dropout > 0,
         checkpointing=config.train.gradient_checkpointing,
+        eager=request.eager,
     )
     distills = config.train.distill_weight > 0
     return {
@@ -158,10 +159,10 @@ def _evaluation(request: Request, shape: ModelShape, traffic: PassTraffic) -> di
     evaluate = request.config.evaluate
     batch = Batch(evaluate.batch_size, evaluate.window, request.element_size)
     t, e = batch.tokens, batch.element_size
+    widest = max(forward_temporaries(shape, layer, batch, eager=request.eager) for layer in shape.layers)
     return {
         "gathered_weights": traffic.peak_live * e,
-        "activations": t * (3 * e * shape.hidden_size + 4 * shape.hidden_size)
-        + 4 * e * t * max(layer.channels for layer in shape.layers),
+        "activations": t * (3 * e * shape.hidden_size + 4 * shape.hidden_size) + widest,
         "logits": logits(shape, batch, request.config.train.loss_chunk_tokens),
     }
 

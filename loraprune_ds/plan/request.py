@@ -59,6 +59,11 @@ class Request:
     def element_size(self) -> int:
         return ELEMENT_SIZES[self.config.model.dtype]
 
+    @property
+    def eager(self) -> bool:
+        """Whether attention makes whole matrices of probabilities."""
+        return self.config.model.attn_implementation == "eager"
+
     def offloads(self, what: str) -> bool:
         """Whether the DeepSpeed config keeps "optimizer" or "param" in host memory."""
         return (self.ds_config["zero_optimization"].get(f"offload_{what}") or {}).get("device") == "cpu"

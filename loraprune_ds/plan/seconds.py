@@ -39,16 +39,21 @@ def flops_per_token(request: Request, shape: ModelShape) -> float:
     """Of training, per token: a multiply-add is two.
 
     Linears: 2 forward, 2 for the gradient of their input (the weights are frozen), 2 more if recomputed. LoRA: 2
-    forward, 4 backward, 2. Attention over half a window on average: two products forward, five backward, two. Head:
-    logits and the gradient of their input, once.
+    forward, 4 backward, 2. Attention: two products forward, five backward, two. Head: logits and the gradient of their
+    input, once.
     """
     again = int(request.config.train.gradient_checkpointing)
     layers, rank = range(len(shape.layers)), request.config.lora.r
     lora = sum(n for i in layers for linear in LINEARS for n in lora_sizes(shape, i, linear, rank))
-    query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
-    product = 2 * query_width * request.config.data.window / 2
+    product = _attention_product(request, shape)
     linears = (4 + 2 * again) * shape.linear_numel() + (6 + 2 * again) * lora
     return linears + (7 + 2 * again) * product + 4 * shape.vocab_size * shape.hidden_size
+
+
+def _attention_product(request: Request, shape: ModelShape) -> float:
+    """Per token, of all layers: over half a window on average, or with `eager` over all of it and its mask."""
+    query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
+    return 2 * query_width * request.config.data.window / (1 if request.eager else 2)
 
 
 def scoring_flops(request: Request, shape: ModelShape) -> float:
@@ -82,9 +87,8 @@ def teacher_seconds(request: Request, samples: int, evaluation: PassTraffic) -> 
     """The uncut model's one forward pass over the samples of a run, LoRA off; the head only for its top logits."""
     cluster, shape, train = request.cluster, request.shape, request.config.train
     window, of_rank = request.config.data.window, samples / request.cluster.world_size
-    query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
     head = 2 * shape.vocab_size * shape.hidden_size if train.distill_top_k is not None else 0
-    per_token = 2 * shape.linear_numel() + 2 * 2 * query_width * window / 2 + head
+    per_token = 2 * shape.linear_numel() + 2 * _attention_product(request, shape) + head
     passes = teacher_passes(request, samples)
     pieces = evaluation.sent / max(1, cluster.world_size - 1) * request.element_size
     return Seconds(

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+from loraprune_ds.plan.activations import Batch, saved_by_layer
 from loraprune_ds.plan.advice import largest_plan, nothing_fits, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import MOST_CUTS, Plan, make_plan
@@ -135,6 +138,49 @@ def test_checkpointing_trades_memory_for_gathers_and_arithmetic() -> None:
     assert held[1] < held[0] / 2
     assert checkpointed.step.weights > plain.step.weights
     assert checkpointed.step_seconds.compute > plain.step_seconds.compute
+
+
+def saved_by_autograd(attention: str, dtype: torch.dtype, key_heads: int) -> int:
+    """Bytes of a tiny LLaMA's forward pass, weights apart."""
+    sizes: dict[str, Any] = {k: v for k, v in CONFIG.items() if k != "model_type"}
+    config = LlamaConfig(**sizes, num_key_value_heads=key_heads, use_cache=False)
+    config._attn_implementation = attention
+    model: Any = LlamaForCausalLM(config)
+    model.to(dtype)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(input_ids=torch.arange(64).view(2, 32))
+    del outputs
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eager_attention_keeps_its_probabilities(dtype: torch.dtype, key_heads: int) -> None:
+    shape = shape_from_config(CONFIG | {"num_key_value_heads": key_heads}, "tiny")
+    batch = Batch(2, 32, dtype.itemsize)
+    planned = [
+        sum(saved_by_layer(shape, layer, batch, lora_rank=8, dropout=False, eager=eager) for layer in shape.layers)
+        for eager in (True, False)
+    ]
+    counted = [saved_by_autograd(attention, dtype, key_heads) for attention in ("eager", "sdpa")]
+    assert planned[0] - planned[1] == counted[0] - counted[1] > 0
+
+
+def test_a_run_with_eager_attention_needs_more() -> None:
+    plain = request(Cluster(1, 2))
+    eager = make_plan(changed(plain, model={"attn_implementation": "eager"}))
+    for moment in ("training", "evaluation"):
+        held = [plan.stages[1].moments[moment]["activations"] for plan in (eager, make_plan(plain))]
+        assert held[0] > held[1]
+    assert eager.step_seconds.compute > make_plan(plain).step_seconds.compute
 
 
 def test_logits_are_bounded_by_their_chunk() -> None:
