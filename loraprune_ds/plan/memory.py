@@ -186,16 +186,17 @@ def _scoring(request: Request, shape: ModelShape) -> dict[str, int]:
 
 def _reduction(request: Request, shape: ModelShape) -> int:
     """A full bucket once more, in the order of the ranks."""
-    sizes = _all_lora(request, shape)
+    sizes = all_lora(request, shape)
     bucket = int(request.ds_config["zero_optimization"]["reduce_bucket_size"])
     return min(bucket, sum(sizes)) * 4
 
 
 def _lora_piece(request: Request, shape: ModelShape) -> int:
-    return _piece(request, _all_lora(request, shape))
+    return _piece(request, all_lora(request, shape))
 
 
-def _all_lora(request: Request, shape: ModelShape) -> list[int]:
+def all_lora(request: Request, shape: ModelShape) -> list[int]:
+    """Elements of every LoRA factor."""
     layers, rank = range(len(shape.layers)), request.config.lora.r
     return [n for i in layers for linear in LINEARS for n in lora_sizes(shape, i, linear, rank)]
 

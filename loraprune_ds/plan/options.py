@@ -15,7 +15,7 @@ INPUTS = tuple(linear for linear in LINEARS if linear.axis == 1)  # o_proj and d
 
 def kept_moments(request: Request, shape: ModelShape) -> dict[str, int]:
     """Moments of the inputs, on the rank that owns the most, from the first measured step to the last cut."""
-    return {"input_moments": max(_moments(request, shape))} if request.config.prune.compensate != "none" else {}
+    return {"input_moments": max(moments_by_rank(request, shape))} if request.config.prune.compensate != "none" else {}
 
 
 def measured_inputs(request: Request, shape: ModelShape) -> dict[str, int]:
@@ -135,7 +135,7 @@ def measuring_bytes(request: Request, shape: ModelShape, rank: int | None = None
     world_size = request.cluster.world_size
     if request.config.prune.compensate == "none" or world_size == 1:
         return 0
-    of_ranks = _moments(request, shape)
+    of_ranks = moments_by_rank(request, shape)
     own = min(of_ranks) if rank is None else of_ranks[rank]
     return request.config.train.gradient_accumulation_steps(world_size) * (sum(of_ranks) - own)
 
@@ -182,7 +182,8 @@ def linear_pieces(request: Request, shape: ModelShape) -> list[int]:
     return [partition_numel(rows * columns, request.cluster.world_size) for rows, columns in shapes]
 
 
-def _moments(request: Request, shape: ModelShape) -> list[int]:
+def moments_by_rank(request: Request, shape: ModelShape) -> list[int]:
+    """Bytes of the moments that each rank owns, with `prune.compensate`."""
     second = request.config.prune.compensate == "least_squares"
     return moment_bytes(shape, request.cluster.world_size, second=second)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.disk import checkpoint_terms
 from loraprune_ds.plan.memory import Stage, cut_stage, loading_stage, training_stage
 from loraprune_ds.plan.options import teacher_bytes, teacher_samples
 from loraprune_ds.plan.request import Request
@@ -49,6 +50,7 @@ class Plan:
         step, last_step: traffic of an optimizer step before the first cut, that scores and measures all it can, and of
             one after the last.
         in_all: of all steps and cuts and the uncut model's pass; evaluation, loading and saving not counted.
+        checkpoint: bytes of one on the shared disk, by term; keep_last and one more are there while one is written.
         teacher_bytes, teacher_seconds: of a distillation's pass before the first step: on the shared disk, and time.
     """
 
@@ -60,6 +62,7 @@ class Plan:
     step_seconds: Seconds
     last_step_seconds: Seconds
     in_all: Total
+    checkpoint: dict[str, int]
     teacher_bytes: int
     teacher_seconds: Seconds
 
@@ -109,7 +112,19 @@ def make_plan(request: Request) -> Plan:
     of_teacher = Total(teacher.hidden, teacher.exposed, teacher_sent(request, samples, dense.evaluation))
     cuts = [_plan_cut(request, change) for change in changes]
     in_all = all_steps(request, *ends) + _all_cuts(request) + of_teacher
-    return Plan(request, stages, cuts, step, last_step, step_time, last_time, in_all, teacher_bytes(request), teacher)
+    return Plan(
+        request=request,
+        stages=stages,
+        cuts=cuts,
+        step=step,
+        last_step=last_step,
+        step_seconds=step_time,
+        last_step_seconds=last_time,
+        in_all=in_all,
+        checkpoint=checkpoint_terms(request, changes[0].after),
+        teacher_bytes=teacher_bytes(request),
+        teacher_seconds=teacher,
+    )
 
 
 def _changes(request: Request, most: int) -> list[_Change]:

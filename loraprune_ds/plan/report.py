@@ -45,6 +45,11 @@ def plan_json(plan: Plan, suggested: list[Suggestion]) -> dict[str, Any]:
         "steps_known": request.steps_known,
         "seconds_in_all": {"hidden": plan.in_all.hidden, "exposed": plan.in_all.exposed},
         "bytes_sent_in_all": round(plan.in_all.sent),
+        "checkpoint": {
+            "disk_bytes": sum(plan.checkpoint.values()),
+            "terms": plan.checkpoint,
+            "at_once": request.config.checkpoint.keep_last + 1,
+        },
         "teacher": {"disk_bytes": plan.teacher_bytes, "seconds": _seconds(plan.teacher_seconds)},
         "suggestions": [asdict(suggestion) for suggestion in suggested],
         "notes": notes(plan),
@@ -172,6 +177,7 @@ def _traffic_rows(plan: Plan) -> list[str]:
         f"first cut (step {first.step}): the busiest rank sends {first.bytes_sent / 1e6:.1f} MB, "
         f"{first.seconds:.3f} s; {len(plan.request.schedule.cut_steps())} cuts in all"
     )
+    rows.append(_checkpoint_row(plan))
     if plan.teacher_bytes:
         teacher = plan.teacher_seconds
         rows.append(
@@ -184,6 +190,14 @@ def _traffic_rows(plan: Plan) -> list[str]:
         f"rank, for {plan.request.steps:,} steps, the cuts{' and that' * (plan.teacher_bytes > 0)}"
     )
     return rows
+
+
+def _checkpoint_row(plan: Plan) -> str:
+    terms = ", ".join(f"{name.replace('_', ' ')} {count / 1e9:.1f}" for name, count in plan.checkpoint.items())
+    return (
+        f"a checkpoint: at most {sum(plan.checkpoint.values()) / 1e9:.1f} GB on the shared disk ({terms}); "
+        f"{plan.request.config.checkpoint.keep_last + 1} of them while one is written"
+    )
 
 
 def _gib(count: float) -> str:

@@ -295,6 +295,22 @@ def kinds_of(plan: Plan) -> list[StepKind]:
     ]
 
 
+def test_a_checkpoint_holds_the_moments_of_all_ranks() -> None:
+    plain = request(Cluster(1, 4))
+    none, biased, refitted = (pruning(plain, compensate=c) for c in ("none", "bias", "least_squares"))
+    widths = [4 * 2 * 64, 1376]
+    assert "input_moments" not in none.checkpoint
+    assert biased.checkpoint["input_moments"] == 6 * 4 * sum(widths)
+    assert refitted.checkpoint["input_moments"] == 6 * 4 * sum(n * n for n in widths)
+    assert none.checkpoint["weights"] == 2 * none.cuts[0].parameters
+    assert none.checkpoint["lora_state"] == sum(none.stages[1].state[t] for t in ("lora_masters", "lora_moments")) * 4
+    copied = make_plan(changed(plain, checkpoint={"copy_source": True}))
+    assert copied.checkpoint["weights"] == WEIGHTS
+    found = plan_json(refitted, [])["checkpoint"]
+    assert (found["disk_bytes"], found["at_once"]) == (sum(refitted.checkpoint.values()), 3)
+    assert "input moments" in plan_table(refitted, [])
+
+
 def test_in_all_holds_the_pass_of_the_uncut_model() -> None:
     plain, distilled = (make_plan(request(Cluster(1, 2), distill_weight=weight)) for weight in (0.0, 0.5))
     assert distilled.teacher_seconds.exposed > 0
