@@ -106,6 +106,17 @@ def test_bad_input_is_one_line(
     assert error.startswith(f"error: {message}")
 
 
+def test_hpz_is_refused_by_name_also_by_the_search(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "hpz.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}))
+    assert plan(monkeypatch, "llama-7b", "--smallest", "--set", f"deepspeed={path}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: zero_optimization.zero_hpz_partition_size (hpZ) is not planned")
+    assert error.count("\n") == 1
+
+
 def test_the_formulas_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(monkeypatch, "--explain") == 0
     assert "`gathered_weights`" in capsys.readouterr().out
