@@ -2,7 +2,7 @@
 
 launch/plan.py llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80
 launch/plan.py path/to/model --config my.yaml --set train.micro_batch_size=4 --nodes 1 --gpus-per-node 8 --json
-launch/plan.py llama-65b --gpu-memory 40 --smallest
+launch/plan.py llama-65b --gpu-memory 40 --smallest                  on up to --nodes machines, if given
 
 MODEL is a folder, a hub id (only its config.json is fetched) or llama-7b, llama-13b, llama-30b, llama-65b, which bring
 their run config from launch/configs/. No weight is loaded. Exit codes: 0 it fits, 3 it does not, 2 unusable input.
@@ -13,6 +13,11 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loraprune_ds.plan.plan import Plan
+    from loraprune_ds.plan.request import Request
 
 try:
     from loraprune_ds.command import Parser, leave, silence_libraries, tell
@@ -24,7 +29,7 @@ except ModuleNotFoundError as missing:
 DOES_NOT_FIT_EXIT_CODE = 3
 FORMULAS = Path(__file__).resolve().parents[1] / "loraprune_ds" / "plan" / "README.md"
 HELP = {
-    "nodes": "machines",
+    "nodes": "machines; with --smallest the most to try, 512 if not given",
     "gpus_per_node": "GPUs of one machine",
     "gpu_memory": "GiB of one GPU",
     "host_memory": "GiB of host memory of one machine",
@@ -50,9 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     for field in dataclasses.fields(Cluster):
         kind = int if isinstance(field.default, int) else float
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(
-            name, type=kind, default=field.default, metavar="N", help=f"{HELP[field.name]} (%(default)s)"
-        )
+        about = f"{HELP[field.name]} ({field.default})"
+        parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar="N", help=about)
     return parser.parse_args()
 
 
@@ -63,7 +67,7 @@ def main() -> int:
         if arguments.explain:
             print(FORMULAS.read_text(), end="")
             return 0
-        cluster = Cluster(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Cluster)})
+        cluster = Cluster(**{name: value for name, value in vars(arguments).items() if name in HELP})
         return plan(arguments, cluster)
     except UserError as error:
         tell(error)
@@ -72,7 +76,7 @@ def main() -> int:
 
 def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
     silence_libraries()
-    from loraprune_ds.plan.advice import smallest_plan, suggestions  # seconds of imports, after the arguments are good
+    from loraprune_ds.plan.advice import suggestions  # seconds of imports, after the arguments are good
     from loraprune_ds.plan.plan import make_plan
     from loraprune_ds.plan.report import plan_json, plan_table, verdict
     from loraprune_ds.plan.request import make_request
@@ -84,16 +88,26 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
         overrides=arguments.set,
         samples=arguments.samples,
     )
-    found = (smallest_plan(request, cluster) if arguments.smallest else None) or make_plan(request)
+    found, reason = search(request, cluster, arguments) if arguments.smallest else (make_plan(request), "")
     suggested = [] if found.fits else suggestions(found)
     if arguments.json:
         print(json.dumps(plan_json(found, suggested), indent=2, allow_nan=False))
     else:
         print(plan_table(found, suggested))
     if not found.fits:
-        tell(UserError(verdict(found)))
+        tell(UserError(reason or verdict(found)))
         return DOES_NOT_FIT_EXIT_CODE
     return 0
+
+
+def search(request: "Request", cluster: Cluster, arguments: argparse.Namespace) -> tuple["Plan", str]:
+    """The plan on the fewest GPUs; if it fits on none, on the most that were tried, and what to say of that."""
+    from loraprune_ds.plan.advice import MOST_NODES, largest_plan, nothing_fits, smallest_plan
+
+    most_nodes = getattr(arguments, "nodes", MOST_NODES)
+    if found := smallest_plan(request, cluster, most_nodes):
+        return found, ""
+    return largest_plan(request, cluster, most_nodes), nothing_fits(request, cluster, most_nodes)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """What to change when a run does not fit, and the fewest GPUs on which it does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.cluster import MOST_GPUS, Cluster
 from loraprune_ds.plan.plan import Plan, make_plan
 from loraprune_ds.plan.request import Request, changed
 
-MOST_NODES = 512  # that --smallest tries
+MOST_NODES = 512  # that --smallest tries if it is not told how many there are
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,12 @@ def suggestions(plan: Plan) -> list[Suggestion]:
     return found
 
 
-def smallest_plan(request: Request, largest: Cluster) -> Plan | None:
+def smallest_plan(request: Request, largest: Cluster, most_nodes: int = MOST_NODES) -> Plan | None:
     """The plan on the fewest GPUs that fit and can split the global batch; None if none does.
 
     Up to as many as `largest` has in one node, then whole nodes like its.
     """
-    for cluster in _clusters(largest):
-        try:
-            candidate = changed(request, cluster)
-        except UserError:
-            continue  # the global batch cannot be split over so many
+    for candidate in _splittable(request, _clusters(largest, most_nodes)):
         if candidate.shape.total_numel() * candidate.element_size > _room(candidate):
             continue
         plan = make_plan(candidate)
@@ -59,16 +55,39 @@ def smallest_plan(request: Request, largest: Cluster) -> Plan | None:
     return None
 
 
+def largest_plan(request: Request, largest: Cluster, most_nodes: int = MOST_NODES) -> Plan:
+    """The plan on the most GPUs that `smallest_plan` tries. A single one can always split the global batch."""
+    clusters = reversed(list(_clusters(largest, most_nodes)))
+    return make_plan(next(_splittable(request, clusters)))
+
+
+def nothing_fits(request: Request, largest: Cluster, most_nodes: int = MOST_NODES) -> str:
+    """One line for when `smallest_plan` finds nothing."""
+    return (
+        f"{request.model} fits on no cluster of up to {most_nodes} x {largest.gpus_per_node} GPUs of "
+        f"{largest.gpu_memory:g} GiB with {largest.host_memory:g} GiB of host memory per node, of those that can split "
+        f"train.global_batch_size {request.config.train.global_batch_size}"
+    )
+
+
+def _splittable(request: Request, clusters: Iterable[Cluster]) -> Iterator[Request]:
+    for cluster in clusters:
+        try:
+            yield changed(request, cluster)
+        except UserError:
+            continue  # the global batch cannot be split over so many
+
+
 def _room(request: Request) -> float:
     """Bytes that the weights alone must be below, wherever they lie."""
     cluster = request.cluster
     return cluster.host_bytes * cluster.nodes if request.offloads("param") else cluster.gpu_bytes * cluster.world_size
 
 
-def _clusters(cluster: Cluster) -> Iterator[Cluster]:
+def _clusters(cluster: Cluster, most_nodes: int) -> Iterator[Cluster]:
     for gpus in range(1, cluster.gpus_per_node + 1):
         yield replace(cluster, nodes=1, gpus_per_node=gpus)
-    for nodes in range(2, MOST_NODES + 1):
+    for nodes in range(2, min(most_nodes, MOST_GPUS // cluster.gpus_per_node) + 1):
         yield replace(cluster, nodes=nodes)
 
 

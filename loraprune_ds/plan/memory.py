@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from loraprune_ds.model.checkpoint import READ_CHUNK
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import options
-from loraprune_ds.plan.activations import Batch, activations, logits
+from loraprune_ds.plan.activations import Batch, activations, forward_temporaries, logits
 from loraprune_ds.plan.request import Request
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.zero.fetching import PassTraffic
@@ -143,6 +143,7 @@ def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> dict
         lora_rank=config.lora.r,
         dropout=config.lora.lora_dropout > 0,
         checkpointing=config.train.gradient_checkpointing,
+        eager=request.eager,
     )
     distills = config.train.distill_weight > 0
     return {
@@ -158,10 +159,10 @@ def _evaluation(request: Request, shape: ModelShape, traffic: PassTraffic) -> di
     evaluate = request.config.evaluate
     batch = Batch(evaluate.batch_size, evaluate.window, request.element_size)
     t, e = batch.tokens, batch.element_size
+    widest = max(forward_temporaries(shape, layer, batch, eager=request.eager) for layer in shape.layers)
     return {
         "gathered_weights": traffic.peak_live * e,
-        "activations": t * (3 * e * shape.hidden_size + 4 * shape.hidden_size)
-        + 4 * e * t * max(layer.channels for layer in shape.layers),
+        "activations": t * (3 * e * shape.hidden_size + 4 * shape.hidden_size) + widest,
         "logits": logits(shape, batch, request.config.train.loss_chunk_tokens),
     }
 
@@ -185,16 +186,17 @@ def _scoring(request: Request, shape: ModelShape) -> dict[str, int]:
 
 def _reduction(request: Request, shape: ModelShape) -> int:
     """A full bucket once more, in the order of the ranks."""
-    sizes = _all_lora(request, shape)
+    sizes = all_lora(request, shape)
     bucket = int(request.ds_config["zero_optimization"]["reduce_bucket_size"])
     return min(bucket, sum(sizes)) * 4
 
 
 def _lora_piece(request: Request, shape: ModelShape) -> int:
-    return _piece(request, _all_lora(request, shape))
+    return _piece(request, all_lora(request, shape))
 
 
-def _all_lora(request: Request, shape: ModelShape) -> list[int]:
+def all_lora(request: Request, shape: ModelShape) -> list[int]:
+    """Elements of every LoRA factor."""
     layers, rank = range(len(shape.layers)), request.config.lora.r
     return [n for i in layers for linear in LINEARS for n in lora_sizes(shape, i, linear, rank)]
 

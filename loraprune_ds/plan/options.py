@@ -15,7 +15,7 @@ INPUTS = tuple(linear for linear in LINEARS if linear.axis == 1)  # o_proj and d
 
 def kept_moments(request: Request, shape: ModelShape) -> dict[str, int]:
     """Moments of the inputs, on the rank that owns the most, from the first measured step to the last cut."""
-    return {"input_moments": max(_moments(request, shape))} if request.config.prune.compensate != "none" else {}
+    return {"input_moments": max(moments_by_rank(request, shape))} if request.config.prune.compensate != "none" else {}
 
 
 def measured_inputs(request: Request, shape: ModelShape) -> dict[str, int]:
@@ -116,12 +116,26 @@ def gradient_bytes(request: Request, shape: ModelShape) -> int:
     return 4 * micro_batches * (world_size - 1) * sum(linear_pieces(request, shape))
 
 
+def gradient_flops(request: Request, shape: ModelShape) -> float:
+    """Per token of a step that scores by the true gradient: one more product with every linear's inputs."""
+    return 2 * shape.linear_numel() if request.config.prune.criterion == "gradient" else 0
+
+
+def measuring_flops(request: Request, shape: ModelShape) -> float:
+    """Per token of a measured step: x·xᵀ of the inputs of o_proj and down_proj, or their sum."""
+    compensate = request.config.prune.compensate
+    if compensate == "none":
+        return 0
+    widths = [shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in INPUTS]
+    return sum(2 * n * n if compensate == "least_squares" else n for n in widths)
+
+
 def measuring_bytes(request: Request, shape: ModelShape, rank: int | None = None) -> int:
     """Sent per measured step, by a rank or by the one that owns the least: its parts to the other layers' owners."""
     world_size = request.cluster.world_size
     if request.config.prune.compensate == "none" or world_size == 1:
         return 0
-    of_ranks = _moments(request, shape)
+    of_ranks = moments_by_rank(request, shape)
     own = min(of_ranks) if rank is None else of_ranks[rank]
     return request.config.train.gradient_accumulation_steps(world_size) * (sum(of_ranks) - own)
 
@@ -168,7 +182,8 @@ def linear_pieces(request: Request, shape: ModelShape) -> list[int]:
     return [partition_numel(rows * columns, request.cluster.world_size) for rows, columns in shapes]
 
 
-def _moments(request: Request, shape: ModelShape) -> list[int]:
+def moments_by_rank(request: Request, shape: ModelShape) -> list[int]:
+    """Bytes of the moments that each rank owns, with `prune.compensate`."""
     second = request.config.prune.compensate == "least_squares"
     return moment_bytes(shape, request.cluster.world_size, second=second)
 

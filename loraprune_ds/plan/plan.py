@@ -2,14 +2,30 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.disk import checkpoint_terms
 from loraprune_ds.plan.memory import Stage, cut_stage, loading_stage, training_stage
 from loraprune_ds.plan.options import teacher_bytes, teacher_samples
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.seconds import Seconds, cut_seconds, step_seconds, teacher_seconds
-from loraprune_ds.plan.traffic import Passes, StepTraffic, cut_bytes, simulate_passes, step_traffic
+from loraprune_ds.plan.seconds import Seconds, cut_seconds, teacher_seconds
+from loraprune_ds.plan.steps import HEAVIEST, PLAIN
+from loraprune_ds.plan.totals import End, Total, all_steps, step_cost
+from loraprune_ds.plan.traffic import StepTraffic, cut_bytes, simulate_passes, teacher_sent
 
 MOST_CUTS = 24  # that are planned one by one; of more, as many evenly spread
+MOST_SUMMED = 240  # whose bytes and seconds are added up; of more, as many, and what lies between is interpolated
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a cut does: `number` among all cuts of the schedule, from 0, and the shapes just before and after it."""
+
+    number: int
+    step: int
+    before: ModelShape
+    after: ModelShape
 
 
 @dataclass(frozen=True)
@@ -31,8 +47,10 @@ class Plan:
 
     Attributes:
         stages: in the order of the run; the dense steps and the last ones with all their moments.
-        step, last_step: traffic of an optimizer step before the first and after the last cut.
-        seconds_in_all: of all steps and cuts, from `hidden` to `exposed`; evaluation, loading and saving not counted.
+        step, last_step: traffic of an optimizer step before the first cut, that scores and measures all it can, and of
+            one after the last.
+        in_all: of all steps and cuts and the uncut model's pass; evaluation, loading and saving not counted.
+        checkpoint: bytes of one on the shared disk, by term; keep_last and one more are there while one is written.
         teacher_bytes, teacher_seconds: of a distillation's pass before the first step: on the shared disk, and time.
     """
 
@@ -43,7 +61,8 @@ class Plan:
     last_step: StepTraffic
     step_seconds: Seconds
     last_step_seconds: Seconds
-    seconds_in_all: tuple[float, float]
+    in_all: Total
+    checkpoint: dict[str, int]
     teacher_bytes: int
     teacher_seconds: Seconds
 
@@ -78,54 +97,77 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Plans the whole run. Takes seconds for LLaMA-65B, and memory for shapes only."""
-    steps = _some_cuts(request.schedule.cut_steps())
-    shapes = [request.shape, *(request.shape_at(request.schedule.target(step)) for step in steps)]
-    dense, final = simulate_passes(request, [shapes[0], shapes[-1]])
-    stages = [loading_stage(request), training_stage("dense", request, shapes[0], dense.training, dense.evaluation)]
-    stages += [
-        cut_stage(f"cut at step {step}", request, before, after)
-        for step, before, after in zip(steps, shapes, shapes[1:], strict=False)
-    ]
-    last = training_stage("after the last cut", request, shapes[-1], final.training, final.evaluation, scores=False)
+    changes = _changes(request, MOST_CUTS)
+    first_shape, last_shape = request.shape, changes[-1].after
+    dense, final = simulate_passes(request, [first_shape, last_shape])
+    stages = [loading_stage(request), training_stage("dense", request, first_shape, dense.training, dense.evaluation)]
+    stages += [cut_stage(f"cut at step {cut.step}", request, cut.before, cut.after) for cut in changes]
+    last = training_stage("after the last cut", request, last_shape, final.training, final.evaluation, scores=False)
     stages.append(last)
-    step, step_time = _step(request, shapes[0], dense)
-    last_step, last_time = _step(request, shapes[-1], final, scores=False)
-    teacher = teacher_seconds(request, teacher_samples(request), dense.evaluation)
-    cuts = _plan_cuts(request, steps, shapes)
-    in_all = _in_all(request, cuts, step_time, last_time)
-    return Plan(request, stages, cuts, step, last_step, step_time, last_time, in_all, teacher_bytes(request), teacher)
+    ends = End(first_shape, dense.training), End(last_shape, final.training)
+    step, step_time = step_cost(request, ends[0], HEAVIEST)
+    last_step, last_time = step_cost(request, ends[1], PLAIN)
+    samples = teacher_samples(request)
+    teacher = teacher_seconds(request, samples, dense.evaluation)
+    of_teacher = Total(teacher.hidden, teacher.exposed, teacher_sent(request, samples, dense.evaluation))
+    cuts = [_plan_cut(request, change) for change in changes]
+    in_all = all_steps(request, *ends) + _all_cuts(request) + of_teacher
+    return Plan(
+        request=request,
+        stages=stages,
+        cuts=cuts,
+        step=step,
+        last_step=last_step,
+        step_seconds=step_time,
+        last_step_seconds=last_time,
+        in_all=in_all,
+        checkpoint=checkpoint_terms(request, changes[0].after),
+        teacher_bytes=teacher_bytes(request),
+        teacher_seconds=teacher,
+    )
 
 
-def _some_cuts(steps: list[int]) -> list[int]:
-    if len(steps) <= MOST_CUTS:
-        return steps
-    chosen = {round(i * (len(steps) - 1) / (MOST_CUTS - 1)) for i in range(MOST_CUTS)}
-    return [steps[i] for i in sorted(chosen)]
+def _changes(request: Request, most: int) -> list[_Change]:
+    """All cuts of the schedule, or `most` of them, each from the shape that the cut before it leaves."""
+    steps, found = request.schedule.cut_steps(), []
+    for number in _evenly(len(steps), most):
+        before, after = (steps[number - 1] if number else 0), steps[number]
+        shapes = [request.shape_at(request.schedule.target(step)) for step in (before, after)]
+        found.append(_Change(number, after, *shapes))
+    return found
 
 
-def _step(request: Request, shape: ModelShape, passes: Passes, *, scores: bool = True) -> tuple[StepTraffic, Seconds]:
-    traffic = step_traffic(request, shape, passes.training, scores=scores)
-    return traffic, step_seconds(request, shape, traffic, passes.training)
+def _evenly(count: int, most: int) -> list[int]:
+    """Numbers below `count`, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def _plan_cuts(request: Request, steps: list[int], shapes: list[ModelShape]) -> list[PlannedCut]:
-    cuts = []
-    for step, before, after in zip(steps, shapes, shapes[1:], strict=False):
-        sent = cut_bytes(request, before, after)
-        states = [cut_stage("", request, shape, shape).resident for shape in (before, after)]
-        seconds = cut_seconds(request, before, after, sent)
-        target = request.schedule.target(step)
-        cuts.append(PlannedCut(step, target, after.total_numel(), *states, bytes_sent=sent, seconds=seconds))
-    return cuts
+def _plan_cut(request: Request, cut: _Change) -> PlannedCut:
+    sent, seconds = _cost(request, cut)
+    before, after = (cut_stage("", request, shape, shape).resident for shape in (cut.before, cut.after))
+    return PlannedCut(
+        step=cut.step,
+        target=request.schedule.target(cut.step),
+        parameters=cut.after.total_numel(),
+        state_before=before,
+        state_after=after,
+        bytes_sent=sent,
+        seconds=seconds,
+    )
 
 
-def _in_all(request: Request, cuts: list[PlannedCut], first: Seconds, last: Seconds) -> tuple[float, float]:
-    """Steps before the first cut take the first time, after the last the other, between in proportion."""
-    schedule, total = request.schedule, [0.0, 0.0]
-    for step in range(1, request.steps + 1):
-        gone = schedule.target(step - 1) / schedule.ratio
-        for end, name in enumerate(("hidden", "exposed")):
-            total[end] += getattr(first, name) + gone * (getattr(last, name) - getattr(first, name))
-    count = len(schedule.cut_steps())
-    of_cuts = count * sum(cut.seconds for cut in cuts) / len(cuts)
-    return total[0] + of_cuts, total[1] + of_cuts
+def _cost(request: Request, cut: _Change) -> tuple[int, float]:
+    """(bytes that the busiest rank sends, seconds)."""
+    sent = cut_bytes(request, cut.before, cut.after)
+    return sent, cut_seconds(request, cut.before, cut.after, sent)
+
+
+def _all_cuts(request: Request) -> Total:
+    """Of all cuts of the schedule; between two that are added up bytes and seconds change in proportion."""
+    changes, numbers = _changes(request, MOST_SUMMED), range(len(request.schedule.cut_steps()))
+    costs = [_cost(request, change) for change in changes]
+    known = [change.number for change in changes]
+    sent, seconds = (float(np.interp(numbers, known, values).sum()) for values in zip(*costs, strict=True))
+    return Total(seconds, seconds, sent)

@@ -6,7 +6,9 @@ from typing import Any
 from loraprune_ds.plan.advice import Suggestion
 from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.plan import Plan
+from loraprune_ds.plan.request import ASSUMED_STEPS, Request
 from loraprune_ds.plan.seconds import Seconds
+from loraprune_ds.plan.steps import step_kind
 
 COMMUNICATION_BOUND = 2.0  # times the arithmetic
 OPTIONAL = ("weight_gradients", "input_moments")  # traffic of options that are off in most runs
@@ -41,7 +43,13 @@ def plan_json(plan: Plan, suggested: list[Suggestion]) -> dict[str, Any]:
         },
         "steps": request.steps,
         "steps_known": request.steps_known,
-        "seconds_in_all": {"hidden": plan.seconds_in_all[0], "exposed": plan.seconds_in_all[1]},
+        "seconds_in_all": {"hidden": plan.in_all.hidden, "exposed": plan.in_all.exposed},
+        "bytes_sent_in_all": round(plan.in_all.sent),
+        "checkpoint": {
+            "disk_bytes": sum(plan.checkpoint.values()),
+            "terms": plan.checkpoint,
+            "at_once": request.config.checkpoint.keep_last + 1,
+        },
         "teacher": {"disk_bytes": plan.teacher_bytes, "seconds": _seconds(plan.teacher_seconds)},
         "suggestions": [asdict(suggestion) for suggestion in suggested],
         "notes": notes(plan),
@@ -73,11 +81,12 @@ def notes(plan: Plan) -> list[str]:
     request, lines = plan.request, []
     if not request.steps_known:
         lines.append(
-            f"the run counts epochs and its data is not here: {request.steps} steps are assumed "
+            f"the run counts epochs and its data is not here: {ASSUMED_STEPS} steps are assumed "
             "(--samples N, or --set train.epochs=null --set train.steps=N)"
         )
     if request.config.prune.ranking == "global":
         lines.append("ranking global takes from layers as they score; planned as if it took from all alike")
+    lines += _heaviest_step(request)
     seconds = plan.step_seconds
     micro_batches = request.config.train.gradient_accumulation_steps(request.cluster.world_size)
     if micro_batches > 1 and seconds.communication > COMMUNICATION_BOUND * seconds.compute:
@@ -87,6 +96,19 @@ def notes(plan: Plan) -> list[str]:
         )
     lines.append("seconds are estimates from the bandwidths and FLOP/s given, not measurements")
     return lines
+
+
+def _heaviest_step(request: Request) -> list[str]:
+    """That most steps cost less, where an option makes some of them dearer."""
+    prune = request.config.prune
+    if prune.criterion != "gradient" and prune.compensate == "none":
+        return []
+    kinds = [step_kind(prune, request.schedule, step) for step in range(1, request.steps + 1)]
+    scored, measured = sum(kind.scores for kind in kinds), sum(kind.measures for kind in kinds)
+    return [
+        f"a step before any cut is shown as the dearest kind: of {request.steps} steps {scored} score and {measured} "
+        "measure inputs; `in all` takes each as it is"
+    ]
 
 
 def plan_table(plan: Plan, suggested: list[Suggestion]) -> str:
@@ -155,15 +177,27 @@ def _traffic_rows(plan: Plan) -> list[str]:
         f"first cut (step {first.step}): the busiest rank sends {first.bytes_sent / 1e6:.1f} MB, "
         f"{first.seconds:.3f} s; {len(plan.request.schedule.cut_steps())} cuts in all"
     )
+    rows.append(_checkpoint_row(plan))
     if plan.teacher_bytes:
         teacher = plan.teacher_seconds
         rows.append(
             f"the uncut model's outputs: {plan.teacher_bytes / 1e9:.1f} GB on the shared disk, "
             f"{teacher.hidden:.0f} to {teacher.exposed:.0f} s before the first step"
         )
-    low, high = (seconds / 3600 for seconds in plan.seconds_in_all)
-    rows.append(f"in all: {low:.1f} to {high:.1f} hours for {plan.request.steps:,} steps")
+    whole = plan.in_all
+    rows.append(
+        f"in all: {whole.hidden / 3600:.1f} to {whole.exposed / 3600:.1f} hours, {whole.sent / 1e9:,.0f} GB sent per "
+        f"rank, for {plan.request.steps:,} steps, the cuts{' and that' * (plan.teacher_bytes > 0)}"
+    )
     return rows
+
+
+def _checkpoint_row(plan: Plan) -> str:
+    terms = ", ".join(f"{name.replace('_', ' ')} {count / 1e9:.1f}" for name, count in plan.checkpoint.items())
+    return (
+        f"a checkpoint: at most {sum(plan.checkpoint.values()) / 1e9:.1f} GB on the shared disk ({terms}); "
+        f"{plan.request.config.checkpoint.keep_last + 1} of them while one is written"
+    )
 
 
 def _gib(count: float) -> str:

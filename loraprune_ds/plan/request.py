@@ -1,6 +1,5 @@
 """What is to be planned: model, run, cluster; read without loading a weight."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.build import EMBEDDED
+from loraprune_ds.model.checkpoint import read_json
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config
 from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.steps import steps_for_epochs
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
@@ -37,7 +38,8 @@ class Request:
     """A run on a cluster.
 
     Attributes:
-        steps: optimizer steps; `steps_known` tells whether the run says so, or they are assumed.
+        steps: optimizer steps, the recovery included; `steps_known` tells whether the run says how many, or they are
+            assumed.
         samples: in the training data, if known.
         ds_config: DeepSpeed's JSON with every "auto" replaced.
     """
@@ -56,6 +58,11 @@ class Request:
     @property
     def element_size(self) -> int:
         return ELEMENT_SIZES[self.config.model.dtype]
+
+    @property
+    def eager(self) -> bool:
+        """Whether attention makes whole matrices of probabilities."""
+        return self.config.model.attn_implementation == "eager"
 
     def offloads(self, what: str) -> bool:
         """Whether the DeepSpeed config keeps "optimizer" or "param" in host memory."""
@@ -121,26 +128,48 @@ def build_request(
     """
     train = config.train
     if config.prune.compensate == "bias":
-        shape = replace(shape, attention_bias=True, mlp_bias=True)  # as the run gives it them
+        shape = _with_biases(name, shape)
+    _check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
+    if samples is not None and samples < train.global_batch_size:
+        raise UserError(f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}")
     steps = train.steps
     if steps is None and samples is not None:
-        if samples < train.global_batch_size:
-            raise UserError(f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}")
-        steps = max(1, int((train.epochs or 1) * (samples // train.global_batch_size)))
-    planned = steps or ASSUMED_STEPS
+        steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
+    pruning_steps = steps or ASSUMED_STEPS
     return Request(
         model=name,
         shape=shape,
         config=config,
         cluster=cluster,
-        steps=planned,
+        steps=pruning_steps + train.recovery_steps,
         steps_known=steps is not None,
         limits=make_limits(config.prune, shape),
-        schedule=make_schedule(config.prune, planned),
-        ds_config=resolve_ds_config(find_ds_config(config.deepspeed), config, shape, cluster.world_size),
+        schedule=make_schedule(config.prune, pruning_steps),
+        ds_config=_read_ds_config(config, shape, cluster.world_size),
         samples=samples,
     )
+
+
+def _with_biases(name: str, shape: ModelShape) -> ModelShape:
+    """As the run gives them to the model that it opens (`open_for_pruning`), or refuses to, but from the shape alone.
+
+    Raises:
+        UserError: its linears cannot have biases.
+    """
+    if shape.model_type not in ("llama", "pruned_llama"):
+        raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({name}) lacks")
+    return replace(shape, attention_bias=True, mlp_bias=True)
+
+
+def _check_top_k(top_k: int | None, vocab_size: int) -> None:
+    """As a run does it, in a layer above this one (train/teacher.py).
+
+    Raises:
+        UserError: a token has fewer logits than are to be kept of it.
+    """
+    if top_k is not None and top_k > vocab_size:
+        raise UserError(f"train.distill_top_k {top_k} is above the model's vocabulary of {vocab_size}")
 
 
 def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:
@@ -155,9 +184,8 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
     zero = sections.pop("deepspeed", {})
     for section, values in sections.items():
         raw[section] |= values
-    again = build_request(request.model, request.shape, config_from_dict(raw), cluster or request.cluster)
-    known = {"steps": request.steps, "steps_known": request.steps_known, "samples": request.samples}
-    again = replace(again, **known, schedule=request.schedule)
+    config, where = config_from_dict(raw), cluster or request.cluster
+    again = build_request(request.model, request.shape, config, where, samples=request.samples)
     again.ds_config["zero_optimization"] |= request.ds_config["zero_optimization"] | zero
     return again
 
@@ -174,9 +202,26 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
     folder = embedded_model_dir() if model == EMBEDDED else Path(model).expanduser()
     path = folder / "config.json" if folder.is_dir() else _download_config(model, revision)
     try:
-        return shape_from_config(json.loads(path.read_text()), model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raw = read_json(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return shape_from_config(raw, model)
+
+
+def _read_ds_config(config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON with every "auto" replaced.
+
+    Raises:
+        UserError: as a run would say it; or hpZ, whose gathers zero/fetching.py does not model.
+    """
+    path = find_ds_config(config.deepspeed)
+    zero = read_json(path).get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("zero_hpz_partition_size", 1) != 1:
+        raise UserError(
+            f"{path}: zero_optimization.zero_hpz_partition_size (hpZ) is not planned: neither its second copy of the "
+            "weights nor its gathers within a node are counted; plan with a DeepSpeed JSON without it"
+        )
+    return resolve_ds_config(path, config, shape, world_size)
 
 
 def _download_config(model: str, revision: str | None) -> Path:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.traffic import StepTraffic
+from loraprune_ds.plan.steps import StepKind
+from loraprune_ds.plan.traffic import StepTraffic, teacher_passes, teacher_sent
 from loraprune_ds.zero.fetching import PassTraffic
 from loraprune_ds.zero.passes import lora_sizes
 
@@ -38,28 +39,41 @@ def flops_per_token(request: Request, shape: ModelShape) -> float:
     """Of training, per token: a multiply-add is two.
 
     Linears: 2 forward, 2 for the gradient of their input (the weights are frozen), 2 more if recomputed. LoRA: 2
-    forward, 4 backward, 2. Attention over half a window on average: two products forward, five backward, two. Head:
-    logits and the gradient of their input, once.
+    forward, 4 backward, 2. Attention: two products forward, five backward, two. Head: logits and the gradient of their
+    input, once.
     """
     again = int(request.config.train.gradient_checkpointing)
     layers, rank = range(len(shape.layers)), request.config.lora.r
     lora = sum(n for i in layers for linear in LINEARS for n in lora_sizes(shape, i, linear, rank))
-    query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
-    product = 2 * query_width * request.config.data.window / 2
+    product = _attention_product(request, shape)
     linears = (4 + 2 * again) * shape.linear_numel() + (6 + 2 * again) * lora
     return linears + (7 + 2 * again) * product + 4 * shape.vocab_size * shape.hidden_size
 
 
+def _attention_product(request: Request, shape: ModelShape) -> float:
+    """Per token, of all layers: over half a window on average, or with `eager` over all of it and its mask."""
+    query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
+    return 2 * query_width * request.config.data.window / (1 if request.eager else 2)
+
+
 def scoring_flops(request: Request, shape: ModelShape) -> float:
-    """Of one rank: B·A and, with twice the rank, the gradient estimate, for the weights it owns."""
-    return 6 * request.config.lora.r * shape.linear_numel() / request.cluster.world_size
+    """Of one rank, for the weights it owns: B·A, and where the gradient is estimated that, with twice the rank."""
+    criterion, rank = request.config.prune.criterion, request.config.lora.r
+    per_weight = {"random": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
+    return per_weight * shape.linear_numel() / request.cluster.world_size
 
 
-def step_seconds(request: Request, shape: ModelShape, traffic: StepTraffic, training: PassTraffic) -> Seconds:
-    """One optimizer step with scoring."""
+def step_seconds(
+    request: Request, shape: ModelShape, traffic: StepTraffic, training: PassTraffic, kind: StepKind
+) -> Seconds:
+    """One optimizer step."""
     cluster, train = request.cluster, request.config.train
     tokens = train.global_batch_size * request.config.data.window / cluster.world_size
-    flops = flops_per_token(request, shape) * tokens + scoring_flops(request, shape)
+    flops = flops_per_token(request, shape) * tokens
+    if kind.scores:
+        flops += options.gradient_flops(request, shape) * tokens + scoring_flops(request, shape)
+    if kind.measures:
+        flops += options.measuring_flops(request, shape) * tokens
     pieces = training.sent / max(1, cluster.world_size - 1) * request.element_size
     copied = pieces * train.gradient_accumulation_steps(cluster.world_size) if request.offloads("param") else 0
     return Seconds(
@@ -73,14 +87,13 @@ def teacher_seconds(request: Request, samples: int, evaluation: PassTraffic) -> 
     """The uncut model's one forward pass over the samples of a run, LoRA off; the head only for its top logits."""
     cluster, shape, train = request.cluster, request.shape, request.config.train
     window, of_rank = request.config.data.window, samples / request.cluster.world_size
-    query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
     head = 2 * shape.vocab_size * shape.hidden_size if train.distill_top_k is not None else 0
-    per_token = 2 * shape.linear_numel() + 2 * 2 * query_width * window / 2 + head
-    passes = of_rank / train.micro_batch_size
+    per_token = 2 * shape.linear_numel() + 2 * _attention_product(request, shape) + head
+    passes = teacher_passes(request, samples)
     pieces = evaluation.sent / max(1, cluster.world_size - 1) * request.element_size
     return Seconds(
         compute=per_token * of_rank * window / (cluster.flops * 1e12),
-        communication=passes * cluster.seconds_to_gather(evaluation.sent * request.element_size),
+        communication=cluster.seconds_to_gather(teacher_sent(request, samples, evaluation)),
         host_copies=passes * pieces / (cluster.host_bandwidth * 1e9) if request.offloads("param") else 0,
     )
 

@@ -11,6 +11,7 @@ import torch
 from loraprune_ds.model.shapes import KINDS, LINEARS, LayerShape, ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.request import Request
+from loraprune_ds.plan.steps import StepKind
 from loraprune_ds.zero.fetching import Fetcher, FetchLimits, PassTraffic
 from loraprune_ds.zero.flat import AxisCut, moved_elements, partition_numel
 from loraprune_ds.zero.passes import Network, lora_sizes
@@ -63,17 +64,17 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
     return found
 
 
-def step_traffic(request: Request, shape: ModelShape, training: PassTraffic, *, scores: bool = True) -> StepTraffic:
-    """A step of `gradient_accumulation_steps` micro-batches; with `scores` one that scores and measures all it can."""
+def step_traffic(request: Request, shape: ModelShape, training: PassTraffic, kind: StepKind) -> StepTraffic:
+    """A step of `gradient_accumulation_steps` micro-batches."""
     world_size = request.cluster.world_size
     micro_batches = request.config.train.gradient_accumulation_steps(world_size)
     lora = sum(lora_pieces(request, shape))
     return StepTraffic(
         weights=micro_batches * training.sent * request.element_size,
         lora_gradients=micro_batches * lora * (world_size - 1) * 4,
-        scoring=scoring_bytes(request, shape) if scores else 0,
-        weight_gradients=options.gradient_bytes(request, shape) if scores else 0,
-        input_moments=options.measuring_bytes(request, shape) if scores else 0,
+        scoring=scoring_bytes(request, shape) if kind.scores else 0,
+        weight_gradients=options.gradient_bytes(request, shape) if kind.scores else 0,
+        input_moments=options.measuring_bytes(request, shape) if kind.measures else 0,
     )
 
 
@@ -96,6 +97,16 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
         return 0, 0
     mask = sum(layer.count(kind) for layer in shape.layers for kind in KINDS)
     return 4 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
+
+
+def teacher_passes(request: Request, samples: int) -> float:
+    """Micro-batches of each rank in the uncut model's pass over so many samples."""
+    return samples / request.cluster.world_size / request.config.train.micro_batch_size
+
+
+def teacher_sent(request: Request, samples: int, evaluation: PassTraffic) -> float:
+    """What every one of them gathers."""
+    return teacher_passes(request, samples) * evaluation.sent * request.element_size
 
 
 def lora_pieces(request: Request, shape: ModelShape) -> list[int]:

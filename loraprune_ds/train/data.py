@@ -5,7 +5,6 @@ goes on where it stopped.
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.plan.steps import steps_for_epochs
 
 WIDTH_MULTIPLE = 8  # matrix products are fastest at widths that tensor cores divide
 
@@ -141,8 +141,7 @@ class SampleOrder:
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Whole steps in so many epochs, at least one."""
-        steps = epochs * self.num_samples / self.global_batch_size
-        return max(1, math.floor(steps + 1e-9))  # 0.29 epochs of 100 samples are 29, not 28.999...
+        return steps_for_epochs(epochs, self.num_samples, self.global_batch_size)
 
     def _permutation_of(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch != self._epoch:

@@ -65,6 +65,20 @@ def test_the_smallest_cluster_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys
     assert "in all:" in out
 
 
+@pytest.mark.parametrize(("nodes", "most"), [(["--nodes", "2"], 2), ([], 512)])
+def test_no_cluster_is_large_enough(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nodes: list[str], most: int
+) -> None:
+    arguments = ("embedded", "--smallest", "--gpus-per-node", "4", "--gpu-memory", "3.01", "--reserve", "3", *nodes)
+    assert plan(monkeypatch, *arguments, "--json") == 3
+    out, error = capsys.readouterr()
+    found = json.loads(out)
+    assert found["fits"] is False
+    assert found["world_size"] == min(4 * most, 64)  # 128 samples in micro-batches of 2
+    assert error.count("\n") == 1
+    assert error.startswith(f"error: embedded fits on no cluster of up to {most} x 4 GPUs of 3.01 GiB ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +90,8 @@ def test_the_smallest_cluster_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys
             "train.global_batch_size 128 in micro-batches of 1 cannot be split over 24 ranks",
         ),
         (["llama-65b", "--set", "prune.ratio=2"], "prune.ratio must be in (0, 1); got 2"),
+        (["llama-65b", "--samples", "0"], "--samples 0 is less than train.global_batch_size 128"),
+        (["llama-65b", "--smallest", "--nodes", "0"], "--nodes must be a number above 0; got 0"),
         (["./nowhere"], "model ./nowhere does not exist; give a folder, a hub id, or one of llama-7b"),
         ([], "give a model or --config"),
     ],
@@ -88,6 +104,17 @@ def test_bad_input_is_one_line(
     assert out == ""
     assert error.count("\n") == 1
     assert error.startswith(f"error: {message}")
+
+
+def test_hpz_is_refused_by_name_also_by_the_search(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "hpz.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}))
+    assert plan(monkeypatch, "llama-7b", "--smallest", "--set", f"deepspeed={path}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: zero_optimization.zero_hpz_partition_size (hpZ) is not planned")
+    assert error.count("\n") == 1
 
 
 def test_the_formulas_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,21 +1,38 @@
 """The planner's arithmetic, apart from real ranks."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.plan.advice import smallest_plan, suggestions
+from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+from loraprune_ds.plan.activations import Batch, saved_by_layer
+from loraprune_ds.plan.advice import largest_plan, nothing_fits, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
-from loraprune_ds.plan.plan import make_plan
+from loraprune_ds.plan.plan import MOST_CUTS, Plan, make_plan
 from loraprune_ds.plan.report import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
+from loraprune_ds.plan.steps import StepKind, step_kind
+from loraprune_ds.plan.totals import NOTHING
+from loraprune_ds.train.data import SampleOrder
+from loraprune_ds.train.teacher import check_top_k
 
 SMALL = ModelShape("llama", 512, 64, 2, 1000, False, False, False, (LayerShape(4, 1376),) * 6)
 LONG = SMALL.with_layers(SMALL.layers * 8)
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+}
 WEIGHTS = SMALL.total_numel() * 2
 
 
@@ -33,6 +50,10 @@ def request(cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMA
 def tight(gpus: int, megabytes: float) -> Cluster:
     """GPUs that have so much memory for the run."""
     return Cluster(1, gpus, gpu_memory=3 + megabytes * 1e6 / GIB)
+
+
+LITTLE_GATHERED = {"stage3_max_live_parameters": 4_000_000, "stage3_max_reuse_distance": 0}
+SPARING = changed(request(Cluster(1, 1), shape=LONG), deepspeed=LITTLE_GATHERED)  # more ranks, less per rank
 
 
 def test_llama_65b_has_its_published_number_of_parameters() -> None:
@@ -67,18 +88,30 @@ def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
 
 
 def test_the_smallest_cluster_fits_and_the_next_smaller_one_does_not() -> None:
-    little_gathered = {"stage3_max_live_parameters": 4_000_000, "stage3_max_reuse_distance": 0}
-    one = changed(request(Cluster(1, 1), shape=LONG), deepspeed=little_gathered)
-    needs = {n: make_plan(changed(one, Cluster(1, n))).device_bytes for n in (1, 2, 4, 8)}
+    needs = {n: make_plan(changed(SPARING, Cluster(1, n))).device_bytes for n in (1, 2, 4, 8)}
     assert needs[8] < needs[4] < min(needs[1], needs[2])
-    found = smallest_plan(one, tight(8, needs[4] / 1e6 + 1))
+    found = smallest_plan(SPARING, tight(8, needs[4] / 1e6 + 1))
     assert found is not None
     assert found.fits
     assert found.request.cluster.world_size == 4  # 64 samples in micro-batches of 2 cannot be split over 3
 
 
 def test_no_cluster_is_large_enough() -> None:
-    assert smallest_plan(request(tight(1, 1)), tight(8, 1)) is None
+    asked, cluster = request(tight(1, 1)), tight(8, 1)
+    assert smallest_plan(asked, cluster) is None
+    largest = largest_plan(asked, cluster)
+    assert largest.request.cluster.world_size == 32  # 64 samples in micro-batches of 2
+    assert nothing_fits(asked, cluster).startswith("small fits on no cluster of up to 512 x 8 GPUs of 3.0")
+
+
+def test_the_search_ends_at_the_nodes_there_are() -> None:
+    needs = make_plan(changed(SPARING, Cluster(2, 2))).device_bytes / 1e6
+    cluster = tight(2, needs + 1)
+    assert smallest_plan(SPARING, cluster, 1) is None
+    assert largest_plan(SPARING, cluster, 1).request.cluster.world_size == 2
+    found = smallest_plan(SPARING, cluster, 2)
+    assert found is not None
+    assert (found.request.cluster.nodes, found.request.cluster.gpus_per_node) == (2, 2)
 
 
 def test_host_memory_can_be_what_does_not_fit() -> None:
@@ -107,6 +140,49 @@ def test_checkpointing_trades_memory_for_gathers_and_arithmetic() -> None:
     assert checkpointed.step_seconds.compute > plain.step_seconds.compute
 
 
+def saved_by_autograd(attention: str, dtype: torch.dtype, key_heads: int) -> int:
+    """Bytes of a tiny LLaMA's forward pass, weights apart."""
+    sizes: dict[str, Any] = {k: v for k, v in CONFIG.items() if k != "model_type"}
+    config = LlamaConfig(**sizes, num_key_value_heads=key_heads, use_cache=False)
+    config._attn_implementation = attention
+    model: Any = LlamaForCausalLM(config)
+    model.to(dtype)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(input_ids=torch.arange(64).view(2, 32))
+    del outputs
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eager_attention_keeps_its_probabilities(dtype: torch.dtype, key_heads: int) -> None:
+    shape = shape_from_config(CONFIG | {"num_key_value_heads": key_heads}, "tiny")
+    batch = Batch(2, 32, dtype.itemsize)
+    planned = [
+        sum(saved_by_layer(shape, layer, batch, lora_rank=8, dropout=False, eager=eager) for layer in shape.layers)
+        for eager in (True, False)
+    ]
+    counted = [saved_by_autograd(attention, dtype, key_heads) for attention in ("eager", "sdpa")]
+    assert planned[0] - planned[1] == counted[0] - counted[1] > 0
+
+
+def test_a_run_with_eager_attention_needs_more() -> None:
+    plain = request(Cluster(1, 2))
+    eager = make_plan(changed(plain, model={"attn_implementation": "eager"}))
+    for moment in ("training", "evaluation"):
+        held = [plan.stages[1].moments[moment]["activations"] for plan in (eager, make_plan(plain))]
+        assert held[0] > held[1]
+    assert eager.step_seconds.compute > make_plan(plain).step_seconds.compute
+
+
 def test_logits_are_bounded_by_their_chunk() -> None:
     plans = [make_plan(request(Cluster(1, 1), loss_chunk_tokens=chunk)) for chunk in (16, 32)]
     found = [plan.stages[1].moments["training"]["logits"] for plan in plans]
@@ -121,6 +197,126 @@ def test_epochs_need_the_number_of_samples() -> None:
     assert (known.steps, known.steps_known) == (20, True)
     with pytest.raises(UserError, match="--samples 5 is less"):
         build_request("small", SMALL, config, Cluster(1, 1), samples=5)
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs", "steps"), [(1000, 2.5, 19), (1000, 0.5, 3), (128, 1.0, 1), (12_800, 0.29, 29)]
+)
+def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: float, steps: int) -> None:
+    config = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128).config
+    planned = build_request("small", SMALL, config, Cluster(1, 1), samples=samples)
+    assert planned.steps == SampleOrder(samples, 128, seed=0).steps_for_epochs(epochs) == steps
+
+
+@pytest.mark.parametrize("steps", [None, 20])
+@pytest.mark.parametrize("samples", [-5, 0, 63])
+def test_too_few_samples_are_refused(samples: int, steps: int | None) -> None:
+    config = request(Cluster(1, 1), steps=steps, epochs=None if steps else 1).config
+    with pytest.raises(UserError, match=f"--samples {samples} is less than train.global_batch_size 64"):
+        build_request("small", SMALL, config, Cluster(1, 1), samples=samples)
+
+
+def test_recovery_steps_come_after_the_schedule_and_cost_what_steps_cost() -> None:
+    settings: dict[str, Any] = {"distill_weight": 0.5}
+    plain, longer = (make_plan(request(Cluster(1, 2), **settings, recovery_steps=n)) for n in (0, 30))
+    assert (plain.request.steps, longer.request.steps) == (20, 50)
+    assert longer.request.schedule == plain.request.schedule
+    assert longer.cuts == plain.cuts
+    assert longer.teacher_bytes == plain.teacher_bytes * 50 // 20
+    added = 30 * plain.last_step_seconds.hidden + 1.5 * plain.teacher_seconds.hidden
+    assert longer.in_all.hidden == pytest.approx(plain.in_all.hidden + added)
+    assert changed(longer.request, Cluster(1, 4)).steps == 50
+
+
+def test_of_many_cuts_some_are_planned_each_from_the_shape_just_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = request(Cluster(1, 2), steps=4 * 5 * MOST_CUTS)
+    some = make_plan(many)
+    monkeypatch.setattr("loraprune_ds.plan.plan.MOST_CUTS", 10_000)
+    every = make_plan(many)
+    steps = many.schedule.cut_steps()
+    assert len(some.cuts) == MOST_CUTS < len(every.cuts) == len(steps)
+    assert [cut.step for cut in every.cuts] == steps
+    for cut in some.cuts:
+        assert cut == every.cuts[steps.index(cut.step)]
+    assert (some.cuts[0].step, some.cuts[-1].step) == (steps[0], steps[-1])
+    assert some.in_all == every.in_all
+
+
+def test_of_very_many_cuts_a_part_tells_what_all_of_them_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = request(Cluster(1, 2), steps=4 * 5 * MOST_CUTS, shape=SMALL.with_layers((LayerShape(64, 8192),) * 6))
+    every = make_plan(many).in_all.sent
+    monkeypatch.setattr("loraprune_ds.plan.plan._all_cuts", lambda request: NOTHING)
+    of_cuts = every - make_plan(many).in_all.sent
+    monkeypatch.undo()
+    monkeypatch.setattr("loraprune_ds.plan.plan.MOST_SUMMED", len(many.schedule.cut_steps()) // 2)
+    assert make_plan(many).in_all.sent == pytest.approx(every, abs=0.25 * of_cuts)
+
+
+def pruning(plain: Request, **prune: Any) -> Plan:
+    """The plan of the same run with other values of `prune`."""
+    return make_plan(changed(plain, prune=prune))
+
+
+def test_the_true_gradient_costs_arithmetic_on_the_steps_that_score() -> None:
+    plain = request(Cluster(1, 2), steps=40, global_batch_size=16)
+    tokens = 16 * 64 / 2
+    lora, always = pruning(plain), pruning(plain, criterion="gradient")
+    seldom = pruning(plain, criterion="gradient", gradient_every=10)
+    numel = SMALL.linear_numel()
+    formed, spared = 2 * numel * tokens, 4 * plain.config.lora.r * numel / 2  # no estimate of it is made
+    added = (always.step_seconds.compute - lora.step_seconds.compute) * plain.cluster.flops * 1e12
+    assert added == pytest.approx(formed - spared)
+    assert seldom.step_seconds == always.step_seconds
+    assert always.last_step_seconds == lora.last_step_seconds
+    assert lora.in_all.sent < seldom.in_all.sent < always.in_all.sent
+    assert seldom.in_all.exposed < always.in_all.exposed
+    scored = sum(plain.schedule.is_scored(step, 10) for step in range(1, 41))
+    assert any(f"of 40 steps {scored} score and 0 measure" in note for note in notes(seldom))
+    assert not any("score and" in note for note in notes(lora))
+
+
+def test_moments_cost_arithmetic_on_the_steps_that_measure() -> None:
+    plain = request(Cluster(1, 1), steps=40, global_batch_size=16)
+    tokens, widths = 16 * 64, [4 * 2 * 64, 1376]
+    none = pruning(plain)
+    for compensate, per_token in (("least_squares", sum(2 * n * n for n in widths)), ("bias", sum(widths))):
+        one, three = (pruning(plain, compensate=compensate, compensate_steps=n) for n in (1, 3))
+        added = (one.step_seconds.compute - none.step_seconds.compute) * plain.cluster.flops * 1e12
+        assert added == pytest.approx(6 * per_token * tokens, rel=1e-6)
+        measured = [sum(kind.measures for kind in kinds_of(plan)) for plan in (one, three)]
+        cuts = plain.schedule.cut_steps()
+        assert measured == [len(cuts), len({step - before for step in cuts for before in range(3)})]
+        assert one.in_all.exposed < three.in_all.exposed
+
+
+def kinds_of(plan: Plan) -> list[StepKind]:
+    return [
+        step_kind(plan.request.config.prune, plan.request.schedule, step) for step in range(1, plan.request.steps + 1)
+    ]
+
+
+def test_a_checkpoint_holds_the_moments_of_all_ranks() -> None:
+    plain = request(Cluster(1, 4))
+    none, biased, refitted = (pruning(plain, compensate=c) for c in ("none", "bias", "least_squares"))
+    widths = [4 * 2 * 64, 1376]
+    assert "input_moments" not in none.checkpoint
+    assert biased.checkpoint["input_moments"] == 6 * 4 * sum(widths)
+    assert refitted.checkpoint["input_moments"] == 6 * 4 * sum(n * n for n in widths)
+    assert none.checkpoint["weights"] == 2 * none.cuts[0].parameters
+    assert none.checkpoint["lora_state"] == sum(none.stages[1].state[t] for t in ("lora_masters", "lora_moments")) * 4
+    copied = make_plan(changed(plain, checkpoint={"copy_source": True}))
+    assert copied.checkpoint["weights"] == WEIGHTS
+    found = plan_json(refitted, [])["checkpoint"]
+    assert (found["disk_bytes"], found["at_once"]) == (sum(refitted.checkpoint.values()), 3)
+    assert "input moments" in plan_table(refitted, [])
+
+
+def test_in_all_holds_the_pass_of_the_uncut_model() -> None:
+    plain, distilled = (make_plan(request(Cluster(1, 2), distill_weight=weight)) for weight in (0.0, 0.5))
+    assert distilled.teacher_seconds.exposed > 0
+    added = distilled.in_all.exposed - plain.in_all.exposed
+    assert added == pytest.approx(distilled.teacher_seconds.exposed)
+    assert distilled.in_all.sent > plain.in_all.sent
 
 
 def test_json_holds_what_the_table_shows() -> None:
@@ -157,6 +353,45 @@ def test_an_impossible_cluster_is_refused(wrong: dict[str, Any], message: str) -
 def test_a_batch_that_cannot_be_split_is_refused() -> None:
     with pytest.raises(UserError, match="cannot be split over 3 ranks"):
         request(Cluster(1, 3))
+
+
+def test_hpz_is_refused_by_name_whatever_the_cluster(tmp_path: Path) -> None:
+    settings = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    (tmp_path / "hpz.json").write_text(json.dumps(settings))
+    config = replace(request(Cluster()).config, deepspeed=str(tmp_path / "hpz.json"))
+    for cluster in (Cluster(1, 1), Cluster(2, 8)):
+        with pytest.raises(UserError, match=r"hpz\.json: .*zero_hpz_partition_size \(hpZ\) is not planned"):
+            build_request("small", SMALL, config, cluster)
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 1  # off
+    (tmp_path / "hpz.json").write_text(json.dumps(settings))
+    assert build_request("small", SMALL, config, Cluster(2, 8)).steps == 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", "config.json must hold a JSON object"),
+        ("{", "config.json is not valid JSON"),
+        (json.dumps(CONFIG | {"per_layer_config": [1, 2]}), "config.json holds a size that is no number"),
+    ],
+)
+def test_a_config_json_that_is_none_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_shape(str(tmp_path))
+
+
+def test_what_the_run_refuses_of_a_model_the_plan_refuses() -> None:
+    config = request(Cluster()).config
+    biased = replace(config, prune=replace(config.prune, compensate="bias"))
+    with pytest.raises(UserError, match=r"prune.compensate: bias needs linears with biases, which a mistral \(small\)"):
+        build_request("small", replace(SMALL, model_type="mistral"), biased, Cluster())
+    top = replace(config, train=replace(config.train, distill_weight=0.5, distill_top_k=1001))
+    with pytest.raises(UserError, match=r"distill_top_k 1001 is above the model's vocabulary of 1000") as planned:
+        build_request("small", SMALL, top, Cluster())
+    with pytest.raises(UserError) as ran:
+        check_top_k(1001, 1000)
+    assert str(planned.value) == str(ran.value)
 
 
 def test_an_unknown_model_is_refused() -> None:

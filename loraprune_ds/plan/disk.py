@@ -1,0 +1,23 @@
+"""Bytes that a checkpoint takes on the shared disk, without the headers of its files and its JSON."""
+
+from loraprune_ds.model.shapes import KINDS, ModelShape
+from loraprune_ds.plan import options
+from loraprune_ds.plan.memory import all_lora
+from loraprune_ds.plan.request import Request
+
+
+def checkpoint_terms(request: Request, after_first_cut: ModelShape) -> dict[str, int]:
+    """At most, by term: LoRA, scores and moments as before the first cut, the weights that are written after it.
+
+    Before it the weights are those of the source, and are written only with `checkpoint.copy_source`.
+    """
+    shape = request.shape
+    weights = shape if request.config.checkpoint.copy_source else after_first_cut
+    terms = {
+        "weights": request.element_size * weights.total_numel(),
+        "lora_state": 12 * sum(all_lora(request, shape)),
+        "scores": 8 * sum(layer.count(kind) for layer in shape.layers for kind in KINDS),
+    }
+    if request.config.prune.compensate != "none":
+        terms["input_moments"] = sum(options.moments_by_rank(request, shape))
+    return terms
