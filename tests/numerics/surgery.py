@@ -163,7 +163,9 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
             whole |= {names[len(whole)][0]: factors.grad_A}
             whole |= {names[len(whole)][0]: factors.grad_B}
     trainer.pruner.observe(1)
-    keep = trainer.pruner._rank(trainer.pruner.schedule.end, job.prune["ratio"])
+    scores = trainer.pruner.average.scores
+    assert scores is not None
+    keep = trainer.pruner._rank(scores, job.prune["ratio"])
     return {"gradients": whole, "masks": [(k.heads.tolist(), k.channels.tolist()) for k in keep]}
 
 
