@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,7 @@ def test_of_many_cuts_some_are_planned_each_from_the_shape_just_before_it(monkey
     steps = many.schedule.cut_steps()
     assert len(some.cuts) == MOST_CUTS < len(every.cuts) == len(steps)
     assert [cut.step for cut in every.cuts] == steps
+    assert all(one.state_after == other.state_before for one, other in pairwise(every.cuts))
     for cut in some.cuts:
         assert cut == every.cuts[steps.index(cut.step)]
     assert (some.cuts[0].step, some.cuts[-1].step) == (steps[0], steps[-1])
