@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint on disk, checked by its headers and read piece by piece: nobody holds a whole model."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import LINEARS, ModelShape, shape_from_config
+from loraprune_ds.model.shapes import LINEARS, ModelShape, shape_from_config, with_biases
 
 SHARDS = "model-*-of-*.safetensors"
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the piece itself
@@ -114,13 +114,8 @@ def open_for_pruning(folder: Path, config: PruneConfig) -> Checkpoint:
 
 def _with_biases(checkpoint: Checkpoint) -> Checkpoint:
     """The same model with biases on all linears of the decoder layers: those it lacks are zero."""
-    shape = checkpoint.shape
-    if shape.model_type not in ("llama", "pruned_llama"):
-        raise UserError(
-            f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({checkpoint.folder}) lacks"
-        )
+    shape = with_biases(checkpoint.shape, str(checkpoint.folder))
     config = checkpoint.config | {"attention_bias": True, "mlp_bias": True}
-    shape = replace(shape, attention_bias=True, mlp_bias=True)
     absent = frozenset(name for name in parameter_shapes(shape) if name not in checkpoint.files)
     return Checkpoint(checkpoint.folder, config, shape, checkpoint.files, absent)
 

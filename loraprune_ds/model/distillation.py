@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loraprune_ds.errors import UserError
+
 LOGITS_AT_ONCE = 1 << 26  # fp32 elements of the four buffers of a chunk together: 256 MiB
 
 
@@ -46,6 +48,16 @@ class Recording:
     """Asks for what a teacher is made of instead of losses. `top_k`: None for its hidden states."""
 
     top_k: int | None
+
+
+def check_top_k(top_k: int | None, vocab_size: int) -> None:
+    """Whether a token has as many logits as are to be kept of it.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    if top_k is not None and top_k > vocab_size:
+        raise UserError(f"train.distill_top_k {top_k} is above the model's vocabulary of {vocab_size}")
 
 
 @torch.no_grad()

@@ -107,6 +107,17 @@ class ModelShape:
         return len(set(self.layers)) == 1
 
 
+def with_biases(shape: ModelShape, where: str) -> ModelShape:
+    """With biases on all linears of the decoder layers, for `prune.compensate: bias`.
+
+    Raises:
+        UserError: its linears cannot have any; `where` (the folder or hub id) is named.
+    """
+    if shape.model_type not in ("llama", "pruned_llama"):
+        raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
+    return replace(shape, attention_bias=True, mlp_bias=True)
+
+
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     """Reads `config.json` of a LLaMA-family checkpoint (`per_layer_config` included).
 

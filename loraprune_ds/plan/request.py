@@ -1,6 +1,6 @@
 """What is to be planned: model, run, cluster; read without loading a weight."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict,
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config
+from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config, with_biases
 from loraprune_ds.plan.cluster import Cluster
-from loraprune_ds.plan.steps import steps_for_epochs
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
-from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
 from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config
 
 ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here
@@ -128,8 +128,8 @@ def build_request(
     """
     train = config.train
     if config.prune.compensate == "bias":
-        shape = _with_biases(name, shape)
-    _check_top_k(train.distill_top_k, shape.vocab_size)
+        shape = with_biases(shape, name)
+    check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     if samples is not None and samples < train.global_batch_size:
         raise UserError(f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}")
@@ -149,27 +149,6 @@ def build_request(
         ds_config=_read_ds_config(config, shape, cluster.world_size),
         samples=samples,
     )
-
-
-def _with_biases(name: str, shape: ModelShape) -> ModelShape:
-    """As the run gives them to the model that it opens (`open_for_pruning`), or refuses to, but from the shape alone.
-
-    Raises:
-        UserError: its linears cannot have biases.
-    """
-    if shape.model_type not in ("llama", "pruned_llama"):
-        raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({name}) lacks")
-    return replace(shape, attention_bias=True, mlp_bias=True)
-
-
-def _check_top_k(top_k: int | None, vocab_size: int) -> None:
-    """As a run does it, in a layer above this one (train/teacher.py).
-
-    Raises:
-        UserError: a token has fewer logits than are to be kept of it.
-    """
-    if top_k is not None and top_k > vocab_size:
-        raise UserError(f"train.distill_top_k {top_k} is above the model's vocabulary of {vocab_size}")
 
 
 def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:

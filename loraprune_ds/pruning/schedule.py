@@ -52,3 +52,9 @@ def make_schedule(config: PruneConfig, steps: int) -> Schedule:
     if end <= start:
         raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
     return Schedule(config.ratio, start, end, config.prune_every)
+
+
+def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:
+    """Whole steps in so many epochs, at least one."""
+    steps = epochs * samples / global_batch_size
+    return max(1, math.floor(steps + 1e-9))  # 0.29 epochs of 100 samples are 29, not 28.999...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.plan.steps import steps_for_epochs
+from loraprune_ds.pruning.schedule import steps_for_epochs
 
 WIDTH_MULTIPLE = 8  # matrix products are fastest at widths that tensor cores divide
 

@@ -13,12 +13,12 @@ from loraprune_ds.evaluate.perplexity import cut_windows
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.build import check_buildable, locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_for_pruning
+from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.data_load import load_samples
-from loraprune_ds.train.teacher import check_top_k
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype
 from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config

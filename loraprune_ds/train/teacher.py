@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import RunError, UserError
+from loraprune_ds.errors import RunError
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.files import write_json
@@ -83,16 +83,6 @@ def plan_teacher(
     token_bytes = hidden_size * element_size if top_k is None else top_k * 8 + 4
     fit = int(FILE_BYTES // max(1, token_bytes * int(counts.max())))
     return Plan(needed, offsets, token_bytes, per_file=max(1, min(SAMPLES_PER_FILE, fit)))
-
-
-def check_top_k(top_k: int | None, vocab_size: int) -> None:
-    """Whether a token has as many logits as are to be kept of it.
-
-    Raises:
-        UserError: it has fewer.
-    """
-    if top_k is not None and top_k > vocab_size:
-        raise UserError(f"train.distill_top_k {top_k} is above the model's vocabulary of {vocab_size}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
 from loraprune_ds.plan.activations import Batch, saved_by_layer
 from loraprune_ds.plan.advice import largest_plan, nothing_fits, smallest_plan, suggestions
@@ -22,7 +23,6 @@ from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, ma
 from loraprune_ds.plan.steps import StepKind, step_kind
 from loraprune_ds.plan.totals import NOTHING
 from loraprune_ds.train.data import SampleOrder
-from loraprune_ds.train.teacher import check_top_k
 
 SMALL = ModelShape("llama", 512, 64, 2, 1000, False, False, False, (LayerShape(4, 1376),) * 6)
 LONG = SMALL.with_layers(SMALL.layers * 8)
