@@ -51,6 +51,7 @@ def table(rows: Sequence[Row]) -> str:
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Perplexity on the test text and on the other text, a line of dots each, settings from the best down."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     ordered = sorted(rows, key=lambda row: -row["test"]["mean"])
     with plt.style.context([PLOT_STYLE]):
@@ -60,6 +61,9 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             half = [row[text]["spread"] / 2 for row in ordered]
             axis.errorbar(means, range(len(ordered)), xerr=half, fmt="o", markersize=4, color="#2F6B9A")
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.set_title(f"perplexity, {text} text")
         axes[0].set_yticks(range(len(ordered)), [row["setting"] for row in ordered])
         figure.tight_layout()
