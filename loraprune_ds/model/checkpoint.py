@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint on disk, checked by its headers and read piece by piece: nobody holds a whole model."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,15 @@ def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
                     headers[name] = tuple(view.get_shape()), view.get_dtype(), path
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
-    if surplus := sorted(path for path in folder.glob(SHARDS) if path.name not in names):
-        raise UserError(f"{surplus[0]} is one shard too many; {index.name} does not name it")
+    check_no_surplus(folder, SHARDS, names, index.name)
     return headers
+
+
+def check_no_surplus(folder: Path, pattern: str, names: Collection[str], index: str) -> None:
+    """Whether the index of a folder's shards names all of them.
+
+    Raises:
+        UserError: a file that looks like a shard is none of `names`.
+    """
+    if surplus := sorted(path for path in folder.glob(pattern) if path.name not in names):
+        raise UserError(f"{surplus[0]} is one shard too many; {index} does not name it")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.cache import make_once, user_cache
-from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.model.checkpoint import check_no_surplus, read_json
 from loraprune_ds.model.shards import write_index, write_shard
 
 INDEX = "pytorch_model.bin.index.json"
@@ -74,12 +74,12 @@ def _bin_files(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX} has no weight_map")
-    files = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+    names = sorted(set(map(str, weight_map.values())))
+    files = [folder / name for name in names]
     for path in files:
         if not path.is_file():
             raise UserError(f"{path} is missing; {INDEX} names it")
-    if surplus := sorted(path for path in folder.glob(SHARDS) if path not in files):
-        raise UserError(f"{surplus[0]} is one shard too many; {INDEX} does not name it")
+    check_no_surplus(folder, SHARDS, names, INDEX)
     return files
 
 

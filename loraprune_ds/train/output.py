@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,11 +173,18 @@ def check_shared(folder: Path, comm: "Communicator") -> None:
 
 
 def _wait_for(folder: Path, token: str) -> None:
+    if not comes_to_be_seen((folder / token).exists):
+        raise UserError(f"output_dir {folder} is not the folder of rank 0; it must be on a shared file system")
+
+
+def comes_to_be_seen(is_seen: Callable[[], bool]) -> bool:
+    """Whether this rank sees what another one wrote, now or within `SHARED_WAIT`."""
     deadline = time.monotonic() + SHARED_WAIT
-    while not (folder / token).exists():
+    while not is_seen():
         if time.monotonic() > deadline:
-            raise UserError(f"output_dir {folder} is not the folder of rank 0; it must be on a shared file system")
+            return False
         time.sleep(0.1)
+    return True
 
 
 class RunStatus:

@@ -113,7 +113,11 @@ class Teacher:
 
     def missing(self) -> list[int]:
         """Files that are not there or not whole."""
-        return [file for file in range(self.plan.files) if not _is_whole(self.path(file))]
+        return [file for file in range(self.plan.files) if not self.has(file)]
+
+    def has(self, file: int) -> bool:
+        """Whether a file is there and whole."""
+        return _is_whole(self.path(file))
 
     def write(self, file: int, fields: dict[str, Tensor]) -> None:
         """Publishes a file."""

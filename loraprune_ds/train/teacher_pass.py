@@ -1,8 +1,8 @@
 """The one forward pass of the uncut model over the samples of a run that a distillation needs, on all ranks."""
 
 import shutil
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.distillation import Recording
 from loraprune_ds.train.data import Samples
-from loraprune_ds.train.output import SHARED_WAIT
+from loraprune_ds.train.output import comes_to_be_seen
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.stop import STOP
 from loraprune_ds.train.teacher import TEACHER_FOLDER, Teacher, make_teacher, plan_teacher
@@ -137,12 +137,10 @@ def _file_content(
 
 
 def _wait_for_files(teacher: Teacher) -> None:
-    """Until this rank sees what the others wrote: a network file system may remember that a file was not there."""
-    deadline = time.monotonic() + SHARED_WAIT
-    while missing := teacher.missing():
-        if time.monotonic() > deadline:
-            raise UserError(f"{teacher.path(missing[0])} was written by another rank and cannot be read by this one")
-        time.sleep(0.1)
+    """Until this rank sees what the others wrote."""
+    for file in teacher.missing():
+        if not comes_to_be_seen(partial(teacher.has, file)):
+            raise UserError(f"{teacher.path(file)} was written by another rank and cannot be read by this one")
 
 
 def _on_disk(tensor: Tensor) -> Tensor:

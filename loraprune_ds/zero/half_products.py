@@ -50,8 +50,8 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     wide, biases = left.float(), _columns(bias.expand(len(left), right.shape[1]), len(right))
     parts = zip(biases, _columns(right, len(right)), strict=True)
-    sums = [torch.addmm(b.float(), wide, part.float(), beta=beta, alpha=alpha) for b, part in parts]
-    return torch.cat([part.to(left.dtype) for part in sums], dim=1)
+    sums = (torch.addmm(b.float(), wide, part.float(), beta=beta, alpha=alpha) for b, part in parts)
+    return torch.cat([columns.to(left.dtype) for columns in sums], dim=1)  # one part in fp32 at a time
 
 
 def _columns(matrix: Tensor, height: int) -> tuple[Tensor, ...]:
