@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from loraprune_ds.errors import UserError
 
 LOGITS_AT_ONCE = 1 << 26  # fp32 elements of the four buffers of a chunk together: 256 MiB
+SAMPLES_PER_FILE = 64
+FILE_BYTES = 1 << 27  # a rank holds one file's content while it makes it
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ class Recording:
     """Asks for what a teacher is made of instead of losses. `top_k`: None for its hidden states."""
 
     top_k: int | None
+
+
+def token_bytes(top_k: int | None, hidden_size: int, element_size: int) -> int:
+    """On disk, of what is kept of one supervised token: its hidden states, or k fp32 and int32 and an fp32."""
+    return hidden_size * element_size if top_k is None else top_k * 8 + 4
+
+
+def samples_per_file(sample_bytes: int) -> int:
+    """That one file of a teacher holds, if the largest of them has so many bytes."""
+    return max(1, min(SAMPLES_PER_FILE, FILE_BYTES // max(1, sample_bytes)))
 
 
 def check_top_k(top_k: int | None, vocab_size: int) -> None:

@@ -32,6 +32,10 @@ class Stage:
     host: dict[str, int] = field(default_factory=dict)
 
     @property
+    def is_cut(self) -> bool:
+        return "repartition" in self.moments
+
+    @property
     def resident(self) -> int:
         return sum(self.state.values())
 
@@ -88,14 +92,18 @@ def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape
 def loading_stage(request: Request) -> Stage:
     """From the disk to the engine: each rank's pieces; LoRA is whole until DeepSpeed shards it."""
     shape, e = request.shape, request.element_size
-    terms = _state(request, shape, stepped=False)
-    state, host = _split(request, terms)
+    state, host = state_before_any_step(request)
     largest = max(parameter_sizes(shape, request.config.lora.r).values())
     reading = partition_numel(largest, request.cluster.world_size) * e + 2 * READ_CHUNK * 4
     lora = sum(n for name, n in parameter_sizes(shape, request.config.lora.r).items() if ".lora_" in name)
     held = {name: n for name, n in state.items() if name in ("weights",)}
     moments = {"building": {"lora_whole": lora * e}, "engine starts": {n: state[n] for n in state if n not in held}}
     return Stage("loading", held, moments, host | {"reading": reading})
+
+
+def state_before_any_step(request: Request) -> tuple[dict[str, int], dict[str, int]]:
+    """(on the GPU, in host memory) once the engine is there."""
+    return _split(request, _state(request, request.shape, stepped=False))
 
 
 def repartition(request: Request, shape: ModelShape) -> int:
@@ -158,12 +166,17 @@ def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> dict
 def _evaluation(request: Request, shape: ModelShape, traffic: PassTraffic) -> dict[str, int]:
     evaluate = request.config.evaluate
     batch = Batch(evaluate.batch_size, evaluate.window, request.element_size)
+    held = logits(shape, batch, request.config.train.loss_chunk_tokens)
+    return forward_pass(request, shape, traffic, batch) | {"logits": held}
+
+
+def forward_pass(request: Request, shape: ModelShape, traffic: PassTraffic, batch: Batch) -> dict[str, int]:
+    """A pass that keeps nothing for a backward one, without its head."""
     t, e = batch.tokens, batch.element_size
     widest = max(forward_temporaries(shape, layer, batch, eager=request.eager) for layer in shape.layers)
     return {
         "gathered_weights": traffic.peak_live * e,
         "activations": t * (3 * e * shape.hidden_size + 4 * shape.hidden_size) + widest,
-        "logits": logits(shape, batch, request.config.train.loss_chunk_tokens),
     }
 
 

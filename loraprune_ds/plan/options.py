@@ -92,21 +92,6 @@ def distilled_logits(request: Request, shape: ModelShape, batch: Batch) -> int:
     return min(batch.tokens, chunk) * shape.vocab_size * per_logit + batch.tokens * (hidden + teacher)
 
 
-def teacher_samples(request: Request) -> int:
-    """That the uncut model sees: each sample of the run once, as far as it is known how many there are (`samples`)."""
-    if not request.config.train.distill_weight:
-        return 0
-    used = request.steps * request.config.train.global_batch_size
-    return used if request.samples is None else min(used, request.samples)
-
-
-def teacher_bytes(request: Request) -> int:
-    """On the shared disk, if every token is supervised."""
-    k = request.config.train.distill_top_k
-    token = request.shape.hidden_size * request.element_size if k is None else 8 * k + 4
-    return teacher_samples(request) * (request.config.data.window - 1) * token
-
-
 def gradient_bytes(request: Request, shape: ModelShape) -> int:
     """Sent per step that scores by the true gradient: a reduce-scatter of every linear in fp32 per micro-batch."""
     if request.config.prune.criterion != "gradient":

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan import teacher
 from loraprune_ds.plan.disk import checkpoint_terms
 from loraprune_ds.plan.memory import Stage, cut_stage, loading_stage, training_stage
-from loraprune_ds.plan.options import teacher_bytes, teacher_samples
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.seconds import Seconds, cut_seconds, teacher_seconds
+from loraprune_ds.plan.seconds import Seconds, cut_seconds
 from loraprune_ds.plan.steps import HEAVIEST, PLAIN
 from loraprune_ds.plan.totals import End, Total, all_steps, step_cost
-from loraprune_ds.plan.traffic import StepTraffic, cut_bytes, simulate_passes, teacher_sent
+from loraprune_ds.plan.traffic import StepTraffic, cut_bytes, simulate_passes
 
 MOST_CUTS = 24  # that are planned one by one; of more, as many evenly spread
 MOST_SUMMED = 240  # whose bytes and seconds are added up; of more, as many, and what lies between is interpolated
@@ -100,16 +100,18 @@ def make_plan(request: Request) -> Plan:
     changes = _changes(request, MOST_CUTS)
     first_shape, last_shape = request.shape, changes[-1].after
     dense, final = simulate_passes(request, [first_shape, last_shape])
-    stages = [loading_stage(request), training_stage("dense", request, first_shape, dense.training, dense.evaluation)]
+    stages = [loading_stage(request)]
+    if request.config.train.distill_weight:
+        stages.append(teacher.stage(request, dense.evaluation))
+    stages.append(training_stage("dense", request, first_shape, dense.training, dense.evaluation))
     stages += [cut_stage(f"cut at step {cut.step}", request, cut.before, cut.after) for cut in changes]
     last = training_stage("after the last cut", request, last_shape, final.training, final.evaluation, scores=False)
     stages.append(last)
     ends = End(first_shape, dense.training), End(last_shape, final.training)
     step, step_time = step_cost(request, ends[0], HEAVIEST)
     last_step, last_time = step_cost(request, ends[1], PLAIN)
-    samples = teacher_samples(request)
-    teacher = teacher_seconds(request, samples, dense.evaluation)
-    of_teacher = Total(teacher.hidden, teacher.exposed, teacher_sent(request, samples, dense.evaluation))
+    first_pass = teacher.seconds(request, dense.evaluation)
+    of_teacher = Total(first_pass.hidden, first_pass.exposed, teacher.sent(request, dense.evaluation))
     cuts = [_plan_cut(request, change) for change in changes]
     in_all = all_steps(request, *ends) + _all_cuts(request) + of_teacher
     return Plan(
@@ -122,8 +124,8 @@ def make_plan(request: Request) -> Plan:
         last_step_seconds=last_time,
         in_all=in_all,
         checkpoint=checkpoint_terms(request, changes[0].after),
-        teacher_bytes=teacher_bytes(request),
-        teacher_seconds=teacher,
+        teacher_bytes=teacher.disk_bytes(request),
+        teacher_seconds=first_pass,
     )
 
 

@@ -141,9 +141,9 @@ def _suggestion_row(suggestion: Suggestion) -> str:
 
 
 def _memory_rows(plan: Plan) -> list[str]:
-    """The stages that matter: loading, the first steps, the cut with the highest peak, the last steps."""
-    loading, dense, *cuts, final = plan.stages
-    stages = [loading, dense, max(cuts, key=lambda stage: stage.peak), final]
+    """The stages that matter: all but the cuts, and of these the one with the highest peak."""
+    highest = max((stage for stage in plan.stages if stage.is_cut), key=lambda stage: stage.peak)
+    stages = [stage for stage in plan.stages if stage is highest or not stage.is_cut]
     terms = dict.fromkeys(term for stage in stages for term in stage.state)
     rows = [f"{'GiB per GPU':<28}" + "".join(f"{stage.name:>20}" for stage in stages)]
     rows += [_row(term, [stage.state.get(term) for stage in stages]) for term in terms]

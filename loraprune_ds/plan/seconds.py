@@ -10,7 +10,7 @@ from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.steps import StepKind
-from loraprune_ds.plan.traffic import StepTraffic, teacher_passes, teacher_sent
+from loraprune_ds.plan.traffic import StepTraffic
 from loraprune_ds.zero.fetching import PassTraffic
 from loraprune_ds.zero.passes import lora_sizes
 
@@ -45,12 +45,12 @@ def flops_per_token(request: Request, shape: ModelShape) -> float:
     again = int(request.config.train.gradient_checkpointing)
     layers, rank = range(len(shape.layers)), request.config.lora.r
     lora = sum(n for i in layers for linear in LINEARS for n in lora_sizes(shape, i, linear, rank))
-    product = _attention_product(request, shape)
+    product = attention_product(request, shape)
     linears = (4 + 2 * again) * shape.linear_numel() + (6 + 2 * again) * lora
     return linears + (7 + 2 * again) * product + 4 * shape.vocab_size * shape.hidden_size
 
 
-def _attention_product(request: Request, shape: ModelShape) -> float:
+def attention_product(request: Request, shape: ModelShape) -> float:
     """Per token, of all layers: over half a window on average, or with `eager` over all of it and its mask."""
     query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
     return 2 * query_width * request.config.data.window / (1 if request.eager else 2)
@@ -80,21 +80,6 @@ def step_seconds(
         compute=flops / (cluster.flops * 1e12),
         communication=cluster.seconds_to_gather(traffic.total),
         host_copies=copied / (cluster.host_bandwidth * 1e9),
-    )
-
-
-def teacher_seconds(request: Request, samples: int, evaluation: PassTraffic) -> Seconds:
-    """The uncut model's one forward pass over the samples of a run, LoRA off; the head only for its top logits."""
-    cluster, shape, train = request.cluster, request.shape, request.config.train
-    window, of_rank = request.config.data.window, samples / request.cluster.world_size
-    head = 2 * shape.vocab_size * shape.hidden_size if train.distill_top_k is not None else 0
-    per_token = 2 * shape.linear_numel() + 2 * _attention_product(request, shape) + head
-    passes = teacher_passes(request, samples)
-    pieces = evaluation.sent / max(1, cluster.world_size - 1) * request.element_size
-    return Seconds(
-        compute=per_token * of_rank * window / (cluster.flops * 1e12),
-        communication=cluster.seconds_to_gather(teacher_sent(request, samples, evaluation)),
-        host_copies=passes * pieces / (cluster.host_bandwidth * 1e9) if request.offloads("param") else 0,
     )
 
 

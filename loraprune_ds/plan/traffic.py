@@ -99,16 +99,6 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
     return 4 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
 
 
-def teacher_passes(request: Request, samples: int) -> float:
-    """Micro-batches of each rank in the uncut model's pass over so many samples."""
-    return samples / request.cluster.world_size / request.config.train.micro_batch_size
-
-
-def teacher_sent(request: Request, samples: int, evaluation: PassTraffic) -> float:
-    """What every one of them gathers."""
-    return teacher_passes(request, samples) * evaluation.sent * request.element_size
-
-
 def lora_pieces(request: Request, shape: ModelShape) -> list[int]:
     """Elements of this rank's piece of every LoRA factor."""
     world_size, rank = request.cluster.world_size, request.config.lora.r

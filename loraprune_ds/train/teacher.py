@@ -21,14 +21,12 @@ from torch import Tensor
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher
+from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher, samples_per_file, token_bytes
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.files import write_json
 
 TEACHER_FOLDER = "teacher"
 MANIFEST = "teacher.json"
-SAMPLES_PER_FILE = 64
-FILE_BYTES = 1 << 27  # a rank holds one file's content while it makes it
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,8 @@ def plan_teacher(
         needed = torch.from_numpy(np.unique(np.concatenate([order.batch(s).numpy() for s in range(steps)])))
     counts = samples.supervised_counts()[needed]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    top_k = config.train.distill_top_k
-    token_bytes = hidden_size * element_size if top_k is None else top_k * 8 + 4
-    fit = int(FILE_BYTES // max(1, token_bytes * int(counts.max())))
-    return Plan(needed, offsets, token_bytes, per_file=max(1, min(SAMPLES_PER_FILE, fit)))
+    size = token_bytes(config.train.distill_top_k, hidden_size, element_size)
+    return Plan(needed, offsets, size, per_file=samples_per_file(size * int(counts.max())))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneCo
 from loraprune_ds.model.adapters import add_lora, lora_linear
 from loraprune_ds.model.build import decoder_layers, locate_model
 from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.plan import teacher
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.memory import cut_stage, training_stage
 from loraprune_ds.plan.request import build_request
@@ -46,7 +47,7 @@ from loraprune_ds.zero.device import DTYPES, device_name
 from loraprune_ds.zero.engine import build_training_store, quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.fetching import PassTraffic
 from tests.benchmarks.peak import Peak
-from tests.plan_cases import planned_peak
+from tests.plan_cases import counted_bytes, planned_peak
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "quality_cost.json"
@@ -114,16 +115,19 @@ def _bytes(row: dict[str, Any]) -> list[str]:
 def teacher_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
     store = build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
     pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
-    teacher = find_teacher(config, prepared, None, is_cut=False)
+    found = find_teacher(config, prepared, None, is_cut=False)
     samples = prepared.samples
-    recorded = measured(
-        comm, lambda: record_teacher(store, teacher, samples, config, pending=lambda: 0, note=lambda line: None)
-    )
-    trainer = Trainer(store, pruner, samples, prepared.order, config, teacher=teacher)
+    with counted_bytes(comm.world_size, comm.rank) as sent:
+        recorded = measured(
+            comm, lambda: record_teacher(store, found, samples, config, pending=lambda: 0, note=lambda line: None)
+        )
+    recorded["sent_bytes"] = comm.gather_objects(sent["all_gather_into_tensor"])
+    trainer = Trainer(store, pruner, samples, prepared.order, config, teacher=found)
     trained = measured(comm, lambda: [trainer.step(step) for step in range(1, prepared.steps + 1)])
-    on_disk = sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors"))
-    disk = {"disk_bytes": on_disk, "planned_disk_bytes": teacher.plan.bytes, "samples": len(teacher.plan.samples)}
-    return {"pass": recorded | disk, "training_on_them": trained}
+    on_disk = sum(path.stat().st_size for path in found.folder.glob("*.safetensors"))
+    disk = {"disk_bytes": on_disk, "planned_disk_bytes": found.plan.bytes, "samples": len(found.plan.samples)}
+    planned = planned_pass(config, prepared.checkpoint.shape, comm.world_size)
+    return {"pass": recorded | disk | planned, "training_on_them": trained}
 
 
 def whole_gradient_phase(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
@@ -157,6 +161,18 @@ def planned_extra(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str,
     step = training_stage("step", request, shape, passes.training, PassTraffic())
     cut = cut_stage("cut", request, shape, request.shape_at(request.schedule.ratio))
     return {"step": planned_peak(step, passes.training, request) - step.resident, "cut": cut.peak - cut.resident}
+
+
+def planned_pass(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str, int]:
+    """What the planner says of the uncut model's pass. On CPU ranks the host's memory is the device's, and gloo has a
+    copy of what it gathers.
+    """
+    request = build_request(config.model.path, shape, config, Cluster(nodes=1, gpus_per_node=ranks))
+    (traffic,) = simulate_passes(request, [shape])
+    stage = teacher.stage(request, traffic.evaluation)
+    copied = traffic.evaluation.largest_gather * request.element_size if ranks > 1 else 0
+    extra = stage.peak - stage.resident + stage.host["teacher_file"] + copied
+    return {"planned_extra_bytes": extra, "planned_sent_bytes": teacher.sent(request, traffic.evaluation)}
 
 
 def rank_main(arguments: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+from loraprune_ds.plan import teacher
 from loraprune_ds.plan.activations import Batch, saved_by_layer
 from loraprune_ds.plan.advice import largest_plan, nothing_fits, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
@@ -319,6 +320,32 @@ def test_in_all_holds_the_pass_of_the_uncut_model() -> None:
     added = distilled.in_all.exposed - plain.in_all.exposed
     assert added == pytest.approx(distilled.teacher_seconds.exposed)
     assert distilled.in_all.sent > plain.in_all.sent
+
+
+def test_the_pass_of_the_uncut_model_is_a_stage_of_its_own() -> None:
+    plain, distilled, top = (
+        make_plan(request(Cluster(1, 2), distill_weight=weight, distill_top_k=k, micro_batch_size=2))
+        for weight, k in ((0.0, None), (0.5, None), (0.5, 8))
+    )
+    names = [stage.name for stage in distilled.stages]
+    assert names == ["loading", "uncut model's pass", *(stage.name for stage in plain.stages[1:])]
+    stage, of_top = distilled.stages[1], top.stages[1]
+    assert stage.state == distilled.stages[2].state | {"lora_moments": 0}
+    tokens = 2 * 64
+    assert stage.moments["pass"]["targets"] == tokens * 512 * 2
+    assert of_top.moments["pass"]["targets"] == tokens * (1000 * 8 + 12 * 8 + 4)
+    assert stage.host["teacher_file"] == 2 * 64 * 63 * 512 * 2
+    assert of_top.host["teacher_file"] == 2 * 64 * 63 * (8 * 8 + 4)
+    assert "uncut model's pass" in plan_table(distilled, [])
+    assert "uncut model's pass" not in plan_table(plain, [])
+
+
+@pytest.mark.parametrize(
+    ("samples", "gpus", "passes"), [(64, 1, 32), (64, 2, 32), (128, 2, 32), (129, 2, 64), (9, 4, 5)]
+)
+def test_ranks_out_of_files_make_as_many_passes(samples: int, gpus: int, passes: int) -> None:
+    plan = request(Cluster(1, gpus), steps=None, epochs=9, distill_weight=0.5, micro_batch_size=2, global_batch_size=8)
+    assert teacher.passes(replace(plan, samples=samples)) == passes
 
 
 def test_json_holds_what_the_table_shows() -> None:

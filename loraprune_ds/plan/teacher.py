@@ -1,0 +1,77 @@
+"""What the uncut model's one pass over the samples of a run needs (`train.distill_weight`), before the first step.
+
+Formulas in README.md in this folder. The pass is train/teacher_pass.py: as many files at a time as there are ranks.
+"""
+
+from loraprune_ds.model.distillation import LOGITS_AT_ONCE, samples_per_file, token_bytes
+from loraprune_ds.plan.activations import Batch
+from loraprune_ds.plan.memory import Stage, forward_pass, state_before_any_step
+from loraprune_ds.plan.request import Request
+from loraprune_ds.plan.seconds import Seconds, attention_product
+from loraprune_ds.zero.fetching import PassTraffic
+
+FILE_COPIES = 2  # its micro-batches and all of them in one tensor; or that and what is written
+
+
+def samples(request: Request) -> int:
+    """That it sees: each sample of the run once, as far as it is known how many there are (`samples`)."""
+    if not request.config.train.distill_weight:
+        return 0
+    used = request.steps * request.config.train.global_batch_size
+    return used if request.samples is None else min(used, request.samples)
+
+
+def disk_bytes(request: Request) -> int:
+    """On the shared disk, if every token is supervised."""
+    return samples(request) * _sample_bytes(request)
+
+
+def passes(request: Request) -> int:
+    """Micro-batches of each rank: all go through as many as the one that has the most."""
+    per_file = samples_per_file(_sample_bytes(request))
+    files = -(-samples(request) // per_file)
+    rounds = -(-files // request.cluster.world_size)
+    return rounds * -(-min(per_file, samples(request)) // request.config.train.micro_batch_size)
+
+
+def sent(request: Request, evaluation: PassTraffic) -> int:
+    """Bytes of each rank: what every micro-batch gathers."""
+    return passes(request) * evaluation.sent * request.element_size
+
+
+def seconds(request: Request, evaluation: PassTraffic) -> Seconds:
+    """LoRA is off; the head runs only for its top logits."""
+    cluster, shape, train = request.cluster, request.shape, request.config.train
+    tokens = passes(request) * train.micro_batch_size * request.config.data.window
+    head = 2 * shape.vocab_size * shape.hidden_size if train.distill_top_k is not None else 0
+    per_token = 2 * shape.linear_numel() + 2 * attention_product(request, shape) + head
+    copied = passes(request) * evaluation.sent / max(1, cluster.world_size - 1) * request.element_size
+    return Seconds(
+        compute=per_token * tokens / (cluster.flops * 1e12),
+        communication=cluster.seconds_to_gather(sent(request, evaluation)),
+        host_copies=copied / (cluster.host_bandwidth * 1e9) if request.offloads("param") else 0,
+    )
+
+
+def stage(request: Request, evaluation: PassTraffic) -> Stage:
+    """The engine has not stepped yet; a file's content is in host memory until it is written."""
+    train = request.config.train
+    batch = Batch(train.micro_batch_size, request.config.data.window, request.element_size)
+    state, host = state_before_any_step(request)
+    moment = forward_pass(request, request.shape, evaluation, batch) | {"targets": _targets(request, batch)}
+    content = min(samples(request), samples_per_file(_sample_bytes(request))) * _sample_bytes(request)
+    return Stage("uncut model's pass", state, {"pass": moment}, host | {"teacher_file": FILE_COPIES * content})
+
+
+def _targets(request: Request, batch: Batch) -> int:
+    """Of one micro-batch: what is kept of each token, and for its top logits a chunk's in fp32, twice."""
+    train, shape = request.config.train, request.shape
+    if train.distill_top_k is None:
+        return batch.tokens * shape.hidden_size * batch.element_size
+    chunk = min(batch.tokens, train.loss_chunk_tokens or max(1, LOGITS_AT_ONCE // (4 * shape.vocab_size)))
+    return chunk * shape.vocab_size * 8 + batch.tokens * (12 * train.distill_top_k + 4)
+
+
+def _sample_bytes(request: Request) -> int:
+    size = token_bytes(request.config.train.distill_top_k, request.shape.hidden_size, request.element_size)
+    return (request.config.data.window - 1) * size
