@@ -30,6 +30,13 @@ def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
     require(value in allowed, f"{key} must be one of {', '.join(allowed)}; got {value!r}")
 
 
+def _has_effect(section: str, values: Any, keys: Sequence[str], needed: str, *, given: bool) -> None:
+    """A setting that nothing would read was meant for something: another setting was forgotten."""
+    defaults = {field.name: field.default for field in dataclasses.fields(values)}
+    for key in keys:
+        require(given or getattr(values, key) == defaults[key], f"{section}.{key} has no effect without {needed}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which network. `path`: a local folder, a hub id, or `embedded` (SmolLM2-135M from the PyPI package)."""
@@ -155,6 +162,12 @@ class PruneConfig:
             not (self.joint_budget and self.ranking == "uniform"),
             "prune.joint_budget needs prune.ranking: global (uniform cuts the same counts in every layer)",
         )
+        averaged = ("compensate_steps", "compensate_decay")
+        _has_effect("prune", self, averaged, "prune.compensate", given=self.compensate != "none")
+        least_squares = self.compensate == "least_squares"
+        _has_effect("prune", self, ["compensate_ridge"], "prune.compensate: least_squares", given=least_squares)
+        scored = self.criterion == "gradient"
+        _has_effect("prune", self, ["gradient_every"], "prune.criterion: gradient", given=scored)
 
     @property
     def normalization(self) -> str:
@@ -204,7 +217,8 @@ class TrainConfig:
         require(self.recovery_steps >= 0, f"train.recovery_steps must not be negative; got {self.recovery_steps}")
         rate = self.recovery_learning_rate
         require(rate is None or rate > 0, f"train.recovery_learning_rate must be positive; got {rate}")
-        require(rate is None or self.recovery_steps > 0, "train.recovery_learning_rate needs train.recovery_steps")
+        recovers = self.recovery_steps > 0
+        _has_effect("train", self, ["recovery_learning_rate"], "train.recovery_steps", given=recovers)
         _one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULERS)
         require(self.warmup_steps >= 0, f"train.warmup_steps must not be negative; got {self.warmup_steps}")
         for key in ("adam_beta1", "adam_beta2"):
@@ -215,6 +229,7 @@ class TrainConfig:
             self.distill_top_k is None or self.distill_top_k >= 1,
             f"train.distill_top_k must be at least 1; got {self.distill_top_k}",
         )
+        _has_effect("train", self, ["distill_top_k"], "train.distill_weight", given=self.distill_weight > 0)
         for key in ("weight_decay", "max_grad_norm"):
             require(getattr(self, key) >= 0, f"train.{key} must not be negative; got {getattr(self, key)}")
 

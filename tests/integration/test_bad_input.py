@@ -35,10 +35,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Wrong:
-    """Overrides that make a good run unusable, and what the line has to say; "{here}" is the test's own folder."""
+    """Overrides, with blanks between, that make a good run unusable, and what the line has to say; "{here}" is the test's
+    own folder.
+    """
 
     name: str
-    override: str
+    overrides: str
     words: tuple[str, ...]
     make: Make | None = None
     ranks: int = 1
@@ -65,7 +67,7 @@ WRONG = (
     Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
     Wrong("no adapter at home", "model.adapter=~/nowhere", ("/nowhere/adapter_config.json does not exist",)),
     Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
-    Wrong("more logits than words", "train.distill_top_k=300", ("train.distill_top_k 300", "vocabulary of 259")),
+    Wrong("top k", "train.distill_weight=0.5 train.distill_top_k=300", ("distill_top_k 300", "vocabulary of 259")),
     Wrong("no data", "data.path={here}/text.txt", ("data.path", "does not exist")),
     Wrong("data in another format", "data.path={here}/x.pdf", (".txt, .json, .jsonl",), file_at("x.pdf", "%PDF")),
     Wrong("broken JSON", "data.path={here}/x.jsonl", ("x.jsonl, line 2",), file_at("x.jsonl", '{"text": "a"}\n{"te')),
@@ -104,8 +106,8 @@ def test_wrong_input_is_one_line_before_anything_is_written(wrong: Wrong, materi
         wrong.make(material, here)
     before = sorted(here.rglob("*"))
     words = [word.format(here=here) for word in wrong.words]
-    override = wrong.override.format(here=here)
-    first, *others = fork_ranks(arguments(material, here, override), outputs, ranks=wrong.ranks)
+    overrides = wrong.overrides.format(here=here).split()
+    first, *others = fork_ranks(arguments(material, here, *overrides), outputs, ranks=wrong.ranks)
     assert_refused(first, *words)
     assert first.out == ""
     assert [(rank.code, rank.out, rank.err) for rank in others] == [(2, "", "")] * len(others)

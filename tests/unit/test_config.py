@@ -167,6 +167,27 @@ def test_a_value_out_of_range_names_the_key(tmp_path: Path, yaml_text: str, key:
     assert refused(tmp_path, f"output_dir: out\n{yaml_text}\n").startswith(f"{key} ")
 
 
+@pytest.mark.parametrize(
+    ("yaml_text", "key", "needed"),
+    [
+        ("prune: {gradient_every: 2}", "prune.gradient_every", "prune.criterion: gradient"),
+        ("prune: {compensate_steps: 3}", "prune.compensate_steps", "prune.compensate"),
+        ("prune: {compensate_decay: 0.9}", "prune.compensate_decay", "prune.compensate"),
+        (
+            "prune: {compensate: bias, compensate_ridge: 1}",
+            "prune.compensate_ridge",
+            "prune.compensate: least_squares",
+        ),
+        ("train: {steps: 1, distill_top_k: 8}", "train.distill_top_k", "train.distill_weight"),
+        ("train: {steps: 1, recovery_learning_rate: 1e-4}", "train.recovery_learning_rate", "train.recovery_steps"),
+    ],
+)
+def test_a_setting_that_nothing_reads_names_what_is_missing(
+    tmp_path: Path, yaml_text: str, key: str, needed: str
+) -> None:
+    assert refused(tmp_path, f"output_dir: out\n{yaml_text}\n") == f"{key} has no effect without {needed}"
+
+
 def test_steps_and_epochs_exclude_each_other(tmp_path: Path) -> None:
     for train in ("{steps: 3, epochs: 1}", "{global_batch_size: 4}"):
         assert refused(tmp_path, f"output_dir: out\ntrain: {train}\n") == (
