@@ -35,8 +35,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Wrong:
-    """Overrides, with blanks between, that make a good run unusable, and what the line has to say; "{here}" is the test's
-    own folder.
+    """Overrides, with blanks between, that make a good run unusable, and what the line has to say; "{here}" is the
+    test's own folder.
     """
 
     name: str
