@@ -5,7 +5,8 @@
 For every fault: where it struck, steps lost, seconds until no process of the job was left, and whether the resumed run
 ends with the same kept_groups.json, byte for byte, as the run that nothing happened to. Exit code 1 unless all do.
 A tiny model on two CPU ranks, without the launcher where nothing happens to them, which halves the time; the disk of
-its own for the full-disk case needs root.
+its own for the full-disk case needs root. "levers" are faults of a run with the refit, the true gradient, the
+distillation and a recovery phase.
 """
 
 import argparse
@@ -13,13 +14,9 @@ import json
 import os
 import random
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,94 +26,31 @@ from loraprune_ds.checkpoint import files
 from loraprune_ds.errors import UserError
 from loraprune_ds.train import provenance
 from loraprune_ds.train.provenance import hardware, versions
+from tests.benchmarks.fault_table import DEADLINE, RANKS, STEPS, Fault, Job, fault_table
 from tests.integration.launching import fork_ranks
 from tests.integration.resuming import write_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-STEPS, EVERY, RANKS = 12, 3, 2
-CONFIG: dict[str, dict[str, Any]] = {
+EVERY, RECOVERY = 3, 4
+PLAIN: dict[str, dict[str, Any]] = {
     "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1},
     "prune": {"prune_every": 3},
     "checkpoint": {"every": EVERY, "keep_last": 2},
     "evaluate": {"max_windows": 4},
     "logging": {"progress": True},
 }
-DEADLINE = 600.0  # seconds for one run, on a machine that does much else
+LEVERS = PLAIN | {  # 256 samples: two rounds of files of the uncut model's outputs
+    "train": {
+        "steps": STEPS,
+        "recovery_steps": RECOVERY,
+        "global_batch_size": 16,
+        "micro_batch_size": 4,
+        "distill_weight": 0.5,
+    },
+    "prune": {"prune_every": 3, "criterion": "gradient", "compensate": "least_squares"},
+}
 GONE = 60.0  # seconds in which a job must be gone: the promise
-
-
-@dataclass
-class Job:
-    """A run under the launcher, in a session of its own."""
-
-    out: Path
-    log: Path
-    process: subprocess.Popen[bytes]
-    folder: Path
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def members(self) -> dict[int, str]:
-        """All live processes of the session, launcher first: process id -> command line."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                fields = (path / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-        return dict(sorted(found.items()))
-
-    def find(self, word: str) -> int:
-        return next(pid for pid, command in self.members().items() if word in command)
-
-    def rank(self, rank: int) -> int:
-        return self.find(f"launch/run.py --local_rank={rank}")
-
-    def step(self) -> int:
-        """The last step in metrics.jsonl; -1 before the first record."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=-1)
-
-    def wait_for_step(self, step: int) -> None:
-        self.wait_until(lambda: self.step() >= step)
-
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + DEADLINE
-        while not condition():
-            if time.monotonic() > deadline or not self.members():
-                raise TimeoutError(f"not reached: {self.text()[-2000:]}")
-            time.sleep(0.02)
-
-    def seconds_until_gone(self) -> float:
-        began = time.monotonic()
-        while self.members():
-            if time.monotonic() - began > DEADLINE:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                raise TimeoutError(f"still there: {self.members()}\n{self.text()[-2000:]}")
-            self.process.poll()
-            time.sleep(0.05)
-        return time.monotonic() - began
-
-
-Strike = Callable[[Job], None]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`point`: a fail-point (faults.py in the package); otherwise `strike` acts on the running job."""
-
-    name: str
-    point: str | None = None
-    strike: Strike | None = None
-    after: Strike | None = None  # before it is taken up again
-    disk: bool = False
-    expected_codes: tuple[int, ...] = ()  # of the launcher; none: not looked at
-    line: str = ""  # what the log must say
 
 
 @dataclass
@@ -179,17 +113,36 @@ def free_port() -> int:
     return _port
 
 
-def carry_out(fault: Fault, root: Path, expected: bytes) -> Row:
+@dataclass(frozen=True)
+class Suite:
+    """A run in a folder of its own, with its config, and how it ends if nothing happens to it."""
+
+    folder: Path
+    steps: int
+    config: str
+    expected: bytes
+
+
+def make_suite(folder: Path, sections: dict[str, dict[str, Any]]) -> Suite:
+    straight = folder / "straight"
+    straight.mkdir(parents=True)
+    config = write_run(folder, **sections)
+    run_to_end(straight, straight / "out")
+    steps = STEPS + sections["train"].get("recovery_steps", 0)
+    return Suite(folder, steps, config.read_text(), (straight / "out" / "kept_groups.json").read_bytes())
+
+
+def carry_out(fault: Fault, suite: Suite) -> Row:
     """The run with its fault, then the resumed one."""
     row = Row(fault.name)
-    folder = root / re.sub(r"\W+", "-", fault.name)
+    folder = suite.folder / re.sub(r"\W+", "-", fault.name)
     folder.mkdir()
     out = folder / "disk" / "out" if fault.disk else folder / "out"
     if fault.disk:
         mount_small_disk(out.parent)
     try:
         _strike(fault, row, folder, out)
-        _resume(row, folder, out, expected)
+        _resume(row, folder, out, suite)
     except (TimeoutError, StopIteration, OSError, UserError, AssertionError) as error:
         row.problem = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
     finally:
@@ -211,7 +164,7 @@ def _strike(fault: Fault, row: Row, folder: Path, out: Path) -> None:
     row.exit_code = job.process.wait()
     row.step_reached = job.step()
     row.status = json.loads((out / "status.json").read_text())["state"]
-    said = job.text().replace(str(folder.parent), "faults").replace(sys.prefix, ".venv")
+    said = job.text().replace(str(folder.parents[1]), "faults").replace(sys.prefix, ".venv")
     row.said = [line[-200:] for line in said.splitlines() if re.search(r"^error|gone|fail-point|return code", line)]
     if fault.after is not None:
         fault.after(job)
@@ -221,13 +174,13 @@ def _strike(fault: Fault, row: Row, folder: Path, out: Path) -> None:
         row.problem = f"the log does not say {fault.line!r}"
 
 
-def _resume(row: Row, folder: Path, out: Path, expected: bytes) -> None:
+def _resume(row: Row, folder: Path, out: Path, suite: Suite) -> None:
     row.resumed_at = newest_good(out)
     row.steps_lost = row.step_reached - (row.resumed_at or 0)
     run_to_end(folder, out, "--resume", "auto")
-    row.same_result = (out / "kept_groups.json").read_bytes() == expected
+    row.same_result = (out / "kept_groups.json").read_bytes() == suite.expected
     steps = [line["step"] for line in map(json.loads, (out / "metrics.jsonl").open()) if line["kind"] == "step"]
-    if steps != list(range(1, STEPS + 1)):
+    if steps != list(range(1, suite.steps + 1)):
         row.problem = f"metrics.jsonl has the steps {steps}"
     if row.steps_lost > EVERY:
         row.problem = f"{row.steps_lost} steps lost"
@@ -246,128 +199,6 @@ def newest_good(out: Path) -> int | None:
 def mount_small_disk(folder: Path) -> None:
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
-
-
-# What is done to a running job.
-
-
-def at_step(step: int, act: Strike) -> Strike:
-    def strike(job: Job) -> None:
-        job.wait_for_step(step)
-        act(job)
-
-    return strike
-
-
-def kill(word: str, number: int) -> Strike:
-    return lambda job: os.kill(job.find(word), number)
-
-
-def touch_stop(job: Job) -> None:
-    (job.out / "STOP").touch()
-
-
-def fill_disk(job: Job) -> None:
-    """Leaves room for a few lines, not for a checkpoint."""
-    free = shutil.disk_usage(job.out).free
-    (job.out.parent / "filler").write_bytes(bytes(free - 24_000))
-
-
-def free_disk(job: Job) -> None:
-    (job.out.parent / "filler").unlink()
-
-
-def interrupt_twice(job: Job) -> None:
-    """As a terminal does it: to every process; the second after the launcher's echo of the first."""
-    os.killpg(job.process.pid, signal.SIGINT)
-    time.sleep(1.5)
-    if job.members():
-        os.killpg(job.process.pid, signal.SIGINT)
-
-
-def damage_newest(change: Callable[[bytes], bytes]) -> Strike:
-    def damage(job: Job) -> None:
-        root = job.out / "checkpoints"
-        path = files.step_folder(root, files.numbered(root, "step")[-1]) / files.layer_file(1)
-        path.write_bytes(change(path.read_bytes()))
-
-    return damage
-
-
-def flip_bit(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-def random_kill(seed: int) -> Fault:
-    draw = random.Random(seed)
-    rank, step, delay = draw.randrange(RANKS), draw.randrange(0, STEPS), draw.uniform(0, 1.5)
-
-    def strike(job: Job) -> None:
-        job.wait_for_step(step)
-        time.sleep(delay)
-        os.kill(job.rank(rank), signal.SIGKILL)
-
-    return Fault(f"random moment {seed}: SIGKILL of rank {rank}, {delay:.2f} s after step {step}", strike=strike)
-
-
-def fault_table(random_moments: int) -> list[Fault]:
-    kills = [
-        ("forward", "forward@14:1"),
-        ("backward", "backward@15:0"),
-        ("scoring", "scoring@8:1"),
-        ("cut, agreed on", "cut.agreed@2:0"),
-        ("cut, between layers", "cut.layer@5:1"),
-        ("cut, before the engine is refreshed", "cut.rebuilt@2:0"),
-        ("save, a layer of a step written", "save.layer@5:1"),
-        ("save, a shape written", "save.shape_written@2:1"),
-        ("save, before a shape's rename", "save.shape_before_rename@2:0"),
-        ("save, after a shape's rename", "save.shape_after_rename@2:0"),
-        ("save, a step written", "save.step_written@2:1"),
-        ("save, before a step's rename", "save.step_before_rename@2:0"),
-        ("save, after a step's rename", "save.step_after_rename@2:0"),
-        ("save, an old folder renamed and not yet removed", "save.remove_renamed@1:0"),
-        ("save, an old step removed", "save.dropped@1:0"),
-        ("finish, before model/ has its name", "finish.before_rename@1:0"),
-        ("finish, after model/ has its name", "finish.after_rename@1:0"),
-        ("finish, the report written", "finish.reported@1:0"),
-    ]
-    terms = [
-        ("forward", "forward@14:1"),
-        ("backward", "backward@15:0"),
-        ("scoring", "scoring@8:1"),
-        ("cut", "cut.layer@5:1"),
-        ("save", "save.layer@5:1"),
-    ]
-    asked_too_late = Fault("SIGTERM: finish, which is short", "finish.before_rename@1:0:15", expected_codes=(0,))
-    stopped = "stopped at step"
-    rank_0 = "--local_rank=0"
-    launcher, runner = "deepspeed.launcher.launch", "bin/deepspeed"
-    return [
-        *(Fault(f"SIGKILL: {name}", f"{point}:9", expected_codes=(1, 247, 0)) for name, point in kills),
-        *(Fault(f"SIGTERM: {name}", f"{point}:15", expected_codes=(85,), line=stopped) for name, point in terms),
-        asked_too_late,
-        Fault("stop file", strike=at_step(4, touch_stop), expected_codes=(85,), line=stopped),
-        Fault("deepspeed runner: SIGKILL", strike=at_step(4, kill(runner, signal.SIGKILL)), line=stopped),
-        Fault("deepspeed runner: SIGTERM", strike=at_step(4, kill(runner, signal.SIGTERM)), line=stopped),
-        Fault("launch.py: SIGKILL", strike=at_step(4, kill(f"-m {launcher}", signal.SIGKILL)), line=stopped),
-        Fault("launch.py: SIGTERM", strike=at_step(4, kill(f"-m {launcher}", signal.SIGTERM)), line=stopped),
-        Fault("SIGINT twice to all", strike=at_step(4, interrupt_twice)),
-        Fault("one rank: SIGTERM", strike=at_step(4, kill(rank_0, signal.SIGTERM)), line=stopped),
-        Fault(
-            "disk full while saving",
-            strike=at_step(4, fill_disk),
-            after=free_disk,
-            disk=True,
-            expected_codes=(1,),
-            line="No space left on device",
-        ),
-        Fault(
-            "newest checkpoint: a file truncated", strike=at_step(6, touch_stop), after=damage_newest(lambda c: c[:-9])
-        ),
-        Fault("newest checkpoint: a bit flipped", strike=at_step(6, touch_stop), after=damage_newest(flip_bit)),
-        *(random_kill(seed) for seed in range(random_moments)),
-    ]
 
 
 def format_row(row: Row) -> str:
@@ -398,15 +229,11 @@ def main() -> int:
         faults = [fault for fault in faults if not fault.disk]
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         root = Path(name)
-        config = write_run(root, **CONFIG)
-        straight = root / "straight"
-        straight.mkdir()
-        run_to_end(straight, straight / "out")
-        expected = (straight / "out" / "kept_groups.json").read_bytes()
+        suites = {"plain": make_suite(root / "plain", PLAIN), "levers": make_suite(root / "levers", LEVERS)}
         print(f"{'':4} {'fault':<62} at resumed  lost   gone  code status")
         facts = {
             "command": "python -m tests.benchmarks.faults",  # the rows say at which commit they were found
-            "config": config.read_text(),
+            "configs": {name: suite.config for name, suite in suites.items()},
             "ranks": RANKS,
             "checkpoint_every": EVERY,
             "versions": versions(),
@@ -416,7 +243,7 @@ def main() -> int:
         order = {fault.name: i for i, fault in enumerate(table)}
         rows: list[Row] = []
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            for row in pool.map(lambda fault: carry_out(fault, root, expected), faults):
+            for row in pool.map(lambda fault: carry_out(fault, suites[fault.suite]), faults):
                 rows.append(row)
                 write_result(arguments.out, facts, sorted([*kept, *rows], key=lambda r: order[r.fault]), root)
     good = sum(row.good for row in rows)

@@ -1,0 +1,252 @@
+"""The faults of faults.py: where a run is struck, and how."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraprune_ds.checkpoint import files
+
+STEPS, RANKS = 12, 2
+DEADLINE = 600.0  # seconds for one run, on a machine that does much else
+
+
+@dataclass
+class Job:
+    """A run under the launcher, in a session of its own."""
+
+    out: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def members(self) -> dict[int, str]:
+        """All live processes of the session, launcher first: process id -> command line."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+        return dict(sorted(found.items()))
+
+    def find(self, word: str) -> int:
+        return next(pid for pid, command in self.members().items() if word in command)
+
+    def rank(self, rank: int) -> int:
+        return self.find(f"launch/run.py --local_rank={rank}")
+
+    def step(self) -> int:
+        """The last step in metrics.jsonl; -1 before the first record."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=-1)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: self.step() >= step)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            if time.monotonic() > deadline or not self.members():
+                raise TimeoutError(f"not reached: {self.text()[-2000:]}")
+            time.sleep(0.02)
+
+    def seconds_until_gone(self) -> float:
+        began = time.monotonic()
+        while self.members():
+            if time.monotonic() - began > DEADLINE:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                raise TimeoutError(f"still there: {self.members()}\n{self.text()[-2000:]}")
+            self.process.poll()
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+
+Strike = Callable[[Job], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`point`: a fail-point (faults.py in the package); otherwise `strike` acts on the running job. `suite`: the run
+    that it happens to, `plain` or `levers`.
+    """
+
+    name: str
+    point: str | None = None
+    strike: Strike | None = None
+    after: Strike | None = None  # before it is taken up again
+    disk: bool = False
+    expected_codes: tuple[int, ...] = ()  # of the launcher; none: not looked at
+    line: str = ""  # what the log must say
+    suite: str = "plain"
+
+
+# What is done to a running job.
+
+
+def at_step(step: int, act: Strike) -> Strike:
+    def strike(job: Job) -> None:
+        job.wait_for_step(step)
+        act(job)
+
+    return strike
+
+
+def kill(word: str, number: int) -> Strike:
+    return lambda job: os.kill(job.find(word), number)
+
+
+def touch_stop(job: Job) -> None:
+    (job.out / "STOP").touch()
+
+
+def fill_disk(job: Job) -> None:
+    """Leaves room for a few lines, not for a checkpoint."""
+    free = shutil.disk_usage(job.out).free
+    (job.out.parent / "filler").write_bytes(bytes(free - 24_000))
+
+
+def free_disk(job: Job) -> None:
+    (job.out.parent / "filler").unlink()
+
+
+def interrupt_twice(job: Job) -> None:
+    """As a terminal does it: to every process; the second after the launcher's echo of the first."""
+    os.killpg(job.process.pid, signal.SIGINT)
+    time.sleep(1.5)
+    if job.members():
+        os.killpg(job.process.pid, signal.SIGINT)
+
+
+def damage_newest(change: Callable[[bytes], bytes]) -> Strike:
+    def damage(job: Job) -> None:
+        root = job.out / "checkpoints"
+        path = files.step_folder(root, files.numbered(root, "step")[-1]) / files.layer_file(1)
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def flip_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def random_kill(seed: int, suite: str = "plain") -> Fault:
+    draw = random.Random(seed)
+    rank, step, delay = draw.randrange(RANKS), draw.randrange(0, STEPS), draw.uniform(0, 1.5)
+
+    def strike(job: Job) -> None:
+        job.wait_for_step(step)
+        time.sleep(delay)
+        os.kill(job.rank(rank), signal.SIGKILL)
+
+    name = f"random moment {seed}: SIGKILL of rank {rank}, {delay:.2f} s after step {step}"
+    return Fault(_named(name, suite), strike=strike, suite=suite)
+
+
+def _named(name: str, suite: str) -> str:
+    return name if suite == "plain" else f"{suite}: {name}"
+
+
+def fault_table(random_moments: int) -> list[Fault]:
+    """All of them; a fifth of the random moments, beside as many, are of a run with the levers."""
+    return [*plain_faults(random_moments), *lever_faults(random_moments // 5)]
+
+
+def lever_faults(random_moments: int) -> list[Fault]:
+    kills = [
+        ("the uncut model's pass, one round of files written", "teacher.file@1:1"),
+        ("forward that measures inputs", "forward@9:1"),
+        ("backward that keeps the true gradient", "backward@9:0"),
+        ("cut, agreed on", "cut.agreed@2:0"),
+        ("cut, refitted and not yet shrunk", "cut.compensated@2:1"),
+        ("cut, between layers", "cut.layer@5:1"),
+        ("save, a step written", "save.step_written@2:1"),
+        ("recovery, forward", "forward@28:0"),
+        ("finish, before model/ has its name", "finish.before_rename@1:0"),
+    ]
+    terms = [
+        ("the uncut model's pass", "teacher.file@1:0:15", "stopped before the first step"),
+        ("cut, refitted and not yet shrunk", "cut.compensated@2:0:15", "stopped at step"),
+    ]
+    suite = "levers"
+    return [
+        *(Fault(_named(f"SIGKILL: {name}", suite), f"{point}:9", suite=suite) for name, point in kills),
+        *(
+            Fault(_named(f"SIGTERM: {name}", suite), point, expected_codes=(85,), line=line, suite=suite)
+            for name, point, line in terms
+        ),
+        *(random_kill(100 + seed, suite) for seed in range(random_moments)),
+    ]
+
+
+def plain_faults(random_moments: int) -> list[Fault]:
+    kills = [
+        ("forward", "forward@14:1"),
+        ("backward", "backward@15:0"),
+        ("scoring", "scoring@8:1"),
+        ("cut, agreed on", "cut.agreed@2:0"),
+        ("cut, between layers", "cut.layer@5:1"),
+        ("cut, before the engine is refreshed", "cut.rebuilt@2:0"),
+        ("save, a layer of a step written", "save.layer@5:1"),
+        ("save, a shape written", "save.shape_written@2:1"),
+        ("save, before a shape's rename", "save.shape_before_rename@2:0"),
+        ("save, after a shape's rename", "save.shape_after_rename@2:0"),
+        ("save, a step written", "save.step_written@2:1"),
+        ("save, before a step's rename", "save.step_before_rename@2:0"),
+        ("save, after a step's rename", "save.step_after_rename@2:0"),
+        ("save, an old folder renamed and not yet removed", "save.remove_renamed@1:0"),
+        ("save, an old step removed", "save.dropped@1:0"),
+        ("finish, before model/ has its name", "finish.before_rename@1:0"),
+        ("finish, after model/ has its name", "finish.after_rename@1:0"),
+        ("finish, the report written", "finish.reported@1:0"),
+    ]
+    terms = [
+        ("forward", "forward@14:1"),
+        ("backward", "backward@15:0"),
+        ("scoring", "scoring@8:1"),
+        ("cut", "cut.layer@5:1"),
+        ("save", "save.layer@5:1"),
+    ]
+    asked_too_late = Fault("SIGTERM: finish, which is short", "finish.before_rename@1:0:15", expected_codes=(0,))
+    stopped = "stopped at step"
+    rank_0 = "--local_rank=0"
+    launcher, runner = "deepspeed.launcher.launch", "bin/deepspeed"
+    return [
+        *(Fault(f"SIGKILL: {name}", f"{point}:9", expected_codes=(1, 247, 0)) for name, point in kills),
+        *(Fault(f"SIGTERM: {name}", f"{point}:15", expected_codes=(85,), line=stopped) for name, point in terms),
+        asked_too_late,
+        Fault("stop file", strike=at_step(4, touch_stop), expected_codes=(85,), line=stopped),
+        Fault("deepspeed runner: SIGKILL", strike=at_step(4, kill(runner, signal.SIGKILL)), line=stopped),
+        Fault("deepspeed runner: SIGTERM", strike=at_step(4, kill(runner, signal.SIGTERM)), line=stopped),
+        Fault("launch.py: SIGKILL", strike=at_step(4, kill(f"-m {launcher}", signal.SIGKILL)), line=stopped),
+        Fault("launch.py: SIGTERM", strike=at_step(4, kill(f"-m {launcher}", signal.SIGTERM)), line=stopped),
+        Fault("SIGINT twice to all", strike=at_step(4, interrupt_twice)),
+        Fault("one rank: SIGTERM", strike=at_step(4, kill(rank_0, signal.SIGTERM)), line=stopped),
+        Fault(
+            "disk full while saving",
+            strike=at_step(4, fill_disk),
+            after=free_disk,
+            disk=True,
+            expected_codes=(1,),
+            line="No space left on device",
+        ),
+        Fault(
+            "newest checkpoint: a file truncated", strike=at_step(6, touch_stop), after=damage_newest(lambda c: c[:-9])
+        ),
+        Fault("newest checkpoint: a bit flipped", strike=at_step(6, touch_stop), after=damage_newest(flip_bit)),
+        *(random_kill(seed) for seed in range(random_moments)),
+    ]
