@@ -43,11 +43,11 @@ TINY = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "voca
 LIMITED = {"stage3_max_live_parameters": 200_000_000, "stage3_max_reuse_distance": 100_000_000}
 
 
-def make_random_1b(folder: Path) -> Path:
+def make_random_1b(folder: Path, vocab_size: int = 32_000) -> Path:
     """TinyLlama's sizes, written layer by layer."""
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
-        vocab_size=32_000,
+        vocab_size=vocab_size,
         hidden_size=2048,
         intermediate_size=5632,
         num_hidden_layers=DEPTHS["1b"],

@@ -8,8 +8,8 @@ tests/benchmarks/results/quality.json is not made again (unless its settings, te
 that was cut off goes on from its checkpoint, and after every run the table, the picture and that JSON are written anew.
 `--steps`, `--windows` and `--model` make a trial, which is kept apart in a folder of its own.
 
-`seconds` are those of training steps and cuts; the uncut model's pass before a distillation is not in them
-(quality_cost.py measures it).
+A run's `seconds` are those of training steps and cuts on whatever machine it was, so no row compares them, and the
+uncut model's pass before a distillation is not in them (quality_cost.py measures both side by side).
 
 Every run is launch/run.py through the deepspeed launcher. What can be chosen (the learning rate above all, group
 `rates`) is chosen by the perplexity of a held-out tenth of the tuning text; the test text and the other text, which is
@@ -203,12 +203,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def publish(work: Path, target: Path) -> None:
     """Table, picture and JSON from every run that is in the work folder."""
-    runs = [read_json_object(path) for path in sorted((work / "results").glob("*.json"))]
+    runs = [read_json_object(path) for path in (work / "results").glob("*.json")]
+    runs.sort(key=lambda run: (list(SETTINGS).index(run["setting"]), run["seed"]))
     rows = rows_of(runs)
     print(table(rows))
     dense = read_json_object(work / DENSE)
     write_json(target / "quality.json", {"dense": dense, "rows": rows, "runs": runs})
-    draw(target / "quality.png", rows)
+    draw(target / "quality.png", rows, dense["perplexity"])
 
 
 if __name__ == "__main__":

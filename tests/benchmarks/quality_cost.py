@@ -1,10 +1,13 @@
-"""What the levers of quality cost in seconds, bytes and disk on SmolLM2-135M, beside what they replace.
+"""What the levers of quality cost in seconds, bytes and disk, beside what they replace.
 
-    python -m tests.benchmarks.quality_cost [--ranks 2] [--steps 4] [--phases lora gradient ...] [--model FOLDER]
+    python -m tests.benchmarks.quality_cost [--ranks 2] [--models smollm2 1b] [--phases lora gradient ...]
 
-Each stretch is a launch of its own, so that none inherits another's memory:
+On SmolLM2-135M everything; on a random LLaMA of 1.1 billion parameters, with activation checkpointing, what is said of
+the memory of a criterion, which a small model's activations hide. Each stretch is a launch of its own, so that none
+inherits another's memory:
   lora, gradient   a training step scored by either criterion
   whole_gradient   the same step in one process that holds W's gradient whole, as LLM-Pruner does
+  lora_gradient    the same process with gradients of LoRA alone
   cut, refit       the same cut to half of the linear parameters, plain and with the least-squares refit
   teacher          the uncut model's pass over the samples of a run, and the training steps over the same samples
 Memory is RssAnon + RssShmem of each rank, sampled every 5 ms: `peak`, and `extra` above the start of the stretch;
@@ -15,6 +18,7 @@ The result goes to tests/benchmarks/results/quality_cost.json.
 import argparse
 import gc
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +34,7 @@ import torch
 from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.adapters import add_lora, lora_linear
 from loraprune_ds.model.build import decoder_layers, locate_model
+from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import teacher
 from loraprune_ds.plan.cluster import Cluster
@@ -47,11 +52,18 @@ from loraprune_ds.zero.device import DTYPES, device_name
 from loraprune_ds.zero.engine import build_training_store, quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.fetching import PassTraffic
 from tests.benchmarks.peak import Peak
+from tests.benchmarks.plan_measured import make_random_1b
 from tests.plan_cases import counted_bytes, planned_peak
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "quality_cost.json"
-PHASES = ("lora", "gradient", "whole_gradient", "cut", "refit", "teacher")
+ONE_PROCESS = ("whole_gradient", "lora_gradient")
+PHASES = {
+    "smollm2": ("lora", "gradient", *ONE_PROCESS, "cut", "refit", "teacher"),
+    "1b": ("lora", "gradient", *ONE_PROCESS),
+}
+STEPS = {"smollm2": 4, "1b": 2}  # that are timed
+TEACHER_STEPS = 15  # of 8 samples, and one more: a file of outputs for each of two ranks
 
 
 def make_config(arguments: argparse.Namespace) -> RunConfig:
@@ -63,13 +75,14 @@ def make_config(arguments: argparse.Namespace) -> RunConfig:
     }
     return RunConfig(
         output_dir=str(arguments.folder),
-        model=ModelConfig(path=arguments.model),
+        model=ModelConfig(path=str(arguments.source)),
         data=DataConfig(window=128),
         prune=replace(prune, **changes.get(arguments.phase, {})),
         train=TrainConfig(
-            steps=arguments.steps + 1,
+            steps=(TEACHER_STEPS if arguments.phase == "teacher" else STEPS[arguments.model]) + 1,
             global_batch_size=8,
             micro_batch_size=4,
+            gradient_checkpointing=arguments.model == "1b",
             learning_rate=1e-4,
             distill_weight=0.5 if arguments.phase == "teacher" else 0.0,
         ),
@@ -130,16 +143,21 @@ def teacher_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> 
     return {"pass": recorded | disk | planned, "training_on_them": trained}
 
 
-def whole_gradient_phase(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    """One process, every frozen linear with a gradient of its own."""
+def one_process_phase(config: RunConfig, prepared: Prepared, *, whole: bool) -> dict[str, Any]:
+    """One process without ZeRO; `whole`: every frozen linear has a gradient of its own, too."""
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[config.model.dtype]
     base: Any = AutoModelForCausalLM.from_pretrained(locate_model(config.model), dtype=dtype)
+    for parameter in base.parameters():
+        parameter.data = parameter.data.clone()  # mapped from the file it would count as no memory
     model = add_lora(base, config.lora, config.seed)
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in decoder_layers(model):
         for linear in LINEARS:
-            lora_linear(layer, linear).base_layer.weight.requires_grad_(True)
+            lora_linear(layer, linear).base_layer.weight.requires_grad_(whole)
+    model.train()
     comm, rows = Communicator(), []
     for step in range(prepared.steps):
         batch = prepared.samples.input_ids[prepared.order.batch(step)].long()
@@ -180,26 +198,26 @@ def rank_main(arguments: argparse.Namespace) -> None:
     comm = start_ranks()
     config = make_config(arguments)
     prepared = prepare(config, comm, is_first_on_node=comm.rank == 0)
-    if arguments.phase == "whole_gradient":
-        result = whole_gradient_phase(config, prepared)
+    if arguments.phase in ONE_PROCESS:
+        result = one_process_phase(config, prepared, whole=arguments.phase == "whole_gradient")
     elif arguments.phase == "teacher":
         result = teacher_phase(config, prepared, comm)
     else:
         result = steps_and_cut(config, prepared, comm)
         result["planned_extra_bytes"] = planned_extra(config, prepared.checkpoint.shape, comm.world_size)
     if comm.rank == 0:
-        config_facts = config.to_dict() | {"output_dir": "unused"}
+        config_facts = config.to_dict() | {"output_dir": "unused", "model": {"path": arguments.model}}
         facts = {"ranks": comm.world_size, "config": config_facts, "hardware": hardware(device_name())}
         write_json(arguments.folder / "result.json", {**result, **facts})
     stop_ranks()
 
 
-def launch(phase: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def launch(phase: str, model: str, source: Path, ranks: int) -> dict[str, Any]:
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    ranks = 1 if phase == "whole_gradient" else arguments.ranks
+    ranks = 1 if phase in ONE_PROCESS else ranks
     with tempfile.TemporaryDirectory(prefix="quality-cost-") as folder:
         command = [deepspeed, "--quiet", f"--num_accelerators={ranks}", Path(__file__), "--phase", phase]
-        command += ["--folder", folder, "--model", arguments.model, "--steps", arguments.steps]
+        command += ["--folder", folder, "--model", model, "--source", source]
         freed_at_once = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}  # or glibc keeps it, and no later peak would show
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | freed_at_once
         subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
@@ -215,25 +233,43 @@ def show(phases: dict[str, Any]) -> None:
                 print(f"{phase + ', ' + name:<32}{row['seconds']:>9.2f}{peak:>13.0f} MB{extra:>9.0f} MB")
 
 
+def measure_all(model: str, wanted: list[str] | None, ranks: int, result: Path) -> None:
+    """Every phase of a model that is wanted; what was measured before stays."""
+    models = read_json_object(result)["models"] if result.exists() else {}
+    phases = models.setdefault(model, {})
+    with tempfile.TemporaryDirectory(prefix="quality-cost-model-") as folder:
+        source = Path("embedded") if model == "smollm2" else random_1b(Path(folder))
+        for phase in PHASES[model]:
+            if wanted is None or phase in wanted:
+                phases[phase] = launch(phase, model, source, ranks) | {"versions": versions()}
+                write_json(result, {"models": models})
+    show(phases)
+
+
+def random_1b(folder: Path) -> Path:
+    """With SmolLM2's tokenizer and a vocabulary of its size."""
+    make_random_1b(folder, vocab_size=49_152)
+    for path in embedded_model_dir().glob("*token*"):
+        shutil.copy(path, folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--models", nargs="+", choices=list(PHASES), default=list(PHASES))
+    parser.add_argument("--phases", nargs="+", choices=PHASES["smollm2"], help="default: all of a model")
     parser.add_argument("--result", type=Path, default=RESULT, help="default: tests/benchmarks/results")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    for name in ("--phase", "--model", "--source"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.phase:
         rank_main(arguments)
         return
-    phases = read_json_object(arguments.result)["phases"] if arguments.result.exists() else {}
-    for phase in arguments.phases:
-        phases[phase] = launch(phase, arguments) | {"versions": versions()}
-        write_json(arguments.result, {"phases": phases})
-    show(phases)
+    for model in arguments.models:
+        measure_all(model, arguments.phases, arguments.ranks, arguments.result)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ def _row(runs: list[dict[str, Any]]) -> Row:
         "seeds": [run["seed"] for run in runs],
         "tokens": runs[0]["tokens"],
         "removed_linear_fraction": 1 - params["linear_pruned"] / params["linear_dense"],
-        "seconds": statistics.mean(run["seconds"] for run in runs),
         **{text: _spread([run["perplexity"][text] for run in runs]) for text in TEXTS},
     }
 
@@ -36,36 +35,53 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def table(rows: Sequence[Row]) -> str:
     """Plain text; the spread over seeds in brackets."""
-    lines = [
-        f"{'setting':<30}{'seeds':>6}{'tokens':>9}{'removed':>9}{'seconds':>9}" + "".join(f"{t:>18}" for t in TEXTS)
-    ]
+    lines = [f"{'setting':<30}{'seeds':>6}{'tokens':>9}{'removed':>9}" + "".join(f"{t:>18}" for t in TEXTS)]
     for row in rows:
         perplexities = "".join(f"{row[t]['mean']:>10.2f} ({row[t]['spread']:5.2f})" for t in TEXTS)
         lines.append(
             f"{row['setting']:<30}{len(row['seeds']):>6}{row['tokens']:>9,}{row['removed_linear_fraction']:>9.2%}"
-            f"{row['seconds']:>9.0f}{perplexities}"
+            f"{perplexities}"
         )
     return "\n".join(lines)
 
 
-def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Perplexity on the test text and on the other text, a line of dots each, settings from the best down."""
+def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
+    """Perplexity on the test text and on the other text, a line of dots each; groups apart, the best of each on top.
+
+    Args:
+        dense: of the uncut model, by text: the dashed lines.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator, NullLocator
 
-    ordered = sorted(rows, key=lambda row: -row["test"]["mean"])
+    height = places(rows)
     with plt.style.context([PLOT_STYLE]):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * len(ordered)), sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * max(height.values())), sharey=True)
         for axis, text in zip(axes, ("test", "other"), strict=True):
-            means = [row[text]["mean"] for row in ordered]
-            half = [row[text]["spread"] / 2 for row in ordered]
-            axis.errorbar(means, range(len(ordered)), xerr=half, fmt="o", markersize=4, color="#2F6B9A")
+            means = [row[text]["mean"] for row in rows]
+            half = [row[text]["spread"] / 2 for row in rows]
+            heights = [height[row["setting"]] for row in rows]
+            axis.errorbar(means, heights, xerr=half, fmt="o", markersize=4, color="#2F6B9A")
+            axis.axvline(dense[text], linestyle="--", linewidth=1, color="#888888")
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(MaxNLocator(5))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_locator(NullLocator())
-            axis.set_title(f"perplexity, {text} text")
-        axes[0].set_yticks(range(len(ordered)), [row["setting"] for row in ordered])
+            axis.set_title(f"perplexity, {text} text (dashed: uncut)")
+        axes[0].set_yticks(list(height.values()), list(height))
+        axes[0].invert_yaxis()
         figure.tight_layout()
         figure.savefig(path, dpi=110)
         plt.close(figure)
+
+
+def places(rows: Sequence[Row]) -> dict[str, float]:
+    """How far down each setting stands, with a gap between two groups."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    found: dict[str, float] = {}
+    for number, members in enumerate(groups.values()):
+        for row in sorted(members, key=lambda row: row["test"]["mean"]):
+            found[row["setting"]] = len(found) + 0.7 * number
+    return found

@@ -10,7 +10,7 @@ from loraprune_ds.config_file import load_config
 from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality import basis_of, parse_arguments, trial_name
 from tests.benchmarks.quality_settings import SETTINGS, select
-from tests.benchmarks.quality_table import draw, rows_of, table
+from tests.benchmarks.quality_table import draw, places, rows_of, table
 from tests.oracle.models import make_tiny_llama
 
 
@@ -46,8 +46,14 @@ def test_a_row_has_mean_and_spread_of_its_seeds_alone(tmp_path: Path) -> None:
     assert refit["other"] == {"mean": 140.0, "spread": 0.0}
     assert plain["removed_linear_fraction"] == pytest.approx(0.417)
     assert [line.split()[0] for line in table([plain, refit]).splitlines()] == ["setting", "plain", "refit"]
-    draw(tmp_path / "quality.png", [plain, refit])
+    draw(tmp_path / "quality.png", [plain, refit], {"test": 50.0, "other": 20.0})
     assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_groups_stand_apart_and_the_best_of_each_on_top() -> None:
+    runs = [made_up_run("plain", 0, 90.0), made_up_run("refit", 0, 70.0), made_up_run("gqa-plain", 0, 60.0)]
+    runs[2]["group"] = "gqa"
+    assert places(rows_of(runs)) == {"refit": 0, "plain": 1, "gqa-plain": 2.7}
 
 
 def test_every_setting_is_a_run_config(tmp_path: Path) -> None:
