@@ -4,10 +4,10 @@ Every value is checked once, here, and the message names the key; the rest of th
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraprune_ds.config_checks import Checks, require
 from loraprune_ds.errors import UserError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -18,23 +18,6 @@ COMPENSATIONS = ("none", "bias", "least_squares")
 SCHEDULERS = ("linear", "cosine", "constant")
 DATA_FORMATS = ("text", "instruction")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def require(ok: bool, message: str) -> None:
-    """Raises UserError with `message` unless `ok`."""
-    if not ok:
-        raise UserError(message)
-
-
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    require(value in allowed, f"{key} must be one of {', '.join(allowed)}; got {value!r}")
-
-
-def _has_effect(section: str, values: Any, keys: Sequence[str], needed: str, *, given: bool) -> None:
-    """A setting that nothing would read was meant for something: another setting was forgotten."""
-    defaults = {field.name: field.default for field in dataclasses.fields(values)}
-    for key in keys:
-        require(given or getattr(values, key) == defaults[key], f"{section}.{key} has no effect without {needed}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +31,7 @@ class ModelConfig:
     adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
 
     def __post_init__(self) -> None:
-        _one_of("model.dtype", self.dtype, DTYPES)
+        Checks("model", self).one_of("dtype", DTYPES)
 
 
 @dataclass(frozen=True)
@@ -60,9 +43,10 @@ class LoraConfig:
     lora_dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, f"lora.r must be at least 1; got {self.r}")
-        require(self.lora_alpha > 0, f"lora.lora_alpha must be positive; got {self.lora_alpha}")
-        require(0 <= self.lora_dropout < 1, f"lora.lora_dropout must be in [0, 1); got {self.lora_dropout}")
+        check = Checks("lora", self)
+        check.at_least(1, "r")
+        check.positive("lora_alpha")
+        check.within("[0, 1)", "lora_dropout")
 
 
 @dataclass(frozen=True)
@@ -86,15 +70,11 @@ class DataConfig:
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("data.format", self.format, DATA_FORMATS)
-        require(self.window >= 2, f"data.window must be at least 2 tokens; got {self.window}")
-        require(
-            0 < self.held_out_fraction < 1, f"data.held_out_fraction must be in (0, 1); got {self.held_out_fraction}"
-        )
-        require(
-            self.max_samples is None or self.max_samples >= 1,
-            f"data.max_samples must be at least 1; got {self.max_samples}",
-        )
+        check = Checks("data", self)
+        check.one_of("format", DATA_FORMATS)
+        check.at_least(2, "window")
+        check.within("(0, 1)", "held_out_fraction")
+        check.at_least(1, "max_samples")
 
 
 @dataclass(frozen=True)
@@ -124,50 +104,36 @@ class PruneConfig:
     compensate_ridge: float = 0.05  # least_squares: added to the diagonal, as a fraction of the mean squared input
 
     def __post_init__(self) -> None:
-        require(0 < self.ratio < 1, f"prune.ratio must be in (0, 1); got {self.ratio}")
+        check = Checks("prune", self)
+        check.within("(0, 1)", "ratio")
+        check.within(
+            "[0, 1)", "head_ratio", "moving_average", "warmup_fraction", "cooldown_fraction", "compensate_decay"
+        )
+        check.within("(0, 1]", "max_layer_ratio")
+        check.one_of("criterion", CRITERIA)
+        check.one_of("ranking", RANKINGS)
+        check.one_of("normalize", NORMALIZATIONS)
+        check.one_of("compensate", COMPENSATIONS)
+        check.at_least(1, "prune_every", "min_heads", "min_channels", "channel_multiple")
+        check.at_least(1, "gradient_every", "compensate_steps")
+        check.at_least(0, "protected_first", "protected_last")
+        check.positive("compensate_ridge")
         require(
-            self.head_ratio is None or 0 <= self.head_ratio < 1,
-            f"prune.head_ratio must be in [0, 1); got {self.head_ratio}",
+            self.warmup_fraction + self.cooldown_fraction < 1,
+            "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
         )
         require(
             self.head_ratio is None or not self.joint_budget,
             "prune.head_ratio and prune.joint_budget exclude each other: in a joint budget the scores decide",
         )
-        _one_of("prune.criterion", self.criterion, CRITERIA)
-        _one_of("prune.ranking", self.ranking, RANKINGS)
-        if self.normalize is not None:
-            _one_of("prune.normalize", self.normalize, NORMALIZATIONS)
-        require(0 <= self.moving_average < 1, f"prune.moving_average must be in [0, 1); got {self.moving_average}")
-        _one_of("prune.compensate", self.compensate, COMPENSATIONS)
-        require(
-            0 <= self.compensate_decay < 1, f"prune.compensate_decay must be in [0, 1); got {self.compensate_decay}"
-        )
-        require(self.compensate_ridge > 0, f"prune.compensate_ridge must be positive; got {self.compensate_ridge}")
-        counts = ("prune_every", "min_heads", "min_channels", "channel_multiple", "gradient_every", "compensate_steps")
-        for key in counts:
-            require(getattr(self, key) >= 1, f"prune.{key} must be at least 1; got {getattr(self, key)}")
-        for key in ("warmup_fraction", "cooldown_fraction"):
-            require(0 <= getattr(self, key) < 1, f"prune.{key} must be in [0, 1); got {getattr(self, key)}")
-        require(
-            self.warmup_fraction + self.cooldown_fraction < 1,
-            "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
-        )
-        require(0 < self.max_layer_ratio <= 1, f"prune.max_layer_ratio must be in (0, 1]; got {self.max_layer_ratio}")
-        require(self.protected_last >= 0, f"prune.protected_last must not be negative; got {self.protected_last}")
-        require(
-            self.protected_first is None or self.protected_first >= 0,
-            f"prune.protected_first must not be negative; got {self.protected_first}",
-        )
         require(
             not (self.joint_budget and self.ranking == "uniform"),
             "prune.joint_budget needs prune.ranking: global (uniform cuts the same counts in every layer)",
         )
-        averaged = ("compensate_steps", "compensate_decay")
-        _has_effect("prune", self, averaged, "prune.compensate", given=self.compensate != "none")
-        least_squares = self.compensate == "least_squares"
-        _has_effect("prune", self, ["compensate_ridge"], "prune.compensate: least_squares", given=least_squares)
-        scored = self.criterion == "gradient"
-        _has_effect("prune", self, ["gradient_every"], "prune.criterion: gradient", given=scored)
+        compensates, solves = self.compensate != "none", self.compensate == "least_squares"
+        check.has_effect("prune.compensate", "compensate_steps", "compensate_decay", given=compensates)
+        check.has_effect("prune.compensate: least_squares", "compensate_ridge", given=solves)
+        check.has_effect("prune.criterion: gradient", "gradient_every", given=self.criterion == "gradient")
 
     @property
     def normalization(self) -> str:
@@ -199,39 +165,21 @@ class TrainConfig:
     loss_chunk_tokens: int | None = None  # tokens whose logits are held at once; None: as many as make 256 MiB in fp32
 
     def __post_init__(self) -> None:
-        for key in ("global_batch_size", "micro_batch_size"):
-            require(getattr(self, key) >= 1, f"train.{key} must be at least 1; got {getattr(self, key)}")
+        check = Checks("train", self)
+        check.at_least(1, "global_batch_size", "micro_batch_size", "steps", "distill_top_k", "loss_chunk_tokens")
+        check.at_least(0, "recovery_steps", "warmup_steps", "weight_decay", "max_grad_norm")
+        check.positive("epochs", "learning_rate", "recovery_learning_rate", "adam_epsilon")
+        check.within("[0, 1)", "adam_beta1", "adam_beta2")
+        check.within("[0, 1]", "distill_weight")
+        check.one_of("lr_scheduler", SCHEDULERS)
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"train.global_batch_size ({self.global_batch_size}) is not a multiple of "
             f"train.micro_batch_size ({self.micro_batch_size})",
         )
         require((self.steps is None) != (self.epochs is None), "give exactly one of train.steps and train.epochs")
-        require(self.steps is None or self.steps >= 1, f"train.steps must be at least 1; got {self.steps}")
-        require(self.epochs is None or self.epochs > 0, f"train.epochs must be positive; got {self.epochs}")
-        require(
-            self.loss_chunk_tokens is None or self.loss_chunk_tokens >= 1,
-            f"train.loss_chunk_tokens must be at least 1; got {self.loss_chunk_tokens}",
-        )
-        require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}")
-        require(self.recovery_steps >= 0, f"train.recovery_steps must not be negative; got {self.recovery_steps}")
-        rate = self.recovery_learning_rate
-        require(rate is None or rate > 0, f"train.recovery_learning_rate must be positive; got {rate}")
-        recovers = self.recovery_steps > 0
-        _has_effect("train", self, ["recovery_learning_rate"], "train.recovery_steps", given=recovers)
-        _one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULERS)
-        require(self.warmup_steps >= 0, f"train.warmup_steps must not be negative; got {self.warmup_steps}")
-        for key in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, key) < 1, f"train.{key} must be in [0, 1); got {getattr(self, key)}")
-        require(self.adam_epsilon > 0, f"train.adam_epsilon must be positive; got {self.adam_epsilon}")
-        require(0 <= self.distill_weight <= 1, f"train.distill_weight must be in [0, 1]; got {self.distill_weight}")
-        require(
-            self.distill_top_k is None or self.distill_top_k >= 1,
-            f"train.distill_top_k must be at least 1; got {self.distill_top_k}",
-        )
-        _has_effect("train", self, ["distill_top_k"], "train.distill_weight", given=self.distill_weight > 0)
-        for key in ("weight_decay", "max_grad_norm"):
-            require(getattr(self, key) >= 0, f"train.{key} must not be negative; got {getattr(self, key)}")
+        check.has_effect("train.recovery_steps", "recovery_learning_rate", given=self.recovery_steps > 0)
+        check.has_effect("train.distill_weight", "distill_top_k", given=self.distill_weight > 0)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches each rank runs per step: G / (micro * W).
@@ -259,11 +207,9 @@ class EvaluateConfig:
     every: int | None = None  # steps between evaluations during the run
 
     def __post_init__(self) -> None:
-        require(self.window >= 2, f"evaluate.window must be at least 2 tokens; got {self.window}")
-        require(self.batch_size >= 1, f"evaluate.batch_size must be at least 1; got {self.batch_size}")
-        for key in ("max_windows", "every"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"evaluate.{key} must be at least 1; got {value}")
+        check = Checks("evaluate", self)
+        check.at_least(2, "window")
+        check.at_least(1, "batch_size", "max_windows", "every")
 
 
 @dataclass(frozen=True)
@@ -275,8 +221,7 @@ class CheckpointConfig:
     copy_source: bool = False  # keep a copy of the uncut weights too, instead of naming the source by path and digest
 
     def __post_init__(self) -> None:
-        require(self.every is None or self.every >= 1, f"checkpoint.every must be at least 1; got {self.every}")
-        require(self.keep_last >= 1, f"checkpoint.keep_last must be at least 1; got {self.keep_last}")
+        Checks("checkpoint", self).at_least(1, "every", "keep_last")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from loraprune_ds.config import RunConfig, require
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_checks import require
 from loraprune_ds.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
