@@ -17,7 +17,6 @@ NORMALIZATIONS = ("l2", "none")
 COMPENSATIONS = ("none", "bias", "least_squares")
 SCHEDULERS = ("linear", "cosine", "constant")
 DATA_FORMATS = ("text", "instruction")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         shape = trainer.store.shape
         traffic = fetcher.run(network.training_pass(checkpointing=case.checkpointing))
         steps.append(_measured_step(step, request, shape, trainer, traffic, baseline))
-        before, kept_before = shape, trainer.store.comm.counter.bytes
+        before, kept_before = shape, trainer.store.comm.bytes_sent
         with Peak() as cutting:
             record = trainer.cut(step)
         if record is None:
@@ -165,7 +165,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
         planned_stage = cut_stage("", request, before, trainer.store.shape)
         rows[-1] |= {
-            "sent": {"planned": planned, "counted": trainer.store.comm.counter.bytes - kept_before},
+            "sent": {"planned": planned, "counted": trainer.store.comm.bytes_sent - kept_before},
             "peak_rss": cutting.peak - baseline,
             "extra_rss": cutting.extra,
             "extra_planned": planned_stage.peak - planned_stage.resident,
@@ -200,11 +200,11 @@ def _measured_step(
     step: int, request: Request, shape: ModelShape, trainer: Trainer, traffic: PassTraffic, baseline: int
 ) -> dict[str, Any]:
     world_size, rank = request.cluster.world_size, trainer.store.rank
-    counter, before = trainer.store.comm.counter, trainer.store.comm.counter.bytes
+    comm, before = trainer.store.comm, trainer.store.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
     scores = step <= request.schedule.end
-    own = counter.bytes - before
+    own = comm.bytes_sent - before
     own_planned = (scoring_bytes(request, shape) if scores else 0) + agreement_bytes(shape, world_size, rank)[0]
     of_gradient = options.gradient_bytes(request, shape) if scores else 0
     of_moments = options.measuring_bytes(request, shape, rank) if scores else 0

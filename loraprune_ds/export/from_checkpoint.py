@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.files import layer_file
 from loraprune_ds.checkpoint.load import Saved
-from loraprune_ds.config import LINEARS as LINEAR_NAMES
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.export.huggingface import finish_folder, merge_lora
@@ -19,7 +18,7 @@ from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
 from loraprune_ds.model.build import locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_for_pruning, parameter_shapes
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
-from loraprune_ds.model.shapes import LINEARS
+from loraprune_ds.model.shapes import LINEAR_NAMES, LINEARS
 from loraprune_ds.model.shards import shard_count, write_index, write_shard
 
 Change = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]  # of a layer's frozen tensors before they are written

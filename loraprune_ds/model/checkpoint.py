@@ -68,7 +68,7 @@ def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         for linear in LINEARS:
             out_features, in_features = shape.linear_shape(i, linear)
             shapes[f"{prefix}{linear.name}.weight"] = (out_features, in_features)
-            if shape.attention_bias if linear.kind == "heads" else shape.mlp_bias:
+            if shape.has_bias(linear):
                 shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
         shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)

@@ -34,6 +34,8 @@ LINEARS: tuple[Linear, ...] = (
     Linear("mlp.up_proj", "channels", 0),
     Linear("mlp.down_proj", "channels", 1),
 )
+LINEAR_NAMES = tuple(linear.name.split(".")[1] for linear in LINEARS)  # PEFT's target_modules
+INPUT_LINEARS = tuple(linear for linear in LINEARS if linear.axis == 1)  # o_proj and down_proj, which lose inputs
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,17 @@ class ModelShape:
         """(out_features, in_features) of a linear at this layer's current width."""
         width = self.layers[layer].count(linear.kind) * self.group_width(linear)
         return (width, self.hidden_size) if linear.axis == 0 else (self.hidden_size, width)
+
+    def has_bias(self, linear: Linear) -> bool:
+        return self.attention_bias if linear.kind == "heads" else self.mlp_bias
+
+    def lora_sizes(self, lora_rank: int) -> list[int]:
+        """Elements of every LoRA factor, layer by layer."""
+        return [numel for i in range(len(self.layers)) for numel in self.layer_lora_sizes(i, lora_rank)]
+
+    def layer_lora_sizes(self, layer: int, lora_rank: int) -> list[int]:
+        """Of one layer: of each linear A (r, in_features), then B (out_features, r)."""
+        return [lora_rank * width for linear in LINEARS for width in reversed(self.linear_shape(layer, linear))]
 
     def group_numel(self, kind: Kind) -> int:
         """Linear parameters (biases not counted) that leave with one group."""

@@ -2,7 +2,6 @@
 
 from loraprune_ds.model.shapes import KINDS, ModelShape
 from loraprune_ds.plan import options
-from loraprune_ds.plan.memory import all_lora
 from loraprune_ds.plan.request import Request
 
 
@@ -15,7 +14,7 @@ def checkpoint_terms(request: Request, after_first_cut: ModelShape) -> dict[str,
     weights = shape if request.config.checkpoint.copy_source else after_first_cut
     terms = {
         "weights": request.element_size * weights.total_numel(),
-        "lora_state": 12 * sum(all_lora(request, shape)),
+        "lora_state": 12 * sum(shape.lora_sizes(request.config.lora.r)),
         "scores": 8 * sum(layer.count(kind) for layer in shape.layers for kind in KINDS),
     }
     if request.config.prune.compensate != "none":

@@ -11,7 +11,7 @@ from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.zero.fetching import PassTraffic
 from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.memory import state_terms
-from loraprune_ds.zero.passes import lora_sizes, parameter_sizes
+from loraprune_ds.zero.passes import parameter_sizes
 
 OPTIMIZER_TERMS = ("lora_masters", "lora_moments", "lora_gradients")
 
@@ -184,7 +184,7 @@ def _scoring(request: Request, shape: ModelShape) -> dict[str, int]:
     """One layer's LoRA masters and gradients: this rank's pieces, all pieces gathered, and the factors made of them."""
     pieces, whole = 0, 0
     for i in range(len(shape.layers)):
-        sizes = [n for linear in LINEARS for n in lora_sizes(shape, i, linear, request.config.lora.r)]
+        sizes = shape.layer_lora_sizes(i, request.config.lora.r)
         pieces = max(pieces, 2 * _piece(request, sizes) * 4)
         whole = max(whole, 2 * sum(sizes) * 4)
     linears = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in LINEARS]
@@ -199,19 +199,13 @@ def _scoring(request: Request, shape: ModelShape) -> dict[str, int]:
 
 def _reduction(request: Request, shape: ModelShape) -> int:
     """A full bucket once more, in the order of the ranks."""
-    sizes = all_lora(request, shape)
+    sizes = shape.lora_sizes(request.config.lora.r)
     bucket = int(request.ds_config["zero_optimization"]["reduce_bucket_size"])
     return min(bucket, sum(sizes)) * 4
 
 
 def _lora_piece(request: Request, shape: ModelShape) -> int:
-    return _piece(request, all_lora(request, shape))
-
-
-def all_lora(request: Request, shape: ModelShape) -> list[int]:
-    """Elements of every LoRA factor."""
-    layers, rank = range(len(shape.layers)), request.config.lora.r
-    return [n for i in layers for linear in LINEARS for n in lora_sizes(shape, i, linear, rank)]
+    return _piece(request, shape.lora_sizes(request.config.lora.r))
 
 
 def _piece(request: Request, sizes: list[int]) -> int:

@@ -4,13 +4,11 @@ Formulas in README.md in this folder; nothing here is counted for an option that
 """
 
 from loraprune_ds.model.distillation import LOGITS_AT_ONCE
-from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
+from loraprune_ds.model.shapes import INPUT_LINEARS, LINEARS, ModelShape
 from loraprune_ds.plan.activations import Batch
 from loraprune_ds.plan.request import Request
 from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.memory import moment_bytes
-
-INPUTS = tuple(linear for linear in LINEARS if linear.axis == 1)  # o_proj and down_proj, which lose inputs
 
 
 def kept_moments(request: Request, shape: ModelShape) -> dict[str, int]:
@@ -39,7 +37,7 @@ def refit(request: Request, before: ModelShape, after: ModelShape) -> int:
         return 0
     most = 0
     for i in range(len(before.layers)):
-        for linear in INPUTS:
+        for linear in INPUT_LINEARS:
             out_features, inputs = before.linear_shape(i, linear)
             kept = after.linear_shape(i, linear)[1]
             if kept == inputs:
@@ -111,7 +109,7 @@ def measuring_flops(request: Request, shape: ModelShape) -> float:
     compensate = request.config.prune.compensate
     if compensate == "none":
         return 0
-    widths = [shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in INPUTS]
+    widths = [shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in INPUT_LINEARS]
     return sum(2 * n * n if compensate == "least_squares" else n for n in widths)
 
 
@@ -133,12 +131,12 @@ def refit_bytes(request: Request, before: ModelShape, after: ModelShape, rank: i
         return 0
     sent = [0] * world_size
     for i in range(len(before.layers)):
-        for linear in INPUTS:
+        for linear in INPUT_LINEARS:
             out_features, inputs = before.linear_shape(i, linear)
             if after.linear_shape(i, linear)[1] == inputs:
                 continue
             weight = partition_numel(out_features * inputs, world_size)
-            bias = partition_numel(out_features, world_size) if _has_bias(request, before, linear) else 0
+            bias = partition_numel(out_features, world_size) if before.has_bias(linear) else 0
             lora = partition_numel(r * inputs, world_size) + partition_numel(r * out_features, world_size)
             owner = i % world_size
             for other in range(world_size):
@@ -153,7 +151,7 @@ def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> floa
         return 0.0
     of_ranks = [0.0] * request.cluster.world_size
     for i in range(len(before.layers)):
-        for linear in INPUTS:
+        for linear in INPUT_LINEARS:
             out_features, inputs = before.linear_shape(i, linear)
             kept = after.linear_shape(i, linear)[1]
             solve = kept**3 / 3 + 2 * kept * (inputs - kept) * out_features + 2 * kept**2 * out_features
@@ -173,9 +171,5 @@ def moments_by_rank(request: Request, shape: ModelShape) -> list[int]:
     return moment_bytes(shape, request.cluster.world_size, second=second)
 
 
-def _has_bias(request: Request, shape: ModelShape, linear: Linear) -> bool:
-    return shape.attention_bias if linear.kind == "heads" else shape.mlp_bias
-
-
 def _widest_input(shape: ModelShape) -> int:
-    return max(shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in INPUTS)
+    return max(shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in INPUT_LINEARS)

@@ -6,13 +6,12 @@ the communication hides behind the arithmetic is not known, so a step has a lowe
 
 from dataclasses import dataclass
 
-from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.steps import StepKind
 from loraprune_ds.plan.traffic import StepTraffic
 from loraprune_ds.zero.fetching import PassTraffic
-from loraprune_ds.zero.passes import lora_sizes
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ def flops_per_token(request: Request, shape: ModelShape) -> float:
     input, once.
     """
     again = int(request.config.train.gradient_checkpointing)
-    layers, rank = range(len(shape.layers)), request.config.lora.r
-    lora = sum(n for i in layers for linear in LINEARS for n in lora_sizes(shape, i, linear, rank))
+    lora = sum(shape.lora_sizes(request.config.lora.r))
     product = attention_product(request, shape)
     linears = (4 + 2 * again) * shape.linear_numel() + (6 + 2 * again) * lora
     return linears + (7 + 2 * again) * product + 4 * shape.vocab_size * shape.hidden_size

@@ -20,7 +20,5 @@ PLAIN = StepKind(scores=False, measures=False)  # after the last cut
 
 def step_kind(prune: PruneConfig, schedule: Schedule, step: int) -> StepKind:
     """What `Pruner.observe` and `Compensator.begin` do at a step, from 1."""
-    every = prune.gradient_every if prune.criterion == "gradient" else 1
-    near = range(step, step + prune.compensate_steps)
-    measures = prune.compensate != "none" and any(schedule.is_cut(s) for s in near)
-    return StepKind(schedule.is_scored(step, every), measures)
+    measures = prune.compensate != "none" and schedule.precedes_cut(step, prune.compensate_steps)
+    return StepKind(schedule.is_scored(step), measures)

@@ -14,7 +14,7 @@ from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.steps import StepKind
 from loraprune_ds.zero.fetching import Fetcher, FetchLimits, PassTraffic
 from loraprune_ds.zero.flat import AxisCut, moved_elements, partition_numel
-from loraprune_ds.zero.passes import Network, lora_sizes
+from loraprune_ds.zero.passes import Network
 from loraprune_ds.zero.store import LayerKeep
 
 
@@ -101,10 +101,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
 
 def lora_pieces(request: Request, shape: ModelShape) -> list[int]:
     """Elements of this rank's piece of every LoRA factor."""
-    world_size, rank = request.cluster.world_size, request.config.lora.r
-    layers = range(len(shape.layers))
-    sizes = [n for i in layers for linear in LINEARS for n in lora_sizes(shape, i, linear, rank)]
-    return [partition_numel(n, world_size) for n in sizes]
+    return [partition_numel(n, request.cluster.world_size) for n in shape.lora_sizes(request.config.lora.r)]
 
 
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
@@ -112,12 +109,11 @@ def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -
     cuts = []
     for linear in LINEARS:
         out_features, in_features = shape.linear_shape(index, linear)
-        rows = keep.rows(shape, linear)
+        rows = keep.indices(shape, linear)
         factor = (out_features, lora_rank) if linear.axis == 0 else (lora_rank, in_features)
         cuts += [(AxisCut((out_features, in_features), linear.axis, rows), False)]
         cuts += [(AxisCut(factor, linear.axis, rows), True)]
-        bias = shape.attention_bias if linear.kind == "heads" else shape.mlp_bias
-        if bias and linear.axis == 0:
+        if shape.has_bias(linear) and linear.axis == 0:
             cuts.append((AxisCut((out_features,), 0, rows), False))
     return cuts
 

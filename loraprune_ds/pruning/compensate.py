@@ -16,8 +16,9 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
+from loraprune_ds.model.shapes import INPUT_LINEARS
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.zero.input_moments import INPUT_LINEARS, InputMoments
+from loraprune_ds.zero.input_moments import InputMoments
 from loraprune_ds.zero.store import CollectedLinear, LayerKeep, Site, WeightStore
 
 
@@ -35,7 +36,8 @@ def mean_output(linear: CollectedLinear, mean: Tensor, kept: Tensor) -> Tensor:
 def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
     """The weight with ΔW added to its kept columns, in its own dtype: (out_features, in_features).
 
-    Solved in float64: 16 bytes per element of C[K, K] while it lasts.
+    Solved in float64; with n inputs, k of them kept, and m outputs that takes the largest of 4kn + 20k² bytes (the
+    system and its factor), 8k² + 4kn + 12(n − k)(k + m) + 8km (the right-hand side) and 8k² + 24km (the solution).
 
     Args:
         moment: C, (in_features, in_features).
@@ -84,13 +86,12 @@ class Compensator:
 
     def begin(self, step: int, tokens: int) -> None:
         """Tells of a step and the tokens of its global batch; those just before a cut are measured."""
-        near = range(step, step + self._config.compensate_steps)
-        self._measures = any(self._schedule.is_cut(s) for s in near)
+        self._measures = self._schedule.precedes_cut(step, self._config.compensate_steps)
         if self._measures:
             self.moments.begin(tokens)
 
     @contextmanager
-    def forward(self, real: Tensor | None) -> Iterator[None]:
+    def measuring(self, real: Tensor | None) -> Iterator[None]:
         """Around the forward pass of one micro-batch; `real` is False at padding."""
         if not self._measures:
             yield
@@ -105,12 +106,12 @@ class Compensator:
             Site(i, linear)
             for i, layer in enumerate(shape.layers)
             for linear in INPUT_LINEARS
-            if len(keep[i].of(linear.kind)) < layer.count(linear.kind)
+            if keep[i].cuts(layer, linear.kind)
         ]
 
         def compute(site: Site, linear: CollectedLinear) -> Tensor:
             moment = self.moments.values[site]
-            kept = keep[site.layer].rows(shape, site.linear).to(moment.device)
+            kept = keep[site.layer].indices(shape, site.linear).to(moment.device)
             if not self._refits:
                 assert linear.bias is not None, "a model that is to be compensated by biases is built with them"
                 return (linear.bias.float() + mean_output(linear, moment, kept)).to(linear.bias.dtype)

@@ -16,12 +16,15 @@ class Schedule:
     Attributes:
         start: last step of the warm-up; the target is 0 up to here.
         end: the step of the last cut, where the target is `ratio`.
+        every: steps from one cut to the next.
+        score_every: steps from one scoring to the next.
     """
 
     ratio: float
     start: int
     end: int
     every: int
+    score_every: int = 1
 
     def target(self, step: int) -> float:
         """Fraction of the decoder-layer linear parameters that should be gone after `step`."""
@@ -30,14 +33,18 @@ class Schedule:
 
     def cut_steps(self) -> list[int]:
         """Every `every` steps after the warm-up, and the last one exactly where the cool-down begins."""
-        return [*range(self.start + self.every, self.end, self.every), self.end]
+        return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
 
     def is_cut(self, step: int) -> bool:
         return self.start < step <= self.end and ((step - self.start) % self.every == 0 or step == self.end)
 
-    def is_scored(self, step: int, every: int) -> bool:
-        """Every `every` steps from the first one on, and before each cut; never after the last."""
-        return step <= self.end and ((step - 1) % every == 0 or self.is_cut(step))
+    def is_scored(self, step: int) -> bool:
+        """Every `score_every` steps from the first one on, and before each cut; never after the last."""
+        return step <= self.end and ((step - 1) % self.score_every == 0 or self.is_cut(step))
+
+    def precedes_cut(self, step: int, within: int) -> bool:
+        """Whether one of so many steps, this one being the first, is followed by a cut."""
+        return any(self.is_cut(s) for s in range(step, step + within))
 
 
 def make_schedule(config: PruneConfig, steps: int) -> Schedule:
@@ -51,7 +58,7 @@ def make_schedule(config: PruneConfig, steps: int) -> Schedule:
     end = steps - math.floor(config.cooldown_fraction * steps + 1e-6)
     if end <= start:
         raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
-    return Schedule(config.ratio, start, end, config.prune_every)
+    return Schedule(config.ratio, start, end, config.prune_every, config.gradient_every)
 
 
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:

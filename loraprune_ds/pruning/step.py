@@ -1,18 +1,22 @@
 """One pruning step. Read this file first.
 
+train/trainer.py calls it:
 micro-batches → engine.backward → LoRA gradients, averaged over ranks and micro-batches by ZeRO-3
-    watching()  around the step's passes and its scoring: what a setting asks to be measured in them
-    observe()   every rank scores the flat piece of W it owns; one all-reduce of the score vectors;
-                moving average                                       (between the last backward and the update)
-engine.step()   the optimizer's update
-    cut()       at a step of the schedule: rank groups under the target → agree on the mask → make up for what leaves,
-                if asked to → shrink the weights, the LoRA factors and their Adam state in place
+    watching()   around the step's passes and its scoring: prepares what a setting asks to be measured in them
+    measuring()  around each forward pass: the inputs that a refit will need           (pruning/compensate.py)
+    observe()    every rank scores the flat piece of W it owns; one all-reduce of the score vectors; moving average.
+                 Between the last backward and the update               (pruning/importance.py, pruning/criterion.py)
+engine.step()    the optimizer's update
+    cut()        at a step of the schedule: rank groups under the target (pruning/ranking.py) → agree on the mask →
+                 make up for what leaves, if asked to → shrink the weights, the LoRA factors and their Adam state in
+                 place                                       (zero/sharded.py, zero/reshard.py, zero/optimizer.py)
 training goes on, smaller and faster
 """
 
 import hashlib
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +31,7 @@ from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_s
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.zero.store import LayerKeep, Traffic, WeightStore
+from loraprune_ds.zero.store import LayerKeep, WeightStore
 from loraprune_ds.zero.weight_gradients import WeightGradients
 
 
@@ -38,7 +42,7 @@ class Cut:
     Attributes:
         target, reached: fraction of the dense decoder-layer linear parameters that should be and is gone.
         keep: per layer, the groups that stayed, as indices into the groups before this cut.
-        sent: what this rank sent to others in the repartition.
+        bytes_sent: by this rank to others in the repartition.
         seconds: ranking, agreement, compensation and repartition together.
     """
 
@@ -46,7 +50,7 @@ class Cut:
     target: float
     reached: float
     keep: list[LayerKeep]
-    sent: Traffic
+    bytes_sent: int
     seconds: float
 
 
@@ -64,25 +68,22 @@ class Pruner:
         self.gradients = WeightGradients(store) if config.criterion == "gradient" else None
         self._random = random_scores(limits.dense, seed)
 
-    def watching(self, step: int, tokens: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def watching(self, step: int, tokens: int) -> Iterator[None]:
         """Around all passes of a step, whose global batch has so many tokens, and its `observe`."""
         if self.compensator is not None:
             self.compensator.begin(step, tokens)
-        if self.gradients is not None and self.schedule.is_scored(step, self.config.gradient_every):
-            return self.gradients.collecting()
-        return nullcontext()
+        collects = self.gradients is not None and self.schedule.is_scored(step)
+        with self.gradients.collecting() if self.gradients and collects else nullcontext():
+            yield
 
-    def forward(self, real: Tensor | None) -> AbstractContextManager[None]:
+    def measuring(self, real: Tensor | None) -> AbstractContextManager[None]:
         """Around the forward pass of every micro-batch; `real` (batch, window) is False at padding, None without."""
-        return nullcontext() if self.compensator is None else self.compensator.forward(real)
+        return nullcontext() if self.compensator is None else self.compensator.measuring(real)
 
     def observe(self, step: int) -> None:
-        """Scores all groups from this step's gradients and updates the moving average; nothing after the last cut.
-
-        The criterion `gradient` scores at the steps that `gradient_every` says and at every cut.
-        """
-        every = self.config.gradient_every if self.gradients else 1
-        if not self.schedule.is_scored(step, every):
+        """Scores all groups from this step's gradients and updates the moving average, if the schedule says so."""
+        if not self.schedule.is_scored(step):
             return
         fail_point("scoring")
         if self.config.criterion == "random":

@@ -109,7 +109,7 @@ class Trainer:
             seed_draws(self.config.seed, step, i, store.rank)
             input_ids = self.samples.input_ids[indices].long().to(store.device)
             labels = self.samples.labels[indices].long().to(store.device)
-            with self.pruner.forward(self.samples.real_tokens(indices)):
+            with self.pruner.measuring(self.samples.real_tokens(indices)):
                 loss = self.engine(input_ids=input_ids, labels=labels, **self._mixed_with(indices)).sum()
             fail_point("forward")
             total += loss.item()
@@ -148,7 +148,7 @@ class Trainer:
             reached=cut.reached,
             removed_fraction=1 - shape.total_numel() / dense.total_numel(),
             seconds=cut.seconds,
-            bytes_sent=sum(self.store.gather_values(cut.sent.bytes)),
+            bytes_sent=sum(self.store.gather_values(cut.bytes_sent)),
             weight_bytes_before=before,
             weight_bytes_after=self.weight_bytes,
             heads=[layer.heads for layer in shape.layers],

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -17,28 +16,14 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 
 
-@dataclass
-class Counter:
-    """Calls and elements this rank sent to others, by collective."""
-
-    calls: dict[str, int] = field(default_factory=dict)
-    elements: dict[str, int] = field(default_factory=dict)
-    bytes: int = 0
-
-    def add(self, name: str, sent: int, element_size: int) -> None:
-        self.calls[name] = self.calls.get(name, 0) + 1
-        self.elements[name] = self.elements.get(name, 0) + sent
-        self.bytes += sent * element_size
-
-
 class Communicator:
-    """Collectives over the ranks that share the model's weights."""
+    """Collectives over the ranks that share the model's weights. `bytes_sent`: by this rank to others, so far."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.world_size: int = dist.get_world_size(group)
         self.rank: int = dist.get_rank(group)
-        self.counter = Counter()
+        self.bytes_sent = 0
 
     def all_gather(self, local: Tensor) -> Tensor:
         """(n,) on every rank -> (W, n)."""
@@ -46,21 +31,21 @@ class Communicator:
             return local[None]
         gathered = torch.empty(self.world_size * local.numel(), dtype=local.dtype, device=local.device)
         dist.all_gather_into_tensor(gathered, local.contiguous(), group=self.group)
-        self.counter.add("all_gather", local.numel() * (self.world_size - 1), local.element_size())
+        self._count(local.numel() * (self.world_size - 1), local.element_size())
         return gathered.view(self.world_size, -1)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
-            self.counter.add("all_reduce", values.numel(), values.element_size())
+            self._count(values.numel(), values.element_size())
         return values
 
     def broadcast(self, values: Tensor) -> Tensor:
         """Rank 0's values, in place."""
         if self.world_size > 1:
             dist.broadcast(values, 0, group=self.group)
-            self.counter.add("broadcast", values.numel() if self.rank == 0 else 0, values.element_size())
+            self._count(values.numel() if self.rank == 0 else 0, values.element_size())
         return values
 
     def all_to_all(self, outgoing: Tensor, send: list[int], receive: list[int]) -> Tensor:
@@ -69,7 +54,7 @@ class Communicator:
         if self.world_size == 1:
             return incoming.copy_(outgoing)
         dist.all_to_all_single(incoming, outgoing, receive, send, group=self.group)
-        self.counter.add("all_to_all", outgoing.numel() - send[self.rank], outgoing.element_size())
+        self._count(outgoing.numel() - send[self.rank], outgoing.element_size())
         return incoming
 
     def gather_to(self, owner: int, local: Tensor) -> Tensor | None:
@@ -78,14 +63,14 @@ class Communicator:
             return local[None]
         into = [torch.empty_like(local) for _ in range(self.world_size)] if self.rank == owner else None
         dist.gather(local.contiguous(), into, dst=owner, group=self.group)
-        self.counter.add("gather", 0 if self.rank == owner else local.numel(), local.element_size())
+        self._count(0 if self.rank == owner else local.numel(), local.element_size())
         return torch.stack(into) if into is not None else None
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
         """Sum over ranks on `owner` only; `values` is used up."""
         if self.world_size > 1:
             dist.reduce(values, owner, group=self.group)
-            self.counter.add("reduce", 0 if self.rank == owner else values.numel(), values.element_size())
+            self._count(0 if self.rank == owner else values.numel(), values.element_size())
         return values if self.rank == owner else None
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
@@ -96,7 +81,7 @@ class Communicator:
         padded = _padded(values, size * self.world_size)
         piece = values.new_empty(size)
         dist.reduce_scatter_tensor(piece, padded, group=self.group)
-        self.counter.add("reduce_scatter", size * (self.world_size - 1), values.element_size())
+        self._count(size * (self.world_size - 1), values.element_size())
         return piece
 
     def scatter_from(self, owner: int, whole: Tensor | None, piece: Tensor) -> None:
@@ -108,7 +93,7 @@ class Communicator:
             piece.copy_(cast(list[Tensor], parts)[0])
             return
         dist.scatter(piece, parts, src=owner, group=self.group)
-        self.counter.add("scatter", len(piece) * (self.world_size - 1) if parts else 0, piece.element_size())
+        self._count(len(piece) * (self.world_size - 1) if parts else 0, piece.element_size())
 
     def gather_objects(self, value: T) -> list[T]:
         """A small picklable value of every rank, in rank order."""
@@ -151,6 +136,9 @@ class Communicator:
 
     def barrier(self) -> None:
         dist.barrier(group=self.group)
+
+    def _count(self, numel: int, element_size: int) -> None:
+        self.bytes_sent += numel * element_size
 
 
 def _padded(values: Tensor, size: int) -> Tensor:

@@ -26,8 +26,6 @@ from loraprune_ds.zero.device import DTYPES, accelerator, is_cpu
 from loraprune_ds.zero.params import shard_at_birth
 from loraprune_ds.zero.sharded import ShardedStore
 
-EngineLike = Any  # a DeepSpeedEngine; its attributes are made at run time, so a type checker knows none of them
-
 
 def quiet_deepspeed() -> None:
     """Only warnings of DeepSpeed that matter: its logger prints to stdout at INFO by default."""

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.shapes import LINEARS, Linear
+from loraprune_ds.model.shapes import INPUT_LINEARS
 from loraprune_ds.zero.store import LayerKeep, Site, WeightStore
-
-INPUT_LINEARS: tuple[Linear, ...] = tuple(linear for linear in LINEARS if linear.axis == 1)
 
 
 class InputMoments:
@@ -58,13 +56,12 @@ class InputMoments:
     def shrink(self, keep: list[LayerKeep]) -> None:
         """Cuts the moments along with the groups; the store must still have its shape from before the cut."""
         for site, value in self.values.items():
-            if len(keep[site.layer].of(site.linear.kind)) == self._store.shape.layers[site.layer].count(
-                site.linear.kind
-            ):
+            kept = keep[site.layer]
+            if not kept.cuts(self._store.shape.layers[site.layer], site.linear.kind):
                 continue
-            rows = keep[site.layer].rows(self._store.shape, site.linear).to(value.device)
-            value = value.index_select(0, rows)
-            self.values[site] = value.index_select(1, rows) if self._second else value
+            indices = kept.indices(self._store.shape, site.linear).to(value.device)
+            value = value.index_select(0, indices)
+            self.values[site] = value.index_select(1, indices) if self._second else value
 
     def of_layer(self, layer: int) -> dict[str, Tensor]:
         """The moments of one layer by linear; empty where this rank does not own it or nothing was measured."""

@@ -1,14 +1,14 @@
 """Bytes a rank holds: the distinct storages of its training state, the formula they must equal, and resident memory."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraprune_ds.model.checkpoint import parameter_shapes
-from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.model.shapes import INPUT_LINEARS, ModelShape
 from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.flat import partition_numel
 
@@ -43,11 +43,8 @@ def state_terms(
     A frozen tensor of n elements: ceil(n / W) elements. A LoRA factor: the same, plus an fp32 master (in an fp32 run
     too), two fp32 moments once the optimizer has stepped, and an fp32 gradient. Plus the fp32 reduce bucket.
     """
-    frozen = sum(partition_numel(_product(s), world_size) for s in parameter_shapes(shape).values())
-    lora = 0
-    for layer in range(len(shape.layers)):
-        for linear in LINEARS:
-            lora += sum(partition_numel(n * lora_rank, world_size) for n in shape.linear_shape(layer, linear))
+    frozen = sum(partition_numel(math.prod(s), world_size) for s in parameter_shapes(shape).values())
+    lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
     return {
         "weights": frozen * element_size,
         "lora": lora * element_size,
@@ -72,10 +69,8 @@ def moment_bytes(shape: ModelShape, world_size: int, *, second: bool = True) -> 
     For o_proj and down_proj of each layer that the rank owns (layer i: rank i % W) a matrix as wide as the inputs
     (`least_squares`), or with `second` off a vector (`bias`). What comes on top for a while: plan/options.py.
     """
-    linears, power = [linear for linear in LINEARS if linear.axis == 1], 2 if second else 1
-    layers = [
-        sum(4 * shape.linear_shape(i, linear)[1] ** power for linear in linears) for i in range(len(shape.layers))
-    ]
+    power, count = 2 if second else 1, len(shape.layers)
+    layers = [sum(4 * shape.linear_shape(i, linear)[1] ** power for linear in INPUT_LINEARS) for i in range(count)]
     return [sum(layers[rank::world_size]) for rank in range(world_size)]
 
 
@@ -98,7 +93,3 @@ def peak_bytes() -> int:
     with open(f"/proc/{os.getpid()}/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return int(fields["VmHWM"].split()[0]) * 1024
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

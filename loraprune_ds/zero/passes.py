@@ -6,12 +6,13 @@ the inside of a layer runs once more, when the first of its saved tensors is ask
 last module of the layer, where the recomputation also stops (torch's early stop).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from loraprune_ds.model.checkpoint import parameter_shapes
-from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
+from loraprune_ds.model.shapes import LINEARS, ModelShape
 
 Phase = Literal["forward", "backward", "recompute"]
 
@@ -152,19 +153,13 @@ def parameter_sizes(shape: ModelShape, lora_rank: int) -> dict[str, int]:
     """Elements of every parameter of the model and its LoRA by name."""
     sizes = {}
     for name, dimensions in parameter_shapes(shape).items():
-        sizes[name] = dimensions[0] * (dimensions[1] if len(dimensions) == 2 else 1)
+        sizes[name] = math.prod(dimensions)
     for index in range(len(shape.layers)):
-        for linear in LINEARS:
-            a, b = lora_sizes(shape, index, linear, lora_rank)
-            name = f"model.layers.{index}.{linear.name}"
-            sizes |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+        factors = [
+            f"model.layers.{index}.{linear.name}.{factor}" for linear in LINEARS for factor in ("lora_A", "lora_B")
+        ]
+        sizes |= dict(zip(factors, shape.layer_lora_sizes(index, lora_rank), strict=True))
     return sizes
-
-
-def lora_sizes(shape: ModelShape, layer: int, linear: Linear, lora_rank: int) -> tuple[int, int]:
-    """Elements of A (r, in_features) and B (out_features, r)."""
-    out_features, in_features = shape.linear_shape(layer, linear)
-    return lora_rank * in_features, lora_rank * out_features
 
 
 def _forward(module: Module, phase: Phase = "forward") -> Iterator[Visit]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
 from loraprune_ds.model.build import decoder_layers
-from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
-from loraprune_ds.zero.store import CollectedLinear, LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site, Traffic
+from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
+from loraprune_ds.zero.store import CollectedLinear, LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site
 
 
 class PlainStore:
@@ -69,10 +69,10 @@ class PlainStore:
             getattr(base, what).copy_(compute(site, whole))
 
     @torch.no_grad()
-    def shrink(self, keep: list[LayerKeep]) -> Traffic:
+    def shrink(self, keep: list[LayerKeep]) -> int:
         for layer, layer_keep in zip(self.layers, keep, strict=True):
             for linear in LINEARS:
-                module, rows = lora_linear(layer, linear), layer_keep.rows(self.shape, linear)
+                module, rows = lora_linear(layer, linear), layer_keep.indices(self.shape, linear)
                 base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
                 rows = rows.to(base.weight.device)
                 for parameter in (base.weight, b if linear.axis == 0 else a):
@@ -81,8 +81,8 @@ class PlainStore:
                     self._select(base.bias, 0, rows)
                 set_features(module, *base.weight.shape)
             cast(Any, layer).mlp.intermediate_size = len(layer_keep.channels)
-        self.shape = self.shape.with_layers(tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep))
-        return Traffic(0, 0)
+        self.shape = self.shape.with_layers(tuple(layer_keep.shape for layer_keep in keep))
+        return 0
 
     def _select(self, parameter: Tensor, axis: int, rows: Tensor) -> None:
         parameter.data = parameter.data.index_select(axis, rows)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
 from loraprune_ds.model.build import decoder_layers
-from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
+from loraprune_ds.model.shapes import KINDS, LINEARS, Linear, ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.flat import AxisCut
@@ -19,7 +19,7 @@ from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, install_piece, owned_flat
 from loraprune_ds.zero.reshard import Item, reshard
 from loraprune_ds.zero.rewrite import rewrite
-from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site, Traffic
+from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site
 
 
 class ShardedStore:
@@ -82,23 +82,21 @@ class ShardedStore:
     def rewrite(self, sites: Sequence[Site], what: Literal["weight", "bias"], compute: Rewrite) -> None:
         rewrite(self, sites, what, compute)
 
-    def shrink(self, keep: list[LayerKeep]) -> Traffic:
+    def shrink(self, keep: list[LayerKeep]) -> int:
         """One decoder layer at a time, then the optimizer's flat buffers anew. No loss graph may be alive."""
-        before = self.comm.counter.elements.get("all_to_all", 0), self.comm.counter.bytes
+        before = self.comm.bytes_sent
         self.engine.empty_partition_cache()
         trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
         state = OptimizerState(self.engine.optimizer, trainable)
         for i, layer_keep in enumerate(keep):
             self._shrink_layer(i, layer_keep, state)
             fail_point("cut.layer")
-        layers = tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep)
-        self.shape = self.shape.with_layers(layers)
+        self.shape = self.shape.with_layers(tuple(layer_keep.shape for layer_keep in keep))
         state.rebuild()
         fail_point("cut.rebuilt")
         self._refresh_engine()
         accelerator().synchronize()  # a GPU is still at work: the seconds of a cut are its own
-        after = self.comm.counter.elements.get("all_to_all", 0), self.comm.counter.bytes
-        return Traffic(after[0] - before[0], after[1] - before[1])
+        return self.comm.bytes_sent - before
 
     def nonfinite_layer(self) -> int | None:
         """The first layer whose averaged LoRA gradient has an inf or NaN in this rank's pieces."""
@@ -130,18 +128,18 @@ class ShardedStore:
         return whole
 
     def _shrink_layer(self, index: int, keep: LayerKeep, state: OptimizerState) -> None:
-        if all(len(keep.of(kind)) == self.shape.layers[index].count(kind) for kind in ("heads", "channels")):
+        if not any(keep.cuts(self.shape.layers[index], kind) for kind in KINDS):
             return
         cuts: list[tuple[nn.Parameter, AxisCut]] = []
         for linear in LINEARS:
             module = lora_linear(self.layers[index], linear)
-            base, rows = cast(nn.Linear, module.base_layer), keep.rows(self.shape, linear)
+            base, kept = cast(nn.Linear, module.base_layer), keep.indices(self.shape, linear)
             lora_a, lora_b = lora_weights(module)
             shrinking = [base.weight, lora_b if linear.axis == 0 else lora_a]
             if base.bias is not None and linear.axis == 0:  # a bias along the kept outputs of o_proj, down_proj stays
                 shrinking.append(base.bias)
-            cuts += [(p, AxisCut(full_shape(p), linear.axis, rows)) for p in shrinking]
-            out_features, in_features = AxisCut(full_shape(base.weight), linear.axis, rows).new_shape
+            cuts += [(p, AxisCut(full_shape(p), linear.axis, kept)) for p in shrinking]
+            out_features, in_features = AxisCut(full_shape(base.weight), linear.axis, kept).new_shape
             set_features(module, out_features, in_features)
         cast(Any, self.layers[index]).mlp.intermediate_size = len(keep.channels)
         carried = [(p, cut, key) for p, cut in cuts if p.requires_grad for key in state.keys()]

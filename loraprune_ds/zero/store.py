@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.shapes import Kind, Linear, ModelShape
+from loraprune_ds.model.shapes import Kind, LayerShape, Linear, ModelShape
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,16 @@ class LayerKeep:
     def of(self, kind: Kind) -> Tensor:
         return self.heads if kind == "heads" else self.channels
 
-    def rows(self, shape: ModelShape, linear: Linear) -> Tensor:
-        """Indices along `linear.axis` of the rows or columns that stay: each group is `group_width` wide."""
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(len(self.heads), len(self.channels))
+
+    def cuts(self, layer: LayerShape, kind: Kind) -> bool:
+        """Whether a layer of this shape loses groups of this kind."""
+        return len(self.of(kind)) < layer.count(kind)
+
+    def indices(self, shape: ModelShape, linear: Linear) -> Tensor:
+        """Along `linear.axis`, the rows or columns that stay: each group is `group_width` wide."""
         width = shape.group_width(linear)
         return (self.of(linear.kind)[:, None] * width + torch.arange(width)).reshape(-1)
 
@@ -71,16 +79,8 @@ class Site(NamedTuple):
 Rewrite = Callable[[Site, CollectedLinear], Tensor]
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What this rank sent to others during a cut."""
-
-    elements: int
-    bytes: int
-
-
 class WeightStore(Protocol):
-    """The model under pruning. All methods are collective: every rank calls them in the same order."""
+    """The model under pruning. Methods are collective, unless they say so: every rank calls them in the same order."""
 
     shape: ModelShape
     world_size: int
@@ -97,7 +97,7 @@ class WeightStore(Protocol):
         ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sum of a small tensor over all ranks."""
+        """Sum of a small tensor over all ranks; `values` is used up."""
         ...
 
     def gather_values(self, value: int) -> list[int]:
@@ -109,11 +109,11 @@ class WeightStore(Protocol):
         ...
 
     def owner(self, layer: int) -> int:
-        """The rank that holds what is kept whole of a layer."""
+        """The rank that holds what is kept whole of a layer. No communication."""
         ...
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
-        """Sum over all ranks on rank `owner`; None elsewhere."""
+        """Sum over all ranks on rank `owner`; None elsewhere. `values` is used up."""
         ...
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
@@ -122,13 +122,17 @@ class WeightStore(Protocol):
 
     @property
     def loss_scale(self) -> float:
-        """What gradients are multiplied by during a backward: 1 unless fp16."""
+        """What gradients are multiplied by during a backward: 1 unless fp16. No communication."""
         ...
 
     def rewrite(self, sites: Sequence[Site], what: Literal["weight", "bias"], compute: Rewrite) -> None:
         """Replaces whole weights or biases, each computed on its layer's owner, owners at the same time."""
         ...
 
-    def shrink(self, keep: list[LayerKeep]) -> Traffic:
-        """Physically removes all other groups: weights, biases, LoRA, fp32 masters and Adam moments."""
+    def shrink(self, keep: list[LayerKeep]) -> int:
+        """Physically removes all other groups: weights, biases, LoRA, fp32 masters and Adam moments.
+
+        Returns:
+            Bytes that this rank sent to others.
+        """
         ...

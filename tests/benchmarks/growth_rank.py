@@ -103,7 +103,7 @@ def measure(model: Path, comm: Communicator) -> dict[str, Any]:
     cut_row = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
     return {
         "step": {key: value / MEASURED for key, value in step_row.items()},
-        "cut": cut_row | {"bytes": cut.sent.bytes},
+        "cut": cut_row | {"bytes": cut.bytes_sent},
         "weight_bytes": trainer.weight_bytes[comm.rank],
     }
 

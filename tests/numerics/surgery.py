@@ -129,7 +129,7 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
     return {
         "before": before,
         "after": whole_state(trainer),
-        "sent": sent.elements,
+        "sent": sent,
         "calls": calls,
         "alive": sum(ref() is not None for ref in old),
         "shape": trainer.store.shape,

@@ -118,7 +118,7 @@ def test_a_cut_sends_what_changes_owner_and_nothing_else(ranks: RankPool, job: J
     results = ranks.run(world_size, surgery.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
     sent = sum(r["sent"] for r in results)
     carried = {n: t for n, t in results[0]["before"].items() if sliced(n, t).shape != t.shape}
-    assert sent == sum(moved(name, tensor, world_size) for name, tensor in carried.items())
+    assert sent == sum(moved(name, tensor, world_size) * tensor.element_size() for name, tensor in carried.items())
     assert {name for name, _ in results[0]["calls"]} <= {"all_to_all_single"}
     assert sum(name == "all_to_all_single" for name, _ in results[0]["calls"]) == 2 * 2  # two per layer that is cut
 

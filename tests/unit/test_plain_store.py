@@ -207,7 +207,7 @@ def mask(run: PlainRun, keep: list[LayerKeep]) -> None:
     for name, tensor in run.tensors().items():
         for linear in LINEARS:
             if linear.axis == 1 and f".{linear.name}." in name and name.endswith((".weight", ".lora_A")):
-                rows = keep[int(name.split(".")[1])].rows(shape, linear)
+                rows = keep[int(name.split(".")[1])].indices(shape, linear)
                 gone = torch.ones(tensor.shape[1], dtype=torch.bool).index_fill_(0, rows, False)
                 tensor[:, gone] = 0
 
@@ -238,7 +238,7 @@ def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dty
             if f".{linear.name}." in name:
                 axis_of = {"weight": linear.axis, "bias": 0, "lora_A": 1, "lora_B": 0}[name.split(".")[-1]]
                 shrinks = name.endswith("weight") or axis_of == linear.axis
-                rows = keep[int(name.split(".")[1])].rows(shape, linear)
+                rows = keep[int(name.split(".")[1])].indices(shape, linear)
                 return whole.index_select(axis_of, rows) if shrinks else whole
         return whole
 
@@ -263,7 +263,7 @@ def test_kept_indices_name_the_groups_of_the_dense_model(gqa: Tiny) -> None:
     tensors = run.tensors()
     for i, kept in enumerate(run.pruner.kept):
         for linear in LINEARS:
-            rows = kept.rows(run.pruner.limits.dense, linear)
+            rows = kept.indices(run.pruner.limits.dense, linear)
             whole = dense[f"model.layers.{i}.{linear.name}.weight"]
             assert torch.equal(tensors[f"layers.{i}.{linear.name}.weight"], whole.index_select(linear.axis, rows))
 
@@ -278,7 +278,7 @@ def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> T
     tensors = load_file(tiny.folder / "model.safetensors")
     useless = LayerKeep(torch.tensor([head]), torch.tensor([channel]))
     for linear in LINEARS:
-        rows, factor = useless.rows(shape, linear), "lora_A" if linear.axis else "lora_B"
+        rows, factor = useless.indices(shape, linear), "lora_A" if linear.axis else "lora_B"
         lora[f"layers.{layer}.{linear.name}.{factor}"].index_fill_(linear.axis, rows, 0)
         if linear.kind == "channels" or linear.axis == 1:
             tensors[f"model.layers.{layer}.{linear.name}.weight"].index_fill_(linear.axis, rows, 0)

@@ -273,7 +273,8 @@ def test_the_true_gradient_costs_arithmetic_on_the_steps_that_score() -> None:
     assert always.last_step_seconds == lora.last_step_seconds
     assert lora.in_all.sent < seldom.in_all.sent < always.in_all.sent
     assert seldom.in_all.exposed < always.in_all.exposed
-    scored = sum(plain.schedule.is_scored(step, 10) for step in range(1, 41))
+    scored = sum(seldom.request.schedule.is_scored(step) for step in range(1, 41))
+    assert scored < sum(plain.schedule.is_scored(step) for step in range(1, 41))
     assert any(f"of 40 steps {scored} score and 0 measure" in note for note in notes(seldom))
     assert not any("score and" in note for note in notes(lora))
 

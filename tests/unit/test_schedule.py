@@ -78,6 +78,12 @@ def test_a_run_too_short_to_cut_is_refused() -> None:
 
 @pytest.mark.parametrize(("every", "scored"), [(1, list(range(1, 10))), (4, [1, 4, 5, 7, 9]), (99, [1, 4, 7, 9])])
 def test_scores_every_kth_step_and_before_each_cut(every: int, scored: list[int]) -> None:
-    schedule = make_schedule(PruneConfig(prune_every=3), 10)
+    schedule = make_schedule(PruneConfig(prune_every=3, criterion="gradient", gradient_every=every), 10)
     assert schedule.cut_steps() == [4, 7, 9]
-    assert [step for step in range(1, 11) if schedule.is_scored(step, every)] == scored
+    assert [step for step in range(1, 11) if schedule.is_scored(step)] == scored
+
+
+def test_steps_that_precede_a_cut() -> None:
+    schedule = make_schedule(PruneConfig(prune_every=3), 10)
+    assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=1)] == [4, 7, 9]
+    assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=2)] == [3, 4, 6, 7, 8, 9]

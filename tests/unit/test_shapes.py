@@ -147,7 +147,7 @@ def test_rows_of_a_group() -> None:
     """2 of 3 key-value heads with 2 query heads each, head_dim 2."""
     shape = make_shape([(3, 5)], head_dim=2, queries_per_group=2)
     keep = LayerKeep(torch.tensor([0, 2]), torch.tensor([1, 4]))
-    rows = {linear.name: keep.rows(shape, linear).tolist() for linear in LINEARS}
+    rows = {linear.name: keep.indices(shape, linear).tolist() for linear in LINEARS}
     assert rows["self_attn.q_proj"] == rows["self_attn.o_proj"] == [0, 1, 2, 3, 8, 9, 10, 11]
     assert rows["self_attn.k_proj"] == rows["self_attn.v_proj"] == [0, 1, 4, 5]
     assert rows["mlp.gate_proj"] == rows["mlp.up_proj"] == rows["mlp.down_proj"] == [1, 4]
