@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import NoReturn
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import RankError, UserError
 
 GRACE = 5.0  # seconds that the other ranks stay after an error
 
@@ -60,7 +60,7 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
         _say(f"error: {error}")
         return
     time.sleep(GRACE)
-    if not agreed:
+    if not agreed or isinstance(error, RankError):
         _say(f"error on rank {rank}: {error}")
 
 

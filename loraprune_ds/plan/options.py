@@ -50,9 +50,11 @@ def refit(request: Request, before: ModelShape, after: ModelShape) -> int:
                 continue
             factored = 4 * kept * inputs + 20 * kept * kept
             right = 8 * kept * kept + 4 * kept * inputs + 12 * removed * (kept + out_features) + 8 * kept * out_features
-            solved = 8 * kept * kept + 24 * kept * out_features + e * out_features * inputs
+            old_and_new = 2 * e * out_features * kept
+            solved = 8 * kept * kept + 24 * kept * out_features + old_and_new
+            checked = 12 * kept * kept + 4 * kept * inputs + 16 * kept * out_features + old_and_new
             sent = 2 * e * out_features * inputs  # the new weight, and padded to whole pieces
-            most = max(most, gathered, whole + max(factored, right, solved, sent))
+            most = max(most, gathered, whole + max(factored, right, solved, checked, sent))
     return most
 
 
@@ -146,7 +148,9 @@ def refit_bytes(request: Request, before: ModelShape, after: ModelShape, rank: i
 
 
 def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> float:
-    """Of the busiest rank, in float64: a Cholesky factor of the kept inputs, the right-hand side and its solution."""
+    """Of the busiest rank, in float64: a Cholesky factor of the kept inputs, the right-hand side, its solution, and a
+    check of that.
+    """
     if request.config.prune.compensate != "least_squares":
         return 0.0
     of_ranks = [0.0] * request.cluster.world_size
@@ -154,7 +158,7 @@ def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> floa
         for linear in INPUT_LINEARS:
             out_features, inputs = before.linear_shape(i, linear)
             kept = after.linear_shape(i, linear)[1]
-            solve = kept**3 / 3 + 2 * kept * (inputs - kept) * out_features + 2 * kept**2 * out_features
+            solve = kept**3 / 3 + 2 * kept * (inputs - kept) * out_features + 4 * kept**2 * out_features
             of_ranks[i % len(of_ranks)] += solve if kept < inputs else 0.0
     return max(of_ranks)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import Kind, LayerShape, ModelShape
+from loraprune_ds.model.shapes import KINDS, Kind, LayerShape, ModelShape
 
 
 @dataclass(frozen=True)
@@ -78,27 +78,36 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
         floor.append(layer if i in protected else cut)
         # The sliver keeps 0.29 of 100 from being 28.999999999999996.
         budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
-    share = _head_share(config, dense, [i for i, most in enumerate(budget) if most > 0])
+    share = _head_share(config, dense, floor, [i for i, most in enumerate(budget) if most > 0])
     limits = Limits(dense, tuple(floor), tuple(budget), config.channel_multiple, share)
     _check_reachable(config, limits)
     return limits
 
 
-def _head_share(config: PruneConfig, dense: ModelShape, open_layers: list[int]) -> float:
+def _head_share(config: PruneConfig, dense: ModelShape, floor: list[LayerShape], open_layers: list[int]) -> float:
     """Heads' part of the open layers' parameters or, with `prune.head_ratio`, of those that leave.
 
     Raises:
-        UserError: beside so many heads the channels would have to give less than nothing or more than there are.
+        UserError: so many heads may not leave, or beside them the channels would have to give less than nothing or
+            more than may leave.
     """
     heads = sum(dense.layers[i].heads for i in open_layers) * dense.group_numel("heads")
     if config.head_ratio is None or not open_layers:
         return heads / max(1, sum(dense.layer_numel(i) for i in open_layers))
     channels = sum(dense.layers[i].channels for i in open_layers) * dense.group_numel("channels")
     leaving, of_heads = config.ratio * dense.linear_numel(), config.head_ratio * heads
-    if not of_heads <= leaving <= of_heads + channels:
+    most = {kind: sum(dense.layers[i].count(kind) - floor[i].count(kind) for i in open_layers) for kind in KINDS}
+    most_heads, most_channels = (most[kind] * dense.group_numel(kind) for kind in KINDS)
+    half_a_head = len(open_layers) * dense.group_numel("heads") / 2  # per layer: as near as whole heads come
+    if of_heads > most_heads + half_a_head:
+        raise UserError(
+            f"prune.head_ratio {config.head_ratio} is more of the heads than prune.min_heads {config.min_heads} lets "
+            f"go: {most_heads / heads:.1%}"
+        )
+    if not of_heads <= leaving <= of_heads + most_channels + half_a_head:
         raise UserError(
             f"prune.head_ratio {config.head_ratio} with prune.ratio {config.ratio} would take "
-            f"{(leaving - of_heads) / channels:.1%} of the channels"
+            f"{(leaving - of_heads) / channels:.1%} of the channels, of which {most_channels / channels:.1%} may go"
         )
     return of_heads / leaving
 

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraprune_ds.checkpoint.files import flush
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import RunError
+from loraprune_ds.errors import RankError
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher, samples_per_file, token_bytes
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.files import write_json
@@ -119,13 +120,15 @@ class Teacher:
         """Publishes a file."""
         staging = self.path(file).with_suffix(".partial")
         save_file({name: tensor.cpu().contiguous() for name, tensor in fields.items()}, staging)
+        flush(staging)  # a machine that dies must not leave a file of the right length without its content
         os.replace(staging, self.path(file))
+        flush(self.folder)
 
     def distillation(self, indices: Tensor, device: torch.device) -> Distillation:
         """For the supervised tokens of these samples, in their order.
 
         Raises:
-            RunError: a file is missing or damaged.
+            RankError: a file is missing or damaged.
         """
         parts = [self._fields(sample) for sample in indices.tolist()]
         fields = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
@@ -139,7 +142,7 @@ class Teacher:
             with safe_open(self.path(file), framework="pt") as opened:
                 return {name: opened.get_slice(name)[first : first + rows] for name in opened.keys()}
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{self.path(file)} cannot be read: {' '.join(str(error).split())}") from None
+            raise RankError(f"{self.path(file)} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def make_teacher(config: RunConfig, plan: Plan, *, samples: str, source: str, folder: Path) -> Teacher:

@@ -16,6 +16,7 @@ from loraprune_ds.train.data import SampleOrder, Samples, rank_micro_batches, su
 from loraprune_ds.train.records import CutRecord, StepRecord
 from loraprune_ds.train.seeding import seed_draws
 from loraprune_ds.train.teacher import Teacher
+from loraprune_ds.zero.engine import optimizer_step
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
 from loraprune_ds.zero.sharded import ShardedStore
@@ -71,7 +72,7 @@ class Trainer:
             self._scored = decision == "update"
             if self._scored:
                 self.pruner.observe(step)
-        self.engine.step()
+        optimizer_step(self.engine, skipped=decision == "skip")
         seconds = time.perf_counter() - began
         norm = None if decision == "skip" else self.engine.get_global_grad_norm()
         return StepRecord(

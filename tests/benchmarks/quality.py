@@ -1,7 +1,7 @@
 """What each choice is worth for perplexity at equal tokens and equal removed fraction, over seeds, on SmolLM2-135M.
 
     python -m tests.benchmarks.quality --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
-                                       [--groups levers long ...] [--seeds 0 1 2] [--ranks 2]
+                                       [--groups levers long ...] [--seeds 0 1 2] [--ranks 1]
 
 One command for the whole table, in hours: a run whose result is in the work folder or in
 tests/benchmarks/results/quality.json is not made again (unless its settings, texts or windows are others now), a run
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=1, help="a micro-batch is a whole global batch of 8")
     parser.add_argument("--model", type=Path, help="another Llama than SmolLM2-135M")
     parser.add_argument("--steps", type=int, help="a trial of so many steps")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of 128 tokens, of each text")
@@ -96,6 +96,10 @@ def basis_of(setting: Setting | None, texts: dict[str, Path], windows: int) -> d
     return {**chosen, "texts": digests, "windows": windows}
 
 
+def digest(basis: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
     """The text to tune on and the two that are looked at last."""
     if arguments.other is None:
@@ -140,7 +144,7 @@ def carry_out(
     model = embedded_model_dir() if arguments.model is None else arguments.model.resolve()
     if setting.model == "mha":
         model = expanded_model(model, arguments.work / "expanded")
-    folder = arguments.work / "runs" / f"{setting.name}-s{seed}"
+    folder = arguments.work / "runs" / f"{setting.name}-s{seed}-{digest(basis)}"  # other settings, another run
     settings = [
         f"output_dir={folder}",
         f"seed={seed}",

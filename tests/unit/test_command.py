@@ -4,6 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from loraprune_ds.command import tell
+from loraprune_ds.errors import RankError, UserError
+
 ROOT = Path(__file__).parents[2]
 BLOCKED = """
 import threading, time
@@ -13,6 +18,25 @@ leave_on_error()
 threading.Thread(target=time.sleep, args=(60,)).start()  # Python waits for it before it ends
 raise RuntimeError("out of memory")
 """
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "agreed", "line"),
+    [
+        ("0", UserError("a"), True, "error: a\n"),
+        ("1", UserError("a"), True, ""),
+        ("1", UserError("a"), False, "error on rank 1: a\n"),
+        ("0", RankError("a"), True, "error: a\n"),
+        ("1", RankError("a"), True, "error on rank 1: a\n"),
+    ],
+)
+def test_what_a_rank_met_alone_it_tells_itself(
+    rank: str, error: UserError, agreed: bool, line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("loraprune_ds.command.GRACE", 0.0)
+    tell(error, agreed=agreed)
+    assert capfd.readouterr().err == line
 
 
 def test_an_unexpected_error_ends_the_process_right_after_its_traceback() -> None:

@@ -67,6 +67,8 @@ def test_the_planner_knows(ranking: str) -> None:
             {"head_ratio": 0.0, "ratio": 0.75},
             r"prune.head_ratio 0.0 with prune.ratio 0.75 would take 1\d\d",
         ),
+        ({"head_ratio": 0.8, "min_heads": 6}, "is more of the heads than prune.min_heads 6 lets go: 33.3%"),
+        ({"head_ratio": 0.0, "min_channels": 900}, r"take 78\.2% of the channels, of which 41\.4% may go"),
         ({"head_ratio": 1.0}, r"prune.head_ratio must be in \[0, 1\); got 1.0"),
         ({"head_ratio": 0.5, "joint_budget": True, "ranking": "global"}, "exclude each other"),
     ],

@@ -56,11 +56,14 @@ def test_groups_stand_apart_and_the_best_of_each_on_top() -> None:
     assert places(rows_of(runs)) == {"refit": 0, "plain": 1, "gqa-plain": 2.7}
 
 
-def test_every_setting_is_a_run_config(tmp_path: Path) -> None:
+def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["quality", "--tune", "a", "--test", "b"])
+    ranks = parse_arguments().ranks
     for setting in SETTINGS.values():
         config = load_config("launch/configs/quickstart.yaml", setting.overrides)
         tokens = (config.train.steps or 0) + config.train.recovery_steps
         tokens *= config.train.global_batch_size * config.data.window
+        assert config.train.gradient_accumulation_steps(ranks) in (1, 2)
         assert tokens == (409_600 if setting.name.endswith("409600") else 81_920), setting.name
     with pytest.raises(SystemExit, match="no setting best"):
         select([], ["best"])
