@@ -23,10 +23,11 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.memory import storage_bytes
 from loraprune_ds.zero.store import LayerKeep
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
+from tests.numerics.surgery import whole_state
 
 INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 CUT_LAYERS = (1, 2)
-HIDDEN_SIZE, FILE_SAMPLES = 42, 5  # of the distillation test's model, and samples in a file of its teacher
+HIDDEN_SIZE, FILE_SAMPLES = 25, 5  # of the distillation test's model, and samples in a file of its teacher
 
 
 @contextmanager
@@ -147,6 +148,15 @@ def lora_after_two_steps(job: Job) -> dict[str, Tensor]:
     trainer.step(2)
     named = trainer.engine.module.named_parameters()
     return {name: gather_everywhere(trainer.store, p) for name, p in named if p.requires_grad}
+
+
+def train_and_cut(job: Job) -> dict[str, Tensor]:
+    """Every weight, master and moment after all steps of a job and the cuts that its schedule asks for."""
+    trainer = build(job)
+    for step in range(1, len(job.batches) + 1):
+        trainer.step(step)
+        trainer.cut(step)
+    return whole_state(trainer)
 
 
 def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ TOLERANCE = 1e-6
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("distillation")
-    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": levers.HIDDEN_SIZE, "ffn": 61}
+    sizes: dict[str, Any] = {"heads": 25, "kv_heads": 5, "head_dim": 4, "hidden": levers.HIDDEN_SIZE, "ffn": 61}
     model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, biases=True, **sizes)
     adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
     batches = make_batches(steps=STEPS, samples=SAMPLES, tokens=16, vocab=97, seed=3)
@@ -33,6 +33,9 @@ def dense_step(job: Job, top_k: int | None) -> tuple[float, dict[str, Tensor]]:
     settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
     oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
     input_ids, labels = job.batches[0]
+    if job.lengths is not None:
+        beyond = torch.arange(labels.shape[1]) >= torch.tensor(job.lengths[: len(labels)])[:, None]
+        labels = labels.masked_fill(beyond, -100)
     with torch.no_grad(), oracle.model.disable_adapter():  # type: ignore[operator]
         theirs = oracle.model(input_ids=input_ids, use_cache=False).logits
     ours = oracle.model(input_ids=input_ids, use_cache=False).logits
@@ -55,12 +58,18 @@ def dense_step(job: Job, top_k: int | None) -> tuple[float, dict[str, Tensor]]:
     return float(loss.detach()), gradients
 
 
-@pytest.mark.parametrize(("top_k", "checkpointing"), [(None, True), (7, False)])
+LENGTHS = [3 + 5 * i % 14 for i in range(STEPS * SAMPLES)]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "checkpointing", "lengths"), [(None, True, None), (7, False, None), (None, False, LENGTHS)]
+)
 def test_loss_and_gradients_are_the_dense_ones(
-    ranks: RankPool, job: Job, tmp_path: Path, top_k: int | None, checkpointing: bool
+    ranks: RankPool, job: Job, tmp_path: Path, top_k: int | None, checkpointing: bool, lengths: list[int] | None
 ) -> None:
-    changed = Job(**{**vars(job), "gradient_checkpointing": checkpointing})
-    loss, gradients = dense_step(job, top_k)
+    """Without and with samples of different lengths, whose padding nobody learns from."""
+    changed = Job(**{**vars(job), "gradient_checkpointing": checkpointing, "lengths": lengths})
+    loss, gradients = dense_step(changed, top_k)
     files = []
     for world_size in (1, 2, 3):
         result = ranks.run(world_size, levers.distilled_step, changed, tmp_path, top_k)[0]

@@ -15,7 +15,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine
-from tests.numerics import surgery
+from tests.numerics import levers, surgery
 from tests.numerics.driver import Job, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
@@ -72,3 +72,14 @@ def test_the_same_bits_as_without(ranks: RankPool, job: Job, baseline: dict[str,
     assert results[0]["next_loss"] == baseline["next_loss"]
     assert torch.equal(results[0]["inference"], baseline["inference"])
     assert [r["alive"] for r in results] == [0, 0]
+
+
+@pytest.mark.parametrize("compensate", ["least_squares", "bias"])
+def test_levers_find_the_same_bits(ranks: RankPool, job: Job, compensate: str) -> None:
+    """The true gradient and what makes up for a cut, with weights and optimizer wherever the config has them."""
+    prune = {"ratio": 0.2, "prune_every": 2, "criterion": "gradient", "compensate": compensate}
+    wanted = ranks.run(2, levers.train_and_cut, replace(job, prune=prune))[0]
+    for name in OTHERS:
+        found = ranks.run(2, levers.train_and_cut, replace(job, prune=prune, deepspeed=f"ds_configs/{name}.json"))[0]
+        assert set(found) == set(wanted)
+        assert [n for n, tensor in wanted.items() if not torch.equal(found[n], tensor)] == [], name

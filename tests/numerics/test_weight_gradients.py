@@ -12,7 +12,7 @@ from tests.oracle.dense_trainer import CHANNEL_LINEARS, HEAD_LINEARS, INPUT_SHRI
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 6, 3, 8, 42, 61, 3
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 25, 5, 4, 25, 61, 3  # MLP weights do not divide by 2 or 3
 # Both sides compute gradients and sums of fp32 numbers, in another order; the scores are sums of positive terms.
 TOLERANCE = 1e-5
 
