@@ -151,14 +151,14 @@ def find_or_merge(path: str, out: Path) -> str:
 
 
 def make_plan(arguments: argparse.Namespace) -> "Plan":
-    from loraprune_ds.evaluate.candidates import Plan, Protocol
+    from loraprune_ds.evaluate.candidates import PerplexityProtocol, Plan
     from loraprune_ds.evaluate.speed import SpeedPlan
     from loraprune_ds.evaluate.zeroshot import TaskPlan
 
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
     tasks = TaskPlan(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
     return Plan(
-        Protocol(arguments.window, arguments.sliding, arguments.max_windows),
+        PerplexityProtocol(arguments.window, arguments.sliding, arguments.max_windows),
         text=read_evaluation_text(arguments),
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,

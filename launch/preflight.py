@@ -18,6 +18,7 @@ from pathlib import Path
 
 try:
     from loraprune_ds.command import leave
+    from loraprune_ds.errors import one_line
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
 
@@ -105,7 +106,7 @@ class Meeting:
         try:
             check()
         except (Unfit, OSError, RuntimeError) as error:
-            problem = " ".join(str(error).split()) or type(error).__name__
+            problem = one_line(error)
         self.store.set(f"{stage} {self.index}", problem)
         if self.index > 0:
             return self._hear(stage)

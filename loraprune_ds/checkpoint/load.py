@@ -127,7 +127,7 @@ def _check_source(source: Path, digest: str, folder: Path) -> None:
 
 
 def source_digest(checkpoint: Checkpoint) -> str:
-    """Identifies a source model by its config, its tensors' names and shapes, and its files' sizes and first bytes.
+    """Identifies a source model by its config and its files' names, sizes and first MiB, which has the tensors' names.
 
     Reading all of it would take as long as loading it; a file of the same size with other numbers is not noticed.
     """

@@ -24,7 +24,7 @@ class ShapeSource:
 
     Attributes:
         folder: name of the shape folder, or the path of the source.
-        digest: checksum of the shape's manifest, or of the source's headers.
+        digest: checksum of the shape's manifest, or `load.source_digest` of the source.
         is_source: the weights are those of the model the run started from.
     """
 

@@ -18,7 +18,7 @@ TOKENS_PER_BATCH = 2048  # the default batch: enough work at once, and logits of
 
 
 @dataclass(frozen=True)
-class Protocol:
+class PerplexityProtocol:
     """How the perplexity is taken. `stride` None: fixed windows, else sliding ones; `max_windows` None: all."""
 
     window: int = 128
@@ -46,7 +46,7 @@ class Plan:
         sharded: the weights are spread over the ranks by ZeRO-3, for models that fit no single device.
     """
 
-    protocol: Protocol
+    protocol: PerplexityProtocol
     text: EvaluationText | None = None
     dtype: str | None = None
     batch_size: int | None = None

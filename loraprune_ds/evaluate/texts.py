@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _load_rows(name: str, source: DatasetSource, split: str) -> Any:
     try:
         return datasets.load_dataset(source.path, source.config, revision=source.revision, split=split)
     except Exception as error:  # noqa: BLE001  # `datasets` lets the errors of four libraries through
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             f"--dataset {name}: {source.path}, split {split}, cannot be had (offline? then --text FILE): {reason}"
         ) from None

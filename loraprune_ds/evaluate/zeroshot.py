@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 
 if TYPE_CHECKING:  # launch/compare.py reads results and need not wait for it
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +79,7 @@ def run_tasks(
             log_samples=False,
         )
     except Exception as error:  # a task file can hold any code, and `datasets` raises anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"--tasks {' '.join(plan.names)}: {reason}") from error
     return {"results": found["results"], "settings": _settings(found)} if rank == 0 else None
 

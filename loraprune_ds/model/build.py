@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.checkpoint import Checkpoint
 from loraprune_ds.model.convert_bin import converted, needs_conversion
 from loraprune_ds.model.embedded import embedded_model_dir
@@ -47,7 +47,7 @@ def _download(config: ModelConfig) -> Path:
             snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_BIN_FILES)
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"model.path: no folder {config.path}, and not available from the hub: {reason}") from None
 
 

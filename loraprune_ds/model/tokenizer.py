@@ -6,7 +6,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.checkpoint import read_json
 from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig
 from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig
@@ -32,7 +32,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except UserError:
         raise
     except Exception as error:  # the Rust library under it raises bare Exception
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
     # transformers makes an empty tokenizer out of some damaged files without a word.
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:

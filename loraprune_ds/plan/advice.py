@@ -8,6 +8,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.plan.cluster import MOST_GPUS, Cluster
 from loraprune_ds.plan.plan import Plan, make_plan
 from loraprune_ds.plan.request import Request, changed
+from loraprune_ds.zero.fetching import FetchLimits
 
 MOST_NODES = 512  # that --smallest tries if it is not told how many there are
 
@@ -27,13 +28,13 @@ def suggestions(plan: Plan) -> list[Suggestion]:
     """Changes that lower what a rank needs, each planned on its own, then all of the run's together."""
     request, found = plan.request, []
     for change, setting, sections in _changes(request):
-        found += _try(request, change, setting, None, sections)
+        found += _try(request, change, setting, sections)
     combined: dict[str, Any] = {}
     for _, _, sections in _changes(request):
         for section, values in sections.items():
             combined.setdefault(section, {}).update(values)
     if len(found) > 1:
-        found += _try(request, "all of the above", "", None, combined)
+        found += _try(request, "all of the above", "", combined)
     if smallest := smallest_plan(request, request.cluster):
         where = smallest.request.cluster
         setting = f"--nodes {where.nodes} --gpus-per-node {where.gpus_per_node}"
@@ -98,9 +99,8 @@ def _changes(request: Request) -> Iterator[tuple[str, str, dict[str, dict[str, A
     if not train.gradient_checkpointing:
         values = {"gradient_checkpointing": True}
         yield "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": values}
-    zero = request.ds_config["zero_optimization"]
     layer = max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
-    if int(zero.get("stage3_max_live_parameters", 1_000_000_000)) > layer:
+    if FetchLimits.from_ds_config(request.ds_config).max_live > layer:
         live = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
         setting = f"stage3_max_live_parameters {layer}, stage3_max_reuse_distance 0 in the DeepSpeed JSON"
         yield "fewer gathered weights", setting, {"deepspeed": live}
@@ -112,11 +112,9 @@ def _changes(request: Request) -> Iterator[tuple[str, str, dict[str, dict[str, A
         yield "optimizer and weights on the host", "--set deepspeed=ds_configs/zero3_offload.json", {"deepspeed": both}
 
 
-def _try(
-    request: Request, change: str, setting: str, cluster: Cluster | None, sections: dict[str, dict[str, Any]]
-) -> list[Suggestion]:
+def _try(request: Request, change: str, setting: str, sections: dict[str, dict[str, Any]]) -> list[Suggestion]:
     try:
-        return [_suggestion(change, setting, make_plan(changed(request, cluster, **sections)))]
+        return [_suggestion(change, setting, make_plan(changed(request, None, **sections)))]
     except UserError:
         return []  # the batch cannot be split like that
 

@@ -20,7 +20,7 @@ def plan_json(plan: Plan, suggested: list[Suggestion]) -> dict[str, Any]:
     return {
         "model": request.model,
         "parameters": request.shape.total_numel(),
-        "parameters_after": request.shape_at(request.schedule.ratio).total_numel() if plan.cuts else None,
+        "parameters_after": request.shape_at(request.schedule.ratio).total_numel(),
         "fits": plan.fits,
         "fits_device": plan.fits_device,
         "fits_host": plan.fits_host,

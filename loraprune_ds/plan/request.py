@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.checkpoint import read_json
 from loraprune_ds.model.distillation import check_top_k
@@ -19,10 +19,10 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
+from loraprune_ds.zero.device import DTYPES
 from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config
 
 ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here
-ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 # LLaMA (arXiv 2302.13971, table 2): hidden_size, layers, heads, intermediate_size; head_dim 128, 32,000 tokens.
 LLAMA = {
@@ -57,7 +57,7 @@ class Request:
 
     @property
     def element_size(self) -> int:
-        return ELEMENT_SIZES[self.config.model.dtype]
+        return DTYPES[self.config.model.dtype].itemsize
 
     @property
     def eager(self) -> bool:
@@ -210,7 +210,7 @@ def _download_config(model: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(model, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"model {model} is no folder and not available from the hub ({reason}); give {known}") from None
 
 

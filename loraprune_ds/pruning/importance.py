@@ -80,7 +80,7 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
 
 
 class MovingAverage:
-    """S ← λ·S + (1 − λ)·S_now on every optimizer step, starting at zero; cut along with the groups."""
+    """S ← λ·S + (1 − λ)·S_now at every step that scores, starting at zero; cut along with the groups."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay

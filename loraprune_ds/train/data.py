@@ -145,7 +145,7 @@ class SampleOrder:
 
     def _permutation_of(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch != self._epoch:
-            generator = np.random.default_rng([self.seed % 2**64, epoch])  # a seed may be negative, here not
+            generator = np.random.default_rng([self.seed, epoch])
             self._epoch, self._permutation = epoch, generator.permutation(self.num_samples)
         return self._permutation
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loraprune_ds.config import DataConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.embedded import embedded_text
 
 EMBEDDED = "embedded"
@@ -156,7 +156,7 @@ def _load_dataset(config: DataConfig) -> Rows:
     try:
         dataset = load_dataset(config.path, config.name, split=config.split)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"data.path: no file {config.path}, and not available as a dataset: {reason}") from None
     assert isinstance(dataset, Dataset)
     if not len(dataset):

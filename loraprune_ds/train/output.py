@@ -14,7 +14,7 @@ import yaml
 
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.train.files import write_text
 from loraprune_ds.train.status import Status, read_status, write_status
 
@@ -212,7 +212,7 @@ class RunStatus:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None and not self._taken_over():
-            line = " ".join(str(error).split()) or type(error).__name__
+            line = one_line(error)
             with suppress(OSError):  # a full disk must not hide what went wrong
                 self._write(Status("failed", self.step, self.steps, error=line))
 

@@ -61,17 +61,17 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         for line in warnings:
             recorder.warn(line)
         recorder.note(describe_run(config, prepared, comm.world_size))
-        asked = Asked(requests, comm, recorder, status)
-        trained = _train(config, prepared, saved, asked)
+        context = RunContext(requests, comm, recorder, status)
+        trained = _train(config, prepared, saved, context)
         gc.collect()  # the training engine, which has cycles, before the exported model is loaded
-        finished = trained is not None and _finish(config, prepared, trained, asked)
+        finished = trained is not None and _finish(config, prepared, trained, context)
         status.end("finished" if finished else "stopped")
         comm.barrier()  # the first rank that leaves with another code than 0 makes the launcher end the others
     return finished
 
 
 @dataclass(frozen=True)
-class Asked:
+class RunContext:
     """Requests to stop between the steps, and who has to know of them."""
 
     requests: Requests
@@ -79,7 +79,7 @@ class Asked:
     recorder: Recorder
     status: RunStatus
 
-    def to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """For where no step carries the request and all that could be saved has been. Collective."""
         if self.requests.agree(self.comm) != STOP:
             return False
@@ -116,25 +116,25 @@ class Trained:
     resumed_from: list[int]
 
 
-def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, asked: Asked) -> Trained | None:
+def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, context: RunContext) -> Trained | None:
     """Trains and cuts, then writes the merged weights; None if it was asked to stop. The engine ends with this call."""
-    loop = Loop(config, prepared, saved, asked.recorder, asked.status, asked.requests)
-    if asked.to_stop() or not loop.run() or asked.to_stop():
+    loop = Loop(config, prepared, saved, context.recorder, context.status, context.requests)
+    if context.stop_requested() or not loop.run() or context.stop_requested():
         return None
-    asked.recorder.note("writing the merged model")
+    context.recorder.note("writing the merged model")
     store, folder = loop.store, Path(config.output_dir)
     staging = store.comm.together(lambda: start_model(folder) if store.rank == 0 else staging_of(folder / MODEL_FOLDER))
     write_merged_weights(store, staging, config.model.dtype)
     return Trained(staging, store.shape, loop.pruner.kept, loop.resumed_from)
 
 
-def _finish(config: RunConfig, prepared: Prepared, trained: Trained, asked: Asked) -> bool:
+def _finish(config: RunConfig, prepared: Prepared, trained: Trained, context: RunContext) -> bool:
     """Reads the exported model back, measures it, and publishes it with the report; False if it was asked to stop."""
-    comm, recorder = asked.comm, asked.recorder
+    comm, recorder = context.comm, context.recorder
     writes, folder = comm.rank == 0, Path(config.output_dir)
     card = model_card(config, prepared, trained.pruned, recorder.history)
     comm.together(lambda: describe_model(trained.staging, config, prepared, card) if writes else None)
-    if asked.to_stop():
+    if context.stop_requested():
         return False
     recorder.write(_measure_exported(config, prepared, trained.staging, comm))
     outcome = Outcome(

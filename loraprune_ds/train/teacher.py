@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.files import flush
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import RankError
+from loraprune_ds.errors import RankError, one_line
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher, samples_per_file, token_bytes
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.files import write_json
@@ -142,7 +142,7 @@ class Teacher:
             with safe_open(self.path(file), framework="pt") as opened:
                 return {name: opened.get_slice(name)[first : first + rows] for name in opened.keys()}
         except (OSError, SafetensorError) as error:
-            raise RankError(f"{self.path(file)} cannot be read: {' '.join(str(error).split())}") from None
+            raise RankError(f"{self.path(file)} cannot be read: {one_line(error)}") from None
 
 
 def make_teacher(config: RunConfig, plan: Plan, *, samples: str, source: str, folder: Path) -> Teacher:

@@ -9,7 +9,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.zero.flat import partition_numel
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class Communicator:
         except UserError as caught:
             error = caught
         except OSError as caught:
-            error = UserError(" ".join(str(caught).split()))  # "[Errno 28] No space left on device: '...'" says it all
+            error = UserError(one_line(caught))  # "[Errno 28] No space left on device: '...'" says it all
         failed = [(rank, e) for rank, e in enumerate(self.gather_objects(error)) if e is not None]
         if failed:
             rank, first = failed[0]

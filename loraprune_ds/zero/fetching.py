@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.passes import Module, Parameter, Visit
 
@@ -29,12 +31,12 @@ class FetchLimits:
     @classmethod
     def from_ds_config(cls, ds_config: dict[str, Any]) -> "FetchLimits":
         """From a resolved DeepSpeed config; what it does not say is DeepSpeed's default."""
-        zero = ds_config["zero_optimization"]
+        settings = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
         return cls(
-            prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
-            max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
-            max_reuse_distance=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
-            persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 100_000)),
+            prefetch_bucket=int(settings.prefetch_bucket_size),
+            max_live=int(settings.max_live_parameters),
+            max_reuse_distance=int(settings.max_reuse_distance),
+            persistence_threshold=int(settings.param_persistence_threshold),
         )
 
 

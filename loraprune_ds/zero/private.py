@@ -7,6 +7,8 @@ touches private state stays within these names; a DeepSpeed that lacks one is re
 from types import ModuleType
 
 import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -69,6 +71,9 @@ PARAMETER_ATTRIBUTES = (
     "ds_zero_partition_rank",
 )
 
+ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps")
+LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (DeepSpeedZeroOptimizer_Stage3, OPTIMIZER_METHODS),
     (DeepSpeedZeRoOffload, OFFLOAD_METHODS),
@@ -86,6 +91,8 @@ ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (
         ("grad_partitions_flat_buffer",),
     ),
     (DeepSpeedZeRoOffload, "__init__", "DeepSpeedZeRoOffload", OFFLOAD_ATTRIBUTES),
+    (DeepSpeedEngine, "__init__", "DeepSpeedEngine", ENGINE_COUNTERS),
+    (DynamicLossScaler, "update_scale", "DynamicLossScaler", LOSS_SCALE_FIELDS),
     (Init, "__init__", "Init", ("local_device", "remote_device", "pin_memory")),
     (Init, "_convert_to_deepspeed_param", "Parameter", PARAMETER_ATTRIBUTES),
 )

@@ -12,9 +12,8 @@ from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import pad
+from loraprune_ds.zero.private import LOSS_SCALE_FIELDS
 from loraprune_ds.zero.sharded import ShardedStore
-
-LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 # (layer, tensor name, start, end) -> flat fp32 elements [start, end)
 ReadState = Callable[[int, str, int, int], Tensor]
