@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from loraprune_ds.errors import UserError
 
-LOGITS_AT_ONCE = 1 << 26  # fp32 elements of the four buffers of a chunk together: 256 MiB
+LOGITS_AT_ONCE = 1 << 26  # fp32 elements: 256 MiB, and still rows enough to keep a GPU's matrix units busy
+BUFFERS = 4  # of a chunk's logits, at the widest place of a distilled loss
 SAMPLES_PER_FILE = 64
 FILE_BYTES = 1 << 27  # a rank holds one file's content while it makes it
 
@@ -52,6 +53,11 @@ class Recording:
     top_k: int | None
 
 
+def chunk_size(vocab_size: int, given: int | None, *, buffers: int = BUFFERS) -> int:
+    """Tokens whose logits are held at once: so many as given, or as make LOGITS_AT_ONCE in all buffers together."""
+    return given or max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
+
+
 def token_bytes(top_k: int | None, hidden_size: int, element_size: int) -> int:
     """On disk, of what is kept of one supervised token: its hidden states, or k fp32 and int32 and an fp32."""
     return hidden_size * element_size if top_k is None else top_k * 8 + 4
@@ -78,7 +84,7 @@ def record(hidden: Tensor, weight: Tensor, recording: Recording, chunk_tokens: i
     if recording.top_k is None:
         return {"hidden": hidden}
     parts = []
-    for rows in hidden.split(_chunk(weight, chunk_tokens)):
+    for rows in hidden.split(chunk_size(len(weight), chunk_tokens)):
         log_probs = (rows @ weight.t()).float().log_softmax(1)
         values, ids = log_probs.topk(recording.top_k, dim=1)
         parts.append((values, ids, log_probs.exp_().scatter_(1, ids, 0).sum(1)))
@@ -95,16 +101,12 @@ def distilled_losses(
         hidden: (tokens, hidden_size) of supervised tokens.
         weight: (vocabulary, hidden_size) of the head.
         labels: (tokens,).
-        chunk_tokens: tokens whose logits are held at once; None: as many as make LOGITS_AT_ONCE.
+        chunk_tokens: as `chunk_size` takes it.
     """
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
-    chunk = _chunk(weight, chunk_tokens)
+    chunk = chunk_size(len(weight), chunk_tokens)
     losses: Any = _DistilledLosses.apply(hidden, weight, labels, distillation, chunk, differentiate)
     return losses
-
-
-def _chunk(weight: Tensor, chunk_tokens: int | None) -> int:
-    return chunk_tokens or max(1, LOGITS_AT_ONCE // (4 * len(weight)))
 
 
 class _DistilledLosses(torch.autograd.Function):

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.distillation import Distillation, Recording, distilled_losses, record
+from loraprune_ds.model.distillation import Distillation, Recording, chunk_size, distilled_losses, record
 
 IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entropy
-LOGITS_AT_ONCE = 1 << 26  # fp32 elements of a chunk: 256 MiB, and still rows enough to keep a GPU's matrix units busy
 
 
 def token_losses(
@@ -33,17 +32,17 @@ def token_losses(
         hidden: (batch, window, hidden_size), what the decoder's last norm gives.
         weight: (vocabulary, hidden_size) of the head, whole.
         labels: (batch, window), IGNORE_INDEX where a token is not supervised; position t predicts label t + 1.
-        chunk_tokens: tokens whose logits are held at once; None: as many as make LOGITS_AT_ONCE.
+        chunk_tokens: as `chunk_size` takes it.
         distillation: what the cross-entropies are mixed with.
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
-    chunk = chunk_tokens or max(1, LOGITS_AT_ONCE // len(weight))
     rows, wanted = hidden[:, :-1][supervised], targets[supervised]
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
     assert not (differentiate and weight.requires_grad), "the head is frozen: no gradient of it is computed"
     losses: Any
     if distillation is None:
+        chunk = chunk_size(len(weight), chunk_tokens, buffers=1)
         losses = _ChunkedLosses.apply(rows, weight, wanted, chunk, differentiate)
     else:
         losses = distilled_losses(rows, weight, wanted, distillation, chunk_tokens)

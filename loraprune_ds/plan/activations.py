@@ -17,8 +17,8 @@ and one layer at a time is there in full, while its backward runs.
 
 from dataclasses import dataclass
 
+from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.shapes import LINEARS, LayerShape, ModelShape
-from loraprune_ds.model.token_loss import LOGITS_AT_ONCE
 
 DROPOUT_MASK = 1  # bytes of an element of torch's fused dropout mask, on a GPU
 
@@ -115,5 +115,5 @@ def logits(shape: ModelShape, batch: Batch, chunk_tokens: int | None) -> int:
 
     Plus, for all tokens, the hidden states that reach the head and their gradient.
     """
-    chunk = min(batch.tokens, chunk_tokens or max(1, LOGITS_AT_ONCE // shape.vocab_size))
+    chunk = min(batch.tokens, chunk_size(shape.vocab_size, chunk_tokens, buffers=1))
     return chunk * shape.vocab_size * (4 + batch.copy_size) + 2 * batch.tokens * shape.hidden_size * batch.element_size

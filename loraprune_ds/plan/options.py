@@ -3,7 +3,7 @@
 Formulas in README.md in this folder; nothing here is counted for an option that is off.
 """
 
-from loraprune_ds.model.distillation import LOGITS_AT_ONCE
+from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.shapes import INPUT_LINEARS, LINEARS, ModelShape
 from loraprune_ds.plan.activations import Batch
 from loraprune_ds.plan.request import Request
@@ -84,7 +84,7 @@ def distilled_logits(request: Request, shape: ModelShape, batch: Batch) -> int:
 
     Plus, for all tokens, the hidden states that reach the head, their gradient, and what the teacher is made of.
     """
-    chunk = request.config.train.loss_chunk_tokens or max(1, LOGITS_AT_ONCE // (4 * shape.vocab_size))
+    chunk = chunk_size(shape.vocab_size, request.config.train.loss_chunk_tokens)
     top_k, e = request.config.train.distill_top_k, batch.element_size
     teacher = shape.hidden_size * e if top_k is None else 12 * top_k + 4  # int32 ids become int64
     per_logit = 12 if top_k is None or e < 4 else 8

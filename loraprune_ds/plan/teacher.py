@@ -3,7 +3,7 @@
 Formulas in README.md in this folder. The pass is train/teacher_pass.py: as many files at a time as there are ranks.
 """
 
-from loraprune_ds.model.distillation import LOGITS_AT_ONCE, samples_per_file, token_bytes
+from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
 from loraprune_ds.plan.activations import Batch
 from loraprune_ds.plan.memory import Stage, forward_pass, state_before_any_step
 from loraprune_ds.plan.request import Request
@@ -68,7 +68,7 @@ def _targets(request: Request, batch: Batch) -> int:
     train, shape = request.config.train, request.shape
     if train.distill_top_k is None:
         return batch.tokens * shape.hidden_size * batch.element_size
-    chunk = min(batch.tokens, train.loss_chunk_tokens or max(1, LOGITS_AT_ONCE // (4 * shape.vocab_size)))
+    chunk = min(batch.tokens, chunk_size(shape.vocab_size, train.loss_chunk_tokens))
     return chunk * shape.vocab_size * 8 + batch.tokens * (12 * train.distill_top_k + 4)
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from loraprune_ds.model.token_loss import LOGITS_AT_ONCE, token_losses
+from loraprune_ds.model.distillation import chunk_size
+from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.train.files import write_json
 from loraprune_ds.train.provenance import hardware, versions
 from tests.benchmarks.peak import Peak
@@ -67,7 +68,11 @@ def main() -> None:
     }
     result["seconds_ratio"] = result["in_chunks"]["seconds"] / result["at_once"]["seconds"]
     result["largest_gradient_difference"] = float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max())
-    facts = {"hidden_size": HIDDEN, "chunk_tokens": LOGITS_AT_ONCE // arguments.vocabulary, **vars(arguments)}
+    facts = {
+        "hidden_size": HIDDEN,
+        "chunk_tokens": chunk_size(arguments.vocabulary, None, buffers=1),
+        **vars(arguments),
+    }
     write_json(RESULT, result | facts | {"versions": versions(), "hardware": hardware("cpu")})
     for name in rows:
         print(f"{name}: {result[name]['extra_bytes'] / 1e9:.2f} GB, {result[name]['seconds']:.2f} s")

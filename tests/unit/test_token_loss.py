@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.model import token_loss
+from loraprune_ds.model import distillation
 from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, token_losses, with_token_losses
 from tests.oracle.models import make_tiny_llama
 
@@ -126,7 +126,7 @@ def test_no_more_logits_than_a_chunk_are_ever_held(chunk: int) -> None:
 def test_the_automatic_chunk_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = material(supervised=1)
     for at_once, rows in ((20 * VOCAB + 3, 20), (10 * VOCAB, 10), (VOCAB - 1, 1)):
-        monkeypatch.setattr(token_loss, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(distillation, "LOGITS_AT_ONCE", at_once)
         with _Largest(weight) as largest, torch.no_grad():
             token_losses(hidden, weight, labels)
         assert largest.numel == max(rows * VOCAB, BATCH * (WINDOW - 1) * HIDDEN)
