@@ -121,7 +121,8 @@ def test_recovery_has_a_learning_rate_of_its_own(straight: Path) -> None:
 
 def test_biases_that_make_up_for_a_cut_are_exported(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
     """The model has no biases before; stopped between cuts, resumed, exported as a stock Llama with biases."""
-    sections = {**SECTIONS, "prune": {**SECTIONS["prune"], "compensate": "bias", "criterion": "lora"}}
+    prune = {**SECTIONS["prune"], "compensate": "bias", "criterion": "lora", "gradient_every": 1}
+    sections = {**SECTIONS, "prune": prune}
     sections["train"] = {"steps": STEPS}
     path = write_run(tmp_path, **sections)
     _without_biases(tmp_path / "source")
