@@ -8,7 +8,8 @@ from loraprune_ds.plan.activations import Batch
 from loraprune_ds.plan.memory import Stage, forward_pass, state_before_any_step
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.seconds import Seconds, attention_product
-from loraprune_ds.zero.fetching import PassTraffic
+from loraprune_ds.zero.fetching import FetchLimits, PassTraffic
+from loraprune_ds.zero.flat import partition_numel
 
 FILE_COPIES = 2  # its micro-batches and all of them in one tensor; or that and what is written
 
@@ -35,8 +36,11 @@ def passes(request: Request) -> int:
 
 
 def sent(request: Request, evaluation: PassTraffic) -> int:
-    """Bytes of each rank: what every micro-batch gathers."""
-    return passes(request) * evaluation.sent * request.element_size
+    """Bytes of each rank: what every micro-batch gathers, which is what an evaluation does but for LoRA."""
+    most = FetchLimits.from_ds_config(request.ds_config).persistence_threshold  # elements that are never gathered
+    world_size, sizes = request.cluster.world_size, request.shape.lora_sizes(request.config.lora.r)
+    lora = (world_size - 1) * sum(partition_numel(numel, world_size) for numel in sizes if numel > most)
+    return passes(request) * (evaluation.sent - lora) * request.element_size
 
 
 def seconds(request: Request, evaluation: PassTraffic) -> Seconds:
@@ -45,7 +49,7 @@ def seconds(request: Request, evaluation: PassTraffic) -> Seconds:
     tokens = passes(request) * train.micro_batch_size * request.config.data.window
     head = 2 * shape.vocab_size * shape.hidden_size if train.distill_top_k is not None else 0
     per_token = 2 * shape.linear_numel() + 2 * attention_product(request, shape) + head
-    copied = passes(request) * evaluation.sent / max(1, cluster.world_size - 1) * request.element_size
+    copied = sent(request, evaluation) / max(1, cluster.world_size - 1)
     return Seconds(
         compute=per_token * tokens / (cluster.flops * 1e12),
         communication=cluster.seconds_to_gather(sent(request, evaluation)),

@@ -24,6 +24,7 @@ from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, ma
 from loraprune_ds.plan.steps import StepKind, step_kind
 from loraprune_ds.plan.totals import NOTHING
 from loraprune_ds.train.data import SampleOrder
+from loraprune_ds.zero.fetching import PassTraffic
 
 SMALL = ModelShape("llama", 512, 64, 2, 1000, False, False, False, (LayerShape(4, 1376),) * 6)
 LONG = SMALL.with_layers(SMALL.layers * 8)
@@ -347,6 +348,13 @@ def test_the_pass_of_the_uncut_model_is_a_stage_of_its_own() -> None:
 def test_ranks_out_of_files_make_as_many_passes(samples: int, gpus: int, passes: int) -> None:
     plan = request(Cluster(1, gpus), steps=None, epochs=9, distill_weight=0.5, micro_batch_size=2, global_batch_size=8)
     assert teacher.passes(replace(plan, samples=samples)) == passes
+
+
+def test_the_uncut_models_pass_gathers_no_lora() -> None:
+    plan = request(Cluster(1, 2), distill_weight=0.5)
+    sizes = SMALL.lora_sizes(plan.config.lora.r)
+    found = teacher.sent(plan, PassTraffic(sent=10**9))
+    assert found == teacher.passes(plan) * 2 * (10**9 - sum(sizes) // 2)  # all are even: no padding
 
 
 def test_json_holds_what_the_table_shows() -> None:
