@@ -1,7 +1,7 @@
 """Checks of a config section's values; every message names the key. None stands for a default and passes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from loraprune_ds.errors import UserError
@@ -21,29 +21,24 @@ class Checks:
         self._values = values
 
     def one_of(self, key: str, allowed: Sequence[str]) -> None:
-        value = getattr(self._values, key)
-        require(
-            value is None or value in allowed, f"{self._at(key)} must be one of {', '.join(allowed)}; got {value!r}"
-        )
+        for name, value in self._given([key]):
+            require(value in allowed, f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
     def at_least(self, least: int, *keys: str) -> None:
-        for key in keys:
-            value = getattr(self._values, key)
-            require(value is None or value >= least, f"{self._at(key)} must be at least {least}; got {value}")
+        for name, value in self._given(keys):
+            require(value >= least, f"{name} must be at least {least}; got {value}")
 
     def positive(self, *keys: str) -> None:
-        for key in keys:
-            value = getattr(self._values, key)
-            require(value is None or value > 0, f"{self._at(key)} must be positive; got {value}")
+        for name, value in self._given(keys):
+            require(value > 0, f"{name} must be positive; got {value}")
 
     def within(self, interval: str, *keys: str) -> None:
         """`interval`: two numbers in brackets, such as `[0, 1)`; a round one leaves its end out."""
         low, high = (float(end) for end in interval[1:-1].split(","))
-        for key in keys:
-            value = getattr(self._values, key)
-            above = value is None or (low <= value if interval[0] == "[" else low < value)
-            below = value is None or (value <= high if interval[-1] == "]" else value < high)
-            require(above and below, f"{self._at(key)} must be in {interval}; got {value}")
+        for name, value in self._given(keys):
+            above = low <= value if interval[0] == "[" else low < value
+            below = value <= high if interval[-1] == "]" else value < high
+            require(above and below, f"{name} must be in {interval}; got {value}")
 
     def has_effect(self, needed: str, *keys: str, given: bool) -> None:
         """A setting that nothing would read was meant for something: another setting was forgotten."""
@@ -51,6 +46,10 @@ class Checks:
         for key in keys:
             unset = getattr(self._values, key) == defaults[key]
             require(given or unset, f"{self._at(key)} has no effect without {needed}")
+
+    def _given(self, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+        """Dotted name and value of those that are not None."""
+        return ((self._at(key), value) for key in keys if (value := getattr(self._values, key)) is not None)
 
     def _at(self, key: str) -> str:
         return f"{self._section}.{key}"

@@ -73,8 +73,8 @@ class Pruner:
         """Around all passes of a step, whose global batch has so many tokens, and its `observe`."""
         if self.compensator is not None:
             self.compensator.begin(step, tokens)
-        collects = self.gradients is not None and self.schedule.is_scored(step)
-        with self.gradients.collecting() if self.gradients and collects else nullcontext():
+        gradients = self.gradients if self.schedule.is_scored(step) else None
+        with nullcontext() if gradients is None else gradients.collecting():
             yield
 
     def measuring(self, real: Tensor | None) -> AbstractContextManager[None]:
