@@ -14,13 +14,13 @@ from torch import Tensor
 
 from loraprune_ds.config import DataConfig, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.checkpoint import open_checkpoint
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import KINDS, ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.activations import Batch, logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.memory import Stage, cut_stage, training_stage
 from loraprune_ds.plan.request import Request, build_request
-from loraprune_ds.plan.traffic import agreement_bytes, layer_cuts, lora_pieces, moved_bytes, scoring_bytes
+from loraprune_ds.plan.traffic import layer_cuts, lora_pieces, moved_bytes, scoring_bytes
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data import Samples
 from loraprune_ds.train.trainer import Trainer
@@ -171,6 +171,17 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
             "extra_planned": planned_stage.peak - planned_stage.resident,
         }
     return {"rank": rank, "states": rows, "steps": steps}
+
+
+def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int, int]:
+    """(per step, per cut) of what ranks tell each other besides: reports, digests, sizes, and rank 0's mask.
+
+    A step: four fp64 numbers of every rank. A cut: three int64 of every rank, and one byte per group from rank 0.
+    """
+    if world_size == 1:
+        return 0, 0
+    mask = sum(layer.count(kind) for layer in shape.layers for kind in KINDS)
+    return 4 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
 
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:

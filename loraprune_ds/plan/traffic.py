@@ -88,17 +88,6 @@ def scoring_bytes(request: Request, shape: ModelShape) -> int:
     return gathered + groups * 8
 
 
-def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int, int]:
-    """(per step, per cut) of what ranks tell each other besides: reports, digests, sizes, and rank 0's mask.
-
-    A step: four fp64 numbers of every rank. A cut: three int64 of every rank, and one byte per group from rank 0.
-    """
-    if world_size == 1:
-        return 0, 0
-    mask = sum(layer.count(kind) for layer in shape.layers for kind in KINDS)
-    return 4 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
-
-
 def lora_pieces(request: Request, shape: ModelShape) -> list[int]:
     """Elements of this rank's piece of every LoRA factor."""
     return [partition_numel(n, request.cluster.world_size) for n in shape.lora_sizes(request.config.lora.r)]

@@ -55,14 +55,6 @@ def state_terms(
     }
 
 
-def expected_state_bytes(
-    shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
-) -> int:
-    """What `storage_bytes(state_tensors(engine))` must be: the sum of `state_terms`."""
-    sizes = {"world_size": world_size, "element_size": element_size, "bucket_numel": bucket_numel}
-    return sum(state_terms(shape, lora_rank, **sizes, stepped=stepped).values())
-
-
 def moment_bytes(shape: ModelShape, world_size: int, *, second: bool = True) -> list[int]:
     """What `prune.compensate` keeps on every rank before a cut from `shape`: fp32 moments, by rank.
 

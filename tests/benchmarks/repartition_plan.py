@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.files import write_json
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.plan.repartition import MASKS, example_masks, plan_repartition
 from loraprune_ds.plan.request import read_shape
-from loraprune_ds.train.files import write_json
 from loraprune_ds.train.provenance import hardware, versions
+from tests.benchmarks.repartition import MASKS, example_masks, plan_repartition
 
 RESULT = Path(__file__).parent / "results" / "repartition_plan.json"
 WORLD_SIZES = (8, 64, 512)

@@ -23,7 +23,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_training_store
-from loraprune_ds.zero.memory import expected_state_bytes, state_tensors, storage_bytes
+from loraprune_ds.zero.memory import state_tensors, state_terms, storage_bytes
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedStore
 
@@ -158,7 +158,7 @@ def run_steps(trainer: Trainer, job: Job) -> Outcome:
 
 def expected_bytes(job: Job, store: ShardedStore) -> int:
     bucket = next(iter(store.engine.optimizer.ipg_buckets.values())).buffer.numel()
-    return expected_state_bytes(
+    terms = state_terms(
         store.shape,
         job.lora_r,
         world_size=store.world_size,
@@ -166,6 +166,7 @@ def expected_bytes(job: Job, store: ShardedStore) -> int:
         bucket_numel=bucket,
         stepped=True,
     )
+    return sum(terms.values())
 
 
 def as_pair(scores: LayerScores) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@ import torch
 
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import LayerShape
-from loraprune_ds.plan.repartition import MASKS, Repartition, example_masks, plan_repartition
 from loraprune_ds.plan.request import read_shape
 from loraprune_ds.plan.traffic import layer_cuts, moved_bytes
 from loraprune_ds.zero.flat import Owners, ReshardPlan
+from tests.benchmarks.repartition import MASKS, Repartition, example_masks, plan_repartition
 
 DENSE = read_shape("llama-65b")
 SMALL = DENSE.with_layers((LayerShape(48, 16512),) * 80)  # a quarter gone
