@@ -197,7 +197,7 @@ def silence_evaluation() -> None:
 
 def write_result(result: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
     from loraprune_ds.evaluate.result import result_table
-    from loraprune_ds.train.files import finite
+    from loraprune_ds.files import finite
 
     with out:
         out.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if as_json else result_table(result))

@@ -1,6 +1,59 @@
-"""What lies in the folder of a run: names that whoever writes it and whoever reads it must agree on."""
+"""What lies in the folder of a run: the names, and status.json, for people, scripts and the next start in it."""
+
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, get_args
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.files import read_json, write_json
 
 STATUS_FILE = "status.json"
 REPORT_FILE = "report.json"
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
+
+State = Literal["running", "stopped", "finished", "failed"]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of a run: `step` of `steps` optimizer steps are done. `error` is the one line a failed run ended with.
+
+    A killed process cannot say so: "running" with an old `updated` (UTC, ISO 8601) means that.
+    """
+
+    state: State
+    step: int
+    steps: int
+    error: str | None = None
+    updated: str = field(default_factory=_now)
+
+    def __str__(self) -> str:
+        return f"{self.state} at step {self.step} of {self.steps}"
+
+
+def write_status(folder: Path, status: Status) -> None:
+    write_json(folder / STATUS_FILE, asdict(status))
+
+
+def read_status(folder: Path) -> Status | None:
+    """The status of the run in this folder; None when there is none.
+
+    Raises:
+        UserError: status.json is damaged; the message names it.
+    """
+    path = folder / STATUS_FILE
+    if not path.exists():
+        return None
+    raw = read_json(path)
+    if raw.get("state") not in get_args(State):
+        raise UserError(f"{path} is damaged: state is {raw.get('state')!r}, not one of {', '.join(get_args(State))}")
+    for key, kind in (("step", int), ("steps", int), ("updated", str), ("error", str | None)):
+        if not isinstance(raw.get(key), kind):
+            raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
+    return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"])

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint.run_folder import REPORT_FILE, STATUS_FILE
+from loraprune_ds.checkpoint.run_folder import REPORT_FILE, STATUS_FILE, read_status
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.runs import read_run_report
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
-from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.files import read_json
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,11 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 
 
 def _read_run(folder: Path) -> Result:
-    status = read_json(folder / STATUS_FILE)
-    if status.get("state") != "finished":
-        raise UserError(f"{folder} holds an unfinished run ({status.get('state')} at step {status.get('step')})")
+    status = read_status(folder)
+    if status is None:
+        raise UserError(f"{folder / STATUS_FILE} does not exist")
+    if status.state != "finished":
+        raise UserError(f"{folder} holds an unfinished run ({status})")
     path = folder / REPORT_FILE
     report = read_json(path)
     try:

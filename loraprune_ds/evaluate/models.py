@@ -10,13 +10,14 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel
 
-from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, STATUS_FILE
+from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, Status, read_status
 from loraprune_ds.config import DTYPES, ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.runs import read_run_report
+from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FOLDER
 from loraprune_ds.model.build import locate_model
-from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, read_json
+from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
 from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaForCausalLM
 from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralForCausalLM
 
@@ -70,8 +71,8 @@ def find_model(path: str) -> Source:
         folder = locate_model(ModelConfig(path))
     except UserError as error:
         raise UserError(str(error).removeprefix("model.path: ")) from None
-    if (folder / STATUS_FILE).is_file():
-        return _find_run(path, folder)
+    if status := read_status(folder):
+        return _find_run(path, folder, status)
     if not (folder / "config.json").is_file():
         for adapter in (folder, folder / ADAPTER_FOLDER):  # the second: what launch/export.py --format adapter made
             if (adapter / ADAPTER_FILE).is_file():
@@ -79,12 +80,10 @@ def find_model(path: str) -> Source:
     return Source(path, "checkpoint", open_checkpoint(folder), folder)
 
 
-def _find_run(path: str, folder: Path) -> Source:
+def _find_run(path: str, folder: Path, status: Status) -> Source:
     """The exported model of a finished run."""
-    status = read_json(folder / STATUS_FILE)
-    if status.get("state") != "finished":
-        where = f"{status.get('state')} at step {status.get('step')} of {status.get('steps')}"
-        raise UserError(f"{path} holds an unfinished run ({where}), which has no {MODEL_FOLDER}/ to evaluate yet")
+    if status.state != "finished":
+        raise UserError(f"{path} holds an unfinished run ({status}), which has no {MODEL_FOLDER}/ to evaluate yet")
     report, model = folder / REPORT_FILE, folder / MODEL_FOLDER
     try:
         dense, method = read_run_report(read_json(report))

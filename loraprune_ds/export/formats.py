@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from loraprune_ds.checkpoint.files import numbered, step_folder
 from loraprune_ds.checkpoint.load import check_saved
-from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, STATUS_FILE
+from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, Status, read_status
 from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.from_checkpoint import Unmerged, write_base_and_adapter, write_merged
@@ -18,7 +18,7 @@ from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, publish
 from loraprune_ds.export.model_card import retell_model_card
 from loraprune_ds.model.adapters import BASE_FOLDER
-from loraprune_ds.model.checkpoint import open_checkpoint, read_json
+from loraprune_ds.model.checkpoint import open_checkpoint
 
 HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, for further tuning.
 
@@ -65,8 +65,8 @@ def find_source(path: Path) -> Source:
         UserError: it is none of these, or a run that has nothing to export yet.
     """
     name = path.resolve().name
-    if (path / STATUS_FILE).is_file():
-        return _find_run(path, name)
+    if status := read_status(path):
+        return _find_run(path, name, status)
     if (path / STATE_FILE).is_file():
         return Source(name, None, [path])
     if (path / "config.json").is_file():
@@ -75,15 +75,13 @@ def find_source(path: Path) -> Source:
     raise UserError(f"{path} {what}")
 
 
-def _find_run(path: Path, name: str) -> Source:
-    status = read_json(path / STATUS_FILE)
+def _find_run(path: Path, name: str, status: Status) -> Source:
     steps = sorted(numbered(path / CHECKPOINTS_FOLDER, "step"), reverse=True)
     checkpoints = [step_folder(path / CHECKPOINTS_FOLDER, step) for step in steps]
-    if status.get("state") == "finished":
-        return Source(name, path / MODEL_FOLDER, checkpoints[:1] if steps[:1] == [status.get("step")] else [])
+    if status.state == "finished":
+        return Source(name, path / MODEL_FOLDER, checkpoints[:1] if steps[:1] == [status.step] else [])
     if not checkpoints:
-        where = f"{status.get('state')} at step {status.get('step')} of {status.get('steps')}"
-        raise UserError(f"{path} holds an unfinished run ({where}) without a checkpoint: nothing to export yet")
+        raise UserError(f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet")
     return Source(name, None, checkpoints)
 
 

@@ -10,7 +10,7 @@ from gguf import TokenType
 from sentencepiece import sentencepiece_model_pb2
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.files import read_json
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE
 
 LLAMA3_PATTERN = (

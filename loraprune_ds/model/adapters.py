@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LINEAR_NAMES, Linear
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # in an export of the two apart

@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint on disk, checked by its headers and read piece by piece: nobody holds a whole model."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LINEARS, ModelShape, shape_from_config, with_biases
 
 SHARDS = "model-*-of-*.safetensors"
@@ -119,23 +119,6 @@ def _with_biases(checkpoint: Checkpoint) -> Checkpoint:
     config = checkpoint.config | {"attention_bias": True, "mlp_bias": True}
     absent = frozenset(name for name in parameter_shapes(shape) if name not in checkpoint.files)
     return Checkpoint(checkpoint.folder, config, shape, checkpoint.files, absent)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value
 
 
 def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.files import read_json
 from loraprune_ds.model.cache import make_once, user_cache
-from loraprune_ds.model.checkpoint import check_no_surplus, read_json
+from loraprune_ds.model.checkpoint import check_no_surplus
 from loraprune_ds.model.shards import write_index, write_shard
 
 INDEX = "pytorch_model.bin.index.json"

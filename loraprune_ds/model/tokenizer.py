@@ -7,7 +7,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.files import read_json
 from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig
 from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig
 

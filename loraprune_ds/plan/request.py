@@ -10,8 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import UserError, first_line
+from loraprune_ds.files import read_json
 from loraprune_ds.model.build import EMBEDDED
-from loraprune_ds.model.checkpoint import read_json
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config, with_biases
@@ -180,11 +180,7 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
         return ModelShape("llama", hidden, 128, 1, 32_000, False, False, False, (LayerShape(heads, channels),) * layers)
     folder = embedded_model_dir() if model == EMBEDDED else Path(model).expanduser()
     path = folder / "config.json" if folder.is_dir() else _download_config(model, revision)
-    try:
-        raw = read_json(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return shape_from_config(raw, model)
+    return shape_from_config(read_json(path), model)
 
 
 def _read_ds_config(config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:

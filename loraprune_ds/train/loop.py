@@ -8,9 +8,9 @@ from loraprune_ds.checkpoint.load import Saved
 from loraprune_ds.checkpoint.state import Tally
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate.perplexity import measure_perplexity
+from loraprune_ds.files import finite
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.checkpoints import Checkpoints, build_store, restore_pruner
-from loraprune_ds.train.files import finite
 from loraprune_ds.train.output import RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import Recorder

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.train.files import finite, write_text
+from loraprune_ds.files import finite, write_text
 from loraprune_ds.train.records import KINDS, CutRecord, EvaluationRecord, Record, StepRecord
 
 KIND_OF = {record: kind for kind, record in KINDS.items()}

@@ -12,11 +12,10 @@ from uuid import uuid4
 
 import yaml
 
-from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE
+from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE, Status, read_status, write_status
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.train.files import write_text
-from loraprune_ds.train.status import Status, read_status, write_status
+from loraprune_ds.files import write_text
 
 if TYPE_CHECKING:  # a start that fails on its config should not wait for DeepSpeed's imports
     from loraprune_ds.zero.comm import Communicator
@@ -65,9 +64,8 @@ def _inspect_output(folder: Path, config: RunConfig, resume: str | None) -> Star
     if resume is not None:
         return _inspect_for_resume(folder, config, None if resume == "auto" else Path(resume))
     if status is not None:
-        where = f"{status.state} at step {status.step} of {status.steps}"
         raise UserError(
-            f"output_dir {folder} holds an unfinished run ({where}); go on with --resume auto, or choose another"
+            f"output_dir {folder} holds an unfinished run ({status}); go on with --resume auto, or choose another"
         )
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loraprune_ds.checkpoint.load import Saved
 from loraprune_ds.config import RunConfig
-from loraprune_ds.train.files import write_text
+from loraprune_ds.files import write_text
 from loraprune_ds.train.metrics import MetricsLog, TensorBoardLog, read_metrics
 from loraprune_ds.train.progress import Progress
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, History, Record, Sink, StepRecord, history_from

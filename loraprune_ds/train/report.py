@@ -8,8 +8,8 @@ from typing import Any
 
 from loraprune_ds.checkpoint.run_folder import REPORT_FILE
 from loraprune_ds.config import RunConfig
+from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.train.files import read_json_object, write_json, write_text
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.records import CutRecord, History
 from loraprune_ds.zero.store import LayerKeep
@@ -110,7 +110,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """Raises UserError, naming the file, when it is missing or damaged."""
-    return read_json_object(folder / REPORT_FILE)
+    return read_json(folder / REPORT_FILE)
 
 
 def write_kept_groups(folder: Path, kept: Sequence[LayerKeep], dense: ModelShape) -> None:

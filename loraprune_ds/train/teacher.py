@@ -22,9 +22,9 @@ from torch import Tensor
 from loraprune_ds.checkpoint.files import flush
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RankError, one_line
+from loraprune_ds.files import write_json
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher, samples_per_file, token_bytes
 from loraprune_ds.train.data import SampleOrder, Samples
-from loraprune_ds.train.files import write_json
 
 TEACHER_FOLDER = "teacher"
 MANIFEST = "teacher.json"

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import CHECKOUT
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.checkpoint import read_json
+from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 
 MAX_BUCKET = 50_000_000  # elements; a reduce bucket is allocated whole on every rank

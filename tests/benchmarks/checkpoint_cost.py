@@ -31,9 +31,9 @@ from loraprune_ds.config import (
     RunConfig,
     TrainConfig,
 )
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.checkpoints import Checkpoints, build_store
-from loraprune_ds.train.files import read_json_object, write_json
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.trainer import Trainer
@@ -129,7 +129,7 @@ def launch(phase: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command += ["--folder", arguments.folder, "--model", arguments.model]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
-    return read_json_object(arguments.folder / f"{phase}.json")
+    return read_json(arguments.folder / f"{phase}.json")
 
 
 def show(result: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.evaluate.plot_style import PLOT_STYLE
-from loraprune_ds.train.files import write_json
+from loraprune_ds.files import write_json
 from loraprune_ds.train.provenance import hardware, versions
 from tests.benchmarks.watchdog import free_port
 from tests.oracle.models import make_tiny_llama

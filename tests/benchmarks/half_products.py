@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraprune_ds.train.files import write_json
+from loraprune_ds.files import write_json
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.zero.half_products import ThroughFloat32
 

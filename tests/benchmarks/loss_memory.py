@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from loraprune_ds.files import write_json
 from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.token_loss import token_losses
-from loraprune_ds.train.files import write_json
 from loraprune_ds.train.provenance import hardware, versions
 from tests.benchmarks.peak import Peak
 

@@ -25,11 +25,11 @@ import torch
 from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig
 
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.checkpoint import parameter_shapes
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.shapes import shape_from_config
 from loraprune_ds.model.shards import shard_count, write_index, write_shard
-from loraprune_ds.train.files import read_json_object, write_json
 from loraprune_ds.train.provenance import hardware, versions
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan
@@ -83,7 +83,7 @@ def cases(model: str, folder: Path) -> Case:
     """SmolLM2 with the shipped DeepSpeed config; the large one with checkpointing and little gathered at once."""
     if model == "smollm2":
         return Case(embedded_model_dir(), window=64)
-    limited = read_json_object(ROOT / "ds_configs" / "zero3.json")
+    limited = read_json(ROOT / "ds_configs" / "zero3.json")
     limited["zero_optimization"] |= LIMITED
     write_json(folder / "limited.json", limited)
     return Case(folder / "1b", deepspeed=str(folder / "limited.json"), window=32, checkpointing=True)
@@ -111,7 +111,7 @@ def measure(model: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
     """What every rank found, in rank order; fresh processes, which may take as long as a busy machine needs."""
     (folder / "store").unlink(missing_ok=True)
     spawn(rank_main, (world_size, cases(model, folder), folder), nprocs=world_size)
-    return [read_json_object(folder / f"rank-{rank}.json") for rank in range(world_size)]
+    return [read_json(folder / f"rank-{rank}.json") for rank in range(world_size)]
 
 
 def faults(model: str, ranks: list[dict[str, Any]]) -> list[str]:
@@ -163,7 +163,7 @@ def show(model: str, ranks: list[dict[str, Any]]) -> None:
 
 def keep(name: str, rows: list[dict[str, Any]]) -> None:
     """Puts one launch into the result file, beside those of other calls."""
-    result = read_json_object(RESULT) if RESULT.exists() else {}
+    result = read_json(RESULT) if RESULT.exists() else {}
     facts = {"versions": versions(), "hardware": hardware("cpu"), "limited": LIMITED, "rss_tolerance": RSS_TOLERANCE}
     result[name] = {"ranks": rows, "faults": faults(name.split(",")[0], rows), **facts}
     write_json(RESULT, dict(sorted(result.items())))

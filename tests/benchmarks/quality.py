@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.evaluate.texts import read_text
+from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
-from loraprune_ds.train.files import read_json_object, write_json, write_text
 from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.quality_table import draw, rows_of, table
@@ -71,7 +71,7 @@ def main() -> None:
     todo = [(setting, seed) for seed in arguments.seeds for setting in chosen if seed in setting.seeds(arguments.seeds)]
     for setting, seed in todo:
         path, basis = result_path(arguments.work, setting, seed), basis_of(setting, texts, arguments.windows)
-        done = path.exists() and read_json_object(path)["basis"] == basis
+        done = path.exists() and read_json(path)["basis"] == basis
         if arguments.list:
             print(f"{'done' if done else 'to do':<6} {path.stem}")
         elif not done:
@@ -115,7 +115,7 @@ def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
 def take_over(work: Path) -> None:
     """Results that were published before, perhaps from another machine, as far as they are of today's settings."""
     published = RESULTS / "quality.json"
-    for run in read_json_object(published)["runs"] if published.exists() else []:
+    for run in read_json(published)["runs"] if published.exists() else []:
         setting = SETTINGS.get(run["setting"])
         if setting and run["basis"]["overrides"] == list(setting.overrides):
             path = result_path(work, setting, run["seed"])
@@ -126,7 +126,7 @@ def take_over(work: Path) -> None:
 def measure_dense(texts: dict[str, Path], arguments: argparse.Namespace) -> None:
     """What the uncut model reaches on the two texts that are looked at last, into the work folder."""
     path, basis = arguments.work / DENSE, basis_of(None, texts, arguments.windows)
-    if not path.exists() or read_json_object(path)["basis"] != basis:
+    if not path.exists() or read_json(path)["basis"] != basis:
         model = "embedded" if arguments.model is None else str(arguments.model.resolve())
         measured = {name: perplexity(model, texts[name], arguments.windows) for name in ("test", "other")}
         write_json(path, {"basis": basis, "perplexity": measured})
@@ -160,7 +160,7 @@ def carry_out(
     command = ["launch/run.py", "--config", "launch/configs/quickstart.yaml", "--resume", "auto"]
     command += [part for value in settings for part in ("--set", value)]
     launch(command, arguments.ranks)
-    report = read_json_object(folder / "report.json")
+    report = read_json(folder / "report.json")
     measured = {name: perplexity(str(folder), texts[name], arguments.windows) for name in ("test", "other")}
     report["config"] |= {"output_dir": "run"}  # no folder of this machine
     report["config"]["model"] |= {"path": setting.model}
@@ -207,11 +207,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def publish(work: Path, target: Path) -> None:
     """Table, picture and JSON from every run that is in the work folder."""
-    runs = [read_json_object(path) for path in (work / "results").glob("*.json")]
+    runs = [read_json(path) for path in (work / "results").glob("*.json")]
     runs.sort(key=lambda run: (list(SETTINGS).index(run["setting"]), run["seed"]))
     rows = rows_of(runs)
     print(table(rows))
-    dense = read_json_object(work / DENSE)
+    dense = read_json(work / DENSE)
     write_json(target / "quality.json", {"dense": dense, "rows": rows, "runs": runs})
     draw(target / "quality.png", rows, dense["perplexity"])
 

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.adapters import add_lora, lora_linear
 from loraprune_ds.model.build import decoder_layers, locate_model
 from loraprune_ds.model.embedded import embedded_model_dir
@@ -42,7 +43,6 @@ from loraprune_ds.plan.memory import cut_stage, training_stage
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.plan.traffic import simulate_passes
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.files import read_json_object, write_json
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.teacher_pass import find_teacher, record_teacher
@@ -221,7 +221,7 @@ def launch(phase: str, model: str, source: Path, ranks: int) -> dict[str, Any]:
         freed_at_once = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}  # or glibc keeps it, and no later peak would show
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | freed_at_once
         subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
-        return read_json_object(Path(folder) / "result.json")
+        return read_json(Path(folder) / "result.json")
 
 
 def show(phases: dict[str, Any]) -> None:
@@ -235,7 +235,7 @@ def show(phases: dict[str, Any]) -> None:
 
 def measure_all(model: str, wanted: list[str] | None, ranks: int, result: Path) -> None:
     """Every phase of a model that is wanted; what was measured before stays."""
-    models = read_json_object(result)["models"] if result.exists() else {}
+    models = read_json(result)["models"] if result.exists() else {}
     phases = models.setdefault(model, {})
     with tempfile.TemporaryDirectory(prefix="quality-cost-model-") as folder:
         source = Path("embedded") if model == "smollm2" else random_1b(Path(folder))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.files import write_json
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.files import write_json
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.trainer import Trainer

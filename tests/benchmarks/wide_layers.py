@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
 from loraprune_ds.model.convert_bin import INDEX, converted
 from loraprune_ds.model.shapes import ModelShape, shape_from_config
 from loraprune_ds.model.shards import write_index, write_shard
-from loraprune_ds.train.files import read_json_object, write_json
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
 from tests.benchmarks.watchdog import Watched, free_port, tell, told, watch
@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, name: str) -> None:
 
 def write_ds_config(path: Path, largest_linear: int) -> None:
     """The shipped one, with no more gathered weights kept alive than two linears: what a tight machine would set."""
-    config = read_json_object(ROOT / "ds_configs" / "zero3.json")
+    config = read_json(ROOT / "ds_configs" / "zero3.json")
     config["zero_optimization"] |= {
         "stage3_max_live_parameters": 2 * largest_linear,
         "stage3_max_reuse_distance": 0,
@@ -119,7 +119,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     limit = shard + layer + SLACK
     watched = run_ranks(folder, limit, control=False)
     assert (watched.killed, watched.exit_code) == (None, 0), watched
-    ranks = [read_json_object(folder / f"result-{rank}.json") for rank in range(RANKS)]
+    ranks = [read_json(folder / f"result-{rank}.json") for rank in range(RANKS)]
     result = {
         "parameters": shape.total_numel(),
         "bytes": {"whole_model": 2 * shape.total_numel(), "shard": shard, "whole_layer": layer},
@@ -253,7 +253,7 @@ def record(name: str, found: dict[str, Any]) -> None:
     if name == "tiny":
         return
     facts = {"world_size": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions(), "hardware": hardware("cpu")}
-    others = read_json_object(RESULT) if RESULT.exists() else {}
+    others = read_json(RESULT) if RESULT.exists() else {}
     write_json(RESULT, others | {name: found | facts})
 
 

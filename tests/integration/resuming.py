@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loraprune_ds.checkpoint.run_folder import Status, write_status
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.checkpoints import find_saved
 from loraprune_ds.train.output import inspect_output
 from loraprune_ds.train.run import run
-from loraprune_ds.train.status import Status, write_status
 from loraprune_ds.train.stop import NOTHING, STOP, Requests
 from loraprune_ds.zero.comm import Communicator
 from tests.oracle.models import make_tiny_llama

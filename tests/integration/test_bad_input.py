@@ -93,7 +93,7 @@ WRONG = (
     Wrong("endless output_dir", "output_dir={here}/" + 300 * "x", ("output_dir", "cannot be read: File name too long")),
     Wrong("read-only output_dir", "output_dir=/proc/out", ("output_dir /proc/out cannot be written",)),
     Wrong("other files in output_dir", "seed=1", ("not empty and holds no run",), file_at("out/thesis.tex", "x")),
-    Wrong("damaged status", "seed=1", ("status.json", "cannot be read"), file_at("out/status.json", "{")),
+    Wrong("damaged status", "seed=1", ("status.json", "not valid JSON"), file_at("out/status.json", "{")),
 )
 
 

@@ -8,6 +8,7 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
+from loraprune_ds.checkpoint.run_folder import State, Status, write_status
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.compare import Result, comparison_table, read_results
 from loraprune_ds.evaluate.compare_picture import draw_comparison
@@ -42,10 +43,10 @@ def evaluation(perplexity: float | None = 60.0, *, removed: float | None = 0.25,
     }
 
 
-def write_run(folder: Path, report: dict[str, Any], state: str = "finished") -> Path:
+def write_run(folder: Path, report: dict[str, Any], state: State = "finished") -> Path:
     folder.mkdir()
     (folder / "report.json").write_text(json.dumps(report))
-    (folder / "status.json").write_text(json.dumps({"state": state, "step": 3, "steps": 8}))
+    write_status(folder, Status(state, 3, 8))
     return folder
 
 

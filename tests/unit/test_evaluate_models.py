@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from loraprune_ds.checkpoint.run_folder import Status, write_status
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.models import choose_dtype, find_model, load_model
 from tests.export_cases import CASES, VOCAB, dense_model, export, exported_config
@@ -51,7 +52,7 @@ def make_run(root: Path) -> Path:
     run = root / "run"
     shutil.copytree(root / "pruned", run / "model")
     (run / "report.json").write_text(json.dumps(REPORT))
-    (run / "status.json").write_text('{"state": "finished", "step": 8, "steps": 8}')
+    write_status(run, Status("finished", 8, 8))
     return run
 
 

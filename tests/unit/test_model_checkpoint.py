@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.files import read_json
 from loraprune_ds.model import checkpoint
-from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes, read_json
+from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
 from tests.oracle.models import make_tiny_llama
 
 SIZES: dict[str, Any] = {

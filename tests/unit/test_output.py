@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loraprune_ds.checkpoint.run_folder import State, Status, read_status, write_status
 from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.output import RunStatus, Start, create_output, inspect_output
-from loraprune_ds.train.status import State, Status, read_status, write_status
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ CASES = [
     (foreign, "auto", "is not empty and holds no run"),
     (in_state("stopped"), "auto", "resume"),
     (in_state("finished"), "auto", "finished"),
-    (hit_by_a_power_cut, None, "status.json cannot be read"),
+    (hit_by_a_power_cut, None, "status.json is not valid JSON"),
     (hit_by_a_power_cut, "auto", "resume"),
     (of_another_seed, "auto", "holds another run (seed differs)"),
 ]

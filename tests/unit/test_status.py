@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from loraprune_ds.checkpoint.run_folder import Status, read_status, write_status
 from loraprune_ds.errors import UserError
-from loraprune_ds.train.status import Status, read_status, write_status
 
 
 def test_status_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -56,5 +56,5 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, text: str) -> None:
 
 def test_bytes_that_are_not_text_are_damage_too(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"status\.json cannot be read"):
+    with pytest.raises(UserError, match=r"status\.json is not valid JSON"):
         read_status(tmp_path)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 
 
 def finite(value: Any) -> Any:
@@ -33,16 +33,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that must hold one object.
 
     Raises:
-        UserError: it cannot be read or is damaged; the message names the file.
+        UserError: it is missing, cannot be read or holds something else; the message names the file.
     """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # neither text nor JSON
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it must hold a JSON object")
+        raise UserError(f"{path} must hold a JSON object")
     return value
