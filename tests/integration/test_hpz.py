@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.integration.launching import ROOT, Ended, fork_ranks
 from tests.integration.resuming import losses, write_run
 
@@ -15,6 +17,8 @@ RUN = {
     "prune": {"prune_every": 2},
     "train": {"steps": 6, "global_batch_size": 4},
 }
+PLAIN: tuple[str, ...] = ()
+LEVERS = ("prune.criterion=gradient", "prune.compensate=least_squares", "train.distill_weight=0.5")
 
 
 def watch_second_copies() -> None:
@@ -40,13 +44,14 @@ def run(config: Path, name: str, *changes: str) -> Ended:
     return ended[0]
 
 
-def test_hpz_cuts_both_copies_and_changes_no_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [PLAIN, LEVERS], ids=["plain", "levers"])
+def test_hpz_cuts_both_copies_and_changes_no_number(tmp_path: Path, method: tuple[str, ...]) -> None:
     config = write_run(tmp_path, **RUN)
     settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     settings["zero_optimization"]["zero_hpz_partition_size"] = PER_NODE
     (tmp_path / "hpz.json").write_text(json.dumps(settings))
-    hierarchical = run(config, "hpz", f"deepspeed={tmp_path / 'hpz.json'}")
-    flat = run(config, "flat")
+    hierarchical = run(config, "hpz", f"deepspeed={tmp_path / 'hpz.json'}", *method)
+    flat = run(config, "flat", *method)
 
     assert "copy" not in flat.err
     pieces = [line for line in hierarchical.err.splitlines() if line.startswith("copy (")]
