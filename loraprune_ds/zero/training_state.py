@@ -46,6 +46,7 @@ def restore_lora_state(store: ShardedStore, read: ReadState, adam_step: int) -> 
                 state.piece(parameter, key).copy_(piece)
                 if key == "master":
                     parameter.ds_tensor.copy_(piece)  # type: ignore[attr-defined]
+                    parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]  # hpZ's, of the fresh LoRA
 
 
 def adam_step(store: ShardedStore) -> int:

@@ -34,11 +34,11 @@ def watch_second_copies() -> None:
     Init._partition_param_sec = watched
 
 
-def run(config: Path, name: str, *changes: str) -> Ended:
+def run(config: Path, name: str, *changes: str, resume: Path | None = None) -> Ended:
     folder = config.parent / f"{name}-outputs"
     folder.mkdir()
     words = [word for change in (f"output_dir={config.parent / name}", *changes) for word in ("--set", change)]
-    arguments = ["--config", str(config), *words]
+    arguments = ["--config", str(config), *words, *(["--resume", str(resume)] if resume else [])]
     ended = fork_ranks(arguments, folder, ranks=RANKS, before=watch_second_copies, timeout=400)
     assert ended[0].code == 0, ended[0].everything
     return ended[0]
@@ -50,7 +50,8 @@ def test_hpz_cuts_both_copies_and_changes_no_number(tmp_path: Path, method: tupl
     settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     settings["zero_optimization"]["zero_hpz_partition_size"] = PER_NODE
     (tmp_path / "hpz.json").write_text(json.dumps(settings))
-    hierarchical = run(config, "hpz", f"deepspeed={tmp_path / 'hpz.json'}", *method)
+    deepspeed = f"deepspeed={tmp_path / 'hpz.json'}"
+    hierarchical = run(config, "hpz", deepspeed, *method)
     flat = run(config, "flat", *method)
 
     assert "copy" not in flat.err
@@ -63,3 +64,6 @@ def test_hpz_cuts_both_copies_and_changes_no_number(tmp_path: Path, method: tupl
 
     assert (tmp_path / "hpz" / "kept_groups.json").read_bytes() == (tmp_path / "flat" / "kept_groups.json").read_bytes()
     assert losses(tmp_path / "hpz") == losses(tmp_path / "flat")
+    if method == PLAIN:  # the copies of a resumed run are of the checkpoint's LoRA, not of what it was built with
+        run(config, "resumed", deepspeed, resume=tmp_path / "hpz" / "checkpoints" / "step-3")
+        assert losses(tmp_path / "resumed") == losses(tmp_path / "hpz")
