@@ -97,6 +97,8 @@ def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -
     """(cut, of LoRA) of every tensor of a layer that shrinks, as `ShardedStore` cuts them."""
     cuts = []
     for linear in LINEARS:
+        if not keep.cuts(shape.layers[index], linear.kind):
+            continue
         out_features, in_features = shape.linear_shape(index, linear)
         rows = keep.indices(shape, linear)
         factor = (out_features, lora_rank) if linear.axis == 0 else (lora_rank, in_features)

@@ -85,6 +85,8 @@ class ShardedStore:
     def shrink(self, keep: list[LayerKeep]) -> int:
         """One decoder layer at a time, then the optimizer's flat buffers anew. No loss graph may be alive."""
         before = self.comm.bytes_sent
+        if tuple(layer_keep.shape for layer_keep in keep) == self.shape.layers:
+            return 0  # a late cut of a long schedule may ask for less than a group
         self.engine.empty_partition_cache()
         trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
         state = OptimizerState(self.engine.optimizer, trainable)
@@ -132,6 +134,8 @@ class ShardedStore:
             return
         cuts: list[tuple[nn.Parameter, AxisCut]] = []
         for linear in LINEARS:
+            if not keep.cuts(self.shape.layers[index], linear.kind):
+                continue
             module = lora_linear(self.layers[index], linear)
             base, kept = cast(nn.Linear, module.base_layer), keep.indices(self.shape, linear)
             lora_a, lora_b = lora_weights(module)

@@ -97,7 +97,36 @@ def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_si
         assert all(r["next_loss"] == results[0]["next_loss"] for r in results)
 
 
-def sliced(name: str, tensor: Tensor) -> Tensor:
+@pytest.mark.parametrize(
+    ("heads", "channels", "tensors"),
+    [
+        # per cut layer: 4 or 3 weights, their biases along what is cut, and of as many LoRA factors copy and state
+        pytest.param(KEPT_HEADS, list(range(FFN)), 2 * (4 + 3 + 4 * 4), id="heads"),
+        pytest.param(list(range(KV_HEADS)), KEPT_CHANNELS, 2 * (3 + 2 + 3 * 4), id="channels"),
+        pytest.param(list(range(KV_HEADS)), list(range(FFN)), 0, id="nothing"),
+    ],
+)
+def test_what_a_cut_leaves_alone_is_not_sent(
+    ranks: RankPool, job: Job, heads: list[int], channels: list[int], tensors: int
+) -> None:
+    """Late cuts of a long schedule take channels alone, or nothing."""
+    results = ranks.run(2, surgery.cut_once, variant(job, dtype="bfloat16"), heads, channels)
+    changed = 0
+    for name, tensor in results[0]["before"].items():
+        expected = sliced(name, tensor, heads, channels)
+        changed += expected.shape != tensor.shape
+        assert torch.equal(results[0]["after"][name], expected), name
+    assert changed == tensors
+    calls = [elements for name, elements in results[0]["calls"] if name == "all_to_all_single"]
+    assert len(calls) == (4 if tensors else 0)
+    kind = "heads" if len(heads) < KV_HEADS else "channels"
+    linears = [linear.name for linear in LINEARS if linear.kind == kind]
+    of_this_kind = [n for n in results[0]["before"] if ".layers.1." in n and any(linear in n for linear in linears)]
+    most = sum(results[0]["before"][name].numel() for name in of_this_kind)
+    assert sum(calls) < 2 * most  # two layers, and nothing of the other kind beside
+
+
+def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: list[int] = KEPT_CHANNELS) -> Tensor:
     """What a tensor of this name is after the cut, by plain index_select."""
     layer = name.split(".layers.")[1].split(".")[0] if ".layers." in name else ""
     linear = next((x for x in LINEARS if x.name in name), None)
@@ -107,7 +136,7 @@ def sliced(name: str, tensor: Tensor) -> Tensor:
         return tensor
     if name.endswith("bias") and linear.axis == 1:
         return tensor
-    groups = KEPT_HEADS if linear.kind == "heads" else KEPT_CHANNELS
+    groups = heads if linear.kind == "heads" else channels
     width = 1 if linear.kind == "channels" else HEAD_DIM * (HEADS // KV_HEADS if linear.queries else 1)
     rows = torch.tensor([g * width + j for g in groups for j in range(width)])
     return tensor.index_select(linear.axis if tensor.dim() == 2 else 0, rows)
