@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 try:
-    from loraprune_ds.command import Parser, adopt_srun_ranks, leave, silence_libraries, tell
+    from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
     from loraprune_ds.config import DTYPES
     from loraprune_ds.errors import UserError
     from loraprune_ds.evaluate.texts import DATASETS, EvaluationText, load_dataset_text, read_text
@@ -76,7 +76,7 @@ def main() -> int:
         stdout = keep_stdout()
         result = measure(arguments)
     except UserError as error:
-        tell(error)
+        tell(error, agreed=False)  # lm-eval can fail on one rank alone
         return error.exit_code
     if is_main:
         write_result(result, stdout, as_json=arguments.json)
@@ -104,19 +104,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.verbose:
         quiet_deepspeed()
     comm = start_ranks()
-    try:
-        # One rank per node downloads, converts or merges; the others then find it in the node's cache.
-        first = os.environ["LOCAL_RANK"] == "0"
-        given = [arguments.model, *([arguments.dense] if arguments.dense else [])]
-        with readable(given, comm, is_first_on_node=first) as paths:
-            comm.together(lambda: read_evaluation_text(arguments) if first else None)
-            plan = comm.together(lambda: make_plan(arguments))
-            measured = evaluate(paths, plan, comm, show_progress)
-        named = [replace(model, path=path) for model, path in zip(measured, given, strict=True)]
-        provenance = {"versions": versions(), "hardware": hardware(device_name())}
-        return make_result(named, plan, comm.world_size, provenance)
-    finally:
-        stop_ranks()
+    # One rank per node downloads, converts or merges; the others then find it in the node's cache.
+    first = os.environ["LOCAL_RANK"] == "0"
+    given = [arguments.model, *([arguments.dense] if arguments.dense else [])]
+    with readable(given, comm, is_first_on_node=first) as paths:
+        with comm.patient() as waiting:
+            waiting.together(lambda: read_evaluation_text(arguments) if first else None)
+        plan = comm.together(lambda: make_plan(arguments))
+        measured = evaluate(paths, plan, comm, show_progress)
+    named = [replace(model, path=path) for model, path in zip(measured, given, strict=True)]
+    result = make_result(named, plan, comm.world_size, {"versions": versions(), "hardware": hardware(device_name())})
+    stop_ranks()  # not after an error: NCCL would wait there for the ranks that wait for this one
+    return result
 
 
 @contextmanager
@@ -126,9 +125,10 @@ def readable(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) 
         scratch = None
         if is_first_on_node:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="evaluate-")))
-        found = comm.together(
-            lambda: [find_or_merge(path, scratch / str(i)) for i, path in enumerate(paths)] if scratch else None
-        )
+        with comm.patient() as waiting:
+            found = waiting.together(
+                lambda: [find_or_merge(path, scratch / str(i)) for i, path in enumerate(paths)] if scratch else None
+            )
         # The ranks of a node follow its first one.
         yield next(names for names in reversed(comm.gather_objects(found)[: comm.rank + 1]) if names)
 
@@ -204,4 +204,5 @@ def write_result(result: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
+    leave_on_error()
     leave(main())

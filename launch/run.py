@@ -26,6 +26,7 @@ INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped at once
 
 if TYPE_CHECKING:
     from loraprune_ds.train.output import Start
+    from loraprune_ds.zero.comm import Communicator
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,9 +63,11 @@ def main() -> int:
         from loraprune_ds.train.output import inspect_output
 
         start = inspect_output(config, arguments.resume)
-        joined = start.kind != "finished"
-        if joined and not prune(config, start):
-            return STOPPED_EXIT_CODE
+        if start.kind != "finished":
+            comm = join_ranks(config)
+            joined = True
+            if not prune(config, comm, start):
+                return STOPPED_EXIT_CODE
         if rank == 0:
             if start.kind == "finished":
                 print(f"{config.output_dir} holds this run, finished:")
@@ -77,20 +80,26 @@ def main() -> int:
     return 0
 
 
-def prune(config: RunConfig, start: "Start") -> bool:
-    """Carries out the run on all ranks; False if it was asked to stop. Collective."""
+def join_ranks(config: RunConfig) -> "Communicator":
+    """The ranks of this run, when all have imported what they need. Collective."""
     if not config.logging.verbose:
         silence_run()
     try:
-        from loraprune_ds.train.run import run
-        from loraprune_ds.train.watch import Watch
-        from loraprune_ds.zero.engine import start_ranks, stop_ranks
+        import loraprune_ds.train.run  # noqa: F401  # a rank that lacks a package says so before the others wait
+        from loraprune_ds.zero.engine import start_ranks
     except ImportError as error:  # private modules of DeepSpeed among them
         raise UserError(
             f"{error}; install the versions that pyproject.toml names, as launch/quickstart.sh does"
         ) from None
+    return start_ranks()
 
-    comm = start_ranks()
+
+def prune(config: RunConfig, comm: "Communicator", start: "Start") -> bool:
+    """Carries out the run on all ranks; False if it was asked to stop. Collective."""
+    from loraprune_ds.train.run import run
+    from loraprune_ds.train.watch import Watch
+    from loraprune_ds.zero.engine import stop_ranks
+
     gc.freeze()  # what the imports have made is no garbage: DeepSpeed collects twice per cut, over all of it
     watch = Watch(comm)
     try:

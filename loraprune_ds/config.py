@@ -177,8 +177,21 @@ class TrainConfig:
             f"train.micro_batch_size ({self.micro_batch_size})",
         )
         require((self.steps is None) != (self.epochs is None), "give exactly one of train.steps and train.epochs")
+        if self.steps is not None:
+            self.check_warmup(self.steps)
         check.has_effect("train.recovery_steps", "recovery_learning_rate", given=self.recovery_steps > 0)
         check.has_effect("train.distill_weight", "distill_top_k", given=self.distill_weight > 0)
+
+    def check_warmup(self, steps: int) -> None:
+        """Against the steps without the recovery, which epochs tell only once the data is read.
+
+        Raises:
+            UserError: the learning rate would never be reached.
+        """
+        require(
+            self.warmup_steps < steps,
+            f"train.warmup_steps must be below the {steps} steps; got {self.warmup_steps}",
+        )
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches each rank runs per step: G / (micro * W).
@@ -250,6 +263,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32); got {self.seed}")
+        require(
+            self.model.adapter is None or self.train.distill_weight == 0,
+            "train.distill_weight and model.adapter exclude each other: the uncut model computes without LoRA; "
+            "merge the adapter into model.path first",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as written to `<output_dir>/config.yaml`."""

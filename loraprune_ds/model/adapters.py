@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.shapes import LINEAR_NAMES, Linear
+from loraprune_ds.model.shapes import LINEAR_NAMES, LINEARS, Linear, ModelShape
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # in an export of the two apart
 ADAPTER = "default"
@@ -44,7 +44,7 @@ def check_adapter(folder: Path, config: LoraConfig) -> None:
     """Whether an existing adapter can be the start of a run: plain LoRA on all seven linears, same r and alpha.
 
     Raises:
-        UserError: names the folder and what does not fit, a damaged file included.
+        UserError: names the folder and what does not fit.
     """
     found = read_json(folder / "adapter_config.json")
     if found.get("peft_type") != "LORA" or found.get("use_dora") or found.get("use_rslora"):
@@ -59,36 +59,54 @@ def check_adapter(folder: Path, config: LoraConfig) -> None:
                 f"model.adapter {folder} has {key} {found.get(key)}; the run config says lora.{key} {expected}"
             )
     targets = found.get("target_modules") or []
-    # A pattern, unlike a list, says nothing by itself: its tensors will (load_adapter).
+    # A pattern, unlike a list, says nothing by itself: its tensors will (check_adapter_tensors).
     missing = set() if isinstance(targets, str) else set(LINEAR_NAMES) - set(targets)
     if missing:
         raise UserError(
             f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion needs all seven linears"
         )
+
+
+def check_adapter_tensors(folder: Path, r: int, shape: ModelShape) -> None:
+    """Whether an existing adapter is one of the model of `shape`. Only the file's header is read.
+
+    Raises:
+        UserError: the file is missing or damaged, or a tensor is missing, too many or of another shape.
+    """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        with safe_open(path, framework="pt"):
-            pass  # the length of the file fits its header
+        with safe_open(path, framework="pt") as file:  # the length of the file fits its header, too
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    expected = _tensor_shapes(shape, r)
+    if different := sorted(expected.keys() ^ found.keys()):
+        verb = "lacks" if different[0] in expected else "has"
+        raise UserError(f"{path} does not fit the model: it {verb} {different[0]}")
+    for name, sizes in found.items():
+        if sizes != expected[name]:
+            raise UserError(f"{path} does not fit the model: {name} has shape {sizes}, not {expected[name]}")
+
+
+def _tensor_shapes(shape: ModelShape, r: int) -> dict[str, list[int]]:
+    """By the names in PEFT's adapter_model.safetensors."""
+    shapes = {}
+    for layer in range(len(shape.layers)):
+        for linear in LINEARS:
+            out_features, in_features = shape.linear_shape(layer, linear)
+            prefix = f"base_model.model.model.layers.{layer}.{linear.name}"
+            shapes |= {f"{prefix}.lora_A.weight": [r, in_features], f"{prefix}.lora_B.weight": [out_features, r]}
+    return shapes
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Copies an adapter's weights into the wrapped model, before ZeRO-3 shards them.
-
-    Raises:
-        UserError: the file is damaged, lacks a tensor or has one of another shape.
-    """
-    path = folder / "adapter_model.safetensors"
-    try:
-        result = set_peft_model_state_dict(model, load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())[:200]}") from None
+    """Copies the weights of a checked adapter into the wrapped model, before ZeRO-3 shards them."""
+    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        raise UserError(f"{path} does not fit the model: {(missing or result.unexpected_keys)[0]}")
+    assert not missing, missing
+    assert not result.unexpected_keys, result.unexpected_keys
 
 
 def lora_linear(layer: nn.Module, linear: Linear) -> LoraLinear:
@@ -113,6 +131,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     modules = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for module in modules:
         module._disable_adapters = True
+        assert module.disable_adapters, "PEFT reads another switch now"
     try:
         yield
     finally:

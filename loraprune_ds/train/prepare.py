@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import cut_windows
-from loraprune_ds.model.adapters import check_adapter
+from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
 from loraprune_ds.model.build import check_buildable, locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_for_pruning
 from loraprune_ds.model.distillation import check_top_k
@@ -55,7 +55,7 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     # One rank per node downloads or converts, the others find it in the node's cache.
     with comm.patient() as waiting:
         waiting.together(lambda: locate_model(config.model) if is_first_on_node else None)
-    prepared = comm.together(lambda: _prepare(config, comm.world_size))
+        prepared = waiting.together(lambda: _prepare(config, comm.world_size))  # a data set may be downloaded, too
     digests = comm.gather_objects(prepared.samples.digest())
     if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
         raise UserError(
@@ -70,7 +70,9 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     config.train.gradient_accumulation_steps(world_size)
     checkpoint = open_for_pruning(locate_model(config.model), config.prune)
     if config.model.adapter:
-        check_adapter(Path(config.model.adapter).expanduser(), config.lora)
+        adapter = Path(config.model.adapter).expanduser()
+        check_adapter(adapter, config.lora)
+        check_adapter_tensors(adapter, config.lora.r, checkpoint.shape)
     ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
     limits = make_limits(config.prune, checkpoint.shape)
     check_buildable(checkpoint, config.model.attn_implementation)
@@ -85,6 +87,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     )
     order = SampleOrder(len(loaded.samples), config.train.global_batch_size, config.seed)
     pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
+    config.train.check_warmup(pruning_steps)
     return Prepared(
         checkpoint=checkpoint,
         tokenizer=tokenizer,

@@ -17,6 +17,7 @@ from loraprune_ds.model.adapters import (
     ADAPTER,
     add_lora,
     check_adapter,
+    check_adapter_tensors,
     load_adapter,
     lora_linear,
     lora_weights,
@@ -128,6 +129,7 @@ def test_an_adapter_is_taken_over(folder: Path, adapter: Path, dtype: torch.dtyp
     check_adapter(adapter, CONFIG)
     edit(adapter, target_modules=".*_proj")  # PEFT takes a pattern too
     check_adapter(adapter, CONFIG)
+    check_adapter_tensors(adapter, CONFIG.r, open_checkpoint(folder).shape)
     model = wrap(folder, dtype=dtype)
     load_adapter(model, adapter)
     saved = load_file(adapter / "adapter_model.safetensors")
@@ -174,41 +176,41 @@ def test_an_adapter_that_does_not_fit(adapter: Path, values: dict[str, Any], mes
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_damaged_files(adapter: Path) -> None:
+def refused(folder: Path, adapter: Path) -> str:
+    """What the header of its tensors is refused with."""
+    with pytest.raises(UserError) as caught:
+        check_adapter_tensors(adapter, CONFIG.r, open_checkpoint(folder).shape)
+    path = str(adapter / "adapter_model.safetensors")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(path)
+    return str(caught.value).removeprefix(f"{path} ")
+
+
+def test_missing_and_damaged_files(folder: Path, adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     content = weights.read_bytes()
     for damaged in (content[:-1], content[:50], b"", b"\0" * 100):
         weights.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged: "):
-            check_adapter(adapter, CONFIG)
+        assert refused(folder, adapter).startswith("is damaged: ")
     weights.unlink()
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors does not exist$"):
-        check_adapter(adapter, CONFIG)
+    assert refused(folder, adapter) == "does not exist"
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"adapter_config\.json does not exist$"):
         check_adapter(adapter, CONFIG)
 
 
-def refused(folder: Path, adapter: Path, tensors: dict[str, Tensor]) -> str:
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError) as caught:
-        load_adapter(wrap(folder), adapter)
-    message = str(caught.value)
-    assert "\n" not in message
-    prefix = f"{adapter / 'adapter_model.safetensors'} does not fit the model: "
-    assert message.startswith(prefix)
-    return message.removeprefix(prefix)
-
-
 def test_tensors_that_do_not_fit(folder: Path, adapter: Path) -> None:
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    """As the input is checked: an adapter of another model must not be found when the model is loaded."""
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-    missing = {key: tensor for key, tensor in tensors.items() if key != name}
-    assert "layers.1.mlp.up_proj.lora_B" in refused(folder, adapter, missing)
-    wrong = tensors | {name: tensors[name][:5].clone()}
-    assert "size mismatch" in refused(folder, adapter, wrong)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, weights)
+    assert refused(folder, adapter) == f"does not fit the model: it lacks {name}"
+    save_file(tensors | {name: tensors[name][:5].clone()}, weights)
+    assert refused(folder, adapter) == f"does not fit the model: {name} has shape [5, 4], not [37, 4]"
     third = name.replace("layers.1", "layers.2")
-    assert "layers.2.mlp.up_proj.lora_B" in refused(folder, adapter, tensors | {third: tensors[name].clone()})
+    save_file(tensors | {third: tensors[name].clone()}, weights)
+    assert refused(folder, adapter) == f"does not fit the model: it has {third}"
 
 
 def test_the_oracles_adapter_has_the_names_of_peft(folder: Path) -> None:
