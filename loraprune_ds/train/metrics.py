@@ -31,14 +31,20 @@ class MetricsLog:
         self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
         self._file.flush()
 
+    def truncate(self) -> None:
+        """Drops all: what a run did before its first checkpoint is done again, and may be damaged."""
+        self._replace("")
+
     def truncate_to(self, step: int) -> None:
         """Drops the lines of later steps: a run resumed from the checkpoint of `step` writes them again.
 
         Raises:
-            UserError: a line is damaged.
+            UserError: a line of an earlier one is damaged.
         """
-        lines = (json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step)
-        write_text(self.path, "".join(lines))
+        self._replace("".join(json.dumps(line) + "\n" for line in read_metrics(self.path, step)))
+
+    def _replace(self, text: str) -> None:
+        write_text(self.path, text)
         self._file.close()  # it still points to the file that was replaced
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -50,8 +56,10 @@ class MetricsLog:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics.jsonl; `records.history_from` makes records of them.
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """All whole lines of a metrics.jsonl, or those up to a step; `records.history_from` makes records of them.
+
+    Behind the lines of `last_step`, which its checkpoint has flushed, a crash of the machine may have left anything.
 
     Raises:
         UserError: the file does not exist or a line is damaged; the message names the file and the line.
@@ -60,7 +68,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = _whole_lines(path).splitlines()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    values: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(_parse(line, f"{path} line {number}"))
+        except UserError:
+            if last_step is None or not values or values[-1]["step"] < last_step:
+                raise
+            break
+    return [value for value in values if last_step is None or value["step"] <= last_step]
 
 
 def _whole_lines(path: Path) -> str:

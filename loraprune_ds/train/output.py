@@ -14,6 +14,7 @@ import yaml
 
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE, Status, read_status, write_status
 from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import write_text
 
@@ -29,7 +30,7 @@ MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size",
 
 @dataclass(frozen=True)
 class Start:
-    """How to begin. `path`: the run or checkpoint folder that `--resume` named; None with `auto`."""
+    """How to begin. `path`: the run or checkpoint folder that `--resume` named, resolved; None with `auto`."""
 
     kind: Literal["fresh", "finished", "resume"]
     path: Path | None = None
@@ -54,7 +55,8 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
 
 def _inspect_output(folder: Path, config: RunConfig, resume: str | None) -> Start:
     _check_access(folder, os.R_OK | os.X_OK, "readable")
-    if resume is not None and resume != "auto" and not Path(resume).is_dir():
+    path = None if resume is None or resume == "auto" else Path(resume).resolve()
+    if path is not None and not path.is_dir():
         raise UserError(f"--resume {resume}: no such folder")
     status = _read_status(folder, resume)
     if status is not None and status.state == "finished":
@@ -62,7 +64,7 @@ def _inspect_output(folder: Path, config: RunConfig, resume: str | None) -> Star
         return Start("finished")
     _check_access(folder, os.W_OK, "writable")
     if resume is not None:
-        return _inspect_for_resume(folder, config, None if resume == "auto" else Path(resume))
+        return _inspect_for_resume(folder, config, path)
     if status is not None:
         raise UserError(
             f"output_dir {folder} holds an unfinished run ({status}); go on with --resume auto, or choose another"
@@ -97,7 +99,7 @@ def _inspect_for_resume(folder: Path, config: RunConfig, path: Path | None) -> S
         raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
     if _read_config(folder):  # else it was lost in a crash of the machine; every checkpoint holds it too
         _check_same_run(folder, config, MAY_DIFFER)
-    if holds_run and path is not None and not path.resolve().is_relative_to(folder.resolve()):
+    if holds_run and path is not None and not path.is_relative_to(folder.resolve()):
         raise UserError(
             f"output_dir {folder} holds a run already, so it cannot take up --resume {path}; "
             "go on with --resume auto, or choose another output_dir"
@@ -125,7 +127,12 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]) -> list[str]:
-    """Dotted keys whose values differ, sections and keys in `ignored` left out."""
+    """Dotted keys whose values differ, sections and keys in `ignored` left out.
+
+    A key that the `old` config lacks, as one written by an earlier version does, has its default there.
+    """
+    with suppress(UserError):  # what it has and no version knows is a difference like others
+        old = config_from_dict(old).to_dict()
     return list(_differences(old, new, ignored, ""))
 
 

@@ -20,7 +20,7 @@ def take_over_metrics(saved: Saved, folder: Path) -> None:
         UserError: they are missing or damaged, so the report would lack them.
     """
     earlier, own = saved.folder.parents[1] / METRICS_FILE, folder / METRICS_FILE
-    read_metrics(earlier)
+    read_metrics(earlier, saved.state.step)
     if earlier.resolve() != own.resolve():
         write_text(own, earlier.read_text(encoding="utf-8"))
 
@@ -37,8 +37,10 @@ class Recorder:
             return
         self._metrics = metrics = MetricsLog(folder / METRICS_FILE)
         first = saved.state.step if saved else 0
-        metrics.truncate_to(first if saved else -1)  # what a killed run did after its last checkpoint is done again
-        if saved:
+        if not saved:
+            metrics.truncate()
+        else:
+            metrics.truncate_to(first)  # what a killed run did after its last checkpoint is done again
             self.history = history_from(read_metrics(folder / METRICS_FILE))
         self._sinks.append(metrics)
         if config.logging.tensorboard:

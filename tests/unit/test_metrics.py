@@ -60,6 +60,21 @@ def test_truncate_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]  # no temporary file is left
 
 
+def test_what_follows_the_checkpoint_may_be_damaged(tmp_path: Path) -> None:
+    """A crash of the machine left zeros behind the lines that the checkpoint of step 6 had flushed."""
+    path = written(tmp_path / "metrics.jsonl", in_order())
+    first_later = next(i for i, line in enumerate(read_metrics(path)) if line["step"] > 6)
+    lines = path.read_text().splitlines()[:first_later]
+    path.write_text("\n".join([*lines, "\0" * 40, ""]))
+    assert len(read_metrics(path, 6)) == first_later
+    with pytest.raises(UserError, match=f"line {first_later + 1} is not valid JSON"):
+        read_metrics(path, 7)
+    log = MetricsLog(path)
+    log.truncate()
+    log.close()
+    assert read_metrics(path) == []
+
+
 def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
     path = written(tmp_path / "metrics.jsonl", [step_record(1), step_record(2)])
     text = path.read_text()

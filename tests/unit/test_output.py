@@ -102,6 +102,30 @@ def test_another_split_of_the_batch_and_another_way_of_saving_are_the_same_run(c
         inspect_output(dataclasses.replace(config, train=TrainConfig(steps=100, learning_rate=1.0)), "auto")
 
 
+def test_a_config_of_an_earlier_version_lacks_keys_that_have_their_defaults(config: RunConfig) -> None:
+    in_state("stopped")(config)
+    path = Path(config.output_dir) / "config.yaml"
+    raw = yaml.safe_load(path.read_text())
+    del raw["prune"]["gradient_every"], raw["train"]["distill_weight"]
+    path.write_text(yaml.safe_dump(raw))
+    assert inspect_output(config, "auto") == Start("resume")
+    path.write_text(yaml.safe_dump(raw | {"of_a_later_version": 1}))
+    with pytest.raises(UserError, match="of_a_later_version"):
+        inspect_output(config, "auto")
+
+
+def test_a_path_is_followed_to_where_it_leads(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies beside a checkpoint is looked for there, not beside a link to it."""
+    step = tmp_path / "other" / "checkpoints" / "step-3"
+    step.mkdir(parents=True)
+    (tmp_path / "latest").symlink_to(step)
+    assert inspect_output(config, str(tmp_path / "latest")) == Start("resume", step)
+    monkeypatch.chdir(step.parent)
+    assert inspect_output(config, "step-3") == Start("resume", step)
+
+
 def test_a_path_may_lie_in_the_run_or_lead_to_another_for_a_new_folder(config: RunConfig, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
