@@ -17,7 +17,7 @@ from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.stop import STOP, Requests
 from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.train.teacher_pass import find_teacher, record_teacher
+from loraprune_ds.train.teacher_pass import record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import current_device
@@ -31,6 +31,7 @@ class Loop:
         config: RunConfig,
         prepared: Prepared,
         saved: Saved | None,
+        teacher: Teacher | None,
         recorder: Recorder,
         status: RunStatus,
         requests: Requests,
@@ -40,11 +41,9 @@ class Loop:
         self.pruner = Pruner(self.store, config.prune, prepared.schedule, prepared.limits, config.seed)
         if saved:
             restore_pruner(self.pruner, saved)
-        distills = config.train.distill_weight and status.step < prepared.steps  # it is gone once no step needs it
-        self._teacher = self._find_teacher(saved) if distills else None
-        self._requests = requests
+        self._teacher, self._requests = teacher, requests
         self._trainer = Trainer(
-            self.store, self.pruner, prepared.samples, prepared.order, config, requests.pending, self._teacher
+            self.store, self.pruner, prepared.samples, prepared.order, config, requests.pending, teacher
         )
         self._checkpoints = Checkpoints(config, prepared, self.pruner, saved)
         self._tally = saved.state.tally if saved else Tally()
@@ -71,10 +70,6 @@ class Loop:
                 self.recorder.note(f"stopped at step {step}; go on with --resume auto")
                 return False
         return True
-
-    def _find_teacher(self, saved: Saved | None) -> Teacher:
-        is_cut = self.store.shape != self.prepared.checkpoint.shape
-        return self.store.comm.together(lambda: find_teacher(self.config, self.prepared, saved, is_cut=is_cut))
 
     def _record(self, teacher: Teacher) -> bool:
         samples, pending, note = self.prepared.samples, self._requests.pending, self.recorder.note

@@ -26,6 +26,7 @@ from loraprune_ds.train.recorder import Recorder, take_over_metrics
 from loraprune_ds.train.records import EvaluationRecord
 from loraprune_ds.train.stop import STOP, Requests, drop_stale_requests
 from loraprune_ds.train.teacher import TEACHER_FOLDER
+from loraprune_ds.train.teacher_pass import find_teacher
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.half_products import fast_half_products
@@ -118,7 +119,10 @@ class Trained:
 
 def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, context: RunContext) -> Trained | None:
     """Trains and cuts, then writes the merged weights; None if it was asked to stop. The engine ends with this call."""
-    loop = Loop(config, prepared, saved, context.recorder, context.status, context.requests)
+    step = context.status.step
+    distills = config.train.distill_weight and step < prepared.steps  # the files are gone once no step needs them
+    teacher = context.comm.together(lambda: find_teacher(config, prepared, saved)) if distills else None
+    loop = Loop(config, prepared, saved, teacher, context.recorder, context.status, context.requests)
     if context.stop_requested() or not loop.run() or context.stop_requested():
         return None
     context.recorder.note("writing the merged model")

@@ -19,13 +19,13 @@ from loraprune_ds.train.output import comes_to_be_seen
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.stop import STOP
 from loraprune_ds.train.teacher import TEACHER_FOLDER, Teacher, make_teacher, plan_teacher
-from loraprune_ds.train.units import format_bytes
+from loraprune_ds.units import format_bytes
 from loraprune_ds.zero.device import DTYPES
 from loraprune_ds.zero.sharded import ShardedStore
 from loraprune_ds.zero.write import LocalWrites
 
 
-def find_teacher(config: RunConfig, prepared: Prepared, saved: Saved | None, *, is_cut: bool) -> Teacher:
+def find_teacher(config: RunConfig, prepared: Prepared, saved: Saved | None) -> Teacher:
     """The teacher of a run: in its own folder, or in that of the run it goes on from. Every rank finds the same.
 
     Raises:
@@ -49,7 +49,7 @@ def find_teacher(config: RunConfig, prepared: Prepared, saved: Saved | None, *, 
         return complete
     teacher = teachers[0]
     missing = teacher.missing() if teacher.belongs() else list(range(plan.files))
-    if is_cut:
+    if saved is not None and saved.state.cuts:
         raise UserError(
             f"{teacher.path(missing[0])} is missing or damaged, and the model that would write it again is cut already"
         )
