@@ -12,7 +12,7 @@ import yaml
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_checks import require
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must be a mapping of keys to values")
     for override in overrides:

@@ -11,6 +11,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.runs import read_run_report
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
 from loraprune_ds.files import read_json
+from loraprune_ds.units import format_perplexity
 
 
 @dataclass(frozen=True)
@@ -125,18 +126,16 @@ def _row(result: Result) -> tuple[str, ...]:
         result.method or "-",
         f"{result.parameters:,}",
         "-" if result.removed_fraction is None else f"{100 * result.removed_fraction:.2f} %",
-        _number(result.perplexity),
-        _number(result.dense_perplexity),
-        _number(times),
-        _number(result.accuracy, 4),
-        _number(result.dense_accuracy, 4),
+        format_perplexity(result.perplexity),
+        format_perplexity(result.dense_perplexity),
+        format_perplexity(times),
+        _accuracy(result.accuracy),
+        _accuracy(result.dense_accuracy),
     )
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" if value < 1e5 else f"{value:.2e}"
+def _accuracy(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:

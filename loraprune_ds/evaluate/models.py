@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel
 
 from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, Status, read_status
 from loraprune_ds.config import DTYPES, ModelConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.evaluate.runs import read_run_report
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FOLDER
@@ -149,7 +149,5 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             warnings.filterwarnings("error", message="Found missing adapter keys")
             wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
     except (SafetensorError, RuntimeError, ValueError, TypeError, UserWarning) as error:
-        raise UserError(
-            f"adapter {adapter} does not fit its base model: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise UserError(f"adapter {adapter} does not fit its base model: {one_line(error)[:200]}") from None
     return wrapped.merge_and_unload()

@@ -142,4 +142,5 @@ def measure_batches(
             total += found
     tokens = sum(len(batch.input_ids) * batch.predicted for batch in batches)
     mean = sum_over_ranks(total).item() / tokens
-    return Perplexity(math.exp(min(mean, 700.0)), tokens, sum(len(batch.input_ids) for batch in batches))
+    perplexity = math.inf if mean > 700 else math.exp(mean)  # beyond what a float holds; NaN stays NaN
+    return Perplexity(perplexity, tokens, sum(len(batch.input_ids) for batch in batches))

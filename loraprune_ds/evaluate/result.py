@@ -8,6 +8,7 @@ from typing import Any
 from loraprune_ds.evaluate.candidates import Plan
 from loraprune_ds.evaluate.evaluation import Measured
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
+from loraprune_ds.units import format_perplexity
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 
@@ -84,13 +85,7 @@ def _quality_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
     values = [model["perplexity"] for model in models]
     if values[0] is not None:
         ratio = f"{values[1] / values[0]:.3f} times" if len(values) > 1 and all(map(math.isfinite, values)) else ""
-        yield "perplexity", [_perplexity(value) for value in values], ratio
-
-
-def _perplexity(value: float) -> str:
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:.3f}" if value < 1e5 else f"{value:.2e}"
+        yield "perplexity", [format_perplexity(value, 3) for value in values], ratio
 
 
 def _task_rows(models: list[dict[str, Any]]) -> Iterable[Row]:

@@ -11,7 +11,7 @@ from loraprune_ds.checkpoint.files import numbered, step_folder
 from loraprune_ds.checkpoint.load import check_saved
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, Status, read_status
 from loraprune_ds.checkpoint.state import STATE_FILE
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.export.from_checkpoint import Unmerged, write_base_and_adapter, write_merged
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_tensors import Precision
@@ -103,7 +103,7 @@ def export(source: Source, name: str, out: Path) -> list[str]:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # a full disk, or a checkpoint that its run has dropped meanwhile
-        raise UserError(f"{out} cannot be made: {' '.join(str(error).split())}") from None
+        raise UserError(f"{out} cannot be made: {one_line(error)}") from None
     return remarks
 
 

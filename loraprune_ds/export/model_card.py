@@ -8,6 +8,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.units import format_perplexity
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def retell_model_card(source: Path, folder: Path, how_to_load: str) -> None:
 
 
 def _perplexity(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f}"
+    return "not measured" if value is None else format_perplexity(value)
 
 
 def _layer_rows(shape: ModelShape) -> list[str]:

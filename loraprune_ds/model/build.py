@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.errors import UserError, first_line
+from loraprune_ds.errors import UserError, first_line, one_line
 from loraprune_ds.model.checkpoint import Checkpoint
 from loraprune_ds.model.convert_bin import converted, needs_conversion
 from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.hub import HUB_ERRORS
 from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
 from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
 from loraprune_ds.model.token_loss import with_token_losses
@@ -46,7 +46,7 @@ def _download(config: ModelConfig) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_BIN_FILES)
         return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except HUB_ERRORS as error:
         reason = first_line(error)
         raise UserError(f"model.path: no folder {config.path}, and not available from the hub: {reason}") from None
 
@@ -99,7 +99,7 @@ def check_buildable(checkpoint: Checkpoint, attn_implementation: str) -> None:
     try:
         build_on_meta(checkpoint, attn_implementation)
     except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"{checkpoint.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
             f"{attn_implementation}): {reason}"

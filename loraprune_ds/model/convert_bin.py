@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.cache import make_once, user_cache
 from loraprune_ds.model.checkpoint import check_no_surplus
@@ -64,8 +65,8 @@ def converted(folder: Path) -> Path:
     if not target.exists():
         try:
             make_once(target, lambda made: _convert(folder, files, made))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be converted to safetensors in {target}: {error.strerror}") from None
+        except (OSError, SafetensorError) as error:  # the second, too, where the disk is full
+            raise UserError(f"{folder} cannot be converted to safetensors in {target}: {one_line(error)}") from None
     return target
 
 
@@ -141,7 +142,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds something other than tensors, or is damaged") from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path} is damaged: {one_line(error)[:200]}") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} must hold a dictionary of tensors")
     return tensors

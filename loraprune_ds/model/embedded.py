@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.cache import make_once, user_cache
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def embedded_model_dir() -> Path:
     source = _gguf_path()
     try:
         make_once(folder, lambda made: _convert(source, made))
-    except OSError as error:
-        raise UserError(f"the embedded model cannot be written to {folder}: {error}") from None
+    except (OSError, SafetensorError) as error:  # the second, too, where the disk is full
+        raise UserError(f"the embedded model cannot be written to {folder}: {one_line(error)}") from None
     return folder
 
 

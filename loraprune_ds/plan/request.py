@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
@@ -14,6 +13,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.hub import HUB_ERRORS
 from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config, with_biases
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
@@ -205,7 +205,7 @@ def _download_config(model: str, revision: str | None) -> Path:
         raise UserError(f"model {model} does not exist; give {known}")
     try:
         return Path(hf_hub_download(model, "config.json", revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except HUB_ERRORS as error:
         reason = first_line(error)
         raise UserError(f"model {model} is no folder and not available from the hub ({reason}); give {known}") from None
 

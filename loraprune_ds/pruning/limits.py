@@ -116,6 +116,8 @@ def _check_reachable(config: PruneConfig, limits: Limits) -> None:
     dense = limits.dense
     if config.ranking == "uniform" and len({dense.layers[i] for i in limits.open_layers}) > 1:
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
+    if not limits.open_layers:
+        raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
     most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
     # A ratio that a cap states to the digit may miss by part of a group; that much off is what either ranking promises.
     near = dense.group_numel("heads") if config.ranking == "global" else _half_a_step(limits)

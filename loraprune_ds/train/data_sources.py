@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.embedded import embedded_text
+from loraprune_ds.model.hub import HUB_ERRORS
 
 EMBEDDED = "embedded"
 TEXT_SUFFIXES = (".txt",)
@@ -155,7 +156,7 @@ def _load_dataset(config: DataConfig) -> Rows:
 
     try:
         dataset = load_dataset(config.path, config.name, split=config.split)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:  # RuntimeError: a script
         reason = first_line(error)
         raise UserError(f"data.path: no file {config.path}, and not available as a dataset: {reason}") from None
     assert isinstance(dataset, Dataset)

@@ -15,7 +15,7 @@ from loraprune_ds.train.pictures import draw_kept_groups, draw_training
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.records import History
 from loraprune_ds.train.report import make_report, write_kept_groups, write_report
-from loraprune_ds.train.units import format_count, format_percent
+from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.store import LayerKeep
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loraprune_ds.evaluate.plot_style import PLOT_STYLE
 from loraprune_ds.model.shapes import KINDS, Kind, ModelShape
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, History
-from loraprune_ds.train.units import format_perplexity
+from loraprune_ds.units import format_perplexity
 
 if TYPE_CHECKING:  # imported where a picture is drawn: a run that is only planned or tested need not wait for it
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, Record, StepRecord
-from loraprune_ds.train.units import format_bytes, format_clock, format_duration, format_percent, format_perplexity
+from loraprune_ds.units import format_bytes, format_clock, format_duration, format_percent, format_perplexity
 
 EVALUATED = {
     "dense": "dense model",

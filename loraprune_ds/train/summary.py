@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.train.units import format_bytes, format_count, format_duration, format_percent, format_perplexity
+from loraprune_ds.units import format_bytes, format_count, format_duration, format_percent, format_perplexity
 
 RESULTS = (
     ("model", "Hugging Face checkpoint, smaller and dense, LoRA merged in"),

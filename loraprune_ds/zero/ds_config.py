@@ -37,6 +37,9 @@ REFUSED = {
     ("sequence_parallel_size",): "every rank reads whole samples; sequence parallelism is not supported",
     ("tensor_parallel",): "a linear cut over ranks is not supported; ZeRO-3 shards it",
     ("compression_training",): "DeepSpeed's own compression is not supported",
+    ("progressive_layer_drop",): "layers that are dropped at random are not supported",
+    ("curriculum_learning",): "the run config owns the data (data.window)",
+    ("data_efficiency",): "the run config owns the data",
 }
 # Of a setting that works, the values that do not.
 ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
@@ -80,7 +83,7 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
 
     Raises:
         UserError: not ZeRO-3, a setting that does not go with repartition, a value that contradicts the run config,
-            an "auto" that nobody owns, or a key or value that DeepSpeed does not know.
+            an "auto" that nobody owns, or in `SECTIONS` a key or value that DeepSpeed does not know.
     """
     path = Path(path)
     raw = read_json(path)

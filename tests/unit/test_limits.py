@@ -179,3 +179,9 @@ def test_uniform_refuses_layers_of_different_shapes() -> None:
         limits_of(shape)
     limits_of(shape, ranking="global")
     limits_of(make_shape([(3, 40), (4, 40), (4, 40), (2, 7)]))  # only protected layers differ
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_a_cap_below_one_parameter_is_refused(ranking: str) -> None:
+    with pytest.raises(UserError, match=r"^prune\.max_layer_ratio 1e-09 lets nothing go$"):
+        make_limits(PruneConfig(ratio=0.1, ranking=ranking, max_layer_ratio=1e-9), SMOLLM2)

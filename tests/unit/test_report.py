@@ -15,7 +15,7 @@ from loraprune_ds.train.provenance import RESULTS, commit
 from loraprune_ds.train.records import EvaluationRecord, History
 from loraprune_ds.train.report import make_report, read_report, write_kept_groups, write_report
 from loraprune_ds.train.summary import summary_table
-from loraprune_ds.train.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
+from loraprune_ds.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
 from loraprune_ds.zero.store import LayerKeep
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
 
@@ -108,7 +108,7 @@ def test_a_perplexity_that_is_not_finite_is_valid_json(tmp_path: Path) -> None:
 
 def test_a_damaged_report_is_named(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"params"')
-    with pytest.raises(UserError, match=r"report\.json cannot be read"):
+    with pytest.raises(UserError, match=r"report\.json is not valid JSON"):
         read_report(tmp_path)
 
 

@@ -36,11 +36,11 @@ def format_percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def format_perplexity(perplexity: float | None) -> str:
-    """Four digits or so; a model that fell apart has values that only powers of ten can show."""
+def format_perplexity(perplexity: float | None, digits: int = 2) -> str:
+    """`digits` behind the point; a model that fell apart has values that only powers of ten can show."""
     if perplexity is None or not math.isfinite(perplexity):
         return "-" if perplexity is None else "not finite"
-    return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.2e}"
+    return f"{perplexity:.{digits}f}" if perplexity < 1e5 else f"{perplexity:.2e}"
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
