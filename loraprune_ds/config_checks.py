@@ -14,21 +14,24 @@ def require(ok: bool, message: str) -> None:
 
 
 class Checks:
-    """Of the values of one section, by key."""
+    """Of the values of one section, by key. Every method raises a UserError for the first key that does not pass."""
 
     def __init__(self, section: str, values: Any) -> None:
         self._section = section
         self._values = values
 
     def one_of(self, key: str, allowed: Sequence[str]) -> None:
+        """One of some words."""
         for name, value in self._given([key]):
             require(value in allowed, f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
     def at_least(self, least: int, *keys: str) -> None:
+        """`least` itself passes."""
         for name, value in self._given(keys):
             require(value >= least, f"{name} must be at least {least}; got {value}")
 
     def positive(self, *keys: str) -> None:
+        """Above zero."""
         for name, value in self._given(keys):
             require(value > 0, f"{name} must be positive; got {value}")
 

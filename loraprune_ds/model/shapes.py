@@ -75,6 +75,7 @@ class ModelShape:
         return (width, self.hidden_size) if linear.axis == 0 else (self.hidden_size, width)
 
     def has_bias(self, linear: Linear) -> bool:
+        """Whether this linear of every layer has one."""
         return self.attention_bias if linear.kind == "heads" else self.mlp_bias
 
     def lora_sizes(self, lora_rank: int) -> list[int]:
@@ -112,6 +113,7 @@ class ModelShape:
         return numel
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":
+        """The same model with other widths."""
         return replace(self, layers=layers)
 
     @property
@@ -153,14 +155,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         raise UserError(f"{where}: config.json holds a size that is no number: {error}") from None
     if min(num_layers, hidden, vocab_size, head_dim, *(size for layer in sizes for size in layer)) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
-    for i, (queries, heads, _) in enumerate(sizes):
-        if queries % heads or queries // heads != sizes[0][0] // sizes[0][1]:
-            raise UserError(
-                f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
-                "the same whole number of query heads per key-value head"
-            )
-    if head_dim % 2:
-        raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+    _check_heads(where, sizes, head_dim)
     if model_type == "llama" and hidden % sizes[0][0]:
         raise UserError(
             f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {sizes[0][0]}, which "
@@ -180,6 +175,18 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     )
 
 
+def _check_heads(where: str, sizes: list[tuple[int, int, int]], head_dim: int) -> None:
+    for i, (queries, heads, _) in enumerate(sizes):
+        if queries % heads or queries // heads != sizes[0][0] // sizes[0][1]:
+            raise UserError(
+                f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
+                "the same whole number of query heads per key-value head"
+            )
+    if head_dim % 2:
+        raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+
+
 def _layer_sizes(config: dict[str, Any]) -> tuple[int, int, int]:
+    """(query heads, key-value heads, channels)."""
     queries = int(config["num_attention_heads"])
     return queries, int(config.get("num_key_value_heads") or queries), int(config["intermediate_size"])

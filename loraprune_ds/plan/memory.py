@@ -33,18 +33,22 @@ class Stage:
 
     @property
     def is_cut(self) -> bool:
+        """Whether the model shrinks in it."""
         return "repartition" in self.moments
 
     @property
     def resident(self) -> int:
+        """Bytes on the GPU between two steps."""
         return sum(self.state.values())
 
     @property
     def peak(self) -> int:
+        """Bytes on the GPU at the worst moment."""
         return self.resident + max((sum(terms.values()) for terms in self.moments.values()), default=0)
 
     @property
     def peak_moment(self) -> str:
+        """Which that is."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property

@@ -29,7 +29,7 @@ def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
 def gradient_estimate(factors: LoraFactors) -> Tensor:
     """G = gB·A + B·gA − gB·gA: the change of B·A by one unit SGD step on both (LoRAPrune, arXiv 2305.18403, eq. 8).
 
-    Written as one product of twice the rank: gB·(A − gA) + B·gA.
+    Written as one product of twice the rank: gB·(A − gA) + B·gA. Shape: as W, (out_features, in_features).
     """
     return torch.cat([factors.grad_B, factors.B], 1) @ torch.cat([factors.A - factors.grad_A, factors.grad_A])
 

@@ -20,9 +20,11 @@ class LayerScores:
     channels: Tensor
 
     def of(self, kind: Kind) -> Tensor:
+        """(groups of this kind,)"""
         return self.heads if kind == "heads" else self.channels
 
     def kept(self, keep: LayerKeep) -> "LayerScores":
+        """Of the groups that stay."""
         return LayerScores(self.heads[keep.heads], self.channels[keep.channels])
 
 
@@ -32,6 +34,10 @@ def score_groups(
     """Scores all groups from the pieces the ranks own: one all-reduce of O(heads + channels) numbers.
 
     Args:
+        criterion: a key of `ELEMENT_CRITERIA`.
+        normalization: `l2` divides a linear's scores by their norm before the linears of a layer are added up, as the
+            released code of LoRAPrune (arXiv 2305.18403) does; `none` adds them as they are.
+        step: for messages.
         gradients: of the weights, for the criterion `gradient`.
 
     Raises:
@@ -88,6 +94,7 @@ class MovingAverage:
         self.updates_since_cut = 0
 
     def update(self, now: list[LayerScores]) -> None:
+        """With the scores of one more step, of the same groups as before."""
         if self.scores is None:
             self.scores = [LayerScores(torch.zeros_like(s.heads), torch.zeros_like(s.channels)) for s in now]
         blend = [
@@ -98,6 +105,7 @@ class MovingAverage:
         self.updates_since_cut += 1
 
     def shrink(self, keep: list[LayerKeep]) -> None:
+        """To the groups that a cut leaves."""
         assert self.scores is not None
         self.scores = [scores.kept(k) for scores, k in zip(self.scores, keep, strict=True)]
         self.updates_since_cut = 0

@@ -22,6 +22,15 @@ def rank_uniform(
 
     The final counts come nearest to `final`, channels making up what whole heads cannot; on the way there both kinds
     are cut in proportion, so that no count ever has to grow again.
+
+    Args:
+        scores: of every layer's groups, as they are now; the higher, the longer a group stays.
+        current: the shape now.
+        target: fraction of the dense linear parameters that should be gone after this cut.
+        final: the same after the last cut.
+
+    Returns:
+        For every layer, indices into its present groups.
     """
     counts = uniform_counts(limits, target, final)
     keep = []
@@ -78,6 +87,8 @@ def rank_global(
 
     Separate budgets (the default): heads give their share of the target, channels the rest. Joint: both compete by
     score per parameter. Either way the total stops within one group of the target.
+
+    Args, returns: as `rank_uniform`; `joint` as `prune.joint_budget`.
     """
     removal = _Removal(scores, current, limits)
     budget = round(target * limits.dense.linear_numel())

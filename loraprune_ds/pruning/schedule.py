@@ -36,6 +36,7 @@ class Schedule:
         return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
 
     def is_cut(self, step: int) -> bool:
+        """Whether a cut follows this step."""
         return self.start < step <= self.end and ((step - self.start) % self.every == 0 or step == self.end)
 
     def is_scored(self, step: int) -> bool:

@@ -207,10 +207,12 @@ class RunStatus:
         return self
 
     def update(self, step: int) -> None:
+        """So many steps are done."""
         self.step = step
         self._write(Status("running", step, self.steps))
 
     def end(self, state: Literal["finished", "stopped"]) -> None:
+        """The last word, unless another process takes the run up."""
         self._write(Status(state, self.step, self.steps))
 
     def __exit__(

@@ -50,6 +50,7 @@ class Recorder:
             self._sinks.append(self._progress)
 
     def write(self, record: Record) -> None:
+        """To the history and all sinks."""
         match record:
             case StepRecord():
                 self.history.steps.append(record)

@@ -40,14 +40,17 @@ class AxisCut:
 
     @property
     def rows(self) -> int:
+        """Before the cut."""
         return self.shape[0]
 
     @property
     def columns(self) -> int:
+        """Before the cut; a vector is one column."""
         return self.shape[1] if len(self.shape) == 2 else 1
 
     @property
     def new_shape(self) -> tuple[int, ...]:
+        """After the cut."""
         shape = list(self.shape)
         shape[self.axis] = len(self.keep)
         return tuple(shape)

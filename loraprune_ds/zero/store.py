@@ -41,10 +41,12 @@ class LayerKeep:
     channels: Tensor
 
     def of(self, kind: Kind) -> Tensor:
+        """(kept groups of this kind,)"""
         return self.heads if kind == "heads" else self.channels
 
     @property
     def shape(self) -> LayerShape:
+        """Of the layer after the cut."""
         return LayerShape(len(self.heads), len(self.channels))
 
     def cuts(self, layer: LayerShape, kind: Kind) -> bool:
