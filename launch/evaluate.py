@@ -34,7 +34,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
 if TYPE_CHECKING:
-    from loraprune_ds.evaluate.candidates import Plan
+    from loraprune_ds.evaluate.candidates import EvaluationPlan
     from loraprune_ds.zero.comm import Communicator
 
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
@@ -150,14 +150,14 @@ def find_or_merge(path: str, out: Path) -> str:
     return path
 
 
-def make_plan(arguments: argparse.Namespace) -> "Plan":
-    from loraprune_ds.evaluate.candidates import PerplexityProtocol, Plan
+def make_plan(arguments: argparse.Namespace) -> "EvaluationPlan":
+    from loraprune_ds.evaluate.candidates import EvaluationPlan, PerplexityProtocol
     from loraprune_ds.evaluate.speed import SpeedPlan
     from loraprune_ds.evaluate.zeroshot import TaskPlan
 
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
     tasks = TaskPlan(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
-    return Plan(
+    return EvaluationPlan(
         PerplexityProtocol(arguments.window, arguments.sliding, arguments.max_windows),
         text=read_evaluation_text(arguments),
         dtype=arguments.dtype,

@@ -35,7 +35,7 @@ class PerplexityProtocol:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What to measure.
 
     Attributes:
@@ -76,7 +76,7 @@ class Candidate:
     batches: list[Batch]
 
 
-def check_candidates(paths: list[str], plan: Plan) -> list[Candidate]:
+def check_candidates(paths: list[str], plan: EvaluationPlan) -> list[Candidate]:
     """Raises UserError, one line, for anything that can be wrong with the input."""
     if plan.tasks:
         check_tasks(plan.tasks)
@@ -90,7 +90,7 @@ def check_candidates(paths: list[str], plan: Plan) -> list[Candidate]:
     return candidates
 
 
-def _check_candidate(path: str, plan: Plan) -> Candidate:
+def _check_candidate(path: str, plan: EvaluationPlan) -> Candidate:
     source = find_model(path)
     dtype = choose_dtype(source, plan.dtype)
     if plan.sharded:
@@ -102,7 +102,7 @@ def _check_candidate(path: str, plan: Plan) -> Candidate:
     return Candidate(source, dtype, tokenizer, _cut(plan.text.text, tokenizer, plan) if plan.text else [])
 
 
-def _check_positions(source: Source, plan: Plan) -> None:
+def _check_positions(source: Source, plan: EvaluationPlan) -> None:
     most = source.checkpoint.config.get("max_position_embeddings")
     lengths = [plan.protocol.window] if plan.text else []
     if plan.speed:
@@ -112,7 +112,7 @@ def _check_positions(source: Source, plan: Plan) -> None:
             raise UserError(f"{source.path} reads at most {most} tokens (max_position_embeddings), not {length}")
 
 
-def _cut(text: str, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> list[Batch]:
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase, plan: EvaluationPlan) -> list[Batch]:
     window, stride, most = plan.protocol.window, plan.protocol.stride, plan.protocol.max_windows
     if stride is None:
         return fixed_batches(cut_windows(text, tokenizer, window, most), plan.rows)

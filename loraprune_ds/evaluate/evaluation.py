@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loraprune_ds.evaluate.candidates import Candidate, Plan, check_candidates
+from loraprune_ds.evaluate.candidates import Candidate, EvaluationPlan, check_candidates
 from loraprune_ds.evaluate.cost import Cost, count_cost
 from loraprune_ds.evaluate.models import Source, load_model
 from loraprune_ds.evaluate.perplexity import Losses, Perplexity, measure_batches
@@ -52,7 +52,9 @@ class _Quality:
     tasks: dict[str, Any] | None = None
 
 
-def evaluate(paths: list[str], plan: Plan, comm: Communicator, watch: Watch = lambda rounds: rounds) -> list[Measured]:
+def evaluate(
+    paths: list[str], plan: EvaluationPlan, comm: Communicator, watch: Watch = lambda rounds: rounds
+) -> list[Measured]:
     """Measures the models that `paths` name; of two, the second is the dense one that the first is held against.
 
     Tasks and speed are in the result of rank 0 only. Collective.
@@ -78,7 +80,7 @@ def evaluate(paths: list[str], plan: Plan, comm: Communicator, watch: Watch = la
 
 
 def _measure_quality(
-    candidate: Candidate, plan: Plan, comm: Communicator, watch: Watch, keep: list[PreTrainedModel]
+    candidate: Candidate, plan: EvaluationPlan, comm: Communicator, watch: Watch, keep: list[PreTrainedModel]
 ) -> _Quality:
     """Loads one model and measures how good it is; it goes into `keep` if its speed is to be measured too."""
     if not (candidate.batches or plan.tasks or plan.speed):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from loraprune_ds.evaluate.candidates import Plan
+from loraprune_ds.evaluate.candidates import EvaluationPlan
 from loraprune_ds.evaluate.evaluation import Measured
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
 from loraprune_ds.units import format_perplexity
@@ -13,7 +13,9 @@ from loraprune_ds.units import format_perplexity
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 
 
-def make_result(measured: list[Measured], plan: Plan, world_size: int, provenance: dict[str, Any]) -> dict[str, Any]:
+def make_result(
+    measured: list[Measured], plan: EvaluationPlan, world_size: int, provenance: dict[str, Any]
+) -> dict[str, Any]:
     """What `--json` prints: the first model's values at the top, the second's under `dense`, then how they came about.
 
     Args:

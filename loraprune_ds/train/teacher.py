@@ -31,7 +31,7 @@ MANIFEST = "teacher.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class TeacherPlan:
     """What a teacher pass will write.
 
     Attributes:
@@ -69,7 +69,7 @@ class Plan:
 
 def plan_teacher(
     config: RunConfig, samples: Samples, order: SampleOrder, steps: int, *, hidden_size: int, element_size: int
-) -> Plan:
+) -> TeacherPlan:
     """What the teacher pass of a run of `steps` steps will write; `element_size` is that of the model's dtype."""
     used = steps * config.train.global_batch_size
     if used >= len(samples):
@@ -79,7 +79,7 @@ def plan_teacher(
     counts = samples.supervised_counts()[needed]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     size = token_bytes(config.train.distill_top_k, hidden_size, element_size)
-    return Plan(needed, offsets, size, per_file=samples_per_file(size * int(counts.max())))
+    return TeacherPlan(needed, offsets, size, per_file=samples_per_file(size * int(counts.max())))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Teacher:
     """The files of one run. `identity`: what they were made from, as teacher.json has it."""
 
     folder: Path
-    plan: Plan
+    plan: TeacherPlan
     weight: float
     identity: dict[str, Any]
 
@@ -145,7 +145,7 @@ class Teacher:
             raise RankError(f"{self.path(file)} cannot be read: {one_line(error)}") from None
 
 
-def make_teacher(config: RunConfig, plan: Plan, *, samples: str, source: str, folder: Path) -> Teacher:
+def make_teacher(config: RunConfig, plan: TeacherPlan, *, samples: str, source: str, folder: Path) -> Teacher:
     """The teacher of a run whose files are, or will be, in `folder`.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.candidates import PerplexityProtocol, Plan
+from loraprune_ds.evaluate.candidates import EvaluationPlan, PerplexityProtocol
 from loraprune_ds.evaluate.cost import count_cost
 from loraprune_ds.evaluate.evaluation import Measured
 from loraprune_ds.evaluate.perplexity import Perplexity
@@ -59,7 +59,9 @@ PRUNED = replace(
     perplexity=Perplexity(75.0, 20320, 160),
     speed=Speed(1500.0, 30.0, 1_500_000),
 )
-PLAN = Plan(PerplexityProtocol(128, None, 160), text=EvaluationText("wikitext2", "test", "text"), speed=SpeedPlan())
+PLAN = EvaluationPlan(
+    PerplexityProtocol(128, None, 160), text=EvaluationText("wikitext2", "test", "text"), speed=SpeedPlan()
+)
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -97,7 +99,7 @@ def test_side_by_side_the_dense_model_is_to_the_left() -> None:
 
 def test_what_was_not_measured_has_no_row() -> None:
     bare = replace(PRUNED, perplexity=None, tasks=None, speed=None, removed_fraction=None)
-    table = result_table(make_result([bare], Plan(PerplexityProtocol()), 1, {}))
+    table = result_table(make_result([bare], EvaluationPlan(PerplexityProtocol()), 1, {}))
     assert "perplexity" not in table
     assert "tokens/s" not in table
     assert "removed" not in table
@@ -122,7 +124,7 @@ def test_the_object_has_the_first_models_values_on_top() -> None:
 
 
 def test_an_object_without_a_text_says_so() -> None:
-    result = make_result([replace(PRUNED, perplexity=None)], Plan(PerplexityProtocol()), 1, {})
+    result = make_result([replace(PRUNED, perplexity=None)], EvaluationPlan(PerplexityProtocol()), 1, {})
     assert [result[key] for key in ("perplexity", "tokens", "windows", "text", "dense")] == [None] * 5
 
 
@@ -136,9 +138,9 @@ def test_an_object_without_a_text_says_so() -> None:
         ),
         (lambda: PerplexityProtocol(128, stride=0), "--sliding must be from 1 to one less than --window 128; got 0"),
         (lambda: PerplexityProtocol(max_windows=0), "--max-windows must be at least 1; got 0"),
-        (lambda: Plan(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
+        (lambda: EvaluationPlan(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
         (
-            lambda: Plan(PerplexityProtocol(), tasks=TaskPlan(("piqa",)), sharded=True),
+            lambda: EvaluationPlan(PerplexityProtocol(), tasks=TaskPlan(("piqa",)), sharded=True),
             "--sharded measures perplexity only; --tasks and --speed need the whole model on a rank",
         ),
     ],
@@ -151,5 +153,5 @@ def test_wrong_numbers_name_their_option(make: Any, message: str) -> None:
 
 @pytest.mark.parametrize(("window", "rows_at_once"), [(2, 1024), (128, 16), (2048, 1), (4096, 1)])
 def test_a_batch_is_about_two_thousand_tokens(window: int, rows_at_once: int) -> None:
-    assert Plan(PerplexityProtocol(window)).rows == rows_at_once
-    assert Plan(PerplexityProtocol(window), batch_size=3).rows == 3
+    assert EvaluationPlan(PerplexityProtocol(window)).rows == rows_at_once
+    assert EvaluationPlan(PerplexityProtocol(window), batch_size=3).rows == 3
