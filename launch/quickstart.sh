@@ -4,7 +4,7 @@
 #
 #   bash launch/quickstart.sh [--fresh] [arguments of launch/run.py, such as --set train.steps=40]
 #
-# --fresh starts over: it removes runs/quickstart.
+# --fresh starts over: it removes the results of the run before, by default runs/quickstart.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -31,6 +31,10 @@ print(train["global_batch_size"] // train["micro_batch_size"])' "$CONFIG")
   echo "$ranks"
 }
 
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+  sed -n '2,/^set /{/^#/s/^# \?//p}' "${BASH_SOURCE[0]}"
+  exit 0
+fi
 fresh=false
 arguments=()
 for argument in "$@"; do
@@ -60,5 +64,9 @@ else
 fi
 # The launcher's own port may be taken, by another run for one.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-if $fresh; then rm -rf runs/quickstart; fi
+if $fresh; then
+  # Asked first: nothing may be lost to a typing error.
+  folder=$(python launch/run.py --config "$CONFIG" "${arguments[@]}" --show output_dir)
+  if [[ -e $folder/status.json || -d $folder/checkpoints ]]; then rm -rf "$folder"; fi
+fi
 exec "${launcher[@]}" --master_port "$port" launch/run.py --config "$CONFIG" "${arguments[@]}"
