@@ -14,6 +14,19 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_checks import require
 from loraprune_ds.errors import UserError, one_line
 
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML of which no mapping gives a key twice: a section that was pasted in would silently replace the other."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -26,9 +39,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"config file {path} does not exist")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"config file {path} {what}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

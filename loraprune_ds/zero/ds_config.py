@@ -60,6 +60,8 @@ ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
         "weights on NVMe are not in memory when they are cut; use cpu",
     ),
 }
+FLAGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")
+COUNTS = ("steps_per_print",)
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 # DeepSpeed's own default is no choice.
 NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
@@ -74,7 +76,7 @@ def find_ds_config(path: str) -> Path:
     given = Path(path).expanduser()
     found = next((candidate for candidate in (given, CHECKOUT / given) if candidate.is_file()), None)
     if found is None:
-        raise UserError(f"deepspeed: {path} does not exist")
+        raise UserError(f"deepspeed: {path} {'is not a file' if given.exists() else 'does not exist'}")
     return found
 
 
@@ -83,7 +85,7 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
 
     Raises:
         UserError: not ZeRO-3, a setting that does not go with repartition, a value that contradicts the run config,
-            an "auto" that nobody owns, or in `SECTIONS` a key or value that DeepSpeed does not know.
+            an "auto" that nobody owns, or a key or value that has no meaning.
     """
     path = Path(path)
     raw = read_json(path)
@@ -91,8 +93,10 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise UserError(f"{path}: zero_optimization.stage must be 3")
     _refuse(path, raw)
+    owned = _owned_values(config, shape, world_size)
+    _check_known(path, raw, {keys[0] for keys in owned})
     resolved = copy.deepcopy(raw)
-    for keys, value in _owned_values(config, shape, world_size).items():
+    for keys, value in owned.items():
         _fill(path, resolved, keys, value)
     leftover = _find_auto(resolved, ())
     if leftover:
@@ -153,6 +157,18 @@ def _refuse(path: Path, raw: dict[str, Any]) -> None:
             off = value.get("device") == "none" or value.get("enabled") is False
         if not off:
             raise UserError(f"{path}: {'.'.join(keys)}: {reason}")
+
+
+def _check_known(path: Path, raw: dict[str, Any], owned: set[str]) -> None:
+    """DeepSpeed ignores a key that it does not know, and fails on a bad value once the model is loaded."""
+    known = {*owned, *FLAGS, *COUNTS}
+    for key, value in raw.items():
+        if key not in known and (key,) not in REFUSED:
+            raise UserError(f"{path}: {key} is not a setting that a run takes; it takes {', '.join(sorted(known))}")
+        if key in FLAGS and not isinstance(value, bool):
+            raise UserError(f"{path}: {key} must be true or false, got {value!r}")
+        if key in COUNTS and value != "auto" and (type(value) is not int or value < 1):
+            raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
 
 
 def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:

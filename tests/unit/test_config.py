@@ -216,6 +216,7 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
         ("[1, 2]", "run.yaml must be a mapping of keys to values"),
         ("", "run.yaml must be a mapping of keys to values"),
         ("a: [", "run.yaml is not valid YAML: "),
+        ("train: {learning_rate: 1e-3}\ntrain: {steps: 5}", "run.yaml is not valid YAML: train is given twice in"),
         ("a: 1\n b: 2", "run.yaml is not valid YAML: "),
     ],
 )

@@ -89,12 +89,15 @@ def test_precision_follows_the_models_dtype(tmp_path: Path, dtype: str, bf16: bo
 
 
 def test_a_loss_scale_and_other_settings_of_deepspeeds_own_stay(tmp_path: Path) -> None:
-    raw = zero3(sub_group_size=1000, reduce_bucket_size=77) | {"fp16": {"initial_scale_power": 8}, "prescale": 1}
+    raw = zero3(sub_group_size=1000, reduce_bucket_size=77) | {
+        "fp16": {"initial_scale_power": 8},
+        "wall_clock_breakdown": True,
+    }
     resolved = resolve(tmp_path, raw, with_dtype("float16"))
     assert resolved["fp16"] == {"initial_scale_power": 8, "enabled": True}
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 77  # changes speed, not results
     assert resolved["zero_optimization"]["sub_group_size"] == 1000
-    assert resolved["prescale"] == 1
+    assert resolved["wall_clock_breakdown"] is True
 
 
 def test_a_batch_that_does_not_fit_the_ranks_lists_those_that_do(tmp_path: Path) -> None:
@@ -103,6 +106,21 @@ def test_a_batch_that_does_not_fit_the_ranks_lists_those_that_do(tmp_path: Path)
 
 
 # What is refused
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"gradient_cliping": 1.0}, "gradient_cliping is not a setting that a run takes; it takes bf16, "),
+        ({"wandb": {"enabled": True}}, "wandb is not a setting that a run takes"),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown must be true or false, got 'yes'"),
+        ({"steps_per_print": "never"}, "steps_per_print must be a whole number above 0, got 'never'"),
+        ({"curriculum_learning": {"enabled": True}}, "curriculum_learning: the run config owns the data"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_would_ignore_or_fail_on_later(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
+    assert refused(tmp_path, zero3() | setting).startswith(message)
 
 
 @pytest.mark.parametrize(
