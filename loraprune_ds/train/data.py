@@ -64,10 +64,12 @@ class Samples:
     Attributes:
         input_ids: (N, window) int32 or int64, by row numbers.
         labels: the same shape; the ids themselves, IGNORE_INDEX at prompts and padding (models shift them).
+        left_out: instructions that are no samples, since nothing of their response lies within the window.
     """
 
     input_ids: Tensor | Ragged
     labels: Tensor | Ragged
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

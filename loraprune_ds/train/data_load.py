@@ -55,6 +55,7 @@ def load_samples(
         raise UserError(
             f"data.path {config.path} is too short: {len(samples)} samples of {config.window} tokens (data.window); "
             f"one global batch needs {minimum} (train.global_batch_size)"
+            + (f"; {samples.left_out} more have no response within data.window" if samples.left_out else "")
         )
     if (largest := samples.largest_id()) >= vocab_size:
         raise UserError(f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")

@@ -1,6 +1,5 @@
 """From text to samples: documents packed to windows, or instructions with the prompt left out of the loss."""
 
-import logging
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ PROMPT = "Answer the request.\n\n### Request\n{prompt}\n\n### Answer\n"
 PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}\n\n### Text\n{input}\n\n### Answer\n"
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,27 +59,26 @@ def mask_prompts(
     """One sample per instruction: prompt (not predicted), response, EOS; cut to the window.
 
     Prompt and response are tokenised apart, so the mask ends exactly between them. Samples of which nothing is left to
-    predict are dropped.
+    predict are left out.
     """
     ids, labels = array("i"), array("i")
     starts = array("q", [0])
-    dropped = 0
+    left_out = 0
     for prompt, response in _tokenize_instructions(instructions, tokenizer):
         answer = response[: max(0, window - len(prompt))]
         if not answer or len(prompt) + len(answer) < 2:  # nothing predicts a first token
-            dropped += 1
+            left_out += 1
             continue
         ids.extend(prompt + answer)
         labels.extend([IGNORE_INDEX] * len(prompt) + answer)
         starts.append(len(ids))
         if len(starts) - 1 == max_samples:
             break
-    if dropped:
-        log.info("%d samples have no response within the window of %d tokens; left out", dropped, window)
     offsets = torch.from_numpy(np.asarray(starts, dtype=np.int64))
     return Samples(
         input_ids=Ragged(torch.from_numpy(np.asarray(ids, dtype=np.int32)), offsets, window, PADDING_ID),
         labels=Ragged(torch.from_numpy(np.asarray(labels, dtype=np.int32)), offsets, window, IGNORE_INDEX),
+        left_out=left_out,
     )
 
 
