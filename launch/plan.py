@@ -48,7 +48,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="folder, hub id or name; default: the run config's model")
     parser.add_argument("--config", help="YAML file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the run")
-    parser.add_argument("--samples", type=int, help="in the training data, for a run that counts epochs")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="in the training data, for a run that counts epochs; default: 1,000 steps are assumed",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--smallest", action="store_true", help="find the fewest such GPUs on which it fits")
     parser.add_argument("--explain", action="store_true", help="print the formula of every term and end")

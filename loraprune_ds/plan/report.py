@@ -184,10 +184,10 @@ def _traffic_rows(plan: Plan) -> list[str]:
             f"the uncut model's outputs: {plan.teacher_bytes / 1e9:.1f} GB on the shared disk, "
             f"{teacher.hidden:.0f} to {teacher.exposed:.0f} s before the first step"
         )
-    whole = plan.in_all
+    whole, assumed = plan.in_all, "" if plan.request.steps_known else "ASSUMED "
     rows.append(
         f"in all: {whole.hidden / 3600:.1f} to {whole.exposed / 3600:.1f} hours, {whole.sent / 1e9:,.0f} GB sent per "
-        f"rank, for {plan.request.steps:,} steps, the cuts{' and that' * (plan.teacher_bytes > 0)}"
+        f"rank, for {plan.request.steps:,} {assumed}steps, the cuts{' and that' * (plan.teacher_bytes > 0)}"
     )
     return rows
 
