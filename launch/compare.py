@@ -18,6 +18,8 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
+PICTURES = (".png", ".pdf", ".svg")
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,9 +43,12 @@ def compare(arguments: argparse.Namespace) -> None:
     from loraprune_ds.evaluate.compare import comparison_table, read_results
     from loraprune_ds.evaluate.compare_picture import draw_comparison
 
+    if arguments.picture and arguments.picture.suffix not in PICTURES:
+        raise UserError(f"--picture {arguments.picture}: its name must end in {', '.join(PICTURES)}")
     results = read_results(arguments.results)
     if arguments.picture:
         draw_comparison(arguments.picture, results)
+        print(f"picture: {arguments.picture}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"results": [asdict(result) for result in results]}, indent=2, allow_nan=False))
     else:

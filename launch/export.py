@@ -24,7 +24,12 @@ except ModuleNotFoundError as missing:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of a run, of one of its checkpoints, or of a merged model")
-    parser.add_argument("--format", default="hf", choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"))
+    parser.add_argument(
+        "--format",
+        default="hf",
+        choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"),
+        help="a Hugging Face checkpoint (the default), base and LoRA apart, or a file for llama.cpp",
+    )
     parser.add_argument("--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)")
     return parser.parse_args()
 

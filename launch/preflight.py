@@ -17,11 +17,12 @@ from datetime import timedelta
 from pathlib import Path
 
 try:
-    from loraprune_ds.command import leave
-    from loraprune_ds.errors import one_line
+    from loraprune_ds.command import Parser, leave
+    from loraprune_ds.errors import UserError, one_line
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
 
+MOST_SECONDS = 86_400
 LAST_WORDS = 5.0  # seconds that the first node stays for the others to hear the verdict
 VISIBLE_WITHIN = 15.0  # seconds until the others must see a file that one node has written
 
@@ -31,18 +32,29 @@ class Unfit(Exception):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", required=True, nargs="+", metavar="NAME", help="all, in Slurm's order")
     parser.add_argument("--port", required=True, type=int, help="free on the first node")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="of the run; need not exist")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="accelerators that will be used")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for all nodes to answer")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 0 < arguments.port < 1 << 16:
+        raise UserError(f"--port must be between 1 and 65535; got {arguments.port}")
+    if arguments.ranks_per_node < 1:
+        raise UserError(f"--ranks-per-node must be at least 1; got {arguments.ranks_per_node}")
+    if not 1 <= arguments.timeout < MOST_SECONDS:
+        raise UserError(f"--timeout must be at least 1 second and below {MOST_SECONDS}; got {arguments.timeout:g}")
+    return arguments
 
 
 def main() -> int:
-    """Returns the exit code: 0 if all nodes are fit, 1 if any is not."""
-    arguments = parse_arguments()
+    """Returns the exit code: 0 if all nodes are fit, 1 if any is not, 2 for unusable arguments."""
+    try:
+        arguments = parse_arguments()
+    except UserError as error:
+        print(f"preflight: error: {error}", file=sys.stderr)
+        return error.exit_code
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch tells of every wait in many lines
     index = int(os.environ.get("SLURM_NODEID", "0"))
     try:

@@ -33,7 +33,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value, e.g. --set prune.ratio=0.3"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a value, e.g. --set prune.ratio=0.3; may be repeated",
     )
     parser.add_argument(
         "--resume",
@@ -43,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--show", metavar="KEY", help="print this value of the config, for example output_dir, and leave"
     )
-    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -113,7 +117,6 @@ def prune(config: RunConfig, comm: "Communicator", start: "Start") -> bool:
 def silence_run() -> None:
     """Leaves only what the run itself has to say."""
     silence_libraries()
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every rank would tell of every retry
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from loraprune_ds.zero.engine import quiet_deepspeed
 

@@ -67,6 +67,7 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
 def silence_libraries() -> None:
     """Leaves only what the command itself has to say. Before the libraries are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every rank would tell of every retry
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

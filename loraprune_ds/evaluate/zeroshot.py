@@ -33,6 +33,15 @@ class TaskPlan:
     fewshot: int | None = None
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        for option, value, least in (("--num-fewshot", self.fewshot, 0), ("--limit", self.limit, 1)):
+            if value is not None and value < least:
+                raise UserError(f"{option} must be at least {least}; got {value}")
+            if value is not None and not self.names:
+                raise UserError(f"{option} has no effect without --tasks")
+        if self.include_path and not self.names:
+            raise UserError("--include-path has no effect without --tasks")
+
 
 def check_tasks(plan: TaskPlan) -> None:
     """Raises UserError, one line, if lm-eval is missing or does not know a task."""

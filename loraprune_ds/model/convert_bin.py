@@ -11,6 +11,7 @@ import hashlib
 import logging
 import pickle
 import shutil
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -141,7 +142,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds something other than tensors, or is damaged") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError, struct.error) as error:
         raise UserError(f"{path} is damaged: {one_line(error)[:200]}") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} must hold a dictionary of tensors")

@@ -77,6 +77,8 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     limits = make_limits(config.prune, checkpoint.shape)
     check_buildable(checkpoint, config.model.attn_implementation)
     check_top_k(config.train.distill_top_k, checkpoint.shape.vocab_size)
+    if config.lora.r > checkpoint.shape.hidden_size:
+        raise UserError(f"lora.r {config.lora.r} is above the model's hidden_size {checkpoint.shape.hidden_size}")
     _check_windows(config, checkpoint.config.get("max_position_embeddings"))
     tokenizer = load_tokenizer(checkpoint.folder)
     loaded = load_samples(
