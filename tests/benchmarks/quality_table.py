@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.evaluate.plot_style import PLOT_STYLE
+from tests.benchmarks.quality_settings import GROUPS
 
+TICKS = {"test": (25, 30, 40, 50, 60, 80, 100, 150, 200), "other": (25, 50, 100, 200, 400, 800, 1600)}
 TEXTS = ("validation", "test", "other")
 Row = dict[str, Any]
 
@@ -48,15 +50,21 @@ def table(rows: Sequence[Row]) -> str:
 def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
     """Perplexity on the test text and on the other text, a line of dots each; groups apart, the best of each on top.
 
+    A bar reaches from the mean half the spread over the seeds to either side.
+
     Args:
         dense: of the uncut model, by text: the dashed lines.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     height = places(rows)
+    top = {
+        group: min(height[row["setting"]] for row in rows if row["group"] == group)
+        for group in {r["group"]: None for r in rows}
+    }
     with plt.style.context([PLOT_STYLE]):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * max(height.values())), sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.26 * max(height.values())), sharey=True)
         for axis, text in zip(axes, ("test", "other"), strict=True):
             means = [row[text]["mean"] for row in rows]
             half = [row[text]["spread"] / 2 for row in rows]
@@ -64,10 +72,13 @@ def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
             axis.errorbar(means, heights, xerr=half, fmt="o", markersize=4, color="#2F6B9A")
             axis.axvline(dense[text], linestyle="--", linewidth=1, color="#888888")
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.xaxis.set_major_locator(FixedLocator(TICKS[text]))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_locator(NullLocator())
-            axis.set_title(f"perplexity, {text} text (dashed: uncut)")
+            axis.set_title(f"{text} text (dashed: uncut)")
+            axis.set_xlabel("perplexity, log scale; bar: over the seeds")
+        for group, place in top.items():
+            axes[0].annotate(GROUPS[group], (0.01, place - 0.75), xycoords=("axes fraction", "data"), fontsize=8)
         axes[0].set_yticks(list(height.values()), list(height))
         axes[0].invert_yaxis()
         figure.tight_layout()
@@ -83,5 +94,5 @@ def places(rows: Sequence[Row]) -> dict[str, float]:
     found: dict[str, float] = {}
     for number, members in enumerate(groups.values()):
         for row in sorted(members, key=lambda row: row["test"]["mean"]):
-            found[row["setting"]] = len(found) + 0.7 * number
+            found[row["setting"]] = len(found) + 1.2 * number
     return found
