@@ -15,7 +15,7 @@ import yaml
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE, Status, read_status, write_status
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.errors import RankError, UserError, one_line
 from loraprune_ds.files import write_text
 
 if TYPE_CHECKING:  # a start that fails on its config should not wait for DeepSpeed's imports
@@ -207,8 +207,14 @@ class RunStatus:
         return self
 
     def update(self, step: int) -> None:
-        """So many steps are done."""
+        """So many steps are done.
+
+        Raises:
+            RankError: another process goes on with this run: a second job, or one that thought this one lost.
+        """
         self.step = step
+        if self._taken_over():
+            raise RankError(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
         self._write(Status("running", step, self.steps))
 
     def end(self, state: Literal["finished", "stopped"]) -> None:

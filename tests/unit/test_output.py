@@ -9,7 +9,7 @@ import yaml
 
 from loraprune_ds.checkpoint.run_folder import State, Status, read_status, write_status
 from loraprune_ds.config import RunConfig, TrainConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import RankError, UserError
 from loraprune_ds.train.output import RunStatus, Start, create_output, inspect_output
 
 
@@ -160,6 +160,21 @@ def test_status_follows_the_run_and_keeps_its_error(tmp_path: Path) -> None:
     assert last is not None
     assert (first.state, first.step) == ("running", 4)
     assert (last.state, last.step, last.steps, last.error) == ("failed", 5, 10, "no luck")
+
+
+def test_of_two_jobs_on_one_run_the_first_ends_and_leaves_the_status_alone(tmp_path: Path) -> None:
+    def run() -> None:
+        with RunStatus(tmp_path, 10, first=4, writes=True) as first:
+            first.update(5)
+            with RunStatus(tmp_path, 10, first=4, writes=True) as second:
+                second.update(5)
+                first.update(6)
+
+    with pytest.raises(RankError, match="another process has taken over this run"):
+        run()
+    found = read_status(tmp_path)
+    assert found is not None
+    assert (found.state, found.step) == ("failed", 5)  # the second's, which failed here along with the first
 
 
 @pytest.mark.parametrize("state", ["running", "finished"])
