@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint on disk, checked by its headers and read piece by piece: nobody holds a whole model."""
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,8 @@ def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
     for path in (folder / name for name in names):
         if not path.is_file():
             raise UserError(f"{path} is missing; {index.name} names it")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path} cannot be read: permission denied")
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
