@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, Status, read_status
 from loraprune_ds.config import DTYPES, ModelConfig
@@ -18,16 +18,9 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FOLDER
 from loraprune_ds.model.build import locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
-from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaForCausalLM
-from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralForCausalLM
+from loraprune_ds.model.families import CAUSAL_LMS
 
 Kind = Literal["checkpoint", "adapter", "run"]
-MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "llama": LlamaForCausalLM,
-    "mistral": MistralForCausalLM,
-    "pruned_llama": PrunedLlamaForCausalLM,
-    "pruned_mistral": PrunedMistralForCausalLM,
-}
 ADAPTER_FILE = "adapter_config.json"
 
 
@@ -133,7 +126,7 @@ def load_model(source: Source, dtype: str, device: torch.device) -> PreTrainedMo
     Raises:
         UserError: the adapter does not fit its base model.
     """
-    model_class = MODEL_CLASSES[source.checkpoint.shape.model_type]
+    model_class = CAUSAL_LMS[source.checkpoint.shape.model_type]
     read_dtype = torch.float32 if source.adapter else getattr(torch, dtype)
     model = model_class.from_pretrained(source.checkpoint.folder, dtype=read_dtype, attn_implementation="sdpa")
     if source.adapter:

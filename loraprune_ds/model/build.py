@@ -5,16 +5,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, first_line, one_line
 from loraprune_ds.model.checkpoint import Checkpoint
 from loraprune_ds.model.convert_bin import converted, needs_conversion
 from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.families import CAUSAL_LMS, config_class
 from loraprune_ds.model.hub import HUB_ERRORS
-from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
-from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
 from loraprune_ds.model.token_loss import with_token_losses
 
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
@@ -59,19 +58,14 @@ def build_on_meta(
     Buffers that a checkpoint does not hold (rotary frequencies) are real. Told the labels, the model gives token losses
     (token_loss.py), `loss_chunk_tokens` at a time.
     """
-    config_class, model_class = {
-        "llama": (LlamaConfig, None),
-        "mistral": (MistralConfig, None),
-        "pruned_llama": (PrunedLlamaConfig, PrunedLlamaForCausalLM),
-        "pruned_mistral": (PrunedMistralConfig, PrunedMistralForCausalLM),
-    }[checkpoint.shape.model_type]
-    config = config_class.from_pretrained(checkpoint.folder)
+    model_class = CAUSAL_LMS[checkpoint.shape.model_type]
+    config = config_class(checkpoint.shape.model_type).from_pretrained(checkpoint.folder)
     config.use_cache = False
     if isinstance(config, LlamaConfig):  # as the shape has it, which may have more than the files (`open_for_pruning`)
         config.attention_bias, config.mlp_bias = checkpoint.shape.attention_bias, checkpoint.shape.mlp_bias
     config._attn_implementation = attn_implementation
     with torch.device("meta"):
-        model = model_class(config) if model_class else AutoModelForCausalLM.from_config(config)
+        model = model_class(config)
     decoder = model.get_submodule("model")
     rotary = decoder.get_submodule("rotary_emb")
     decoder.rotary_emb = type(rotary)(config=config)

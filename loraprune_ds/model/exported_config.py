@@ -4,14 +4,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from loraprune_ds.model.families import CAUSAL_LMS
 from loraprune_ds.model.shapes import ModelShape
-
-CAUSAL_LM = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "pruned_llama": "PrunedLlamaForCausalLM",
-    "pruned_mistral": "PrunedMistralForCausalLM",
-}
 
 # Keys of the source that say something about its files, its own pruning or its family's options, not about this model.
 DROPPED = {
@@ -70,7 +64,7 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
     config = {key: value for key, value in source.items() if key not in DROPPED}
     config |= _sizes(shape) | _rope(source) | _family_options(source, shape, model_type)
     config |= {
-        "architectures": [CAUSAL_LM[model_type]],
+        "architectures": [CAUSAL_LMS[model_type].__name__],
         "model_type": model_type,
         "tie_word_embeddings": shape.tie_word_embeddings,
         "torch_dtype": dtype,  # the name up to transformers 4.55
@@ -81,7 +75,7 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
     if not model_type.startswith("pruned_"):
         return ExportedConfig(config, None, renamed)
     module = f"modeling_{model_type}"
-    causal_lm = CAUSAL_LM[model_type]
+    causal_lm = CAUSAL_LMS[model_type].__name__
     config["auto_map"] = {
         "AutoConfig": f"{module}.{causal_lm.replace('ForCausalLM', 'Config')}",
         "AutoModel": f"{module}.{causal_lm.replace('ForCausalLM', 'Model')}",  # vLLM builds the model through this one

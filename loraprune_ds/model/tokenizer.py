@@ -8,8 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTo
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
-from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig
-from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig
+from loraprune_ds.model.families import CAUSAL_LMS, config_class
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -22,8 +21,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         UserError: there is none, or it cannot be read.
     """
     # Else AutoTokenizer, which looks at config.json, asks on the terminal whether to run the modelling file beside it.
-    AutoConfig.register("pruned_llama", PrunedLlamaConfig, exist_ok=True)
-    AutoConfig.register("pruned_mistral", PrunedMistralConfig, exist_ok=True)
+    for model_type in CAUSAL_LMS:
+        AutoConfig.register(model_type, config_class(model_type), exist_ok=True)
     sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
     if sentencepiece_only:
         _check_sentencepiece(folder / SENTENCEPIECE_FILE)

@@ -8,7 +8,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.checkpoint import parameter_shapes
-from loraprune_ds.model.shapes import KINDS, LINEARS, LayerShape, ModelShape, shape_from_config
+from loraprune_ds.model.families import CAUSAL_LMS
+from loraprune_ds.model.shapes import (
+    KINDS,
+    LINEARS,
+    SUPPORTED_MODEL_TYPES,
+    LayerShape,
+    ModelShape,
+    shape_from_config,
+)
 from loraprune_ds.zero.store import LayerKeep
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape
 
@@ -162,3 +170,7 @@ def test_biases_shrink_with_their_linear() -> None:
     lost = shape.total_numel() - smaller.total_numel()
     biases = 8 * (3 + 2) + 10 * 2  # q, k, v of one group; gate and up of ten channels; o and down keep theirs
     assert lost == shape.linear_numel() - smaller.linear_numel() + biases
+
+
+def test_every_supported_model_type_has_its_class() -> None:
+    assert tuple(CAUSAL_LMS) == SUPPORTED_MODEL_TYPES
