@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loraprune_ds.checkpoint.run_folder import Status, write_status
 from loraprune_ds.export.formats import export, find_source
 from tests.integration.launching import (
     PRELOADED,
@@ -185,7 +186,7 @@ def test_a_checkpoint_and_the_unfinished_run_it_belongs_to(made: Made, tmp_path:
     shutil.copytree(made / "run", run)
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "checkpoints" / "step-6")
-    (run / "status.json").write_text('{"state": "running", "step": 5, "steps": 6}')
+    write_status(run, Status("running", 5, 6))
     ended = evaluate(made, run, *on_text(made))
     assert answer(ended)["perplexity"] == found["perplexity"]
     assert "taken from step-4" in ended.err
@@ -299,7 +300,7 @@ def damaged_run(made: Made, here: Path) -> list[Any]:
 
 def unfinished_run(made: Made, here: Path) -> list[Any]:
     (here / "run").mkdir()
-    (here / "run" / "status.json").write_text('{"state": "running", "step": 2, "steps": 6}')
+    write_status(here / "run", Status("running", 2, 6))
     return [here / "run"]
 
 
