@@ -33,7 +33,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -41,8 +41,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
     """A JSON file that must hold one object.
+
+    Args:
+        unique_keys: refuse a key that is given twice, in what people write; of others the last counts.
 
     Raises:
         UserError: it is missing, cannot be read or holds something else; the message names the file.
@@ -50,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique_keys else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # neither text nor JSON

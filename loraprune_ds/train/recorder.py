@@ -22,7 +22,7 @@ def take_over_metrics(saved: Saved, folder: Path) -> None:
     earlier, own = saved.folder.parents[1] / METRICS_FILE, folder / METRICS_FILE
     read_metrics(earlier, saved.state.step)
     if earlier.resolve() != own.resolve():
-        write_text(own, earlier.read_text(encoding="utf-8"))
+        write_text(own, earlier.read_text(encoding="utf-8", errors="replace"))
 
 
 class Recorder:

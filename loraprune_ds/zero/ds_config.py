@@ -88,7 +88,7 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
             an "auto" that nobody owns, or a key or value that has no meaning.
     """
     path = Path(path)
-    raw = read_json(path)
+    raw = read_json(path, unique_keys=True)
     zero = raw.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise UserError(f"{path}: zero_optimization.stage must be 3")

@@ -237,7 +237,13 @@ def test_what_deepspeed_does_not_know_is_found_at_once(tmp_path: Path, raw: dict
     assert refused(tmp_path, raw).startswith(message)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "must hold a JSON object")])
+TWICE = '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 3}, "bf16": {"enabled": false}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not valid JSON"), ("[]", "must hold a JSON object"), (TWICE, "is not valid JSON: bf16 is given twice")],
+)
 def test_a_file_that_is_no_json_object(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(UserError, match=message):
