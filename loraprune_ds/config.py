@@ -264,11 +264,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32); got {self.seed}")
-        require(
-            self.model.adapter is None or self.train.distill_weight == 0,
-            "train.distill_weight and model.adapter exclude each other: the uncut model computes without LoRA; "
-            "merge the adapter into model.path first",
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as written to `<output_dir>/config.yaml`."""

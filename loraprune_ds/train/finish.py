@@ -42,6 +42,8 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
         f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "
         f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
     ]
+    if train.distill_weight and config.model.adapter:
+        lines.append("what is distilled from is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:
         lines.append(f"{left_out:,} instructions have no response within data.window {config.data.window}: left out")
     if world_size == 1:

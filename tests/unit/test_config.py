@@ -153,7 +153,6 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("train: {steps: 1, lr_scheduler: step}", "train.lr_scheduler"),
         ("train: {steps: 1, warmup_steps: -1}", "train.warmup_steps"),
         ("train: {steps: 10, warmup_steps: 10}", "train.warmup_steps"),
-        ("model: {adapter: here}\ntrain: {steps: 1, distill_weight: 0.5}", "train.distill_weight and model.adapter"),
         ("train: {steps: 1, weight_decay: -0.1}", "train.weight_decay"),
         ("train: {steps: 1, max_grad_norm: -1}", "train.max_grad_norm"),
         ("train: {steps: 1, adam_beta1: 1}", "train.adam_beta1"),
