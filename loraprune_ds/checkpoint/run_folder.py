@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
+from uuid import uuid4
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json, write_json
@@ -17,13 +18,14 @@ State = Literal["running", "stopped", "finished", "failed"]
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
 class Status:
     """State of a run: `step` of `steps` optimizer steps are done. `error` is the one line a failed run ended with.
 
+    `mark` is drawn anew for every writing, by which a process knows its own words from another's.
     A killed process cannot say so: "running" with an old `updated` (UTC, ISO 8601) means that.
     """
 
@@ -32,6 +34,7 @@ class Status:
     steps: int
     error: str | None = None
     updated: str = field(default_factory=_now)
+    mark: str = field(default_factory=lambda: uuid4().hex[:8])
 
     def __str__(self) -> str:
         return f"{self.state} at step {self.step} of {self.steps}"
@@ -56,4 +59,4 @@ def read_status(folder: Path) -> Status | None:
     for key, kind in (("step", int), ("steps", int), ("updated", str), ("error", str | None)):
         if not isinstance(raw.get(key), kind):
             raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
-    return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"])
+    return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"], str(raw.get("mark")))
