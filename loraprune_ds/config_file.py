@@ -14,6 +14,8 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_checks import require
 from loraprune_ds.errors import UserError, one_line
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML of which no mapping gives a key twice: a section that was pasted in would silently replace the other."""
@@ -25,9 +27,6 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -59,4 +59,4 @@ def read_status(folder: Path) -> Status | None:
     for key, kind in (("step", int), ("steps", int), ("updated", str), ("error", str | None)):
         if not isinstance(raw.get(key), kind):
             raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
-    return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"], str(raw.get("mark")))
+    return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"], str(raw.get("mark", "")))

@@ -57,13 +57,14 @@ def evaluate(
 ) -> list[Measured]:
     """Measures the models that `paths` name; of two, the second is the dense one that the first is held against.
 
+    What had to be downloaded or converted is in the cache already: the ranks do not wait for hours here.
+
     Tasks and speed are in the result of rank 0 only. Collective.
 
     Raises:
         UserError: something cannot be used; all ranks raise the same line, before anything long.
     """
-    with comm.patient() as waiting:  # a model may have to be downloaded or converted
-        candidates = waiting.together(lambda: check_candidates(paths, plan))
+    candidates = comm.together(lambda: check_candidates(paths, plan))
     models: list[PreTrainedModel] = []  # only where their speed is measured, which needs all at once
     qualities: list[_Quality] = []
     for candidate in candidates:
