@@ -105,7 +105,9 @@ def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
     if arguments.other is None:
         arguments.other = arguments.work / "help_topics.txt"
         arguments.other.parent.mkdir(parents=True, exist_ok=True)
-        write_text(arguments.other, "\n\n".join(embedded_text()))
+        topics = "\n\n".join(embedded_text())
+        if not arguments.other.exists() or arguments.other.read_text(encoding="utf-8") != topics:
+            write_text(arguments.other, topics)  # not again: another process may measure from the same folder
     texts = {"tune": arguments.tune, "test": arguments.test, "other": arguments.other}
     for path in texts.values():
         read_text(path)  # whatever is wrong with it is found before the first run
