@@ -190,7 +190,7 @@ def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, 
     return {
         "at": name,
         "planned_storages": sum(terms.values()),
-        "storages": storage_bytes(state_tensors(trainer.engine)),
+        "storages": storage_bytes(state_tensors(trainer.store.engine)),
         "rss": resident_bytes() - baseline,
         "terms": terms,
     }
@@ -235,7 +235,7 @@ def _measured_step(
         "resident_planned": stage.resident,
         "peak_planned": planned_peak(stage, traffic, request),
         "peak_rss": peak.peak - baseline,
-        "moments": stage.moments,
+        "moments": stage.phases,
         "rss": resident_bytes() - baseline,
     }
 
@@ -244,7 +244,7 @@ def planned_peak(stage: Stage, traffic: PassTraffic, request: Request) -> int:
     """Of a step: no evaluation and no export happen in it. On CPU ranks gloo has a copy of what it gathers."""
     copied = traffic.largest_gather * request.element_size if request.cluster.world_size > 1 else 0
     moments = {
-        name: sum(terms.values()) + (copied if name == "training" else 0) for name, terms in stage.moments.items()
+        name: sum(terms.values()) + (copied if name == "training" else 0) for name, terms in stage.phases.items()
     }
     return stage.resident + max(held for name, held in moments.items() if name not in ("evaluation", "export"))
 
@@ -254,7 +254,7 @@ def saved_activations(case: Case) -> dict[str, int]:
     world_size = torch.distributed.get_world_size()
     request = case.request(world_size)
     trainer = build(request)
-    parameters = list(trainer.engine.module.parameters())
+    parameters = list(trainer.store.engine.module.parameters())
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ def saved_activations(case: Case) -> dict[str, int]:
 
     ids = trainer.samples.input_ids[torch.arange(case.micro_batch_size)].long()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = trainer.engine(input_ids=ids, labels=ids).sum()
+        loss = trainer.store.engine(input_ids=ids, labels=ids).sum()
     del loss
     batch = Batch(case.micro_batch_size, case.window, request.element_size)
     shape = request.shape

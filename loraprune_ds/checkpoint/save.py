@@ -47,7 +47,7 @@ def save_shape(store: ShardedStore, root: Path, cuts: int, config_json: dict[str
 def save_step(
     store: ShardedStore, root: Path, state: RunState, scores: list[LayerScores] | None, moments: InputMoments | None
 ) -> Path:
-    """Publishes `step-{state.step}`. Collective; layer k is written by rank k % W, which has its moments.
+    """Publishes `step-{state.step}`. Collective; a layer is written by its owner, which has its moments.
 
     Raises:
         RunError: a rank cannot write; nothing is published and nothing older is lost.
@@ -58,7 +58,7 @@ def save_step(
             if scores is not None:
                 staging.write(files.SCORES_FILE, lambda path: save_file(_score_tensors(scores), path))
         for layer in range(len(store.layers)):
-            tensors = collect_lora_state(store, layer, layer % store.world_size)
+            tensors = collect_lora_state(store, layer, store.owner(layer))
             if tensors is not None:
                 staging.write(files.layer_file(layer), lambda path, tensors=tensors: _save_on_cpu(tensors, path))
             del tensors

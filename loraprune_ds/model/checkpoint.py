@@ -65,17 +65,24 @@ def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     hidden = shape.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
     for i in range(len(shape.layers)):
-        prefix = f"model.layers.{i}."
-        for linear in LINEARS:
-            out_features, in_features = shape.linear_shape(i, linear)
-            shapes[f"{prefix}{linear.name}.weight"] = (out_features, in_features)
-            if shape.has_bias(linear):
-                shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
-        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        shapes |= layer_parameter_shapes(shape, i)
     shapes["model.norm.weight"] = (hidden,)
     if not shape.tie_word_embeddings:
         shapes["lm_head.weight"] = (shape.vocab_size, hidden)
+    return shapes
+
+
+def layer_parameter_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
+    """Those of one decoder layer."""
+    prefix = f"model.layers.{layer}."
+    shapes: dict[str, tuple[int, ...]] = {}
+    for linear in LINEARS:
+        out_features, in_features = shape.linear_shape(layer, linear)
+        shapes[f"{prefix}{linear.name}.weight"] = (out_features, in_features)
+        if shape.has_bias(linear):
+            shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        shapes[f"{prefix}{norm}.weight"] = (shape.hidden_size,)
     return shapes
 
 

@@ -1,8 +1,9 @@
 """Bytes that a rank holds over the whole run, term by term. Every term is a formula of README.md in this folder."""
 
+import math
 from dataclasses import dataclass, field
 
-from loraprune_ds.model.checkpoint import READ_CHUNK
+from loraprune_ds.model.checkpoint import READ_CHUNK, layer_parameter_shapes
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.activations import Batch, activations, forward_temporaries, logits
@@ -18,23 +19,20 @@ OPTIMIZER_TERMS = ("lora_masters", "lora_moments", "lora_gradients")
 
 @dataclass(frozen=True)
 class Stage:
-    """What a rank holds at one stage of the run: the state that stays, and what each moment adds to it.
+    """What a rank holds at one stage of the run: the state that stays, and what each phase of it adds.
 
     Attributes:
         state: bytes on the GPU between two steps, by term.
-        moments: bytes that come on top for a while, by moment and term; moments do not overlap.
+        phases: bytes that come on top for a while, by phase and term; phases do not overlap.
         host: bytes of this rank in host memory, by term.
+        is_cut: the model shrinks in it.
     """
 
     name: str
     state: dict[str, int]
-    moments: dict[str, dict[str, int]]
+    phases: dict[str, dict[str, int]]
     host: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether the model shrinks in it."""
-        return "repartition" in self.moments
+    is_cut: bool = False
 
     @property
     def resident(self) -> int:
@@ -43,13 +41,13 @@ class Stage:
 
     @property
     def peak(self) -> int:
-        """Bytes on the GPU at the worst moment."""
-        return self.resident + max((sum(terms.values()) for terms in self.moments.values()), default=0)
+        """Bytes on the GPU in the worst phase."""
+        return self.resident + max((sum(terms.values()) for terms in self.phases.values()), default=0)
 
     @property
-    def peak_moment(self) -> str:
+    def peak_phase(self) -> str:
         """Which that is."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def host_peak(self) -> int:
@@ -63,8 +61,8 @@ def training_stage(
     state, host = _split(request, _state(request, shape, stepped=True))
     pieces = options.weight_gradients(request, shape) if scores else {}
     passing = options.whole_gradient(request, shape) | options.measured_inputs(request, shape) if scores else {}
-    state |= options.kept_moments(request, shape) if scores else {}
-    moments = {
+    state |= options.input_moments(request, shape) if scores else {}
+    phases = {
         "training": _training(request, shape, train) | pieces | passing,
         "reducing gradients": {"gradient_reduction": _reduction(request, shape)} | pieces,
         "optimizer step": {
@@ -74,7 +72,7 @@ def training_stage(
         "evaluation": _evaluation(request, shape, evaluation),
         "export": {"layer_on_its_writer": _whole_layer(shape) * request.element_size * 2},
     }
-    return Stage(name, state, moments, host | {"export": _whole_layer(shape) * request.element_size})
+    return Stage(name, state, phases, host | {"export": _whole_layer(shape) * request.element_size})
 
 
 def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape) -> Stage:
@@ -84,13 +82,13 @@ def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape
     rebuilt = new_optimizer["lora"]  # bucket and gradients go before the new ones come
     if not request.offloads("optimizer"):
         rebuilt += new_optimizer["lora_masters"] + new_optimizer["lora_moments"]
-    state |= options.kept_moments(request, before)
-    moments = {
+    state |= options.input_moments(request, before)
+    phases = {
         "refit": {"refit": options.refit(request, before, after)},
         "repartition": {"repartition": repartition(request, before)},
         "optimizer rebuilt": {"new_optimizer_buffers": rebuilt},
     }
-    return Stage(name, state, moments, host)
+    return Stage(name, state, phases, host, is_cut=True)
 
 
 def loading_stage(request: Request) -> Stage:
@@ -101,8 +99,8 @@ def loading_stage(request: Request) -> Stage:
     reading = partition_numel(largest, request.cluster.world_size) * e + 2 * READ_CHUNK * 4
     lora = sum(n for name, n in parameter_sizes(shape, request.config.lora.r).items() if ".lora_" in name)
     held = {name: n for name, n in state.items() if name in ("weights",)}
-    moments = {"building": {"lora_whole": lora * e}, "engine starts": {n: state[n] for n in state if n not in held}}
-    return Stage("loading", held, moments, host | {"reading": reading})
+    phases = {"building": {"lora_whole": lora * e}, "engine starts": {n: state[n] for n in state if n not in held}}
+    return Stage("loading", held, phases, host | {"reading": reading})
 
 
 def state_before_any_step(request: Request) -> tuple[dict[str, int], dict[str, int]]:
@@ -112,12 +110,9 @@ def state_before_any_step(request: Request) -> tuple[dict[str, int], dict[str, i
 
 def repartition(request: Request, shape: ModelShape) -> int:
     """At most three local shards of the widest layer: what leaves, what arrives and the new pieces."""
-    layers: dict[str, int] = {}
-    for name, numel in parameter_sizes(shape, request.config.lora.r).items():
-        if ".layers." in name and ".lora_" not in name:
-            layer = name.split(".")[2]
-            layers[layer] = layers.get(layer, 0) + partition_numel(numel, request.cluster.world_size)
-    return 3 * max(layers.values()) * request.element_size
+    layers = [layer_parameter_shapes(shape, i).values() for i in range(len(shape.layers))]
+    widest = max(_piece(request, [math.prod(dimensions) for dimensions in layer]) for layer in layers)
+    return 3 * widest * request.element_size
 
 
 def _state(request: Request, shape: ModelShape, *, stepped: bool) -> dict[str, int]:

@@ -7,11 +7,11 @@ from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.shapes import INPUT_LINEARS, LINEARS, ModelShape
 from loraprune_ds.plan.activations import Batch
 from loraprune_ds.plan.request import Request
-from loraprune_ds.zero.flat import partition_numel
+from loraprune_ds.zero.flat import layer_owner, partition_numel
 from loraprune_ds.zero.memory import moment_bytes
 
 
-def kept_moments(request: Request, shape: ModelShape) -> dict[str, int]:
+def input_moments(request: Request, shape: ModelShape) -> dict[str, int]:
     """Moments of the inputs, on the rank that owns the most, from the first measured step to the last cut."""
     return {"input_moments": max(moments_by_rank(request, shape))} if request.config.prune.compensate != "none" else {}
 
@@ -140,7 +140,7 @@ def refit_bytes(request: Request, before: ModelShape, after: ModelShape, rank: i
             weight = partition_numel(out_features * inputs, world_size)
             bias = partition_numel(out_features, world_size) if before.has_bias(linear) else 0
             lora = partition_numel(r * inputs, world_size) + partition_numel(r * out_features, world_size)
-            owner = i % world_size
+            owner = layer_owner(i, world_size)
             for other in range(world_size):
                 sent[other] += 0 if other == owner else e * (weight + bias) + 4 * lora
             sent[owner] += (world_size - 1) * e * (weight if compensate == "least_squares" else bias)
@@ -159,7 +159,7 @@ def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> floa
             out_features, inputs = before.linear_shape(i, linear)
             kept = after.linear_shape(i, linear)[1]
             solve = kept**3 / 3 + 2 * kept * (inputs - kept) * out_features + 4 * kept**2 * out_features
-            of_ranks[i % len(of_ranks)] += solve if kept < inputs else 0.0
+            of_ranks[layer_owner(i, len(of_ranks))] += solve if kept < inputs else 0.0
     return max(of_ranks)
 
 

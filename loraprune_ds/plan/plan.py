@@ -46,7 +46,7 @@ class Plan:
     """What a run will need, or would if it fitted.
 
     Attributes:
-        stages: in the order of the run; the dense steps and the last ones with all their moments.
+        stages: in the order of the run; the dense steps and the last ones with all their phases.
         step, last_step: traffic of an optimizer step before the first cut, that scores and measures all it can, and of
             one after the last.
         in_all: of all steps and cuts and the uncut model's pass; evaluation, loading and saving not counted.

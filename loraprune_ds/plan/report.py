@@ -27,7 +27,7 @@ def plan_json(plan: Plan, suggested: list[Suggestion]) -> dict[str, Any]:
         "world_size": request.cluster.world_size,
         "device_bytes": plan.device_bytes,
         "device_bytes_available": request.cluster.gpu_bytes,
-        "device_peak": {"stage": plan.peak_stage.name, "moment": plan.peak_stage.peak_moment},
+        "device_peak": {"stage": plan.peak_stage.name, "phase": plan.peak_stage.peak_phase},
         "host_bytes_per_node": plan.host_bytes,
         "host_bytes_available": request.cluster.host_bytes,
         "stages": [asdict(stage) | {"resident": stage.resident, "peak": stage.peak} for stage in plan.stages],
@@ -147,11 +147,11 @@ def _memory_rows(plan: Plan) -> list[str]:
     terms = dict.fromkeys(term for stage in stages for term in stage.state)
     rows = [f"{'GiB per GPU':<28}" + "".join(f"{stage.name:>20}" for stage in stages)]
     rows += [_row(term, [stage.state.get(term) for stage in stages]) for term in terms]
-    moments = [stage.moments[stage.peak_moment] for stage in stages]
-    for term in dict.fromkeys(term for moment in moments for term in moment):
-        rows.append(_row(f"+ {term}", [moment.get(term) for moment in moments]))
+    phases = [stage.phases[stage.peak_phase] for stage in stages]
+    for term in dict.fromkeys(term for phase in phases for term in phase):
+        rows.append(_row(f"+ {term}", [phase.get(term) for phase in phases]))
     rows.append(_row("peak", [stage.peak for stage in stages]))
-    rows.append(f"{'  while':<28}" + "".join(f"{stage.peak_moment:>20}" for stage in stages))
+    rows.append(f"{'  while':<28}" + "".join(f"{stage.peak_phase:>20}" for stage in stages))
     rows.append(_row("host, per rank", [stage.host_peak for stage in stages]))
     return rows
 
@@ -185,9 +185,10 @@ def _traffic_rows(plan: Plan) -> list[str]:
             f"{teacher.hidden:.0f} to {teacher.exposed:.0f} s before the first step"
         )
     whole, assumed = plan.in_all, "" if plan.request.steps_known else "ASSUMED "
+    rest = "the cuts and the uncut model's pass" if plan.teacher_bytes else "the cuts"
     rows.append(
         f"in all: {whole.hidden / 3600:.1f} to {whole.exposed / 3600:.1f} hours, {whole.sent / 1e9:,.0f} GB sent per "
-        f"rank, for {plan.request.steps:,} {assumed}steps, the cuts{' and that' * (plan.teacher_bytes > 0)}"
+        f"rank, for {plan.request.steps:,} {assumed}steps and {rest}"
     )
     return rows
 

@@ -62,9 +62,9 @@ def stage(request: Request, evaluation: PassTraffic) -> Stage:
     train = request.config.train
     batch = Batch(train.micro_batch_size, request.config.data.window, request.element_size)
     state, host = state_before_any_step(request)
-    moment = forward_pass(request, request.shape, evaluation, batch) | {"targets": _targets(request, batch)}
+    phase = forward_pass(request, request.shape, evaluation, batch) | {"targets": _targets(request, batch)}
     content = min(samples(request), samples_per_file(_sample_bytes(request))) * _sample_bytes(request)
-    return Stage("uncut model's pass", state, {"pass": moment}, host | {"teacher_file": FILE_COPIES * content})
+    return Stage("uncut model's pass", state, {"pass": phase}, host | {"teacher_file": FILE_COPIES * content})
 
 
 def _targets(request: Request, batch: Batch) -> int:

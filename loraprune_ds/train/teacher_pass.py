@@ -89,7 +89,7 @@ def record_teacher(
         f"the uncut model's outputs for {len(plan.samples)} samples: {format_bytes(plan.bytes)} in {teacher.folder}, "
         f"{len(missing)} of {plan.files} files to write"
     )
-    with adapters_off(store.engine.module):
+    with adapters_off(store.module):
         if not _write_files(store, teacher, samples, config, missing, pending):
             return False
     comm.together(lambda: _wait_for_files(teacher))

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,7 +15,6 @@ from loraprune_ds.train.data import SampleOrder, Samples, rank_micro_batches, su
 from loraprune_ds.train.records import CutRecord, StepRecord
 from loraprune_ds.train.seeding import seed_draws
 from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.zero.engine import optimizer_step
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
 from loraprune_ds.zero.sharded import ShardedStore
@@ -50,7 +48,6 @@ class Trainer:
         self.samples = samples
         self.order = order
         self.config = config
-        self.engine: Any = store.engine
         self.weight_bytes = self._weight_bytes()
         self.requested = 0  # the largest request of any rank at the last step (stop.py)
         self._pending = pending
@@ -62,7 +59,7 @@ class Trainer:
         began = time.perf_counter()
         batch = self.order.batch(step - 1)
         supervised = supervised_tokens(self.samples, batch)
-        learning_rate = float(self.engine.get_lr()[0])
+        learning_rate = self.store.learning_rate
         sparsity = self.pruner.reached()
         tokens = self.samples.count_tokens(batch)
         with self.pruner.watching(step, tokens):
@@ -72,14 +69,13 @@ class Trainer:
             self._scored = decision == "update"
             if self._scored:
                 self.pruner.observe(step)
-        optimizer_step(self.engine, skipped=decision == "skip")
+        norm = self.store.update(skipped=decision == "skip")
         seconds = time.perf_counter() - began
-        norm = None if decision == "skip" else self.engine.get_global_grad_norm()
         return StepRecord(
             step=step,
             loss=sum(report.loss) / supervised,
             learning_rate=learning_rate,
-            grad_norm=None if norm is None else float(norm),
+            grad_norm=norm,
             sparsity=sparsity,
             tokens=tokens,
             seconds=seconds,
@@ -111,14 +107,14 @@ class Trainer:
             input_ids = self.samples.input_ids[indices].long().to(store.device)
             labels = self.samples.labels[indices].long().to(store.device)
             with self.pruner.measuring(self.samples.real_tokens(indices)):
-                loss = self.engine(input_ids=input_ids, labels=labels, **self._mixed_with(indices)).sum()
+                loss = store.forward(input_ids=input_ids, labels=labels, **self._mixed_with(indices)).sum()
             fail_point("forward")
             total += loss.item()
-            self.engine.backward(loss * (store.world_size / supervised), scale_wrt_gas=False)
+            store.backward(loss * (store.world_size / supervised))
             fail_point("backward")
             del loss  # a live graph remembers the shapes before a cut
             if i < len(micro_batches) - 1:
-                self.engine.step()  # not a boundary: only counts the micro-batch
+                store.end_micro_batch()
         return total
 
     def _mixed_with(self, indices: torch.Tensor) -> dict[str, Distillation]:
@@ -139,7 +135,7 @@ class Trainer:
         )
 
     def _weight_bytes(self) -> list[int]:
-        return self.store.gather_values(storage_bytes(weight_tensors(self.engine)))
+        return self.store.gather_values(storage_bytes(weight_tensors(self.store.engine)))
 
     def _cut_record(self, cut: Cut, before: list[int]) -> CutRecord:
         dense, shape = self.pruner.limits.dense, self.store.shape

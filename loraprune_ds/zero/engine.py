@@ -103,18 +103,6 @@ def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_scheduler == "cosine" else 1.0
 
 
-def optimizer_step(engine: Any, *, skipped: bool) -> None:
-    """The update at the end of a step, and the next learning rate.
-
-    Args:
-        skipped: whether fp16's gradients overflowed. DeepSpeed then makes no update and leaves the learning rate where
-            it is; but the schedule counts the steps of the run, as cuts and the recovery do.
-    """
-    engine.step()
-    if skipped:
-        engine.lr_scheduler.step()
-
-
 def build_training_store(
     config: RunConfig, checkpoint: Checkpoint, ds_config: dict[str, Any], steps: int
 ) -> ShardedStore:

@@ -24,6 +24,11 @@ def owned_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
     return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
+def layer_owner(layer: int, world_size: int) -> int:
+    """The rank that holds what is kept whole of a decoder layer: its moments, its refit, its file of a checkpoint."""
+    return layer % world_size
+
+
 @dataclass(frozen=True)
 class AxisCut:
     """Which rows (axis 0) or columns (axis 1) of a tensor stay.

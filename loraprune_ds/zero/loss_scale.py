@@ -1,7 +1,7 @@
-"""fp16's loss scale, as pure functions: what to do with gradients that may have overflowed."""
+"""fp16's loss scale: what to do with gradients that may have overflowed."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,3 +44,15 @@ def decide(bad_layers: list[int | None], losses: list[float], *, dtype: str, ste
     if dtype == "float16":
         return "skip"
     raise RunError(f"step {step}: the LoRA gradient of layer {min(found)} is not finite")
+
+
+def optimizer_step(engine: Any, *, skipped: bool) -> None:
+    """The update at the end of a step, and the next learning rate.
+
+    Args:
+        skipped: whether fp16's gradients overflowed. DeepSpeed then makes no update and leaves the learning rate where
+            it is; but the schedule counts the steps of the run, as cuts and the recovery do.
+    """
+    engine.step()
+    if skipped:
+        engine.lr_scheduler.step()

@@ -10,7 +10,7 @@ from torch import Tensor
 from loraprune_ds.model.checkpoint import parameter_shapes
 from loraprune_ds.model.shapes import INPUT_LINEARS, ModelShape
 from loraprune_ds.zero.device import accelerator, is_cpu
-from loraprune_ds.zero.flat import partition_numel
+from loraprune_ds.zero.flat import layer_owner, partition_numel
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -58,12 +58,14 @@ def state_terms(
 def moment_bytes(shape: ModelShape, world_size: int, *, second: bool = True) -> list[int]:
     """What `prune.compensate` keeps on every rank before a cut from `shape`: fp32 moments, by rank.
 
-    For o_proj and down_proj of each layer that the rank owns (layer i: rank i % W) a matrix as wide as the inputs
+    For o_proj and down_proj of each layer that the rank owns a matrix as wide as the inputs
     (`least_squares`), or with `second` off a vector (`bias`). What comes on top for a while: plan/options.py.
     """
-    power, count = 2 if second else 1, len(shape.layers)
-    layers = [sum(4 * shape.linear_shape(i, linear)[1] ** power for linear in INPUT_LINEARS) for i in range(count)]
-    return [sum(layers[rank::world_size]) for rank in range(world_size)]
+    power, of_ranks = 2 if second else 1, [0] * world_size
+    for i in range(len(shape.layers)):
+        for linear in INPUT_LINEARS:
+            of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** power
+    return of_ranks
 
 
 def resident_bytes() -> int:

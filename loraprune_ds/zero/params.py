@@ -90,6 +90,13 @@ def _install(parameter: nn.Parameter, piece: Tensor, shape: tuple[int, ...]) -> 
     parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
+def overwrite_piece(parameter: nn.Parameter, piece: Tensor) -> None:
+    """New values for this rank's (padded) piece, wherever it lies; the shape stays."""
+    state: Any = parameter
+    state.ds_tensor.copy_(piece)
+    state.ds_secondary_tensor = None  # hpZ's copy is of the old values; the next gather makes it anew
+
+
 def owned_flat(parameter: Tensor) -> tuple[Tensor, int]:
     """(this rank's real elements, padding cut off; their start in the flat tensor). A view, where the piece lies."""
     state: Any = parameter

@@ -2,6 +2,9 @@
 
 DeepSpeed has no public call that changes the shape of a partitioned parameter. Everything in this package that
 touches private state stays within these names; a DeepSpeed that lacks one is refused before any work starts.
+
+Four more are only written, where a decorated function of DeepSpeed hides whether it still knows them: a parameter's
+`ds_numel_aligned`, a piece's `status` and `final_location` (params.py), `deepspeed.ops.__compatible_ops__` (engine.py).
 """
 
 from types import ModuleType
@@ -22,8 +25,6 @@ OPTIMIZER_METHODS = (
     "_setup_for_real_optimizer",
     "set_grad_positions",
     "get_param_id",
-    "get_local_fp32_param",
-    "get_local_fp32_grad_for_param",
     "zero_grad",
 )
 # Lists that describe the flat partition; emptied before the optimizer lays it out anew.
@@ -64,9 +65,7 @@ PARAMETER_ATTRIBUTES = (
     "ds_status",
     "ds_persist",
     "ds_active_sub_modules",
-    "ds_process_group",
     "ds_secondary_tensor",
-    "ds_id",
     "ds_zero_partition_world_size",
     "ds_zero_partition_rank",
 )
@@ -92,6 +91,7 @@ ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (
     ),
     (DeepSpeedZeRoOffload, "__init__", "DeepSpeedZeRoOffload", OFFLOAD_ATTRIBUTES),
     (DeepSpeedEngine, "__init__", "DeepSpeedEngine", ENGINE_COUNTERS),
+    (DynamicLossScaler, "__init__", "DynamicLossScaler", ("dynamic",)),
     (DynamicLossScaler, "update_scale", "DynamicLossScaler", LOSS_SCALE_FIELDS),
     (Init, "__init__", "Init", ("local_device", "remote_device", "pin_memory")),
     (Init, "_convert_to_deepspeed_param", "Parameter", PARAMETER_ATTRIBUTES),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.zero.collect import collect_linear
+from loraprune_ds.zero.params import overwrite_piece
 from loraprune_ds.zero.store import CollectedLinear, Rewrite, Site
 
 if TYPE_CHECKING:  # the store's own method ends here
@@ -52,5 +53,4 @@ def _install(store: "ShardedStore", parameter: Any, owner: int, whole: Tensor | 
     flat = None if whole is None else whole.reshape(-1)
     piece = torch.empty_like(parameter.ds_tensor, device=store.device)
     store.comm.scatter_from(owner, flat, piece)
-    parameter.ds_tensor.copy_(piece)  # on the host, if it is offloaded
-    parameter.ds_secondary_tensor = None  # hpZ's copy is of the old values; the next gather makes it anew
+    overwrite_piece(parameter, piece)

@@ -13,8 +13,8 @@ from loraprune_ds.model.build import decoder_layers
 from loraprune_ds.model.shapes import KINDS, LINEARS, Linear, ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator
-from loraprune_ds.zero.flat import AxisCut
-from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
+from loraprune_ds.zero.flat import AxisCut, layer_owner
+from loraprune_ds.zero.loss_scale import first_nonfinite, optimizer_step, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, install_piece, owned_flat
 from loraprune_ds.zero.reshard import Item, reshard
@@ -35,10 +35,11 @@ class ShardedStore:
         self.comm = Communicator()
         self.world_size, self.rank = self.comm.world_size, self.comm.rank
         self.device = torch.device(engine.device)
+        self.module: nn.Module = engine.module
         self.layers = decoder_layers(engine.module)
 
     def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
-        """The all-reduce hook: the averaged LoRA gradients of a layer, whole, on every rank, from one all-gather.
+        """The averaged LoRA gradients of a layer, whole, on every rank, from one all-gather.
 
         ZeRO-3 has reduce-scattered them at the accumulation boundary; the masters and gradients of the layer's
         A and B travel together. fp16 gradients are divided by the loss scale.
@@ -71,7 +72,7 @@ class ShardedStore:
         return self.comm.broadcast(values.to(self.device)).cpu()
 
     def owner(self, layer: int) -> int:
-        return layer % self.world_size
+        return layer_owner(layer, self.world_size)
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
         return self.comm.reduce_to(owner, values)
@@ -88,8 +89,7 @@ class ShardedStore:
         if tuple(layer_keep.shape for layer_keep in keep) == self.shape.layers:
             return 0  # a late cut of a long schedule may ask for less than a group
         self.engine.empty_partition_cache()
-        trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
-        state = OptimizerState(self.engine.optimizer, trainable)
+        state = self.optimizer_state()
         for i, layer_keep in enumerate(keep):
             self._shrink_layer(i, layer_keep, state)
             fail_point("cut.layer")
@@ -99,6 +99,10 @@ class ShardedStore:
         self._refresh_engine()
         accelerator().synchronize()  # a GPU is still at work: the seconds of a cut are its own
         return self.comm.bytes_sent - before
+
+    def optimizer_state(self) -> OptimizerState:
+        """This rank's masters and moments of all LoRA factors."""
+        return OptimizerState(self.engine.optimizer, [p for p in self.module.parameters() if p.requires_grad])
 
     def nonfinite_layer(self) -> int | None:
         """The first layer whose averaged LoRA gradient has an inf or NaN in this rank's pieces."""
@@ -164,6 +168,33 @@ class ShardedStore:
         )
         offload.persistent_parameters = self.engine.optimizer.persistent_parameters = persistent
         self.forget_trace()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return float(self.engine.get_lr()[0])
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the model returns in training. Collective, as what follows."""
+        return self.engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a micro-batch, averaged over the ranks. `loss` is its share of the step's loss."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def end_micro_batch(self) -> None:
+        """Behind every micro-batch of a step but the last."""
+        self.engine.step()  # not a boundary: only counts
+
+    def update(self, *, skipped: bool) -> float | None:
+        """The optimizer's update at the end of a step; `skipped` where fp16's gradients overflowed.
+
+        Returns:
+            The norm of the gradients before clipping; None where the update was skipped or DeepSpeed has none.
+        """
+        optimizer_step(self.engine, skipped=skipped)
+        norm = None if skipped else self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     def infer(self, **inputs: Any) -> Any:
         """One forward pass in evaluation mode, which leaves no trace in what training gathers. Collective.

@@ -10,8 +10,7 @@ from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.flat import owned_range
-from loraprune_ds.zero.optimizer import OptimizerState
-from loraprune_ds.zero.params import pad
+from loraprune_ds.zero.params import overwrite_piece, pad
 from loraprune_ds.zero.private import LOSS_SCALE_FIELDS
 from loraprune_ds.zero.sharded import ShardedStore
 
@@ -21,7 +20,7 @@ ReadState = Callable[[int, str, int, int], Tensor]
 
 def collect_lora_state(store: ShardedStore, layer: int, owner: int) -> dict[str, Tensor] | None:
     """fp32 masters and Adam moments of a layer's LoRA on rank `owner`, as "{linear}.lora_A.master"; None elsewhere."""
-    state = _state(store)
+    state = store.optimizer_state()
     tensors = {}
     for name, parameter in _lora_parameters(store, layer):
         for key in state.keys():
@@ -34,7 +33,7 @@ def collect_lora_state(store: ShardedStore, layer: int, owner: int) -> dict[str,
 @torch.no_grad()
 def restore_lora_state(store: ShardedStore, read: ReadState, adam_step: int) -> None:
     """Every rank reads the pieces it owns; the parameters' low-precision copies follow their masters."""
-    state = _state(store)
+    state = store.optimizer_state()
     if adam_step:
         state.create_moments(adam_step)
     for layer in range(len(store.layers)):
@@ -45,8 +44,7 @@ def restore_lora_state(store: ShardedStore, read: ReadState, adam_step: int) -> 
                 piece = pad(read(layer, f"{name}.{key}", start, end).to(store.device), numel, store.world_size)
                 state.piece(parameter, key).copy_(piece)
                 if key == "master":
-                    parameter.ds_tensor.copy_(piece)  # type: ignore[attr-defined]
-                    parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]  # hpZ's, of the fresh LoRA
+                    overwrite_piece(parameter, piece)
 
 
 def adam_step(store: ShardedStore) -> int:
@@ -73,11 +71,6 @@ def restore_counters(store: ShardedStore, step: int, schedule: dict[str, Any], l
     engine.global_steps = step
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     engine.global_samples = step * engine.train_batch_size()
-
-
-def _state(store: ShardedStore) -> OptimizerState:
-    trainable = [p for p in store.engine.module.parameters() if p.requires_grad]
-    return OptimizerState(store.engine.optimizer, trainable)
 
 
 def _lora_parameters(store: ShardedStore, layer: int) -> list[tuple[str, nn.Parameter]]:

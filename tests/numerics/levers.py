@@ -48,7 +48,7 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
         if compensator is not None and compensator.moments._active:
             seen.setdefault(key, []).append(inputs[0].detach()[real[0]].clone())
 
-    handles = [trainer.engine.register_forward_pre_hook(see_ids, with_kwargs=True)]
+    handles = [trainer.store.engine.register_forward_pre_hook(see_ids, with_kwargs=True)]
     handles += [
         lora_linear(layer, linear).register_forward_pre_hook(partial(see, f"{i}.{linear.name}"))
         for i, layer in enumerate(trainer.store.layers)
@@ -136,7 +136,7 @@ def gradient_scores(job: Job) -> dict[str, Any]:
     scores = [as_pair(s) for s in trainer.pruner.average.scores or []]
     left = len(gradients._pieces)
     trainer.step(2)
-    named = dict(trainer.engine.module.named_parameters())
+    named = dict(trainer.store.engine.module.named_parameters())
     assert all(p.grad is None for p in named.values() if not p.requires_grad)
     lora = {name: gather_everywhere(store, p) for name, p in named.items() if p.requires_grad}
     return {"scores": scores, "pieces": pieces, "whole": whole, "left": left, "lora": lora}
@@ -146,7 +146,7 @@ def lora_after_two_steps(job: Job) -> dict[str, Tensor]:
     trainer = build(job)
     trainer.step(1)
     trainer.step(2)
-    named = trainer.engine.module.named_parameters()
+    named = trainer.store.engine.module.named_parameters()
     return {name: gather_everywhere(trainer.store, p) for name, p in named if p.requires_grad}
 
 

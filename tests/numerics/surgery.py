@@ -90,15 +90,15 @@ def _weight(trainer: Trainer, layer: int, linear: Any) -> Any:
 
 
 def _trainable(trainer: Trainer) -> list[Any]:
-    return [p for p in trainer.engine.module.parameters() if p.requires_grad]
+    return [p for p in trainer.store.engine.module.parameters() if p.requires_grad]
 
 
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """Every tensor that a cut carries: frozen weights, LoRA copies, masters and moments, whole."""
     store = trainer.store
-    state = OptimizerState(trainer.engine.optimizer, _trainable(trainer))
+    state = OptimizerState(trainer.store.engine.optimizer, _trainable(trainer))
     found = {}
-    for name, parameter in trainer.engine.module.named_parameters():
+    for name, parameter in trainer.store.engine.module.named_parameters():
         found[name] = gather_everywhere(store, parameter)
         if parameter.requires_grad:
             for key in ("master", *MOMENTS):
@@ -133,13 +133,13 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
         "calls": calls,
         "alive": sum(ref() is not None for ref in old),
         "shape": trainer.store.shape,
-        "engine_steps": (trainer.engine.global_steps, float(trainer.engine.get_lr()[0])),
+        "engine_steps": (trainer.store.engine.global_steps, float(trainer.store.engine.get_lr()[0])),
         "next_loss": trainer.step(3).loss,
     }
 
 
 def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
-    zero = trainer.engine.optimizer
+    zero = trainer.store.engine.optimizer
     cut_weights = [_weight(trainer, i, linear).ds_tensor for i in (1, 2) for linear in LINEARS]
     moments = [state[key] for state in zero.optimizer.state.values() for key in MOMENTS]
     copies = zero.param_groups_fp16_flat_cpu_memory if zero.offload_param else [zero.lp_param_buffer]
@@ -150,7 +150,7 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
     """The masks of a cut from given whole gradients; without any, those of this number of ranks."""
     trainer = after_backward(job)
     store = trainer.store
-    named = {n: p for n, p in trainer.engine.module.named_parameters() if p.requires_grad}
+    named = {n: p for n, p in trainer.store.engine.module.named_parameters() if p.requires_grad}
     if gradients is not None:
         for name, parameter in named.items():
             start, end = owned_range(gradients[name].numel(), store.world_size, store.rank)
@@ -211,8 +211,9 @@ def poisoned(job: Job, where: str) -> str:
         def poison_then_exchange(loss: float) -> Any:
             if trainer.store.rank == trainer.store.world_size - 1:
                 weight = _lora_in_order(trainer)[2 * 14 + 1]  # layer 2, q_proj, B
-                trainer.engine.optimizer.get_local_fp32_grad_for_param(weight)
-                slot = trainer.engine.optimizer._get_fp32_grad_state_partition(weight, release_swap_buffers=True)[0]
+                zero = trainer.store.engine.optimizer
+                zero.get_local_fp32_grad_for_param(weight)
+                slot = zero._get_fp32_grad_state_partition(weight, release_swap_buffers=True)[0]
                 slot[0] = float("inf")
             return exchange(loss)
 

@@ -8,7 +8,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import TrainConfig
-from loraprune_ds.zero.engine import learning_rate_factor, optimizer_step
+from loraprune_ds.zero.engine import learning_rate_factor
+from loraprune_ds.zero.loss_scale import optimizer_step
 
 CONFIG = TrainConfig(steps=8, recovery_steps=4, learning_rate=5e-3, recovery_learning_rate=1e-2)
 

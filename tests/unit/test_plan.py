@@ -137,7 +137,7 @@ def test_offload_moves_bytes_from_the_gpu_to_the_host() -> None:
 
 def test_checkpointing_trades_memory_for_gathers_and_arithmetic() -> None:
     plain, checkpointed = (make_plan(request(Cluster(1, 4), gradient_checkpointing=on)) for on in (False, True))
-    held = [plan.stages[1].moments["training"]["activations"] for plan in (plain, checkpointed)]
+    held = [plan.stages[1].phases["training"]["activations"] for plan in (plain, checkpointed)]
     assert held[1] < held[0] / 2
     assert checkpointed.step.weights > plain.step.weights
     assert checkpointed.step_seconds.compute > plain.step_seconds.compute
@@ -181,14 +181,14 @@ def test_a_run_with_eager_attention_needs_more() -> None:
     plain = request(Cluster(1, 2))
     eager = make_plan(changed(plain, model={"attn_implementation": "eager"}))
     for moment in ("training", "evaluation"):
-        held = [plan.stages[1].moments[moment]["activations"] for plan in (eager, make_plan(plain))]
+        held = [plan.stages[1].phases[moment]["activations"] for plan in (eager, make_plan(plain))]
         assert held[0] > held[1]
     assert eager.step_seconds.compute > make_plan(plain).step_seconds.compute
 
 
 def test_logits_are_bounded_by_their_chunk() -> None:
     plans = [make_plan(request(Cluster(1, 1), loss_chunk_tokens=chunk)) for chunk in (16, 32)]
-    found = [plan.stages[1].moments["training"]["logits"] for plan in plans]
+    found = [plan.stages[1].phases["training"]["logits"] for plan in plans]
     assert found[1] - found[0] == 16 * SMALL.vocab_size * (4 + 2)
 
 
@@ -334,8 +334,8 @@ def test_the_pass_of_the_uncut_model_is_a_stage_of_its_own() -> None:
     stage, of_top = distilled.stages[1], top.stages[1]
     assert stage.state == distilled.stages[2].state | {"lora_moments": 0}
     tokens = 2 * 64
-    assert stage.moments["pass"]["targets"] == tokens * 512 * 2
-    assert of_top.moments["pass"]["targets"] == tokens * (1000 * 8 + 12 * 8 + 4)
+    assert stage.phases["pass"]["targets"] == tokens * 512 * 2
+    assert of_top.phases["pass"]["targets"] == tokens * (1000 * 8 + 12 * 8 + 4)
     assert stage.host["teacher_file"] == 2 * 64 * 63 * 512 * 2
     assert of_top.host["teacher_file"] == 2 * 64 * 63 * (8 * 8 + 4)
     assert "uncut model's pass" in plan_table(distilled, [])

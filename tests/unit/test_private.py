@@ -1,6 +1,7 @@
 """A DeepSpeed that lacks what in-place pruning relies on is refused by name, with its version, before any work."""
 
 import ast
+import re
 
 import deepspeed
 import pytest
@@ -78,7 +79,7 @@ class FakeFunction:
 # The list is exact: whatever the package takes from DeepSpeed's objects is in it.
 
 # As the package's variables say. What it takes from the engine itself is public, but for the counters it writes.
-OBJECTS = {"zero", "zero_optimizer", "optimizer", "offload", "coordinator", "init"}
+OBJECTS = {"zero", "zero_optimizer", "optimizer", "offload", "coordinator", "init", "scaler"}
 PUBLIC = {"optimizer", "state", "param_groups", "loss_scale", "get", "clear"}
 ONLY_WRITTEN = {"ds_numel_aligned"}  # in a decorated function, whose names cannot be seen
 
@@ -113,4 +114,7 @@ def test_everything_the_package_touches_is_checked() -> None:
         t.attr for path in files for t in targets(path.read_text()) if ast.unparse(t.value).split(".")[-1] == "engine"
     }
     assert written == set(private.ENGINE_COUNTERS)
+    by_name = {*private.FLAT_LISTS, *private.LOSS_SCALE_FIELDS}  # in loops over the list
+    others = "\n".join(path.read_text() for path in files if path.name != "private.py")
+    assert {name for name in checked - by_name if not re.search(rf"\b{name}\b", others)} == set()
     assert touched("engine.optimizer._secret + p.ds_new + q.fine") == {"_secret", "ds_new"}
