@@ -22,6 +22,7 @@ from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, rea
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.input_moments import InputMoments
 from loraprune_ds.zero.sharded import ShardedStore
 from loraprune_ds.zero.training_state import collect_lora_state
@@ -57,18 +58,22 @@ def save_step(
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
             if scores is not None:
                 staging.write(files.SCORES_FILE, lambda path: save_file(_score_tensors(scores), path))
-        for layer in range(len(store.layers)):
-            tensors = collect_lora_state(store, layer, store.owner(layer))
-            if tensors is not None:
-                staging.write(files.layer_file(layer), lambda path, tensors=tensors: _save_on_cpu(tensors, path))
-            del tensors
-            measured = {} if moments is None else moments.of_layer(layer)
-            if measured:
-                staging.write(files.moments_file(layer), lambda path, measured=measured: _save_on_cpu(measured, path))
+        for layers in owner_rounds(len(store.layers), store.world_size):
+            collected = {layer: collect_lora_state(store, layer, store.owner(layer)) for layer in layers}
+            for layer, tensors in collected.items():
+                if tensors is not None:  # this rank's; the other owners write theirs at the same time
+                    _write_layer(staging, layer, tensors, {} if moments is None else moments.of_layer(layer))
+            del collected, tensors
             fail_point("save.layer")
         fail_point("save.step_written")
         staging.publish()
     return staging.target
+
+
+def _write_layer(staging: Staging, layer: int, lora: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    staging.write(files.layer_file(layer), lambda path: _save_on_cpu(lora, path))
+    if moments:
+        staging.write(files.moments_file(layer), lambda path: _save_on_cpu(moments, path))
 
 
 def drop_old(root: Path, step: int, keep_last: int) -> None:

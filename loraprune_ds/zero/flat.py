@@ -29,6 +29,11 @@ def layer_owner(layer: int, world_size: int) -> int:
     return layer % world_size
 
 
+def owner_rounds(layers: int, world_size: int) -> list[range]:
+    """Layers W at a time: of each round a rank owns one at most, so that all owners can work at once."""
+    return [range(first, min(first + world_size, layers)) for first in range(0, layers, world_size)]
+
+
 @dataclass(frozen=True)
 class AxisCut:
     """Which rows (axis 0) or columns (axis 1) of a tensor stay.

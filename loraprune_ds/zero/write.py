@@ -1,11 +1,13 @@
-"""Writes a model from the ZeRO-3 ranks, shard by shard: no rank ever holds more than one layer or the ends.
+"""Writes a model from the ZeRO-3 ranks, W shards at a time: no rank ever holds more than one layer or the ends.
 
-A layer is brought together linear by linear, each in the form it is written in before the next one comes.
+A layer is brought together linear by linear, each in the form it is written in before the next one comes. Every rank
+then writes its own while the others write theirs.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from loraprune_ds.model.shards import INDEX_FILE, shard_count, shard_file_name, 
 from loraprune_ds.zero.collect import collect_ends, collect_linear, collect_norms
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES
+from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedStore
 from loraprune_ds.zero.store import CollectedLinear
 
@@ -54,7 +57,9 @@ class LocalWrites:
 
 
 def write_model(store: ShardedStore, folder: Path, dtype: str, tensors_of: TensorsOf) -> list[str]:
-    """Writes all shards and their index into `folder`. Collective; shard k is rank k % W's.
+    """Writes all shards and their index into `folder`. Collective.
+
+    A layer's shard is written by its owner; the ends count as one layer more.
 
     Returns:
         Names of the files that this rank wrote.
@@ -62,22 +67,15 @@ def write_model(store: ShardedStore, folder: Path, dtype: str, tensors_of: Tenso
     Raises:
         RunError: a rank cannot write, for example because the disk is full.
     """
-    layers = len(store.shape.layers)
-    count = shard_count(layers)
+    count = shard_count(len(store.layers))
     mine: dict[int, dict[str, int]] = {}
     writes = LocalWrites()
-    for k in range(count):
-        owner = k % store.world_size
-        if k < layers:
-            tensors = _layer_tensors(store, k, owner, tensors_of)
-            ends = {f"model.layers.{k}.{name}": t for name, t in collect_norms(store, k, owner).items()}
-        else:
-            tensors, ends = {}, collect_ends(store, owner)
-        tensors |= {name: tensor.to(DTYPES[dtype]) for name, tensor in ends.items()}
-        del ends
-        if tensors:
-            writes.do(lambda k=k, tensors=tensors: mine.update({k: write_shard(folder, k, count, tensors)}))
-        del tensors
+    for shards in owner_rounds(count, store.world_size):
+        collected = {k: _shard_tensors(store, k, DTYPES[dtype], tensors_of) for k in shards}
+        for k, tensors in collected.items():
+            if tensors:  # this rank's; the other owners write theirs at the same time
+                writes.do(lambda k=k, tensors=tensors: mine.update({k: write_shard(folder, k, count, tensors)}))
+        del collected, tensors
     writes.agree(store.comm, folder)
     entries: dict[int, dict[str, int]] = {}
     for part in store.comm.gather_objects(mine):
@@ -88,6 +86,17 @@ def write_model(store: ShardedStore, folder: Path, dtype: str, tensors_of: Tenso
         names.append(INDEX_FILE)
     writes.agree(store.comm, folder)
     return names
+
+
+def _shard_tensors(store: ShardedStore, k: int, dtype: torch.dtype, tensors_of: TensorsOf) -> dict[str, Tensor]:
+    """On its owner, of layer k or, after the last layer, of the ends; empty elsewhere. Collective."""
+    owner = store.owner(k)
+    if k < len(store.layers):
+        tensors = _layer_tensors(store, k, owner, tensors_of)
+        others = {f"model.layers.{k}.{name}": tensor for name, tensor in collect_norms(store, k, owner).items()}
+    else:
+        tensors, others = {}, collect_ends(store, owner)
+    return tensors | {name: tensor.to(dtype) for name, tensor in others.items()}
 
 
 def _layer_tensors(store: ShardedStore, layer: int, owner: int, tensors_of: TensorsOf) -> dict[str, Tensor]:
