@@ -231,7 +231,7 @@ class CheckpointConfig:
 
     every: int | None = 100  # steps; None: only on request and at the end
     keep_last: int = 2
-    copy_source: bool = False  # keep a copy of the uncut weights too, instead of naming the source by path and digest
+    copy_source: bool = False  # keep a copy of the frozen weights, too, instead of naming the source by path and digest
 
     def __post_init__(self) -> None:
         Checks("checkpoint", self).at_least(1, "every", "keep_last")

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint import files
 from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSource, read_state
+from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
+from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, open_for_pruning
+from loraprune_ds.model.cut_checkpoint import cut_to
 from loraprune_ds.pruning.importance import LayerScores
 
 if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
@@ -31,6 +33,15 @@ class Saved:
         """Where its frozen weights are."""
         shape = self.state.shape
         return Path(shape.folder) if shape.is_source else self.folder.parent / shape.folder
+
+    def frozen_weights(self, config: RunConfig) -> Checkpoint:
+        """The model without LoRA.
+
+        Raises:
+            UserError: as `open_for_pruning`.
+        """
+        checkpoint = open_for_pruning(self.shape_folder(), config.prune)
+        return cut_to(checkpoint, self.state.kept, config.model.dtype) if self.state.shape.is_source else checkpoint
 
     def scores(self) -> list[LayerScores] | None:
         """The moving averages; None when nothing had been scored."""
@@ -140,5 +151,5 @@ def source_digest(checkpoint: Checkpoint) -> str:
 
 
 def source_of(checkpoint: Checkpoint) -> ShapeSource:
-    """The frozen weights of a run that has not cut yet."""
+    """The frozen weights of a run that has changed none: it has not cut yet, or has only left some out."""
     return ShapeSource(str(checkpoint.folder.resolve()), source_digest(checkpoint), is_source=True)

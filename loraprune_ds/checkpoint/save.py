@@ -1,6 +1,7 @@
-"""Writes a checkpoint: the LoRA state layer by layer from all ranks, the frozen weights only when a cut changed them.
+"""Writes a checkpoint: the LoRA state layer by layer from all ranks, and the frozen weights where cuts changed them.
 
-checkpoints/shape-2/     the model after the second cut, LoRA left out: a Hugging Face folder
+checkpoints/shape-2/     with prune.compensate or checkpoint.copy_source only, as else the frozen weights are slices of
+                         the source: the model after the second cut, LoRA left out, a Hugging Face folder
 checkpoints/step-120/    layer-00000.safetensors ...  fp32 LoRA masters and Adam moments of a layer
                          scores.safetensors           moving averages, float64
                          moments-00000.safetensors …  with prune.compensate, until the last cut: what is known of the

@@ -7,7 +7,7 @@ from typing import Any
 
 from loraprune_ds.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1: the frozen weights after a cut were always a folder of their own
 STATE_FILE = "state.json"
 
 
@@ -20,12 +20,12 @@ class CheckpointMismatch(UserError):
 
 @dataclass(frozen=True)
 class ShapeSource:
-    """Where the frozen weights are: `shape-K` beside the steps, or the source checkpoint before the first cut.
+    """Where the frozen weights are: in `shape-K` beside the steps, or in the source, of which the kept groups are read.
 
     Attributes:
         folder: name of the shape folder, or the path of the source.
         digest: checksum of the shape's manifest, or `load.source_digest` of the source.
-        is_source: the weights are those of the model the run started from.
+        is_source: the weights are those of the model the run started from, or slices of them.
     """
 
     folder: str
@@ -79,8 +79,8 @@ class RunState:
 
 
 def state_text(state: RunState) -> str:
-    """The content of `state.json`."""
-    return json.dumps(asdict(state), indent=1) + "\n"
+    """The content of `state.json`, without line breaks: the kept groups are a million numbers in a large model."""
+    return json.dumps(vars(state) | {"tally": asdict(state.tally), "shape": asdict(state.shape)}) + "\n"
 
 
 def read_state(folder: Path) -> RunState:

@@ -35,8 +35,8 @@ class Unmerged:
         self.saved = saved
         self.config = config_from_dict(saved.state.config)
         self.dense = open_for_pruning(locate_model(self.config.model), self.config.prune)
-        self.base = open_for_pruning(saved.shape_folder(), self.config.prune)
-        # The family is the dense model's, even where the saved shape had to be described as another.
+        self.base = saved.frozen_weights(self.config)
+        # The family is the dense model's, even where the smaller one had to be described as another.
         self.shape = self.dense.shape.with_layers(self.base.shape.layers)
 
     @property

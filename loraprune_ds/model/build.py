@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, first_line, one_line
@@ -59,10 +59,8 @@ def build_on_meta(
     (token_loss.py), `loss_chunk_tokens` at a time.
     """
     model_class = CAUSAL_LMS[checkpoint.shape.model_type]
-    config = config_class(checkpoint.shape.model_type).from_pretrained(checkpoint.folder)
+    config = config_class(checkpoint.shape.model_type).from_dict(dict(checkpoint.config))  # may differ from the file's
     config.use_cache = False
-    if isinstance(config, LlamaConfig):  # as the shape has it, which may have more than the files (`open_for_pruning`)
-        config.attention_bias, config.mlp_bias = checkpoint.shape.attention_bias, checkpoint.shape.mlp_bias
     config._attn_implementation = attn_implementation
     with torch.device("meta"):
         model = model_class(config)

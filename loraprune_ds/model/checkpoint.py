@@ -1,10 +1,10 @@
 """A Hugging Face checkpoint on disk, checked by its headers and read piece by piece: nobody holds a whole model."""
 
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,16 +21,24 @@ IGNORED = (".rotary_emb.inv_freq", "lm_head.weight")  # computed anew; a tied he
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; an 8-bit weight means nothing without its scales
 
 
+class Slice(NamedTuple):
+    """The rows (axis 0) or columns (axis 1) of a tensor on disk that are read; `keep`: (kept,) int64, ascending."""
+
+    axis: int
+    keep: Tensor
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A supported LLaMA-family checkpoint.
 
     Attributes:
         folder: where config.json and the tokenizer are.
-        config: config.json as it is.
+        config: config.json as it is, or as it would be of the model that `slices` leave.
         shape: the sizes it declares, checked against the tensors on disk.
         files: tensor name -> safetensors file.
         absent: names of tensors that no file holds and that are zero (`open_for_pruning`).
+        slices: tensor name -> what of it belongs to the model, where that is not all (`cut_to`).
     """
 
     folder: Path
@@ -38,26 +46,42 @@ class Checkpoint:
     shape: ModelShape
     files: dict[str, Path]
     absent: frozenset[str] = frozenset()
+    slices: Mapping[str, Slice] = field(default_factory=dict)
 
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
 
-        Only the rows that contain the piece are read from disk.
+        Only the rows that contain the piece are read from disk, and in whole what lies between two kept ones.
         """
         if name in self.absent:
             return torch.zeros(end - start, dtype=dtype)
         piece = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
             view = file.get_slice(name)
-            shape = view.get_shape()
-            columns = shape[1] if len(shape) == 2 else 1
-            rows_at_once = max(1, READ_CHUNK // columns)
-            for row in range(start // columns, -(-end // columns), rows_at_once):
-                last_row = min(row + rows_at_once, -(-end // columns))
-                low, high = max(start, row * columns), min(end, last_row * columns)
-                rows = view[row:last_row].reshape(-1)
-                piece[low - start : high - start] = rows[low - row * columns : high - row * columns].to(dtype)
+            on_disk = view.get_shape()
+            kept = self.slices.get(name, Slice(0, torch.arange(on_disk[0])))
+            width = on_disk[1] if len(on_disk) == 2 else 1
+            columns = len(kept.keep) if kept.axis == 1 else width
+            first, last = start // columns, -(-end // columns)
+            rows = kept.keep[first:last] if kept.axis == 0 else torch.arange(first, last)
+            for at, block in _blocks(rows, max(1, READ_CHUNK // width)):
+                values = view[int(block[0]) : int(block[-1]) + 1]
+                if len(block) < len(values):
+                    values = values[block - block[0]]
+                values = (values[:, kept.keep] if kept.axis == 1 else values).reshape(-1)
+                origin = (first + at) * columns
+                low, high = max(start, origin), min(end, origin + len(values))
+                piece[low - start : high - start] = values[low - origin : high - origin].to(dtype)
         return piece
+
+
+def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
+    """(position of the first, some ascending rows of which the last is less than `span` after the first)."""
+    at = 0
+    while at < len(rows):
+        end = int(torch.searchsorted(rows, rows[at] + span))
+        yield at, rows[at:end]
+        at = end
 
 
 def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -126,7 +150,7 @@ def _with_biases(checkpoint: Checkpoint) -> Checkpoint:
     shape = with_biases(checkpoint.shape, str(checkpoint.folder))
     config = checkpoint.config | {"attention_bias": True, "mlp_bias": True}
     absent = frozenset(name for name in parameter_shapes(shape) if name not in checkpoint.files)
-    return Checkpoint(checkpoint.folder, config, shape, checkpoint.files, absent)
+    return replace(checkpoint, config=config, shape=shape, absent=absent)
 
 
 def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:

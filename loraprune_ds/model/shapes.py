@@ -8,6 +8,9 @@ A decoder layer has two kinds of groups that leave together:
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from loraprune_ds.errors import UserError
 
 Kind = Literal["heads", "channels"]
@@ -131,6 +134,11 @@ def with_biases(shape: ModelShape, where: str) -> ModelShape:
     if shape.model_type not in ("llama", "pruned_llama"):
         raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
     return replace(shape, attention_bias=True, mlp_bias=True)
+
+
+def group_indices(groups: Tensor, width: int) -> Tensor:
+    """(len(groups) * width,) int64: the rows or columns of some groups, each of which is `width` wide."""
+    return (groups[:, None] * width + torch.arange(width)).reshape(-1)
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:

@@ -6,17 +6,19 @@ from loraprune_ds.plan.request import Request
 
 
 def checkpoint_terms(request: Request, after_first_cut: ModelShape) -> dict[str, int]:
-    """At most, by term: LoRA, scores and moments as before the first cut, the weights that are written after it.
+    """At most, by term: LoRA, scores and moments as before the first cut, and the frozen weights if they are written.
 
-    Before it the weights are those of the source, and are written only with `checkpoint.copy_source`.
+    They are with `checkpoint.copy_source`, and with `prune.compensate` after the first cut; else they are slices of the
+    source.
     """
-    shape = request.shape
-    weights = shape if request.config.checkpoint.copy_source else after_first_cut
+    shape, compensates = request.shape, request.config.prune.compensate != "none"
     terms = {
-        "weights": request.element_size * weights.total_numel(),
         "lora_state": 12 * sum(shape.lora_sizes(request.config.lora.r)),
         "scores": 8 * sum(layer.count(kind) for layer in shape.layers for kind in KINDS),
     }
-    if request.config.prune.compensate != "none":
+    if request.config.checkpoint.copy_source or compensates:
+        weights = shape if request.config.checkpoint.copy_source else after_first_cut
+        terms["weights"] = request.element_size * weights.total_numel()
+    if compensates:
         terms["input_moments"] = sum(options.moments_by_rank(request, shape))
     return terms

@@ -13,7 +13,6 @@ from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
 from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, Tally
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.checkpoint import open_for_pruning
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.output import MAY_DIFFER, Start, differences
@@ -75,10 +74,10 @@ def build_store(config: RunConfig, prepared: Prepared, saved: Saved | None) -> S
         return build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
     state = saved.state
     without_adapter = replace(config, model=replace(config.model, adapter=None))  # its LoRA comes from the checkpoint
-    shape = open_for_pruning(saved.shape_folder(), config.prune)
-    store = build_training_store(without_adapter, shape, prepared.ds_config, prepared.steps)
-    # The family is the dense model's, even where the saved shape had to be described as another.
-    store.shape = prepared.checkpoint.shape.with_layers(shape.shape.layers)
+    frozen = saved.frozen_weights(config)
+    store = build_training_store(without_adapter, frozen, prepared.ds_config, prepared.steps)
+    # The family is the dense model's, even where the smaller one had to be described as another.
+    store.shape = prepared.checkpoint.shape.with_layers(frozen.shape.layers)
     restore_lora_state(store, saved.read_flat, state.adam_step)
     restore_counters(store, state.step, state.schedule, state.loss_scale)
     return store
@@ -108,7 +107,7 @@ class Checkpoints:
             self._published = saved.state.shape
 
     def save(self, store: ShardedStore, step: int, tally: Tally) -> None:
-        """Publishes `step-{step}` and, if a cut changed them, the frozen weights; then drops old ones. Collective.
+        """Publishes `step-{step}` and, if a refit changed them, the frozen weights; then drops old ones. Collective.
 
         Raises:
             RunError: a rank cannot write; what was published before is still there.
@@ -145,7 +144,8 @@ class Checkpoints:
 
     def _shape(self, store: ShardedStore, step: int) -> ShapeSource:
         cuts = self._cuts_made(step)
-        if cuts == 0 and not self.config.checkpoint.copy_source:
+        only_sliced = cuts == 0 or self.config.prune.compensate == "none"
+        if only_sliced and not self.config.checkpoint.copy_source:
             return self._source
         if self._published is not None and self._published.folder == f"shape-{cuts}":
             return self._published

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.shapes import Kind, LayerShape, Linear, ModelShape
+from loraprune_ds.model.shapes import Kind, LayerShape, Linear, ModelShape, group_indices
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class LayerKeep:
 
     def indices(self, shape: ModelShape, linear: Linear) -> Tensor:
         """Along `linear.axis`, the rows or columns that stay: each group is `group_width` wide."""
-        width = shape.group_width(linear)
-        return (self.of(linear.kind)[:, None] * width + torch.arange(width)).reshape(-1)
+        return group_indices(self.of(linear.kind), shape.group_width(linear))
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,14 @@ def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.fixture(scope="module")
+def copied(ranks: RankPool, straight: Path) -> Path:
+    """The same with the frozen weights in folders of their own."""
+    out = straight.parent / "copied"
+    ranks.run(2, run_here, config_for(straight.parent / "config.yaml", out, "checkpoint.copy_source=true"))
+    return out
+
+
 @pytest.fixture
 def again(straight: Path) -> Path:
     return straight.parent / "config.yaml"
@@ -196,10 +204,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         assert word in found.warnings[0]
 
 
+def test_frozen_weights_are_slices_of_the_source_or_copies_with_the_same_outcome(straight: Path, copied: Path) -> None:
+    assert not list((straight / "checkpoints").glob("shape-*"))
+    assert {path.name for path in (copied / "checkpoints").glob("shape-*")} == {f"shape-{i}" for i in range(5)}
+    assert all(read_state(straight, step)["shape"]["is_source"] for step in (1, STEPS))
+    assert_bitwise(contents(copied, STEPS), contents(straight, STEPS))
+
+
 def test_a_damaged_shape_spoils_all_steps_that_name_it(
-    ranks: RankPool, straight: Path, again: Path, tmp_path: Path
+    ranks: RankPool, copied: Path, again: Path, tmp_path: Path
 ) -> None:
-    out = killed_after(straight, 13, tmp_path)
+    out = killed_after(copied, 13, tmp_path)
     flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
     found = ranks.run(2, find_here, config_for(again, out), "auto")[1]
     assert found.step == 11
@@ -208,12 +223,12 @@ def test_a_damaged_shape_spoils_all_steps_that_name_it(
 
 
 def test_what_a_damaged_checkpoint_is_replaced_with_is_good(
-    ranks: RankPool, straight: Path, again: Path, tmp_path: Path
+    ranks: RankPool, straight: Path, copied: Path, again: Path, tmp_path: Path
 ) -> None:
     """The course is taken again from the good one: step and shape are written anew, and what is later goes."""
-    out = killed_after(straight, 13, tmp_path)
+    out = killed_after(copied, 13, tmp_path)
     flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
-    config = config_for(again, out, "checkpoint.every=null")
+    config = config_for(again, out, "checkpoint.every=null", "checkpoint.copy_source=true")
     ranks.run(2, run_here, config, "auto", 12)
     assert sorted(path.name for path in (out / "checkpoints").glob("step-1?")) == ["step-10", "step-11", "step-12"]
     assert ranks.run(2, find_here, config, "auto")[0].step == 12
@@ -231,13 +246,14 @@ def test_what_a_damaged_checkpoint_is_replaced_with_is_good(
     ],
 )
 def test_a_rank_without_room_ends_the_run_and_loses_nothing_older(
-    ranks: RankPool, straight: Path, again: Path, tmp_path: Path, rank: int, name: str, lost: str
+    ranks: RankPool, copied: Path, again: Path, tmp_path: Path, rank: int, name: str, lost: str
 ) -> None:
-    out = killed_after(straight, 13, tmp_path)
+    out = killed_after(copied, 13, tmp_path)
     for path in (out / "checkpoints").glob("shape-[34]"):
         shutil.rmtree(path)
     before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()}
-    config = config_for(again, out, *(("checkpoint.every=17",) if lost == "shape-3" else ()))
+    every = ("checkpoint.every=17",) if lost == "shape-3" else ()
+    config = config_for(again, out, "checkpoint.copy_source=true", *every)
     where = f"{out}/checkpoints/.{lost}.partial cannot be written: "
     for line, code in ranks.run(2, run_on_full_disk, config, "auto", rank, name):
         assert where in line
@@ -257,9 +273,20 @@ def test_from_another_folder_with_its_records(ranks: RankPool, straight: Path, a
     ranks.run(2, run_here, config, str(straight / "checkpoints/step-18"))
     assert losses(tmp_path / "branch") == losses(straight)
     assert_bitwise(contents(tmp_path / "branch", STEPS), contents(straight, STEPS))
-    assert read_state(tmp_path / "branch", STEPS)["shape"]["folder"] == "shape-4"
-    assert (tmp_path / "branch/checkpoints/shape-4/manifest.json").exists()
     assert sorted(path for path in straight.rglob("*")) == before
+
+
+def test_from_another_folder_with_its_frozen_weights(
+    ranks: RankPool, straight: Path, copied: Path, again: Path, tmp_path: Path
+) -> None:
+    """Copies of the weights are written anew; and the next checkpoint of a run that wants none needs none."""
+    for name, changes in {"copies": ("checkpoint.copy_source=true",), "slices": ()}.items():
+        out = tmp_path / name
+        config = config_for(again, out, "checkpoint.every=null", *changes)
+        ranks.run(2, run_here, config, str(copied / "checkpoints/step-18"))
+        assert_bitwise(contents(out, STEPS), contents(straight, STEPS))
+        assert read_state(out, STEPS)["shape"]["is_source"] == (name == "slices")
+        assert (out / "checkpoints/shape-4/manifest.json").exists() == (name == "copies")
 
 
 def test_killed_between_model_and_report(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:
@@ -307,16 +334,12 @@ def test_after_a_power_cut_the_checkpoints_are_enough(
 
 
 def newer_format(out: Path) -> None:
-    (out / "checkpoints/step-13/state.json").write_text(json.dumps(read_state(out, 13) | {"format": 2}))
+    (out / "checkpoints/step-13/state.json").write_text(json.dumps(read_state(out, 13) | {"format": 3}))
 
 
 def another_source(out: Path) -> None:
     for path in (out / "checkpoints").glob("step-*"):
-        step = int(path.name.removeprefix("step-"))
-        if step >= CUTS[0]:
-            shutil.rmtree(path)
-            continue
-        state = read_state(out, step)
+        state = read_state(out, int(path.name.removeprefix("step-")))
         assert state["shape"]["is_source"]
         (path / "state.json").write_text(json.dumps(state | {"shape": state["shape"] | {"digest": "0" * 64}}))
         manifest = json.loads((path / "manifest.json").read_text())["files"]
@@ -326,7 +349,7 @@ def another_source(out: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (newer_format, "step-13/state.json has format 2; this version of loraprune_ds reads up to 1"),
+        (newer_format, "step-13/state.json has format 3; this version of loraprune_ds reads up to 2"),
         (another_source, "is not the model that"),
     ],
 )
@@ -358,7 +381,7 @@ def test_what_cannot_be_resumed_is_one_line(ranks: RankPool, straight: Path, aga
     new = config_for(again, tmp_path / "new")
     newer = killed_after(straight, 1, tmp_path)
     state = read_state(newer, 1)
-    (newer / "checkpoints/step-1/state.json").write_text(json.dumps(state | {"format": 2}))
+    (newer / "checkpoints/step-1/state.json").write_text(json.dumps(state | {"format": 3}))
     shutil.copytree(straight.parent / "source", tmp_path / "other_model")
     other_model = config_for(again, tmp_path / "new", f"model.path={tmp_path / 'other_model'}")
     other_batch = config_for(again, tmp_path / "new", "train.global_batch_size=12", "seed=1")
@@ -366,8 +389,8 @@ def test_what_cannot_be_resumed_is_one_line(ranks: RankPool, straight: Path, aga
     cases = [
         (new, str(tmp_path / "empty"), f"--resume {tmp_path / 'empty'}: no usable checkpoint there"),
         (new, str(tmp_path / "nowhere"), f"--resume {tmp_path / 'nowhere'}: no such folder"),
-        (new, str(newer), "format 2; this version of loraprune_ds reads up to 1"),
-        (new, str(newer / "checkpoints/step-1"), "format 2; this version of loraprune_ds reads up to 1"),
+        (new, str(newer), "format 3; this version of loraprune_ds reads up to 2"),
+        (new, str(newer / "checkpoints/step-1"), "format 3; this version of loraprune_ds reads up to 2"),
         (other_model, str(straight), "other settings: model.path"),
         (other_batch, str(straight), "other settings: seed, train.global_batch_size"),
         (held, str(straight), f"output_dir {newer} holds a run already"),

@@ -1,0 +1,79 @@
+"""A model that cuts have left is read from the dense one's files as slices, bit by bit as if it had been written."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loraprune_ds.model import checkpoint as reading
+from loraprune_ds.model.build import build_on_meta
+from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
+from loraprune_ds.model.cut_checkpoint import Kept, cut_to
+from loraprune_ds.model.shapes import LINEARS
+from tests.oracle.models import make_tiny_llama
+
+HEAD_DIM, QUERIES = 6, 2
+UNEVEN: Kept = [([0, 1, 2, 3], [*range(0, 37, 3)]), ([1, 3], [*range(37)]), ([2], [0, 36])]
+EVEN: Kept = [([0, 2], [1, 2, 3, 30]), ([1, 2], [5, 6, 7, 8]), ([2, 3], [0, 1, 2, 36])]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(
+        tmp_path_factory.mktemp("dense"),
+        heads=8,
+        kv_heads=4,
+        head_dim=HEAD_DIM,
+        hidden=48,
+        ffn=37,
+        layers=3,
+        vocab=59,
+        seed=1,
+        biases=request.param,
+    )
+
+
+def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """The same tensors with rows and columns left out one group after the other."""
+    left = dict(tensors)
+    for i, (heads, channels) in enumerate(kept):
+        for linear in LINEARS:
+            groups, width = (heads, HEAD_DIM) if linear.kind == "heads" else (channels, 1)
+            width *= QUERIES if linear.queries else 1
+            indices = [group * width + k for group in groups for k in range(width)]
+            name = f"model.layers.{i}.{linear.name}"
+            left[f"{name}.weight"] = left[f"{name}.weight"].index_select(linear.axis, torch.tensor(indices))
+            if linear.axis == 0 and f"{name}.bias" in left:
+                left[f"{name}.bias"] = left[f"{name}.bias"][indices]
+    return left
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 24])
+@pytest.mark.parametrize("kept", [UNEVEN, EVEN], ids=["uneven", "even"])
+def test_every_piece_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "READ_CHUNK", chunk)
+    cut, expected = cut_to(open_checkpoint(folder), kept, "float32"), cut_by_hand(load_tensors(folder), kept)
+    assert parameter_shapes(cut.shape) == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    for name, tensor in expected.items():
+        flat, numel = tensor.reshape(-1), tensor.numel()
+        for start, end in itertools.pairwise(sorted([0, 0, 1, numel // 3, numel // 2, numel, numel])):
+            assert torch.equal(cut.read_flat(name, start, end, torch.float32), flat[start:end]), (name, start, end)
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_it_is_built_with_the_sizes_that_are_left(folder: Path) -> None:
+    for kept in (UNEVEN, EVEN):
+        cut = cut_to(open_checkpoint(folder), kept, "float32")
+        model = build_on_meta(cut, "sdpa")
+        assert {n: tuple(p.shape) for n, p in model.named_parameters()} == parameter_shapes(cut.shape)
+
+
+def test_with_nothing_cut_it_is_the_model_on_disk(folder: Path) -> None:
+    dense = open_checkpoint(folder)
+    assert cut_to(dense, [([0, 1, 2, 3], [*range(37)])] * 3, "float32") is dense
