@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.checkpoint_cost [--ranks 2] [--model FOLDER]
 
-Two launches of real ranks. The first trains a step at a time and saves before any cut, after a cut, and with no cut
-since the last save; the second, in fresh processes, verifies the newest checkpoint and rebuilds the sharded model from
-it, and beside it a fresh model from the dense source. Memory is RssAnon + RssShmem of each rank, sampled every 5 ms,
+Two launches of real ranks. The first trains a step at a time and saves before any cut, after a cut, and after it with
+the frozen weights, as `prune.compensate` and `checkpoint.copy_source` have it; the second, in fresh processes, verifies
+both checkpoints of the smaller model and rebuilds the sharded model from them, and beside them a fresh model from the
+dense source. Memory is RssAnon + RssShmem of each rank, sampled every 5 ms,
 above what it held when the stretch began. The result goes to tests/benchmarks/results/checkpoint_cost.json.
 """
 
@@ -16,10 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint.load import find_newest
+from loraprune_ds.checkpoint.files import numbered, step_folder
+from loraprune_ds.checkpoint.load import Saved, open_saved
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.state import Tally
 from loraprune_ds.config import (
@@ -48,7 +51,7 @@ RESULT = Path(__file__).parent / "results" / "checkpoint_cost.json"
 
 
 def make_config(folder: Path, model: str) -> RunConfig:
-    """One cut, after step 2, to half of the decoder's linear parameters: the largest shape folder there is to write."""
+    """One cut, after step 2, to half of the decoder's linear parameters."""
     return RunConfig(
         output_dir=str(folder),
         model=ModelConfig(path=model),
@@ -77,21 +80,23 @@ def folder_bytes(folder: Path) -> int:
 
 
 def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
-    """Three saves: nothing cut yet; after a cut; none since the last."""
+    """Three saves: nothing cut yet; after a cut; once more, with the frozen weights."""
     store = build_store(config, prepared, None)
     pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
     trainer = Trainer(store, pruner, prepared.samples, prepared.order, config)
-    checkpoints = Checkpoints(config, prepared, pruner, None)
+    copying = replace(config, checkpoint=replace(config.checkpoint, copy_source=True))
+    slices, copies = (Checkpoints(kind, prepared, pruner, None) for kind in (config, copying))
     root = Path(config.output_dir) / CHECKPOINTS_FOLDER
     cut_steps, result = prepared.schedule.cut_steps(), {}
-    names = {1: "before_any_cut", cut_steps[-1]: "after_a_cut", cut_steps[-1] + 1: "no_cut_since_the_last"}
+    names = {1: "before_any_cut", cut_steps[-1]: "after_a_cut", cut_steps[-1] + 1: "with_the_frozen_weights"}
     for step in range(1, cut_steps[-1] + 2):
         trainer.step(step)
         trainer.cut(step)
         if step not in names:
             continue
+        checkpoints = copies if names[step] == "with_the_frozen_weights" else slices
         before = {path.name for path in root.glob("*")}
-        row = measured(comm, lambda step=step: checkpoints.save(store, step, Tally()))
+        row = measured(comm, lambda step=step, kind=checkpoints: kind.save(store, step, Tally()))
         written = {path.name: folder_bytes(path) for path in sorted(root.iterdir()) if path.name not in before}
         row |= {"bytes_written": sum(written.values()), "folders": written}
         row["weight_bytes_per_rank"] = store.gather_values(storage_bytes(weight_tensors(store.engine)))
@@ -100,12 +105,16 @@ def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dic
 
 
 def resume_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
-    """Verification, the model of the checkpoint, and the dense model from its source for comparison."""
+    """Verification and the model, of slices of the source and of copies; and the dense model for comparison."""
     root = Path(config.output_dir) / CHECKPOINTS_FOLDER
-    found: list[Any] = []
-    result = {"verify": measured(comm, lambda: found.append(find_newest(root, comm, lambda line: None)))}
-    result["rebuild"] = measured(comm, lambda: build_store(config, prepared, found[0]))
-    gc.collect()
+    *_, slices, copies = numbered(root, "step")
+    found: list[Saved] = []
+    result = {}
+    for name, number in {"slices": slices, "copies": copies}.items():
+        folder = step_folder(root, number)
+        result[f"verify_{name}"] = measured(comm, lambda folder=folder: found.append(open_saved(folder, comm)))
+        result[f"rebuild_{name}"] = measured(comm, lambda: build_store(config, prepared, found[-1]))
+        gc.collect()
     result["fresh_dense_model"] = measured(comm, lambda: build_store(config, prepared, None))
     return result
 
