@@ -52,6 +52,7 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     Raises:
         UserError: something cannot be used; all ranks raise the same line.
     """
+    comm.together(lambda: _check_before_download(config, comm.world_size))
     # One rank per node downloads or converts, the others find it in the node's cache.
     with comm.patient() as waiting:
         waiting.together(lambda: locate_model(config.model) if is_first_on_node else None)
@@ -64,10 +65,14 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     return prepared
 
 
-def _prepare(config: RunConfig, world_size: int) -> Prepared:
+def _check_before_download(config: RunConfig, world_size: int) -> None:
+    """What the model has no part in: a large one may take an hour to come."""
     check_private_attributes()
     check_dtype(config.model.dtype)
     config.train.gradient_accumulation_steps(world_size)
+
+
+def _prepare(config: RunConfig, world_size: int) -> Prepared:
     checkpoint = open_for_pruning(locate_model(config.model), config.prune)
     if config.model.adapter:
         adapter = Path(config.model.adapter).expanduser()

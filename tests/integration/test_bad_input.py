@@ -79,6 +79,7 @@ WRONG = (
     ),
     Wrong("micro-batches", "train.micro_batch_size=3", ("train.global_batch_size (4)", "micro_batch_size (3)")),
     Wrong("ranks", "train.global_batch_size=6", ("over 2 ranks", "world sizes that fit: 1, 3"), ranks=2),
+    Wrong("ranks, no download", "train.global_batch_size=6 model.path=nobody/nothing", ("over 2 ranks",), ranks=2),
     Wrong("LoRA rank", "lora.r=4096", ("lora.r 4096", "hidden_size 32")),
     Wrong("window", "data.window=4096", ("data.window 4096", "512 positions")),
     Wrong("evaluation window", "evaluate.window=513", ("evaluate.window 513", "512 positions")),
