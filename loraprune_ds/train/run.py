@@ -121,7 +121,7 @@ def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, context: 
     """Trains and cuts, then writes the merged weights; None if it was asked to stop. The engine ends with this call."""
     step = context.status.step
     distills = config.train.distill_weight and step < prepared.steps  # the files are gone once no step needs them
-    teacher = context.comm.together(lambda: find_teacher(config, prepared, saved)) if distills else None
+    teacher = find_teacher(config, prepared, saved, context.comm) if distills else None
     loop = Loop(config, prepared, saved, teacher, context.recorder, context.status, context.requests)
     if context.stop_requested() or not loop.run() or context.stop_requested():
         return None

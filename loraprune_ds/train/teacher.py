@@ -9,6 +9,7 @@ A file appears whole or not at all, so an interrupted pass goes on where it was.
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,18 @@ def plan_teacher(
 
 @dataclass(frozen=True)
 class Teacher:
-    """The files of one run. `identity`: what they were made from, as teacher.json has it."""
+    """The files of one run.
+
+    Attributes:
+        identity: what they were made from, as teacher.json has it.
+        to_write: those that were missing when the teacher was found.
+    """
 
     folder: Path
     plan: TeacherPlan
     weight: float
     identity: dict[str, Any]
+    to_write: Sequence[int] = ()
 
     def path(self, file: int) -> Path:
         return self.folder / f"targets-{file:05d}.safetensors"
@@ -108,9 +115,10 @@ class Teacher:
         except (OSError, ValueError):
             return False
 
-    def missing(self) -> list[int]:
-        """Files that are not there or not whole."""
-        return [file for file in range(self.plan.files) if not self.has(file)]
+    def missing(self, part: int = 0, parts: int = 1) -> list[int]:
+        """Of every `parts`-th file those that are not there or not whole, so that ranks can share the looking."""
+        belongs = self.belongs()
+        return [file for file in range(part, self.plan.files, parts) if not (belongs and self.has(file))]
 
     def has(self, file: int) -> bool:
         """Whether a file is there and whole."""

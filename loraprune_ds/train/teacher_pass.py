@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,18 +22,34 @@ from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.stop import STOP
 from loraprune_ds.train.teacher import TEACHER_FOLDER, Teacher, make_teacher, plan_teacher
 from loraprune_ds.units import format_bytes
+from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES
 from loraprune_ds.zero.sharded import ShardedStore
 from loraprune_ds.zero.write import LocalWrites
 
 
-def find_teacher(config: RunConfig, prepared: Prepared, saved: Saved | None) -> Teacher:
-    """The teacher of a run: in its own folder, or in that of the run it goes on from. Every rank finds the same.
+def find_teacher(
+    config: RunConfig, prepared: Prepared, saved: Saved | None, comm: Communicator | None = None
+) -> Teacher:
+    """The teacher of a run: in its own folder, or in that of the run it goes on from. Collective.
+
+    Args:
+        comm: None: all ranks that there are.
 
     Raises:
         UserError: its files are not all there though the model is cut already, or will not fit on the disk.
     """
-    shape = prepared.checkpoint.shape
+    comm = comm or Communicator()
+    possible = comm.together(lambda: _possible_teachers(config, prepared, saved))
+    found = [replace(teacher, to_write=_missing_files(teacher, comm)) for teacher in possible]
+    teacher = next((teacher for teacher in found if not teacher.to_write), found[0])
+    comm.together(lambda: _check_can_be_written(teacher, config, saved))
+    return teacher
+
+
+def _possible_teachers(config: RunConfig, prepared: Prepared, saved: Saved | None) -> list[Teacher]:
+    """The run's own, then that of the run it goes on from if that has another folder."""
+    shape, own = prepared.checkpoint.shape, Path(config.output_dir)
     plan = plan_teacher(
         config,
         prepared.samples,
@@ -40,26 +58,31 @@ def find_teacher(config: RunConfig, prepared: Prepared, saved: Saved | None) -> 
         hidden_size=shape.hidden_size,
         element_size=DTYPES[config.model.dtype].itemsize,
     )
-    folders = [Path(config.output_dir) / TEACHER_FOLDER]
-    if saved is not None:
-        folders.append(saved.folder.parents[1] / TEACHER_FOLDER)
+    runs = [own]
+    if saved is not None and saved.folder.parents[1].resolve() != own.resolve():
+        runs.append(saved.folder.parents[1])
     samples, source = prepared.samples.digest(), source_digest(prepared.checkpoint)
-    teachers = [make_teacher(config, plan, samples=samples, source=source, folder=folder) for folder in folders]
-    if complete := next((t for t in teachers if t.belongs() and not t.missing()), None):
-        return complete
-    teacher = teachers[0]
-    missing = teacher.missing() if teacher.belongs() else list(range(plan.files))
+    return [make_teacher(config, plan, samples=samples, source=source, folder=run / TEACHER_FOLDER) for run in runs]
+
+
+def _missing_files(teacher: Teacher, comm: Communicator) -> list[int]:
+    """Each looked for by one rank: a large run has 100,000 of them. Collective."""
+    return sorted(chain.from_iterable(comm.gather_objects(teacher.missing(comm.rank, comm.world_size))))
+
+
+def _check_can_be_written(teacher: Teacher, config: RunConfig, saved: Saved | None) -> None:
+    if not teacher.to_write:
+        return
     if saved is not None and saved.state.cuts:
-        raise UserError(
-            f"{teacher.path(missing[0])} is missing or damaged, and the model that would write it again is cut already"
-        )
-    needed, free = plan.bytes * len(missing) // plan.files, shutil.disk_usage(config.output_dir).free
+        lost = teacher.path(teacher.to_write[0])
+        raise UserError(f"{lost} is missing or damaged, and the model that would write it again is cut already")
+    needed = teacher.plan.bytes * len(teacher.to_write) // teacher.plan.files
+    free = shutil.disk_usage(config.output_dir).free
     if needed > free:
         raise UserError(
             f"train.distill_weight: the outputs of the uncut model need {format_bytes(needed)} in {teacher.folder}, "
             f"where {format_bytes(free)} are free; train.distill_top_k keeps less"
         )
-    return teacher
 
 
 def record_teacher(
@@ -71,7 +94,7 @@ def record_teacher(
     pending: Callable[[], int],
     note: Callable[[str], None],
 ) -> bool:
-    """Writes what is missing, each file by one rank, W files at a time. Collective.
+    """Writes what was missing when the teacher was found, each file by one rank, W files at a time. Collective.
 
     Returns:
         False if it was asked to stop before the end; what is written stays.
@@ -81,18 +104,17 @@ def record_teacher(
     """
     comm = store.comm
     comm.together(lambda: teacher.begin() if comm.rank == 0 else None)
-    missing = comm.gather_objects(teacher.missing())[0]
-    if not missing:
+    if not teacher.to_write:
         return True
     plan = teacher.plan
     note(
         f"the uncut model's outputs for {len(plan.samples)} samples: {format_bytes(plan.bytes)} in {teacher.folder}, "
-        f"{len(missing)} of {plan.files} files to write"
+        f"{len(teacher.to_write)} of {plan.files} files to write"
     )
     with adapters_off(store.module):
-        if not _write_files(store, teacher, samples, config, missing, pending):
+        if not _write_files(store, teacher, samples, config, pending):
             return False
-    comm.together(lambda: _wait_for_files(teacher))
+    comm.together(lambda: _wait_for_files(teacher, comm))
     return True
 
 
@@ -101,10 +123,9 @@ def _write_files(
     teacher: Teacher,
     samples: Samples,
     config: RunConfig,
-    missing: list[int],
     pending: Callable[[], int],
 ) -> bool:
-    comm, writes = store.comm, LocalWrites()
+    comm, writes, missing = store.comm, LocalWrites(), teacher.to_write
     for first in range(0, len(missing), comm.world_size):
         files = missing[first : first + comm.world_size]
         passes = max(-(-len(teacher.plan.members(file)) // config.train.micro_batch_size) for file in files)
@@ -136,10 +157,10 @@ def _file_content(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _wait_for_files(teacher: Teacher) -> None:
-    """Until this rank sees what the others wrote."""
-    for file in teacher.missing():
-        if not comes_to_be_seen(partial(teacher.has, file)):
+def _wait_for_files(teacher: Teacher, comm: Communicator) -> None:
+    """Until this rank sees those that it looked for in vain: its file system may remember that they were not there."""
+    for file in teacher.to_write:
+        if file % comm.world_size == comm.rank and not comes_to_be_seen(partial(teacher.has, file)):
             raise UserError(f"{teacher.path(file)} was written by another rank and cannot be read by this one")
 
 

@@ -169,10 +169,13 @@ def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
     plan = replace(plan, per_file=FILE_SAMPLES)
     teacher = make_teacher(config, plan, samples="", source="", folder=folder / f"{store.world_size}-{top_k}")
     asked = iter([STOP])
-    passes = [
-        record_teacher(store, teacher, samples, config, pending=lambda: next(asked, 0), note=lambda line: None)
-        for _ in range(2)
-    ]
+    passes = []
+    for _ in range(2):
+        store.comm.barrier()  # the other ranks' files are there
+        to_do = replace(teacher, to_write=teacher.missing())
+        passes.append(
+            record_teacher(store, to_do, samples, config, pending=lambda: next(asked, 0), note=lambda line: None)
+        )
     trainer._teacher = teacher
     batch = trainer.order.batch(0)
     supervised = int((samples.labels[batch][:, 1:] != -100).sum())

@@ -91,6 +91,7 @@ def test_files_of_another_teacher_are_replaced(tmp_path: Path) -> None:
     same = made(tmp_path / "teacher")
     same.begin()
     assert same.missing() == [1, 2]
+    assert [same.missing(rank, 2) for rank in range(2)] == [[2], [1]]  # as two ranks look for them
     other = replace(teacher, identity=teacher.identity | {"source": "c"})
     assert not other.belongs()
     other.begin()
