@@ -216,7 +216,7 @@ class EvaluateConfig:
 
     window: int = 128
     max_windows: int | None = 160
-    batch_size: int = 8
+    batch_size: int = 8  # windows of a forward pass; distillation records as many samples in one, if not more
     every: int | None = None  # steps between evaluations during the run
 
     def __post_init__(self) -> None:
@@ -264,6 +264,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32); got {self.seed}")
+
+    @property
+    def recorded_at_once(self) -> int:
+        """Samples of a forward pass that records the uncut model's outputs: it keeps nothing for a backward one."""
+        return max(self.train.micro_batch_size, self.evaluate.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as written to `<output_dir>/config.yaml`."""

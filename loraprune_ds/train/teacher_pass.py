@@ -128,7 +128,7 @@ def _write_files(
     comm, writes, missing = store.comm, LocalWrites(), teacher.to_write
     for first in range(0, len(missing), comm.world_size):
         files = missing[first : first + comm.world_size]
-        passes = max(-(-len(teacher.plan.members(file)) // config.train.micro_batch_size) for file in files)
+        passes = max(-(-len(teacher.plan.members(file)) // config.recorded_at_once) for file in files)
         is_mine = comm.rank < len(files)
         file = files[comm.rank if is_mine else 0]  # out of files: as many forward passes, written nowhere
         fields = _file_content(store, teacher, samples, config, file, passes)
@@ -145,7 +145,7 @@ def _file_content(
     store: ShardedStore, teacher: Teacher, samples: Samples, config: RunConfig, file: int, passes: int
 ) -> dict[str, Tensor]:
     """All supervised tokens of a file, in so many forward passes, of which every rank makes the same number."""
-    batches = teacher.plan.members(file).split(config.train.micro_batch_size)
+    batches = teacher.plan.members(file).split(config.recorded_at_once)
     parts = []
     for i in range(passes):
         indices = batches[i if i < len(batches) else 0]

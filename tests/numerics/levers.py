@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.files import sha256
+from loraprune_ds.config import EvaluateConfig
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.pruning.step import all_groups
@@ -164,7 +165,8 @@ def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
     trainer = build(job)
     store, samples = trainer.store, trainer.samples
     train = replace(trainer.config.train, distill_weight=0.5, distill_top_k=top_k)
-    config = trainer.config = replace(trainer.config, train=train)
+    # a file takes two forward passes, the last of them not full
+    config = trainer.config = replace(trainer.config, train=train, evaluate=EvaluateConfig(batch_size=3))
     plan = plan_teacher(config, samples, trainer.order, len(job.batches), hidden_size=HIDDEN_SIZE, element_size=4)
     plan = replace(plan, per_file=FILE_SAMPLES)
     teacher = make_teacher(config, plan, samples="", source="", folder=folder / f"{store.world_size}-{top_k}")

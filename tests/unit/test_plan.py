@@ -334,7 +334,7 @@ def test_the_pass_of_the_uncut_model_is_a_stage_of_its_own() -> None:
     assert names == ["loading", "uncut model's pass", *(stage.name for stage in plain.stages[1:])]
     stage, of_top = distilled.stages[1], top.stages[1]
     assert stage.state == distilled.stages[2].state | {"lora_moments": 0}
-    tokens = 2 * 64
+    tokens = 8 * 64  # evaluate.batch_size is above the micro-batch
     assert stage.phases["pass"]["targets"] == tokens * 512 * 2
     assert of_top.phases["pass"]["targets"] == tokens * (1000 * 8 + 12 * 8 + 4)
     assert stage.host["teacher_file"] == 2 * 64 * 63 * 512 * 2
@@ -343,9 +343,7 @@ def test_the_pass_of_the_uncut_model_is_a_stage_of_its_own() -> None:
     assert "uncut model's pass" not in plan_table(plain, [])
 
 
-@pytest.mark.parametrize(
-    ("samples", "gpus", "passes"), [(64, 1, 32), (64, 2, 32), (128, 2, 32), (129, 2, 64), (9, 4, 5)]
-)
+@pytest.mark.parametrize(("samples", "gpus", "passes"), [(64, 1, 8), (64, 2, 8), (128, 2, 8), (129, 2, 16), (9, 4, 2)])
 def test_ranks_out_of_files_make_as_many_passes(samples: int, gpus: int, passes: int) -> None:
     plan = request(Cluster(1, gpus), steps=None, epochs=9, distill_weight=0.5, micro_batch_size=2, global_batch_size=8)
     assert teacher.passes(replace(plan, samples=samples)) == passes
