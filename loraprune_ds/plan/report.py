@@ -190,6 +190,9 @@ def _traffic_rows(plan: Plan) -> list[str]:
         f"in all: {whole.hidden / 3600:.1f} to {whole.exposed / 3600:.1f} hours, {whole.sent / 1e9:,.0f} GB sent per "
         f"rank, for {plan.request.steps:,} {assumed}steps and {rest}"
     )
+    rows.append(
+        "  not counted: loading, evaluations, checkpoints, host time of cuts; every sample counted as a full window"
+    )
     return rows
 
 

@@ -63,6 +63,7 @@ def test_the_smallest_cluster_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys
     assert "llama-7b fits on " in out
     assert "--samples" not in out  # the steps are known
     assert "in all:" in out
+    assert "not counted: " in out
 
 
 @pytest.mark.parametrize(("nodes", "most"), [(["--nodes", "2"], 2), ([], 512)])
