@@ -10,6 +10,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
 from loraprune_ds.train.records import KINDS, CutRecord, EvaluationRecord, Record, StepRecord
 
+MOST_CURVES = 8  # ranks that have one of their own in TensorBoard
 KIND_OF = {record: kind for kind, record in KINDS.items()}
 
 
@@ -99,7 +100,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 class TensorBoardLog:
-    """The same records as TensorBoard scalars, bytes of each rank as curves of their own."""
+    """The same records as TensorBoard scalars, bytes of each rank as curves of their own: of many ranks the ends."""
 
     def __init__(self, folder: Path, resumed_from: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # half a second that runs without it need not pay
@@ -120,7 +121,7 @@ class TensorBoardLog:
 def _scalars(record: Record) -> dict[str, float]:
     match record:
         case StepRecord():
-            scalars = {
+            scalars: dict[str, float] = {
                 "train/loss": record.loss,
                 "train/learning_rate": record.learning_rate,
                 "train/sparsity": record.sparsity,
@@ -129,9 +130,8 @@ def _scalars(record: Record) -> dict[str, float]:
             }
             if record.grad_norm is not None:
                 scalars["train/grad_norm"] = record.grad_norm
-            for rank, (weights, resident) in enumerate(zip(record.weight_bytes, record.resident_bytes, strict=True)):
-                scalars[f"weight_bytes/rank_{rank}"] = weights
-                scalars[f"resident_bytes/rank_{rank}"] = resident
+            scalars |= _by_rank("weight_bytes", record.weight_bytes)
+            scalars |= _by_rank("resident_bytes", record.resident_bytes)
             return scalars
         case CutRecord():
             return {
@@ -143,3 +143,10 @@ def _scalars(record: Record) -> dict[str, float]:
             }
         case EvaluationRecord():
             return {f"perplexity/{record.name}": record.perplexity}
+
+
+def _by_rank(name: str, values: list[int]) -> dict[str, float]:
+    """A curve of every rank, or where they are many only the least and the most: the ranks of a run are alike."""
+    if len(values) > MOST_CURVES:
+        return {f"{name}/min": min(values), f"{name}/max": max(values)}
+    return {f"{name}/rank_{rank}": value for rank, value in enumerate(values)}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,23 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path, capfd: pytest.CaptureF
     assert [e.step for e in events.Scalars("cut/reached")] == [4, 6]
     assert events.Scalars("perplexity/pruned")[0].value == pytest.approx(74.23)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [(8, {f"rank_{rank}": 1000 - rank for rank in range(8)}), (9, {"min": 992, "max": 1000})]
+)
+def test_tensorboard_of_many_ranks_has_the_least_and_the_most(
+    tmp_path: Path, ranks: int, expected: dict[str, float]
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = TensorBoardLog(tmp_path)
+    values = [1000 - rank for rank in range(ranks)]
+    log.write(replace(step_record(1), weight_bytes=values, resident_bytes=values))
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    for name in ("weight_bytes", "resident_bytes"):
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(f"{name}/")]
+        assert {tag.removeprefix(f"{name}/"): events.Scalars(tag)[0].value for tag in tags} == expected
 
 
 def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
