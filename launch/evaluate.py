@@ -138,12 +138,16 @@ def find_or_merge(path: str, out: Path) -> str:
     from loraprune_ds.checkpoint.run_folder import STATUS_FILE
     from loraprune_ds.checkpoint.state import STATE_FILE
     from loraprune_ds.evaluate.models import find_model
-    from loraprune_ds.export.formats import export, find_source
+    from loraprune_ds.export.formats import NoRoom, export, find_source
 
     if any((Path(path) / name).is_file() for name in (STATUS_FILE, STATE_FILE)):
         source = find_source(Path(path))
         if source.model is None:
-            for remark in export(source, "hf", out):
+            try:
+                remarks = export(source, "hf", out)
+            except NoRoom as error:
+                raise UserError(f"{path} is to be merged first: {error}; TMPDIR names another folder") from None
+            for remark in remarks:
                 print(f"note: {path}: {remark}", file=sys.stderr)
             return str(out)
     find_model(path)

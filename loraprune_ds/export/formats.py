@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from loraprune_ds.checkpoint.files import numbered, step_folder
@@ -19,6 +20,7 @@ from loraprune_ds.export.huggingface import begin, publish
 from loraprune_ds.export.model_card import retell_model_card
 from loraprune_ds.model.adapters import BASE_FOLDER
 from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.units import format_bytes
 
 HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, for further tuning.
 
@@ -41,6 +43,10 @@ model = Llama("path/to/{file}")
 print(model("The import statement", max_tokens=32, temperature=0)["choices"][0]["text"])
 ```
 """
+
+
+class NoRoom(UserError):
+    """What is to be written does not fit where it is to lie."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def export(source: Source, name: str, out: Path) -> list[str]:
 def _huggingface(source: Source, folder: Path) -> list[str]:
     if source.model is None:
         unmerged, remarks = _open_newest(source.checkpoints)
+        _check_room(unmerged, folder)
         write_merged(unmerged, folder)
         return remarks
     open_checkpoint(source.model)
@@ -140,6 +147,15 @@ def _open_newest(checkpoints: list[Path]) -> tuple[Unmerged, list[str]]:
             continue
         return unmerged, [*remarks, f"taken from {path.name}"]
     raise UserError(remarks[0])
+
+
+def _check_room(unmerged: Unmerged, folder: Path) -> None:
+    needed = unmerged.shape.total_numel() * getattr(torch, unmerged.config.model.dtype).itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoom(
+            f"the merged model needs {format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
+        )
 
 
 def _gguf(precision: Precision) -> Callable[[Source, Path], list[str]]:

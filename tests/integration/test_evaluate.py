@@ -11,13 +11,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch.evaluate import find_or_merge
 from loraprune_ds.checkpoint.run_folder import Status, write_status
+from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export, find_source
 from tests.integration.launching import (
     PRELOADED,
@@ -190,6 +193,19 @@ def test_a_checkpoint_and_the_unfinished_run_it_belongs_to(made: Made, tmp_path:
     ended = evaluate(made, run, *on_text(made))
     assert answer(ended)["perplexity"] == found["perplexity"]
     assert "taken from step-4" in ended.err
+
+
+def test_no_room_to_merge_is_told_before_anything_is_written(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    checkpoint = made / "run" / "checkpoints" / "step-4"
+    message = (
+        rf"{checkpoint} is .*model needs [\d.]+ kB in {tmp_path}, where 1.0 kB are free; TMPDIR names another folder"
+    )
+    with pytest.raises(UserError, match=message):
+        find_or_merge(str(checkpoint), tmp_path / "0")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
