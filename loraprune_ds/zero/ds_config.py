@@ -127,9 +127,9 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
     }
 
 
-def bucket_numel(shape: ModelShape, rank: int) -> int:
+def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
     """Elements of the gradient bucket: all LoRA parameters, or as many as MAX_BUCKET and one layer's at least."""
-    per_layer = [sum(shape.layer_lora_sizes(i, rank)) for i in range(len(shape.layers))]
+    per_layer = [sum(shape.layer_lora_sizes(i, lora_rank)) for i in range(len(shape.layers))]
     return max(max(per_layer), min(sum(per_layer), MAX_BUCKET))
 
 
