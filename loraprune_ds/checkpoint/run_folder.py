@@ -1,4 +1,4 @@
-"""What lies in the folder of a run: the names, and status.json, for people, scripts and the next start in it."""
+"""The folder of a run: names of what lies in it, and status.json, for people, scripts and the next start in it."""
 
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -13,6 +13,12 @@ STATUS_FILE = "status.json"
 REPORT_FILE = "report.json"
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
+KEPT_GROUPS_FILE = "kept_groups.json"
+KEPT_GROUPS_PICTURE = "kept_groups.png"
+TRAINING_PICTURE = "training.png"
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+TEACHER_FOLDER = "teacher"
 
 State = Literal["running", "stopped", "finished", "failed"]
 

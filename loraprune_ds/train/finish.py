@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER
+from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_PICTURE, MODEL_FOLDER, TRAINING_PICTURE
 from loraprune_ds.config import RunConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, card_of_run, model_name, write_model_card
@@ -100,5 +100,5 @@ def publish_model(
     )
     write_report(folder, report)
     fail_point("finish.reported")
-    draw_kept_groups(folder / "kept_groups.png", dense, outcome.pruned)
-    draw_training(folder / "training.png", history)
+    draw_kept_groups(folder / KEPT_GROUPS_PICTURE, dense, outcome.pruned)
+    draw_training(folder / TRAINING_PICTURE, history)

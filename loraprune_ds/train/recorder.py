@@ -4,13 +4,12 @@ import sys
 from pathlib import Path
 
 from loraprune_ds.checkpoint.load import Saved
+from loraprune_ds.checkpoint.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.files import write_text
 from loraprune_ds.train.metrics import MetricsLog, TensorBoardLog, read_metrics
 from loraprune_ds.train.progress import Progress
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, History, Record, Sink, StepRecord, history_from
-
-METRICS_FILE = "metrics.jsonl"
 
 
 def take_over_metrics(saved: Saved, folder: Path) -> None:
@@ -44,7 +43,7 @@ class Recorder:
             self.history = history_from(read_metrics(folder / METRICS_FILE))
         self._sinks.append(metrics)
         if config.logging.tensorboard:
-            self._sinks.append(TensorBoardLog(folder / "tensorboard", first if saved else None))
+            self._sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if saved else None))
         if config.logging.progress:
             self._progress = Progress(steps, first=first)
             self._sinks.append(self._progress)

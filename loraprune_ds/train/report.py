@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint.run_folder import REPORT_FILE
+from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_FILE, REPORT_FILE
 from loraprune_ds.config import RunConfig
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.records import CutRecord, History
 from loraprune_ds.zero.store import LayerKeep
-
-KEPT_GROUPS_FILE = "kept_groups.json"
 
 
 def make_report(

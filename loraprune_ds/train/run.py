@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loraprune_ds.checkpoint.files import staging_of
 from loraprune_ds.checkpoint.load import Saved
-from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER
+from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.export.from_ranks import write_merged_weights
@@ -25,7 +25,6 @@ from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.recorder import Recorder, take_over_metrics
 from loraprune_ds.train.records import EvaluationRecord
 from loraprune_ds.train.stop import STOP, Requests, drop_stale_requests
-from loraprune_ds.train.teacher import TEACHER_FOLDER
 from loraprune_ds.train.teacher_pass import find_teacher
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine

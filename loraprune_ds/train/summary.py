@@ -4,16 +4,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.checkpoint.run_folder import (
+    KEPT_GROUPS_FILE,
+    KEPT_GROUPS_PICTURE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    REPORT_FILE,
+    TENSORBOARD_FOLDER,
+    TRAINING_PICTURE,
+)
 from loraprune_ds.units import format_bytes, format_count, format_duration, format_percent, format_perplexity
 
 RESULTS = (
-    ("model", "Hugging Face checkpoint, smaller and dense, LoRA merged in"),
-    ("report.json", "these numbers and more, with versions and config"),
-    ("kept_groups.json", "the heads and channels that every layer kept"),
-    ("kept_groups.png", "the same as a picture"),
-    ("training.png", "loss, sparsity, speed and memory over the steps"),
-    ("metrics.jsonl", "every step, cut and evaluation"),
-    ("tensorboard", "the same as curves, for tensorboard --logdir"),
+    (MODEL_FOLDER, "Hugging Face checkpoint, smaller and dense, LoRA merged in"),
+    (REPORT_FILE, "these numbers and more, with versions and config"),
+    (KEPT_GROUPS_FILE, "the heads and channels that every layer kept"),
+    (KEPT_GROUPS_PICTURE, "the same as a picture"),
+    (TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
+    (METRICS_FILE, "every step, cut and evaluation"),
+    (TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
 Row = tuple[str, str, str, str]
 

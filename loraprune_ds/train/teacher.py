@@ -27,7 +27,6 @@ from loraprune_ds.files import write_json
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher, samples_per_file, token_bytes
 from loraprune_ds.train.data import SampleOrder, Samples
 
-TEACHER_FOLDER = "teacher"
 MANIFEST = "teacher.json"
 
 

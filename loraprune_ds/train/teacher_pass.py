@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.load import Saved, source_digest
+from loraprune_ds.checkpoint.run_folder import TEACHER_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
@@ -20,7 +21,7 @@ from loraprune_ds.train.data import Samples
 from loraprune_ds.train.output import comes_to_be_seen
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.stop import STOP
-from loraprune_ds.train.teacher import TEACHER_FOLDER, Teacher, make_teacher, plan_teacher
+from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
 from loraprune_ds.units import format_bytes
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES
