@@ -191,7 +191,7 @@ def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> Expor
         entries.append(write_shard(staging, index, count, shard))
     write_index(staging, entries)
     finish_folder(staging, exported, source, model_card(dense, pruned))
-    publish(staging, out)
+    publish(out)
     return exported
 
 

@@ -105,7 +105,7 @@ def export(source: Source, name: str, out: Path) -> list[str]:
         staging = begin(out)
         try:
             remarks = FORMATS[name](source, staging)
-            publish(staging, out)
+            publish(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # a full disk, or a checkpoint that its run has dropped meanwhile

@@ -2,10 +2,9 @@
 
 rank 0  staging = begin(out)
 each    write_shard(staging, ...)             (shards.py; shard k by rank k % world size)
-rank 0  write_index(staging, ...); finish_folder(staging, ...); publish(staging, out)
+rank 0  write_index(staging, ...); finish_folder(staging, ...); publish(out)
 """
 
-import json
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from loraprune_ds.checkpoint import files
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.export.tokenizer import copy_tokenizer, has_tokenizer, pin_tokenizer
+from loraprune_ds.files import write_json
 from loraprune_ds.model.exported_config import ExportedConfig
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -58,22 +58,16 @@ def finish_folder(folder: Path, exported: ExportedConfig, source: Path, card: Mo
         pin_tokenizer(source, folder)
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in exported.config.items() if key in TOKEN_IDS}
-        _write_json(folder / "generation_config.json", ids)
-    _write_json(folder / "config.json", exported.config)
+        write_json(folder / "generation_config.json", ids)
+    write_json(folder / "config.json", exported.config)
     if exported.modelling_file:
         code = resources.files("loraprune_ds.model").joinpath(exported.modelling_file).read_text(encoding="utf-8")
         (folder / exported.modelling_file).write_text(code, encoding="utf-8")
     write_model_card(folder, card, exported)
 
 
-def publish(staging: Path, out: Path) -> None:
+def publish(out: Path) -> None:
     """Gives the finished export its name, in one step, once it is on the disk."""
-    for path in staging.rglob("*"):
+    for path in files.staging_of(out).rglob("*"):
         files.flush(path)
-    files.flush(staging)
-    staging.rename(out)
-    files.flush(out.parent)
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.publish(out)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.files import write_json
 from loraprune_ds.model.cache import make_once, user_cache
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _convert(source: Path, folder: Path) -> None:
     reader = GGUFReader(source)
     config = _read_config(reader)
     save_file(_read_tensors(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     _save_tokenizer(source, folder)
 
 
@@ -164,11 +165,7 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
     for key in ("backend", "is_local", "local_files_only"):
         config.pop(key, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 does not know 5's name of the same class
-    _write_json(path, config)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_json(path, config)
 
 
 def main() -> int:

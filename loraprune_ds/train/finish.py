@@ -85,7 +85,7 @@ def publish_model(
     exported = export_config(prepared.checkpoint.config, outcome.pruned, config.model.dtype)
     write_model_card(staging, model_card(config, prepared, outcome.pruned, history), exported)
     fail_point("finish.before_rename")
-    publish(staging, folder / MODEL_FOLDER)
+    publish(folder / MODEL_FOLDER)
     fail_point("finish.after_rename")
     write_kept_groups(folder, outcome.kept, dense)
     report = make_report(

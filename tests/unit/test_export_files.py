@@ -80,7 +80,7 @@ def test_nothing_is_visible_before_publish(tmp_path: Path) -> None:
     staging = begin(out)  # after a crash
     assert not list(staging.iterdir())
     (staging / "config.json").touch()
-    publish(staging, out)
+    publish(out)
     assert [path.name for path in out.iterdir()] == ["config.json"]
     assert [path.name for path in out.parent.iterdir()] == ["model"]
 
@@ -91,7 +91,8 @@ def test_an_existing_export_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path / 'model'} exists already"):
         begin(tmp_path / "model")
     (tmp_path / "empty").mkdir()
-    publish(begin(tmp_path / "empty"), tmp_path / "empty")
+    begin(tmp_path / "empty")
+    publish(tmp_path / "empty")
 
 
 def test_tokenizer_files_are_copied_as_they_are(tmp_path: Path) -> None:
