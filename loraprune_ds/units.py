@@ -1,6 +1,7 @@
-"""Numbers as a person reads them."""
+"""Numbers and tables as a person reads them."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 
 def format_count(count: float) -> str:
@@ -41,6 +42,14 @@ def format_perplexity(perplexity: float | None, digits: int = 2) -> str:
     if perplexity is None or not math.isfinite(perplexity):
         return "-" if perplexity is None else "not finite"
     return f"{perplexity:.{digits}f}" if perplexity < 1e5 else f"{perplexity:.2e}"
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
+    """The rows of a table as lines; `sides` has "<" for each column that stands to the left and ">" to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        yield "  ".join(cells).rstrip()
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:

@@ -1,7 +1,7 @@
 """Several results side by side: folders of runs and JSON files of launch/evaluate.py, as one table."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.runs import read_run_report
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
 from loraprune_ds.files import read_json
-from loraprune_ds.units import format_perplexity
+from loraprune_ds.units import aligned, format_perplexity
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def comparison_table(results: Sequence[Result]) -> str:
     for measured_on in dict.fromkeys(result.measured_on for result in results):
         rows = [_row(result) for result in results if result.measured_on == measured_on]
         title = f"perplexity on {measured_on}" if measured_on else "no perplexity"
-        blocks.append("\n".join([title, *_aligned([HEAD, *rows])]))
+        table = _without_empty_columns([HEAD, *rows])
+        sides = "".join("<" if name in HEAD[:2] else ">" for name in table[0])
+        blocks.append("\n".join([title, *aligned(table, sides)]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -138,13 +140,7 @@ def _accuracy(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
-    """Two columns to the left, numbers to the right; columns that nobody has are left out."""
-    columns = [c for c in zip(*rows, strict=True) if set(c[1:]) != {"-"}]
-    widths = [max(map(len, column)) for column in columns]
-    for cells in zip(*columns, strict=True):
-        padded = [
-            f"{cell:<{width}}" if column[0] in HEAD[:2] else f"{cell:>{width}}"
-            for cell, width, column in zip(cells, widths, columns, strict=True)
-        ]
-        yield "  ".join(padded).rstrip()
+def _without_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Less those that nobody has."""
+    columns = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
+    return list(zip(*columns, strict=True))

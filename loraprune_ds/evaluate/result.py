@@ -8,7 +8,7 @@ from typing import Any
 from loraprune_ds.evaluate.candidates import EvaluationPlan
 from loraprune_ds.evaluate.evaluation import Measured
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
-from loraprune_ds.units import format_perplexity
+from loraprune_ds.units import aligned, format_perplexity
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 
@@ -47,7 +47,9 @@ def result_table(result: dict[str, Any]) -> str:
     rows = [*_size_rows(models), *_quality_rows(models), *_task_rows(models), *_speed_rows(models)]
     names = ["dense", "model"] if len(models) > 1 else ["model"]
     lines = [f"{name:<6} {_title(model)}" for name, model in zip(names, models, strict=True)]
-    return "\n".join([*lines, *_text_lines(result), "", *_aligned([("", names, ""), *rows])]) + "\n"
+    cells = [(name, *values, remark) for name, values, remark in [("", names, ""), *rows]]
+    table = aligned(cells, f"<{'>' * len(models)}<")
+    return "\n".join([*lines, *_text_lines(result), "", *table]) + "\n"
 
 
 def _title(model: dict[str, Any]) -> str:
@@ -129,12 +131,3 @@ def _less(values: list[Any]) -> str:
         return ""
     change = values[1] / values[0] - 1
     return f"{100 * abs(change):.1f} % {'less' if change <= 0 else 'more'}"
-
-
-def _aligned(rows: list[Row]) -> Iterable[str]:
-    """Names to the left, the columns of values to the right."""
-    first = max(len(name) for name, _, _ in rows)
-    widths = [max(map(len, column)) for column in zip(*(cells for _, cells, _ in rows), strict=True)]
-    for name, cells, remark in rows:
-        columns = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        yield f"{name:<{first}}  {columns}   {remark}".rstrip()

@@ -13,7 +13,7 @@ from loraprune_ds.checkpoint.run_folder import (
     TENSORBOARD_FOLDER,
     TRAINING_PICTURE,
 )
-from loraprune_ds.units import format_bytes, format_count, format_duration, format_percent, format_perplexity
+from loraprune_ds.units import aligned, format_bytes, format_count, format_duration, format_percent, format_perplexity
 
 RESULTS = (
     (MODEL_FOLDER, "Hugging Face checkpoint, smaller and dense, LoRA merged in"),
@@ -32,7 +32,7 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     rows: list[Row] = [("", "dense", "pruned", ""), *_size_rows(report), *_quality_rows(report), *_speed_rows(report)]
     cuts, ranks = len(report["prune_steps"]), report["world_size"]
     title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
-    return "\n".join([title, "", *_aligned(rows), "", *_results(folder)]) + "\n"
+    return "\n".join([title, "", *aligned(rows, "<>><"), "", *_results(folder)]) + "\n"
 
 
 def _size_rows(report: dict[str, Any]) -> list[Row]:
@@ -108,13 +108,6 @@ def _speed_up(before: float | None, after: float | None) -> str:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _aligned(rows: list[Row]) -> Iterable[str]:
-    """Names to the left, the two columns of numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for name, before, after, note in rows:
-        yield f"{name:<{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}   {note}".rstrip()
 
 
 def _results(folder: Path) -> Iterable[str]:
