@@ -41,7 +41,7 @@ for argument in "$@"; do
   if [[ $argument == --fresh ]]; then fresh=true; else arguments+=("$argument"); fi
 done
 
-set_up embedded
+set_up
 gpus=$(count_gpus)
 if ((gpus == 0)); then
   export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1

