@@ -1,54 +1,20 @@
-"""The results of a run on disk, written by rank 0, and the lines that introduce it."""
+"""The results of a run on disk, written by rank 0."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_PICTURE, MODEL_FOLDER, TRAINING_PICTURE
 from loraprune_ds.config import RunConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
-from loraprune_ds.export.model_card import ModelCard, card_of_run, model_name, write_model_card
+from loraprune_ds.export.model_card import ModelCard, card_of_run, write_model_card
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.pictures import draw_kept_groups, draw_training
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.records import History
-from loraprune_ds.train.report import make_report, write_kept_groups, write_report
-from loraprune_ds.units import format_count, format_percent
+from loraprune_ds.train.report import Outcome, make_report, write_kept_groups, write_report
 from loraprune_ds.zero.device import device_name
-from loraprune_ds.zero.store import LayerKeep
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came out: the final shape, the kept groups as indices into the dense model, peak memory of every rank."""
-
-    pruned: ModelShape
-    kept: list[LayerKeep]
-    peak_memory_bytes: list[int]
-    world_size: int
-    resumed_from: list[int]
-
-
-def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
-    """Two or three lines at the start: what is pruned, on what, how far."""
-    dense, train = prepared.checkpoint.shape, config.train
-    ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
-    lines = [
-        f"{model_name(config)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "
-        f"on {ranks} ({device_name()})",
-        f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "
-        f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
-    ]
-    if train.distill_weight and config.model.adapter:
-        lines.append("what is distilled from is model.path without model.adapter; merge the adapter first to keep it")
-    if left_out := prepared.samples.left_out:
-        lines.append(f"{left_out:,} instructions have no response within data.window {config.data.window}: left out")
-    if world_size == 1:
-        lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
-    return "\n".join(lines)
 
 
 def model_card(config: RunConfig, prepared: Prepared, pruned: ModelShape, history: History) -> ModelCard:
@@ -88,17 +54,7 @@ def publish_model(
     publish(folder / MODEL_FOLDER)
     fail_point("finish.after_rename")
     write_kept_groups(folder, outcome.kept, dense)
-    report = make_report(
-        config,
-        history,
-        dense=dense,
-        pruned=outcome.pruned,
-        world_size=outcome.world_size,
-        peak_memory_bytes=outcome.peak_memory_bytes,
-        accelerator=device_name(),
-        resumed_from=outcome.resumed_from,
-    )
-    write_report(folder, report)
+    write_report(folder, make_report(config, history, dense, outcome, device_name()))
     fail_point("finish.reported")
     draw_kept_groups(folder / KEPT_GROUPS_PICTURE, dense, outcome.pruned)
     draw_training(folder / TRAINING_PICTURE, history)

@@ -11,11 +11,10 @@ from loraprune_ds.evaluate.perplexity import measure_perplexity
 from loraprune_ds.files import finite
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.checkpoints import Checkpoints, build_store, restore_pruner
-from loraprune_ds.train.output import RunStatus
+from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.prepare import Prepared
-from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.records import EvaluationName, EvaluationRecord
-from loraprune_ds.train.stop import STOP, Requests
+from loraprune_ds.train.stop import STOP
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.teacher_pass import record_teacher
 from loraprune_ds.train.trainer import Trainer
@@ -27,23 +26,17 @@ class Loop:
     """Owns the sharded model while it trains."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        prepared: Prepared,
-        saved: Saved | None,
-        teacher: Teacher | None,
-        recorder: Recorder,
-        status: RunStatus,
-        requests: Requests,
+        self, config: RunConfig, prepared: Prepared, saved: Saved | None, teacher: Teacher | None, context: RunContext
     ) -> None:
-        self.config, self.prepared, self.recorder, self.status = config, prepared, recorder, status
+        self.config, self.prepared = config, prepared
+        self.recorder, self.status, self._requests = context.recorder, context.status, context.requests
         self.store = build_store(config, prepared, saved)
         self.pruner = Pruner(self.store, config.prune, prepared.schedule, prepared.limits, config.seed)
         if saved:
             restore_pruner(self.pruner, saved)
-        self._teacher, self._requests = teacher, requests
+        self._teacher = teacher
         self._trainer = Trainer(
-            self.store, self.pruner, prepared.samples, prepared.order, config, requests.pending, teacher
+            self.store, self.pruner, prepared.samples, prepared.order, config, self._requests.pending, teacher
         )
         self._checkpoints = Checkpoints(config, prepared, self.pruner, saved)
         self._tally = saved.state.tally if saved else Tally()

@@ -1,4 +1,7 @@
-"""Everything a run needs to know before any long work: all that can be wrong with its input is found here."""
+"""Everything a run needs to know before any long work: all that can be wrong with its input is found here.
+
+And the lines that tell of it at the start.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import cut_windows
+from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
 from loraprune_ds.model.build import check_buildable, locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_for_pruning
@@ -19,8 +23,9 @@ from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.data_load import load_samples
+from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import check_dtype
+from loraprune_ds.zero.device import check_dtype, device_name
 from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config
 from loraprune_ds.zero.private import check_private_attributes
 
@@ -113,3 +118,23 @@ def _check_windows(config: RunConfig, positions: int | None) -> None:
     for key, window in (("data.window", config.data.window), ("evaluate.window", config.evaluate.window)):
         if positions is not None and window > positions:
             raise UserError(f"{key} {window} is longer than the model's {positions} positions")
+
+
+def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
+    """Two or three lines at the start: what is pruned, on what, how far."""
+    dense, train = prepared.checkpoint.shape, config.train
+    ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
+    lines = [
+        f"{model_name(config)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "
+        f"on {ranks} ({device_name()})",
+        f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
+        f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "
+        f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
+    ]
+    if train.distill_weight and config.model.adapter:
+        lines.append("what is distilled from is model.path without model.adapter; merge the adapter first to keep it")
+    if left_out := prepared.samples.left_out:
+        lines.append(f"{left_out:,} instructions have no response within data.window {config.data.window}: left out")
+    if world_size == 1:
+        lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
+    return "\n".join(lines)

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,34 @@ from loraprune_ds.train.records import CutRecord, History
 from loraprune_ds.zero.store import LayerKeep
 
 
-def make_report(
-    config: RunConfig,
-    history: History,
-    *,
-    dense: ModelShape,
-    pruned: ModelShape,
-    world_size: int,
-    peak_memory_bytes: list[int],
-    accelerator: str,
-    resumed_from: Sequence[int] = (),
-) -> dict[str, Any]:
-    """Everything report.json holds.
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
 
-    Args:
+    Attributes:
+        pruned: the final shape.
+        kept: groups, as indices into the dense model.
         peak_memory_bytes: most memory each rank has used: (world_size,).
-        accelerator: name of the device the ranks ran on.
         resumed_from: the steps at which the run was taken up again.
     """
+
+    pruned: ModelShape
+    kept: list[LayerKeep]
+    peak_memory_bytes: list[int]
+    world_size: int
+    resumed_from: list[int]
+
+
+def make_report(
+    config: RunConfig, history: History, dense: ModelShape, outcome: Outcome, accelerator: str
+) -> dict[str, Any]:
+    """Everything report.json holds; `accelerator` is the name of the device the ranks ran on."""
+    resumed_from = outcome.resumed_from
     first_cut, last_cut = (history.cuts[0].step, history.cuts[-1].step) if history.cuts else (None, None)
     return {
-        "params": _parameters(dense, pruned),
+        "params": _parameters(dense, outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
-        "world_size": world_size,
+        "world_size": outcome.world_size,
         "steps": history.steps[-1].step if history.steps else 0,
         "prune_steps": [_prune_step(cut) for cut in history.cuts],
         "seconds_per_step": {
@@ -48,9 +54,9 @@ def make_report(
             "before": _resident_bytes(history, first_cut),
             "after": _resident_bytes(history, None) if last_cut is not None else None,
         },
-        "peak_memory_bytes": peak_memory_bytes,
+        "peak_memory_bytes": outcome.peak_memory_bytes,
         "seed": config.seed,
-        "resumed_from": list(resumed_from),
+        "resumed_from": resumed_from,
         "versions": versions(),
         "hardware": hardware(accelerator),
         "config": config.to_dict(),

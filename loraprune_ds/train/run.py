@@ -18,13 +18,15 @@ from loraprune_ds.export.from_ranks import write_merged_weights
 from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.train.checkpoints import find_saved
-from loraprune_ds.train.finish import Outcome, describe_model, describe_run, model_card, publish_model, start_model
+from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.finish import describe_model, model_card, publish_model, start_model
 from loraprune_ds.train.loop import Loop, measure
 from loraprune_ds.train.output import RunStatus, Start, check_shared, create_output
-from loraprune_ds.train.prepare import Prepared, prepare
+from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import Recorder, take_over_metrics
 from loraprune_ds.train.records import EvaluationRecord
-from loraprune_ds.train.stop import STOP, Requests, drop_stale_requests
+from loraprune_ds.train.report import Outcome
+from loraprune_ds.train.stop import Requests, drop_stale_requests
 from loraprune_ds.train.teacher_pass import find_teacher
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
@@ -70,24 +72,6 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     return finished
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """Requests to stop between the steps, and who has to know of them."""
-
-    requests: Requests
-    comm: Communicator
-    recorder: Recorder
-    status: RunStatus
-
-    def stop_requested(self) -> bool:
-        """For where no step carries the request and all that could be saved has been. Collective."""
-        if self.requests.agree(self.comm) != STOP:
-            return False
-        self.requests.clear(STOP)
-        self.recorder.note(f"stopped at step {self.status.step}; go on with --resume auto")
-        return True
-
-
 @contextmanager
 def _full_disk_is_told(folder: Path) -> Iterator[None]:
     """Rank 0's small files can be what does not fit any more: one line, not a traceback."""
@@ -121,7 +105,7 @@ def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, context: 
     step = context.status.step
     distills = config.train.distill_weight and step < prepared.steps  # the files are gone once no step needs them
     teacher = find_teacher(config, prepared, saved, context.comm) if distills else None
-    loop = Loop(config, prepared, saved, teacher, context.recorder, context.status, context.requests)
+    loop = Loop(config, prepared, saved, teacher, context)
     if context.stop_requested() or not loop.run() or context.stop_requested():
         return None
     context.recorder.note("writing the merged model")

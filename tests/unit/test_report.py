@@ -13,7 +13,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.provenance import RESULTS, commit
 from loraprune_ds.train.records import EvaluationRecord, History
-from loraprune_ds.train.report import make_report, read_report, write_kept_groups, write_report
+from loraprune_ds.train.report import Outcome, make_report, read_report, write_kept_groups, write_report
 from loraprune_ds.train.summary import summary_table
 from loraprune_ds.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
 from loraprune_ds.zero.store import LayerKeep
@@ -21,16 +21,8 @@ from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_re
 
 
 def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str, Any]:
-    return make_report(
-        RunConfig(output_dir="runs/x", seed=7),
-        history,
-        dense=DENSE,
-        pruned=PRUNED,
-        world_size=2,
-        peak_memory_bytes=[11, 12],
-        accelerator="cpu",
-        resumed_from=resumed_from,
-    )
+    outcome = Outcome(PRUNED, [], peak_memory_bytes=[11, 12], world_size=2, resumed_from=list(resumed_from))
+    return make_report(RunConfig(output_dir="runs/x", seed=7), history, DENSE, outcome, "cpu")
 
 
 def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
