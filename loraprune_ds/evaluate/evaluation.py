@@ -1,6 +1,5 @@
 """One evaluation: a model, or two side by side, on a text, on tasks and against the clock."""
 
-import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +20,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES, accelerator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.half_products import fast_half_products
+from loraprune_ds.zero.release import release
 
 Watch = Callable[[Iterable[int]], Iterable[int]]
 
@@ -88,7 +88,7 @@ def _measure_quality(
         return _Quality()
     device = torch.device(accelerator().current_device_name())
     if plan.sharded:
-        return _Quality(_measure_perplexity(_sharded_losses(candidate), candidate, comm, device, watch))
+        return _Quality(_measure_sharded(candidate, comm, device, watch))
     model = comm.together(lambda: load_model(candidate.source, candidate.dtype, device))
     if plan.speed:
         keep.append(model)
@@ -119,9 +119,8 @@ def _measure_perplexity(
     )
 
 
-def _sharded_losses(candidate: Candidate) -> Losses:
-    """The model born sharded over all ranks; nothing above one layer or the embedding is ever whole on one."""
-    gc.collect()  # the engine of the model before, which has cycles
+def _measure_sharded(candidate: Candidate, comm: Communicator, device: torch.device, watch: Watch) -> Perplexity:
+    """Of the model born sharded over all ranks; nothing above one layer or the embedding is ever whole on one."""
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": candidate.dtype == "bfloat16"},
@@ -129,7 +128,13 @@ def _sharded_losses(candidate: Candidate) -> Losses:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     engine = build_inference_engine(candidate.source.checkpoint, "sdpa", candidate.dtype, ds_config)
-    return lambda input_ids, labels: engine(input_ids=input_ids, labels=labels)
+
+    def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
+        return engine(input_ids=input_ids, labels=labels)
+
+    perplexity = _measure_perplexity(losses, candidate, comm, device, watch)
+    release(engine)  # the model beside it comes next
+    return perplexity
 
 
 def _describe(candidate: Candidate, window: int, dense: int | None, quality: _Quality, speed: Speed | None) -> Measured:

@@ -1,7 +1,6 @@
 """A whole run: prepare, measure the dense model, train and cut, export, measure what was exported, report."""
 
 import errno
-import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -65,7 +64,6 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         recorder.note(describe_run(config, prepared, comm.world_size))
         context = RunContext(requests, comm, recorder, status)
         trained = _train(config, prepared, saved, context)
-        gc.collect()  # the training engine, which has cycles, before the exported model is loaded
         finished = trained is not None and _finish(config, prepared, trained, context)
         status.end("finished" if finished else "stopped")
         comm.barrier()  # the first rank that leaves with another code than 0 makes the launcher end the others
@@ -101,7 +99,7 @@ class Trained:
 
 
 def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, context: RunContext) -> Trained | None:
-    """Trains and cuts, then writes the merged weights; None if it was asked to stop. The engine ends with this call."""
+    """Trains and cuts, then writes the merged weights; None if it was asked to stop. No engine is left afterwards."""
     step = context.status.step
     distills = config.train.distill_weight and step < prepared.steps  # the files are gone once no step needs them
     teacher = find_teacher(config, prepared, saved, context.comm) if distills else None
@@ -112,6 +110,7 @@ def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, context: 
     store, folder = loop.store, Path(config.output_dir)
     staging = store.comm.together(lambda: start_model(folder) if store.rank == 0 else staging_of(folder / MODEL_FOLDER))
     write_merged_weights(store, staging, config.model.dtype)
+    store.release()  # the exported model, which is measured next, would stand beside it
     return Trained(staging, store.shape, loop.pruner.kept, loop.resumed_from)
 
 

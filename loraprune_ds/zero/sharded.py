@@ -17,6 +17,7 @@ from loraprune_ds.zero.flat import AxisCut, layer_owner
 from loraprune_ds.zero.loss_scale import first_nonfinite, optimizer_step, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, install_piece, owned_flat
+from loraprune_ds.zero.release import release
 from loraprune_ds.zero.reshard import Item, reshard
 from loraprune_ds.zero.rewrite import rewrite
 from loraprune_ds.zero.store import LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site
@@ -210,6 +211,10 @@ class ShardedStore:
         self.engine.train()
         self.forget_trace()
         return outputs
+
+    def release(self) -> None:
+        """Frees the model and its optimizer, whoever still refers to them; the store is of no use afterwards."""
+        release(self.engine)
 
     def forget_trace(self) -> None:
         """The order in which modules run, by which ZeRO-3 prefetches, is about to change: it is recorded again."""

@@ -1,0 +1,118 @@
+"""What an engine held is gone before the next model comes, although DeepSpeed still refers to the engine."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.evaluate import evaluation
+from loraprune_ds.evaluate.candidates import EvaluationPlan, PerplexityProtocol
+from loraprune_ds.evaluate.texts import EvaluationText
+from loraprune_ds.train import run as train_run
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.memory import state_tensors, storage_bytes, weight_tensors
+from tests.integration.resuming import config_for, run_here, write_run
+from tests.numerics import surgery
+from tests.numerics.driver import Job, build, write_adapter
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+HEADS, CHANNELS = [0, 2], [c for c in range(45) if c % 3]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("release")
+    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 42, "ffn": 45, "biases": True}
+    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, **sizes)
+    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
+    batches = make_batches(steps=4, samples=8, tokens=12, vocab=97, seed=3)
+    return Job(model, adapter, batches, {"ratio": 0.1, "prune_every": 1}, dtype="bfloat16")
+
+
+def live_bytes() -> Callable[[], int]:
+    """Counts the storages of tensors that Python has and that were made since this call, garbage included."""
+    gc.collect()
+    gc.freeze()  # what is there already is not seen any more
+    return lambda: storage_bytes(t for t in gc.get_objects() if isinstance(t, Tensor) and t.device.type != "meta")
+
+
+def bytes_around_release(job: Job) -> tuple[int, int, int]:
+    """(what ZeRO-3 holds for training, all that is alive before the release, all that is alive after it)"""
+    live = live_bytes()
+    trainer = build(job)
+    trainer.step(1)
+    trainer.step(2)
+    keep = surgery.some_keep(trainer, HEADS, CHANNELS)
+    trainer.store.shrink(keep)
+    trainer.pruner.average.shrink(keep)
+    trainer.step(3)
+    state, before = storage_bytes(state_tensors(trainer.store.engine)), live()
+    trainer.store.release()
+    return state, before, live()
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size"), [("zero3", 1), ("zero3", 2), ("zero3_multinode", 2), ("zero3_offload", 2)]
+)
+def test_nothing_of_a_training_engine_is_left(ranks: RankPool, job: Job, config: str, world_size: int) -> None:
+    around = ranks.run(world_size, bytes_around_release, replace(job, deepspeed=f"ds_configs/{config}.json"))
+    samples = 2 * storage_bytes([torch.cat([ids for ids, _ in job.batches])])
+    groups = 3 * (3 + 45) * 8  # in all layers; scores and kept groups are so many numbers
+    for state, before, after in around:
+        assert before > state > 10 * (samples + groups)
+        assert after < samples + 10 * groups
+
+
+def recording(module: Any, live: Callable[[], int], alive: list[int], pieces: list[int]) -> Any:
+    """A patch of the module's `build_inference_engine`: what is alive just before, and the pieces that it makes."""
+    build_engine = module.build_inference_engine
+
+    def building(*args: Any) -> Any:
+        alive.append(live())
+        engine = build_engine(*args)
+        pieces.append(storage_bytes(weight_tensors(engine)))
+        return engine
+
+    return patch.object(module, "build_inference_engine", building)
+
+
+def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
+    """(pieces of the exported model, what is alive when it is read back) in a whole run."""
+    alive: list[int] = []
+    pieces: list[int] = []
+    with recording(train_run, live_bytes(), alive, pieces):
+        assert run_here(config)
+    return pieces[0], alive[0]
+
+
+def test_a_run_does_not_hold_what_it_trained_beside_what_it_measures(ranks: RankPool, tmp_path: Path) -> None:
+    config = config_for(write_run(tmp_path, train={"steps": 2}), tmp_path / "out", "model.dtype=bfloat16")
+    ((pieces, alive),) = ranks.run(1, bytes_beside_the_export, config)
+    assert alive < pieces  # the samples; what was trained has in its pieces and LoRA's state more than that
+
+
+def bytes_between_models(folder: Path) -> tuple[int, int]:
+    """(pieces of a model, what more is alive when the second one is built) in an evaluation of two."""
+    alive: list[int] = []
+    pieces: list[int] = []
+    text = EvaluationText("a text", None, "It is long enough for some windows of eight tokens. " * 2)
+    plan = EvaluationPlan(PerplexityProtocol(window=8), text=text, dtype="float32", sharded=True)
+    with recording(evaluation, live_bytes(), alive, pieces):
+        first, second = evaluation.evaluate([str(folder)] * 2, plan, Communicator())
+    assert first.perplexity == second.perplexity
+    return pieces[0], alive[1] - alive[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_sharded_evaluation_holds_one_model_at_a_time(ranks: RankPool, job: Job, world_size: int) -> None:
+    for pieces, left in ranks.run(world_size, bytes_between_models, job.folder):
+        assert pieces > 20_000
+        assert left < 500  # rotary frequencies, sums of the losses
