@@ -10,6 +10,7 @@ from loraprune_ds.plan.plan import Plan, make_plan
 from loraprune_ds.plan.request import Request, changed
 from loraprune_ds.zero.fetching import FetchLimits
 
+PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 MOST_NODES = 512  # that --smallest tries if it is not told how many there are
 
 
@@ -105,10 +106,10 @@ def _changes(request: Request) -> Iterator[tuple[str, str, dict[str, dict[str, A
         setting = f"stage3_max_live_parameters {layer}, stage3_max_reuse_distance 0 in the DeepSpeed JSON"
         yield "fewer gathered weights", setting, {"deepspeed": live}
     if not request.offloads("optimizer"):
-        offload = {"offload_optimizer": {"device": "cpu"}}
+        offload = {"offload_optimizer": PINNED}
         yield "optimizer on the host", "--set deepspeed=ds_configs/zero3_offload_optimizer.json", {"deepspeed": offload}
     if not request.offloads("param"):
-        both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+        both = {"offload_optimizer": PINNED, "offload_param": PINNED}
         yield "optimizer and weights on the host", "--set deepspeed=ds_configs/zero3_offload.json", {"deepspeed": both}
 
 

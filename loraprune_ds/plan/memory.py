@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from loraprune_ds.model.checkpoint import READ_CHUNK, layer_parameter_shapes
+from loraprune_ds.model.checkpoint import READ_CHUNK, layer_parameter_shapes, parameter_shapes
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.activations import Batch, activations, forward_temporaries, logits
@@ -58,7 +58,7 @@ def training_stage(
     name: str, request: Request, shape: ModelShape, train: PassTraffic, evaluation: PassTraffic, *, scores: bool = True
 ) -> Stage:
     """A step, before the last cut with all its scoring, and an evaluation, at a given shape."""
-    state, host = _split(request, _state(request, shape, stepped=True))
+    state, host = _split(request, shape, stepped=True)
     pieces = options.weight_gradients(request, shape) if scores else {}
     passing = options.whole_gradient(request, shape) | options.measured_inputs(request, shape) if scores else {}
     state |= options.input_moments(request, shape) if scores else {}
@@ -77,7 +77,7 @@ def training_stage(
 
 def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape) -> Stage:
     """A cut, before anything of the old state is gone."""
-    state, host = _split(request, _state(request, before, stepped=True))
+    state, host = _split(request, before, stepped=True)
     new_optimizer = _state(request, after, stepped=True)
     rebuilt = new_optimizer["lora"]  # bucket and gradients go before the new ones come
     if not request.offloads("optimizer"):
@@ -105,7 +105,7 @@ def loading_stage(request: Request) -> Stage:
 
 def state_before_any_step(request: Request) -> tuple[dict[str, int], dict[str, int]]:
     """(on the GPU, in host memory) once the engine is there."""
-    return _split(request, _state(request, request.shape, stepped=False))
+    return _split(request, request.shape, stepped=False)
 
 
 def repartition(request: Request, shape: ModelShape) -> int:
@@ -127,8 +127,9 @@ def _state(request: Request, shape: ModelShape, *, stepped: bool) -> dict[str, i
     )
 
 
-def _split(request: Request, terms: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+def _split(request: Request, shape: ModelShape, *, stepped: bool) -> tuple[dict[str, int], dict[str, int]]:
     """(on the GPU, in host memory) as the DeepSpeed config offloads."""
+    terms = _state(request, shape, stepped=stepped)
     away: set[str] = set()
     if request.offloads("optimizer"):
         away |= set(OPTIMIZER_TERMS)
@@ -138,7 +139,21 @@ def _split(request: Request, terms: dict[str, int]) -> tuple[dict[str, int], dic
     host = {name: value for name, value in terms.items() if name in away}
     if request.offloads("optimizer"):
         host["lora_gradients_for_the_step"] = terms["lora_gradients"]  # DeepSpeed's CPU optimizer has its own
+    if blocks := _pinned_blocks(request, shape, terms):
+        host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
     return device, host
+
+
+def _pinned_blocks(request: Request, shape: ModelShape, terms: dict[str, int]) -> list[int]:
+    """Bytes of each block of page-locked memory, before torch rounds it up to a power of two."""
+    blocks = []
+    if request.pins("param"):  # frozen pieces one by one, LoRA's in a buffer
+        frozen = (math.prod(dimensions) for dimensions in parameter_shapes(shape).values())
+        blocks += [partition_numel(n, request.cluster.world_size) * request.element_size for n in frozen]
+        blocks.append(terms["lora"])
+    if request.pins("optimizer"):
+        blocks += 2 * [terms["lora_gradients"]]
+    return blocks
 
 
 def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> dict[str, int]:

@@ -68,6 +68,11 @@ class Request:
         """Whether the DeepSpeed config keeps "optimizer" or "param" in host memory."""
         return (self.ds_config["zero_optimization"].get(f"offload_{what}") or {}).get("device") == "cpu"
 
+    def pins(self, what: str) -> bool:
+        """Whether what it keeps there of "optimizer" or "param" is page-locked."""
+        offload = self.ds_config["zero_optimization"].get(f"offload_{what}") or {}
+        return self.offloads(what) and bool(offload.get("pin_memory"))
+
     def shape_at(self, target: float) -> ModelShape:
         """The shape once `target` of the linear parameters is gone.
 

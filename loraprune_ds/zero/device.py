@@ -29,6 +29,19 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if accelerator().device_name() == "cuda" else accelerator().device_name()
 
 
+def empty_host_cache() -> None:
+    """Gives the pinned memory back that no tensor uses any more.
+
+    torch keeps every block for a tensor of the same size, rounded up to a power of two, and never gives one back.
+    """
+    if accelerator().device_name() != "cuda":
+        return
+    if hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
+    else:
+        torch._C._host_emptyCache()  # torch 2.7
+
+
 def check_dtype(dtype: str) -> None:
     """Whether this rank's device can train in `dtype`.
 

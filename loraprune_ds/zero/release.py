@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loraprune_ds.zero.device import accelerator
+from loraprune_ds.zero.device import accelerator, empty_host_cache
 
 
 def release(engine: Any) -> None:
@@ -22,3 +22,4 @@ def release(engine: Any) -> None:
         inner.state.clear()
     vars(zero).clear()  # masters, gradients, buckets and flat copies, whatever their names
     accelerator().empty_cache()
+    empty_host_cache()

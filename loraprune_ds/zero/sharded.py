@@ -12,7 +12,7 @@ from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_
 from loraprune_ds.model.build import decoder_layers
 from loraprune_ds.model.shapes import KINDS, LINEARS, Linear, ModelShape
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import accelerator
+from loraprune_ds.zero.device import accelerator, empty_host_cache
 from loraprune_ds.zero.flat import AxisCut, layer_owner
 from loraprune_ds.zero.loss_scale import first_nonfinite, optimizer_step, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
@@ -93,11 +93,13 @@ class ShardedStore:
         state = self.optimizer_state()
         for i, layer_keep in enumerate(keep):
             self._shrink_layer(i, layer_keep, state)
+            empty_host_cache()  # else offloaded weights grow with a cut: pieces of the old sizes do not come again
             fail_point("cut.layer")
         self.shape = self.shape.with_layers(tuple(layer_keep.shape for layer_keep in keep))
         state.rebuild()
         fail_point("cut.rebuilt")
         self._refresh_engine()
+        empty_host_cache()
         accelerator().synchronize()  # a GPU is still at work: the seconds of a cut are its own
         return self.comm.bytes_sent - before
 

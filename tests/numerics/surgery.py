@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import torch.distributed
@@ -18,6 +19,7 @@ from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.step import Pruner, agree
 from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero import sharded
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
@@ -136,6 +138,17 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
         "engine_steps": (trainer.store.engine.global_steps, float(trainer.store.engine.get_lr()[0])),
         "next_loss": trainer.step(3).loss,
     }
+
+
+def pieces_at_each_emptying(job: Job, heads: list[int], channels: list[int]) -> list[int]:
+    """Old pieces of cut weights that are alive whenever a cut gives pinned memory back."""
+    trainer = build(job)
+    trainer.step(1)
+    old = [weakref.ref(_weight(trainer, i, linear).ds_tensor) for i in (1, 2) for linear in LINEARS]
+    alive: list[int] = []
+    with patch.object(sharded, "empty_host_cache", lambda: alive.append(sum(ref() is not None for ref in old))):
+        trainer.store.shrink(some_keep(trainer, heads, channels))
+    return alive
 
 
 def _replaced_tensors(trainer: Trainer) -> list[Tensor]:

@@ -166,6 +166,13 @@ def test_old_pieces_and_buffers_are_freed(ranks: RankPool, job: Job, world_size:
     assert [r["alive"] for r in results] == [0] * world_size
 
 
+def test_a_cut_gives_the_pinned_memory_of_a_layer_back_before_the_next_one(ranks: RankPool, job: Job) -> None:
+    """Of layer after layer, of which the middle ones are cut, and at the end."""
+    alive = ranks.run(2, surgery.pieces_at_each_emptying, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
+    layers = len(alive[0]) - 1
+    assert alive == [[14, 7, *[0] * (layers - 1)]] * 2
+
+
 def test_bf16_masks_are_the_same_on_any_number_of_ranks(ranks: RankPool, job: Job) -> None:
     """From the same saved weights and gradients: gradients themselves differ between rank counts in bf16."""
     bf16 = variant(job, dtype="bfloat16")

@@ -135,6 +135,21 @@ def test_offload_moves_bytes_from_the_gpu_to_the_host() -> None:
     assert make_plan(offloaded).step_seconds.host_copies > 0
 
 
+def test_pinned_blocks_are_rounded_up_to_powers_of_two() -> None:
+    def host(pinned: bool, shape: ModelShape = SMALL) -> dict[str, int]:
+        both = {f"offload_{what}": {"device": "cpu", "pin_memory": pinned} for what in ("param", "optimizer")}
+        return make_plan(changed(request(Cluster(1, 2), shape=shape), deepspeed=both)).stages[1].host
+
+    plain, pinned = host(pinned=False), host(pinned=True)
+    # Pieces of the channels' linears have 512 * 1376 elements, those of embedding and head 512 * 1000, half of each on
+    # a rank, in bf16: 688 and 500 KiB. All others are powers of two.
+    frozen = (6 * 3 * (1024 - 688) + 2 * (512 - 500)) * 1024
+    lora, gradients = (1 << (n - 1).bit_length() for n in (plain["lora"], plain["lora_gradients"]))
+    rounding = frozen + lora - plain["lora"] + 2 * (gradients - plain["lora_gradients"])
+    assert pinned == plain | {"pinned_rounding": rounding}
+    assert plain["lora_gradients_for_the_step"] == plain["lora_gradients"]
+
+
 def test_checkpointing_trades_memory_for_gathers_and_arithmetic() -> None:
     plain, checkpointed = (make_plan(request(Cluster(1, 4), gradient_checkpointing=on)) for on in (False, True))
     held = [plan.stages[1].phases["training"]["activations"] for plan in (plain, checkpointed)]
