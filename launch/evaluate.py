@@ -30,6 +30,7 @@ try:
     from loraprune_ds.config import DTYPES
     from loraprune_ds.errors import UserError
     from loraprune_ds.evaluate.texts import DATASETS, EvaluationText, load_dataset_text, read_text
+    from loraprune_ds.zero.environment import collective_timeout
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
@@ -92,6 +93,7 @@ def keep_stdout() -> TextIO:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
+    collective_timeout(os.environ)  # to be told of a wrong one before DeepSpeed is imported
     if not arguments.verbose:
         silence_evaluation()
     # Heavy imports come after the arguments are known to be good: a typo should not cost ten seconds.

@@ -3,7 +3,7 @@
 srun --ntasks-per-node=1 python launch/preflight.py --nodes node1 node2 --port 29400 --output runs/mine
 
 Each node imports what a run imports, computes on every accelerator and writes where the run will write. Then the
-nodes see whether they have that folder in common and whether a collective passes between their accelerators.
+nodes see whether they have that folder in common and whether collectives pass between their accelerators and hosts.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def check_together(meeting: "Meeting", arguments: argparse.Namespace) -> bool:
             and meeting.agree(
                 "shared", lambda: check_visible(Path(meeting.store.get("probe 0").decode()), meeting.nodes[0])
             )
-            and meeting.agree("collective", lambda: check_collective(meeting))
+            and meeting.agree("collective", lambda: check_collectives(meeting))
         )
 
 
@@ -205,25 +205,39 @@ def check_visible(probe: Path, first_node: str) -> None:
         time.sleep(0.5)
 
 
-def check_collective(meeting: Meeting) -> None:
-    """A sum over one accelerator of each node."""
+def check_collectives(meeting: Meeting) -> None:
+    """A sum over one accelerator of each node, and one by gloo, by which ranks wait for another's download."""
+    from loraprune_ds.zero.device import accelerator
+    from loraprune_ds.zero.environment import gloo_interface
+
+    os.environ |= gloo_interface(os.environ)
+    backend = accelerator().communication_backend_name()
+    if backend != "gloo":
+        check_sum(meeting, backend, accelerator().current_device_name())
+    try:
+        check_sum(meeting, "gloo", "cpu")
+    except RuntimeError as error:
+        hint = "GLOO_SOCKET_IFNAME must name the network interface that does"
+        raise Unfit(f"gloo does not reach the other nodes, {hint}: {one_line(error)}") from None
+
+
+def check_sum(meeting: Meeting, backend: str, device: str) -> None:
+    """One number per node, added up over all of them."""
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
 
-    from loraprune_ds.zero.device import accelerator
-
     distributed.init_process_group(
-        accelerator().communication_backend_name(),
-        store=PrefixStore("collective", meeting.store),
+        backend,
+        store=PrefixStore(f"collective {backend}", meeting.store),
         rank=meeting.index,
         world_size=len(meeting.nodes),
         timeout=timedelta(seconds=meeting.timeout),
     )
-    number = torch.tensor([float(meeting.index)], device=accelerator().current_device_name())
+    number = torch.tensor([float(meeting.index)], device=device)
     distributed.all_reduce(number)
     if number.item() != sum(range(len(meeting.nodes))):
-        raise Unfit(f"a sum over the nodes is {number.item():g}")
+        raise Unfit(f"a sum over the nodes by {backend} is {number.item():g}")
     distributed.destroy_process_group()
 
 

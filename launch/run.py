@@ -17,6 +17,7 @@ try:
     from loraprune_ds.config import RunConfig
     from loraprune_ds.config_file import config_value, load_config
     from loraprune_ds.errors import UserError
+    from loraprune_ds.zero.environment import collective_timeout
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
@@ -86,6 +87,7 @@ def main() -> int:
 
 def join_ranks(config: RunConfig) -> "Communicator":
     """The ranks of this run, when all have imported what they need. Collective."""
+    collective_timeout(os.environ)  # to be told of a wrong one before DeepSpeed is imported
     if not config.logging.verbose:
         silence_run()
     try:

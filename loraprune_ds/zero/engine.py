@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,6 +24,7 @@ from loraprune_ds.model.build import build_on_meta
 from loraprune_ds.model.checkpoint import Checkpoint
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import DTYPES, accelerator, is_cpu
+from loraprune_ds.zero.environment import check_local_rank, collective_timeout, gloo_interface
 from loraprune_ds.zero.params import shard_at_birth
 from loraprune_ds.zero.sharded import ShardedStore
 
@@ -37,20 +39,25 @@ def start_ranks() -> Communicator:
     """Joins the process group that the launcher described in the environment (one rank without a launcher).
 
     Raises:
-        UserError: the ranks cannot meet, for example because the port is taken.
+        UserError: the ranks cannot meet, for example because the port is taken, or this one does not see its device.
     """
     alone = "RANK" not in os.environ
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
     if alone:
         os.environ.setdefault("MASTER_PORT", "0")
+    timeout = collective_timeout(os.environ)
+    os.environ |= gloo_interface(os.environ)
     if not is_cpu():
+        check_local_rank(os.environ, accelerator().device_count())
         accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     _skip_shared_memory_op()
     backend = accelerator().communication_backend_name()
+    # DeepSpeed makes more groups (hpZ's, for one) and gives them no timeout: they have torch's default.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     try:
         with quiet_stdout():
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     except torch.distributed.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         hint = "if another run uses that port, give the launcher a --master_port"

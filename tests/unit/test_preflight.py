@@ -1,14 +1,18 @@
 """The nodes of a job agree on whether all are fit, and the first one names those that are not."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launch import preflight
-from launch.preflight import Meeting, Unfit, check_visible, probe_file
-from tests.integration.launching import free_port
+from launch.preflight import Meeting, Unfit, check_collectives, check_visible, probe_file
+from loraprune_ds.zero import device
+from tests.integration.launching import ROOT, clean_environment, free_port
 
 NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first
 
@@ -68,3 +72,29 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), probe_file(tmp_path / "file" / "mine"):
         pass
+
+
+def test_gloo_that_finds_no_way_to_the_others_is_told_its_variable(tmp_path: Path) -> None:
+    arguments = ["--nodes", "localhost", "--port", str(free_port()), "--output", str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "launch/preflight.py", *arguments],
+        cwd=ROOT,
+        env=clean_environment() | {"GLOO_SOCKET_IFNAME": "nosuch"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    expected = "gloo does not reach the other nodes, GLOO_SOCKET_IFNAME must name the network interface that does: "
+    assert f"preflight: localhost: {expected}" in ended.stderr
+    assert "nosuch" in ended.stderr
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_hosts_are_tried_as_well_as_accelerators(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(communication_backend_name=lambda: backend, current_device_name=lambda: "cuda:0")
+    tried: list[tuple[str, str]] = []
+    monkeypatch.setattr(device, "accelerator", lambda: gpu)
+    monkeypatch.setattr(preflight, "check_sum", lambda meeting, backend, device: tried.append((backend, device)))
+    check_collectives(None)  # type: ignore[arg-type]
+    assert tried == [*([("nccl", "cuda:0")] if backend == "nccl" else []), ("gloo", "cpu")]

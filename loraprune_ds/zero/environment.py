@@ -1,0 +1,52 @@
+"""What ranks take from the environment, checked before DeepSpeed is imported: it ends with a traceback."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+from loraprune_ds.errors import UserError
+
+MINUTES = 60  # a long write to a slow file system is no reason to end a run; a rank that dies ends it by the launcher
+MOST_MINUTES = 525_600
+INTERFACES = Path("/sys/class/net")
+
+
+def collective_timeout(environment: Mapping[str, str]) -> timedelta:
+    """How long a rank waits for the others: DEEPSPEED_TIMEOUT, which DeepSpeed reads as it is imported, in minutes.
+
+    Raises:
+        UserError: it is no such number.
+    """
+    given = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
+    minutes = int(given) if given.isdecimal() else 0
+    if not 1 <= minutes <= MOST_MINUTES:
+        raise UserError(f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {given!r}")
+    return timedelta(minutes=minutes)
+
+
+def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:
+    """GLOO_SOCKET_IFNAME, where only NCCL has been told which network to take; empty if that names no interface.
+
+    gloo by itself takes the address of the node's own name, on Debian 127.0.1.1, where no other node finds it.
+    To NCCL a name is the beginning of one, after "=" the whole, and after "^" one to leave out.
+    """
+    names = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
+    if environment.get("GLOO_SOCKET_IFNAME") or names.startswith("^"):
+        return {}
+    found = [name for name in names.split(",") if name and (interfaces / name).exists()]
+    return {"GLOO_SOCKET_IFNAME": found[0]} if found else {}
+
+
+def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
+    """Whether this rank sees the device that is its own: by DeepSpeed's rule that with the number LOCAL_RANK.
+
+    Raises:
+        UserError: it sees too few.
+    """
+    rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
+    if int(local_rank) >= devices:
+        raise UserError(
+            f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}; start no "
+            "more ranks on a node than it has, and let each see all of them (srun: --gpus-per-node and "
+            "--gpu-bind=none, not --gpus-per-task)"
+        )
