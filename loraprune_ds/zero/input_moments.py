@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.shapes import INPUT_LINEARS
+from loraprune_ds.zero.device import tf32_where_exact
 from loraprune_ds.zero.store import LayerKeep, Site, WeightStore
 
 
@@ -85,7 +86,9 @@ class InputMoments:
             return
         x: Tensor = inputs[0].detach()
         rows = (x.flatten(0, 1) if self._real is None else x[self._real.to(x.device)]).float()  # (tokens, n)
-        total = self._store.reduce_to(self._store.owner(site.layer), rows.T @ rows if self._second else rows.sum(0))
+        with tf32_where_exact(x.dtype, x.device):
+            part = rows.T @ rows if self._second else rows.sum(0)
+        total = self._store.reduce_to(self._store.owner(site.layer), part)
         if total is None:
             return
         if site in self.values:
