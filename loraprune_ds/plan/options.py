@@ -111,7 +111,7 @@ def measuring_flops(request: Request, shape: ModelShape) -> float:
     compensate = request.config.prune.compensate
     if compensate == "none":
         return 0
-    widths = [shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in INPUT_LINEARS]
+    widths = [shape.linear_shape(i, linear)[1] for i in request.limits.open_layers for linear in INPUT_LINEARS]
     return sum(2 * n * n if compensate == "least_squares" else n for n in widths)
 
 
@@ -172,7 +172,7 @@ def linear_pieces(request: Request, shape: ModelShape) -> list[int]:
 def moments_by_rank(request: Request, shape: ModelShape) -> list[int]:
     """Bytes of the moments that each rank owns, with `prune.compensate`."""
     second = request.config.prune.compensate == "least_squares"
-    return moment_bytes(shape, request.cluster.world_size, second=second)
+    return moment_bytes(shape, request.cluster.world_size, request.limits.open_layers, second=second)
 
 
 def _widest_input(shape: ModelShape) -> int:

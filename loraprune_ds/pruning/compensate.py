@@ -9,7 +9,7 @@ tokens that were measured. Rounded to 16 bits it could, where inputs with a larg
 would keep their weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -94,10 +94,10 @@ def _effective(linear: CollectedLinear, columns: Tensor) -> Tensor:
 class Compensator:
     """Measures the inputs before each cut and makes up for those that it removes."""
 
-    def __init__(self, store: WeightStore, config: PruneConfig, schedule: Schedule) -> None:
+    def __init__(self, store: WeightStore, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]) -> None:
         self._store, self._config, self._schedule = store, config, schedule
         self._refits = config.compensate == "least_squares"
-        self.moments = InputMoments(store, second=self._refits, decay=config.compensate_decay)
+        self.moments = InputMoments(store, open_layers, second=self._refits, decay=config.compensate_decay)
         self._measures = False
 
     def begin(self, step: int, tokens: int) -> None:

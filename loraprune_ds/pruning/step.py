@@ -64,7 +64,8 @@ class Pruner:
         self.limits = limits
         self.average = MovingAverage(config.moving_average)
         self.kept = all_groups(limits.dense)  # indices into the dense model
-        self.compensator = None if config.compensate == "none" else Compensator(store, config, schedule)
+        compensates = config.compensate != "none"
+        self.compensator = Compensator(store, config, schedule, limits.open_layers) if compensates else None
         self.gradients = WeightGradients(store) if config.criterion == "gradient" else None
         self._random = random_scores(limits.dense, seed)
 

@@ -1,6 +1,6 @@
 """First or second moments of what enters o_proj and down_proj, measured in the forward passes of training itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,12 +17,13 @@ from loraprune_ds.zero.store import LayerKeep, Site, WeightStore
 class InputMoments:
     """Moving averages over steps, fp32: mean of x xᵀ (n, n), or with `second` off of x (n,), over the tokens of a step.
 
-    What a layer's linears need is kept whole on the layer's owner and nowhere else. Every rank forms its part for one
-    linear at a time, in the forward pass, and adds it up on the owner at once, so beside its own layers' moments a rank
-    holds one matrix: with n = intermediate_size the memory is 4·n²·(ceil(layers / W) + 1) bytes, and o_proj's beside.
+    Only of `layers`, as no other can be cut. What a layer's linears need is kept whole on the layer's owner and nowhere
+    else. Every rank forms its part for one linear at a time, in the forward pass, and adds it up on the owner at once,
+    so beside its own layers' moments a rank holds one matrix: with n = intermediate_size the memory is at most
+    4·n²·(ceil(layers / W) + 1) bytes, and o_proj's beside.
     """
 
-    def __init__(self, store: WeightStore, *, second: bool, decay: float) -> None:
+    def __init__(self, store: WeightStore, layers: Sequence[int], *, second: bool, decay: float) -> None:
         self.values: dict[Site, Tensor] = {}  # this rank's layers
         self._store = store
         self._second = second
@@ -30,9 +31,9 @@ class InputMoments:
         self._weight = 0.0
         self._active = False
         self._real: Tensor | None = None
-        for i, layer in enumerate(store.layers):
+        for i in layers:
             for linear in INPUT_LINEARS:
-                module = lora_linear(layer, linear)
+                module = lora_linear(store.layers[i], linear)
                 module.register_forward_pre_hook(partial(self._measure, Site(i, linear)))
 
     def begin(self, tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -55,14 +55,14 @@ def state_terms(
     }
 
 
-def moment_bytes(shape: ModelShape, world_size: int, *, second: bool = True) -> list[int]:
+def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int], *, second: bool = True) -> list[int]:
     """What `prune.compensate` keeps on every rank before a cut from `shape`: fp32 moments, by rank.
 
-    For o_proj and down_proj of each layer that the rank owns a matrix as wide as the inputs
+    For o_proj and down_proj of each layer that the rank owns and that may be cut a matrix as wide as the inputs
     (`least_squares`), or with `second` off a vector (`bias`). What comes on top for a while: plan/options.py.
     """
     power, of_ranks = 2 if second else 1, [0] * world_size
-    for i in range(len(shape.layers)):
+    for i in open_layers:
         for linear in INPUT_LINEARS:
             of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** power
     return of_ranks

@@ -20,6 +20,7 @@ RIDGE, DECAY, SCALING = 0.05, 0.5, 2.0
 # The refit is solved in fp64 from moments that are summed in fp32. Their rounding, 1e-7, grows by the condition number
 # of C[K, K] + ridge, which is below 100 for these activations.
 TOLERANCE = 1e-5
+OPEN = range(1, LAYERS - 1)  # the first layer and the last are protected, and not measured
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +96,10 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
         (moment,) = (r["moments"][name] for r in results if name in r["moments"])  # after the cut, on one rank
         wanted = inputs[:, kept].T @ inputs[:, kept]
         assert (moment - wanted).abs().max() < TOLERANCE * wanted.abs().max(), name
-    planned = moment_bytes(open_checkpoint(job.folder).shape, world_size)
+    planned = moment_bytes(open_checkpoint(job.folder).shape, world_size, OPEN)
     for rank, other in enumerate(results):  # each layer's moments on one rank
         assert other["moment_bytes"] == planned[rank]
-        assert {int(name[0]) for name in other["owned"]} == set(range(rank, LAYERS, world_size))
+        assert {int(name[0]) for name in other["owned"]} == {i for i in OPEN if i % world_size == rank}
         assert math.isfinite(other["next_loss"])
 
 
@@ -107,7 +108,7 @@ def test_padding_is_not_measured(ranks: RankPool, job: Job, compensate: str) -> 
     lengths = [3 + 5 * i % 14 for i in range(6 * 12)]
     padded = variant(job, lengths=lengths, prune={**job.prune, "compensate": compensate})
     results = ranks.run(2, levers.compensate_once, padded, HEADS, CHANNELS)
-    for name in results[0]["before"]:
+    for name in (name for name in results[0]["before"] if int(name[0]) in OPEN):
         steps = [step[name].double() for step in results[0]["steps"]]
         assert [len(step) for step in steps] == [sum(lengths[:12]), sum(lengths[12:24])]
         (moment,) = (r["moments"][name] for r in results if name in r["moments"])

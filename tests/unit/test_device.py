@@ -70,7 +70,7 @@ def test_second_moments_ask_with_the_dtype_that_their_inputs_came_in(monkeypatch
 
     monkeypatch.setattr(input_moments, "tf32_where_exact", asking)
     store: Any = SimpleNamespace(layers=[], owner=lambda layer: 0, reduce_to=lambda owner, part: part)
-    moments = InputMoments(store, second=True, decay=0.0)
+    moments = InputMoments(store, [], second=True, decay=0.0)
     inputs: Tensor = torch.randn(1, 5, 4).bfloat16()
     site = Site(0, INPUT_LINEARS[0])
     moments.begin(5)
