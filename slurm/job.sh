@@ -63,7 +63,8 @@ ranks() {
 
 # train ARGUMENTS…: launch/run.py with these, going on from the newest checkpoint; does not return.
 train() {
-  local code=1
+  local code=1 before
+  before=$(steps_done)
   if [[ -z $ASKED ]]; then
     code=0
     ranks "$LORAPRUNE_ROOT/launch/run.py" --resume auto --config "$@" &
@@ -76,8 +77,25 @@ train() {
     kill "$ASKING" 2>/dev/null || true
     rm -f "$OUTPUT/STOP"
   fi
-  if ((code != 0)) && [[ -n $ASKED ]]; then start_again; fi
+  if ((code != 0)) && [[ -n $ASKED ]]; then start_again "the time is over"; fi
+  if ((REQUEUE_FAILED && code != 0 && code != 2)) && got_beyond "$before"; then start_again "a rank failed"; fi
   exit "$code"
+}
+
+run_status() {
+  if [[ -e $OUTPUT/status.json ]]; then cat "$OUTPUT/status.json"; fi
+}
+
+# Of the run so far; 0 before there is one.
+steps_done() {
+  if [[ $(run_status) =~ '"step": '([0-9]+) ]]; then echo "${BASH_REMATCH[1]}"; else echo 0; fi
+}
+
+# got_beyond STEP: whether the run was cut off behind that step, and was this job's to the end.
+got_beyond() {
+  local status
+  status=$(run_status)
+  [[ $status =~ '"state": "'(running|failed)'"' && $status == *"\"job\": \"$SLURM_JOB_ID\""* ]] && (($(steps_done) > $1))
 }
 
 # The time is nearly over. Asks by a stop file, since launchers give their ranks little time to save after a signal.
@@ -94,11 +112,17 @@ ask_to_stop() {
   ASKED=yes
 }
 
+# start_again REASON: requeues this job, unless that is Slurm's affair; does not return if it does.
 start_again() {
-  # USR1 comes before a preemption as well where Slurm is set up so; after that it requeues by itself.
-  if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" PreemptTime=None "* ]]; then return; fi
-  if ((RESTARTS >= MAX_RESTARTS)); then fail "the time is over, and MAX_RESTARTS is $MAX_RESTARTS: given up"; fi
-  say "the time is over: requeued"
+  local job
+  job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 0
+  # USR1 comes before a preemption as well where Slurm is set up so; after that it requeues by itself. A job that is
+  # cancelled stays so, and one that goes on elsewhere, since this node was lost, is not disturbed.
+  if [[ $job != *" PreemptTime=None "* || $job != *" JobState=RUNNING "* || $job != *" Restarts=$RESTARTS "* ]]; then
+    return
+  fi
+  if ((RESTARTS >= MAX_RESTARTS)); then fail "$1, and MAX_RESTARTS is $MAX_RESTARTS: given up"; fi
+  say "$1: requeued"
   scontrol requeue "$SLURM_JOB_ID"
   sleep 600 # Slurm ends this shell
 }

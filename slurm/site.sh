@@ -35,3 +35,6 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$NODE_CACHE/torch_extensions
 
 # How often one job may start again before it is given up.
 : "${MAX_RESTARTS:=20}"
+# 1: a job whose rank fails while its node stays up (a memory error, a broken connection) starts again by itself, if the
+# run got further than before.
+: "${REQUEUE_FAILED:=0}"

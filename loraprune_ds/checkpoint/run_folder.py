@@ -1,5 +1,6 @@
 """The folder of a run: names of what lies in it, and status.json, for people, scripts and the next start in it."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,8 @@ def _now() -> str:
 class Status:
     """State of a run: `step` of `steps` optimizer steps are done. `error` is the one line a failed run ended with.
 
-    `mark` is drawn anew for every writing, by which a process knows its own words from another's.
+    `mark` is drawn anew for every writing, by which a process knows its own words from another's; `job` is Slurm's
+    number of the job, by which slurm/job.sh knows its own run from one that another job has taken over.
     A killed process cannot say so: "running" with an old `updated` (UTC, ISO 8601) means that.
     """
 
@@ -41,6 +43,7 @@ class Status:
     error: str | None = None
     updated: str = field(default_factory=_now)
     mark: str = field(default_factory=lambda: uuid4().hex[:8])
+    job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
 
     def __str__(self) -> str:
         return f"{self.state} at step {self.step} of {self.steps}"
@@ -65,4 +68,5 @@ def read_status(folder: Path) -> Status | None:
     for key, kind in (("step", int), ("steps", int), ("updated", str), ("error", str | None)):
         if not isinstance(raw.get(key), kind):
             raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
-    return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"], str(raw.get("mark", "")))
+    more = (str(raw.get("mark", "")), raw.get("job"))  # which earlier versions did not write
+    return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"], *more)

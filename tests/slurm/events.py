@@ -122,6 +122,16 @@ def kill_rank(lab: Lab, row: Row) -> None:
     lab.finish(row, job, "killed")
 
 
+def kill_rank_of_patient_job(lab: Lab, row: Row) -> None:
+    """With REQUEUE_FAILED nobody has to come."""
+    row.expected_restarts = (1,)
+    job = started(lab, "failed", SAVED, variables={"REQUEUE_FAILED": "1"})
+    os.kill(lab.rank_process("failed", nodes_of(lab, job)[1]), signal.SIGKILL)
+    job.wait_until(lambda: job.restarts == 1, "requeued", PATIENCE)
+    lab.finish(row, job, "failed")
+    row.remarks = said(job.log(), "a rank failed")
+
+
 def requeue_from_outside(lab: Lab, row: Row) -> None:
     row.expected_restarts = (1,)
     job = started(lab, "requeued", 2)
@@ -238,6 +248,7 @@ EVENTS: dict[str, Event] = {
     "node lost": lose_node,
     "first node lost": lose_first_node,
     "rank killed": kill_rank,
+    "rank killed, REQUEUE_FAILED=1": kill_rank_of_patient_job,
     "scontrol requeue": requeue_from_outside,
     "finished, then scontrol requeue": requeue_finished,
     "requeued more often than MAX_RESTARTS": restart_too_often,
@@ -250,9 +261,9 @@ EVENTS: dict[str, Event] = {
 }
 
 
-def started(lab: Lab, out: str, step: int, options: Sequence[str] = ()) -> Job:
+def started(lab: Lab, out: str, step: int, options: Sequence[str] = (), variables: dict[str, str] | None = None) -> Job:
     """A job of two nodes that has done so many steps."""
-    job = lab.submit(out, options=options)
+    job = lab.submit(out, options=options, variables=variables)
     job.wait_for_step(lab.folder / out, step, PATIENCE)
     return job
 

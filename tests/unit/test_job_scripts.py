@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from loraprune_ds.checkpoint.run_folder import State, Status, write_status
 from tests.integration.launching import ROOT
 
+RUNNING = "JobState=RUNNING PreemptTime=None Restarts=0"
 SITE = """
 PATH={bin}:$PATH
 SRUN_OPTIONS=() RANKS_PER_NODE=2
-: "${{MAX_RESTARTS:=3}}"
+: "${{MAX_RESTARTS:=3}}" "${{REQUEUE_FAILED:=1}}"
 """
 SRUN = """#!/usr/bin/env bash
 echo "${{*@Q}}" >>{started}
@@ -26,7 +28,7 @@ esac
 SCONTROL = """#!/usr/bin/env bash
 case $* in
   "show hostnames "*) echo node1 ;;
-  *"show job "*) echo "JobId=7 PreemptTime=None Restarts=0" ;;
+  *"show job "*) echo "JobId=7 {shown} StdOut=job.out" ;;
   requeue*) touch {requeued}; kill -KILL $PPID ;; # as Slurm ends the shell
 esac
 """
@@ -40,13 +42,20 @@ class Ended:
     requeued: bool
 
 
-def submit(folder: Path, script: str, *arguments: str, ranks: str = "true", **variables: str) -> Ended:
-    """Runs a script with a `srun` and a `scontrol` that only pretend; `ranks` is what the ranks do, in bash."""
+def submit(
+    folder: Path, script: str, *arguments: str, ranks: str = "true", shown: str = RUNNING, **variables: str
+) -> Ended:
+    """Runs a script with a `srun` and a `scontrol` that only pretend.
+
+    Args:
+        ranks: what the ranks do, in bash.
+        shown: of the job, by scontrol.
+    """
     bin, started, requeued = folder / "bin", folder / "started", folder / "requeued"
     bin.mkdir()
     (folder / "site.sh").write_text(SITE.format(bin=bin))
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        filled = text.format(started=started, out=folder / "out", ranks=ranks, requeued=requeued)
+        filled = text.format(started=started, out=folder / "out", ranks=ranks, requeued=requeued, shown=shown)
         (bin / name).write_text(filled)
         (bin / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NODELIST": "node1"}
@@ -78,3 +87,67 @@ def test_only_perplexity_is_measured_sharded(tmp_path: Path, given: list[str], s
     assert ended.code == 0, ended.log
     words = ended.ranks[ended.ranks.index(str(ROOT / "launch" / "evaluate.py")) + 1 :]
     assert words == ["model", *given, *(["--sharded"] if sharded else [])]
+
+
+def status(step: int, state: State = "running", job: str | None = "7") -> Status:
+    return Status(state, step, 10, job=job)
+
+
+def fail_at(folder: Path, before: Status | None, after: Status, code: int = 1, **given: str) -> Ended:
+    """prune.sbatch on a run whose ranks find `before` in status.json, leave `after` and end with `code`."""
+    if before is not None:
+        write_status(folder / "out", before)
+    write_status(folder / "after", after)
+    ranks = f"mkdir -p {folder}/out; cp {folder}/after/status.json {folder}/out/; exit {code}"
+    return submit(folder, "prune.sbatch", "config.yaml", ranks=ranks, **given)
+
+
+@pytest.mark.parametrize("before", [None, status(6)])
+@pytest.mark.parametrize(("state", "code"), [("running", 137), ("failed", 1)])
+def test_a_job_whose_rank_failed_after_new_steps_starts_again(
+    tmp_path: Path, before: Status | None, state: State, code: int
+) -> None:
+    ended = fail_at(tmp_path, before, status(7, state), code)
+    assert ended.requeued, ended.log
+    assert "a rank failed: requeued" in ended.log
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "code", "given"),
+    [
+        (status(6), status(7), 1, {"REQUEUE_FAILED": "0"}),
+        (status(7), status(7), 1, {}),
+        (status(7), status(5), 1, {}),
+        (None, status(7), 2, {}),
+        (None, status(7, "stopped"), 85, {}),
+        (None, status(7, job="8"), 1, {}),
+        (None, status(7, job=None), 1, {}),
+        (None, status(7), 1, {"shown": "JobState=COMPLETING PreemptTime=None Restarts=0"}),
+        (None, status(7), 1, {"shown": "JobState=RUNNING PreemptTime=2026-11-27T01:02:03 Restarts=0"}),
+        (None, status(7), 1, {"shown": "JobState=RUNNING PreemptTime=None Restarts=1"}),
+    ],
+    ids=(
+        "switched off",
+        "no further than before",
+        "less far",
+        "bad input",
+        "asked to stop",
+        "taken over by another job",
+        "taken over outside Slurm",
+        "cancelled",
+        "preempted",
+        "on other nodes already",
+    ),
+)
+def test_a_job_that_would_fail_again_or_is_in_other_hands_does_not(
+    tmp_path: Path, before: Status | None, after: Status, code: int, given: dict[str, str]
+) -> None:
+    ended = fail_at(tmp_path, before, after, code, **given)
+    assert (ended.requeued, ended.code) == (False, code), ended.log
+
+
+def test_it_gives_up_after_the_last_restart(tmp_path: Path) -> None:
+    shown = "JobState=RUNNING PreemptTime=None Restarts=3"
+    ended = fail_at(tmp_path, None, status(7), shown=shown, SLURM_RESTART_COUNT="3")
+    assert (ended.requeued, ended.code) == (False, 1), ended.log
+    assert "a rank failed, and MAX_RESTARTS is 3: given up" in ended.log
