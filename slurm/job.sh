@@ -20,6 +20,9 @@ NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${NODES%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 6000))
 CHECK_PORT=$((26000 + SLURM_JOB_ID % 6000))
+# One task of an array has the array's own number: to scontrol that means all of them.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+JOB=${JOB:-$SLURM_JOB_ID}
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 HOSTFILE=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID-$RESTARTS.hostfile
 OUTPUT=
@@ -78,7 +81,7 @@ train() {
     rm -f "$OUTPUT/STOP"
   fi
   if ((code != 0)) && [[ -n $ASKED ]]; then start_again "the time is over"; fi
-  if ((REQUEUE_FAILED && code != 0 && code != 2)) && got_beyond "$before"; then start_again "a rank failed"; fi
+  if ((${REQUEUE_FAILED:-0} && code != 0 && code != 2)) && got_beyond "$before"; then start_again "a rank failed"; fi
   exit "$code"
 }
 
@@ -115,7 +118,7 @@ ask_to_stop() {
 # start_again REASON: requeues this job, unless that is Slurm's affair; does not return if it does.
 start_again() {
   local job
-  job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 0
+  job=$(scontrol --oneliner show job "$JOB") || return 0
   # USR1 comes before a preemption as well where Slurm is set up so; after that it requeues by itself. A job that is
   # cancelled stays so, and one that goes on elsewhere, since this node was lost, is not disturbed.
   if [[ $job != *" PreemptTime=None "* || $job != *" JobState=RUNNING "* || $job != *" Restarts=$RESTARTS "* ]]; then
@@ -123,7 +126,7 @@ start_again() {
   fi
   if ((RESTARTS >= MAX_RESTARTS)); then fail "$1, and MAX_RESTARTS is $MAX_RESTARTS: given up"; fi
   say "$1: requeued"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$JOB"
   sleep 600 # Slurm ends this shell
 }
 

@@ -29,7 +29,7 @@ SCONTROL = """#!/usr/bin/env bash
 case $* in
   "show hostnames "*) echo node1 ;;
   *"show job "*) echo "JobId=7 {shown} StdOut=job.out" ;;
-  requeue*) touch {requeued}; kill -KILL $PPID ;; # as Slurm ends the shell
+  requeue*) echo "$2" >{requeued}; kill -KILL $PPID ;; # as Slurm ends the shell
 esac
 """
 
@@ -39,7 +39,7 @@ class Ended:
     code: int
     log: str
     ranks: list[str]  # what was started on all ranks, word by word
-    requeued: bool
+    requeued: str | None  # as what
 
 
 def submit(
@@ -70,7 +70,7 @@ def submit(
         timeout=60,
     )
     last = shlex.split(started.read_text().splitlines()[-1]) if started.exists() else []
-    return Ended(ended.returncode, ended.stdout, last, requeued.exists())
+    return Ended(ended.returncode, ended.stdout, last, requeued.read_text().strip() if requeued.exists() else None)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_job_whose_rank_failed_after_new_steps_starts_again(
     tmp_path: Path, before: Status | None, state: State, code: int
 ) -> None:
     ended = fail_at(tmp_path, before, status(7, state), code)
-    assert ended.requeued, ended.log
+    assert ended.requeued == "7", ended.log
     assert "a rank failed: requeued" in ended.log
 
 
@@ -143,11 +143,17 @@ def test_a_job_that_would_fail_again_or_is_in_other_hands_does_not(
     tmp_path: Path, before: Status | None, after: Status, code: int, given: dict[str, str]
 ) -> None:
     ended = fail_at(tmp_path, before, after, code, **given)
-    assert (ended.requeued, ended.code) == (False, code), ended.log
+    assert (ended.requeued, ended.code) == (None, code), ended.log
+
+
+def test_a_task_of_an_array_starts_again_alone(tmp_path: Path) -> None:
+    """Its number may be the array's own, by which all tasks would start again."""
+    ended = fail_at(tmp_path, None, status(7), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="35")
+    assert ended.requeued == "7_35", ended.log
 
 
 def test_it_gives_up_after_the_last_restart(tmp_path: Path) -> None:
     shown = "JobState=RUNNING PreemptTime=None Restarts=3"
     ended = fail_at(tmp_path, None, status(7), shown=shown, SLURM_RESTART_COUNT="3")
-    assert (ended.requeued, ended.code) == (False, 1), ended.log
+    assert (ended.requeued, ended.code) == (None, 1), ended.log
     assert "a rank failed, and MAX_RESTARTS is 3: given up" in ended.log
