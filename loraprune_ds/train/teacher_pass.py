@@ -29,18 +29,12 @@ from loraprune_ds.zero.sharded import ShardedStore
 from loraprune_ds.zero.write import LocalWrites
 
 
-def find_teacher(
-    config: RunConfig, prepared: Prepared, saved: Saved | None, comm: Communicator | None = None
-) -> Teacher:
+def find_teacher(config: RunConfig, prepared: Prepared, saved: Saved | None, comm: Communicator) -> Teacher:
     """The teacher of a run: in its own folder, or in that of the run it goes on from. Collective.
-
-    Args:
-        comm: None: all ranks that there are.
 
     Raises:
         UserError: its files are not all there though the model is cut already, or will not fit on the disk.
     """
-    comm = comm or Communicator()
     possible = comm.together(lambda: _possible_teachers(config, prepared, saved))
     found = [replace(teacher, to_write=_missing_files(teacher, comm)) for teacher in possible]
     teacher = next((teacher for teacher in found if not teacher.to_write), found[0])

@@ -128,7 +128,7 @@ def _bytes(row: dict[str, Any]) -> list[str]:
 def teacher_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
     store = build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
     pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
-    found = find_teacher(config, prepared, None)
+    found = find_teacher(config, prepared, None, comm)
     samples = prepared.samples
     with counted_bytes(comm.world_size, comm.rank) as sent:
         recorded = measured(
