@@ -1,11 +1,14 @@
 """The user's cache, where what was made once for a node is found again."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # a file system without them, as Lustre can be
 
 
 def user_cache() -> Path:
@@ -36,7 +39,11 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # gone with the process, however it ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # gone with the process, however it ends
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise  # without a lock every process makes its own, and the first one's is taken
         try:
             yield
         finally:

@@ -44,6 +44,16 @@ def read_rows(config: DataConfig) -> Rows:
     return rows
 
 
+def fetch_dataset(config: DataConfig) -> None:
+    """Brings what `data.path` names into the cache, if it is the name of a data set.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    if config.path != EMBEDDED and local_files(config.path) is None:
+        _load_dataset(config)
+
+
 def local_files(path: str) -> list[Path] | None:
     """The files that `data.path` names, by itself, as a glob or as their folder, sorted; None: it is no local path.
 

@@ -237,6 +237,8 @@ class RunStatus:
     def _taken_over(self) -> bool:
         """Whether another process has written since: one on a node that was lost fails when it is found again, and
         by then the run may go on, or be finished, on other nodes."""
+        if not self._writes:  # else a thousand ranks would read the file at every step
+            return False
         try:
             found = read_status(self.folder)
         except UserError:

@@ -23,6 +23,7 @@ from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.train.data import SampleOrder, Samples
 from loraprune_ds.train.data_load import load_samples
+from loraprune_ds.train.data_sources import fetch_dataset
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, device_name
@@ -60,8 +61,8 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     comm.together(lambda: _check_before_download(config, comm.world_size))
     # One rank per node downloads or converts, the others find it in the node's cache.
     with comm.patient() as waiting:
-        waiting.together(lambda: locate_model(config.model) if is_first_on_node else None)
-        prepared = waiting.together(lambda: _prepare(config, comm.world_size))  # a data set may be downloaded, too
+        waiting.together(lambda: _fetch(config) if is_first_on_node else None)
+        prepared = waiting.together(lambda: _prepare(config, comm.world_size))
     digests = comm.gather_objects(prepared.samples.digest())
     if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
         raise UserError(
@@ -75,6 +76,11 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_private_attributes()
     check_dtype(config.model.dtype)
     config.train.gradient_accumulation_steps(world_size)
+
+
+def _fetch(config: RunConfig) -> None:
+    locate_model(config.model)
+    fetch_dataset(config.data)
 
 
 def _prepare(config: RunConfig, world_size: int) -> Prepared:

@@ -54,7 +54,8 @@ def start_ranks() -> Communicator:
     _skip_shared_memory_op()
     backend = accelerator().communication_backend_name()
     # DeepSpeed makes more groups (hpZ's, for one) and gives them no timeout: they have torch's default.
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # pyright: ignore[reportPrivateImportUsage]
     try:
         with quiet_stdout():
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)

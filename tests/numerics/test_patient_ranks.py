@@ -2,11 +2,17 @@
 
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import datasets
 import torch.distributed
 
+from loraprune_ds.config import RunConfig
+from loraprune_ds.train.prepare import prepare
 from loraprune_ds.zero.comm import Communicator
+from tests.integration.resuming import config_for, write_run
 from tests.ranks import RankPool
 
 LIMIT, BUSY = 2.0, 5.0  # seconds
@@ -31,3 +37,28 @@ def test_a_long_conversion_does_not_time_out(ranks: RankPool) -> None:
     for hasty, waited in ranks.run(2, wait_both_ways):
         assert waited == "done"
         assert hasty != "done"  # the limit is one: without patience the run would have ended
+
+
+def prepare_slowly(config: RunConfig, log: Path) -> None:
+    """Both ranks are of one node; a data set takes its time and is written down when it is asked for and when it has
+    come."""
+    comm = Communicator()
+
+    def write(word: str) -> None:
+        with log.open("a") as file:
+            file.write(f"{word} {comm.rank}\n")
+
+    def load_dataset(*_: Any, **__: Any) -> datasets.Dataset:
+        write("asks")
+        time.sleep(0.5)
+        write("has")
+        return datasets.Dataset.from_dict({"text": ["some words to train on " * 20] * 50})
+
+    with patch("datasets.load_dataset", load_dataset):
+        prepare(config, comm, is_first_on_node=comm.rank == 0)
+
+
+def test_one_rank_of_a_node_asks_for_the_data_set_before_the_others(ranks: RankPool, tmp_path: Path) -> None:
+    config = config_for(write_run(tmp_path), tmp_path / "out", "data.path=someone/data")
+    ranks.run(2, prepare_slowly, config, tmp_path / "log")
+    assert (tmp_path / "log").read_text().splitlines()[:2] == ["asks 0", "has 0"]

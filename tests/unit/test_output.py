@@ -177,6 +177,18 @@ def test_of_two_jobs_on_one_run_the_first_ends_and_leaves_the_status_alone(tmp_p
     assert (found.state, found.step) == ("failed", 5)  # the second's, which failed here along with the first
 
 
+def test_ranks_that_write_no_status_do_not_read_it_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraprune_ds.train.output.read_status", lambda folder: pytest.fail("read at every step"))
+
+    def run() -> None:
+        with RunStatus(tmp_path, 10, first=4, writes=False) as status:
+            status.update(5)
+            raise UserError("the cause")
+
+    with pytest.raises(UserError, match="the cause"):
+        run()
+
+
 @pytest.mark.parametrize("state", ["running", "finished"])
 def test_a_run_that_went_on_elsewhere_is_not_called_failed(tmp_path: Path, state: State) -> None:
     """By what was left of it on a node that was lost, and fails when it is found again."""
