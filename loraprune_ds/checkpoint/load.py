@@ -13,7 +13,9 @@ from torch import Tensor
 from loraprune_ds.checkpoint import files
 from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSource, read_state
 from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.build import locate_model
 from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, open_for_pruning
 from loraprune_ds.model.cut_checkpoint import cut_to
 from loraprune_ds.pruning.importance import LayerScores
@@ -30,9 +32,16 @@ class Saved:
     state: RunState
 
     def shape_folder(self) -> Path:
-        """Where its frozen weights are."""
+        """Where its frozen weights are. Of a source that has moved, such as the hub's cache: where `model.path` is now.
+
+        Raises:
+            UserError: as `locate_model`.
+        """
         shape = self.state.shape
-        return Path(shape.folder) if shape.is_source else self.folder.parent / shape.folder
+        if not shape.is_source:
+            return self.folder.parent / shape.folder
+        source = Path(shape.folder)
+        return source if source.is_dir() else locate_model(config_from_dict(self.state.config).model)
 
     def frozen_weights(self, config: RunConfig) -> Checkpoint:
         """The model without LoRA.
@@ -117,10 +126,11 @@ def check_saved(folder: Path, *, part: int = 0, parts: int = 1) -> Saved:
     """
     saved = Saved(folder, read_state(folder))
     files.verify(folder, part=part, parts=parts)
-    shape_folder, shape = saved.shape_folder(), saved.state.shape
+    shape = saved.state.shape
     if shape.is_source:
-        _check_source(shape_folder, shape.digest, folder)
+        _check_source(saved)
         return saved
+    shape_folder = saved.shape_folder()
     manifest = shape_folder / files.MANIFEST
     if not manifest.is_file() or files.sha256(manifest) != shape.digest:
         raise UserError(f"{shape_folder} is missing or is not the one that {folder} names")
@@ -128,13 +138,14 @@ def check_saved(folder: Path, *, part: int = 0, parts: int = 1) -> Saved:
     return saved
 
 
-def _check_source(source: Path, digest: str, folder: Path) -> None:
+def _check_source(saved: Saved) -> None:
     try:
+        source = saved.shape_folder()
         found = source_digest(open_checkpoint(source))
     except UserError as error:
-        raise CheckpointMismatch(f"the model that {folder} was started from cannot be read: {error}") from None
-    if found != digest:
-        raise CheckpointMismatch(f"{source} is not the model that {folder} was started from: its tensors differ")
+        raise CheckpointMismatch(f"the model that {saved.folder} was started from cannot be read: {error}") from None
+    if found != saved.state.shape.digest:
+        raise CheckpointMismatch(f"{source} is not the model that {saved.folder} was started from: its tensors differ")
 
 
 def source_digest(checkpoint: Checkpoint) -> str:

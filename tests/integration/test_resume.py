@@ -338,10 +338,15 @@ def newer_format(out: Path) -> None:
 
 
 def another_source(out: Path) -> None:
+    change_source(out, digest="0" * 64)
+
+
+def change_source(out: Path, **changes: str) -> None:
+    """What all checkpoints say of the model that they are slices of."""
     for path in (out / "checkpoints").glob("step-*"):
         state = read_state(out, int(path.name.removeprefix("step-")))
         assert state["shape"]["is_source"]
-        (path / "state.json").write_text(json.dumps(state | {"shape": state["shape"] | {"digest": "0" * 64}}))
+        (path / "state.json").write_text(json.dumps(state | {"shape": state["shape"] | changes}))
         manifest = json.loads((path / "manifest.json").read_text())["files"]
         write_manifest(path, manifest | {"state.json": seal(path / "state.json")})
 
@@ -362,6 +367,15 @@ def test_a_whole_checkpoint_that_does_not_fit_is_not_given_up_for_an_older_one(
     for found in ranks.run(2, find_here, config_for(again, out), "auto"):
         assert line in str(found.error)
         assert (found.exit_code, found.warnings) == (2, [])
+
+
+def test_a_source_that_has_moved_is_found_by_model_path(
+    ranks: RankPool, straight: Path, again: Path, tmp_path: Path
+) -> None:
+    out = killed_after(straight, 13, tmp_path)
+    change_source(out, folder=str(tmp_path / "moved"))
+    ranks.run(2, run_here, config_for(again, out), "auto")
+    assert_bitwise(contents(out, STEPS), contents(straight, STEPS))
 
 
 def test_a_run_may_have_the_name_of_a_step(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:
