@@ -66,12 +66,14 @@ class Request:
 
     def offloads(self, what: str) -> bool:
         """Whether the DeepSpeed config keeps "optimizer" or "param" in host memory."""
-        return (self.ds_config["zero_optimization"].get(f"offload_{what}") or {}).get("device") == "cpu"
+        return self._offload(what).get("device") == "cpu"
 
     def pins(self, what: str) -> bool:
         """Whether what it keeps there of "optimizer" or "param" is page-locked."""
-        offload = self.ds_config["zero_optimization"].get(f"offload_{what}") or {}
-        return self.offloads(what) and bool(offload.get("pin_memory"))
+        return self.offloads(what) and bool(self._offload(what).get("pin_memory"))
+
+    def _offload(self, what: str) -> dict[str, Any]:
+        return self.ds_config["zero_optimization"].get(f"offload_{what}") or {}
 
     def shape_at(self, target: float) -> ModelShape:
         """The shape once `target` of the linear parameters is gone.

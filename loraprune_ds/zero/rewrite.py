@@ -42,7 +42,7 @@ def rewrite(store: "ShardedStore", sites: Sequence[Site], what: Literal["weight"
 
 
 def rounds(sites: Sequence[Site], world_size: int) -> list[list[Site]]:
-    """Sites of which no two have the same owner, together: layer i is rank i % W's."""
+    """Sites of which no two have the same owner, together: one linear of each layer of a round (flat.owner_rounds)."""
     grouped: dict[tuple[int, str], list[Site]] = {}
     for site in sites:
         grouped.setdefault((site.layer // world_size, site.linear.name), []).append(site)
