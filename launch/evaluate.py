@@ -111,8 +111,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     given = [arguments.model, *([arguments.dense] if arguments.dense else [])]
     with readable(given, comm, is_first_on_node=first) as paths:
         with comm.patient() as waiting:
-            waiting.together(lambda: read_evaluation_text(arguments) if first else None)
-        plan = comm.together(lambda: make_plan(arguments))
+            waiting.all_or_raise(lambda: read_evaluation_text(arguments) if first else None)
+        plan = comm.all_or_raise(lambda: make_plan(arguments))
         measured = evaluate(paths, plan, comm, show_progress)
     named = [replace(model, path=path) for model, path in zip(measured, given, strict=True)]
     result = make_result(named, plan, comm.world_size, {"versions": versions(), "hardware": hardware(device_name())})
@@ -128,7 +128,7 @@ def readable(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) 
         if is_first_on_node:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="evaluate-")))
         with comm.patient() as waiting:
-            found = waiting.together(
+            found = waiting.all_or_raise(
                 lambda: [find_or_merge(path, scratch / str(i)) for i, path in enumerate(paths)] if scratch else None
             )
         # The ranks of a node follow its first one.

@@ -19,7 +19,7 @@ from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
-from loraprune_ds.model.shards import shard_count, write_index, write_shard
+from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 
 VOCAB = 400
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
@@ -181,14 +181,14 @@ def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> Expor
     """Writes the cut model with the package's pieces; `source` is the folder of the tokenizer."""
     exported, dense, pruned = exported_config(model, case)
     tensors = dict(cut(model, case).named_parameters())  # a tied head appears once, as the embedding
-    count = shard_count(len(case.keep))
+    count = weight_file_count(len(case.keep))
     staging = begin(out)
     entries = []
     for index in range(count):
         prefix = f"model.layers.{index}."
         rest = index == count - 1
-        shard = {n: t for n, t in tensors.items() if ("model.layers." not in n if rest else n.startswith(prefix))}
-        entries.append(write_shard(staging, index, count, shard))
+        weight_file = {n: t for n, t in tensors.items() if ("model.layers." not in n if rest else n.startswith(prefix))}
+        entries.append(write_weight_file(staging, index, count, weight_file))
     write_index(staging, entries)
     finish_folder(staging, exported, source, model_card(dense, pruned))
     publish(out)

@@ -13,21 +13,22 @@ from deepspeed import comm as ds_comm
 from torch import Tensor
 
 from loraprune_ds.config import DataConfig, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import KINDS, ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.activations import Batch, logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.memory import Stage, cut_stage, training_stage
+from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.traffic import layer_cuts, lora_pieces, moved_bytes, scoring_bytes
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data import Samples
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.engine import build_training_store
-from loraprune_ds.zero.fetching import Fetcher, FetchLimits, PassTraffic
+from loraprune_ds.zero.ds_config import FetchLimits
+from loraprune_ds.zero.engine import build_training_engine
 from loraprune_ds.zero.memory import resident_bytes, state_tensors, state_terms, storage_bytes
-from loraprune_ds.zero.passes import Network
 from tests.benchmarks.peak import Peak
 
 STEPS = 4  # the cut follows the second
@@ -71,7 +72,7 @@ class Case:
                 gradient_checkpointing=self.checkpointing,
             ),
         )
-        shape = open_checkpoint(self.folder).shape
+        shape = open_pretrained(self.folder).shape
         return build_request(str(self.folder), shape, config, Cluster(nodes=1, gpus_per_node=world_size))
 
 
@@ -86,13 +87,13 @@ class InOrder:
 def build(request: Request) -> Trainer:
     """The package's trainer on random tokens."""
     config = request.config
-    checkpoint = open_checkpoint(Path(config.model.path))
-    store = build_training_store(config, checkpoint, request.ds_config, STEPS)
-    pruner = Pruner(store, config.prune, request.schedule, request.limits, config.seed)
+    pretrained = open_pretrained(Path(config.model.path))
+    engine = build_training_engine(config, pretrained, request.ds_config, STEPS)
+    pruner = Pruner(engine.model, config.prune, request.schedule, request.limits, config.seed)
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
-    return Trainer(store, pruner, Samples(ids, ids), InOrder(size), config)  # type: ignore[arg-type]
+    return Trainer(engine, pruner, Samples(ids, ids), InOrder(size), config)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -143,29 +144,29 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
     for _ in range(2 * case.evaluates):  # DeepSpeed would follow in the second the record of the first
-        trainer.store.infer(input_ids=trainer.samples.input_ids[torch.arange(1)].long())
+        trainer.engine.infer(input_ids=trainer.samples.input_ids[torch.arange(1)].long())
     steps = []
     for step in range(1, STEPS + 1):
-        shape = trainer.store.shape
+        shape = trainer.model.shape
         traffic = fetcher.run(network.training_pass(checkpointing=case.checkpointing))
         steps.append(_measured_step(step, request, shape, trainer, traffic, baseline))
-        before, kept_before = shape, trainer.store.comm.bytes_sent
+        before, kept_before = shape, trainer.model.comm.bytes_sent
         with Peak() as cutting:
             record = trainer.cut(step)
         if record is None:
             continue
-        keep = trainer.pruner.kept  # the first cut: indices into the dense model
+        keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
         cuts = [layer_cuts(before, i, k, request.config.lora.r) for i, k in enumerate(keep)]
-        cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != trainer.store.shape.layers[i]]
+        cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != trainer.model.shape.layers[i]]
         moved = sum(int(moved_bytes(c, world_size, request.element_size)[rank]) for c in cut_layers)
         planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
-        planned += options.refit_bytes(request, before, trainer.store.shape, rank)
-        network.resize(trainer.store.shape)
+        planned += options.refit_bytes(request, before, trainer.model.shape, rank)
+        network.resize(trainer.model.shape)
         fetcher.forget_trace()
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
-        planned_stage = cut_stage("", request, before, trainer.store.shape)
+        planned_stage = cut_stage("", request, before, trainer.model.shape)
         rows[-1] |= {
-            "sent": {"planned": planned, "counted": trainer.store.comm.bytes_sent - kept_before},
+            "sent": {"planned": planned, "counted": trainer.model.comm.bytes_sent - kept_before},
             "peak_rss": cutting.peak - baseline,
             "extra_rss": cutting.extra,
             "extra_planned": planned_stage.peak - planned_stage.resident,
@@ -186,11 +187,11 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
     gc.collect()
-    terms = planned_state(request, trainer.store.shape, stepped=stepped)
+    terms = planned_state(request, trainer.model.shape, stepped=stepped)
     return {
         "at": name,
         "planned_storages": sum(terms.values()),
-        "storages": storage_bytes(state_tensors(trainer.store.engine)),
+        "storages": storage_bytes(state_tensors(trainer.model)),
         "rss": resident_bytes() - baseline,
         "terms": terms,
     }
@@ -210,8 +211,8 @@ def planned_state(request: Request, shape: ModelShape, *, stepped: bool) -> dict
 def _measured_step(
     step: int, request: Request, shape: ModelShape, trainer: Trainer, traffic: PassTraffic, baseline: int
 ) -> dict[str, Any]:
-    world_size, rank = request.cluster.world_size, trainer.store.rank
-    comm, before = trainer.store.comm, trainer.store.comm.bytes_sent
+    world_size, rank = request.cluster.world_size, trainer.model.rank
+    comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
     scores = step <= request.schedule.end
@@ -254,7 +255,7 @@ def saved_activations(case: Case) -> dict[str, int]:
     world_size = torch.distributed.get_world_size()
     request = case.request(world_size)
     trainer = build(request)
-    parameters = list(trainer.store.engine.module.parameters())
+    parameters = list(trainer.model.module.parameters())
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ def saved_activations(case: Case) -> dict[str, int]:
 
     ids = trainer.samples.input_ids[torch.arange(case.micro_batch_size)].long()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = trainer.store.engine(input_ids=ids, labels=ids).sum()
+        loss = trainer.engine.deepspeed(input_ids=ids, labels=ids).sum()
     del loss
     batch = Batch(case.micro_batch_size, case.window, request.element_size)
     shape = request.shape

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,16 +17,18 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.build import locate_model
-from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, open_for_pruning
-from loraprune_ds.model.cut_checkpoint import cut_to
+from loraprune_ds.model.cut_pretrained import cut_to
+from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.pruning.step import PrunerState
 
 if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
     from loraprune_ds.zero.comm import Communicator
 
 
 @dataclass(frozen=True)
-class Saved:
+class TrainingCheckpoint:
     """A verified checkpoint."""
 
     folder: Path
@@ -43,14 +46,30 @@ class Saved:
         source = Path(shape.folder)
         return source if source.is_dir() else locate_model(config_from_dict(self.state.config).model)
 
-    def frozen_weights(self, config: RunConfig) -> Checkpoint:
+    def frozen_weights(self, config: RunConfig) -> PretrainedModel:
         """The model without LoRA.
 
         Raises:
             UserError: as `open_for_pruning`.
         """
-        checkpoint = open_for_pruning(self.shape_folder(), config.prune)
-        return cut_to(checkpoint, self.state.kept, config.model.dtype) if self.state.shape.is_source else checkpoint
+        pretrained = open_for_pruning(self.shape_folder(), config.prune)
+        return cut_to(pretrained, self.state.kept, config.model.dtype) if self.state.shape.is_source else pretrained
+
+    def pruner_state(self) -> PrunerState:
+        """Returns what the pruner goes on from."""
+        kept = [LayerKeep(torch.tensor(heads), torch.tensor(channels)) for heads, channels in self.state.kept]
+        tokens = self.state.moment_tokens if self._holds_sums else self._tokens_per_step
+        return PrunerState(kept, self.scores(), self.state.updates_since_cut, tokens)
+
+    @property
+    def _holds_sums(self) -> bool:
+        """Tells sums of moments from the means that formats 1 and 2 hold."""
+        return self.state.format > 2
+
+    @property
+    def _tokens_per_step(self) -> float:
+        """The weight of such a mean beside the sums of the next steps."""
+        return self.state.totals.tokens / self.state.step
 
     def scores(self) -> list[LayerScores] | None:
         """The moving averages; None when nothing had been scored."""
@@ -61,9 +80,10 @@ class Saved:
         return [LayerScores(tensors[f"{i}.heads"], tensors[f"{i}.channels"]) for i in range(len(tensors) // 2)]
 
     def moments(self, layer: int) -> dict[str, Tensor]:
-        """Moments of the inputs of a layer's linears, by name; empty when none had been measured."""
+        """Returns the input moments of a layer by linear, as sums over `moment_tokens`; empty if none were recorded."""
         path = self.folder / files.moments_file(layer)
-        return load_file(path) if path.exists() else {}
+        found = load_file(path) if path.exists() else {}
+        return found if self._holds_sums else {name: mean * self._tokens_per_step for name, mean in found.items()}
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """Elements [start, end) of a layer's LoRA tensor, flat; only the rows that hold them are read."""
@@ -75,7 +95,7 @@ class Saved:
         return rows[start - first * columns : end - first * columns]
 
 
-def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -> Saved | None:
+def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -> TrainingCheckpoint | None:
     """The newest checkpoint under `root` that is whole; the ranks share the reading. Collective.
 
     Raises:
@@ -83,7 +103,7 @@ def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -
     """
     for number in reversed(comm.gather_objects(files.numbered(root, "step"))[0]):
         try:
-            return open_saved(files.step_folder(root, number), comm)
+            return open_training_checkpoint(files.step_folder(root, number), comm)
         except CheckpointMismatch:
             raise
         except UserError as error:
@@ -107,60 +127,64 @@ def newest_state(root: Path) -> RunState | None:
     return None
 
 
-def open_saved(folder: Path, comm: "Communicator") -> Saved:
+def open_training_checkpoint(folder: Path, comm: "Communicator") -> TrainingCheckpoint:
     """Verifies one checkpoint and the shape it names. Collective.
 
     Raises:
         UserError: something is missing or damaged; all ranks raise the same line.
         CheckpointMismatch: it is of a newer format or of another source model; likewise.
     """
-    return comm.together(lambda: check_saved(folder, part=comm.rank, parts=comm.world_size))
+    return comm.all_or_raise(lambda: check_training_checkpoint(folder, part=comm.rank, parts=comm.world_size))
 
 
-def check_saved(folder: Path, *, part: int = 0, parts: int = 1) -> Saved:
+def check_training_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) -> TrainingCheckpoint:
     """Verifies one checkpoint and the shape it names, or the share that falls to one of `parts` readers.
 
     Raises:
         UserError: something is missing or damaged.
         CheckpointMismatch: it is of a newer format or of another source model.
     """
-    saved = Saved(folder, read_state(folder))
+    checkpoint = TrainingCheckpoint(folder, read_state(folder))
     files.verify(folder, part=part, parts=parts)
-    shape = saved.state.shape
+    shape = checkpoint.state.shape
     if shape.is_source:
-        _check_source(saved)
-        return saved
-    shape_folder = saved.shape_folder()
+        _check_source(checkpoint)
+        return checkpoint
+    shape_folder = checkpoint.shape_folder()
     manifest = shape_folder / files.MANIFEST
     if not manifest.is_file() or files.sha256(manifest) != shape.digest:
         raise UserError(f"{shape_folder} is missing or is not the one that {folder} names")
     files.verify(shape_folder, part=part, parts=parts)
-    return saved
+    return checkpoint
 
 
-def _check_source(saved: Saved) -> None:
+def _check_source(checkpoint: TrainingCheckpoint) -> None:
     try:
-        source = saved.shape_folder()
-        found = source_digest(open_checkpoint(source))
+        source = checkpoint.shape_folder()
+        found = source_digest(open_pretrained(source))
     except UserError as error:
-        raise CheckpointMismatch(f"the model that {saved.folder} was started from cannot be read: {error}") from None
-    if found != saved.state.shape.digest:
-        raise CheckpointMismatch(f"{source} is not the model that {saved.folder} was started from: its tensors differ")
+        raise CheckpointMismatch(
+            f"the model that {checkpoint.folder} was started from cannot be read: {error}"
+        ) from None
+    if found != checkpoint.state.shape.digest:
+        raise CheckpointMismatch(
+            f"{source} is not the model that {checkpoint.folder} was started from: its tensors differ"
+        )
 
 
-def source_digest(checkpoint: Checkpoint) -> str:
+def source_digest(pretrained: PretrainedModel) -> str:
     """Identifies a source model by its config and its files' names, sizes and first MiB, which has the tensors' names.
 
     Reading all of it would take as long as loading it; a file of the same size with other numbers is not noticed.
     """
-    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
-    for path in sorted(set(checkpoint.files.values())):
+    digest = hashlib.sha256((pretrained.folder / "config.json").read_bytes())
+    for path in sorted(set(pretrained.files.values())):
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
             digest.update(file.read(1 << 20))
     return digest.hexdigest()
 
 
-def source_of(checkpoint: Checkpoint) -> ShapeSource:
+def source_of(pretrained: PretrainedModel) -> ShapeSource:
     """The frozen weights of a run that has changed none: it has not cut yet, or has only left some out."""
-    return ShapeSource(str(checkpoint.folder.resolve()), source_digest(checkpoint), is_source=True)
+    return ShapeSource(str(pretrained.folder.resolve()), source_digest(pretrained), is_source=True)

@@ -23,44 +23,44 @@ from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, rea
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.zero.flat import owner_rounds
-from loraprune_ds.zero.input_moments import InputMoments
-from loraprune_ds.zero.sharded import ShardedStore
+from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_state import collect_lora_state
 from loraprune_ds.zero.write import frozen_tensors, write_model
 
 
-def save_shape(store: ShardedStore, root: Path, cuts: int, config_json: dict[str, Any], dtype: str) -> ShapeSource:
+def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str, Any], dtype: str) -> ShapeSource:
     """Publishes the frozen weights as `shape-{cuts}`. Collective.
 
     Raises:
         RunError: a rank cannot write; nothing is published and nothing older is lost.
     """
-    with Staging(store.comm, root / f"shape-{cuts}", "shape") as staging:
-        if store.rank == 0:
+    with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
+        if model.rank == 0:
             staging.write("config.json", lambda path: path.write_text(json.dumps(config_json, indent=2)))
-        staging.seal(write_model(store, staging.folder, dtype, frozen_tensors))
+        staging.seal(write_model(model, staging.folder, dtype, frozen_tensors))
         fail_point("save.shape_written")
         staging.publish()
-    digest = files.sha256(staging.target / files.MANIFEST) if store.rank == 0 else ""
-    return ShapeSource(staging.target.name, store.comm.gather_objects(digest)[0], is_source=False)
+    digest = files.sha256(staging.target / files.MANIFEST) if model.rank == 0 else ""
+    return ShapeSource(staging.target.name, model.comm.gather_objects(digest)[0], is_source=False)
 
 
 def save_step(
-    store: ShardedStore, root: Path, state: RunState, scores: list[LayerScores] | None, moments: InputMoments | None
+    model: ShardedModel, root: Path, state: RunState, scores: list[LayerScores] | None, moments: InputMoments | None
 ) -> Path:
     """Publishes `step-{state.step}`. Collective; a layer is written by its owner, which has its moments.
 
     Raises:
         RunError: a rank cannot write; nothing is published and nothing older is lost.
     """
-    with Staging(store.comm, files.step_folder(root, state.step), "step") as staging:
-        if store.rank == 0:
+    with Staging(model.comm, files.step_folder(root, state.step), "step") as staging:
+        if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
             if scores is not None:
                 staging.write(files.SCORES_FILE, lambda path: save_file(_score_tensors(scores), path))
-        for layers in owner_rounds(len(store.layers), store.world_size):
-            collected = {layer: collect_lora_state(store, layer, store.owner(layer)) for layer in layers}
+        for layers in owner_rounds(len(model.layers), model.world_size):
+            collected = {layer: collect_lora_state(model, layer, model.owner(layer)) for layer in layers}
             for layer, tensors in collected.items():
                 if tensors is not None:  # this rank's; the other owners write theirs at the same time
                     _write_layer(staging, layer, tensors, {} if moments is None else moments.of_layer(layer))

@@ -7,7 +7,9 @@ from typing import Any
 
 from loraprune_ds.errors import UserError
 
-FORMAT = 2  # 1: the frozen weights after a cut were always a folder of their own
+# 1: the frozen weights after a cut were always a folder of their own.
+# 2: input moments were means, not sums with the number of their tokens.
+FORMAT = 3
 STATE_FILE = "state.json"
 
 
@@ -34,7 +36,7 @@ class ShapeSource:
 
 
 @dataclass(frozen=True)
-class Tally:
+class RunTotals:
     """What a run has read and measured.
 
     Attributes:
@@ -58,14 +60,15 @@ class RunState:
         schedule: state of the learning-rate schedule.
         loss_scale: state of fp16's loss scaler, empty otherwise.
         kept: per layer, kept heads and channels as indices into the dense model.
-        updates_since_cut: scores observed since the last cut.
+        updates_since_cut: scores since the last cut.
         cuts: made so far; the number of the shape.
+        moment_tokens: tokens that the input moments are sums over; 0 if there are none.
         resumed_from: steps at which the run was taken up before.
         config: the resolved run config.
     """
 
     step: int
-    tally: Tally
+    totals: RunTotals
     adam_step: int
     schedule: dict[str, Any]
     loss_scale: dict[str, Any]
@@ -75,12 +78,14 @@ class RunState:
     shape: ShapeSource
     resumed_from: list[int]
     config: dict[str, Any]
+    moment_tokens: float = 0.0
     format: int = field(default=FORMAT)
 
 
 def state_text(state: RunState) -> str:
     """The content of `state.json`, without line breaks: the kept groups are a million numbers in a large model."""
-    return json.dumps(vars(state) | {"tally": asdict(state.tally), "shape": asdict(state.shape)}) + "\n"
+    named = {"tally" if name == "totals" else name: value for name, value in asdict(state).items()}
+    return json.dumps(named) + "\n"
 
 
 def read_state(folder: Path) -> RunState:
@@ -99,7 +104,7 @@ def read_state(folder: Path) -> RunState:
     if version > FORMAT:
         raise CheckpointMismatch(f"{path} has format {version}; this version of loraprune_ds reads up to {FORMAT}")
     try:
-        raw["tally"] = Tally(**raw["tally"])
+        raw["totals"] = RunTotals(**raw.pop("tally"))
         raw["shape"] = ShapeSource(**raw["shape"])
         raw["kept"] = [(list(heads), list(channels)) for heads, channels in raw["kept"]]
         return RunState(**raw)

@@ -103,7 +103,7 @@ def _check_candidate(path: str, plan: EvaluationPlan) -> Candidate:
 
 
 def _check_positions(source: Source, plan: EvaluationPlan) -> None:
-    most = source.checkpoint.config.get("max_position_embeddings")
+    most = source.pretrained.config.get("max_position_embeddings")
     lengths = [plan.protocol.window] if plan.text else []
     if plan.speed:
         lengths.append(plan.speed.prompt + plan.speed.generated)

@@ -14,10 +14,11 @@ from loraprune_ds.evaluate.models import Source, load_model
 from loraprune_ds.evaluate.perplexity import Losses, Perplexity, measure_batches
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.zeroshot import run_tasks
+from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.exported_config import DEFAULT_SLIDING_WINDOW
 from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import DTYPES, accelerator
+from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.half_products import fast_half_products
 from loraprune_ds.zero.release import release
@@ -64,7 +65,7 @@ def evaluate(
     Raises:
         UserError: something cannot be used; all ranks raise the same line, before anything long.
     """
-    candidates = comm.together(lambda: check_candidates(paths, plan))
+    candidates = comm.all_or_raise(lambda: check_candidates(paths, plan))
     models: list[PreTrainedModel] = []  # only where their speed is measured, which needs all at once
     qualities: list[_Quality] = []
     for candidate in candidates:
@@ -73,7 +74,7 @@ def evaluate(
     speeds: list[Any] = [None] * len(candidates)
     if plan.speed and comm.rank == 0:
         speeds = measure_speed(models, plan.speed)
-    dense = candidates[1].source.checkpoint.shape.total_numel() if len(candidates) > 1 else None
+    dense = candidates[1].source.pretrained.shape.total_numel() if len(candidates) > 1 else None
     return [
         _describe(candidate, plan.protocol.window, dense, quality, speed)
         for candidate, quality, speed in zip(candidates, qualities, speeds, strict=True)
@@ -89,7 +90,7 @@ def _measure_quality(
     device = torch.device(accelerator().current_device_name())
     if plan.sharded:
         return _Quality(_measure_sharded(candidate, comm, device, watch))
-    model = comm.together(lambda: load_model(candidate.source, candidate.dtype, device))
+    model = comm.all_or_raise(lambda: load_model(candidate.source, candidate.dtype, device))
     if plan.speed:
         keep.append(model)
 
@@ -127,7 +128,7 @@ def _measure_sharded(candidate: Candidate, comm: Communicator, device: torch.dev
         "fp16": {"enabled": candidate.dtype == "float16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
-    engine = build_inference_engine(candidate.source.checkpoint, "sdpa", candidate.dtype, ds_config)
+    engine = build_inference_engine(candidate.source.pretrained, "sdpa", candidate.dtype, ds_config)
 
     def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
         return engine(input_ids=input_ids, labels=labels)
@@ -139,7 +140,7 @@ def _measure_sharded(candidate: Candidate, comm: Communicator, device: torch.dev
 
 def _describe(candidate: Candidate, window: int, dense: int | None, quality: _Quality, speed: Speed | None) -> Measured:
     source = candidate.source
-    shape = source.checkpoint.shape
+    shape = source.pretrained.shape
     dense = dense or source.dense_parameters
     return Measured(
         path=source.path,
@@ -157,6 +158,6 @@ def _describe(candidate: Candidate, window: int, dense: int | None, quality: _Qu
 
 def _sliding_window(source: Source) -> int | None:
     """Llama's attention has none, whatever its config.json says."""
-    if not source.checkpoint.shape.model_type.endswith("mistral"):
+    if not source.pretrained.shape.model_type.endswith("mistral"):
         return None
-    return source.checkpoint.config.get("sliding_window", DEFAULT_SLIDING_WINDOW)
+    return source.pretrained.config.get("sliding_window", DEFAULT_SLIDING_WINDOW)

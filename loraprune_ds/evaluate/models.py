@@ -17,8 +17,8 @@ from loraprune_ds.evaluate.runs import read_run_report
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FOLDER
 from loraprune_ds.model.build import locate_model
-from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint
 from loraprune_ds.model.families import CAUSAL_LMS
+from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
 
 Kind = Literal["checkpoint", "adapter", "run"]
 ADAPTER_FILE = "adapter_config.json"
@@ -39,7 +39,7 @@ class Source:
 
     path: str
     kind: Kind
-    checkpoint: Checkpoint
+    pretrained: PretrainedModel
     tokenizer_folder: Path
     adapter: Path | None = None
     dense_parameters: int | None = None
@@ -48,7 +48,7 @@ class Source:
     @property
     def dtype(self) -> str:
         """The dtype its config.json declares; float32 if none."""
-        config = self.checkpoint.config
+        config = self.pretrained.config
         return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
@@ -70,7 +70,7 @@ def find_model(path: str) -> Source:
         for adapter in (folder, folder / ADAPTER_FOLDER):  # the second: what launch/export.py --format adapter made
             if (adapter / ADAPTER_FILE).is_file():
                 return _find_adapter(path, adapter)
-    return Source(path, "checkpoint", open_checkpoint(folder), folder)
+    return Source(path, "checkpoint", open_pretrained(folder), folder)
 
 
 def _find_run(path: str, folder: Path, status: Status) -> Source:
@@ -82,7 +82,7 @@ def _find_run(path: str, folder: Path, status: Status) -> Source:
         dense, method = read_run_report(read_json(report))
     except (KeyError, TypeError) as error:
         raise UserError(f"{report} is damaged: {error!r}") from None
-    return Source(path, "run", open_checkpoint(model), model, dense_parameters=dense, method=method)
+    return Source(path, "run", open_pretrained(model), model, dense_parameters=dense, method=method)
 
 
 def _find_adapter(path: str, folder: Path) -> Source:
@@ -126,9 +126,9 @@ def load_model(source: Source, dtype: str, device: torch.device) -> PreTrainedMo
     Raises:
         UserError: the adapter does not fit its base model.
     """
-    model_class = CAUSAL_LMS[source.checkpoint.shape.model_type]
+    model_class = CAUSAL_LMS[source.pretrained.shape.model_type]
     read_dtype = torch.float32 if source.adapter else getattr(torch, dtype)
-    model = model_class.from_pretrained(source.checkpoint.folder, dtype=read_dtype, attn_implementation="sdpa")
+    model = model_class.from_pretrained(source.pretrained.folder, dtype=read_dtype, attn_implementation="sdpa")
     if source.adapter:
         model = _merge(model, source.adapter)
         for parameter in model.parameters():  # not model.to(), which would round the rotary frequencies too

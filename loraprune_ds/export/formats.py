@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from loraprune_ds.checkpoint.files import numbered, step_folder
-from loraprune_ds.checkpoint.load import check_saved
+from loraprune_ds.checkpoint.load import check_training_checkpoint
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, Status, read_status
 from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.errors import UserError, one_line
@@ -19,7 +19,7 @@ from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, publish
 from loraprune_ds.export.model_card import retell_model_card
 from loraprune_ds.model.adapters import BASE_FOLDER
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.units import format_bytes
 
 HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, for further tuning.
@@ -119,7 +119,7 @@ def _huggingface(source: Source, folder: Path) -> list[str]:
         _check_room(unmerged, folder)
         write_merged(unmerged, folder)
         return remarks
-    open_checkpoint(source.model)
+    open_pretrained(source.model)
     shutil.copytree(source.model, folder, dirs_exist_ok=True)
     return []
 
@@ -141,7 +141,7 @@ def _open_newest(checkpoints: list[Path]) -> tuple[Unmerged, list[str]]:
     remarks: list[str] = []
     for path in checkpoints:
         try:
-            unmerged = Unmerged(check_saved(path))
+            unmerged = Unmerged(check_training_checkpoint(path))
         except UserError as error:
             remarks.append(f"{path.name} cannot be used: {error}")
             continue
@@ -166,10 +166,10 @@ def _gguf(precision: Precision) -> Callable[[Source, Path], list[str]]:
             merged.mkdir()
             remarks = _huggingface(source, merged)
             model = merged
-        checkpoint = open_checkpoint(model)
+        pretrained = open_pretrained(model)
         path = folder / f"{source.name}-{precision}.gguf"
-        remarks += write_gguf(checkpoint, path, precision, source.name)
-        dtype, arch = checkpoint.config.get("dtype"), "llama" if checkpoint.shape.is_uniform else "deci"
+        remarks += write_gguf(pretrained, path, precision, source.name)
+        dtype, arch = pretrained.config.get("dtype"), "llama" if pretrained.shape.is_uniform else "deci"
         how_to_load = HOW_TO_LOAD_GGUF.format(file=path.name, dtype=dtype, precision=precision, arch=arch)
         retell_model_card(model, folder, how_to_load + "".join(f"\n{remark}\n" for remark in remarks))
         shutil.rmtree(merged, ignore_errors=True)

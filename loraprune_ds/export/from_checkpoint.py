@@ -9,17 +9,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint.files import layer_file
-from loraprune_ds.checkpoint.load import Saved
+from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.export.huggingface import finish_folder, merge_lora
 from loraprune_ds.export.model_card import card_of_run, retell_model_card
 from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
 from loraprune_ds.model.build import locate_model
-from loraprune_ds.model.checkpoint import Checkpoint, open_for_pruning, parameter_shapes
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, parameter_shapes
 from loraprune_ds.model.shapes import LINEAR_NAMES, LINEARS
-from loraprune_ds.model.shards import shard_count, write_index, write_shard
+from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 
 Change = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]  # of a layer's frozen tensors before they are written
 
@@ -31,11 +31,11 @@ class Unmerged:
         UserError: the model that the run was started from, which has the tokenizer, is gone or damaged.
     """
 
-    def __init__(self, saved: Saved) -> None:
-        self.saved = saved
-        self.config = config_from_dict(saved.state.config)
+    def __init__(self, checkpoint: TrainingCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = config_from_dict(checkpoint.state.config)
         self.dense = open_for_pruning(locate_model(self.config.model), self.config.prune)
-        self.base = saved.frozen_weights(self.config)
+        self.base = checkpoint.frozen_weights(self.config)
         # The family is the dense model's, even where the smaller one had to be described as another.
         self.shape = self.dense.shape.with_layers(self.base.shape.layers)
 
@@ -45,7 +45,7 @@ class Unmerged:
 
     def lora(self, layer: int) -> dict[str, Tensor]:
         """fp32 masters of a layer: "{linear}.lora_A" (r, in_features) and "{linear}.lora_B" (out_features, r)."""
-        tensors = load_file(self.saved.folder / layer_file(layer))
+        tensors = load_file(self.checkpoint.folder / layer_file(layer))
         return {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
 
 
@@ -77,30 +77,32 @@ def _write_model(source: Unmerged, folder: Path, change: Change) -> None:
     dtype = getattr(torch, source.config.model.dtype)
     layers = len(source.shape.layers)
     entries = []
-    for k in range(shard_count(layers)):
-        tensors = _read_shard(source.base, k, dtype)
-        entries.append(write_shard(folder, k, shard_count(layers), change(k, tensors) if k < layers else tensors))
+    for k in range(weight_file_count(layers)):
+        tensors = _read_weight_file(source.base, k, dtype)
+        entries.append(
+            write_weight_file(folder, k, weight_file_count(layers), change(k, tensors) if k < layers else tensors)
+        )
     write_index(folder, entries)
-    state = source.saved.state
+    state = source.checkpoint.state
     card = card_of_run(
         source.config,
         source.dense.shape,
         source.shape,
         steps=state.step,
-        perplexity_dense=state.tally.perplexity_dense,
-        perplexity_pruned=state.tally.perplexity,
+        perplexity_dense=state.totals.perplexity_dense,
+        perplexity_pruned=state.totals.perplexity,
     )
     finish_folder(folder, source.exported, source.dense.folder, card)
 
 
-def _read_shard(checkpoint: Checkpoint, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _read_weight_file(pretrained: PretrainedModel, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Layer k; after the last layer, all that belongs to none."""
-    is_layer = k < len(checkpoint.shape.layers)
+    is_layer = k < len(pretrained.shape.layers)
     prefix = f"model.layers.{k}."
     tensors = {}
-    for name, size in parameter_shapes(checkpoint.shape).items():
+    for name, size in parameter_shapes(pretrained.shape).items():
         if name.startswith(prefix) if is_layer else not name.startswith("model.layers."):
-            tensors[name] = checkpoint.read_flat(name, 0, torch.Size(size).numel(), dtype).view(size)
+            tensors[name] = pretrained.read_flat(name, 0, torch.Size(size).numel(), dtype).view(size)
     return tensors
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from torch import Tensor
 
 from loraprune_ds.export.huggingface import merge_lora
-from loraprune_ds.zero.device import DTYPES
-from loraprune_ds.zero.sharded import ShardedStore
-from loraprune_ds.zero.store import CollectedLinear
+from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.pruning.prunable_model import CollectedLinear
+from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import write_model
 
 
-def write_merged_weights(store: ShardedStore, folder: Path, dtype: str) -> None:
+def write_merged_weights(model: ShardedModel, folder: Path, dtype: str) -> None:
     """Writes all shards and their index into `folder`, LoRA merged in fp32 and rounded once. Collective."""
 
     target = DTYPES[dtype]
@@ -20,4 +20,4 @@ def write_merged_weights(store: ShardedStore, folder: Path, dtype: str) -> None:
         weight = merge_lora(linear.weight, linear.lora_A, linear.lora_B, linear.scaling, target)
         return {"weight": weight} | ({} if linear.bias is None else {"bias": linear.bias.to(target)})
 
-    write_model(store, folder, dtype, merged)
+    write_model(model, folder, dtype, merged)

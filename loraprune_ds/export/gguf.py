@@ -11,8 +11,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_rope import add_rope
 from loraprune_ds.export.gguf_tensors import Precision, plan_tensors, read_tensor
 from loraprune_ds.export.gguf_tokenizer import add_tokenizer
-from loraprune_ds.model.checkpoint import Checkpoint
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 
 FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
@@ -20,7 +20,7 @@ ROPE_FREQS = "rope_freqs.weight"
 DEFAULT_EPSILON = 1e-6  # of LlamaConfig and MistralConfig
 
 
-def write_gguf(source: Checkpoint, path: Path, precision: Precision, name: str) -> list[str]:
+def write_gguf(source: PretrainedModel, path: Path, precision: Precision, name: str) -> list[str]:
     """Converts a merged Hugging Face checkpoint, tensor by tensor: no more than one is in memory.
 
     Args:
@@ -77,7 +77,7 @@ def _add_sizes(writer: GGUFWriter, shape: ModelShape) -> None:
 
 
 def _write(
-    writer: GGUFWriter, source: Checkpoint, precision: Precision, rope_factors: np.ndarray[Any, Any] | None
+    writer: GGUFWriter, source: PretrainedModel, precision: Precision, rope_factors: np.ndarray[Any, Any] | None
 ) -> list[str]:
     tensors = plan_tensors(source.shape, precision)
     for tensor in tensors:

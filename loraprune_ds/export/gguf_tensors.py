@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType, quants
 from gguf.constants import GGML_QUANT_SIZES
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.checkpoint import Checkpoint, parameter_shapes
 from loraprune_ds.model.embedded import LAYER_NAMES
+from loraprune_ds.model.pretrained import PretrainedModel, parameter_shapes
 from loraprune_ds.model.shapes import ModelShape
 
 Precision = Literal["f16", "q8_0"]
@@ -72,18 +72,18 @@ def _type(size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
     return wanted if size[1] % block == 0 else GGMLQuantizationType.F16
 
 
-def read_tensor(checkpoint: Checkpoint, tensor: GgufTensor) -> np.ndarray[Any, Any]:
+def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> np.ndarray[Any, Any]:
     """The tensor as it lies in the file; blocks of Q8_0 come as bytes.
 
     Raises:
         UserError: a value is beyond what its type can hold; names file and tensor.
     """
-    flat = checkpoint.read_flat(tensor.source, 0, int(np.prod(tensor.shape)), torch.float32)
+    flat = pretrained.read_flat(tensor.source, 0, int(np.prod(tensor.shape)), torch.float32)
     values = flat.view(tensor.shape).numpy()
     if tensor.heads:
         values = permute(values, tensor.heads)
     if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-        where = f"{checkpoint.files[tensor.source]}: {tensor.source}"
+        where = f"{pretrained.files[tensor.source]}: {tensor.source}"
         raise UserError(f"{where} has values beyond 65504, the largest of f16; formats that can: hf, adapter")
     return quants.quantize(values, tensor.type)
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, first_line, one_line
-from loraprune_ds.model.checkpoint import Checkpoint
 from loraprune_ds.model.convert_bin import converted, needs_conversion
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.families import CAUSAL_LMS, config_class
 from loraprune_ds.model.hub import HUB_ERRORS
+from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.token_loss import with_token_losses
 
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
@@ -51,15 +51,15 @@ def _download(config: ModelConfig) -> Path:
 
 
 def build_on_meta(
-    checkpoint: Checkpoint, attn_implementation: str, loss_chunk_tokens: int | None = None
+    pretrained: PretrainedModel, attn_implementation: str, loss_chunk_tokens: int | None = None
 ) -> PreTrainedModel:
     """The modules of the checkpoint's model, every parameter on the meta device: shapes only, no memory.
 
     Buffers that a checkpoint does not hold (rotary frequencies) are real. Told the labels, the model gives token losses
     (token_loss.py), `loss_chunk_tokens` at a time.
     """
-    model_class = CAUSAL_LMS[checkpoint.shape.model_type]
-    config = config_class(checkpoint.shape.model_type).from_dict(dict(checkpoint.config))  # may differ from the file's
+    model_class = CAUSAL_LMS[pretrained.shape.model_type]
+    config = config_class(pretrained.shape.model_type).from_dict(dict(pretrained.config))  # may differ from the file's
     config.use_cache = False
     config._attn_implementation = attn_implementation
     with torch.device("meta"):
@@ -82,17 +82,17 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise AssertionError(f"{type(model).__name__} has no decoder layers")
 
 
-def check_buildable(checkpoint: Checkpoint, attn_implementation: str) -> None:
+def check_buildable(pretrained: PretrainedModel, attn_implementation: str) -> None:
     """Whether transformers can make the checkpoint's model here, found out without any weights.
 
     Raises:
         UserError: it refuses something in config.json, or this attention implementation.
     """
     try:
-        build_on_meta(checkpoint, attn_implementation)
+        build_on_meta(pretrained, attn_implementation)
     except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"{checkpoint.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
+            f"{pretrained.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
             f"{attn_implementation}): {reason}"
         ) from error

@@ -25,8 +25,8 @@ from torch import Tensor
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.cache import make_once, user_cache
-from loraprune_ds.model.checkpoint import check_no_surplus
-from loraprune_ds.model.shards import write_index, write_shard
+from loraprune_ds.model.pretrained import check_no_surplus
+from loraprune_ds.model.weight_files import write_index, write_weight_file
 
 INDEX = "pytorch_model.bin.index.json"
 SHARDS = "pytorch_model-*-of-*.bin"
@@ -115,7 +115,7 @@ def _convert(folder: Path, files: list[Path], made: Path) -> None:
     entries = []
     for i, group in enumerate(groups):
         tensors = _load(group.source)  # mapped anew for every group: what was read of it before can go
-        entries.append(write_shard(made, i, len(groups), {name: tensors[name].clone() for name in group.names}))
+        entries.append(write_weight_file(made, i, len(groups), {name: tensors[name].clone() for name in group.names}))
         del tensors
     write_index(made, entries)
     for path in (path for pattern in KEPT for path in folder.glob(pattern)):

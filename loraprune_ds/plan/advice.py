@@ -8,7 +8,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.plan.cluster import MOST_GPUS, Cluster
 from loraprune_ds.plan.plan import Plan, make_plan
 from loraprune_ds.plan.request import Request, changed
-from loraprune_ds.zero.fetching import FetchLimits
+from loraprune_ds.zero.ds_config import FetchLimits
 
 PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 MOST_NODES = 512  # that --smallest tries if it is not told how many there are

@@ -3,16 +3,16 @@
 import math
 from dataclasses import dataclass, field
 
-from loraprune_ds.model.checkpoint import READ_CHUNK, layer_parameter_shapes, parameter_shapes
+from loraprune_ds.model.pretrained import READ_CHUNK, layer_parameter_shapes, parameter_shapes
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.activations import Batch, activations, forward_temporaries, logits
+from loraprune_ds.plan.fetching import PassTraffic
+from loraprune_ds.plan.passes import parameter_sizes
 from loraprune_ds.plan.request import Request
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
-from loraprune_ds.zero.fetching import PassTraffic
 from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.memory import state_terms
-from loraprune_ds.zero.passes import parameter_sizes
 
 OPTIMIZER_TERMS = ("lora_masters", "lora_moments", "lora_gradients")
 
@@ -59,16 +59,16 @@ def training_stage(
 ) -> Stage:
     """A step, before the last cut with all its scoring, and an evaluation, at a given shape."""
     state, host = _split(request, shape, stepped=True)
-    pieces = options.weight_gradients(request, shape) if scores else {}
+    shards = options.weight_gradients(request, shape) if scores else {}
     passing = options.whole_gradient(request, shape) | options.measured_inputs(request, shape) if scores else {}
     state |= options.input_moments(request, shape) if scores else {}
     phases = {
-        "training": _training(request, shape, train) | pieces | passing,
-        "reducing gradients": {"gradient_reduction": _reduction(request, shape)} | pieces,
+        "training": _training(request, shape, train) | shards | passing,
+        "reducing gradients": {"gradient_reduction": _reduction(request, shape)} | shards,
         "optimizer step": {
             "optimizer_temporaries": 0 if request.offloads("optimizer") else 2 * _lora_piece(request, shape) * 4
         },
-        "scoring": (_scoring(request, shape) | pieces) if scores else {},
+        "scoring": (_scoring(request, shape) | shards) if scores else {},
         "evaluation": _evaluation(request, shape, evaluation),
         "export": {"layer_on_its_writer": _whole_layer(shape) * request.element_size * 2},
     }
@@ -111,7 +111,7 @@ def state_before_any_step(request: Request) -> tuple[dict[str, int], dict[str, i
 def repartition(request: Request, shape: ModelShape) -> int:
     """At most three local shards of the widest layer: what leaves, what arrives and the new pieces."""
     layers = [layer_parameter_shapes(shape, i).values() for i in range(len(shape.layers))]
-    widest = max(_piece(request, [math.prod(dimensions) for dimensions in layer]) for layer in layers)
+    widest = max(_shard(request, [math.prod(dimensions) for dimensions in layer]) for layer in layers)
     return 3 * widest * request.element_size
 
 
@@ -196,17 +196,17 @@ def forward_pass(request: Request, shape: ModelShape, traffic: PassTraffic, batc
 
 def _scoring(request: Request, shape: ModelShape) -> dict[str, int]:
     """One layer's LoRA masters and gradients: this rank's pieces, all pieces gathered, and the factors made of them."""
-    pieces, whole = 0, 0
+    shards, whole = 0, 0
     for i in range(len(shape.layers)):
         sizes = shape.layer_lora_sizes(i, request.config.lora.r)
-        pieces = max(pieces, 2 * _piece(request, sizes) * 4)
+        shards = max(shards, 2 * _shard(request, sizes) * 4)
         whole = max(whole, 2 * sum(sizes) * 4)
     linears = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in LINEARS]
-    piece = max(_piece(request, [rows * columns]) + 2 * columns for rows, columns in linears)  # to whole rows
+    shard = max(_shard(request, [rows * columns]) + 2 * columns for rows, columns in linears)  # to whole rows
     groups = sum(len(LINEARS) * max(layer.heads, layer.channels) for layer in shape.layers)
     return {
-        "lora_factors_of_a_layer": pieces + pieces * request.cluster.world_size + whole,
-        "score_blocks": 4 * min(piece, DEVICE_BLOCK_NUMEL) * 4,
+        "lora_factors_of_a_layer": shards + shards * request.cluster.world_size + whole,
+        "score_blocks": 4 * min(shard, DEVICE_BLOCK_NUMEL) * 4,
         "score_sums": 8 * groups,
     }
 
@@ -219,10 +219,10 @@ def _reduction(request: Request, shape: ModelShape) -> int:
 
 
 def _lora_piece(request: Request, shape: ModelShape) -> int:
-    return _piece(request, shape.lora_sizes(request.config.lora.r))
+    return _shard(request, shape.lora_sizes(request.config.lora.r))
 
 
-def _piece(request: Request, sizes: list[int]) -> int:
+def _shard(request: Request, sizes: list[int]) -> int:
     return sum(partition_numel(n, request.cluster.world_size) for n in sizes)
 
 

@@ -12,6 +12,7 @@ from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.distillation import check_top_k
+from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.hub import HUB_ERRORS
 from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config, with_biases
@@ -19,7 +20,6 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
-from loraprune_ds.zero.device import DTYPES
 from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config
 
 ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here

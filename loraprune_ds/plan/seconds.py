@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import options
+from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.steps import StepKind
 from loraprune_ds.plan.traffic import StepTraffic
-from loraprune_ds.zero.fetching import PassTraffic
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def step_seconds(
         flops += options.gradient_flops(request, shape) * tokens + scoring_flops(request, shape)
     if kind.measures:
         flops += options.measuring_flops(request, shape) * tokens
-    pieces = training.sent / max(1, cluster.world_size - 1) * request.element_size
-    copied = pieces * train.gradient_accumulation_steps(cluster.world_size) if request.offloads("param") else 0
+    shards = training.sent / max(1, cluster.world_size - 1) * request.element_size
+    copied = shards * train.gradient_accumulation_steps(cluster.world_size) if request.offloads("param") else 0
     return Seconds(
         compute=flops / (cluster.flops * 1e12),
         communication=cluster.seconds_to_gather(traffic.total),

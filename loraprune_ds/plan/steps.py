@@ -19,6 +19,6 @@ PLAIN = StepKind(scores=False, measures=False)  # after the last cut
 
 
 def step_kind(prune: PruneConfig, schedule: Schedule, step: int) -> StepKind:
-    """What `Pruner.observe` and `Compensator.begin` do at a step, from 1."""
+    """What `Pruner.score` and `Compensator.record_step` do at a step, from 1."""
     measures = prune.compensate != "none" and schedule.precedes_cut(step, prune.compensate_steps)
     return StepKind(schedule.is_scored(step), measures)

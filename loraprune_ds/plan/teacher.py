@@ -5,10 +5,11 @@ Formulas in README.md in this folder. The pass is train/teacher_pass.py: as many
 
 from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
 from loraprune_ds.plan.activations import Batch
+from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.memory import Stage, forward_pass, state_before_any_step
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.seconds import Seconds, attention_product
-from loraprune_ds.zero.fetching import FetchLimits, PassTraffic
+from loraprune_ds.zero.ds_config import FetchLimits
 from loraprune_ds.zero.flat import partition_numel
 
 FILE_COPIES = 2  # its batches and all of them in one tensor; or that and what is written

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.seconds import Seconds, step_seconds
 from loraprune_ds.plan.steps import StepKind, step_kind
 from loraprune_ds.plan.traffic import StepTraffic, step_traffic
-from loraprune_ds.zero.fetching import PassTraffic
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import torch
 
 from loraprune_ds.model.shapes import KINDS, LINEARS, LayerShape, ModelShape
 from loraprune_ds.plan import options
+from loraprune_ds.plan.fetching import Fetcher, PassTraffic
+from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.steps import StepKind
-from loraprune_ds.zero.fetching import Fetcher, FetchLimits, PassTraffic
+from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.zero.ds_config import FetchLimits
 from loraprune_ds.zero.flat import AxisCut, moved_elements, partition_numel
-from loraprune_ds.zero.passes import Network
-from loraprune_ds.zero.store import LayerKeep
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def lora_pieces(request: Request, shape: ModelShape) -> list[int]:
 
 
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
-    """(cut, of LoRA) of every tensor of a layer that shrinks, as `ShardedStore` cuts them."""
+    """(cut, of LoRA) of every tensor of a layer that shrinks, as `ShardedModel` cuts them."""
     cuts = []
     for linear in LINEARS:
         if not keep.cuts(shape.layers[index], linear.kind):

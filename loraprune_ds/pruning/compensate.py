@@ -9,8 +9,8 @@ tokens that were measured. Rounded to 16 bits it could, where inputs with a larg
 would keep their weights.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import INPUT_LINEARS
+from loraprune_ds.pruning.input_moments import InputMoments
+from loraprune_ds.pruning.prunable_model import CollectedLinear, LayerKeep, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.zero.input_moments import InputMoments
-from loraprune_ds.zero.store import CollectedLinear, LayerKeep, Site, WeightStore
 
 
 def mean_output(linear: CollectedLinear, mean: Tensor, kept: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -
     12k² + 4kn + 16km (what rounding made of it).
 
     Args:
-        moment: C, (in_features, in_features).
+        moment: C or any multiple of it, (in_features, in_features).
         kept: indices of the inputs that stay.
         ridge: λ.
 
@@ -94,50 +94,48 @@ def _effective(linear: CollectedLinear, columns: Tensor) -> Tensor:
 class Compensator:
     """Measures the inputs before each cut and makes up for those that it removes."""
 
-    def __init__(self, store: WeightStore, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]) -> None:
-        self._store, self._config, self._schedule = store, config, schedule
+    def __init__(
+        self, model: PrunableModel, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]
+    ) -> None:
+        self._model, self._config, self._schedule = model, config, schedule
         self._refits = config.compensate == "least_squares"
-        self.moments = InputMoments(store, open_layers, second=self._refits, decay=config.compensate_decay)
-        self._measures = False
+        self.moments = InputMoments(model, open_layers, second=self._refits, decay=config.compensate_decay)
+        self._records = False
 
-    def begin(self, step: int, tokens: int) -> None:
-        """Tells of a step and the tokens of its global batch; those just before a cut are measured."""
-        self._measures = self._schedule.precedes_cut(step, self._config.compensate_steps)
-        if self._measures:
-            self.moments.begin(tokens)
+    def record_step(self, step: int) -> AbstractContextManager[None]:
+        """Records the inputs of this step, if a cut follows soon enough."""
+        self._records = self._schedule.precedes_cut(step, self._config.compensate_steps)
+        return self.moments.record_step() if self._records else nullcontext()
 
-    @contextmanager
-    def measuring(self, real: Tensor | None) -> Iterator[None]:
-        """Around the forward pass of one micro-batch; `real` is False at padding."""
-        if not self._measures:
-            yield
-            return
-        with self.moments.measuring(real):
-            yield
+    def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
+        """Records one micro-batch; `attention_mask` (batch, window) is False at padding."""
+        return self.moments.record_forward(attention_mask) if self._records else nullcontext()
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
         """Before the cut to `keep`. Layers that lose nothing are not touched. Collective."""
-        shape = self._store.shape
-        sites = [
-            Site(i, linear)
+        shape = self._model.shape
+        linear_ids = [
+            LinearId(i, linear)
             for i, layer in enumerate(shape.layers)
             for linear in INPUT_LINEARS
             if keep[i].cuts(layer, linear.kind)
         ]
 
-        def compute(site: Site, linear: CollectedLinear) -> Tensor:
-            moment = self.moments.values[site]
-            kept = keep[site.layer].indices(shape, site.linear).to(moment.device)
+        def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
+            moment = self.moments.sums[linear_id]
+            kept = keep[linear_id.layer].indices(shape, linear_id.linear).to(moment.device)
             if not self._refits:
                 assert linear.bias is not None, "a model that is to be compensated by biases is built with them"
-                return (linear.bias.float() + mean_output(linear, moment, kept)).to(linear.bias.dtype)
+                return (linear.bias.float() + mean_output(linear, moment / self.moments.tokens, kept)).to(
+                    linear.bias.dtype
+                )
             try:
                 return refit(linear, moment, kept, self._config.compensate_ridge)
             except RunError as error:
-                raise RunError(f"step {step}: layer {site.layer} {site.linear.name}: {error}") from None
+                raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.linear.name}: {error}") from None
 
-        self._store.rewrite(sites, "weight" if self._refits else "bias", compute)
+        self._model.replace_tensors(linear_ids, "weight" if self._refits else "bias", compute)
         if step == self._schedule.end:
             self.moments.clear()
         else:
-            self.moments.shrink(keep)
+            self.moments.cut(keep)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loraprune_ds.zero.store import LoraFactors, OwnedPiece
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 
 # Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU a block costs a
 # dozen kernel launches whatever its size, and its three fp32 copies may take 100 MB.
@@ -63,8 +63,8 @@ ELEMENT_CRITERIA: dict[str, ElementCriterion] = {
 
 
 @torch.no_grad()
-def score_piece(
-    piece: OwnedPiece,
+def score_shard(
+    shard: OwnedShard,
     factors: LoraFactors,
     criterion: ElementCriterion,
     axis: int,
@@ -80,18 +80,18 @@ def score_piece(
         Blocks of rows are scored in fp32 and added up in float64. Only the owned elements of the first and last row
         count, so a row that two ranks share is not counted twice.
     """
-    columns = piece.shape[1]
-    total = torch.zeros(piece.shape[axis], dtype=torch.float64, device=piece.flat.device)
-    start, end = piece.start, piece.start + len(piece.flat)
+    columns = shard.shape[1]
+    total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=shard.flat.device)
+    start, end = shard.start, shard.start + len(shard.flat)
     if start == end:
         return total
-    block_numel = CPU_BLOCK_NUMEL if piece.flat.device.type == "cpu" else DEVICE_BLOCK_NUMEL
+    block_numel = CPU_BLOCK_NUMEL if shard.flat.device.type == "cpu" else DEVICE_BLOCK_NUMEL
     last_row, block_rows = (end - 1) // columns + 1, max(1, block_numel // columns)
     for row in range(start // columns, last_row, block_rows):
         stop = min(row + block_rows, last_row)
         low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
         head, tail = low - row * columns, stop * columns - high
-        owned = [piece.flat] if weight_gradient is None else [piece.flat, weight_gradient]
+        owned = [shard.flat] if weight_gradient is None else [shard.flat, weight_gradient]
         weight, *given = (_whole_rows(flat[low - start : high - start], head, tail, columns) for flat in owned)
         of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
         importance = criterion(weight, of_rows, *given)

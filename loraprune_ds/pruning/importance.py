@@ -7,9 +7,9 @@ from torch import Tensor
 
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import KINDS, LINEARS, Kind, ModelShape
-from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_piece
-from loraprune_ds.zero.store import LayerKeep, WeightStore
-from loraprune_ds.zero.weight_gradients import WeightGradients
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
+from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
+from loraprune_ds.pruning.weight_gradients import WeightGradients
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class LayerScores:
         """(groups of this kind,)"""
         return self.heads if kind == "heads" else self.channels
 
-    def kept(self, keep: LayerKeep) -> "LayerScores":
-        """Of the groups that stay."""
+    def select(self, keep: LayerKeep) -> "LayerScores":
+        """Returns the scores of the groups that stay."""
         return LayerScores(self.heads[keep.heads], self.channels[keep.channels])
 
 
 def score_groups(
-    store: WeightStore, criterion: str, normalization: str, step: int, gradients: WeightGradients | None = None
+    model: PrunableModel, criterion: str, normalization: str, step: int, gradients: WeightGradients | None = None
 ) -> list[LayerScores]:
     """Scores all groups from the pieces the ranks own: one all-reduce of O(heads + channels) numbers.
 
@@ -45,19 +45,19 @@ def score_groups(
     """
     element_criterion = ELEMENT_CRITERIA[criterion]
     partial = []
-    for layer in range(len(store.shape.layers)):
-        factors = store.lora_factors(layer)
+    for layer in range(len(model.shape.layers)):
+        factors = model.lora_factors(layer)
         for linear in LINEARS:
-            piece = store.owned_weight(layer, linear)
+            shard = model.owned_weight(layer, linear)
             given = () if gradients is None else (gradients.owned(layer, linear),)
-            sums = score_piece(piece, factors[linear.name], element_criterion, linear.axis, *given)
-            partial.append(sums.view(-1, store.shape.group_width(linear)).sum(1))  # (groups,)
+            sums = score_shard(shard, factors[linear.name], element_criterion, linear.axis, *given)
+            partial.append(sums.view(-1, model.shape.group_width(linear)).sum(1))  # (groups,)
     sizes = [len(scores) for scores in partial]
-    totals = store.sum_over_ranks(torch.cat(partial)).cpu().split(sizes)
+    totals = model.sum_over_ranks(torch.cat(partial)).cpu().split(sizes)
     count = len(LINEARS)
     return [
         _add_modules(list(totals[i * count : (i + 1) * count]), normalization, layer=i, step=step)
-        for i in range(len(store.shape.layers))
+        for i in range(len(model.shape.layers))
     ]
 
 
@@ -104,8 +104,8 @@ class MovingAverage:
         self.scores = [LayerScores(*kinds) for kinds in blend]
         self.updates_since_cut += 1
 
-    def shrink(self, keep: list[LayerKeep]) -> None:
+    def cut(self, keep: list[LayerKeep]) -> None:
         """To the groups that a cut leaves."""
         assert self.scores is not None
-        self.scores = [scores.kept(k) for scores, k in zip(self.scores, keep, strict=True)]
+        self.scores = [scores.select(k) for scores, k in zip(self.scores, keep, strict=True)]
         self.updates_since_cut = 0

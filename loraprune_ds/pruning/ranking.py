@@ -12,7 +12,7 @@ from torch import Tensor
 from loraprune_ds.model.shapes import KINDS, Kind, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
-from loraprune_ds.zero.store import LayerKeep
+from loraprune_ds.pruning.prunable_model import LayerKeep
 
 
 def rank_uniform(

@@ -1,22 +1,37 @@
 """One pruning step. Read this file first.
 
-train/trainer.py calls it:
-micro-batches → engine.backward → LoRA gradients, averaged over ranks and micro-batches by ZeRO-3
-    watching()   around the step's passes and its scoring: prepares what a setting asks to be measured in them
-    measuring()  around each forward pass: the inputs that a refit will need           (pruning/compensate.py)
-    observe()    every rank scores the flat piece of W it owns; one all-reduce of the score vectors; moving average.
-                 Between the last backward and the update               (pruning/importance.py, pruning/criterion.py)
-engine.step()    the optimizer's update
-    cut()        at a step of the schedule: rank groups under the target (pruning/ranking.py) → agree on the mask →
-                 make up for what leaves, if asked to → shrink the weights, the LoRA factors and their Adam state in
-                 place                                       (zero/sharded.py, zero/reshard.py, zero/optimizer.py)
-training goes on, smaller and faster
+What a trainer does in an optimizer step (train/trainer.py), and what the pruner adds to it:
+
+    with pruner.record_step(step):            what a setting needs of this step is recorded
+        for each micro-batch:
+            with pruner.record_forward(mask): loss = engine.forward(...)       (pruning/input_moments.py)
+            engine.backward(loss)             ZeRO-3 averages the LoRA gradients over ranks and micro-batches
+        pruner.score(step)                    every rank scores the shard of W that it owns. One all-reduce adds the
+                                              scores up             (pruning/importance.py, pruning/criterion.py)
+    engine.update()                           the optimizer's own step
+    pruner.cut(step)                          at a step of the schedule (pruning/schedule.py):
+                                              rank the groups       (pruning/ranking.py, pruning/limits.py)
+                                              agree on the mask     (`agree`, below)
+                                              make up for the loss  (pruning/compensate.py), if asked to
+                                              cut the model         (zero/sharded.py, zero/reshard.py)
+
+Words, each with one meaning everywhere:
+    group       what must leave together: one key-value head with its query heads, or one MLP channel
+    kind        of a group: heads or channels
+    dense       the model before any cut
+    keep        the groups that stay in this cut, as indices into the groups of now
+    kept_of_dense  the groups that are left, as indices into those of the dense model
+    cut         to remove groups: weights, biases, LoRA, masters and Adam moments get smaller
+    reshard     the exchange of shards between the ranks that a cut needs
+    shard       the part of a flat tensor that one rank owns
+    owner       the rank that holds whatever is kept whole of a layer
+    W           the frozen weight of a linear. The number of ranks is `world_size`
 """
 
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,21 +44,21 @@ from loraprune_ds.model.shapes import KINDS, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.zero.store import LayerKeep, WeightStore
-from loraprune_ds.zero.weight_gradients import WeightGradients
+from loraprune_ds.pruning.weight_gradients import WeightGradients
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a pruning step did.
+    """Describes a cut that was made.
 
     Attributes:
-        target, reached: fraction of the dense decoder-layer linear parameters that should be and is gone.
+        target, reached: the fraction of the dense decoder-layer linear parameters that should be gone, and is.
         keep: per layer, the groups that stayed, as indices into the groups before this cut.
-        bytes_sent: by this rank to others in the repartition.
-        seconds: ranking, agreement, compensation and repartition together.
+        bytes_sent: by this rank to others.
+        seconds: of ranking, agreement, compensation and the cut itself.
     """
 
     step: int
@@ -54,54 +69,81 @@ class Cut:
     seconds: float
 
 
+@dataclass(frozen=True)
+class PrunerState:
+    """Holds all that a pruner must save to go on later, but the input moments, which their owners write.
+
+    Attributes:
+        kept_of_dense: per layer, the groups that are left, as indices into the dense model.
+        scores: the moving average per layer; None if nothing was scored yet.
+        updates_since_cut: how often the average was updated since the last cut.
+        moment_tokens: the tokens that the input moments are sums over; 0 if there are none.
+    """
+
+    kept_of_dense: list[LayerKeep]
+    scores: list[LayerScores] | None
+    updates_since_cut: int
+    moment_tokens: float = 0.0
+
+
 class Pruner:
     """Scores groups while the model trains and removes the least important ones on a schedule."""
 
-    def __init__(self, store: WeightStore, config: PruneConfig, schedule: Schedule, limits: Limits, seed: int) -> None:
-        self.store = store
+    def __init__(
+        self, model: PrunableModel, config: PruneConfig, schedule: Schedule, limits: Limits, seed: int
+    ) -> None:
+        self.model = model
         self.config = config
         self.schedule = schedule
         self.limits = limits
         self.average = MovingAverage(config.moving_average)
-        self.kept = all_groups(limits.dense)  # indices into the dense model
+        self.kept_of_dense = all_groups(limits.dense)
         compensates = config.compensate != "none"
-        self.compensator = Compensator(store, config, schedule, limits.open_layers) if compensates else None
-        self.gradients = WeightGradients(store) if config.criterion == "gradient" else None
+        self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
+        self.gradients = WeightGradients(model) if config.criterion == "gradient" else None
         self._random = random_scores(limits.dense, seed)
 
     @contextmanager
-    def watching(self, step: int, tokens: int) -> Iterator[None]:
-        """Around all passes of a step, whose global batch has so many tokens, and its `observe`."""
-        if self.compensator is not None:
-            self.compensator.begin(step, tokens)
-        gradients = self.gradients if self.schedule.is_scored(step) else None
-        with nullcontext() if gradients is None else gradients.collecting():
+    def record_step(self, step: int) -> Iterator[None]:
+        """Records what the settings need of this step. Open it around all passes of the step and its `score`."""
+        with ExitStack() as recordings:
+            if self.compensator is not None:
+                recordings.enter_context(self.compensator.record_step(step))
+            if self.gradients is not None and self.schedule.is_scored(step):
+                recordings.enter_context(self.gradients.record())
             yield
 
-    def measuring(self, real: Tensor | None) -> AbstractContextManager[None]:
-        """Around the forward pass of every micro-batch; `real` (batch, window) is False at padding, None without."""
-        return nullcontext() if self.compensator is None else self.compensator.measuring(real)
+    def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
+        """Records the inputs of one micro-batch. Open it around its forward pass alone.
 
-    def observe(self, step: int) -> None:
-        """Scores all groups from this step's gradients and updates the moving average, if the schedule says so."""
+        Args:
+            attention_mask: (batch, window) bool, False at padding; None if there is no padding.
+        """
+        return nullcontext() if self.compensator is None else self.compensator.record_forward(attention_mask)
+
+    def score(self, step: int) -> None:
+        """Scores all groups by this step's gradients, if the schedule says so, and updates the moving average.
+
+        Call it between the last backward pass and the update: gradients are averaged then, and not yet clipped.
+        """
         if not self.schedule.is_scored(step):
             return
         fail_point("scoring")
         if self.config.criterion == "random":
-            now = [scores.kept(keep) for scores, keep in zip(self._random, self.kept, strict=True)]
+            now = [scores.select(keep) for scores, keep in zip(self._random, self.kept_of_dense, strict=True)]
         else:
-            now = score_groups(self.store, self.config.criterion, self.config.normalization, step, self.gradients)
+            now = score_groups(self.model, self.config.criterion, self.config.normalization, step, self.gradients)
         self.average.update(now)
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:
-        """Shrinks the model if the schedule says so.
+        """Cuts the model, if the schedule says so.
 
         Args:
-            scored: False where the step's gradients overflowed in fp16. The next cut then takes over this one's groups;
-                the last cut, which has no next, goes by the scores from before.
+            scored: False if the step's gradients overflowed in fp16. The next cut then takes over this one's groups.
+                The last cut has no next and goes by the scores from before.
 
         Raises:
-            RunError: no score has been observed since the last cut, or a rank computed another mask.
+            RunError: no score was updated since the last cut, or a rank computed another mask.
         """
         if not self.schedule.is_cut(step) or (not scored and step < self.schedule.end):
             return None
@@ -109,59 +151,65 @@ class Pruner:
         target = self.schedule.target(step)
         if self.average.scores is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
-        keep = agree(self._rank(self.average.scores, target), self.store, step)
+        keep = agree(self._rank(self.average.scores, target), self.model, step)
         fail_point("cut.agreed")
         if self.compensator is not None:
             self.compensator.compensate(keep, step)
             fail_point("cut.compensated")
-        sent = self.store.shrink(keep)
-        self.average.shrink(keep)
-        self.kept = [compose(kept, k) for kept, k in zip(self.kept, keep, strict=True)]
+        sent = self.model.cut(keep)
+        self.average.cut(keep)
+        self.kept_of_dense = [kept.select(k) for kept, k in zip(self.kept_of_dense, keep, strict=True)]
         return Cut(step, target, self.reached(), keep, sent, time.perf_counter() - began)
 
-    def restore(self, kept: list[LayerKeep], scores: list[LayerScores] | None, updates_since_cut: int) -> None:
-        """Goes on where a checkpoint left off."""
-        self.kept = kept
-        self.average.scores = scores
-        self.average.updates_since_cut = updates_since_cut
+    def state(self) -> PrunerState:
+        """Returns what `restore` needs to go on from here."""
+        tokens = 0.0 if self.compensator is None else self.compensator.moments.tokens
+        return PrunerState(self.kept_of_dense, self.average.scores, self.average.updates_since_cut, tokens)
+
+    def restore(self, state: PrunerState, read_moments: Callable[[int], dict[str, Tensor]]) -> None:
+        """Goes on from a saved state, on any number of ranks.
+
+        Args:
+            read_moments: layer -> its input moments by linear, as `InputMoments.of_layer` gave them to its owner.
+        """
+        self.kept_of_dense = state.kept_of_dense
+        self.average.scores = state.scores
+        self.average.updates_since_cut = state.updates_since_cut
+        if self.compensator is not None:
+            self.compensator.moments.restore(read_moments, state.moment_tokens)
 
     def reached(self) -> float:
-        """Fraction of the dense decoder-layer linear parameters that is gone."""
-        return 1 - self.store.shape.linear_numel() / self.limits.dense.linear_numel()
+        """Returns the fraction of the dense decoder-layer linear parameters that is gone."""
+        return 1 - self.model.shape.linear_numel() / self.limits.dense.linear_numel()
 
     def _rank(self, scores: list[LayerScores], target: float) -> list[LayerKeep]:
-        shape = self.store.shape
+        shape = self.model.shape
         if self.config.ranking == "uniform":
             return rank_uniform(scores, shape, self.limits, target, self.schedule.ratio)
         return rank_global(scores, shape, self.limits, target, joint=self.config.joint_budget)
 
 
-def agree(keep: list[LayerKeep], store: WeightStore, step: int) -> list[LayerKeep]:
-    """Rank 0's choice on every rank, after all ranks have compared digests of their own.
+def agree(keep: list[LayerKeep], model: PrunableModel, step: int) -> list[LayerKeep]:
+    """Gives every rank the choice of rank 0, after all have compared digests of their own.
 
     Raises:
-        RunError: a rank's digest differs, on every rank; the message names it.
+        RunError: a rank's digest differs. It is raised on every rank and names that one.
     """
-    mask = _to_mask(keep, store.shape)
+    mask = _to_mask(keep, model.shape)
     digest = int.from_bytes(hashlib.sha256(mask.numpy().tobytes()).digest()[:7], "big")
-    digests = store.gather_values(digest)
+    digests = model.gather_values(digest)
     if different := [rank for rank, value in enumerate(digests) if value != digests[0]]:
         raise RunError(f"step {step}: rank {different[0]} computed another mask than rank 0")
-    return _from_mask(store.broadcast(mask), store.shape)
+    return _from_mask(model.broadcast(mask), model.shape)
 
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:
-    """Every group of every layer."""
+    """Keeps every group of every layer."""
     return [LayerKeep(torch.arange(layer.heads), torch.arange(layer.channels)) for layer in shape.layers]
 
 
-def compose(kept: LayerKeep, keep: LayerKeep) -> LayerKeep:
-    """Indices into the dense model, after another cut among those that were left."""
-    return LayerKeep(kept.heads[keep.heads], kept.channels[keep.channels])
-
-
 def _to_mask(keep: list[LayerKeep], shape: ModelShape) -> Tensor:
-    """(all groups of all layers,) uint8: layer by layer, heads then channels."""
+    """Returns (all groups of all layers,) uint8: layer by layer, heads then channels."""
     parts = []
     for layer_keep, layer in zip(keep, shape.layers, strict=True):
         for kind in KINDS:

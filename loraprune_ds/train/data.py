@@ -81,7 +81,7 @@ class Samples:
             return int((starts[indices + 1] - starts[indices]).sum())
         return len(indices) * self.input_ids.shape[1]
 
-    def real_tokens(self, indices: Tensor) -> Tensor | None:
+    def attention_mask(self, indices: Tensor) -> Tensor | None:
         """(len(indices), width) bool, False at padding; None if these samples have none."""
         if not isinstance(self.input_ids, Ragged):
             return None

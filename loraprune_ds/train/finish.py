@@ -21,7 +21,7 @@ def model_card(config: RunConfig, prepared: Prepared, pruned: ModelShape, histor
     """The facts of the checkpoint's README, with the perplexities known so far."""
     return card_of_run(
         config,
-        prepared.checkpoint.shape,
+        prepared.pretrained.shape,
         pruned,
         steps=prepared.steps,
         windows=len(prepared.windows),
@@ -39,7 +39,7 @@ def start_model(folder: Path) -> Path:
 
 def describe_model(folder: Path, config: RunConfig, prepared: Prepared, card: ModelCard) -> None:
     """Everything of the checkpoint but its weights."""
-    source = prepared.checkpoint
+    source = prepared.pretrained
     finish_folder(folder, export_config(source.config, card.pruned, config.model.dtype), source.folder, card)
 
 
@@ -47,13 +47,13 @@ def publish_model(
     staging: Path, folder: Path, config: RunConfig, prepared: Prepared, outcome: Outcome, history: History
 ) -> None:
     """The final model card, `model/` under its name, the report, the kept groups and the pictures."""
-    dense = prepared.checkpoint.shape
-    exported = export_config(prepared.checkpoint.config, outcome.pruned, config.model.dtype)
+    dense = prepared.pretrained.shape
+    exported = export_config(prepared.pretrained.config, outcome.pruned, config.model.dtype)
     write_model_card(staging, model_card(config, prepared, outcome.pruned, history), exported)
     fail_point("finish.before_rename")
     publish(folder / MODEL_FOLDER)
     fail_point("finish.after_rename")
-    write_kept_groups(folder, outcome.kept, dense)
+    write_kept_groups(folder, outcome.kept_of_dense, dense)
     write_report(folder, make_report(config, history, dense, outcome, device_name()))
     fail_point("finish.reported")
     draw_kept_groups(folder / KEPT_GROUPS_PICTURE, dense, outcome.pruned)

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from loraprune_ds.checkpoint.load import Saved
-from loraprune_ds.checkpoint.state import Tally
+from loraprune_ds.checkpoint.load import TrainingCheckpoint
+from loraprune_ds.checkpoint.state import RunTotals
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate.perplexity import measure_perplexity
 from loraprune_ds.files import finite
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.checkpoints import Checkpoints, build_store, restore_pruner
+from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.records import EvaluationName, EvaluationRecord
@@ -26,20 +26,26 @@ class Loop:
     """Owns the sharded model while it trains."""
 
     def __init__(
-        self, config: RunConfig, prepared: Prepared, saved: Saved | None, teacher: Teacher | None, context: RunContext
+        self,
+        config: RunConfig,
+        prepared: Prepared,
+        checkpoint: TrainingCheckpoint | None,
+        teacher: Teacher | None,
+        context: RunContext,
     ) -> None:
         self.config, self.prepared = config, prepared
         self.recorder, self.status, self._requests = context.recorder, context.status, context.requests
-        self.store = build_store(config, prepared, saved)
-        self.pruner = Pruner(self.store, config.prune, prepared.schedule, prepared.limits, config.seed)
-        if saved:
-            restore_pruner(self.pruner, saved)
+        self.engine = build_engine(config, prepared, checkpoint)
+        self.model = self.engine.model
+        self.pruner = Pruner(self.model, config.prune, prepared.schedule, prepared.limits, config.seed)
+        if checkpoint:
+            self.pruner.restore(checkpoint.pruner_state(), checkpoint.moments)
         self._teacher = teacher
         self._trainer = Trainer(
-            self.store, self.pruner, prepared.samples, prepared.order, config, self._requests.pending, teacher
+            self.engine, self.pruner, prepared.samples, prepared.order, config, self._requests.pending, teacher
         )
-        self._checkpoints = Checkpoints(config, prepared, self.pruner, saved)
-        self._tally = saved.state.tally if saved else Tally()
+        self._checkpoints = Checkpoints(config, prepared, self.pruner, checkpoint)
+        self._totals = checkpoint.state.totals if checkpoint else RunTotals()
         self.resumed_from = self._checkpoints.resumed_from
 
     def run(self) -> bool:
@@ -55,7 +61,7 @@ class Loop:
             requested = self._trainer.requested
             if requested or self._save_is_due(step):
                 self.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
-                self._checkpoints.save(self.store, step, self._tally)
+                self._checkpoints.save(self.engine, step, self._totals)
             self.status.update(step)
             if requested:
                 self._requests.clear(requested)
@@ -66,12 +72,12 @@ class Loop:
 
     def _record(self, teacher: Teacher) -> bool:
         samples, pending, note = self.prepared.samples, self._requests.pending, self.recorder.note
-        return record_teacher(self.store, teacher, samples, self.config, pending=pending, note=note)
+        return record_teacher(self.engine, teacher, samples, self.config, pending=pending, note=note)
 
     def _step(self, step: int) -> None:
         record = self._trainer.step(step)
         self.recorder.write(record)
-        self._tally = replace(self._tally, tokens=self._tally.tokens + record.tokens, perplexity=None)
+        self._totals = replace(self._totals, tokens=self._totals.tokens + record.tokens, perplexity=None)
         if cut := self._trainer.cut(step):
             self.recorder.write(cut)
         every = self.config.evaluate.every
@@ -85,10 +91,10 @@ class Loop:
         return step == self.prepared.steps or (every is not None and step % every == 0)
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
-        record = measure(self.store.infer, self.config, self.prepared, self.store.comm, step=step, name=name)
+        record = measure(self.engine.infer, self.config, self.prepared, self.model.comm, step=step, name=name)
         self.recorder.write(record)
         measured = "perplexity_dense" if name == "dense" else "perplexity"
-        self._tally = replace(self._tally, **{measured: finite(record.perplexity)})
+        self._totals = replace(self._totals, **{measured: finite(record.perplexity)})
 
 
 def measure(

@@ -169,9 +169,9 @@ def check_shared(folder: Path, comm: "Communicator") -> None:
         UserError: a rank does not, on another machine for one; the message names it.
     """
     token = comm.gather_objects(f".shared-{uuid4().hex}")[0]
-    comm.together(lambda: (folder / token).touch() if comm.rank == 0 else None)
+    comm.on_rank_0(lambda: (folder / token).touch())
     try:
-        comm.together(lambda: _wait_for(folder, token))
+        comm.all_or_raise(lambda: _wait_for(folder, token))
     finally:
         if comm.rank == 0:
             (folder / token).unlink(missing_ok=True)

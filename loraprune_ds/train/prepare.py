@@ -16,8 +16,8 @@ from loraprune_ds.evaluate.perplexity import cut_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
 from loraprune_ds.model.build import check_buildable, locate_model
-from loraprune_ds.model.checkpoint import Checkpoint, open_for_pruning
 from loraprune_ds.model.distillation import check_top_k
+from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
@@ -41,7 +41,7 @@ class Prepared:
         ds_config: DeepSpeed's JSON with every "auto" replaced.
     """
 
-    checkpoint: Checkpoint
+    pretrained: PretrainedModel
     tokenizer: PreTrainedTokenizerBase
     samples: Samples
     order: SampleOrder
@@ -58,11 +58,11 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     Raises:
         UserError: something cannot be used; all ranks raise the same line.
     """
-    comm.together(lambda: _check_before_download(config, comm.world_size))
+    comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
     # One rank per node downloads or converts, the others find it in the node's cache.
     with comm.patient() as waiting:
-        waiting.together(lambda: _fetch(config) if is_first_on_node else None)
-        prepared = waiting.together(lambda: _prepare(config, comm.world_size))
+        waiting.all_or_raise(lambda: _fetch(config) if is_first_on_node else None)
+        prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size))
     digests = comm.gather_objects(prepared.samples.digest())
     if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
         raise UserError(
@@ -84,30 +84,30 @@ def _fetch(config: RunConfig) -> None:
 
 
 def _prepare(config: RunConfig, world_size: int) -> Prepared:
-    checkpoint = open_for_pruning(locate_model(config.model), config.prune)
+    pretrained = open_for_pruning(locate_model(config.model), config.prune)
     if config.model.adapter:
         adapter = Path(config.model.adapter).expanduser()
         check_adapter(adapter, config.lora)
-        check_adapter_tensors(adapter, config.lora.r, checkpoint.shape)
-    ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, checkpoint.shape, world_size)
-    limits = make_limits(config.prune, checkpoint.shape)
-    check_buildable(checkpoint, config.model.attn_implementation)
-    check_top_k(config.train.distill_top_k, checkpoint.shape.vocab_size)
-    if config.lora.r > checkpoint.shape.hidden_size:
-        raise UserError(f"lora.r {config.lora.r} is above the model's hidden_size {checkpoint.shape.hidden_size}")
-    _check_windows(config, checkpoint.config.get("max_position_embeddings"))
-    tokenizer = load_tokenizer(checkpoint.folder)
+        check_adapter_tensors(adapter, config.lora.r, pretrained.shape)
+    ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, pretrained.shape, world_size)
+    limits = make_limits(config.prune, pretrained.shape)
+    check_buildable(pretrained, config.model.attn_implementation)
+    check_top_k(config.train.distill_top_k, pretrained.shape.vocab_size)
+    if config.lora.r > pretrained.shape.hidden_size:
+        raise UserError(f"lora.r {config.lora.r} is above the model's hidden_size {pretrained.shape.hidden_size}")
+    _check_windows(config, pretrained.config.get("max_position_embeddings"))
+    tokenizer = load_tokenizer(pretrained.folder)
     loaded = load_samples(
         config.data,
         tokenizer,
         minimum=config.train.global_batch_size,
-        vocab_size=checkpoint.shape.vocab_size,
+        vocab_size=pretrained.shape.vocab_size,
     )
     order = SampleOrder(len(loaded.samples), config.train.global_batch_size, config.seed)
     pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
     config.train.check_warmup(pruning_steps)
     return Prepared(
-        checkpoint=checkpoint,
+        pretrained=pretrained,
         tokenizer=tokenizer,
         samples=loaded.samples,
         order=order,
@@ -128,7 +128,7 @@ def _check_windows(config: RunConfig, positions: int | None) -> None:
 
 def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     """Two or three lines at the start: what is pruned, on what, how far."""
-    dense, train = prepared.checkpoint.shape, config.train
+    dense, train = prepared.pretrained.shape, config.train
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
         f"{model_name(config)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from loraprune_ds.checkpoint.load import Saved
+from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.files import write_text
@@ -12,14 +12,14 @@ from loraprune_ds.train.progress import Progress
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, History, Record, Sink, StepRecord, history_from
 
 
-def take_over_metrics(saved: Saved, folder: Path) -> None:
+def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:
     """The records of the earlier steps, copied if the run goes on in another folder than `saved` is of.
 
     Raises:
         UserError: they are missing or damaged, so the report would lack them.
     """
-    earlier, own = saved.folder.parents[1] / METRICS_FILE, folder / METRICS_FILE
-    read_metrics(earlier, saved.state.step)
+    earlier, own = checkpoint.folder.parents[1] / METRICS_FILE, folder / METRICS_FILE
+    read_metrics(earlier, checkpoint.state.step)
     if earlier.resolve() != own.resolve():
         write_text(own, earlier.read_text(encoding="utf-8", errors="replace"))
 
@@ -27,7 +27,9 @@ def take_over_metrics(saved: Saved, folder: Path) -> None:
 class Recorder:
     """Writes every record to all sinks on rank 0, and nothing on the others."""
 
-    def __init__(self, config: RunConfig, folder: Path, steps: int, saved: Saved | None, *, active: bool) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, steps: int, checkpoint: TrainingCheckpoint | None, *, active: bool
+    ) -> None:
         self.history = History()
         self._sinks: list[Sink] = []
         self._progress: Progress | None = None
@@ -35,15 +37,15 @@ class Recorder:
         if not active:
             return
         self._metrics = metrics = MetricsLog(folder / METRICS_FILE)
-        first = saved.state.step if saved else 0
-        if not saved:
+        first = checkpoint.state.step if checkpoint else 0
+        if not checkpoint:
             metrics.truncate()
         else:
             metrics.truncate_to(first)  # what a killed run did after its last checkpoint is done again
             self.history = history_from(read_metrics(folder / METRICS_FILE))
         self._sinks.append(metrics)
         if config.logging.tensorboard:
-            self._sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if saved else None))
+            self._sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if checkpoint else None))
         if config.logging.progress:
             self._progress = Progress(steps, first=first)
             self._sinks.append(self._progress)

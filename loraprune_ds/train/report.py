@@ -11,9 +11,9 @@ from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_FILE, REPORT_FILE
 from loraprune_ds.config import RunConfig
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.records import CutRecord, History
-from loraprune_ds.zero.store import LayerKeep
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Outcome:
 
     Attributes:
         pruned: the final shape.
-        kept: groups, as indices into the dense model.
+        kept_of_dense: per layer, the groups that are left, as indices into the dense model.
         peak_memory_bytes: most memory each rank has used: (world_size,).
         resumed_from: the steps at which the run was taken up again.
     """
 
     pruned: ModelShape
-    kept: list[LayerKeep]
+    kept_of_dense: list[LayerKeep]
     peak_memory_bytes: list[int]
     world_size: int
     resumed_from: list[int]

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraprune_ds.checkpoint.files import staging_of
-from loraprune_ds.checkpoint.load import Saved
+from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.export.from_ranks import write_merged_weights
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.train.checkpoints import find_saved
+from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.finish import describe_model, model_card, publish_model, start_model
 from loraprune_ds.train.loop import Loop, measure
@@ -31,7 +32,6 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.half_products import fast_half_products
 from loraprune_ds.zero.memory import peak_bytes
-from loraprune_ds.zero.store import LayerKeep
 
 
 def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
@@ -46,16 +46,16 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     """
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
-    saved = find_saved(start, config, comm, warnings)
-    first = saved.state.step if saved else 0
+    checkpoint = find_checkpoint(start, config, comm, warnings)
+    first = checkpoint.state.step if checkpoint else 0
     writes = comm.rank == 0
     folder = Path(config.output_dir)
-    comm.together(lambda: _open_output(config, saved, warnings) if writes else None)
+    comm.on_rank_0(lambda: _open_output(config, checkpoint, warnings))
     check_shared(folder, comm)
     with (
         fast_half_products(config.model.dtype),
         RunStatus(folder, prepared.steps, first=first, writes=writes) as status,
-        closing(Recorder(config, folder, prepared.steps, saved, active=writes)) as recorder,
+        closing(Recorder(config, folder, prepared.steps, checkpoint, active=writes)) as recorder,
         closing(Requests(folder, watches_files=writes)) as requests,
         _full_disk_is_told(folder),
     ):
@@ -63,7 +63,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
             recorder.warn(line)
         recorder.note(describe_run(config, prepared, comm.world_size))
         context = RunContext(requests, comm, recorder, status)
-        trained = _train(config, prepared, saved, context)
+        trained = _train(config, prepared, checkpoint, context)
         finished = trained is not None and _finish(config, prepared, trained, context)
         status.end("finished" if finished else "stopped")
         comm.barrier()  # the first rank that leaves with another code than 0 makes the launcher end the others
@@ -81,11 +81,11 @@ def _full_disk_is_told(folder: Path) -> Iterator[None]:
         raise RunError(f"output_dir {folder} cannot be written: {error.strerror}") from None
 
 
-def _open_output(config: RunConfig, saved: Saved | None, warnings: list[str]) -> None:
+def _open_output(config: RunConfig, checkpoint: TrainingCheckpoint | None, warnings: list[str]) -> None:
     folder = create_output(config)
     warnings += drop_stale_requests(folder)
-    if saved:
-        take_over_metrics(saved, folder)
+    if checkpoint:
+        take_over_metrics(checkpoint, folder)
 
 
 @dataclass(frozen=True)
@@ -94,50 +94,51 @@ class Trained:
 
     staging: Path
     pruned: ModelShape
-    kept: list[LayerKeep]
+    kept_of_dense: list[LayerKeep]
     resumed_from: list[int]
 
 
-def _train(config: RunConfig, prepared: Prepared, saved: Saved | None, context: RunContext) -> Trained | None:
+def _train(
+    config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, context: RunContext
+) -> Trained | None:
     """Trains and cuts, then writes the merged weights; None if it was asked to stop. No engine is left afterwards."""
     step = context.status.step
     distills = config.train.distill_weight and step < prepared.steps  # the files are gone once no step needs them
-    teacher = find_teacher(config, prepared, saved, context.comm) if distills else None
-    loop = Loop(config, prepared, saved, teacher, context)
+    teacher = find_teacher(config, prepared, checkpoint, context.comm) if distills else None
+    loop = Loop(config, prepared, checkpoint, teacher, context)
     if context.stop_requested() or not loop.run() or context.stop_requested():
         return None
     context.recorder.note("writing the merged model")
-    store, folder = loop.store, Path(config.output_dir)
-    staging = store.comm.together(lambda: start_model(folder) if store.rank == 0 else staging_of(folder / MODEL_FOLDER))
-    write_merged_weights(store, staging, config.model.dtype)
-    store.release()  # the exported model, which is measured next, would stand beside it
-    return Trained(staging, store.shape, loop.pruner.kept, loop.resumed_from)
+    model, folder = loop.model, Path(config.output_dir)
+    model.comm.on_rank_0(lambda: start_model(folder))
+    staging = staging_of(folder / MODEL_FOLDER)
+    write_merged_weights(model, staging, config.model.dtype)
+    loop.engine.release()  # the exported model, which is measured next, would stand beside it
+    return Trained(staging, model.shape, loop.pruner.kept_of_dense, loop.resumed_from)
 
 
 def _finish(config: RunConfig, prepared: Prepared, trained: Trained, context: RunContext) -> bool:
     """Reads the exported model back, measures it, and publishes it with the report; False if it was asked to stop."""
     comm, recorder = context.comm, context.recorder
-    writes, folder = comm.rank == 0, Path(config.output_dir)
+    folder = Path(config.output_dir)
     card = model_card(config, prepared, trained.pruned, recorder.history)
-    comm.together(lambda: describe_model(trained.staging, config, prepared, card) if writes else None)
+    comm.on_rank_0(lambda: describe_model(trained.staging, config, prepared, card))
     if context.stop_requested():
         return False
     recorder.write(_measure_exported(config, prepared, trained.staging, comm))
     outcome = Outcome(
-        trained.pruned, trained.kept, comm.gather_objects(peak_bytes()), comm.world_size, trained.resumed_from
+        trained.pruned, trained.kept_of_dense, comm.gather_objects(peak_bytes()), comm.world_size, trained.resumed_from
     )
-    comm.together(
-        lambda: publish_model(trained.staging, folder, config, prepared, outcome, recorder.history) if writes else None
-    )
-    if writes:
+    comm.on_rank_0(lambda: publish_model(trained.staging, folder, config, prepared, outcome, recorder.history))
+    if comm.rank == 0:
         shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)
     return True
 
 
 def _measure_exported(config: RunConfig, prepared: Prepared, folder: Path, comm: Communicator) -> EvaluationRecord:
     """Perplexity of the exported model, read back from disk as anyone would read it, but sharded."""
-    checkpoint = comm.together(lambda: open_checkpoint(folder))  # on every node, or output_dir is not shared
+    pretrained = comm.all_or_raise(lambda: open_pretrained(folder))  # on every node, or output_dir is not shared
     engine = build_inference_engine(
-        checkpoint, config.model.attn_implementation, config.model.dtype, prepared.ds_config
+        pretrained, config.model.attn_implementation, config.model.dtype, prepared.ds_config
     )
     return measure(engine, config, prepared, comm, step=prepared.steps, name="pruned")

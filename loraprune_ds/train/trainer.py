@@ -17,7 +17,7 @@ from loraprune_ds.train.seeding import seed_draws
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
-from loraprune_ds.zero.sharded import ShardedStore
+from loraprune_ds.zero.training_engine import TrainingEngine
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Trainer:
 
     def __init__(
         self,
-        store: ShardedStore,
+        engine: TrainingEngine,
         pruner: Pruner,
         samples: Samples,
         order: SampleOrder,
@@ -43,7 +43,7 @@ class Trainer:
         pending: Callable[[], int] = lambda: 0,
         teacher: Teacher | None = None,
     ) -> None:
-        self.store = store
+        self.engine, self.model = engine, engine.model
         self.pruner = pruner
         self.samples = samples
         self.order = order
@@ -59,17 +59,17 @@ class Trainer:
         began = time.perf_counter()
         batch = self.order.batch(step - 1)
         supervised = supervised_tokens(self.samples, batch)
-        learning_rate = self.store.learning_rate
+        learning_rate = self.engine.learning_rate
         sparsity = self.pruner.reached()
         tokens = self.samples.count_tokens(batch)
-        with self.pruner.watching(step, tokens):
+        with self.pruner.record_step(step):
             report = self._exchange(self._accumulate(step, batch, supervised))
             self.requested = report.request
             decision = decide(report.bad_layer, report.loss, dtype=self.config.model.dtype, step=step)
             self._scored = decision == "update"
             if self._scored:
-                self.pruner.observe(step)
-        norm = self.store.update(skipped=decision == "skip")
+                self.pruner.score(step)
+        norm = self.engine.update(skipped=decision == "skip")
         seconds = time.perf_counter() - began
         return StepRecord(
             step=step,
@@ -100,33 +100,33 @@ class Trainer:
         ZeRO-3 averages gradients over the ranks, so the loss is scaled by W to make their sum that of the batch.
         """
         total = 0.0
-        store = self.store
-        micro_batches = rank_micro_batches(batch, self.config.train.micro_batch_size, store.rank, store.world_size)
+        engine, model = self.engine, self.model
+        micro_batches = rank_micro_batches(batch, self.config.train.micro_batch_size, model.rank, model.world_size)
         for i, indices in enumerate(micro_batches):
-            seed_draws(self.config.seed, step, i, store.rank)
-            input_ids = self.samples.input_ids[indices].long().to(store.device)
-            labels = self.samples.labels[indices].long().to(store.device)
-            with self.pruner.measuring(self.samples.real_tokens(indices)):
-                loss = store.forward(input_ids=input_ids, labels=labels, **self._mixed_with(indices)).sum()
+            seed_draws(self.config.seed, step, i, model.rank)
+            input_ids = self.samples.input_ids[indices].long().to(model.device)
+            labels = self.samples.labels[indices].long().to(model.device)
+            with self.pruner.record_forward(self.samples.attention_mask(indices)):
+                loss = engine.forward(input_ids=input_ids, labels=labels, **self._mixed_with(indices)).sum()
             fail_point("forward")
             total += loss.item()
-            store.backward(loss * (store.world_size / supervised))
+            engine.backward(loss * (model.world_size / supervised))
             fail_point("backward")
             del loss  # a live graph remembers the shapes before a cut
             if i < len(micro_batches) - 1:
-                store.end_micro_batch()
+                engine.end_micro_batch()
         return total
 
     def _mixed_with(self, indices: torch.Tensor) -> dict[str, Distillation]:
         """What the loss of these samples takes besides their labels."""
         if self._teacher is None:
             return {}
-        return {"distillation": self._teacher.distillation(indices, self.store.device)}
+        return {"distillation": self._teacher.distillation(indices, self.model.device)}
 
     def _exchange(self, loss: float) -> _RankReport:
-        bad = self.store.nonfinite_layer() if math.isfinite(loss) else self.store.nonfinite_weights()
+        bad = self.model.nonfinite_layer() if math.isfinite(loss) else self.model.nonfinite_weights()
         mine = torch.tensor([loss, -1 if bad is None else bad, resident_bytes(), self._pending()], dtype=torch.float64)
-        rows = self.store.comm.all_gather(mine.to(self.store.device)).tolist()
+        rows = self.model.comm.all_gather(mine.to(self.model.device)).tolist()
         return _RankReport(
             loss=[row[0] for row in rows],
             bad_layer=[None if row[1] < 0 else int(row[1]) for row in rows],
@@ -135,17 +135,17 @@ class Trainer:
         )
 
     def _weight_bytes(self) -> list[int]:
-        return self.store.gather_values(storage_bytes(weight_tensors(self.store.engine)))
+        return self.model.gather_values(storage_bytes(weight_tensors(self.model.module)))
 
     def _cut_record(self, cut: Cut, before: list[int]) -> CutRecord:
-        dense, shape = self.pruner.limits.dense, self.store.shape
+        dense, shape = self.pruner.limits.dense, self.model.shape
         return CutRecord(
             step=cut.step,
             target=cut.target,
             reached=cut.reached,
             removed_fraction=1 - shape.total_numel() / dense.total_numel(),
             seconds=cut.seconds,
-            bytes_sent=sum(self.store.gather_values(cut.bytes_sent)),
+            bytes_sent=sum(self.model.gather_values(cut.bytes_sent)),
             weight_bytes_before=before,
             weight_bytes_after=self.weight_bytes,
             heads=[layer.heads for layer in shape.layers],

@@ -10,6 +10,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.zero.device import current_device
 from loraprune_ds.zero.flat import partition_numel
 
 T = TypeVar("T")
@@ -17,10 +18,16 @@ PATIENCE = timedelta(days=7)
 
 
 class Communicator:
-    """Collectives over the ranks that share the model's weights. `bytes_sent`: by this rank to others, so far."""
+    """Runs collectives over the ranks that share the model's weights.
+
+    Attributes:
+        device: where the tensors that it sends lie.
+        bytes_sent: by this rank to others, so far.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
+        self.device = current_device()
         self.world_size: int = dist.get_world_size(group)
         self.rank: int = dist.get_rank(group)
         self.bytes_sent = 0
@@ -79,21 +86,21 @@ class Communicator:
             return values
         size = partition_numel(len(values), self.world_size)
         padded = _padded(values, size * self.world_size)
-        piece = values.new_empty(size)
-        dist.reduce_scatter_tensor(piece, padded, group=self.group)
+        shard = values.new_empty(size)
+        dist.reduce_scatter_tensor(shard, padded, group=self.group)
         self._count(size * (self.world_size - 1), values.element_size())
-        return piece
+        return shard
 
-    def scatter_from(self, owner: int, whole: Tensor | None, piece: Tensor) -> None:
+    def scatter_from(self, owner: int, whole: Tensor | None, shard: Tensor) -> None:
         """Fills `piece` of every rank with its part of a flat tensor that `owner` holds; padding becomes zero."""
         parts = None
         if whole is not None:
-            parts = list(_padded(whole, len(piece) * self.world_size).split(len(piece)))
+            parts = list(_padded(whole, len(shard) * self.world_size).split(len(shard)))
         if self.world_size == 1:
-            piece.copy_(cast(list[Tensor], parts)[0])
+            shard.copy_(cast(list[Tensor], parts)[0])
             return
-        dist.scatter(piece, parts, src=owner, group=self.group)
-        self._count(len(piece) * (self.world_size - 1) if parts else 0, piece.element_size())
+        dist.scatter(shard, parts, src=owner, group=self.group)
+        self._count(len(shard) * (self.world_size - 1) if parts else 0, shard.element_size())
 
     def gather_objects(self, value: T) -> list[T]:
         """A small picklable value of every rank, in rank order."""
@@ -101,7 +108,7 @@ class Communicator:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, action: Callable[[], T]) -> T:
+    def all_or_raise(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; if it fails on any, all raise the error of the lowest one that failed.
 
         Without this a rank with bad input would leave while the others wait for it in the next collective.
@@ -121,6 +128,10 @@ class Communicator:
             rank, first = failed[0]
             raise first if rank == 0 else type(first)(f"rank {rank}: {first}")
         return cast(T, result)
+
+    def on_rank_0(self, action: Callable[[], T]) -> T | None:
+        """Runs `action` on rank 0 alone and waits for it; None elsewhere. Raises on all ranks as `all_or_raise`."""
+        return self.all_or_raise(lambda: action() if self.rank == 0 else None)
 
     @contextmanager
     def patient(self) -> Iterator["Communicator"]:

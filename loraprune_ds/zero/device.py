@@ -1,15 +1,11 @@
 """What this rank computes on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from loraprune_ds.errors import UserError
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def accelerator() -> Any:
@@ -42,23 +38,6 @@ def empty_host_cache() -> None:
         torch.accelerator.empty_host_cache()
     else:
         torch._C._host_emptyCache()  # torch 2.7
-
-
-@contextmanager
-def tf32_where_exact(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """fp32 products of numbers that came in `dtype` use a GPU's TF32, many times faster, if that loses nothing.
-
-    It keeps 11 bits of a significand: all of bf16 and fp16, so that every product is exact, and their sums are fp32.
-    """
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def check_dtype(dtype: str) -> None:

@@ -1,6 +1,7 @@
 """DeepSpeed's own JSON: what the run config owns is "auto" there and filled in here, so no number has two owners."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,24 @@ def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:
             if found := _find_auto(item, (*where, key)):
                 return found
     return None
+
+
+@dataclass(frozen=True)
+class FetchLimits:
+    """The settings of a DeepSpeed JSON that decide what is gathered when, in elements."""
+
+    prefetch_bucket: int
+    max_live: int
+    max_reuse_distance: int
+    persistence_threshold: int
+
+    @classmethod
+    def from_ds_config(cls, ds_config: dict[str, Any]) -> "FetchLimits":
+        """From a resolved DeepSpeed config; what it does not say is DeepSpeed's default."""
+        settings = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+        return cls(
+            prefetch_bucket=int(settings.prefetch_bucket_size),
+            max_live=int(settings.max_live_parameters),
+            max_reuse_distance=int(settings.max_reuse_distance),
+            persistence_threshold=int(settings.param_persistence_threshold),
+        )

@@ -21,12 +21,13 @@ from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import add_lora, load_adapter
 from loraprune_ds.model.build import build_on_meta
-from loraprune_ds.model.checkpoint import Checkpoint
+from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import DTYPES, accelerator, is_cpu
+from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.environment import check_local_rank, collective_timeout, gloo_interface
 from loraprune_ds.zero.params import shard_at_birth
-from loraprune_ds.zero.sharded import ShardedStore
+from loraprune_ds.zero.training_engine import TrainingEngine
 
 
 def quiet_deepspeed() -> None:
@@ -111,13 +112,13 @@ def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_scheduler == "cosine" else 1.0
 
 
-def build_training_store(
-    config: RunConfig, checkpoint: Checkpoint, ds_config: dict[str, Any], steps: int
-) -> ShardedStore:
-    """The sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
+def build_training_engine(
+    config: RunConfig, pretrained: PretrainedModel, ds_config: dict[str, Any], steps: int
+) -> TrainingEngine:
+    """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
     with quiet_stdout():
         model = _sharded_base(
-            checkpoint,
+            pretrained,
             config.model.attn_implementation,
             config.model.dtype,
             ds_config,
@@ -133,32 +134,32 @@ def build_training_store(
         engine, *_ = deepspeed.initialize(
             model=peft_model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config, dist_init_required=False
         )
-    return ShardedStore(engine, checkpoint.shape)
+    return TrainingEngine(engine, pretrained.shape)
 
 
 def build_inference_engine(
-    checkpoint: Checkpoint, attn_implementation: str, dtype: str, ds_config: dict[str, Any]
+    pretrained: PretrainedModel, attn_implementation: str, dtype: str, ds_config: dict[str, Any]
 ) -> Any:
     """The plain sharded model of a checkpoint in evaluation mode: an engine without an optimizer. Collective."""
     with quiet_stdout():
-        model = _sharded_base(checkpoint, attn_implementation, dtype, ds_config)
+        model = _sharded_base(pretrained, attn_implementation, dtype, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
     engine.eval()
     return engine
 
 
 def _sharded_base(
-    checkpoint: Checkpoint,
+    pretrained: PretrainedModel,
     attn_implementation: str,
     dtype: str,
     ds_config: dict[str, Any],
     loss_chunk_tokens: int | None = None,
 ) -> Any:
     comm = Communicator()
-    model = build_on_meta(checkpoint, attn_implementation, loss_chunk_tokens)
+    model = build_on_meta(pretrained, attn_implementation, loss_chunk_tokens)
     shard_at_birth(
         model,
-        checkpoint.read_flat,
+        pretrained.read_flat,
         ds_config=ds_config,
         dtype=DTYPES[dtype],
         world_size=comm.world_size,

@@ -3,14 +3,15 @@
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from loraprune_ds.model.checkpoint import parameter_shapes
+from loraprune_ds.model.pretrained import parameter_shapes
 from loraprune_ds.model.shapes import INPUT_LINEARS, ModelShape
 from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.flat import layer_owner, partition_numel
+from loraprune_ds.zero.sharded import ShardedModel
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -19,15 +20,15 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def weight_tensors(engine: Any) -> Iterator[Tensor]:
-    """Pieces of all weights, frozen and LoRA."""
-    return (p.ds_tensor for p in engine.module.parameters())
+def weight_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Returns this rank's shards of all weights, frozen and LoRA."""
+    return (cast(Any, p).ds_tensor for p in module.parameters())
 
 
-def state_tensors(engine: Any) -> Iterator[Tensor]:
-    """All that ZeRO-3 holds for training: pieces, fp32 masters, Adam moments, gradient buffers."""
-    zero = engine.optimizer
-    yield from weight_tensors(engine)
+def state_tensors(model: ShardedModel) -> Iterator[Tensor]:
+    """Yields all that ZeRO-3 holds for training: shards, fp32 masters, Adam moments, gradient buffers."""
+    zero = model.zero_optimizer
+    yield from weight_tensors(model.module)
     for master in zero.fp32_partitioned_groups_flat:
         yield master.detach()
         yield from (v for v in zero.optimizer.state.get(master, {}).values() if v.dim())  # not Adam's step count
@@ -38,7 +39,7 @@ def state_tensors(engine: Any) -> Iterator[Tensor]:
 def state_terms(
     shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
 ) -> dict[str, int]:
-    """Bytes of each part of `state_tensors(engine)`, from the shapes alone.
+    """Bytes of each part of `state_tensors(model)`, from the shapes alone.
 
     A frozen tensor of n elements: ceil(n / W) elements. A LoRA factor: the same, plus an fp32 master (in an fp32 run
     too), two fp32 moments once the optimizer has stepped, and an fp32 gradient. Plus the fp32 reduce bucket.

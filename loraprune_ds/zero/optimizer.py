@@ -35,7 +35,7 @@ class OptimizerState:
         has_moments = bool(self.zero.optimizer.state)  # Adam creates them at its first step
         return ("master", *MOMENTS) if has_moments else ("master",)
 
-    def piece(self, parameter: nn.Parameter, key: str) -> Tensor:
+    def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
         """This rank's (padded) fp32 piece of `master`, `exp_avg` or `exp_avg_sq`: a view of its slot.
 
         Its length is the parameter's present one, so after a shrink it is the head of a slot that is too long.
@@ -67,7 +67,7 @@ class OptimizerState:
         for parameter in self.parameters:
             old = old_slots[id(parameter)]
             for key in keys:
-                new = self.piece(parameter, key)
+                new = self.shard(parameter, key)
                 new.copy_(old_flats[old.group][key].narrow(0, old.offset, new.numel()))
 
     def create_moments(self, step: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, free_param
-from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus as PieceStatus
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus as ShardStatus
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -39,61 +39,61 @@ def shard_at_birth(
             if id(parameter) not in sharded:
                 start, end = owned_range(parameter.numel(), world_size, rank)
                 full_name = f"{module_name}.{name}" if module_name else name
-                piece = pad(read_flat(full_name, start, end, dtype), parameter.numel(), world_size)
-                sharded[id(parameter)] = _zero_parameter(init, parameter.shape, piece)
+                shard = pad(read_flat(full_name, start, end, dtype), parameter.numel(), world_size)
+                sharded[id(parameter)] = _zero_parameter(init, parameter.shape, shard)
             module._parameters[name] = sharded[id(parameter)]
 
 
-def _zero_parameter(init: Init, shape: torch.Size, piece: Tensor) -> nn.Parameter:
+def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Parameter:
     # An expanded scalar has the whole tensor's shape and the memory of one element.
-    parameter = nn.Parameter(piece.new_empty(1, device=init.local_device).expand(shape), requires_grad=False)
+    parameter = nn.Parameter(shard.new_empty(1, device=init.local_device).expand(shape), requires_grad=False)
     init._convert_to_deepspeed_param(parameter)
     free_param(parameter)
     # Where DeepSpeed would put it: this rank's device, or the host's memory under parameter offload.
-    _install(parameter, _at(piece, init.remote_device, pinned=init.pin_memory), tuple(shape))
+    _install(parameter, _at(shard, init.remote_device, pinned=init.pin_memory), tuple(shape))
     return parameter
 
 
-def _at(piece: Tensor, device: Any, *, pinned: bool) -> Tensor:
-    piece = piece.detach().to(device)
-    return accelerator().pin_memory(piece) if pinned else piece
+def _at(shard: Tensor, device: Any, *, pinned: bool) -> Tensor:
+    shard = shard.detach().to(device)
+    return accelerator().pin_memory(shard) if pinned else shard
 
 
-def pad(piece: Tensor, numel: int, world_size: int) -> Tensor:
+def pad(shard: Tensor, numel: int, world_size: int) -> Tensor:
     """A piece padded with zeros to the length all ranks share."""
     size = partition_numel(numel, world_size)
-    return piece if len(piece) == size else torch.cat([piece, piece.new_zeros(size - len(piece))])
+    return shard if len(shard) == size else torch.cat([shard, shard.new_zeros(size - len(shard))])
 
 
-def install_piece(parameter: nn.Parameter, piece: Tensor, shape: tuple[int, ...]) -> None:
+def install_shard(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:
     """Makes `piece` (padded) this rank's partition of a parameter that now has `shape`, where the old piece was.
 
     Only while the parameter is partitioned and no module is using it.
     """
     old: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-    _install(parameter, _at(piece, old.device, pinned=old.is_pinned()), shape)
+    _install(parameter, _at(shard, old.device, pinned=old.is_pinned()), shape)
 
 
-def _install(parameter: nn.Parameter, piece: Tensor, shape: tuple[int, ...]) -> None:
+def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:
     state: Any = parameter
     assert state.ds_status == ZeroParamStatus.NOT_AVAILABLE, "a gathered parameter cannot change its shape"
     assert not state.ds_active_sub_modules, "a parameter in use cannot change its shape"
-    tensor: Any = piece
-    tensor.ds_numel = piece.numel()
-    tensor.status = PieceStatus.AVAILABLE
+    tensor: Any = shard
+    tensor.ds_numel = shard.numel()
+    tensor.status = ShardStatus.AVAILABLE
     tensor.final_location = None
     state.ds_tensor = tensor
     state.ds_shape = torch.Size(shape)
     state.ds_numel = math.prod(shape)
-    state.ds_numel_aligned = piece.numel() * state.ds_zero_partition_world_size
+    state.ds_numel_aligned = shard.numel() * state.ds_zero_partition_world_size
     state.ds_secondary_tensor = None
     parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
-def overwrite_piece(parameter: nn.Parameter, piece: Tensor) -> None:
+def overwrite_shard(parameter: nn.Parameter, shard: Tensor) -> None:
     """New values for this rank's (padded) piece, wherever it lies; the shape stays."""
     state: Any = parameter
-    state.ds_tensor.copy_(piece)
+    state.ds_tensor.copy_(shard)
     state.ds_secondary_tensor = None  # hpZ's copy is of the old values; the next gather makes it anew
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.checkpoint.files import numbered, step_folder
-from loraprune_ds.checkpoint.load import Saved, open_saved
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_training_checkpoint
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
-from loraprune_ds.checkpoint.state import Tally
+from loraprune_ds.checkpoint.state import RunTotals
 from loraprune_ds.config import (
     CheckpointConfig,
     DataConfig,
@@ -36,7 +36,7 @@ from loraprune_ds.config import (
 )
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.checkpoints import Checkpoints, build_store
+from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.trainer import Trainer
@@ -81,9 +81,9 @@ def folder_bytes(folder: Path) -> int:
 
 def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
     """Three saves: nothing cut yet; after a cut; once more, with the frozen weights."""
-    store = build_store(config, prepared, None)
-    pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
-    trainer = Trainer(store, pruner, prepared.samples, prepared.order, config)
+    engine = build_engine(config, prepared, None)
+    pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
+    trainer = Trainer(engine, pruner, prepared.samples, prepared.order, config)
     copying = replace(config, checkpoint=replace(config.checkpoint, copy_source=True))
     slices, copies = (Checkpoints(kind, prepared, pruner, None) for kind in (config, copying))
     root = Path(config.output_dir) / CHECKPOINTS_FOLDER
@@ -96,10 +96,10 @@ def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dic
             continue
         checkpoints = copies if names[step] == "with_the_frozen_weights" else slices
         before = {path.name for path in root.glob("*")}
-        row = measured(comm, lambda step=step, kind=checkpoints: kind.save(store, step, Tally()))
+        row = measured(comm, lambda step=step, kind=checkpoints: kind.save(engine, step, RunTotals()))
         written = {path.name: folder_bytes(path) for path in sorted(root.iterdir()) if path.name not in before}
         row |= {"bytes_written": sum(written.values()), "folders": written}
-        row["weight_bytes_per_rank"] = store.gather_values(storage_bytes(weight_tensors(store.engine)))
+        row["weight_bytes_per_rank"] = engine.model.gather_values(storage_bytes(weight_tensors(engine.model.module)))
         result[names[step]] = row
     return result
 
@@ -108,14 +108,16 @@ def resume_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> d
     """Verification and the model, of slices of the source and of copies; and the dense model for comparison."""
     root = Path(config.output_dir) / CHECKPOINTS_FOLDER
     *_, slices, copies = numbered(root, "step")
-    found: list[Saved] = []
+    found: list[TrainingCheckpoint] = []
     result = {}
     for name, number in {"slices": slices, "copies": copies}.items():
         folder = step_folder(root, number)
-        result[f"verify_{name}"] = measured(comm, lambda folder=folder: found.append(open_saved(folder, comm)))
-        result[f"rebuild_{name}"] = measured(comm, lambda: build_store(config, prepared, found[-1]))
+        result[f"verify_{name}"] = measured(
+            comm, lambda folder=folder: found.append(open_training_checkpoint(folder, comm))
+        )
+        result[f"rebuild_{name}"] = measured(comm, lambda: build_engine(config, prepared, found[-1]))
         gc.collect()
-    result["fresh_dense_model"] = measured(comm, lambda: build_store(config, prepared, None))
+    result["fresh_dense_model"] = measured(comm, lambda: build_engine(config, prepared, None))
     return result
 
 

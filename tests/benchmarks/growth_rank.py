@@ -14,7 +14,7 @@ from deepspeed import comm as ds_comm
 from torch import Tensor
 
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
@@ -22,7 +22,7 @@ from loraprune_ds.train.data import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import build_training_store, quiet_deepspeed, start_ranks, stop_ranks
+from loraprune_ds.zero.engine import build_training_engine, quiet_deepspeed, start_ranks, stop_ranks
 
 WARM, MEASURED, WINDOW, BATCH = 2, 2, 32, 4  # DeepSpeed records its fetch trace in the first steps
 CUT_STEP = WARM + MEASURED
@@ -72,16 +72,16 @@ def build(model: Path, comm: Communicator) -> Trainer:
         prune=PruneConfig(ratio=0.5, protected_first=0, protected_last=0),
         train=TrainConfig(steps=CUT_STEP, global_batch_size=BATCH, micro_batch_size=BATCH // comm.world_size),
     )
-    checkpoint = open_checkpoint(model)
-    ds_config = resolve_ds_config("ds_configs/zero3.json", config, checkpoint.shape, comm.world_size)
+    pretrained = open_pretrained(model)
+    ds_config = resolve_ds_config("ds_configs/zero3.json", config, pretrained.shape, comm.world_size)
     # No weight stays gathered from forward to backward, as in a model that does not fit: DeepSpeed's own limits are
     # far above these small widths.
     ds_config["zero_optimization"]["stage3_max_reuse_distance"] = 0
-    store = build_training_store(config, checkpoint, ds_config, CUT_STEP)
-    limits = make_limits(config.prune, checkpoint.shape)
-    pruner = Pruner(store, config.prune, Schedule(0.5, CUT_STEP - 1, CUT_STEP, 1), limits, config.seed)
-    ids = torch.randint(checkpoint.shape.vocab_size, (CUT_STEP * BATCH, WINDOW))
-    return Trainer(store, pruner, Samples(ids, ids), Consecutive(), config)  # type: ignore[arg-type]
+    engine = build_training_engine(config, pretrained, ds_config, CUT_STEP)
+    limits = make_limits(config.prune, pretrained.shape)
+    pruner = Pruner(engine.model, config.prune, Schedule(0.5, CUT_STEP - 1, CUT_STEP, 1), limits, config.seed)
+    ids = torch.randint(pretrained.shape.vocab_size, (CUT_STEP * BATCH, WINDOW))
+    return Trainer(engine, pruner, Samples(ids, ids), Consecutive(), config)  # type: ignore[arg-type]
 
 
 def measure(model: Path, comm: Communicator) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.checkpoint import parameter_shapes
 from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.pretrained import parameter_shapes
 from loraprune_ds.model.shapes import shape_from_config
-from loraprune_ds.model.shards import shard_count, write_index, write_shard
+from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from loraprune_ds.train.provenance import hardware, versions
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan
@@ -60,13 +60,13 @@ def make_random_1b(folder: Path, vocab_size: int = 32_000) -> Path:
     config.save_pretrained(folder)
     shapes = parameter_shapes(shape_from_config(config.to_dict(), str(folder)))
     layers = config.num_hidden_layers
-    count = shard_count(layers)
+    count = weight_file_count(layers)
     generator = torch.Generator().manual_seed(0)
     entries = []
     for k in range(count):
         names = [n for n in shapes if (f".layers.{k}." in n if k < layers else ".layers." not in n)]
         tensors = {n: _random(n, shapes[n], generator) for n in names}
-        entries.append(write_shard(folder, k, count, tensors))
+        entries.append(write_weight_file(folder, k, count, tensors))
     write_index(folder, entries)
     return folder
 

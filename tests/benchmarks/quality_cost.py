@@ -35,10 +35,12 @@ from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneCo
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.adapters import add_lora, lora_linear
 from loraprune_ds.model.build import decoder_layers, locate_model
+from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import teacher
 from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.memory import cut_stage, training_stage
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.plan.traffic import simulate_passes
@@ -48,9 +50,8 @@ from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.teacher_pass import find_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import DTYPES, device_name
-from loraprune_ds.zero.engine import build_training_store, quiet_deepspeed, start_ranks, stop_ranks
-from loraprune_ds.zero.fetching import PassTraffic
+from loraprune_ds.zero.device import device_name
+from loraprune_ds.zero.engine import build_training_engine, quiet_deepspeed, start_ranks, stop_ranks
 from tests.benchmarks.peak import Peak
 from tests.benchmarks.plan_measured import make_random_1b
 from tests.plan_cases import counted_bytes, planned_peak
@@ -107,9 +108,9 @@ def measured(comm: Communicator, act: Callable[[], Any]) -> dict[str, Any]:
 
 def steps_and_cut(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
     """The first step warms up, those between are timed; the cut follows the last, which measures for it."""
-    store = build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
-    pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
-    trainer = Trainer(store, pruner, prepared.samples, prepared.order, config)
+    engine = build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
+    pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
+    trainer = Trainer(engine, pruner, prepared.samples, prepared.order, config)
     rows = [measured(comm, lambda step=step: trainer.step(step)) for step in range(1, prepared.steps + 1)]
     cut = measured(comm, lambda: trainer.cut(prepared.steps))
     return {"step": middle(rows[1:-1]), "last_step": rows[-1], "cut": cut}
@@ -126,20 +127,20 @@ def _bytes(row: dict[str, Any]) -> list[str]:
 
 
 def teacher_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
-    store = build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
-    pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
+    engine = build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
+    pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
     found = find_teacher(config, prepared, None, comm)
     samples = prepared.samples
     with counted_bytes(comm.world_size, comm.rank) as sent:
         recorded = measured(
-            comm, lambda: record_teacher(store, found, samples, config, pending=lambda: 0, note=lambda line: None)
+            comm, lambda: record_teacher(engine, found, samples, config, pending=lambda: 0, note=lambda line: None)
         )
     recorded["sent_bytes"] = comm.gather_objects(sent["all_gather_into_tensor"])
-    trainer = Trainer(store, pruner, samples, prepared.order, config, teacher=found)
+    trainer = Trainer(engine, pruner, samples, prepared.order, config, teacher=found)
     trained = measured(comm, lambda: [trainer.step(step) for step in range(1, prepared.steps + 1)])
     on_disk = sum(path.stat().st_size for path in found.folder.glob("*.safetensors"))
     disk = {"disk_bytes": on_disk, "planned_disk_bytes": found.plan.bytes, "samples": len(found.plan.samples)}
-    planned = planned_pass(config, prepared.checkpoint.shape, comm.world_size)
+    planned = planned_pass(config, prepared.pretrained.shape, comm.world_size)
     return {"pass": recorded | disk | planned, "training_on_them": trained}
 
 
@@ -204,7 +205,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
         result = teacher_phase(config, prepared, comm)
     else:
         result = steps_and_cut(config, prepared, comm)
-        result["planned_extra_bytes"] = planned_extra(config, prepared.checkpoint.shape, comm.world_size)
+        result["planned_extra_bytes"] = planned_extra(config, prepared.pretrained.shape, comm.world_size)
     if comm.rank == 0:
         config_facts = config.to_dict() | {"output_dir": "unused", "model": {"path": arguments.model}}
         facts = {"ranks": comm.world_size, "config": config_facts, "hardware": hardware(device_name())}

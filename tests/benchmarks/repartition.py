@@ -8,8 +8,8 @@ from torch import Tensor
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import KINDS, ModelShape
 from loraprune_ds.plan.traffic import layer_cuts
+from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.zero.flat import AxisCut, Owners, partition_numel
-from loraprune_ds.zero.store import LayerKeep
 
 MASKS = ("random", "adversarial", "real-looking")
 
@@ -66,14 +66,14 @@ def _plan_tensor(cut: AxisCut, world_size: int, name: str) -> _Moves:
     owners, ranks = Owners(cut, world_size), torch.arange(world_size)
     sends, receives = owners.sent_by(ranks), owners.received_by(ranks)
     numel = cut.shape[0] * cut.columns
-    pieces = (torch.arange(world_size + 1) * partition_numel(numel, world_size)).clamp(max=numel).diff()
+    shards = (torch.arange(world_size + 1) * partition_numel(numel, world_size)).clamp(max=numel).diff()
     if not torch.equal(sends, receives.T):
         rank = int((sends != receives.T).any(1).nonzero()[0])
         raise RunError(f"{name}: rank {rank} sends what others do not expect")
-    if not torch.equal(receives.sum(1), owners.new.diff()) or (sends.sum(1) > pieces).any():
+    if not torch.equal(receives.sum(1), owners.new.diff()) or (sends.sum(1) > shards).any():
         raise RunError(f"{name}: the new pieces are not filled exactly")
     own = sends.diagonal()
-    return _Moves(sends.sum(1) - own, receives.sum(1) - own, pieces)
+    return _Moves(sends.sum(1) - own, receives.sum(1) - own, shards)
 
 
 def example_masks(before: ModelShape, after: ModelShape, kind: str, seed: int) -> list[LayerKeep]:

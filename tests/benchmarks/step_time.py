@@ -22,7 +22,7 @@ from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import device_name
-from loraprune_ds.zero.engine import build_training_store, quiet_deepspeed, start_ranks, stop_ranks
+from loraprune_ds.zero.engine import build_training_engine, quiet_deepspeed, start_ranks, stop_ranks
 
 RESULT = Path(__file__).parent / "results" / "step_time.json"
 
@@ -31,20 +31,20 @@ class Timed(Trainer):
     """A trainer whose steps can leave the scoring out."""
 
     def __init__(self, config: RunConfig, prepared: Prepared) -> None:
-        store = build_training_store(config, prepared.checkpoint, prepared.ds_config, prepared.steps)
-        pruner = Pruner(store, config.prune, prepared.schedule, prepared.limits, config.seed)
-        super().__init__(store, pruner, prepared.samples, prepared.order, config)
-        self._observe = pruner.observe
+        engine = build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
+        pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
+        super().__init__(engine, pruner, prepared.samples, prepared.order, config)
+        self._observe = pruner.score
         self._next = 1
 
     def timed_step(self, *, scoring: bool) -> float:
         """Seconds of one step on all ranks."""
-        self.pruner.observe = self._observe if scoring else lambda step: None  # type: ignore[method-assign]
-        self.store.comm.barrier()
+        self.pruner.score = self._observe if scoring else lambda step: None  # type: ignore[method-assign]
+        self.model.comm.barrier()
         began = time.perf_counter()
         self.step(self._next)
         self._next += 1
-        self.store.comm.barrier()
+        self.model.comm.barrier()
         return time.perf_counter() - began
 
 
@@ -94,7 +94,7 @@ def summarise(
     times: dict[str, list[float]], config: RunConfig, dense: Timed, small: Timed, cut_seconds: float
 ) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in times.items()}
-    flops = [flops_per_token(t.store.shape, config.data.window) for t in (dense, small)]
+    flops = [flops_per_token(t.model.shape, config.data.window) for t in (dense, small)]
     return {
         "seconds_per_step": median,
         "all_seconds": times,
@@ -105,7 +105,7 @@ def summarise(
         "cut_over_step": cut_seconds / median["plain"],
         "weight_bytes_per_rank": {"dense": dense.weight_bytes, "pruned": small.weight_bytes},
         "tokens_per_step": config.train.global_batch_size * config.data.window,
-        "world_size": dense.store.world_size,
+        "world_size": dense.model.world_size,
         "config": config.to_dict(),
         "versions": versions(),
         "hardware": hardware(device_name()),

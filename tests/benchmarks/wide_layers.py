@@ -27,10 +27,10 @@ import torch
 from safetensors import safe_open
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
 from loraprune_ds.model.convert_bin import INDEX, converted
+from loraprune_ds.model.pretrained import open_pretrained, parameter_shapes
 from loraprune_ds.model.shapes import ModelShape, shape_from_config
-from loraprune_ds.model.shards import write_index, write_shard
+from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
 from tests.benchmarks.watchdog import Watched, free_port, tell, told, watch
@@ -75,7 +75,7 @@ def write_checkpoint(folder: Path, name: str) -> None:
         numel = torch.Size(shape).numel()
         tensor = period.roll(7919 * i).repeat(-(-numel // len(period)))[:numel].view(shape)
         tensor = torch.ones(shape, dtype=torch.bfloat16) if "norm" in tensor_name else tensor
-        entries.append(write_shard(folder, i, len(shapes), {tensor_name: tensor}))
+        entries.append(write_weight_file(folder, i, len(shapes), {tensor_name: tensor}))
     write_index(folder, entries)
 
 
@@ -184,12 +184,12 @@ def measure_bin(folder: Path) -> dict[str, Any]:
 
 def write_bin(folder: Path) -> None:
     """From the safetensors of the folder; in a process of its own, for a whole layer is in memory."""
-    checkpoint, weight_map = open_checkpoint(folder / "model"), {}
+    pretrained, weight_map = open_pretrained(folder / "model"), {}
     (folder / "bin").mkdir()
-    (folder / "bin" / "config.json").write_text(json.dumps(checkpoint.config))
+    (folder / "bin" / "config.json").write_text(json.dumps(pretrained.config))
     for part in ("model.layers.0.", "model.layers.1.", ""):
         tensors = {}
-        for name, path in checkpoint.files.items():
+        for name, path in pretrained.files.items():
             if name.startswith(part) and name not in weight_map:
                 with safe_open(path, framework="pt") as file:
                     tensors[name] = file.get_tensor(name)
@@ -201,11 +201,11 @@ def write_bin(folder: Path) -> None:
 
 def convert(folder: Path) -> None:
     tell(folder, 0)
-    found, expected = open_checkpoint(converted(folder / "bin")), open_checkpoint(folder / "model")
+    found, expected = open_pretrained(converted(folder / "bin")), open_pretrained(folder / "model")
     assert found.shape == expected.shape
     for name in expected.files:
-        pieces = (checkpoint.read_flat(name, 0, 512, torch.bfloat16) for checkpoint in (found, expected))
-        assert torch.equal(*pieces), name
+        shards = (pretrained.read_flat(name, 0, 512, torch.bfloat16) for pretrained in (found, expected))
+        assert torch.equal(*shards), name
 
 
 def show(name: str, result: dict[str, Any]) -> None:

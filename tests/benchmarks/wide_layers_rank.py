@@ -16,8 +16,8 @@ from torch import Tensor
 from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.export.from_ranks import write_merged_weights
-from loraprune_ds.model.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained, parameter_shapes
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
@@ -28,7 +28,7 @@ from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import (
     build_inference_engine,
-    build_training_store,
+    build_training_engine,
     quiet_deepspeed,
     start_ranks,
     stop_ranks,
@@ -98,15 +98,15 @@ def main() -> None:
     tell(folder, rank)
     quiet_deepspeed()
     comm = start_ranks()
-    config, checkpoint, phases = make_config(folder, comm.world_size), open_checkpoint(folder / "model"), Phases()
-    ds_config = resolve_ds_config(config.deepspeed, config, checkpoint.shape, comm.world_size)
-    hoard = materialise(checkpoint) if arguments.control and rank == comm.world_size - 1 else []
-    ids = torch.randint(checkpoint.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=seeded())
-    result = train_and_export(folder, config, checkpoint, ds_config, ids, phases, comm)
+    config, pretrained, phases = make_config(folder, comm.world_size), open_pretrained(folder / "model"), Phases()
+    ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, comm.world_size)
+    hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
+    ids = torch.randint(pretrained.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=seeded())
+    result = train_and_export(folder, config, pretrained, ds_config, ids, phases, comm)
     del hoard
     gc.collect()
     engine = phases.measure(
-        "reload", lambda: build_inference_engine(open_checkpoint(folder / "exported"), "sdpa", "bfloat16", ds_config)
+        "reload", lambda: build_inference_engine(open_pretrained(folder / "exported"), "sdpa", "bfloat16", ds_config)
     )
     result |= {"phases": phases.rows, "loss_reloaded": evaluate(engine, ids), "device": device_name()}
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
@@ -117,47 +117,48 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(1)
 
 
-def materialise(checkpoint: Checkpoint) -> list[Tensor]:
+def materialise(pretrained: PretrainedModel) -> list[Tensor]:
     """What no rank may do: all weights, whole."""
-    sizes = {name: torch.Size(shape).numel() for name, shape in parameter_shapes(checkpoint.shape).items()}
-    return [checkpoint.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
+    sizes = {name: torch.Size(shape).numel() for name, shape in parameter_shapes(pretrained.shape).items()}
+    return [pretrained.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
 
 
 def train_and_export(
     folder: Path,
     config: RunConfig,
-    checkpoint: Checkpoint,
+    pretrained: PretrainedModel,
     ds_config: dict[str, Any],
     ids: Tensor,
     phases: Phases,
     comm: Communicator,
 ) -> dict[str, Any]:
     """All that needs the training engine, which ends with this call."""
-    store = phases.measure("load", lambda: build_training_store(config, checkpoint, ds_config, STEPS))
-    limits = make_limits(config.prune, checkpoint.shape)
-    pruner = Pruner(store, config.prune, FixedSchedule(0.5, 0, max(CUTS), 1), limits, config.seed)
-    trainer = Trainer(store, pruner, Samples(ids, ids), Consecutive(comm.world_size), config)  # type: ignore[arg-type]
+    engine = phases.measure("load", lambda: build_training_engine(config, pretrained, ds_config, STEPS))
+    model = engine.model
+    limits = make_limits(config.prune, pretrained.shape)
+    pruner = Pruner(engine.model, config.prune, FixedSchedule(0.5, 0, max(CUTS), 1), limits, config.seed)
+    trainer = Trainer(engine, pruner, Samples(ids, ids), Consecutive(comm.world_size), config)  # type: ignore[arg-type]
     losses = train(trainer, phases)
-    described = export_config(checkpoint.config, store.shape, "bfloat16").config
-    phases.measure("checkpoint", lambda: save_shape(store, folder / "saved", len(CUTS), described, "bfloat16"))
+    described = export_config(pretrained.config, model.shape, "bfloat16").config
+    phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), described, "bfloat16"))
     exported = folder / "exported"
     if comm.rank == 0:
         exported.mkdir()
         (exported / "config.json").write_text(json.dumps(described))
     comm.barrier()
-    phases.measure("export", lambda: write_merged_weights(store, exported, "bfloat16"))
-    trained = evaluate(store.engine, ids)
+    phases.measure("export", lambda: write_merged_weights(model, exported, "bfloat16"))
+    trained = evaluate(engine.deepspeed, ids)
     return {
         "losses": losses,
         "loss_trained": trained,
-        "layers_at_the_end": [asdict(layer) for layer in store.shape.layers],
+        "layers_at_the_end": [asdict(layer) for layer in model.shape.layers],
     }
 
 
 def train(trainer: Trainer, phases: Phases) -> list[float]:
-    observe, losses = trainer.pruner.observe, []
+    observe, losses = trainer.pruner.score, []
     for step in range(1, STEPS + 1):
-        trainer.pruner.observe = lambda s: phases.measure(f"scoring {s}", lambda: observe(s))  # type: ignore[method-assign]
+        trainer.pruner.score = lambda s: phases.measure(f"scoring {s}", lambda: observe(s))  # type: ignore[method-assign]
         losses.append(phases.measure(f"step {step}", lambda step=step: trainer.step(step)).loss)
         if step in CUTS:
             phases.measure(f"cut {step}", lambda step=step: trainer.cut(step))

@@ -21,7 +21,7 @@ from loraprune_ds.checkpoint.run_folder import Status, write_status
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.train.checkpoints import find_saved
+from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.output import inspect_output
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, Requests
@@ -110,7 +110,7 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
 
     with (
         mock.patch("loraprune_ds.checkpoint.save.save_file", save_file_if_room),
-        mock.patch("loraprune_ds.model.shards.save_file", save_file_if_room),
+        mock.patch("loraprune_ds.model.weight_files.save_file", save_file_if_room),
         pytest.raises(UserError) as caught,
     ):
         run_here(config, resume)
@@ -130,7 +130,7 @@ class Found:
 def find_here(config: RunConfig, resume: str) -> Found:
     warnings: list[str] = []
     try:
-        saved = find_saved(inspect_output(config, resume), config, Communicator(), warnings)
+        saved = find_checkpoint(inspect_output(config, resume), config, Communicator(), warnings)
     except UserError as error:
         return Found(None, warnings, str(error), error.exit_code)
     return Found(saved.state.step if saved else None, warnings)

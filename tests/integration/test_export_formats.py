@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.launching import (
     ROOT,
@@ -127,7 +127,7 @@ def test_tuning_goes_on_from_base_and_adapter(run: Run, adapter: Path) -> None:
 
 def test_a_run_can_start_from_base_and_adapter(adapter: Path) -> None:
     check_adapter(adapter / "adapter", LoraConfig(r=4))
-    check_adapter_tensors(adapter / "adapter", 4, open_checkpoint(adapter / "base").shape)
+    check_adapter_tensors(adapter / "adapter", 4, open_pretrained(adapter / "base").shape)
 
 
 def test_the_finished_model_is_copied(run: Run, tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run: Run, unfinished: Pat
     ended = export(unfinished, "--out", tmp_path / "hf")
     assert ended.code == 0, ended.everything
     assert "taken from step-4" in ended.out
-    shape, last = (open_checkpoint(folder).shape for folder in (tmp_path / "hf", run.model))
-    dense = open_checkpoint(run.source).shape
+    shape, last = (open_pretrained(folder).shape for folder in (tmp_path / "hf", run.model))
+    dense = open_pretrained(run.source).shape
     assert dense.linear_numel() > shape.linear_numel() > last.linear_numel()
     assert torch.isfinite(logits(load(tmp_path / "hf"))).all()
     tokens = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)("the import statement").input_ids
@@ -236,7 +236,7 @@ def test_bad_input_is_one_line(run: Run, unfinished: Path, tmp_path: Path) -> No
     check_error(export(tmp_path, "--out", out), "holds no run, checkpoint or model")
     check_error(export(run.folder, "--out", "/proc/nowhere/out"), "/proc/nowhere/out cannot be made: [Errno 2]")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loraprune_ds.export.from_checkpoint.write_shard", no_room)
+        patch.setattr("loraprune_ds.export.from_checkpoint.write_weight_file", no_room)
         check_error(export(unfinished, "--out", out), f"{out} cannot be made: Error while serializing: No space left")
     check_error(export(run.folder, "--format", "onnx"), "argument --format: invalid choice: 'onnx'")
     check_error(

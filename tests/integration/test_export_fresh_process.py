@@ -202,9 +202,9 @@ def test_every_tensor_is_stored_once(exported: Exported) -> None:
     names = {name for name, _ in exported.reference.named_parameters()}
     assert index["weight_map"].keys() == names
     assert ("lm_head.weight" in names) != exported.case.options.get("tie_word_embeddings", False)
-    for shard in set(index["weight_map"].values()):
-        expected = {name for name, file in index["weight_map"].items() if file == shard}
-        assert load_file(exported.folder / shard).keys() == expected
+    for weight_file in set(index["weight_map"].values()):
+        expected = {name for name, file in index["weight_map"].items() if file == weight_file}
+        assert load_file(exported.folder / weight_file).keys() == expected
     shape = shape_from_config(json.loads((exported.folder / "config.json").read_text()), "export")
     element = torch.empty(0, dtype=getattr(torch, exported.case.dtype)).element_size()
     assert index["metadata"]["total_size"] == shape.total_numel() * element

@@ -55,12 +55,12 @@ def test_hpz_cuts_both_copies_and_changes_no_number(tmp_path: Path, method: tupl
     flat = run(config, "flat", *method)
 
     assert "copy" not in flat.err
-    pieces = [line for line in hierarchical.err.splitlines() if line.startswith("copy (")]
-    assert f"copy ({FFN}, 64) in pieces of {FFN * 64 // PER_NODE}" in pieces
+    shards = [line for line in hierarchical.err.splitlines() if line.startswith("copy (")]
+    assert f"copy ({FFN}, 64) in pieces of {FFN * 64 // PER_NODE}" in shards
     kept = json.loads((tmp_path / "hpz" / "kept_groups.json").read_text())
     channels = len(kept["layers"][0]["channels"])
     assert channels < FFN
-    assert f"copy ({channels}, 64) in pieces of {-(-channels * 64 // RANKS) * RANKS // PER_NODE}" in pieces
+    assert f"copy ({channels}, 64) in pieces of {-(-channels * 64 // RANKS) * RANKS // PER_NODE}" in shards
 
     assert (tmp_path / "hpz" / "kept_groups.json").read_bytes() == (tmp_path / "flat" / "kept_groups.json").read_bytes()
     assert losses(tmp_path / "hpz") == losses(tmp_path / "flat")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
@@ -22,10 +22,10 @@ from loraprune_ds.train.data_tokens import PADDING_ID
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import build_training_store
+from loraprune_ds.zero.engine import build_training_engine
 from loraprune_ds.zero.memory import state_tensors, state_terms, storage_bytes
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
-from loraprune_ds.zero.sharded import ShardedStore
+from loraprune_ds.zero.sharded import ShardedModel
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -113,12 +113,12 @@ def build(job: Job) -> Trainer:
             loss_chunk_tokens=job.loss_chunk_tokens,
         ),
     )
-    checkpoint = open_checkpoint(job.folder)
-    ds_config = resolve_ds_config(config.deepspeed, config, checkpoint.shape, world_size)
-    store = build_training_store(config, checkpoint, ds_config, len(job.batches))
+    pretrained = open_pretrained(job.folder)
+    ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, world_size)
+    engine = build_training_engine(config, pretrained, ds_config, len(job.batches))
     schedule = make_schedule(config.prune, len(job.batches))
-    pruner = Pruner(store, config.prune, schedule, make_limits(config.prune, checkpoint.shape), config.seed)
-    return Trainer(store, pruner, make_samples(job), Consecutive(size), config)  # type: ignore[arg-type]
+    pruner = Pruner(engine.model, config.prune, schedule, make_limits(config.prune, pretrained.shape), config.seed)
+    return Trainer(engine, pruner, make_samples(job), Consecutive(size), config)  # type: ignore[arg-type]
 
 
 def make_samples(job: Job) -> Samples:
@@ -143,25 +143,25 @@ def train(job: Job) -> Outcome:
 
 def run_steps(trainer: Trainer, job: Job) -> Outcome:
     """All steps of a trainer that has made none yet."""
-    store, pruner = trainer.store, trainer.pruner
+    model, pruner = trainer.model, trainer.pruner
     outcome = Outcome()
     for step in range(1, len(job.batches) + 1):
         outcome.losses.append(trainer.step(step).loss)
         outcome.averages.append([as_pair(scores) for scores in pruner.average.scores or []])
         if trainer.cut(step):
             outcome.cut_steps.append(step)
-        outcome.kept.append([(keep.heads.tolist(), keep.channels.tolist()) for keep in pruner.kept])
-        outcome.state_bytes.append((storage_bytes(state_tensors(store.engine)), expected_bytes(job, store)))
-    collect_into(outcome, store)
+        outcome.kept.append([(keep.heads.tolist(), keep.channels.tolist()) for keep in pruner.kept_of_dense])
+        outcome.state_bytes.append((storage_bytes(state_tensors(model)), expected_bytes(job, model)))
+    collect_into(outcome, model)
     return outcome
 
 
-def expected_bytes(job: Job, store: ShardedStore) -> int:
-    bucket = next(iter(store.engine.optimizer.ipg_buckets.values())).buffer.numel()
+def expected_bytes(job: Job, model: ShardedModel) -> int:
+    bucket = next(iter(model.zero_optimizer.ipg_buckets.values())).buffer.numel()
     terms = state_terms(
-        store.shape,
+        model.shape,
         job.lora_r,
-        world_size=store.world_size,
+        world_size=model.world_size,
         element_size=4 if job.dtype == "float32" else 2,
         bucket_numel=bucket,
         stepped=True,
@@ -173,26 +173,26 @@ def as_pair(scores: LayerScores) -> tuple[Tensor, Tensor]:
     return scores.heads.clone(), scores.channels.clone()
 
 
-def collect_into(outcome: Outcome, store: ShardedStore) -> None:
+def collect_into(outcome: Outcome, model: ShardedModel) -> None:
     """Whole tensors by the oracle's names."""
-    trainable = [p for p in store.engine.module.parameters() if p.requires_grad]
-    state = OptimizerState(store.engine.optimizer, trainable)
-    for name, parameter in store.engine.module.named_parameters():
-        whole = gather_everywhere(store, parameter)
+    trainable = [p for p in model.module.parameters() if p.requires_grad]
+    state = OptimizerState(model.zero_optimizer, trainable)
+    for name, parameter in model.module.named_parameters():
+        whole = gather_everywhere(model, parameter)
         if not parameter.requires_grad:
             outcome.frozen[name.removeprefix("base_model.model.").replace(".base_layer", "")] = whole
             continue
         key = name.removeprefix("base_model.model.model.").removesuffix(".default.weight")
         outcome.lora[key] = whole
-        outcome.masters[key] = gather_everywhere(store, parameter, state.piece(parameter, "master"))
-        first, second = (gather_everywhere(store, parameter, state.piece(parameter, k)) for k in MOMENTS)
+        outcome.masters[key] = gather_everywhere(model, parameter, state.shard(parameter, "master"))
+        first, second = (gather_everywhere(model, parameter, state.shard(parameter, k)) for k in MOMENTS)
         outcome.moments[key] = (first, second)
 
 
-def gather_everywhere(store: ShardedStore, parameter: Any, piece: Tensor | None = None) -> Tensor:
+def gather_everywhere(model: ShardedModel, parameter: Any, shard: Tensor | None = None) -> Tensor:
     """A whole tensor on every rank, by broadcasting what rank 0 collected."""
-    whole = collect_tensor(store, parameter, 0, piece)
+    whole = collect_tensor(parameter, 0, model.comm, shard)
     if whole is None:
-        source = parameter.ds_tensor if piece is None else piece
+        source = parameter.ds_tensor if shard is None else shard
         whole = torch.empty(tuple(parameter.ds_shape), dtype=source.dtype)
-    return store.comm.broadcast(whole.contiguous()).clone()
+    return model.comm.broadcast(whole.contiguous()).clone()

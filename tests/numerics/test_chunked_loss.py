@@ -33,7 +33,7 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def train_and_measure(job: Job) -> tuple[Outcome, float]:
     trainer = build(job)
     outcome = run_steps(trainer, job)
-    engine, comm = trainer.store.engine, trainer.store.comm
+    engine, comm = trainer.engine.deepspeed, trainer.model.comm
     engine.eval()
     windows = torch.cat([ids for ids, _ in job.batches])[:7]
     ranks = {"rank": comm.rank, "world_size": comm.world_size, "sum_over_ranks": comm.all_reduce}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.zero.memory import moment_bytes
-from tests.numerics import levers
+from tests.numerics import quality_settings
 from tests.numerics.driver import Job, train, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
@@ -79,13 +79,13 @@ def own_error(inputs: Tensor, before: dict[str, Tensor], after: dict[str, Tensor
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, world_size: int) -> None:
-    results = ranks.run(world_size, levers.compensate_once, job, HEADS, CHANNELS)
+    results = ranks.run(world_size, quality_settings.compensate_once, job, HEADS, CHANNELS)
     result = results[0]
     for name, layer in result["before"].items():
         after, kept, inputs = result["after"][name], kept_columns(name), weighted_inputs(result, name)
         assert len(inputs) == 2 * 12 * 16  # every token of both global batches, once
         assert all(torch.equal(layer[n], result["untouched"][name][n]) for n in layer), f"{name}: nothing was removed"
-        if int(name[0]) not in levers.CUT_LAYERS:
+        if int(name[0]) not in quality_settings.CUT_LAYERS:
             assert torch.equal(layer["base_layer"], after["base_layer"]), name
             continue
         expected = dense_refit(inputs, layer, kept)
@@ -96,7 +96,7 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
         (moment,) = (r["moments"][name] for r in results if name in r["moments"])  # after the cut, on one rank
         wanted = inputs[:, kept].T @ inputs[:, kept]
         assert (moment - wanted).abs().max() < TOLERANCE * wanted.abs().max(), name
-    planned = moment_bytes(open_checkpoint(job.folder).shape, world_size, OPEN)
+    planned = moment_bytes(open_pretrained(job.folder).shape, world_size, OPEN)
     for rank, other in enumerate(results):  # each layer's moments on one rank
         assert other["moment_bytes"] == planned[rank]
         assert {int(name[0]) for name in other["owned"]} == {i for i in OPEN if i % world_size == rank}
@@ -107,21 +107,21 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
 def test_padding_is_not_measured(ranks: RankPool, job: Job, compensate: str) -> None:
     lengths = [3 + 5 * i % 14 for i in range(6 * 12)]
     padded = variant(job, lengths=lengths, prune={**job.prune, "compensate": compensate})
-    results = ranks.run(2, levers.compensate_once, padded, HEADS, CHANNELS)
+    results = ranks.run(2, quality_settings.compensate_once, padded, HEADS, CHANNELS)
     for name in (name for name in results[0]["before"] if int(name[0]) in OPEN):
         steps = [step[name].double() for step in results[0]["steps"]]
         assert [len(step) for step in steps] == [sum(lengths[:12]), sum(lengths[12:24])]
         (moment,) = (r["moments"][name] for r in results if name in r["moments"])
         first, second = (s.T @ s / len(s) if compensate == "least_squares" else s.mean(0) for s in steps)
         wanted = DECAY * first + (1 - DECAY) * second
-        for axis in range(wanted.dim()) if int(name[0]) in levers.CUT_LAYERS else ():
+        for axis in range(wanted.dim()) if int(name[0]) in quality_settings.CUT_LAYERS else ():
             wanted = wanted.index_select(axis, torch.tensor(kept_columns(name)))
         assert (moment - wanted).abs().max() < TOLERANCE * wanted.abs().max(), name
 
 
 def test_activation_checkpointing_measures_every_token_once(ranks: RankPool, job: Job) -> None:
     plain, checkpointed = (
-        ranks.run(2, levers.compensate_once, variant(job, gradient_checkpointing=on), HEADS, CHANNELS)[0]
+        ranks.run(2, quality_settings.compensate_once, variant(job, gradient_checkpointing=on), HEADS, CHANNELS)[0]
         for on in (False, True)
     )
     assert plain["moments"].keys() == checkpointed["moments"].keys()
@@ -130,12 +130,12 @@ def test_activation_checkpointing_measures_every_token_once(ranks: RankPool, job
 
 def test_bias_takes_over_the_mean_output(ranks: RankPool, job: Job) -> None:
     prune = {**job.prune, "compensate": "bias"}
-    result = ranks.run(2, levers.compensate_once, variant(job, prune=prune), HEADS, CHANNELS)[0]
+    result = ranks.run(2, quality_settings.compensate_once, variant(job, prune=prune), HEADS, CHANNELS)[0]
     for name, layer in result["before"].items():
         after, kept = result["after"][name], kept_columns(name)
         assert torch.equal(layer["bias"], result["untouched"][name]["bias"])
         assert torch.equal(layer["base_layer"], after["base_layer"])
-        if int(name[0]) not in levers.CUT_LAYERS:
+        if int(name[0]) not in quality_settings.CUT_LAYERS:
             assert torch.equal(layer["bias"], after["bias"]), name
             continue
         first, second = (step[name].double() for step in result["steps"])

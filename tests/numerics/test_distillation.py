@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.numerics import levers
+from tests.numerics import quality_settings
 from tests.numerics.driver import Job, write_adapter
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
@@ -21,7 +21,13 @@ TOLERANCE = 1e-6
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("distillation")
-    sizes: dict[str, Any] = {"heads": 25, "kv_heads": 5, "head_dim": 4, "hidden": levers.HIDDEN_SIZE, "ffn": 61}
+    sizes: dict[str, Any] = {
+        "heads": 25,
+        "kv_heads": 5,
+        "head_dim": 4,
+        "hidden": quality_settings.HIDDEN_SIZE,
+        "ffn": 61,
+    }
     model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, biases=True, **sizes)
     adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
     batches = make_batches(steps=STEPS, samples=SAMPLES, tokens=16, vocab=97, seed=3)
@@ -72,7 +78,7 @@ def test_loss_and_gradients_are_the_dense_ones(
     loss, gradients = dense_step(changed, top_k)
     files = []
     for world_size in (1, 2, 3):
-        result = ranks.run(world_size, levers.distilled_step, changed, tmp_path, top_k)[0]
+        result = ranks.run(world_size, quality_settings.distilled_step, changed, tmp_path, top_k)[0]
         assert abs(result["loss"] - loss) < TOLERANCE
         assert set(result["gradients"]) == set(gradients)
         for name, gradient in gradients.items():
@@ -81,5 +87,5 @@ def test_loss_and_gradients_are_the_dense_ones(
         on_disk, planned = result["bytes"]
         assert planned < on_disk < planned + 512 * len(result["files"])  # and each file's header
         files.append(result["files"])
-    assert len(files[0]) == -(-STEPS * SAMPLES // levers.FILE_SAMPLES)
+    assert len(files[0]) == -(-STEPS * SAMPLES // quality_settings.FILE_SAMPLES)
     assert files[0] == files[1] == files[2]  # bit by bit

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine
-from tests.numerics import levers, surgery
+from tests.numerics import cutting, quality_settings
 from tests.numerics.driver import Job, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
@@ -38,15 +38,15 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def run_all(job: Job) -> dict[str, Any]:
     """Two steps, a cut, a step, and the dense model's losses on an engine without an optimizer."""
-    result = surgery.cut_once(job, HEADS, CHANNELS)
+    result = cutting.cut_once(job, HEADS, CHANNELS)
     return result | {"inference": inference(job)}
 
 
 def inference(job: Job) -> Tensor:
-    checkpoint = open_checkpoint(job.folder)
+    pretrained = open_pretrained(job.folder)
     config = RunConfig("unused")
-    resolved = resolve_ds_config(job.deepspeed, config, checkpoint.shape, torch.distributed.get_world_size())
-    engine = build_inference_engine(checkpoint, "sdpa", job.dtype, resolved)
+    resolved = resolve_ds_config(job.deepspeed, config, pretrained.shape, torch.distributed.get_world_size())
+    engine = build_inference_engine(pretrained, "sdpa", job.dtype, resolved)
     with torch.no_grad():
         return engine(input_ids=job.batches[0][0], labels=job.batches[0][1])
 
@@ -78,8 +78,10 @@ def test_the_same_bits_as_without(ranks: RankPool, job: Job, baseline: dict[str,
 def test_levers_find_the_same_bits(ranks: RankPool, job: Job, compensate: str) -> None:
     """The true gradient and what makes up for a cut, with weights and optimizer wherever the config has them."""
     prune = {"ratio": 0.2, "prune_every": 2, "criterion": "gradient", "compensate": compensate}
-    wanted = ranks.run(2, levers.train_and_cut, replace(job, prune=prune))[0]
+    wanted = ranks.run(2, quality_settings.train_and_cut, replace(job, prune=prune))[0]
     for name in OTHERS:
-        found = ranks.run(2, levers.train_and_cut, replace(job, prune=prune, deepspeed=f"ds_configs/{name}.json"))[0]
+        found = ranks.run(
+            2, quality_settings.train_and_cut, replace(job, prune=prune, deepspeed=f"ds_configs/{name}.json")
+        )[0]
         assert set(found) == set(wanted)
         assert [n for n, tensor in wanted.items() if not torch.equal(found[n], tensor)] == [], name

@@ -20,7 +20,7 @@ LIMIT, BUSY = 2.0, 5.0  # seconds
 
 def work(comm: Communicator) -> str:
     try:
-        comm.together(lambda: time.sleep(BUSY) if comm.rank == 0 else None)
+        comm.all_or_raise(lambda: time.sleep(BUSY) if comm.rank == 0 else None)
     except (RuntimeError, torch.distributed.DistError) as error:
         return type(error).__name__
     return "done"

@@ -19,7 +19,7 @@ from loraprune_ds.train import run as train_run
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.memory import state_tensors, storage_bytes, weight_tensors
 from tests.integration.resuming import config_for, run_here, write_run
-from tests.numerics import surgery
+from tests.numerics import cutting
 from tests.numerics.driver import Job, build, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
@@ -50,12 +50,12 @@ def bytes_around_release(job: Job) -> tuple[int, int, int]:
     trainer = build(job)
     trainer.step(1)
     trainer.step(2)
-    keep = surgery.some_keep(trainer, HEADS, CHANNELS)
-    trainer.store.shrink(keep)
-    trainer.pruner.average.shrink(keep)
+    keep = cutting.some_keep(trainer, HEADS, CHANNELS)
+    trainer.model.cut(keep)
+    trainer.pruner.average.cut(keep)
     trainer.step(3)
-    state, before = storage_bytes(state_tensors(trainer.store.engine)), live()
-    trainer.store.release()
+    state, before = storage_bytes(state_tensors(trainer.model)), live()
+    trainer.engine.release()
     return state, before, live()
 
 
@@ -71,14 +71,14 @@ def test_nothing_of_a_training_engine_is_left(ranks: RankPool, job: Job, config:
         assert after < samples + 10 * groups
 
 
-def recording(module: Any, live: Callable[[], int], alive: list[int], pieces: list[int]) -> Any:
+def recording(module: Any, live: Callable[[], int], alive: list[int], shards: list[int]) -> Any:
     """A patch of the module's `build_inference_engine`: what is alive just before, and the pieces that it makes."""
     build_engine = module.build_inference_engine
 
     def building(*args: Any) -> Any:
         alive.append(live())
         engine = build_engine(*args)
-        pieces.append(storage_bytes(weight_tensors(engine)))
+        shards.append(storage_bytes(weight_tensors(engine)))
         return engine
 
     return patch.object(module, "build_inference_engine", building)
@@ -87,32 +87,32 @@ def recording(module: Any, live: Callable[[], int], alive: list[int], pieces: li
 def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
     """(pieces of the exported model, what is alive when it is read back) in a whole run."""
     alive: list[int] = []
-    pieces: list[int] = []
-    with recording(train_run, live_bytes(), alive, pieces):
+    shards: list[int] = []
+    with recording(train_run, live_bytes(), alive, shards):
         assert run_here(config)
-    return pieces[0], alive[0]
+    return shards[0], alive[0]
 
 
 def test_a_run_does_not_hold_what_it_trained_beside_what_it_measures(ranks: RankPool, tmp_path: Path) -> None:
     config = config_for(write_run(tmp_path, train={"steps": 2}), tmp_path / "out", "model.dtype=bfloat16")
-    ((pieces, alive),) = ranks.run(1, bytes_beside_the_export, config)
-    assert alive < pieces  # the samples; what was trained has in its pieces and LoRA's state more than that
+    ((shards, alive),) = ranks.run(1, bytes_beside_the_export, config)
+    assert alive < shards  # the samples; what was trained has in its pieces and LoRA's state more than that
 
 
 def bytes_between_models(folder: Path) -> tuple[int, int]:
     """(pieces of a model, what more is alive when the second one is built) in an evaluation of two."""
     alive: list[int] = []
-    pieces: list[int] = []
+    shards: list[int] = []
     text = EvaluationText("a text", None, "It is long enough for some windows of eight tokens. " * 2)
     plan = EvaluationPlan(PerplexityProtocol(window=8), text=text, dtype="float32", sharded=True)
-    with recording(evaluation, live_bytes(), alive, pieces):
+    with recording(evaluation, live_bytes(), alive, shards):
         first, second = evaluation.evaluate([str(folder)] * 2, plan, Communicator())
     assert first.perplexity == second.perplexity
-    return pieces[0], alive[1] - alive[0]
+    return shards[0], alive[1] - alive[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_sharded_evaluation_holds_one_model_at_a_time(ranks: RankPool, job: Job, world_size: int) -> None:
-    for pieces, left in ranks.run(world_size, bytes_between_models, job.folder):
-        assert pieces > 20_000
+    for shards, left in ranks.run(world_size, bytes_between_models, job.folder):
+        assert shards > 20_000
         assert left < 500  # rotary frequencies, sums of the losses

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.numerics import levers
+from tests.numerics import quality_settings
 from tests.numerics.driver import Job, write_adapter
 from tests.oracle.dense_trainer import CHANNEL_LINEARS, HEAD_LINEARS, INPUT_SHRINKS, DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
@@ -59,7 +59,7 @@ def test_scores_are_those_of_autograd(
     ranks: RankPool, job: Job, world_size: int, micro: int, checkpointing: bool
 ) -> None:
     changed = Job(**{**vars(job), "micro_batch_size": micro, "gradient_checkpointing": checkpointing})
-    results = ranks.run(world_size, levers.gradient_scores, changed)
+    results = ranks.run(world_size, quality_settings.gradient_scores, changed)
     result = results[0]
     for found, expected in zip(result["scores"], dense_scores(job), strict=True):
         for a, b in zip(found, expected, strict=True):
@@ -80,14 +80,14 @@ def test_scores_are_those_of_autograd(
 
 
 def test_training_does_not_notice(ranks: RankPool, job: Job) -> None:
-    with_gradients = ranks.run(2, levers.gradient_scores, job)[0]["lora"]
-    without = ranks.run(2, levers.lora_after_two_steps, Job(**{**vars(job), "prune": {"ratio": 0.2}}))[0]
+    with_gradients = ranks.run(2, quality_settings.gradient_scores, job)[0]["lora"]
+    without = ranks.run(2, quality_settings.lora_after_two_steps, Job(**{**vars(job), "prune": {"ratio": 0.2}}))[0]
     assert all(torch.equal(with_gradients[name], without[name]) for name in without)
 
 
 def test_only_every_kth_step_pays(ranks: RankPool, job: Job) -> None:
     sparse = Job(**{**vars(job), "prune": {**job.prune, "gradient_every": 2}})
-    result = ranks.run(2, levers.gradient_scores, sparse)[0]
+    result = ranks.run(2, quality_settings.gradient_scores, sparse)[0]
     assert result["pieces"][0] > 0
     assert result["pieces"][1] == 0
     assert len(result["whole"]) == 7 * LAYERS * 3  # the three micro-batches of step 1

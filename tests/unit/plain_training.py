@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import LoraConfig, PruneConfig
 from loraprune_ds.model.adapters import add_lora
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Cut, Pruner
-from loraprune_ds.zero.plain import PlainStore
+from tests.plain_model import PlainModel
 
 Batch = tuple[Tensor, Tensor]
 PREFIX = "base_model.model.model."
@@ -57,14 +57,14 @@ class PlainRun:
         self.model = build_model(self.folder, self.lora, alpha=self.alpha, dtype=self.dtype)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=self.learning_rate, eps=self.epsilon, weight_decay=0.0)
-        shape = open_checkpoint(self.folder).shape
-        self.store = PlainStore(self.model, shape, self.optimizer)
+        shape = open_pretrained(self.folder).shape
+        self.prunable = PlainModel(self.model, shape, self.optimizer)
         limits, schedule = make_limits(self.prune, shape), make_schedule(self.prune, self.steps)
-        self.pruner = Pruner(cast(Any, self.store), self.prune, schedule, limits, seed=0)
+        self.pruner = Pruner(cast(Any, self.prunable), self.prune, schedule, limits, seed=0)
 
     def step(self, step: int, batch: Batch) -> None:
         self.backward(batch)
-        self.pruner.observe(step)
+        self.pruner.score(step)
         assert self.pruner.average.scores is not None
         self.averages.append([(s.heads.clone(), s.channels.clone()) for s in self.pruner.average.scores])
         if self.max_grad_norm:
@@ -90,7 +90,7 @@ class PlainRun:
         return self
 
     def kept(self) -> list[tuple[list[int], list[int]]]:
-        return [(keep.heads.tolist(), keep.channels.tolist()) for keep in self.pruner.kept]
+        return [(keep.heads.tolist(), keep.channels.tolist()) for keep in self.pruner.kept_of_dense]
 
     def logits(self, input_ids: Tensor) -> Tensor:
         with torch.no_grad():

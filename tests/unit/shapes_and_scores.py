@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.zero.store import LayerKeep
+from loraprune_ds.pruning.prunable_model import LayerKeep
 
 BY_NAME: dict[str, Linear] = {linear.name: linear for linear in LINEARS}
 

@@ -24,7 +24,7 @@ from loraprune_ds.model.adapters import (
     set_features,
 )
 from loraprune_ds.model.build import decoder_layers
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LINEARS
 from tests.oracle.models import make_lora, make_tiny_llama
 
@@ -79,7 +79,7 @@ def test_lora_is_on_all_seven_linears_and_only_lora_is_trained(folder: Path) -> 
         for linear in LINEARS:
             module = lora_linear(layer, linear)
             a, b = lora_weights(module)
-            out_features, in_features = open_checkpoint(folder).shape.linear_shape(i, linear)
+            out_features, in_features = open_pretrained(folder).shape.linear_shape(i, linear)
             assert (a.shape, b.shape) == ((4, in_features), (out_features, 4))
             assert a.abs().max() > 0
             assert not b.any()
@@ -129,7 +129,7 @@ def test_an_adapter_is_taken_over(folder: Path, adapter: Path, dtype: torch.dtyp
     check_adapter(adapter, CONFIG)
     edit(adapter, target_modules=".*_proj")  # PEFT takes a pattern too
     check_adapter(adapter, CONFIG)
-    check_adapter_tensors(adapter, CONFIG.r, open_checkpoint(folder).shape)
+    check_adapter_tensors(adapter, CONFIG.r, open_pretrained(folder).shape)
     model = wrap(folder, dtype=dtype)
     load_adapter(model, adapter)
     saved = load_file(adapter / "adapter_model.safetensors")
@@ -179,7 +179,7 @@ def test_an_adapter_that_does_not_fit(adapter: Path, values: dict[str, Any], mes
 def refused(folder: Path, adapter: Path) -> str:
     """What the header of its tensors is refused with."""
     with pytest.raises(UserError) as caught:
-        check_adapter_tensors(adapter, CONFIG.r, open_checkpoint(folder).shape)
+        check_adapter_tensors(adapter, CONFIG.r, open_pretrained(folder).shape)
     path = str(adapter / "adapter_model.safetensors")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(path)

@@ -9,14 +9,14 @@ import pytest
 
 from loraprune_ds.checkpoint import files
 from loraprune_ds.checkpoint.save import drop_old
-from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, ShapeSource, Tally, read_state, state_text
+from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
 from loraprune_ds.errors import UserError
 
 
 def make_state(step: int, shape: str) -> RunState:
     return RunState(
         step=step,
-        tally=Tally(1536 * step, 22.5, None),
+        totals=RunTotals(1536 * step, 22.5, None),
         adam_step=step,
         schedule={"last_epoch": step},
         loss_scale={},

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from loraprune_ds.errors import RunError
 from loraprune_ds.pruning.compensate import mean_output, refit, removed_columns
-from loraprune_ds.zero.store import CollectedLinear
+from loraprune_ds.pruning.prunable_model import CollectedLinear
 
 OUT, IN, TOKENS = 7, 12, 40
 

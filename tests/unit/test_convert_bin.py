@@ -16,8 +16,8 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model import build, convert_bin
 from loraprune_ds.model.build import locate_model
-from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
 from loraprune_ds.model.convert_bin import converted, needs_conversion
+from loraprune_ds.model.pretrained import open_pretrained, parameter_shapes
 from tests.oracle.models import make_tiny_llama
 
 SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
@@ -65,8 +65,8 @@ def test_the_same_tensors(
 ) -> None:
     monkeypatch.setattr(convert_bin, "GROUP_BYTES", group_bytes)
     found = locate_model(ModelConfig(str(folder)))
-    checkpoint = open_checkpoint(found)
-    assert set(checkpoint.files) == set(parameter_shapes(checkpoint.shape)) == set(tensors)
+    pretrained = open_pretrained(found)
+    assert set(pretrained.files) == set(parameter_shapes(pretrained.shape)) == set(tensors)
     assert_same(written(found), tensors)
     assert (found / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert not (found / convert_bin.INDEX).exists()
@@ -139,7 +139,7 @@ def test_nothing_is_left_of_a_conversion_that_failed(folder: Path, cache: Path, 
             raise OSError(28, "No space left on device")
         return {}
 
-    monkeypatch.setattr(convert_bin, "write_shard", fail_at_the_second)
+    monkeypatch.setattr(convert_bin, "write_weight_file", fail_at_the_second)
     with pytest.raises(UserError, match=r"cannot be converted to safetensors in .* No space left on device"):
         converted(folder)
     assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []

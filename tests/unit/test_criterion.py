@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.pruning import criterion
-from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, effective_weight, gradient_estimate, score_piece
-from loraprune_ds.zero.store import LoraFactors, OwnedPiece
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, effective_weight, gradient_estimate, score_shard
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from tests.oracle import formula
-from tests.unit.split_store import sharded_piece
+from tests.unit.split_model import owned_shard
 
 FP32 = 1e-5  # relative to the largest sum: fp32 products of up to 23 terms whose parts cancel, summed in fp64
 Score = Callable[..., Tensor]
@@ -112,7 +112,7 @@ def test_a_wrong_formula_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: crite
 # Their sums over the pieces that ranks own
 
 
-def check_splits(draw: random.Random, cases: int, score: Score = score_piece) -> None:
+def check_splits(draw: random.Random, cases: int, score: Score = score_shard) -> None:
     """Over any split of the weight the partial sums add up to those of the whole."""
     generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
     for _ in range(cases):
@@ -121,11 +121,11 @@ def check_splits(draw: random.Random, cases: int, score: Score = score_piece) ->
         axis, power = draw.randint(0, 1), draw.choice([1, 2])
         element = ELEMENT_CRITERIA["lora" if power == 1 else "lora_squared"]
         expected = oracle_importance(weight, factors, power).sum(1 - axis)
-        pieces = [sharded_piece(weight, world_size, rank) for rank in range(world_size)]
-        sums = [score(piece, factors, element, axis) for piece in pieces]
+        shards = [owned_shard(weight, world_size, rank) for rank in range(world_size)]
+        sums = [score(shard, factors, element, axis) for shard in shards]
         assert all(p.dtype == torch.float64 and p.shape == (shape[axis],) for p in sums)
-        for piece, part in zip(pieces, sums, strict=True):
-            assert piece.flat.numel() or not part.any()
+        for shard, part in zip(shards, sums, strict=True):
+            assert shard.flat.numel() or not part.any()
         total = torch.stack(sums).sum(0)
         assert close(total, expected), (shape, world_size, axis)
 
@@ -141,14 +141,14 @@ def test_a_gpu_gets_few_large_blocks() -> None:
     out_features, in_features, r = 4096, 11008, 8
     a, b = (torch.empty(shape, device="meta") for shape in ((r, in_features), (out_features, r)))
     numel = out_features * in_features // 8
-    piece = OwnedPiece(torch.empty(numel, dtype=torch.bfloat16, device="meta"), 3 * numel, (out_features, in_features))
+    shard = OwnedShard(torch.empty(numel, dtype=torch.bfloat16, device="meta"), 3 * numel, (out_features, in_features))
     blocks = []
 
     def count(weight: Tensor, factors: LoraFactors) -> Tensor:
         blocks.append(weight.numel())
         return ELEMENT_CRITERIA["lora"](weight, factors)
 
-    assert score_piece(piece, LoraFactors(a, b, a, b, 2.0), count, 1).shape == (in_features,)
+    assert score_shard(shard, LoraFactors(a, b, a, b, 2.0), count, 1).shape == (in_features,)
     assert blocks == [numel]
 
 
@@ -161,13 +161,13 @@ def test_weight_gradients_are_scored_piece_by_piece(monkeypatch: pytest.MonkeyPa
         weight, factors = random_linear(generator, shape, 2, 2.0)
         gradient = torch.randn(shape, generator=generator)
         expected = (gradient.double() * (weight.double() + 2 * factors.B.double() @ factors.A.double())).abs()
-        split = [[sharded_piece(w, world_size, r) for w in (weight, gradient)] for r in range(world_size)]
-        sums = [score_piece(w, factors, ELEMENT_CRITERIA["gradient"], axis, g.flat) for w, g in split]
+        split = [[owned_shard(w, world_size, r) for w in (weight, gradient)] for r in range(world_size)]
+        sums = [score_shard(w, factors, ELEMENT_CRITERIA["gradient"], axis, g.flat) for w, g in split]
         assert close(torch.stack(sums).sum(0), expected.sum(1 - axis)), (shape, world_size, axis)
 
 
 def score_naively(
-    piece: OwnedPiece,
+    shard: OwnedShard,
     factors: LoraFactors,
     element: criterion.ElementCriterion,
     axis: int,
@@ -176,10 +176,10 @@ def score_naively(
     absolute: bool = True,
 ) -> Tensor:
     """Scores the whole weight with zeros in place of what others own."""
-    end = piece.start + len(piece.flat)
-    padded, owned = torch.zeros(piece.shape), torch.zeros(piece.shape, dtype=torch.bool)
-    padded.view(-1)[piece.start : end] = piece.flat
-    owned.view(-1)[piece.start : end] = True
+    end = shard.start + len(shard.flat)
+    padded, owned = torch.zeros(shard.shape), torch.zeros(shard.shape, dtype=torch.bool)
+    padded.view(-1)[shard.start : end] = shard.flat
+    owned.view(-1)[shard.start : end] = True
     if not trim:
         owned |= owned.any(1, keepdim=True)
     importance = element(padded, factors) * owned
@@ -199,7 +199,7 @@ def test_scoring_leaves_its_input_alone() -> None:
     before = [t.clone() for t in (weight, factors.A, factors.B, factors.grad_A, factors.grad_B)]
     for name, element in ELEMENT_CRITERIA.items():
         given = (weight.reshape(-1),) if name == "gradient" else ()
-        score_piece(sharded_piece(weight, 1, 0), factors, element, 0, *given)
+        score_shard(owned_shard(weight, 1, 0), factors, element, 0, *given)
         after = (weight, factors.A, factors.B, factors.grad_A, factors.grad_B)
         assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True)), name
 
@@ -207,5 +207,5 @@ def test_scoring_leaves_its_input_alone() -> None:
 def test_bf16_weights_are_scored_in_fp32() -> None:
     weight, factors = random_linear(torch.Generator().manual_seed(3), (12, 9), 2, 2.0)
     weight = weight.bfloat16()
-    sums = score_piece(sharded_piece(weight, 1, 0), factors, ELEMENT_CRITERIA["lora"], 1)
+    sums = score_shard(owned_shard(weight, 1, 0), factors, ELEMENT_CRITERIA["lora"], 1)
     assert close(sums, oracle_importance(weight, factors).sum(0))

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.dtypes import tf32_where_exact
 from loraprune_ds.model.shapes import INPUT_LINEARS
-from loraprune_ds.zero import device, input_moments
-from loraprune_ds.zero.device import check_dtype, empty_host_cache, tf32_where_exact
-from loraprune_ds.zero.input_moments import InputMoments
-from loraprune_ds.zero.store import Site
+from loraprune_ds.pruning import input_moments
+from loraprune_ds.pruning.input_moments import InputMoments
+from loraprune_ds.pruning.prunable_model import LinearId
+from loraprune_ds.zero import device
+from loraprune_ds.zero.device import check_dtype, empty_host_cache
 
 
 @pytest.fixture
@@ -69,13 +71,13 @@ def test_second_moments_ask_with_the_dtype_that_their_inputs_came_in(monkeypatch
         return original(dtype, device)
 
     monkeypatch.setattr(input_moments, "tf32_where_exact", asking)
-    store: Any = SimpleNamespace(layers=[], owner=lambda layer: 0, reduce_to=lambda owner, part: part)
-    moments = InputMoments(store, [], second=True, decay=0.0)
+    monkeypatch.setattr(input_moments, "lora_linear", lambda layer, linear: nn.Identity())
+    model: Any = SimpleNamespace(layers=[None], owner=lambda layer: 0, reduce_to=lambda owner, part: part)
+    moments = InputMoments(model, [0], second=True, decay=0.0)
     inputs: Tensor = torch.randn(1, 5, 4).bfloat16()
-    site = Site(0, INPUT_LINEARS[0])
-    moments.begin(5)
-    with moments.measuring(None):
-        moments._measure(site, nn.Identity(), (inputs,))
+    linear_id = LinearId(0, INPUT_LINEARS[0])
+    with moments.record_forward(None):
+        moments._record(linear_id, nn.Identity(), (inputs,))
     assert asked == [(torch.bfloat16, "cpu")]
 
 

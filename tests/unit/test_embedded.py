@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model import embedded
-from loraprune_ds.model.checkpoint import open_checkpoint
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.tokenizer import load_tokenizer
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS, LAYERS = 64, 4, 2, 16, 96, 2
@@ -116,9 +116,9 @@ def test_the_conversion_equals_transformers_own_reading_of_the_file(package: Pat
 
 def test_the_folder_reads_as_a_clean_checkpoint_for_transformers_4_and_5(package: Path) -> None:
     folder = embedded_model_dir()
-    checkpoint = open_checkpoint(folder)
-    assert checkpoint.config["rope_theta"] == checkpoint.config["rope_parameters"]["rope_theta"] == 5e4
-    assert "quantization_config" not in checkpoint.config
+    pretrained = open_pretrained(folder)
+    assert pretrained.config["rope_theta"] == pretrained.config["rope_parameters"]["rope_theta"] == 5e4
+    assert "quantization_config" not in pretrained.config
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert str(package) not in json.dumps(tokenizer_config)
@@ -135,7 +135,7 @@ def test_two_processes_at_once_both_succeed_and_leave_one_whole_folder(cache: Pa
         assert returncode == 0, err
         assert out == f"SmolLM2-135M-Instruct is in {folder}\n"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    open_checkpoint(folder)
+    open_pretrained(folder)
 
 
 def test_a_slower_process_takes_the_folder_of_the_faster(
@@ -177,7 +177,7 @@ def test_a_conversion_that_fails_leaves_nothing(cache: Path, package: Path, monk
         with pytest.raises(UserError, match="No space left on device"):
             embedded_model_dir()
     assert list((cache / embedded.FOLDER).parent.iterdir()) == []
-    open_checkpoint(embedded_model_dir())
+    open_pretrained(embedded_model_dir())
 
 
 def test_without_the_package_one_line_says_how_to_install_it(
@@ -212,7 +212,7 @@ def test_the_real_model_predicts_the_real_text(monkeypatch: pytest.MonkeyPatch) 
     """From the user's own cache, for the real conversion takes a quarter of a minute."""
     monkeypatch.undo()
     folder = embedded_model_dir()
-    assert open_checkpoint(folder).shape.total_numel() == 134_515_008
+    assert open_pretrained(folder).shape.total_numel() == 134_515_008
     tokens = load_tokenizer(folder)("".join(embedded_text()), return_tensors="pt", verbose=False)["input_ids"]
     windows = tokens[0, : 4 * 128].view(4, 128)
     model = LlamaForCausalLM.from_pretrained(folder)

@@ -104,7 +104,7 @@ def test_the_base_of_an_adapter_may_lie_beside_it(made: Path, tmp_path: Path) ->
         json.dumps(config | {"base_model_name_or_path": "../base"})
     )
     source = find_model(str(tmp_path / "moved" / "adapter"))
-    assert source.checkpoint.folder.samefile(tmp_path / "moved" / "base")
+    assert source.pretrained.folder.samefile(tmp_path / "moved" / "base")
 
 
 def test_an_adapter_with_a_tokenizer_of_its_own_uses_it(made: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_dtype_is_the_models_own_unless_named(made: Path) -> None:
     source = find_model(str(made / "dense"))
     assert choose_dtype(source, None) == "float32"
     assert choose_dtype(source, "bfloat16") == "bfloat16"
-    source.checkpoint.config["dtype"] = "float8"
+    source.pretrained.config["dtype"] = "float8"
     with pytest.raises(UserError, match="is stored as float8; choose --dtype bfloat16, float16, float32"):
         choose_dtype(source, None)
 

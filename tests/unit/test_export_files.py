@@ -14,7 +14,7 @@ from loraprune_ds.export.model_card import write_model_card
 from loraprune_ds.export.tokenizer import copy_tokenizer
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
-from loraprune_ds.model.shards import shard_count, shard_file_name, write_index, write_shard
+from loraprune_ds.model.weight_files import weight_file_count, weight_file_name, write_index, write_weight_file
 from tests.export_cases import CASES, cut, dense_model, exported_config, model_card
 from tests.oracle.models import make_tokenizer
 
@@ -42,15 +42,15 @@ def test_merge_keeps_what_a_half_precision_sum_would_lose() -> None:
 
 def test_shards_can_be_written_in_any_order_from_views_of_one_buffer(tmp_path: Path) -> None:
     flat = torch.arange(20.0)
-    count = shard_count(2)
+    count = weight_file_count(2)
     tensors = [
         {"model.layers.0.a": flat[:6].view(2, 3), "model.layers.0.b": flat[6:10]},
         {"model.layers.1.a": flat[10:16].view(2, 3).t()},
         {"model.norm.weight": flat[16:].bfloat16()},
     ]
-    entries = {index: write_shard(tmp_path, index, count, tensors[index]) for index in (2, 0, 1)}
+    entries = {index: write_weight_file(tmp_path, index, count, tensors[index]) for index in (2, 0, 1)}
     write_index(tmp_path, [entries[index] for index in range(count)])
-    assert [shard_file_name(index, count) for index in range(count)] == [
+    assert [weight_file_name(index, count) for index in range(count)] == [
         "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors",
         "model-00003-of-00003.safetensors",
@@ -58,8 +58,8 @@ def test_shards_can_be_written_in_any_order_from_views_of_one_buffer(tmp_path: P
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 16 * 4 + 4 * 2
     assert len(index["weight_map"]) == 4
-    for shard in tensors:
-        for name, tensor in shard.items():
+    for weight_file in tensors:
+        for name, tensor in weight_file.items():
             loaded = load_file(tmp_path / index["weight_map"][name])[name]
             assert torch.equal(loaded, tensor)
             assert loaded.dtype == tensor.dtype

@@ -55,10 +55,10 @@ def test_all_ranks_together_select_what_stays(seed: int) -> None:
         plans = case.plans()
         for sender, plan in enumerate(plans):
             assert plan.send == [other.receive[sender] for other in plans]
-        pieces = exchange(case, plans)
-        for plan, piece in zip(plans, pieces, strict=True):
-            assert len(piece) == sum(plan.receive) == plan.new[1] - plan.new[0] <= plan.new_partition
-        assert torch.equal(torch.cat(pieces), case.expected()), case
+        shards = exchange(case, plans)
+        for plan, shard in zip(plans, shards, strict=True):
+            assert len(shard) == sum(plan.receive) == plan.new[1] - plan.new[0] <= plan.new_partition
+        assert torch.equal(torch.cat(shards), case.expected()), case
 
 
 def test_moved_counts_the_elements_that_change_owner() -> None:
@@ -93,9 +93,9 @@ def test_kept_before_counts_element_by_element() -> None:
 def test_a_cut_keeps_the_dtype_and_every_bit() -> None:
     whole = torch.randn(6, 10).to(torch.bfloat16)
     case = Case(whole, AxisCut((6, 10), 1, torch.tensor([0, 3, 4, 9])), 3)
-    pieces = torch.cat(exchange(case, case.plans()))
-    assert pieces.dtype == torch.bfloat16
-    assert torch.equal(pieces, case.expected())
+    shards = torch.cat(exchange(case, case.plans()))
+    assert shards.dtype == torch.bfloat16
+    assert torch.equal(shards, case.expected())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_rope import llama3_factors
-from loraprune_ds.model.checkpoint import open_checkpoint
+from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import CASES, LLAMA3, VOCAB, Case, dense_model, export, widths
 from tests.gguf_cases import byte_level_tokenizer
 
@@ -52,7 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def convert(model: Path, out: Path, precision: Any = "f16") -> tuple[GGUFReader, list[str]]:
-    remarks = write_gguf(open_checkpoint(model), out, precision, "tiny")
+    remarks = write_gguf(open_pretrained(model), out, precision, "tiny")
     return GGUFReader(out), remarks
 
 

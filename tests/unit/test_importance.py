@@ -11,12 +11,12 @@ from torch import Tensor
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
 from loraprune_ds.pruning import importance
-from loraprune_ds.pruning.criterion import score_piece
+from loraprune_ds.pruning.criterion import score_shard
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores
-from loraprune_ds.zero.store import LayerKeep
+from loraprune_ds.pruning.prunable_model import LayerKeep
 from tests.oracle import formula
 from tests.unit.shapes_and_scores import make_shape
-from tests.unit.split_store import LayerTensors, random_layer, scores_over_ranks
+from tests.unit.split_model import LayerTensors, random_layer, scores_over_ranks
 
 FP32 = 1e-5  # relative to the largest score, as in test_criterion
 SCALING, RANK = 2.5, 3
@@ -151,9 +151,9 @@ def test_normalising_before_the_sum_over_ranks_is_caught(monkeypatch: pytest.Mon
     run = random_run(SHAPES["gqa"])
 
     def normalised_part(*args: object) -> Tensor:
-        return torch.nn.functional.normalize(score_piece(*args), dim=0)  # type: ignore[arg-type]
+        return torch.nn.functional.normalize(score_shard(*args), dim=0)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(importance, "score_piece", normalised_part)
+    monkeypatch.setattr(importance, "score_shard", normalised_part)
     assert_same(run.package(world_size=1), run.oracle())
     with pytest.raises(AssertionError):
         assert_same(run.package(world_size=3), run.oracle())
@@ -211,7 +211,7 @@ def test_average_is_cut_along_with_the_groups() -> None:
     now = [LayerScores(torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5]))]
     average.update(now)
     assert average.updates_since_cut == 1
-    average.shrink([LayerKeep(torch.tensor([0, 2]), torch.tensor([1]))])
+    average.cut([LayerKeep(torch.tensor([0, 2]), torch.tensor([1]))])
     assert average.updates_since_cut == 0
     assert average.scores is not None
     torch.testing.assert_close(average.scores[0].heads, torch.tensor([0.1, 0.3]))

@@ -18,13 +18,13 @@ from loraprune_ds.plan import teacher
 from loraprune_ds.plan.activations import Batch, saved_by_layer
 from loraprune_ds.plan.advice import largest_plan, nothing_fits, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
+from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.plan import MOST_CUTS, Plan, make_plan
 from loraprune_ds.plan.report import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
 from loraprune_ds.plan.steps import StepKind, step_kind
 from loraprune_ds.plan.totals import NOTHING
 from loraprune_ds.train.data import SampleOrder
-from loraprune_ds.zero.fetching import PassTraffic
 
 SMALL = ModelShape("llama", 512, 64, 2, 1000, False, False, False, (LayerShape(4, 1376),) * 6)
 LONG = SMALL.with_layers(SMALL.layers * 8)

@@ -11,8 +11,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.ranking import rank_global
-from loraprune_ds.zero.store import LayerKeep
 from tests.unit.shapes_and_scores import SMOLLM2, after, gone, make_shape, random_scores_of, random_shape
 
 

@@ -11,12 +11,12 @@ import torch
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.train.provenance import RESULTS, commit
 from loraprune_ds.train.records import EvaluationRecord, History
 from loraprune_ds.train.report import Outcome, make_report, read_report, write_kept_groups, write_report
 from loraprune_ds.train.summary import summary_table
 from loraprune_ds.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
-from loraprune_ds.zero.store import LayerKeep
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
 
 

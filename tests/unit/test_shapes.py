@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.checkpoint import parameter_shapes
 from loraprune_ds.model.families import CAUSAL_LMS
+from loraprune_ds.model.pretrained import parameter_shapes
 from loraprune_ds.model.shapes import (
     KINDS,
     LINEARS,
@@ -17,7 +17,7 @@ from loraprune_ds.model.shapes import (
     ModelShape,
     shape_from_config,
 )
-from loraprune_ds.zero.store import LayerKeep
+from loraprune_ds.pruning.prunable_model import LayerKeep
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape
 
 LLAMA: dict[str, Any] = {

@@ -14,6 +14,7 @@ from loraprune_ds.checkpoint.files import sha256
 from loraprune_ds.config import EvaluateConfig
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.shapes import LINEARS
+from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data import Ragged
 from loraprune_ds.train.data_tokens import PADDING_ID
@@ -22,9 +23,8 @@ from loraprune_ds.train.teacher import make_teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.memory import storage_bytes
-from loraprune_ds.zero.store import LayerKeep
+from tests.numerics.cutting import whole_state
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
-from tests.numerics.surgery import whole_state
 
 INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 CUT_LAYERS = (1, 2)
@@ -49,10 +49,10 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
         if compensator is not None and compensator.moments._active:
             seen.setdefault(key, []).append(inputs[0].detach()[real[0]].clone())
 
-    handles = [trainer.store.engine.register_forward_pre_hook(see_ids, with_kwargs=True)]
+    handles = [trainer.engine.deepspeed.register_forward_pre_hook(see_ids, with_kwargs=True)]
     handles += [
         lora_linear(layer, linear).register_forward_pre_hook(partial(see, f"{i}.{linear.name}"))
-        for i, layer in enumerate(trainer.store.layers)
+        for i, layer in enumerate(trainer.model.layers)
         for linear in LINEARS
         if linear.name in INPUTS
     ]
@@ -64,7 +64,7 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
 def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str, dict[str, Tensor]]:
     """Weight, bias and LoRA of linears of all layers, by "1.mlp.down_proj"."""
     found = {}
-    for i, layer in enumerate(trainer.store.layers):
+    for i, layer in enumerate(trainer.model.layers):
         for linear in LINEARS:
             if linear.name in names:
                 module = lora_linear(layer, linear)
@@ -73,7 +73,7 @@ def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str,
                 }
                 if module.base_layer.bias is not None:
                     parameters["bias"] = module.base_layer.bias
-                whole = {n: gather_everywhere(trainer.store, p) for n, p in parameters.items()}
+                whole = {n: gather_everywhere(trainer.model, p) for n, p in parameters.items()}
                 found[f"{i}.{linear.name}"] = whole
     return found
 
@@ -88,20 +88,20 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
         with seen_inputs(trainer) as seen:
             trainer.step(step)
         mine = {key: torch.cat(parts) for key, parts in seen.items()}
-        parts = trainer.store.comm.gather_objects(mine)
+        parts = trainer.model.comm.gather_objects(mine)
         steps.append({key: torch.cat([part[key] for part in parts]) for key in mine})
     before = whole_layers(trainer)
-    everything = all_groups(trainer.store.shape)
+    everything = all_groups(trainer.model.shape)
     compensator.compensate(everything, 1)
     untouched = whole_layers(trainer)
     chosen = LayerKeep(torch.tensor(heads), torch.tensor(channels))
     keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
-    held = storage_bytes(compensator.moments.values.values())
-    owned = {f"{site.layer}.{site.linear.name}" for site in compensator.moments.values}
+    held = storage_bytes(compensator.moments.sums.values())
+    owned = {f"{linear_id.layer}.{linear_id.linear.name}" for linear_id in compensator.moments.sums}
     compensator.compensate(keep, 1)
     after = whole_layers(trainer)
-    trainer.store.shrink(keep)
-    trainer.pruner.average.shrink(keep)
+    trainer.model.cut(keep)
+    trainer.pruner.average.cut(keep)
     return {
         "steps": steps,
         "before": before,
@@ -109,7 +109,10 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
         "after": after,
         "owned": owned,
         "moment_bytes": held,
-        "moments": {f"{s.layer}.{s.linear.name}": v.clone() for s, v in compensator.moments.values.items()},
+        "moments": {
+            f"{key.layer}.{key.linear.name}": v / compensator.moments.tokens
+            for key, value in compensator.moments.sums.items()
+        },
         "next_loss": trainer.step(3).loss,
     }
 
@@ -117,38 +120,38 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
 def gradient_scores(job: Job) -> dict[str, Any]:
     """Raw scores of the first step by the criterion `gradient`, what a rank held for them, and LoRA after two steps."""
     trainer = build(job)
-    store, gradients = trainer.store, trainer.pruner.gradients
+    model, gradients = trainer.model, trainer.pruner.gradients
     assert gradients is not None
-    observe, reduce_scatter = trainer.pruner.observe, store.reduce_scatter
-    pieces: list[int] = []
+    observe, reduce_scatter = trainer.pruner.score, model.reduce_scatter
+    shards: list[int] = []
     whole: list[int] = []
 
     def observe_and_look(step: int) -> None:
-        pieces.append(sum(piece.numel() for piece in gradients._pieces.values()))
+        shards.append(sum(shard.numel() for shard in gradients._shards.values()))
         observe(step)
 
     def scatter_and_look(values: Tensor) -> Tensor:
         whole.append(len(values))
         return reduce_scatter(values)
 
-    trainer.pruner.observe = observe_and_look  # type: ignore[method-assign]
-    store.reduce_scatter = scatter_and_look  # type: ignore[method-assign]
+    trainer.pruner.score = observe_and_look  # type: ignore[method-assign]
+    model.reduce_scatter = scatter_and_look  # type: ignore[method-assign]
     trainer.step(1)
     scores = [as_pair(s) for s in trainer.pruner.average.scores or []]
-    left = len(gradients._pieces)
+    left = len(gradients._shards)
     trainer.step(2)
-    named = dict(trainer.store.engine.module.named_parameters())
+    named = dict(trainer.model.module.named_parameters())
     assert all(p.grad is None for p in named.values() if not p.requires_grad)
-    lora = {name: gather_everywhere(store, p) for name, p in named.items() if p.requires_grad}
-    return {"scores": scores, "pieces": pieces, "whole": whole, "left": left, "lora": lora}
+    lora = {name: gather_everywhere(model, p) for name, p in named.items() if p.requires_grad}
+    return {"scores": scores, "pieces": shards, "whole": whole, "left": left, "lora": lora}
 
 
 def lora_after_two_steps(job: Job) -> dict[str, Tensor]:
     trainer = build(job)
     trainer.step(1)
     trainer.step(2)
-    named = trainer.store.engine.module.named_parameters()
-    return {name: gather_everywhere(trainer.store, p) for name, p in named if p.requires_grad}
+    named = trainer.model.module.named_parameters()
+    return {name: gather_everywhere(trainer.model, p) for name, p in named if p.requires_grad}
 
 
 def train_and_cut(job: Job) -> dict[str, Tensor]:
@@ -163,33 +166,35 @@ def train_and_cut(job: Job) -> dict[str, Tensor]:
 def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
     """The teacher pass, its files' digests, and the averaged LoRA gradients of the first distilled step."""
     trainer = build(job)
-    store, samples = trainer.store, trainer.samples
+    model, samples = trainer.model, trainer.samples
     train = replace(trainer.config.train, distill_weight=0.5, distill_top_k=top_k)
     # a file takes two forward passes, the last of them not full
     config = trainer.config = replace(trainer.config, train=train, evaluate=EvaluateConfig(batch_size=3))
     plan = plan_teacher(config, samples, trainer.order, len(job.batches), hidden_size=HIDDEN_SIZE, element_size=4)
     plan = replace(plan, per_file=FILE_SAMPLES)
-    teacher = make_teacher(config, plan, samples="", source="", folder=folder / f"{store.world_size}-{top_k}")
+    teacher = make_teacher(config, plan, samples="", source="", folder=folder / f"{trainer.model.world_size}-{top_k}")
     asked = iter([STOP])
     passes = []
     for _ in range(2):
-        store.comm.barrier()  # the other ranks' files are there
+        model.comm.barrier()  # the other ranks' files are there
         to_do = replace(teacher, to_write=teacher.missing())
         passes.append(
-            record_teacher(store, to_do, samples, config, pending=lambda: next(asked, 0), note=lambda line: None)
+            record_teacher(
+                trainer.engine, to_do, samples, config, pending=lambda: next(asked, 0), note=lambda line: None
+            )
         )
     trainer._teacher = teacher
     batch = trainer.order.batch(0)
     supervised = int((samples.labels[batch][:, 1:] != -100).sum())
     loss = trainer._accumulate(1, batch, supervised) / supervised
     gradients = {}
-    for i in range(len(store.layers)):
-        for name, factors in store.lora_factors(i).items():
+    for i in range(len(model.layers)):
+        for name, factors in model.lora_factors(i).items():
             gradients[f"layers.{i}.{name}.lora_A"] = factors.grad_A
             gradients[f"layers.{i}.{name}.lora_B"] = factors.grad_B
     return {
         "passes": passes,
-        "loss": sum(store.comm.gather_objects(loss)),
+        "loss": sum(model.comm.gather_objects(loss)),
         "gradients": gradients,
         "files": {path.name: sha256(path) for path in sorted(teacher.folder.glob("*.safetensors"))},
         "bytes": (sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors")), plan.bytes),

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
 from loraprune_ds.pruning.importance import LayerScores, score_groups
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.params import owned_flat
-from loraprune_ds.zero.store import LoraFactors, OwnedPiece
 from tests.oracle.formula import LoraLinear
 
 LayerTensors = dict[str, LoraLinear]  # by linear: W, A, B, gA, gB
@@ -29,7 +29,7 @@ def random_layer(
     return tensors
 
 
-def sharded_piece(weight: Tensor, world_size: int, rank: int) -> OwnedPiece:
+def owned_shard(weight: Tensor, world_size: int, rank: int) -> OwnedShard:
     """What `rank` owns of a weight, as the package reads it from a ZeRO-3 parameter."""
     size = partition_numel(weight.numel(), world_size)
     padded = torch.cat([weight.reshape(-1), weight.new_full((size * world_size - weight.numel(),), float("nan"))])
@@ -37,11 +37,11 @@ def sharded_piece(weight: Tensor, world_size: int, rank: int) -> OwnedPiece:
     parameter.ds_numel, parameter.ds_tensor = weight.numel(), padded[rank * size : (rank + 1) * size]
     parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank = world_size, rank
     flat, start = owned_flat(parameter)
-    return OwnedPiece(flat, start, (weight.shape[0], weight.shape[1]))
+    return OwnedShard(flat, start, (weight.shape[0], weight.shape[1]))
 
 
 @dataclass
-class SplitStore:
+class SplitModel:
     """One rank of the simulated ranks; `total`, once known, is what the all-reduce returns."""
 
     shape: ModelShape
@@ -55,8 +55,8 @@ class SplitStore:
     def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
         return {name: LoraFactors(*t[1:], scaling=self.scaling) for name, t in self.layers[layer].items()}
 
-    def owned_weight(self, layer: int, linear: Linear) -> OwnedPiece:
-        return sharded_piece(self.layers[layer][linear.name][0], self.world_size, self.rank)
+    def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
+        return owned_shard(self.layers[layer][linear.name][0], self.world_size, self.rank)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         self.partial = values
@@ -74,9 +74,9 @@ def scores_over_ranks(
 ) -> list[LayerScores]:
     """The scores that every one of `world_size` ranks arrives at."""
 
-    def score(rank: int, total: Tensor | None) -> tuple[SplitStore, list[LayerScores]]:
-        store: Any = SplitStore(shape, layers, scaling, world_size, rank, total)
-        return store, score_groups(store, criterion, normalization, step=1)
+    def score(rank: int, total: Tensor | None) -> tuple[SplitModel, list[LayerScores]]:
+        model: Any = SplitModel(shape, layers, scaling, world_size, rank, total)
+        return model, score_groups(model, criterion, normalization, step=1)
 
     total = torch.zeros((), dtype=torch.float64)
     for rank in range(world_size):

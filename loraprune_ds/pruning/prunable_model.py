@@ -25,7 +25,7 @@ class LoraFactors:
 
 
 @dataclass(frozen=True)
-class OwnedPiece:
+class OwnedShard:
     """The flat piece [start, start + len(flat)) of a row-major weight of `shape` that this rank owns."""
 
     flat: Tensor
@@ -49,6 +49,10 @@ class LayerKeep:
         """Of the layer after the cut."""
         return LayerShape(len(self.heads), len(self.channels))
 
+    def select(self, keep: "LayerKeep") -> "LayerKeep":
+        """Selects some of the groups that stay; `keep` has indices into them."""
+        return LayerKeep(self.heads[keep.heads], self.channels[keep.channels])
+
     def cuts(self, layer: LayerShape, kind: Kind) -> bool:
         """Whether a layer of this shape loses groups of this kind."""
         return len(self.of(kind)) < layer.count(kind)
@@ -69,7 +73,7 @@ class CollectedLinear:
     scaling: float
 
 
-class Site(NamedTuple):
+class LinearId(NamedTuple):
     """One linear of one decoder layer."""
 
     layer: int
@@ -77,10 +81,10 @@ class Site(NamedTuple):
 
 
 # A whole linear -> its new weight or bias, same shape and dtype. Raises UserError where that cannot be computed.
-Rewrite = Callable[[Site, CollectedLinear], Tensor]
+ComputeTensor = Callable[[LinearId, CollectedLinear], Tensor]
 
 
-class WeightStore(Protocol):
+class PrunableModel(Protocol):
     """The model under pruning. Methods are collective, unless they say so: every rank calls them in the same order."""
 
     shape: ModelShape
@@ -93,7 +97,7 @@ class WeightStore(Protocol):
         """The seven linears' LoRA of a layer by name; valid between the last backward of a step and its update."""
         ...
 
-    def owned_weight(self, layer: int, linear: Linear) -> OwnedPiece:
+    def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         """The piece of the frozen weight that this rank owns. No communication."""
         ...
 
@@ -126,11 +130,13 @@ class WeightStore(Protocol):
         """What gradients are multiplied by during a backward: 1 unless fp16. No communication."""
         ...
 
-    def rewrite(self, sites: Sequence[Site], what: Literal["weight", "bias"], compute: Rewrite) -> None:
+    def replace_tensors(
+        self, linear_ids: Sequence[LinearId], what: Literal["weight", "bias"], compute: ComputeTensor
+    ) -> None:
         """Replaces whole weights or biases, each computed on its layer's owner, owners at the same time."""
         ...
 
-    def shrink(self, keep: list[LayerKeep]) -> int:
+    def cut(self, keep: list[LayerKeep]) -> int:
         """Physically removes all other groups: weights, biases, LoRA, fp32 masters and Adam moments.
 
         Returns:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loraprune_ds.model.checkpoint import parameter_shapes
+from loraprune_ds.model.pretrained import parameter_shapes
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 
 Phase = Literal["forward", "backward", "recompute"]

@@ -29,7 +29,7 @@ class Slice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PretrainedModel:
     """A supported LLaMA-family checkpoint.
 
     Attributes:
@@ -55,7 +55,7 @@ class Checkpoint:
         """
         if name in self.absent:
             return torch.zeros(end - start, dtype=dtype)
-        piece = torch.empty(end - start, dtype=dtype)
+        shard = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
             view = file.get_slice(name)
             on_disk = view.get_shape()
@@ -71,8 +71,8 @@ class Checkpoint:
                 values = (values[:, kept.keep] if kept.axis == 1 else values).reshape(-1)
                 origin = (first + at) * columns
                 low, high = max(start, origin), min(end, origin + len(values))
-                piece[low - start : high - start] = values[low - origin : high - origin].to(dtype)
-        return piece
+                shard[low - start : high - start] = values[low - origin : high - origin].to(dtype)
+        return shard
 
 
 def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
@@ -110,7 +110,7 @@ def layer_parameter_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int
     return shapes
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_pretrained(folder: Path) -> PretrainedModel:
     """Reads config.json and the headers of all safetensors files; no weight is read.
 
     Raises:
@@ -132,25 +132,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for name, (_, _, path) in headers.items():
         if name not in shapes and not name.endswith(IGNORED):
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
-    return Checkpoint(folder, config, shape, files)
+    return PretrainedModel(folder, config, shape, files)
 
 
-def open_for_pruning(folder: Path, config: PruneConfig) -> Checkpoint:
-    """The model of a run: as `open_checkpoint`, with biases where a cut is to be made up for by them.
+def open_for_pruning(folder: Path, config: PruneConfig) -> PretrainedModel:
+    """The model of a run: as `open_pretrained`, with biases where a cut is to be made up for by them.
 
     Raises:
-        UserError: as `open_checkpoint`, or its linears cannot have biases.
+        UserError: as `open_pretrained`, or its linears cannot have biases.
     """
-    checkpoint = open_checkpoint(folder)
-    return _with_biases(checkpoint) if config.compensate == "bias" else checkpoint
+    pretrained = open_pretrained(folder)
+    return _with_biases(pretrained) if config.compensate == "bias" else pretrained
 
 
-def _with_biases(checkpoint: Checkpoint) -> Checkpoint:
+def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
     """The same model with biases on all linears of the decoder layers: those it lacks are zero."""
-    shape = with_biases(checkpoint.shape, str(checkpoint.folder))
-    config = checkpoint.config | {"attention_bias": True, "mlp_bias": True}
-    absent = frozenset(name for name in parameter_shapes(shape) if name not in checkpoint.files)
-    return replace(checkpoint, config=config, shape=shape, absent=absent)
+    shape = with_biases(pretrained.shape, str(pretrained.folder))
+    config = pretrained.config | {"attention_bias": True, "mlp_bias": True}
+    absent = frozenset(name for name in parameter_shapes(shape) if name not in pretrained.files)
+    return replace(pretrained, config=config, shape=shape, absent=absent)
 
 
 def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:

@@ -17,13 +17,13 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.pruning.importance import score_groups
+from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
 from loraprune_ds.pruning.step import Pruner, agree
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import sharded
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
-from loraprune_ds.zero.store import LayerKeep, WeightStore
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
 COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "broadcast", "all_to_all_single", "gather", "all_gather")
@@ -64,20 +64,20 @@ def after_backward(job: Job, step: int = 1) -> Trainer:
     return trainer
 
 
-def score_pieces_and_whole(job: Job, corrupt: bool = False) -> dict[str, Any]:
+def score_shards_and_whole(job: Job, corrupt: bool = False) -> dict[str, Any]:
     """Scores from owned pieces, with the collectives they took, and all that the oracle needs to score the whole."""
     trainer = after_backward(job, step=2)
-    store = trainer.store
+    model = trainer.model
     weights = [
-        {linear.name: gather_everywhere(store, _weight(trainer, i, linear)) for linear in LINEARS}
-        for i in range(len(store.layers))
+        {linear.name: gather_everywhere(model, _weight(trainer, i, linear)) for linear in LINEARS}
+        for i in range(len(model.layers))
     ]
-    if corrupt and store.rank == store.world_size - 1:
-        piece = store.owned_weight(1, LINEARS[1]).flat
-        piece[len(piece) // 2] += 0.5
+    if corrupt and model.rank == model.world_size - 1:
+        shard = model.owned_weight(1, LINEARS[1]).flat
+        shard[len(shard) // 2] += 0.5
     with recorded_collectives() as calls:
-        scores = score_groups(store, "lora", "none", 2)
-    factors = [store.lora_factors(i) for i in range(len(store.layers))]
+        scores = score_groups(model, "lora", "none", 2)
+    factors = [model.lora_factors(i) for i in range(len(model.layers))]
     return {
         "scores": [as_pair(s) for s in scores],
         "calls": calls,
@@ -88,29 +88,29 @@ def score_pieces_and_whole(job: Job, corrupt: bool = False) -> dict[str, Any]:
 
 
 def _weight(trainer: Trainer, layer: int, linear: Any) -> Any:
-    return lora_linear(trainer.store.layers[layer], linear).base_layer.weight
+    return lora_linear(trainer.model.layers[layer], linear).base_layer.weight
 
 
 def _trainable(trainer: Trainer) -> list[Any]:
-    return [p for p in trainer.store.engine.module.parameters() if p.requires_grad]
+    return [p for p in trainer.model.module.parameters() if p.requires_grad]
 
 
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """Every tensor that a cut carries: frozen weights, LoRA copies, masters and moments, whole."""
-    store = trainer.store
-    state = OptimizerState(trainer.store.engine.optimizer, _trainable(trainer))
+    model = trainer.model
+    state = OptimizerState(trainer.model.zero_optimizer, _trainable(trainer))
     found = {}
-    for name, parameter in trainer.store.engine.module.named_parameters():
-        found[name] = gather_everywhere(store, parameter)
+    for name, parameter in trainer.model.module.named_parameters():
+        found[name] = gather_everywhere(model, parameter)
         if parameter.requires_grad:
             for key in ("master", *MOMENTS):
-                found[f"{name}/{key}"] = gather_everywhere(store, parameter, state.piece(parameter, key))
+                found[f"{name}/{key}"] = gather_everywhere(model, parameter, state.shard(parameter, key))
     return found
 
 
 def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[LayerKeep]:
     """The same kept groups in layers 1 and 2, everything in the others."""
-    dense = trainer.store.shape.layers
+    dense = trainer.model.shape.layers
     chosen = LayerKeep(torch.tensor(heads), torch.tensor(channels))
     whole = [LayerKeep(torch.arange(layer.heads), torch.arange(layer.channels)) for layer in dense]
     return [chosen if i in (1, 2) else keep for i, keep in enumerate(whole)]
@@ -125,8 +125,8 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
     keep = some_keep(trainer, heads, channels)
     old = [weakref.ref(t) for t in _replaced_tensors(trainer)]
     with recorded_collectives() as calls:
-        sent = trainer.store.shrink(keep)
-    trainer.pruner.average.shrink(keep)
+        sent = trainer.model.cut(keep)
+    trainer.pruner.average.cut(keep)
     gc.collect()
     return {
         "before": before,
@@ -134,25 +134,25 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
         "sent": sent,
         "calls": calls,
         "alive": sum(ref() is not None for ref in old),
-        "shape": trainer.store.shape,
-        "engine_steps": (trainer.store.engine.global_steps, float(trainer.store.engine.get_lr()[0])),
+        "shape": trainer.model.shape,
+        "engine_steps": (trainer.engine.deepspeed.global_steps, float(trainer.engine.deepspeed.get_lr()[0])),
         "next_loss": trainer.step(3).loss,
     }
 
 
-def pieces_at_each_emptying(job: Job, heads: list[int], channels: list[int]) -> list[int]:
+def shards_at_each_emptying(job: Job, heads: list[int], channels: list[int]) -> list[int]:
     """Old pieces of cut weights that are alive whenever a cut gives pinned memory back."""
     trainer = build(job)
     trainer.step(1)
     old = [weakref.ref(_weight(trainer, i, linear).ds_tensor) for i in (1, 2) for linear in LINEARS]
     alive: list[int] = []
     with patch.object(sharded, "empty_host_cache", lambda: alive.append(sum(ref() is not None for ref in old))):
-        trainer.store.shrink(some_keep(trainer, heads, channels))
+        trainer.model.cut(some_keep(trainer, heads, channels))
     return alive
 
 
 def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
-    zero = trainer.store.engine.optimizer
+    zero = trainer.model.zero_optimizer
     cut_weights = [_weight(trainer, i, linear).ds_tensor for i in (1, 2) for linear in LINEARS]
     moments = [state[key] for state in zero.optimizer.state.values() for key in MOMENTS]
     copies = zero.param_groups_fp16_flat_cpu_memory if zero.offload_param else [zero.lp_param_buffer]
@@ -162,20 +162,20 @@ def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
 def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) -> dict[str, Any]:
     """The masks of a cut from given whole gradients; without any, those of this number of ranks."""
     trainer = after_backward(job)
-    store = trainer.store
-    named = {n: p for n, p in trainer.store.engine.module.named_parameters() if p.requires_grad}
+    model = trainer.model
+    named = {n: p for n, p in trainer.model.module.named_parameters() if p.requires_grad}
     if gradients is not None:
         for name, parameter in named.items():
-            start, end = owned_range(gradients[name].numel(), store.world_size, store.rank)
-            piece = gradients[name].reshape(-1)[start:end]
-            safe_set_local_grad(parameter, pad(piece, gradients[name].numel(), store.world_size))
+            start, end = owned_range(gradients[name].numel(), model.world_size, model.rank)
+            shard = gradients[name].reshape(-1)[start:end]
+            safe_set_local_grad(parameter, pad(shard, gradients[name].numel(), model.world_size))
     names = [[n for n, p in named.items() if p is w] for w in _lora_in_order(trainer)]
     whole: dict[str, Tensor] = {}
-    for i in range(len(store.layers)):
-        for factors in store.lora_factors(i).values():
+    for i in range(len(model.layers)):
+        for factors in model.lora_factors(i).values():
             whole |= {names[len(whole)][0]: factors.grad_A}
             whole |= {names[len(whole)][0]: factors.grad_B}
-    trainer.pruner.observe(1)
+    trainer.pruner.score(1)
     scores = trainer.pruner.average.scores
     assert scores is not None
     keep = trainer.pruner._rank(scores, job.prune["ratio"])
@@ -183,7 +183,7 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
 
 
 def _lora_in_order(trainer: Trainer) -> list[Any]:
-    return [w for layer in trainer.store.layers for linear in LINEARS for w in lora_weights(lora_linear(layer, linear))]
+    return [w for layer in trainer.model.layers for linear in LINEARS for w in lora_weights(lora_linear(layer, linear))]
 
 
 # Things that go wrong
@@ -192,11 +192,11 @@ def _lora_in_order(trainer: Trainer) -> list[Any]:
 def disagree(job: Job) -> str:
     """The last rank would keep another group; every rank must say so and none may hang."""
     trainer = build(job)
-    store = trainer.store
-    heads = [0, 1] if store.rank < store.world_size - 1 else [0, 2]
+    model = trainer.model
+    heads = [0, 1] if model.rank < model.world_size - 1 else [0, 2]
     keep = some_keep(trainer, heads, list(range(50)))
     try:
-        agree(keep, store, 7)
+        agree(keep, model, 7)
     except RunError as error:
         return str(error)
     return "agreed"
@@ -216,15 +216,15 @@ def poisoned(job: Job, where: str) -> str:
     """A NaN in one weight of layer 2 on one rank, found as a loss, or in one gradient only."""
     trainer = build(job)
     if where == "loss":
-        if trainer.store.rank == 0:
-            trainer.store.owned_weight(2, LINEARS[-1]).flat[0] = float("nan")
+        if trainer.model.rank == 0:
+            trainer.model.owned_weight(2, LINEARS[-1]).flat[0] = float("nan")
     elif where == "gradient":
         exchange = trainer._exchange
 
         def poison_then_exchange(loss: float) -> Any:
-            if trainer.store.rank == trainer.store.world_size - 1:
+            if trainer.model.rank == trainer.model.world_size - 1:
                 weight = _lora_in_order(trainer)[2 * 14 + 1]  # layer 2, q_proj, B
-                zero = trainer.store.engine.optimizer
+                zero = trainer.model.zero_optimizer
                 zero.get_local_fp32_grad_for_param(weight)
                 slot = zero._get_fp32_grad_state_partition(weight, release_swap_buffers=True)[0]
                 slot[0] = float("inf")
@@ -232,8 +232,8 @@ def poisoned(job: Job, where: str) -> str:
 
         trainer._exchange = poison_then_exchange  # type: ignore[method-assign]
     else:
-        trainer.pruner.observe = lambda step: score_groups(  # type: ignore[method-assign]
-            cast(WeightStore, _PoisonedScores(trainer.store)), "lora", "none", step
+        trainer.pruner.score = lambda step: score_groups(  # type: ignore[method-assign]
+            cast(PrunableModel, _PoisonedScores(trainer.model)), "lora", "none", step
         )
     try:
         trainer.step(1)
@@ -242,17 +242,17 @@ def poisoned(job: Job, where: str) -> str:
     return "no error"
 
 
-class _PoisonedScores:  # stands in for a WeightStore
+class _PoisonedScores:  # stands in for a PrunableModel
     """A store whose weight of layer 1 overflows only when it is scored."""
 
-    def __init__(self, store: Any) -> None:
-        self._store = store
+    def __init__(self, model: Any) -> None:
+        self._model = model
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+        return getattr(self._model, name)
 
     def owned_weight(self, layer: int, linear: Any) -> Any:
-        piece = self._store.owned_weight(layer, linear)
+        shard = self._model.owned_weight(layer, linear)
         if layer == 1:
-            piece.flat[0] = float("inf")
-        return piece
+            shard.flat[0] = float("inf")
+        return shard

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraprune_ds.model import checkpoint as reading
+from loraprune_ds.model import pretrained as reading
 from loraprune_ds.model.build import build_on_meta
-from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
-from loraprune_ds.model.cut_checkpoint import Kept, cut_to
+from loraprune_ds.model.cut_pretrained import Kept, cut_to
+from loraprune_ds.model.pretrained import open_pretrained, parameter_shapes
 from loraprune_ds.model.shapes import LINEARS
 from tests.oracle.models import make_tiny_llama
 
@@ -55,7 +55,7 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kept", [UNEVEN, EVEN], ids=["uneven", "even"])
 def test_every_piece_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "READ_CHUNK", chunk)
-    cut, expected = cut_to(open_checkpoint(folder), kept, "float32"), cut_by_hand(load_tensors(folder), kept)
+    cut, expected = cut_to(open_pretrained(folder), kept, "float32"), cut_by_hand(load_tensors(folder), kept)
     assert parameter_shapes(cut.shape) == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     for name, tensor in expected.items():
         flat, numel = tensor.reshape(-1), tensor.numel()
@@ -69,11 +69,11 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 def test_it_is_built_with_the_sizes_that_are_left(folder: Path) -> None:
     for kept in (UNEVEN, EVEN):
-        cut = cut_to(open_checkpoint(folder), kept, "float32")
+        cut = cut_to(open_pretrained(folder), kept, "float32")
         model = build_on_meta(cut, "sdpa")
         assert {n: tuple(p.shape) for n, p in model.named_parameters()} == parameter_shapes(cut.shape)
 
 
 def test_with_nothing_cut_it_is_the_model_on_disk(folder: Path) -> None:
-    dense = open_checkpoint(folder)
+    dense = open_pretrained(folder)
     assert cut_to(dense, [([0, 1, 2, 3], [*range(37)])] * 3, "float32") is dense

@@ -132,8 +132,8 @@ def test_biases_that_make_up_for_a_cut_are_exported(ranks: RankPool, straight: P
     described = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert described["attention_bias"] is described["mlp_bias"] is True
     tensors: dict[str, torch.Tensor] = {}
-    for shard in (tmp_path / "out" / "model").glob("*.safetensors"):
-        tensors |= load_file(shard)
+    for weight_file in (tmp_path / "out" / "model").glob("*.safetensors"):
+        tensors |= load_file(weight_file)
     for layer in range(3):
         assert tensors[f"model.layers.{layer}.mlp.down_proj.bias"].any()
         assert tensors[f"model.layers.{layer}.self_attn.o_proj.bias"].any()

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model import checkpoint
-from loraprune_ds.model.checkpoint import open_checkpoint, parameter_shapes
+from loraprune_ds.model import pretrained
+from loraprune_ds.model.pretrained import open_pretrained, parameter_shapes
 from tests.oracle.models import make_tiny_llama
 
 SIZES: dict[str, Any] = {
@@ -45,7 +45,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 def refused(folder: Path) -> str:
     with pytest.raises(UserError) as caught:
-        open_checkpoint(folder)
+        open_pretrained(folder)
     message = str(caught.value)
     assert "\n" not in message
     assert str(folder) in message
@@ -69,12 +69,14 @@ def split(folder: Path) -> Path:
     """Two shards and an index, like the checkpoints of larger models."""
     tensors = tensors_of(folder)
     names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for shard, members in shards.items():
-        save(folder, {name: tensors[name] for name in members}, shard)
+    weight_files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for weight_file, members in weight_files.items():
+        save(folder, {name: tensors[name] for name in members}, weight_file)
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {name: shard for shard, names in shards.items() for name in names}}))
+    index.write_text(
+        json.dumps({"weight_map": {name: weight_file for weight_file, names in weight_files.items() for name in names}})
+    )
     return index
 
 
@@ -96,7 +98,7 @@ def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings:
     stock = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     if settings.get("tie"):
         del stock["lm_head.weight"]
-    found = open_checkpoint(folder)
+    found = open_pretrained(folder)
     assert parameter_shapes(found.shape) == {name: tuple(tensor.shape) for name, tensor in stock.items()}
     assert set(found.files) == set(stock)
 
@@ -106,43 +108,43 @@ def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings:
 def test_read_flat_is_a_slice_of_the_flat_tensor(
     folder: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool, chunk: int
 ) -> None:
-    monkeypatch.setattr(checkpoint, "READ_CHUNK", chunk)
+    monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
     expected = tensors_of(folder)
     if sharded:
         split(folder)
-    opened, draw = open_checkpoint(folder), random.Random(chunk)
+    opened, draw = open_pretrained(folder), random.Random(chunk)
     for _ in range(150):
         name = draw.choice(sorted(expected))
         numel = expected[name].numel()
         start, end = sorted((draw.randint(0, numel), draw.randint(0, numel)))
         dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
-        piece = opened.read_flat(name, start, end, dtype)
-        assert piece.dtype == dtype
-        assert torch.equal(piece, expected[name].reshape(-1)[start:end].to(dtype)), (name, start, end)
+        shard = opened.read_flat(name, start, end, dtype)
+        assert shard.dtype == dtype
+        assert torch.equal(shard, expected[name].reshape(-1)[start:end].to(dtype)), (name, start, end)
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16, torch.float16])
 def test_every_float_type_on_disk_can_be_read(folder: Path, stored: torch.dtype) -> None:
     tensors = {name: tensor.to(stored) for name, tensor in tensors_of(folder).items()}
     save(folder, tensors)
-    piece = open_checkpoint(folder).read_flat(WEIGHT, 10, 500, torch.float32)
-    assert torch.equal(piece, tensors[WEIGHT].reshape(-1)[10:500].float())
+    shard = open_pretrained(folder).read_flat(WEIGHT, 10, 500, torch.float32)
+    assert torch.equal(shard, tensors[WEIGHT].reshape(-1)[10:500].float())
 
 
 def test_all_pieces_of_all_ranks_make_up_the_tensor(folder: Path) -> None:
-    opened, expected = open_checkpoint(folder), tensors_of(folder)[WEIGHT].reshape(-1)
+    opened, expected = open_pretrained(folder), tensors_of(folder)[WEIGHT].reshape(-1)
     size = -(-len(expected) // 7)
-    pieces = [
+    shards = [
         opened.read_flat(WEIGHT, min(r * size, len(expected)), min((r + 1) * size, len(expected)), torch.float32)
         for r in range(7)
     ]
-    assert torch.equal(torch.cat(pieces), expected)
+    assert torch.equal(torch.cat(shards), expected)
 
 
 def test_what_the_model_does_not_need_is_ignored(folder: Path) -> None:
     save(folder, tensors_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
     save(folder, {"base_model.model.x": torch.ones(2)}, "adapter_model.safetensors")
-    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_checkpoint(folder).files
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_pretrained(folder).files
 
 
 # Damage

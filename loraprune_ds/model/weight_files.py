@@ -10,17 +10,17 @@ from torch import Tensor
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def shard_count(num_layers: int) -> int:
+def weight_file_count(num_layers: int) -> int:
     """One shard per decoder layer (shard k holds layer k) and a last one for embedding, final norm and head."""
     return num_layers + 1
 
 
-def shard_file_name(index: int, count: int) -> str:
+def weight_file_name(index: int, count: int) -> str:
     """The Hugging Face name of shard `index` (from 0) of `count`."""
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_shard(folder: Path, index: int, count: int, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Writes one shard; `tensors` are named as in the checkpoint (`model.layers.3.mlp.up_proj.weight`).
 
     A tied head is the embedding, so it is not among them.
@@ -29,16 +29,16 @@ def write_shard(folder: Path, index: int, count: int, tensors: Mapping[str, Tens
         Name -> bytes, the shard's entry for `write_index`.
     """
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, folder / shard_file_name(index, count), metadata={"format": "pt"})
+    save_file(on_cpu, folder / weight_file_name(index, count), metadata={"format": "pt"})
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
 def write_index(folder: Path, entries: list[dict[str, int]]) -> None:
-    """Writes model.safetensors.index.json; `entries[k]` is what `write_shard` returned for shard k."""
+    """Writes model.safetensors.index.json; `entries[k]` is what `write_weight_file` returned for shard k."""
     weight_map: dict[str, str] = {}
     for index, entry in enumerate(entries):
         assert not weight_map.keys() & entry.keys(), "a tensor is in two shards"
-        weight_map |= dict.fromkeys(entry, shard_file_name(index, len(entries)))
+        weight_map |= dict.fromkeys(entry, weight_file_name(index, len(entries)))
     total_size = sum(sum(entry.values()) for entry in entries)
     content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n")

@@ -17,13 +17,13 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import KINDS, LINEARS, Kind, LayerShape
 from loraprune_ds.pruning.importance import MovingAverage
+from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts
 from loraprune_ds.pruning.step import agree, all_groups
-from loraprune_ds.zero.plain import PlainStore
-from loraprune_ds.zero.store import LayerKeep
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.plain_model import PlainModel
 from tests.unit.plain_training import Batch, PlainRun
 
 TOLERANCE = 1e-5
@@ -102,7 +102,7 @@ def test_uniform_equals_the_oracle(tiny: Tiny) -> None:
     run = tiny.plain(max_grad_norm=0.5)
     assert_equals_oracle(tiny, run)
     assert [cut.step for cut in run.cuts] == [2, 4, 6, 8]
-    assert run.store.shape.layers[0] == run.store.shape.layers[1] != run.store.shape.layers[2]
+    assert run.prunable.shape.layers[0] == run.prunable.shape.layers[1] != run.prunable.shape.layers[2]
 
 
 def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
@@ -140,14 +140,14 @@ def test_the_budgets_are_a_setting(gqa: Tiny, joint: bool, monkeypatch: pytest.M
     assert set(asked) == {joint}
 
 
-def drop_moments(self: PlainStore, parameter: Any, axis: int, rows: Tensor) -> None:
+def drop_moments(self: PlainModel, parameter: Any, axis: int, rows: Tensor) -> None:
     SELECT(self, parameter, axis, rows)
     state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
     for key in {"exp_avg", "exp_avg_sq"} & set(state):
         state[key].zero_()
 
 
-def keep_the_first(self: PlainStore, parameter: Any, axis: int, rows: Tensor) -> None:
+def keep_the_first(self: PlainModel, parameter: Any, axis: int, rows: Tensor) -> None:
     SELECT(self, parameter, axis, torch.arange(len(rows)))
 
 
@@ -157,14 +157,14 @@ def forget_the_update(self: Any, now: Any) -> None:
     self.updates_since_cut += 1
 
 
-SELECT, UPDATE = PlainStore._select, MovingAverage.update
+SELECT, UPDATE = PlainModel._select, MovingAverage.update
 
 
 @pytest.mark.parametrize(
     ("cls", "name", "wrong"),
     [
-        (PlainStore, "_select", drop_moments),
-        (PlainStore, "_select", keep_the_first),
+        (PlainModel, "_select", drop_moments),
+        (PlainModel, "_select", keep_the_first),
         (MovingAverage, "update", forget_the_update),
     ],
 )
@@ -197,13 +197,13 @@ def odd_groups(run: PlainRun) -> list[LayerKeep]:
     """Every second head and channel, another choice in each layer."""
     return [
         LayerKeep(torch.arange(i % 2, layer.heads, 2), torch.arange(i % 3, layer.channels, 2))
-        for i, layer in enumerate(run.store.shape.layers)
+        for i, layer in enumerate(run.prunable.shape.layers)
     ]
 
 
 def mask(run: PlainRun, keep: list[LayerKeep]) -> None:
     """Zeroes what leaves where it enters the residual stream: columns of o_proj and down_proj, LoRA included."""
-    shape = run.store.shape
+    shape = run.prunable.shape
     for name, tensor in run.tensors().items():
         for linear in LINEARS:
             if linear.axis == 1 and f".{linear.name}." in name and name.endswith((".weight", ".lora_A")):
@@ -219,7 +219,7 @@ def test_masked_equals_shrunk(tiny: Tiny) -> None:
     keep, input_ids = odd_groups(run), tiny.batches[1][0]
     before = run.logits(input_ids)
     mask(masked, keep)
-    run.store.shrink(keep)
+    run.prunable.cut(keep)
     assert (run.logits(input_ids) - before).abs().max() > 0.1
     torch.testing.assert_close(run.logits(input_ids), masked.logits(input_ids), rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -230,8 +230,8 @@ def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dty
     run.step(1, tiny.batches[0])
     tensors = {name: t.clone() for name, t in run.tensors().items()}
     moments = {name: (m.clone(), v.clone()) for name, (m, v) in run.moments().items()}
-    shape, keep = run.store.shape, odd_groups(run)
-    run.store.shrink(keep)
+    shape, keep = run.prunable.shape, odd_groups(run)
+    run.prunable.cut(keep)
 
     def expected(name: str, whole: Tensor) -> Tensor:
         for linear in LINEARS:
@@ -247,12 +247,12 @@ def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dty
         assert tensor.dtype == dtype
     for name, pair in run.moments().items():
         assert all(torch.equal(new, expected(name, old)) for new, old in zip(pair, moments[name], strict=True)), name
-    assert run.store.shape.layers == tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep)
-    for i, layer in enumerate(run.store.layers):
+    assert run.prunable.shape.layers == tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep)
+    for i, layer in enumerate(run.prunable.layers):
         for linear in LINEARS:
             module: Any = layer.get_submodule(linear.name)
-            assert (module.out_features, module.in_features) == run.store.shape.linear_shape(i, linear)
-            assert module.base_layer.weight.shape == run.store.shape.linear_shape(i, linear)
+            assert (module.out_features, module.in_features) == run.prunable.shape.linear_shape(i, linear)
+            assert module.base_layer.weight.shape == run.prunable.shape.linear_shape(i, linear)
 
 
 def test_kept_indices_name_the_groups_of_the_dense_model(gqa: Tiny) -> None:
@@ -261,7 +261,7 @@ def test_kept_indices_name_the_groups_of_the_dense_model(gqa: Tiny) -> None:
     assert len(run.cuts) > 2
     dense = load_file(gqa.folder / "model.safetensors")
     tensors = run.tensors()
-    for i, kept in enumerate(run.pruner.kept):
+    for i, kept in enumerate(run.pruner.kept_of_dense):
         for linear in LINEARS:
             rows = kept.indices(run.pruner.limits.dense, linear)
             whole = dense[f"model.layers.{i}.{linear.name}.weight"]
@@ -274,7 +274,7 @@ def test_kept_indices_name_the_groups_of_the_dense_model(gqa: Tiny) -> None:
 def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> Tiny:
     """A kv group that writes nothing and a channel that is zero, LoRA included, in a copy of the model."""
     run = tiny.plain()
-    shape, lora = run.store.shape, {name: t.clone() for name, t in tiny.lora.items()}
+    shape, lora = run.prunable.shape, {name: t.clone() for name, t in tiny.lora.items()}
     tensors = load_file(tiny.folder / "model.safetensors")
     useless = LayerKeep(torch.tensor([head]), torch.tensor([channel]))
     for linear in LINEARS:
@@ -336,8 +336,8 @@ def test_a_step_that_overflowed_leaves_its_cut_to_the_next(gqa: Tiny) -> None:
 
 def test_scoring_stops_after_the_last_cut(gqa: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = []
-    lora_factors = PlainStore.lora_factors
-    monkeypatch.setattr(PlainStore, "lora_factors", lambda *args: scored.append(step) or lora_factors(*args))
+    lora_factors = PlainModel.lora_factors
+    monkeypatch.setattr(PlainModel, "lora_factors", lambda *args: scored.append(step) or lora_factors(*args))
     run = gqa.plain(PruneConfig(ratio=0.3, prune_every=2, protected_first=0, cooldown_fraction=0.5))
     for step, batch in enumerate(gqa.batches, start=1):
         run.step(step, batch)
@@ -346,26 +346,26 @@ def test_scoring_stops_after_the_last_cut(gqa: Tiny, monkeypatch: pytest.MonkeyP
 
 
 def test_a_rank_with_another_mask_is_named(gqa: Tiny) -> None:
-    store: Any = gqa.plain().store
-    keep = all_groups(store.shape)
+    model: Any = gqa.plain().prunable
+    keep = all_groups(model.shape)
     digests: list[int] = []
-    store.gather_values = lambda value: digests.append(value) or [value, value]
-    agreed = agree(keep, store, 7)
+    model.gather_values = lambda value: digests.append(value) or [value, value]
+    agreed = agree(keep, model, 7)
     assert all(torch.equal(a.of(k), b.of(k)) for a, b in zip(agreed, keep, strict=True) for k in KINDS)
     other = [LayerKeep(keep[0].heads, keep[0].channels[1:]), *keep[1:]]
-    store.gather_values = lambda value: [digests[0], digests[0], value]
+    model.gather_values = lambda value: [digests[0], digests[0], value]
     with pytest.raises(RunError, match=r"^step 7: rank 2 computed another mask than rank 0$"):
-        agree(other, store, 7)
+        agree(other, model, 7)
 
 
 def test_rank_0_decides_the_mask(gqa: Tiny) -> None:
-    store: Any = gqa.plain().store
-    keep = [LayerKeep(k.heads[1:], k.channels[::2]) for k in all_groups(store.shape)]
+    model: Any = gqa.plain().prunable
+    keep = [LayerKeep(k.heads[1:], k.channels[::2]) for k in all_groups(model.shape)]
     sent: list[Tensor] = []
-    store.broadcast = lambda values: sent.append(values) or values
-    agreed = agree(keep, store, 1)
+    model.broadcast = lambda values: sent.append(values) or values
+    agreed = agree(keep, model, 1)
     assert sent[0].dtype == torch.uint8
-    assert len(sent[0]) == sum(layer.heads + layer.channels for layer in store.shape.layers)
+    assert len(sent[0]) == sum(layer.heads + layer.channels for layer in model.shape.layers)
     assert all(torch.equal(a.of(k), b.of(k)) for a, b in zip(agreed, keep, strict=True) for k in KINDS)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.shapes import LINEARS, Linear
-from loraprune_ds.zero.store import Site, WeightStore
+from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 
 
 class WeightGradients:
@@ -22,42 +22,42 @@ class WeightGradients:
     copy in the model's dtype.
     """
 
-    def __init__(self, store: WeightStore) -> None:
-        self._store = store
-        self._pieces: dict[Site, Tensor] = {}
+    def __init__(self, model: PrunableModel) -> None:
+        self._model = model
+        self._shards: dict[LinearId, Tensor] = {}
         self._active = False
-        for i, layer in enumerate(store.layers):
+        for i, layer in enumerate(model.layers):
             for linear in LINEARS:
-                lora_linear(layer, linear).register_forward_hook(partial(self._tap, Site(i, linear)))
+                lora_linear(layer, linear).register_forward_hook(partial(self._tap, LinearId(i, linear)))
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def record(self) -> Iterator[None]:
         """Around all forward and backward passes of a step, and the use of `owned`; nothing is kept afterwards."""
         self._active = True
         try:
             yield
         finally:
             self._active = False
-            self._pieces.clear()
+            self._shards.clear()
 
     def owned(self, layer: int, linear: Linear) -> Tensor:
-        """The gradient of the elements that `WeightStore.owned_weight` returns: (elements,) fp32."""
-        return self._pieces[Site(layer, linear)] / (self._store.world_size * self._store.loss_scale)
+        """The gradient of the elements that `PrunableModel.owned_weight` returns: (elements,) fp32."""
+        return self._shards[LinearId(layer, linear)] / (self._model.world_size * self._model.loss_scale)
 
-    def _tap(self, site: Site, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         # The output of the whole LoRA layer: its gradient is that of W's part of it, and unlike that part it needs a
         # gradient in the first layer too, whose input needs none.
-        return _Tap.apply(output, inputs[0], partial(self._receive, site)) if self._active else None
+        return _Tap.apply(output, inputs[0], partial(self._receive, linear_id)) if self._active else None
 
-    def _receive(self, site: Site, gradient: Tensor, inputs: Tensor) -> None:
+    def _receive(self, linear_id: LinearId, gradient: Tensor, inputs: Tensor) -> None:
         if gradient.dtype == torch.float16:  # scaled for LoRA's gradients, which are smaller than W's
             gradient, inputs = gradient.float(), inputs.float()
         whole = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)  # (out_features, in_features)
-        piece = self._store.reduce_scatter(whole.reshape(-1).float())
-        if site in self._pieces:
-            self._pieces[site].add_(piece)
+        shard = self._model.reduce_scatter(whole.reshape(-1).float())
+        if linear_id in self._shards:
+            self._shards[linear_id].add_(shard)
         else:
-            self._pieces[site] = piece
+            self._shards[linear_id] = shard
 
 
 class _Tap(torch.autograd.Function):

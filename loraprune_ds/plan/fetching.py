@@ -9,35 +9,13 @@ cut, as DeepSpeed's `lru_cache` does. tests/benchmarks/plan_measured.py compares
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
+from loraprune_ds.plan.passes import Module, Parameter, Visit
+from loraprune_ds.zero.ds_config import FetchLimits
 from loraprune_ds.zero.flat import partition_numel
-from loraprune_ds.zero.passes import Module, Parameter, Visit
 
 NEVER = -(10**10)
-
-
-@dataclass(frozen=True)
-class FetchLimits:
-    """The settings of a DeepSpeed JSON that decide what is gathered when, in elements."""
-
-    prefetch_bucket: int
-    max_live: int
-    max_reuse_distance: int
-    persistence_threshold: int
-
-    @classmethod
-    def from_ds_config(cls, ds_config: dict[str, Any]) -> "FetchLimits":
-        """From a resolved DeepSpeed config; what it does not say is DeepSpeed's default."""
-        settings = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-        return cls(
-            prefetch_bucket=int(settings.prefetch_bucket_size),
-            max_live=int(settings.max_live_parameters),
-            max_reuse_distance=int(settings.max_reuse_distance),
-            persistence_threshold=int(settings.param_persistence_threshold),
-        )
 
 
 @dataclass
@@ -107,7 +85,7 @@ class Fetcher:
         return self._traffic
 
     def forget_trace(self) -> None:
-        """What `ShardedStore` does at a cut and around an evaluation: frees everything, has the next pass recorded."""
+        """What `ShardedModel` does at a cut and around an evaluation: frees everything, has the next pass recorded."""
         for parameter, state in self._states.items():
             if parameter in self._in_flight:
                 self._wait(parameter)
@@ -234,11 +212,11 @@ class Fetcher:
         if not parameters:
             return
         gather = _Gather(set(parameters))
-        pieces = sum(partition_numel(p.numel, self.world_size) for p in parameters)
+        shards = sum(partition_numel(p.numel, self.world_size) for p in parameters)
         if self._copies:
-            buffer = pieces * self.world_size
+            buffer = shards * self.world_size
             self._traffic.gathers += self.world_size > 1
-            self._traffic.sent += pieces * (self.world_size - 1)
+            self._traffic.sent += shards * (self.world_size - 1)
             self._traffic.gathered += buffer
             self._traffic.largest_gather = max(self._traffic.largest_gather, buffer)
             if len(parameters) == 1:  # the parameter is a view of what arrives

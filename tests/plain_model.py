@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
 from loraprune_ds.model.build import decoder_layers
 from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
-from loraprune_ds.zero.store import CollectedLinear, LayerKeep, LoraFactors, OwnedPiece, Rewrite, Site
+from loraprune_ds.pruning.prunable_model import (
+    CollectedLinear,
+    ComputeTensor,
+    LayerKeep,
+    LinearId,
+    LoraFactors,
+    OwnedShard,
+)
 
 
-class PlainStore:
-    """A `WeightStore` over an ordinary PEFT model and a torch optimizer with per-parameter state."""
+class PlainModel:
+    """A `PrunableModel` over an ordinary PEFT model and a torch optimizer with per-parameter state."""
 
     world_size, rank, loss_scale = 1, 0, 1.0
 
@@ -38,9 +45,9 @@ class PlainStore:
             factors[linear.name] = LoraFactors(*whole, scaling=module.scaling[ADAPTER])
         return factors
 
-    def owned_weight(self, layer: int, linear: Linear) -> OwnedPiece:
+    def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         weight = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer).weight
-        return OwnedPiece(weight.detach().reshape(-1), 0, cast(tuple[int, int], tuple(weight.shape)))
+        return OwnedShard(weight.detach().reshape(-1), 0, cast(tuple[int, int], tuple(weight.shape)))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return values
@@ -61,15 +68,17 @@ class PlainStore:
         return values
 
     @torch.no_grad()
-    def rewrite(self, sites: Sequence[Site], what: Literal["weight", "bias"], compute: Rewrite) -> None:
-        for site in sites:
-            module = lora_linear(self.layers[site.layer], site.linear)
+    def replace_tensors(
+        self, linear_ids: Sequence[LinearId], what: Literal["weight", "bias"], compute: ComputeTensor
+    ) -> None:
+        for linear_id in linear_ids:
+            module = lora_linear(self.layers[linear_id.layer], linear_id.linear)
             base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
             whole = CollectedLinear(base.weight, base.bias, a.float(), b.float(), module.scaling[ADAPTER])
-            getattr(base, what).copy_(compute(site, whole))
+            getattr(base, what).copy_(compute(linear_id, whole))
 
     @torch.no_grad()
-    def shrink(self, keep: list[LayerKeep]) -> int:
+    def cut(self, keep: list[LayerKeep]) -> int:
         for layer, layer_keep in zip(self.layers, keep, strict=True):
             for linear in LINEARS:
                 module, rows = lora_linear(layer, linear), layer_keep.indices(self.shape, linear)

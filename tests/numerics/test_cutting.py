@@ -6,7 +6,7 @@ from torch import Tensor
 
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.zero.flat import partition_numel
-from tests.numerics import surgery
+from tests.numerics import cutting
 from tests.numerics.driver import Job, write_adapter
 from tests.oracle.formula import group_scores
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
@@ -42,7 +42,7 @@ def variant(job: Job, **changes: object) -> Job:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_scores_of_pieces_are_scores_of_the_whole(ranks: RankPool, job: Job, world_size: int) -> None:
-    found = ranks.run(world_size, surgery.score_pieces_and_whole, job)
+    found = ranks.run(world_size, cutting.score_shards_and_whole, job)
     # The oracle scores the gathered W from the same fp32 gradients in fp64: what is left is one fp32 rounding of each
     # element and of short sums, below 1e-6 of a sum of positive terms.
     assert worst_difference(found[0]) < 1e-6
@@ -65,12 +65,12 @@ def worst_difference(result: dict) -> float:
 
 
 def test_a_corrupted_piece_shows_in_the_scores(ranks: RankPool, job: Job) -> None:
-    assert worst_difference(ranks.run(3, surgery.score_pieces_and_whole, job, True)[0]) > 1e-4
+    assert worst_difference(ranks.run(3, cutting.score_shards_and_whole, job, True)[0]) > 1e-4
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_scoring_gathers_lora_and_no_frozen_weight(ranks: RankPool, job: Job, world_size: int) -> None:
-    for result in ranks.run(world_size, surgery.score_pieces_and_whole, job):
+    for result in ranks.run(world_size, cutting.score_shards_and_whole, job):
         gathers = [n for name, n in result["calls"] if name == "all_gather_into_tensor"]
         reduces = [n for name, n in result["calls"] if name == "all_reduce"]
         assert {name for name, _ in result["calls"]} == {"all_gather_into_tensor", "all_reduce"}
@@ -82,7 +82,7 @@ def test_scoring_gathers_lora_and_no_frozen_weight(ranks: RankPool, job: Job, wo
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_size: int, dtype: str) -> None:
-    results = ranks.run(world_size, surgery.cut_once, variant(job, dtype=dtype), KEPT_HEADS, KEPT_CHANNELS)
+    results = ranks.run(world_size, cutting.cut_once, variant(job, dtype=dtype), KEPT_HEADS, KEPT_CHANNELS)
     before, after = results[0]["before"], results[0]["after"]
     assert set(before) == set(after)
     changed = 0
@@ -110,7 +110,7 @@ def test_what_a_cut_leaves_alone_is_not_sent(
     ranks: RankPool, job: Job, heads: list[int], channels: list[int], tensors: int
 ) -> None:
     """Late cuts of a long schedule take channels alone, or nothing."""
-    results = ranks.run(2, surgery.cut_once, variant(job, dtype="bfloat16"), heads, channels)
+    results = ranks.run(2, cutting.cut_once, variant(job, dtype="bfloat16"), heads, channels)
     changed = 0
     for name, tensor in results[0]["before"].items():
         expected = sliced(name, tensor, heads, channels)
@@ -144,7 +144,7 @@ def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: l
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_cut_sends_what_changes_owner_and_nothing_else(ranks: RankPool, job: Job, world_size: int) -> None:
-    results = ranks.run(world_size, surgery.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
+    results = ranks.run(world_size, cutting.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
     sent = sum(r["sent"] for r in results)
     carried = {n: t for n, t in results[0]["before"].items() if sliced(n, t).shape != t.shape}
     assert sent == sum(moved(name, tensor, world_size) * tensor.element_size() for name, tensor in carried.items())
@@ -162,13 +162,13 @@ def moved(name: str, tensor: Tensor, world_size: int) -> int:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_old_pieces_and_buffers_are_freed(ranks: RankPool, job: Job, world_size: int) -> None:
-    results = ranks.run(world_size, surgery.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
+    results = ranks.run(world_size, cutting.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
     assert [r["alive"] for r in results] == [0] * world_size
 
 
 def test_a_cut_gives_the_pinned_memory_of_a_layer_back_before_the_next_one(ranks: RankPool, job: Job) -> None:
     """Of layer after layer, of which the middle ones are cut, and at the end."""
-    alive = ranks.run(2, surgery.pieces_at_each_emptying, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
+    alive = ranks.run(2, cutting.shards_at_each_emptying, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
     layers = len(alive[0]) - 1
     assert alive == [[14, 7, *[0] * (layers - 1)]] * 2
 
@@ -176,19 +176,19 @@ def test_a_cut_gives_the_pinned_memory_of_a_layer_back_before_the_next_one(ranks
 def test_bf16_masks_are_the_same_on_any_number_of_ranks(ranks: RankPool, job: Job) -> None:
     """From the same saved weights and gradients: gradients themselves differ between rank counts in bf16."""
     bf16 = variant(job, dtype="bfloat16")
-    first = ranks.run(1, surgery.masks_from_saved_gradients, bf16, None)[0]
+    first = ranks.run(1, cutting.masks_from_saved_gradients, bf16, None)[0]
     for world_size in (1, 2, 3):
-        for result in ranks.run(world_size, surgery.masks_from_saved_gradients, bf16, first["gradients"]):
+        for result in ranks.run(world_size, cutting.masks_from_saved_gradients, bf16, first["gradients"]):
             assert result["masks"] == first["masks"]
 
 
 def test_a_rank_with_another_mask_ends_the_run_everywhere(ranks: RankPool, job: Job) -> None:
-    messages = ranks.run(3, surgery.disagree, job)
+    messages = ranks.run(3, cutting.disagree, job)
     assert messages == ["step 7: rank 2 computed another mask than rank 0"] * 3
 
 
 def test_a_cut_on_scores_that_were_never_updated_is_refused(ranks: RankPool, job: Job) -> None:
-    assert all("no score was updated" in m for m in ranks.run(2, surgery.cut_without_scores, job))
+    assert all("no score was updated" in m for m in ranks.run(2, cutting.cut_without_scores, job))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_cut_on_scores_that_were_never_updated_is_refused(ranks: RankPool, job
 def test_a_number_that_is_not_finite_is_named_on_every_rank(
     ranks: RankPool, job: Job, where: str, message: str
 ) -> None:
-    assert ranks.run(2, surgery.poisoned, job, where) == [message] * 2
+    assert ranks.run(2, cutting.poisoned, job, where) == [message] * 2
 
 
 def test_dropped_moments_would_be_noticed(ranks: RankPool, job: Job) -> None:
@@ -219,6 +219,6 @@ def cut_without_moments(job: Job) -> dict:
     original = OptimizerState.keys
     OptimizerState.keys = lambda self: ("master",)  # type: ignore[method-assign]
     try:
-        return surgery.cut_once(job, KEPT_HEADS, KEPT_CHANNELS)
+        return cutting.cut_once(job, KEPT_HEADS, KEPT_CHANNELS)
     finally:
         OptimizerState.keys = original  # type: ignore[method-assign]

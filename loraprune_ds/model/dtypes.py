@@ -1,0 +1,25 @@
+"""Names the dtypes that a run config may ask for, and the fp32 products that lose nothing on a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@contextmanager
+def tf32_where_exact(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Lets fp32 products of numbers that came in `dtype` use a GPU's TF32, if that loses nothing.
+
+    TF32 keeps 11 bits of a significand: all of bf16 and fp16. So every product is exact, and their sums are fp32.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

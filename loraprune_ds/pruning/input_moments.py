@@ -1,0 +1,118 @@
+"""First or second moments of the inputs of o_proj and down_proj, recorded in training's own forward passes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.dtypes import tf32_where_exact
+from loraprune_ds.model.shapes import INPUT_LINEARS
+from loraprune_ds.pruning.prunable_model import LayerKeep, LinearId, PrunableModel
+
+
+class InputMoments:
+    """Keeps moving sums over steps, fp32: of x xᵀ (n, n), or without `second` of x (n,), over a step's tokens.
+
+    `tokens` moves in the same way, so sums / tokens is the mean. Of several steps the last one weighs most.
+
+    Only `layers` are recorded, as no other can be cut. The sums of a layer are whole on its owner and nowhere else.
+    Every rank forms its part for one linear at a time, in the forward pass, and adds it up on the owner at once. So
+    beside its own layers' sums a rank holds one matrix. With n = intermediate_size that is at most
+    4·n²·(ceil(layers / world_size) + 1) bytes, and those of o_proj.
+
+    Attributes:
+        sums: of this rank's layers.
+        tokens: of all ranks; 0 if nothing was recorded.
+    """
+
+    def __init__(self, model: PrunableModel, layers: Sequence[int], *, second: bool, decay: float) -> None:
+        self.sums: dict[LinearId, Tensor] = {}
+        self.tokens = 0.0
+        self._model = model
+        self._second = second
+        self._decay = decay
+        self._weight = 0.0
+        self._active = False
+        self._attention_mask: Tensor | None = None
+        self._own_tokens = 0  # of this rank in this step
+        linear_ids = [LinearId(i, linear) for i in layers for linear in INPUT_LINEARS]
+        self._first = linear_ids[0]
+        for linear_id in linear_ids:
+            module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
+            module.register_forward_pre_hook(partial(self._record, linear_id))
+
+    @contextmanager
+    def record_step(self) -> Iterator[None]:
+        """Records the forward passes of a step that `record_forward` is open around. Collective at its end."""
+        decay = self._decay if self.tokens else 0.0
+        self._weight, self._own_tokens = 1 - decay, 0
+        for value in self.sums.values():
+            value.mul_(decay)
+        yield
+        own = torch.tensor([self._own_tokens], dtype=torch.int64, device=self._model.device)
+        self.tokens = decay * self.tokens + self._weight * int(self._model.sum_over_ranks(own))
+
+    @contextmanager
+    def record_forward(self, attention_mask: Tensor | None) -> Iterator[None]:
+        """Records one micro-batch. Not to be open in its backward pass, which may run the forward again.
+
+        Args:
+            attention_mask: (batch, window) bool, False at padding; None if there is no padding.
+        """
+        self._active, self._attention_mask = True, attention_mask
+        try:
+            yield
+        finally:
+            self._active, self._attention_mask = False, None
+
+    def cut(self, keep: list[LayerKeep]) -> None:
+        """Cuts the sums along with the groups. The model must still have its shape from before the cut."""
+        shape = self._model.shape
+        for linear_id, value in self.sums.items():
+            layer_keep = keep[linear_id.layer]
+            if not layer_keep.cuts(shape.layers[linear_id.layer], linear_id.linear.kind):
+                continue
+            indices = layer_keep.indices(shape, linear_id.linear).to(value.device)
+            value = value.index_select(0, indices)
+            self.sums[linear_id] = value.index_select(1, indices) if self._second else value
+
+    def of_layer(self, layer: int) -> dict[str, Tensor]:
+        """Returns one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
+        return {linear_id.linear.name: value for linear_id, value in self.sums.items() if linear_id.layer == layer}
+
+    def restore(self, read: Callable[[int], dict[str, Tensor]], tokens: float) -> None:
+        """Goes on where a checkpoint left off; `read` gives what `of_layer` gave on whichever rank owned the layer."""
+        self.tokens = tokens
+        for layer in range(len(self._model.layers)):
+            if self._model.owner(layer) == self._model.rank:
+                found = read(layer)
+                for linear in INPUT_LINEARS:
+                    if linear.name in found:
+                        self.sums[LinearId(layer, linear)] = found[linear.name].to(self._model.device)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.sums.clear()
+        self.tokens = 0.0
+
+    @torch.no_grad()
+    def _record(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not self._active:
+            return
+        x, mask = inputs[0].detach(), self._attention_mask
+        rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()  # (tokens, n)
+        if linear_id == self._first:
+            self._own_tokens += len(rows)
+        with tf32_where_exact(x.dtype, x.device):
+            part = rows.T @ rows if self._second else rows.sum(0)
+        total = self._model.reduce_to(self._model.owner(linear_id.layer), part)
+        if total is None:
+            return
+        if linear_id in self.sums:
+            self.sums[linear_id].add_(total, alpha=self._weight)
+        else:
+            self.sums[linear_id] = total.mul_(self._weight)

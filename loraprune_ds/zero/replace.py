@@ -1,0 +1,63 @@
+"""Replaces frozen weights or biases by new ones, each computed whole on the owner of its layer."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeTensor, LinearId
+from loraprune_ds.zero.collect import collect_linear
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.flat import layer_owner
+from loraprune_ds.zero.params import overwrite_shard
+
+
+@torch.no_grad()
+def replace_tensors(
+    layers: nn.ModuleList,
+    linear_ids: Sequence[LinearId],
+    what: Literal["weight", "bias"],
+    compute: ComputeTensor,
+    comm: Communicator,
+) -> None:
+    """Gathers every linear on the owner of its layer, computes there, scatters the result. Collective.
+
+    A round has one linear of each of `world_size` layers. So all owners compute at once, and a rank holds one whole
+    linear at most.
+
+    Raises:
+        UserError: as `compute` raises it on some rank, on all of them.
+    """
+    for ids_of_round in rounds(linear_ids, comm.world_size):
+        whole: dict[LinearId, CollectedLinear] = {}
+        for linear_id in ids_of_round:
+            module = lora_linear(layers[linear_id.layer], linear_id.linear)
+            collected = collect_linear(module, layer_owner(linear_id.layer, comm.world_size), comm)
+            if collected is not None:
+                whole[linear_id] = collected
+            del collected  # only `whole` holds it, until the round's results are there
+        results = comm.all_or_raise(
+            lambda whole=whole: {linear_id: compute(linear_id, linear) for linear_id, linear in whole.items()}
+        )
+        whole.clear()
+        for linear_id in ids_of_round:
+            base = cast(nn.Linear, lora_linear(layers[linear_id.layer], linear_id.linear).base_layer)
+            owner = layer_owner(linear_id.layer, comm.world_size)
+            _install(getattr(base, what), owner, results.pop(linear_id, None), comm)
+
+
+def rounds(linear_ids: Sequence[LinearId], world_size: int) -> list[list[LinearId]]:
+    """Groups linears so that no two of a round have the same owner (flat.owner_rounds)."""
+    grouped: dict[tuple[int, str], list[LinearId]] = {}
+    for linear_id in linear_ids:
+        grouped.setdefault((linear_id.layer // world_size, linear_id.linear.name), []).append(linear_id)
+    return list(grouped.values())
+
+
+def _install(parameter: Any, owner: int, whole: Tensor | None, comm: Communicator) -> None:
+    flat = None if whole is None else whole.reshape(-1)
+    shard = torch.empty_like(parameter.ds_tensor, device=comm.device)
+    comm.scatter_from(owner, flat, shard)
+    overwrite_shard(parameter, shard)

@@ -1,0 +1,73 @@
+"""What our own training loop asks of DeepSpeed's engine, beside the model that it prunes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.zero.loss_scale import optimizer_step
+from loraprune_ds.zero.release import release
+from loraprune_ds.zero.sharded import ShardedModel
+
+
+class TrainingEngine:
+    """Trains the sharded model through DeepSpeed's engine. Every method is collective.
+
+    Attributes:
+        deepspeed: the `DeepSpeedEngine`.
+        model: the sharded model that it trains.
+    """
+
+    def __init__(self, deepspeed: Any, shape: ModelShape) -> None:
+        self.deepspeed = deepspeed
+        self.model = ShardedModel(deepspeed.module, deepspeed.optimizer, shape, deepspeed.empty_partition_cache)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next update."""
+        return float(self.deepspeed.get_lr()[0])
+
+    def forward(self, **inputs: Any) -> Any:
+        """Returns the model's output in training."""
+        return self.deepspeed(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a micro-batch, averaged over the ranks. `loss` is its share of the step's loss."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def end_micro_batch(self) -> None:
+        """Counts a micro-batch; called behind every one of a step but the last."""
+        self.deepspeed.step()  # not a boundary: only counts
+
+    def update(self, *, skipped: bool) -> float | None:
+        """Makes the optimizer's update at the end of a step.
+
+        Args:
+            skipped: whether fp16's gradients overflowed.
+
+        Returns:
+            The norm of the gradients before clipping. None where the update was skipped or DeepSpeed has none.
+        """
+        optimizer_step(self.deepspeed, skipped=skipped)
+        norm = None if skipped else self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def infer(self, **inputs: Any) -> Any:
+        """Makes one forward pass in evaluation mode, which leaves no trace in what training gathers.
+
+        DeepSpeed keeps what it decides to free, and where, in a cache that outlives the record of the modules' order.
+        With the decisions of an evaluation every later step would free the weights between forward and backward, and
+        gather them twice. Nothing is decided in a pass that is being recorded.
+        """
+        self.model.forget_trace()
+        self.deepspeed.eval()
+        with torch.no_grad():
+            outputs = self.deepspeed(**inputs)
+        self.deepspeed.train()
+        self.model.forget_trace()
+        return outputs
+
+    def release(self) -> None:
+        """Frees the model and its optimizer, whoever still refers to them. The engine is of no use afterwards."""
+        release(self.deepspeed)
