@@ -110,7 +110,7 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
         "owned": owned,
         "moment_bytes": held,
         "moments": {
-            f"{key.layer}.{key.linear.name}": v / compensator.moments.tokens
+            f"{key.layer}.{key.linear.name}": value / compensator.moments.tokens
             for key, value in compensator.moments.sums.items()
         },
         "next_loss": trainer.step(3).loss,

@@ -111,7 +111,10 @@ def test_everything_the_package_touches_is_checked() -> None:
     assert used >= {"ds_tensor", "grad_position", "is_invalid_trace", "_setup_for_real_optimizer"}
     assert used - checked - PUBLIC - ONLY_WRITTEN == set()
     written = {
-        t.attr for path in files for t in targets(path.read_text()) if ast.unparse(t.value).split(".")[-1] == "deepspeed"
+        t.attr
+        for path in files
+        for t in targets(path.read_text())
+        if ast.unparse(t.value).split(".")[-1] == "deepspeed"
     }
     assert written == set(private.ENGINE_COUNTERS)
     by_name = {*private.FLAT_LISTS, *private.LOSS_SCALE_FIELDS}  # in loops over the list
