@@ -1,16 +1,21 @@
-"""Makes up for the inputs of o_proj and down_proj that a cut removes, by what is known of those inputs.
+"""Makes up for the inputs of o_proj and down_proj that a cut removes.
 
-With W' = W + s·B·A what the network computes with, K the kept and R the removed columns, and x the inputs of a layer:
-  bias           the mean of what leaves becomes a bias: b += W'[:, R] · mean(x_R)            (FLAP, arXiv 2312.11983)
-  least_squares  the kept columns take over what they can predict of it: W[:, K] += ΔW, where ΔW is the ridge solution
-                 W'[:, R] · C[R, K] · (C[K, K] + λ·mean(diag C)·I)⁻¹ and C the mean of x xᵀ
-ΔW = 0 is among the candidates that the ridge solution beats, so neither makes the output of the layer worse on the
-tokens that were measured. Rounded to 16 bits it could, where inputs with a large common part meet: outputs for which it
-would keep their weights.
+Let W' = W + s·B·A, K the kept and R the removed columns, and x the inputs of a layer.
+
+bias           The mean of what leaves becomes a bias: b += W'[:, R] · mean(x_R). (FLAP, arXiv 2312.11983)
+least_squares  The kept columns take over what they can predict of it: W[:, K] += ΔW. Here ΔW is the ridge solution
+               W'[:, R] · C[R, K] · (C[K, K] + λ·mean(diag C)·I)⁻¹, and C is the mean of x xᵀ.
+
+ΔW = 0 is one candidate of the ridge problem. So neither setting makes a layer's output worse on the recorded tokens.
+Rounding to 16 bits could, where inputs share a large common part. An output that would get worse keeps its weights.
 """
+
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,7 +29,7 @@ from loraprune_ds.pruning.schedule import Schedule
 
 
 def mean_output(linear: CollectedLinear, mean: Tensor, kept: Tensor) -> Tensor:
-    """What the removed inputs add to the output on average: (out_features,) fp32.
+    """Returns what the removed inputs add to the output on average: (out_features,) fp32.
 
     Args:
         mean: (in_features,) mean of the inputs.
@@ -35,11 +40,13 @@ def mean_output(linear: CollectedLinear, mean: Tensor, kept: Tensor) -> Tensor:
 
 
 def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """The weight with ΔW added to its kept columns, in its own dtype: (out_features, in_features).
+    """Adds ΔW to the kept columns of the weight: (out_features, in_features), in its own dtype.
 
-    Solved in float64; with n inputs, k of them kept, and m outputs that takes the largest of 4kn + 20k² bytes (the
-    system and its factor), 8k² + 4kn + 12(n − k)(k + m) + 8km (the right-hand side), 8k² + 24km (the solution) and
-    12k² + 4kn + 16km (what rounding made of it).
+    Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these, in bytes.
+    4kn + 20k² for the system and its factor.
+    8k² + 4kn + 12(n − k)(k + m) + 8km for the right-hand side.
+    8k² + 24km for the solution.
+    12k² + 4kn + 16km for the check of the rounded solution.
 
     Args:
         moment: C or any multiple of it, (in_features, in_features).
@@ -52,7 +59,7 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -
     removed = removed_columns(len(moment), kept)
     system = moment.index_select(0, kept).index_select(1, kept).double()
     system.diagonal().add_(ridge * moment.diagonal().double().mean())
-    factor, info = torch.linalg.cholesky_ex(system)
+    factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(system))
     del system
     # C[K, R] · W'[:, R]ᵀ: (kept, out_features)
     right = moment.index_select(0, kept).index_select(1, removed).double() @ _effective(linear, removed).double().T
@@ -71,28 +78,29 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -
 
 
 def _change_of_error(step: Tensor, moment: Tensor, kept: Tensor, right: Tensor) -> Tensor:
-    """By how much the mean squared error of each output changes, (out_features,): diag(D·C[K, K]·Dᵀ − 2·D·right) of
-    the rounded step D (out_features, kept) and right = C[K, R]·W'[:, R]ᵀ.
+    """Returns the change of each output's mean squared error, (out_features,): diag(D·C[K, K]·Dᵀ − 2·D·right).
+
+    D is the rounded step (out_features, kept), and right = C[K, R]·W'[:, R]ᵀ.
     """
     change = step @ moment.index_select(0, kept).index_select(1, kept).double()
     return change.sub_(right.T, alpha=2).mul_(step).sum(1)
 
 
 def removed_columns(count: int, kept: Tensor) -> Tensor:
-    """Indices of 0 … count − 1 that are not kept, ascending, on the same device."""
+    """Returns the indices of 0 … count − 1 that are not kept, ascending, on the same device."""
     mask = torch.ones(count, dtype=torch.bool, device=kept.device)
     mask[kept] = False
     return mask.nonzero().flatten()
 
 
 def _effective(linear: CollectedLinear, columns: Tensor) -> Tensor:
-    """Columns of W + s·B·A, fp32."""
+    """Returns columns of W + s·B·A, fp32."""
     weight = linear.weight.index_select(1, columns).float()
     return torch.addmm(weight, linear.lora_B, linear.lora_A.index_select(1, columns), alpha=linear.scaling)
 
 
 class Compensator:
-    """Measures the inputs before each cut and makes up for those that it removes."""
+    """Records the inputs before each cut and makes up for those that it removes."""
 
     def __init__(
         self, model: PrunableModel, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]
@@ -112,7 +120,7 @@ class Compensator:
         return self.moments.record_forward(attention_mask) if self._records else nullcontext()
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
-        """Before the cut to `keep`. Layers that lose nothing are not touched. Collective."""
+        """Makes up for the cut to `keep` before it happens. Leaves layers alone that lose nothing. Collective."""
         shape = self._model.shape
         linear_ids = [
             LinearId(i, linear)

@@ -1,18 +1,22 @@
-"""How important an element of a weight is, and its sum over rows or columns of the piece a rank owns.
+"""The importance of a weight's elements, and its sums over rows or columns of the shard that a rank owns.
 
 Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); `scaling` s = lora_alpha / r.
 """
 
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 
-# Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU a block costs a
-# dozen kernel launches whatever its size, and its three fp32 copies may take 100 MB.
+# Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU a block of any size
+# costs a dozen kernel launches, and its three fp32 copies may take 100 MB.
 CPU_BLOCK_NUMEL = 1 << 17
 DEVICE_BLOCK_NUMEL = 1 << 23
 
@@ -22,35 +26,35 @@ ElementCriterion = Callable[..., Tensor]
 
 
 def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """W + s·B·A, what the network computes with."""
+    """Returns W + s·B·A, which the network computes with."""
     return torch.addmm(weight, factors.B, factors.A, alpha=factors.scaling)
 
 
 def gradient_estimate(factors: LoraFactors) -> Tensor:
-    """G = gB·A + B·gA − gB·gA: the change of B·A by one unit SGD step on both (LoRAPrune, arXiv 2305.18403, eq. 8).
+    """Returns G = gB·A + B·gA − gB·gA, (out_features, in_features) (LoRAPrune, arXiv 2305.18403, eq. 8).
 
-    Written as one product of twice the rank: gB·(A − gA) + B·gA. Shape: as W, (out_features, in_features).
+    It is the change of B·A by one unit SGD step on both. It is one product of twice the rank: gB·(A − gA) + B·gA.
     """
     return torch.cat([factors.grad_B, factors.B], 1) @ torch.cat([factors.A - factors.grad_A, factors.grad_A])
 
 
 def lora(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """|G ⊙ (W + s·B·A)|, the first-order change of the loss when an element goes (the released code's form)."""
+    """Returns |G ⊙ (W + s·B·A)|: the first-order change of the loss when an element goes, as in the released code."""
     return gradient_estimate(factors).mul_(effective_weight(weight, factors))
 
 
 def lora_squared(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """(G ⊙ (W + s·B·A))², the form in the paper's text."""
+    """Returns (G ⊙ (W + s·B·A))², as in the paper's text."""
     return lora(weight, factors).square_()
 
 
 def magnitude(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """|W + s·B·A|: no gradient."""
+    """Returns |W + s·B·A|. Uses no gradient."""
     return effective_weight(weight, factors)
 
 
 def gradient(weight: Tensor, factors: LoraFactors, weight_gradient: Tensor) -> Tensor:
-    """|gW ⊙ (W + s·B·A)|: what `lora` estimates (LLM-Pruner's first-order criterion, arXiv 2305.11627)."""
+    """Returns |gW ⊙ (W + s·B·A)|, which `lora` estimates (LLM-Pruner's first order, arXiv 2305.11627)."""
     return effective_weight(weight, factors).mul_(weight_gradient)
 
 
@@ -73,11 +77,11 @@ def score_shard(
     """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the whole weight.
 
     Args:
-        weight_gradient: of the owned elements, (len(piece.flat),) fp32, padding allowed; for the criterion `gradient`.
+        weight_gradient: of the owned elements, (len(shard.flat),) fp32, padding allowed. For the criterion `gradient`.
 
     Returns:
-        (out_features,) or (in_features,) float64 partial sums; summed over the ranks they are those of the weight.
-        Blocks of rows are scored in fp32 and added up in float64. Only the owned elements of the first and last row
+        (out_features,) or (in_features,) float64 partial sums. Summed over the ranks they are those of the weight.
+        Blocks of rows are scored in fp32 and added up in float64. In the first and last row only the owned elements
         count, so a row that two ranks share is not counted twice.
     """
     columns = shard.shape[1]
@@ -99,7 +103,7 @@ def score_shard(
             flat = importance.view(-1)
             flat[:head] = 0
             flat[len(flat) - tail :] = 0
-        sums = torch.linalg.vector_norm(importance, ord=1, dim=1 - axis).double()
+        sums = cast(Tensor, torch.linalg.vector_norm(importance, ord=1, dim=1 - axis)).double()
         if axis == 0:
             total[row:stop] = sums
         else:
@@ -108,6 +112,6 @@ def score_shard(
 
 
 def _whole_rows(flat: Tensor, head: int, tail: int, columns: int) -> Tensor:
-    """(rows, columns) fp32; what the first and the last row lack is zero."""
+    """Returns (rows, columns) fp32, with zeros for what the first and the last row lack."""
     whole = torch.nn.functional.pad(flat.float(), (head, tail)) if head or tail else flat.float()
     return whole.view(-1, columns)

@@ -1,6 +1,10 @@
-"""Scores of groups: element importance summed over all that leaves together, and its moving average."""
+"""The scores of groups: element importance summed over all that leaves with a group, and its moving average."""
+
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,13 +18,13 @@ from loraprune_ds.pruning.weight_gradients import WeightGradients
 
 @dataclass(frozen=True)
 class LayerScores:
-    """Importance of a decoder layer's groups: heads (key-value heads,), channels (intermediate_size,), float64."""
+    """Holds the importance of a layer's groups, float64: heads (key-value heads,), channels (intermediate_size,)."""
 
     heads: Tensor
     channels: Tensor
 
     def of(self, kind: Kind) -> Tensor:
-        """(groups of this kind,)"""
+        """Returns (groups of this kind,)."""
         return self.heads if kind == "heads" else self.channels
 
     def select(self, keep: LayerKeep) -> "LayerScores":
@@ -35,16 +39,16 @@ def score_groups(
 
     Args:
         criterion: a key of `ELEMENT_CRITERIA`.
-        normalization: `l2` divides a linear's scores by their norm before the linears of a layer are added up, as the
-            released code of LoRAPrune (arXiv 2305.18403) does; `none` adds them as they are.
+        normalization: `l2` divides a linear's scores by their norm before the linears of a layer are added up. The
+            released code of LoRAPrune (arXiv 2305.18403) does so. `none` adds them as they are.
         step: for messages.
         gradients: of the weights, for the criterion `gradient`.
 
     Raises:
-        RunError: a score is not finite; the message names the layer, the linear and the step.
+        RunError: a score is not finite. The message names the layer, the linear and the step.
     """
     element_criterion = ELEMENT_CRITERIA[criterion]
-    partial = []
+    partial: list[Tensor] = []
     for layer in range(len(model.shape.layers)):
         factors = model.lora_factors(layer)
         for linear in LINEARS:
@@ -53,7 +57,7 @@ def score_groups(
             sums = score_shard(shard, factors[linear.name], element_criterion, linear.axis, *given)
             partial.append(sums.view(-1, model.shape.group_width(linear)).sum(1))  # (groups,)
     sizes = [len(scores) for scores in partial]
-    totals = model.sum_over_ranks(torch.cat(partial)).cpu().split(sizes)
+    totals: tuple[Tensor, ...] = torch.split(model.sum_over_ranks(torch.cat(partial)).cpu(), sizes)
     count = len(LINEARS)
     return [
         _add_modules(list(totals[i * count : (i + 1) * count]), normalization, layer=i, step=step)
@@ -62,12 +66,12 @@ def score_groups(
 
 
 def _add_modules(scores: list[Tensor], normalization: str, *, layer: int, step: int) -> LayerScores:
-    """Seven vectors of module scores, complete sums over the ranks -> the two vectors of a layer's groups."""
+    """Adds the scores of a layer's seven linears, complete sums over the ranks, to the scores of its groups."""
     total: dict[Kind, Tensor] = {}
     for linear, score in zip(LINEARS, scores, strict=True):
         if not torch.isfinite(score).all():
             raise RunError(f"step {step}: the score of layer {layer} {linear.name} is not finite")
-        norm = score.norm()
+        norm = cast(Tensor, score.norm())
         if normalization == "l2" and norm > 0:
             score = score / norm
         total[linear.kind] = total[linear.kind] + score if linear.kind in total else score
@@ -75,8 +79,8 @@ def _add_modules(scores: list[Tensor], normalization: str, *, layer: int, step: 
 
 
 def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
-    """The `random` criterion: one fixed draw per group, the same on any number of ranks."""
-    scores = []
+    """Draws one fixed score per group for the criterion `random`, the same on any number of ranks."""
+    scores: list[LayerScores] = []
     for i, layer in enumerate(shape.layers):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
         scores.append(
@@ -86,7 +90,7 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
 
 
 class MovingAverage:
-    """S ← λ·S + (1 − λ)·S_now at every step that scores, starting at zero; cut along with the groups."""
+    """Keeps S ← λ·S + (1 − λ)·S_now over the steps that score. S starts at zero and is cut with the groups."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -94,7 +98,7 @@ class MovingAverage:
         self.updates_since_cut = 0
 
     def update(self, now: list[LayerScores]) -> None:
-        """With the scores of one more step, of the same groups as before."""
+        """Adds the scores of one more step, of the same groups as before."""
         if self.scores is None:
             self.scores = [LayerScores(torch.zeros_like(s.heads), torch.zeros_like(s.channels)) for s in now]
         blend = [
@@ -105,7 +109,7 @@ class MovingAverage:
         self.updates_since_cut += 1
 
     def cut(self, keep: list[LayerKeep]) -> None:
-        """To the groups that a cut leaves."""
+        """Keeps the scores of the groups that a cut leaves."""
         assert self.scores is not None
         self.scores = [scores.select(k) for scores, k in zip(self.scores, keep, strict=True)]
         self.updates_since_cut = 0

@@ -1,6 +1,6 @@
 """First or second moments of the inputs of o_proj and down_proj, recorded in training's own forward passes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ class InputMoments:
             module.register_forward_pre_hook(partial(self._record, linear_id))
 
     @contextmanager
-    def record_step(self) -> Iterator[None]:
+    def record_step(self) -> Generator[None]:
         """Records the forward passes of a step that `record_forward` is open around. Collective at its end."""
         decay = self._decay if self.tokens else 0.0
         self._weight, self._own_tokens = 1 - decay, 0
@@ -57,7 +57,7 @@ class InputMoments:
         self.tokens = decay * self.tokens + self._weight * int(self._model.sum_over_ranks(own))
 
     @contextmanager
-    def record_forward(self, attention_mask: Tensor | None) -> Iterator[None]:
+    def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
         """Records one micro-batch. Not to be open in its backward pass, which may run the forward again.
 
         Args:

@@ -1,4 +1,4 @@
-"""What pruning may take from which layer: protected layers, minimum widths, a cap per layer."""
+"""Limits on what pruning may take from a layer: protected layers, minimum widths, a cap per layer."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from loraprune_ds.model.shapes import KINDS, Kind, LayerShape, ModelShape
 
 @dataclass(frozen=True)
 class Limits:
-    """What pruning may take from which layer, fixed at the start of a run.
+    """Tells what pruning may take from which layer. Fixed at the start of a run.
 
     Attributes:
         dense: the shape before any cut.
-        floor: fewest groups each layer keeps; a protected layer's floor is its dense count.
+        floor: fewest groups that each layer keeps. A protected layer's floor is its dense count.
         layer_budget: most linear parameters each layer may lose.
         multiple: kept channel counts are multiples of this, except uncut ones.
-        head_share: what part of the parameters that leave heads give, where they do not compete with channels.
+        head_share: the heads' part of the parameters that leave, where they do not compete with channels.
     """
 
     dense: ModelShape
@@ -28,11 +28,11 @@ class Limits:
 
     @property
     def open_layers(self) -> list[int]:
-        """Layers that pruning may cut."""
+        """The layers that pruning may cut."""
         return [i for i, budget in enumerate(self.layer_budget) if budget > 0]
 
     def blocks(self, layer: int, kind: Kind, count: int) -> list[int]:
-        """Groups that leave together, one block after the other, from `count` down to the floor.
+        """Returns the sizes of the blocks that leave one after the other, from `count` groups down to the floor.
 
         A block is one group, or as many channels as lead to the next lower multiple.
         """
@@ -43,7 +43,7 @@ class Limits:
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
     def fewest_channels(self, layer: int, heads: int) -> int | None:
-        """The fewest channels that the layer may keep beside so many heads; None if the heads alone are too few."""
+        """Returns the fewest channels that the layer may keep beside so many heads. None if the heads are too few."""
         dense = self.dense.layers[layer]
         spare = self.layer_budget[layer] - (dense.heads - heads) * self.dense.group_numel("heads")
         if spare < 0:
@@ -53,25 +53,26 @@ class Limits:
         return min(max(least, self.floor[layer].channels), dense.channels)
 
     def lost(self, layer: int, heads: int, channels: int) -> int:
-        """Linear parameters that a layer of these counts has lost."""
+        """Returns the linear parameters that a layer of these counts has lost."""
         dense = self.dense.layers[layer]
         gone = (dense.heads - heads) * self.dense.group_numel("heads")
         return gone + (dense.channels - channels) * self.dense.group_numel("channels")
 
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
-    """Protected layers, minimum widths and the cap per layer.
+    """Makes the limits of a run: protected layers, minimum widths and the cap per layer.
 
     Raises:
-        UserError: everything is protected, `uniform` meets layers of different shapes, `prune.head_ratio` cannot go
-            with `prune.ratio`, or that is out of reach under these limits; the message states the largest that is not.
+        UserError: everything is protected. Or `uniform` meets layers of different shapes. Or `prune.head_ratio` cannot
+            go with `prune.ratio`. Or `prune.ratio` is out of reach. The message then states the largest that is not.
     """
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
-    floor, budget = [], []
+    floor: list[LayerShape] = []
+    budget: list[int] = []
     for i, layer in enumerate(dense.layers):
         least_channels = math.ceil(config.min_channels / config.channel_multiple) * config.channel_multiple
         cut = LayerShape(min(config.min_heads, layer.heads), min(least_channels, layer.channels))
@@ -85,10 +86,10 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
 
 
 def _head_share(config: PruneConfig, dense: ModelShape, floor: list[LayerShape], open_layers: list[int]) -> float:
-    """Heads' part of the open layers' parameters or, with `prune.head_ratio`, of those that leave.
+    """Returns the heads' part of the open layers' parameters or, with `prune.head_ratio`, of those that leave.
 
     Raises:
-        UserError: so many heads may not leave, or beside them the channels would have to give less than nothing or
+        UserError: so many heads may not leave. Or the channels would have to give less than nothing beside them, or
             more than may leave.
     """
     heads = sum(dense.layers[i].heads for i in open_layers) * dense.group_numel("heads")
@@ -119,7 +120,7 @@ def _check_reachable(config: PruneConfig, limits: Limits) -> None:
     if not limits.open_layers:
         raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
     most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
-    # A ratio that a cap states to the digit may miss by part of a group; that much off is what either ranking promises.
+    # A ratio that equals a cap may miss it by a part of a group. Either ranking promises no more than that.
     near = dense.group_numel("heads") if config.ranking == "global" else _half_a_step(limits)
     if most == 0 or config.ratio * dense.linear_numel() > most + near:
         raise UserError(
@@ -129,9 +130,9 @@ def _check_reachable(config: PruneConfig, limits: Limits) -> None:
 
 
 def _half_a_step(limits: Limits) -> float:
-    """How far from a target `uniform` may end where nothing stops it: half a channel (or multiple) in every layer.
+    """Returns how far from a target `uniform` may end: half a channel (or multiple) in every layer.
 
-    A multiple beyond what may go leaves the channels as they are, and nothing to come nearer with.
+    If a multiple is more than may go, no channel leaves, and that many fewer are the step.
     """
     first = limits.open_layers[0]
     step = min(limits.multiple, limits.dense.layers[first].channels - limits.floor[first].channels)
@@ -139,22 +140,22 @@ def _half_a_step(limits: Limits) -> float:
 
 
 def _most_uniform(limits: Limits) -> int:
-    """Largest loss of equal counts."""
+    """Returns the largest loss of equal counts."""
     return len(limits.open_layers) * max(lost for lost, _ in _least_widths(limits, limits.open_layers[0]))
 
 
 def _most_global(limits: Limits) -> int:
-    """Largest loss that `global` reaches whatever the scores.
+    """Returns the largest loss that `global` reaches with any scores.
 
-    Under a cap a layer ends where neither a head nor a channel may go any more. Which of several such ends it is
-    depends on the scores, so each layer counts with its smallest.
+    Under a cap a layer ends where neither a head nor a channel may go any more. There can be several such ends, and the
+    scores decide between them. So each layer counts with its smallest.
     """
     return sum(min(lost for lost, is_end in _least_widths(limits, i) if is_end) for i in limits.open_layers)
 
 
 def _least_widths(limits: Limits, layer: int) -> list[tuple[int, bool]]:
-    """For every count of heads: what goes with the fewest channels beside them, and whether one more head may not."""
-    widths = []
+    """Lists for every count of heads the loss with the fewest channels, and if one more head may not go."""
+    widths: list[tuple[int, bool]] = []
     for heads in range(limits.floor[layer].heads, limits.dense.layers[layer].heads + 1):
         channels = limits.fewest_channels(layer, heads)
         if channels is not None:

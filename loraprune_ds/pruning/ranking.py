@@ -1,10 +1,14 @@
-"""Which groups go: from scores and a target to the groups that every layer keeps. Pure and deterministic.
+"""Ranking: from scores and a target to the groups that every layer keeps. Pure and deterministic.
 
 The target is a fraction of the linear parameters of all decoder layers of the *dense* model. Ties keep the lower index.
 """
 
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false
+
 import math
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,22 +22,22 @@ from loraprune_ds.pruning.prunable_model import LayerKeep
 def rank_uniform(
     scores: list[LayerScores], current: ModelShape, limits: Limits, target: float, final: float
 ) -> list[LayerKeep]:
-    """Equal counts in every open layer, the best groups of each by its own scores (the paper's ranking).
+    """Keeps equal counts in every open layer, the best groups of each by its own scores (the paper's ranking).
 
-    The final counts come nearest to `final`, channels making up what whole heads cannot; on the way there both kinds
-    are cut in proportion, so that no count ever has to grow again.
+    The final counts come nearest to `final`. Channels make up for what whole heads cannot. On the way both kinds are
+    cut in proportion, so that no count ever has to grow again.
 
     Args:
-        scores: of every layer's groups, as they are now; the higher, the longer a group stays.
-        current: the shape now.
+        scores: of every layer's groups of now. A group with a higher score stays longer.
+        current: the shape of now.
         target: fraction of the dense linear parameters that should be gone after this cut.
         final: the same after the last cut.
 
     Returns:
-        For every layer, indices into its present groups.
+        Per layer, indices into its groups of now.
     """
     counts = uniform_counts(limits, target, final)
-    keep = []
+    keep: list[LayerKeep] = []
     for i, layer in enumerate(current.layers):
         wanted = counts if i in limits.open_layers else layer
         keep.append(LayerKeep(*(_best(scores[i].of(kind), wanted.count(kind)) for kind in KINDS)))
@@ -41,23 +45,23 @@ def rank_uniform(
 
 
 def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
-    """The counts every open layer keeps when `target` of the way to `final` is due."""
+    """Returns the counts that every open layer keeps when `target` is due on the way to `final`."""
     dense, goal = limits.dense.layers[limits.open_layers[0]], uniform_goal(limits, final)
     heads, channels = (dense.count(k) - round(target / final * (dense.count(k) - goal.count(k))) for k in KINDS)
     return LayerShape(heads, _nearest_multiple(channels, goal.channels, dense.channels, limits.multiple))
 
 
 def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
-    """The counts every open layer keeps at the end: as near to `ratio` of all linear parameters as whole groups get.
+    """Returns the counts that every open layer keeps at the end, as near to `ratio` as whole groups get.
 
-    Heads give their share as nearly as they can, unless floors, the cap or too few channels to make up for the rest
-    would then leave more than half a step of the channels between the target and what is reached.
+    Heads give their share as nearly as they can. Floors, the cap or too few channels may then leave the target missed
+    by more than half a step of the channels. In that case heads give another share.
     """
     dense, first = limits.dense, limits.open_layers[0]
     layer, channel = dense.layers[first], dense.group_numel("channels")
     wanted = ratio * dense.linear_numel() / len(limits.open_layers)  # parameters that each open layer loses
     share = layer.heads - wanted * limits.head_share / dense.group_numel("heads")  # heads that would stay
-    options = []
+    options: list[tuple[float, float, LayerShape]] = []
     for heads in range(limits.floor[first].heads, layer.heads + 1):
         fewest = limits.fewest_channels(first, heads)
         if fewest is not None:
@@ -70,20 +74,20 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
 
 
 def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:
-    """The multiple that is nearest to `count` between the bounds, or one of them."""
+    """Returns the multiple nearest to `count` between the bounds, or one of them."""
     below = math.floor(count / multiple) * multiple
     return min((min(max(c, lowest), highest) for c in (below, below + multiple)), key=lambda c: abs(c - count))
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, or of all there are, ascending; among equals the lower index stays."""
+    """Returns the ascending indices of the `count` highest scores, or of all. Among equals the lower index stays."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def rank_global(
     scores: list[LayerScores], current: ModelShape, limits: Limits, target: float, *, joint: bool
 ) -> list[LayerKeep]:
-    """The least important groups of all open layers go until the budget is spent.
+    """Removes the least important groups of all open layers until the budget is spent.
 
     Separate budgets (the default): heads give their share of the target, channels the rest. Joint: both compete by
     score per parameter. Either way the total stops within one group of the target.
@@ -105,7 +109,7 @@ def rank_global(
 class _Removal:
     """Takes blocks of groups one by one, least important first, within the limits.
 
-    Only counts are kept: which groups of a layer go follows from its own scores.
+    It keeps counts only. Which groups of a layer go follows from its own scores.
     """
 
     scores: list[LayerScores]
@@ -118,7 +122,7 @@ class _Removal:
         self.lost = [self.limits.lost(i, **left) for i, left in enumerate(self.left)]
 
     def gone_of(self, kind: Kind) -> int:
-        """Parameters of one kind that are gone so far, earlier cuts included."""
+        """Returns the parameters of one kind that are gone so far, earlier cuts included."""
         layers = zip(self.limits.dense.layers, self.left, strict=True)
         return sum(dense.count(kind) - left[kind] for dense, left in layers) * self.limits.dense.group_numel(kind)
 
@@ -142,12 +146,12 @@ class _Removal:
         ]
 
     def _candidates(self, kinds: tuple[Kind, ...]) -> list[tuple[int, Kind, int]]:
-        """(layer, kind, groups) of all blocks by score per parameter, ascending; among equals the last layer first.
+        """Lists (layer, kind, groups) of all blocks by ascending score per parameter. Equals: the last layer first.
 
-        The blocks of a layer come in the order in which they must leave, for their scores ascend.
+        The blocks of a layer come in the order in which they must leave, as their scores ascend.
         """
         sites: list[tuple[int, Kind, int]] = []
-        per_parameter = []
+        per_parameter: list[Tensor] = []
         for layer in reversed(self.limits.open_layers):
             for kind in kinds:
                 left = self.left[layer][kind]
@@ -155,12 +159,12 @@ class _Removal:
                 sites.extend((layer, kind, groups) for groups in blocks)
                 scores = self.scores[layer].of(kind).sort().values[-left:]
                 per_parameter.append(_block_means(scores, blocks) / self.limits.dense.group_numel(kind))
-        order = torch.cat(per_parameter).argsort(stable=True).tolist()
+        order = cast(list[int], torch.cat(per_parameter).argsort(stable=True).tolist())
         return [sites[position] for position in order]
 
 
 def _block_means(scores: Tensor, blocks: list[int]) -> Tensor:
-    """(blocks,): mean score of each block of ascending scores; all blocks but the first are of one size."""
+    """Returns (blocks,): the mean of each block of ascending scores. All blocks but the first are of one size."""
     if not blocks:
         return scores[:0]
     first, rest = scores[: blocks[0]], scores[blocks[0] : sum(blocks)]

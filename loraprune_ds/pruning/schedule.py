@@ -1,4 +1,4 @@
-"""When to cut and how much should be gone by then."""
+"""The schedule: the steps that cut, and how much should be gone by then."""
 
 import math
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from loraprune_ds.errors import UserError
 class Schedule:
     """The cubic schedule (Zhu & Gupta, arXiv 1710.01878): ratio · (1 − (1 − t)³) between warm-up and cool-down.
 
-    Steps are counted from 1: step s is the s-th optimizer update, and a cut follows it.
+    Steps count from 1. Step s is the s-th optimizer update, and a cut follows it.
 
     Attributes:
-        start: last step of the warm-up; the target is 0 up to here.
+        start: last step of the warm-up. The target is 0 up to here.
         end: the step of the last cut, where the target is `ratio`.
         every: steps from one cut to the next.
         score_every: steps from one scoring to the next.
@@ -27,29 +27,29 @@ class Schedule:
     score_every: int = 1
 
     def target(self, step: int) -> float:
-        """Fraction of the decoder-layer linear parameters that should be gone after `step`."""
+        """Returns the fraction of the decoder-layer linear parameters that should be gone after `step`."""
         t = (step - self.start) / (self.end - self.start)
         return self.ratio * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
     def cut_steps(self) -> list[int]:
-        """Every `every` steps after the warm-up, and the last one exactly where the cool-down begins."""
+        """Lists every `every`-th step after the warm-up, and the last one where the cool-down begins."""
         return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
 
     def is_cut(self, step: int) -> bool:
-        """Whether a cut follows this step."""
+        """Tells if a cut follows this step."""
         return self.start < step <= self.end and ((step - self.start) % self.every == 0 or step == self.end)
 
     def is_scored(self, step: int) -> bool:
-        """Every `score_every` steps from the first one on, and before each cut; never after the last."""
+        """Tells if this step scores: each `score_every`-th from the first, and before each cut. None after the last."""
         return step <= self.end and ((step - 1) % self.score_every == 0 or self.is_cut(step))
 
     def precedes_cut(self, step: int, within: int) -> bool:
-        """Whether one of so many steps, this one being the first, is followed by a cut."""
+        """Tells if a cut follows one of the next `within` steps, this one included."""
         return any(self.is_cut(s) for s in range(step, step + within))
 
 
 def make_schedule(config: PruneConfig, steps: int) -> Schedule:
-    """The schedule of a run of `steps` optimizer steps.
+    """Makes the schedule of a run of `steps` optimizer steps.
 
     Raises:
         UserError: no step is left between warm-up and cool-down.
@@ -63,6 +63,6 @@ def make_schedule(config: PruneConfig, steps: int) -> Schedule:
 
 
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:
-    """Whole steps in so many epochs, at least one."""
+    """Returns the whole steps in so many epochs, at least one."""
     steps = epochs * samples / global_batch_size
     return max(1, math.floor(steps + 1e-9))  # 0.29 epochs of 100 samples are 29, not 28.999...

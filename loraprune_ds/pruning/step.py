@@ -30,7 +30,7 @@ Words, each with one meaning everywhere:
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -104,7 +104,7 @@ class Pruner:
         self._random = random_scores(limits.dense, seed)
 
     @contextmanager
-    def record_step(self, step: int) -> Iterator[None]:
+    def record_step(self, step: int) -> Generator[None]:
         """Records what the settings need of this step. Open it around all passes of the step and its `score`."""
         with ExitStack() as recordings:
             if self.compensator is not None:
@@ -210,7 +210,7 @@ def all_groups(shape: ModelShape) -> list[LayerKeep]:
 
 def _to_mask(keep: list[LayerKeep], shape: ModelShape) -> Tensor:
     """Returns (all groups of all layers,) uint8: layer by layer, heads then channels."""
-    parts = []
+    parts: list[Tensor] = []
     for layer_keep, layer in zip(keep, shape.layers, strict=True):
         for kind in KINDS:
             mask = torch.zeros(layer.count(kind), dtype=torch.uint8)
@@ -221,5 +221,5 @@ def _to_mask(keep: list[LayerKeep], shape: ModelShape) -> Tensor:
 
 def _from_mask(mask: Tensor, shape: ModelShape) -> list[LayerKeep]:
     sizes = [layer.count(kind) for layer in shape.layers for kind in KINDS]
-    indices = [part.nonzero().flatten() for part in mask.split(sizes)]
+    indices = [part.nonzero().flatten() for part in torch.split(mask, sizes)]
     return [LayerKeep(heads, channels) for heads, channels in zip(indices[::2], indices[1::2], strict=True)]

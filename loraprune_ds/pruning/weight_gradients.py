@@ -1,9 +1,12 @@
-"""The true gradient of the frozen weights, in pieces: whole for one linear at a time, then only where W itself lies."""
+"""The true gradient of the frozen weights: whole for one linear at a time, then sharded like W itself."""
 
-from collections.abc import Iterator
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +17,11 @@ from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 
 
 class WeightGradients:
-    """Collects the gradient of every frozen linear during one step: fp32, averaged over the global batch.
+    """Records the gradient of every frozen linear during one step: fp32, averaged over the global batch.
 
-    In the backward pass of a linear its gradient gᵀ·x is formed in the model's dtype (fp16: in fp32), reduce-scattered
-    in fp32 to the owners of W's flat pieces and added up there over the micro-batches. While a step lasts a rank holds
-    those pieces, 4 bytes per element of W over W ranks, and one linear's gradient at a time: 4 bytes per element, and a
+    The backward pass of a linear forms its gradient gᵀ·x in the model's dtype (fp16: in fp32). It is reduce-scattered
+    in fp32 to the ranks that own W's shards, and added up there over the micro-batches. While a step lasts a rank holds
+    4 bytes per element of its shards. Beside them it holds one linear's gradient at a time: 4 bytes per element, and a
     copy in the model's dtype.
     """
 
@@ -31,8 +34,8 @@ class WeightGradients:
                 lora_linear(layer, linear).register_forward_hook(partial(self._tap, LinearId(i, linear)))
 
     @contextmanager
-    def record(self) -> Iterator[None]:
-        """Around all forward and backward passes of a step, and the use of `owned`; nothing is kept afterwards."""
+    def record(self) -> Generator[None]:
+        """Records while it is open: around all passes of a step and the use of `owned`. Keeps nothing afterwards."""
         self._active = True
         try:
             yield
@@ -41,13 +44,13 @@ class WeightGradients:
             self._shards.clear()
 
     def owned(self, layer: int, linear: Linear) -> Tensor:
-        """The gradient of the elements that `PrunableModel.owned_weight` returns: (elements,) fp32."""
+        """Returns the gradient of the elements of `PrunableModel.owned_weight`: (elements,) fp32."""
         return self._shards[LinearId(layer, linear)] / (self._model.world_size * self._model.loss_scale)
 
     def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        # The output of the whole LoRA layer: its gradient is that of W's part of it, and unlike that part it needs a
-        # gradient in the first layer too, whose input needs none.
-        return _Tap.apply(output, inputs[0], partial(self._receive, linear_id)) if self._active else None
+        # The output of the whole LoRA layer has the gradient of W's part of it. Unlike that part it needs a gradient in
+        # the first layer too, whose input needs none.
+        return cast(Tensor, _Tap.apply(output, inputs[0], partial(self._receive, linear_id))) if self._active else None
 
     def _receive(self, linear_id: LinearId, gradient: Tensor, inputs: Tensor) -> None:
         if gradient.dtype == torch.float16:  # scaled for LoRA's gradients, which are smaller than W's
@@ -61,9 +64,9 @@ class WeightGradients:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a linear's output, which shows the linear's input and its output's gradient to a receiver.
+    """Passes a linear's output on, and shows the linear's input and its output's gradient to a receiver.
 
-    The input is saved as autograd saves tensors: activation checkpointing drops it and has it again when it is needed.
+    The input is saved as autograd saves tensors. Activation checkpointing drops it and has it again when it is needed.
     """
 
     @staticmethod
