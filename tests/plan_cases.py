@@ -24,7 +24,7 @@ from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.traffic import layer_cuts, lora_pieces, moved_bytes, scoring_bytes
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.data import Samples
+from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import FetchLimits
 from loraprune_ds.zero.engine import build_training_engine

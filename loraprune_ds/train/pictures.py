@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds.evaluate.plot_style import PLOT_STYLE
+from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, VERMILION, label_point, save_picture
 from loraprune_ds.model.shapes import KINDS, Kind, ModelShape
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, History
 from loraprune_ds.units import format_perplexity
@@ -14,8 +14,6 @@ if TYPE_CHECKING:  # imported where a picture is drawn: a run that is only plann
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's colours: told apart with any kind of colour vision, and in grey.
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PALE, CUT = "#DDDDDD", "#C4C4C4"
 STYLE: Any = PLOT_STYLE | {"axes.titlepad": 8, "axes.grid.axis": "y"}
 # Drawn whole on the edge of the axes; the layout would make room for it, and with no point in it collapse.
@@ -92,8 +90,6 @@ def _draw_loss(axes: "Axes", history: History) -> None:
 
 def _annotate(axes: "Axes", evaluation: EvaluationRecord) -> None:
     """Beside the point, on the side where the axes go on; evaluations on the way need no words."""
-    from matplotlib.patheffects import withStroke
-
     placement = {
         "dense": ("dense", (2, 10), "left"),
         "after_last_cut": ("after the last cut", (0, 14), "right"),
@@ -102,18 +98,9 @@ def _annotate(axes: "Axes", evaluation: EvaluationRecord) -> None:
     if evaluation.name not in placement:
         return
     name, offset, alignment = placement[evaluation.name]
-    axes.annotate(
-        f"{format_perplexity(evaluation.perplexity)} {name}",
-        (evaluation.step, math.log(evaluation.perplexity)),
-        xytext=offset,
-        textcoords="offset points",
-        ha=alignment,
-        va="center",
-        color=VERMILION,
-        annotation_clip=False,
-        in_layout=False,
-        path_effects=[withStroke(linewidth=3, foreground="white")],  # readable where it lies on a curve
-    )
+    text = f"{format_perplexity(evaluation.perplexity)} {name}"
+    point = (evaluation.step, math.log(evaluation.perplexity))
+    label_point(axes, text, point, offset, alignment, color=VERMILION, in_layout=False)
 
 
 def _draw_sparsity(axes: "Axes", history: History) -> None:
@@ -160,7 +147,5 @@ def _legend_above(axes: "Axes") -> None:
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    """A `Figure` without pyplot draws PNG with Agg: no display and no global state."""
     figure.align_ylabels()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor="white")
+    save_picture(figure, path)

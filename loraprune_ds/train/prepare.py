@@ -21,9 +21,10 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
-from loraprune_ds.train.data import SampleOrder, Samples
-from loraprune_ds.train.data_load import load_samples
-from loraprune_ds.train.data_sources import fetch_dataset
+from loraprune_ds.train.data.loading import load_samples
+from loraprune_ds.train.data.order import SampleOrder
+from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.data.sources import fetch_dataset
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, device_name

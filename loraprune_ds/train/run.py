@@ -8,7 +8,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraprune_ds.checkpoint.files import staging_of
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.config import RunConfig
@@ -28,6 +27,7 @@ from loraprune_ds.train.records import EvaluationRecord
 from loraprune_ds.train.report import Outcome
 from loraprune_ds.train.stop import Requests, drop_stale_requests
 from loraprune_ds.train.teacher_pass import find_teacher
+from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.half_products import fast_half_products

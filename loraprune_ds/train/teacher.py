@@ -7,7 +7,6 @@ A file appears whole or not at all, so an interrupted pass goes on where it was.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.checkpoint.files import flush
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RankError, one_line
 from loraprune_ds.files import write_json
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher, samples_per_file, token_bytes
-from loraprune_ds.train.data import SampleOrder, Samples
+from loraprune_ds.train.data.order import SampleOrder
+from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.whole import whole_file
 
 MANIFEST = "teacher.json"
 
@@ -125,11 +125,8 @@ class Teacher:
 
     def write(self, file: int, fields: dict[str, Tensor]) -> None:
         """Publishes a file."""
-        staging = self.path(file).with_suffix(".partial")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in fields.items()}, staging)
-        flush(staging)  # a machine that dies must not leave a file of the right length without its content
-        os.replace(staging, self.path(file))
-        flush(self.folder)
+        with whole_file(self.path(file), lasting=True) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in fields.items()}, temporary)
 
     def distillation(self, indices: Tensor, device: torch.device) -> Distillation:
         """For the supervised tokens of these samples, in their order.

@@ -18,7 +18,7 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.distillation import Recording
 from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.train.data import Samples
+from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.output import comes_to_be_seen
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.stop import STOP

@@ -11,9 +11,9 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.distillation import Distillation
 from loraprune_ds.pruning.step import Cut, Pruner
-from loraprune_ds.train.data import SampleOrder, Samples, rank_micro_batches, supervised_tokens
+from loraprune_ds.train.data.order import SampleOrder, rank_micro_batches, seed_dropout
+from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.records import CutRecord, StepRecord
-from loraprune_ds.train.seeding import seed_draws
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
@@ -58,7 +58,7 @@ class Trainer:
         """The `step`-th optimizer step (from 1): forward and backward of this rank's micro-batches, score, update."""
         began = time.perf_counter()
         batch = self.order.batch(step - 1)
-        supervised = supervised_tokens(self.samples, batch)
+        supervised = self.samples.count_supervised(batch)
         learning_rate = self.engine.learning_rate
         sparsity = self.pruner.reached()
         tokens = self.samples.count_tokens(batch)
@@ -103,7 +103,7 @@ class Trainer:
         engine, model = self.engine, self.model
         micro_batches = rank_micro_batches(batch, self.config.train.micro_batch_size, model.rank, model.world_size)
         for i, indices in enumerate(micro_batches):
-            seed_draws(self.config.seed, step, i, model.rank)
+            seed_dropout(self.config.seed, step, i, model.rank)
             input_ids = self.samples.input_ids[indices].long().to(model.device)
             labels = self.samples.labels[indices].long().to(model.device)
             with self.pruner.record_forward(self.samples.attention_mask(indices)):

@@ -21,7 +21,7 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained, para
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.data import Samples
+from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.files import sha256
+from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.config import EvaluateConfig
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.step import all_groups
-from loraprune_ds.train.data import Ragged
-from loraprune_ds.train.data_tokens import PADDING_ID
+from loraprune_ds.train.data.samples import Ragged
+from loraprune_ds.train.data.tokens import PADDING_ID
 from loraprune_ds.train.stop import STOP
 from loraprune_ds.train.teacher import make_teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher

@@ -1,11 +1,14 @@
-"""Samples in memory, the order of steps, and who takes which part: all without talking to another rank."""
+"""Samples in memory, the order of steps, who takes which part, and what dropout draws: all without another rank."""
+
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.train.data import Ragged, SampleOrder, Samples, rank_micro_batches, supervised_tokens
+from loraprune_ds.train.data.order import SampleOrder, rank_micro_batches, seed_dropout
+from loraprune_ds.train.data.samples import Ragged, Samples
 
 PADDING = 0
 
@@ -46,12 +49,12 @@ def test_labels_and_ids_of_a_batch_have_one_shape() -> None:
     assert samples.input_ids[numbers(1, 0)].tolist() == [[5, 9] + [0] * 6, [5, 6, 7, 8] + [0] * 4]
 
 
-def test_supervised_tokens_counts_predictions_once_per_occurrence_and_no_first_token() -> None:
+def test_count_supervised_counts_predictions_once_per_occurrence_and_no_first_token() -> None:
     samples = masked_samples()
-    assert [supervised_tokens(samples, numbers(i)) for i in range(3)] == [2, 1, 2]
-    assert supervised_tokens(samples, numbers(0, 1, 2, 0)) == 7
+    assert [samples.count_supervised(numbers(i)) for i in range(3)] == [2, 1, 2]
+    assert samples.count_supervised(numbers(0, 1, 2, 0)) == 7
     text = torch.ones(3, 5, dtype=torch.int32)
-    assert supervised_tokens(Samples(text, text), numbers(0, 2)) == 8
+    assert Samples(text, text).count_supervised(numbers(0, 2)) == 8
 
 
 def test_count_tokens_leaves_padding_out() -> None:
@@ -119,9 +122,25 @@ def test_ranks_share_the_same_micro_batches_whatever_their_number(world_size: in
     assert {len(part) for part in parts} == {6 // world_size}
     shared = sorted(tuple(micro.tolist()) for part in parts for micro in part)
     assert shared == sorted(tuple(micro.tolist()) for micro in indices.view(6, 2))
-    assert sum(supervised_tokens_of(part) for part in parts) == supervised_tokens_of([indices])
+    assert sum(supervised_in(part) for part in parts) == supervised_in([indices])
 
 
-def supervised_tokens_of(micro_batches: list[Tensor]) -> int:
+def supervised_in(micro_batches: list[Tensor]) -> int:
     labels = torch.where(torch.rand(12, 9, generator=torch.Generator().manual_seed(0)) < 0.5, IGNORE_INDEX, 1)
-    return sum(supervised_tokens(Samples(labels, labels), indices) for indices in micro_batches)
+    return sum(Samples(labels, labels).count_supervised(indices) for indices in micro_batches)
+
+
+def test_every_rank_step_micro_batch_and_seed_draws_its_own_dropout() -> None:
+    draws = set()
+    for key in itertools.product((0, 1), (1, 2), (0, 1), (0, 1, 2)):
+        seed_dropout(*key)
+        draws.add(tuple(torch.rand(4).tolist()))
+    assert len(draws) == 2 * 2 * 2 * 3
+
+
+def test_a_draw_does_not_depend_on_what_was_drawn_before() -> None:
+    seed_dropout(0, 5, 1, 1)
+    first = torch.rand(4)
+    torch.rand(1000)
+    seed_dropout(0, 5, 1, 1)
+    assert torch.equal(torch.rand(4), first)

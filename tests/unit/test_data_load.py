@@ -10,8 +10,8 @@ import pytest
 from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.embedded import embedded_text
-from loraprune_ds.train.data_load import LoadedData, load_samples
-from loraprune_ds.train.data_sources import local_files, read_rows
+from loraprune_ds.train.data.loading import LoadedData, load_samples
+from loraprune_ds.train.data.sources import local_files, read_rows
 from tests.unit.test_data import numbers
 from tests.unit.test_data_tokens import make_tokenizer, words
 

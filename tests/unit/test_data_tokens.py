@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.train.data import Ragged, Samples, supervised_tokens
-from loraprune_ds.train.data_tokens import BATCH, Instruction, make_instruction, mask_prompts, pack_documents
+from loraprune_ds.train.data.samples import Ragged, Samples
+from loraprune_ds.train.data.tokens import TEXTS_AT_ONCE, Instruction, make_instruction, mask_prompts, pack_documents
 from tests.unit.test_data import numbers
 
 BOS, EOS = 1, 2
@@ -55,15 +55,15 @@ def test_max_samples_takes_the_first_windows_and_reads_no_further_than_it_must()
     read = []
 
     def documents():
-        for i in range(3 * BATCH):
+        for i in range(3 * TEXTS_AT_ONCE):
             read.append(i)
             yield words(1, 3)
 
-    whole = pack_documents([words(1, 3)] * 3 * BATCH, make_tokenizer(), 4, None)
+    whole = pack_documents([words(1, 3)] * 3 * TEXTS_AT_ONCE, make_tokenizer(), 4, None)
     samples = pack_documents(documents(), make_tokenizer(), 4, 5)
-    assert len(whole) == (4 * 3 * BATCH - 1) // 4
+    assert len(whole) == (4 * 3 * TEXTS_AT_ONCE - 1) // 4
     assert rows(samples)[0] == rows(whole)[0][:5]
-    assert len(read) == BATCH
+    assert len(read) == TEXTS_AT_ONCE
 
 
 def test_text_shorter_than_a_window_gives_no_sample() -> None:
@@ -93,7 +93,7 @@ def test_the_prompt_is_masked_and_the_response_ends_with_one_eos(
     ids, labels = rows(samples)
     assert ids == [prompt + response + [0] * padding]
     assert labels == [[IGNORE_INDEX] * len(prompt) + response + [IGNORE_INDEX] * padding]
-    assert supervised_tokens(samples, numbers(0)) == len(response)
+    assert samples.count_supervised(numbers(0)) == len(response)
 
 
 def test_a_long_response_is_cut_at_the_window_and_a_sample_without_response_is_left_out() -> None:
@@ -107,7 +107,7 @@ def test_a_long_response_is_cut_at_the_window_and_a_sample_without_response_is_l
         (words(1, 7), words(8, 8)),
     ]
     samples = mask_prompts(instructions(*pairs), make_tokenizer(eos=None), 8, None)
-    assert [supervised_tokens(samples, numbers(i)) for i in range(len(samples))] == [2, 2, 1]
+    assert [samples.count_supervised(numbers(i)) for i in range(len(samples))] == [2, 2, 1]
     assert rows(samples)[0][0] == [11, 12, 13, 14, 15, 16, 17, 18]
     assert samples.left_out == 4
 

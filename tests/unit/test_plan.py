@@ -24,7 +24,7 @@ from loraprune_ds.plan.report import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
 from loraprune_ds.plan.steps import StepKind, step_kind
 from loraprune_ds.plan.totals import NOTHING
-from loraprune_ds.train.data import SampleOrder
+from loraprune_ds.train.data.order import SampleOrder
 
 SMALL = ModelShape("llama", 512, 64, 2, 1000, False, False, False, (LayerShape(4, 1376),) * 6)
 LONG = SMALL.with_layers(SMALL.layers * 8)

@@ -9,7 +9,9 @@ import torch
 from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.distillation import HiddenTeacher
-from loraprune_ds.train.data import IGNORE_INDEX, Ragged, SampleOrder, Samples
+from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.train.data.order import SampleOrder
+from loraprune_ds.train.data.samples import Ragged, Samples
 from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
 
 HIDDEN = 3

@@ -1,4 +1,4 @@
-"""From text to samples: documents packed to windows, or instructions with the prompt left out of the loss."""
+"""Makes samples of text: packs documents to windows, or leaves the prompts of instructions out of the loss."""
 
 from array import array
 from collections.abc import Iterable, Iterator
@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.train.data import Ragged, Samples
+from loraprune_ds.train.data.samples import Ragged, Samples
 
-PADDING_ID = 0  # every model has it, and nothing looks at it
-BATCH = 1000  # texts tokenised at a time
+PADDING_ID = 0  # every model knows this id, and nothing looks at it
+TEXTS_AT_ONCE = 1000  # that are tokenised in one call
 PROMPT = "Answer the request.\n\n### Request\n{prompt}\n\n### Answer\n"
 PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}\n\n### Text\n{input}\n\n### Answer\n"
 
@@ -23,27 +23,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Instruction:
-    """What the model is asked and what it should say."""
+    """Holds a question to the model and the answer that it should give."""
 
     prompt: str
     response: str
 
 
-def make_instruction(prompt: str, material: str, response: str) -> Instruction:
-    """Puts a request, and the text it is about if there is one, into words."""
-    template = PROMPT_WITH_INPUT if material else PROMPT
-    return Instruction(template.format(prompt=prompt, input=material), response)
+def make_instruction(prompt: str, about: str, response: str) -> Instruction:
+    """Puts a request into the template, and with it the text that it is `about`, which may be empty."""
+    template = PROMPT_WITH_INPUT if about else PROMPT
+    return Instruction(template.format(prompt=prompt, input=about), response)
 
 
 def pack_documents(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, window: int, max_samples: int | None
 ) -> Samples:
-    """One stream of all documents, with the tokenizer's EOS between them, cut to windows; the tail is dropped."""
+    """Joins all documents to one stream, with the tokenizer's EOS between them, and splits it into windows.
+
+    The tail that fills no window is dropped.
+    """
     eos = _eos(tokenizer)
     stream = array("i")
     for batch in _batches(document for document in documents if document):
         for ids in _ids(batch, tokenizer, special=True):
-            if stream and eos is not None and stream[-1] != eos:  # some tokenizers end a text with it themselves
+            if stream and eos is not None and stream[-1] != eos:  # some tokenizers add EOS themselves
                 stream.append(eos)
             stream.extend(ids)
         if max_samples is not None and len(stream) >= max_samples * window:
@@ -56,10 +59,10 @@ def pack_documents(
 def mask_prompts(
     instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase, window: int, max_samples: int | None
 ) -> Samples:
-    """One sample per instruction: prompt (not predicted), response, EOS; cut to the window.
+    """Makes one sample of each instruction: the prompt, which is not predicted, the response and EOS.
 
-    Prompt and response are tokenised apart, so the mask ends exactly between them. Samples of which nothing is left to
-    predict are left out.
+    A sample ends at the window. If no prediction of the response is left, the sample is left out. Prompt and response
+    are tokenised apart, so the mask ends exactly between them.
     """
     ids, labels = array("i"), array("i")
     starts = array("q", [0])
@@ -90,7 +93,7 @@ def _tokenize_instructions(
         prompts = _ids([instruction.prompt for instruction in batch], tokenizer, special=True)
         responses = _ids([instruction.response for instruction in batch], tokenizer, special=False)
         for prompt, response in zip(prompts, responses, strict=True):
-            if eos is not None and prompt[-1:] == [eos]:  # a tokenizer that ends every text
+            if eos is not None and prompt[-1:] == [eos]:  # the tokenizer has added EOS
                 prompt = prompt[:-1]
             if eos is not None and response:
                 response = [*response, eos]
@@ -110,5 +113,5 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:
     iterator = iter(items)
-    while batch := list(islice(iterator, BATCH)):
+    while batch := list(islice(iterator, TEXTS_AT_ONCE)):
         yield batch

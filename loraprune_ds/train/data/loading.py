@@ -1,4 +1,4 @@
-"""Reads `data.path`, keeps a part of it away from tuning, and makes samples of the rest."""
+"""Reads `data.path`, holds a part of it out, and makes samples of the rest."""
 
 import math
 from collections.abc import Iterable
@@ -10,16 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.train.data import Samples
-from loraprune_ds.train.data_sources import JSON_SUFFIXES, Row, Rows, local_files, read_rows, read_text_file
-from loraprune_ds.train.data_tokens import Instruction, make_instruction, mask_prompts, pack_documents
+from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.data.sources import JSON_SUFFIXES, TextRow, TextRows, local_files, read_rows, read_text_file
+from loraprune_ds.train.data.tokens import Instruction, make_instruction, mask_prompts, pack_documents
 
-LINE_END_WITHIN = 1000  # characters before a cut through a document where a line may end
+LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """What to tune on, and a text that tuning never sees, for perplexity."""
+    """Holds the samples to tune on, and a text for perplexity that tuning never sees."""
 
     samples: Samples
     held_out: str
@@ -32,11 +32,11 @@ def load_samples(
     minimum: int,
     vocab_size: int,
 ) -> LoadedData:
-    """Samples and held-out text; the same on every rank that reads the same files.
+    """Loads samples and held-out text. They are the same on every rank that reads the same files.
 
     Args:
         minimum: samples of one global batch.
-        vocab_size: ids the model knows.
+        vocab_size: number of ids that the model knows.
 
     Raises:
         UserError: the data cannot be read, does not fit the model, or is shorter than one global batch.
@@ -44,13 +44,23 @@ def load_samples(
     if config.max_samples is not None and config.max_samples < minimum:
         raise UserError(f"data.max_samples {config.max_samples} is below train.global_batch_size {minimum}")
     held_out_text = _read_held_out(config)
-    tuning, held_out = _split(read_rows(config), config)
+    tuning, held_out = _hold_out(read_rows(config), config)
+    samples = _make_samples(tuning, tokenizer, config)
+    _check_samples(samples, config, minimum, vocab_size)
+    if held_out_text is None:
+        held_out_text = _join_text(held_out, config)
+    return LoadedData(samples, held_out_text)
+
+
+def _make_samples(rows: Iterable[TextRow], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Samples:
     if config.format == "text":
-        documents = (_text_of(row, config.text_field) for row in tuning)
-        samples = pack_documents(documents, tokenizer, config.window, config.max_samples)
-    else:
-        instructions = (_instruction_of(row, config) for row in tuning)
-        samples = mask_prompts(instructions, tokenizer, config.window, config.max_samples)
+        documents = (_text_of(row, config.text_field) for row in rows)
+        return pack_documents(documents, tokenizer, config.window, config.max_samples)
+    instructions = (_instruction_of(row, config) for row in rows)
+    return mask_prompts(instructions, tokenizer, config.window, config.max_samples)
+
+
+def _check_samples(samples: Samples, config: DataConfig, minimum: int, vocab_size: int) -> None:
     if len(samples) < minimum:
         raise UserError(
             f"data.path {config.path} is too short: {len(samples)} samples of {config.window} tokens (data.window); "
@@ -59,12 +69,10 @@ def load_samples(
         )
     if (largest := samples.largest_id()) >= vocab_size:
         raise UserError(f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
-    if held_out_text is None:
-        held_out_text = _join_text(held_out, config)
-    return LoadedData(samples, held_out_text)
 
 
 def _read_held_out(config: DataConfig) -> str | None:
+    """Reads the text of `data.held_out`. None if the config names no such file."""
     if config.held_out is None:
         return None
     path = Path(config.held_out).expanduser()
@@ -75,10 +83,11 @@ def _read_held_out(config: DataConfig) -> str | None:
     return _join_text(read_rows(replace(config, path=str(path))), config)
 
 
-def _split(rows: Rows, config: DataConfig) -> tuple[Iterable[Row], Iterable[Row]]:
-    """Rows to tune on and rows to hold out, evenly spread; of documents too few for that, the ends are held out.
+def _hold_out(rows: TextRows, config: DataConfig) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
+    """Splits rows into those to tune on and those to hold out, which are spread evenly.
 
-    Documents differ a lot in length, so it is their characters that the fraction is of.
+    Documents differ a lot in length. So the fraction is one of their characters, not of their number. If there are too
+    few documents for that, the end of each document is held out.
     """
     if config.held_out is not None:
         return rows, ()
@@ -100,7 +109,10 @@ def _split(rows: Rows, config: DataConfig) -> tuple[Iterable[Row], Iterable[Row]
 
 
 def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
-    """Numbers of the items to take: each that brings the size taken nearer to `fraction` of the size seen so far."""
+    """Chooses items whose sizes make up `fraction` of all, spread evenly. Returns their numbers.
+
+    An item is chosen if it brings the size chosen nearer to `fraction` of the size seen so far.
+    """
     chosen, seen, taken = [], 0, 0
     for i, size in enumerate(sizes):
         seen += size
@@ -111,30 +123,30 @@ def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
 
 
 def _split_tail(text: str, fraction: float) -> tuple[str, str]:
-    """A document cut in two, the second part about `fraction` of it, at the end of a line if one is near."""
+    """Splits a document in two. The second part is about `fraction` of it and begins at a line if one is near."""
     middle = math.floor(len(text) * (1 - fraction))
     line_end = text.rfind("\n", max(0, middle - LINE_END_WITHIN), middle) + 1
     cut = line_end or middle
     return text[:cut], text[cut:]
 
 
-def _join_text(rows: Iterable[Row], config: DataConfig) -> str:
+def _join_text(rows: Iterable[TextRow], config: DataConfig) -> str:
     return "\n\n".join(_whole_text_of(row, config) for row in rows)
 
 
-def _whole_text_of(row: Row, config: DataConfig) -> str:
+def _whole_text_of(row: TextRow, config: DataConfig) -> str:
     if config.format == "text":
         return _text_of(row, config.text_field)
     instruction = _instruction_of(row, config)
     return instruction.prompt + instruction.response
 
 
-def _instruction_of(row: Row, config: DataConfig) -> Instruction:
-    material = "" if config.input_field is None else _text_of(row, config.input_field)
-    return make_instruction(_text_of(row, config.prompt_field), material, _text_of(row, config.response_field))
+def _instruction_of(row: TextRow, config: DataConfig) -> Instruction:
+    about = "" if config.input_field is None else _text_of(row, config.input_field)
+    return make_instruction(_text_of(row, config.prompt_field), about, _text_of(row, config.response_field))
 
 
-def _text_of(row: Row, field: str) -> str:
+def _text_of(row: TextRow, field: str) -> str:
     value = row.get(field)
     if value is None:  # rows of real data have gaps
         return ""

@@ -1,4 +1,4 @@
-"""Rows of text from wherever `data.path` points: files, a `datasets` name, or Python's own help."""
+"""Reads rows of text from files, from a `datasets` name, or from Python's own help, as `data.path` says."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,29 +8,29 @@ from typing import Any, Protocol
 
 from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError, first_line
+from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.hub import HUB_ERRORS
 
-EMBEDDED = "embedded"
 TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
 SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
-Row = Mapping[str, Any]
+TextRow = Mapping[str, Any]
 
 
-class Rows(Protocol):
-    """What a list of dictionaries and a `datasets.Dataset` have in common."""
+class TextRows(Protocol):
+    """Describes what a list of dictionaries and a `datasets.Dataset` have in common."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-def read_rows(config: DataConfig) -> Rows:
-    """All rows of `data.path`, with at least the fields that the config names. A text file is one row.
+def read_rows(config: DataConfig) -> TextRows:
+    """Reads all rows of `data.path`. Each has at least the fields that the config names. A text file is one row.
 
     Raises:
-        UserError: nothing there, an empty file, what is not valid JSON (file and line), or an unknown field.
+        UserError: nothing is there, a file is empty or not valid JSON (names file and line), or a field is unknown.
     """
     if config.path == EMBEDDED:
         if config.format == "instruction":
@@ -39,23 +39,26 @@ def read_rows(config: DataConfig) -> Rows:
     files = local_files(config.path)
     if files is None:
         return _load_dataset(config)
-    rows = [row for file in files for row in _read_file(file, config)]
+    rows = [row for file in files for row in _read_rows_of_file(file, config)]
     _check_fields(config, {field for row in rows for field in row})
     return rows
 
 
 def fetch_dataset(config: DataConfig) -> None:
-    """Brings what `data.path` names into the cache, if it is the name of a data set.
+    """Downloads a data set into the cache, if `data.path` is the name of one.
 
     Raises:
-        UserError: as `read_rows`.
+        UserError: the data set cannot be had, is empty, or lacks a field.
     """
     if config.path != EMBEDDED and local_files(config.path) is None:
         _load_dataset(config)
 
 
 def local_files(path: str) -> list[Path] | None:
-    """The files that `data.path` names, by itself, as a glob or as their folder, sorted; None: it is no local path.
+    """Finds the files that `data.path` names: a file, a glob, or all files of a folder, sorted.
+
+    Returns:
+        None if it is no local path.
 
     Raises:
         UserError: it looks like a path, but nothing is there.
@@ -75,7 +78,7 @@ def local_files(path: str) -> list[Path] | None:
 
 
 def read_text_file(path: Path) -> str:
-    """A text file with something in it.
+    """Reads a text file that is not blank.
 
     Raises:
         UserError: it does not exist, is not UTF-8 or is blank.
@@ -91,8 +94,8 @@ def read_text_file(path: Path) -> str:
     return text
 
 
-def used_fields(config: DataConfig) -> dict[str, str]:
-    """The fields a row must have -> the keys of the config that name them."""
+def _used_fields(config: DataConfig) -> dict[str, str]:
+    """Maps the fields that a row must have to the keys of the config that name them."""
     if config.format == "text":
         return {config.text_field: "data.text_field"}
     fields = {config.prompt_field: "data.prompt_field", config.response_field: "data.response_field"}
@@ -110,12 +113,12 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
 
 
-def _read_file(path: Path, config: DataConfig) -> list[dict[str, Any]]:
+def _read_rows_of_file(path: Path, config: DataConfig) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
         return _read_json_lines(path, config)
     text = read_text_file(path)
     if path.suffix == ".json":
-        value = _parse(text, path, 1)
+        value = _parse_json(text, path, 1)
         if not isinstance(value, list) or not value:
             raise UserError(f"{path} must hold a list of objects (one object per line goes into a .jsonl file)")
         return [_as_row(item, f"{path}, item {i}", config) for i, item in enumerate(value)]
@@ -128,7 +131,9 @@ def _read_json_lines(path: Path, config: DataConfig) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig") as lines:
             numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-            rows = [_as_row(_parse(line, path, number), f"{path}, line {number}", config) for number, line in numbered]
+            rows = [
+                _as_row(_parse_json(line, path, number), f"{path}, line {number}", config) for number, line in numbered
+            ]
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
     if not rows:
@@ -136,7 +141,7 @@ def _read_json_lines(path: Path, config: DataConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse(text: str, path: Path, first_line: int) -> Any:
+def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -147,30 +152,30 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 def _as_row(value: Any, where: str, config: DataConfig) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, got {type(value).__name__}")
-    for field in used_fields(config):
+    for field in _used_fields(config):
         if not isinstance(value.get(field), str | None):  # rows of real data have gaps
             raise UserError(f"{where}: field {field!r} must be text; got {value[field]!r:.80}")
     return value
 
 
 def _check_fields(config: DataConfig, known: set[str]) -> None:
-    for field, key in used_fields(config).items():
+    for field, key in _used_fields(config).items():
         if field not in known:
             hint = " (null: there is none)" if key == "data.input_field" else ""
             raise UserError(f"{key}: {config.path} has no field {field!r}{hint}; it has {', '.join(sorted(known))}")
 
 
-def _load_dataset(config: DataConfig) -> Rows:
-    from datasets import Dataset, load_dataset  # takes seconds, and files do without it
+def _load_dataset(config: DataConfig) -> TextRows:
+    from datasets import Dataset, load_dataset  # takes seconds, and files do not need it
     from datasets.exceptions import DatasetsError
 
     try:
         dataset = load_dataset(config.path, config.name, split=config.split)
-    except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:  # RuntimeError: a script
+    except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:  # RuntimeError: the data set is a script
         reason = first_line(error)
         raise UserError(f"data.path: no file {config.path}, and not available as a dataset: {reason}") from None
     assert isinstance(dataset, Dataset)
     if not len(dataset):
         raise UserError(f"data.path: {config.path} has no rows in split {config.split}")
     _check_fields(config, set(dataset.column_names))
-    return dataset.select_columns(list(used_fields(config)))
+    return dataset.select_columns(list(_used_fields(config)))

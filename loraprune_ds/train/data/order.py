@@ -1,0 +1,67 @@
+"""Decides which samples a step sees, which rank takes which of them, and which random numbers it draws.
+
+Everything here depends only on the seed, the step and the rank. So ranks agree without talking, and a resumed run goes
+on where it stopped.
+"""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loraprune_ds.pruning.schedule import steps_for_epochs
+
+
+class SampleOrder:
+    """Puts the samples into the order in which steps see them.
+
+    The permutations of all epochs follow one another. Step s takes the samples [s·G, (s+1)·G) of them, where G is the
+    global batch size. The permutation of an epoch depends only on the seed and the epoch.
+    """
+
+    def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def batch(self, step: int) -> Tensor:
+        """Returns the (global_batch_size,) int64 sample numbers of a step, counted from 0. A batch may cross epochs."""
+        positions = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        epochs = positions // self.num_samples
+        parts = [
+            self._permutation_of(int(epoch))[positions[epochs == epoch] % self.num_samples]
+            for epoch in np.unique(epochs)
+        ]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def steps_for_epochs(self, epochs: float) -> int:
+        """Returns the whole steps that fit into so many epochs, at least one."""
+        return steps_for_epochs(epochs, self.num_samples, self.global_batch_size)
+
+    def _permutation_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch != self._epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._permutation = epoch, generator.permutation(self.num_samples)
+        return self._permutation
+
+
+def rank_micro_batches(indices: Tensor, micro_batch_size: int, rank: int, world_size: int) -> list[Tensor]:
+    """Returns this rank's part of a global batch, as micro-batches of (micro_batch_size,) sample numbers.
+
+    Micro-batch m of the global batch goes to rank m mod world_size. So the micro-batches, and with them the padding,
+    are the same for every number of ranks.
+    """
+    return list(indices.view(-1, micro_batch_size)[rank::world_size])
+
+
+def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Seeds torch for the dropout of one micro-batch, so that all ranks, steps and micro-batches draw other masks.
+
+    The seed is set where it is used. A run that goes on later has no state of random numbers to restore.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,116 @@
+"""Holds the tuning samples of a run in memory."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.model.token_loss import IGNORE_INDEX
+
+WIDTH_MULTIPLE = 8  # matrix products are fastest at widths that tensor cores divide
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Holds rows of unequal length end to end, so that millions of short instructions take no room for padding.
+
+    It is read like a matrix (N, window) by row numbers: `ragged[indices]` is (len(indices), width) int32. The rows are
+    padded on the right to the longest of them. The width is rounded up to a multiple of 8, but never above `window`.
+
+    Attributes:
+        values: (total,) int32.
+        starts: (N + 1,) int64; row i is values[starts[i]:starts[i + 1]], of at most `window` values.
+        padding: the value behind the end of a row.
+    """
+
+    values: Tensor
+    starts: Tensor
+    window: int
+    padding: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.starts) - 1, self.window
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        bounds = zip(self.starts[indices].tolist(), self.starts[indices + 1].tolist(), strict=True)
+        rows = [self.values[start:end] for start, end in bounds]
+        longest = max(len(row) for row in rows)
+        width = min(self.window, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+        padded = torch.full((len(rows), width), self.padding, dtype=self.values.dtype)
+        for target, row in zip(padded, rows, strict=True):
+            target[: len(row)] = row
+        return padded
+
+    def lengths(self, indices: Tensor) -> Tensor:
+        """Returns (len(indices),) int64: the values of each row, without padding."""
+        return self.starts[indices + 1] - self.starts[indices]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Holds N samples of up to `window` tokens.
+
+    The model needs no attention mask for the padding. It stands behind the tokens of a sample, where causal attention
+    cannot see it, and no label asks for it.
+
+    Attributes:
+        input_ids: (N, window) int32 or int64, by row numbers.
+        labels: the same shape. They are the ids themselves, and IGNORE_INDEX at prompts and padding. Models shift them.
+        left_out: instructions that became no samples, because nothing of their response lies within the window.
+    """
+
+    input_ids: Tensor | Ragged
+    labels: Tensor | Ragged
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def count_tokens(self, indices: Tensor) -> int:
+        """Counts the tokens of these samples, padding left out."""
+        if isinstance(self.input_ids, Ragged):
+            return int(self.input_ids.lengths(indices).sum())
+        return len(indices) * self.input_ids.shape[1]
+
+    def count_supervised(self, indices: Tensor) -> int:
+        """Counts the predictions of these samples that enter the loss.
+
+        It is the denominator of a step's loss. Each rank knows it without asking the others.
+        """
+        return int((self.labels[indices][:, 1:] != IGNORE_INDEX).sum())
+
+    def supervised_counts(self) -> Tensor:
+        """Returns (N,) int64: the predictions of each sample that enter the loss."""
+        if not isinstance(self.labels, Ragged):
+            return (self.labels[:, 1:] != IGNORE_INDEX).sum(1)
+        starts = self.labels.starts
+        before = torch.zeros(len(self.labels.values) + 1, dtype=torch.int64)
+        before[1:] = (self.labels.values != IGNORE_INDEX).cumsum(0)
+        return before[starts[1:]] - before[torch.minimum(starts[:-1] + 1, starts[1:])]
+
+    def attention_mask(self, indices: Tensor) -> Tensor | None:
+        """Returns (len(indices), width) bool, False at padding. None if these samples have no padding."""
+        if not isinstance(self.input_ids, Ragged):
+            return None
+        lengths = self.input_ids.lengths(indices)
+        width = self.input_ids[indices].shape[1]
+        return None if bool((lengths == width).all()) else torch.arange(width) < lengths[:, None]
+
+    def largest_id(self) -> int:
+        """Returns the largest token id of all samples."""
+        ids = self.input_ids.values if isinstance(self.input_ids, Ragged) else self.input_ids
+        return int(ids.max())
+
+    def digest(self) -> str:
+        """Returns the sha256 of all samples, for ranks to compare."""
+        digest = hashlib.sha256()
+        for part in (self.input_ids, self.labels):
+            digest.update(repr(tuple(part.shape)).encode())
+            for tensor in (part.values, part.starts) if isinstance(part, Ragged) else (part,):
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
