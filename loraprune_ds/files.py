@@ -1,16 +1,16 @@
-"""Small JSON files that are either whole or not there, and always valid JSON."""
+"""Small text and JSON files. They appear whole, and the JSON is always valid."""
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.whole import whole_file
 
 
 def finite(value: Any) -> Any:
-    """The same nested value with null for NaN and infinities, which JSON cannot hold."""
+    """Replaces NaN and infinities in a nested value by None, as JSON cannot hold them."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -19,17 +19,17 @@ def finite(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one go: a reader, or a process killed here, sees the old text or the new one.
+    """Replaces a file in one go. A reader sees the old text or the new one.
 
-    One writer only (rank 0). Not forced to the disk: it may be called on every step.
+    One writer only (rank 0). It is not forced to the disk, as it may be called on every step.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path, lasting=False) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, like `write_text`."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -42,13 +42,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
-    """A JSON file that must hold one object.
+    """Reads a JSON file that must hold one object.
 
     Args:
-        unique_keys: refuse a key that is given twice, in what people write; of others the last counts.
+        unique_keys: refuse a key that is given twice, in files that people write. Otherwise the last one counts.
 
     Raises:
-        UserError: it is missing, cannot be read or holds something else; the message names the file.
+        UserError: it is missing, cannot be read or holds something else. The message names the file.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraprune_ds.checkpoint import files
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSource, read_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
@@ -73,7 +73,7 @@ class TrainingCheckpoint:
 
     def scores(self) -> list[LayerScores] | None:
         """The moving averages; None when nothing had been scored."""
-        path = self.folder / files.SCORES_FILE
+        path = self.folder / layout.SCORES_FILE
         if not path.exists():
             return None
         tensors = load_file(path)
@@ -81,13 +81,13 @@ class TrainingCheckpoint:
 
     def moments(self, layer: int) -> dict[str, Tensor]:
         """Returns the input moments of a layer by linear, as sums over `moment_tokens`; empty if none were recorded."""
-        path = self.folder / files.moments_file(layer)
+        path = self.folder / layout.moments_file(layer)
         found = load_file(path) if path.exists() else {}
         return found if self._holds_sums else {name: mean * self._tokens_per_step for name, mean in found.items()}
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """Elements [start, end) of a layer's LoRA tensor, flat; only the rows that hold them are read."""
-        with safe_open(self.folder / files.layer_file(layer), framework="pt") as file:
+        with safe_open(self.folder / layout.layer_file(layer), framework="pt") as file:
             view = file.get_slice(name)
             columns = view.get_shape()[1]
             first = start // columns
@@ -101,9 +101,9 @@ def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -
     Raises:
         CheckpointMismatch: it is whole, but of a newer format or of another source model than is there now.
     """
-    for number in reversed(comm.gather_objects(files.numbered(root, "step"))[0]):
+    for number in reversed(comm.gather_objects(layout.numbered(root, "step"))[0]):
         try:
-            return open_training_checkpoint(files.step_folder(root, number), comm)
+            return open_training_checkpoint(layout.step_folder(root, number), comm)
         except CheckpointMismatch:
             raise
         except UserError as error:
@@ -117,9 +117,9 @@ def newest_state(root: Path) -> RunState | None:
     Raises:
         CheckpointMismatch: it is of a newer format.
     """
-    for number in reversed(files.numbered(root, "step")):
+    for number in reversed(layout.numbered(root, "step")):
         try:
-            return read_state(files.step_folder(root, number))
+            return read_state(layout.step_folder(root, number))
         except CheckpointMismatch:
             raise
         except UserError:
@@ -145,16 +145,16 @@ def check_training_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) ->
         CheckpointMismatch: it is of a newer format or of another source model.
     """
     checkpoint = TrainingCheckpoint(folder, read_state(folder))
-    files.verify(folder, part=part, parts=parts)
+    layout.verify(folder, part=part, parts=parts)
     shape = checkpoint.state.shape
     if shape.is_source:
         _check_source(checkpoint)
         return checkpoint
     shape_folder = checkpoint.shape_folder()
-    manifest = shape_folder / files.MANIFEST
-    if not manifest.is_file() or files.sha256(manifest) != shape.digest:
+    manifest = shape_folder / layout.MANIFEST
+    if not manifest.is_file() or layout.sha256(manifest) != shape.digest:
         raise UserError(f"{shape_folder} is missing or is not the one that {folder} names")
-    files.verify(shape_folder, part=part, parts=parts)
+    layout.verify(shape_folder, part=part, parts=parts)
     return checkpoint
 
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from uuid import uuid4
 
 from loraprune_ds.errors import UserError
@@ -70,3 +70,13 @@ def read_status(folder: Path) -> Status | None:
             raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
     more = (str(raw.get("mark", "")), raw.get("job"))  # which earlier versions did not write
     return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"], *more)
+
+
+def describe_method(report: dict[str, Any]) -> str:
+    """Names criterion and ranking of the run that wrote this report.json.
+
+    Raises:
+        KeyError, TypeError: no run writes such a report.
+    """
+    prune = report["config"]["prune"]
+    return f"{prune['criterion']}, {prune['ranking']}"

@@ -10,20 +10,20 @@ checkpoints/step-120/    layer-00000.safetensors ...  fp32 LoRA masters and Adam
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.checkpoint import files
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.staging import Staging
 from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, read_state, state_text
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.input_moments import InputMoments
+from loraprune_ds.whole import remove, remove_leftovers
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_state import collect_lora_state
@@ -42,7 +42,7 @@ def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str
         staging.seal(write_model(model, staging.folder, dtype, frozen_tensors))
         fail_point("save.shape_written")
         staging.publish()
-    digest = files.sha256(staging.target / files.MANIFEST) if model.rank == 0 else ""
+    digest = layout.sha256(staging.target / layout.MANIFEST) if model.rank == 0 else ""
     return ShapeSource(staging.target.name, model.comm.gather_objects(digest)[0], is_source=False)
 
 
@@ -54,11 +54,11 @@ def save_step(
     Raises:
         RunError: a rank cannot write; nothing is published and nothing older is lost.
     """
-    with Staging(model.comm, files.step_folder(root, state.step), "step") as staging:
+    with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
             if scores is not None:
-                staging.write(files.SCORES_FILE, lambda path: save_file(_score_tensors(scores), path))
+                staging.write(layout.SCORES_FILE, lambda path: save_file(_score_tensors(scores), path))
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {layer: collect_lora_state(model, layer, model.owner(layer)) for layer in layers}
             for layer, tensors in collected.items():
@@ -72,9 +72,9 @@ def save_step(
 
 
 def _write_layer(staging: Staging, layer: int, lora: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-    staging.write(files.layer_file(layer), lambda path: _save_on_cpu(lora, path))
+    staging.write(layout.layer_file(layer), lambda path: _save_on_cpu(lora, path))
     if moments:
-        staging.write(files.moments_file(layer), lambda path: _save_on_cpu(moments, path))
+        staging.write(layout.moments_file(layer), lambda path: _save_on_cpu(moments, path))
 
 
 def drop_old(root: Path, step: int, keep_last: int) -> None:
@@ -83,21 +83,20 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
     That is: steps beyond `step`, which a damaged checkpoint or a start from an older one has left behind; all but the
     newest steps; every shape that no step names any more; and what a killed save or removal has left.
     """
-    for leftover in (*root.glob(".*.removed"), *root.glob(".*.partial")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    steps = files.numbered(root, "step")
+    remove_leftovers(root)
+    steps = layout.numbered(root, "step")
     keep = [number for number in steps if number <= step][-keep_last:]
     for number in steps:
         if number not in keep:
-            files.remove(files.step_folder(root, number))
+            remove(layout.step_folder(root, number))
             fail_point("save.dropped")
     try:
-        named = {read_state(files.step_folder(root, number)).shape.folder for number in keep}
+        named = {read_state(layout.step_folder(root, number)).shape.folder for number in keep}
     except UserError:
         return  # a damaged step may name any shape
-    for number in files.numbered(root, "shape"):
+    for number in layout.numbered(root, "shape"):
         if f"shape-{number}" not in named:
-            files.remove(root / f"shape-{number}")
+            remove(root / f"shape-{number}")
 
 
 def _save_on_cpu(tensors: dict[str, Tensor], path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from loraprune_ds.checkpoint import files
+from loraprune_ds import whole
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.faults import fail_point
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.write import LocalWrites
@@ -19,12 +20,12 @@ class Staging:
     """
 
     def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
-        self.target, self.folder = target, files.staging_of(target)
+        self.target, self.folder = target, whole.staging_of(target)
         self._comm, self._kind = comm, kind
         self._writes = LocalWrites()
         self._sealed: dict[str, dict[str, Any]] = {}
         if comm.rank == 0:
-            self._writes.do(lambda: files.begin(target))
+            self._writes.do(lambda: whole.begin(target))
         self._writes.agree(comm, self.folder)
 
     def __enter__(self) -> "Staging":
@@ -41,7 +42,7 @@ class Staging:
 
         def write_and_seal() -> None:
             write(self.folder / name)
-            self._sealed[name] = files.seal(self.folder / name)
+            self._sealed[name] = layout.seal(self.folder / name)
 
         self._writes.do(write_and_seal)
 
@@ -65,9 +66,9 @@ class Staging:
         self._writes.agree(self._comm, self.folder)
 
     def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:
-        files.write_manifest(self.folder, sealed)
+        layout.write_manifest(self.folder, sealed)
         if self.target.exists():
-            files.remove(self.target)
+            whole.remove(self.target)
         fail_point(f"save.{self._kind}_before_rename")
-        files.publish(self.target)
+        whole.publish(self.target)
         fail_point(f"save.{self._kind}_after_rename")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from loraprune_ds.checkpoint.files import numbered, step_folder
+from loraprune_ds.checkpoint.layout import numbered, step_folder
 from loraprune_ds.checkpoint.load import check_training_checkpoint
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, Status, read_status
 from loraprune_ds.checkpoint.state import STATE_FILE

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.checkpoint.files import layer_file
+from loraprune_ds.checkpoint.layout import layer_file
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.config_file import config_from_dict

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint import files
+from loraprune_ds import whole
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.export.tokenizer import copy_tokenizer, has_tokenizer, pin_tokenizer
@@ -48,7 +48,7 @@ def begin(out: Path) -> Path:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
-    return files.begin(out)
+    return whole.begin(out)
 
 
 def finish_folder(folder: Path, exported: ExportedConfig, source: Path, card: ModelCard) -> None:
@@ -68,6 +68,6 @@ def finish_folder(folder: Path, exported: ExportedConfig, source: Path, card: Mo
 
 def publish(out: Path) -> None:
     """Gives the finished export its name, in one step, once it is on the disk."""
-    for path in files.staging_of(out).rglob("*"):
-        files.flush(path)
-    files.publish(out)
+    for path in whole.staging_of(out).rglob("*"):
+        whole.flush(path)
+    whole.publish(out)

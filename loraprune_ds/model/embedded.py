@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import write_json
-from loraprune_ds.model.cache import make_once, user_cache
+from loraprune_ds.whole import make_once, user_cache
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

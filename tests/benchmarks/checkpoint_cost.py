@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint.files import numbered, step_folder
+from loraprune_ds.checkpoint.layout import numbered, step_folder
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_training_checkpoint
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.state import RunTotals

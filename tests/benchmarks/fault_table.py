@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraprune_ds.checkpoint import files
+from loraprune_ds.checkpoint import layout
 
 STEPS, RANKS = 12, 2
 DEADLINE = 600.0  # seconds for one run, on a machine that does much else
@@ -133,7 +133,7 @@ def interrupt_twice(job: Job) -> None:
 def damage_newest(change: Callable[[bytes], bytes]) -> Strike:
     def damage(job: Job) -> None:
         root = job.out / "checkpoints"
-        path = files.step_folder(root, files.numbered(root, "step")[-1]) / files.layer_file(1)
+        path = layout.step_folder(root, layout.numbered(root, "step")[-1]) / layout.layer_file(1)
         path.write_bytes(change(path.read_bytes()))
 
     return damage

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint import files
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
 from loraprune_ds.train import provenance
 from loraprune_ds.train.provenance import hardware, versions
@@ -187,9 +187,9 @@ def _resume(row: Row, folder: Path, out: Path, suite: Suite) -> None:
 
 
 def newest_good(out: Path) -> int | None:
-    for step in reversed(files.numbered(out / "checkpoints", "step")):
+    for step in reversed(layout.numbered(out / "checkpoints", "step")):
         try:
-            files.verify(files.step_folder(out / "checkpoints", step))
+            layout.verify(layout.step_folder(out / "checkpoints", step))
         except UserError:
             continue
         return step

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraprune_ds.checkpoint.files import seal, write_manifest
+from loraprune_ds.checkpoint.layout import seal, write_manifest
 from tests.integration.resuming import (
     CUTS,
     STEPS,

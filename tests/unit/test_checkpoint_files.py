@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loraprune_ds.checkpoint import files
+from loraprune_ds import whole
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
 from loraprune_ds.errors import UserError
@@ -30,11 +31,11 @@ def make_state(step: int, shape: str) -> RunState:
 
 
 def make_step(root: Path, step: int, shape: str) -> Path:
-    target = files.step_folder(root, step)
-    staging = files.begin(target)
+    target = layout.step_folder(root, step)
+    staging = whole.begin(target)
     (staging / STATE_FILE).write_text(state_text(make_state(step, shape)))
-    files.write_manifest(staging, {STATE_FILE: files.seal(staging / STATE_FILE)})
-    files.publish(target)
+    layout.write_manifest(staging, {STATE_FILE: layout.seal(staging / STATE_FILE)})
+    whole.publish(target)
     return target
 
 
@@ -50,19 +51,19 @@ def names(root: Path) -> list[str]:
 
 def test_nothing_has_its_name_before_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "step-4"
-    staging = files.begin(target)
+    staging = whole.begin(target)
     (staging / "a").write_text("1")
-    files.write_manifest(staging, {"a": files.seal(staging / "a")})
-    assert files.numbered(tmp_path, "step") == []
+    layout.write_manifest(staging, {"a": layout.seal(staging / "a")})
+    assert layout.numbered(tmp_path, "step") == []
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
-    files.publish(target)
+    whole.publish(target)
     assert names(tmp_path) == ["step-4"]
-    files.verify(target)
+    layout.verify(target)
 
 
 def test_what_a_killed_save_left_is_not_mixed_in(tmp_path: Path) -> None:
-    (files.begin(tmp_path / "step-4") / "old").write_text("half")
-    staging = files.begin(tmp_path / "step-4")
+    (whole.begin(tmp_path / "step-4") / "old").write_text("half")
+    staging = whole.begin(tmp_path / "step-4")
     assert list(staging.iterdir()) == []
 
 
@@ -70,9 +71,9 @@ def test_a_file_and_the_name_are_on_the_disk_before_anything_relies_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
+    monkeypatch.setattr(whole.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
     make_step(tmp_path, 4, "shape-1")
-    assert synced == [STATE_FILE, files.MANIFEST, ".step-4.partial", tmp_path.name]
+    assert synced == [STATE_FILE, layout.MANIFEST, ".step-4.partial", tmp_path.name]
 
 
 def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,11 +83,11 @@ def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "rmtree", killed)
+        patch.setattr(whole.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            files.remove(step)
-    assert files.numbered(tmp_path, "step") == []
-    files.remove(make_step(tmp_path, 4, "shape-1"))
+            whole.remove(step)
+    assert layout.numbered(tmp_path, "step") == []
+    whole.remove(make_step(tmp_path, 4, "shape-1"))
     assert names(tmp_path) == []
 
 
@@ -118,25 +119,25 @@ def lengthen(path: Path) -> None:
         (flip, "b", "damaged"),
         (lengthen, "b", "damaged"),
         (Path.unlink, "b", "missing"),
-        (Path.unlink, files.MANIFEST, "missing"),
-        (flip, files.MANIFEST, "damaged"),
-        (lambda path: path.write_text('{"files": {"a": 3}}'), files.MANIFEST, "damaged"),
+        (Path.unlink, layout.MANIFEST, "missing"),
+        (flip, layout.MANIFEST, "damaged"),
+        (lambda path: path.write_text('{"files": {"a": 3}}'), layout.MANIFEST, "damaged"),
     ],
 )
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_damage_is_named_by_some_reader(
     tmp_path: Path, damage: Callable[[Path], object], name: str, word: str, parts: int
 ) -> None:
-    staging = files.begin(tmp_path / "step-1")
+    staging = whole.begin(tmp_path / "step-1")
     for file in "abc":
         (staging / file).write_text(file)
-    files.write_manifest(staging, {file: files.seal(staging / file) for file in "abc"})
-    files.publish(tmp_path / "step-1")
+    layout.write_manifest(staging, {file: layout.seal(staging / file) for file in "abc"})
+    whole.publish(tmp_path / "step-1")
     damage(tmp_path / "step-1" / name)
     lines = []
     for part in range(parts):
         try:
-            files.verify(tmp_path / "step-1", part=part, parts=parts)
+            layout.verify(tmp_path / "step-1", part=part, parts=parts)
         except UserError as error:
             lines.append(str(error))
     assert lines
@@ -184,8 +185,8 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
     for name in ("step-10", "step-9", "step-x", "step-", ".step-11.partial"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-12").write_text("a file")
-    assert files.numbered(tmp_path, "step") == [9, 10]
-    assert files.numbered(tmp_path / "nowhere", "step") == []
+    assert layout.numbered(tmp_path, "step") == [9, 10]
+    assert layout.numbered(tmp_path / "nowhere", "step") == []
 
 
 def test_state_comes_back_as_it_was(tmp_path: Path) -> None:

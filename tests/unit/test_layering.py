@@ -12,6 +12,7 @@ MAX_LINES = 300
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors", "faults"),
+    ("whole",),
     ("files", "units"),
     ("config_checks",),
     ("config", "command"),

@@ -1,15 +1,12 @@
-"""Names of a checkpoint's folders, which appear whole or not at all: built under a dot-name, checksummed, flushed to
-disk, renamed once."""
+"""The names of a checkpoint's folders and files, and the manifest with the files' checksums."""
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.faults import fail_point
+from loraprune_ds.whole import flush
 
 MANIFEST = "manifest.json"
 SCORES_FILE = "scores.safetensors"
@@ -29,27 +26,13 @@ def moments_file(layer: int) -> str:
 
 
 def numbered(root: Path, kind: str) -> list[int]:
-    """Numbers of the published folders `{kind}-N`, ascending."""
+    """Lists the numbers of the published folders `{kind}-N`, ascending."""
     found = [path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*") if path.is_dir()]
     return sorted(int(number) for number in found if number.isdigit())
 
 
-def staging_of(target: Path) -> Path:
-    """The dot-named sibling in which `target` is built."""
-    return target.with_name(f".{target.name}.partial")
-
-
-def begin(target: Path) -> Path:
-    """An empty staging folder; what a crashed attempt left is replaced."""
-    staging = staging_of(target)
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    return staging
-
-
 def sha256(path: Path) -> str:
-    """Checksum of a file, read in pieces."""
+    """Returns the checksum of a file, a chunk at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -58,45 +41,24 @@ def sha256(path: Path) -> str:
 
 
 def seal(path: Path) -> dict[str, Any]:
-    """Flushes a written file to disk; its entry for the manifest."""
+    """Flushes a written file to the disk and returns its entry for the manifest."""
     flush(path)
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> str:
-    """Names every file with its checksum; returns the manifest's own checksum."""
+    """Names every file with its checksum. Returns the manifest's own checksum."""
     path = folder / MANIFEST
     path.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")
     seal(path)
     return sha256(path)
 
 
-def publish(target: Path) -> None:
-    """Gives a sealed staging folder its name, and makes the name last."""
-    staging = staging_of(target)
-    flush(staging)
-    staging.rename(target)
-    flush(target.parent)
-
-
-def remove(folder: Path) -> None:
-    """Removes a published folder; it loses its name first, so that nobody finds half of it.
-
-    What stays of it (NFS keeps files that somebody still reads) goes with the next removal: no reason to end a run.
-    """
-    doomed = folder.with_name(f".{folder.name}.removed")
-    if doomed.exists():
-        shutil.rmtree(doomed)  # an earlier removal was killed halfway
-    folder.rename(doomed)
-    fail_point("save.remove_renamed")
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Checks every `parts`-th file of a folder against its manifest, so that ranks can share the reading.
 
     Raises:
-        UserError: the manifest or a file is missing or damaged; names it.
+        UserError: the manifest or a file is missing or damaged. The message names it.
     """
     for i, (name, entry) in enumerate(sorted(read_manifest(folder).items())):
         path = folder / name
@@ -107,7 +69,7 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name -> sha256 and bytes.
+    """Returns sha256 and bytes by file name.
 
     Raises:
         UserError: it is missing or not a manifest.
@@ -118,12 +80,3 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         return {name: {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])} for name, e in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is missing or damaged") from None
-
-
-def flush(path: Path) -> None:
-    """Forces a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
