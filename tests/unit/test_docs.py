@@ -1,0 +1,235 @@
+"""Checks the READMEs against the repository: links, paths, commands, names in the code, and the table of settings."""
+
+import ast
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from loraprune_ds.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "loraprune_ds"
+FOLDERS = [ROOT / name for name in ("ds_configs", "launch", PACKAGE.name, "slurm", "tests")]
+FIRST = ROOT / "README.md"
+SETTINGS = ROOT / "launch" / "configs" / "README.md"
+READMES = [FIRST, *sorted(path for folder in FOLDERS for path in folder.rglob("*.md"))]
+MOST_LINES, MOST_WORDS = 150, 1200  # of the first README
+CODE_FILES = (".py", ".sh", ".sbatch")
+MADE_BY_RUNS = {"runs"}  # not in the repository, though it may lie in a checkout
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
+PATH = re.compile(r"\.?\w[\w.-]*(/[\w.-]+)*/?")
+WALK = re.compile(r"^\d+\. \[`[^`]+`\]\(([^)]+\.py)\): (.+)$", re.MULTILINE)  # 1. [`file.py`](link): `names` in it
+ROW = re.compile(r"^\| `([\w.]+)` \| `?([^|`]*?)`? \| .+ \|$", re.MULTILINE)
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def spans(text: str) -> list[str]:
+    """Finds what stands in backticks, outside of code blocks."""
+    return SPAN.findall(FENCE.sub("", text))
+
+
+def shell_lines(text: str) -> list[str]:
+    """Finds the command lines of shell blocks, without comments, and all that stands in backticks."""
+    blocks = [body.replace("\\\n", " ") for language, body in FENCE.findall(text) if language == "bash"]
+    return [re.sub(r"(^|\s)#.*", "", line) for block in blocks for line in block.splitlines()] + spans(text)
+
+
+def anchors(text: str) -> set[str]:
+    """Builds the names that GitHub gives to headings."""
+    found: list[str] = []
+    for heading in HEADING.findall(FENCE.sub("", text)):
+        name = re.sub(r"[^\w -]", "", LINK.sub("", heading).lower()).replace(" ", "-")
+        found.append(f"{name}-{found.count(name)}" if name in found else name)
+    return set(found)
+
+
+def broken_links(readme: Path, text: str) -> Iterator[str]:
+    for target in LINK.findall(SPAN.sub("", FENCE.sub("", text))):
+        file, _, anchor = target.partition("#")
+        path = readme.parent / file if file else readme
+        if "://" in target:
+            continue
+        if not path.exists():
+            yield f"no file {target}"
+        elif anchor and anchor not in anchors(text if path == readme else path.read_text()):
+            yield f"no heading {target}"
+
+
+def wrong_paths(readme: Path, text: str) -> Iterator[str]:
+    """Finds paths in backticks or shell blocks that lead nowhere from the checkout, the package or the README."""
+    bases = (ROOT, PACKAGE, readme.parent)
+    names = {path.name for folder in FOLDERS for path in folder.rglob("*") if path.suffix in CODE_FILES}
+    for word in (word.strip("\"',;:()") for line in shell_lines(text) for word in line.split()):
+        first = word.split("/")[0]
+        if not PATH.fullmatch(word) or first in MADE_BY_RUNS:
+            continue
+        is_ours = word.endswith(CODE_FILES) or any((base / first).exists() for base in bases)
+        if "/" in word and is_ours and not any((base / word).exists() for base in bases):
+            yield f"no path {word}"
+        if "/" not in word and word.endswith(CODE_FILES) and word not in names:
+            yield f"no file is called {word}"
+
+
+def wrong_commands(readme: Path, text: str) -> Iterator[str]:
+    """Finds scripts and modules that a command starts and that do not exist."""
+    for line in shell_lines(text):
+        words = line.split()
+        for i, word in enumerate(words):
+            rest = words[i + 1 :]
+            if word in ("python", "python3") and rest[:1] == ["-m"]:
+                if not is_module(rest[1]):
+                    yield f"no module {rest[1]}"
+            elif word in ("python", "python3", "bash", "sbatch", "source", "deepspeed", "torchrun"):
+                script = next((w for w in rest if w.endswith(CODE_FILES)), None)
+                if script is not None and not (ROOT / script).is_file():
+                    yield f"no script {script}"
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    if (ROOT / name.split(".")[0]).is_dir():
+        return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+    return importlib.util.find_spec(name) is not None
+
+
+def defined_names(path: Path) -> set[str]:
+    """Lists the classes and functions of a file, methods with and without their class."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+            names |= {node.name, *methods, *(f"{node.name}.{method}" for method in methods)}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+    return names
+
+
+def wrong_names(readme: Path, text: str) -> Iterator[str]:
+    """Finds names that a walk through the code gives to a file that does not define them."""
+    for link, rest in WALK.findall(text):
+        path = readme.parent / link
+        known = defined_names(path) if path.is_file() else set()
+        yield from (f"no {name} in {link}" for name in SPAN.findall(rest) if name not in known)
+
+
+def settings() -> dict[str, str]:
+    """Lists every key of a run config, with its default as the table shows it."""
+    found = {}
+    for field in dataclasses.fields(RunConfig):
+        if dataclasses.is_dataclass(field.type):
+            found |= {f"{field.name}.{key.name}": in_words(key.default) for key in dataclasses.fields(field.type)}
+        else:
+            found[field.name] = in_words(field.default)
+    return found
+
+
+def in_words(default: object) -> str:
+    if default is dataclasses.MISSING:
+        return "required"
+    if default is None:
+        return "null"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def unknown_settings(readme: Path, text: str) -> Iterator[str]:
+    sections = "|".join({key.split(".")[0] for key in settings() if "." in key})
+    for line in shell_lines(text):
+        for key, suffix in re.findall(rf"(?<![\w./])((?:{sections})\.(\w+))(?=$|[=:\s])", line):
+            if key not in settings() and suffix not in ("py", "sbatch", "json", "yaml"):
+                yield f"no setting {key}"
+
+
+CHECKS = (broken_links, wrong_paths, wrong_commands, wrong_names, unknown_settings)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("readme", READMES, ids=label)
+def test_a_readme_names_what_exists(readme: Path, check: Callable[[Path, str], Iterator[str]]) -> None:
+    assert list(check(readme, readme.read_text())) == []
+
+
+def test_the_first_readme_is_short() -> None:
+    text = FIRST.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    assert len(text.split()) <= MOST_WORDS
+
+
+def test_the_first_readme_says_early_where_to_begin_reading() -> None:
+    assert "pruning/step.py" in "\n".join(FIRST.read_text().splitlines()[:60])
+
+
+def test_every_setting_has_one_row_with_its_default() -> None:
+    text = SETTINGS.read_text()
+    table = ROW.findall(text[text.index("\n## All settings") : text.index("\n## Models")])
+    assert dict(table) == settings()
+    assert len(table) == len(settings())
+
+
+def test_the_first_readme_shows_settings_with_their_defaults() -> None:
+    rows = dict(ROW.findall(FIRST.read_text()))
+    assert len(rows) == 8
+    assert rows.items() <= settings().items()
+
+
+def test_the_readmes_were_found() -> None:
+    folders = {label(path.parent) for path in READMES}
+    assert folders >= {
+        ".",
+        "launch/configs",
+        "slurm",
+        "tests/benchmarks",
+        *(f"loraprune_ds/{p}" for p in ("zero", "plan")),
+    }
+    assert all(list(WALK.findall(FIRST.read_text())))
+
+
+@pytest.mark.parametrize(
+    ("check", "text"),
+    [
+        (broken_links, "[here](gone.md)"),
+        (broken_links, "![a picture](tests/benchmarks/results/gone.png)"),
+        (broken_links, "[`code`](launch/gone.py)"),
+        (broken_links, "# One\n[there](#two)"),
+        (broken_links, "[there](slurm/README.md#no-such-heading)"),
+        (wrong_paths, "see `zero/gone.py`"),
+        (wrong_paths, "see `gone/gone.py`"),
+        (wrong_paths, "see `tests/gone`"),
+        (wrong_paths, "see `gone.py`"),
+        (wrong_paths, "```bash\npython launch/run.py --config launch/configs/gone.yaml\n```"),
+        (wrong_commands, "```bash\nDS_ACCELERATOR=cpu deepspeed --quiet launch/gone.py --config x\n```"),
+        (wrong_commands, "run `bash gone.sh --fresh`"),
+        (wrong_commands, "run `python -m tests.benchmarks.gone`"),
+        (wrong_commands, "run `python -m no_such_package`"),
+        (wrong_names, "1. [`x`](loraprune_ds/pruning/step.py): `Pruner.gone` does it."),
+        (wrong_names, "2. [`x`](loraprune_ds/pruning/gone.py): `Pruner` does it."),
+        (unknown_settings, "`prune.gone`"),
+        (unknown_settings, "```bash\npython launch/run.py --set train.gone=1\n```"),
+    ],
+)
+def test_what_does_not_exist_is_found(check: Callable[[Path, str], Iterator[str]], text: str) -> None:
+    assert len(list(check(FIRST, text))) == 1
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_what_is_right_is_not_a_fault(check: Callable[[Path, str], Iterator[str]]) -> None:
+    text = """# A - heading, of `two` parts
+[link](#a---heading-of-two-parts) and [web](https://gone.example/x.md), `runs/gone/model`, `path/to/gone`
+1. [`x`](loraprune_ds/pruning/step.py): `Pruner.cut` and `cut`, `agree`
+```bash
+bash launch/quickstart.sh --set prune.ratio=0.3 \\
+  # bash gone.sh
+python -m venv .venv && python -m tests.benchmarks.faults
+```
+"""
+    assert list(check(FIRST, text)) == []
