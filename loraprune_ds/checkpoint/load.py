@@ -16,9 +16,8 @@ from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSou
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.build import locate_model
-from loraprune_ds.model.cut_pretrained import cut_to
-from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.model.hub import locate_model
+from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.step import PrunerState

@@ -15,8 +15,8 @@ from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.export.huggingface import finish_folder, merge_lora
 from loraprune_ds.export.model_card import card_of_run, retell_model_card
 from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
-from loraprune_ds.model.build import locate_model
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, parameter_shapes
 from loraprune_ds.model.shapes import LINEAR_NAMES, LINEARS
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file

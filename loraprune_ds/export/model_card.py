@@ -5,8 +5,8 @@ from itertools import groupby
 from pathlib import Path
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.exported_config import ExportedConfig
+from loraprune_ds.model.hub import EMBEDDED
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.units import format_perplexity
 

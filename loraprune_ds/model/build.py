@@ -1,62 +1,38 @@
-"""Where a model comes from, and its modules without any weights."""
-
-from pathlib import Path
+"""Builds the modules of a pretrained model, without any weights."""
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from loraprune_ds.config import ModelConfig
-from loraprune_ds.errors import UserError, first_line, one_line
-from loraprune_ds.model.convert_bin import converted, needs_conversion
-from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.families import CAUSAL_LMS, config_class
-from loraprune_ds.model.hub import HUB_ERRORS
+from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaForCausalLM
+from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralForCausalLM
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.token_loss import with_token_losses
 
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
-HUB_BIN_FILES = ["pytorch_model*.bin"]  # only where there are no safetensors
-EMBEDDED = "embedded"
+# The classes by `model_type`. shapes.ARCHITECTURES has their names.
+CAUSAL_LMS: dict[str, type[PreTrainedModel]] = {
+    "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "pruned_llama": PrunedLlamaForCausalLM,
+    "pruned_mistral": PrunedMistralForCausalLM,
+}
 
 
-def locate_model(config: ModelConfig) -> Path:
-    """The local folder of `model.path`: a folder, the embedded default, or a hub id, which is downloaded.
-
-    A `.bin` checkpoint is converted to safetensors first, which are in the user's cache.
-
-    Raises:
-        UserError: it is none of these, the hub cannot be reached, or a `.bin` file is missing or damaged.
-    """
-    if config.path == EMBEDDED:
-        return embedded_model_dir()
-    folder = Path(config.path).expanduser()
-    if not folder.is_dir():
-        if folder.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
-            raise UserError(f"model.path: folder {config.path} does not exist")
-        folder = _download(config)
-    return converted(folder) if needs_conversion(folder) else folder
-
-
-def _download(config: ModelConfig) -> Path:
-    try:
-        folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_FILES))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_BIN_FILES)
-        return folder
-    except HUB_ERRORS as error:
-        reason = first_line(error)
-        raise UserError(f"model.path: no folder {config.path}, and not available from the hub: {reason}") from None
+def config_class(model_type: str) -> type[PreTrainedConfig]:
+    """Returns the class of the config.json of such a model."""
+    found = CAUSAL_LMS[model_type].config_class
+    assert found is not None
+    return found
 
 
 def build_on_meta(
     pretrained: PretrainedModel, attn_implementation: str, loss_chunk_tokens: int | None = None
 ) -> PreTrainedModel:
-    """The modules of the checkpoint's model, every parameter on the meta device: shapes only, no memory.
+    """Builds the modules with every parameter on the meta device: shapes only, no memory.
 
-    Buffers that a checkpoint does not hold (rotary frequencies) are real. Told the labels, the model gives token losses
-    (token_loss.py), `loss_chunk_tokens` at a time.
+    Buffers that no weight file holds (rotary frequencies) are real. Told the labels, the model gives token losses,
+    `loss_chunk_tokens` at a time (token_loss.py).
     """
     model_class = CAUSAL_LMS[pretrained.shape.model_type]
     config = config_class(pretrained.shape.model_type).from_dict(dict(pretrained.config))  # may differ from the file's
@@ -71,7 +47,7 @@ def build_on_meta(
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal LM, wrapped by PEFT or not."""
+    """Returns the decoder layers of a causal LM, wrapped by PEFT or not."""
     for path in ("base_model.model.model.layers", "model.layers"):
         try:
             layers = model.get_submodule(path)
@@ -83,7 +59,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def check_buildable(pretrained: PretrainedModel, attn_implementation: str) -> None:
-    """Whether transformers can make the checkpoint's model here, found out without any weights.
+    """Checks that transformers can build the pretrained model here. It needs no weights for that.
 
     Raises:
         UserError: it refuses something in config.json, or this attention implementation.

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from loraprune_ds.model.families import CAUSAL_LMS
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import ARCHITECTURES, ModelShape
 
 # Keys of the source that say something about its files, its own pruning or its family's options, not about this model.
 DROPPED = {
@@ -61,10 +60,11 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
     """
     model_type = _model_type(shape)
     renamed = model_type != shape.model_type
+    causal_lm = ARCHITECTURES[model_type]
     config = {key: value for key, value in source.items() if key not in DROPPED}
     config |= _sizes(shape) | _rope(source) | _family_options(source, shape, model_type)
     config |= {
-        "architectures": [CAUSAL_LMS[model_type].__name__],
+        "architectures": [causal_lm],
         "model_type": model_type,
         "tie_word_embeddings": shape.tie_word_embeddings,
         "torch_dtype": dtype,  # the name up to transformers 4.55
@@ -75,7 +75,6 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
     if not model_type.startswith("pruned_"):
         return ExportedConfig(config, None, renamed)
     module = f"modeling_{model_type}"
-    causal_lm = CAUSAL_LMS[model_type].__name__
     config["auto_map"] = {
         "AutoConfig": f"{module}.{causal_lm.replace('ForCausalLM', 'Config')}",
         "AutoModel": f"{module}.{causal_lm.replace('ForCausalLM', 'Model')}",  # vLLM builds the model through this one

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint on disk, checked by its headers and read piece by piece: nobody holds a whole model."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,13 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.shapes import LINEARS, ModelShape, shape_from_config, with_biases
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.shapes import LINEARS, LayerShape, ModelShape, group_indices, shape_from_config, with_biases
 
 SHARDS = "model-*-of-*.safetensors"
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the piece itself
 IGNORED = (".rotary_emb.inv_freq", "lm_head.weight")  # computed anew; a tied head, which is the embedding
+Kept = Sequence[tuple[list[int], list[int]]]  # per layer: heads and channels of the model on disk, ascending
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; an 8-bit weight means nothing without its scales
 
 
@@ -151,6 +153,37 @@ def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
     config = pretrained.config | {"attention_bias": True, "mlp_bias": True}
     absent = frozenset(name for name in parameter_shapes(shape) if name not in pretrained.files)
     return replace(pretrained, config=config, shape=shape, absent=absent)
+
+
+def cut_to(pretrained: PretrainedModel, kept: Kept, dtype: str) -> PretrainedModel:
+    """Returns the model that keeps these groups, as if it had been exported and opened.
+
+    Its weights are slices of the files on disk. They are read from there and not stored again.
+
+    Args:
+        dtype: of the weights, as config.json would name it.
+    """
+    layers = tuple(LayerShape(len(heads), len(channels)) for heads, channels in kept)
+    if layers == pretrained.shape.layers:
+        return pretrained
+    config = export_config(pretrained.config, pretrained.shape.with_layers(layers), dtype).config
+    shape = shape_from_config(config, str(pretrained.folder))
+    return replace(pretrained, config=config, shape=shape, slices=_slices(pretrained, kept))
+
+
+def _slices(pretrained: PretrainedModel, kept: Kept) -> dict[str, Slice]:
+    slices: dict[str, Slice] = {}
+    for i, (heads, channels) in enumerate(kept):
+        for linear in LINEARS:
+            groups = torch.tensor(heads if linear.kind == "heads" else channels)
+            if len(groups) == pretrained.shape.layers[i].count(linear.kind):
+                continue
+            keep = group_indices(groups, pretrained.shape.group_width(linear))
+            name = f"model.layers.{i}.{linear.name}"
+            slices[f"{name}.weight"] = Slice(linear.axis, keep)
+            if linear.axis == 0 and pretrained.shape.has_bias(linear):
+                slices[f"{name}.bias"] = Slice(0, keep)
+    return slices
 
 
 def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:

@@ -15,7 +15,14 @@ from loraprune_ds.errors import UserError
 
 Kind = Literal["heads", "channels"]
 KINDS: tuple[Kind, Kind] = ("heads", "channels")
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "pruned_llama", "pruned_mistral")
+# The causal LMs that can be pruned: `model_type` in config.json -> name of the class (build.CAUSAL_LMS).
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "pruned_llama": "PrunedLlamaForCausalLM",
+    "pruned_mistral": "PrunedMistralForCausalLM",
+}
+SUPPORTED_MODEL_TYPES = tuple(ARCHITECTURES)  # config.json may have anything, also a list, which is no key
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTo
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
-from loraprune_ds.model.families import CAUSAL_LMS, config_class
+from loraprune_ds.model.build import CAUSAL_LMS, config_class
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -10,11 +10,10 @@ from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
-from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.hub import HUB_ERRORS
+from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config, with_biases
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.perplexity import cut_windows
+from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
-from loraprune_ds.model.build import check_buildable, locate_model
+from loraprune_ds.model.build import check_buildable
 from loraprune_ds.model.distillation import check_top_k
+from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.pruning.limits import Limits, make_limits
@@ -112,7 +113,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
         tokenizer=tokenizer,
         samples=loaded.samples,
         order=order,
-        windows=cut_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows),
+        windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows),
         steps=pruning_steps + config.train.recovery_steps,
         schedule=make_schedule(config.prune, pruning_steps),
         limits=limits,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.zero.device import accelerator, empty_host_cache
 from loraprune_ds.zero.loss_scale import optimizer_step
-from loraprune_ds.zero.release import release
 from loraprune_ds.zero.sharded import ShardedModel
 
 
@@ -71,3 +71,23 @@ class TrainingEngine:
     def release(self) -> None:
         """Frees the model and its optimizer, whoever still refers to them. The engine is of no use afterwards."""
         release(self.deepspeed)
+
+
+def release(engine: Any) -> None:
+    """Frees the weights and all that an optimizer has beside them. The engine is of no use afterwards.
+
+    Dropping the engine frees nothing. DeepSpeed refers to every module it has run, in a list of the process and in a
+    cache of a class. Every parameter refers to the optimizer. So their memory is given up instead.
+    """
+    engine.empty_partition_cache()
+    engine.destroy()  # the hooks; waits for the device
+    for parameter in engine.module.parameters():
+        state: Any = parameter
+        state.ds_tensor.data = state.ds_tensor.new_empty(0)
+        state.ds_secondary_tensor = None
+    zero = engine.optimizer
+    if inner := vars(zero).get("optimizer"):  # none in an engine that only evaluates
+        inner.state.clear()
+    vars(zero).clear()  # masters, gradients, buckets and flat copies, whatever their names
+    accelerator().empty_cache()
+    empty_host_cache()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model import build, convert_bin
-from loraprune_ds.model.build import locate_model
+from loraprune_ds.model import convert_bin, hub
 from loraprune_ds.model.convert_bin import converted, needs_conversion
+from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import open_pretrained, parameter_shapes
 from tests.oracle.models import make_tiny_llama
 
@@ -197,7 +197,7 @@ def test_a_hub_model_is_downloaded_in_one_format(
             shutil.copy(path, snapshot)
         return str(snapshot)
 
-    monkeypatch.setattr(build, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     found = locate_model(ModelConfig("some/model", revision="main"))
     assert_same(written(found), tensors)
     assert any(snapshot.glob("*.bin")) != has_safetensors

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from loraprune_ds.model import pretrained as reading
 from loraprune_ds.model.build import build_on_meta
-from loraprune_ds.model.cut_pretrained import Kept, cut_to
-from loraprune_ds.model.pretrained import open_pretrained, parameter_shapes
+from loraprune_ds.model.pretrained import Kept, cut_to, open_pretrained, parameter_shapes
 from loraprune_ds.model.shapes import LINEARS
 from tests.oracle.models import make_tiny_llama
 

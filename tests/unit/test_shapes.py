@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.families import CAUSAL_LMS
+from loraprune_ds.model.build import CAUSAL_LMS
 from loraprune_ds.model.pretrained import parameter_shapes
 from loraprune_ds.model.shapes import (
+    ARCHITECTURES,
     KINDS,
     LINEARS,
-    SUPPORTED_MODEL_TYPES,
     LayerShape,
     ModelShape,
     shape_from_config,
@@ -173,4 +173,4 @@ def test_biases_shrink_with_their_linear() -> None:
 
 
 def test_every_supported_model_type_has_its_class() -> None:
-    assert tuple(CAUSAL_LMS) == SUPPORTED_MODEL_TYPES
+    assert {name: found.__name__ for name, found in CAUSAL_LMS.items()} == ARCHITECTURES

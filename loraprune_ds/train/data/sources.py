@@ -8,9 +8,8 @@ from typing import Any, Protocol
 
 from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError, first_line
-from loraprune_ds.model.build import EMBEDDED
 from loraprune_ds.model.embedded import embedded_text
-from loraprune_ds.model.hub import HUB_ERRORS
+from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 
 TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
