@@ -1,4 +1,4 @@
-"""Finds the newest good checkpoint and gives its parts back; damaged ones are named and passed over."""
+"""Finds the newest good checkpoint and gives its parts back. Damaged ones are named and passed over."""
 
 import hashlib
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class TrainingCheckpoint:
     state: RunState
 
     def shape_folder(self) -> Path:
-        """Where its frozen weights are. Of a source that has moved, such as the hub's cache: where `model.path` is now.
+        """Returns the folder of its frozen weights. A source that has moved is found by `model.path`.
 
         Raises:
             UserError: as `locate_model`.
@@ -46,7 +46,7 @@ class TrainingCheckpoint:
         return source if source.is_dir() else locate_model(config_from_dict(self.state.config).model)
 
     def frozen_weights(self, config: RunConfig) -> PretrainedModel:
-        """The model without LoRA.
+        """Opens the model without LoRA, cut as it is in this checkpoint.
 
         Raises:
             UserError: as `open_for_pruning`.
@@ -71,7 +71,7 @@ class TrainingCheckpoint:
         return self.state.totals.tokens / self.state.step
 
     def scores(self) -> list[LayerScores] | None:
-        """The moving averages; None when nothing had been scored."""
+        """Reads the moving averages; None if nothing was scored."""
         path = self.folder / layout.SCORES_FILE
         if not path.exists():
             return None
@@ -85,7 +85,7 @@ class TrainingCheckpoint:
         return found if self._holds_sums else {name: mean * self._tokens_per_step for name, mean in found.items()}
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
-        """Elements [start, end) of a layer's LoRA tensor, flat; only the rows that hold them are read."""
+        """Reads the flat elements [start, end) of a layer's LoRA tensor, and only the rows that hold them."""
         with safe_open(self.folder / layout.layer_file(layer), framework="pt") as file:
             view = file.get_slice(name)
             columns = view.get_shape()[1]
@@ -95,10 +95,10 @@ class TrainingCheckpoint:
 
 
 def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -> TrainingCheckpoint | None:
-    """The newest checkpoint under `root` that is whole; the ranks share the reading. Collective.
+    """Opens the newest checkpoint under `root` that is whole. The ranks share the reading. Collective.
 
     Raises:
-        CheckpointMismatch: it is whole, but of a newer format or of another source model than is there now.
+        CheckpointMismatch: it is whole, but of a newer format or of another source model.
     """
     for number in reversed(comm.gather_objects(layout.numbered(root, "step"))[0]):
         try:
@@ -111,7 +111,7 @@ def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -
 
 
 def newest_state(root: Path) -> RunState | None:
-    """The newest state under `root` that can be read, unverified: enough to see whose run it is.
+    """Reads the newest state under `root`, unverified. That is enough to see whose run it is.
 
     Raises:
         CheckpointMismatch: it is of a newer format.
@@ -130,14 +130,14 @@ def open_training_checkpoint(folder: Path, comm: "Communicator") -> TrainingChec
     """Verifies one checkpoint and the shape it names. Collective.
 
     Raises:
-        UserError: something is missing or damaged; all ranks raise the same line.
-        CheckpointMismatch: it is of a newer format or of another source model; likewise.
+        UserError: something is missing or damaged. All ranks raise the same line.
+        CheckpointMismatch: it is of a newer format or of another source model. All ranks raise the same line.
     """
     return comm.all_or_raise(lambda: check_training_checkpoint(folder, part=comm.rank, parts=comm.world_size))
 
 
 def check_training_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) -> TrainingCheckpoint:
-    """Verifies one checkpoint and the shape it names, or the share that falls to one of `parts` readers.
+    """Verifies one checkpoint and the shape that it names, or the share of one of `parts` readers.
 
     Raises:
         UserError: something is missing or damaged.

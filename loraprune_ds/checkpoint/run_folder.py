@@ -1,4 +1,4 @@
-"""The folder of a run: names of what lies in it, and status.json, for people, scripts and the next start in it."""
+"""The folder of a run: the names in it, and status.json for people, scripts and the next start."""
 
 import os
 from dataclasses import asdict, dataclass, field
@@ -30,11 +30,15 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class Status:
-    """State of a run: `step` of `steps` optimizer steps are done. `error` is the one line a failed run ended with.
+    """Describes the state of a run: `step` of `steps` optimizer steps are done.
 
-    `mark` is drawn anew for every writing, by which a process knows its own words from another's; `job` is Slurm's
-    number of the job, by which slurm/job.sh knows its own run from one that another job has taken over.
-    A killed process cannot say so: "running" with an old `updated` (UTC, ISO 8601) means that.
+    A killed process cannot say so: "running" with an old `updated` means that.
+
+    Attributes:
+        error: the one line that a failed run ended with.
+        updated: UTC, ISO 8601.
+        mark: drawn anew for every writing. By it a process knows its own words from another's.
+        job: Slurm's number of the job. By it slurm/job.sh knows if another job has taken the run over.
     """
 
     state: State
@@ -50,14 +54,15 @@ class Status:
 
 
 def write_status(folder: Path, status: Status) -> None:
+    """Replaces status.json."""
     write_json(folder / STATUS_FILE, asdict(status))
 
 
 def read_status(folder: Path) -> Status | None:
-    """The status of the run in this folder; None when there is none.
+    """Reads the status of the run in this folder; None if there is none.
 
     Raises:
-        UserError: status.json is damaged; the message names it.
+        UserError: status.json is damaged. The message names it.
     """
     path = folder / STATUS_FILE
     if not path.exists():

@@ -1,12 +1,10 @@
-"""Writes a checkpoint: the LoRA state layer by layer from all ranks, and the frozen weights where cuts changed them.
+"""Writes a checkpoint: the LoRA state layer by layer from all ranks, and the frozen weights if they changed.
 
-checkpoints/shape-2/     with prune.compensate or checkpoint.copy_source only, as else the frozen weights are slices of
-                         the source: the model after the second cut, LoRA left out, a Hugging Face folder
-checkpoints/step-120/    layer-00000.safetensors ...  fp32 LoRA masters and Adam moments of a layer
-                         scores.safetensors           moving averages, float64
-                         moments-00000.safetensors …  with prune.compensate, until the last cut: what is known of the
-                                                      inputs of a layer's o_proj and down_proj, fp32
-                         state.json, manifest.json    everything else, and the checksums of all files
+checkpoints/step-120/    layer-00000.safetensors ...    fp32 LoRA masters and Adam moments of a layer
+                         scores.safetensors             moving averages of the scores, float64
+                         moments-00000.safetensors ...  input moments of a layer, fp32 (README.md)
+                         state.json, manifest.json      everything else, and the checksums of all files
+checkpoints/shape-2/     the frozen weights after the second cut, as a Hugging Face folder (README.md)
 """
 
 import json
@@ -34,7 +32,7 @@ def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str
     """Publishes the frozen weights as `shape-{cuts}`. Collective.
 
     Raises:
-        RunError: a rank cannot write; nothing is published and nothing older is lost.
+        RunError: a rank cannot write. Nothing is published and nothing older is lost.
     """
     with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
         if model.rank == 0:
@@ -49,10 +47,10 @@ def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str
 def save_step(
     model: ShardedModel, root: Path, state: RunState, scores: list[LayerScores] | None, moments: InputMoments | None
 ) -> Path:
-    """Publishes `step-{state.step}`. Collective; a layer is written by its owner, which has its moments.
+    """Publishes `step-{state.step}`. A layer is written by its owner, which has its input moments. Collective.
 
     Raises:
-        RunError: a rank cannot write; nothing is published and nothing older is lost.
+        RunError: a rank cannot write. Nothing is published and nothing older is lost.
     """
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
@@ -78,10 +76,10 @@ def _write_layer(staging: Staging, layer: int, lora: dict[str, Tensor], moments:
 
 
 def drop_old(root: Path, step: int, keep_last: int) -> None:
-    """After `step-{step}` was published: removes what no later start needs. On rank 0 only.
+    """Removes what no later start needs, after `step-{step}` was published. On rank 0 only.
 
-    That is: steps beyond `step`, which a damaged checkpoint or a start from an older one has left behind; all but the
-    newest steps; every shape that no step names any more; and what a killed save or removal has left.
+    Old steps go, and every shape that no step names any more. So do steps beyond `step`: a damaged checkpoint or a
+    start from an older one has left them. What a killed save or removal has left goes, too.
     """
     remove_leftovers(root)
     steps = layout.numbered(root, "step")

@@ -1,4 +1,4 @@
-"""A folder that the ranks fill together, each sealing what it wrote itself, and that appears whole or not at all."""
+"""A folder that the ranks fill at the same time and that appears whole or not at all."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -14,9 +14,12 @@ from loraprune_ds.zero.write import LocalWrites
 
 
 class Staging:
-    """One folder under construction; `kind` is its name in fail-points. Construction and `publish` are collective.
+    """Builds one folder. Construction and `publish` are collective.
 
-    A context manager: if a save fails, what was written is removed, which also gives a full disk its space back.
+    It is a context manager. If a save fails it removes what was written, which gives a full disk its space back.
+
+    Args:
+        kind: its name in fail-points.
     """
 
     def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
@@ -38,7 +41,7 @@ class Staging:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """This rank writes one file and seals it: only the writer's own fsync is sure to reach its cache."""
+        """Writes one file on this rank and seals it. Only the writer's own fsync is sure to reach its cache."""
 
         def write_and_seal() -> None:
             write(self.folder / name)
@@ -52,10 +55,10 @@ class Staging:
             self.write(name, lambda path: None)
 
     def publish(self) -> None:
-        """Writes the manifest and renames. A folder of that name is of a course the run has left, and is replaced.
+        """Writes the manifest and gives the folder its name. Replaces a folder that an abandoned start has left.
 
         Raises:
-            RunError: a write failed on some rank; nothing is published.
+            RunError: a write failed on some rank. Nothing is published.
         """
         self._writes.agree(self._comm, self.folder)
         sealed: dict[str, dict[str, Any]] = {}

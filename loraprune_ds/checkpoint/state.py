@@ -1,4 +1,4 @@
-"""What a checkpoint knows besides tensors, as JSON."""
+"""The part of a checkpoint that is no tensor, as JSON."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -14,20 +14,20 @@ STATE_FILE = "state.json"
 
 
 class CheckpointMismatch(UserError):
-    """A whole checkpoint that this start cannot use.
+    """Tells of a whole checkpoint that this start cannot use.
 
-    Unlike a damaged one it is not passed over: what would be begun instead, its first save would remove it.
+    Unlike a damaged one it is not passed over. A run begun instead would remove it at its first save.
     """
 
 
 @dataclass(frozen=True)
 class ShapeSource:
-    """Where the frozen weights are: in `shape-K` beside the steps, or in the source, of which the kept groups are read.
+    """Names the place of the frozen weights: `shape-K` beside the steps, or the source, read by its kept groups.
 
     Attributes:
         folder: name of the shape folder, or the path of the source.
         digest: checksum of the shape's manifest, or `load.source_digest` of the source.
-        is_source: the weights are those of the model the run started from, or slices of them.
+        is_source: the weights are those of the model that the run started from, or slices of them.
     """
 
     folder: str
@@ -37,7 +37,7 @@ class ShapeSource:
 
 @dataclass(frozen=True)
 class RunTotals:
-    """What a run has read and measured.
+    """Counts what a run has read and measured.
 
     Attributes:
         tokens: of all its steps.
@@ -52,11 +52,11 @@ class RunTotals:
 
 @dataclass(frozen=True)
 class RunState:
-    """A run after `step` optimizer steps; independent of the number of ranks.
+    """Describes a run after `step` optimizer steps, independent of the number of ranks.
 
     Attributes:
         tally: tokens read, perplexities measured.
-        adam_step: updates that Adam has made; fewer than `step` if fp16 steps were skipped.
+        adam_step: updates that Adam has made. Fewer than `step` if fp16 steps were skipped.
         schedule: state of the learning-rate schedule.
         loss_scale: state of fp16's loss scaler, empty otherwise.
         kept: per layer, kept heads and channels as indices into the dense model.
@@ -83,7 +83,7 @@ class RunState:
 
 
 def state_text(state: RunState) -> str:
-    """The content of `state.json`, without line breaks: the kept groups are a million numbers in a large model."""
+    """Returns the text of `state.json`. It has no line breaks: a large model keeps a million groups."""
     named = {"tally" if name == "totals" else name: value for name, value in asdict(state).items()}
     return json.dumps(named) + "\n"
 
