@@ -14,8 +14,7 @@ from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER,
 from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.export.from_checkpoint import Unmerged, write_base_and_adapter, write_merged
-from loraprune_ds.export.gguf import write_gguf
-from loraprune_ds.export.gguf_tensors import Precision
+from loraprune_ds.export.gguf import Precision, write_gguf
 from loraprune_ds.export.huggingface import begin, publish
 from loraprune_ds.export.model_card import retell_model_card
 from loraprune_ds.model.adapters import BASE_FOLDER

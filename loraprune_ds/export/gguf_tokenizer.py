@@ -1,32 +1,86 @@
-"""The tokenizer of a checkpoint, written into a GGUF file: it reads there what transformers reads from the folder."""
+"""Writes the tokenizer of a pretrained model into a GGUF file. llama.cpp then reads the same tokens as transformers.
 
+llama.cpp knows two kinds: byte-level BPE with merges, and sentencepiece with scores.
+"""
+
+import json
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFWriter, TokenType
+from sentencepiece import sentencepiece_model_pb2
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_vocabulary import FORMATS_LEFT, Vocabulary, read_vocabulary
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.files import read_json
+from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
-PROBE = "a"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# A byte-level tokenizer cuts text into words before it merges. Its steps -> llama.cpp's name of them (llama-vocab.cpp).
+PRE_TOKENIZERS = {
+    ("words",): "gpt-2",
+    ("digits", "words"): "smollm",
+    (LLAMA3_PATTERN, "bytes"): "llama-bpe",
+    (TEKKEN_PATTERN, "bytes"): "tekken",
+}
+SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE
 SPACE = "▁"  # sentencepiece's
 ADDED_SCORE = -1000.0  # never merged into
+PROBE = "a"
+FORMATS_LEFT = "formats that can: hf, adapter"
+
+
+@dataclass
+class Vocabulary:
+    """Holds tokens by id, first without those that were added later.
+
+    Attributes:
+        model, pre: llama.cpp's names of the algorithm and of its way to cut text into words.
+        scores: sentencepiece only. A pair with a higher score merges first.
+        merges: byte-level BPE only, `left right`, first come first.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+
+    def fill(self, size: int) -> None:
+        """Appends unused tokens until there are `size` tokens."""
+        for index in range(len(self.tokens), size):
+            self.tokens.append(f"[PAD{index}]")
+            self.types.append(int(TokenType.UNUSED))
+            if self.model == "llama":
+                self.scores.append(ADDED_SCORE)
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Writes tokens, special tokens and chat template of the tokenizer in `folder`.
 
     Args:
-        vocab_size: rows of the embedding; ids that no text gives are filled up.
+        vocab_size: rows of the embedding. Ids without a token get an unused one.
 
     Raises:
-        UserError: there is no tokenizer, or it does something that llama.cpp cannot be told.
+        UserError: there is no tokenizer, or llama.cpp cannot do what it does.
     """
     tokenizer = load_tokenizer(folder)
     vocabulary = read_vocabulary(folder)
     _put_added_tokens(vocabulary, tokenizer)
-    _fill(vocabulary, folder, vocab_size)
+    if len(vocabulary.tokens) > vocab_size:
+        raise UserError(f"{folder}: its tokenizer has {len(vocabulary.tokens)} tokens, its model only {vocab_size}")
+    vocabulary.fill(vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -36,36 +90,38 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     else:
         writer.add_token_merges(vocabulary.merges)
     _add_special_tokens(writer, tokenizer)
-    _add_habits(writer, tokenizer, folder)
+    _add_text_ends(writer, tokenizer, folder)
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """Reads `tokenizer.json` or `tokenizer.model`.
+
+    Raises:
+        UserError: llama.cpp cannot do what the tokenizer does.
+    """
+    path = folder / "tokenizer.json"
+    fast = read_json(path) if path.is_file() else {}
+    pre_tokenizer = _steps(fast.get("pre_tokenizer"), "pretokenizers")
+    if any(step["type"] == "ByteLevel" for step in pre_tokenizer):
+        return _byte_level(fast, pre_tokenizer, path)
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        return _sentencepiece(folder / SENTENCEPIECE_FILE)
+    if fast.get("model", {}).get("byte_fallback"):
+        return _sentencepiece_from_merges(fast, path)
+    raise UserError(f"{folder}: its tokenizer is neither byte-level BPE nor sentencepiece; {FORMATS_LEFT}")
 
 
 def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tokens that are found in a text before anything else is done with it."""
+    """Puts in the added tokens. They are found in a text before anything else is done with it."""
     for index, added in sorted(tokenizer.added_tokens_decoder.items()):
-        while len(vocabulary.tokens) <= index:
-            _append_unused(vocabulary)
+        vocabulary.fill(index + 1)
         if vocabulary.types[index] == TokenType.UNKNOWN:
             continue
-        # llama.cpp compares with the text as it is, where sentencepiece has put its own kind of space.
-        content = added.content if added.special else added.content.replace(SPACE, " ")
-        vocabulary.tokens[index] = content
+        # llama.cpp compares with the text as it is, which has no sentencepiece spaces yet.
+        vocabulary.tokens[index] = added.content if added.special else added.content.replace(SPACE, " ")
         vocabulary.types[index] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         if vocabulary.scores:
             vocabulary.scores[index] = ADDED_SCORE
-
-
-def _fill(vocabulary: Vocabulary, folder: Path, vocab_size: int) -> None:
-    if len(vocabulary.tokens) > vocab_size:
-        raise UserError(f"{folder}: its tokenizer has {len(vocabulary.tokens)} tokens, its model only {vocab_size}")
-    while len(vocabulary.tokens) < vocab_size:
-        _append_unused(vocabulary)
-
-
-def _append_unused(vocabulary: Vocabulary) -> None:
-    vocabulary.tokens.append(f"[PAD{len(vocabulary.tokens)}]")
-    vocabulary.types.append(int(TokenType.UNUSED))
-    if vocabulary.model == "llama":
-        vocabulary.scores.append(ADDED_SCORE)
 
 
 def _add_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -81,8 +137,11 @@ def _add_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) 
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _add_habits(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """What the tokenizer puts around every text, seen by what it does: its settings say it in too many ways."""
+def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the tokens that the tokenizer puts before and after every text.
+
+    It tokenizes a probe to find them, because the settings for this have too many forms.
+    """
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
     whole = tokenizer(PROBE).input_ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -92,3 +151,82 @@ def _add_habits(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: 
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
     writer.add_add_space_prefix(str(tokenizer.convert_ids_to_tokens(plain)[0]).startswith(SPACE))
+
+
+def _steps(part: dict[str, Any] | None, of_sequence: str) -> list[dict[str, Any]]:
+    """Returns the steps of a pipeline of tokenizer.json: a single one, those of a `Sequence`, or none."""
+    if part is None:
+        return []
+    return part[of_sequence] if part["type"] == "Sequence" else [part]
+
+
+def _byte_level(fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path: Path) -> Vocabulary:
+    signature = tuple(_describe(step) for step in pre_tokenizer)
+    if fast["model"]["type"] != "BPE" or signature not in PRE_TOKENIZERS or _steps(fast["normalizer"], "normalizers"):
+        raise UserError(f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}")
+    tokens = _by_id(fast["model"]["vocab"])
+    merges = [" ".join(pair) for pair in _merges(fast)]
+    types = [int(TokenType.NORMAL)] * len(tokens)
+    return Vocabulary("gpt2", PRE_TOKENIZERS[signature], tokens, types, merges=merges)
+
+
+def _describe(step: dict[str, Any]) -> str:
+    """Names one step of a pre-tokenizer as in PRE_TOKENIZERS."""
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
+            return "words" if use_regex else "bytes"
+        case {"type": "Digits", "individual_digits": True}:
+            return "digits"
+        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+            return pattern
+    return json.dumps(step)
+
+
+def _by_id(vocabulary: dict[str, int]) -> list[str]:
+    """Returns the tokens in the order of their ids. Ids of added tokens come after and leave no hole before them."""
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
+def _merges(fast: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the pairs that merge. Older files have `left right`, newer ones two strings."""
+    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in fast["model"]["merges"])
+    return [(left, right) for left, right in pairs]
+
+
+def _sentencepiece(path: Path) -> Vocabulary:
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    model.ParseFromString(path.read_bytes())
+    if model.trainer_spec.model_type != SENTENCEPIECE_BPE:
+        raise UserError(f"{path}: only sentencepiece models of type BPE, as LLaMA's, fit llama.cpp; {FORMATS_LEFT}")
+    pieces = model.pieces
+    # The numbers of sentencepiece's piece types are llama.cpp's token types.
+    types = [piece.type for piece in pieces]
+    return Vocabulary("llama", "default", [piece.piece for piece in pieces], types, [piece.score for piece in pieces])
+
+
+def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
+    """Rebuilds a sentencepiece model of which only transformers' conversion to merges is left.
+
+    The conversion lists every pair of tokens that makes a token, best token first. So a token's score is its place.
+    """
+    tokens, added = _by_id(fast["model"]["vocab"]), {token["content"] for token in fast["added_tokens"]}
+    merges = _merges(fast)
+    made = [left + right for left, right in merges]
+    places = {token: float(-place) for place, token in reversed(list(enumerate(made)))}
+    in_one_go = 1 + sum(a != b for a, b in pairwise(made)) == len(places)
+    if not in_one_go or not _all_pairs(set(tokens) - added) <= set(merges):
+        raise UserError(f"{path}: its merges are not those of a sentencepiece model; {FORMATS_LEFT}")
+    types = [_type_of(token, fast["model"].get("unk_token")) for token in tokens]
+    return Vocabulary("llama", "default", tokens, types, [places.get(token, float(-len(merges))) for token in tokens])
+
+
+def _all_pairs(tokens: set[str]) -> set[tuple[str, str]]:
+    splits = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
+    return {(left, right) for left, right in splits if left in tokens and right in tokens}
+
+
+def _type_of(token: str, unknown: str | None) -> int:
+    if token == unknown:
+        return int(TokenType.UNKNOWN)
+    is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return int(TokenType.BYTE if is_byte else TokenType.NORMAL)

@@ -9,8 +9,7 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from transformers import AutoTokenizer
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_tokenizer import add_tokenizer
-from loraprune_ds.export.gguf_vocabulary import read_vocabulary
+from loraprune_ds.export.gguf_tokenizer import add_tokenizer, read_vocabulary
 from tests.gguf_cases import PRE_TOKENIZERS, byte_level_tokenizer, sentencepiece_tokenizer
 
 VOCAB = 400

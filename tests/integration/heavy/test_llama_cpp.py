@@ -23,7 +23,7 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from loraprune_ds.export import gguf_tensors
+from loraprune_ds.export import gguf
 from loraprune_ds.export.formats import Source
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.model.embedded import embedded_model_dir
@@ -154,7 +154,7 @@ def make_broken(root: Path) -> list[Compared]:
     (root / BROKEN).mkdir()
     export(dense_model(case), case, byte_level_tokenizer(root / BROKEN / "tokenizer", VOCAB), root / BROKEN / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_tensors, "permute", lambda values, heads: values)
+        patch.setattr(gguf, "permute", lambda values, heads: values)
         return convert(case, "gpt-2", root / BROKEN, list(range(24)), NEW_TOKENS, [])
 
 
