@@ -16,7 +16,7 @@ NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 
 def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> CollectedLinear | None:
-    """Gathers one linear of a decoder layer on rank `owner`; None elsewhere. Collective."""
+    """Gathers one linear of a decoder layer on rank `owner`. Returns None elsewhere. Collective."""
     base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
     weight = collect_tensor(base.weight, owner, comm)
     bias = None if base.bias is None else collect_tensor(base.bias, owner, comm)
@@ -27,12 +27,12 @@ def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> Collec
 
 
 def collect_norms(layer: nn.Module, owner: int, comm: Communicator) -> dict[str, Tensor]:
-    """Gathers a decoder layer's norms on rank `owner`, by name inside the layer; empty elsewhere. Collective."""
+    """Gathers a decoder layer's norms on rank `owner`, by name inside the layer. Empty elsewhere. Collective."""
     return _collect_named({name: layer.get_parameter(name) for name in NORMS}, owner, comm)
 
 
 def collect_ends(causal_lm: Any, owner: int, comm: Communicator) -> dict[str, Tensor]:
-    """Gathers the embedding, the final norm and an untied head on rank `owner`; empty elsewhere. Collective."""
+    """Gathers the embedding, the final norm and an untied head on rank `owner`. Empty elsewhere. Collective."""
     embedding, head = causal_lm.model.embed_tokens.weight, causal_lm.lm_head.weight
     named = {"model.embed_tokens.weight": embedding, "model.norm.weight": causal_lm.model.norm.weight}
     if head is not embedding:
@@ -47,10 +47,10 @@ def _collect_named(named: dict[str, Any], owner: int, comm: Communicator) -> dic
 
 @torch.no_grad()
 def collect_tensor(parameter: Tensor, owner: int, comm: Communicator, shard: Tensor | None = None) -> Tensor | None:
-    """Gathers a whole parameter on rank `owner`; None elsewhere. Collective.
+    """Gathers a whole parameter on rank `owner`. Returns None elsewhere. Collective.
 
     Args:
-        shard: this rank's shard of the parameter's fp32 state, to gather that instead.
+        shard: this rank's shard of the parameter's fp32 state. It is gathered instead.
     """
     local = parameter.ds_tensor if shard is None else shard  # type: ignore[attr-defined]
     gathered = comm.gather_to(owner, local.detach().to(comm.device))  # an offloaded shard lies on the host

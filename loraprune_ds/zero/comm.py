@@ -1,4 +1,4 @@
-"""The collectives of pruning, with a count of what they send. Gathers of the training step are DeepSpeed's own."""
+"""The collectives of pruning, with a count of what they send. The gathers of a training step are DeepSpeed's own."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ class Communicator:
     """Runs collectives over the ranks that share the model's weights.
 
     Attributes:
-        device: where the tensors that it sends lie.
+        device: holds the tensors that are sent.
         bytes_sent: by this rank to others, so far.
     """
 
@@ -33,7 +33,7 @@ class Communicator:
         self.bytes_sent = 0
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """(n,) on every rank -> (W, n)."""
+        """Gathers (n,) of every rank. Returns (world_size, n)."""
         if self.world_size == 1:
             return local[None]
         gathered = torch.empty(self.world_size * local.numel(), dtype=local.dtype, device=local.device)
@@ -42,21 +42,26 @@ class Communicator:
         return gathered.view(self.world_size, -1)
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
+        """Sums over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
             self._count(values.numel(), values.element_size())
         return values
 
     def broadcast(self, values: Tensor) -> Tensor:
-        """Rank 0's values, in place."""
+        """Gives every rank the values of rank 0, in place."""
         if self.world_size > 1:
             dist.broadcast(values, 0, group=self.group)
             self._count(values.numel() if self.rank == 0 else 0, values.element_size())
         return values
 
     def all_to_all(self, outgoing: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Flat elements ordered by destination -> flat elements ordered by source. Split sizes are per rank."""
+        """Sends flat elements ordered by destination. Returns those received, ordered by source.
+
+        Args:
+            send: elements for each rank.
+            receive: elements from each rank.
+        """
         incoming = torch.empty(sum(receive), dtype=outgoing.dtype, device=outgoing.device)
         if self.world_size == 1:
             return incoming.copy_(outgoing)
@@ -65,7 +70,7 @@ class Communicator:
         return incoming
 
     def gather_to(self, owner: int, local: Tensor) -> Tensor | None:
-        """(n,) on every rank -> (W, n) on `owner` only, so that no other rank holds the whole."""
+        """Gathers (n,) of every rank. Returns (world_size, n) on `owner` only, so no other rank holds the whole."""
         if self.world_size == 1:
             return local[None]
         into = [torch.empty_like(local) for _ in range(self.world_size)] if self.rank == owner else None
@@ -74,14 +79,14 @@ class Communicator:
         return torch.stack(into) if into is not None else None
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
-        """Sum over ranks on `owner` only; `values` is used up."""
+        """Sums over ranks, on `owner` only. Overwrites `values`."""
         if self.world_size > 1:
             dist.reduce(values, owner, group=self.group)
             self._count(0 if self.rank == owner else values.numel(), values.element_size())
         return values if self.rank == owner else None
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
-        """(n,) on every rank -> this rank's (ceil(n / W),) piece of their sum, the last ones padded with zeros."""
+        """Sums (n,) over all ranks. Returns this rank's shard (ceil(n / world_size),). Zeros pad the last ones."""
         if self.world_size == 1:
             return values
         size = partition_numel(len(values), self.world_size)
@@ -92,7 +97,7 @@ class Communicator:
         return shard
 
     def scatter_from(self, owner: int, whole: Tensor | None, shard: Tensor) -> None:
-        """Fills `piece` of every rank with its part of a flat tensor that `owner` holds; padding becomes zero."""
+        """Fills every rank's `shard` from a flat tensor that `owner` holds. Padding becomes zero."""
         parts = None
         if whole is not None:
             parts = list(_padded(whole, len(shard) * self.world_size).split(len(shard)))
@@ -103,18 +108,18 @@ class Communicator:
         self._count(len(shard) * (self.world_size - 1) if parts else 0, shard.element_size())
 
     def gather_objects(self, value: T) -> list[T]:
-        """A small picklable value of every rank, in rank order."""
+        """Gathers a small picklable value of every rank, in rank order."""
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
     def all_or_raise(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every rank; if it fails on any, all raise the error of the lowest one that failed.
+        """Runs `action` on every rank. If some fail, all raise the error of the lowest of them.
 
-        Without this a rank with bad input would leave while the others wait for it in the next collective.
+        Without this a rank with bad input would leave. The others would wait for it in the next collective.
 
         Raises:
-            UserError: as raised by `action`, or for its OSError; from another rank, with that rank named.
+            UserError: as raised by `action`, or for its OSError. An error of another rank names that rank.
         """
         result, error = None, None
         try:
@@ -130,14 +135,14 @@ class Communicator:
         return cast(T, result)
 
     def on_rank_0(self, action: Callable[[], T]) -> T | None:
-        """Runs `action` on rank 0 alone and waits for it; None elsewhere. Raises on all ranks as `all_or_raise`."""
+        """Runs `action` on rank 0 alone and waits for it. Returns None elsewhere. Raises as `all_or_raise`."""
         return self.all_or_raise(lambda: action() if self.rank == 0 else None)
 
     @contextmanager
     def patient(self) -> Iterator["Communicator"]:
-        """The same ranks, for what may take one of them hours while the others wait. Collective.
+        """Yields the same ranks with a time limit of days. So one may work for hours while others wait. Collective.
 
-        A collective of the usual group gives up after minutes: a download or a conversion would end the run.
+        A collective of the usual group gives up after minutes. So a download or a conversion would end the run.
         """
         group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         try:
@@ -153,5 +158,5 @@ class Communicator:
 
 
 def _padded(values: Tensor, size: int) -> Tensor:
-    """With zeros at its end up to `size`; no copy where nothing is missing."""
+    """Adds zeros at the end up to `size`. Copies nothing if none are missing."""
     return values if len(values) == size else torch.nn.functional.pad(values, (0, size - len(values)))

@@ -1,4 +1,4 @@
-"""What this rank computes on."""
+"""The device that this rank computes on."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from loraprune_ds.errors import UserError
 
 
 def accelerator() -> Any:
-    """DeepSpeed's accelerator, which is never None once it has been asked for."""
+    """Returns DeepSpeed's accelerator. It is never None once it has been asked for."""
     return get_accelerator()
 
 
@@ -18,19 +18,19 @@ def is_cpu() -> bool:
 
 
 def current_device() -> torch.device:
-    """Where this rank computes."""
+    """Returns this rank's device."""
     return torch.device(accelerator().current_device_name())
 
 
 def device_name() -> str:
-    """The device as a person would name it."""
+    """Names the device as a person would."""
     return torch.cuda.get_device_name() if accelerator().device_name() == "cuda" else accelerator().device_name()
 
 
 def empty_host_cache() -> None:
-    """Gives the pinned memory back that no tensor uses any more.
+    """Gives back the pinned memory that no tensor uses any more.
 
-    torch keeps every block for a tensor of the same size, rounded up to a power of two, and never gives one back.
+    torch keeps every block for a tensor of the same size. It rounds sizes up to powers of two and gives none back.
     """
     if accelerator().device_name() != "cuda":
         return
@@ -41,10 +41,10 @@ def empty_host_cache() -> None:
 
 
 def check_dtype(dtype: str) -> None:
-    """Whether this rank's device can train in `dtype`.
+    """Checks that this rank's device can train in `dtype`.
 
     Raises:
-        UserError: it cannot; one line naming the device.
+        UserError: it cannot. The line names the device.
     """
     supported = {"float16": accelerator().is_fp16_supported, "bfloat16": _computes_bf16}
     if dtype in supported and not supported[dtype]():
@@ -52,7 +52,10 @@ def check_dtype(dtype: str) -> None:
 
 
 def _computes_bf16() -> bool:
-    """By instructions of its own: a GPU older than Ampere converts back and forth, slower than fp16 and fp32."""
+    """Tells if the device has instructions for bf16.
+
+    A GPU older than Ampere converts back and forth. That is slower than fp16 and fp32.
+    """
     if accelerator().device_name() == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return accelerator().is_bf16_supported()

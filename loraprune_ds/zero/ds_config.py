@@ -1,4 +1,4 @@
-"""DeepSpeed's own JSON: what the run config owns is "auto" there and filled in here, so no number has two owners."""
+"""DeepSpeed's own JSON. What the run config owns is "auto" there and is filled in here. So no number has two owners."""
 
 import copy
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LINEARS, ModelShape
 
-MAX_BUCKET = 50_000_000  # elements; a reduce bucket is allocated whole on every rank
+MAX_BUCKET = 50_000_000  # elements. Every rank allocates a reduce bucket whole
 
-# Settings that cannot work with a repartition on the live engine, or that the run config owns.
+# Settings that cannot work with a cut, or that the run config owns.
 REFUSED = {
     ("optimizer",): "the run config owns the optimizer (train.learning_rate, train.adam_*)",
     ("scheduler",): "the run config owns the schedule (train.lr_scheduler, train.warmup_steps)",
@@ -28,21 +28,21 @@ REFUSED = {
     ("zero_optimization", "cpu_offload_param"): "gone from DeepSpeed; write offload_param: {device: cpu}",
     ("zero_optimization", "mics_shard_size"): "MiCS has been removed from DeepSpeed; hpZ "
     "(zero_hpz_partition_size) gathers the weights of forward and backward within a node, too",
-    ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat pieces to repartition",
-    ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be repartitioned",
+    ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat shards to reshard",
+    ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be resharded",
     ("zero_optimization", "zero_quantized_gradients"): "scores need the LoRA gradients as they are",
     ("zero_optimization", "zenflow"): "ZenFlow is not supported",
     ("zero_optimization", "stage3_module_granularity_threshold"): "modules gathered whole are not supported",
     ("prescale_gradients",): "DeepSpeed's ZeRO-3 has no prescaled gradients",
     ("gradient_predivide_factor",): "DeepSpeed's ZeRO-3 has no predivided gradients",
     ("sequence_parallel_size",): "every rank reads whole samples; sequence parallelism is not supported",
-    ("tensor_parallel",): "a linear cut over ranks is not supported; ZeRO-3 shards it",
+    ("tensor_parallel",): "a linear split over ranks is not supported; ZeRO-3 shards it",
     ("compression_training",): "DeepSpeed's own compression is not supported",
     ("progressive_layer_drop",): "layers that are dropped at random are not supported",
     ("curriculum_learning",): "the run config owns the data (data.window)",
     ("data_efficiency",): "the run config owns the data",
 }
-# Of a setting that works, the values that do not.
+# Settings of which only some values work: those values, and why others do not.
 ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
     ("zero_optimization", "offload_optimizer", "device"): (
         ("none", "cpu"),
@@ -54,7 +54,7 @@ ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
     ),
     ("zero_optimization", "offload_optimizer", "super_offload"): (
         (False,),
-        "SuperOffload has its own optimizer, whose state is not repartitioned",
+        "SuperOffload has its own optimizer, whose state is not resharded",
     ),
     ("zero_optimization", "offload_param", "device"): (
         ("none", "cpu"),
@@ -69,7 +69,7 @@ NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
 
 def find_ds_config(path: str) -> Path:
-    """`deepspeed` as given, or else below the checkout: the shipped ds_configs/ serve from any working directory.
+    """Finds `deepspeed` as given, or else below the checkout. So the shipped ds_configs/ serve from any directory.
 
     Raises:
         UserError: it is in neither place.
@@ -85,8 +85,8 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
     """Reads a DeepSpeed JSON and replaces every "auto".
 
     Raises:
-        UserError: not ZeRO-3, a setting that does not go with repartition, a value that contradicts the run config,
-            an "auto" that nobody owns, or a key or value that has no meaning.
+        UserError: it is not ZeRO-3. A setting does not go with a cut. A value contradicts the run config. Nobody owns
+            an "auto". A key or value has no meaning.
     """
     path = Path(path)
     raw = read_json(path, unique_keys=True)
@@ -116,20 +116,23 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         ("gradient_clipping",): train.max_grad_norm,
         ("bf16", "enabled"): config.model.dtype == "bfloat16",
         ("fp16", "enabled"): config.model.dtype == "float16",
-        # LoRA gradients are added up in fp32, or scores would depend on the number of micro-batches and ranks.
+        # LoRA gradients add up in fp32. Else scores would depend on the number of micro-batches and ranks.
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
         ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
         ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW on the host, too, when the optimizer is offloaded
-        # Any LoRA gradient fits a bucket of one layer's LoRA; a larger bucket means fewer reduce-scatters.
+        # Any LoRA gradient fits a bucket of one layer's LoRA. A larger bucket means fewer reduce-scatters.
         ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, config.lora.r),
-        # Two of the largest linears: the next weights arrive while the present ones are used.
+        # Two of the largest linears. The next weights arrive while the present ones are used.
         ("zero_optimization", "stage3_prefetch_bucket_size"): 2 * max(_linear_sizes(shape)),
     }
 
 
 def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
-    """Elements of the gradient bucket: all LoRA parameters, or as many as MAX_BUCKET and one layer's at least."""
+    """Returns the elements of the gradient bucket.
+
+    It has room for all of LoRA, up to MAX_BUCKET. It always has room for the LoRA of one layer.
+    """
     per_layer = [sum(shape.layer_lora_sizes(i, lora_rank)) for i in range(len(shape.layers))]
     return max(max(per_layer), min(sum(per_layer), MAX_BUCKET))
 
@@ -161,7 +164,7 @@ def _refuse(path: Path, raw: dict[str, Any]) -> None:
 
 
 def _check_known(path: Path, raw: dict[str, Any], owned: set[str]) -> None:
-    """DeepSpeed ignores a key that it does not know, and fails on a bad value once the model is loaded."""
+    """Refuses unknown keys and bad values. DeepSpeed ignores the first, and fails on the others after loading."""
     known = {*owned, *FLAGS, *COUNTS}
     for key, value in raw.items():
         if key not in known and (key,) not in REFUSED:
@@ -187,7 +190,7 @@ def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: An
 
 
 def _validate(path: Path, resolved: dict[str, Any]) -> None:
-    """Lets DeepSpeed check its own sections, which it would do only once the model is loaded."""
+    """Lets DeepSpeed check its own sections. By itself it would do so only once the model is loaded."""
     for name, section in SECTIONS.items():
         try:
             section(**resolved[name])
@@ -198,7 +201,7 @@ def _validate(path: Path, resolved: dict[str, Any]) -> None:
 
 
 def _check_hpz(path: Path, resolved: dict[str, Any], world_size: int) -> None:
-    """hpZ keeps a second copy of the weights, sharded over groups of neighbouring ranks: those of a node."""
+    """Checks that hpZ's groups divide the ranks. A group, the ranks of a node, shards a second copy of the weights."""
     size = DeepSpeedZeroConfig(**resolved["zero_optimization"]).zero_hpz_partition_size
     if size < 1 or world_size % size:
         raise UserError(
@@ -219,7 +222,7 @@ def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """The settings of a DeepSpeed JSON that decide what is gathered when, in elements."""
+    """Holds the settings of a DeepSpeed JSON for what is gathered when, in elements."""
 
     prefetch_bucket: int
     max_live: int
@@ -228,7 +231,7 @@ class FetchLimits:
 
     @classmethod
     def from_ds_config(cls, ds_config: dict[str, Any]) -> "FetchLimits":
-        """From a resolved DeepSpeed config; what it does not say is DeepSpeed's default."""
+        """Reads a resolved DeepSpeed config. What it does not say is DeepSpeed's default."""
         settings = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
         return cls(
             prefetch_bucket=int(settings.prefetch_bucket_size),

@@ -1,4 +1,4 @@
-"""Starts DeepSpeed: the process group, a model born sharded, and the ZeRO-3 engine around it."""
+"""Starts DeepSpeed: the process group, then a model that is born sharded in a ZeRO-3 engine."""
 
 import logging
 import math
@@ -31,16 +31,16 @@ from loraprune_ds.zero.training_engine import TrainingEngine
 
 
 def quiet_deepspeed() -> None:
-    """Only warnings of DeepSpeed that matter: its logger prints to stdout at INFO by default."""
+    """Lets DeepSpeed log errors only. By default its logger prints to stdout at INFO."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("deepspeed").setLevel(logging.ERROR)
 
 
 def start_ranks() -> Communicator:
-    """Joins the process group that the launcher described in the environment (one rank without a launcher).
+    """Joins the process group that the launcher described in the environment. Without a launcher it has one rank.
 
     Raises:
-        UserError: the ranks cannot meet, for example because the port is taken, or this one does not see its device.
+        UserError: the ranks cannot meet, for example because the port is taken. Or this one does not see its device.
     """
     alone = "RANK" not in os.environ
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
@@ -54,7 +54,7 @@ def start_ranks() -> Communicator:
         accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     _skip_shared_memory_op()
     backend = accelerator().communication_backend_name()
-    # DeepSpeed makes more groups (hpZ's, for one) and gives them no timeout: they have torch's default.
+    # DeepSpeed makes more groups, for hpZ for example, without a timeout. They have torch's default.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout  # pyright: ignore[reportPrivateImportUsage]
     try:
@@ -70,8 +70,8 @@ def start_ranks() -> Communicator:
 def _skip_shared_memory_op() -> None:
     """Keeps CPU ranks from compiling DeepSpeed's shared-memory all-reduce, which only its inference uses.
 
-    It would cost half a minute and a compiler, leave a lock that every later start waits for if it is killed midway,
-    and need 70 MB of /dev/shm per rank.
+    That would cost half a minute and a compiler. It would need 70 MB of /dev/shm per rank. Killed midway, it would
+    leave a lock that every later start waits for.
     """
     deepspeed.ops.__dict__["__compatible_ops__"] = {}
 
@@ -84,7 +84,7 @@ def stop_ranks() -> None:
 
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """DeepSpeed and ninja print with `print`; their lines go nowhere while this is open."""
+    """Drops the lines that DeepSpeed and ninja print while this is open."""
     stdout = sys.stdout
     with open(os.devnull, "w") as sys.stdout:
         try:
@@ -94,9 +94,10 @@ def quiet_stdout() -> Iterator[None]:
 
 
 def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
-    """The schedule's factor on the learning rate at a 0-based step: linear warm-up, then linear or cosine to zero.
+    """Returns the schedule's factor on the learning rate at a 0-based step.
 
-    The recovery, the last of `steps`, has a schedule of its own, without warm-up: Adam's moments are there already.
+    It warms up linearly. Then it stays, or falls to zero linearly or as a cosine. The recovery, the last of `steps`,
+    has a schedule of its own. It has no warm-up, for Adam's moments are there already.
     """
     main = steps - config.recovery_steps
     if config.recovery_steps and step >= main:
@@ -140,7 +141,7 @@ def build_training_engine(
 def build_inference_engine(
     pretrained: PretrainedModel, attn_implementation: str, dtype: str, ds_config: dict[str, Any]
 ) -> Any:
-    """The plain sharded model of a checkpoint in evaluation mode: an engine without an optimizer. Collective."""
+    """Builds the plain sharded model in evaluation mode: an engine without an optimizer. Collective."""
     with quiet_stdout():
         model = _sharded_base(pretrained, attn_implementation, dtype, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)

@@ -1,4 +1,4 @@
-"""What ranks take from the environment, checked before DeepSpeed is imported: it ends with a traceback."""
+"""Checks what ranks take from the environment, before DeepSpeed is imported. DeepSpeed would end with a traceback."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -6,13 +6,16 @@ from pathlib import Path
 
 from loraprune_ds.errors import UserError
 
-MINUTES = 60  # a long write to a slow file system is no reason to end a run; a rank that dies ends it by the launcher
+# A long write to a slow disk is no reason to end a run. If a rank dies, the launcher ends it.
+MINUTES = 60
 MOST_MINUTES = 525_600
 INTERFACES = Path("/sys/class/net")
 
 
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:
-    """How long a rank waits for the others: DEEPSPEED_TIMEOUT, which DeepSpeed reads as it is imported, in minutes.
+    """Returns how long a rank waits for the others: DEEPSPEED_TIMEOUT, in minutes.
+
+    DeepSpeed reads it as it is imported.
 
     Raises:
         UserError: it is no such number.
@@ -25,10 +28,10 @@ def collective_timeout(environment: Mapping[str, str]) -> timedelta:
 
 
 def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:
-    """GLOO_SOCKET_IFNAME, where only NCCL has been told which network to take; empty if that names no interface.
+    """Returns GLOO_SOCKET_IFNAME if only NCCL has been told which network to take. Empty if that is no interface.
 
-    gloo by itself takes the address of the node's own name, on Debian 127.0.1.1, where no other node finds it.
-    To NCCL a name is the beginning of one, after "=" the whole, and after "^" one to leave out.
+    gloo by itself takes the address of the node's own name. On Debian that is 127.0.1.1, where no other node finds it.
+    To NCCL a name is the beginning of one. After "=" it is the whole name, after "^" one to leave out.
     """
     names = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     if environment.get("GLOO_SOCKET_IFNAME") or names.startswith("^"):
@@ -38,7 +41,7 @@ def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES
 
 
 def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
-    """Whether this rank sees the device that is its own: by DeepSpeed's rule that with the number LOCAL_RANK.
+    """Checks that this rank sees its own device. By DeepSpeed's rule its number is LOCAL_RANK.
 
     Raises:
         UserError: it sees too few.

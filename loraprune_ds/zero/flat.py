@@ -1,10 +1,15 @@
-"""Pure geometry of ZeRO-3's flat partition, and of a cut carried out on it. No communication, no DeepSpeed.
+"""The pure geometry of ZeRO-3's flat shards, and of a cut on them. No communication, no DeepSpeed.
 
-ZeRO-3 views a tensor as one row-major flat vector of N elements and gives rank r the piece [r*P, (r+1)*P), with
-P = ceil(N / W); the last pieces are padded and may be empty. Removing rows or columns keeps the order of what stays,
-so the kept elements of a piece [s, e) are again one contiguous piece [kept_before(s), kept_before(e)) of the smaller
-tensor. Every rank therefore derives the whole send and receive plan from shapes and the kept indices alone.
+ZeRO-3 views a tensor as one row-major flat vector of N elements. Rank r owns the shard [r*P, (r+1)*P), with
+P = ceil(N / world_size). The last shards are padded and may be empty.
+
+Removing rows or columns keeps the order of what stays. So the kept elements of a shard [s, e) are again contiguous.
+They are [kept_before(s), kept_before(e)) of the smaller tensor. So every rank knows what to send and receive. It needs
+only shapes and the kept indices for that.
 """
+
+# torch does not type all of its methods.
+# pyright: reportUnknownMemberType=false
 
 import math
 from dataclasses import dataclass
@@ -14,33 +19,33 @@ from torch import Tensor
 
 
 def partition_numel(numel: int, world_size: int) -> int:
-    """Elements of one rank's piece, padding included: ceil(numel / world_size)."""
+    """Returns the elements of one rank's shard, padding included: ceil(numel / world_size)."""
     return -(-numel // world_size)
 
 
 def owned_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
-    """[start, end) of the real elements that `rank` owns; start == end for an empty piece."""
+    """Returns [start, end) of the elements that `rank` owns, without padding. start == end for an empty shard."""
     size = partition_numel(numel, world_size)
     return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
 def layer_owner(layer: int, world_size: int) -> int:
-    """The rank that holds what is kept whole of a decoder layer: its moments, its refit, its file of a checkpoint."""
+    """Returns the owner of a layer. It holds what is kept whole: moments, refits, files of a checkpoint."""
     return layer % world_size
 
 
 def owner_rounds(layers: int, world_size: int) -> list[range]:
-    """Layers W at a time: of each round a rank owns one at most, so that all owners can work at once."""
+    """Returns rounds of `world_size` layers. A rank owns at most one of a round. So all can work at once."""
     return [range(first, min(first + world_size, layers)) for first in range(0, layers, world_size)]
 
 
 @dataclass(frozen=True)
 class AxisCut:
-    """Which rows (axis 0) or columns (axis 1) of a tensor stay.
+    """Names the rows (axis 0) or columns (axis 1) of a tensor that stay.
 
     Attributes:
         shape: the tensor's shape before the cut, one or two dimensions.
-        axis: the axis that shrinks; 0 for a vector.
+        axis: the axis that gets smaller. 0 for a vector.
         keep: (kept,) int64, ascending.
     """
 
@@ -55,7 +60,7 @@ class AxisCut:
 
     @property
     def columns(self) -> int:
-        """Before the cut; a vector is one column."""
+        """Before the cut. A vector is one column."""
         return self.shape[1] if len(self.shape) == 2 else 1
 
     @property
@@ -66,13 +71,13 @@ class AxisCut:
         return tuple(shape)
 
     def kept_mask(self) -> Tensor:
-        """(size of the axis,) bool."""
+        """Returns (size of the axis,) bool."""
         mask = torch.zeros(self.shape[self.axis], dtype=torch.bool)
         mask[self.keep] = True
         return mask
 
     def kept_before(self, positions: Tensor) -> Tensor:
-        """How many kept elements lie before each flat position (int64, same shape), in O(1) per position."""
+        """Counts the kept elements before each flat position (int64, same shape). O(1) per position."""
         counts = torch.zeros(self.shape[self.axis] + 1, dtype=torch.int64)
         counts[1:] = self.kept_mask().to(torch.int64).cumsum(0)
         row, column = positions // self.columns, positions % self.columns
@@ -83,12 +88,12 @@ class AxisCut:
 
 
 class Owners:
-    """Who owns what before and after a cut, for all ranks: the arithmetic behind every rank's plan.
+    """Holds the borders of all old and new shards. Every rank's plan follows from them.
 
     Attributes:
-        kept: (W+1,) how many kept elements lie before each old piece: old ownership, in the new flat order.
-        new: (W+1,) where each new piece starts.
-        new_partition: elements of a new piece, padding included.
+        kept: (world_size + 1,) the kept elements before each old shard. These are old borders in the new flat order.
+        new: (world_size + 1,) the start of each new shard.
+        new_partition: elements of a new shard, padding included.
     """
 
     def __init__(self, cut: AxisCut, world_size: int) -> None:
@@ -99,31 +104,31 @@ class Owners:
         self.new = (ranks * self.new_partition).clamp(max=new_numel)
 
     def sent_by(self, ranks: Tensor) -> Tensor:
-        """(ranks, W) elements that each of `ranks` has for every rank, itself included."""
+        """Returns (ranks, world_size): the elements that each has for every rank, itself included."""
         start, end = self.kept[ranks, None], self.kept[ranks + 1, None]
         return _overlap(start, end, self.new[None, :-1], self.new[None, 1:])
 
     def received_by(self, ranks: Tensor) -> Tensor:
-        """(ranks, W) elements that each of `ranks` gets from every rank, itself included."""
+        """Returns (ranks, world_size): the elements that each gets from every rank, itself included."""
         start, end = self.new[ranks, None], self.new[ranks + 1, None]
         return _overlap(self.kept[None, :-1], self.kept[None, 1:], start, end)
 
 
 def moved_elements(cut: AxisCut, world_size: int) -> Tensor:
-    """(W,) elements that leave each rank: what it keeps of its old piece and no longer owns."""
+    """Returns (world_size,): the elements that each rank must send. They stay, but another rank owns them now."""
     owners = Owners(cut, world_size)
     stays = _overlap(owners.kept[:-1], owners.kept[1:], owners.new[:-1], owners.new[1:])
     return owners.kept.diff() - stays
 
 
 class ReshardPlan:
-    """What one rank sends to and receives from every other when a flat-partitioned tensor is cut.
+    """Holds what one rank sends and receives when a sharded tensor is cut.
 
     Attributes:
-        send: (W,) elements for each rank, itself included.
-        receive: (W,) elements from each rank, itself included.
-        old, new: (start, end) of the owned piece before and after, in the old and the new flat order.
-        new_partition: elements of a new piece, padding included.
+        send: (world_size,) elements for each rank, itself included.
+        receive: (world_size,) elements from each rank, itself included.
+        old, new: (start, end) of the owned shard before and after, each in its own flat order.
+        new_partition: elements of a new shard, padding included.
     """
 
     def __init__(self, cut: AxisCut, world_size: int, rank: int) -> None:
@@ -137,19 +142,20 @@ class ReshardPlan:
         self.moved = sum(self.send) - self.send[rank]  # elements that change owner, leaving this rank
 
     def take(self, shard: Tensor) -> Tensor:
-        """The kept elements of this rank's old piece, in flat order: (sum(send),). Padding is never read."""
+        """Returns the kept elements of this rank's old shard, in flat order: (sum(send),). Never reads padding."""
         start, end = self.old
-        columns, position, parts = self.cut.columns, start, []
+        columns, position = self.cut.columns, start
+        parts: list[Tensor] = []
         mask, keep = self.cut.kept_mask().to(shard.device), self.cut.keep.to(shard.device)
 
         def part_of_row(stop: int) -> Tensor:
             row, first = divmod(position, columns)
-            piece = shard[position - start : stop - start]
+            part = shard[position - start : stop - start]
             if self.cut.axis == 0:
-                return piece if mask[row] else piece[:0]
-            return piece[mask[first : first + stop - position]]
+                return part if mask[row] else part[:0]
+            return part[mask[first : first + stop - position]]
 
-        if position < end and position % columns:  # the piece starts inside a row
+        if position < end and position % columns:  # the shard starts inside a row
             stop = min(end, (position // columns + 1) * columns)
             parts.append(part_of_row(stop))
             position = stop

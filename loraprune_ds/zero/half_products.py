@@ -1,8 +1,8 @@
 """Matrix products of bf16 and fp16 on a CPU that has no instructions for them.
 
-torch computes those of such a CPU (AVX2 only, for example) in a plain loop, ten to thirty times slower than in fp32
-(tests/benchmarks/half_products.py). Through fp32 they are the same products: either way the sums are fp32 and rounded
-once, at the end, so that results differ only where the order of a sum decides a rounding.
+It has only AVX2, for example. torch then uses a plain loop. That is ten to thirty times slower than fp32
+(tests/benchmarks/half_products.py). Through fp32 they are the same products. Either way the sums are fp32 and rounded
+once, at the end. So results differ only where the order of a sum decides a rounding.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from loraprune_ds.zero.device import is_cpu
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
-LARGEST_COPY = 2**24  # elements of a weight that are in fp32 at once: 64 MiB, whatever the weight's size
+LARGEST_COPY = 2**24  # elements of a weight in fp32 at once: 64 MiB
 
 
 def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
-    """Where this thread's products in `dtype` go through fp32, if `dtype` is a half and that is faster here."""
+    """Sends this thread's products in `dtype` through fp32 while open. Does so only if that is faster."""
     if not is_cpu():
         return nullcontext()
     native = {
@@ -32,7 +32,7 @@ def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
 
 
 class ThroughFloat32(TorchDispatchMode):
-    """Computes products of half-precision CPU tensors in fp32; everything else passes."""
+    """Computes products of half-precision CPU tensors in fp32. Everything else passes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         product = PRODUCTS.get(func)
@@ -42,7 +42,7 @@ class ThroughFloat32(TorchDispatchMode):
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """left: (n, k); right: (k, m), usually a weight, of which only some columns are in fp32 at a time."""
+    """Multiplies (n, k) by (k, m), usually a weight. Only some of its columns are in fp32 at a time."""
     wide = left.float()
     return torch.cat([(wide @ part.float()).to(left.dtype) for part in _columns(right, len(right))], dim=1)
 
@@ -55,13 +55,15 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 
 def _columns(matrix: Tensor, height: int) -> tuple[Tensor, ...]:
-    """As many columns at a time as make `LARGEST_COPY` elements when they are `height` high."""
+    """Splits off as many columns at a time as make `LARGEST_COPY` elements, each `height` high."""
     return matrix.split(max(1, LARGEST_COPY // height), dim=1)
 
 
 def _widened(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """`operation` on fp32 copies of its half-precision arguments, which are activations; its results are half again,
-    but for the log-sum-exp of attention, which torch keeps in fp32."""
+    """Returns `operation` on fp32 copies of its half-precision arguments, which are activations.
+
+    Its results are half again. But the log-sum-exp of attention stays fp32, as torch keeps it.
+    """
 
     def product(first: Tensor, *args: Any, **kwargs: Any) -> Any:
         wide = operation(first.float(), *map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})

@@ -1,4 +1,4 @@
-"""fp16's loss scale: what to do with gradients that may have overflowed."""
+"""The loss scale of fp16: what to do with gradients that may have overflowed."""
 
 import math
 from typing import Any, Literal
@@ -12,27 +12,27 @@ Decision = Literal["update", "skip"]
 
 
 def unscale(gradient: Tensor, loss_scale: float) -> Tensor:
-    """The gradient of the unscaled loss. The criterion is not linear in it (gB·gA), so scores need it unscaled."""
+    """Returns the gradient of the unscaled loss. The criterion is not linear in it (gB·gA), so scores need that."""
     return gradient if loss_scale == 1 else gradient / loss_scale
 
 
 def first_nonfinite(gradients: list[Tensor]) -> int | None:
-    """Index of the first tensor that holds an inf or a NaN; None if all are finite."""
+    """Returns the index of the first tensor that holds an inf or a NaN. None if all are finite."""
     return next((i for i, gradient in enumerate(gradients) if not torch.isfinite(gradient).all()), None)
 
 
 def decide(bad_layers: list[int | None], losses: list[float], *, dtype: str, step: int) -> Decision:
-    """Whether a step's gradients can be scored and applied, from what every rank found in its pieces.
+    """Decides if a step's gradients can be scored and applied. Every rank has looked at its shards.
 
-    In fp16 a non-finite gradient means that the loss scale was too high: the step is skipped and not scored.
+    In fp16 a non-finite gradient means that the loss scale was too high. The step is skipped and not scored.
 
     Args:
-        bad_layers: per rank, the first layer with a non-finite LoRA gradient, or where the loss is not finite (then all
-            gradients are NaN) the first one with a non-finite weight.
+        bad_layers: per rank, the first layer with a non-finite LoRA gradient. If the loss is not finite, all gradients
+            are NaN. Then it is the first layer with a non-finite weight.
         losses: per rank, its part of the loss.
 
     Raises:
-        RunError: a loss is not finite, or a gradient is not and the dtype has no loss scale. Names layer and step.
+        RunError: a loss is not finite. Or a gradient is not, and the dtype has no loss scale. It names layer and step.
     """
     if lost := [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
         weights = [layer for rank in lost if (layer := bad_layers[rank]) is not None]
@@ -47,11 +47,11 @@ def decide(bad_layers: list[int | None], losses: list[float], *, dtype: str, ste
 
 
 def optimizer_step(engine: Any, *, skipped: bool) -> None:
-    """The update at the end of a step, and the next learning rate.
+    """Makes the update at the end of a step. Sets the next learning rate.
 
     Args:
-        skipped: whether fp16's gradients overflowed. DeepSpeed then makes no update and leaves the learning rate where
-            it is; but the schedule counts the steps of the run, as cuts and the recovery do.
+        skipped: whether fp16's gradients overflowed. Then DeepSpeed makes no update and leaves the learning rate where
+            it is. But the schedule counts all steps of the run. Cuts and the recovery do so too.
     """
     engine.step()
     if skipped:

@@ -1,4 +1,4 @@
-"""Bytes a rank holds: the distinct storages of its training state, the formula they must equal, and resident memory."""
+"""Counts the bytes that a rank holds. Training state is counted by storages and by formula."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from loraprune_ds.zero.sharded import ShardedModel
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind some tensors: views and aliases count once."""
+    """Counts the bytes of the distinct storages behind some tensors. Views and aliases count once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
 
@@ -39,10 +39,10 @@ def state_tensors(model: ShardedModel) -> Iterator[Tensor]:
 def state_terms(
     shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
 ) -> dict[str, int]:
-    """Bytes of each part of `state_tensors(model)`, from the shapes alone.
+    """Computes the bytes of each part of `state_tensors(model)`, from the shapes alone.
 
-    A frozen tensor of n elements: ceil(n / W) elements. A LoRA factor: the same, plus an fp32 master (in an fp32 run
-    too), two fp32 moments once the optimizer has stepped, and an fp32 gradient. Plus the fp32 reduce bucket.
+    Of a tensor's n elements a rank has ceil(n / world_size). A LoRA factor also has an fp32 master (in an fp32 run too)
+    and an fp32 gradient. Once the optimizer has stepped, it has two fp32 moments. The fp32 reduce bucket comes on top.
     """
     frozen = sum(partition_numel(math.prod(s), world_size) for s in parameter_shapes(shape).values())
     lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
@@ -57,10 +57,10 @@ def state_terms(
 
 
 def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int], *, second: bool = True) -> list[int]:
-    """What `prune.compensate` keeps on every rank before a cut from `shape`: fp32 moments, by rank.
+    """Returns the bytes by rank that `prune.compensate` keeps before a cut from `shape`: fp32 moments.
 
-    For o_proj and down_proj of each layer that the rank owns and that may be cut a matrix as wide as the inputs
-    (`least_squares`), or with `second` off a vector (`bias`). What comes on top for a while: plan/options.py.
+    They are for o_proj and down_proj of the layers that may be cut. `least_squares` needs a matrix as wide as the
+    inputs. `bias` (with `second` off) needs a vector. plan/options.py adds what is there for a while only.
     """
     power, of_ranks = 2 if second else 1, [0] * world_size
     for i in open_layers:
@@ -70,9 +70,10 @@ def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int],
 
 
 def resident_bytes() -> int:
-    """Memory this rank uses now: allocated device memory, or on a CPU its anonymous and shared resident memory.
+    """Returns the memory that this rank uses now. On a device it is what is allocated there.
 
-    Never the process's peak, which can only grow and would hide a cut. File-backed pages are reclaimable and left out.
+    On a CPU it is anonymous and shared pages. File-backed pages can be reclaimed and do not count. Neither does the
+    process's peak. It can only grow and would hide a cut.
     """
     if not is_cpu():
         return int(accelerator().memory_allocated())
@@ -82,7 +83,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Most memory this rank has used: the device allocator's peak, or the process's peak resident set on a CPU."""
+    """Returns the most memory this rank has used: the device allocator's peak, or a CPU process's resident peak."""
     if not is_cpu():
         return int(accelerator().max_memory_allocated())
     with open(f"/proc/{os.getpid()}/status") as status:

@@ -1,4 +1,4 @@
-"""Parameters that are born sharded, and the surgery that gives a live one a smaller piece."""
+"""Parameters that are born sharded, and how a live one gets a smaller shard."""
 
 import math
 from collections.abc import Callable
@@ -19,13 +19,13 @@ ReadFlat = Callable[[str, int, int, torch.dtype], Tensor]
 def shard_at_birth(
     model: nn.Module, read_flat: ReadFlat, *, ds_config: dict[str, Any], dtype: torch.dtype, world_size: int, rank: int
 ) -> None:
-    """Replaces every meta parameter by a ZeRO-3 parameter whose piece is read from disk by its owner.
+    """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads the shards that it owns from disk.
 
     No tensor is ever whole on a rank and nothing is broadcast. Tied parameters stay one parameter.
 
     Args:
         model: modules with parameters on the meta device.
-        read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a checkpoint tensor.
+        read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a tensor on disk.
     """
     # With hpZ the first Init makes the group of a node. It is the process's, so a second Init must not make it again.
     node_group = groups._get_zero_param_intra_parallel_group()
@@ -49,7 +49,7 @@ def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Paramete
     parameter = nn.Parameter(shard.new_empty(1, device=init.local_device).expand(shape), requires_grad=False)
     init._convert_to_deepspeed_param(parameter)
     free_param(parameter)
-    # Where DeepSpeed would put it: this rank's device, or the host's memory under parameter offload.
+    # It goes where DeepSpeed would put it. That is the host under parameter offload, else this rank's device.
     _install(parameter, _at(shard, init.remote_device, pinned=init.pin_memory), tuple(shape))
     return parameter
 
@@ -60,15 +60,15 @@ def _at(shard: Tensor, device: Any, *, pinned: bool) -> Tensor:
 
 
 def pad(shard: Tensor, numel: int, world_size: int) -> Tensor:
-    """A piece padded with zeros to the length all ranks share."""
+    """Pads a shard with zeros to the length that all ranks share."""
     size = partition_numel(numel, world_size)
     return shard if len(shard) == size else torch.cat([shard, shard.new_zeros(size - len(shard))])
 
 
 def install_shard(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:
-    """Makes `piece` (padded) this rank's partition of a parameter that now has `shape`, where the old piece was.
+    """Replaces this rank's shard by a new, padded one. The parameter now has `shape`.
 
-    Only while the parameter is partitioned and no module is using it.
+    The new shard goes where the old one was. No module may be using the parameter, and it must not be gathered.
     """
     old: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     _install(parameter, _at(shard, old.device, pinned=old.is_pinned()), shape)
@@ -91,19 +91,19 @@ def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> 
 
 
 def overwrite_shard(parameter: nn.Parameter, shard: Tensor) -> None:
-    """New values for this rank's (padded) piece, wherever it lies; the shape stays."""
+    """Copies new values into this rank's (padded) shard, on the device or the host. The shape stays."""
     state: Any = parameter
     state.ds_tensor.copy_(shard)
-    state.ds_secondary_tensor = None  # hpZ's copy is of the old values; the next gather makes it anew
+    state.ds_secondary_tensor = None  # hpZ's copy is of the old values. The next gather makes it anew
 
 
 def owned_flat(parameter: Tensor) -> tuple[Tensor, int]:
-    """(this rank's real elements, padding cut off; their start in the flat tensor). A view, where the piece lies."""
+    """Returns this rank's elements without padding, and their start in the flat tensor. A view of the shard."""
     state: Any = parameter
     start, end = owned_range(state.ds_numel, state.ds_zero_partition_world_size, state.ds_zero_partition_rank)
     return state.ds_tensor.detach()[: end - start], start
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The whole parameter's shape, whatever this rank holds of it."""
+    """Returns the shape of the whole parameter."""
     return tuple(parameter.ds_shape)  # type: ignore[attr-defined]

@@ -1,10 +1,11 @@
-"""The exact list of DeepSpeed internals that shrinking a live ZeRO-3 engine relies on, and the check at start.
+"""The exact list of DeepSpeed internals that a cut relies on. A start checks it.
 
-DeepSpeed has no public call that changes the shape of a partitioned parameter. Everything in this package that
-touches private state stays within these names; a DeepSpeed that lacks one is refused before any work starts.
+DeepSpeed has no public call that changes the shape of a sharded parameter. Everything in this package that touches
+private state stays within these names. A DeepSpeed that lacks one is refused before any work starts.
 
-Four more are only written, where a decorated function of DeepSpeed hides whether it still knows them: a parameter's
-`ds_numel_aligned`, a piece's `status` and `final_location` (params.py), `deepspeed.ops.__compatible_ops__` (engine.py).
+Four more names are only written. A decorated function of DeepSpeed hides if it still knows them. They are a
+parameter's `ds_numel_aligned`, a shard's `status` and `final_location` (params.py), and
+`deepspeed.ops.__compatible_ops__` (engine.py).
 """
 
 from types import ModuleType
@@ -27,7 +28,7 @@ OPTIMIZER_METHODS = (
     "get_param_id",
     "zero_grad",
 )
-# Lists that describe the flat partition; emptied before the optimizer lays it out anew.
+# Lists that describe the flat buffers. They are emptied before the optimizer lays these out anew.
 FLAT_LISTS = (
     "fp16_groups",
     "fp16_partitioned_groups",
@@ -80,7 +81,7 @@ METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (Init, INIT_METHODS),
     (groups, GROUPS_FUNCTIONS),
 )
-# Instance attributes exist only on a live engine; the names that a function assigns are in its code object.
+# Instance attributes exist only on a live engine. The names that a function assigns are in its code object.
 ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (
     (DeepSpeedZeroOptimizer_Stage3, "__init__", "DeepSpeedZeroOptimizer_Stage3", OPTIMIZER_ATTRIBUTES),
     (
@@ -102,7 +103,7 @@ def check_private_attributes() -> None:
     """Compares the installed DeepSpeed with the list above.
 
     Raises:
-        UserError: a name is missing; it names DeepSpeed's version and what is missing.
+        UserError: a name is missing. It tells DeepSpeed's version and what is missing.
     """
     missing = [f"{cls.__name__}.{name}" for cls, names in METHODS for name in names if not hasattr(cls, name)]
     for cls, function, holder, names in ASSIGNED:

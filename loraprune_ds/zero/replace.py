@@ -1,4 +1,4 @@
-"""Replaces frozen weights or biases by new ones, each computed whole on the owner of its layer."""
+"""Replaces frozen weights or biases. The owner of a layer computes the new ones whole."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -24,11 +24,11 @@ def replace_tensors(
 ) -> None:
     """Gathers every linear on the owner of its layer, computes there, scatters the result. Collective.
 
-    A round has one linear of each of `world_size` layers. So all owners compute at once, and a rank holds one whole
+    A round has one linear of each of `world_size` layers. So all owners compute at once. A rank holds one whole
     linear at most.
 
     Raises:
-        UserError: as `compute` raises it on some rank, on all of them.
+        UserError: as `compute` raises it on some rank. It is raised on all of them.
     """
     for ids_of_round in rounds(linear_ids, comm.world_size):
         whole: dict[LinearId, CollectedLinear] = {}

@@ -1,4 +1,4 @@
-"""Carries out a cut on flat shards: one all-to-all for everything of a layer that has the same dtype."""
+"""Carries out a cut on flat shards. What has the same dtype in a layer takes one all-to-all."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,8 @@ class Item:
 def reshard(items: list[Item], comm: Communicator) -> list[Tensor]:
     """Exchanges the shards of all items for new, padded ones. Collective: one all-to-all.
 
-    Peak memory beyond the old shards: what leaves, what arrives and the new shards, each at most as large as the old.
+    Peak memory beyond the old shards is what leaves, what arrives and the new shards. Each is at most as large as the
+    old ones.
 
     Raises:
         ValueError: the items differ in dtype or device. One buffer would convert them without a word.

@@ -1,4 +1,4 @@
-"""The model under pruning as ZeRO-3 holds it: a shard of every tensor on every rank, cut in place."""
+"""The model under pruning as ZeRO-3 holds it. Every rank has a shard of every tensor, which is cut in place."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
@@ -31,7 +31,7 @@ class ShardedModel:
     Args:
         module: the PEFT model.
         zero_optimizer: DeepSpeed's `DeepSpeedZeroOptimizer_Stage3` of that model.
-        empty_partition_cache: the engine's method; frees every weight that is gathered.
+        empty_partition_cache: the engine's method. It frees every weight that is gathered.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ShardedModel:
         return OptimizerState(self.zero_optimizer, [p for p in self.module.parameters() if p.requires_grad])
 
     def nonfinite_layer(self) -> int | None:
-        """Finds the first layer whose averaged LoRA gradient has an inf or NaN in this rank's shards."""
+        """Finds the first layer with an inf or NaN in this rank's shards of averaged LoRA gradients."""
         flat = self.zero_optimizer.grad_partitions_flat_buffer
         if torch.isfinite(flat.sum()):  # one pass when all is well, which is always
             return None
@@ -128,7 +128,7 @@ class ShardedModel:
         return first_nonfinite([torch.cat([_local(safe_get_local_grad(w)) for w in layer]) for layer in weights])
 
     def nonfinite_weights(self) -> int | None:
-        """Finds the first layer with an inf or NaN in this rank's shards of its weights, frozen or LoRA."""
+        """Finds the first layer with an inf or NaN in this rank's shards of weights, frozen or LoRA."""
         shards = (((i, cast(Any, p).ds_tensor) for p in layer.parameters()) for i, layer in enumerate(self.layers))
         return next((i for layer in shards for i, shard in layer if not torch.isfinite(shard).all()), None)
 
@@ -138,7 +138,7 @@ class ShardedModel:
         return float(self.zero_optimizer.loss_scale)
 
     def forget_trace(self) -> None:
-        """Has ZeRO-3 record anew in which order modules run; it prefetches by that record."""
+        """Has ZeRO-3 record anew in which order modules run. It prefetches by that record."""
         coordinator = self.zero_optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
@@ -182,7 +182,7 @@ class ShardedModel:
             state.shard(parameter, key).copy_(shard)
 
     def _refresh_zero(self) -> None:
-        """Renews what else DeepSpeed derived from the old sizes: which parameters persist, and the fetch trace."""
+        """Renews what else DeepSpeed derived from the old sizes: persistent parameters and the fetch trace."""
         offload = self.zero_optimizer.parameter_offload
         for parameter in self.module.parameters():
             cast(Any, parameter).ds_persist = False

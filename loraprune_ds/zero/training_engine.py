@@ -1,4 +1,4 @@
-"""What our own training loop asks of DeepSpeed's engine, beside the model that it prunes."""
+"""DeepSpeed's engine as our own training loop needs it, beside the model that it prunes."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class TrainingEngine:
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def end_micro_batch(self) -> None:
-        """Counts a micro-batch; called behind every one of a step but the last."""
+        """Counts a micro-batch. It is called after every one of a step but the last."""
         self.deepspeed.step()  # not a boundary: only counts
 
     def update(self, *, skipped: bool) -> float | None:
@@ -54,11 +54,11 @@ class TrainingEngine:
         return None if norm is None else float(norm)
 
     def infer(self, **inputs: Any) -> Any:
-        """Makes one forward pass in evaluation mode, which leaves no trace in what training gathers.
+        """Makes one forward pass in evaluation mode. It does not change what training gathers.
 
-        DeepSpeed keeps what it decides to free, and where, in a cache that outlives the record of the modules' order.
-        With the decisions of an evaluation every later step would free the weights between forward and backward, and
-        gather them twice. Nothing is decided in a pass that is being recorded.
+        DeepSpeed decides which weights to free after which module. A cache of that outlives its record of the modules'
+        order. An evaluation decides to free weights after the forward pass. With that every later step would gather
+        them twice. Nothing is decided in a pass that is being recorded.
         """
         self.model.forget_trace()
         self.deepspeed.eval()
@@ -69,18 +69,18 @@ class TrainingEngine:
         return outputs
 
     def release(self) -> None:
-        """Frees the model and its optimizer, whoever still refers to them. The engine is of no use afterwards."""
+        """Frees the model and its optimizer, even if something still refers to them. The engine is of no use then."""
         release(self.deepspeed)
 
 
 def release(engine: Any) -> None:
     """Frees the weights and all that an optimizer has beside them. The engine is of no use afterwards.
 
-    Dropping the engine frees nothing. DeepSpeed refers to every module it has run, in a list of the process and in a
+    Dropping the engine frees nothing. DeepSpeed refers to every module it has run. A list of the process does, and a
     cache of a class. Every parameter refers to the optimizer. So their memory is given up instead.
     """
     engine.empty_partition_cache()
-    engine.destroy()  # the hooks; waits for the device
+    engine.destroy()  # removes the hooks and waits for the device
     for parameter in engine.module.parameters():
         state: Any = parameter
         state.ds_tensor.data = state.ds_tensor.new_empty(0)
@@ -88,6 +88,6 @@ def release(engine: Any) -> None:
     zero = engine.optimizer
     if inner := vars(zero).get("optimizer"):  # none in an engine that only evaluates
         inner.state.clear()
-    vars(zero).clear()  # masters, gradients, buckets and flat copies, whatever their names
+    vars(zero).clear()  # masters, gradients, buckets and flat copies, under any name
     accelerator().empty_cache()
     empty_host_cache()

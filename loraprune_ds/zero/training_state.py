@@ -1,4 +1,4 @@
-"""The LoRA training state in and out of the engine, independent of the number of ranks."""
+"""Takes the training state of LoRA out of the engine and puts it back. The number of ranks may differ."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,10 @@ ReadState = Callable[[int, str, int, int], Tensor]
 
 
 def collect_lora_state(model: ShardedModel, layer: int, owner: int) -> dict[str, Tensor] | None:
-    """fp32 masters and Adam moments of a layer's LoRA on rank `owner`, as "{linear}.lora_A.master"; None elsewhere."""
+    """Gathers a layer's fp32 masters and Adam moments on rank `owner`. Returns None elsewhere. Collective.
+
+    Names are like "{linear}.lora_A.master".
+    """
     state = model.optimizer_state()
     tensors = {}
     for name, parameter in _lora_parameters(model, layer):
@@ -33,7 +36,7 @@ def collect_lora_state(model: ShardedModel, layer: int, owner: int) -> dict[str,
 
 @torch.no_grad()
 def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> None:
-    """Every rank reads the pieces it owns; the parameters' low-precision copies follow their masters."""
+    """Reads the shards that this rank owns. The parameters' low-precision copies follow their masters."""
     state = model.optimizer_state()
     if adam_step:
         state.create_moments(adam_step)
@@ -49,13 +52,13 @@ def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> 
 
 
 def adam_step(model: ShardedModel) -> int:
-    """Updates Adam has made so far."""
+    """Returns the number of updates that Adam has made."""
     states = list(model.zero_optimizer.optimizer.state.values())
     return int(states[0]["step"]) if states else 0
 
 
 def counters(engine: TrainingEngine) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state of the learning-rate schedule, state of fp16's loss scaler), both JSON."""
+    """Returns the states of the learning-rate schedule and of fp16's loss scaler, both for JSON."""
     scaler = engine.model.zero_optimizer.loss_scaler
     loss_scale = {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if scaler.dynamic}
     return engine.deepspeed.lr_scheduler.state_dict(), loss_scale

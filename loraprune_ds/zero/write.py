@@ -1,7 +1,7 @@
-"""Writes a model from the ZeRO-3 ranks, W shards at a time: no rank ever holds more than one layer or the ends.
+"""Writes a model from the ZeRO-3 ranks. No rank ever holds more than one layer or the ends.
 
-A layer is brought together linear by linear, each in the form it is written in before the next one comes. Every rank
-then writes its own while the others write theirs.
+A layer is gathered linear by linear. Each gets the form that is written before the next one comes. In a round all
+owners write their weight files at the same time.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
 
-TensorsOf = Callable[[CollectedLinear], dict[str, Tensor]]  # -> what is written of it: weight and, if any, bias
+TensorsOf = Callable[[CollectedLinear], dict[str, Tensor]]  # -> the tensors to write: weight and, if any, bias
 
 
 class LocalWrites:
-    """What one rank writes between collectives.
+    """Makes the writes of one rank between collectives, and remembers a failure.
 
-    A rank that fails must not leave the others waiting in the next collective: it writes nothing more, keeps up with
-    the collectives, and all ranks hear of the failure in `agree`.
+    A rank that fails must not leave the others waiting in the next collective. So it writes nothing more and goes on
+    with the collectives. All ranks hear of the failure in `agree`.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ class LocalWrites:
             self._error = error
 
     def agree(self, comm: Communicator, folder: Path) -> None:
-        """Collective.
+        """Ends the writes on all ranks, if one of them failed. Collective.
 
         Raises:
-            RunError: a write failed on some rank; the same line on all ranks.
+            RunError: a write failed on some rank. The line is the same on all ranks.
         """
 
         def tell() -> None:
@@ -65,9 +65,9 @@ class LocalWrites:
 
 
 def write_model(model: ShardedModel, folder: Path, dtype: str, tensors_of: TensorsOf) -> list[str]:
-    """Writes all shards and their index into `folder`. Collective.
+    """Writes all weight files and their index into `folder`. Collective.
 
-    A layer's shard is written by its owner; the ends count as one layer more.
+    The owner of a layer writes its file. The ends count as one layer more.
 
     Returns:
         Names of the files that this rank wrote.
@@ -81,7 +81,7 @@ def write_model(model: ShardedModel, folder: Path, dtype: str, tensors_of: Tenso
     for indices in owner_rounds(count, model.world_size):
         collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of) for k in indices}
         for k, tensors in collected.items():
-            if tensors:  # this rank's; the other owners write theirs at the same time
+            if tensors:  # this rank's. The other owners write theirs at the same time
                 writes.do(lambda k=k, tensors=tensors: mine.update({k: write_weight_file(folder, k, count, tensors)}))
         del collected, tensors
     writes.agree(model.comm, folder)
@@ -97,7 +97,7 @@ def write_model(model: ShardedModel, folder: Path, dtype: str, tensors_of: Tenso
 
 
 def _file_tensors(model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf) -> dict[str, Tensor]:
-    """On its owner, of layer k or, after the last layer, of the ends; empty elsewhere. Collective."""
+    """Gathers layer k on its owner, or after the last layer the ends. Empty elsewhere. Collective."""
     owner = model.owner(k)
     if k < len(model.layers):
         tensors = _layer_tensors(model, k, owner, tensors_of)
@@ -122,5 +122,5 @@ def _layer_tensors(model: ShardedModel, layer: int, owner: int, tensors_of: Tens
 
 
 def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:
-    """A linear as it is, LoRA left out."""
+    """Returns the tensors of a linear as they are, without LoRA."""
     return {"weight": linear.weight} | ({} if linear.bias is None else {"bias": linear.bias})
