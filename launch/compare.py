@@ -2,8 +2,8 @@
 
 launch/compare.py runs/lora runs/magnitude pruned.json --picture comparison.png
 
-RUN is the folder of a finished run or what launch/evaluate.py --json printed; a result of the latter has a removed
-fraction if it was evaluated with --dense or is the folder of a run.
+RUN is the folder of a finished run or what launch/evaluate.py --json printed. The latter has a removed fraction if it
+was measured with --dense or is of a run.
 """
 
 import argparse
@@ -45,14 +45,14 @@ def compare(arguments: argparse.Namespace) -> None:
 
     if arguments.picture and arguments.picture.suffix not in PICTURES:
         raise UserError(f"--picture {arguments.picture}: its name must end in {', '.join(PICTURES)}")
-    results = read_results(arguments.results)
+    models = read_results(arguments.results)
     if arguments.picture:
-        draw_comparison(arguments.picture, results)
+        draw_comparison(arguments.picture, models)
         print(f"picture: {arguments.picture}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"results": [asdict(result) for result in results]}, indent=2, allow_nan=False))
+        print(json.dumps({"results": [asdict(model) for model in models]}, indent=2, allow_nan=False))
     else:
-        print(comparison_table(results), end="")
+        print(comparison_table(models), end="")
 
 
 if __name__ == "__main__":

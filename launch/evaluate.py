@@ -5,13 +5,13 @@ launch/evaluate.py runs/quickstart --dense embedded --dataset wikitext2 --window
 launch/evaluate.py MODEL --tasks paper
 deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sharded     (or torchrun)
 
-MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, the folder of a run or of one of its
-checkpoints (an unfinished run: its newest good one), or `embedded`.
+MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, or `embedded`. It can also be the folder
+of a run or of one of its checkpoints. Of an unfinished run the newest good checkpoint is taken.
 
-Perplexity: the text is tokenised once, with the special tokens the tokenizer adds at its start, and cut into windows
-side by side; the tail is dropped, and each window of n tokens gives n - 1 predictions, summed in float64. With
---sliding S a window begins every S tokens and predicts only what no window before it held, so that every token but
-the first is predicted once. Either number is the same on any number of ranks.
+Perplexity: the text is tokenised once, with the special tokens that the tokenizer adds at its start. It is split into
+windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. With
+--sliding S a window begins every S tokens and predicts only what no earlier window held. So every token but the first
+is predicted once. Both numbers are the same on any number of ranks.
 """
 
 import argparse
@@ -29,13 +29,13 @@ try:
     from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
     from loraprune_ds.config import DTYPES
     from loraprune_ds.errors import UserError
-    from loraprune_ds.evaluate.texts import DATASETS, EvaluationText, load_dataset_text, read_text
+    from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
     from loraprune_ds.zero.environment import collective_timeout
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
 if TYPE_CHECKING:
-    from loraprune_ds.evaluate.candidates import EvaluationPlan
+    from loraprune_ds.evaluate.prepare import EvaluationSettings
     from loraprune_ds.zero.comm import Communicator
 
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
@@ -71,7 +71,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Returns the exit code: 0, or 2 for unusable input."""
     adopt_srun_ranks()
-    is_main = os.environ.get("RANK", "0") == "0"
     try:
         arguments = parse_arguments()
         stdout = keep_stdout()
@@ -79,13 +78,17 @@ def main() -> int:
     except UserError as error:
         tell(error, agreed=False)  # lm-eval can fail on one rank alone
         return error.exit_code
-    if is_main:
+    if is_rank_0():
         write_result(result, stdout, as_json=arguments.json)
     return 0
 
 
+def is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def keep_stdout() -> TextIO:
-    """The standard output, for the result alone: whatever else prints, libraries in C included, goes to stderr."""
+    """Returns the standard output, for the result alone. From now on other prints, also from C, go to stderr."""
     result_file = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return result_file
@@ -93,10 +96,10 @@ def keep_stdout() -> TextIO:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
-    collective_timeout(os.environ)  # to be told of a wrong one before DeepSpeed is imported
+    collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
     if not arguments.verbose:
         silence_evaluation()
-    # Heavy imports come after the arguments are known to be good: a typo should not cost ten seconds.
+    # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
     from loraprune_ds.evaluate.evaluation import evaluate
     from loraprune_ds.evaluate.result import make_result
     from loraprune_ds.train.provenance import hardware, versions
@@ -106,23 +109,28 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.verbose:
         quiet_deepspeed()
     comm = start_ranks()
-    # One rank per node downloads, converts or merges; the others then find it in the node's cache.
-    first = os.environ["LOCAL_RANK"] == "0"
+    # One rank per node downloads, converts or merges. The others then find the result in the node's cache.
+    is_first = os.environ["LOCAL_RANK"] == "0"
     given = [arguments.model, *([arguments.dense] if arguments.dense else [])]
-    with readable(given, comm, is_first_on_node=first) as paths:
+    with merged(given, comm, is_first_on_node=is_first) as paths:
         with comm.patient() as waiting:
-            waiting.all_or_raise(lambda: read_evaluation_text(arguments) if first else None)
-        plan = comm.all_or_raise(lambda: make_plan(arguments))
-        measured = evaluate(paths, plan, comm, show_progress)
-    named = [replace(model, path=path) for model, path in zip(measured, given, strict=True)]
-    result = make_result(named, plan, comm.world_size, {"versions": versions(), "hardware": hardware(device_name())})
-    stop_ranks()  # not after an error: NCCL would wait there for the ranks that wait for this one
+            waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
+        settings = comm.all_or_raise(lambda: make_settings(arguments))
+        measurements = evaluate(paths, settings, comm, show_progress)
+    named = [replace(measurement, path=path) for measurement, path in zip(measurements, given, strict=True)]
+    provenance = {"versions": versions(), "hardware": hardware(device_name())}
+    result = make_result(named, settings, comm.world_size, provenance)
+    stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
     return result
 
 
 @contextmanager
-def readable(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) -> Iterator[list[str]]:
-    """The same models, found; what a run has not merged yet is in a folder that is gone afterwards."""
+def merged(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) -> Iterator[list[str]]:
+    """Finds all models and merges those that a run has not merged yet. Their folders are gone afterwards. Collective.
+
+    Yields:
+        The paths of the models to load.
+    """
     with ExitStack() as stack:
         scratch = None
         if is_first_on_node:
@@ -136,7 +144,7 @@ def readable(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) 
 
 
 def find_or_merge(path: str, out: Path) -> str:
-    """The path of a model to load: `out`, if `path` is a checkpoint of a run or an unfinished run, else itself."""
+    """Returns the path of a model to load: `out` for a checkpoint or an unfinished run, else `path` itself."""
     from loraprune_ds.checkpoint.run_folder import STATUS_FILE
     from loraprune_ds.checkpoint.state import STATE_FILE
     from loraprune_ds.evaluate.models import find_model
@@ -156,26 +164,27 @@ def find_or_merge(path: str, out: Path) -> str:
     return path
 
 
-def make_plan(arguments: argparse.Namespace) -> "EvaluationPlan":
-    from loraprune_ds.evaluate.candidates import EvaluationPlan, PerplexityProtocol
-    from loraprune_ds.evaluate.speed import SpeedPlan
-    from loraprune_ds.evaluate.zeroshot import TaskPlan
+def make_settings(arguments: argparse.Namespace) -> "EvaluationSettings":
+    from loraprune_ds.evaluate.perplexity import PerplexityProtocol
+    from loraprune_ds.evaluate.prepare import EvaluationSettings
+    from loraprune_ds.evaluate.speed import SpeedSettings
+    from loraprune_ds.evaluate.zeroshot import TaskSettings
 
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
-    tasks = TaskPlan(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
-    return EvaluationPlan(
+    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
+    return EvaluationSettings(
         PerplexityProtocol(arguments.window, arguments.sliding, arguments.max_windows),
         text=read_evaluation_text(arguments),
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         tasks=tasks if names else None,
-        speed=SpeedPlan() if arguments.speed else None,
+        speed=SpeedSettings() if arguments.speed else None,
         sharded=arguments.sharded,
     )
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
-    """WikiText-2 unless another text is named or something else is to be measured."""
+    """Reads the text that the user names. Without a name it is WikiText-2, or none beside other measurements."""
     if arguments.text and arguments.split:
         raise UserError("--split is a part of --dataset; --text is read whole")
     if arguments.text:
@@ -186,15 +195,14 @@ def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None
 
 
 def show_progress(rounds: Iterable[int]) -> Iterable[int]:
-    """A bar on a terminal, of rank 0."""
+    """Draws a bar on the terminal of rank 0."""
     from tqdm import tqdm
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    return tqdm(rounds, desc="perplexity", unit="batch", leave=False, disable=None if is_main else True)
+    return tqdm(rounds, desc="perplexity", unit="batch", leave=False, disable=None if is_rank_0() else True)
 
 
 def silence_evaluation() -> None:
-    """Leaves only what the evaluation itself has to say; the libraries' bars stay on a terminal."""
+    """Silences the libraries. Their bars stay on a terminal."""
     silence_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():

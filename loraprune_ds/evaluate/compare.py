@@ -1,4 +1,4 @@
-"""Several results side by side: folders of runs and JSON files of launch/evaluate.py, as one table."""
+"""Results of several models side by side, as one table. They are folders of runs or JSON of launch/evaluate.py."""
 
 import math
 from collections.abc import Sequence
@@ -6,25 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint.run_folder import REPORT_FILE, STATUS_FILE, read_status
+from loraprune_ds.checkpoint.run_folder import REPORT_FILE, STATUS_FILE, describe_method, read_status
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.runs import read_run_report
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
 from loraprune_ds.files import read_json
 from loraprune_ds.units import aligned, format_perplexity
 
+HEAD = ("result", "method", "parameters", "removed", "perplexity", "dense", "times", "accuracy", "dense")
+
 
 @dataclass(frozen=True)
-class Result:
-    """One pruned model, of a run or an evaluation.
+class ComparedModel:
+    """Describes one pruned model, from a run or an evaluation.
 
     Attributes:
-        name: file or folder it was read from.
-        method: criterion and ranking of a run; None of another model, which does not say.
-        measured_on: text and windows of the perplexities; only results that agree in it compare.
-        removed_fraction: of all parameters; None where no dense model was named.
+        name: of the file or folder it was read from.
+        method: criterion and ranking, which only a run knows.
+        measured_on: text and windows of the perplexities. Only models that agree in it compare.
+        removed_fraction: of all parameters. None where no dense model was named.
         perplexity, dense_perplexity: None where not measured or not finite.
-        accuracy: mean over the zero-shot tasks `tasks`; dense likewise.
+        accuracy, dense_accuracy: means over the zero-shot tasks `tasks`.
     """
 
     name: str
@@ -39,17 +40,17 @@ class Result:
     tasks: tuple[str, ...] = ()
 
 
-def read_results(paths: Sequence[Path]) -> list[Result]:
-    """In the order of what they were measured on, then of their size.
+def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
+    """Reads all results and sorts them by what they were measured on, then by size.
 
     Raises:
         UserError: a path is neither the folder of a finished run nor a result of launch/evaluate.py.
     """
-    results = [_read_run(path) if path.is_dir() else _read_evaluation(path) for path in paths]
-    return sorted(results, key=lambda r: (r.measured_on or "", r.removed_fraction or 0.0, r.name))
+    models = [_read_run(path) if path.is_dir() else _read_evaluation(path) for path in paths]
+    return sorted(models, key=lambda model: (model.measured_on or "", model.removed_fraction or 0.0, model.name))
 
 
-def _read_run(folder: Path) -> Result:
+def _read_run(folder: Path) -> ComparedModel:
     status = read_status(folder)
     if status is None:
         raise UserError(f"{folder / STATUS_FILE} does not exist")
@@ -60,9 +61,9 @@ def _read_run(folder: Path) -> Result:
     try:
         config, params, perplexity = report["config"], report["params"], report["perplexity"]
         held_out = config["data"]["held_out"] or f"a held-out part of {config['data']['path']}"
-        return Result(
+        return ComparedModel(
             name=folder.name,
-            method=read_run_report(report)[1],
+            method=describe_method(report),
             measured_on=_describe(held_out, None, config["evaluate"] | {"stride": None}, config["model"]["dtype"]),
             parameters=params["pruned"],
             removed_fraction=params["removed_fraction"],
@@ -73,12 +74,12 @@ def _read_run(folder: Path) -> Result:
         raise UserError(f"{path} is damaged or of another version: {error!r}") from None
 
 
-def _read_evaluation(path: Path) -> Result:
+def _read_evaluation(path: Path) -> ComparedModel:
     result = read_json(path)
     try:
         text, dense, tasks = result["text"], result["dense"], result["tasks"]
         on = _describe(text["name"], text["split"], result["protocol"], result["dtype"]) if text else None
-        return Result(
+        return ComparedModel(
             name=path.stem,
             method=result["method"],
             measured_on=on,
@@ -104,11 +105,11 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def comparison_table(results: Sequence[Result]) -> str:
-    """Plain text; one block for each thing the perplexities were measured on."""
+def comparison_table(models: Sequence[ComparedModel]) -> str:
+    """Builds plain text with a block for each thing that perplexities were measured on."""
     blocks = []
-    for measured_on in dict.fromkeys(result.measured_on for result in results):
-        rows = [_row(result) for result in results if result.measured_on == measured_on]
+    for measured_on in dict.fromkeys(model.measured_on for model in models):
+        rows = [_row(model) for model in models if model.measured_on == measured_on]
         title = f"perplexity on {measured_on}" if measured_on else "no perplexity"
         table = _without_empty_columns([HEAD, *rows])
         sides = "".join("<" if name in HEAD[:2] else ">" for name in table[0])
@@ -116,31 +117,27 @@ def comparison_table(results: Sequence[Result]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-HEAD = ("result", "method", "parameters", "removed", "perplexity", "dense", "times", "accuracy", "dense")
-
-
-def _row(result: Result) -> tuple[str, ...]:
+def _row(model: ComparedModel) -> tuple[str, ...]:
     times = None
-    if result.perplexity is not None and result.dense_perplexity is not None:
-        times = result.perplexity / result.dense_perplexity
+    if model.perplexity is not None and model.dense_perplexity is not None:
+        times = model.perplexity / model.dense_perplexity
     return (
-        result.name,
-        result.method or "-",
-        f"{result.parameters:,}",
-        "-" if result.removed_fraction is None else f"{100 * result.removed_fraction:.2f} %",
-        format_perplexity(result.perplexity),
-        format_perplexity(result.dense_perplexity),
+        model.name,
+        model.method or "-",
+        f"{model.parameters:,}",
+        "-" if model.removed_fraction is None else f"{100 * model.removed_fraction:.2f} %",
+        format_perplexity(model.perplexity),
+        format_perplexity(model.dense_perplexity),
         format_perplexity(times),
-        _accuracy(result.accuracy),
-        _accuracy(result.dense_accuracy),
+        _format_accuracy(model.accuracy),
+        _format_accuracy(model.dense_accuracy),
     )
 
 
-def _accuracy(value: float | None) -> str:
+def _format_accuracy(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
 def _without_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Less those that nobody has."""
     columns = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
     return list(zip(*columns, strict=True))

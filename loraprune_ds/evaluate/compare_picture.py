@@ -1,36 +1,47 @@
-"""Quality against the true removed fraction, as one picture."""
+"""Results of several models side by side, as one picture of quality against the true removed fraction."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.compare import Result
-from loraprune_ds.evaluate.plot_style import PLOT_STYLE, TEXT
+from loraprune_ds.evaluate.compare import ComparedModel
+from loraprune_ds.evaluate.drawing import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PLOT_STYLE,
+    PURPLE,
+    SKY_BLUE,
+    TEXT,
+    VERMILION,
+    label_point,
+    save_picture,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe & Ito's colours: told apart with any kind of colour vision, and in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
+COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
-LOG_FROM = 4.0  # ratio of the largest to the smallest perplexity from which the axis is logarithmic
-LABEL_GAP = 13.0  # points from label to label, above one line of text
+LABEL_OPTIONS: Any = {"color": TEXT, "fontsize": 9}
+LOG_FROM = 4.0  # the axis is logarithmic if the largest perplexity is that many times the smallest
+LABEL_GAP = 13.0  # points from label to label: more than a line of text
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """Results whose quality compares."""
+    """Holds models whose quality compares."""
 
     title: str
     label: str
     higher_is_better: bool
-    results: list[Result]
-    value: Callable[[Result], float | None]
-    dense: Callable[[Result], float | None]
+    models: list[ComparedModel]
+    value: Callable[[ComparedModel], float | None]
+    dense: Callable[[ComparedModel], float | None]
     show: Callable[[float], str]
 
 
@@ -38,16 +49,16 @@ class _Panel:
 class _Point:
     x: float
     y: float
-    result: Result
+    model: ComparedModel
 
 
-def draw_comparison(path: Path, results: Sequence[Result]) -> None:
-    """One panel for each thing perplexities were measured on, one for accuracy if any was.
+def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
+    """Draws a panel for each thing perplexities were measured on, and one for accuracy if any was.
 
     Raises:
-        UserError: no result has both a quality and a removed fraction, or the file cannot be written.
+        UserError: no model has both a quality and a removed fraction, or the file cannot be written.
     """
-    panels = _panels([result for result in results if result.removed_fraction is not None])
+    panels = _panels([model for model in models if model.removed_fraction is not None])
     if not panels:
         raise UserError(
             "nothing to draw: no result has a quality and a removed fraction (launch/evaluate.py --dense gives it one)"
@@ -56,67 +67,66 @@ def draw_comparison(path: Path, results: Sequence[Result]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    styles = _styles(results)
+    styles = _styles(models)
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(8, 4.2 * len(panels)), layout=ConstrainedLayoutEngine(h_pad=0.12))
         for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             _draw_panel(axes, panel, styles)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150, facecolor="white")
+            save_picture(figure, path)
         except (OSError, ValueError) as error:
             raise UserError(f"--picture {path} cannot be written: {error}") from None
 
 
-def _panels(results: Sequence[Result]) -> list[_Panel]:
+def _panels(models: Sequence[ComparedModel]) -> list[_Panel]:
     panels = []
-    for measured_on in dict.fromkeys(result.measured_on for result in results):
-        found = [r for r in results if r.measured_on == measured_on and r.perplexity is not None]
+    for measured_on in dict.fromkeys(model.measured_on for model in models):
+        found = [m for m in models if m.measured_on == measured_on and m.perplexity is not None]
         panels.append(
             _Panel(
                 title=f"Perplexity on {measured_on}",
                 label="perplexity (lower is better)",
                 higher_is_better=False,
-                results=found,
-                value=lambda result: result.perplexity,
-                dense=lambda result: result.dense_perplexity,
+                models=found,
+                value=lambda model: model.perplexity,
+                dense=lambda model: model.dense_perplexity,
                 show=lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}",
             )
         )
-    for tasks in dict.fromkeys(result.tasks for result in results):
-        found = [r for r in results if r.tasks == tasks and r.accuracy is not None]
+    for tasks in dict.fromkeys(model.tasks for model in models):
+        found = [m for m in models if m.tasks == tasks and m.accuracy is not None]
         panels.append(
             _Panel(
                 title=f"Mean accuracy, zero-shot: {', '.join(tasks)}",
                 label="accuracy (higher is better)",
                 higher_is_better=True,
-                results=found,
-                value=lambda result: result.accuracy,
-                dense=lambda result: result.dense_accuracy,
+                models=found,
+                value=lambda model: model.accuracy,
+                dense=lambda model: model.dense_accuracy,
                 show=lambda value: f"{value:.3f}",
             )
         )
-    return [panel for panel in panels if panel.results]
+    return [panel for panel in panels if panel.models]
 
 
-def _styles(results: Sequence[Result]) -> dict[str | None, tuple[str, str]]:
-    """Colour and marker of every method, the same in all panels."""
-    methods = sorted({result.method for result in results}, key=str)
-    return {m: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
+def _styles(models: Sequence[ComparedModel]) -> dict[str | None, tuple[str, str]]:
+    """Chooses colour and marker of every method, the same in all panels."""
+    methods = sorted({model.method for model in models}, key=str)
+    return {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
 
 
 def _draw_panel(axes: "Axes", panel: _Panel, styles: dict[str | None, tuple[str, str]]) -> None:
-    points = [_Point(100 * (r.removed_fraction or 0.0), panel.value(r) or 0.0, r) for r in panel.results]
+    points = [_Point(100 * (m.removed_fraction or 0.0), panel.value(m) or 0.0, m) for m in panel.models]
     labels: list[tuple[_Point, str]] = []
-    for method in dict.fromkeys(result.method for result in panel.results):
-        mine = [point for point in points if point.result.method == method]
-        # A line joins what only the ratio sets apart, and then no point needs its name.
+    for method in dict.fromkeys(model.method for model in panel.models):
+        mine = [point for point in points if point.model.method == method]
+        # A line joins models that differ in the ratio alone. Their points need no names.
         is_curve = method is not None and _far_apart([point.x for point in mine])
         colour, marker = styles[method]
         at = [point.x for point in mine], [point.y for point in mine]
         axes.plot(*at, color=colour, marker=marker, ls="-" if is_curve else "", lw=1.2, label=method or "evaluated")
-        labels += [(point, "" if is_curve else f" {point.result.name}") for point in mine]
-    baselines = sorted({float(f"{dense:.4g}") for r in panel.results if (dense := panel.dense(r)) is not None})
+        labels += [(point, "" if is_curve else f" {point.model.name}") for point in mine]
+    baselines = sorted({float(f"{dense:.4g}") for m in panel.models if (dense := panel.dense(m)) is not None})
     axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
     values = [point.y for point in points] + baselines
     if not panel.higher_is_better and max(values) > LOG_FROM * min(values):
@@ -125,16 +135,16 @@ def _draw_panel(axes: "Axes", panel: _Panel, styles: dict[str | None, tuple[str,
     axes.margins(y=0.14)
     for baseline in baselines:
         axes.axhline(baseline, color=GREY, lw=0.8, ls=":", zorder=1)
-        _annotate(axes, (0.0, baseline), panel.show(baseline), (8, 7), "left")
+        label_point(axes, panel.show(baseline), (0.0, baseline), (8, 7), "left", **LABEL_OPTIONS)
     _label_points(axes, labels, panel)
     axes.set_title(panel.title)
     axes.set_ylabel(panel.label)
     axes.set_xlabel("parameters removed, % of the whole model")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)  # beside: inside it would hide a value
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)  # inside it would hide a value
 
 
 def _far_apart(xs: Sequence[float]) -> bool:
-    """Whether the values, ascending, differ by half a percent point at least."""
+    """Tells if all neighbours among ascending values differ by at least half a percent point."""
     return all(after - before >= 0.5 for before, after in pairwise(xs))
 
 
@@ -148,10 +158,13 @@ def _make_logarithmic(axes: "Axes") -> None:
 
 
 def _label_points(axes: "Axes", labels: Sequence[tuple[_Point, str]], panel: _Panel) -> None:
-    """To the left of each point, on the side of its curve where that does not go, further off where a label is."""
+    """Writes each label on the side of the point where its curve does not go, and further off where a label is.
+
+    A label stands to the left of its point, unless the point is near the left edge.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # settles the limits, which say where things are in points
+    figure.draw_without_rendering()  # settles the limits, and so where the points are
     away = -1 if panel.higher_is_better else 1
     placed: list[tuple[float, float]] = []  # (x, y) of labels, in points
     for point, name in sorted(labels, key=lambda label: away * label[0].y):
@@ -163,21 +176,4 @@ def _label_points(axes: "Axes", labels: Sequence[tuple[_Point, str]], panel: _Pa
         placed.append((x, height))
         to_right = point.x < axes.get_xlim()[1] / 5
         offset = (6 if to_right else -6, height - y)
-        _annotate(axes, (point.x, point.y), text, offset, "left" if to_right else "right")
-
-
-def _annotate(axes: "Axes", at: tuple[float, float], text: str, offset: tuple[float, float], side: str) -> None:
-    from matplotlib.patheffects import withStroke
-
-    axes.annotate(
-        text,
-        at,
-        xytext=offset,
-        textcoords="offset points",
-        ha=side,
-        va="center",
-        color=TEXT,
-        fontsize=9,
-        annotation_clip=False,
-        path_effects=[withStroke(linewidth=3, foreground="white")],  # readable where it lies on a curve
-    )
+        label_point(axes, text, (point.x, point.y), offset, "left" if to_right else "right", **LABEL_OPTIONS)

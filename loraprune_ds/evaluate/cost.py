@@ -1,4 +1,4 @@
-"""What a model costs whatever it runs on: parameters, multiply-accumulates per token, bytes."""
+"""Costs of a model on any hardware: parameters, multiply-accumulates (MACs) per token, bytes."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from loraprune_ds.model.shapes import ModelShape
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates per token of a forward pass; norms, rotations and activations are not counted.
+    """Holds multiply-accumulates per token of a forward pass, without norms, rotations and activations.
 
     Attributes:
-        linear: the decoder layers' linears: one per parameter.
-        attention: scores and weighted sum: sum over layers of 2 · query heads · head_dim · mean_context.
-        head: vocabulary · hidden size. Looking up an embedding multiplies nothing.
+        linear: of the decoder layers' linears: one per parameter.
+        attention: of scores and weighted sum: sum over layers of 2 · query heads · head_dim · mean_context.
+        head: vocabulary · hidden size. An embedding is looked up and multiplies nothing.
         total: linear + attention + head.
-        mean_context: positions a token attends to, itself included, on average over a window.
+        mean_context: positions that a token attends to, itself included. The mean over a window.
     """
 
     linear: int
@@ -26,13 +26,13 @@ class Macs:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of one model.
+    """Holds counts of one model.
 
     Attributes:
-        parameters: of the whole model, each tensor once, a tied head not again.
+        parameters: of the whole model. Each tensor counts once, also a tied head.
         linear_parameters: of the decoder layers' linears, without biases.
         weight_bytes: of all parameters.
-        kv_bytes_per_token: that one token adds to the cache: sum over layers of 2 · kv heads · head_dim · element size.
+        kv_bytes_per_token: added to the cache: sum over layers of 2 · kv heads · head_dim · element size.
     """
 
     parameters: int
@@ -43,7 +43,7 @@ class Cost:
 
 
 def count_cost(shape: ModelShape, window: int, sliding_window: int | None, element_size: int) -> Cost:
-    """Costs on windows of `window` tokens; `sliding_window`: what the model's own attention is limited to."""
+    """Counts the costs on windows of `window` tokens. `sliding_window` is the limit of the model's attention."""
     context = mean_context(window, sliding_window)
     kv_width = sum(layer.heads for layer in shape.layers) * shape.head_dim
     linear, head = shape.linear_numel(), shape.vocab_size * shape.hidden_size
@@ -58,6 +58,6 @@ def count_cost(shape: ModelShape, window: int, sliding_window: int | None, eleme
 
 
 def mean_context(window: int, sliding_window: int | None) -> float:
-    """The mean over t = 1 … window of min(t, sliding_window)."""
+    """Returns the mean over t = 1 … window of min(t, sliding_window)."""
     full = min(window, sliding_window or window)
     return (full * (full + 1) / 2 + (window - full) * full) / window

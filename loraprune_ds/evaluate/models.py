@@ -1,4 +1,4 @@
-"""What a user names as a model: a checkpoint, a hub id, a PEFT adapter or the folder of a run."""
+"""Models by the name a user gives: a Hugging Face folder, a hub id, a PEFT adapter or the folder of a run."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -10,35 +10,32 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, Status, read_status
+from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, Status, describe_method, read_status
 from loraprune_ds.config import DTYPES, ModelConfig
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.evaluate.runs import read_run_report
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FOLDER
-from loraprune_ds.model.build import locate_model
-from loraprune_ds.model.families import CAUSAL_LMS
+from loraprune_ds.model.build import CAUSAL_LMS
+from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
 
-Kind = Literal["checkpoint", "adapter", "run"]
 ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model that was found and whose files fit together; no weight is read yet.
+class FoundModel:
+    """Describes a model whose files are there and fit together. No weight is read yet.
 
     Attributes:
         path: as the user named it.
-        checkpoint: the weights, of an adapter's base without the adapter.
-        tokenizer_folder: where its tokenizer is.
+        pretrained: the weights. For an adapter, those of its base model.
         adapter: folder of the LoRA to merge.
-        dense_parameters: of the model a run began with; None if it was no run.
-        method: a run's criterion and ranking.
+        dense_parameters: of the model that a run began with. None if this is no run.
+        method: criterion and ranking of a run.
     """
 
     path: str
-    kind: Kind
+    kind: Literal["checkpoint", "adapter", "run"]
     pretrained: PretrainedModel
     tokenizer_folder: Path
     adapter: Path | None = None
@@ -47,16 +44,16 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """The dtype its config.json declares; float32 if none."""
+        """Returns the dtype that its config.json declares, or float32."""
         config = self.pretrained.config
         return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
-def find_model(path: str) -> Source:
-    """Looks at what `path` names: a folder, `embedded` or a hub id, which is downloaded.
+def find_model(path: str) -> FoundModel:
+    """Finds what `path` names: a folder, `embedded` or a hub id, which is downloaded.
 
     Raises:
-        UserError: there is nothing, or nothing that can be evaluated; one line naming the file at fault.
+        UserError: there is nothing that can be evaluated. One line names the file at fault.
     """
     if Path(path).is_file():
         raise UserError(f"{path} is a file; a model is a folder or a hub id")
@@ -67,26 +64,27 @@ def find_model(path: str) -> Source:
     if status := read_status(folder):
         return _find_run(path, folder, status)
     if not (folder / "config.json").is_file():
-        for adapter in (folder, folder / ADAPTER_FOLDER):  # the second: what launch/export.py --format adapter made
+        for adapter in (folder, folder / ADAPTER_FOLDER):  # the second is made by launch/export.py --format adapter
             if (adapter / ADAPTER_FILE).is_file():
                 return _find_adapter(path, adapter)
-    return Source(path, "checkpoint", open_pretrained(folder), folder)
+    return FoundModel(path, "checkpoint", open_pretrained(folder), folder)
 
 
-def _find_run(path: str, folder: Path, status: Status) -> Source:
-    """The exported model of a finished run."""
+def _find_run(path: str, folder: Path, status: Status) -> FoundModel:
+    """Finds the export of a finished run."""
     if status.state != "finished":
         raise UserError(f"{path} holds an unfinished run ({status}), which has no {MODEL_FOLDER}/ to evaluate yet")
-    report, model = folder / REPORT_FILE, folder / MODEL_FOLDER
+    report_path, model = folder / REPORT_FILE, folder / MODEL_FOLDER
+    report = read_json(report_path)
     try:
-        dense, method = read_run_report(read_json(report))
+        dense, method = int(report["params"]["dense"]), describe_method(report)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{report} is damaged: {error!r}") from None
-    return Source(path, "run", open_pretrained(model), model, dense_parameters=dense, method=method)
+        raise UserError(f"{report_path} is damaged: {error!r}") from None
+    return FoundModel(path, "run", open_pretrained(model), model, dense_parameters=dense, method=method)
 
 
-def _find_adapter(path: str, folder: Path) -> Source:
-    """A LoRA adapter and its base model, which is looked for beside the adapter first, then as named."""
+def _find_adapter(path: str, folder: Path) -> FoundModel:
+    """Finds a LoRA adapter and its base model, first beside the adapter, then by its name."""
     config = read_json(folder / ADAPTER_FILE)
     base = config.get("base_model_name_or_path")
     if config.get("peft_type") != "LORA":
@@ -97,41 +95,40 @@ def _find_adapter(path: str, folder: Path) -> Source:
         raise UserError(f"{folder / 'adapter_model.safetensors'} does not exist")
     beside = folder / base
     try:
-        source = find_model(str(beside) if beside.is_dir() else base)
+        found = find_model(str(beside) if beside.is_dir() else base)
     except UserError as error:
         raise UserError(f"base model of adapter {path}: {error}") from None
-    if source.adapter:
+    if found.adapter:
         raise UserError(f"base model of adapter {path}: {base} is an adapter itself")
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return replace(
-        source, path=path, kind="adapter", adapter=folder, tokenizer_folder=folder if own else source.tokenizer_folder
-    )
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer_folder = folder if has_tokenizer else found.tokenizer_folder
+    return replace(found, path=path, kind="adapter", adapter=folder, tokenizer_folder=tokenizer_folder)
 
 
-def choose_dtype(source: Source, dtype: str | None) -> str:
-    """`dtype`, or the model's own where the user named none.
+def choose_dtype(found: FoundModel, dtype: str | None) -> str:
+    """Returns `dtype`, or the model's own where the user named none.
 
     Raises:
-        UserError: the model's own is none to compute in.
+        UserError: nothing is computed in the model's own dtype.
     """
-    chosen = dtype or source.dtype
+    chosen = dtype or found.dtype
     if chosen not in DTYPES:
-        raise UserError(f"{source.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
+        raise UserError(f"{found.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
     return chosen
 
 
-def load_model(source: Source, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The whole model on this rank's device, in evaluation mode; an adapter is merged in fp32 and rounded once.
+def load_model(found: FoundModel, dtype: str, device: torch.device) -> PreTrainedModel:
+    """Loads the whole model on `device`, in evaluation mode. An adapter is merged in fp32 and rounded once.
 
     Raises:
         UserError: the adapter does not fit its base model.
     """
-    model_class = CAUSAL_LMS[source.pretrained.shape.model_type]
-    read_dtype = torch.float32 if source.adapter else getattr(torch, dtype)
-    model = model_class.from_pretrained(source.pretrained.folder, dtype=read_dtype, attn_implementation="sdpa")
-    if source.adapter:
-        model = _merge(model, source.adapter)
-        for parameter in model.parameters():  # not model.to(), which would round the rotary frequencies too
+    model_class = CAUSAL_LMS[found.pretrained.shape.model_type]
+    read_dtype = torch.float32 if found.adapter else getattr(torch, dtype)
+    model = model_class.from_pretrained(found.pretrained.folder, dtype=read_dtype, attn_implementation="sdpa")
+    if found.adapter:
+        model = _merge(model, found.adapter)
+        for parameter in model.parameters():  # model.to() would round the rotary frequencies, too
             parameter.data = parameter.data.to(getattr(torch, dtype))
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`
 

@@ -1,12 +1,13 @@
-"""Perplexity of a text, tokenised once as a whole, by fixed or by sliding windows.
+"""Perplexity of a text, which is tokenised once as a whole, on fixed or sliding windows.
 
-Special tokens are what the tokenizer itself adds, once, at the start of the text. The negative log-likelihoods are
-summed in float64, over all ranks; their number is known from the windows alone.
+The tokenizer adds its special tokens once, at the start of the text. Negative log-likelihoods are summed in float64
+over all ranks.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,14 +16,42 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 
-CHARACTERS_PER_TOKEN = 32  # far more than any tokenizer reaches on prose
+if TYPE_CHECKING:  # it imports DeepSpeed
+    from loraprune_ds.zero.comm import Communicator
+
+CHARACTERS_PER_TOKEN = 32  # far more than a tokenizer reaches on prose
 # (input_ids, labels), both (batch, length) -> fp32 token losses (batch, length - 1), 0 where the label is IGNORE_INDEX
 Losses = Callable[[Tensor, Tensor], Tensor]
+# Passes the rounds of a loop on, and shows how far it is.
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class PerplexityProtocol:
+    """Describes how perplexity is measured.
+
+    Attributes:
+        window: tokens of a window.
+        stride: tokens from one sliding window to the next. None: fixed windows.
+        max_windows: None: all.
+    """
+
+    window: int = 128
+    stride: int | None = None
+    max_windows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise UserError(f"--window must be at least 2 tokens; got {self.window}")
+        if self.stride is not None and not 1 <= self.stride < self.window:
+            raise UserError(f"--sliding must be from 1 to one less than --window {self.window}; got {self.stride}")
+        if self.max_windows is not None and self.max_windows < 1:
+            raise UserError(f"--max-windows must be at least 1; got {self.max_windows}")
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood over `tokens` predictions in `windows` windows."""
+    """Holds exp of the mean negative log-likelihood over `tokens` predictions in `windows` windows."""
 
     perplexity: float
     tokens: int
@@ -31,14 +60,29 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of equal length, input_ids (rows, length), of each of which the last `predicted` tokens count."""
+    """Holds windows of equal length, input_ids (rows, length). The last `predicted` tokens of each count."""
 
     input_ids: Tensor
     predicted: int
 
 
-def cut_windows(text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_windows: int | None) -> Tensor:
-    """(windows, window) int64, side by side; the tail that fills no window is dropped.
+def make_batches(
+    text: str, tokenizer: PreTrainedTokenizerBase, protocol: PerplexityProtocol, batch_size: int
+) -> list[Batch]:
+    """Tokenises the text and splits it into batches of `batch_size` windows.
+
+    Raises:
+        UserError: the text is shorter than one window.
+    """
+    window, stride, most = protocol.window, protocol.stride, protocol.max_windows
+    if stride is None:
+        return fixed_batches(split_windows(text, tokenizer, window, most), batch_size)
+    token_ids = tokenize(text, tokenizer, None if most is None else (most - 1) * stride + window)
+    return sliding_batches(token_ids, window, stride, most, batch_size)
+
+
+def split_windows(text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_windows: int | None) -> Tensor:
+    """Returns (windows, window) int64, side by side. The tail that fills no window is dropped.
 
     Raises:
         UserError: the text is shorter than one window.
@@ -50,9 +94,9 @@ def cut_windows(text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> Tensor:
-    """(tokens,) int64 of the whole text, or of a beginning that holds the first `needed` tokens."""
+    """Returns (tokens,) int64 of the whole text, or of a beginning that holds the first `needed` tokens."""
     if needed is not None and len(text) > (enough := needed * CHARACTERS_PER_TOKEN):
-        # A held-out part can be gigabytes, of which only the first windows are used.
+        # A held-out text can have gigabytes, and only its first windows are used.
         token_ids = _encode(text[:enough], tokenizer)
         if len(token_ids) > needed:
             return token_ids
@@ -69,17 +113,17 @@ def _check_length(token_ids: Tensor, window: int) -> None:
 
 
 def fixed_batches(windows: Tensor, batch_size: int) -> list[Batch]:
-    """Windows (count, window) that know nothing of each other: window − 1 predictions each."""
+    """Batches windows (count, window) that know nothing of each other, with window − 1 predictions each."""
     return [Batch(rows, windows.shape[1] - 1) for rows in windows.split(batch_size)]
 
 
 def sliding_batches(
     token_ids: Tensor, window: int, stride: int, max_windows: int | None, batch_size: int
 ) -> list[Batch]:
-    """Windows that begin every `stride` < `window` tokens; every token but the first is predicted exactly once.
+    """Batches windows that begin every `stride` < `window` tokens. Every token but the first is predicted once.
 
-    The first window predicts all its tokens, each later one only those that no earlier window held, so with at least
-    window − stride tokens before them. The last window ends with the text and is shorter.
+    The first window predicts all its tokens. Each later one predicts only those that no earlier window held. So
+    each of them has at least window − stride tokens before it. The last window ends with the text and is shorter.
 
     Args:
         token_ids: (tokens,).
@@ -97,50 +141,26 @@ def sliding_batches(
     return batches
 
 
-def measure_perplexity(
-    losses: Losses,
-    windows: Tensor,
-    batch_size: int,
-    *,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
-) -> Perplexity:
-    """Of fixed windows (count, window); see `measure_batches`."""
-    batches = fixed_batches(windows, batch_size)
-    return measure_batches(
-        losses, batches, device=device, rank=rank, world_size=world_size, sum_over_ranks=sum_over_ranks
-    )
-
-
 @torch.no_grad()
-def measure_batches(
-    losses: Losses,
-    batches: list[Batch],
-    *,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
-    watch: Callable[[Iterable[int]], Iterable[int]] = lambda rounds: rounds,
+def measure_perplexity(
+    losses: Losses, batches: list[Batch], comm: "Communicator", progress: Progress = lambda rounds: rounds
 ) -> Perplexity:
-    """The same number on any number of ranks: each takes every W-th batch.
+    """Measures the batches, dealt out to the ranks in turn: the same number on any number of ranks. Collective.
 
-    All ranks run `losses` equally often, since a sharded model gathers its weights in it; a rank that is out of
-    batches repeats the first one and does not count it. `watch` goes through the rounds, to show how far they are.
+    All ranks run `losses` equally often, since a sharded model gathers its weights in it. A rank that is out of
+    batches repeats the first one and does not count it.
     """
-    total = torch.zeros(1, dtype=torch.float64, device=device)
-    for round_start in watch(range(0, len(batches), world_size)):
-        mine = round_start + rank
+    total = torch.zeros(1, dtype=torch.float64, device=comm.device)
+    for round_start in progress(range(0, len(batches), comm.world_size)):
+        mine = round_start + comm.rank
         batch = batches[mine if mine < len(batches) else 0]
-        input_ids = batch.input_ids.to(device)
+        input_ids = batch.input_ids.to(comm.device)
         labels = input_ids.clone()
         labels[:, : -batch.predicted] = IGNORE_INDEX
         found = losses(input_ids, labels).double().sum()
         if mine < len(batches):
             total += found
     tokens = sum(len(batch.input_ids) * batch.predicted for batch in batches)
-    mean = sum_over_ranks(total).item() / tokens
-    perplexity = math.inf if mean > 700 else math.exp(mean)  # beyond what a float holds; NaN stays NaN
+    mean = comm.all_reduce(total).item() / tokens
+    perplexity = math.inf if mean > 700 else math.exp(mean)  # a float holds no more. NaN stays NaN
     return Perplexity(perplexity, tokens, sum(len(batch.input_ids) for batch in batches))

@@ -1,12 +1,12 @@
-"""An evaluation as data, which launch/compare.py reads again, and as a table for people."""
+"""The result of an evaluation: as JSON, which launch/compare.py reads again, and as a table for people."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from loraprune_ds.evaluate.candidates import EvaluationPlan
-from loraprune_ds.evaluate.evaluation import Measured
+from loraprune_ds.evaluate.evaluation import Measurement
+from loraprune_ds.evaluate.prepare import EvaluationSettings
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
 from loraprune_ds.units import aligned, format_perplexity
 
@@ -14,35 +14,35 @@ Row = tuple[str, list[str], str]  # name, one cell per column, remark
 
 
 def make_result(
-    measured: list[Measured], plan: EvaluationPlan, world_size: int, provenance: dict[str, Any]
+    measurements: list[Measurement], settings: EvaluationSettings, world_size: int, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `--json` prints: the first model's values at the top, the second's under `dense`, then how they came about.
+    """Builds what `--json` prints: the first model's values, the second's under `dense`, then the settings.
 
     Args:
         provenance: more entries, such as versions and hardware.
     """
-    text = plan.text
+    text = settings.text
     return {
-        **_model_entries(measured[0]),
-        "dense": _model_entries(measured[1]) if len(measured) > 1 else None,
+        **_model_entries(measurements[0]),
+        "dense": _model_entries(measurements[1]) if len(measurements) > 1 else None,
         "text": text and {"name": text.name, "split": text.split, "sha256": text.sha256},
-        "protocol": asdict(plan.protocol),
-        "batch_size": plan.rows,
+        "protocol": asdict(settings.protocol),
+        "batch_size": settings.actual_batch_size,
         "world_size": world_size,
-        "sharded": plan.sharded,
-        "speed_plan": plan.speed and asdict(plan.speed),
+        "sharded": settings.sharded,
+        "speed_plan": settings.speed and asdict(settings.speed),
         **provenance,
     }
 
 
-def _model_entries(model: Measured) -> dict[str, Any]:
+def _model_entries(model: Measurement) -> dict[str, Any]:
     entries = asdict(model)
     perplexity = entries.pop("perplexity") or {"perplexity": None, "tokens": None, "windows": None}
     return perplexity | entries
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """Plain text, at most about 100 columns; the dense model, if there is one, to the left."""
+    """Builds plain text of at most about 100 columns. The dense model, if there is one, stands to the left."""
     models = [model for model in (result["dense"], result) if model]
     rows = [*_size_rows(models), *_quality_rows(models), *_task_rows(models), *_speed_rows(models)]
     names = ["dense", "model"] if len(models) > 1 else ["model"]
@@ -93,7 +93,7 @@ def _quality_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
 
 
 def _task_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
-    """Every metric of every task with lm-eval's standard error."""
+    """Yields every metric of every task, with the standard error of lm-eval."""
     if models[0]["tasks"] is None:
         return
     results = [model["tasks"]["results"] for model in models]

@@ -1,7 +1,7 @@
-"""How fast models read and write: prefill and decode of one sequence, round by round in turn.
+"""Speed of models at batch size 1: prefill and decode of one sequence.
 
-The models take turns within every round, so that what else the machine does falls on all of them alike, and the
-medians over the rounds are compared.
+The models take turns within every round. So other work on the machine slows all of them alike. The medians over the
+rounds are compared.
 """
 
 import inspect
@@ -21,8 +21,8 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 
 
 @dataclass(frozen=True)
-class SpeedPlan:
-    """A prompt of `prompt` random tokens, then `generated` greedy ones, `rounds` times after a warm-up."""
+class SpeedSettings:
+    """Describes a round: `prompt` random tokens, then `generated` greedy ones. `rounds` follow a warm-up."""
 
     prompt: int = 512
     generated: int = 32
@@ -31,12 +31,12 @@ class SpeedPlan:
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians of one model at batch size 1.
+    """Holds medians of one model over the rounds.
 
     Attributes:
-        prefill_tokens_per_second: prompt tokens read at once, logits of the last one only.
-        decode_tokens_per_second: tokens written one by one after the prompt, with a key-value cache.
-        peak_bytes: most device memory beyond what was there before, weights not included; None on a CPU.
+        prefill_tokens_per_second: for a prompt read at once, with logits of its last token only.
+        decode_tokens_per_second: for tokens written one by one after the prompt, with a key-value cache.
+        peak_bytes: peak of device memory above that before the round, so without the weights. None on a CPU.
     """
 
     prefill_tokens_per_second: float
@@ -51,17 +51,17 @@ class _Round:
     peak_bytes: int | None
 
 
-def measure_speed(models: Sequence[PreTrainedModel], plan: SpeedPlan) -> list[Speed]:
-    """One result per model."""
+def measure_speed(models: Sequence[PreTrainedModel], settings: SpeedSettings) -> list[Speed]:
+    """Returns one result per model."""
     vocabulary = min(int(model.config.vocab_size) for model in models)
-    prompt = torch.randint(vocabulary, (1, plan.prompt), generator=torch.Generator().manual_seed(0))
-    rounds = [[_run(model, prompt, plan.generated) for model in models] for _ in range(plan.rounds + 1)]
-    return [_medians([turn[i] for turn in rounds[1:]], plan) for i in range(len(models))]
+    prompt = torch.randint(vocabulary, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
+    rounds = [[_run(model, prompt, settings.generated) for model in models] for _ in range(settings.rounds + 1)]
+    return [_medians([turn[i] for turn in rounds[1:]], settings) for i in range(len(models))]
 
 
 @torch.no_grad()
 def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> _Round:
-    """Reads `prompt` (1, tokens) and writes `generated` tokens."""
+    """Runs one round: reads `prompt` (1, tokens) and writes `generated` tokens."""
     token_ids = prompt.to(model.device)
     before = _start_peak()
     cache = {CACHE: DynamicCache(config=model.config), "use_cache": True}  # filled in place
@@ -83,15 +83,15 @@ def _start_peak() -> int | None:
 
 
 def _now() -> float:
-    """Seconds, once the device has done all it was given."""
+    """Returns the seconds, after the device has done all its work."""
     accelerator().synchronize()
     return time.perf_counter()
 
 
-def _medians(rounds: Sequence[_Round], plan: SpeedPlan) -> Speed:
+def _medians(rounds: Sequence[_Round], settings: SpeedSettings) -> Speed:
     peaks = [turn.peak_bytes for turn in rounds if turn.peak_bytes is not None]
     return Speed(
-        plan.prompt / statistics.median(turn.prefill for turn in rounds),
-        plan.generated / statistics.median(turn.decode for turn in rounds),
+        settings.prompt / statistics.median(turn.prefill for turn in rounds),
+        settings.generated / statistics.median(turn.decode for turn in rounds),
         max(peaks, default=None),
     )

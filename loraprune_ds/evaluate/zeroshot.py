@@ -1,4 +1,4 @@
-"""Zero-shot tasks through EleutherAI's lm-evaluation-harness (the optional package `lm-eval`)."""
+"""Zero-shot tasks by EleutherAI's lm-evaluation-harness, the optional package `lm-eval`."""
 
 import difflib
 import importlib
@@ -12,20 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.errors import UserError, one_line
 
-if TYPE_CHECKING:  # launch/compare.py reads results and need not wait for it
+if TYPE_CHECKING:  # launch/compare.py only reads results and need not wait for them
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), under lm-eval's names.
+    from loraprune_ds.zero.comm import Communicator
+
+# The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by the names of lm-eval.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 PAPER = "paper"
 INSTALL = "pip install 'lm-eval[hf]'"
 
 
 @dataclass(frozen=True)
-class TaskPlan:
-    """What to run. `names`: tasks, groups or tags of lm-eval or of `include_path`, paths of task files, or `paper`.
+class TaskSettings:
+    """Says which tasks to run, and how.
 
-    `fewshot` None: what each task says, which is 0 for the paper's seven; `limit`: documents per task, to try things.
+    Attributes:
+        names: tasks, groups or tags of lm-eval or of `include_path`, paths of task files, or `paper`.
+        fewshot: None: what each task says, which is 0 for the paper's seven.
+        limit: documents per task, to try things.
     """
 
     names: tuple[str, ...]
@@ -43,14 +49,18 @@ class TaskPlan:
             raise UserError("--include-path has no effect without --tasks")
 
 
-def check_tasks(plan: TaskPlan) -> None:
-    """Raises UserError, one line, if lm-eval is missing or does not know a task."""
+def check_tasks(settings: TaskSettings) -> None:
+    """Checks that lm-eval is installed and knows the tasks.
+
+    Raises:
+        UserError: it is not, or does not know one.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"--tasks needs the package lm-eval: {INSTALL}")
-    if plan.include_path and not plan.include_path.is_dir():
-        raise UserError(f"--include-path: {plan.include_path} is not a folder")
-    known = _task_manager(plan.include_path).all_tasks
-    for name in _expand(plan.names):
+    if settings.include_path and not settings.include_path.is_dir():
+        raise UserError(f"--include-path: {settings.include_path} is not a folder")
+    known = _task_manager(settings.include_path).all_tasks
+    for name in _expand(settings.names):
         if name not in known and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
             close = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else "; see `lm-eval ls tasks`"
@@ -58,49 +68,70 @@ def check_tasks(plan: TaskPlan) -> None:
 
 
 def run_tasks(
-    plan: TaskPlan,
+    settings: TaskSettings,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
+    comm: "Communicator",
 ) -> dict[str, Any] | None:
-    """What lm-eval measures, with the settings it used; rank r takes every W-th document from the r-th on. Collective.
+    """Runs the tasks. Rank r takes every document from the r-th on in steps of `world_size`. Collective.
 
     Returns:
-        On rank 0 {"results": {task: {metric: value}}, "settings": …}, in lm-eval's own names of metrics; else None.
+        On rank 0 {"results": {task: {metric: value}}, "settings": …}, with lm-eval's names of metrics. Else None.
 
     Raises:
         UserError: a task's data cannot be had, or its file is wrong.
     """
-    from loraprune_ds.evaluate.harness import RankedLM
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         found = _lm_eval("").simple_evaluate(
-            RankedLM(model, tokenizer, batch_size, rank, world_size),
-            tasks=list(_expand(plan.names)),
-            task_manager=_task_manager(plan.include_path),
-            num_fewshot=plan.fewshot,
+            _model_on_ranks(model, tokenizer, batch_size, comm),
+            tasks=list(_expand(settings.names)),
+            task_manager=_task_manager(settings.include_path),
+            num_fewshot=settings.fewshot,
             batch_size=batch_size,
-            limit=plan.limit,
+            limit=settings.limit,
             log_samples=False,
         )
     except Exception as error:  # a task file can hold any code, and `datasets` raises anything
         reason = one_line(error)
-        raise UserError(f"--tasks {' '.join(plan.names)}: {reason}") from error
-    return {"results": found["results"], "settings": _settings(found)} if rank == 0 else None
+        raise UserError(f"--tasks {' '.join(settings.names)}: {reason}") from error
+    return {"results": found["results"], "settings": _settings_used(found)} if comm.rank == 0 else None
 
 
 def mean_accuracy(tasks: dict[str, Any]) -> float | None:
-    """The mean of plain accuracy ("acc") over the tasks that have one; None if none has."""
+    """Returns the mean of plain accuracy ("acc") over the tasks that have one, or None if none has."""
     accuracies = [metrics["acc,none"] for metrics in tasks["results"].values() if "acc,none" in metrics]
     return sum(accuracies) / len(accuracies) if accuracies else None
 
 
-def _settings(found: dict[str, Any]) -> dict[str, Any]:
-    """All that a number depends on beside model and data."""
+def _model_on_ranks(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int, comm: "Communicator"
+) -> Any:
+    """Wraps a loaded model for lm-eval, on one of several ranks.
+
+    lm-eval itself deals documents out only under `accelerate launch`. For the rest it uses torch.distributed.
+    """
+    base: Any = _lm_eval(".models.huggingface").HFLM
+
+    class ModelOnRanks(base):
+        def __init__(self) -> None:
+            super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+            self._rank = comm.rank
+            self._world_size = comm.world_size
+
+        def all_gather(self, tensor: "Tensor") -> "Tensor":
+            """Gathers a scalar of every rank -> (world_size,)."""
+            return comm.all_gather(tensor.view(1)).flatten()
+
+        def barrier(self) -> None:
+            comm.barrier()
+
+    return ModelOnRanks()
+
+
+def _settings_used(found: dict[str, Any]) -> dict[str, Any]:
+    """Collects all that a number depends on beside model and data."""
     seeds = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
     return {
         "lm_eval": found["lm_eval_version"],
@@ -120,10 +151,10 @@ def _expand(names: Sequence[str]) -> list[str]:
 
 @cache
 def _task_manager(include_path: Path | None) -> Any:
-    """lm-eval's index of all task files, which takes seconds to make."""
+    """Makes lm-eval's index of all task files, which takes seconds."""
     return _lm_eval(".tasks").TaskManager(include_path=include_path)
 
 
 def _lm_eval(module: str) -> Any:
-    """A module of lm-eval, which need not be installed where types are checked."""
+    """Imports a module of lm-eval, which need not be installed where types are checked."""
     return importlib.import_module(f"lm_eval{module}")

@@ -1,28 +1,51 @@
-"""The steps of a run: train, cut, evaluate, save, and stop when asked."""
+"""Goes through the steps of a run: train, cut, evaluate, save, and stop when asked."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.state import RunTotals
 from loraprune_ds.config import RunConfig
-from loraprune_ds.evaluate.perplexity import measure_perplexity
+from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
 from loraprune_ds.files import finite
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
-from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.output import RunStatus
 from loraprune_ds.train.prepare import Prepared
+from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.records import EvaluationName, EvaluationRecord
-from loraprune_ds.train.stop import STOP
+from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.train.teacher_pass import record_teacher
+from loraprune_ds.train.teacher_pass import describe_pass, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import current_device
 
 
-class Loop:
+@dataclass(frozen=True)
+class RunContext:
+    """Holds what the parts of a run on one rank share while it lasts."""
+
+    requests: RequestListener
+    comm: Communicator
+    recorder: Recorder
+    status: RunStatus
+
+    def stop_requested(self) -> bool:
+        """Tells if a rank was asked to stop, where no step carries the request and nothing is left to save. Collective.
+
+        Such a request is honoured at once.
+        """
+        if self.requests.agree(self.comm) != STOP:
+            return False
+        self.requests.clear(STOP)
+        self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
+        return True
+
+
+class TrainingLoop:
     """Owns the sharded model while it trains."""
 
     def __init__(
@@ -42,37 +65,50 @@ class Loop:
             self.pruner.restore(checkpoint.pruner_state(), checkpoint.moments)
         self._teacher = teacher
         self._trainer = Trainer(
-            self.engine, self.pruner, prepared.samples, prepared.order, config, self._requests.pending, teacher
+            self.engine,
+            self.pruner,
+            prepared.samples,
+            prepared.order,
+            config.train,
+            dtype=config.model.dtype,
+            seed=config.seed,
+            current_request=self._requests.current,
+            teacher=teacher,
         )
         self._checkpoints = Checkpoints(config, prepared, self.pruner, checkpoint)
         self._totals = checkpoint.state.totals if checkpoint else RunTotals()
         self.resumed_from = self._checkpoints.resumed_from
 
     def run(self) -> bool:
-        """All steps that are left; False if it was asked to stop before the end, after a checkpoint."""
+        """Makes all steps that are left. Returns False if it was asked to stop before the end, after a checkpoint."""
         if not self.resumed_from:
             self._evaluate(0, "dense")
-        if self._teacher is not None and not self._record(self._teacher):
-            self._requests.clear(STOP)
-            self.recorder.note("stopped before the first step; go on with --resume auto")
+        if not self._record_teacher():
             return False
         for step in range(self.status.step + 1, self.prepared.steps + 1):
             self._step(step)
-            requested = self._trainer.requested
-            if requested or self._save_is_due(step):
-                self.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
-                self._checkpoints.save(self.engine, step, self._totals)
+            request = self._trainer.requested
+            if request != NOTHING or self._save_is_due(step):
+                self._save(step)
             self.status.update(step)
-            if requested:
-                self._requests.clear(requested)
-            if requested == STOP:
-                self.recorder.note(f"stopped at step {step}; go on with --resume auto")
+            self._requests.clear(request)
+            if request == STOP:
+                self.recorder.show(f"stopped at step {step}; go on with --resume auto")
                 return False
         return True
 
-    def _record(self, teacher: Teacher) -> bool:
-        samples, pending, note = self.prepared.samples, self._requests.pending, self.recorder.note
-        return record_teacher(self.engine, teacher, samples, self.config, pending=pending, note=note)
+    def _record_teacher(self) -> bool:
+        """Writes the dense model's outputs, if they are needed. Returns False if it was asked to stop meanwhile."""
+        if self._teacher is None:
+            return True
+        if self._teacher.to_write:
+            self.recorder.show(describe_pass(self._teacher))
+        batch_size, request = self.config.recorded_at_once, self._requests.current
+        if record_teacher(self.engine, self._teacher, self.prepared.samples, batch_size, current_request=request):
+            return True
+        self._requests.clear(STOP)
+        self.recorder.show("stopped before the first step; go on with --resume auto")
+        return False
 
     def _step(self, step: int) -> None:
         record = self._trainer.step(step)
@@ -90,30 +126,31 @@ class Loop:
         every = self.config.checkpoint.every
         return step == self.prepared.steps or (every is not None and step % every == 0)
 
+    def _save(self, step: int) -> None:
+        self.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
+        self._checkpoints.save(self.engine, step, self._totals)
+
     def _evaluate(self, step: int, name: EvaluationName) -> None:
-        record = measure(self.engine.infer, self.config, self.prepared, self.model.comm, step=step, name=name)
+        windows, batch_size = self.prepared.windows, self.config.evaluate.batch_size
+        record = measure_held_out(self.engine.infer, windows, batch_size, self.model.comm, step=step, name=name)
         self.recorder.write(record)
         measured = "perplexity_dense" if name == "dense" else "perplexity"
         self._totals = replace(self._totals, **{measured: finite(record.perplexity)})
 
 
-def measure(
-    infer: Callable[..., Any],
-    config: RunConfig,
-    prepared: Prepared,
-    comm: Communicator,
-    *,
-    step: int,
-    name: EvaluationName,
+def measure_held_out(
+    infer: Callable[..., Any], windows: Tensor, batch_size: int, comm: Communicator, *, step: int, name: EvaluationName
 ) -> EvaluationRecord:
-    """Held-out perplexity on all ranks, by a forward pass `infer`. Draws nothing, changes no training state."""
+    """Measures held-out perplexity on all ranks. Draws no random numbers and changes no training state. Collective.
+
+    Args:
+        infer: makes a forward pass.
+        windows: (windows, evaluate.window) token ids.
+        batch_size: windows of one forward pass.
+    """
     result = measure_perplexity(
         lambda input_ids, labels: infer(input_ids=input_ids, labels=labels),
-        prepared.windows,
-        config.evaluate.batch_size,
-        device=current_device(),
-        rank=comm.rank,
-        world_size=comm.world_size,
-        sum_over_ranks=comm.all_reduce,
+        fixed_batches(windows, batch_size),
+        comm,
     )
     return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)

@@ -1,4 +1,4 @@
-"""The two pictures of a run: what every layer kept, and how training went."""
+"""Draws the two pictures of a run: what every layer kept, and how training went."""
 
 import math
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from loraprune_ds.model.shapes import KINDS, Kind, ModelShape
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, History
 from loraprune_ds.units import format_perplexity
 
-if TYPE_CHECKING:  # imported where a picture is drawn: a run that is only planned or tested need not wait for it
+if TYPE_CHECKING:  # takes a second to import, so only where a picture is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PALE, CUT = "#DDDDDD", "#C4C4C4"
 STYLE: Any = PLOT_STYLE | {"axes.titlepad": 8, "axes.grid.axis": "y"}
-# Drawn whole on the edge of the axes; the layout would make room for it, and with no point in it collapse.
+# Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
 LABEL: dict[Kind, str] = {"heads": "Key-value heads", "channels": "MLP channels"}
 
 
 def draw_kept_groups(path: Path, dense: ModelShape, pruned: ModelShape) -> None:
-    """Heads and channels that every layer kept, as bars before what it had; a protected layer is simply full."""
+    """Draws the heads and channels that every layer kept, as bars before what it had. A protected layer is full."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -47,7 +47,7 @@ def draw_kept_groups(path: Path, dense: ModelShape, pruned: ModelShape) -> None:
 
 
 def draw_training(path: Path, history: History) -> None:
-    """Loss with held-out perplexities, sparsity, seconds per step and bytes per rank over the steps; cuts marked."""
+    """Draws loss, held-out perplexities, sparsity, seconds and bytes per rank over the steps, with the cuts marked."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -75,21 +75,21 @@ def draw_training(path: Path, history: History) -> None:
 
 
 def _draw_loss(axes: "Axes", history: History) -> None:
-    """A perplexity is the exponential of a loss, so held-out points share the axis and carry their perplexity."""
+    """Draws the loss, and held-out perplexities on the same axis by their logarithm, which is a loss too."""
     axes.plot([s.step for s in history.steps], [s.loss for s in history.steps], color=BLUE, lw=1.2, label="training")
     held_out = [e for e in history.evaluations if math.isfinite(e.perplexity)]
     points = [e.step for e in held_out], [math.log(e.perplexity) for e in held_out]
     label = "held-out text, with its perplexity"
     axes.plot(*points, color=VERMILION, ls="", marker="o", markersize=5, zorder=4, label=label, **UNCLIPPED)
     for evaluation in held_out:
-        _annotate(axes, evaluation)
+        _label_perplexity(axes, evaluation)
     axes.set_title("Loss")
     axes.set_ylabel("nats per token")
     axes.margins(y=0.12)
 
 
-def _annotate(axes: "Axes", evaluation: EvaluationRecord) -> None:
-    """Beside the point, on the side where the axes go on; evaluations on the way need no words."""
+def _label_perplexity(axes: "Axes", evaluation: EvaluationRecord) -> None:
+    """Writes a perplexity beside its point, on the side where the axes go on. Evaluations on the way need no words."""
     placement = {
         "dense": ("dense", (2, 10), "left"),
         "after_last_cut": ("after the last cut", (0, 14), "right"),
@@ -105,7 +105,7 @@ def _annotate(axes: "Axes", evaluation: EvaluationRecord) -> None:
 
 def _draw_sparsity(axes: "Axes", history: History) -> None:
     steps, percent = [s.step for s in history.steps], [100 * s.sparsity for s in history.steps]
-    # A cut follows its step, so the value of a step is drawn up to it and the curve jumps on the line of the cut.
+    # A cut follows its step. So the value of a step is drawn up to it, and the curve jumps on the line of the cut.
     axes.plot(steps, percent, color=BLUE, lw=1.6, drawstyle="steps-pre", label="reached", **UNCLIPPED)
     targets = [100 * c.target for c in history.cuts]
     axes.plot([c.step for c in history.cuts], targets, color=VERMILION, lw=1, ls="--", label="target")
@@ -116,7 +116,7 @@ def _draw_sparsity(axes: "Axes", history: History) -> None:
 
 
 def _draw_seconds(axes: "Axes", history: History) -> None:
-    """Without the first step, a warm-up several times as long as the others."""
+    """Draws the seconds of all steps but the first, which is a warm-up several times as long."""
     axes.plot([s.step for s in history.steps[1:]], [s.seconds for s in history.steps[1:]], color=BLUE, lw=1.3)
     axes.set_title("Time per step")
     axes.set_ylabel("seconds")
@@ -124,7 +124,7 @@ def _draw_seconds(axes: "Axes", history: History) -> None:
 
 
 def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[int]], colour: str) -> None:
-    """The fullest rank as a line, the others as a band below it."""
+    """Draws the fullest rank as a line, and the others as a band below it."""
     most, least = [max(b) for b in per_rank], [min(b) for b in per_rank]
     scale, unit = (1e9, "GB") if max(most, default=0) >= 1e9 else (1e6, "MB")
     top, bottom = [b / scale for b in most], [b / scale for b in least]
@@ -136,7 +136,7 @@ def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[
 
 
 def _mark_cuts(axes: "Axes", cuts: Sequence[CutRecord]) -> None:
-    """Thin lines, thinner where there are many, so that hundreds of cuts do not hide the curve."""
+    """Draws a thin line per cut. With many cuts the lines are thinner, so that they do not hide the curve."""
     width = min(0.8, 24 / max(len(cuts), 1))
     for cut in cuts:
         axes.axvline(cut.step, color=CUT, lw=width, zorder=0)

@@ -1,14 +1,10 @@
-"""Everything a run needs to know before any long work: all that can be wrong with its input is found here.
-
-And the lines that tell of it at the start.
-"""
+"""Prepares a run before any long work, so that everything wrong with its input is found here."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
@@ -35,7 +31,7 @@ from loraprune_ds.zero.private import check_private_attributes
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run.
+    """Holds all that a run needs before any long work, checked.
 
     Attributes:
         steps: optimizer steps, the recovery included.
@@ -44,7 +40,6 @@ class Prepared:
     """
 
     pretrained: PretrainedModel
-    tokenizer: PreTrainedTokenizerBase
     samples: Samples
     order: SampleOrder
     windows: Tensor
@@ -58,10 +53,10 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     """Checks the whole input on every rank. Collective.
 
     Raises:
-        UserError: something cannot be used; all ranks raise the same line.
+        UserError: something cannot be used. All ranks raise the same line.
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
-    # One rank per node downloads or converts, the others find it in the node's cache.
+    # One rank per node downloads or converts. The others find the results in the node's cache.
     with comm.patient() as waiting:
         waiting.all_or_raise(lambda: _fetch(config) if is_first_on_node else None)
         prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size))
@@ -74,7 +69,7 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
 
 
 def _check_before_download(config: RunConfig, world_size: int) -> None:
-    """What the model has no part in: a large one may take an hour to come."""
+    """Checks all that does not depend on the model. A large one may take an hour to download."""
     check_private_attributes()
     check_dtype(config.model.dtype)
     config.train.gradient_accumulation_steps(world_size)
@@ -87,30 +82,18 @@ def _fetch(config: RunConfig) -> None:
 
 def _prepare(config: RunConfig, world_size: int) -> Prepared:
     pretrained = open_for_pruning(locate_model(config.model), config.prune)
-    if config.model.adapter:
-        adapter = Path(config.model.adapter).expanduser()
-        check_adapter(adapter, config.lora)
-        check_adapter_tensors(adapter, config.lora.r, pretrained.shape)
+    _check_adapter(config, pretrained)
     ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, pretrained.shape, world_size)
     limits = make_limits(config.prune, pretrained.shape)
-    check_buildable(pretrained, config.model.attn_implementation)
-    check_top_k(config.train.distill_top_k, pretrained.shape.vocab_size)
-    if config.lora.r > pretrained.shape.hidden_size:
-        raise UserError(f"lora.r {config.lora.r} is above the model's hidden_size {pretrained.shape.hidden_size}")
-    _check_windows(config, pretrained.config.get("max_position_embeddings"))
+    _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
-    loaded = load_samples(
-        config.data,
-        tokenizer,
-        minimum=config.train.global_batch_size,
-        vocab_size=pretrained.shape.vocab_size,
-    )
-    order = SampleOrder(len(loaded.samples), config.train.global_batch_size, config.seed)
+    global_batch_size, vocab_size = config.train.global_batch_size, pretrained.shape.vocab_size
+    loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size)
+    order = SampleOrder(len(loaded.samples), global_batch_size, config.seed)
     pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
     config.train.check_warmup(pruning_steps)
     return Prepared(
         pretrained=pretrained,
-        tokenizer=tokenizer,
         samples=loaded.samples,
         order=order,
         windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows),
@@ -121,26 +104,38 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     )
 
 
-def _check_windows(config: RunConfig, positions: int | None) -> None:
-    """Against the model's max_position_embeddings, if it names them."""
+def _check_adapter(config: RunConfig, pretrained: PretrainedModel) -> None:
+    if config.model.adapter:
+        adapter = Path(config.model.adapter).expanduser()
+        check_adapter(adapter, config.lora)
+        check_adapter_tensors(adapter, config.lora.r, pretrained.shape)
+
+
+def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
+    """Checks that the model can be built here and is large enough for the settings."""
+    shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
+    check_buildable(pretrained, config.model.attn_implementation)
+    check_top_k(config.train.distill_top_k, shape.vocab_size)
+    if config.lora.r > shape.hidden_size:
+        raise UserError(f"lora.r {config.lora.r} is above the model's hidden_size {shape.hidden_size}")
     for key, window in (("data.window", config.data.window), ("evaluate.window", config.evaluate.window)):
         if positions is not None and window > positions:
             raise UserError(f"{key} {window} is longer than the model's {positions} positions")
 
 
 def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
-    """Two or three lines at the start: what is pruned, on what, how far."""
+    """Describes a run in two or three lines for its start: what is pruned, on what, how far."""
     dense, train = prepared.pretrained.shape, config.train
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
-        f"{model_name(config)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "
+        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
         f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "
         f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
     ]
     if train.distill_weight and config.model.adapter:
-        lines.append("what is distilled from is model.path without model.adapter; merge the adapter first to keep it")
+        lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:
         lines.append(f"{left_out:,} instructions have no response within data.window {config.data.window}: left out")
     if world_size == 1:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.evaluate.plot_style import PLOT_STYLE
+from loraprune_ds.evaluate.drawing import PLOT_STYLE
 from loraprune_ds.files import write_json
 from loraprune_ds.train.provenance import hardware, versions
 from tests.benchmarks.watchdog import free_port

@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.evaluate.texts import read_text
+from loraprune_ds.evaluate.evaluation_text import read_text
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from tests.benchmarks.expand_heads import expanded_model

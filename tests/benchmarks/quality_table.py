@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.evaluate.plot_style import PLOT_STYLE
+from loraprune_ds.evaluate.drawing import PLOT_STYLE
 from tests.benchmarks.quality_settings import GROUPS
 
 TICKS = {"test": (25, 30, 40, 50, 60, 80, 100, 150, 200), "other": (25, 50, 100, 200, 400, 800, 1600)}

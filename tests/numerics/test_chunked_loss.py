@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.evaluate.perplexity import measure_perplexity
+from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
 from tests.numerics.driver import Job, Outcome, build, run_steps, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
@@ -35,10 +35,8 @@ def train_and_measure(job: Job) -> tuple[Outcome, float]:
     outcome = run_steps(trainer, job)
     engine, comm = trainer.engine.deepspeed, trainer.model.comm
     engine.eval()
-    windows = torch.cat([ids for ids, _ in job.batches])[:7]
-    ranks = {"rank": comm.rank, "world_size": comm.world_size, "sum_over_ranks": comm.all_reduce}
-    settings = {"device": engine.device, **ranks}
-    measured = measure_perplexity(lambda ids, labels: engine(input_ids=ids, labels=labels), windows, 2, **settings)
+    batches = fixed_batches(torch.cat([ids for ids, _ in job.batches])[:7], 2)
+    measured = measure_perplexity(lambda ids, labels: engine(input_ids=ids, labels=labels), batches, comm)
     return outcome, measured.perplexity
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate import evaluation
-from loraprune_ds.evaluate.candidates import EvaluationPlan, PerplexityProtocol
-from loraprune_ds.evaluate.texts import EvaluationText
+from loraprune_ds.evaluate.evaluation_text import EvaluationText
+from loraprune_ds.evaluate.perplexity import PerplexityProtocol
+from loraprune_ds.evaluate.prepare import EvaluationSettings
 from loraprune_ds.train import run as train_run
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.memory import state_tensors, storage_bytes, weight_tensors
@@ -104,9 +105,9 @@ def bytes_between_models(folder: Path) -> tuple[int, int]:
     alive: list[int] = []
     shards: list[int] = []
     text = EvaluationText("a text", None, "It is long enough for some windows of eight tokens. " * 2)
-    plan = EvaluationPlan(PerplexityProtocol(window=8), text=text, dtype="float32", sharded=True)
+    settings = EvaluationSettings(PerplexityProtocol(window=8), text=text, dtype="float32", sharded=True)
     with recording(evaluation, live_bytes(), alive, shards):
-        first, second = evaluation.evaluate([str(folder)] * 2, plan, Communicator())
+        first, second = evaluation.evaluate([str(folder)] * 2, settings, Communicator())
     assert first.perplexity == second.perplexity
     return shards[0], alive[1] - alive[0]
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from loraprune_ds.checkpoint.run_folder import State, Status, write_status
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.compare import Result, comparison_table, read_results
+from loraprune_ds.evaluate.compare import ComparedModel, comparison_table, read_results
 from loraprune_ds.evaluate.compare_picture import draw_comparison
 
 
@@ -66,7 +66,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -> None:
     lora, magnitude, evaluated = read_results(paths)
-    assert lora == Result(
+    assert lora == ComparedModel(
         name="lora",
         method="lora, uniform",
         measured_on="a held-out part of embedded, first 64 windows of 128, bfloat16",
@@ -76,7 +76,7 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
         dense_perplexity=18.0,
     )
     assert (magnitude.name, magnitude.method) == ("magnitude", "magnitude, uniform")
-    assert evaluated == Result(
+    assert evaluated == ComparedModel(
         name="b",
         method=None,
         measured_on="wikitext2 test, windows of 128 every 64, float32",
@@ -135,7 +135,7 @@ def test_what_is_no_result_is_one_line(tmp_path: Path, make: Any, message: str) 
 # The picture
 
 
-def drawn(results: list[Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Figure:
+def drawn(results: list[ComparedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Figure:
     """The figure, as it was saved."""
     kept: list[Figure] = []
     save = Figure.savefig
@@ -150,8 +150,8 @@ def drawn(results: list[Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     return kept[0]
 
 
-def curve(name: str, values: dict[float, float], method: str | None) -> list[Result]:
-    return [Result(f"{name}-{x}", method, "text", 100, x, y, 20.0) for x, y in values.items()]
+def curve(name: str, values: dict[float, float], method: str | None) -> list[ComparedModel]:
+    return [ComparedModel(f"{name}-{x}", method, "text", 100, x, y, 20.0) for x, y in values.items()]
 
 
 def test_methods_are_curves_over_the_removed_percentage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.candidates import EvaluationPlan, PerplexityProtocol
 from loraprune_ds.evaluate.cost import count_cost
-from loraprune_ds.evaluate.evaluation import Measured
-from loraprune_ds.evaluate.perplexity import Perplexity
+from loraprune_ds.evaluate.evaluation import Measurement
+from loraprune_ds.evaluate.evaluation_text import EvaluationText
+from loraprune_ds.evaluate.perplexity import Perplexity, PerplexityProtocol
+from loraprune_ds.evaluate.prepare import EvaluationSettings
 from loraprune_ds.evaluate.result import make_result, result_table
-from loraprune_ds.evaluate.speed import Speed, SpeedPlan
-from loraprune_ds.evaluate.texts import EvaluationText
-from loraprune_ds.evaluate.zeroshot import TaskPlan
+from loraprune_ds.evaluate.speed import Speed, SpeedSettings
+from loraprune_ds.evaluate.zeroshot import TaskSettings
 from loraprune_ds.model.shapes import LayerShape, shape_from_config
 
 SMOLLM: dict[str, Any] = {
@@ -37,7 +37,7 @@ TASKS = {
     },
     "settings": {},
 }
-DENSE = Measured(
+DENSE = Measurement(
     path="embedded",
     kind="checkpoint",
     method=None,
@@ -59,8 +59,8 @@ PRUNED = replace(
     perplexity=Perplexity(75.0, 20320, 160),
     speed=Speed(1500.0, 30.0, 1_500_000),
 )
-PLAN = EvaluationPlan(
-    PerplexityProtocol(128, None, 160), text=EvaluationText("wikitext2", "test", "text"), speed=SpeedPlan()
+SETTINGS = EvaluationSettings(
+    PerplexityProtocol(128, None, 160), text=EvaluationText("wikitext2", "test", "text"), speed=SpeedSettings()
 )
 
 
@@ -74,7 +74,7 @@ def rows(table: str) -> dict[str, list[str]]:
 
 
 def test_side_by_side_the_dense_model_is_to_the_left() -> None:
-    table = result_table(make_result([PRUNED, DENSE], PLAN, 2, {}))
+    table = result_table(make_result([PRUNED, DENSE], SETTINGS, 2, {}))
     assert max(map(len, table.splitlines())) <= 100
     assert table.splitlines()[:3] == [
         "dense  embedded (checkpoint, llama, float32)",
@@ -99,7 +99,7 @@ def test_side_by_side_the_dense_model_is_to_the_left() -> None:
 
 def test_what_was_not_measured_has_no_row() -> None:
     bare = replace(PRUNED, perplexity=None, tasks=None, speed=None, removed_fraction=None)
-    table = result_table(make_result([bare], EvaluationPlan(PerplexityProtocol()), 1, {}))
+    table = result_table(make_result([bare], EvaluationSettings(PerplexityProtocol()), 1, {}))
     assert "perplexity" not in table
     assert "tokens/s" not in table
     assert "removed" not in table
@@ -109,11 +109,11 @@ def test_what_was_not_measured_has_no_row() -> None:
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "not finite"), (math.exp(700), "1.01e+304")])
 def test_a_broken_model_is_told_as_such(value: float, shown: str) -> None:
     broken = replace(PRUNED, perplexity=Perplexity(value, 20320, 160))
-    assert rows(result_table(make_result([broken], PLAN, 1, {})))["perplexity"] == [shown]
+    assert rows(result_table(make_result([broken], SETTINGS, 1, {})))["perplexity"] == [shown]
 
 
 def test_the_object_has_the_first_models_values_on_top() -> None:
-    result = make_result([PRUNED, DENSE], PLAN, 2, {"versions": {"torch": "2"}})
+    result = make_result([PRUNED, DENSE], SETTINGS, 2, {"versions": {"torch": "2"}})
     again = json.loads(json.dumps(result, allow_nan=False))
     assert (again["perplexity"], again["tokens"], again["windows"]) == (75.0, 20320, 160)
     assert (again["dense"]["perplexity"], again["removed_fraction"]) == (50.0, 0.25)
@@ -124,7 +124,7 @@ def test_the_object_has_the_first_models_values_on_top() -> None:
 
 
 def test_an_object_without_a_text_says_so() -> None:
-    result = make_result([replace(PRUNED, perplexity=None)], EvaluationPlan(PerplexityProtocol()), 1, {})
+    result = make_result([replace(PRUNED, perplexity=None)], EvaluationSettings(PerplexityProtocol()), 1, {})
     assert [result[key] for key in ("perplexity", "tokens", "windows", "text", "dense")] == [None] * 5
 
 
@@ -138,9 +138,9 @@ def test_an_object_without_a_text_says_so() -> None:
         ),
         (lambda: PerplexityProtocol(128, stride=0), "--sliding must be from 1 to one less than --window 128; got 0"),
         (lambda: PerplexityProtocol(max_windows=0), "--max-windows must be at least 1; got 0"),
-        (lambda: EvaluationPlan(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
+        (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
         (
-            lambda: EvaluationPlan(PerplexityProtocol(), tasks=TaskPlan(("piqa",)), sharded=True),
+            lambda: EvaluationSettings(PerplexityProtocol(), tasks=TaskSettings(("piqa",)), sharded=True),
             "--sharded measures perplexity only; --tasks and --speed need the whole model on a rank",
         ),
     ],
@@ -151,7 +151,7 @@ def test_wrong_numbers_name_their_option(make: Any, message: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("window", "rows_at_once"), [(2, 1024), (128, 16), (2048, 1), (4096, 1)])
-def test_a_batch_is_about_two_thousand_tokens(window: int, rows_at_once: int) -> None:
-    assert EvaluationPlan(PerplexityProtocol(window)).rows == rows_at_once
-    assert EvaluationPlan(PerplexityProtocol(window), batch_size=3).rows == 3
+@pytest.mark.parametrize(("window", "expected"), [(2, 1024), (128, 16), (2048, 1), (4096, 1)])
+def test_a_batch_is_about_two_thousand_tokens(window: int, expected: int) -> None:
+    assert EvaluationSettings(PerplexityProtocol(window)).actual_batch_size == expected
+    assert EvaluationSettings(PerplexityProtocol(window), batch_size=3).actual_batch_size == 3

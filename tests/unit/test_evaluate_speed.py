@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.evaluate import speed
-from loraprune_ds.evaluate.speed import SpeedPlan, measure_speed
+from loraprune_ds.evaluate.speed import SpeedSettings, measure_speed
 from tests.export_cases import CASES, dense_model
 
 
@@ -40,7 +40,7 @@ def test_models_take_turns_and_each_token_is_decoded_once(clock: list[float]) ->
     models: list[Any] = [
         Watched(dense_model(case), name, calls, clock, count(1, 0)) for name, case in zip("ab", CASES[:2], strict=True)
     ]
-    measure_speed(models, SpeedPlan(prompt=7, generated=3, rounds=2))
+    measure_speed(models, SpeedSettings(prompt=7, generated=3, rounds=2))
     turn = [(7, 0), (1, 7), (1, 8), (1, 9)]
     assert calls == [(name, *call) for _ in range(3) for name in "ab" for call in turn]
 
@@ -49,13 +49,13 @@ def test_medians_leave_out_the_warm_up_and_an_outlier(clock: list[float]) -> Non
     rounds = [(100.0, 100.0), (2.0, 0.5), (90.0, 50.0), (4.0, 0.25)]
     seconds = iter([s for prefill, decode in rounds for s in (prefill, decode, decode)])
     model: Any = Watched(dense_model(CASES[0]), "a", [], clock, seconds)
-    (found,) = measure_speed([model], SpeedPlan(prompt=8, generated=2, rounds=3))
+    (found,) = measure_speed([model], SpeedSettings(prompt=8, generated=2, rounds=3))
     assert found.prefill_tokens_per_second == 8 / 4
     assert found.decode_tokens_per_second == 2 / (2 * 0.5)
     assert found.peak_bytes is None
 
 
 def test_a_real_clock_gives_real_numbers() -> None:
-    small, large = measure_speed([dense_model(CASES[0])] * 2, SpeedPlan(prompt=8, generated=2, rounds=1))
+    small, large = measure_speed([dense_model(CASES[0])] * 2, SpeedSettings(prompt=8, generated=2, rounds=1))
     assert small.prefill_tokens_per_second > 0
     assert large.decode_tokens_per_second > 0

@@ -7,7 +7,7 @@ import pytest
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate import zeroshot
-from loraprune_ds.evaluate.zeroshot import PAPER_TASKS, TaskPlan, check_tasks, mean_accuracy
+from loraprune_ds.evaluate.zeroshot import PAPER_TASKS, TaskSettings, check_tasks, mean_accuracy
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -16,8 +16,8 @@ needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 @needs_lm_eval
 def test_the_papers_seven_tasks_are_known_under_their_names() -> None:
     assert len(PAPER_TASKS) == 7
-    check_tasks(TaskPlan(PAPER_TASKS))
-    check_tasks(TaskPlan(("paper", "boolq")))
+    check_tasks(TaskSettings(PAPER_TASKS))
+    check_tasks(TaskSettings(("paper", "boolq")))
 
 
 def test_paper_stands_for_the_seven_and_nothing_runs_twice() -> None:
@@ -27,25 +27,25 @@ def test_paper_stands_for_the_seven_and_nothing_runs_twice() -> None:
 @needs_lm_eval
 def test_local_tasks_go_by_name_or_by_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(TASK)
-    check_tasks(TaskPlan(("my_own",), include_path=tmp_path))
-    check_tasks(TaskPlan((str(tmp_path / "mine.yaml"),)))
+    check_tasks(TaskSettings(("my_own",), include_path=tmp_path))
+    check_tasks(TaskSettings((str(tmp_path / "mine.yaml"),)))
     with pytest.raises(UserError, match="lm-eval knows no task my_own"):
-        check_tasks(TaskPlan(("my_own",)))
+        check_tasks(TaskSettings(("my_own",)))
     with pytest.raises(UserError, match=r"--include-path: .*nowhere is not a folder"):
-        check_tasks(TaskPlan(("my_own",), include_path=tmp_path / "nowhere"))
+        check_tasks(TaskSettings(("my_own",), include_path=tmp_path / "nowhere"))
 
 
 @needs_lm_eval
 def test_a_mistyped_task_is_one_line_with_the_nearest_names() -> None:
     with pytest.raises(UserError) as caught:
-        check_tasks(TaskPlan(("piqa", "helaswag")))
+        check_tasks(TaskSettings(("piqa", "helaswag")))
     assert str(caught.value).startswith("--tasks: lm-eval knows no task helaswag; did you mean hellaswag")
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        check_tasks(TaskPlan(("piqa",)))
+        check_tasks(TaskSettings(("piqa",)))
     assert str(caught.value) == "--tasks needs the package lm-eval: pip install 'lm-eval[hf]'"
 
 

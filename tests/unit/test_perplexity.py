@@ -1,6 +1,8 @@
 """Perplexity against a computation window by window and token by token, over any batch size and number of ranks."""
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,16 +14,14 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import (
     Batch,
     Perplexity,
-    cut_windows,
     fixed_batches,
-    measure_batches,
     measure_perplexity,
     sliding_batches,
+    split_windows,
     tokenize,
 )
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 
-CPU = torch.device("cpu")
 VOCAB = 97
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 20
 
@@ -47,8 +47,17 @@ def forward(model: Any) -> Any:
     return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
 
 
+def rank_of(world_size: int, rank: int, all_reduce: Callable[[Tensor], Tensor] = lambda values: values) -> Any:
+    """Stands for a Communicator."""
+    return SimpleNamespace(device=torch.device("cpu"), rank=rank, world_size=world_size, all_reduce=all_reduce)
+
+
+def measure(losses: Any, batches: list[Batch]) -> Perplexity:
+    return measure_perplexity(losses, batches, rank_of(1, 0))
+
+
 def losses_of(forward: Any) -> Any:
-    """What `measure_batches` asks of a model, from one that gives logits."""
+    """Makes what `measure_perplexity` asks of a model from one that gives logits."""
 
     def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
         logits = forward(input_ids)[:, :-1].float()
@@ -73,22 +82,21 @@ def slow_perplexity(forward: Any, windows: list[Tensor], first: list[int]) -> fl
 
 
 def over_ranks(forward: Any, batches: list[Batch], world_size: int) -> list[Perplexity]:
-    """What every one of the simulated ranks measures; all must run the model equally often."""
+    """Returns what each of the simulated ranks measures. All must run the model equally often."""
     parts: list[Tensor] = []
     calls = [0] * world_size
 
-    def measure(rank: int, reduce: Any) -> Perplexity:
+    def be_rank(rank: int, all_reduce: Any) -> Perplexity:
         def counted(input_ids: Tensor) -> Tensor:
             calls[rank] += 1
             return forward(input_ids)
 
-        settings = {"device": CPU, "rank": rank, "world_size": world_size}
-        return measure_batches(losses_of(counted), batches, sum_over_ranks=reduce, **settings)
+        return measure_perplexity(losses_of(counted), batches, rank_of(world_size, rank, all_reduce))
 
     for rank in range(world_size):
-        measure(rank, lambda values: parts.append(values.clone()) or values)
+        be_rank(rank, lambda values: parts.append(values.clone()) or values)
     total = torch.stack(parts).sum(0)
-    found = [measure(rank, lambda values: total) for rank in range(world_size)]
+    found = [be_rank(rank, lambda values: total) for rank in range(world_size)]
     assert len(set(calls)) == 1
     return found
 
@@ -97,7 +105,7 @@ def test_it_is_the_straightforward_mean(forward: Any) -> None:
     windows = token_ids(7 * 24).view(7, 24)
     expected = slow_perplexity(forward, list(windows), [1] * 7)
     assert expected > 5  # not a number that anything would give
-    found = measure_perplexity(losses_of(forward), windows, 3, device=CPU)
+    found = measure(losses_of(forward), fixed_batches(windows, 3))
     assert found.perplexity == pytest.approx(expected, rel=1e-6)
     assert (found.tokens, found.windows) == (7 * 23, 7)
 
@@ -106,7 +114,7 @@ def test_it_is_the_straightforward_mean(forward: Any) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_neither_batch_size_nor_ranks_matter(forward: Any, batch_size: int, world_size: int) -> None:
     windows = token_ids(7 * 16).view(7, 16)
-    one = measure_perplexity(losses_of(forward), windows, 7, device=CPU)
+    one = measure(losses_of(forward), fixed_batches(windows, 7))
     for found in over_ranks(forward, fixed_batches(windows, batch_size), world_size):
         assert found.perplexity == pytest.approx(one.perplexity, rel=1e-6)
         assert (found.tokens, found.windows) == (one.tokens, one.windows)
@@ -115,10 +123,8 @@ def test_neither_batch_size_nor_ranks_matter(forward: Any, batch_size: int, worl
 def test_a_mean_of_the_batches_means_is_another_number(forward: Any) -> None:
     """The last batch is smaller: it must not weigh as much as the others."""
     windows = token_ids(5 * 16).view(5, 16)
-    means = [
-        math.log(measure_perplexity(losses_of(forward), part, 4, device=CPU).perplexity) for part in windows.split(4)
-    ]
-    expected = measure_perplexity(losses_of(forward), windows, 4, device=CPU).perplexity
+    means = [math.log(measure(losses_of(forward), fixed_batches(part, 4)).perplexity) for part in windows.split(4)]
+    expected = measure(losses_of(forward), fixed_batches(windows, 4)).perplexity
     assert abs(math.exp(sum(means) / 2) / expected - 1) > 1e-3
 
 
@@ -143,7 +149,7 @@ def test_sliding_predicts_every_token_once_with_the_longest_context(forward: Any
         windows.append(ids[start : start + 16])
         first.append(counted - start)
         counted = min(start + 16, tokens)
-    found = measure_batches(losses_of(forward), sliding_batches(ids, 16, stride, None, 3), device=CPU)
+    found = measure(losses_of(forward), sliding_batches(ids, 16, stride, None, 3))
     assert found.perplexity == pytest.approx(slow_perplexity(forward, windows, first), rel=1e-6)
     assert (found.tokens, found.windows) == (tokens - 1, len(windows))
 
@@ -152,7 +158,7 @@ def test_sliding_windows_can_be_limited_and_spread_over_ranks(forward: Any) -> N
     ids = token_ids(60)
     limited = sliding_batches(ids, 16, 8, 3, 2)
     assert sum(len(batch.input_ids) for batch in limited) == 3
-    expected = measure_batches(losses_of(forward), sliding_batches(ids[:32], 16, 8, None, 2), device=CPU)
+    expected = measure(losses_of(forward), sliding_batches(ids[:32], 16, 8, None, 2))
     for found in over_ranks(forward, limited, 3):
         assert found == Perplexity(pytest.approx(expected.perplexity, rel=1e-6), 31, 3)  # type: ignore[arg-type]
 
@@ -163,11 +169,11 @@ def test_sliding_windows_can_be_limited_and_spread_over_ranks(forward: Any) -> N
 def test_windows_are_the_text_tokenised_once_with_the_tail_dropped() -> None:
     tokenizer = make_tokenizer(VOCAB + 200)
     ids = tokenizer(TEXT)["input_ids"]
-    windows = cut_windows(TEXT, tokenizer, 32, None)
+    windows = split_windows(TEXT, tokenizer, 32, None)
     assert windows.dtype == torch.int64
     assert windows.flatten().tolist() == ids[: len(ids) // 32 * 32]
-    assert cut_windows(TEXT, tokenizer, 32, 3).tolist() == windows[:3].tolist()
-    assert cut_windows(TEXT, tokenizer, 32, 10_000).tolist() == windows.tolist()
+    assert split_windows(TEXT, tokenizer, 32, 3).tolist() == windows[:3].tolist()
+    assert split_windows(TEXT, tokenizer, 32, 10_000).tolist() == windows.tolist()
 
 
 def test_only_the_beginning_of_a_long_text_is_tokenised() -> None:
@@ -190,7 +196,7 @@ def test_a_tokenizer_that_needs_much_more_text_gets_all_of_it() -> None:
         return {"input_ids": [ord(text[i]) for i in range(0, len(text), 40)]}
 
     text = "".join(chr(65 + i % 50) * 40 for i in range(200))
-    windows = cut_windows(text, coarse, 10, 4)  # type: ignore[arg-type]
+    windows = split_windows(text, coarse, 10, 4)  # type: ignore[arg-type]
     assert windows.flatten().tolist() == [65 + i % 50 for i in range(40)]
 
 
@@ -198,10 +204,10 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
     tokenizer = make_tokenizer(VOCAB + 200)
     message = r"^the evaluation text has 5 tokens, less than one window of 6$"
     with pytest.raises(UserError, match=message):
-        cut_windows("hello", tokenizer, 6, None)
+        split_windows("hello", tokenizer, 6, None)
     with pytest.raises(UserError, match=message):
         sliding_batches(torch.arange(5), 6, 2, None, 1)
-    assert cut_windows("hello", tokenizer, 5, None).shape == (1, 5)
+    assert split_windows("hello", tokenizer, 5, None).shape == (1, 5)
 
 
 # Extreme logits
@@ -218,16 +224,16 @@ def test_a_hopeless_model_has_an_infinite_perplexity_and_a_broken_one_none() -> 
 
         return forward
 
-    hopeless = measure_perplexity(losses_of(certain(1e2)), windows, 1, device=CPU).perplexity
+    hopeless = measure(losses_of(certain(1e2)), fixed_batches(windows, 1)).perplexity
     assert hopeless == pytest.approx(math.exp(100))
-    assert measure_perplexity(losses_of(certain(1e4)), windows, 1, device=CPU).perplexity == math.inf
-    assert math.isnan(measure_perplexity(losses_of(certain(math.nan)), windows, 1, device=CPU).perplexity)
+    assert measure(losses_of(certain(1e4)), fixed_batches(windows, 1)).perplexity == math.inf
+    assert math.isnan(measure(losses_of(certain(math.nan)), fixed_batches(windows, 1)).perplexity)
 
 
 def test_low_precision_logits_are_summed_in_fp64() -> None:
     windows = token_ids(64 * 32).view(64, 32)
     logits = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found = measure_perplexity(losses_of(lambda ids: logits[ids]), windows, 8, device=CPU).perplexity
+    found = measure(losses_of(lambda ids: logits[ids]), fixed_batches(windows, 8)).perplexity
     assert found == pytest.approx(slow_perplexity(lambda ids: logits[ids], list(windows), [1] * 64), rel=1e-6)
 
 
@@ -238,6 +244,6 @@ def test_measuring_builds_no_graph(model: Any) -> None:
         seen.append(model(input_ids=input_ids).logits.requires_grad)
         return torch.zeros(*input_ids.shape, VOCAB)
 
-    found = measure_perplexity(losses_of(forward), token_ids(32).view(2, 16), 1, device=CPU)
+    found = measure(losses_of(forward), fixed_batches(token_ids(32).view(2, 16), 1))
     assert seen == [False, False]
     assert found.perplexity == pytest.approx(VOCAB)

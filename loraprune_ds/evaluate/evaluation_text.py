@@ -1,4 +1,4 @@
-"""The text a perplexity is measured on: a file, or a public test set by name, as its raw file has it."""
+"""The text that perplexity is measured on: a file, or a public test set by name."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from loraprune_ds.errors import UserError, one_line
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text, where it comes from and, for a data set, which part of it this is."""
+    """Holds a text and where it comes from. A data set has several splits."""
 
     name: str
     split: str | None
@@ -23,33 +23,33 @@ class EvaluationText:
 
 
 @dataclass(frozen=True)
-class DatasetSource:
-    """A text data set of the Hugging Face hub, one line a row.
+class TextDataset:
+    """Describes a text data set of the Hugging Face hub, with one line in each row.
 
     Attributes:
-        line: a row's text -> the line of the raw file, with its end.
+        raw_line: a row's text -> the line of the raw file, with its end.
     """
 
     path: str
     config: str | None
     revision: str | None
     column: str
-    line: Callable[[str], str]
+    raw_line: Callable[[str], str]
 
 
 DATASETS = {
-    # The rows keep spaces and line ends, except that a blank line, " \n" in wiki.*.raw, is an empty row.
-    "wikitext2": DatasetSource("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", lambda row: row or " \n"),
-    # `datasets` no longer runs the script this set is published as; the hub keeps its output on that branch.
-    # ptb.*.txt has a space before and after every sentence; the rows are stripped.
-    "ptb": DatasetSource(
+    # The rows keep spaces and line ends. Only a blank line, " \n" in wiki.*.raw, is an empty row.
+    "wikitext2": TextDataset("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", lambda row: row or " \n"),
+    # This set is published as a script, which `datasets` no longer runs. The hub keeps its output on that branch.
+    # ptb.*.txt has a space before and after every sentence. The rows are stripped.
+    "ptb": TextDataset(
         "ptb-text-only/ptb_text_only", None, "refs/convert/parquet", "sentence", lambda row: f" {row} \n"
     ),
 }
 
 
 def read_text(path: Path) -> EvaluationText:
-    """A UTF-8 file, whatever its line ends, which become "\\n".
+    """Reads a UTF-8 file. Line ends of any kind become "\\n".
 
     Raises:
         UserError: it does not exist, is not text, or is empty.
@@ -68,24 +68,24 @@ def read_text(path: Path) -> EvaluationText:
 
 
 def load_dataset_text(name: str, split: str) -> EvaluationText:
-    """A data set of `DATASETS` by name, its lines joined as its raw file has them.
+    """Loads a data set of `DATASETS` by name and joins its rows to the text of its raw file.
 
     Raises:
         UserError: it is not on this machine and the hub cannot be reached.
     """
-    source = DATASETS[name]
-    rows = _load_rows(name, source, split)
-    return EvaluationText(name, split, "".join(source.line(row) for row in rows[source.column]))
+    dataset = DATASETS[name]
+    rows = _load_rows(name, dataset, split)
+    return EvaluationText(name, split, "".join(dataset.raw_line(row) for row in rows[dataset.column]))
 
 
-def _load_rows(name: str, source: DatasetSource, split: str) -> Any:
+def _load_rows(name: str, dataset: TextDataset, split: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(source.path, source.config, revision=source.revision, split=split)
-    except Exception as error:  # noqa: BLE001  # `datasets` lets the errors of four libraries through
+        return datasets.load_dataset(dataset.path, dataset.config, revision=dataset.revision, split=split)
+    except Exception as error:  # noqa: BLE001  # `datasets` passes on the errors of four libraries
         reason = one_line(error)
         raise UserError(
-            f"--dataset {name}: {source.path}, split {split}, cannot be had (offline? then --text FILE): {reason}"
+            f"--dataset {name}: {dataset.path}, split {split}, cannot be had (offline? then --text FILE): {reason}"
         ) from None

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.texts import load_dataset_text, read_text
+from loraprune_ds.evaluate.evaluation_text import load_dataset_text, read_text
 
 
 def test_a_file_is_one_text_whatever_its_line_ends(tmp_path: Path) -> None:
