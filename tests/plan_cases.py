@@ -93,7 +93,9 @@ def build(request: Request) -> Trainer:
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
-    return Trainer(engine, pruner, Samples(ids, ids), InOrder(size), config)  # type: ignore[arg-type]
+    return Trainer(
+        engine, pruner, Samples(ids, ids), InOrder(size), config.train, dtype=config.model.dtype, seed=config.seed
+    )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from loraprune_ds.checkpoint.state import STATE_FILE, RunState, RunTotals, Shape
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.step import Pruner, PrunerState
 from loraprune_ds.train.output import MAY_DIFFER, Start, differences
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
@@ -32,10 +32,13 @@ from loraprune_ds.zero.write import LocalWrites
 def find_checkpoint(
     start: Start, config: RunConfig, comm: Communicator, warnings: list[str]
 ) -> TrainingCheckpoint | None:
-    """The checkpoint to go on from; None to start at step 0. Collective.
+    """Finds the checkpoint to go on from. None to start at step 0. Collective.
+
+    Args:
+        warnings: gets a line for each checkpoint that cannot be used.
 
     Raises:
-        UserError: a checkpoint was asked for by path and is not there or not good, or it belongs to another run.
+        UserError: a path was given and no good checkpoint is there, or the checkpoint belongs to another run.
     """
     if start.kind != "resume":
         return None
@@ -43,7 +46,7 @@ def find_checkpoint(
         checkpoint = open_training_checkpoint(start.path, comm)
     else:
         root = _root(Path(config.output_dir) if start.path is None else start.path)
-        # Before anything is read in full, and before another run's checkpoints are called damaged.
+        # Now, before anything is read in full, and before another run's checkpoints are called damaged.
         comm.all_or_raise(lambda: _check_settings(newest_state(root), root, config))
         checkpoint = find_newest(root, comm, warnings.append)
         if checkpoint is None and start.path is not None:
@@ -56,12 +59,12 @@ def find_checkpoint(
 
 
 def _is_step(path: Path) -> bool:
-    """Also where its state is lost; a run may have any name, step-1 too."""
+    """Tells if this is the folder of a step, even one that lost its state. A run may have any name, even step-1."""
     return (path / STATE_FILE).is_file() or path.resolve().parent.name == CHECKPOINTS_FOLDER
 
 
 def _root(path: Path) -> Path:
-    """Where the checkpoints of a run are, given its folder or that very one."""
+    """Returns the folder of a run's checkpoints. `path` is that folder or the run's."""
     return path if path.resolve().name == CHECKPOINTS_FOLDER else path / CHECKPOINTS_FOLDER
 
 
@@ -75,7 +78,7 @@ def _because(warnings: list[str]) -> str:
 
 
 def build_engine(config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:
-    """Builds the sharded training model, fresh or as a checkpoint has it: its shape first, then the state."""
+    """Builds the sharded training model, fresh or from a checkpoint: its shape first, then the state. Collective."""
     if checkpoint is None:
         return build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
     state = checkpoint.state
@@ -101,54 +104,53 @@ class Checkpoints:
         self.resumed_from = [*checkpoint.state.resumed_from, checkpoint.state.step] if checkpoint else []
         self.root = Path(config.output_dir) / CHECKPOINTS_FOLDER
         self._cuts = prepared.schedule.cut_steps()
-        # The newest shape folder that is of this run's course; others under `root` may be of one that it has left.
+        # The newest shape folder that this run's steps name. It may have gone back behind others under `root`.
         self._published: ShapeSource | None = None
-        if (
-            checkpoint
-            and checkpoint.folder.parent.resolve() == self.root.resolve()
-            and not checkpoint.state.shape.is_source
-        ):
-            self._published = checkpoint.state.shape
+        if checkpoint and checkpoint.folder.parent.resolve() == self.root.resolve():
+            self._published = None if checkpoint.state.shape.is_source else checkpoint.state.shape
 
     def save(self, engine: TrainingEngine, step: int, totals: RunTotals) -> None:
-        """Publishes `step-{step}` and, if a refit changed them, the frozen weights; then drops old ones. Collective.
+        """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Then removes old ones. Collective.
 
         Raises:
-            RunError: a rank cannot write; what was published before is still there.
+            RunError: a rank cannot write. What was published before is still there.
         """
-        model, pruner = engine.model, self.pruner.state()
+        model, compensator = engine.model, self.pruner.compensator
+        pruner = self.pruner.state()
+        moments = None if compensator is None else compensator.moments
+        save_step(model, self.root, self._state(engine, pruner, step, totals), pruner.scores, moments)
+        writes = LocalWrites()
+        if model.rank == 0:
+            writes.do(lambda: drop_old(self.root, step, self.config.checkpoint.keep_last))
+        writes.agree(model.comm, self.root)
+
+    def _state(self, engine: TrainingEngine, pruner: PrunerState, step: int, totals: RunTotals) -> RunState:
         schedule, loss_scale = counters(engine)
-        state = RunState(
+        return RunState(
             step=step,
             totals=totals,
-            adam_step=adam_step(model),
+            adam_step=adam_step(engine.model),
             schedule=schedule,
             loss_scale=loss_scale,
             kept=[(keep.heads.tolist(), keep.channels.tolist()) for keep in pruner.kept_of_dense],
             updates_since_cut=pruner.updates_since_cut,
             moment_tokens=pruner.moment_tokens,
             cuts=self._cuts_made(step),
-            shape=self._shape(model, step),
+            shape=self._shape(engine.model, step),
             resumed_from=self.resumed_from,
             config=self.config.to_dict(),
         )
-        compensator = self.pruner.compensator
-        moments = None if compensator is None else compensator.moments
-        save_step(model, self.root, state, pruner.scores, moments)
-        writes = LocalWrites()
-        if model.rank == 0:
-            writes.do(lambda: drop_old(self.root, step, self.config.checkpoint.keep_last))
-        writes.agree(model.comm, self.root)
 
     @cached_property
     def _source(self) -> ShapeSource:
-        """Read once: the uncut weights do not change while a run lasts."""
+        """Reads the source once, because the dense weights do not change while a run lasts."""
         return source_of(self.prepared.pretrained)
 
     def _cuts_made(self, step: int) -> int:
         return sum(cut <= step for cut in self._cuts)
 
     def _shape(self, model: ShardedModel, step: int) -> ShapeSource:
+        """Says where the frozen weights of a step are. Writes them if they are nowhere yet. Collective."""
         cuts = self._cuts_made(step)
         only_sliced = cuts == 0 or self.config.prune.compensate == "none"
         if only_sliced and not self.config.checkpoint.copy_source:

@@ -1,4 +1,4 @@
-"""Records on disk: metrics.jsonl for programs, TensorBoard for eyes."""
+"""Writes records to disk: metrics.jsonl for programs, TensorBoard for people."""
 
 import json
 import os
@@ -8,23 +8,23 @@ from typing import Any, TextIO
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
-from loraprune_ds.train.records import KINDS, CutRecord, EvaluationRecord, Record, StepRecord
+from loraprune_ds.train.records import RECORD_KINDS, CutRecord, EvaluationRecord, Record, StepRecord
 
-MOST_CURVES = 8  # ranks that have one of their own in TensorBoard
-KIND_OF = {record: kind for kind, record in KINDS.items()}
+MOST_CURVES = 8  # with more ranks, TensorBoard shows the least and the most of them
+KIND_OF = {record: kind for kind, record in RECORD_KINDS.items()}
 
 
 class MetricsLog:
-    """Appends one JSON object per line and record: `{"kind": "step" | "cut" | "evaluation", ...}`.
+    """Appends one JSON object per record, on a line of its own: `{"kind": "step" | "cut" | "evaluation", ...}`.
 
-    Every line is flushed, so that a killed run keeps all but the line it was writing.
+    Every line is flushed, so a killed run keeps all but the line it was writing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.read_bytes().endswith(b"\n"):
-            write_text(path, _whole_lines(path))  # a killed process left half a line, and more would be glued to it
+            write_text(path, _whole_lines(path))  # else more would be glued to the half line of a killed process
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -33,14 +33,14 @@ class MetricsLog:
         self._file.flush()
 
     def truncate(self) -> None:
-        """Drops all: what a run did before its first checkpoint is done again, and may be damaged."""
+        """Drops all lines. The steps before a first checkpoint are done again, and their lines may be damaged."""
         self._replace("")
 
     def truncate_to(self, step: int) -> None:
-        """Drops the lines of later steps: a run resumed from the checkpoint of `step` writes them again.
+        """Drops the lines of later steps. A run that goes on from the checkpoint of `step` writes them again.
 
         Raises:
-            UserError: a line of an earlier one is damaged.
+            UserError: a line of an earlier step is damaged.
         """
         self._replace("".join(json.dumps(line) + "\n" for line in read_metrics(self.path, step)))
 
@@ -50,7 +50,7 @@ class MetricsLog:
         self._file = self.path.open("a", encoding="utf-8")
 
     def flush(self) -> None:
-        """Forces what was written to the disk."""
+        """Forces the lines written so far to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -58,12 +58,14 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """All whole lines of a metrics.jsonl, or those up to a step; `records.history_from` makes records of them.
+    """Reads all whole lines of a metrics.jsonl, or those up to `last_step`.
 
-    Behind the lines of `last_step`, which its checkpoint has flushed, a crash of the machine may have left anything.
+    `records.history_from` makes records of them.
+
+    The checkpoint of `last_step` has flushed its lines. Behind them a crash of the machine may have left anything.
 
     Raises:
-        UserError: the file does not exist or a line is damaged; the message names the file and the line.
+        UserError: the file does not exist or a line is damaged. The message names the file and the line.
     """
     try:
         lines = _whole_lines(path).splitlines()
@@ -72,7 +74,7 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
     values: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            values.append(_parse(line, f"{path} line {number}"))
+            values.append(_parse_line(line, f"{path} line {number}"))
         except UserError:
             if last_step is None or not values or values[-1]["step"] < last_step:
                 raise
@@ -81,29 +83,29 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
 
 
 def _whole_lines(path: Path) -> str:
-    """The text up to its last newline: what follows is a line that a killed process did not finish."""
+    """Reads the text up to its last newline. Behind it is a line that a killed process did not finish."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1]
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
+def _parse_line(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError:
         raise UserError(f"{where} is not valid JSON") from None
-    if not isinstance(value, dict) or value.get("kind") not in KINDS or not isinstance(value.get("step"), int):
+    if not isinstance(value, dict) or value.get("kind") not in RECORD_KINDS or not isinstance(value.get("step"), int):
         raise UserError(f"{where} is damaged: it must hold an object with kind and step")
-    missing = KINDS[value["kind"]].__dataclass_fields__.keys() - value.keys()
+    missing = RECORD_KINDS[value["kind"]].__dataclass_fields__.keys() - value.keys()
     if missing:
         raise UserError(f"{where} is damaged: {', '.join(sorted(missing))} missing")
     return value
 
 
 class TensorBoardLog:
-    """The same records as TensorBoard scalars, bytes of each rank as curves of their own: of many ranks the ends."""
+    """Writes the same records as TensorBoard scalars."""
 
     def __init__(self, folder: Path, resumed_from: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second that runs without it need not pay
+        from torch.utils.tensorboard import SummaryWriter  # takes half a second, which runs without it save
 
         purge_step = None if resumed_from is None else resumed_from + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
@@ -146,7 +148,7 @@ def _scalars(record: Record) -> dict[str, float]:
 
 
 def _by_rank(name: str, values: list[int]) -> dict[str, float]:
-    """A curve of every rank, or where they are many only the least and the most: the ranks of a run are alike."""
+    """Returns a value for every rank. With many ranks only the least and the most, because the ranks are alike."""
     if len(values) > MOST_CURVES:
         return {f"{name}/min": min(values), f"{name}/max": max(values)}
     return {f"{name}/rank_{rank}": value for rank, value in enumerate(values)}

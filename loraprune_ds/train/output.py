@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be used, and what lies in it."""
+"""Decides if a run may use its output folder, makes it, and keeps its status.json true."""
 
 import os
 import time
@@ -18,19 +18,23 @@ from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RankError, UserError, one_line
 from loraprune_ds.files import write_text
 
-if TYPE_CHECKING:  # a start that fails on its config should not wait for DeepSpeed's imports
+if TYPE_CHECKING:  # a start that fails on its config need not wait for DeepSpeed's imports
     from loraprune_ds.zero.comm import Communicator
 
 CONFIG_FILE = "config.yaml"
-NOT_THE_RUN = ("logging", "output_dir")  # how and where a run is shown is not part of what it is
-SHARED_WAIT = 60.0  # seconds; a network file system may remember for half a minute that a file was not there
-# What a resumed run may change besides: how it is saved, and how a global batch is split.
+NOT_THE_RUN = ("logging", "output_dir")  # a run shown otherwise or elsewhere is the same run
+SHARED_WAIT = 60.0  # seconds; a network file system may remember for half a minute that a file was missing
+# A resumed run may also change how it is saved and how a global batch is split.
 MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size", "train.loss_chunk_tokens")
 
 
 @dataclass(frozen=True)
 class Start:
-    """How to begin. `path`: the run or checkpoint folder that `--resume` named, resolved; None with `auto`."""
+    """Says how to begin.
+
+    Attributes:
+        path: the run or checkpoint folder that `--resume` named, resolved. None with `auto`.
+    """
 
     kind: Literal["fresh", "finished", "resume"]
     path: Path | None = None
@@ -40,12 +44,12 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
     """Looks at `output_dir` without touching it and decides how to begin.
 
     Args:
-        resume: what `--resume` said: None, "auto" or a path.
+        resume: the value of `--resume`: None, "auto" or a path.
 
     Raises:
-        UserError: it holds an unfinished run and `--resume` was not given, another run, or something that is no run;
-            the path to resume from does not exist, or leads elsewhere though `output_dir` holds a run; or the folder
-            cannot be read or written.
+        UserError: the folder holds an unfinished run and `--resume` was not given, or another run, or no run at all.
+            Or the path to resume from does not exist, or leads elsewhere though `output_dir` holds a run. Or the
+            folder cannot be read or written.
     """
     try:
         return _inspect_output(Path(config.output_dir), config, resume)
@@ -75,7 +79,7 @@ def _inspect_output(folder: Path, config: RunConfig, resume: str | None) -> Star
 
 
 def _read_status(folder: Path, resume: str | None) -> Status | None:
-    """A crash of the whole machine can leave status.json empty; to go on, the checkpoints are enough."""
+    """Reads status.json. A crash of the machine can leave it empty, but to go on the checkpoints are enough."""
     try:
         return read_status(folder)
     except UserError as error:
@@ -85,7 +89,7 @@ def _read_status(folder: Path, resume: str | None) -> Status | None:
 
 
 def _check_access(folder: Path, mode: int, what: str) -> None:
-    """Now, rather than when the data of a large run has been prepared."""
+    """Checks the folder now, not hours later when the data of a large run is prepared."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir():
         raise UserError(f"output_dir {folder}: {there} is not a folder")
@@ -97,7 +101,7 @@ def _inspect_for_resume(folder: Path, config: RunConfig, path: Path | None) -> S
     holds_run = any((folder / name).exists() for name in (CONFIG_FILE, STATUS_FILE, CHECKPOINTS_FOLDER))
     if not holds_run and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
-    if _read_config(folder):  # else it was lost in a crash of the machine; every checkpoint holds it too
+    if _read_run_config(folder):  # else a crash of the machine has lost it, and every checkpoint holds it too
         _check_same_run(folder, config, MAY_DIFFER)
     if holds_run and path is not None and not path.is_relative_to(folder.resolve()):
         raise UserError(
@@ -108,7 +112,7 @@ def _inspect_for_resume(folder: Path, config: RunConfig, path: Path | None) -> S
 
 
 def _check_same_run(folder: Path, config: RunConfig, ignored: Sequence[str]) -> None:
-    raw = _read_config(folder)
+    raw = _read_run_config(folder)
     if raw is None:
         raise UserError(f"{folder / CONFIG_FILE} is missing or damaged; remove {folder} or choose another output_dir")
     if different := differences(raw, config.to_dict(), ignored):
@@ -117,8 +121,8 @@ def _check_same_run(folder: Path, config: RunConfig, ignored: Sequence[str]) -> 
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    """The resolved config of the run in `folder`; None if it is missing or damaged."""
+def _read_run_config(folder: Path) -> dict[str, Any] | None:
+    """Reads the resolved config of the run in `folder`. None if it is missing or damaged."""
     try:
         raw = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -127,11 +131,11 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]) -> list[str]:
-    """Dotted keys whose values differ, sections and keys in `ignored` left out.
+    """Finds the dotted keys whose values differ. Sections and keys in `ignored` do not count.
 
-    A key that the `old` config lacks, as one written by an earlier version does, has its default there.
+    The config of an earlier version may lack keys. They have their defaults there.
     """
-    with suppress(UserError):  # what it has and no version knows is a difference like others
+    with suppress(UserError):  # a key that no version knows is a difference like others
         old = config_from_dict(old).to_dict()
     return list(_differences(old, new, ignored, ""))
 
@@ -163,10 +167,12 @@ def create_output(config: RunConfig) -> Path:
 
 
 def check_shared(folder: Path, comm: "Communicator") -> None:
-    """Whether all ranks see the folder that rank 0 made: each will write its part of checkpoints there. Collective.
+    """Checks that all ranks see the folder that rank 0 made. Collective.
+
+    Each rank will write its part of the checkpoints there.
 
     Raises:
-        UserError: a rank does not, on another machine for one; the message names it.
+        UserError: a rank does not see it, as on another machine. The message names the rank.
     """
     token = comm.gather_objects(f".shared-{uuid4().hex}")[0]
     comm.on_rank_0(lambda: (folder / token).touch())
@@ -178,12 +184,12 @@ def check_shared(folder: Path, comm: "Communicator") -> None:
 
 
 def _wait_for(folder: Path, token: str) -> None:
-    if not comes_to_be_seen((folder / token).exists):
+    if not wait_until_seen((folder / token).exists):
         raise UserError(f"output_dir {folder} is not the folder of rank 0; it must be on a shared file system")
 
 
-def comes_to_be_seen(is_seen: Callable[[], bool]) -> bool:
-    """Whether this rank sees what another one wrote, now or within `SHARED_WAIT`."""
+def wait_until_seen(is_seen: Callable[[], bool]) -> bool:
+    """Waits until this rank sees what another one wrote. Returns False after `SHARED_WAIT`."""
     deadline = time.monotonic() + SHARED_WAIT
     while not is_seen():
         if time.monotonic() > deadline:
@@ -193,7 +199,10 @@ def comes_to_be_seen(is_seen: Callable[[], bool]) -> bool:
 
 
 class RunStatus:
-    """Keeps status.json true: running while open, failed with its one-line error if an exception passes through."""
+    """Keeps status.json true.
+
+    It says "running" while this is open, and "failed" with the one-line error if an exception passes through.
+    """
 
     def __init__(self, folder: Path, steps: int, *, first: int, writes: bool) -> None:
         self.folder = folder
@@ -207,10 +216,10 @@ class RunStatus:
         return self
 
     def update(self, step: int) -> None:
-        """So many steps are done.
+        """Writes that so many steps are done.
 
         Raises:
-            RankError: another process goes on with this run: a second job, or one that thought this one lost.
+            RankError: another process goes on with this run, as a second job or because this process seemed lost.
         """
         self.step = step
         if self._taken_over():
@@ -218,7 +227,7 @@ class RunStatus:
         self._write(Status("running", step, self.steps))
 
     def end(self, state: Literal["finished", "stopped"]) -> None:
-        """The last word, unless another process takes the run up."""
+        """Writes the last word of this process."""
         self._write(Status(state, self.step, self.steps))
 
     def __exit__(
@@ -235,9 +244,12 @@ class RunStatus:
             write_status(self.folder, status)
 
     def _taken_over(self) -> bool:
-        """Whether another process has written since: one on a node that was lost fails when it is found again, and
-        by then the run may go on, or be finished, on other nodes."""
-        if not self._writes:  # else a thousand ranks would read the file at every step
+        """Tells if another process has written since.
+
+        A process on a lost node goes on when the node is found again. By then the run may go on, or be finished, on
+        other nodes.
+        """
+        if not self._writes:  # one rank is enough: a thousand would read the file at every step
             return False
         try:
             found = read_status(self.folder)

@@ -1,4 +1,4 @@
-"""What a person sees while it runs: one live line on a terminal, plain lines in a log file. Rank 0 only."""
+"""Shows a run to people: one live line on a terminal, plain lines in a log file. Rank 0 only."""
 
 import os
 import sys
@@ -21,14 +21,17 @@ EVALUATED = {
 
 
 class TimeLeft:
-    """Steps get faster with every cut, so only the latest ones count; a cut counts as part of the step before it."""
+    """Estimates the time left from the latest steps only, because steps get faster with every cut.
+
+    A cut counts as part of the step before it.
+    """
 
     def __init__(self, window: int = 10) -> None:
         self._recent: deque[float] = deque(maxlen=window)
         self._warm = False
 
     def add_step(self, seconds: float) -> None:
-        if not self._warm and self._recent:  # the first step compiles and allocates: forgotten once there is another
+        if not self._warm and self._recent:  # the first step compiles and allocates: forget it
             self._recent.clear()
             self._warm = True
         self._recent.append(seconds)
@@ -38,17 +41,17 @@ class TimeLeft:
             self._recent[-1] += seconds
 
     def seconds(self, steps_left: int) -> float:
-        """0 before the first step, when nothing is known."""
+        """Returns 0 before the first step, when nothing is known."""
         return steps_left * sum(self._recent) / max(len(self._recent), 1)
 
 
 class Progress:
-    """Shows steps as they come; cuts, evaluations and notes get a line of their own.
+    """Shows steps as they come. Cuts, evaluations and other lines get a line of their own.
 
     Args:
         steps: of the whole run.
         first: steps that an earlier process of a resumed run has done.
-        stream: standard error unless given; a terminal gets the live line, anything else plain lines.
+        stream: standard error unless given. A terminal gets the live line, anything else plain lines.
         every_seconds: least time between two step lines that are not on a terminal.
     """
 
@@ -86,32 +89,32 @@ class Progress:
                 self._step(record)
             case CutRecord():
                 self._time_left.add_cut(record.seconds)
-                self.note(cut_line(record))
+                self.show(cut_line(record))
             case EvaluationRecord():
-                self.note(evaluation_line(record))
+                self.show(evaluation_line(record))
 
-    def note(self, text: str) -> None:
-        """A line of its own, above the live line if there is one."""
+    def show(self, line: str) -> None:
+        """Shows a line of its own, above the live line if there is one."""
         if self._bar is None:
-            self._stream.write(text + "\n")
+            self._stream.write(line + "\n")
             self._stream.flush()
         else:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(line, file=self._stream)
 
     def close(self) -> None:
-        """Ends the live line; it stays on the screen as it last was."""
+        """Ends the live line. It stays on the screen as it last was."""
         if self._bar is not None:
             self._bar.close()
 
     def _step(self, record: StepRecord) -> None:
         self._time_left.add_step(record.seconds)
         if record.skipped:
-            self.note(f"step {record.step}  skipped: the fp16 gradients overflowed, the loss scale goes down")
+            self.show(f"step {record.step}  skipped: the fp16 gradients overflowed, the loss scale goes down")
         if self._bar is not None:
             self._bar.set_description_str(self._step_line(record), refresh=False)
             self._bar.update(record.step - self._bar.n)
         elif self._line_is_due(record.step):
-            self.note(self._step_line(record))
+            self.show(self._step_line(record))
 
     def _line_is_due(self, step: int) -> bool:
         now = self._clock()
@@ -135,17 +138,20 @@ class Progress:
 
 
 def _can_show_live_line(stream: TextIO) -> bool:
-    """A terminal, unless its width is 0, as a script's or a container's may be: tqdm would show nothing there."""
+    """Tells if the stream is a terminal that has a width.
+
+    The width of `script`'s or a container's terminal may be 0. tqdm would show nothing there.
+    """
     if not stream.isatty():
         return False
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
-    except OSError:  # it does not say
+    except OSError:  # the terminal does not tell its width
         return True
 
 
 def cut_line(cut: CutRecord) -> str:
-    """One line about a cut; weights are those of the fullest rank."""
+    """Describes a cut in one line. The weights are those of the fullest rank."""
     before, after = (format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after))
     return (
         f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}) "

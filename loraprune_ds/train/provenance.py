@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, hardware."""
+"""Names the versions, commit and hardware that a result comes from."""
 
 import os
 import platform
@@ -12,11 +12,11 @@ import torch
 from loraprune_ds.config_file import CHECKOUT
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
-RESULTS = "tests/benchmarks/results"  # what a benchmark writes is not what it ran
+RESULTS = "tests/benchmarks/results"  # a benchmark writes them, they do not change it
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions, Python's, and the commit if this is a git checkout."""
+    """Returns the installed versions, Python's, and the commit if this is a git checkout."""
     return {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
         "commit": commit(CHECKOUT),
@@ -31,9 +31,12 @@ def _version(package: str) -> str | None:
 
 
 def commit(checkout: Path) -> str | None:
-    """The commit, with `-dirty` if files were changed since, results apart; None where git or a checkout is missing.
+    """Returns the commit, with `-dirty` if files other than results were changed since.
 
     Only a repository that begins right here counts: an installed copy may lie inside somebody else's.
+
+    Returns:
+        None without git or without a checkout.
     """
     if not (checkout / ".git").exists():
         return None
@@ -45,7 +48,7 @@ def commit(checkout: Path) -> str | None:
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:
-    """What git answers; None if it is missing or refuses."""
+    """Asks git. None if git is missing or refuses."""
     try:
         answer = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -54,8 +57,10 @@ def _git(checkout: Path, *arguments: str) -> str | None:
 
 
 def hardware(accelerator: str) -> dict[str, Any]:
-    """This machine (rank 0's): CPU model, its widest instructions that torch uses ("AVX2"), the cores this process may
-    use, and the accelerator's name."""
+    """Describes this machine, which is rank 0's.
+
+    `instructions` are the widest ones that torch uses, for example "AVX2". `cores` are those that this process may use.
+    """
     return {
         "cpu": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -1,11 +1,11 @@
-"""Where a run's records go: the history for the report, metrics.jsonl, TensorBoard and the progress display."""
+"""Passes a run's records on: to the history for the report, metrics.jsonl, TensorBoard and the progress display."""
 
 import sys
 from pathlib import Path
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import LoggingConfig
 from loraprune_ds.files import write_text
 from loraprune_ds.train.metrics import MetricsLog, TensorBoardLog, read_metrics
 from loraprune_ds.train.progress import Progress
@@ -13,7 +13,7 @@ from loraprune_ds.train.records import CutRecord, EvaluationRecord, History, Rec
 
 
 def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:
-    """The records of the earlier steps, copied if the run goes on in another folder than `saved` is of.
+    """Checks the records of the steps before a checkpoint, and copies them if the run goes on in another folder.
 
     Raises:
         UserError: they are missing or damaged, so the report would lack them.
@@ -25,10 +25,14 @@ def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:
 
 
 class Recorder:
-    """Writes every record to all sinks on rank 0, and nothing on the others."""
+    """Writes every record to all sinks on rank 0, and nothing on the other ranks.
+
+    Attributes:
+        history: all records of the run so far.
+    """
 
     def __init__(
-        self, config: RunConfig, folder: Path, steps: int, checkpoint: TrainingCheckpoint | None, *, active: bool
+        self, config: LoggingConfig, folder: Path, steps: int, checkpoint: TrainingCheckpoint | None, *, active: bool
     ) -> None:
         self.history = History()
         self._sinks: list[Sink] = []
@@ -44,14 +48,14 @@ class Recorder:
             metrics.truncate_to(first)  # what a killed run did after its last checkpoint is done again
             self.history = history_from(read_metrics(folder / METRICS_FILE))
         self._sinks.append(metrics)
-        if config.logging.tensorboard:
+        if config.tensorboard:
             self._sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if checkpoint else None))
-        if config.logging.progress:
+        if config.progress:
             self._progress = Progress(steps, first=first)
             self._sinks.append(self._progress)
 
     def write(self, record: Record) -> None:
-        """To the history and all sinks."""
+        """Writes a record to the history and all sinks."""
         match record:
             case StepRecord():
                 self.history.steps.append(record)
@@ -62,17 +66,17 @@ class Recorder:
         for sink in self._sinks:
             sink.write(record)
 
-    def note(self, text: str) -> None:
-        """A line for whoever watches."""
+    def show(self, line: str) -> None:
+        """Shows a line to the people who watch the progress."""
         if self._progress is not None:
-            self._progress.note(text)
+            self._progress.show(line)
 
-    def warn(self, text: str) -> None:
-        """A line that is shown even where no progress is."""
+    def warn(self, line: str) -> None:
+        """Shows a line even if no progress is shown."""
         if self._progress is not None:
-            self._progress.note(text)
+            self._progress.show(line)
         elif self._metrics is not None:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(line + "\n")
 
     def flush(self) -> None:
         """Forces metrics.jsonl to the disk."""

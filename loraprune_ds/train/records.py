@@ -1,4 +1,4 @@
-"""What happens in a run, as three kinds of records. Everything a person looks at is made from them."""
+"""Describes the events of a run as three kinds of records. All that people look at is made from them."""
 
 import math
 from collections.abc import Iterable
@@ -10,12 +10,12 @@ EvaluationName = Literal["dense", "after_last_cut", "pruned", "step"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step; `step` counts from 1.
+    """Describes one optimizer step. `step` counts from 1.
 
     Attributes:
         sparsity: fraction of the decoder-layer linear parameters that is gone during this step.
-        tokens: of this step's global batch.
-        seconds: wall time of this step, a cut or an evaluation after it not included.
+        tokens: of this step's global batch, padding left out.
+        seconds: wall time of this step, without a cut or an evaluation after it.
         weight_bytes: of the weights each rank holds, frozen and LoRA: (world_size,).
         resident_bytes: memory each rank uses now, not its peak: (world_size,).
         skipped: the gradients overflowed in fp16 and the weights did not change.
@@ -36,7 +36,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """One cut, made right after the optimizer step of the same number.
+    """Describes one cut, made right after the optimizer step of the same number.
 
     Attributes:
         target: fraction of the decoder-layer linear parameters that should be gone.
@@ -44,7 +44,7 @@ class CutRecord:
         removed_fraction: of all parameters of the model.
         bytes_sent: by all ranks together.
         weight_bytes_before, weight_bytes_after: (world_size,).
-        heads, channels: counts every layer keeps, heads in key-value heads: (num_layers,).
+        heads, channels: how many every layer keeps, in key-value heads and MLP channels: (num_layers,).
     """
 
     step: int
@@ -61,9 +61,12 @@ class CutRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Held-out perplexity after `step` steps (0: before training); `tokens` are the predicted ones.
+    """Describes a measurement of held-out perplexity after `step` steps. Step 0 is before the training.
 
-    `name`: the dense model, the model right after the last cut, the exported model reloaded ("pruned"), or some step.
+    Attributes:
+        name: the model that was measured. "pruned" is the exported model, read back.
+        tokens: how many were predicted.
+        windows: how many were measured.
     """
 
     step: int
@@ -74,11 +77,11 @@ class EvaluationRecord:
 
 
 Record = StepRecord | CutRecord | EvaluationRecord
-KINDS: dict[str, type[Record]] = {"step": StepRecord, "cut": CutRecord, "evaluation": EvaluationRecord}
+RECORD_KINDS: dict[str, type[Record]] = {"step": StepRecord, "cut": CutRecord, "evaluation": EvaluationRecord}
 
 
 class Sink(Protocol):
-    """Where records go: metrics.jsonl, TensorBoard, the progress display."""
+    """Takes records: metrics.jsonl, TensorBoard, the progress display."""
 
     def write(self, record: Record) -> None: ...
 
@@ -87,23 +90,23 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class History:
-    """All records of a run so far, also those of earlier processes when it was resumed."""
+    """Holds all records of a run so far, those of the processes before a resume too."""
 
     steps: list[StepRecord] = field(default_factory=list)
     cuts: list[CutRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
 
     def perplexity(self, name: EvaluationName) -> float | None:
-        """The latest one of that name."""
+        """Returns the latest perplexity of that name. None if it was not measured."""
         return next((e.perplexity for e in reversed(self.evaluations) if e.name == name), None)
 
 
 def history_from(metrics: Iterable[dict[str, Any]]) -> History:
-    """The lines of metrics.jsonl (`metrics.read_metrics`) as records; null numbers become NaN again."""
+    """Makes records of the lines of metrics.jsonl (`metrics.read_metrics`). Numbers that are null become NaN again."""
     history = History()
     lists: dict[str, list[Any]] = {"step": history.steps, "cut": history.cuts, "evaluation": history.evaluations}
     for line in metrics:
-        record = KINDS[line["kind"]]
+        record = RECORD_KINDS[line["kind"]]
         values: dict[str, Any] = {f.name: line[f.name] for f in fields(record)}
         lost: dict[str, Any] = {f.name: math.nan for f in fields(record) if f.type is float and values[f.name] is None}
         lists[line["kind"]].append(record(**values | lost))

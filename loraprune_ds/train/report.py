@@ -1,4 +1,4 @@
-"""report.json and kept_groups.json: what a run did and what came out of it, as data."""
+"""Writes report.json and kept_groups.json: a run and its results, as data."""
 
 import json
 import statistics
@@ -18,32 +18,34 @@ from loraprune_ds.train.records import CutRecord, History
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out.
+    """Describes the model that came out of training.
 
     Attributes:
         pruned: the final shape.
         kept_of_dense: per layer, the groups that are left, as indices into the dense model.
-        peak_memory_bytes: most memory each rank has used: (world_size,).
         resumed_from: the steps at which the run was taken up again.
     """
 
     pruned: ModelShape
     kept_of_dense: list[LayerKeep]
-    peak_memory_bytes: list[int]
-    world_size: int
     resumed_from: list[int]
 
 
 def make_report(
-    config: RunConfig, history: History, dense: ModelShape, outcome: Outcome, accelerator: str
+    config: RunConfig, history: History, dense: ModelShape, outcome: Outcome, peak_bytes: list[int], accelerator: str
 ) -> dict[str, Any]:
-    """Everything report.json holds; `accelerator` is the name of the device the ranks ran on."""
+    """Makes the content of report.json.
+
+    Args:
+        peak_bytes: the most memory that each rank has used: (world_size,).
+        accelerator: name of the device that the ranks ran on.
+    """
     resumed_from = outcome.resumed_from
     first_cut, last_cut = (history.cuts[0].step, history.cuts[-1].step) if history.cuts else (None, None)
     return {
         "params": _parameters(dense, outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
-        "world_size": outcome.world_size,
+        "world_size": len(peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
         "prune_steps": [_prune_step(cut) for cut in history.cuts],
         "seconds_per_step": {
@@ -54,7 +56,7 @@ def make_report(
             "before": _resident_bytes(history, first_cut),
             "after": _resident_bytes(history, None) if last_cut is not None else None,
         },
-        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "peak_memory_bytes": peak_bytes,
         "seed": config.seed,
         "resumed_from": resumed_from,
         "versions": versions(),
@@ -64,7 +66,7 @@ def make_report(
 
 
 def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
-    """Each tensor once, tied ones once, no LoRA. `linear_*`: the decoder layers', which `prune.ratio` is about."""
+    """Counts parameters without LoRA, a tied tensor once. `linear_*` are those that `prune.ratio` is about."""
     return {
         "dense": dense.total_numel(),
         "pruned": pruned.total_numel(),
@@ -90,9 +92,9 @@ def _prune_step(cut: CutRecord) -> dict[str, Any]:
 def _seconds_per_step(
     history: History, resumed_from: Sequence[int], *, after: int = 0, last: int | None = None
 ) -> float | None:
-    """Median over the steps in (after, last]; None when there are none.
+    """Returns the median over the steps in (after, last]. None if there are none.
 
-    The first step of every process is a warm-up, and a skipped one updates nothing: neither counts.
+    The first step of every process is a warm-up and does not count. A skipped step updates nothing and does not count.
     """
     warm_up = {1, *(step + 1 for step in resumed_from)}
     times = [
@@ -104,7 +106,7 @@ def _seconds_per_step(
 
 
 def _resident_bytes(history: History, last: int | None) -> list[int] | None:
-    """Memory in use on every rank at the latest step up to `last`: (world_size,)."""
+    """Returns the memory in use on every rank at the latest step up to `last`: (world_size,)."""
     return next((s.resident_bytes for s in reversed(history.steps) if last is None or s.step <= last), None)
 
 
@@ -113,12 +115,16 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """Raises UserError, naming the file, when it is missing or damaged."""
+    """Reads report.json.
+
+    Raises:
+        UserError: it is missing or damaged; the message names the file.
+    """
     return read_json(folder / REPORT_FILE)
 
 
-def write_kept_groups(folder: Path, kept: Sequence[LayerKeep], dense: ModelShape) -> None:
-    """Per layer, the indices into the dense model's groups that are left, and how many it had; one line a layer.
+def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: ModelShape) -> None:
+    """Writes per layer which groups of the dense model are left, as indices, and how many it had. One line a layer.
 
     `heads` are key-value heads, with all query heads that read them. The same input gives the same bytes.
     """
@@ -129,7 +135,7 @@ def write_kept_groups(folder: Path, kept: Sequence[LayerKeep], dense: ModelShape
             "channels": keep.channels.tolist(),
             "channels_dense": layer.channels,
         }
-        for keep, layer in zip(kept, dense.layers, strict=True)
+        for keep, layer in zip(kept_of_dense, dense.layers, strict=True)
     ]
     lines = ",\n".join(json.dumps(layer, sort_keys=True) for layer in layers)
     write_text(folder / KEPT_GROUPS_FILE, f'{{"layers": [\n{lines}\n]}}\n')

@@ -1,4 +1,4 @@
-"""The table a person reads when a run is over."""
+"""Makes the table that people read when a run is over."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ from loraprune_ds.checkpoint.run_folder import (
 )
 from loraprune_ds.units import aligned, format_bytes, format_count, format_duration, format_percent, format_perplexity
 
-RESULTS = (
+RESULT_FILES = (
     (MODEL_FOLDER, "Hugging Face checkpoint, smaller and dense, LoRA merged in"),
     (REPORT_FILE, "these numbers and more, with versions and config"),
     (KEPT_GROUPS_FILE, "the heads and channels that every layer kept"),
@@ -24,18 +24,23 @@ RESULTS = (
     (METRICS_FILE, "every step, cut and evaluation"),
     (TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
-Row = tuple[str, str, str, str]
+SummaryRow = tuple[str, str, str, str]
 
 
 def summary_table(report: dict[str, Any], folder: Path) -> str:
-    """Plain ASCII, at most 100 columns (but for a long folder name); `report` is what report.json holds."""
-    rows: list[Row] = [("", "dense", "pruned", ""), *_size_rows(report), *_quality_rows(report), *_speed_rows(report)]
+    """Makes the table in plain ASCII, at most 100 columns wide unless the folder's name is long.
+
+    Args:
+        report: the content of report.json.
+    """
+    head = ("", "dense", "pruned", "")
+    rows = [head, *_parameter_rows(report), _perplexity_row(report), *_cost_rows(report)]
     cuts, ranks = len(report["prune_steps"]), report["world_size"]
     title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
     return "\n".join([title, "", *aligned(rows, "<>><"), "", *_results(folder)]) + "\n"
 
 
-def _size_rows(report: dict[str, Any]) -> list[Row]:
+def _parameter_rows(report: dict[str, Any]) -> list[SummaryRow]:
     params, cuts = report["params"], report["prune_steps"]
     target = f" (target {format_percent(cuts[-1]['target'])})" if cuts else ""
     linear_removed = 1 - params["linear_pruned"] / params["linear_dense"]
@@ -55,20 +60,18 @@ def _size_rows(report: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _quality_rows(report: dict[str, Any]) -> list[Row]:
+def _perplexity_row(report: dict[str, Any]) -> SummaryRow:
     perplexity = report["perplexity"]
     after_cut = perplexity["after_last_cut"]
-    return [
-        (
-            "perplexity, held-out text",
-            format_perplexity(perplexity["dense"]),
-            format_perplexity(perplexity["pruned"]),
-            "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut",
-        )
-    ]
+    return (
+        "perplexity, held-out text",
+        format_perplexity(perplexity["dense"]),
+        format_perplexity(perplexity["pruned"]),
+        "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut",
+    )
 
 
-def _speed_rows(report: dict[str, Any]) -> list[Row]:
+def _cost_rows(report: dict[str, Any]) -> list[SummaryRow]:
     seconds, cuts, resident = report["seconds_per_step"], report["prune_steps"], report["resident_bytes"]
     before = max(cuts[0]["weight_bytes_before"]) if cuts else None
     after = max(cuts[-1]["weight_bytes_after"]) if cuts else None
@@ -84,7 +87,7 @@ def _speed_rows(report: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _bytes_row(name: str, before: int | None, after: int | None) -> Row:
+def _bytes_row(name: str, before: int | None, after: int | None) -> SummaryRow:
     note = "" if before is None or after is None else _change(after / before - 1)
     return (name, _or_dash(before), _or_dash(after), note)
 
@@ -111,9 +114,9 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _results(folder: Path) -> Iterable[str]:
-    """What is in the folder; the rest may be switched off or not made yet."""
+    """Lists what is in the folder. The rest may be switched off or not made yet."""
     yield f"results in {folder}"
-    for name, what in RESULTS:
+    for name, what in RESULT_FILES:
         path = folder / name
         if path.exists():
             yield f"  {name + ('/' if path.is_dir() else ''):<17} {what}"

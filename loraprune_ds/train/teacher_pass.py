@@ -1,7 +1,7 @@
-"""The one forward pass of the uncut model over the samples of a run that a distillation needs, on all ranks."""
+"""Makes the one forward pass of the dense model that a distillation needs, over the samples of a run, on all ranks."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -19,9 +19,9 @@ from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.distillation import Recording
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.output import comes_to_be_seen
+from loraprune_ds.train.output import wait_until_seen
 from loraprune_ds.train.prepare import Prepared
-from loraprune_ds.train.stop import STOP
+from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
 from loraprune_ds.units import format_bytes
 from loraprune_ds.zero.comm import Communicator
@@ -32,69 +32,88 @@ from loraprune_ds.zero.write import LocalWrites
 def find_teacher(
     config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
 ) -> Teacher:
-    """The teacher of a run: in its own folder, or in that of the run it goes on from. Collective.
+    """Finds the teacher of a run in its own folder, or in that of the run it goes on from. Collective.
 
     Raises:
-        UserError: its files are not all there though the model is cut already, or will not fit on the disk.
+        UserError: files are missing though the model is cut already, or they will not fit on the disk.
     """
     possible = comm.all_or_raise(lambda: _possible_teachers(config, prepared, checkpoint))
     found = [replace(teacher, to_write=_missing_files(teacher, comm)) for teacher in possible]
     teacher = next((teacher for teacher in found if not teacher.to_write), found[0])
-    comm.all_or_raise(lambda: _check_can_be_written(teacher, config, checkpoint))
+    comm.all_or_raise(lambda: _check_can_be_written(teacher, Path(config.output_dir), checkpoint))
     return teacher
 
 
 def _possible_teachers(config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> list[Teacher]:
-    """The run's own, then that of the run it goes on from if that has another folder."""
-    shape, own = prepared.pretrained.shape, Path(config.output_dir)
+    """Describes the run's own teacher, then that of the run it goes on from if that has another folder."""
     plan = plan_teacher(
-        config,
+        config.train,
         prepared.samples,
         prepared.order,
         prepared.steps,
-        hidden_size=shape.hidden_size,
+        hidden_size=prepared.pretrained.shape.hidden_size,
         element_size=DTYPES[config.model.dtype].itemsize,
     )
-    runs = [own]
-    if checkpoint is not None and checkpoint.folder.parents[1].resolve() != own.resolve():
-        runs.append(checkpoint.folder.parents[1])
-    samples, source = prepared.samples.digest(), source_digest(prepared.pretrained)
-    return [make_teacher(config, plan, samples=samples, source=source, folder=run / TEACHER_FOLDER) for run in runs]
+    own = make_teacher(
+        plan,
+        weight=config.train.distill_weight,
+        samples=prepared.samples.digest(),
+        source=source_digest(prepared.pretrained),
+        dtype=config.model.dtype,
+        seed=config.seed,
+        folder=Path(config.output_dir) / TEACHER_FOLDER,
+    )
+    earlier = own if checkpoint is None else replace(own, folder=checkpoint.folder.parents[1] / TEACHER_FOLDER)
+    return [own] if earlier.folder.resolve() == own.folder.resolve() else [own, earlier]
 
 
 def _missing_files(teacher: Teacher, comm: Communicator) -> list[int]:
-    """Each looked for by one rank: a large run has 100,000 of them. Collective."""
+    """Finds the missing files. A large run has 100,000 files, so the ranks share the work. Collective."""
     return sorted(chain.from_iterable(comm.gather_objects(teacher.missing(comm.rank, comm.world_size))))
 
 
-def _check_can_be_written(teacher: Teacher, config: RunConfig, checkpoint: TrainingCheckpoint | None) -> None:
+def _check_can_be_written(teacher: Teacher, output: Path, checkpoint: TrainingCheckpoint | None) -> None:
     if not teacher.to_write:
         return
     if checkpoint is not None and checkpoint.state.cuts:
         lost = teacher.path(teacher.to_write[0])
         raise UserError(f"{lost} is missing or damaged, and the model that would write it again is cut already")
     needed = teacher.plan.bytes * len(teacher.to_write) // teacher.plan.files
-    free = shutil.disk_usage(config.output_dir).free
+    free = shutil.disk_usage(output).free
     if needed > free:
         raise UserError(
-            f"train.distill_weight: the outputs of the uncut model need {format_bytes(needed)} in {teacher.folder}, "
+            f"train.distill_weight: the outputs of the dense model need {format_bytes(needed)} in {teacher.folder}, "
             f"where {format_bytes(free)} are free; train.distill_top_k keeps less"
         )
+
+
+def describe_pass(teacher: Teacher) -> str:
+    """Says in one line what a teacher pass has to write."""
+    plan = teacher.plan
+    return (
+        f"the dense model's outputs for {len(plan.samples)} samples: {format_bytes(plan.bytes)} in {teacher.folder}, "
+        f"{len(teacher.to_write)} of {plan.files} files to write"
+    )
 
 
 def record_teacher(
     engine: TrainingEngine,
     teacher: Teacher,
     samples: Samples,
-    config: RunConfig,
+    batch_size: int,
     *,
-    pending: Callable[[], int],
-    note: Callable[[str], None],
+    current_request: Callable[[], int] = lambda: NOTHING,
 ) -> bool:
-    """Writes what was missing when the teacher was found, each file by one rank, W files at a time. Collective.
+    """Writes the files that were missing when the teacher was found. Collective.
+
+    Each file is written by one rank, so `world_size` files are written at a time.
+
+    Args:
+        batch_size: samples of one forward pass.
+        current_request: tells what somebody asks of this rank now (stop.py).
 
     Returns:
-        False if it was asked to stop before the end; what is written stays.
+        False if it was asked to stop before the end. The files written so far stay.
 
     Raises:
         RunError: a rank cannot write.
@@ -103,14 +122,13 @@ def record_teacher(
     comm.on_rank_0(teacher.begin)
     if not teacher.to_write:
         return True
-    plan = teacher.plan
-    note(
-        f"the uncut model's outputs for {len(plan.samples)} samples: {format_bytes(plan.bytes)} in {teacher.folder}, "
-        f"{len(teacher.to_write)} of {plan.files} files to write"
-    )
+    writes, missing = LocalWrites(), teacher.to_write
     with adapters_off(engine.model.module):
-        if not _write_files(engine, teacher, samples, config, pending):
-            return False
+        for first in range(0, len(missing), comm.world_size):
+            _write_files(engine, teacher, samples, batch_size, missing[first : first + comm.world_size], writes)
+            is_last = first + comm.world_size >= len(missing)
+            if max(comm.gather_objects(current_request())) == STOP and not is_last:
+                return False
     comm.all_or_raise(lambda: _wait_for_files(teacher, comm))
     return True
 
@@ -119,47 +137,50 @@ def _write_files(
     engine: TrainingEngine,
     teacher: Teacher,
     samples: Samples,
-    config: RunConfig,
-    pending: Callable[[], int],
-) -> bool:
-    comm, writes, missing = engine.model.comm, LocalWrites(), teacher.to_write
-    for first in range(0, len(missing), comm.world_size):
-        files = missing[first : first + comm.world_size]
-        passes = max(-(-len(teacher.plan.members(file)) // config.recorded_at_once) for file in files)
-        is_mine = comm.rank < len(files)
-        file = files[comm.rank if is_mine else 0]  # out of files: as many forward passes, written nowhere
-        fields = _file_content(engine, teacher, samples, config, file, passes)
-        if is_mine:
-            writes.do(lambda file=file, fields=fields: teacher.write(file, fields))
-        fail_point("teacher.file")
-        writes.agree(comm, teacher.folder)
-        if max(comm.gather_objects(pending())) == STOP and first + comm.world_size < len(missing):
-            return False
-    return True
+    batch_size: int,
+    files: Sequence[int],
+    writes: LocalWrites,
+) -> None:
+    """Writes these files, file i on rank i. Collective.
+
+    All ranks make the same number of forward passes, because the model gathers its weights in them. A rank without a
+    file repeats the first one's and writes nothing.
+    """
+    comm = engine.model.comm
+    is_mine = comm.rank < len(files)
+    file = files[comm.rank if is_mine else 0]
+    passes = max(-(-len(teacher.plan.members(number)) // batch_size) for number in files)
+    fields = _file_content(engine, teacher, samples, batch_size, file, passes)
+    if is_mine:
+        writes.do(lambda: teacher.write(file, fields))
+    fail_point("teacher.file")
+    writes.agree(comm, teacher.folder)
 
 
 def _file_content(
-    engine: TrainingEngine, teacher: Teacher, samples: Samples, config: RunConfig, file: int, passes: int
+    engine: TrainingEngine, teacher: Teacher, samples: Samples, batch_size: int, file: int, passes: int
 ) -> dict[str, Tensor]:
-    """All supervised tokens of a file, in so many forward passes, of which every rank makes the same number."""
-    batches = teacher.plan.members(file).split(config.recorded_at_once)
+    """Computes the fields of a file, for all its supervised tokens. Makes exactly `passes` forward passes."""
+    device, batches = engine.model.device, teacher.plan.members(file).split(batch_size)
     parts = []
     for i in range(passes):
         indices = batches[i if i < len(batches) else 0]
-        input_ids, labels = (t[indices].long().to(engine.model.device) for t in (samples.input_ids, samples.labels))
-        recording = Recording(config.train.distill_top_k)
-        fields = engine.infer(input_ids=input_ids, labels=labels, distillation=recording)
+        input_ids, labels = (t[indices].long().to(device) for t in (samples.input_ids, samples.labels))
+        fields = engine.infer(input_ids=input_ids, labels=labels, distillation=Recording(teacher.plan.top_k))
         if i < len(batches):
-            parts.append({name: _on_disk(tensor) for name, tensor in fields.items()})
+            parts.append({name: _as_on_disk(tensor) for name, tensor in fields.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _wait_for_files(teacher: Teacher, comm: Communicator) -> None:
-    """Until this rank sees those that it looked for in vain: its file system may remember that they were not there."""
-    for file in teacher.to_write:
-        if file % comm.world_size == comm.rank and not comes_to_be_seen(partial(teacher.has, file)):
-            raise UserError(f"{teacher.path(file)} was written by another rank and cannot be read by this one")
-
-
-def _on_disk(tensor: Tensor) -> Tensor:
+def _as_on_disk(tensor: Tensor) -> Tensor:
     return (tensor.int() if tensor.dtype == torch.int64 else tensor).cpu()
+
+
+def _wait_for_files(teacher: Teacher, comm: Communicator) -> None:
+    """Waits until this rank sees the files that it found missing before.
+
+    Its file system may remember for a while that they were not there.
+    """
+    for file in teacher.to_write:
+        if file % comm.world_size == comm.rank and not wait_until_seen(partial(teacher.has, file)):
+            raise UserError(f"{teacher.path(file)} was written by another rank and cannot be read by this one")

@@ -1,19 +1,21 @@
-"""One optimizer step on the global batch, with scoring and, when it is due, a cut."""
+"""Makes one optimizer step on the global batch, with its scores and, when it is due, the cut."""
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import TrainConfig
 from loraprune_ds.faults import fail_point
-from loraprune_ds.model.distillation import Distillation
 from loraprune_ds.pruning.step import Cut, Pruner
-from loraprune_ds.train.data.order import SampleOrder, rank_micro_batches, seed_dropout
+from loraprune_ds.train.data.order import BatchOrder, rank_micro_batches, seed_dropout
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.records import CutRecord, StepRecord
+from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
@@ -21,26 +23,47 @@ from loraprune_ds.zero.training_engine import TrainingEngine
 
 
 @dataclass(frozen=True)
-class _RankReport:
-    """What each rank says of a step, in one collective."""
+class _RankReports:
+    """Holds what all ranks say of a step, each list in rank order. One collective brings it.
 
-    loss: list[float]
-    bad_layer: list[int | None]
+    Attributes:
+        losses: each rank's part of the sum of token losses.
+        bad_layers: the first layer with numbers that are not finite, or None.
+        resident_bytes: memory in use now.
+        request: the largest request of any rank (stop.py).
+    """
+
+    losses: list[float]
+    bad_layers: list[int | None]
     resident_bytes: list[int]
     request: int
 
 
 class Trainer:
-    """Trains LoRA on the sharded model while the pruner watches."""
+    """Trains LoRA on the sharded model while the pruner watches.
+
+    Args:
+        dtype: of the frozen weights.
+        seed: of the dropout.
+        current_request: tells what somebody asks of this rank now (stop.py).
+        teacher: what is distilled from, if anything.
+
+    Attributes:
+        requested: the largest request of any rank at the last step.
+        weight_bytes: of the weights that each rank holds: (world_size,).
+    """
 
     def __init__(
         self,
         engine: TrainingEngine,
         pruner: Pruner,
         samples: Samples,
-        order: SampleOrder,
-        config: RunConfig,
-        pending: Callable[[], int] = lambda: 0,
+        order: BatchOrder,
+        config: TrainConfig,
+        *,
+        dtype: str,
+        seed: int,
+        current_request: Callable[[], int] = lambda: NOTHING,
         teacher: Teacher | None = None,
     ) -> None:
         self.engine, self.model = engine, engine.model
@@ -48,93 +71,101 @@ class Trainer:
         self.samples = samples
         self.order = order
         self.config = config
-        self.weight_bytes = self._weight_bytes()
-        self.requested = 0  # the largest request of any rank at the last step (stop.py)
-        self._pending = pending
+        self.requested = NOTHING
+        self.weight_bytes = self._gather_weight_bytes()
+        self._dtype = dtype
+        self._seed = seed
+        self._current_request = current_request
         self._teacher = teacher
-        self._scored = False  # the last step
+        self._scored = False  # by the last step
 
     def step(self, step: int) -> StepRecord:
-        """The `step`-th optimizer step (from 1): forward and backward of this rank's micro-batches, score, update."""
+        """Makes an optimizer step, counted from 1: forward and backward passes, scores, update."""
         began = time.perf_counter()
         batch = self.order.batch(step - 1)
-        supervised = self.samples.count_supervised(batch)
-        learning_rate = self.engine.learning_rate
-        sparsity = self.pruner.reached()
-        tokens = self.samples.count_tokens(batch)
+        tokens, supervised = self.samples.count_tokens(batch), self.samples.count_supervised(batch)
+        learning_rate, sparsity = self.engine.learning_rate, self.pruner.reached()  # before the step changes them
         with self.pruner.record_step(step):
-            report = self._exchange(self._accumulate(step, batch, supervised))
-            self.requested = report.request
-            decision = decide(report.bad_layer, report.loss, dtype=self.config.model.dtype, step=step)
-            self._scored = decision == "update"
-            if self._scored:
+            reports = self._exchange(self._accumulate(step, batch, supervised))
+            skipped = decide(reports.bad_layers, reports.losses, dtype=self._dtype, step=step) == "skip"
+            if not skipped:
                 self.pruner.score(step)
-        norm = self.engine.update(skipped=decision == "skip")
+        grad_norm = self.engine.update(skipped=skipped)
+        self.requested, self._scored = reports.request, not skipped
         seconds = time.perf_counter() - began
         return StepRecord(
             step=step,
-            loss=sum(report.loss) / supervised,
+            loss=sum(reports.losses) / supervised,
             learning_rate=learning_rate,
-            grad_norm=norm,
+            grad_norm=grad_norm,
             sparsity=sparsity,
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             weight_bytes=self.weight_bytes,
-            resident_bytes=report.resident_bytes,
-            skipped=decision == "skip",
+            resident_bytes=reports.resident_bytes,
+            skipped=skipped,
         )
 
     def cut(self, step: int) -> CutRecord | None:
-        """Shrinks the model if the schedule says so."""
+        """Cuts the model if the schedule says so."""
         before = self.weight_bytes
         cut = self.pruner.cut(step, scored=self._scored)
         if cut is None:
             return None
-        self.weight_bytes = self._weight_bytes()
+        self.weight_bytes = self._gather_weight_bytes()
         return self._cut_record(cut, before)
 
-    def _accumulate(self, step: int, batch: torch.Tensor, supervised: int) -> float:
-        """Forward and backward of this rank's micro-batches; returns its part of the sum of token losses.
+    def _accumulate(self, step: int, batch: Tensor, supervised: int) -> float:
+        """Makes the forward and backward passes of this rank's micro-batches.
 
-        ZeRO-3 averages gradients over the ranks, so the loss is scaled by W to make their sum that of the batch.
+        ZeRO-3 averages gradients over the ranks. The loss is scaled by `world_size`, so that they become those of the
+        whole batch.
+
+        Returns:
+            This rank's part of the sum of token losses.
         """
+        engine, rank, world_size = self.engine, self.model.rank, self.model.world_size
+        micro_batches = rank_micro_batches(batch, self.config.micro_batch_size, rank, world_size)
         total = 0.0
-        engine, model = self.engine, self.model
-        micro_batches = rank_micro_batches(batch, self.config.train.micro_batch_size, model.rank, model.world_size)
         for i, indices in enumerate(micro_batches):
-            seed_dropout(self.config.seed, step, i, model.rank)
-            input_ids = self.samples.input_ids[indices].long().to(model.device)
-            labels = self.samples.labels[indices].long().to(model.device)
+            seed_dropout(self._seed, step, i, rank)
             with self.pruner.record_forward(self.samples.attention_mask(indices)):
-                loss = engine.forward(input_ids=input_ids, labels=labels, **self._mixed_with(indices)).sum()
+                loss = engine.forward(**self._inputs(indices)).sum()
             fail_point("forward")
             total += loss.item()
-            engine.backward(loss * (model.world_size / supervised))
+            engine.backward(loss * (world_size / supervised))
             fail_point("backward")
             del loss  # a live graph remembers the shapes before a cut
             if i < len(micro_batches) - 1:
                 engine.end_micro_batch()
         return total
 
-    def _mixed_with(self, indices: torch.Tensor) -> dict[str, Distillation]:
-        """What the loss of these samples takes besides their labels."""
-        if self._teacher is None:
-            return {}
-        return {"distillation": self._teacher.distillation(indices, self.model.device)}
+    def _inputs(self, indices: Tensor) -> dict[str, Any]:
+        """Returns what the model gets of these samples."""
+        device = self.model.device
+        inputs: dict[str, Any] = {
+            "input_ids": self.samples.input_ids[indices].long().to(device),
+            "labels": self.samples.labels[indices].long().to(device),
+        }
+        if self._teacher is not None:
+            inputs["distillation"] = self._teacher.distillation(indices, device)
+        return inputs
 
-    def _exchange(self, loss: float) -> _RankReport:
-        bad = self.model.nonfinite_layer() if math.isfinite(loss) else self.model.nonfinite_weights()
-        mine = torch.tensor([loss, -1 if bad is None else bad, resident_bytes(), self._pending()], dtype=torch.float64)
+    def _exchange(self, loss: float) -> _RankReports:
+        """Tells all ranks how this rank's part of the step went, and hears of theirs. Collective."""
+        bad_layer = self.model.nonfinite_layer() if math.isfinite(loss) else self.model.nonfinite_weights()
+        numbers = [loss, -1 if bad_layer is None else bad_layer, resident_bytes(), self._current_request()]
+        mine = torch.tensor(numbers, dtype=torch.float64)
         rows = self.model.comm.all_gather(mine.to(self.model.device)).tolist()
-        return _RankReport(
-            loss=[row[0] for row in rows],
-            bad_layer=[None if row[1] < 0 else int(row[1]) for row in rows],
+        return _RankReports(
+            losses=[row[0] for row in rows],
+            bad_layers=[None if row[1] < 0 else int(row[1]) for row in rows],
             resident_bytes=[int(row[2]) for row in rows],
             request=int(max(row[3] for row in rows)),
         )
 
-    def _weight_bytes(self) -> list[int]:
+    def _gather_weight_bytes(self) -> list[int]:
         return self.model.gather_values(storage_bytes(weight_tensors(self.model.module)))
 
     def _cut_record(self, cut: Cut, before: list[int]) -> CutRecord:

@@ -1,7 +1,7 @@
-"""A thread that notices what no collective tells: the launcher is gone, or another rank of this node is.
+"""Notices in a thread that the launcher is gone, or another rank of this node. No collective tells it.
 
-The launcher ends the ranks one after the other and gives each 30 s, so ranks that hang in a collective with a dead
-one would stay for minutes; and nobody ends the ranks of a launcher that was killed itself.
+The launcher ends the ranks one after the other and gives each 30 s. So ranks that hang in a collective with a dead one
+would stay for minutes. And nobody ends the ranks of a launcher that was killed itself.
 """
 
 import os
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from loraprune_ds.zero.comm import Communicator
 
 INTERVAL = 1.0  # seconds
-GRACE = 15.0  # for a rank that lost another to end with a traceback of its own
-PARENT = os.getppid()  # at import: a launcher killed while the model loads is noticed too
+GRACE = 15.0  # seconds in which a rank that lost another may end with a traceback of its own
+PARENT = os.getppid()  # read at import, so that a launcher killed while the model loads is noticed too
 
 
 class Watch(threading.Thread):
-    """Runs until `close`; started by the constructor, which is collective."""
+    """Runs until `close`. The constructor starts it and is collective."""
 
     def __init__(self, comm: "Communicator") -> None:
         super().__init__(name="watch", daemon=True)
@@ -48,19 +48,19 @@ class Watch(threading.Thread):
     def _leave(self, gone: int) -> None:
         if not self._closed.wait(GRACE):
             self._say(f"rank {gone} is gone: leaving")
-            os._exit(1)  # the main thread waits for it in a collective and cannot be told
+            os._exit(1)  # the main thread waits for that rank in a collective and cannot be told
 
     def _say(self, text: str) -> None:
         try:
             os.write(sys.stderr.fileno(), f"rank {self._rank}: {text}\n".encode())
-        except OSError:  # whoever read the output is gone too: a rank must not die of its next line before it has saved
+        except OSError:  # the reader of the output is gone too, and a rank must not die of that before it has saved
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.dup2(nowhere, sys.stderr.fileno())
 
 
 def _pid_namespace() -> str:
-    """Ranks with the same value see each other's process ids."""
+    """Names what process ids mean here. Ranks with the same name see each other's processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -69,7 +69,7 @@ def _pid_namespace() -> str:
 
 
 def _deepspeed_runner(launcher: int) -> list[int]:
-    """The `deepspeed` command above launch.py, which does not watch it; nothing if something else is there."""
+    """Finds the `deepspeed` command above launch.py, which does not watch it. Empty if something else is there."""
     try:
         if b"deepspeed" not in Path(f"/proc/{launcher}/cmdline").read_bytes():
             return []
@@ -84,9 +84,9 @@ def _alive(pid: int) -> bool:
     try:
         return _stat(pid)[0] != "Z"
     except OSError:
-        return not Path("/proc").is_dir()  # without /proc nothing is known
+        return not Path("/proc").is_dir()  # without /proc nobody knows
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent, ...: what follows the program's name, which may hold anything, in /proc/PID/stat."""
+    """Reads /proc/PID/stat behind the program's name, which may hold anything: state, parent and more."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -83,7 +83,9 @@ def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dic
     """Three saves: nothing cut yet; after a cut; once more, with the frozen weights."""
     engine = build_engine(config, prepared, None)
     pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
-    trainer = Trainer(engine, pruner, prepared.samples, prepared.order, config)
+    trainer = Trainer(
+        engine, pruner, prepared.samples, prepared.order, config.train, dtype=config.model.dtype, seed=config.seed
+    )
     copying = replace(config, checkpoint=replace(config.checkpoint, copy_source=True))
     slices, copies = (Checkpoints(kind, prepared, pruner, None) for kind in (config, copying))
     root = Path(config.output_dir) / CHECKPOINTS_FOLDER

@@ -81,7 +81,9 @@ def build(model: Path, comm: Communicator) -> Trainer:
     limits = make_limits(config.prune, pretrained.shape)
     pruner = Pruner(engine.model, config.prune, Schedule(0.5, CUT_STEP - 1, CUT_STEP, 1), limits, config.seed)
     ids = torch.randint(pretrained.shape.vocab_size, (CUT_STEP * BATCH, WINDOW))
-    return Trainer(engine, pruner, Samples(ids, ids), Consecutive(), config)  # type: ignore[arg-type]
+    return Trainer(
+        engine, pruner, Samples(ids, ids), Consecutive(), config.train, dtype=config.model.dtype, seed=config.seed
+    )
 
 
 def measure(model: Path, comm: Communicator) -> dict[str, Any]:

@@ -111,7 +111,9 @@ def steps_and_cut(config: RunConfig, prepared: Prepared, comm: Communicator) -> 
     """The first step warms up, those between are timed; the cut follows the last, which measures for it."""
     engine = build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
     pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
-    trainer = Trainer(engine, pruner, prepared.samples, prepared.order, config)
+    trainer = Trainer(
+        engine, pruner, prepared.samples, prepared.order, config.train, dtype=config.model.dtype, seed=config.seed
+    )
     rows = [measured(comm, lambda step=step: trainer.step(step)) for step in range(1, prepared.steps + 1)]
     cut = measured(comm, lambda: trainer.cut(prepared.steps))
     return {"step": middle(rows[1:-1]), "last_step": rows[-1], "cut": cut}
@@ -133,11 +135,11 @@ def teacher_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> 
     found = find_teacher(config, prepared, None, comm)
     samples = prepared.samples
     with counted_bytes(comm.world_size, comm.rank) as sent:
-        recorded = measured(
-            comm, lambda: record_teacher(engine, found, samples, config, pending=lambda: 0, note=lambda line: None)
-        )
+        recorded = measured(comm, lambda: record_teacher(engine, found, samples, config.recorded_at_once))
     recorded["sent_bytes"] = comm.gather_objects(sent["all_gather_into_tensor"])
-    trainer = Trainer(engine, pruner, samples, prepared.order, config, teacher=found)
+    trainer = Trainer(
+        engine, pruner, samples, prepared.order, config.train, dtype=config.model.dtype, seed=config.seed, teacher=found
+    )
     trained = measured(comm, lambda: [trainer.step(step) for step in range(1, prepared.steps + 1)])
     on_disk = sum(path.stat().st_size for path in found.folder.glob("*.safetensors"))
     disk = {"disk_bytes": on_disk, "planned_disk_bytes": found.plan.bytes, "samples": len(found.plan.samples)}

@@ -33,7 +33,9 @@ class Timed(Trainer):
     def __init__(self, config: RunConfig, prepared: Prepared) -> None:
         engine = build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
         pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
-        super().__init__(engine, pruner, prepared.samples, prepared.order, config)
+        super().__init__(
+            engine, pruner, prepared.samples, prepared.order, config.train, dtype=config.model.dtype, seed=config.seed
+        )
         self._observe = pruner.score
         self._next = 1
 

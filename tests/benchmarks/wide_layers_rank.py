@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.export.from_ranks import write_merged_weights
+from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained, parameter_shapes
 from loraprune_ds.pruning.limits import make_limits
@@ -33,6 +34,7 @@ from loraprune_ds.zero.engine import (
     start_ranks,
     stop_ranks,
 )
+from loraprune_ds.zero.write import write_model
 from tests.benchmarks.peak import Peak
 from tests.benchmarks.watchdog import tell
 
@@ -137,7 +139,8 @@ def train_and_export(
     model = engine.model
     limits = make_limits(config.prune, pretrained.shape)
     pruner = Pruner(engine.model, config.prune, FixedSchedule(0.5, 0, max(CUTS), 1), limits, config.seed)
-    trainer = Trainer(engine, pruner, Samples(ids, ids), Consecutive(comm.world_size), config)  # type: ignore[arg-type]
+    samples, order = Samples(ids, ids), Consecutive(comm.world_size)
+    trainer = Trainer(engine, pruner, samples, order, config.train, dtype=config.model.dtype, seed=config.seed)
     losses = train(trainer, phases)
     described = export_config(pretrained.config, model.shape, "bfloat16").config
     phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), described, "bfloat16"))
@@ -146,7 +149,8 @@ def train_and_export(
         exported.mkdir()
         (exported / "config.json").write_text(json.dumps(described))
     comm.barrier()
-    phases.measure("export", lambda: write_merged_weights(model, exported, "bfloat16"))
+    merged = partial(merged_tensors, dtype="bfloat16")
+    phases.measure("export", lambda: write_model(model, exported, "bfloat16", merged))
     trained = evaluate(engine.deepspeed, ids)
     return {
         "losses": losses,

@@ -24,7 +24,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.output import inspect_output
 from loraprune_ds.train.run import run
-from loraprune_ds.train.stop import NOTHING, STOP, Requests
+from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.zero.comm import Communicator
 from tests.oracle.models import make_tiny_llama
 
@@ -79,12 +79,15 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
     gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
 
-    def pending(requests: Requests) -> int:
+    def current(requests: RequestListener) -> int:
         status = json.loads((Path(config.output_dir) / "status.json").read_text())
         return STOP if stop_at is not None and status["step"] >= stop_at - 1 else NOTHING
 
     between_steps = mock.Mock(side_effect=[STOP if place == between else NOTHING for place in (1, 2, 3)])
-    with mock.patch.object(Requests, "pending", pending), mock.patch.object(Requests, "agree", between_steps):
+    with (
+        mock.patch.object(RequestListener, "current", current),
+        mock.patch.object(RequestListener, "agree", between_steps),
+    ):
         return run(config, Communicator(), inspect_output(config, resume))
 
 

@@ -118,7 +118,9 @@ def build(job: Job) -> Trainer:
     engine = build_training_engine(config, pretrained, ds_config, len(job.batches))
     schedule = make_schedule(config.prune, len(job.batches))
     pruner = Pruner(engine.model, config.prune, schedule, make_limits(config.prune, pretrained.shape), config.seed)
-    return Trainer(engine, pruner, make_samples(job), Consecutive(size), config)  # type: ignore[arg-type]
+    return Trainer(
+        engine, pruner, make_samples(job), Consecutive(size), config.train, dtype=config.model.dtype, seed=config.seed
+    )
 
 
 def make_samples(job: Job) -> Samples:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import sha256
-from loraprune_ds.config import EvaluateConfig
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import Ragged
 from loraprune_ds.train.data.tokens import PADDING_ID
-from loraprune_ds.train.stop import STOP
+from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import make_teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher
 from loraprune_ds.train.trainer import Trainer
@@ -167,21 +166,19 @@ def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
     """The teacher pass, its files' digests, and the averaged LoRA gradients of the first distilled step."""
     trainer = build(job)
     model, samples = trainer.model, trainer.samples
-    train = replace(trainer.config.train, distill_weight=0.5, distill_top_k=top_k)
-    # a file takes two forward passes, the last of them not full
-    config = trainer.config = replace(trainer.config, train=train, evaluate=EvaluateConfig(batch_size=3))
-    plan = plan_teacher(config, samples, trainer.order, len(job.batches), hidden_size=HIDDEN_SIZE, element_size=4)
+    train = replace(trainer.config, distill_weight=0.5, distill_top_k=top_k)
+    plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size=HIDDEN_SIZE, element_size=4)
     plan = replace(plan, per_file=FILE_SAMPLES)
-    teacher = make_teacher(config, plan, samples="", source="", folder=folder / f"{trainer.model.world_size}-{top_k}")
+    out = folder / f"{trainer.model.world_size}-{top_k}"
+    teacher = make_teacher(plan, weight=0.5, samples="", source="", dtype=job.dtype, seed=job.seed, folder=out)
+    batch_size = max(train.micro_batch_size, 3)  # a file takes two forward passes, the last of them not full
     asked = iter([STOP])
     passes = []
     for _ in range(2):
         model.comm.barrier()  # the other ranks' files are there
         to_do = replace(teacher, to_write=teacher.missing())
         passes.append(
-            record_teacher(
-                trainer.engine, to_do, samples, config, pending=lambda: next(asked, 0), note=lambda line: None
-            )
+            record_teacher(trainer.engine, to_do, samples, batch_size, current_request=lambda: next(asked, NOTHING))
         )
     trainer._teacher = teacher
     batch = trainer.order.batch(0)

@@ -52,7 +52,7 @@ def test_a_step_line_has_all_that_matters() -> None:
 def test_cuts_evaluations_and_notes_have_lines_of_their_own() -> None:
     stream = io.StringIO()
     progress = Progress(60, stream=stream)
-    progress.note("world size 1: nothing is sharded")
+    progress.show("world size 1: nothing is sharded")
     progress.write(EvaluationRecord(0, "dense", 51.594, 20320, 160))
     progress.write(cut_record(12, before=134_500_000, after=101_200_000, reached=0.25))
     progress.write(step_record(13, skipped=True))

@@ -21,8 +21,8 @@ from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_re
 
 
 def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str, Any]:
-    outcome = Outcome(PRUNED, [], peak_memory_bytes=[11, 12], world_size=2, resumed_from=list(resumed_from))
-    return make_report(RunConfig(output_dir="runs/x", seed=7), history, DENSE, outcome, "cpu")
+    outcome = Outcome(PRUNED, [], resumed_from=list(resumed_from))
+    return make_report(RunConfig(output_dir="runs/x", seed=7), history, DENSE, outcome, [11, 12], "cpu")
 
 
 def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:

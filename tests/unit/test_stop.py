@@ -11,55 +11,55 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.train import stop
-from loraprune_ds.train.stop import NOTHING, SAVE, SAVE_FILE, STOP, STOP_FILE, Requests, drop_stale_requests
+from loraprune_ds.train.stop import NOTHING, SAVE, SAVE_FILE, STOP, STOP_FILE, RequestListener, drop_stale_requests
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def requests(tmp_path: Path) -> Iterator[Requests]:
+def requests(tmp_path: Path) -> Iterator[RequestListener]:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    requests = Requests(tmp_path, watches_files=True)
+    requests = RequestListener(tmp_path, watches_files=True)
     yield requests
     requests.close()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_files(requests: Requests, tmp_path: Path) -> None:
-    assert requests.pending() == NOTHING
+def test_files(requests: RequestListener, tmp_path: Path) -> None:
+    assert requests.current() == NOTHING
     (tmp_path / SAVE_FILE).touch()
-    assert requests.pending() == SAVE
+    assert requests.current() == SAVE
     (tmp_path / STOP_FILE).touch()
-    assert requests.pending() == STOP
+    assert requests.current() == STOP
 
 
-def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: Requests, tmp_path: Path) -> None:
+def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: RequestListener, tmp_path: Path) -> None:
     (tmp_path / SAVE_FILE).touch()
-    assert requests.pending() == SAVE
+    assert requests.current() == SAVE
     (tmp_path / STOP_FILE).touch()
     requests.clear(SAVE)
-    assert requests.pending() == STOP
+    assert requests.current() == STOP
     requests.clear(STOP)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_one_rank_looks_at_files(tmp_path: Path) -> None:
     (tmp_path / STOP_FILE).touch()
-    other = Requests(tmp_path, watches_files=False)
-    assert other.pending() == NOTHING
+    other = RequestListener(tmp_path, watches_files=False)
+    assert other.current() == NOTHING
     other.clear(STOP)
     other.close()
     assert (tmp_path / STOP_FILE).exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_a_stop_and_its_echo_the_same_one(requests: Requests, number: signal.Signals) -> None:
+def test_a_signal_is_a_stop_and_its_echo_the_same_one(requests: RequestListener, number: signal.Signals) -> None:
     for _ in range(3):
         os.kill(os.getpid(), number)
-        assert requests.pending() == STOP
+        assert requests.current() == STOP
 
 
-def test_a_second_interrupt_stops_at_once(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_stops_at_once(requests: RequestListener, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(stop.time, "monotonic", lambda: now)
     signal.raise_signal(signal.SIGINT)
@@ -70,12 +70,12 @@ def test_a_second_interrupt_stops_at_once(requests: Requests, monkeypatch: pytes
         signal.raise_signal(signal.SIGINT)
 
 
-def test_terminate_never_stops_at_once(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminate_never_stops_at_once(requests: RequestListener, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(stop.time, "monotonic", lambda: now)
     for now in (100.0, 129.0, 200.0):  # noqa: B007  # read by the lambda
         signal.raise_signal(signal.SIGTERM)
-    assert requests.pending() == STOP
+    assert requests.current() == STOP
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_usr1_is_caught_only_straight_under_srun(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    requests = Requests(tmp_path, watches_files=False)
+    requests = RequestListener(tmp_path, watches_files=False)
     assert (signal.getsignal(signal.SIGUSR1) == requests._on_signal) == catches
     requests.close()
 

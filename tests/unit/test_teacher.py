@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.config import TrainConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.distillation import HiddenTeacher
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -31,14 +32,15 @@ def ragged_samples(lengths: list[int], prompts: list[int]) -> Samples:
 SAMPLES = ragged_samples([9, 4, 12, 2, 7], [3, 0, 11, 1, 7])
 
 
-def config(**train: object) -> RunConfig:
-    settings = {"steps": 1, "global_batch_size": 2, "micro_batch_size": 1, "distill_weight": 0.5} | train
-    return RunConfig("unused", train=TrainConfig(**settings))  # type: ignore[arg-type]
+def config(**settings: Any) -> TrainConfig:
+    return TrainConfig(**{"steps": 1, "global_batch_size": 2, "micro_batch_size": 1, "distill_weight": 0.5} | settings)
 
 
 def made(folder: Path, steps: int = 10) -> Teacher:
     plan = plan_teacher(config(), SAMPLES, SampleOrder(5, 2, 0), steps, hidden_size=HIDDEN, element_size=4)
-    return make_teacher(config(), replace(plan, per_file=2), samples="a", source="b", folder=folder)
+    return make_teacher(
+        replace(plan, per_file=2), weight=0.5, samples="a", source="b", dtype="float32", seed=0, folder=folder
+    )
 
 
 def test_supervised_tokens_and_padding_of_ragged_samples() -> None:

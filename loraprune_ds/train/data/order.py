@@ -5,6 +5,7 @@ on where it stopped.
 """
 
 import hashlib
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,12 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.pruning.schedule import steps_for_epochs
+
+
+class BatchOrder(Protocol):
+    """Tells which samples a step sees."""
+
+    def batch(self, step: int) -> Tensor: ...
 
 
 class SampleOrder:
