@@ -3,7 +3,7 @@
 srun --ntasks-per-node=1 python launch/preflight.py --nodes node1 node2 --port 29400 --output runs/mine
 
 Each node imports what a run imports, computes on every accelerator and writes where the run will write. Then the
-nodes see whether they have that folder in common and whether collectives pass between their accelerators and hosts.
+nodes check that they share this folder and that collectives pass between their accelerators and hosts.
 """
 
 import argparse
@@ -23,12 +23,12 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
 
 MOST_SECONDS = 86_400
-LAST_WORDS = 5.0  # seconds that the first node stays for the others to hear the verdict
+VERDICT_READ_WITHIN = 5.0  # seconds that the first node stays for the others to read the verdict
 VISIBLE_WITHIN = 15.0  # seconds until the others must see a file that one node has written
 
 
 class Unfit(Exception):
-    """What is wrong with this node."""
+    """Says what is wrong with this node."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,41 +49,42 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns the exit code: 0 if all nodes are fit, 1 if any is not, 2 for unusable arguments."""
+    """Returns the exit code: 0 if all nodes are fit, 1 if one is not, 2 for unusable arguments."""
     try:
         arguments = parse_arguments()
     except UserError as error:
         print(f"preflight: error: {error}", file=sys.stderr)
         return error.exit_code
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch tells of every wait in many lines
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reports every wait in many lines
     index = int(os.environ.get("SLURM_NODEID", "0"))
     try:
         check_imports()
-        meeting = Meeting(arguments.nodes, index, arguments.port, arguments.timeout)
+        rendezvous = Rendezvous(arguments.nodes, index, arguments.port, arguments.timeout)
     except Unfit as problem:
-        tell(arguments.nodes[index], str(problem))  # it has no way to tell the others
+        tell(arguments.nodes[index], str(problem))  # the others cannot hear of it
         return 1
-    fit = check_together(meeting, arguments)
+    fit = check_together(rendezvous, arguments.ranks_per_node, arguments.output)
     if fit and index == 0:
         print(f"preflight: all {len(arguments.nodes)} nodes are fit", flush=True)
     return 0 if fit else 1
 
 
-def check_together(meeting: "Meeting", arguments: argparse.Namespace) -> bool:
-    """One check after the other on all nodes, until one of them is not fit."""
+def check_together(rendezvous: "Rendezvous", ranks_per_node: int, output: Path) -> bool:
+    """Checks one thing after the other on all nodes, until one of them is not fit."""
     with ExitStack() as open_files:
 
         def write_probe() -> None:
-            probe = open_files.enter_context(probe_file(arguments.output))
-            meeting.store.set(f"probe {meeting.index}", str(probe))
+            probe = open_files.enter_context(probe_file(output))
+            rendezvous.store.set(f"probe {rendezvous.index}", str(probe))
+
+        def see_probe() -> None:
+            check_visible(Path(rendezvous.store.get("probe 0").decode()), rendezvous.nodes[0])
 
         return (
-            meeting.agree("accelerators", lambda: check_accelerators(arguments.ranks_per_node))
-            and meeting.agree("output", write_probe)
-            and meeting.agree(
-                "shared", lambda: check_visible(Path(meeting.store.get("probe 0").decode()), meeting.nodes[0])
-            )
-            and meeting.agree("collective", lambda: check_collectives(meeting))
+            rendezvous.agree("accelerators", lambda: check_accelerators(ranks_per_node))
+            and rendezvous.agree("output", write_probe)
+            and rendezvous.agree("shared", see_probe)
+            and rendezvous.agree("collective", lambda: check_collectives(rendezvous))
         )
 
 
@@ -91,11 +92,12 @@ def tell(node: str, problem: str) -> None:
     print(f"preflight: {node}: {problem}", file=sys.stderr, flush=True)
 
 
-class Meeting:
-    """Where the nodes tell each other how they are: a store on the first of them."""
+class Rendezvous:
+    """Holds the store on the first node, in which the nodes report to each other."""
 
     def __init__(self, nodes: list[str], index: int, port: int, timeout: float) -> None:
-        """
+        """Opens the store.
+
         Raises:
             Unfit: the first node cannot be reached, or the port is taken there.
         """
@@ -113,7 +115,7 @@ class Meeting:
             raise Unfit(f"cannot meet the others at {nodes[0]}:{port}: {str(error).splitlines()[0]}") from None
 
     def agree(self, stage: str, check: Callable[[], None]) -> bool:
-        """Whether every node passes `check`; the first node tells which do not. Called by all nodes alike."""
+        """Tells if every node passes `check`. The first node names those that do not. All nodes call it alike."""
         problem = ""
         try:
             check()
@@ -121,37 +123,37 @@ class Meeting:
             problem = one_line(error)
         self.store.set(f"{stage} {self.index}", problem)
         if self.index > 0:
-            return self._hear(stage)
-        bad = {index: problem for index, problem in self._problems(stage).items() if problem}
+            return self._read_verdict(stage)
+        bad = {index: problem for index, problem in self._read_problems(stage).items() if problem}
         for index, problem in bad.items():
             tell(self.nodes[index], problem)
         self.store.set(f"{stage} all", "unfit" if bad else "fit")
-        self._leave_last(stage)
+        self._wait_for_readers(stage)
         return not bad
 
-    def _hear(self, stage: str) -> bool:
-        # The first node waits for the others as long as they wait for it here, and has to tell them afterwards.
+    def _read_verdict(self, stage: str) -> bool:
+        # Twice the time: the first node waits that long for the others, and only then tells them.
         verdict = self._read(f"{stage} all", time.monotonic() + 2 * self.timeout)
         if verdict is None:
             tell(self.nodes[self.index], f"{self.nodes[0]} is gone")
         self.store.set(f"{stage} heard {self.index}", "")
         return verdict == "fit"
 
-    def _problems(self, stage: str) -> dict[int, str]:
-        """What every node has found; empty for a node that is fit."""
+    def _read_problems(self, stage: str) -> dict[int, str]:
+        """Reads what every node has found: an empty text from a node that is fit."""
         deadline = time.monotonic() + self.timeout
         answers = {index: self._read(f"{stage} {index}", deadline) for index in range(len(self.nodes))}
         late = f"no answer in {self.timeout:g} s"
         return {index: late if answer is None else answer for index, answer in answers.items()}
 
-    def _leave_last(self, stage: str) -> None:
-        """The store ends with the first node, so that one gives the others the time to read."""
-        deadline = time.monotonic() + LAST_WORDS
+    def _wait_for_readers(self, stage: str) -> None:
+        """Waits until the others have read the verdict, since the store ends with the first node."""
+        deadline = time.monotonic() + VERDICT_READ_WITHIN
         for index in range(1, len(self.nodes)):
             self._read(f"{stage} heard {index}", deadline)
 
     def _read(self, key: str, deadline: float) -> str | None:
-        """What another node has set; None if it does not until then, or the store is gone."""
+        """Reads what another node has set, or None if it does not until then or the store is gone."""
         from torch.distributed import DistError
 
         try:
@@ -162,7 +164,7 @@ class Meeting:
 
 
 def check_imports() -> None:
-    """What launch/run.py imports before its ranks meet."""
+    """Imports what launch/run.py imports before its ranks meet."""
     try:
         import loraprune_ds.train.run  # noqa: F401
     except ImportError as error:
@@ -170,7 +172,7 @@ def check_imports() -> None:
 
 
 def check_accelerators(ranks: int) -> None:
-    """A small product on every accelerator that a rank will use."""
+    """Computes a small product on every accelerator that a rank will use."""
     import torch
 
     from loraprune_ds.zero.device import accelerator, is_cpu
@@ -186,18 +188,18 @@ def check_accelerators(ranks: int) -> None:
 
 @contextmanager
 def probe_file(folder: Path) -> Iterator[Path]:
-    """A file in `folder`, or in the nearest one above it that exists, for as long as the context lasts.
+    """Writes a file into `folder`, or the nearest one above it that exists, and removes it at the end.
 
     Raises:
         OSError: it cannot be written.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=there) as file:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=existing) as file:
         yield Path(file.name)
 
 
 def check_visible(probe: Path, first_node: str) -> None:
-    """Whether this node sees what the first one has written: output_dir has to be shared."""
+    """Checks that this node sees what the first one has written, since output_dir has to be shared."""
     deadline = time.monotonic() + VISIBLE_WITHIN
     while not probe.exists():
         if time.monotonic() > deadline:
@@ -205,38 +207,38 @@ def check_visible(probe: Path, first_node: str) -> None:
         time.sleep(0.5)
 
 
-def check_collectives(meeting: Meeting) -> None:
-    """A sum over one accelerator of each node, and one by gloo, by which ranks wait for another's download."""
+def check_collectives(rendezvous: Rendezvous) -> None:
+    """Adds up over one accelerator of each node, and by gloo, which ranks use to wait for a download of another."""
     from loraprune_ds.zero.device import accelerator
     from loraprune_ds.zero.environment import gloo_interface
 
     os.environ |= gloo_interface(os.environ)
     backend = accelerator().communication_backend_name()
     if backend != "gloo":
-        check_sum(meeting, backend, accelerator().current_device_name())
+        check_sum(rendezvous, backend, accelerator().current_device_name())
     try:
-        check_sum(meeting, "gloo", "cpu")
+        check_sum(rendezvous, "gloo", "cpu")
     except RuntimeError as error:
         hint = "GLOO_SOCKET_IFNAME must name the network interface that does"
         raise Unfit(f"gloo does not reach the other nodes, {hint}: {one_line(error)}") from None
 
 
-def check_sum(meeting: Meeting, backend: str, device: str) -> None:
-    """One number per node, added up over all of them."""
+def check_sum(rendezvous: Rendezvous, backend: str, device: str) -> None:
+    """Adds up one number per node over all of them."""
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
 
     distributed.init_process_group(
         backend,
-        store=PrefixStore(f"collective {backend}", meeting.store),
-        rank=meeting.index,
-        world_size=len(meeting.nodes),
-        timeout=timedelta(seconds=meeting.timeout),
+        store=PrefixStore(f"collective {backend}", rendezvous.store),
+        rank=rendezvous.index,
+        world_size=len(rendezvous.nodes),
+        timeout=timedelta(seconds=rendezvous.timeout),
     )
-    number = torch.tensor([float(meeting.index)], device=device)
+    number = torch.tensor([float(rendezvous.index)], device=device)
     distributed.all_reduce(number)
-    if number.item() != sum(range(len(meeting.nodes))):
+    if number.item() != sum(range(len(rendezvous.nodes))):
         raise Unfit(f"a sum over the nodes by {backend} is {number.item():g}")
     distributed.destroy_process_group()
 

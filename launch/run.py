@@ -1,4 +1,4 @@
-"""Prunes a LLaMA-family model while it fine-tunes: one YAML, one run.
+"""Prunes a LLaMA-family model while it fine-tunes. One YAML is one run.
 
 deepspeed launch/run.py --config launch/configs/llama-7b.yaml
 deepspeed --quiet --num_accelerators 2 launch/run.py --config launch/configs/quickstart.yaml     (on a CPU)
@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING
 
 try:
     from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
-    from loraprune_ds.config import RunConfig
+    from loraprune_ds.config import LoggingConfig, RunConfig
     from loraprune_ds.config_file import config_value, load_config
     from loraprune_ds.errors import UserError
     from loraprune_ds.zero.environment import collective_timeout
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
-STOPPED_EXIT_CODE = 85  # asked to stop and saved; Slurm scripts requeue on it
+STOPPED_EXIT_CODE = 85  # asked to stop, and saved
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped at once
-
 
 if TYPE_CHECKING:
     from loraprune_ds.train.output import Start
@@ -53,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns the exit code: 0 finished, 1 the run went wrong, 2 unusable input, 85 stopped on request."""
+    """Returns the exit code: 0 finished, 1 failed, 2 unusable input, 85 stopped on request, 130 interrupted twice."""
     adopt_srun_ranks()
     rank = int(os.environ.get("RANK", "0"))
     joined = False
@@ -64,12 +63,12 @@ def main() -> int:
         if arguments.show is not None:
             print(config_value(config, arguments.show))
             return 0
-        # Heavy imports come after the config is known to be good: a typo should not cost ten seconds.
+        # Heavy imports come after the config is checked: a typo should not cost ten seconds.
         from loraprune_ds.train.output import inspect_output
 
         start = inspect_output(config, arguments.resume)
         if start.kind != "finished":
-            comm = join_ranks(config)
+            comm = join_ranks(config.logging)
             joined = True
             if not prune(config, comm, start):
                 return STOPPED_EXIT_CODE
@@ -85,15 +84,15 @@ def main() -> int:
     return 0
 
 
-def join_ranks(config: RunConfig) -> "Communicator":
-    """The ranks of this run, when all have imported what they need. Collective."""
-    collective_timeout(os.environ)  # to be told of a wrong one before DeepSpeed is imported
-    if not config.logging.verbose:
+def join_ranks(logging: LoggingConfig) -> "Communicator":
+    """Returns the ranks of this run, after all have imported what they need. Collective."""
+    collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
+    if not logging.verbose:
         silence_run()
     try:
-        import loraprune_ds.train.run  # noqa: F401  # a rank that lacks a package says so before the others wait
+        import loraprune_ds.train.run  # noqa: F401  # a missing package is an error before other ranks wait
         from loraprune_ds.zero.engine import start_ranks
-    except ImportError as error:  # private modules of DeepSpeed among them
+    except ImportError as error:  # also of DeepSpeed's private modules
         raise UserError(
             f"{error}; install the versions that pyproject.toml names, as launch/quickstart.sh does"
         ) from None
@@ -101,23 +100,23 @@ def join_ranks(config: RunConfig) -> "Communicator":
 
 
 def prune(config: RunConfig, comm: "Communicator", start: "Start") -> bool:
-    """Carries out the run on all ranks; False if it was asked to stop. Collective."""
+    """Carries out the run on all ranks. Returns False if it was asked to stop. Collective."""
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
     from loraprune_ds.zero.engine import stop_ranks
 
-    gc.freeze()  # what the imports have made is no garbage: DeepSpeed collects twice per cut, over all of it
+    gc.freeze()  # the imports left no garbage, and DeepSpeed collects twice per cut over all objects
     watch = Watch(comm)
     try:
         finished = run(config, comm, start)
     finally:
         watch.close()
-    stop_ranks()  # not after an error: NCCL would wait there for the ranks that wait for this one
+    stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
     return finished
 
 
 def silence_run() -> None:
-    """Leaves only what the run itself has to say."""
+    """Silences the libraries, so that only the run itself speaks."""
     silence_libraries()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from loraprune_ds.zero.engine import quiet_deepspeed

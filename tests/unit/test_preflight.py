@@ -1,4 +1,4 @@
-"""The nodes of a job agree on whether all are fit, and the first one names those that are not."""
+"""The nodes of a job agree if all are fit, and the first one names those that are not."""
 
 import subprocess
 import sys
@@ -10,19 +10,19 @@ from types import SimpleNamespace
 import pytest
 
 from launch import preflight
-from launch.preflight import Meeting, Unfit, check_collectives, check_visible, probe_file
+from launch.preflight import Rendezvous, Unfit, check_collectives, check_visible, probe_file
 from loraprune_ds.zero import device
 from tests.integration.launching import ROOT, clean_environment, free_port
 
-NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first
+NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first one
 
 
 def agree(*checks: Callable[[], None], absent: tuple[int, ...] = (), timeout: float = 20) -> list[bool]:
-    """What each node hears, one thread per node."""
+    """Returns what each node hears. Each is a thread."""
     port = free_port()
 
     def be_node(index: int) -> bool:
-        return Meeting(NODES, index, port, timeout).agree("stage", checks[index])
+        return Rendezvous(NODES, index, port, timeout).agree("stage", checks[index])
 
     present = [index for index in range(len(NODES)) if index not in absent]
     with ThreadPoolExecutor(len(NODES)) as pool:
@@ -48,14 +48,14 @@ def test_a_bad_node_is_named_once_and_all_hear_of_it(capfd: pytest.CaptureFixtur
 
 
 def test_a_node_that_does_not_come_is_named(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "LAST_WORDS", 1.0)
+    monkeypatch.setattr(preflight, "VERDICT_READ_WITHIN", 1.0)
     assert agree(fit, fit, fit, absent=(1,), timeout=2) == [False, False]
     assert "preflight: gpu2: no answer in 2 s\n" in capfd.readouterr().err
 
 
 def test_the_first_node_cannot_be_reached() -> None:
     with pytest.raises(Unfit, match=r"cannot meet the others at localhost:\d+: "):
-        Meeting(NODES, 1, free_port(), 1)
+        Rendezvous(NODES, 1, free_port(), 1)
 
 
 def test_a_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +95,6 @@ def test_hosts_are_tried_as_well_as_accelerators(backend: str, monkeypatch: pyte
     gpu = SimpleNamespace(communication_backend_name=lambda: backend, current_device_name=lambda: "cuda:0")
     tried: list[tuple[str, str]] = []
     monkeypatch.setattr(device, "accelerator", lambda: gpu)
-    monkeypatch.setattr(preflight, "check_sum", lambda meeting, backend, device: tried.append((backend, device)))
+    monkeypatch.setattr(preflight, "check_sum", lambda rendezvous, backend, device: tried.append((backend, device)))
     check_collectives(None)  # type: ignore[arg-type]
     assert tried == [*([("nccl", "cuda:0")] if backend == "nccl" else []), ("gloo", "cpu")]
