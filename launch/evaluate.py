@@ -148,7 +148,8 @@ def find_or_merge(path: str, out: Path) -> str:
     from loraprune_ds.checkpoint.run_folder import STATUS_FILE
     from loraprune_ds.checkpoint.state import STATE_FILE
     from loraprune_ds.evaluate.models import find_model
-    from loraprune_ds.export.formats import NoRoom, export, find_source
+    from loraprune_ds.export.formats import NoRoom, export
+    from loraprune_ds.export.source import find_source
 
     if any((Path(path) / name).is_file() for name in (STATUS_FILE, STATE_FILE)):
         source = find_source(Path(path))

@@ -1,9 +1,9 @@
-"""Brings the result of a run into the format of the tool that will read it.
+"""Converts the result of a run to the format of the tool that will read it.
 
 launch/export.py runs/quickstart --format gguf-q8_0
 launch/export.py runs/quickstart/checkpoints/step-20 --format adapter     (a run that goes on, or was stopped)
 
-hf         Hugging Face checkpoint, LoRA merged
+hf         Hugging Face model, LoRA merged
 adapter    the pruned base and its PEFT adapter, for further tuning
 gguf-f16   llama.cpp, 16 bit
 gguf-q8_0  llama.cpp, 8 bit
@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
         "--format",
         default="hf",
         choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"),
-        help="a Hugging Face checkpoint (the default), base and LoRA apart, or a file for llama.cpp",
+        help="a Hugging Face model (the default), base and LoRA apart, or a file for llama.cpp",
     )
     parser.add_argument("--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)")
     return parser.parse_args()
@@ -45,10 +45,13 @@ def main() -> int:
 
 
 def convert(arguments: argparse.Namespace) -> None:
+    """Writes the export and prints one line about it, after lines that a person should know."""
     source: Path = arguments.source
     out: Path = arguments.out or Path(f"{source.resolve().name}-{arguments.format}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from loraprune_ds.export.formats import export, find_source  # seconds of imports, after the arguments are good
+    # These imports take seconds, so the arguments are checked first.
+    from loraprune_ds.export.formats import export
+    from loraprune_ds.export.source import find_source
 
     for remark in export(find_source(source), arguments.format, out):
         print(f"note: {remark}")

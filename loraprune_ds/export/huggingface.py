@@ -1,47 +1,48 @@
-"""A pruned model as a Hugging Face checkpoint: merged weights, shard by shard, in a folder that appears whole or not.
+"""Makes the folder of an exported Hugging Face model, which appears whole or not at all.
 
 rank 0  staging = begin(out)
-each    write_shard(staging, ...)             (shards.py; shard k by rank k % world size)
-rank 0  write_index(staging, ...); finish_folder(staging, ...); publish(out)
+each    write_weight_file(staging, ...)       (model/weight_files.py, called by zero/write.py)
+rank 0  write_index(staging, ...), finish_folder(staging, ...), publish(out)
 """
 
+import json
+import shutil
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from loraprune_ds import whole
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
-from loraprune_ds.export.tokenizer import copy_tokenizer, has_tokenizer, pin_tokenizer
 from loraprune_ds.files import write_json
 from loraprune_ds.model.exported_config import ExportedConfig
+from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
-
-
-def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """W + scaling·B·A, computed in fp32, a block of rows at a time, and rounded once, to `dtype`.
-
-    Args:
-        weight: (out_features, in_features).
-        lora_a: (r, in_features), preferably the fp32 master.
-        lora_b: (out_features, r), likewise.
-        scaling: lora_alpha / r.
-    """
-    merged = torch.empty_like(weight, dtype=dtype)
-    a, rows_at_once = lora_a.float(), max(1, MERGE_BLOCK // weight.shape[1])
-    for start in range(0, len(weight), rows_at_once):
-        rows = slice(start, start + rows_at_once)
-        merged[rows] = torch.addmm(weight[rows].float(), lora_b[rows].float(), a, alpha=scaling)
-    return merged
+TOKENIZER_CONFIG = "tokenizer_config.json"
+PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing else, in transformers 4 and 5
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tekken.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "generation_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 
 
 def begin(out: Path) -> Path:
-    """Makes the empty folder the export is built in, a dot-named sibling of `out`; a crashed attempt's is replaced.
+    """Makes the empty folder that the export is built in, a dot-named sibling of `out`.
+
+    It replaces the one of an attempt that crashed.
 
     Raises:
         UserError: `out` is there already and not an empty folder.
@@ -51,11 +52,15 @@ def begin(out: Path) -> Path:
     return whole.begin(out)
 
 
-def finish_folder(folder: Path, exported: ExportedConfig, source: Path, card: ModelCard) -> None:
-    """Writes all but the weights: tokenizer and generation settings of `source`, config, modelling file, card."""
-    copy_tokenizer(source, folder)
-    if exported.renamed and has_tokenizer(folder):
-        pin_tokenizer(source, folder)
+def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: ModelCard) -> None:
+    """Writes all but the weights: config, modelling file, card, and the tokenizer and generation settings of `dense`.
+
+    Args:
+        dense: folder of the dense model.
+    """
+    copy_tokenizer(dense, folder)
+    if exported.renamed and _has_tokenizer(folder):
+        _pin_tokenizer(dense, folder)
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in exported.config.items() if key in TOKEN_IDS}
         write_json(folder / "generation_config.json", ids)
@@ -71,3 +76,58 @@ def publish(out: Path) -> None:
     for path in whole.staging_of(out).rglob("*"):
         whole.flush(path)
     whole.publish(out)
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copies tokenizer, chat template and generation settings from folder `source` to folder `out` as they are.
+
+    What transformers 5 writes and 4.x cannot load gets its older name, which both read. A sentencepiece file that is
+    alone gets the files made of it as well. From that file alone AutoTokenizer forgets to begin a LLaMA's text with
+    BOS, and splits a Mistral's text in another way than the run did.
+    """
+    for pattern in TOKENIZER_FILES:
+        for path in sorted(source.glob(pattern)):
+            shutil.copyfile(path, out / path.name)
+    if (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file():
+        load_tokenizer(source).save_pretrained(out)
+        _pin_tokenizer(source, out)
+    config = _read_tokenizer_config(out)
+    portable = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = PORTABLE_CLASS
+    if isinstance(config.get("extra_special_tokens"), list):
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
+    if portable != config:
+        _write_tokenizer_config(out, portable)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE))
+
+
+def _pin_tokenizer(source: Path, out: Path) -> None:
+    """Makes the copy in `out` read the same tokens as `source`, though its config.json names another model type.
+
+    AutoTokenizer looks at model_type. The same files split text after a special token differently under `llama` and
+    under `mistral`. So the tokenizer as built from `source` is written whole, for a class that adds nothing to it.
+    """
+    tokenizer = load_tokenizer(source)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return
+    tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": PORTABLE_CLASS,
+        "model_input_names": list(tokenizer.model_input_names),
+        "padding_side": tokenizer.padding_side,
+        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+    }
+    _write_tokenizer_config(out, _read_tokenizer_config(out) | settings)
+
+
+def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / TOKENIZER_CONFIG
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_tokenizer_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,78 +1,14 @@
-"""README.md of an exported checkpoint: what was cut, what it cost, how to load it."""
+"""Writes README.md of an exported model: what was cut, what it cost, how to load it."""
 
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import DataConfig, ModelConfig, RunConfig
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.hub import EMBEDDED
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.units import format_perplexity
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What the README says.
-
-    Attributes:
-        base_model: name of the dense model, not a path of this machine.
-        dense, pruned: sizes before and after.
-        criterion, ranking: as in the run config.
-        data: what it was tuned on.
-        steps: optimizer steps of the recovery training.
-        perplexity_data: what perplexity was measured on, and how.
-        perplexity_dense, perplexity_pruned: None if they were not measured.
-    """
-
-    base_model: str
-    dense: ModelShape
-    pruned: ModelShape
-    criterion: str
-    ranking: str
-    data: str
-    steps: int
-    perplexity_data: str
-    perplexity_dense: float | None
-    perplexity_pruned: float | None
-
-
-def card_of_run(
-    config: RunConfig,
-    dense: ModelShape,
-    pruned: ModelShape,
-    *,
-    steps: int,
-    windows: int | None = None,
-    perplexity_dense: float | None = None,
-    perplexity_pruned: float | None = None,
-) -> ModelCard:
-    """What a run says about its result; `windows` is how many perplexity was measured on."""
-    held_out = Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data_name(config)}"
-    count = "" if windows is None else f"{windows} "
-    return ModelCard(
-        base_model=model_name(config),
-        dense=dense,
-        pruned=pruned,
-        criterion=config.prune.criterion,
-        ranking=config.prune.ranking,
-        data=data_name(config),
-        steps=steps,
-        perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
-        perplexity_dense=perplexity_dense,
-        perplexity_pruned=perplexity_pruned,
-    )
-
-
-def model_name(config: RunConfig) -> str:
-    """A name of the dense model that says nothing of this machine's folders."""
-    return "SmolLM2-135M-Instruct" if config.model.path == EMBEDDED else Path(config.model.path).name
-
-
-def data_name(config: RunConfig) -> str:
-    """The same of the data."""
-    return "Python's help topics (pydoc_data)" if config.data.path == EMBEDDED else Path(config.data.path).name
-
 
 CARD_FILE = "README.md"
 LOAD_HEADING = "## Load it"
@@ -123,8 +59,76 @@ to transformers (4.57 or newer), and `trust_remote_code=True` allows it to run. 
 """
 
 
+@dataclass(frozen=True)
+class ModelCard:
+    """Holds the facts of the README.
+
+    Attributes:
+        base_model: name of the dense model, not a path of this machine.
+        dense, pruned: sizes before and after.
+        criterion, ranking: as in the run config.
+        data: what it was tuned on.
+        steps: optimizer steps of the recovery training.
+        perplexity_data: what perplexity was measured on, and how.
+        perplexity_dense, perplexity_pruned: None if they were not measured.
+    """
+
+    base_model: str
+    dense: ModelShape
+    pruned: ModelShape
+    criterion: str
+    ranking: str
+    data: str
+    steps: int
+    perplexity_data: str
+    perplexity_dense: float | None
+    perplexity_pruned: float | None
+
+
+def card_of_run(
+    config: RunConfig,
+    dense: ModelShape,
+    pruned: ModelShape,
+    *,
+    steps: int,
+    windows: int | None = None,
+    perplexity_dense: float | None = None,
+    perplexity_pruned: float | None = None,
+) -> ModelCard:
+    """Collects the facts of a run.
+
+    Args:
+        windows: the number of windows that perplexity was measured on, if it is known.
+    """
+    data = _data_name(config.data)
+    held_out = Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data}"
+    count = "" if windows is None else f"{windows} "
+    return ModelCard(
+        base_model=model_name(config.model),
+        dense=dense,
+        pruned=pruned,
+        criterion=config.prune.criterion,
+        ranking=config.prune.ranking,
+        data=data,
+        steps=steps,
+        perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
+        perplexity_dense=perplexity_dense,
+        perplexity_pruned=perplexity_pruned,
+    )
+
+
+def model_name(config: ModelConfig) -> str:
+    """Names the dense model without the folders of this machine."""
+    return "SmolLM2-135M-Instruct" if config.path == EMBEDDED else Path(config.path).name
+
+
+def _data_name(config: DataConfig) -> str:
+    """Names the data without the folders of this machine."""
+    return "Python's help topics (pydoc_data)" if config.path == EMBEDDED else Path(config.path).name
+
+
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
-    """Writes README.md of the checkpoint in `folder`."""
+    """Writes README.md of the exported model in `folder`."""
     dense, pruned = card.dense, card.pruned
     text = TEMPLATE.format(
         base_model=card.base_model,
@@ -151,10 +155,10 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def retell_model_card(source: Path, folder: Path, how_to_load: str) -> None:
-    """Writes into `folder` the model card in the folder `source`, of the same model in another form.
+def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
+    """Writes into `folder` the model card of `source`, the same model in another format.
 
-    A card that is not ours is kept whole, and one that is missing is not made up.
+    Only the section on loading is new. A card that is not ours is kept whole. A missing one is not made up.
     """
     path = source / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -167,7 +171,7 @@ def _perplexity(value: float | None) -> str:
 
 
 def _layer_rows(shape: ModelShape) -> list[str]:
-    """One table row for each stretch of equal layers."""
+    """Makes one table row for each run of equal layers."""
     rows = []
     for layer, run in groupby(range(len(shape.layers)), key=lambda i: shape.layers[i]):
         first, *rest = run

@@ -236,7 +236,7 @@ def test_bad_input_is_one_line(run: Run, unfinished: Path, tmp_path: Path) -> No
     check_error(export(tmp_path, "--out", out), "holds no run, checkpoint or model")
     check_error(export(run.folder, "--out", "/proc/nowhere/out"), "/proc/nowhere/out cannot be made: [Errno 2]")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loraprune_ds.export.from_checkpoint.write_weight_file", no_room)
+        patch.setattr("loraprune_ds.export.lora.write_weight_file", no_room)
         check_error(export(unfinished, "--out", out), f"{out} cannot be made: Error while serializing: No space left")
     check_error(export(run.folder, "--format", "onnx"), "argument --format: invalid choice: 'onnx'")
     check_error(

@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.tokenizer import copy_tokenizer
+from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.oracle.models import make_tiny_llama

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.export import gguf
-from loraprune_ds.export.formats import Source
 from loraprune_ds.export.formats import export as export_format
+from loraprune_ds.export.source import ExportSource
 from loraprune_ds.model.embedded import embedded_model_dir
 from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
 from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
@@ -163,7 +163,7 @@ def convert(
 ) -> list[Compared]:
     items = []
     for precision in PRECISIONS:
-        export_format(Source(case.name, folder / "model", []), f"gguf-{precision}", folder / precision)
+        export_format(ExportSource(case.name, folder / "model", []), f"gguf-{precision}", folder / precision)
         file = folder / precision / f"{case.name}-{precision}.gguf"
         items.append(Compared(case, precision, tokenizer, folder / "model", file, prompt, new_tokens, texts, {}))
     return items

@@ -1,0 +1,131 @@
+"""Writes what LoRA has learned: merged into W, or beside the pruned base as PEFT's adapter."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loraprune_ds.config import LoraConfig
+from loraprune_ds.export.huggingface import finish_folder
+from loraprune_ds.export.model_card import card_of_run, copy_model_card
+from loraprune_ds.export.source import UnmergedModel
+from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
+from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.pretrained import PretrainedModel, parameter_shapes
+from loraprune_ds.model.shapes import LINEAR_NAMES, LINEARS
+from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
+from loraprune_ds.pruning.prunable_model import CollectedLinear
+
+MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
+
+Change = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]  # of a layer's frozen tensors before they are written
+
+
+def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Computes W + scaling·B·A in fp32, a block of rows at a time, and rounds once, to `dtype`.
+
+    Args:
+        weight: (out_features, in_features).
+        lora_a: (r, in_features), preferably the fp32 master.
+        lora_b: (out_features, r), the same.
+        scaling: lora_alpha / r.
+    """
+    merged = torch.empty_like(weight, dtype=dtype)
+    a, rows_at_once = lora_a.float(), max(1, MERGE_BLOCK // weight.shape[1])
+    for start in range(0, len(weight), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        merged[rows] = torch.addmm(weight[rows].float(), lora_b[rows].float(), a, alpha=scaling)
+    return merged
+
+
+def merged_tensors(linear: CollectedLinear, dtype: str) -> dict[str, Tensor]:
+    """Merges a linear that was collected from the ranks. `zero.write.write_model` writes the result."""
+    target = DTYPES[dtype]
+    weight = merge_lora(linear.weight, linear.lora_A, linear.lora_B, linear.scaling, target)
+    return {"weight": weight} | ({} if linear.bias is None else {"bias": linear.bias.to(target)})
+
+
+def write_merged(unmerged: UnmergedModel, folder: Path) -> None:
+    """Writes a Hugging Face model with LoRA merged in fp32 and rounded once: what the run would export now."""
+    scaling = unmerged.config.lora.lora_alpha / unmerged.config.lora.r
+
+    def merge(layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        lora = unmerged.lora(layer)
+        for linear in LINEARS:
+            name = f"model.layers.{layer}.{linear.name}.weight"
+            a, b = lora[f"{linear.name}.lora_A"], lora[f"{linear.name}.lora_B"]
+            tensors[name] = merge_lora(tensors[name], a, b, scaling, tensors[name].dtype)
+        return tensors
+
+    _write_model(unmerged, folder, merge)
+
+
+def write_base_and_adapter(unmerged: UnmergedModel, folder: Path) -> None:
+    """Writes `base/`, a Hugging Face model without LoRA, and `adapter/`, the fp32 LoRA as PEFT reads it."""
+    base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
+    base.mkdir()
+    _write_model(unmerged, base, lambda layer, tensors: tensors)
+    copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
+    adapter.mkdir()
+    _write_adapter(unmerged, adapter)
+
+
+def _write_model(unmerged: UnmergedModel, folder: Path, change: Change) -> None:
+    """Writes the model layer by layer. No more than one layer is in memory."""
+    layers = len(unmerged.shape.layers)
+    count = weight_file_count(layers)
+    entries = []
+    for k in range(count):
+        tensors = _read_weight_file(unmerged.base, k, DTYPES[unmerged.config.model.dtype])
+        entries.append(write_weight_file(folder, k, count, change(k, tensors) if k < layers else tensors))
+    write_index(folder, entries)
+    state = unmerged.checkpoint.state
+    card = card_of_run(
+        unmerged.config,
+        unmerged.dense.shape,
+        unmerged.shape,
+        steps=state.step,
+        perplexity_dense=state.totals.perplexity_dense,
+        perplexity_pruned=state.totals.perplexity,
+    )
+    finish_folder(folder, unmerged.exported, unmerged.dense.folder, card)
+
+
+def _read_weight_file(pretrained: PretrainedModel, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Reads layer k or, after the last layer, all that belongs to none."""
+    is_layer = k < len(pretrained.shape.layers)
+    prefix = f"model.layers.{k}."
+    tensors = {}
+    for name, size in parameter_shapes(pretrained.shape).items():
+        if name.startswith(prefix) if is_layer else not name.startswith("model.layers."):
+            tensors[name] = pretrained.read_flat(name, 0, torch.Size(size).numel(), dtype).view(size)
+    return tensors
+
+
+def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
+    """Writes the whole LoRA, which is no larger than one decoder layer. PEFT wants it in one file."""
+    tensors = {
+        f"base_model.model.model.layers.{layer}.{name}.weight": tensor
+        for layer in range(len(unmerged.shape.layers))
+        for name, tensor in unmerged.lora(layer).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.dumps(_adapter_config(unmerged.config.lora), indent=2)
+    (folder / "adapter_config.json").write_text(config + "\n")
+
+
+def _adapter_config(lora: LoraConfig) -> dict[str, object]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": f"../{BASE_FOLDER}",
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": list(LINEAR_NAMES),
+        "bias": "none",
+        "inference_mode": True,
+    }
