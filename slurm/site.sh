@@ -1,12 +1,12 @@
 # shellcheck shell=bash
 # All that differs from site to site. Every script here sources it, or the file that LORAPRUNE_SITE names instead.
-# Source it before sbatch, too, which reads the SBATCH_ variables:
+# Source it before sbatch, too, since sbatch reads the SBATCH_ variables:
 #
 #   source slurm/site.sh && sbatch slurm/prune.sbatch CONFIG
 #
-# A value that the environment has already wins.
+# Values that the environment already has win.
 
-# What to ask Slurm for; the options of sbatch win over these, and these over the #SBATCH lines of the scripts.
+# Requests to Slurm. Options of sbatch win over these, and these over the #SBATCH lines of the scripts.
 # export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=project
 # export SBATCH_GPUS_PER_NODE=8
 # export SBATCH_TIMELIMIT=12:00:00
@@ -21,13 +21,13 @@ SRUN_OPTIONS=() # (--container-image=loraprune.sqsh --container-mounts="$PWD:$PW
 # Ranks per node: one per GPU that Slurm has given.
 : "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
 
-# Accelerator: DeepSpeed finds the GPUs. On CPUs, with as many RANKS_PER_NODE as fit the memory:
+# Accelerator: DeepSpeed finds GPUs by itself. For CPUs, with as many RANKS_PER_NODE as fit the memory:
 # export DS_ACCELERATOR=cpu OMP_NUM_THREADS=4
 
-# Network interfaces, where a node has several and the first found is a slow one.
+# Network interfaces, for nodes that have several and find a slow one first.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# Caches: what is compiled lies on the node, what is downloaded on the shared file system.
+# Caches: compiled code lies on the node, downloads lie on the shared file system.
 : "${NODE_CACHE:=${TMPDIR:-/tmp}/loraprune-$UID}"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$NODE_CACHE/triton}
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$NODE_CACHE/torch_extensions}
@@ -35,6 +35,6 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$NODE_CACHE/torch_extensions
 
 # How often one job may start again before it is given up.
 : "${MAX_RESTARTS:=20}"
-# 1: a job whose rank fails while its node stays up (a memory error, a broken connection) starts again by itself, if the
-# run got further than before.
+# 1: a job whose rank fails while its node stays up starts again by itself, if the run got further than before. Examples
+# are a memory error and a broken connection.
 : "${REQUEUE_FAILED:=0}"
