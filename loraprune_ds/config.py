@@ -159,8 +159,8 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
     gradient_checkpointing: bool = False
-    distill_weight: float = 0.0  # w of the loss (1 - w) * cross-entropy + w * KL(uncut model || model); 0: off
-    distill_top_k: int | None = None  # of the uncut model's logits that are kept; None: its final hidden states, exact
+    distill_weight: float = 0.0  # w of the loss (1 - w) * cross-entropy + w * KL(dense model || model); 0: off
+    distill_top_k: int | None = None  # of the dense model's logits that are kept; None: its final hidden states, exact
     loss_chunk_tokens: int | None = None  # tokens whose logits are held at once; None: as many as make 256 MiB in fp32
 
     def __post_init__(self) -> None:
@@ -267,7 +267,7 @@ class RunConfig:
 
     @property
     def recorded_at_once(self) -> int:
-        """Samples of a forward pass that records the uncut model's outputs: it keeps nothing for a backward one."""
+        """Samples of a forward pass that records the dense model's outputs: it keeps nothing for a backward one."""
         return max(self.train.micro_batch_size, self.evaluate.batch_size)
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class Limits:
         dense: the shape before any cut.
         floor: fewest groups that each layer keeps. A protected layer's floor is its dense count.
         layer_budget: most linear parameters each layer may lose.
-        multiple: kept channel counts are multiples of this, except uncut ones.
+        multiple: kept channel counts are multiples of this, except dense counts.
         head_share: the heads' part of the parameters that leave, where they do not compete with channels.
     """
 

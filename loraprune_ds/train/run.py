@@ -61,7 +61,7 @@ def _open_output(config: RunConfig, checkpoint: TrainingCheckpoint | None, warni
 def _open_context(
     config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
 ) -> Iterator[RunContext]:
-    """Opens all that is to be closed when the run ends, in whichever way."""
+    """Opens what a run needs while it lasts, and closes it however the run ends."""
     folder, steps, is_rank_0 = Path(config.output_dir), prepared.steps, comm.rank == 0
     first = checkpoint.state.step if checkpoint else 0
     with (

@@ -40,7 +40,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "evaluate": {"max_windows": 4},
     "logging": {"progress": True},
 }
-LEVERS = PLAIN | {  # 256 samples: two rounds of files of the uncut model's outputs
+LEVERS = PLAIN | {  # 256 samples: two rounds of files of the dense model's outputs
     "train": {
         "steps": STEPS,
         "recovery_steps": RECOVERY,

@@ -9,7 +9,7 @@ that was cut off goes on from its checkpoint, and after every run the table, the
 `--steps`, `--windows` and `--model` make a trial, which is kept apart in a folder of its own.
 
 A run's `seconds` are those of training steps and cuts on whatever machine it was, so no row compares them, and the
-uncut model's pass before a distillation is not in them (quality_cost.py measures both side by side).
+dense model's pass before a distillation is not in them (quality_cost.py measures both side by side).
 
 Every run is launch/run.py through the deepspeed launcher. What can be chosen (the learning rate above all, group
 `rates`) is chosen by the perplexity of a held-out tenth of the tuning text; the test text and the other text, which is
@@ -90,7 +90,7 @@ def trial_name(arguments: argparse.Namespace) -> str:
 
 
 def basis_of(setting: Setting | None, texts: dict[str, Path], windows: int) -> dict[str, Any]:
-    """What a result depends on beside its seed: another basis, another result. Without a setting: the uncut model's."""
+    """What a result depends on beside its seed: another basis, another result. Without a setting: the dense model's."""
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
     chosen = {} if setting is None else {"overrides": list(setting.overrides), "model": setting.model}
     return {**chosen, "texts": digests, "windows": windows}
@@ -126,7 +126,7 @@ def take_over(work: Path) -> None:
 
 
 def measure_dense(texts: dict[str, Path], arguments: argparse.Namespace) -> None:
-    """What the uncut model reaches on the two texts that are looked at last, into the work folder."""
+    """What the dense model reaches on the two texts that are looked at last, into the work folder."""
     path, basis = arguments.work / DENSE, basis_of(None, texts, arguments.windows)
     if not path.exists() or read_json(path)["basis"] != basis:
         model = "embedded" if arguments.model is None else str(arguments.model.resolve())

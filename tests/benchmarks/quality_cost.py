@@ -9,7 +9,7 @@ inherits another's memory:
   whole_gradient   the same step in one process that holds W's gradient whole, as LLM-Pruner does
   lora_gradient    the same process with gradients of LoRA alone
   cut, refit       the same cut to half of the linear parameters, plain and with the least-squares refit
-  teacher          the uncut model's pass over the samples of a run, and the training steps over the same samples
+  teacher          the dense model's pass over the samples of a run, and the training steps over the same samples
 Memory is RssAnon + RssShmem of each rank, sampled every 5 ms: `peak`, and `extra` above the start of the stretch;
 `planned_extra` is what the planner says of it.
 The result goes to tests/benchmarks/results/quality_cost.json.
@@ -186,7 +186,7 @@ def planned_extra(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str,
 
 
 def planned_pass(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str, int]:
-    """What the planner says of the uncut model's pass. On CPU ranks the host's memory is the device's, and gloo has a
+    """What the planner says of the dense model's pass. On CPU ranks the host's memory is the device's, and gloo has a
     copy of what it gathers.
     """
     request = build_request(config.model.path, shape, config, Cluster(nodes=1, gpus_per_node=ranks))

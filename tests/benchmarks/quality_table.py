@@ -53,7 +53,7 @@ def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
     A bar reaches from the mean half the spread over the seeds to either side.
 
     Args:
-        dense: of the uncut model, by text: the dashed lines.
+        dense: of the dense model, by text: the dashed lines.
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FixedLocator, NullLocator

@@ -116,7 +116,7 @@ def test_steps_for_epochs(epochs: float, samples: int, batch: int, steps: int) -
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
-def test_ranks_share_the_same_micro_batches_whatever_their_number(world_size: int) -> None:
+def test_ranks_share_the_same_micro_batches_for_every_number_of_ranks(world_size: int) -> None:
     indices = torch.randperm(12)
     parts = [rank_micro_batches(indices, 2, rank, world_size) for rank in range(world_size)]
     assert {len(part) for part in parts} == {6 // world_size}

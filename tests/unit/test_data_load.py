@@ -1,4 +1,4 @@
-"""From `data.path` to samples and a held-out text: every kind of source, and every way to get it wrong."""
+"""Samples and held-out text of `data.path`: every kind of source, and every way to get it wrong."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a start does with the folder it is given: nothing to it before it is known to be the right one."""
+"""A start does nothing to the folder it is given before it knows that it is the right one."""
 
 import dataclasses
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def test_a_config_of_an_earlier_version_lacks_keys_that_have_their_defaults(conf
 def test_a_path_is_followed_to_where_it_leads(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies beside a checkpoint is looked for there, not beside a link to it."""
+    """A start looks beside the checkpoint itself, not beside a link to it."""
     step = tmp_path / "other" / "checkpoints" / "step-3"
     step.mkdir(parents=True)
     (tmp_path / "latest").symlink_to(step)

@@ -80,7 +80,7 @@ def test_a_terminal_gets_one_live_line() -> None:
 
 
 def test_a_terminal_without_a_width_gets_whole_lines() -> None:
-    """What `script`, and some containers, give; a live line would be cut to nothing."""
+    """The terminal of `script` and of some containers has none. A live line would be cut to nothing."""
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as shown:
         progress = Progress(2, stream=stream, clock=Clock())

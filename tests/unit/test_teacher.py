@@ -1,4 +1,4 @@
-"""Which samples a teacher's files hold, where each lies, and what is told of them."""
+"""A teacher's files hold the samples of the run, each is found again, and damaged files are named."""
 
 from dataclasses import replace
 from pathlib import Path
