@@ -1,4 +1,4 @@
-"""Checks the READMEs against the repository: links, paths, commands, names in the code, and the table of settings."""
+"""Checks the READMEs against the repository. They name links, paths, commands, functions and settings."""
 
 import ast
 import dataclasses
@@ -40,7 +40,7 @@ def spans(text: str) -> list[str]:
 
 
 def shell_lines(text: str) -> list[str]:
-    """Finds the command lines of shell blocks, without comments, and all that stands in backticks."""
+    """Finds the commands of shell blocks, and all that stands in backticks."""
     blocks = [body.replace("\\\n", " ") for language, body in FENCE.findall(text) if language == "bash"]
     return [re.sub(r"(^|\s)#.*", "", line) for block in blocks for line in block.splitlines()] + spans(text)
 
@@ -67,7 +67,7 @@ def broken_links(readme: Path, text: str) -> Iterator[str]:
 
 
 def wrong_paths(readme: Path, text: str) -> Iterator[str]:
-    """Finds paths in backticks or shell blocks that lead nowhere from the checkout, the package or the README."""
+    """Finds paths that lead nowhere, from the checkout, the package or the README."""
     bases = (ROOT, PACKAGE, readme.parent)
     names = {path.name for folder in FOLDERS for path in folder.rglob("*") if path.suffix in CODE_FILES}
     for word in (word.strip("\"',;:()") for line in shell_lines(text) for word in line.split()):
@@ -82,7 +82,7 @@ def wrong_paths(readme: Path, text: str) -> Iterator[str]:
 
 
 def wrong_commands(readme: Path, text: str) -> Iterator[str]:
-    """Finds scripts and modules that a command starts and that do not exist."""
+    """Finds scripts and modules of commands that do not exist."""
     for line in shell_lines(text):
         words = line.split()
         for i, word in enumerate(words):
@@ -104,7 +104,7 @@ def is_module(name: str) -> bool:
 
 
 def defined_names(path: Path) -> set[str]:
-    """Lists the classes and functions of a file, methods with and without their class."""
+    """Lists classes and functions of a file. Methods count with and without their class."""
     names: set[str] = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef):
@@ -116,7 +116,7 @@ def defined_names(path: Path) -> set[str]:
 
 
 def wrong_names(readme: Path, text: str) -> Iterator[str]:
-    """Finds names that a walk through the code gives to a file that does not define them."""
+    """Finds names that a walk through the code puts into the wrong file."""
     for link, rest in WALK.findall(text):
         path = readme.parent / link
         known = defined_names(path) if path.is_file() else set()
@@ -124,7 +124,7 @@ def wrong_names(readme: Path, text: str) -> Iterator[str]:
 
 
 def settings() -> dict[str, str]:
-    """Lists every key of a run config, with its default as the table shows it."""
+    """Lists every key of a run config with its default in words."""
     found = {}
     for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(field.type):
