@@ -19,14 +19,14 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LINEAR_NAMES, LINEARS, Linear, ModelShape
 
-BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # in an export of the two apart
+BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export that keeps the two apart
 ADAPTER = "default"
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Wraps the model. A is drawn from `seed` alone, the same on every rank and world size; B is zero.
+    """Wraps the model. A is drawn from `seed` alone, so it is the same on any number of ranks. B is zero.
 
-    The adapters keep the model's dtype (no silent upcast): their fp32 masters belong to the optimizer.
+    The adapters keep the model's dtype, without a silent upcast. Their fp32 masters belong to the optimizer.
     """
     torch.manual_seed(seed)
     peft_config = PeftLoraConfig(
@@ -41,10 +41,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
 
 
 def check_adapter(folder: Path, config: LoraConfig) -> None:
-    """Whether an existing adapter can be the start of a run: plain LoRA on all seven linears, same r and alpha.
+    """Checks that a run can start from an existing adapter.
+
+    It must be plain LoRA on all seven linears, with the same r and alpha.
 
     Raises:
-        UserError: names the folder and what does not fit.
+        UserError: it cannot. The line names the folder and what does not fit.
     """
     found = read_json(folder / "adapter_config.json")
     if found.get("peft_type") != "LORA" or found.get("use_dora") or found.get("use_rslora"):
@@ -59,7 +61,7 @@ def check_adapter(folder: Path, config: LoraConfig) -> None:
                 f"model.adapter {folder} has {key} {found.get(key)}; the run config says lora.{key} {expected}"
             )
     targets = found.get("target_modules") or []
-    # A pattern, unlike a list, says nothing by itself: its tensors will (check_adapter_tensors).
+    # A pattern says nothing by itself, unlike a list. Its tensors will (check_adapter_tensors).
     missing = set() if isinstance(targets, str) else set(LINEAR_NAMES) - set(targets)
     if missing:
         raise UserError(
@@ -68,10 +70,10 @@ def check_adapter(folder: Path, config: LoraConfig) -> None:
 
 
 def check_adapter_tensors(folder: Path, r: int, shape: ModelShape) -> None:
-    """Whether an existing adapter is one of the model of `shape`. Only the file's header is read.
+    """Checks that an existing adapter fits the model of `shape`. Only the file's header is read.
 
     Raises:
-        UserError: the file is missing or damaged, or a tensor is missing, too many or of another shape.
+        UserError: the file is missing or damaged. A tensor is missing, too many or of another shape.
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -91,7 +93,7 @@ def check_adapter_tensors(folder: Path, r: int, shape: ModelShape) -> None:
 
 
 def _tensor_shapes(shape: ModelShape, r: int) -> dict[str, list[int]]:
-    """By the names in PEFT's adapter_model.safetensors."""
+    """Returns the shapes by the names in PEFT's adapter_model.safetensors."""
     shapes = {}
     for layer in range(len(shape.layers)):
         for linear in LINEARS:
@@ -110,23 +112,23 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def lora_linear(layer: nn.Module, linear: Linear) -> LoraLinear:
-    """PEFT's wrapper around one linear of a decoder layer."""
+    """Returns PEFT's wrapper around one linear of a decoder layer."""
     module = layer.get_submodule(linear.name)
     assert isinstance(module, LoraLinear)
     return module
 
 
 def lora_weights(module: LoraLinear) -> tuple[nn.Parameter, nn.Parameter]:
-    """(A (r, in_features), B (out_features, r)) as parameters."""
+    """Returns the parameters A (r, in_features) and B (out_features, r)."""
     a, b = (cast(nn.Linear, factors[ADAPTER]).weight for factors in (module.lora_A, module.lora_B))
     return cast(nn.Parameter, a), cast(nn.Parameter, b)
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model alone computes while this is open.
+    """Lets the base model alone compute while this is open.
 
-    PEFT's own `disable_adapter` also takes the gradients from LoRA's parameters, which ZeRO-3 has its hooks on.
+    PEFT's own `disable_adapter` also takes the gradients from LoRA's parameters. ZeRO-3 has its hooks on these.
     """
     modules = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for module in modules:
@@ -140,7 +142,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:
-    """Tells a shrunk linear and its PEFT wrappers their new sizes (read by repr, merge and save)."""
+    """Tells a cut linear and its PEFT wrappers their new sizes. repr, merge and save read them."""
     base, lora_a, lora_b = (
         cast(nn.Linear, m) for m in (module.base_layer, module.lora_A[ADAPTER], module.lora_B[ADAPTER])
     )

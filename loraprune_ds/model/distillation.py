@@ -1,10 +1,11 @@
-"""Token losses that pull towards the uncut model: (1 − w) · cross-entropy + w · KL(teacher ‖ student), chunk by chunk.
+"""Token losses that pull towards the dense model, chunk by chunk.
 
-The teacher is one of two, for the supervised tokens of a batch in the order of its rows:
-  its final hidden states   the head is never cut, so its logits are computed again, exactly
-  its k largest logits      as log-probabilities, with the mass of all the others, which is compared as one event
-Of both the gradient by the student's logits is softmax − (1 − w) · label − w · target. Where only the mass of the rest
-is known, the target spreads it over the rest as the student does.
+A loss is (1 − w) · cross-entropy + w · KL(teacher ‖ student). The teacher is the dense model. Its outputs are kept for
+the supervised tokens of a batch, in the order of the rows. They are one of two:
+  hidden states   the final ones. The head is never cut, so it computes exactly the same logits again.
+  top logits      the k largest as log-probabilities. The mass of all others is compared as one event.
+Both give the same gradient by the student's logits: softmax − (1 − w) · label − w · target. With top logits only the
+mass of the rest is known. Then the target spreads it over the rest as the student does.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from loraprune_ds.errors import UserError
 
-LOGITS_AT_ONCE = 1 << 26  # fp32 elements: 256 MiB, and still rows enough to keep a GPU's matrix units busy
+LOGITS_AT_ONCE = 1 << 26  # fp32 elements: 256 MiB. These are rows enough to keep a GPU's matrix units busy
 BUFFERS = 4  # of a chunk's logits, at the widest place of a distilled loss
 SAMPLES_PER_FILE = 64
 FILE_BYTES = 1 << 27  # a rank holds one file's content while it makes it
@@ -24,14 +25,17 @@ FILE_BYTES = 1 << 27  # a rank holds one file's content while it makes it
 
 @dataclass(frozen=True)
 class HiddenTeacher:
-    """hidden: (tokens, hidden_size)."""
+    """Holds final hidden states: (tokens, hidden_size)."""
 
     hidden: Tensor
 
 
 @dataclass(frozen=True)
 class TopTeacher:
-    """log_probs: (tokens, k) fp32, ids: (tokens, k) int64, rest: (tokens,) fp32, the mass of all other ids."""
+    """Holds the k largest logits: log_probs (tokens, k) fp32 and ids (tokens, k) int64.
+
+    rest (tokens,) fp32 is the mass of all other ids.
+    """
 
     log_probs: Tensor
     ids: Tensor
@@ -40,7 +44,7 @@ class TopTeacher:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a loss is mixed with. `weight`: w, in (0, 1]."""
+    """Holds what a loss is mixed with. `weight` is w, in (0, 1]."""
 
     teacher: HiddenTeacher | TopTeacher
     weight: float
@@ -48,28 +52,28 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Recording:
-    """Asks for what a teacher is made of instead of losses. `top_k`: None for its hidden states."""
+    """Asks for the fields of a teacher instead of losses. `top_k` is None for its hidden states."""
 
     top_k: int | None
 
 
 def chunk_size(vocab_size: int, given: int | None, *, buffers: int = BUFFERS) -> int:
-    """Tokens whose logits are held at once: so many as given, or as make LOGITS_AT_ONCE in all buffers together."""
+    """Returns how many tokens' logits are held at once. Without `given` all buffers together have LOGITS_AT_ONCE."""
     return given or max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
 
 
 def token_bytes(top_k: int | None, hidden_size: int, element_size: int) -> int:
-    """On disk, of what is kept of one supervised token: its hidden states, or k fp32 and int32 and an fp32."""
+    """Returns the bytes on disk of one supervised token: its hidden states, or k fp32, k int32 and one fp32."""
     return hidden_size * element_size if top_k is None else top_k * 8 + 4
 
 
 def samples_per_file(sample_bytes: int) -> int:
-    """That one file of a teacher holds, if the largest of them has so many bytes."""
+    """Returns the samples in one file of a teacher, if the largest has `sample_bytes`."""
     return max(1, min(SAMPLES_PER_FILE, FILE_BYTES // max(1, sample_bytes)))
 
 
 def check_top_k(top_k: int | None, vocab_size: int) -> None:
-    """Whether a token has as many logits as are to be kept of it.
+    """Checks that a token has at least `top_k` logits.
 
     Raises:
         UserError: it has fewer.
@@ -80,7 +84,7 @@ def check_top_k(top_k: int | None, vocab_size: int) -> None:
 
 @torch.no_grad()
 def record(hidden: Tensor, weight: Tensor, recording: Recording, chunk_tokens: int | None = None) -> dict[str, Tensor]:
-    """The fields of a teacher, from (tokens, hidden_size) and the head's (vocabulary, hidden_size)."""
+    """Returns the fields of a teacher, from (tokens, hidden_size) and the head's (vocabulary, hidden_size)."""
     if recording.top_k is None:
         return {"hidden": hidden}
     parts = []
@@ -95,7 +99,7 @@ def record(hidden: Tensor, weight: Tensor, recording: Recording, chunk_tokens: i
 def distilled_losses(
     hidden: Tensor, weight: Tensor, labels: Tensor, distillation: Distillation, chunk_tokens: int | None = None
 ) -> Tensor:
-    """(tokens,) fp32. Differentiable with respect to `hidden`, once; the head is frozen.
+    """Returns (tokens,) fp32. It can be differentiated by `hidden`, once. The head is frozen.
 
     Args:
         hidden: (tokens, hidden_size) of supervised tokens.
@@ -147,7 +151,7 @@ class _DistilledLosses(torch.autograd.Function):
 def _target(
     teacher: HiddenTeacher | TopTeacher, rows: slice, weight: Tensor, log_probs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(what the teacher would have the student predict (tokens, vocabulary), KL(teacher ‖ student) (tokens,)), fp32."""
+    """Returns the target of the student (tokens, vocabulary) and KL(teacher ‖ student) (tokens,), both fp32."""
     if isinstance(teacher, HiddenTeacher):
         expected = (teacher.hidden[rows] @ weight.t()).float().log_softmax(1)
         target = expected.exp()

@@ -1,4 +1,4 @@
-"""Names the dtypes that a run config may ask for, and the fp32 products that lose nothing on a GPU."""
+"""The dtypes that a run config may ask for, and fast fp32 products on a GPU that lose nothing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @contextmanager
 def tf32_where_exact(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Lets fp32 products of numbers that came in `dtype` use a GPU's TF32, if that loses nothing.
+    """Lets fp32 products use a GPU's TF32, if the numbers came in `dtype` and lose nothing.
 
-    TF32 keeps 11 bits of a significand: all of bf16 and fp16. So every product is exact, and their sums are fp32.
+    TF32 keeps 11 bits of a significand. That is all of bf16 and fp16. So every product is exact. Their sums are fp32.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         yield

@@ -1,4 +1,4 @@
-"""config.json of a pruned model: stock wherever a stock class can hold the shape, readable by transformers 4 and 5."""
+"""The config.json of a pruned model. It is stock if a stock class can hold the shape. transformers 4 and 5 read it."""
 
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -6,7 +6,7 @@ from typing import Any
 
 from loraprune_ds.model.shapes import ARCHITECTURES, ModelShape
 
-# Keys of the source that say something about its files, its own pruning or its family's options, not about this model.
+# Keys about the source's files, its own pruning or its family's options. They say nothing about this model.
 DROPPED = {
     "_name_or_path",
     "auto_map",
@@ -17,7 +17,7 @@ DROPPED = {
     "quantization_config",
     "sliding_window",
 }
-# What transformers assumes where config.json is silent, for keys on which the Llama and Mistral classes differ.
+# What transformers assumes where config.json is silent. The Llama and Mistral classes differ in these.
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 DEFAULT_SLIDING_WINDOW = 4096  # of MistralConfig
 DEFAULT_ROPE_THETA = 10000.0
@@ -25,11 +25,11 @@ DEFAULT_ROPE_THETA = 10000.0
 
 @dataclass(frozen=True)
 class ExportedConfig:
-    """How a pruned model is described on disk.
+    """Describes a pruned model on disk.
 
     Attributes:
         config: the contents of config.json.
-        modelling_file: file of loraprune_ds/model that has to lie beside the weights; None for a stock model.
+        modelling_file: file of loraprune_ds/model that has to lie beside the weights. None for a stock model.
         renamed: the model type is not the source's.
     """
 
@@ -39,24 +39,25 @@ class ExportedConfig:
 
     @property
     def trust_remote_code(self) -> bool:
-        """Whether transformers must be told to run the file in the folder."""
+        """True if transformers must be told to run the file in the folder."""
         return self.modelling_file is not None
 
     @property
     def loader(self) -> str:
-        """The line of Python that loads the checkpoint from `folder`."""
+        """The line of Python that loads the model from `folder`."""
         trust = ", trust_remote_code=True" if self.trust_remote_code else ""
         return f'AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})'
 
 
 def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> ExportedConfig:
-    """Describes a model of the source's family with the sizes of `shape`, its weights stored as `dtype` ("bfloat16").
+    """Describes a model of the source's family with the sizes of `shape`. Weights are stored as `dtype` ("bfloat16").
 
-    Uniform layers stay a stock model. transformers 5 refuses a Llama whose head count does not divide hidden_size;
-    Mistral's class has the same mathematics and no such check, but no biases, so with biases the shipped file remains.
+    Uniform layers stay a stock model. transformers 5 refuses a Llama whose head count does not divide hidden_size.
+    Mistral's class has the same mathematics and no such check. It has no biases. So with biases the shipped file
+    remains.
 
     Args:
-        source: config.json of the model that was pruned; may itself be the config of a pruned export.
+        source: config.json of the model that was pruned. It may itself be the config of a pruned export.
     """
     model_type = _model_type(shape)
     renamed = model_type != shape.model_type
@@ -69,7 +70,7 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
         "tie_word_embeddings": shape.tie_word_embeddings,
         "torch_dtype": dtype,  # the name up to transformers 4.55
         "dtype": dtype,
-        # AutoTokenizer suspects every mistral checkpoint without a version of an old tokenizer bug, and warns.
+        # Without a version AutoTokenizer suspects every mistral model of an old tokenizer bug, and warns.
         "transformers_version": version("transformers"),
     }
     if not model_type.startswith("pruned_"):
@@ -98,7 +99,10 @@ def _family(shape: ModelShape) -> str:
 
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:
-    """Global sizes, of the widest layer so that whoever reads only these never reserves too little, and layers' own."""
+    """Returns the global sizes and each layer's own.
+
+    The global ones are those of the widest layer. A reader of only these never reserves too little.
+    """
     heads = max(layer.heads for layer in shape.layers)
     sizes: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
@@ -122,10 +126,10 @@ def _layer_sizes(heads: int, channels: int, shape: ModelShape) -> dict[str, int]
 
 
 def _rope(source: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings under the names of transformers 4 and of transformers 5.
+    """Returns the rotary settings under the names of transformers 4 and of transformers 5.
 
-    4 reads rope_theta and rope_scaling and silently ignores rope_parameters; 5 prefers a rope_scaling that is not
-    null, completes it with rope_theta, and otherwise reads rope_parameters.
+    4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. 5 prefers a rope_scaling that is not
+    null, and completes it with rope_theta. Else it reads rope_parameters.
     """
     given = dict(source.get("rope_scaling") or source.get("rope_parameters") or {})
     theta = given.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA

@@ -1,4 +1,4 @@
-"""Finds the folder of a pretrained model: a local one, the embedded default, or one from the hub."""
+"""Finds the folder of a pretrained model: local, embedded or from the hub."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def locate_model(config: ModelConfig) -> Path:
     A model in `.bin` files is first converted to safetensors, in the user's cache.
 
     Raises:
-        UserError: it is none of these, the hub cannot be reached, or a `.bin` file is missing or damaged.
+        UserError: it is none of these. The hub cannot be reached. A `.bin` file is missing or damaged.
     """
     if config.path == EMBEDDED:
         return embedded_model_dir()

@@ -1,6 +1,6 @@
-"""A Llama whose layers differ in attention heads and MLP width: what structured pruning leaves behind.
+"""A Llama whose layers differ in attention heads and MLP width. Structured pruning leaves such a model.
 
-config.json says which layer has what, in transformers' own form (parsed natively from 5.16 on, a plain dict on 4.x):
+config.json has the sizes of each layer in transformers' own form. It parses that from 5.16 on. 4.x has a plain dict.
     "per_layer_config": {"0": {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1301}, ...}
 A size that a layer does not name is the global one. This file needs nothing but torch and transformers:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -21,18 +21,18 @@ from transformers.models.llama.modeling_llama import (
 
 class PrunedLlamaConfig(LlamaConfig):
     model_type = "pruned_llama"
-    # transformers 5: lets code that knows one size for all layers read the global one instead of raising.
+    # In transformers 5 code that knows one size for all layers reads the global one. Else it would raise.
     allow_global_per_layer_attribute_access = True  # pyright: ignore[reportAssignmentType]
 
     def validate(self) -> None:
-        """Runs on saving in transformers 5, where a stock Llama's head count must divide hidden_size.
+        """Does nothing. transformers 5 runs it on saving, and a stock Llama's head count must then divide hidden_size.
 
         head_dim is explicit here, so any head count will do.
         """
 
 
 def layer_config(config: LlamaConfig, layer: int) -> LlamaConfig:
-    """The config with the sizes of one layer."""
+    """Returns the config with the sizes of one layer."""
     per_layer = getattr(config, "per_layer_config", None)
     if per_layer is None:
         return config

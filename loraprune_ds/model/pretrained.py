@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk, checked by its headers and read piece by piece: nobody holds a whole model."""
+"""A pretrained model on disk, checked by its headers and read in parts. So nobody holds a whole model."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,15 +16,19 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.shapes import LINEARS, LayerShape, ModelShape, group_indices, shape_from_config, with_biases
 
-SHARDS = "model-*-of-*.safetensors"
-READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the piece itself
-IGNORED = (".rotary_emb.inv_freq", "lm_head.weight")  # computed anew; a tied head, which is the embedding
+WEIGHT_FILES = "model-*-of-*.safetensors"
+READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the shard itself
+IGNORED = (".rotary_emb.inv_freq", "lm_head.weight")  # the first is computed anew. A tied head is the embedding
 Kept = Sequence[tuple[list[int], list[int]]]  # per layer: heads and channels of the model on disk, ascending
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; an 8-bit weight means nothing without its scales
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names. An 8-bit weight means nothing without its scales
 
 
 class Slice(NamedTuple):
-    """The rows (axis 0) or columns (axis 1) of a tensor on disk that are read; `keep`: (kept,) int64, ascending."""
+    """Names the rows (axis 0) or columns (axis 1) of a tensor on disk that are read.
+
+    Attributes:
+        keep: (kept,) int64, ascending.
+    """
 
     axis: int
     keep: Tensor
@@ -32,15 +36,15 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A supported LLaMA-family checkpoint.
+    """Holds a supported model of the LLaMA family.
 
     Attributes:
-        folder: where config.json and the tokenizer are.
+        folder: has config.json and the tokenizer.
         config: config.json as it is, or as it would be of the model that `slices` leave.
         shape: the sizes it declares, checked against the tensors on disk.
-        files: tensor name -> safetensors file.
+        files: tensor name -> weight file.
         absent: names of tensors that no file holds and that are zero (`open_for_pruning`).
-        slices: tensor name -> what of it belongs to the model, where that is not all (`cut_to`).
+        slices: tensor name -> the part of it that belongs to the model, if not all (`cut_to`).
     """
 
     folder: Path
@@ -51,9 +55,9 @@ class PretrainedModel:
     slices: Mapping[str, Slice] = field(default_factory=dict)
 
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
+        """Returns the elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
 
-        Only the rows that contain the piece are read from disk, and in whole what lies between two kept ones.
+        Only the rows that contain them are read from disk. Rows that lie between two kept ones are read, too.
         """
         if name in self.absent:
             return torch.zeros(end - start, dtype=dtype)
@@ -78,7 +82,7 @@ class PretrainedModel:
 
 
 def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
-    """(position of the first, some ascending rows of which the last is less than `span` after the first)."""
+    """Splits ascending rows into blocks that span less than `span`. Yields each with the position of its first row."""
     at = 0
     while at < len(rows):
         end = int(torch.searchsorted(rows, rows[at] + span))
@@ -87,7 +91,7 @@ def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a checkpoint, in the Hugging Face LLaMA layout; a tied head is not one."""
+    """Returns names and shapes of all tensors in the Hugging Face LLaMA layout. A tied head is not one."""
     hidden = shape.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
     for i in range(len(shape.layers)):
@@ -99,7 +103,7 @@ def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def layer_parameter_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
-    """Those of one decoder layer."""
+    """Returns names and shapes of one decoder layer."""
     prefix = f"model.layers.{layer}."
     shapes: dict[str, tuple[int, ...]] = {}
     for linear in LINEARS:
@@ -113,11 +117,11 @@ def layer_parameter_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int
 
 
 def open_pretrained(folder: Path) -> PretrainedModel:
-    """Reads config.json and the headers of all safetensors files; no weight is read.
+    """Reads config.json and the headers of all weight files, but no weight.
 
     Raises:
-        UserError: not a supported checkpoint, a missing, surplus or damaged file, a missing or surplus tensor, one
-            whose shape contradicts config.json, or a quantized one.
+        UserError: the model is not supported. A file is missing, surplus or damaged. A tensor is missing, surplus or
+            quantized, or its shape contradicts config.json.
     """
     config = read_json(folder / "config.json")
     shape = shape_from_config(config, str(folder))
@@ -138,7 +142,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
 
 
 def open_for_pruning(folder: Path, config: PruneConfig) -> PretrainedModel:
-    """The model of a run: as `open_pretrained`, with biases where a cut is to be made up for by them.
+    """Opens the model of a run as `open_pretrained`. Adds biases if they are to make up for cuts.
 
     Raises:
         UserError: as `open_pretrained`, or its linears cannot have biases.
@@ -148,7 +152,7 @@ def open_for_pruning(folder: Path, config: PruneConfig) -> PretrainedModel:
 
 
 def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
-    """The same model with biases on all linears of the decoder layers: those it lacks are zero."""
+    """Adds biases to all linears of the decoder layers. Those that the model lacks are zero."""
     shape = with_biases(pretrained.shape, str(pretrained.folder))
     config = pretrained.config | {"attention_bias": True, "mlp_bias": True}
     absent = frozenset(name for name in parameter_shapes(shape) if name not in pretrained.files)
@@ -187,7 +191,7 @@ def _slices(pretrained: PretrainedModel, kept: Kept) -> dict[str, Slice]:
 
 
 def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
-    """Tensor name -> (shape, dtype, file). Opening a file checks that its length matches its header."""
+    """Returns tensor name -> (shape, dtype, file). Opening a file checks that its length matches its header."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -213,15 +217,15 @@ def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
                     headers[name] = tuple(view.get_shape()), view.get_dtype(), path
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
-    check_no_surplus(folder, SHARDS, names, index.name)
+    check_no_surplus(folder, WEIGHT_FILES, names, index.name)
     return headers
 
 
 def check_no_surplus(folder: Path, pattern: str, names: Collection[str], index: str) -> None:
-    """Whether the index of a folder's shards names all of them.
+    """Checks that the index of a folder's weight files names all of them.
 
     Raises:
-        UserError: a file that looks like a shard is none of `names`.
+        UserError: a file that looks like a weight file is none of `names`.
     """
     if surplus := sorted(path for path in folder.glob(pattern) if path.name not in names):
-        raise UserError(f"{surplus[0]} is one shard too many; {index} does not name it")
+        raise UserError(f"{surplus[0]} is one weight file too many; {index} does not name it")

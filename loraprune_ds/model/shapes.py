@@ -1,12 +1,12 @@
-"""What the network's sizes are, read from a Hugging Face config and nowhere else.
+"""The sizes of the network, read from a Hugging Face config and nowhere else.
 
-A decoder layer has two kinds of groups that leave together:
-  heads     one key-value head with all the query heads that read it (under MHA: one head)
-  channels  one MLP channel
+A decoder layer has two kinds of groups. All of a group leaves together.
+  heads     one key-value head with all the query heads that read it. Under MHA it is one head.
+  channels  one MLP channel.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,23 +15,23 @@ from loraprune_ds.errors import UserError
 
 Kind = Literal["heads", "channels"]
 KINDS: tuple[Kind, Kind] = ("heads", "channels")
-# The causal LMs that can be pruned: `model_type` in config.json -> name of the class (build.CAUSAL_LMS).
+# The models that can be pruned: `model_type` in config.json -> class name. build.CAUSAL_LMS has the classes.
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "pruned_llama": "PrunedLlamaForCausalLM",
     "pruned_mistral": "PrunedMistralForCausalLM",
 }
-SUPPORTED_MODEL_TYPES = tuple(ARCHITECTURES)  # config.json may have anything, also a list, which is no key
+SUPPORTED_MODEL_TYPES = tuple(ARCHITECTURES)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One LoRA-adapted linear of a decoder layer and how it takes part in a group."""
+    """Describes one LoRA-adapted linear of a decoder layer and its part in a group."""
 
-    name: str  # path inside the decoder layer, as in the checkpoint
+    name: str  # path inside the decoder layer, as in the weight files
     kind: Kind
-    axis: Literal[0, 1]  # which axis of weight (out_features, in_features) shrinks
+    axis: Literal[0, 1]  # the axis of weight (out_features, in_features) that a cut makes smaller
     queries: bool = False  # True: one group is head_dim * queries_per_group wide, else head_dim
 
 
@@ -50,7 +50,7 @@ INPUT_LINEARS = tuple(linear for linear in LINEARS if linear.axis == 1)  # o_pro
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The counts of one decoder layer that pruning changes."""
+    """Holds the counts of one decoder layer that pruning changes."""
 
     heads: int  # key-value heads = head groups
     channels: int  # intermediate_size
@@ -61,7 +61,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All sizes that matter to pruning; names as in the Hugging Face config where one exists."""
+    """Holds all sizes that matter to pruning. Names are those of the Hugging Face config where it has them."""
 
     model_type: str
     hidden_size: int
@@ -74,42 +74,42 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
 
     def group_width(self, linear: Linear) -> int:
-        """Rows (axis 0) or columns (axis 1) of `linear` that belong to one group."""
+        """Counts the rows (axis 0) or columns (axis 1) of `linear` that belong to one group."""
         if linear.kind == "channels":
             return 1
         return self.head_dim * (self.queries_per_group if linear.queries else 1)
 
     def linear_shape(self, layer: int, linear: Linear) -> tuple[int, int]:
-        """(out_features, in_features) of a linear at this layer's current width."""
+        """Returns (out_features, in_features) of a linear at this layer's current width."""
         width = self.layers[layer].count(linear.kind) * self.group_width(linear)
         return (width, self.hidden_size) if linear.axis == 0 else (self.hidden_size, width)
 
     def has_bias(self, linear: Linear) -> bool:
-        """Whether this linear of every layer has one."""
+        """Tells if this linear has one, in every layer."""
         return self.attention_bias if linear.kind == "heads" else self.mlp_bias
 
     def lora_sizes(self, lora_rank: int) -> list[int]:
-        """Elements of every LoRA factor, layer by layer."""
+        """Returns the elements of every LoRA factor, layer by layer."""
         return [numel for i in range(len(self.layers)) for numel in self.layer_lora_sizes(i, lora_rank)]
 
     def layer_lora_sizes(self, layer: int, lora_rank: int) -> list[int]:
-        """Of one layer: of each linear A (r, in_features), then B (out_features, r)."""
+        """Returns those of one layer. Each linear has A (r, in_features), then B (out_features, r)."""
         return [lora_rank * width for linear in LINEARS for width in reversed(self.linear_shape(layer, linear))]
 
     def group_numel(self, kind: Kind) -> int:
-        """Linear parameters (biases not counted) that leave with one group."""
+        """Counts the linear parameters that leave with one group, without biases."""
         return sum(self.group_width(linear) * self.hidden_size for linear in LINEARS if linear.kind == kind)
 
     def layer_numel(self, layer: int) -> int:
-        """Linear parameters of one decoder layer: what `prune.ratio` is a fraction of."""
+        """Counts the linear parameters of one decoder layer. `prune.ratio` is a fraction of these."""
         return sum(self.layers[layer].count(kind) * self.group_numel(kind) for kind in KINDS)
 
     def linear_numel(self) -> int:
-        """Linear parameters of all decoder layers."""
+        """Counts the linear parameters of all decoder layers."""
         return sum(self.layer_numel(i) for i in range(len(self.layers)))
 
     def total_numel(self) -> int:
-        """All parameters of the model, each once: embedding, head unless tied, norms, linears and their biases."""
+        """Counts all parameters once: embedding, head unless tied, norms, linears and their biases."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         norms = self.hidden_size * (2 * len(self.layers) + 1)
         return embeddings + norms + self.linear_numel() + sum(self._bias_numel(layer) for layer in self.layers)
@@ -123,20 +123,20 @@ class ModelShape:
         return numel
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":
-        """The same model with other widths."""
+        """Returns the same model with other widths."""
         return replace(self, layers=layers)
 
     @property
     def is_uniform(self) -> bool:
-        """True when every layer has the same counts, so that a stock model class can hold it."""
+        """True if every layer has the same counts, so that a stock model class can hold it."""
         return len(set(self.layers)) == 1
 
 
 def with_biases(shape: ModelShape, where: str) -> ModelShape:
-    """With biases on all linears of the decoder layers, for `prune.compensate: bias`.
+    """Adds biases on all linears of the decoder layers, for `prune.compensate: bias`.
 
     Raises:
-        UserError: its linears cannot have any; `where` (the folder or hub id) is named.
+        UserError: its linears cannot have any. The line names `where`, the folder or hub id.
     """
     if shape.model_type not in ("llama", "pruned_llama"):
         raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
@@ -144,23 +144,24 @@ def with_biases(shape: ModelShape, where: str) -> ModelShape:
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:
-    """(len(groups) * width,) int64: the rows or columns of some groups, each of which is `width` wide."""
+    """Returns (len(groups) * width,) int64: the rows or columns of some groups, each `width` wide."""
     return (groups[:, None] * width + torch.arange(width)).reshape(-1)
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
-    """Reads `config.json` of a LLaMA-family checkpoint (`per_layer_config` included).
+    """Reads `config.json` of a model of the LLaMA family, `per_layer_config` included.
 
     Raises:
-        UserError: a model type that is not supported, a missing or impossible size, or query heads that key-value
-            heads do not divide, or that transformers refuses; `where` (the folder or hub id) is named.
+        UserError: the model type is not supported. A size is missing or impossible. Key-value heads do not divide query
+            heads. transformers refuses the query heads. The line names `where`, the folder or hub id.
     """
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: llama, mistral (and pruned)")
     try:
         num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
-        per_layer = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}
+        given = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
+        per_layer = {int(k): v for k, v in given.items()}
         sizes = [_layer_sizes(config | per_layer.get(i, {})) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
         head_dim = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
@@ -176,7 +177,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
             f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {sizes[0][0]}, which "
             "transformers' Llama requires"
         )
-    llama_biases = model_type in ("llama", "pruned_llama")  # Mistral's linears never have one
+    llama_biases = model_type in ("llama", "pruned_llama")  # Mistral's linears never have any
     return ModelShape(
         model_type=model_type,
         hidden_size=hidden,
@@ -202,6 +203,6 @@ def _check_heads(where: str, sizes: list[tuple[int, int, int]], head_dim: int) -
 
 
 def _layer_sizes(config: dict[str, Any]) -> tuple[int, int, int]:
-    """(query heads, key-value heads, channels)."""
+    """Returns query heads, key-value heads and channels."""
     queries = int(config["num_attention_heads"])
     return queries, int(config.get("num_key_value_heads") or queries), int(config["intermediate_size"])

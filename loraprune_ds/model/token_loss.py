@@ -1,8 +1,8 @@
-"""Cross-entropy of every token, a chunk of tokens at a time: the logits of a whole batch are never held.
+"""Cross-entropy of every token, a chunk of tokens at a time. The logits of a whole batch are never held.
 
-With a vocabulary of 128,000 and 4,096 tokens the fp32 logits alone are 2 GB, and their gradient as much again. Here the
-head computes them chunk by chunk, and with them, while they are there, the gradient of each loss with respect to its
-hidden state; backward only scales that. So the logits are computed once, and the frozen head is gathered once.
+With a vocabulary of 128,000 and 4,096 tokens the fp32 logits alone are 2 GB. Their gradient is as large. Here the head
+computes logits chunk by chunk. While a chunk is there, it also computes the gradient of each loss by its hidden state.
+Backward only scales that. So logits are computed once, and the frozen head is gathered once.
 """
 
 from typing import Any, cast
@@ -24,14 +24,14 @@ def token_losses(
     chunk_tokens: int | None = None,
     distillation: Distillation | None = None,
 ) -> Tensor:
-    """Next-token cross-entropies in fp32, (batch, window - 1); 0 where a token is not supervised.
+    """Returns next-token cross-entropies in fp32, (batch, window - 1). 0 where a token is not supervised.
 
-    Only supervised tokens reach the head. Differentiable with respect to `hidden`, once; the head is frozen.
+    Only supervised tokens reach the head. They can be differentiated by `hidden`, once. The head is frozen.
 
     Args:
-        hidden: (batch, window, hidden_size), what the decoder's last norm gives.
+        hidden: (batch, window, hidden_size) from the decoder's last norm.
         weight: (vocabulary, hidden_size) of the head, whole.
-        labels: (batch, window), IGNORE_INDEX where a token is not supervised; position t predicts label t + 1.
+        labels: (batch, window), IGNORE_INDEX where a token is not supervised. Position t predicts label t + 1.
         chunk_tokens: as `chunk_size` takes it.
         distillation: what the cross-entropies are mixed with.
     """
@@ -50,7 +50,7 @@ def token_losses(
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """(tokens, hidden_size), (vocabulary, hidden_size), (tokens,) -> (tokens,) fp32."""
+    """Maps (tokens, hidden_size), (vocabulary, hidden_size) and (tokens,) to (tokens,) fp32."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, differentiate: bool) -> Tensor:
@@ -74,7 +74,7 @@ class _ChunkedLosses(torch.autograd.Function):
 
 
 def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropies (tokens,), probabilities (tokens, vocabulary)), both fp32, in one buffer; uses up `logits`."""
+    """Returns cross-entropies (tokens,) and probabilities (tokens, vocabulary), both fp32. Overwrites `logits`."""
     logits = logits.float()
     largest = logits.amax(1, keepdim=True)
     label_logits = logits.gather(1, labels)
@@ -84,9 +84,9 @@ def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LossHead(nn.Linear):
-    """A head that gives token losses when it is told the labels, logits otherwise.
+    """A head that gives token losses if it is told the labels, logits otherwise.
 
-    The loss is computed inside this module's forward because that is where ZeRO-3 has its weight gathered.
+    The loss is computed inside this module's forward. Only there ZeRO-3 has its weight gathered.
     """
 
     def __init__(self, head: nn.Linear, chunk_tokens: int | None) -> None:
@@ -105,7 +105,7 @@ class LossHead(nn.Linear):
 
 
 class TokenLosses:
-    """Before a stock causal LM among the bases of a class: its forward gives token losses if it is told the labels."""
+    """A base class to put before a stock causal LM. Its forward gives token losses if it is told the labels."""
 
     model: nn.Module
     lm_head: nn.Module
@@ -117,9 +117,9 @@ class TokenLosses:
         distillation: Distillation | Recording | None = None,
         **settings: Any,
     ) -> Any:
-        """Labels (batch, window) -> (batch, window - 1) fp32; without labels what the stock model gives.
+        """Returns losses (batch, window - 1) fp32 for labels (batch, window). Without labels it is the stock forward.
 
-        With a `Recording` the fields of a teacher for the supervised tokens instead (distillation.py).
+        With a `Recording` it returns the fields of a teacher for the supervised tokens (distillation.py).
         """
         if labels is None:
             return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
@@ -127,7 +127,7 @@ class TokenLosses:
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:
-    """Makes `model(input_ids=…, labels=…)` give token losses; parameters and their names stay."""
+    """Makes `model(input_ids=…, labels=…)` give token losses. Parameters and their names stay."""
     model.lm_head = LossHead(cast(nn.Linear, model.get_submodule("lm_head")), chunk_tokens)
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})

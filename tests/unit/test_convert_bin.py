@@ -59,11 +59,11 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) and found[name].dtype == torch.bfloat16 for name in expected)
 
 
-@pytest.mark.parametrize("group_bytes", [1, 4000, 1 << 28])
+@pytest.mark.parametrize("file_bytes", [1, 4000, 1 << 28])
 def test_the_same_tensors(
-    folder: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, group_bytes: int
+    folder: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, file_bytes: int
 ) -> None:
-    monkeypatch.setattr(convert_bin, "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(convert_bin, "WEIGHT_FILE_BYTES", file_bytes)
     found = locate_model(ModelConfig(str(folder)))
     pretrained = open_pretrained(found)
     assert set(pretrained.files) == set(parameter_shapes(pretrained.shape)) == set(tensors)
@@ -72,7 +72,7 @@ def test_the_same_tensors(
     assert not (found / convert_bin.INDEX).exists()
     largest = max(tensor.nbytes for tensor in tensors.values())
     for path in found.glob("*.safetensors"):
-        assert sum(tensor.nbytes for tensor in load_file(path).values()) <= max(group_bytes, largest)
+        assert sum(tensor.nbytes for tensor in load_file(path).values()) <= max(file_bytes, largest)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
@@ -179,7 +179,7 @@ def test_a_surplus_file(folder: Path) -> None:
     """Of a download over an older one."""
     surplus = folder / "pytorch_model-00003-of-00003.bin"
     shutil.copy(folder / FILES[1], surplus)
-    assert refused(folder) == f"{surplus.name} is one shard too many; {convert_bin.INDEX} does not name it"
+    assert refused(folder) == f"{surplus.name} is one weight file too many; {convert_bin.INDEX} does not name it"
 
 
 @pytest.mark.parametrize("has_safetensors", [False, True])

@@ -65,8 +65,8 @@ def test_shards_can_be_written_in_any_order_from_views_of_one_buffer(tmp_path: P
             assert loaded.dtype == tensor.dtype
 
 
-def test_a_tensor_in_two_shards_is_a_bug(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="two shards"):
+def test_a_tensor_in_two_files_is_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="two files"):
         write_index(tmp_path, [{"model.norm.weight": 4}, {"model.norm.weight": 4}])
 
 

@@ -228,8 +228,9 @@ def test_no_weights(folder: Path) -> None:
 
 def test_a_surplus_shard(folder: Path) -> None:
     index = split(folder)
-    shutil.copy(folder / "model-00002-of-00002.safetensors", folder / "model-00003-of-00003.safetensors")
-    assert refused(folder) == f"model-00003-of-00003.safetensors is one shard too many; {index.name} does not name it"
+    surplus = "model-00003-of-00003.safetensors"
+    shutil.copy(folder / "model-00002-of-00002.safetensors", folder / surplus)
+    assert refused(folder) == f"{surplus} is one weight file too many; {index.name} does not name it"
 
 
 def test_a_tensor_in_two_files(folder: Path) -> None:
