@@ -1,10 +1,11 @@
-"""Turns a `.bin` checkpoint (torch's pickles) into safetensors, which ranks can read piece by piece.
+"""Converts `.bin` files (torch's pickles) to safetensors. Of these a rank can read its shard alone.
 
     python -m loraprune_ds.model.convert_bin FOLDER
-does that ahead of a run; otherwise a run does it when it starts, once per node. A file's tensors are mapped, not read,
-and written a few at a time, so the process never holds more than GROUP_BYTES or the largest tensor, twice (files that
-torch wrote before 1.6 cannot be mapped: of those one is held). The result is in the user's cache under a digest of the
-source, and is as large as the source.
+does that ahead of a run. Otherwise a run does it when it starts, once per node.
+
+A file's tensors are mapped, not read, and written a few at a time. So the process never holds more than twice
+WEIGHT_FILE_BYTES or twice the largest tensor. Files that torch wrote before 1.6 cannot be mapped: of those one is held.
+The result is in the user's cache under a digest of the source. It is as large as the source.
 """
 
 import hashlib
@@ -29,34 +30,34 @@ from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.whole import make_once, user_cache
 
 INDEX = "pytorch_model.bin.index.json"
-SHARDS = "pytorch_model-*-of-*.bin"
+BIN_FILES = "pytorch_model-*-of-*.bin"
 FOLDER = "loraprune_ds/converted"
 SINGLE = "pytorch_model.bin"
 KEPT = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer
-GROUP_BYTES = 1 << 28  # of tensors written to one file, unless one alone is larger
+WEIGHT_FILE_BYTES = 1 << 28  # of tensors written to one file, unless one alone is larger
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Tensors of one `.bin` file that are written to one safetensors file."""
+class _WeightFile:
+    """Names tensors of one `.bin` file that go to one weight file."""
 
     source: Path
     names: list[str]
 
 
 def needs_conversion(folder: Path) -> bool:
-    """Whether a folder holds a `.bin` checkpoint and no safetensors."""
+    """Tells if a folder holds `.bin` files and no safetensors."""
     has_bin = (folder / INDEX).is_file() or (folder / SINGLE).is_file()
     return has_bin and not any(path.name != "adapter_model.safetensors" for path in folder.glob("*.safetensors"))
 
 
 def converted(folder: Path) -> Path:
-    """The folder of the same checkpoint as safetensors, made at the first call.
+    """Returns the folder of the same model as safetensors, made at the first call.
 
     Raises:
-        UserError: a file is missing, damaged or holds something other than tensors, or the cache cannot be written.
+        UserError: a file is missing, damaged or holds something other than tensors. The cache cannot be written.
     """
     files = _bin_files(folder)
     try:
@@ -82,12 +83,15 @@ def _bin_files(folder: Path) -> list[Path]:
     for path in files:
         if not path.is_file():
             raise UserError(f"{path} is missing; {INDEX} names it")
-    check_no_surplus(folder, SHARDS, names, INDEX)
+    check_no_surplus(folder, BIN_FILES, names, INDEX)
     return files
 
 
 def _digest(folder: Path, files: list[Path]) -> str:
-    """Of the contents: torch's files are zip archives, whose directory holds a checksum of every tensor."""
+    """Computes a digest of the contents.
+
+    torch's files are zip archives. Their directory holds a checksum of every tensor.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for pattern in KEPT for path in folder.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
@@ -105,39 +109,40 @@ def _digest(folder: Path, files: list[Path]) -> str:
 
 def _convert(folder: Path, files: list[Path], made: Path) -> None:
     log.info("converting %s to safetensors, once", folder)
-    groups = [group for path in files for group in _groups(path)]
+    weight_files = [weight_file for path in files for weight_file in _plan_weight_files(path)]
     seen: dict[str, Path] = {}
-    for group in groups:
-        for name in group.names:
+    for weight_file in weight_files:
+        for name in weight_file.names:
             if name in seen:
-                raise UserError(f"{group.source}: {name} is in {seen[name].name}, too")
-            seen[name] = group.source
+                raise UserError(f"{weight_file.source}: {name} is in {seen[name].name}, too")
+            seen[name] = weight_file.source
     entries = []
-    for i, group in enumerate(groups):
-        tensors = _load(group.source)  # mapped anew for every group: what was read of it before can go
-        entries.append(write_weight_file(made, i, len(groups), {name: tensors[name].clone() for name in group.names}))
-        del tensors
+    for i, weight_file in enumerate(weight_files):
+        mapped = _load(weight_file.source)  # anew every time: what was read of it before can go
+        tensors = {name: mapped[name].clone() for name in weight_file.names}
+        entries.append(write_weight_file(made, i, len(weight_files), tensors))
+        del mapped, tensors
     write_index(made, entries)
     for path in (path for pattern in KEPT for path in folder.glob(pattern)):
         if path.name != INDEX:
             shutil.copy(path, made / path.name)
 
 
-def _groups(path: Path) -> Iterator[_Group]:
+def _plan_weight_files(path: Path) -> Iterator[_WeightFile]:
     names: list[str] = []
     size = 0
     for name, tensor in _load(path).items():
-        if names and size + tensor.nbytes > GROUP_BYTES:
-            yield _Group(path, names)
+        if names and size + tensor.nbytes > WEIGHT_FILE_BYTES:
+            yield _WeightFile(path, names)
             names, size = [], 0
         names.append(name)
         size += tensor.nbytes
     if names:
-        yield _Group(path, names)
+        yield _WeightFile(path, names)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    """Tensors by name; of a zip archive their bytes stay on disk until they are touched."""
+    """Returns tensors by name. Those of a zip archive stay on disk until they are touched."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
@@ -150,7 +155,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def main() -> int:
-    """Says in one line where the converted checkpoint is, and makes it first if need be."""
+    """Says in one line where the converted model is. Converts it first if needed."""
     if len(sys.argv) != 2:
         sys.stderr.write(f"{__doc__}\n")
         return 2

