@@ -1,6 +1,6 @@
-"""Tiny random models, cut with plain index_select: what an exported checkpoint has to reproduce.
+"""Makes tiny random models and cuts them with plain index_select. An exported model must compute the same.
 
-The cut is written here a second time, from the architecture alone, so that the tests share nothing with the package's.
+The cut is written here a second time, from the architecture alone. It shares nothing with the package's cut.
 """
 
 import copy
@@ -35,7 +35,7 @@ LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """A dense model and how many (kv heads, channels) each layer keeps."""
+    """Describes a dense model and how many (kv heads, channels) each layer keeps."""
 
     name: str
     family: str
@@ -50,7 +50,7 @@ class Case:
 
 
 MHA = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8, "intermediate_size": 37}
-# head_dim is not hidden_size / heads; 9 of the 12 query heads do not divide hidden_size.
+# head_dim is not hidden_size / heads. 9 of the 12 query heads do not divide hidden_size.
 GQA = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 53}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 TIED = {"tie_word_embeddings": True}
@@ -85,7 +85,7 @@ CASES = [
 
 
 def dense_model(case: Case) -> PreTrainedModel:
-    """The random dense model, fp32; biases and norms are random too, so that losing one shows."""
+    """Makes the random dense model, fp32. Biases and norms are random too, so that losing one shows."""
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
@@ -111,14 +111,14 @@ def dense_model(case: Case) -> PreTrainedModel:
 
 
 def kept_groups(case: Case) -> list[tuple[list[int], list[int]]]:
-    """Per layer: the kept key-value heads and channels, indices into the dense model in ascending order."""
+    """Draws each layer's kept key-value heads and channels: ascending indices into the dense model."""
     draw = random.Random(case.name)
     heads, channels = case.sizes["num_key_value_heads"], case.sizes["intermediate_size"]
     return [(sorted(draw.sample(range(heads), h)), sorted(draw.sample(range(channels), c))) for h, c in case.keep]
 
 
 def widths(case: Case) -> tuple[int, int]:
-    """(query columns, key-value columns) of one head group."""
+    """Returns (query columns, key-value columns) of one group of heads."""
     head_dim = case.sizes["head_dim"]
     return case.sizes["num_attention_heads"] // case.sizes["num_key_value_heads"] * head_dim, head_dim
 
@@ -128,7 +128,7 @@ def columns(groups: list[int], width: int) -> Tensor:
 
 
 def cut(model: PreTrainedModel, case: Case) -> PreTrainedModel:
-    """A copy of the dense model in which each layer holds only its kept groups, still of the stock class."""
+    """Copies the dense model, still of the stock class. Each layer of the copy holds only its kept groups."""
     model = copy.deepcopy(model)
     query_width, key_width = widths(case)
     for layer, (heads, channels) in zip(model.get_submodule("model.layers").children(), kept_groups(case), strict=True):
@@ -139,7 +139,7 @@ def cut(model: PreTrainedModel, case: Case) -> PreTrainedModel:
         for name in ("gate_proj", "up_proj"):
             _select(layer.get_submodule(f"mlp.{name}"), 0, kept)
         _select(layer.get_submodule("mlp.down_proj"), 1, kept)
-    for parameter in model.parameters():  # and not model.to(), which would round the rotary frequencies too
+    for parameter in model.parameters():  # model.to() would round the rotary frequencies too
         parameter.data = parameter.data.to(getattr(torch, case.dtype))
     return model
 
@@ -152,7 +152,7 @@ def _select(linear: nn.Module, axis: int, kept: Tensor) -> None:
 
 
 def mask(model: PreTrainedModel, case: Case) -> None:
-    """Zeroes what the removed groups send into o_proj and down_proj of the dense model; no weight changes."""
+    """Zeroes what the removed groups send into o_proj and down_proj of the dense model. No weight changes."""
     query_width, _ = widths(case)
     for layer, (heads, channels) in zip(model.get_submodule("model.layers").children(), kept_groups(case), strict=True):
         for name, kept in [
@@ -170,7 +170,7 @@ def _times(keep: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
 
 
 def exported_config(model: PreTrainedModel, case: Case) -> tuple[ExportedConfig, ModelShape, ModelShape]:
-    """(what config.json will say, dense shape, pruned shape)."""
+    """Returns (contents of config.json, dense shape, pruned shape)."""
     source = json.loads(model.config.to_json_string(use_diff=False))
     dense = shape_from_config(source, case.name)
     pruned = dense.with_layers(tuple(LayerShape(heads, channels) for heads, channels in case.keep))
@@ -178,7 +178,7 @@ def exported_config(model: PreTrainedModel, case: Case) -> tuple[ExportedConfig,
 
 
 def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> ExportedConfig:
-    """Writes the cut model with the package's pieces; `source` is the folder of the tokenizer."""
+    """Writes the cut model with the package's functions. `source` is the folder of the tokenizer."""
     exported, dense, pruned = exported_config(model, case)
     tensors = dict(cut(model, case).named_parameters())  # a tied head appears once, as the embedding
     count = weight_file_count(len(case.keep))

@@ -1,4 +1,4 @@
-"""Tokenizers of the two kinds that GGUF files hold, trained here in a moment."""
+"""Trains, in a moment, tokenizers of the two kinds that GGUF files hold."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,10 @@ PRE_TOKENIZERS = {"gpt-2": pre_tokenizers.ByteLevel(False), "smollm": SMOLLM, "l
 
 
 def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: bool = False) -> Path:
-    """A folder with a byte-level BPE tokenizer of fewer than `vocab` tokens, some of them added, one not special."""
+    """Makes a folder with a byte-level BPE tokenizer.
+
+    It has fewer than `vocab` tokens. Some of them are added, and one of these is not special.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,7 +61,7 @@ def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: b
 
 
 def sentencepiece_tokenizer(folder: Path, vocab: int, model_type: str = "bpe") -> Path:
-    """A folder that has LLaMA's kind of tokenizer.model and no tokenizer.json."""
+    """Makes a folder that has LLaMA's kind of tokenizer.model and no tokenizer.json."""
     folder.mkdir()
     text = folder.with_suffix(".txt")
     text.write_text("\n".join(line.replace("\n", " ") for line in TRAINING_TEXT))

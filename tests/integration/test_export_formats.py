@@ -1,4 +1,4 @@
-"""launch/export.py on a tiny run: every format in the hands of the library that reads it."""
+"""Runs launch/export.py on a tiny run, and gives every format to the library that reads it."""
 
 import io
 import json
@@ -36,12 +36,12 @@ from tests.oracle.models import make_tiny_llama
 EXPORT = ROOT / "launch" / "export.py"
 VOCAB, STEPS = 320, 6
 PROMPT = torch.arange(60).view(3, 20) * 7 % 300
-SAME = 1e-5  # fp32; the LoRA is added in another order than it was merged in
+SAME = 1e-5  # in fp32: the adapter adds LoRA in another order than the merge
 
 
 @dataclass
 class Run:
-    """A finished run, cut after steps 3 and 5, with a checkpoint of steps 4 and 6."""
+    """Holds a finished run, cut after steps 3 and 5, with checkpoints of steps 4 and 6."""
 
     folder: Path
     source: Path
@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def export(*arguments: str | Path) -> Ended:
-    """launch/export.py in this process, which has the imports already."""
+    """Runs launch/export.py in this process, which has the imports already."""
     out, err = io.StringIO(), io.StringIO()
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -131,7 +131,7 @@ def test_a_run_can_start_from_base_and_adapter(adapter: Path) -> None:
 
 
 def test_the_finished_model_is_copied(run: Run, tmp_path: Path) -> None:
-    """By a process of its own: one line, and the result in the folder it was started from."""
+    """Starts a process. It prints one line, and the result is in the folder it was started from."""
     ended = run_to_end([sys.executable, str(EXPORT), str(run.folder)], cwd=tmp_path)
     assert (ended.code, ended.out, ended.err) == (0, "hf: run-hf\n", ""), ended.everything
     out = tmp_path / "run-hf"
@@ -152,7 +152,7 @@ def test_the_last_checkpoint_is_the_finished_model(run: Run, tmp_path: Path) -> 
 
 @pytest.fixture
 def unfinished(run: Run, tmp_path: Path) -> Path:
-    """The run as it was after step 4."""
+    """Makes the run as it was after step 4."""
     folder = tmp_path / "unfinished"
     shutil.copytree(run.folder, folder)
     shutil.rmtree(folder / "model")

@@ -1,4 +1,4 @@
-"""An exported checkpoint in the hands of a stranger: a process that has transformers and not this package."""
+"""Gives exported models to a stranger: a process that has transformers but not this package."""
 
 import json
 import os
@@ -24,9 +24,9 @@ from tests.stranger import WITHOUT_THE_PACKAGE
 OTHER_TRANSFORMERS = os.environ.get("OTHER_TRANSFORMERS")  # a folder with another version (tests/run_heavy.sh)
 NEW_TOKENS = 8
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB  # longer than the sliding window of 5
-# Same weights, same kernels: in practice the difference is 0. One ulp of a logit of 4 is 5e-7.
+# Weights and kernels are the same, so in practice the difference is 0. One ulp of a logit of 4 is 5e-7.
 SAME = 1e-6
-# eager and sdpa attention add in another order, in the checkpoint's dtype (8 bits of mantissa in bf16, three layers).
+# eager and sdpa attention add in another order, in the model's dtype (8 bits of mantissa in bf16, three layers).
 EAGER = {"float32": 1e-5, "bfloat16": 0.1}
 TEXTS = ["The  import statement\n\tdef f(x):", "one</s>two <s> three", " lead", ""]
 
@@ -74,7 +74,7 @@ assert not any(name.partition(".")[0] == "loraprune_ds" for name in sys.modules)
 
 @dataclass
 class Exported:
-    """A case on disk, the in-memory model it must equal, and what a stranger found in it."""
+    """Holds a case on disk, the in-memory model it must equal, and what a stranger found in it."""
 
     case: Case
     folder: Path
@@ -86,7 +86,7 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    """All cases, exported here and read by one fresh process elsewhere."""
+    """Exports all cases here. One fresh process elsewhere reads them."""
     root = tmp_path_factory.mktemp("exports")
     results = {}
     for case in CASES:
@@ -101,7 +101,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
 
 
 def make_source(folder: Path, model: PreTrainedModel) -> Path:
-    """The dense model's folder as far as an export reads it: config and a sentencepiece-only Llama tokenizer."""
+    """Makes what an export reads of the dense model's folder: config and a sentencepiece-only Llama tokenizer."""
     sentencepiece_tokenizer(folder, VOCAB)
     model.config.save_pretrained(folder)
     return folder
@@ -159,7 +159,7 @@ def test_logits_equal_the_cut_model_in_memory(exported: Exported) -> None:
 @pytest.mark.parametrize("how", ["uncached", "cached", "static"])
 @pytest.mark.parametrize("exported", [case for case in CASES if case.dtype == "float32"], ids=str, indirect=True)
 def test_greedy_text_equals_stepwise_argmax(exported: Exported, how: str) -> None:
-    """fp32 only: in bf16 the sums differ with the number of tokens at a time, and close tokens may swap."""
+    """Compares tokens in fp32 only. In bf16 sums differ with the number of tokens at a time: close tokens may swap."""
     tokens = PROMPT
     for _ in range(NEW_TOKENS):
         with torch.no_grad():
@@ -179,7 +179,7 @@ def test_saved_again_by_transformers_is_the_same_model(exported: Exported) -> No
 
 
 def test_attention_implementation_reaches_every_layer(exported: Exported) -> None:
-    """Only eager attention returns its weights, so a layer left on sdpa would have none."""
+    """Asks for attention weights. Only eager attention returns them: a layer left on sdpa would have none."""
     torch.testing.assert_close(
         exported.found["eager"], exported.found["logits"], rtol=0, atol=EAGER[exported.case.dtype]
     )
@@ -190,7 +190,10 @@ def test_attention_implementation_reaches_every_layer(exported: Exported) -> Non
 
 
 def test_tokens_equal_those_of_the_run(exported: Exported) -> None:
-    """Sentencepiece's own, to which the unit tests hold it; AutoTokenizer alone splits a Mistral's texts otherwise."""
+    """Compares with our loader, which the unit tests compare with sentencepiece.
+
+    AutoTokenizer alone splits a Mistral's texts in another way.
+    """
     tokenizer = load_tokenizer(exported.source)
     assert not (exported.source / "tokenizer.json").exists()
     for i, text in enumerate(TEXTS):

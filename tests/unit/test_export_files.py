@@ -1,4 +1,4 @@
-"""The pieces of an exported folder: merged weights, shards, index, tokenizer, card, and the folder's appearance."""
+"""Tests the parts of an exported folder: merged weights, weight files, index, tokenizer, card, and the whole folder."""
 
 import json
 from pathlib import Path
@@ -28,19 +28,19 @@ def test_merge_rounds_once(dtype: torch.dtype) -> None:
     exact = weight.double() + 2.5 * lora_b.double() @ lora_a.double()
     merged = merge_lora(weight, lora_a, lora_b, 2.5, dtype)
     assert merged.dtype == dtype
-    # Rounding to nearest moves a value by at most half an eps; the fp32 sum of three products adds a few fp32 eps.
+    # Rounding to nearest moves a value by at most half an eps. The fp32 sum of three products adds a few fp32 eps.
     limit = 0.5 * torch.finfo(dtype).eps * exact.abs() + 1e-6
     assert ((merged.double() - exact).abs() <= limit).all()
 
 
 def test_merge_keeps_what_a_half_precision_sum_would_lose() -> None:
-    """Each of B·A's terms is below half an ulp of W in bf16; together they are not."""
+    """Adds terms of B·A that are each below half an ulp of W in bf16. Together they are not."""
     ulp = torch.finfo(torch.bfloat16).eps
     weight, lora_b, lora_a = torch.ones(1, 1).bfloat16(), torch.full((1, 4), 0.25 * ulp), torch.ones(4, 1)
     assert merge_lora(weight, lora_a, lora_b, 1.0, torch.bfloat16).item() == 1 + ulp
 
 
-def test_shards_can_be_written_in_any_order_from_views_of_one_buffer(tmp_path: Path) -> None:
+def test_weight_files_can_be_written_in_any_order_from_views_of_one_buffer(tmp_path: Path) -> None:
     flat = torch.arange(20.0)
     count = weight_file_count(2)
     tensors = [
@@ -118,7 +118,7 @@ def test_tokenizer_files_are_copied_as_they_are(tmp_path: Path) -> None:
 
 
 def test_names_only_transformers_5_knows_are_replaced(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    """4.57 raises on both: an unknown class, and a list where it expects a mapping (tried by hand)."""
+    """Replaces an unknown class, and a list where 4.57 expects a mapping. 4.57 raises on both (tried by hand)."""
     config = json.loads((tiny_tokenizer / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "TokenizersBackend"
     config["extra_special_tokens"] = ["import"]

@@ -1,4 +1,4 @@
-"""The modelling files we ship, and the claim they rest on: a cut model computes what the masked one does."""
+"""Tests the modelling files we ship, and the claim they rest on: a cut model computes the same as the masked one."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def test_masked_equals_shrunk(case: Case) -> None:
         full = model(PROMPT).logits
         mask(model, case)
         masked = model(PROMPT).logits
-    # The masked sums are as long as the dense model's and add in another order: some ulps (2e-7 at 2) per layer.
+    # The masked sums are as long as the dense model's. They add in another order: some ulps (2e-7 at 2) per layer.
     torch.testing.assert_close(shrunk, masked, rtol=0, atol=1e-5)
     assert (full - masked).abs().max() > 0.1  # the removed groups mattered
 
@@ -41,7 +41,7 @@ def build(case: Case, device: str = "cpu") -> PreTrainedModel:
 
 
 def filled(case: Case) -> PreTrainedModel:
-    """The shipped class with the cut model's weights."""
+    """Builds the shipped class with the cut model's weights."""
     model = build(case)
     model.load_state_dict(cut(dense_model(case), case).state_dict())
     return model
@@ -67,7 +67,7 @@ def test_lora_and_gradient_checkpointing(case: Case) -> None:
         assert isinstance(base, PreTrainedModel)
         layer_calls = []
         for layer in base.get_submodule("model.layers").children():
-            # Of the MLP: transformers checkpoints a layer's forward, inside the layer's own hooks.
+            # The hook is on the MLP: transformers checkpoints a layer's forward inside the layer's own hooks.
             layer.get_submodule("mlp").register_forward_pre_hook(lambda *_, calls=layer_calls: calls.append(1))
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -94,7 +94,7 @@ def test_attention_implementation_can_be_changed_on_the_model() -> None:
 
 
 def test_the_two_modelling_files_differ_in_the_family_only() -> None:
-    """Each is shipped alone, so they cannot share code; a change to one belongs into the other."""
+    """Compares the files. Each is shipped alone, so they share no code. A change to one belongs into the other."""
     folder = Path(__file__).parents[2] / "loraprune_ds" / "model"
     llama, mistral = ((folder / f"modeling_pruned_{family}.py").read_text() for family in ("llama", "mistral"))
     start = "def layer_config"

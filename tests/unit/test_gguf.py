@@ -1,4 +1,4 @@
-"""GGUF files read back with gguf-py: every tensor, every size, and what no such file can hold."""
+"""Reads GGUF files back with gguf-py: every tensor, every size, and the errors for what no file can hold."""
 
 import json
 import tracemalloc
@@ -42,7 +42,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """All cases as merged checkpoints."""
+    """Exports all cases as merged models."""
     root = tmp_path_factory.mktemp("models")
     source = byte_level_tokenizer(root / "tokenizer", VOCAB)
     for case in CASES:
@@ -72,7 +72,10 @@ def value(reader: GGUFReader, key: str) -> Any:
 
 
 def paired(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Row by row: llama.cpp's rows 2i and 2i+1 of a head are transformers' rows i and i + head_dim / 2."""
+    """Orders the rows one by one.
+
+    llama.cpp's rows 2i and 2i+1 of a head are transformers' rows i and i + head_dim / 2.
+    """
     order = [
         head + pair + half
         for head in range(0, len(rows), head_dim)
@@ -123,7 +126,7 @@ def test_sizes(case: Case, models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_q8_0_is_within_half_a_step_and_odd_rows_stay_f16(models: dict[str, Path], tmp_path: Path) -> None:
-    """hidden_size is 48, so all but attention outputs of 32 columns are odd: a model of 64 makes the usual case."""
+    """Needs a model of its own. The others have rows of 48, almost all of which stay f16. This one has rows of 64."""
     sizes = {
         "hidden_size": 64,
         "num_attention_heads": 8,
@@ -144,7 +147,7 @@ def test_q8_0_is_within_half_a_step_and_odd_rows_stay_f16(models: dict[str, Path
             halves.add(tensor.name)
         elif tensor.tensor_type == GGMLQuantizationType.Q8_0:
             blocks = np.abs(want).reshape(-1, 32)
-            # 127 steps up to a block's largest value, and that step rounded to f16 (11 bits).
+            # A block's largest value is 127 steps. The step itself is rounded to f16 (11 bits).
             limit = blocks.max(1, keepdims=True) * (0.5 / 127 + 2**-11)
             got = dequantize(tensor.data, tensor.tensor_type).reshape(-1, 32)
             assert (np.abs(got - want.reshape(-1, 32)) <= limit).all()
@@ -190,7 +193,7 @@ def test_llama3_factors_are_those_of_transformers() -> None:
 
 
 def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
-    """numpy's share of it, which tracemalloc sees: what is permuted, rounded or quantised."""
+    """Measures numpy's share, which tracemalloc sees: what is permuted, rounded or quantised."""
     sizes = {
         "hidden_size": 256,
         "num_attention_heads": 4,
@@ -206,7 +209,8 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
     tracemalloc.stop()
     total = sum(t.numel() * 2 for t in tensors_of(tmp_path / "model").values())
     assert total > 20_000_000
-    assert peak < 4_000_000  # a tenth of that are the names and headers; the vocabulary's tensor has 400 kB in fp32
+    # Names and headers are a tenth of that. The vocabulary's tensor has 400 kB in fp32.
+    assert peak < 4_000_000
 
 
 def edit_config(model: Path, copy: Path, **changes: Any) -> Path:

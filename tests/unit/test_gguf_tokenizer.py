@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: what can be read from their keys. That llama.cpp reads the same tokens is a heavy test."""
+"""Reads the keys of tokenizers in GGUF files. A heavy test asks llama.cpp for the same tokens."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ VOCAB = 400
 
 
 def keys_of(folder: Path, vocab_size: int = VOCAB) -> dict[str, Any]:
-    """What the file says about the tokenizer, without the common prefix."""
+    """Returns the keys about the tokenizer, without their common prefix."""
     path = folder.with_suffix(".gguf")
     writer = GGUFWriter(path, "llama")
     add_tokenizer(writer, folder, vocab_size)
@@ -69,7 +69,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
 
 
 def test_merges_give_the_order_that_sentencepiece_had(tmp_path: Path) -> None:
-    """Only tokenizer.json is left, as after `save_pretrained` of transformers 5."""
+    """Has only tokenizer.json, as after `save_pretrained` of transformers 5."""
     folder = sentencepiece_tokenizer(tmp_path / "tokenizer", VOCAB)
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "fast")
     assert not (tmp_path / "fast" / "tokenizer.model").exists()

@@ -1,4 +1,4 @@
-"""What config.json of a pruned model says, for every family, shape and age of the source's config.json."""
+"""Checks config.json of a pruned model, for every family, shape and age of the dense model's config.json."""
 
 from typing import Any
 
@@ -126,7 +126,7 @@ def test_sliding_window() -> None:
 
 
 def test_silent_defaults_of_the_source_family_are_written() -> None:
-    """The stand-in class assumes other values where config.json says nothing."""
+    """Guards against the stand-in class, which assumes other values where config.json says nothing."""
     silent = {k: v for k, v in SOURCE.items() if k not in ("max_position_embeddings", "num_key_value_heads")}
     config = export(silent, [(5, 30)] * LAYERS).config  # MHA now: 12 heads cut to 5
     assert config["model_type"] == "mistral"
