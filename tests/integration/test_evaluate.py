@@ -1,4 +1,4 @@
-"""launch/evaluate.py and launch/compare.py as a user starts them, against the straightforward computation."""
+"""launch/evaluate.py and launch/compare.py, as a user starts them, give what a plain computation gives."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 
 @dataclass(frozen=True)
 class Made:
-    """dense/, a finished run/ of it with checkpoints of steps 4 and 6, its LoRA apart in apart/, text.txt, tasks/."""
+    """Names dense/, its finished run/ with checkpoints of steps 4 and 6, apart/ (LoRA apart), text.txt and tasks/."""
 
     root: Path
 
@@ -62,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def write_tasks(folder: Path) -> None:
-    """A task with a choice and one of perplexity, both read from local files."""
+    """Writes a task with a choice and one of perplexity. Both read local files."""
     folder.mkdir()
     questions = [
         {"query": f"The {noun} is", "choices": [" red.", " made of wood.", " here"], "gold": i % 3}
@@ -84,7 +84,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def evaluate(made: Made, *arguments: str | Path, ranks: int = 1, timeout: float = 180) -> Ended:
-    """Rank 0's end. Each rank is forked from a server that has the imports already: a second, not ten."""
+    """Returns the end of rank 0. Ranks are forked from a server that has the imports: a second, not ten."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     common = (
@@ -118,7 +118,7 @@ def _be_evaluate(arguments: list[str], environment: dict[str, str], outputs: lis
 
 
 def _noisy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Prints at every call, as libraries do, in Python and past it: the answer must stay alone on stdout."""
+    """Makes a function print at every call, in Python and in C, as libraries do. stdout must hold the answer alone."""
 
     def noisy(*arguments: Any, **settings: Any) -> Any:
         print("from Python", flush=True)  # noqa: T201
@@ -129,13 +129,13 @@ def _noisy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def answer(ended: Ended) -> dict[str, Any]:
-    """The one object on stdout of an evaluation that went well."""
+    """Returns the one object on stdout of an evaluation that went well."""
     assert ended.code == 0, ended.everything
     return json.loads(ended.out)
 
 
 def straightforward(folder: Path, text: Path) -> float:
-    """Perplexity by plain transformers, one window at a time, in the words of the definition."""
+    """Computes perplexity with plain transformers, one window at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
     tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(text.read_text()).input_ids
     losses = []
@@ -211,7 +211,7 @@ def test_no_room_to_merge_is_told_before_anything_is_written(
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_ranks_give_the_same_number(made: Made, launcher: str) -> None:
-    """Whole on each rank under one launcher, sharded under the other; rank 0 alone writes, and nothing else."""
+    """The model is whole under one launcher and sharded under the other. Rank 0 alone writes."""
     sharded = ["--sharded"] if launcher == "torchrun" else []
     start = {
         "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_accelerators=2"],
@@ -260,7 +260,7 @@ for folder in folders:
 
 @needs_lm_eval
 def test_tasks_are_what_lm_eval_by_hand_gives(made: Made) -> None:
-    """Dense and pruned; the tokenizer and settings lm-eval chooses for a folder are the ones used here."""
+    """The tokenizer and settings are those that lm-eval chooses for a folder, dense or pruned."""
     tasks = ["tiny_choice", "tiny_prose"]
     arguments = ["--tasks", *tasks, "--include-path", made / "tasks", "--json"]
     found = answer(evaluate(made, made / "run", "--dense", made / "dense", *arguments))
@@ -277,7 +277,7 @@ def test_tasks_are_what_lm_eval_by_hand_gives(made: Made) -> None:
     assert settings["fewshot"] == {"tiny_choice": 0, "tiny_prose": 0}
     shared = answer(evaluate(made, made / "run", *arguments, ranks=2))["tasks"]["results"]
     assert shared["tiny_choice"]["acc,none"] == pruned["tiny_choice"]["acc,none"]
-    # Sums of fp32 log-likelihoods, batched with other texts.
+    # These are sums of fp32 log-likelihoods, batched with other texts.
     assert shared["tiny_prose"]["word_perplexity,none"] == pytest.approx(
         pruned["tiny_prose"]["word_perplexity,none"], rel=1e-5
     )

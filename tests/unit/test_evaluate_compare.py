@@ -1,4 +1,4 @@
-"""Results side by side: read from runs and evaluations, as a table and as a picture."""
+"""Results of runs and evaluations are compared in a table and a picture."""
 
 import json
 from pathlib import Path
@@ -136,7 +136,7 @@ def test_what_is_no_result_is_one_line(tmp_path: Path, make: Any, message: str) 
 
 
 def drawn(results: list[ComparedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Figure:
-    """The figure, as it was saved."""
+    """Returns the figure as it was saved."""
     kept: list[Figure] = []
     save = Figure.savefig
 

@@ -1,4 +1,4 @@
-"""Costs against torch's own count of operations and against the tensors of real models."""
+"""Costs equal torch's own count of operations and the sizes of real tensors."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What can be named as a model, what it turns out to be, and that an adapter is merged right."""
+"""Models are found by any name a user may give, and adapters are merged right."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ REPORT = {"params": {"dense": 2_000_000}, "config": {"prune": {"criterion": "lor
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """dense/, pruned/ (layers differ), adapter/ on dense, tuned/ on pruned, run/."""
+    """Makes dense/, pruned/ (layers differ), adapter/ on dense/, and run/."""
     root = tmp_path_factory.mktemp("models")
     sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "layers": 2}
     make_tiny_llama(root / "dense", vocab=97, seed=1, **sizes)
@@ -79,7 +79,7 @@ def test_a_pruned_model_loads_without_asking_to_run_its_code(made: Path, monkeyp
 
 
 def test_an_adapter_is_merged_in_fp32_and_rounded_once(made: Path) -> None:
-    """By the formula, from the saved factors: W + (alpha / r)·B·A."""
+    """Compares with the formula W + (alpha / r)·B·A on the saved factors."""
     source = find_model(str(made / "adapter"))
     merged = load_model(source, "float32", CPU)
     base, lora = load_model(find_model(str(made / "dense")), "float32", CPU), make_lora(made / "dense", r=4, seed=2)

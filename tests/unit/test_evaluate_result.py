@@ -1,4 +1,4 @@
-"""The table a person reads and the object a program reads, and which requests are refused."""
+"""Results become a table for people and an object for programs. Wrong settings are refused."""
 
 import json
 import math
@@ -65,7 +65,7 @@ SETTINGS = EvaluationSettings(
 
 
 def rows(table: str) -> dict[str, list[str]]:
-    """Name -> the rest of the row, split where there are two spaces or more."""
+    """Returns name -> the rest of the row, split at two or more spaces."""
     found = {}
     for line in filter(None, map(str.strip, table.splitlines())):
         name, *cells = (cell.strip() for cell in line.split("  ") if cell.strip())

@@ -1,4 +1,4 @@
-"""Speed: who runs when, on what, and that a decode step reads one token with the cache of all before."""
+"""Models take turns, and a decode step reads one token and the cache of all earlier ones."""
 
 from itertools import count
 from typing import Any
@@ -13,7 +13,7 @@ from tests.export_cases import CASES, dense_model
 
 
 class Watched(nn.Module):
-    """A model that writes down its calls; its k-th call takes `seconds[k]` on the fake clock."""
+    """Writes down its calls. The k-th call takes `seconds[k]` on the fake clock."""
 
     device = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Texts to evaluate on: files as they are, data sets joined as their raw files have them."""
+"""Files are read as they are, and data sets are joined to the text of their raw files."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def test_a_folder_is_no_text(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands for `datasets.load_dataset`: what it is asked for, and the rows it gives."""
+    """Stands for `datasets.load_dataset`. Holds what it is asked for and the rows it returns."""
     asked: dict[str, Any] = {}
 
     def load_dataset(path: str, name: str | None, *, revision: str | None, split: str) -> Any:
@@ -51,7 +51,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_wikitext_is_joined_as_its_raw_file_has_it(hub: dict[str, Any]) -> None:
-    """Its rows keep their line ends, but a blank line, which is a space in the raw file, is an empty row."""
+    """Its rows keep their line ends. A blank line is a space in the raw file, but an empty row."""
     hub["rows"] = {"text": ["", " = Title = \n", "", " A sentence . \n", " Another . \n", ""]}
     found = load_dataset_text("wikitext2", "validation")
     assert found.text == " \n = Title = \n \n A sentence . \n Another . \n \n"

@@ -1,4 +1,4 @@
-"""Tasks by name, before and after lm-eval itself; what it measures is compared in the integration tests."""
+"""Tasks are found by name, and accuracies are averaged. The integration tests compare the results of lm-eval."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The scripts in slurm/ without a Slurm: what they have srun start, and whether they requeue themselves."""
+"""The scripts in slurm/ start the right commands and requeue themselves. Slurm itself is faked."""
 
 import os
 import shlex
@@ -38,18 +38,18 @@ esac
 class Ended:
     code: int
     log: str
-    ranks: list[str]  # what was started on all ranks, word by word
+    ranks: list[str]  # the words of the command that started on all ranks
     requeued: str | None  # as what
 
 
 def submit(
     folder: Path, script: str, *arguments: str, ranks: str = "true", shown: str = RUNNING, **variables: str
 ) -> Ended:
-    """Runs a script with a `srun` and a `scontrol` that only pretend.
+    """Runs a script with a fake `srun` and a fake `scontrol`.
 
     Args:
         ranks: what the ranks do, in bash.
-        shown: of the job, by scontrol.
+        shown: what scontrol shows of the job.
     """
     bin, started, requeued = folder / "bin", folder / "started", folder / "requeued"
     bin.mkdir()
@@ -94,7 +94,7 @@ def status(step: int, state: State = "running", job: str | None = "7") -> Status
 
 
 def fail_at(folder: Path, before: Status | None, after: Status, code: int = 1, **given: str) -> Ended:
-    """prune.sbatch on a run whose ranks find `before` in status.json, leave `after` and end with `code`."""
+    """Runs prune.sbatch. The ranks find `before` in status.json, leave `after` and end with `code`."""
     if before is not None:
         write_status(folder / "out", before)
     write_status(folder / "after", after)
@@ -147,7 +147,7 @@ def test_a_job_that_would_fail_again_or_is_in_other_hands_does_not(
 
 
 def test_a_task_of_an_array_starts_again_alone(tmp_path: Path) -> None:
-    """Its number may be the array's own, by which all tasks would start again."""
+    """Its number may be the array's own, which would start all tasks again."""
     ended = fail_at(tmp_path, None, status(7), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="35")
     assert ended.requeued == "7_35", ended.log
 

@@ -1,4 +1,4 @@
-"""Perplexity against a computation window by window and token by token, over any batch size and number of ranks."""
+"""Perplexity equals a computation token by token, for any batch size and number of ranks."""
 
 import math
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def token_ids(count: int, seed: int = 0) -> Tensor:
 
 
 def slow_perplexity(forward: Any, windows: list[Tensor], first: list[int]) -> float:
-    """exp of the mean over all predictions, one window and one token at a time; `first` counted token of each."""
+    """Computes one token at a time. `first`: the first token of each window that counts."""
     losses = []
     for window, start in zip(windows, first, strict=True):
         with torch.no_grad():
@@ -104,7 +104,7 @@ def over_ranks(forward: Any, batches: list[Batch], world_size: int) -> list[Perp
 def test_it_is_the_straightforward_mean(forward: Any) -> None:
     windows = token_ids(7 * 24).view(7, 24)
     expected = slow_perplexity(forward, list(windows), [1] * 7)
-    assert expected > 5  # not a number that anything would give
+    assert expected > 5  # a number that not every model gives
     found = measure(losses_of(forward), fixed_batches(windows, 3))
     assert found.perplexity == pytest.approx(expected, rel=1e-6)
     assert (found.tokens, found.windows) == (7 * 23, 7)
@@ -121,7 +121,7 @@ def test_neither_batch_size_nor_ranks_matter(forward: Any, batch_size: int, worl
 
 
 def test_a_mean_of_the_batches_means_is_another_number(forward: Any) -> None:
-    """The last batch is smaller: it must not weigh as much as the others."""
+    """The last batch is smaller and must weigh less."""
     windows = token_ids(5 * 16).view(5, 16)
     means = [math.log(measure(losses_of(forward), fixed_batches(part, 4)).perplexity) for part in windows.split(4)]
     expected = measure(losses_of(forward), fixed_batches(windows, 4)).perplexity
@@ -190,7 +190,7 @@ def test_only_the_beginning_of_a_long_text_is_tokenised() -> None:
 
 
 def test_a_tokenizer_that_needs_much_more_text_gets_all_of_it() -> None:
-    """40 characters a token, as long runs of spaces can be: the beginning does not hold enough tokens."""
+    """A token has 40 characters, as in long runs of spaces. So the beginning does not hold enough tokens."""
 
     def coarse(text: str, **settings: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(text[i]) for i in range(0, len(text), 40)]}
