@@ -1,4 +1,4 @@
-"""What the tests of a single cut or a single scoring do on the ranks."""
+"""Does on the ranks what the tests of a single cut or a single scoring look at."""
 
 import gc
 import weakref
@@ -31,7 +31,7 @@ COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "broadcast", "all_to_all_
 
 @contextmanager
 def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
-    """(name, elements given by this rank) of every collective below DeepSpeed's own front, whoever calls it."""
+    """Yields (name, elements given by this rank) of every collective below DeepSpeed's own front, from any caller."""
     backend: Any = ds_comm.comm.cdb
     calls: list[tuple[str, int]] = []
     originals = {name: getattr(backend, name) for name in COLLECTIVES}
@@ -65,7 +65,7 @@ def after_backward(job: Job, step: int = 1) -> Trainer:
 
 
 def score_shards_and_whole(job: Job, corrupt: bool = False) -> dict[str, Any]:
-    """Scores from owned pieces, with the collectives they took, and all that the oracle needs to score the whole."""
+    """Scores the owned shards and records the collectives. Adds all that the oracle needs to score the whole."""
     trainer = after_backward(job, step=2)
     model = trainer.model
     weights = [
@@ -83,7 +83,7 @@ def score_shards_and_whole(job: Job, corrupt: bool = False) -> dict[str, Any]:
         "calls": calls,
         "weights": weights,
         "factors": [{n: (f.A, f.B, f.grad_A, f.grad_B, f.scaling) for n, f in layer.items()} for layer in factors],
-        "lora_pieces": sum(p.ds_tensor.ds_numel for p in _trainable(trainer)),
+        "lora_shards": sum(p.ds_tensor.ds_numel for p in _trainable(trainer)),
     }
 
 
@@ -96,7 +96,7 @@ def _trainable(trainer: Trainer) -> list[Any]:
 
 
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
-    """Every tensor that a cut carries: frozen weights, LoRA copies, masters and moments, whole."""
+    """Gathers every tensor that a cut carries: frozen weights, LoRA copies, masters and moments."""
     model = trainer.model
     state = OptimizerState(trainer.model.zero_optimizer, _trainable(trainer))
     found = {}
@@ -109,7 +109,7 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[LayerKeep]:
-    """The same kept groups in layers 1 and 2, everything in the others."""
+    """Keeps these groups in layers 1 and 2, and everything in the others."""
     dense = trainer.model.shape.layers
     chosen = LayerKeep(torch.tensor(heads), torch.tensor(channels))
     whole = [LayerKeep(torch.arange(layer.heads), torch.arange(layer.channels)) for layer in dense]
@@ -117,7 +117,7 @@ def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[L
 
 
 def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """State before and after one cut, what it sent, and whether the old pieces are gone."""
+    """Makes one cut. Returns the state before and after, what was sent, and how many old shards are alive."""
     trainer = build(job)
     trainer.step(1)
     trainer.step(2)
@@ -141,7 +141,7 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
 
 
 def shards_at_each_emptying(job: Job, heads: list[int], channels: list[int]) -> list[int]:
-    """Old pieces of cut weights that are alive whenever a cut gives pinned memory back."""
+    """Counts the old shards of cut weights that are alive, each time that a cut gives pinned memory back."""
     trainer = build(job)
     trainer.step(1)
     old = [weakref.ref(_weight(trainer, i, linear).ds_tensor) for i in (1, 2) for linear in LINEARS]
@@ -160,7 +160,7 @@ def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
 
 
 def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) -> dict[str, Any]:
-    """The masks of a cut from given whole gradients; without any, those of this number of ranks."""
+    """Returns the masks of a cut from given whole gradients. Without any it takes those of these ranks."""
     trainer = after_backward(job)
     model = trainer.model
     named = {n: p for n, p in trainer.model.module.named_parameters() if p.requires_grad}
@@ -190,7 +190,7 @@ def _lora_in_order(trainer: Trainer) -> list[Any]:
 
 
 def disagree(job: Job) -> str:
-    """The last rank would keep another group; every rank must say so and none may hang."""
+    """Lets the last rank keep another group. Every rank must say so, and none may hang."""
     trainer = build(job)
     model = trainer.model
     heads = [0, 1] if model.rank < model.world_size - 1 else [0, 2]
@@ -213,7 +213,7 @@ def cut_without_scores(job: Job) -> str:
 
 
 def poisoned(job: Job, where: str) -> str:
-    """A NaN in one weight of layer 2 on one rank, found as a loss, or in one gradient only."""
+    """Puts a number that is not finite on one rank: into a weight, a gradient, or a weight only as it is scored."""
     trainer = build(job)
     if where == "loss":
         if trainer.model.rank == 0:
@@ -243,7 +243,7 @@ def poisoned(job: Job, where: str) -> str:
 
 
 class _PoisonedScores:  # stands in for a PrunableModel
-    """A store whose weight of layer 1 overflows only when it is scored."""
+    """A model whose weight of layer 1 overflows only when it is scored."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

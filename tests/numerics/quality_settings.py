@@ -1,4 +1,4 @@
-"""Refit, true gradient and distillation on real ranks, and what a dense computation needs to be compared with them."""
+"""Runs refit, true gradient and distillation on real ranks. Returns what a dense computation is compared with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,26 +27,27 @@ from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
 INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 CUT_LAYERS = (1, 2)
-HIDDEN_SIZE, FILE_SAMPLES = 25, 5  # of the distillation test's model, and samples in a file of its teacher
+HIDDEN_SIZE, FILE_SAMPLES = 25, 5  # the distillation test's model, and its teacher's files
 
 
 @contextmanager
 def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
-    """What enters o_proj and down_proj in the passes that measure them, by hooks that are not the package's.
+    """Yields what enters o_proj and down_proj in the passes that measure them, without padding.
 
-    Where there is padding, only the tokens that are not.
+    The hooks are not the package's.
     """
     seen: dict[str, list[Tensor]] = {}
-    real: list[Tensor] = []
+    attention_mask: list[Tensor] = []
 
     def see_ids(module: Any, args: tuple[Any, ...], fields: dict[str, Tensor]) -> None:
         ids = fields["input_ids"]
-        real[:] = [ids != PADDING_ID if isinstance(trainer.samples.input_ids, Ragged) else torch.ones_like(ids).bool()]
+        padded = isinstance(trainer.samples.input_ids, Ragged)
+        attention_mask[:] = [ids != PADDING_ID if padded else torch.ones_like(ids).bool()]
 
     def see(key: str, module: Any, inputs: tuple[Any, ...]) -> None:
         compensator = trainer.pruner.compensator
         if compensator is not None and compensator.moments._active:
-            seen.setdefault(key, []).append(inputs[0].detach()[real[0]].clone())
+            seen.setdefault(key, []).append(inputs[0].detach()[attention_mask[0]].clone())
 
     handles = [trainer.engine.deepspeed.register_forward_pre_hook(see_ids, with_kwargs=True)]
     handles += [
@@ -61,7 +62,7 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str, dict[str, Tensor]]:
-    """Weight, bias and LoRA of linears of all layers, by "1.mlp.down_proj"."""
+    """Gathers weight, bias and LoRA of linears of all layers, by names like "1.mlp.down_proj"."""
     found = {}
     for i, layer in enumerate(trainer.model.layers):
         for linear in LINEARS:
@@ -78,7 +79,7 @@ def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str,
 
 
 def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """Two measured steps, then the refit of a cut of layers 1 and 2; before it, the refit of a cut of nothing."""
+    """Makes two measured steps, then a refit for a cut of nothing, then one for a cut of layers 1 and 2."""
     trainer = build(job)
     compensator = trainer.pruner.compensator
     assert compensator is not None
@@ -117,24 +118,27 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
 
 
 def gradient_scores(job: Job) -> dict[str, Any]:
-    """Raw scores of the first step by the criterion `gradient`, what a rank held for them, and LoRA after two steps."""
+    """Makes two steps with the criterion `gradient`.
+
+    Returns the raw scores of the first, what a rank held for them, and LoRA after both.
+    """
     trainer = build(job)
     model, gradients = trainer.model, trainer.pruner.gradients
     assert gradients is not None
-    observe, reduce_scatter = trainer.pruner.score, model.reduce_scatter
+    score, reduce_scatter = trainer.pruner.score, model.reduce_scatter
     shards: list[int] = []
     whole: list[int] = []
 
-    def observe_and_look(step: int) -> None:
+    def look_and_score(step: int) -> None:
         shards.append(sum(shard.numel() for shard in gradients._shards.values()))
-        observe(step)
+        score(step)
 
-    def scatter_and_look(values: Tensor) -> Tensor:
+    def look_and_scatter(values: Tensor) -> Tensor:
         whole.append(len(values))
         return reduce_scatter(values)
 
-    trainer.pruner.score = observe_and_look  # type: ignore[method-assign]
-    model.reduce_scatter = scatter_and_look  # type: ignore[method-assign]
+    trainer.pruner.score = look_and_score  # type: ignore[method-assign]
+    model.reduce_scatter = look_and_scatter  # type: ignore[method-assign]
     trainer.step(1)
     scores = [as_pair(s) for s in trainer.pruner.average.scores or []]
     left = len(gradients._shards)
@@ -142,7 +146,7 @@ def gradient_scores(job: Job) -> dict[str, Any]:
     named = dict(trainer.model.module.named_parameters())
     assert all(p.grad is None for p in named.values() if not p.requires_grad)
     lora = {name: gather_everywhere(model, p) for name, p in named.items() if p.requires_grad}
-    return {"scores": scores, "pieces": shards, "whole": whole, "left": left, "lora": lora}
+    return {"scores": scores, "shards": shards, "whole": whole, "left": left, "lora": lora}
 
 
 def lora_after_two_steps(job: Job) -> dict[str, Tensor]:
@@ -154,7 +158,7 @@ def lora_after_two_steps(job: Job) -> dict[str, Tensor]:
 
 
 def train_and_cut(job: Job) -> dict[str, Tensor]:
-    """Every weight, master and moment after all steps of a job and the cuts that its schedule asks for."""
+    """Makes all steps and cuts of a job. Returns every weight, master and moment."""
     trainer = build(job)
     for step in range(1, len(job.batches) + 1):
         trainer.step(step)
@@ -163,7 +167,7 @@ def train_and_cut(job: Job) -> dict[str, Tensor]:
 
 
 def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
-    """The teacher pass, its files' digests, and the averaged LoRA gradients of the first distilled step."""
+    """Makes the teacher pass and the first distilled step. Returns the files' digests and averaged LoRA gradients."""
     trainer = build(job)
     model, samples = trainer.model, trainer.samples
     train = replace(trainer.config, distill_weight=0.5, distill_top_k=top_k)

@@ -1,4 +1,4 @@
-"""One scoring and one cut, looked at closely: what is computed, what is sent, what is carried, what is freed."""
+"""One scoring and one cut, looked at closely: what is computed, sent, carried and freed."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ KEPT_HEADS, KEPT_CHANNELS = [0, 2], [c for c in range(FFN) if c % 3]
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder = tmp_path_factory.mktemp("surgery")
+    folder = tmp_path_factory.mktemp("cutting")
     model = make_tiny_llama(
         folder / "model",
         heads=HEADS,
@@ -41,10 +41,10 @@ def variant(job: Job, **changes: object) -> Job:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_scores_of_pieces_are_scores_of_the_whole(ranks: RankPool, job: Job, world_size: int) -> None:
+def test_scores_of_shards_are_scores_of_the_whole(ranks: RankPool, job: Job, world_size: int) -> None:
     found = ranks.run(world_size, cutting.score_shards_and_whole, job)
-    # The oracle scores the gathered W from the same fp32 gradients in fp64: what is left is one fp32 rounding of each
-    # element and of short sums, below 1e-6 of a sum of positive terms.
+    # The oracle scores the gathered W from the same fp32 gradients in fp64. What is left is one fp32 rounding of each
+    # element and of short sums. That is below 1e-6 of a sum of positive terms.
     assert worst_difference(found[0]) < 1e-6
     for other in found[1:]:
         assert all(
@@ -64,7 +64,7 @@ def worst_difference(result: dict) -> float:
     return worst
 
 
-def test_a_corrupted_piece_shows_in_the_scores(ranks: RankPool, job: Job) -> None:
+def test_a_corrupted_shard_shows_in_the_scores(ranks: RankPool, job: Job) -> None:
     assert worst_difference(ranks.run(3, cutting.score_shards_and_whole, job, True)[0]) > 1e-4
 
 
@@ -74,7 +74,7 @@ def test_scoring_gathers_lora_and_no_frozen_weight(ranks: RankPool, job: Job, wo
         gathers = [n for name, n in result["calls"] if name == "all_gather_into_tensor"]
         reduces = [n for name, n in result["calls"] if name == "all_reduce"]
         assert {name for name, _ in result["calls"]} == {"all_gather_into_tensor", "all_reduce"}
-        assert sum(gathers) == 2 * result["lora_pieces"]  # masters and gradients, nothing else
+        assert sum(gathers) == 2 * result["lora_shards"]  # masters and gradients, nothing else
         assert len(gathers) == 4  # one per layer
         assert reduces == [4 * (4 * KV_HEADS + 3 * FFN)]  # every module's groups, once
 
@@ -90,7 +90,7 @@ def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_si
         expected = sliced(name, tensor)
         changed += expected.shape != tensor.shape
         assert torch.equal(after[name], expected), name
-    # per cut layer: 7 weights, 5 biases, and of 7 LoRA factors the copy, the master and two moments
+    # per cut layer: 7 weights, 5 biases, 7 LoRA factors. These have copy, master and two moments
     assert changed == 2 * (7 + 5 + 7 * 4)
     assert results[0]["engine_steps"][0] == 2
     if world_size > 1:
@@ -100,7 +100,7 @@ def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_si
 @pytest.mark.parametrize(
     ("heads", "channels", "tensors"),
     [
-        # per cut layer: 4 or 3 weights, their biases along what is cut, and of as many LoRA factors copy and state
+        # per cut layer: 4 or 3 weights and their cut biases. Each has a LoRA factor with copy and state
         pytest.param(KEPT_HEADS, list(range(FFN)), 2 * (4 + 3 + 4 * 4), id="heads"),
         pytest.param(list(range(KV_HEADS)), KEPT_CHANNELS, 2 * (3 + 2 + 3 * 4), id="channels"),
         pytest.param(list(range(KV_HEADS)), list(range(FFN)), 0, id="nothing"),
@@ -127,7 +127,7 @@ def test_what_a_cut_leaves_alone_is_not_sent(
 
 
 def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: list[int] = KEPT_CHANNELS) -> Tensor:
-    """What a tensor of this name is after the cut, by plain index_select."""
+    """Cuts a tensor of this name by plain index_select."""
     layer = name.split(".layers.")[1].split(".")[0] if ".layers." in name else ""
     linear = next((x for x in LINEARS if x.name in name), None)
     if layer not in ("1", "2") or linear is None:
@@ -153,7 +153,7 @@ def test_a_cut_sends_what_changes_owner_and_nothing_else(ranks: RankPool, job: J
 
 
 def moved(name: str, tensor: Tensor, world_size: int) -> int:
-    """Elements whose owner differs before and after, counted one by one."""
+    """Counts the elements whose owner differs before and after, one by one."""
     positions = torch.arange(tensor.numel()).view(tensor.shape)
     old = sliced(name, positions).reshape(-1) // partition_numel(tensor.numel(), world_size)
     new = torch.arange(len(old)) // partition_numel(len(old), world_size)
@@ -161,20 +161,20 @@ def moved(name: str, tensor: Tensor, world_size: int) -> int:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_old_pieces_and_buffers_are_freed(ranks: RankPool, job: Job, world_size: int) -> None:
+def test_old_shards_and_buffers_are_freed(ranks: RankPool, job: Job, world_size: int) -> None:
     results = ranks.run(world_size, cutting.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
     assert [r["alive"] for r in results] == [0] * world_size
 
 
 def test_a_cut_gives_the_pinned_memory_of_a_layer_back_before_the_next_one(ranks: RankPool, job: Job) -> None:
-    """Of layer after layer, of which the middle ones are cut, and at the end."""
+    """Counts after each layer, of which the middle ones are cut, and at the end."""
     alive = ranks.run(2, cutting.shards_at_each_emptying, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
     layers = len(alive[0]) - 1
     assert alive == [[14, 7, *[0] * (layers - 1)]] * 2
 
 
 def test_bf16_masks_are_the_same_on_any_number_of_ranks(ranks: RankPool, job: Job) -> None:
-    """From the same saved weights and gradients: gradients themselves differ between rank counts in bf16."""
+    """Starts from the same saved weights and gradients. In bf16 gradients differ between numbers of ranks."""
     bf16 = variant(job, dtype="bfloat16")
     first = ranks.run(1, cutting.masks_from_saved_gradients, bf16, None)[0]
     for world_size in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Distillation on 1, 2 and 3 ZeRO-3 ranks against autograd on one dense model and its teacher's dense logits."""
+"""Distillation on 1, 2 and 3 ZeRO-3 ranks, against autograd on one dense model and all of its teacher's logits."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def dense_step(job: Job, top_k: int | None) -> tuple[float, dict[str, Tensor]]:
-    """Loss and LoRA gradients of the first batch; the teacher is the same model without its adapter."""
+    """Returns loss and LoRA gradients of the first batch. The teacher is the same model without its adapter."""
     settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
     oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
     input_ids, labels = job.batches[0]
@@ -73,7 +73,7 @@ LENGTHS = [3 + 5 * i % 14 for i in range(STEPS * SAMPLES)]
 def test_loss_and_gradients_are_the_dense_ones(
     ranks: RankPool, job: Job, tmp_path: Path, top_k: int | None, checkpointing: bool, lengths: list[int] | None
 ) -> None:
-    """Without and with samples of different lengths, whose padding nobody learns from."""
+    """Takes samples of one length and of different ones. Nothing is learned from padding."""
     changed = Job(**{**vars(job), "gradient_checkpointing": checkpointing, "lengths": lengths})
     loss, gradients = dense_step(changed, top_k)
     files = []

@@ -1,6 +1,6 @@
-"""Every shipped DeepSpeed config really run on two ranks: training, a cut, training on, evaluation.
+"""Every shipped DeepSpeed config, run on two ranks: training, a cut, training on, evaluation.
 
-On a CPU all of them compute the same things in the same order on the same memory, so they must agree bit by bit.
+On a CPU all of them compute the same things in the same order on the same memory. So they must agree bit by bit.
 """
 
 from dataclasses import replace
@@ -37,7 +37,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def run_all(job: Job) -> dict[str, Any]:
-    """Two steps, a cut, a step, and the dense model's losses on an engine without an optimizer."""
+    """Makes two steps, a cut and a step. Adds the dense model's losses on an engine without an optimizer."""
     result = cutting.cut_once(job, HEADS, CHANNELS)
     return result | {"inference": inference(job)}
 
@@ -58,7 +58,7 @@ def baseline(ranks: RankPool, job: Job) -> dict[str, Any]:
 
 def test_the_cut_under_test_removes_something(baseline: dict[str, Any]) -> None:
     changed = [n for n, tensor in baseline["before"].items() if tensor.shape != baseline["after"][n].shape]
-    assert len(changed) == 2 * (7 + 5 + 7 * 4)  # of two layers, as in test_surgery.py
+    assert len(changed) == 2 * (7 + 5 + 7 * 4)  # of two layers, as in test_cutting.py
     assert baseline["inference"].abs().sum() > 0
 
 
@@ -75,8 +75,8 @@ def test_the_same_bits_as_without(ranks: RankPool, job: Job, baseline: dict[str,
 
 
 @pytest.mark.parametrize("compensate", ["least_squares", "bias"])
-def test_levers_find_the_same_bits(ranks: RankPool, job: Job, compensate: str) -> None:
-    """The true gradient and what makes up for a cut, with weights and optimizer wherever the config has them."""
+def test_quality_settings_find_the_same_bits(ranks: RankPool, job: Job, compensate: str) -> None:
+    """Runs true gradient and compensation with weights and optimizer on the device or the host."""
     prune = {"ratio": 0.2, "prune_every": 2, "criterion": "gradient", "compensate": compensate}
     wanted = ranks.run(2, quality_settings.train_and_cut, replace(job, prune=prune))[0]
     for name in OTHERS:

@@ -36,12 +36,11 @@ def wait_both_ways() -> tuple[str, str]:
 def test_a_long_conversion_does_not_time_out(ranks: RankPool) -> None:
     for hasty, waited in ranks.run(2, wait_both_ways):
         assert waited == "done"
-        assert hasty != "done"  # the limit is one: without patience the run would have ended
+        assert hasty != "done"  # the limit works: without patience the run would have ended
 
 
 def prepare_slowly(config: RunConfig, log: Path) -> None:
-    """Both ranks are of one node; a data set takes its time and is written down when it is asked for and when it has
-    come."""
+    """Prepares on two ranks of one node with a slow data set. Logs when it is asked for and when it has come."""
     comm = Communicator()
 
     def write(word: str) -> None:

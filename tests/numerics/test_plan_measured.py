@@ -70,7 +70,7 @@ def test_options_send_what_was_planned(ranks: RankPool, folder: Path, world_size
 
 
 def limited_config(folder: Path) -> str:
-    """The shipped config with limits that such a small model meets."""
+    """Writes the shipped config with limits that such a small model meets."""
     text = Path("ds_configs/zero3.json").read_text()
     limits = '"stage3_max_live_parameters": 15000, "stage3_max_reuse_distance": 9000, "stage": 3'
     (folder / "limited.json").write_text(text.replace('"stage": 3', limits))
@@ -81,7 +81,7 @@ def limited_config(folder: Path) -> str:
 def test_autograd_keeps_what_the_formula_says_of_a_layer(
     ranks: RankPool, folder: Path, tmp_path: Path, dropout: float
 ) -> None:
-    """Between three layers and four: what lies outside the layers is the same."""
+    """Compares three layers with four. What lies outside the layers is the same."""
     sizes = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 61, "vocab": 97, "seed": 1, "biases": True}
     longer = make_tiny_llama(tmp_path / "longer", layers=4, dtype="bfloat16", **sizes)  # type: ignore[arg-type]
     three, four = (ranks.run(1, saved_activations, Case(x, dropout=dropout))[0] for x in (folder, longer))

@@ -1,4 +1,4 @@
-"""What an engine held is gone before the next model comes, although DeepSpeed still refers to the engine."""
+"""An engine's memory is free before the next model comes, although DeepSpeed still refers to the engine."""
 
 import gc
 from collections.abc import Callable
@@ -39,14 +39,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def live_bytes() -> Callable[[], int]:
-    """Counts the storages of tensors that Python has and that were made since this call, garbage included."""
+    """Counts the storages of all tensors that Python has made since this call, garbage included."""
     gc.collect()
     gc.freeze()  # what is there already is not seen any more
     return lambda: storage_bytes(t for t in gc.get_objects() if isinstance(t, Tensor) and t.device.type != "meta")
 
 
 def bytes_around_release(job: Job) -> tuple[int, int, int]:
-    """(what ZeRO-3 holds for training, all that is alive before the release, all that is alive after it)"""
+    """Returns the bytes that ZeRO-3 holds for training, and all that are alive before and after the release."""
     live = live_bytes()
     trainer = build(job)
     trainer.step(1)
@@ -66,14 +66,14 @@ def bytes_around_release(job: Job) -> tuple[int, int, int]:
 def test_nothing_of_a_training_engine_is_left(ranks: RankPool, job: Job, config: str, world_size: int) -> None:
     around = ranks.run(world_size, bytes_around_release, replace(job, deepspeed=f"ds_configs/{config}.json"))
     samples = 2 * storage_bytes([torch.cat([ids for ids, _ in job.batches])])
-    groups = 3 * (3 + 45) * 8  # in all layers; scores and kept groups are so many numbers
+    groups = 3 * (3 + 45) * 8  # in all layers. Scores and kept groups are as many numbers
     for state, before, after in around:
         assert before > state > 10 * (samples + groups)
         assert after < samples + 10 * groups
 
 
 def recording(module: Any, live: Callable[[], int], alive: list[int], shards: list[int]) -> Any:
-    """A patch of the module's `build_inference_engine`: what is alive just before, and the pieces that it makes."""
+    """Patches the module's `build_inference_engine`. Records what is alive just before, and the shards it makes."""
     build_engine = module.build_inference_engine
 
     def building(*args: Any) -> Any:
@@ -86,7 +86,7 @@ def recording(module: Any, live: Callable[[], int], alive: list[int], shards: li
 
 
 def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
-    """(pieces of the exported model, what is alive when it is read back) in a whole run."""
+    """Returns the bytes of the exported model's shards, and those alive when it is read back in a run."""
     alive: list[int] = []
     shards: list[int] = []
     with recording(train_run, live_bytes(), alive, shards):
@@ -97,11 +97,11 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
 def test_a_run_does_not_hold_what_it_trained_beside_what_it_measures(ranks: RankPool, tmp_path: Path) -> None:
     config = config_for(write_run(tmp_path, train={"steps": 2}), tmp_path / "out", "model.dtype=bfloat16")
     ((shards, alive),) = ranks.run(1, bytes_beside_the_export, config)
-    assert alive < shards  # the samples; what was trained has in its pieces and LoRA's state more than that
+    assert alive < shards  # the samples. The trained model's shards and LoRA's state are more
 
 
 def bytes_between_models(folder: Path) -> tuple[int, int]:
-    """(pieces of a model, what more is alive when the second one is built) in an evaluation of two."""
+    """Evaluates two models. Returns the bytes of one's shards, and those still alive when the second is built."""
     alive: list[int] = []
     shards: list[int] = []
     text = EvaluationText("a text", None, "It is long enough for some windows of eight tokens. " * 2)

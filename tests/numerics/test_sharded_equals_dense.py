@@ -1,12 +1,12 @@
 """The sharded trainer against the oracle, an independent dense process, on 1, 2 and 3 real ZeRO-3 ranks.
 
-Tolerances. Both sides compute in fp32 but sum in different orders (per micro-batch, per rank, per piece), and the
-oracle's own fp32 run differs from its fp64 run by 2e-6 in scores and 8e-7 in the loss on models of this size. So 1e-5
-leaves a factor of about five above pure rounding, and the masks are compared only where the gap between the last group
-that stays and the first that goes is more than ten such tolerances. What a cut only moves is compared bit by bit.
+Both sides compute in fp32 but sum in different orders (per micro-batch, per rank, per shard). On models of this size
+the oracle's own fp32 run differs from its fp64 run. It does so by 2e-6 in scores and 8e-7 in the loss. So the tolerance
+of 1e-5 is about five times pure rounding. Masks are compared only across a gap of more than ten tolerances. It lies
+between the last group that stays and the first that goes. What a cut only moves is compared bit by bit.
 
-Adam's epsilon is 1e-3 here: some LoRA directions of k_proj have a gradient that is zero but for rounding (softmax
-ignores a common shift), and with 1e-8 Adam would turn that rounding into full-size steps on both sides.
+Adam's epsilon is 1e-3 here. Some LoRA directions of k_proj have a gradient that is zero but for rounding, since softmax
+ignores a common shift. With 1e-8 Adam would turn that rounding into full-size steps on both sides.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ def base_job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def dense_run(job: Job, outcome: Outcome) -> tuple[DenseTrainer, list[StepRecord]]:
-    """The oracle, told how many groups to keep but not which."""
+    """Runs the oracle. It is told how many groups to keep but not which."""
     settings = Settings(lora_alpha=job.lora_alpha, max_grad_norm=job.max_grad_norm, epsilon=job.adam_epsilon)
     trainer = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
     counts = {step: [(len(h), len(c)) for h, c in outcome.kept[step - 1]] for step in outcome.cut_steps}
@@ -48,7 +48,7 @@ def dense_run(job: Job, outcome: Outcome) -> tuple[DenseTrainer, list[StepRecord
 
 
 def assert_masks_are_decided(outcome: Outcome, records: list[StepRecord]) -> None:
-    """Identical masks mean something only where rounding could not have swapped two groups."""
+    """Checks that rounding could not have swapped two groups. Else equal masks would mean nothing."""
     for step in outcome.cut_steps:
         for averages, kept in zip(records[step - 1].averages, outcome.kept[step - 1], strict=True):
             for scores, groups in zip(averages, kept, strict=True):
@@ -78,7 +78,7 @@ def test_training_and_cuts(ranks: RankPool, base_job: Job, world_size: int, micr
                 assert relative(found[1], expected[1]) < TOLERANCE
     for name, master in oracle.masters().items():
         assert (outcome.masters[name] - master).abs().max() < TOLERANCE, name
-    for i in (0, 1):  # first and second moments, the difference relative to the largest: they have gradients' units
+    for i in (0, 1):  # first and second moments. Differences are relative to the largest: they have gradients' units
         largest = max(moments[i].abs().max() for moments in oracle.moments().values())
         for name, moments in oracle.moments().items():
             assert (outcome.moments[name][i] - moments[i]).abs().max() < TOLERANCE * largest, name

@@ -13,7 +13,7 @@ from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 25, 5, 4, 25, 61, 3  # MLP weights do not divide by 2 or 3
-# Both sides compute gradients and sums of fp32 numbers, in another order; the scores are sums of positive terms.
+# Both sides compute gradients and sums of fp32 numbers, in another order. The scores are sums of positive terms.
 TOLERANCE = 1e-5
 
 
@@ -29,7 +29,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def dense_scores(job: Job) -> list[tuple[Tensor, Tensor]]:
-    """(heads, channels) of every layer by autograd on whole weights, element by element in fp64."""
+    """Returns (heads, channels) of every layer by autograd on whole weights, element by element in fp64."""
     oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), Settings(lora_alpha=job.lora_alpha))
     wrappers = {(i, n): oracle._wrapper(i, n) for i in range(LAYERS) for n in HEAD_LINEARS + CHANNEL_LINEARS}
     for wrapper in wrappers.values():
@@ -70,7 +70,7 @@ def test_scores_are_those_of_autograd(
     assert len(result["whole"]) == 7 * LAYERS * micro_batches
     linear_numel = LAYERS * (2 * numels[0] + 2 * numels[1] + 3 * numels[2])
     for other in results:
-        assert linear_numel / world_size <= other["pieces"][0] <= linear_numel / world_size + 7 * LAYERS
+        assert linear_numel / world_size <= other["shards"][0] <= linear_numel / world_size + 7 * LAYERS
         assert other["left"] == 0
         assert all(
             torch.equal(a, b)
@@ -88,6 +88,6 @@ def test_training_does_not_notice(ranks: RankPool, job: Job) -> None:
 def test_only_every_kth_step_pays(ranks: RankPool, job: Job) -> None:
     sparse = Job(**{**vars(job), "prune": {**job.prune, "gradient_every": 2}})
     result = ranks.run(2, quality_settings.gradient_scores, sparse)[0]
-    assert result["pieces"][0] > 0
-    assert result["pieces"][1] == 0
+    assert result["shards"][0] > 0
+    assert result["shards"][1] == 0
     assert len(result["whole"]) == 7 * LAYERS * 3  # the three micro-batches of step 1

@@ -56,7 +56,7 @@ def lora_of(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture
 def adapter(folder: Path, tmp_path: Path) -> Path:
-    """What PEFT itself saves, with random factors."""
+    """Saves an adapter as PEFT itself does, with random factors."""
     model = wrap(folder, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_an_adapter_that_does_not_fit(adapter: Path, values: dict[str, Any], mes
 
 
 def refused(folder: Path, adapter: Path) -> str:
-    """What the header of its tensors is refused with."""
+    """Returns the line that refuses the header of its tensors."""
     with pytest.raises(UserError) as caught:
         check_adapter_tensors(adapter, CONFIG.r, open_pretrained(folder).shape)
     path = str(adapter / "adapter_model.safetensors")
@@ -200,7 +200,7 @@ def test_missing_and_damaged_files(folder: Path, adapter: Path) -> None:
 
 
 def test_tensors_that_do_not_fit(folder: Path, adapter: Path) -> None:
-    """As the input is checked: an adapter of another model must not be found when the model is loaded."""
+    """An adapter of another model must be found as the input is checked, not when the model is loaded."""
     weights = adapter / "adapter_model.safetensors"
     tensors = load_file(weights)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"

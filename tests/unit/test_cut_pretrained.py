@@ -1,4 +1,4 @@
-"""A model that cuts have left is read from the dense one's files as slices, bit by bit as if it had been written."""
+"""A cut model is read from the dense one's files as slices, bit by bit as if it had been written."""
 
 import itertools
 from pathlib import Path
@@ -36,7 +36,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
-    """The same tensors with rows and columns left out one group after the other."""
+    """Returns the same tensors with rows and columns left out, one group after the other."""
     left = dict(tensors)
     for i, (heads, channels) in enumerate(kept):
         for linear in LINEARS:
@@ -52,7 +52,7 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 24])
 @pytest.mark.parametrize("kept", [UNEVEN, EVEN], ids=["uneven", "even"])
-def test_every_piece_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "READ_CHUNK", chunk)
     cut, expected = cut_to(open_pretrained(folder), kept, "float32"), cut_by_hand(load_tensors(folder), kept)
     assert parameter_shapes(cut.shape) == {name: tuple(tensor.shape) for name, tensor in expected.items()}

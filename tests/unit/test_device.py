@@ -1,4 +1,4 @@
-"""What a rank asks of its device, with a GPU that is not there."""
+"""A rank's questions to its device, with a GPU that is not there."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from loraprune_ds.zero.device import check_dtype, empty_host_cache
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The accelerator, as far as it is asked for."""
+    """Fakes the accelerator, as far as it is asked for."""
     fake = SimpleNamespace(device_name=lambda: "cuda")
     monkeypatch.setattr(device, "accelerator", lambda: fake)
     return fake
@@ -55,7 +55,7 @@ def test_tf32_is_for_products_of_halves_on_a_gpu_and_for_no_others(dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tf32_holds_every_half(dtype: torch.dtype) -> None:
-    """All 65,536 of them, in fp32, end with 13 bits that are zero: those that TF32 drops."""
+    """All 65,536 of them end with 13 zero bits in fp32. These are the bits that TF32 drops."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     numbers = every[every.isfinite()].float()
     assert len(numbers) > 60_000

@@ -10,12 +10,12 @@ from loraprune_ds.model import distillation
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, Recording, TopTeacher, distilled_losses, record
 
 TOKENS, HIDDEN, VOCABULARY = 23, 8, 37
-# fp32 against fp64: losses of about 4, and gradients of about 1, each from sums of 37 terms.
+# fp32 against fp64. Losses are about 4, gradients about 1, each from sums of 37 terms.
 TOLERANCE = 2e-6
 
 
 def made_up(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student's and teacher's hidden states, the head, labels."""
+    """Returns the student's and the teacher's hidden states, the head and labels."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(TOKENS, HIDDEN, generator=generator) for _ in range(2))
     return (
@@ -27,7 +27,7 @@ def made_up(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def dense(student: Tensor, teacher: Tensor, head: Tensor, labels: Tensor, w: float, k: int | None) -> Tensor:
-    """(tokens,) fp64 by the definition; with k the other ids are one event."""
+    """Returns (tokens,) fp64 by the definition. With k the other ids are one event."""
     ours, theirs = (torch.log_softmax(h.double() @ head.double().T, 1) for h in (student, teacher))
     cross_entropy = -ours.gather(1, labels[:, None])[:, 0]
     if k is None:

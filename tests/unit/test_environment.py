@@ -1,4 +1,4 @@
-"""What ranks take from the environment, and that it reaches the process groups."""
+"""Ranks take settings from the environment, and these reach the process groups."""
 
 import os
 import subprocess
@@ -95,7 +95,7 @@ def start_alone(rank: int, world_size: int, folder: Path) -> None:
 
 
 def what_the_groups_have() -> tuple[list[timedelta], str | None]:
-    """Timeouts of the group of all ranks and of another one; the interface of gloo."""
+    """Returns the timeouts of the group of all ranks and of another one, and the interface of gloo."""
     world: Any = torch.distributed.group.WORLD
     other: Any = torch.distributed.new_group()
     timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in (world, other)]

@@ -1,4 +1,4 @@
-"""The geometry of a cut in flat space, with every rank simulated: the plan of all ranks together is an index_select."""
+"""The geometry of a cut on flat shards, with every rank simulated. All plans together are an index_select."""
 
 import math
 import random
@@ -20,7 +20,7 @@ class Case:
     world_size: int
 
     def shards(self) -> list[Tensor]:
-        """What each rank holds: equal lengths, the padding poisoned."""
+        """Returns what each rank holds. All have equal lengths, and the padding is poisoned."""
         size = partition_numel(self.whole.numel(), self.world_size)
         padding = self.whole.new_full((size * self.world_size - self.whole.numel(),), NAN)
         return list(torch.cat([self.whole.reshape(-1), padding]).split(size))
@@ -42,7 +42,7 @@ def random_case(draw: random.Random) -> Case:
 
 
 def exchange(case: Case, plans: list[ReshardPlan]) -> list[Tensor]:
-    """The new pieces, as an all-to-all of what every rank takes would deliver them."""
+    """Returns the new shards, as an all-to-all of what every rank takes would deliver them."""
     outgoing = [plan.take(shard).split(plan.send) for plan, shard in zip(plans, case.shards(), strict=True)]
     return [torch.cat([parts[rank] for parts in outgoing]) for rank in range(case.world_size)]
 

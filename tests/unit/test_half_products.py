@@ -1,4 +1,4 @@
-"""Half-precision products through fp32 are torch's own ones, to a rounding, and cost one part of a weight at a time."""
+"""Half-precision products through fp32 equal torch's own to a rounding. They cost one part of a weight at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +48,7 @@ ALL = (linear, linear_with_bias, scaled_product, batched, batched_with_addition,
 
 
 def outputs(product: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The product and its gradients."""
+    """Returns the product and its gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 16, 24), (48, 24), (48,))
     tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
@@ -65,7 +65,7 @@ def test_same_as_torchs_own_product(product: Callable[..., Tensor], dtype: torch
         got = outputs(product, dtype)
     for mine, torchs in zip(got, expected, strict=True):
         assert mine.dtype == torchs.dtype
-        # A sum of about 24 terms in another order rounds to the next number at most, and attention rounds a few times.
+        # A sum of about 24 terms in another order rounds to the next number at most. Attention rounds a few times.
         assert (mine - torchs).abs().max() <= 4 * torch.finfo(dtype).eps * torchs.abs().max()
 
 

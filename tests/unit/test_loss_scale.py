@@ -1,4 +1,4 @@
-"""fp16's overflow handling as pure functions: skip in fp16, stop with a name everywhere else."""
+"""Handling of overflow as pure functions. fp16 skips the step, other dtypes stop with a name."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_without_a_loss_scale_a_bad_gradient_stops_the_run(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_bad_loss_stops_the_run_in_every_dtype(dtype: str, loss: float) -> None:
-    """The loss itself is not scaled: no lower scale would help."""
+    """The loss itself is not scaled, so no lower scale would help."""
     with pytest.raises(RunError, match=rf"^step 4: the loss is {loss} on rank 1$"):
         decide([3, None], [1.0, loss], dtype=dtype, step=4)
     with pytest.raises(RunError, match=rf"^step 4: the loss is {loss} on rank 1; the weights of layer 2 are not fin"):

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: read piece by piece exactly, and refused in one line when anything about it is wrong."""
+"""A Hugging Face folder is read in parts exactly, and refused in one line when anything about it is wrong."""
 
 import json
 import random
@@ -33,14 +33,14 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("original"), **SIZES)
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("intact"), **SIZES)
 
 
 @pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(original, tmp_path / "model"))
+def folder(intact: Path, tmp_path: Path) -> Path:
+    """Makes a copy that a test may damage."""
+    return Path(shutil.copytree(intact, tmp_path / "model"))
 
 
 def refused(folder: Path) -> str:
@@ -66,7 +66,7 @@ def edit_config(folder: Path, **values: Any) -> None:
 
 
 def split(folder: Path) -> Path:
-    """Two shards and an index, like the checkpoints of larger models."""
+    """Makes two weight files and an index, as larger models have them."""
     tensors = tensors_of(folder)
     names = sorted(tensors)
     weight_files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
@@ -103,14 +103,14 @@ def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings:
     assert set(found.files) == set(stock)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("in_two", [False, True])
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 24])
 def test_read_flat_is_a_slice_of_the_flat_tensor(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool, chunk: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, in_two: bool, chunk: int
 ) -> None:
     monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
     expected = tensors_of(folder)
-    if sharded:
+    if in_two:
         split(folder)
     opened, draw = open_pretrained(folder), random.Random(chunk)
     for _ in range(150):
@@ -131,7 +131,7 @@ def test_every_float_type_on_disk_can_be_read(folder: Path, stored: torch.dtype)
     assert torch.equal(shard, tensors[WEIGHT].reshape(-1)[10:500].float())
 
 
-def test_all_pieces_of_all_ranks_make_up_the_tensor(folder: Path) -> None:
+def test_the_shards_of_all_ranks_make_up_the_tensor(folder: Path) -> None:
     opened, expected = open_pretrained(folder), tensors_of(folder)[WEIGHT].reshape(-1)
     size = -(-len(expected) // 7)
     shards = [
@@ -185,20 +185,20 @@ def test_a_tensor_of_another_shape(folder: Path) -> None:
     ("stored", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8")]
 )
 def test_a_quantized_tensor(folder: Path, stored: torch.dtype, name: str) -> None:
-    """bitsandbytes and fp8 checkpoints keep a weight's shape; read as it is it would be nonsense."""
+    """bitsandbytes and fp8 models keep a weight's shape. Read as it is, it would be nonsense."""
     tensors = tensors_of(folder)
     tensors[WEIGHT] = tensors[WEIGHT].to(stored)
     save(folder, tensors)
     assert refused(folder) == f"model.safetensors: {WEIGHT} is stored as {name}; quantized weights cannot be pruned"
 
 
-def test_a_missing_shard(folder: Path) -> None:
+def test_a_missing_weight_file(folder: Path) -> None:
     split(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert refused(folder) == "model-00002-of-00002.safetensors is missing; model.safetensors.index.json names it"
 
 
-def test_a_damaged_shard(folder: Path) -> None:
+def test_a_damaged_weight_file(folder: Path) -> None:
     split(folder)
     path = folder / "model-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -226,7 +226,7 @@ def test_no_weights(folder: Path) -> None:
     assert refused(folder) == "FOLDER has no safetensors files"
 
 
-def test_a_surplus_shard(folder: Path) -> None:
+def test_a_surplus_weight_file(folder: Path) -> None:
     index = split(folder)
     surplus = "model-00003-of-00003.safetensors"
     shutil.copy(folder / "model-00002-of-00002.safetensors", folder / surplus)
@@ -240,7 +240,7 @@ def test_a_tensor_in_two_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
 def test_a_surplus_tensor(folder: Path, name: str) -> None:
-    """A layer more than config.json has, or a bias it does not promise: the model would compute something else."""
+    """config.json has no such layer, or promises no bias. The model would compute something else."""
     save(folder, tensors_of(folder) | {name: torch.ones(24)})
     assert refused(folder) == f"model.safetensors: {name} has no place in the model that config.json describes"
 

@@ -1,4 +1,4 @@
-"""A DeepSpeed that lacks what in-place pruning relies on is refused by name, with its version, before any work."""
+"""A DeepSpeed that lacks what a cut relies on is refused by name, with its version, before any work."""
 
 import ast
 import re
@@ -55,7 +55,7 @@ def test_a_renamed_converter_takes_the_parameters_attributes_with_it(monkeypatch
 def test_a_missing_attribute_is_named(
     monkeypatch: pytest.MonkeyPatch, cls: type, function: str, holder: str, name: str
 ) -> None:
-    """As if DeepSpeed's function assigned everything but this one."""
+    """Pretends that DeepSpeed's function assigns everything but this one."""
     names = tuple(n for n in getattr(cls, function).__code__.co_names if n != name)
     monkeypatch.setattr(cls, function, FakeFunction(names))
     assert refusal() == f"{holder}.{name}"
@@ -70,22 +70,22 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 class FakeFunction:
-    """Something with a code object that mentions only `names`."""
+    """Has a code object that mentions only `names`."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.__code__ = type("Code", (), {"co_names": names})
 
 
-# The list is exact: whatever the package takes from DeepSpeed's objects is in it.
+# The list is exact: all that the package takes from DeepSpeed's objects is in it.
 
-# As the package's variables say. What it takes from the engine itself is public, but for the counters it writes.
+# Names of the package's variables. All that it takes from the engine itself is public, but for the counters it writes.
 OBJECTS = {"zero", "zero_optimizer", "optimizer", "offload", "coordinator", "init", "scaler"}
 PUBLIC = {"optimizer", "state", "param_groups", "loss_scale", "get", "clear"}
 ONLY_WRITTEN = {"ds_numel_aligned"}  # in a decorated function, whose names cannot be seen
 
 
 def touched(source: str) -> set[str]:
-    """Attributes of DeepSpeed's optimizer and its helpers, and of its parameters, that a file mentions."""
+    """Finds the attributes of DeepSpeed's optimizer, its helpers and its parameters that a file mentions."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
@@ -96,7 +96,7 @@ def touched(source: str) -> set[str]:
 
 
 def targets(source: str) -> list[ast.Attribute]:
-    """Attributes that a file assigns."""
+    """Finds the attributes that a file assigns."""
     assigned = [
         target for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign) for target in node.targets
     ]

@@ -1,4 +1,4 @@
-"""Sizes read from config.json, and the arithmetic of groups against counting real tensors."""
+"""Sizes read from config.json, and the arithmetic of groups against a count of tensors."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_a_llama() -> None:
 
 
 def test_defaults_of_older_configs() -> None:
-    """LLaMA-1 files have neither key-value heads nor a head size; some write null."""
+    """LLaMA-1 files have neither key-value heads nor a head size. Some write null."""
     for config in (without("num_key_value_heads"), without(num_key_value_heads=None, head_dim=None)):
         shape = shape_from_config(config, "somewhere")
         assert (shape.queries_per_group, shape.layers[0].heads, shape.head_dim) == (1, 6, 8)
@@ -152,7 +152,7 @@ def test_sizes_of_known_models() -> None:
 
 
 def test_rows_of_a_group() -> None:
-    """2 of 3 key-value heads with 2 query heads each, head_dim 2."""
+    """Keeps 2 of 3 key-value heads with 2 query heads each, head_dim 2."""
     shape = make_shape([(3, 5)], head_dim=2, queries_per_group=2)
     keep = LayerKeep(torch.tensor([0, 2]), torch.tensor([1, 4]))
     rows = {linear.name: keep.indices(shape, linear).tolist() for linear in LINEARS}
@@ -161,14 +161,14 @@ def test_rows_of_a_group() -> None:
     assert rows["mlp.gate_proj"] == rows["mlp.up_proj"] == rows["mlp.down_proj"] == [1, 4]
 
 
-def test_biases_shrink_with_their_linear() -> None:
+def test_biases_leave_with_their_linear() -> None:
     config = without(attention_bias=True, mlp_bias=True)
     shape = shape_from_config(config, "somewhere")
     names = {name for name in parameter_shapes(shape) if name.endswith("bias")}
     assert len(names) == 2 * 7
     smaller = shape.with_layers((LayerShape(1, 90), shape.layers[1]))
     lost = shape.total_numel() - smaller.total_numel()
-    biases = 8 * (3 + 2) + 10 * 2  # q, k, v of one group; gate and up of ten channels; o and down keep theirs
+    biases = 8 * (3 + 2) + 10 * 2  # q, k, v of one group, gate and up of ten channels. o and down keep theirs
     assert lost == shape.linear_numel() - smaller.linear_numel() + biases
 
 

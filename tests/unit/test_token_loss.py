@@ -20,7 +20,7 @@ CHUNKS = [1, 5, 16, 48, None]
 
 
 def material(dtype: torch.dtype = torch.float32, *, supervised: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden, weight, labels); logits spread by about 3."""
+    """Returns (hidden, weight, labels). Logits spread by about 3."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(BATCH, WINDOW, HIDDEN, generator=generator).to(dtype).requires_grad_()
     weight = (torch.randn(VOCAB, HIDDEN, generator=generator) * 3 / math.sqrt(HIDDEN)).to(dtype)
@@ -30,7 +30,7 @@ def material(dtype: torch.dtype = torch.float32, *, supervised: float = 0.7) -> 
 
 
 def straightforward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """In fp64, from the same numbers."""
+    """Returns the losses in fp64, from the same numbers."""
     logits = hidden[:, :-1].double() @ weight.double().t()
     return cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none")
 
@@ -41,7 +41,7 @@ def gradient_of(losses: Tensor, hidden: Tensor, upstream: Tensor) -> Tensor:
 
 
 def worst(found: Tensor, expected: Tensor) -> float:
-    """Relative to the largest: an element of a loss or a gradient can be zero but for rounding."""
+    """Returns the largest error relative to the largest element. Other elements can be zero but for rounding."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).abs().max() / expected.abs().max())
 
@@ -51,7 +51,7 @@ def worst(found: Tensor, expected: Tensor) -> float:
     ("dtype", "tolerance"),
     [
         (torch.float32, 1e-6),  # sums of 24 and of 131 terms, each rounded to 6e-8
-        # Logits come out of the head in bf16, so 2**-9 of up to 10; the unchunked loss of a bf16 model is as far away.
+        # Logits come out of the head in bf16, so 2**-9 of up to 10. The unchunked loss of a bf16 model is as far away.
         (torch.bfloat16, 1e-2),
     ],
 )
@@ -67,7 +67,7 @@ def test_losses_and_gradients(chunk: int | None, dtype: torch.dtype, tolerance: 
 
 
 def test_bf16_is_as_good_as_without_chunks() -> None:
-    """The gradient is rounded to bf16 once more than autograd's: it may be off by a half more, not by a multiple."""
+    """The gradient is rounded to bf16 once more than autograd's. It may be off by a half more, not by a multiple."""
     hidden, weight, labels = material(torch.bfloat16)
     upstream = torch.rand(BATCH, WINDOW - 1, generator=torch.Generator().manual_seed(1))
     exact = gradient_of(straightforward(hidden, weight, labels), hidden, upstream)
@@ -80,7 +80,7 @@ def test_bf16_is_as_good_as_without_chunks() -> None:
 
 
 def test_a_batch_without_a_supervised_token() -> None:
-    """A rank can have one; its backward must still run, for the others wait in its gathers."""
+    """A rank can have one. Its backward must still run, for the others wait in its gathers."""
     hidden, weight, labels = material()
     losses = token_losses(hidden, weight, torch.full_like(labels, IGNORE_INDEX))
     assert torch.equal(losses, torch.zeros(BATCH, WINDOW - 1))
@@ -98,7 +98,7 @@ def test_hopeless_and_broken_logits() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives."""
+    """Counts the elements of the largest tensor that any operation gives."""
 
     numel = 0
 
