@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, Status, describe_method, read_status
-from loraprune_ds.config import DTYPES, ModelConfig
+from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FOLDER
 from loraprune_ds.model.build import CAUSAL_LMS
+from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
 
@@ -124,12 +125,12 @@ def load_model(found: FoundModel, dtype: str, device: torch.device) -> PreTraine
         UserError: the adapter does not fit its base model.
     """
     model_class = CAUSAL_LMS[found.pretrained.shape.model_type]
-    read_dtype = torch.float32 if found.adapter else getattr(torch, dtype)
+    read_dtype = torch.float32 if found.adapter else DTYPES[dtype]
     model = model_class.from_pretrained(found.pretrained.folder, dtype=read_dtype, attn_implementation="sdpa")
     if found.adapter:
         model = _merge(model, found.adapter)
         for parameter in model.parameters():  # model.to() would round the rotary frequencies, too
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+            parameter.data = parameter.data.to(DTYPES[dtype])
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`
 
 
