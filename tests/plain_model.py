@@ -11,8 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
-from loraprune_ds.model.build import decoder_layers
-from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.family import Linear
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import (
     CollectedLinear,
     ComputeTensor,

@@ -13,8 +13,9 @@ from deepspeed import comm as ds_comm
 from torch import Tensor
 
 from loraprune_ds.config import DataConfig, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import KINDS, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.activations import Batch, logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster

@@ -15,7 +15,7 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FOLDER
-from loraprune_ds.model.build import CAUSAL_LMS
+from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
@@ -124,7 +124,7 @@ def load_model(found: FoundModel, dtype: str, device: torch.device) -> PreTraine
     Raises:
         UserError: the adapter does not fit its base model.
     """
-    model_class = CAUSAL_LMS[found.pretrained.shape.model_type]
+    model_class = causal_lm_class(found.pretrained.shape.model_type)
     read_dtype = torch.float32 if found.adapter else DTYPES[dtype]
     model = model_class.from_pretrained(found.pretrained.folder, dtype=read_dtype, attn_implementation="sdpa")
     if found.adapter:

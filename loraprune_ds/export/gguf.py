@@ -15,7 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
 from loraprune_ds.model.embedded import LAYER_NAMES
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.pretrained import PretrainedModel, parameter_shapes
+from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 
 Array = np.ndarray[Any, Any]
@@ -95,7 +95,7 @@ def architecture(shape: ModelShape) -> str:
 
 def plan_tensors(shape: ModelShape, precision: Precision) -> list[GgufTensor]:
     """Plans all tensors, in the order they are written. Matrices get `precision`. Norms and biases stay fp32."""
-    return [_plan_tensor(source, size, shape, precision) for source, size in parameter_shapes(shape).items()]
+    return [_plan_tensor(source, size, shape, precision) for source, size in shape.parameters().items()]
 
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:

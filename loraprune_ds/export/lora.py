@@ -14,8 +14,7 @@ from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.export.source import UnmergedModel
 from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
 from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.model.pretrained import PretrainedModel, parameter_shapes
-from loraprune_ds.model.shapes import LINEAR_NAMES, LINEARS
+from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 
@@ -54,7 +53,7 @@ def write_merged(unmerged: UnmergedModel, folder: Path) -> None:
 
     def merge(layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         lora = unmerged.lora(layer)
-        for linear in LINEARS:
+        for linear in unmerged.shape.linears:
             name = f"model.layers.{layer}.{linear.name}.weight"
             a, b = lora[f"{linear.name}.lora_A"], lora[f"{linear.name}.lora_B"]
             tensors[name] = merge_lora(tensors[name], a, b, scaling, tensors[name].dtype)
@@ -99,7 +98,7 @@ def _read_weight_file(pretrained: PretrainedModel, k: int, dtype: torch.dtype) -
     is_layer = k < len(pretrained.shape.layers)
     prefix = f"model.layers.{k}."
     tensors = {}
-    for name, size in parameter_shapes(pretrained.shape).items():
+    for name, size in pretrained.shape.parameters().items():
         if name.startswith(prefix) if is_layer else not name.startswith("model.layers."):
             tensors[name] = pretrained.read_flat(name, 0, torch.Size(size).numel(), dtype).view(size)
     return tensors
@@ -113,11 +112,11 @@ def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
         for name, tensor in unmerged.lora(layer).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = json.dumps(_adapter_config(unmerged.config.lora), indent=2)
+    config = json.dumps(_adapter_config(unmerged.config.lora, unmerged.shape), indent=2)
     (folder / "adapter_config.json").write_text(config + "\n")
 
 
-def _adapter_config(lora: LoraConfig) -> dict[str, object]:
+def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -125,7 +124,7 @@ def _adapter_config(lora: LoraConfig) -> dict[str, object]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": list(LINEAR_NAMES),
+        "target_modules": linear_names(shape),
         "bias": "none",
         "inference_mode": True,
     }

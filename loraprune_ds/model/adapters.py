@@ -1,9 +1,10 @@
 """PEFT LoRA on the seven linears of every decoder layer, fresh or from an existing adapter."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -17,33 +18,35 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.shapes import LINEAR_NAMES, LINEARS, Linear, ModelShape
+from loraprune_ds.model.family import Linear
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export that keeps the two apart
 ADAPTER = "default"
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed: int) -> PeftModel:
     """Wraps the model. A is drawn from `seed` alone, so it is the same on any number of ranks. B is zero.
 
-    The adapters keep the model's dtype, without a silent upcast. Their fp32 masters belong to the optimizer.
+    The adapters keep the model's dtype, without a silent upcast. Their fp32 masters belong to the optimizer. Linears
+    are named in full, so that no other linear with the same last name is touched.
     """
     torch.manual_seed(seed)
     peft_config = PeftLoraConfig(
         r=config.r,
         lora_alpha=cast(int, config.lora_alpha),  # PEFT types it int and divides it as a float
         lora_dropout=config.lora_dropout,
-        target_modules=list(LINEAR_NAMES),
+        target_modules=[f"model.layers.{i}.{x.name}" for i in range(len(shape.layers)) for x in shape.linears],
         bias="none",
         task_type="CAUSAL_LM",
     )
     return cast(PeftModel, get_peft_model(model, peft_config, autocast_adapter_dtype=False))
 
 
-def check_adapter(folder: Path, config: LoraConfig) -> None:
+def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     """Checks that a run can start from an existing adapter.
 
-    It must be plain LoRA on all seven linears, with the same r and alpha.
+    It must be plain LoRA on all linears of the decoder layers, with the same r and alpha.
 
     Raises:
         UserError: it cannot. The line names the folder and what does not fit.
@@ -62,10 +65,12 @@ def check_adapter(folder: Path, config: LoraConfig) -> None:
             )
     targets = found.get("target_modules") or []
     # A pattern says nothing by itself, unlike a list. Its tensors will (check_adapter_tensors).
-    missing = set() if isinstance(targets, str) else set(LINEAR_NAMES) - set(targets)
+    named = {str(target).rpartition(".")[2] for target in targets}
+    missing = set() if isinstance(targets, str) else set(linear_names(shape)) - named
     if missing:
         raise UserError(
-            f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion needs all seven linears"
+            f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion needs it on all linears "
+            "of a decoder layer"
         )
 
 
@@ -96,7 +101,7 @@ def _tensor_shapes(shape: ModelShape, r: int) -> dict[str, list[int]]:
     """Returns the shapes by the names in PEFT's adapter_model.safetensors."""
     shapes = {}
     for layer in range(len(shape.layers)):
-        for linear in LINEARS:
+        for linear in shape.linears:
             out_features, in_features = shape.linear_shape(layer, linear)
             prefix = f"base_model.model.model.layers.{layer}.{linear.name}"
             shapes |= {f"{prefix}.lora_A.weight": [r, in_features], f"{prefix}.lora_B.weight": [out_features, r]}
@@ -139,6 +144,29 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module._disable_adapters = False
+
+
+def linear_names(shape: ModelShape) -> list[str]:
+    """Returns the last names of a decoder layer's linears, as PEFT's `target_modules` usually has them."""
+    return [linear.name.rpartition(".")[2] for linear in shape.linears]
+
+
+def base_parameter(layer: nn.Module, name: str) -> nn.Parameter:
+    """Returns a parameter of a decoder layer by its name in the weight files, past PEFT's wrappers."""
+    path, _, attribute = name.rpartition(".")
+    module = layer.get_submodule(path)
+    return cast(nn.Parameter, getattr(module.base_layer if isinstance(module, LoraLinear) else module, attribute))
+
+
+def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) -> None:
+    """Tells a live layer the counts that its forward reads. A config that layers share becomes the layer's own."""
+    for runtime in shape.family.runtime:
+        path, _, last = runtime.module.rpartition(".")
+        owner: Any = layer.get_submodule(path or last)
+        if path:
+            setattr(owner, last, copy.copy(getattr(owner, last)))
+            owner = getattr(owner, last)
+        setattr(owner, runtime.attribute, counts.count(runtime.kind) * shape.width(runtime.width))
 
 
 def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:

@@ -4,19 +4,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from loraprune_ds.model.shapes import ARCHITECTURES, ModelShape
+from loraprune_ds.model.classes import causal_lm_class
+from loraprune_ds.model.family import PRUNED, family_name
+from loraprune_ds.model.shapes import ModelShape
 
-# Keys about the source's files, its own pruning or its family's options. They say nothing about this model.
-DROPPED = {
-    "_name_or_path",
-    "auto_map",
-    "attention_bias",
-    "mlp_bias",
-    "per_layer_config",
-    "pretraining_tp",
-    "quantization_config",
-    "sliding_window",
-}
+# Keys about the source's files and its own pruning. They say nothing about this model.
+DROPPED = {"_name_or_path", "auto_map", "per_layer_config", "pretraining_tp", "quantization_config"}
+MODELLING_FILE = "modeling_pruned.py"
 # What transformers assumes where config.json is silent. The Llama and Mistral classes differ in these.
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 DEFAULT_SLIDING_WINDOW = 4096  # of MistralConfig
@@ -52,20 +46,19 @@ class ExportedConfig:
 def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> ExportedConfig:
     """Describes a model of the source's family with the sizes of `shape`. Weights are stored as `dtype` ("bfloat16").
 
-    Uniform layers stay a stock model. transformers 5 refuses a Llama whose head count does not divide hidden_size.
-    Mistral's class has the same mathematics and no such check. It has no biases. So with biases the shipped file
-    remains.
+    It keeps the source's fields and changes only the counts. Uniform layers stay a stock model. Some stock configs of
+    transformers 5 refuse a head count that does not divide hidden_size. A Llama without biases then becomes a Mistral,
+    whose class has the same mathematics and no such check. For the others the shipped modelling file remains.
 
     Args:
         source: config.json of the model that was pruned. It may itself be the config of a pruned export.
     """
     model_type = _model_type(shape)
     renamed = model_type != shape.model_type
-    causal_lm = ARCHITECTURES[model_type]
     config = {key: value for key, value in source.items() if key not in DROPPED}
     config |= _sizes(shape) | _rope(source) | _family_options(source, shape, model_type)
     config |= {
-        "architectures": [causal_lm],
+        "architectures": [causal_lm_class(model_type).__name__],
         "model_type": model_type,
         "tie_word_embeddings": shape.tie_word_embeddings,
         "torch_dtype": dtype,  # the name up to transformers 4.55
@@ -73,29 +66,27 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
         # Without a version AutoTokenizer suspects every mistral model of an old tokenizer bug, and warns.
         "transformers_version": version("transformers"),
     }
-    if not model_type.startswith("pruned_"):
+    if renamed and model_type == "mistral":  # what a Mistral never has
+        config.pop("attention_bias", None)
+        config.pop("mlp_bias", None)
+    if not model_type.startswith(PRUNED):
         return ExportedConfig(config, None, renamed)
-    module = f"modeling_{model_type}"
+    module = MODELLING_FILE.removesuffix(".py")
     config["auto_map"] = {
-        "AutoConfig": f"{module}.{causal_lm.replace('ForCausalLM', 'Config')}",
-        "AutoModel": f"{module}.{causal_lm.replace('ForCausalLM', 'Model')}",  # vLLM builds the model through this one
-        "AutoModelForCausalLM": f"{module}.{causal_lm}",
+        "AutoConfig": f"{module}.PrunedConfig",
+        "AutoModel": f"{module}.PrunedModel",  # vLLM builds the model through this one
+        "AutoModelForCausalLM": f"{module}.PrunedForCausalLM",
     }
-    return ExportedConfig(config, f"{module}.py", renamed)
+    return ExportedConfig(config, MODELLING_FILE, renamed)
 
 
 def _model_type(shape: ModelShape) -> str:
-    family = _family(shape)
-    if not shape.is_uniform:
-        return f"pruned_{family}"
+    family = family_name(shape.model_type)
     query_heads = shape.layers[0].heads * shape.queries_per_group
-    if family == "mistral" or shape.hidden_size % query_heads == 0:
-        return family
-    return "pruned_llama" if shape.attention_bias or shape.mlp_bias else "mistral"
-
-
-def _family(shape: ModelShape) -> str:
-    return shape.model_type.removeprefix("pruned_")
+    refused = shape.family.heads_divide_hidden and shape.hidden_size % query_heads != 0
+    if shape.is_uniform and refused and family == "llama" and not shape.biases:
+        return "mistral"
+    return family if shape.is_uniform and not refused else PRUNED + family
 
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:
@@ -132,6 +123,8 @@ def _rope(source: dict[str, Any]) -> dict[str, Any]:
     null, and completes it with rope_theta. Else it reads rope_parameters.
     """
     given = dict(source.get("rope_scaling") or source.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in given.values()):
+        return {}  # settings for each kind of layer, which transformers 4 does not know in this form
     theta = given.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
     legacy_type = given.pop("type", None)
     rope_type = given.pop("rope_type", None) or legacy_type or "default"
@@ -144,14 +137,17 @@ def _rope(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _family_options(source: dict[str, Any], shape: ModelShape, model_type: str) -> dict[str, Any]:
-    family = _family(shape)
+    """Returns fields of Llama and Mistral, which may stand for each other and differ in their defaults."""
+    family = family_name(shape.model_type)
+    if family not in DEFAULT_POSITIONS:
+        return {}
     options: dict[str, Any] = {
         "max_position_embeddings": source.get("max_position_embeddings", DEFAULT_POSITIONS[family])
     }
     if family == "mistral":
         options["sliding_window"] = source.get("sliding_window", DEFAULT_SLIDING_WINDOW)
-    elif model_type == "mistral":  # a Llama in Mistral's class
+    elif model_type == "mistral":
         options["sliding_window"] = None
     else:
-        options |= {"attention_bias": shape.attention_bias, "mlp_bias": shape.mlp_bias}
+        options |= {"attention_bias": "self_attn.o_proj" in shape.biases, "mlp_bias": "mlp.down_proj" in shape.biases}
     return options

@@ -14,7 +14,9 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.shapes import LINEARS, LayerShape, ModelShape, group_indices, shape_from_config, with_biases
+from loraprune_ds.model.family import KINDS, Kind
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape, ModelShape, with_biases
 
 WEIGHT_FILES = "model-*-of-*.safetensors"
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the shard itself
@@ -90,32 +92,6 @@ def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
         at = end
 
 
-def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of all tensors in the Hugging Face LLaMA layout. A tied head is not one."""
-    hidden = shape.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
-    for i in range(len(shape.layers)):
-        shapes |= layer_parameter_shapes(shape, i)
-    shapes["model.norm.weight"] = (hidden,)
-    if not shape.tie_word_embeddings:
-        shapes["lm_head.weight"] = (shape.vocab_size, hidden)
-    return shapes
-
-
-def layer_parameter_shapes(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of one decoder layer."""
-    prefix = f"model.layers.{layer}."
-    shapes: dict[str, tuple[int, ...]] = {}
-    for linear in LINEARS:
-        out_features, in_features = shape.linear_shape(layer, linear)
-        shapes[f"{prefix}{linear.name}.weight"] = (out_features, in_features)
-        if shape.has_bias(linear):
-            shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        shapes[f"{prefix}{norm}.weight"] = (shape.hidden_size,)
-    return shapes
-
-
 def open_pretrained(folder: Path) -> PretrainedModel:
     """Reads config.json and the headers of all weight files, but no weight.
 
@@ -126,7 +102,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     config = read_json(folder / "config.json")
     shape = shape_from_config(config, str(folder))
     headers = _read_headers(folder)
-    files, shapes = {}, parameter_shapes(shape)
+    files, shapes = {}, shape.parameters()
     for name, expected in shapes.items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
@@ -155,7 +131,7 @@ def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
     """Adds biases to all linears of the decoder layers. Those that the model lacks are zero."""
     shape = with_biases(pretrained.shape, str(pretrained.folder))
     config = pretrained.config | {"attention_bias": True, "mlp_bias": True}
-    absent = frozenset(name for name in parameter_shapes(shape) if name not in pretrained.files)
+    absent = frozenset(name for name in shape.parameters() if name not in pretrained.files)
     return replace(pretrained, config=config, shape=shape, absent=absent)
 
 
@@ -176,17 +152,12 @@ def cut_to(pretrained: PretrainedModel, kept: Kept, dtype: str) -> PretrainedMod
 
 
 def _slices(pretrained: PretrainedModel, kept: Kept) -> dict[str, Slice]:
-    slices: dict[str, Slice] = {}
-    for i, (heads, channels) in enumerate(kept):
-        for linear in LINEARS:
-            groups = torch.tensor(heads if linear.kind == "heads" else channels)
-            if len(groups) == pretrained.shape.layers[i].count(linear.kind):
-                continue
-            keep = group_indices(groups, pretrained.shape.group_width(linear))
-            name = f"model.layers.{i}.{linear.name}"
-            slices[f"{name}.weight"] = Slice(linear.axis, keep)
-            if linear.axis == 0 and pretrained.shape.has_bias(linear):
-                slices[f"{name}.bias"] = Slice(0, keep)
+    shape, slices = pretrained.shape, dict[str, Slice]()
+    for i, groups in enumerate(kept):
+        keep: dict[Kind, Tensor] = {kind: torch.tensor(some) for kind, some in zip(KINDS, groups, strict=True)}
+        cut = {kind for kind in KINDS if len(keep[kind]) < shape.layers[i].count(kind)}
+        for name, axis, parts in shape.layer_cuts(cut):
+            slices[f"model.layers.{i}.{name}"] = Slice(axis, shape.kept_indices(i, parts, keep))
     return slices
 
 

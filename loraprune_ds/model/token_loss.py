@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.distillation import Distillation, Recording, chunk_size, distilled_losses, record
+from loraprune_ds.model.pretrained import PretrainedModel
 
 IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entropy
 
@@ -132,3 +135,29 @@ def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTr
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
     return model
+
+
+def build_for_losses(
+    pretrained: PretrainedModel, attn_implementation: str, loss_chunk_tokens: int | None = None
+) -> PreTrainedModel:
+    """Builds a pretrained model's modules without weights (classes.build_on_meta).
+
+    Told the labels, the model gives token losses, `loss_chunk_tokens` at a time.
+    """
+    return with_token_losses(build_on_meta(pretrained.config, attn_implementation), loss_chunk_tokens)
+
+
+def check_buildable(pretrained: PretrainedModel, attn_implementation: str) -> None:
+    """Checks that transformers can build the pretrained model here. It needs no weights for that.
+
+    Raises:
+        UserError: it refuses something in config.json, or this attention implementation.
+    """
+    try:
+        build_for_losses(pretrained, attn_implementation)
+    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(
+            f"{pretrained.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
+            f"{attn_implementation}): {reason}"
+        ) from error

@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTo
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
-from loraprune_ds.model.build import CAUSAL_LMS, config_class
+from loraprune_ds.model.classes import config_class
+from loraprune_ds.model.family import FAMILIES, PRUNED
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -21,8 +22,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         UserError: there is none, or it cannot be read.
     """
     # AutoTokenizer looks at config.json. Without this it asks on the terminal whether to run the modelling file there.
-    for model_type in CAUSAL_LMS:
-        AutoConfig.register(model_type, config_class(model_type), exist_ok=True)
+    for family in FAMILIES:
+        AutoConfig.register(PRUNED + family, config_class(PRUNED + family), exist_ok=True)
     sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
     if sentencepiece_only:
         _check_sentencepiece(folder / SENTENCEPIECE_FILE)

@@ -18,7 +18,7 @@ and one layer at a time is there in full, while its backward runs.
 from dataclasses import dataclass
 
 from loraprune_ds.model.distillation import chunk_size
-from loraprune_ds.model.shapes import LINEARS, LayerShape, ModelShape
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 
 DROPOUT_MASK = 1  # bytes of an element of torch's fused dropout mask, on a GPU
 
@@ -65,7 +65,7 @@ def saved_by_layer(
     if eager:
         attention = e * t * 4 * query_width + batch.probabilities(shape, layer) * (4 + batch.copy_size)
     mlp = 4 * e * t * f
-    lora = len(LINEARS) * e * t * lora_rank
+    lora = len(shape.linears) * e * t * lora_rank
     dropped = t * (e + mask_size) * (5 * h + query_width + f) if dropout else 0
     return norms + attention + mlp + lora + dropped
 

@@ -1,6 +1,7 @@
 """Bytes that a checkpoint takes on the shared disk, without the headers of its files and its JSON."""
 
-from loraprune_ds.model.shapes import KINDS, ModelShape
+from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.request import Request
 

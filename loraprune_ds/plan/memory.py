@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from loraprune_ds.model.pretrained import READ_CHUNK, layer_parameter_shapes, parameter_shapes
-from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.model.pretrained import READ_CHUNK
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.activations import Batch, activations, forward_temporaries, logits
 from loraprune_ds.plan.fetching import PassTraffic
@@ -110,7 +110,7 @@ def state_before_any_step(request: Request) -> tuple[dict[str, int], dict[str, i
 
 def repartition(request: Request, shape: ModelShape) -> int:
     """At most three local shards of the widest layer: what leaves, what arrives and the new pieces."""
-    layers = [layer_parameter_shapes(shape, i).values() for i in range(len(shape.layers))]
+    layers = [shape.layer_parameters(i).values() for i in range(len(shape.layers))]
     widest = max(_shard(request, [math.prod(dimensions) for dimensions in layer]) for layer in layers)
     return 3 * widest * request.element_size
 
@@ -148,7 +148,7 @@ def _pinned_blocks(request: Request, shape: ModelShape, terms: dict[str, int]) -
     """Bytes of each block of page-locked memory, before torch rounds it up to a power of two."""
     blocks = []
     if request.pins("param"):  # frozen pieces one by one, LoRA's in a buffer
-        frozen = (math.prod(dimensions) for dimensions in parameter_shapes(shape).values())
+        frozen = (math.prod(dimensions) for dimensions in shape.parameters().values())
         blocks += [partition_numel(n, request.cluster.world_size) * request.element_size for n in frozen]
         blocks.append(terms["lora"])
     if request.pins("optimizer"):
@@ -201,9 +201,9 @@ def _scoring(request: Request, shape: ModelShape) -> dict[str, int]:
         sizes = shape.layer_lora_sizes(i, request.config.lora.r)
         shards = max(shards, 2 * _shard(request, sizes) * 4)
         whole = max(whole, 2 * sum(sizes) * 4)
-    linears = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in LINEARS]
+    linears = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in shape.linears]
     shard = max(_shard(request, [rows * columns]) + 2 * columns for rows, columns in linears)  # to whole rows
-    groups = sum(len(LINEARS) * max(layer.heads, layer.channels) for layer in shape.layers)
+    groups = sum(len(shape.linears) * max(layer.heads, layer.channels) for layer in shape.layers)
     return {
         "lora_factors_of_a_layer": shards + shards * request.cluster.world_size + whole,
         "score_blocks": 4 * min(shard, DEVICE_BLOCK_NUMEL) * 4,

@@ -4,7 +4,7 @@ Formulas in README.md in this folder; nothing here is counted for an option that
 """
 
 from loraprune_ds.model.distillation import chunk_size
-from loraprune_ds.model.shapes import INPUT_LINEARS, LINEARS, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.activations import Batch
 from loraprune_ds.plan.request import Request
 from loraprune_ds.zero.flat import layer_owner, partition_numel
@@ -37,7 +37,7 @@ def refit(request: Request, before: ModelShape, after: ModelShape) -> int:
         return 0
     most = 0
     for i in range(len(before.layers)):
-        for linear in INPUT_LINEARS:
+        for linear in shape.input_linears:
             out_features, inputs = before.linear_shape(i, linear)
             kept = after.linear_shape(i, linear)[1]
             if kept == inputs:
@@ -71,7 +71,9 @@ def whole_gradient(request: Request, shape: ModelShape) -> dict[str, int]:
         return {}
     widest = max(
         rows * columns
-        for rows, columns in (shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in LINEARS)
+        for rows, columns in (
+            shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in shape.linears
+        )
     )
     world_size = request.cluster.world_size
     padded = 4 * partition_numel(widest, world_size) * (world_size + 1) if world_size > 1 else 0
@@ -111,7 +113,7 @@ def measuring_flops(request: Request, shape: ModelShape) -> float:
     compensate = request.config.prune.compensate
     if compensate == "none":
         return 0
-    widths = [shape.linear_shape(i, linear)[1] for i in request.limits.open_layers for linear in INPUT_LINEARS]
+    widths = [shape.linear_shape(i, linear)[1] for i in request.limits.open_layers for linear in shape.input_linears]
     return sum(2 * n * n if compensate == "least_squares" else n for n in widths)
 
 
@@ -133,7 +135,7 @@ def refit_bytes(request: Request, before: ModelShape, after: ModelShape, rank: i
         return 0
     sent = [0] * world_size
     for i in range(len(before.layers)):
-        for linear in INPUT_LINEARS:
+        for linear in shape.input_linears:
             out_features, inputs = before.linear_shape(i, linear)
             if after.linear_shape(i, linear)[1] == inputs:
                 continue
@@ -155,7 +157,7 @@ def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> floa
         return 0.0
     of_ranks = [0.0] * request.cluster.world_size
     for i in range(len(before.layers)):
-        for linear in INPUT_LINEARS:
+        for linear in shape.input_linears:
             out_features, inputs = before.linear_shape(i, linear)
             kept = after.linear_shape(i, linear)[1]
             solve = kept**3 / 3 + 2 * kept * (inputs - kept) * out_features + 4 * kept**2 * out_features
@@ -165,7 +167,7 @@ def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> floa
 
 def linear_pieces(request: Request, shape: ModelShape) -> list[int]:
     """Elements of this rank's piece of every frozen linear."""
-    shapes = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in LINEARS]
+    shapes = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in shape.linears]
     return [partition_numel(rows * columns, request.cluster.world_size) for rows, columns in shapes]
 
 
@@ -176,4 +178,4 @@ def moments_by_rank(request: Request, shape: ModelShape) -> list[int]:
 
 
 def _widest_input(shape: ModelShape) -> int:
-    return max(shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in INPUT_LINEARS)
+    return max(shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in shape.input_linears)

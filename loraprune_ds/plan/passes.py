@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loraprune_ds.model.pretrained import parameter_shapes
-from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 
 Phase = Literal["forward", "backward", "recompute"]
 
@@ -90,7 +89,7 @@ class Network:
 
     def _layer(self, index: int) -> Module:
         prefix = f"model.layers.{index}"
-        linears = {linear.name: self._lora_linear(f"{prefix}.{linear.name}") for linear in LINEARS}
+        linears = {linear.name: self._lora_linear(f"{prefix}.{linear.name}") for linear in shape.linears}
         attention = [linears[f"self_attn.{x}_proj"] for x in "qkvo"]
         gate, up, down = (linears[f"mlp.{x}_proj"] for x in ("gate", "up", "down"))
         children = [
@@ -152,11 +151,13 @@ class Network:
 def parameter_sizes(shape: ModelShape, lora_rank: int) -> dict[str, int]:
     """Elements of every parameter of the model and its LoRA by name."""
     sizes = {}
-    for name, dimensions in parameter_shapes(shape).items():
+    for name, dimensions in shape.parameters().items():
         sizes[name] = math.prod(dimensions)
     for index in range(len(shape.layers)):
         factors = [
-            f"model.layers.{index}.{linear.name}.{factor}" for linear in LINEARS for factor in ("lora_A", "lora_B")
+            f"model.layers.{index}.{linear.name}.{factor}"
+            for linear in shape.linears
+            for factor in ("lora_A", "lora_B")
         ]
         sizes |= dict(zip(factors, shape.layer_lora_sizes(index, lora_rank), strict=True))
     return sizes

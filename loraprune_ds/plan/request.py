@@ -13,8 +13,10 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
-from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape, shape_from_config, with_biases
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape, ModelShape, with_biases
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loraprune_ds.model.shapes import KINDS, LINEARS, LayerShape, ModelShape
+from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.plan import options
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.passes import Network
@@ -85,7 +86,7 @@ def scoring_bytes(request: Request, shape: ModelShape) -> int:
     if world_size == 1 or request.config.prune.criterion == "random":
         return 0
     gathered = 2 * sum(lora_pieces(request, shape)) * (world_size - 1) * 4
-    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in LINEARS)
+    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in shape.linears)
     return gathered + groups * 8
 
 
@@ -97,7 +98,7 @@ def lora_pieces(request: Request, shape: ModelShape) -> list[int]:
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
     """(cut, of LoRA) of every tensor of a layer that shrinks, as `ShardedModel` cuts them."""
     cuts = []
-    for linear in LINEARS:
+    for linear in shape.linears:
         if not keep.cuts(shape.layers[index], linear.kind):
             continue
         out_features, in_features = shape.linear_shape(index, linear)

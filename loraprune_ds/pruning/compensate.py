@@ -22,7 +22,6 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.shapes import INPUT_LINEARS
 from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LayerKeep, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
@@ -125,13 +124,13 @@ class Compensator:
         linear_ids = [
             LinearId(i, linear)
             for i, layer in enumerate(shape.layers)
-            for linear in INPUT_LINEARS
+            for linear in shape.input_linears
             if keep[i].cuts(layer, linear.kind)
         ]
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
             moment = self.moments.sums[linear_id]
-            kept = keep[linear_id.layer].indices(shape, linear_id.linear).to(moment.device)
+            kept = keep[linear_id.layer].indices(shape, linear_id.layer, linear_id.linear.parts).to(moment.device)
             if not self._refits:
                 assert linear.bias is not None, "a model that is to be compensated by biases is built with them"
                 return (linear.bias.float() + mean_output(linear, moment / self.moments.tokens, kept)).to(

@@ -3,6 +3,7 @@
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.shapes import KINDS, LINEARS, Kind, ModelShape
+from loraprune_ds.model.family import KINDS, Kind, Linear
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
 from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
 from loraprune_ds.pruning.weight_gradients import WeightGradients
@@ -47,34 +49,42 @@ def score_groups(
     Raises:
         RunError: a score is not finite. The message names the layer, the linear and the step.
     """
-    element_criterion = ELEMENT_CRITERIA[criterion]
+    element_criterion, shape = ELEMENT_CRITERIA[criterion], model.shape
     partial: list[Tensor] = []
-    for layer in range(len(model.shape.layers)):
+    for layer in range(len(shape.layers)):
         factors = model.lora_factors(layer)
-        for linear in LINEARS:
+        for linear in shape.linears:
             shard = model.owned_weight(layer, linear)
             given = () if gradients is None else (gradients.owned(layer, linear),)
             sums = score_shard(shard, factors[linear.name], element_criterion, linear.axis, *given)
-            partial.append(sums.view(-1, model.shape.group_width(linear)).sum(1))  # (groups,)
+            parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
+            for part, rows in zip(linear.parts, parts, strict=True):
+                partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)
     sizes = [len(scores) for scores in partial]
     totals: tuple[Tensor, ...] = torch.split(model.sum_over_ranks(torch.cat(partial)).cpu(), sizes)
-    count = len(LINEARS)
+    count = sum(len(linear.parts) for linear in shape.linears)
     return [
-        _add_modules(list(totals[i * count : (i + 1) * count]), normalization, layer=i, step=step)
-        for i in range(len(model.shape.layers))
+        _add_parts(shape.linears, totals[i * count : (i + 1) * count], normalization, layer=i, step=step)
+        for i in range(len(shape.layers))
     ]
 
 
-def _add_modules(scores: list[Tensor], normalization: str, *, layer: int, step: int) -> LayerScores:
-    """Adds the scores of a layer's seven linears, complete sums over the ranks, to the scores of its groups."""
+def _add_parts(
+    linears: tuple[Linear, ...], scores: Sequence[Tensor], normalization: str, *, layer: int, step: int
+) -> LayerScores:
+    """Adds the scores of all parts of a layer's linears, complete sums over the ranks, to those of its groups.
+
+    Each part has a norm of its own. So a fused linear counts like the separate ones of another family.
+    """
     total: dict[Kind, Tensor] = {}
-    for linear, score in zip(LINEARS, scores, strict=True):
+    parts = [(linear, part) for linear in linears for part in linear.parts]
+    for (linear, part), score in zip(parts, scores, strict=True):
         if not torch.isfinite(score).all():
             raise RunError(f"step {step}: the score of layer {layer} {linear.name} is not finite")
         norm = cast(Tensor, score.norm())
         if normalization == "l2" and norm > 0:
             score = score / norm
-        total[linear.kind] = total[linear.kind] + score if linear.kind in total else score
+        total[part.kind] = total[part.kind] + score if part.kind in total else score
     return LayerScores(total["heads"], total["channels"])
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.dtypes import tf32_where_exact
-from loraprune_ds.model.shapes import INPUT_LINEARS
 from loraprune_ds.pruning.prunable_model import LayerKeep, LinearId, PrunableModel
 
 
@@ -39,7 +38,7 @@ class InputMoments:
         self._active = False
         self._attention_mask: Tensor | None = None
         self._own_tokens = 0  # of this rank in this step
-        linear_ids = [LinearId(i, linear) for i in layers for linear in INPUT_LINEARS]
+        linear_ids = [LinearId(i, linear) for i in layers for linear in model.shape.input_linears]
         self._first = linear_ids[0]
         for linear_id in linear_ids:
             module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
@@ -76,7 +75,7 @@ class InputMoments:
             layer_keep = keep[linear_id.layer]
             if not layer_keep.cuts(shape.layers[linear_id.layer], linear_id.linear.kind):
                 continue
-            indices = layer_keep.indices(shape, linear_id.linear).to(value.device)
+            indices = layer_keep.indices(shape, linear_id.layer, linear_id.linear.parts).to(value.device)
             value = value.index_select(0, indices)
             self.sums[linear_id] = value.index_select(1, indices) if self._second else value
 
@@ -90,7 +89,7 @@ class InputMoments:
         for layer in range(len(self._model.layers)):
             if self._model.owner(layer) == self._model.rank:
                 found = read(layer)
-                for linear in INPUT_LINEARS:
+                for linear in self._model.shape.input_linears:
                     if linear.name in found:
                         self.sums[LinearId(layer, linear)] = found[linear.name].to(self._model.device)
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import KINDS, Kind, LayerShape, ModelShape
+from loraprune_ds.model.family import KINDS, Kind
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.shapes import Kind, LayerShape, Linear, ModelShape, group_indices
+from loraprune_ds.model.family import Kind, Linear
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class LayerKeep:
         """Tells if a layer of this shape loses groups of this kind."""
         return len(self.of(kind)) < layer.count(kind)
 
-    def indices(self, shape: ModelShape, linear: Linear) -> Tensor:
-        """Returns the rows or columns that stay along `linear.axis`; a group is `group_width` of them."""
-        return group_indices(self.of(linear.kind), shape.group_width(linear))
+    def indices(self, shape: ModelShape, layer: int, parts: tuple[Part, ...]) -> Tensor:
+        """Returns the rows or columns that stay along the axis of these parts of a layer, ascending."""
+        return shape.kept_indices(layer, parts, {kind: self.of(kind) for kind in KINDS})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.shapes import KINDS, Kind, LayerShape, ModelShape
+from loraprune_ds.model.family import KINDS, Kind
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.prunable_model import LayerKeep

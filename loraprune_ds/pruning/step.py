@@ -40,7 +40,8 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.faults import fail_point
-from loraprune_ds.model.shapes import KINDS, ModelShape
+from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.limits import Limits

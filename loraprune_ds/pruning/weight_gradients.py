@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.shapes import LINEARS, Linear
+from loraprune_ds.model.family import Linear
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 
 
@@ -30,7 +30,7 @@ class WeightGradients:
         self._shards: dict[LinearId, Tensor] = {}
         self._active = False
         for i, layer in enumerate(model.layers):
-            for linear in LINEARS:
+            for linear in model.shape.linears:
                 lora_linear(layer, linear).register_forward_hook(partial(self._tap, LinearId(i, linear)))
 
     @contextmanager

@@ -11,10 +11,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
-from loraprune_ds.model.build import check_buildable
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
+from loraprune_ds.model.token_loss import check_buildable
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
@@ -107,7 +107,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
 def _check_adapter(config: RunConfig, pretrained: PretrainedModel) -> None:
     if config.model.adapter:
         adapter = Path(config.model.adapter).expanduser()
-        check_adapter(adapter, config.lora)
+        check_adapter(adapter, config.lora, pretrained.shape)
         check_adapter_tensors(adapter, config.lora.r, pretrained.shape)
 
 

@@ -8,11 +8,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import ADAPTER, lora_weights
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.params import full_shape
-
-NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 
 def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> CollectedLinear | None:
@@ -26,18 +25,15 @@ def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> Collec
     return CollectedLinear(weight, bias, *cast(list[Tensor], masters), scaling=module.scaling[ADAPTER])
 
 
-def collect_norms(layer: nn.Module, owner: int, comm: Communicator) -> dict[str, Tensor]:
-    """Gathers a decoder layer's norms on rank `owner`, by name inside the layer. Empty elsewhere. Collective."""
-    return _collect_named({name: layer.get_parameter(name) for name in NORMS}, owner, comm)
+def collect_others(layer: nn.Module, shape: ModelShape, owner: int, comm: Communicator) -> dict[str, Tensor]:
+    """Gathers what a decoder layer has beside its linears on rank `owner`, by name inside the layer. Collective."""
+    names = [*shape.layer_others, *(companion.name for companion in shape.family.companions)]
+    return _collect_named({name: layer.get_parameter(name) for name in names}, owner, comm)
 
 
-def collect_ends(causal_lm: Any, owner: int, comm: Communicator) -> dict[str, Tensor]:
+def collect_ends(causal_lm: nn.Module, shape: ModelShape, owner: int, comm: Communicator) -> dict[str, Tensor]:
     """Gathers the embedding, the final norm and an untied head on rank `owner`. Empty elsewhere. Collective."""
-    embedding, head = causal_lm.model.embed_tokens.weight, causal_lm.lm_head.weight
-    named = {"model.embed_tokens.weight": embedding, "model.norm.weight": causal_lm.model.norm.weight}
-    if head is not embedding:
-        named["lm_head.weight"] = head
-    return _collect_named(named, owner, comm)
+    return _collect_named({name: causal_lm.get_parameter(name) for name in shape.ends}, owner, comm)
 
 
 def _collect_named(named: dict[str, Any], owner: int, comm: Communicator) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import CHECKOUT
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a reduce bucket whole
 
@@ -138,7 +138,7 @@ def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
 
 
 def _linear_sizes(shape: ModelShape) -> list[int]:
-    shapes = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in LINEARS]
+    shapes = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in shape.linears]
     return [out_features * in_features for out_features, in_features in shapes]
 
 

@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import add_lora, load_adapter
-from loraprune_ds.model.build import build_on_meta
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.environment import check_local_rank, collective_timeout, gloo_interface
@@ -125,7 +125,7 @@ def build_training_engine(
             ds_config,
             config.train.loss_chunk_tokens,
         )
-        peft_model = add_lora(model, config.lora, config.seed)
+        peft_model = add_lora(model, pretrained.shape, config.lora, config.seed)
         if config.model.adapter:
             load_adapter(peft_model, Path(config.model.adapter).expanduser())
         if config.train.gradient_checkpointing:
@@ -157,7 +157,7 @@ def _sharded_base(
     loss_chunk_tokens: int | None = None,
 ) -> Any:
     comm = Communicator()
-    model = build_on_meta(pretrained, attn_implementation, loss_chunk_tokens)
+    model = build_for_losses(pretrained, attn_implementation, loss_chunk_tokens)
     shard_at_birth(
         model,
         pretrained.read_flat,

@@ -7,8 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from loraprune_ds.model.pretrained import parameter_shapes
-from loraprune_ds.model.shapes import INPUT_LINEARS, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.flat import layer_owner, partition_numel
 from loraprune_ds.zero.sharded import ShardedModel
@@ -44,7 +43,7 @@ def state_terms(
     Of a tensor's n elements a rank has ceil(n / world_size). A LoRA factor also has an fp32 master (in an fp32 run too)
     and an fp32 gradient. Once the optimizer has stepped, it has two fp32 moments. The fp32 reduce bucket comes on top.
     """
-    frozen = sum(partition_numel(math.prod(s), world_size) for s in parameter_shapes(shape).values())
+    frozen = sum(partition_numel(math.prod(s), world_size) for s in shape.parameters().values())
     lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
     return {
         "weights": frozen * element_size,
@@ -64,7 +63,7 @@ def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int],
     """
     power, of_ranks = 2 if second else 1, [0] * world_size
     for i in open_layers:
-        for linear in INPUT_LINEARS:
+        for linear in shape.input_linears:
             of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** power
     return of_ranks
 

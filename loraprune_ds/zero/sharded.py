@@ -8,9 +8,17 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 from torch import Tensor, nn
 
 from loraprune_ds.faults import fail_point
-from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
-from loraprune_ds.model.build import decoder_layers
-from loraprune_ds.model.shapes import KINDS, LINEARS, Linear, ModelShape
+from loraprune_ds.model.adapters import (
+    ADAPTER,
+    base_parameter,
+    lora_linear,
+    lora_weights,
+    set_features,
+    set_runtime_counts,
+)
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.family import KINDS, Linear
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeTensor, LayerKeep, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, empty_host_cache
@@ -51,14 +59,14 @@ class ShardedModel:
         ZeRO-3 has reduce-scattered them at the accumulation boundary. The masters and gradients of the layer's A and B
         travel in one buffer. fp16 gradients are divided by the loss scale.
         """
-        modules = [lora_linear(self.layers[layer], linear) for linear in LINEARS]
+        modules = [lora_linear(self.layers[layer], linear) for linear in self.shape.linears]
         parameters = [weight for module in modules for weight in lora_weights(module)]
         with torch.no_grad():
             masters = [_local(safe_get_local_fp32_param(p)) for p in parameters]
             gradients = [unscale(_local(safe_get_local_grad(p)), self.loss_scale) for p in parameters]
             whole = self._gather(masters + gradients, parameters + parameters)
         count, factors = len(parameters), {}
-        for i, (linear, module) in enumerate(zip(LINEARS, modules, strict=True)):
+        for i, (linear, module) in enumerate(zip(self.shape.linears, modules, strict=True)):
             a, b = 2 * i, 2 * i + 1
             scaling = module.scaling[ADAPTER]
             factors[linear.name] = LoraFactors(whole[a], whole[b], whole[count + a], whole[count + b], scaling)
@@ -124,7 +132,10 @@ class ShardedModel:
         flat = self.zero_optimizer.grad_partitions_flat_buffer
         if torch.isfinite(flat.sum()):  # one pass when all is well, which is always
             return None
-        weights = [[w for linear in LINEARS for w in lora_weights(lora_linear(layer, linear))] for layer in self.layers]
+        weights = [
+            [w for linear in self.shape.linears for w in lora_weights(lora_linear(layer, linear))]
+            for layer in self.layers
+        ]
         return first_nonfinite([torch.cat([_local(safe_get_local_grad(w)) for w in layer]) for layer in weights])
 
     def nonfinite_weights(self) -> int | None:
@@ -158,20 +169,19 @@ class ShardedModel:
         layer, shape = self.layers[index], self.shape
         if not any(keep.cuts(shape.layers[index], kind) for kind in KINDS):
             return
+        kinds = [kind for kind in KINDS if keep.cuts(shape.layers[index], kind)]
         cuts: list[tuple[nn.Parameter, AxisCut]] = []
-        for linear in LINEARS:
-            if not keep.cuts(shape.layers[index], linear.kind):
-                continue
-            module = lora_linear(layer, linear)
-            base, kept = cast(nn.Linear, module.base_layer), keep.indices(shape, linear)
-            lora_a, lora_b = lora_weights(module)
-            smaller = [base.weight, lora_b if linear.axis == 0 else lora_a]
-            if base.bias is not None and linear.axis == 0:  # a bias along the kept outputs of o_proj, down_proj stays
-                smaller.append(base.bias)
-            cuts += [(p, AxisCut(full_shape(p), linear.axis, kept)) for p in smaller]
-            out_features, in_features = AxisCut(full_shape(base.weight), linear.axis, kept).new_shape
-            set_features(module, out_features, in_features)
-        cast(Any, layer).mlp.intermediate_size = len(keep.channels)
+        for linear in (linear for linear in shape.linears if linear.kind in kinds):
+            module, kept = lora_linear(layer, linear), keep.indices(shape, index, linear.parts)
+            lora = lora_weights(module)[1 - linear.axis]
+            cuts.append((lora, AxisCut(full_shape(lora), linear.axis, kept)))
+            out_features, in_features = full_shape(cast(nn.Linear, module.base_layer).weight)
+            sizes = (len(kept), in_features) if linear.axis == 0 else (out_features, len(kept))
+            set_features(module, *sizes)
+        for name, axis, parts in shape.layer_cuts(kinds):
+            parameter = base_parameter(layer, name)
+            cuts.append((parameter, AxisCut(full_shape(parameter), axis, keep.indices(shape, index, parts))))
+        set_runtime_counts(layer, shape, keep.shape)
         carried = [(p, cut, key) for p, cut in cuts if p.requires_grad for key in state.keys()]
         state_shards = reshard([Item(state.shard(p, key).to(self.device), cut) for p, cut, key in carried], self.comm)
         items = [Item(cast(Any, p).ds_tensor.detach().to(self.device), cut) for p, cut in cuts]

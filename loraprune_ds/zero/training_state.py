@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear, lora_weights
-from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import overwrite_shard, pad
@@ -79,7 +78,7 @@ def restore_counters(engine: TrainingEngine, step: int, schedule: dict[str, Any]
 
 def _lora_parameters(model: ShardedModel, layer: int) -> list[tuple[str, nn.Parameter]]:
     named = []
-    for linear in LINEARS:
+    for linear in model.shape.linears:
         a, b = lora_weights(lora_linear(model.layers[layer], linear))
         named += [(f"{linear.name}.lora_A", a), (f"{linear.name}.lora_B", b)]
     return named

@@ -15,7 +15,6 @@ from torch import Tensor
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.model.weight_files import (
     INDEX_FILE,
     weight_file_count,
@@ -24,7 +23,7 @@ from loraprune_ds.model.weight_files import (
     write_weight_file,
 )
 from loraprune_ds.pruning.prunable_model import CollectedLinear
-from loraprune_ds.zero.collect import collect_ends, collect_linear, collect_norms
+from loraprune_ds.zero.collect import collect_ends, collect_linear, collect_others
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
@@ -103,16 +102,16 @@ def _file_tensors(model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: T
         tensors = _layer_tensors(model, k, owner, tensors_of)
         others = {
             f"model.layers.{k}.{name}": tensor
-            for name, tensor in collect_norms(model.layers[k], owner, model.comm).items()
+            for name, tensor in collect_others(model.layers[k], model.shape, owner, model.comm).items()
         }
     else:
-        tensors, others = {}, collect_ends(cast(Any, model.module).get_base_model(), owner, model.comm)
+        tensors, others = {}, collect_ends(cast(Any, model.module).get_base_model(), model.shape, owner, model.comm)
     return tensors | {name: tensor.to(dtype) for name, tensor in others.items()}
 
 
 def _layer_tensors(model: ShardedModel, layer: int, owner: int, tensors_of: TensorsOf) -> dict[str, Tensor]:
     tensors = {}
-    for linear in LINEARS:
+    for linear in model.shape.linears:
         collected = collect_linear(lora_linear(model.layers[layer], linear), owner, model.comm)
         if collected is not None:
             prefix = f"model.layers.{layer}.{linear.name}."

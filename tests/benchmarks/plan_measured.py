@@ -27,8 +27,7 @@ from transformers import LlamaConfig
 
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.pretrained import parameter_shapes
-from loraprune_ds.model.shapes import shape_from_config
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from loraprune_ds.train.provenance import hardware, versions
 from tests.oracle.models import make_tiny_llama
@@ -58,7 +57,7 @@ def make_random_1b(folder: Path, vocab_size: int = 32_000) -> Path:
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
-    shapes = parameter_shapes(shape_from_config(config.to_dict(), str(folder)))
+    shapes = shape_from_config(config.to_dict(), str(folder)).parameters()
     layers = config.num_hidden_layers
     count = weight_file_count(layers)
     generator = torch.Generator().manual_seed(0)

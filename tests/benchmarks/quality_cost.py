@@ -34,11 +34,11 @@ import torch
 from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.adapters import add_lora, lora_linear
-from loraprune_ds.model.build import decoder_layers
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.hub import locate_model
-from loraprune_ds.model.shapes import LINEARS, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import teacher
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.fetching import PassTraffic

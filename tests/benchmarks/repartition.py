@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.shapes import KINDS, ModelShape
+from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.traffic import layer_cuts
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.zero.flat import AxisCut, Owners, partition_numel

@@ -28,8 +28,9 @@ from safetensors import safe_open
 
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.convert_bin import INDEX, converted
-from loraprune_ds.model.pretrained import open_pretrained, parameter_shapes
-from loraprune_ds.model.shapes import ModelShape, shape_from_config
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
@@ -69,7 +70,7 @@ def write_checkpoint(folder: Path, name: str) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_json(name)))
     period = torch.randn((1 << 24) - 3, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    shapes = parameter_shapes(shape_from_config(config_json(name), name))
+    shapes = shape_from_config(config_json(name), name).parameters()
     entries = []
     for i, (tensor_name, shape) in enumerate(shapes.items()):
         numel = torch.Size(shape).numel()
@@ -113,7 +114,7 @@ def environment(**more: str) -> dict[str, str]:
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """The run itself, on the checkpoint in `folder`."""
     shape = shape_from_config(config_json(name), name)
-    sizes = [torch.Size(s).numel() for s in parameter_shapes(shape).values()]
+    sizes = [torch.Size(s).numel() for s in shape.parameters().values()]
     write_ds_config(folder / "ds.json", max(sizes))
     shard, layer = 2 * sum(partition_numel(size, RANKS) for size in sizes), 2 * shape.layer_numel(0)
     limit = shard + layer + SLACK

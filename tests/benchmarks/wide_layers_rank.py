@@ -18,7 +18,7 @@ from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained, parameter_shapes
+from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
@@ -121,7 +121,7 @@ def seeded() -> torch.Generator:
 
 def materialise(pretrained: PretrainedModel) -> list[Tensor]:
     """What no rank may do: all weights, whole."""
-    sizes = {name: torch.Size(shape).numel() for name, shape in parameter_shapes(pretrained.shape).items()}
+    sizes = {name: torch.Size(shape).numel() for name, shape in pretrained.shape.parameters().items()}
     return [pretrained.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
 
 

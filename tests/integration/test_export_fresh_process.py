@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraprune_ds.model.exported_config import ExportedConfig
-from loraprune_ds.model.shapes import shape_from_config
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export
 from tests.gguf_cases import sentencepiece_tokenizer

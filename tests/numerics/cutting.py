@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import lora_linear, lora_weights
-from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
 from loraprune_ds.pruning.step import Pruner, agree

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.shapes import LINEARS
 from loraprune_ds.zero.flat import partition_numel
 from tests.numerics import cutting
 from tests.numerics.driver import Job, write_adapter

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.shapes import LINEARS, LayerShape, Linear, ModelShape
+from loraprune_ds.model.family import Linear
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.prunable_model import LayerKeep
 

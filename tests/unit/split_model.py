@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
+from loraprune_ds.model.family import Linear
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores, score_groups
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.zero.flat import partition_numel

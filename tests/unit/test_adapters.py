@@ -23,9 +23,8 @@ from loraprune_ds.model.adapters import (
     lora_weights,
     set_features,
 )
-from loraprune_ds.model.build import decoder_layers
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import LINEARS
 from tests.oracle.models import make_lora, make_tiny_llama
 
 CONFIG = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.0)

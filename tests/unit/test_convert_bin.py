@@ -17,7 +17,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model import convert_bin, hub
 from loraprune_ds.model.convert_bin import converted, needs_conversion
 from loraprune_ds.model.hub import locate_model
-from loraprune_ds.model.pretrained import open_pretrained, parameter_shapes
+from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_tiny_llama
 
 SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
@@ -66,7 +66,7 @@ def test_the_same_tensors(
     monkeypatch.setattr(convert_bin, "WEIGHT_FILE_BYTES", file_bytes)
     found = locate_model(ModelConfig(str(folder)))
     pretrained = open_pretrained(found)
-    assert set(pretrained.files) == set(parameter_shapes(pretrained.shape)) == set(tensors)
+    assert set(pretrained.files) == set(pretrained.shape.parameters()) == set(tensors)
     assert_same(written(found), tensors)
     assert (found / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert not (found / convert_bin.INDEX).exists()

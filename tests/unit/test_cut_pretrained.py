@@ -9,9 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.model import pretrained as reading
-from loraprune_ds.model.build import build_on_meta
-from loraprune_ds.model.pretrained import Kept, cut_to, open_pretrained, parameter_shapes
-from loraprune_ds.model.shapes import LINEARS
+from loraprune_ds.model.pretrained import Kept, cut_to, open_pretrained
 from tests.oracle.models import make_tiny_llama
 
 HEAD_DIM, QUERIES = 6, 2
@@ -55,7 +53,7 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
 def test_every_part_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "READ_CHUNK", chunk)
     cut, expected = cut_to(open_pretrained(folder), kept, "float32"), cut_by_hand(load_tensors(folder), kept)
-    assert parameter_shapes(cut.shape) == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    assert cut.shape.parameters() == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     for name, tensor in expected.items():
         flat, numel = tensor.reshape(-1), tensor.numel()
         for start, end in itertools.pairwise(sorted([0, 0, 1, numel // 3, numel // 2, numel, numel])):
@@ -70,7 +68,7 @@ def test_it_is_built_with_the_sizes_that_are_left(folder: Path) -> None:
     for kept in (UNEVEN, EVEN):
         cut = cut_to(open_pretrained(folder), kept, "float32")
         model = build_on_meta(cut, "sdpa")
-        assert {n: tuple(p.shape) for n, p in model.named_parameters()} == parameter_shapes(cut.shape)
+        assert {n: tuple(p.shape) for n, p in model.named_parameters()} == cut.shape.parameters()
 
 
 def test_with_nothing_cut_it_is_the_model_on_disk(folder: Path) -> None:

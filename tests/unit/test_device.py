@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.dtypes import tf32_where_exact
-from loraprune_ds.model.shapes import INPUT_LINEARS
 from loraprune_ds.pruning import input_moments
 from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.pruning.prunable_model import LinearId

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaForCausalLM
+from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralForCausalLM
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from loraprune_ds.evaluate.cost import count_cost, mean_context
 from loraprune_ds.evaluate.speed import CACHE
-from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaForCausalLM
-from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralForCausalLM
 from tests.export_cases import CASES, Case, dense_model, exported_config
 
 WINDOW = 24

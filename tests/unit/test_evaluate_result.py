@@ -16,7 +16,8 @@ from loraprune_ds.evaluate.prepare import EvaluationSettings
 from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.speed import Speed, SpeedSettings
 from loraprune_ds.evaluate.zeroshot import TaskSettings
-from loraprune_ds.model.shapes import LayerShape, shape_from_config
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape
 
 SMOLLM: dict[str, Any] = {
     "model_type": "llama",

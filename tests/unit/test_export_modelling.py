@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
-from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, PrunedMistralForCausalLM
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, exported_config, mask
 
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.shapes import LINEARS, Linear, ModelShape
+from loraprune_ds.model.family import Linear
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning import importance
 from loraprune_ds.pruning.criterion import score_shard
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores

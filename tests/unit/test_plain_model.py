@@ -15,7 +15,8 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.shapes import KINDS, LINEARS, Kind, LayerShape
+from loraprune_ds.model.family import KINDS, Kind
+from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.importance import MovingAverage
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts

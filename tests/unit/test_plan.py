@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.distillation import check_top_k
-from loraprune_ds.model.shapes import LayerShape, ModelShape, shape_from_config
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.plan import teacher
 from loraprune_ds.plan.activations import Batch, saved_by_layer
 from loraprune_ds.plan.advice import largest_plan, nothing_fits, smallest_plan, suggestions

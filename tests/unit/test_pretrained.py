@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model import pretrained
-from loraprune_ds.model.pretrained import open_pretrained, parameter_shapes
+from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_tiny_llama
 
 SIZES: dict[str, Any] = {
@@ -99,7 +99,7 @@ def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings:
     if settings.get("tie"):
         del stock["lm_head.weight"]
     found = open_pretrained(folder)
-    assert parameter_shapes(found.shape) == {name: tuple(tensor.shape) for name, tensor in stock.items()}
+    assert found.shape.parameters() == {name: tuple(tensor.shape) for name, tensor in stock.items()}
     assert set(found.files) == set(stock)
 
 

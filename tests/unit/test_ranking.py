@@ -8,7 +8,8 @@ import torch
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import KINDS, LayerShape, ModelShape
+from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.prunable_model import LayerKeep

@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from loraprune_ds.model.build import CAUSAL_LMS
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.build import CAUSAL_LMS
-from loraprune_ds.model.pretrained import parameter_shapes
 from loraprune_ds.model.shapes import (
     ARCHITECTURES,
     KINDS,
@@ -125,7 +124,7 @@ def test_counts_are_those_of_the_stock_model(config: Any) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = shape_from_config(config.to_dict(), "somewhere")
-    assert parameter_shapes(shape) == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shape.parameters() == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert shape.total_numel() == sum(parameter.numel() for parameter in model.parameters())
     layers = model.model.layers
     assert shape.linear_numel() == sum(
@@ -164,7 +163,7 @@ def test_rows_of_a_group() -> None:
 def test_biases_leave_with_their_linear() -> None:
     config = without(attention_bias=True, mlp_bias=True)
     shape = shape_from_config(config, "somewhere")
-    names = {name for name in parameter_shapes(shape) if name.endswith("bias")}
+    names = {name for name in shape.parameters() if name.endswith("bias")}
     assert len(names) == 2 * 7
     smaller = shape.with_layers((LayerShape(1, 90), shape.layers[1]))
     lost = shape.total_numel() - smaller.total_numel()

@@ -1,0 +1,162 @@
+"""The one table that knows model families: what leaves with a group of a decoder layer, and what else is special.
+
+A decoder layer has groups of two kinds. All of a group leaves together.
+  heads     one key-value head with all the query heads that read it. Under MHA it is one head.
+  channels  one MLP channel.
+
+Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another, and each group is
+`width` rows (or columns) wide. That one sentence covers separate weights, fused ones (q|k|v, gate|up), biases and norms.
+All other names and shapes come from the model itself, built on the meta device. Sizes that the table does not explain
+are refused by name.
+
+A family that is like LLaMA is one line: add its `model_type` to LLAMA_LIKE.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Kind = Literal["heads", "channels"]
+KINDS: tuple[Kind, Kind] = ("heads", "channels")
+# Rows of one group: head_dim times the query heads of a group, head_dim, the query heads of a group, or 1.
+Width = Literal["queries", "head", "query_count", "one"]
+PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
+
+
+@dataclass(frozen=True)
+class Part:
+    """Describes all groups of one kind along an axis, one after another."""
+
+    kind: Kind
+    width: Width = "one"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Describes one LoRA-adapted linear of a decoder layer. A cut makes it smaller and its elements are scored.
+
+    Attributes:
+        name: path inside the decoder layer, as in the weight files.
+        axis: the axis of weight (out_features, in_features) that a cut makes smaller.
+        parts: what lies along that axis. All parts of a linear are of one kind.
+    """
+
+    name: str
+    axis: Literal[0, 1]
+    parts: tuple[Part, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of its groups."""
+        return self.parts[0].kind
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Describes a parameter without LoRA that loses rows with the groups: the weight of a norm over all heads."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Names a count that a forward reads from a module of the layer, so that it must follow a cut.
+
+    Attributes:
+        module: path inside the decoder layer.
+        width: what the module counts per group.
+    """
+
+    module: str
+    attribute: str
+    kind: Kind
+    width: Width = "one"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Describes a family of decoder-only models.
+
+    Attributes:
+        linears: the LoRA-adapted linears of a decoder layer, in the order of its forward.
+        companions: other parameters that a cut makes smaller.
+        runtime: counts that a forward reads.
+        softcap: config field with the cap c of c · tanh(logits / c), if the family has one.
+        logit_scale: config field with the factor on the logits.
+        logit_divisor: config field with a divisor of the logits.
+        attention_softcap: config field with a cap on attention scores. Only the eager implementation has it.
+        heads_divide_hidden: the stock config class refuses head counts that do not divide hidden_size.
+    """
+
+    linears: tuple[Linear, ...]
+    companions: tuple[Companion, ...] = ()
+    runtime: tuple[Runtime, ...] = ()
+    softcap: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
+    attention_softcap: str | None = None
+    heads_divide_hidden: bool = False
+
+
+QUERIES, KEYS, CHANNELS = Part("heads", "queries"), Part("heads", "head"), Part("channels")
+
+
+def _rows(name: str, *parts: Part) -> Linear:
+    return Linear(name, 0, parts)
+
+
+def _columns(name: str, *parts: Part) -> Linear:
+    return Linear(name, 1, parts)
+
+
+ATTENTION = (
+    _rows("self_attn.q_proj", QUERIES),
+    _rows("self_attn.k_proj", KEYS),
+    _rows("self_attn.v_proj", KEYS),
+    _columns("self_attn.o_proj", QUERIES),
+)
+GATED = (_rows("mlp.gate_proj", CHANNELS), _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS))
+FUSED_GATED = (_rows("mlp.gate_up_proj", CHANNELS, CHANNELS), _columns("mlp.down_proj", CHANNELS))
+# A norm over the whole projected width. Its weight is sliced, so a cut there is not quite equal to a mask: what is left
+# is divided by the mean square of fewer elements.
+WIDE_NORMS = (
+    Companion("self_attn.q_norm.weight", (QUERIES,)),
+    Companion("self_attn.k_norm.weight", (KEYS,)),
+)
+
+MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
+
+LLAMA = Family(ATTENTION + GATED, runtime=(MLP_WIDTH,))
+LLAMA_LIKE = "mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense gemma"
+FAMILIES: dict[str, Family] = {
+    "llama": replace(LLAMA, heads_divide_hidden=True),
+    **dict.fromkeys(LLAMA_LIKE.split(), LLAMA),
+    "gemma2": replace(
+        LLAMA,
+        softcap="final_logit_softcapping",
+        attention_softcap="attn_logit_softcapping",
+        heads_divide_hidden=True,
+    ),
+    "gemma3_text": replace(LLAMA, softcap="final_logit_softcapping", heads_divide_hidden=True),
+    "granite": replace(LLAMA, logit_divisor="logits_scaling"),
+    "cohere2": replace(LLAMA, logit_scale="logit_scale"),
+    **dict.fromkeys(("olmo2", "olmo3"), replace(LLAMA, companions=WIDE_NORMS)),
+    "phi3": Family(
+        (_rows("self_attn.qkv_proj", QUERIES, KEYS, KEYS), _columns("self_attn.o_proj", QUERIES), *FUSED_GATED),
+        runtime=(
+            Runtime("self_attn", "num_key_value_heads", "heads"),
+            Runtime("self_attn.config", "num_attention_heads", "heads", "query_count"),
+        ),
+    ),
+    **dict.fromkeys(("glm", "glm4"), Family(ATTENTION + FUSED_GATED)),
+    "starcoder2": Family((*ATTENTION, _rows("mlp.c_fc", CHANNELS), _columns("mlp.c_proj", CHANNELS))),
+    **dict.fromkeys(
+        ("arcee", "nemotron", "apertus"),
+        Family((*ATTENTION, _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS))),
+    ),
+}
+
+
+def family_name(model_type: str) -> str:
+    """Returns the `model_type` of the family, also of an export whose layers have different widths."""
+    return model_type.removeprefix(PRUNED)

@@ -1,0 +1,80 @@
+"""A stock causal LM whose layers differ in attention heads and MLP width. Structured pruning leaves such a model.
+
+config.json has the sizes of each layer in transformers' own form. It parses that from 5.16 on. 4.x has a plain dict.
+    "per_layer_config": {"0": {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1301}, ...}
+A size that a layer does not name is the global one. This file needs nothing but torch and transformers:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+"""
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+FAMILY = "llama"  # the export writes the model_type of the stock model here
+
+
+def layer_config(config: Any, layer: int) -> Any:
+    """Returns the config with the sizes of one layer."""
+    per_layer = getattr(config, "per_layer_config", None)
+    if per_layer is not None and not isinstance(per_layer, dict):  # transformers 5 resolves the sizes itself
+        return per_layer[layer]
+    resolved = copy.copy(config)
+    for index, sizes in (per_layer or {}).items():
+        if int(index) == layer:
+            resolved.__dict__.update(sizes)
+    return resolved
+
+
+def rebuild_layers(decoder: nn.Module, config: Any) -> None:
+    """Builds each layer anew at its own size. from_pretrained does that on the meta device, where it costs nothing."""
+    layers: Any = decoder.get_submodule("layers")
+    for i, layer in enumerate(layers):
+        layers[i] = type(layer)(layer_config(config, i), i)
+
+
+def pruned_classes(family: str) -> tuple[Any, Any, Any]:
+    """Derives the config, the decoder and the causal LM of a family from its stock classes."""
+    base_config: Any = CONFIG_MAPPING[family]
+    base_model: Any = MODEL_MAPPING[base_config]
+    base_causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+
+    class PrunedConfig(base_config):
+        model_type = f"pruned_{family}"
+        # In transformers 5 code that knows one size for all layers reads the global one. Else it would raise.
+        allow_global_per_layer_attribute_access = True
+
+        def validate(self) -> None:
+            """Does nothing. Some stock configs want a head count that divides hidden_size; head_dim is explicit here."""
+
+    class PerLayer:
+        def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+            """Tells every layer. Each has a config of its own, which must not keep the old implementation."""
+            super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+            model: Any = self
+            for module in model.modules():
+                if isinstance(getattr(module, "config", None), base_config):
+                    module.config._attn_implementation = model.config._attn_implementation
+
+    class PrunedModel(PerLayer, base_model):
+        config_class = PrunedConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            rebuild_layers(self, config)  # type: ignore[arg-type]
+            self.post_init()
+
+    class PrunedForCausalLM(PerLayer, base_causal_lm):
+        config_class = PrunedConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            rebuild_layers(self.model, config)
+            self.post_init()
+
+    return PrunedConfig, PrunedModel, PrunedForCausalLM
+
+
+PrunedConfig, PrunedModel, PrunedForCausalLM = pruned_classes(FAMILY)

@@ -1,0 +1,115 @@
+"""Reads a model's sizes: its counts from config.json, and every parameter's shape from the modules on the meta device."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.model.classes import build_on_meta, config_class
+from loraprune_ds.model.family import FAMILIES, family_name
+from loraprune_ds.model.shapes import LayerShape, ModelShape
+
+REFUSED = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank", "linear_num_key_heads")
+
+
+def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
+    """Reads `config.json` of a supported model, `per_layer_config` included.
+
+    Raises:
+        UserError: the model type is not supported. A size is missing or impossible. Key-value heads do not divide query
+            heads. transformers refuses the config. A tensor has a shape that family.py does not explain. The line
+            names `where`, the folder or hub id.
+    """
+    _check_type(config, where)
+    try:
+        num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
+        given = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
+        per_layer = {int(k): v for k, v in given.items()}
+        defaults = config_class(config["model_type"])
+        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults) for i in range(num_layers)]
+        vocab_size = int(config["vocab_size"])
+        head_dim = int(config.get("head_dim", getattr(defaults, "head_dim", None)) or hidden // sizes[0][0])
+    except KeyError as error:
+        raise UserError(f"{where}: config.json has no {error.args[0]}") from None
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{where}: config.json holds a size that is no number: {error}") from None
+    if min(num_layers, hidden, vocab_size, head_dim, *(size for layer in sizes for size in layer)) < 1:
+        raise UserError(f"{where}: config.json holds a size below 1")
+    _check_heads(where, sizes, head_dim)
+    stock = FAMILIES.get(config["model_type"])
+    if stock is not None and stock.heads_divide_hidden and hidden % sizes[0][0]:
+        raise UserError(
+            f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {sizes[0][0]}, which "
+            f"transformers' {config['model_type']} requires"
+        )
+    parameters = _meta_parameters(config, where)
+    shape = ModelShape(
+        model_type=config["model_type"],
+        hidden_size=hidden,
+        head_dim=head_dim,
+        queries_per_group=sizes[0][0] // sizes[0][1],
+        vocab_size=vocab_size,
+        tie_word_embeddings="lm_head.weight" not in parameters,
+        layers=tuple(LayerShape(heads, channels) for _, heads, channels in sizes),
+    )
+    return _add_parameters(shape, parameters, where)
+
+
+def _meta_parameters(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Returns names and shapes of all parameters, each once, from modules without weights."""
+    try:
+        model = build_on_meta(config)
+    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}") from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_type(config: dict[str, Any], where: str) -> None:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or family_name(model_type) not in FAMILIES:
+        supported = ", ".join(sorted(FAMILIES))
+        raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: {supported} (and pruned)")
+    if found := next((key for key in REFUSED if config.get(key)), None):
+        raise UserError(f"{where}: config.json has {found}: such layers are not supported")
+
+
+def _check_heads(where: str, sizes: list[tuple[int, int, int]], head_dim: int) -> None:
+    for i, (queries, heads, _) in enumerate(sizes):
+        if queries % heads or queries // heads != sizes[0][0] // sizes[0][1]:
+            raise UserError(
+                f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
+                "the same whole number of query heads per key-value head"
+            )
+    if head_dim % 2:
+        raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+
+
+def _layer_sizes(config: dict[str, Any], defaults: Any) -> tuple[int, int, int]:
+    """Returns query heads, key-value heads and channels."""
+    queries = int(config["num_attention_heads"])
+    heads = config.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None)) or queries
+    return queries, int(heads), int(config["intermediate_size"])
+
+
+def _add_parameters(shape: ModelShape, found: Mapping[str, tuple[int, ...]], where: str) -> ModelShape:
+    """Adds the biases, and the parameters that no cut makes smaller.
+
+    Raises:
+        UserError: a tensor has a shape that the family's table does not explain. Or layers differ in what they hold.
+    """
+    first = {name.removeprefix("model.layers.0."): size for name, size in found.items() if ".layers.0." in name}
+    table = {name.removeprefix("model.layers.0.") for name in shape.layer_parameters(0)}
+    shape = replace(
+        shape,
+        biases=frozenset(linear.name for linear in shape.linears if f"{linear.name}.bias" in first),
+        ends={name: size for name, size in found.items() if not name.startswith("model.layers.")},
+    )
+    biases = {f"{name}.bias" for name in shape.biases}
+    shape = replace(shape, layer_others={n: size for n, size in first.items() if n not in table | biases})
+    expected = shape.parameters()
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            sizes = [list(some[name]) if name in some else "nothing" for some in (found, expected)]
+            raise UserError(f"{where}: {name} has shape {sizes[0]}, where a {shape.model_type} layer has {sizes[1]}")
+    return shape
