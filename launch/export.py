@@ -45,11 +45,11 @@ def main() -> int:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Writes the export and prints one line about it, after lines that a person should know."""
+    """Writes the export. Prints notes and one line about the result."""
     source: Path = arguments.source
     out: Path = arguments.out or Path(f"{source.resolve().name}-{arguments.format}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # These imports take seconds, so the arguments are checked first.
+    # These imports take seconds. The arguments are checked first.
     from loraprune_ds.export.formats import export
     from loraprune_ds.export.source import find_source
 

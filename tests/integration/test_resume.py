@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from loraprune_ds.checkpoint.layout import seal, write_manifest
+from loraprune_ds.checkpoint.state import FORMAT
 from tests.integration.resuming import (
     CUTS,
     STEPS,
@@ -333,8 +334,11 @@ def test_after_a_power_cut_the_checkpoints_are_enough(
     assert "belongs to a run with other settings: seed" in str(other.error)
 
 
+NEWER = f"format {FORMAT + 1}; this version of loraprune_ds reads up to {FORMAT}"
+
+
 def newer_format(out: Path) -> None:
-    (out / "checkpoints/step-13/state.json").write_text(json.dumps(read_state(out, 13) | {"format": 3}))
+    (out / "checkpoints/step-13/state.json").write_text(json.dumps(read_state(out, 13) | {"format": FORMAT + 1}))
 
 
 def another_source(out: Path) -> None:
@@ -354,7 +358,7 @@ def change_source(out: Path, **changes: str) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (newer_format, "step-13/state.json has format 3; this version of loraprune_ds reads up to 2"),
+        (newer_format, f"step-13/state.json has {NEWER}"),
         (another_source, "is not the model that"),
     ],
 )
@@ -395,7 +399,7 @@ def test_what_cannot_be_resumed_is_one_line(ranks: RankPool, straight: Path, aga
     new = config_for(again, tmp_path / "new")
     newer = killed_after(straight, 1, tmp_path)
     state = read_state(newer, 1)
-    (newer / "checkpoints/step-1/state.json").write_text(json.dumps(state | {"format": 3}))
+    (newer / "checkpoints/step-1/state.json").write_text(json.dumps(state | {"format": FORMAT + 1}))
     shutil.copytree(straight.parent / "source", tmp_path / "other_model")
     other_model = config_for(again, tmp_path / "new", f"model.path={tmp_path / 'other_model'}")
     other_batch = config_for(again, tmp_path / "new", "train.global_batch_size=12", "seed=1")
@@ -403,8 +407,8 @@ def test_what_cannot_be_resumed_is_one_line(ranks: RankPool, straight: Path, aga
     cases = [
         (new, str(tmp_path / "empty"), f"--resume {tmp_path / 'empty'}: no usable checkpoint there"),
         (new, str(tmp_path / "nowhere"), f"--resume {tmp_path / 'nowhere'}: no such folder"),
-        (new, str(newer), "format 3; this version of loraprune_ds reads up to 2"),
-        (new, str(newer / "checkpoints/step-1"), "format 3; this version of loraprune_ds reads up to 2"),
+        (new, str(newer), NEWER),
+        (new, str(newer / "checkpoints/step-1"), NEWER),
         (other_model, str(straight), "other settings: model.path"),
         (other_batch, str(straight), "other settings: seed, train.global_batch_size"),
         (held, str(straight), f"output_dir {newer} holds a run already"),

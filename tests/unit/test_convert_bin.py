@@ -1,4 +1,4 @@
-"""`.bin` checkpoints: the same tensors as safetensors, made once, whole or not at all, a few at a time."""
+"""Converts `.bin` files to the same tensors as safetensors: once, whole or not at all, a few at a time."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
-    """Two `.bin` files and their index, as transformers saved them; `tensors` is what they hold."""
+    """Writes two `.bin` files and their index, as transformers saved them. They hold `tensors`."""
     folder = make_tiny_llama(tmp_path / "model", seed=1, dtype="bfloat16", **SIZES)
     tensors |= load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -84,7 +84,7 @@ def test_one_file_without_an_index(folder: Path, tensors: dict[str, Tensor], zip
 
 
 def test_tensors_that_share_memory(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """A tied head is saved as a second name of the embedding."""
+    """Saves a tied head, as torch does, as a second name of the embedding."""
     first = torch.load(folder / FILES[0])
     tied = first | {"model.embed_tokens.weight": tensors["lm_head.weight"], "lm_head.weight": tensors["lm_head.weight"]}
     second = {name: tensor for name, tensor in torch.load(folder / FILES[1]).items() if name not in tied}
@@ -100,7 +100,7 @@ def test_it_is_done_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_weights_are_another_folder(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Same names, same sizes, one element changed."""
+    """Keeps names and sizes, and changes one element."""
     first = converted(folder)
     changed = torch.load(folder / FILES[0])
     next(iter(changed.values())).view(-1)[3] += 1
@@ -176,7 +176,7 @@ def test_what_cannot_be_converted_is_one_line(folder: Path, tensors: dict[str, T
 
 
 def test_a_surplus_file(folder: Path) -> None:
-    """Of a download over an older one."""
+    """Leaves a file of an older download."""
     surplus = folder / "pytorch_model-00003-of-00003.bin"
     shutil.copy(folder / FILES[1], surplus)
     assert refused(folder) == f"{surplus.name} is one weight file too many; {convert_bin.INDEX} does not name it"

