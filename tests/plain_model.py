@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family import LLAMA_LINEARS, Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import (
     CollectedLinear,
@@ -37,7 +37,7 @@ class PlainModel:
 
     def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
         factors = {}
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             module = lora_linear(self.layers[layer], linear)
             a, b = lora_weights(module)
             assert a.grad is not None, "LoRA is scored after a backward"
@@ -81,7 +81,7 @@ class PlainModel:
     @torch.no_grad()
     def cut(self, keep: list[LayerKeep]) -> int:
         for layer, layer_keep in zip(self.layers, keep, strict=True):
-            for linear in LINEARS:
+            for linear in LLAMA_LINEARS:
                 module, rows = lora_linear(layer, linear), layer_keep.indices(self.shape, linear)
                 base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
                 rows = rows.to(base.weight.device)

@@ -12,9 +12,10 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.export.source import UnmergedModel
-from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
+from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER, linear_names
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 

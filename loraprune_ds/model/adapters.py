@@ -69,8 +69,8 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     missing = set() if isinstance(targets, str) else set(linear_names(shape)) - named
     if missing:
         raise UserError(
-            f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion needs it on all linears "
-            "of a decoder layer"
+            f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion "
+            "needs it on all linears of a decoder layer"
         )
 
 

@@ -4,10 +4,9 @@ A decoder layer has groups of two kinds. All of a group leaves together.
   heads     one key-value head with all the query heads that read it. Under MHA it is one head.
   channels  one MLP channel.
 
-Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another, and each group is
-`width` rows (or columns) wide. That one sentence covers separate weights, fused ones (q|k|v, gate|up), biases and norms.
-All other names and shapes come from the model itself, built on the meta device. Sizes that the table does not explain
-are refused by name.
+Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another. Each group is
+`width` rows (or columns) wide. That covers separate weights, fused ones (q|k|v, gate|up), biases and norms. All other
+names and shapes come from the model itself, built on the meta device. A size that the table does not explain is refused.
 
 A family that is like LLaMA is one line: add its `model_type` to LLAMA_LIKE.
 """
@@ -126,7 +125,8 @@ WIDE_NORMS = (
 
 MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
 
-LLAMA = Family(ATTENTION + GATED, runtime=(MLP_WIDTH,))
+LLAMA_LINEARS = ATTENTION + GATED
+LLAMA = Family(LLAMA_LINEARS, runtime=(MLP_WIDTH,))
 LLAMA_LIKE = "mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense gemma"
 FAMILIES: dict[str, Family] = {
     "llama": replace(LLAMA, heads_divide_hidden=True),

@@ -155,7 +155,7 @@ def _slices(pretrained: PretrainedModel, kept: Kept) -> dict[str, Slice]:
     shape, slices = pretrained.shape, dict[str, Slice]()
     for i, groups in enumerate(kept):
         keep: dict[Kind, Tensor] = {kind: torch.tensor(some) for kind, some in zip(KINDS, groups, strict=True)}
-        cut = {kind for kind in KINDS if len(keep[kind]) < shape.layers[i].count(kind)}
+        cut: list[Kind] = [kind for kind in KINDS if len(keep[kind]) < shape.layers[i].count(kind)]
         for name, axis, parts in shape.layer_cuts(cut):
             slices[f"model.layers.{i}.{name}"] = Slice(axis, shape.kept_indices(i, parts, keep))
     return slices

@@ -1,4 +1,4 @@
-"""Reads a model's sizes: its counts from config.json, and every parameter's shape from the modules on the meta device."""
+"""Reads a model's sizes: its counts from config.json, and every parameter's shape from modules without weights."""
 
 from collections.abc import Mapping
 from dataclasses import replace

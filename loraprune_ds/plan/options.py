@@ -37,7 +37,7 @@ def refit(request: Request, before: ModelShape, after: ModelShape) -> int:
         return 0
     most = 0
     for i in range(len(before.layers)):
-        for linear in shape.input_linears:
+        for linear in before.input_linears:
             out_features, inputs = before.linear_shape(i, linear)
             kept = after.linear_shape(i, linear)[1]
             if kept == inputs:
@@ -135,7 +135,7 @@ def refit_bytes(request: Request, before: ModelShape, after: ModelShape, rank: i
         return 0
     sent = [0] * world_size
     for i in range(len(before.layers)):
-        for linear in shape.input_linears:
+        for linear in before.input_linears:
             out_features, inputs = before.linear_shape(i, linear)
             if after.linear_shape(i, linear)[1] == inputs:
                 continue
@@ -157,7 +157,7 @@ def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> floa
         return 0.0
     of_ranks = [0.0] * request.cluster.world_size
     for i in range(len(before.layers)):
-        for linear in shape.input_linears:
+        for linear in before.input_linears:
             out_features, inputs = before.linear_shape(i, linear)
             kept = after.linear_shape(i, linear)[1]
             solve = kept**3 / 3 + 2 * kept * (inputs - kept) * out_features + 4 * kept**2 * out_features

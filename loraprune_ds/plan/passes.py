@@ -63,7 +63,7 @@ class Network:
         }
         head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
         self.embedding = self._leaf("model.embed_tokens")
-        self.layers = [self._layer(i) for i in range(len(shape.layers))]
+        self.layers = [self._layer(i, shape) for i in range(len(shape.layers))]
         inner = [self.embedding, Module("model.rotary_emb", has_input=False), *self.layers, self._leaf("model.norm")]
         model = Module("model", children=inner, has_input=False)
         causal_lm = Module("", children=[model, Module("lm_head", (self.parameters[head],))], has_input=False)
@@ -87,7 +87,7 @@ class Network:
         own = (f"{name}.weight", f"{name}.bias")
         return Module(name, tuple(self.parameters[n] for n in own if n in self.parameters))
 
-    def _layer(self, index: int) -> Module:
+    def _layer(self, index: int, shape: ModelShape) -> Module:
         prefix = f"model.layers.{index}"
         linears = {linear.name: self._lora_linear(f"{prefix}.{linear.name}") for linear in shape.linears}
         attention = [linears[f"self_attn.{x}_proj"] for x in "qkvo"]

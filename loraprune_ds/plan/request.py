@@ -185,7 +185,15 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
     """
     if model in LLAMA:
         hidden, layers, heads, channels = LLAMA[model]
-        return ModelShape("llama", hidden, 128, 1, 32_000, False, False, False, (LayerShape(heads, channels),) * layers)
+        config = {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": channels,
+            "vocab_size": 32_000,
+        }
+        return shape_from_config(config, model)
     folder = embedded_model_dir() if model == EMBEDDED else Path(model).expanduser()
     path = folder / "config.json" if folder.is_dir() else _download_config(model, revision)
     return shape_from_config(read_json(path), model)

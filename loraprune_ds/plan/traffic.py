@@ -102,7 +102,7 @@ def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -
         if not keep.cuts(shape.layers[index], linear.kind):
             continue
         out_features, in_features = shape.linear_shape(index, linear)
-        rows = keep.indices(shape, linear)
+        rows = keep.indices(shape, index, linear.parts)
         factor = (out_features, lora_rank) if linear.axis == 0 else (lora_rank, in_features)
         cuts += [(AxisCut((out_features, in_features), linear.axis, rows), False)]
         cuts += [(AxisCut(factor, linear.axis, rows), True)]

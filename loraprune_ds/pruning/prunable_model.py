@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.family import Kind, Linear
+from loraprune_ds.model.family import KINDS, Kind, Linear, Part
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 
 

@@ -17,7 +17,7 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import KINDS, Linear
+from loraprune_ds.model.family import KINDS, Kind, Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeTensor, LayerKeep, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.comm import Communicator
@@ -132,10 +132,8 @@ class ShardedModel:
         flat = self.zero_optimizer.grad_partitions_flat_buffer
         if torch.isfinite(flat.sum()):  # one pass when all is well, which is always
             return None
-        weights = [
-            [w for linear in self.shape.linears for w in lora_weights(lora_linear(layer, linear))]
-            for layer in self.layers
-        ]
+        linears = self.shape.linears
+        weights = [[w for linear in linears for w in lora_weights(lora_linear(layer, linear))] for layer in self.layers]
         return first_nonfinite([torch.cat([_local(safe_get_local_grad(w)) for w in layer]) for layer in weights])
 
     def nonfinite_weights(self) -> int | None:
@@ -167,9 +165,9 @@ class ShardedModel:
 
     def _cut_layer(self, index: int, keep: LayerKeep, state: OptimizerState) -> None:
         layer, shape = self.layers[index], self.shape
-        if not any(keep.cuts(shape.layers[index], kind) for kind in KINDS):
+        kinds: list[Kind] = [kind for kind in KINDS if keep.cuts(shape.layers[index], kind)]
+        if not kinds:
             return
-        kinds = [kind for kind in KINDS if keep.cuts(shape.layers[index], kind)]
         cuts: list[tuple[nn.Parameter, AxisCut]] = []
         for linear in (linear for linear in shape.linears if linear.kind in kinds):
             module, kept = lora_linear(layer, linear), keep.indices(shape, index, linear.parts)

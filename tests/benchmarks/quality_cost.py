@@ -37,6 +37,7 @@ from loraprune_ds.model.adapters import add_lora, lora_linear
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import teacher
@@ -159,7 +160,7 @@ def one_process_phase(config: RunConfig, prepared: Prepared, *, whole: bool) -> 
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in decoder_layers(model):
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             lora_linear(layer, linear).base_layer.weight.requires_grad_(whole)
     model.train()
     comm, rows = Communicator(), []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import lora_linear, lora_weights
+from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
 from loraprune_ds.pruning.step import Pruner, agree
@@ -68,11 +69,11 @@ def score_shards_and_whole(job: Job, corrupt: bool = False) -> dict[str, Any]:
     trainer = after_backward(job, step=2)
     model = trainer.model
     weights = [
-        {linear.name: gather_everywhere(model, _weight(trainer, i, linear)) for linear in LINEARS}
+        {linear.name: gather_everywhere(model, _weight(trainer, i, linear)) for linear in LLAMA_LINEARS}
         for i in range(len(model.layers))
     ]
     if corrupt and model.rank == model.world_size - 1:
-        shard = model.owned_weight(1, LINEARS[1]).flat
+        shard = model.owned_weight(1, LLAMA_LINEARS[1]).flat
         shard[len(shard) // 2] += 0.5
     with recorded_collectives() as calls:
         scores = score_groups(model, "lora", "none", 2)
@@ -143,7 +144,7 @@ def shards_at_each_emptying(job: Job, heads: list[int], channels: list[int]) -> 
     """Counts the old shards of cut weights that are alive, each time that a cut gives pinned memory back."""
     trainer = build(job)
     trainer.step(1)
-    old = [weakref.ref(_weight(trainer, i, linear).ds_tensor) for i in (1, 2) for linear in LINEARS]
+    old = [weakref.ref(_weight(trainer, i, linear).ds_tensor) for i in (1, 2) for linear in LLAMA_LINEARS]
     alive: list[int] = []
     with patch.object(sharded, "empty_host_cache", lambda: alive.append(sum(ref() is not None for ref in old))):
         trainer.model.cut(some_keep(trainer, heads, channels))
@@ -152,7 +153,7 @@ def shards_at_each_emptying(job: Job, heads: list[int], channels: list[int]) -> 
 
 def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
     zero = trainer.model.zero_optimizer
-    cut_weights = [_weight(trainer, i, linear).ds_tensor for i in (1, 2) for linear in LINEARS]
+    cut_weights = [_weight(trainer, i, linear).ds_tensor for i in (1, 2) for linear in LLAMA_LINEARS]
     moments = [state[key] for state in zero.optimizer.state.values() for key in MOMENTS]
     copies = zero.param_groups_fp16_flat_cpu_memory if zero.offload_param else [zero.lp_param_buffer]
     return [*cut_weights, *moments, zero.grad_partitions_flat_buffer, *copies]
@@ -182,7 +183,12 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
 
 
 def _lora_in_order(trainer: Trainer) -> list[Any]:
-    return [w for layer in trainer.model.layers for linear in LINEARS for w in lora_weights(lora_linear(layer, linear))]
+    return [
+        w
+        for layer in trainer.model.layers
+        for linear in LLAMA_LINEARS
+        for w in lora_weights(lora_linear(layer, linear))
+    ]
 
 
 # Things that go wrong
@@ -216,7 +222,7 @@ def poisoned(job: Job, where: str) -> str:
     trainer = build(job)
     if where == "loss":
         if trainer.model.rank == 0:
-            trainer.model.owned_weight(2, LINEARS[-1]).flat[0] = float("nan")
+            trainer.model.owned_weight(2, LLAMA_LINEARS[-1]).flat[0] = float("nan")
     elif where == "gradient":
         exchange = trainer._exchange
 

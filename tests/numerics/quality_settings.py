@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import Ragged
@@ -52,7 +53,7 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
     handles += [
         lora_linear(layer, linear).register_forward_pre_hook(partial(see, f"{i}.{linear.name}"))
         for i, layer in enumerate(trainer.model.layers)
-        for linear in LINEARS
+        for linear in LLAMA_LINEARS
         if linear.name in INPUTS
     ]
     yield seen
@@ -64,7 +65,7 @@ def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str,
     """Gathers weight, bias and LoRA of linears of all layers, by names like "1.mlp.down_proj"."""
     found = {}
     for i, layer in enumerate(trainer.model.layers):
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             if linear.name in names:
                 module = lora_linear(layer, linear)
                 parameters: dict[str, Any] = {

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.flat import partition_numel
 from tests.numerics import cutting
 from tests.numerics.driver import Job, write_adapter
@@ -119,7 +120,7 @@ def test_what_a_cut_leaves_alone_is_not_sent(
     calls = [elements for name, elements in results[0]["calls"] if name == "all_to_all_single"]
     assert len(calls) == (4 if tensors else 0)
     kind = "heads" if len(heads) < KV_HEADS else "channels"
-    linears = [linear.name for linear in LINEARS if linear.kind == kind]
+    linears = [linear.name for linear in LLAMA_LINEARS if linear.kind == kind]
     of_this_kind = [n for n in results[0]["before"] if ".layers.1." in n and any(linear in n for linear in linears)]
     most = sum(results[0]["before"][name].numel() for name in of_this_kind)
     assert sum(calls) < 2 * most  # two layers, and nothing of the other kind beside
@@ -128,7 +129,7 @@ def test_what_a_cut_leaves_alone_is_not_sent(
 def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: list[int] = KEPT_CHANNELS) -> Tensor:
     """Cuts a tensor of this name by plain index_select."""
     layer = name.split(".layers.")[1].split(".")[0] if ".layers." in name else ""
-    linear = next((x for x in LINEARS if x.name in name), None)
+    linear = next((x for x in LLAMA_LINEARS if x.name in name), None)
     if layer not in ("1", "2") or linear is None:
         return tensor
     if ("lora_A" in name and linear.axis == 0) or ("lora_B" in name and linear.axis == 1):

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family import LLAMA_LINEARS, Linear
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.prunable_model import LayerKeep
 
-BY_NAME: dict[str, Linear] = {linear.name: linear for linear in LINEARS}
+BY_NAME: dict[str, Linear] = {linear.name: linear for linear in LLAMA_LINEARS}
 
 
 def make_shape(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family import LLAMA_LINEARS, Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores, score_groups
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
@@ -22,7 +22,7 @@ def random_layer(
 ) -> LayerTensors:
     """One decoder layer in which every term of the criterion has a say: B and gB·gA are as large as the rest."""
     tensors = {}
-    for linear in LINEARS:
+    for linear in LLAMA_LINEARS:
         out_features, in_features = shape.linear_shape(layer, linear)
         sizes = ((out_features, in_features), (r, in_features), (out_features, r), (r, in_features), (out_features, r))
         weight, *factors = (torch.randn(size, generator=generator) for size in sizes)

@@ -24,6 +24,7 @@ from loraprune_ds.model.adapters import (
     set_features,
 )
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_lora, make_tiny_llama
 
@@ -73,9 +74,9 @@ def test_lora_is_on_all_seven_linears_and_only_lora_is_trained(folder: Path) -> 
     model = wrap(folder)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(lora_of(model))
-    assert len(trained) == LAYERS * len(LINEARS) * 2
+    assert len(trained) == LAYERS * len(LLAMA_LINEARS) * 2
     for i, layer in enumerate(decoder_layers(model)):
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             module = lora_linear(layer, linear)
             a, b = lora_weights(module)
             out_features, in_features = open_pretrained(folder).shape.linear_shape(i, linear)
@@ -103,7 +104,7 @@ def test_dropout_is_where_lora_is(folder: Path) -> None:
     model = wrap(folder, config=LoraConfig(r=4, lora_alpha=6, lora_dropout=0.5)).train()
     input_ids = torch.arange(3, 20)[None]
     for layer in decoder_layers(model):
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             nn.init.normal_(lora_weights(lora_linear(layer, linear))[1])
     first, second = (model(input_ids=input_ids).logits for _ in range(2))
     assert not torch.equal(first, second)
@@ -112,7 +113,7 @@ def test_dropout_is_where_lora_is(folder: Path) -> None:
 
 
 def test_features_are_told_to_all_wrappers(folder: Path) -> None:
-    module = lora_linear(decoder_layers(wrap(folder))[0], LINEARS[0])
+    module = lora_linear(decoder_layers(wrap(folder))[0], LLAMA_LINEARS[0])
     set_features(module, 12, 7)
     a, b = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
     for holder in (module, module.base_layer):

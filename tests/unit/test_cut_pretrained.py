@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.model import pretrained as reading
+from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.pretrained import Kept, cut_to, open_pretrained
 from tests.oracle.models import make_tiny_llama
 
@@ -37,7 +38,7 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
     """Returns the same tensors with rows and columns left out, one group after the other."""
     left = dict(tensors)
     for i, (heads, channels) in enumerate(kept):
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             groups, width = (heads, HEAD_DIM) if linear.kind == "heads" else (channels, 1)
             width *= QUERIES if linear.queries else 1
             indices = [group * width + k for group in groups for k in range(width)]
@@ -67,7 +68,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 def test_it_is_built_with_the_sizes_that_are_left(folder: Path) -> None:
     for kept in (UNEVEN, EVEN):
         cut = cut_to(open_pretrained(folder), kept, "float32")
-        model = build_on_meta(cut, "sdpa")
+        model = build_for_losses(cut, "sdpa")
         assert {n: tuple(p.shape) for n, p in model.named_parameters()} == cut.shape.parameters()
 
 

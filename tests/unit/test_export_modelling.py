@@ -10,11 +10,12 @@ from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralConfig, Prun
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from loraprune_ds.model.family import LLAMA_LINEARS
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, exported_config, mask
 
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB
 PRUNED = [case for case in CASES if case.becomes.startswith("pruned_")]
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "float32"], ids=str)
@@ -62,7 +63,7 @@ def test_lora_and_gradient_checkpointing(case: Case) -> None:
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = get_peft_model(filled(case), LoraConfig(r=2, target_modules=LINEARS, task_type="CAUSAL_LM"))
+        model = get_peft_model(filled(case), LoraConfig(r=2, target_modules=LLAMA_LINEARS, task_type="CAUSAL_LM"))
         base = model.get_base_model()
         assert isinstance(base, PreTrainedModel)
         layer_calls = []
@@ -77,7 +78,7 @@ def test_lora_and_gradient_checkpointing(case: Case) -> None:
         assert len(layer_calls) == passes * len(case.keep)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     plain, checkpointed = gradients
-    assert len(plain) == 2 * len(LINEARS) * len(case.keep)
+    assert len(plain) == 2 * len(LLAMA_LINEARS) * len(case.keep)
     for name, gradient in plain.items():
         assert gradient is not None
         torch.testing.assert_close(checkpointed[name], gradient, rtol=0, atol=0)

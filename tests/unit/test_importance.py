@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family import LLAMA_LINEARS, Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning import importance
 from loraprune_ds.pruning.criterion import score_shard
@@ -99,7 +99,7 @@ def test_magnitude_ignores_the_gradients() -> None:
 
 def skip_module(name: str) -> Callable[..., LayerScores]:
     def add_modules(scores: list[Tensor], *args: object, **kwargs: object) -> LayerScores:
-        kept = [s * (linear.name != name) for linear, s in zip(LINEARS, scores, strict=True)]
+        kept = [s * (linear.name != name) for linear, s in zip(LLAMA_LINEARS, scores, strict=True)]
         return ADD_MODULES(kept, *args, **kwargs)  # type: ignore[arg-type]
 
     return add_modules
@@ -122,7 +122,7 @@ def average_from_the_first_score(self: MovingAverage, now: list[LayerScores]) ->
 
 ADD_MODULES, UPDATE = importance._add_modules, MovingAverage.update
 WRONG: dict[str, tuple[object, str, object]] = {
-    **{f"without {linear.name}": (importance, "_add_modules", skip_module(linear.name)) for linear in LINEARS},
+    **{f"without {linear.name}": (importance, "_add_modules", skip_module(linear.name)) for linear in LLAMA_LINEARS},
     "without the average": (MovingAverage, "update", no_average),
     "sum instead of average": (MovingAverage, "update", sum_of_all_steps),
     "average not from zero": (MovingAverage, "update", average_from_the_first_score),
@@ -164,7 +164,7 @@ def test_grouping_follows_the_key_value_heads() -> None:
     """A head group is one kv head with the query heads that read it: planted where only one group has any weight."""
     shape = make_shape([(3, 4)], hidden=6, head_dim=2, queries_per_group=2)
     layer = random_layer(shape, 0, RANK, torch.Generator().manual_seed(4))
-    for linear in LINEARS:
+    for linear in LLAMA_LINEARS:
         weight, a, b, grad_a, grad_b = layer[linear.name]
         rows = torch.arange(shape.group_width(linear)) + shape.group_width(linear)  # those of group 1
         only = torch.zeros_like(weight).index_fill_(linear.axis, rows, 1.0)
@@ -191,7 +191,9 @@ def test_mean_of_the_ranks_scores_is_another_criterion() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("linear", [LINEARS[0], LINEARS[3], LINEARS[6]], ids=lambda linear: linear.name)
+@pytest.mark.parametrize(
+    "linear", [LLAMA_LINEARS[0], LLAMA_LINEARS[3], LLAMA_LINEARS[6]], ids=lambda linear: linear.name
+)
 def test_a_score_that_is_not_finite_names_layer_linear_and_step(linear: Linear, bad: float) -> None:
     run = random_run(SHAPES["gqa"])
     run.steps[0][1][linear.name][4][0, 0] = bad  # gB

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family import KINDS, Kind
+from loraprune_ds.model.family import KINDS, LLAMA_LINEARS, Kind
 from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.importance import MovingAverage
 from loraprune_ds.pruning.prunable_model import LayerKeep
@@ -206,7 +206,7 @@ def mask(run: PlainRun, keep: list[LayerKeep]) -> None:
     """Zeroes what leaves where it enters the residual stream: columns of o_proj and down_proj, LoRA included."""
     shape = run.prunable.shape
     for name, tensor in run.tensors().items():
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             if linear.axis == 1 and f".{linear.name}." in name and name.endswith((".weight", ".lora_A")):
                 rows = keep[int(name.split(".")[1])].indices(shape, linear)
                 gone = torch.ones(tensor.shape[1], dtype=torch.bool).index_fill_(0, rows, False)
@@ -235,7 +235,7 @@ def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dty
     run.prunable.cut(keep)
 
     def expected(name: str, whole: Tensor) -> Tensor:
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             if f".{linear.name}." in name:
                 axis_of = {"weight": linear.axis, "bias": 0, "lora_A": 1, "lora_B": 0}[name.split(".")[-1]]
                 shrinks = name.endswith("weight") or axis_of == linear.axis
@@ -250,7 +250,7 @@ def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dty
         assert all(torch.equal(new, expected(name, old)) for new, old in zip(pair, moments[name], strict=True)), name
     assert run.prunable.shape.layers == tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep)
     for i, layer in enumerate(run.prunable.layers):
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             module: Any = layer.get_submodule(linear.name)
             assert (module.out_features, module.in_features) == run.prunable.shape.linear_shape(i, linear)
             assert module.base_layer.weight.shape == run.prunable.shape.linear_shape(i, linear)
@@ -263,7 +263,7 @@ def test_kept_indices_name_the_groups_of_the_dense_model(gqa: Tiny) -> None:
     dense = load_file(gqa.folder / "model.safetensors")
     tensors = run.tensors()
     for i, kept in enumerate(run.pruner.kept_of_dense):
-        for linear in LINEARS:
+        for linear in LLAMA_LINEARS:
             rows = kept.indices(run.pruner.limits.dense, linear)
             whole = dense[f"model.layers.{i}.{linear.name}.weight"]
             assert torch.equal(tensors[f"layers.{i}.{linear.name}.weight"], whole.index_select(linear.axis, rows))
@@ -278,7 +278,7 @@ def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> T
     shape, lora = run.prunable.shape, {name: t.clone() for name, t in tiny.lora.items()}
     tensors = load_file(tiny.folder / "model.safetensors")
     useless = LayerKeep(torch.tensor([head]), torch.tensor([channel]))
-    for linear in LINEARS:
+    for linear in LLAMA_LINEARS:
         rows, factor = useless.indices(shape, linear), "lora_A" if linear.axis else "lora_B"
         lora[f"layers.{layer}.{linear.name}.{factor}"].index_fill_(linear.axis, rows, 0)
         if linear.kind == "channels" or linear.axis == 1:
@@ -382,6 +382,8 @@ def test_what_a_cut_reports(gqa: Tiny) -> None:
     dense = run.pruner.limits.dense.linear_numel()
     for cut in run.cuts:
         assert cut.target == run.pruner.schedule.target(cut.step)
-    numel = sum(run.tensors()[f"layers.{i}.{linear.name}.weight"].numel() for i in range(LAYERS) for linear in LINEARS)
+    numel = sum(
+        run.tensors()[f"layers.{i}.{linear.name}.weight"].numel() for i in range(LAYERS) for linear in LLAMA_LINEARS
+    )
     assert run.cuts[-1].reached == run.pruner.reached() == 1 - numel / dense
     assert run.cuts[-1].reached == pytest.approx(0.3, abs=2 * run.pruner.limits.dense.group_numel("channels") / dense)

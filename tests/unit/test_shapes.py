@@ -8,10 +8,11 @@ from loraprune_ds.model.build import CAUSAL_LMS
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.shapes import (
     ARCHITECTURES,
     KINDS,
-    LINEARS,
+    LLAMA_LINEARS,
     LayerShape,
     ModelShape,
     shape_from_config,
@@ -128,9 +129,9 @@ def test_counts_are_those_of_the_stock_model(config: Any) -> None:
     assert shape.total_numel() == sum(parameter.numel() for parameter in model.parameters())
     layers = model.model.layers
     assert shape.linear_numel() == sum(
-        layer.get_submodule(linear.name).weight.numel() for layer in layers for linear in LINEARS
+        layer.get_submodule(linear.name).weight.numel() for layer in layers for linear in LLAMA_LINEARS
     )
-    for linear in LINEARS:
+    for linear in LLAMA_LINEARS:
         assert tuple(layers[0].get_submodule(linear.name).weight.shape) == shape.linear_shape(0, linear)
 
 
@@ -154,7 +155,7 @@ def test_rows_of_a_group() -> None:
     """Keeps 2 of 3 key-value heads with 2 query heads each, head_dim 2."""
     shape = make_shape([(3, 5)], head_dim=2, queries_per_group=2)
     keep = LayerKeep(torch.tensor([0, 2]), torch.tensor([1, 4]))
-    rows = {linear.name: keep.indices(shape, linear).tolist() for linear in LINEARS}
+    rows = {linear.name: keep.indices(shape, linear).tolist() for linear in LLAMA_LINEARS}
     assert rows["self_attn.q_proj"] == rows["self_attn.o_proj"] == [0, 1, 2, 3, 8, 9, 10, 11]
     assert rows["self_attn.k_proj"] == rows["self_attn.v_proj"] == [0, 1, 4, 5]
     assert rows["mlp.gate_proj"] == rows["mlp.up_proj"] == rows["mlp.down_proj"] == [1, 4]
