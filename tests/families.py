@@ -1,0 +1,83 @@
+"""Random tiny models of every family of the table: grouped queries, odd counts, and every special field in use."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 60,
+    "intermediate_size": 23,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WIDE = {"head_dim": 10}  # not hidden_size / num_attention_heads, which is 6
+WINDOW = {"sliding_window": 8}
+GEMMA = WIDE | WINDOW | {"query_pre_attn_scalar": 10}
+# Fields of config.json beside SIZES. The caps and factors are such that a model without them is clearly another one.
+TINY: dict[str, dict[str, Any]] = {
+    "llama": WIDE,
+    "mistral": WIDE | WINDOW,
+    "ministral": WIDE | WINDOW,
+    "ministral3": WIDE,
+    "qwen2": {},
+    "qwen3": WIDE,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "seed_oss": WIDE,
+    "olmo": {"clip_qkv": 0.1},
+    "exaone4": {},
+    "ernie4_5": WIDE,
+    "hunyuan_v1_dense": WIDE,
+    "gemma": WIDE,
+    "gemma2": GEMMA | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.5},
+    "gemma3_text": GEMMA | {"final_logit_softcapping": 4.0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+    },
+    "cohere2": WIDE | WINDOW | {"logit_scale": 0.3},
+    "olmo2": {},
+    "olmo3": WINDOW,
+    "phi3": {},
+    "glm": WIDE | {"attention_bias": True},
+    "glm4": WIDE | {"attention_bias": True},
+    "starcoder2": {},
+    "arcee": WIDE,
+    "nemotron": WIDE,
+    "apertus": WIDE,
+}
+
+
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """Returns the config of a tiny model of a family, with other fields where `changes` names them."""
+    return AutoConfig.for_model(family, **SIZES | TINY[family] | changes)
+
+
+def tiny_model(
+    family: str,
+    *,
+    seed: int = 0,
+    attn_implementation: str = "eager",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> PreTrainedModel:
+    """Builds a tiny model with random weights, in evaluation mode. All norms and biases differ from their defaults."""
+    config = tiny_config(family, **changes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(noise * 0.3)
+            else:
+                parameter.copy_(noise * (0.5 if "embed" in name else 0.25))
+    return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`
