@@ -6,7 +6,8 @@ A decoder layer has groups of two kinds. All of a group leaves together.
 
 Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another. Each group is
 `width` rows (or columns) wide. That covers separate weights, fused ones (q|k|v, gate|up), biases and norms. All other
-names and shapes come from the model itself, built on the meta device. A size that the table does not explain is refused.
+names and shapes come from the model itself, built on the meta device. A size that the table does not explain is
+refused.
 
 A family that is like LLaMA is one line: add its `model_type` to LLAMA_LIKE.
 """

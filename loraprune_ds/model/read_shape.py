@@ -28,7 +28,8 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         defaults = config_class(config["model_type"])
         sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
-        head_dim = int(config.get("head_dim", getattr(defaults, "head_dim", None)) or hidden // sizes[0][0])
+        head_dim = config.get("head_dim", getattr(defaults, "head_dim", None))
+        head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
     except KeyError as error:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
