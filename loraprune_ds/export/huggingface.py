@@ -18,6 +18,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.files import write_json
 from loraprune_ds.model.exported_config import ExportedConfig
+from loraprune_ds.model.family import family_name
+from loraprune_ds.model.modeling_pruned import FAMILY
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -66,9 +68,16 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         write_json(folder / "generation_config.json", ids)
     write_json(folder / "config.json", exported.config)
     if exported.modelling_file:
-        code = resources.files("loraprune_ds.model").joinpath(exported.modelling_file).read_text(encoding="utf-8")
-        (folder / exported.modelling_file).write_text(code, encoding="utf-8")
+        (folder / exported.modelling_file).write_text(_modelling_code(exported), encoding="utf-8")
     write_model_card(folder, card, exported)
+
+
+def _modelling_code(exported: ExportedConfig) -> str:
+    """Returns the modelling file of one family. A folder says which by a constant of the file."""
+    assert exported.modelling_file is not None
+    code = resources.files("loraprune_ds.model").joinpath(exported.modelling_file).read_text(encoding="utf-8")
+    family = family_name(exported.config["model_type"])
+    return code.replace(f'FAMILY = "{FAMILY}"', f'FAMILY = "{family}"')
 
 
 def publish(out: Path) -> None:

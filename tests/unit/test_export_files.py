@@ -143,14 +143,16 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_finished_folder_holds_config_code_and_card(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    case = next(case for case in CASES if case.becomes == "pruned_llama")
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_finished_folder_holds_config_code_and_card(tmp_path: Path, tiny_tokenizer: Path, family: str) -> None:
+    case = next(case for case in CASES if case.becomes == f"pruned_{family}")
     exported, dense, pruned = exported_config(dense_model(case), case)
     finish_folder(tmp_path, exported, tiny_tokenizer, model_card(dense, pruned))
     assert json.loads((tmp_path / "config.json").read_text()) == exported.config
-    package = Path(__file__).parents[2] / "loraprune_ds" / "model"
-    code = "modeling_pruned_llama.py"
-    assert (tmp_path / code).read_text() == (package / code).read_text()
+    code = "modeling_pruned.py"
+    shipped = (Path(__file__).parents[2] / "loraprune_ds" / "model" / code).read_text()
+    before, _, after = shipped.partition('FAMILY = "llama"')  # the one line that names the family
+    assert (tmp_path / code).read_text() == f'{before}FAMILY = "{family}"{after}'
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert generation["eos_token_id"] == exported.config["eos_token_id"]
     assert (tmp_path / "README.md").is_file()
