@@ -4,15 +4,22 @@ The whole pruning method runs on it unchanged, which is how the method is tested
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_features
+from loraprune_ds.model.adapters import (
+    ADAPTER,
+    base_parameter,
+    lora_linear,
+    lora_weights,
+    set_features,
+    set_runtime_counts,
+)
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import LLAMA_LINEARS, Linear
+from loraprune_ds.model.family import KINDS, Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import (
     CollectedLinear,
@@ -37,7 +44,7 @@ class PlainModel:
 
     def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
         factors = {}
-        for linear in LLAMA_LINEARS:
+        for linear in self.shape.linears:
             module = lora_linear(self.layers[layer], linear)
             a, b = lora_weights(module)
             assert a.grad is not None, "LoRA is scored after a backward"
@@ -80,21 +87,20 @@ class PlainModel:
 
     @torch.no_grad()
     def cut(self, keep: list[LayerKeep]) -> int:
-        for layer, layer_keep in zip(self.layers, keep, strict=True):
-            for linear in LLAMA_LINEARS:
-                module, rows = lora_linear(layer, linear), layer_keep.indices(self.shape, linear)
-                base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-                rows = rows.to(base.weight.device)
-                for parameter in (base.weight, b if linear.axis == 0 else a):
-                    self._select(parameter, linear.axis, rows)
-                if base.bias is not None and linear.axis == 0:
-                    self._select(base.bias, 0, rows)
-                set_features(module, *base.weight.shape)
-            cast(Any, layer).mlp.intermediate_size = len(layer_keep.channels)
+        for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
+            for name, axis, parts in self.shape.layer_cuts(KINDS):
+                self._select(base_parameter(layer, name), axis, layer_keep.indices(self.shape, i, parts))
+            for linear in self.shape.linears:
+                module = lora_linear(layer, linear)
+                factor = lora_weights(module)[1 - linear.axis]  # A has the inputs, B the outputs
+                self._select(factor, linear.axis, layer_keep.indices(self.shape, i, linear.parts))
+                set_features(module, *cast(nn.Linear, module.base_layer).weight.shape)
+            set_runtime_counts(layer, self.shape, layer_keep.shape)
         self.shape = self.shape.with_layers(tuple(layer_keep.shape for layer_keep in keep))
         return 0
 
     def _select(self, parameter: Tensor, axis: int, rows: Tensor) -> None:
+        rows = rows.to(parameter.device)
         parameter.data = parameter.data.index_select(axis, rows)
         parameter.grad = None
         state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}

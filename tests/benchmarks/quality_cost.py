@@ -156,7 +156,7 @@ def one_process_phase(config: RunConfig, prepared: Prepared, *, whole: bool) -> 
     base: Any = AutoModelForCausalLM.from_pretrained(locate_model(config.model), dtype=dtype)
     for parameter in base.parameters():
         parameter.data = parameter.data.clone()  # mapped from the file it would count as no memory
-    model = add_lora(base, config.lora, config.seed)
+    model = add_lora(base, prepared.pretrained.shape, config.lora, config.seed)
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in decoder_layers(model):

@@ -126,8 +126,9 @@ def test_tuning_goes_on_from_base_and_adapter(run: Run, adapter: Path) -> None:
 
 
 def test_a_run_can_start_from_base_and_adapter(adapter: Path) -> None:
-    check_adapter(adapter / "adapter", LoraConfig(r=4))
-    check_adapter_tensors(adapter / "adapter", 4, open_pretrained(adapter / "base").shape)
+    shape = open_pretrained(adapter / "base").shape
+    check_adapter(adapter / "adapter", LoraConfig(r=4), shape)
+    check_adapter_tensors(adapter / "adapter", 4, shape)
 
 
 def test_the_finished_model_is_copied(run: Run, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.pruning.importance import LayerScores
@@ -28,7 +27,7 @@ from loraprune_ds.zero.memory import state_tensors, state_terms, storage_bytes
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
 
-LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def write_adapter(folder: Path, lora: dict[str, Tensor], *, r: int, alpha: float
     prefix = "base_model.model.model."
     tensors = {f"{prefix}{name}.weight": tensor.contiguous() for name, tensor in lora.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": list(LLAMA_LINEARS), "bias": "none"}
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": list(LINEARS), "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

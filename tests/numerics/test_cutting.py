@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.zero.flat import partition_numel
 from tests.numerics import cutting
 from tests.numerics.driver import Job, write_adapter
@@ -137,7 +137,7 @@ def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: l
     if name.endswith("bias") and linear.axis == 1:
         return tensor
     groups = heads if linear.kind == "heads" else channels
-    width = 1 if linear.kind == "channels" else HEAD_DIM * (HEADS // KV_HEADS if linear.queries else 1)
+    width = 1 if linear.kind == "channels" else HEAD_DIM * (HEADS // KV_HEADS if QUERIES in linear.parts else 1)
     rows = torch.tensor([g * width + j for g in groups for j in range(width)])
     return tensor.index_select(linear.axis if tensor.dim() == 2 else 0, rows)
 

@@ -12,10 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
-from loraprune_ds.model.family import LLAMA_LINEARS
-
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
-LLAMA_LINEARS = (
+LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
     "self_attn.v_proj",
@@ -111,7 +109,7 @@ def make_lora(folder: Path, *, r: int, seed: int, size: float = 0.3) -> dict[str
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         layers = 1 + max(int(key.split(".")[2]) for key in file.keys() if ".layers." in key)
         for i in range(layers):
-            for linear in LLAMA_LINEARS:
+            for linear in LINEARS:
                 out_features, in_features = file.get_slice(f"model.layers.{i}.{linear}.weight").get_shape()
                 a = torch.randn(r, in_features, generator=generator) / math.sqrt(in_features)
                 b = torch.randn(out_features, r, generator=generator) * size / math.sqrt(r)

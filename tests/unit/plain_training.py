@@ -27,7 +27,8 @@ def build_model(folder: Path, lora: dict[str, Tensor], *, alpha: float, dtype: t
     """The saved model with the oracle's adapter ("layers.{i}.{linear}.lora_A") in place of a fresh one."""
     base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     rank = next(iter(lora.values())).shape[0]
-    model = add_lora(base, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0), seed=0)
+    shape = open_pretrained(folder).shape
+    model = add_lora(base, shape, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0), seed=0)
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in lora.items():

@@ -1,19 +1,20 @@
 """A small made-up run for the tests of what a person looks at: 10 steps, cuts after steps 4 and 6, two ranks."""
 
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.train.records import CutRecord, EvaluationRecord, History, StepRecord
 
-DENSE = ModelShape(
-    model_type="llama",
-    hidden_size=64,
-    head_dim=8,
-    queries_per_group=2,
-    vocab_size=100,
-    tie_word_embeddings=True,
-    attention_bias=False,
-    mlp_bias=False,
-    layers=(LayerShape(4, 96),) * 3,
-)
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 100,
+    "tie_word_embeddings": True,
+}
+DENSE = shape_from_config(CONFIG, "somewhere")
 PRUNED = DENSE.with_layers((LayerShape(4, 96), LayerShape(2, 40), LayerShape(3, 50)))
 
 

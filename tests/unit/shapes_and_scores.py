@@ -25,8 +25,6 @@ def make_shape(
         queries_per_group=queries_per_group,
         vocab_size=50,
         tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
         layers=tuple(LayerShape(*layer) for layer in layers),
     )
 

@@ -47,7 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wrap(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, config: LoraConfig = CONFIG) -> PeftModel:
-    return add_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), config, seed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return add_lora(model, open_pretrained(folder).shape, config, seed)
 
 
 def lora_of(model: nn.Module) -> dict[str, Tensor]:
@@ -126,10 +127,11 @@ def test_features_are_told_to_all_wrappers(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_is_taken_over(folder: Path, adapter: Path, dtype: torch.dtype) -> None:
-    check_adapter(adapter, CONFIG)
+    shape = open_pretrained(folder).shape
+    check_adapter(adapter, CONFIG, shape)
     edit(adapter, target_modules=".*_proj")  # PEFT takes a pattern too
-    check_adapter(adapter, CONFIG)
-    check_adapter_tensors(adapter, CONFIG.r, open_pretrained(folder).shape)
+    check_adapter(adapter, CONFIG, shape)
+    check_adapter_tensors(adapter, CONFIG.r, shape)
     model = wrap(folder, dtype=dtype)
     load_adapter(model, adapter)
     saved = load_file(adapter / "adapter_model.safetensors")
@@ -161,16 +163,17 @@ def edit(adapter: Path, **values: Any) -> None:
         ({"lora_alpha": 16}, "has lora_alpha 16; the run config says lora.lora_alpha 6"),
         (
             {"target_modules": ["q_proj", "v_proj"]},
-            "has no LoRA on down_proj, gate_proj, k_proj, o_proj, up_proj; the criterion needs all seven linears",
+            "has no LoRA on down_proj, gate_proj, k_proj, o_proj, up_proj; the criterion needs it on all linears of a "
+            "decoder layer",
         ),
         ({"target_modules": None}, "has no LoRA on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
     ],
     ids=str,
 )
-def test_an_adapter_that_does_not_fit(adapter: Path, values: dict[str, Any], message: str) -> None:
+def test_an_adapter_that_does_not_fit(folder: Path, adapter: Path, values: dict[str, Any], message: str) -> None:
     edit(adapter, **values)
     with pytest.raises(UserError) as caught:
-        check_adapter(adapter, CONFIG)
+        check_adapter(adapter, CONFIG, open_pretrained(folder).shape)
     assert str(adapter) in str(caught.value)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -196,7 +199,7 @@ def test_missing_and_damaged_files(folder: Path, adapter: Path) -> None:
     assert refused(folder, adapter) == "does not exist"
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"adapter_config\.json does not exist$"):
-        check_adapter(adapter, CONFIG)
+        check_adapter(adapter, CONFIG, open_pretrained(folder).shape)
 
 
 def test_tensors_that_do_not_fit(folder: Path, adapter: Path) -> None:

@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.model import pretrained as reading
-from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.model.pretrained import Kept, cut_to, open_pretrained
+from loraprune_ds.model.token_loss import build_for_losses
 from tests.oracle.models import make_tiny_llama
 
-HEAD_DIM, QUERIES = 6, 2
+HEAD_DIM, QUERIES_PER_GROUP = 6, 2
 UNEVEN: Kept = [([0, 1, 2, 3], [*range(0, 37, 3)]), ([1, 3], [*range(37)]), ([2], [0, 36])]
 EVEN: Kept = [([0, 2], [1, 2, 3, 30]), ([1, 2], [5, 6, 7, 8]), ([2, 3], [0, 1, 2, 36])]
 
@@ -40,7 +41,7 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
     for i, (heads, channels) in enumerate(kept):
         for linear in LLAMA_LINEARS:
             groups, width = (heads, HEAD_DIM) if linear.kind == "heads" else (channels, 1)
-            width *= QUERIES if linear.queries else 1
+            width *= QUERIES_PER_GROUP if QUERIES in linear.parts else 1
             indices = [group * width + k for group in groups for k in range(width)]
             name = f"model.layers.{i}.{linear.name}"
             left[f"{name}.weight"] = left[f"{name}.weight"].index_select(linear.axis, torch.tensor(indices))

@@ -75,7 +75,7 @@ def test_second_moments_ask_with_the_dtype_that_their_inputs_came_in(monkeypatch
     model: Any = SimpleNamespace(layers=[None], owner=lambda layer: 0, reduce_to=lambda owner, part: part)
     moments = InputMoments(model, [0], second=True, decay=0.0)
     inputs: Tensor = torch.randn(1, 5, 4).bfloat16()
-    linear_id = LinearId(0, [x for x in LLAMA_LINEARS if x.axis == 1][0])
+    linear_id = LinearId(0, next(x for x in LLAMA_LINEARS if x.axis == 1))
     with moments.record_forward(None):
         moments._record(linear_id, nn.Identity(), (inputs,))
     assert asked == [(torch.bfloat16, "cpu")]

@@ -4,27 +4,23 @@ from typing import Any
 
 import pytest
 import torch
-from loraprune_ds.model.modeling_pruned_llama import PrunedLlamaForCausalLM
-from loraprune_ds.model.modeling_pruned_mistral import PrunedMistralForCausalLM
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from loraprune_ds.evaluate.cost import count_cost, mean_context
 from loraprune_ds.evaluate.speed import CACHE
+from loraprune_ds.model.classes import causal_lm_class, config_class
 from tests.export_cases import CASES, Case, dense_model, exported_config
 
 WINDOW = 24
 PRUNED = [case for case in CASES if case.becomes.startswith("pruned")]
-CLASSES = {"pruned_llama": PrunedLlamaForCausalLM, "pruned_mistral": PrunedMistralForCausalLM}
 
 
 @pytest.mark.parametrize("case", PRUNED, ids=str)
 def test_macs_parameters_and_cache_are_those_of_the_model(case: Case) -> None:
     exported, _, shape = exported_config(dense_model(case), case)
-    model_class = CLASSES[case.becomes]
-    assert model_class.config_class is not None
-    model = model_class(model_class.config_class.from_dict(exported.config)).eval()
+    model: Any = causal_lm_class(case.becomes)(config_class(case.becomes).from_dict(exported.config)).eval()
     input_ids = torch.arange(WINDOW)[None]
     cache: Any = DynamicCache(config=model.config)
     # The math kernel multiplies every pair of positions, so its context is the whole window.

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM
 from loraprune_ds.checkpoint.run_folder import Status, write_status
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.models import choose_dtype, find_model, load_model
-from loraprune_ds.model.family import LLAMA_LINEARS
 from tests.export_cases import CASES, VOCAB, dense_model, export, exported_config
-from tests.oracle.models import LLAMA_LINEARS, make_lora, make_tiny_llama, make_tokenizer
+from tests.oracle.models import LINEARS, make_lora, make_tiny_llama, make_tokenizer
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40).view(2, 20) % 90
@@ -41,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_adapter(base: Path, folder: Path, **options: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=[name.split(".")[1] for name in LLAMA_LINEARS], **options)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=[name.split(".")[1] for name in LINEARS], **options)
     wrapped: Any = get_peft_model(model, config)
     for name, factor in make_lora(base, r=4, seed=2).items():
         module, _, which = name.rpartition(".")

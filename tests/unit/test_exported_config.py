@@ -62,7 +62,7 @@ def test_model_type_and_sizes(source: dict[str, Any], keep: list[tuple[int, int]
     shape = shape_from_config(exported.config, "exported")
     before = shape_from_config(source, "source")
     assert [(layer.heads, layer.channels) for layer in shape.layers] == keep
-    assert (shape.attention_bias, shape.mlp_bias) == (before.attention_bias, before.mlp_bias)
+    assert shape.biases == before.biases
     assert exported.config["head_dim"] == before.head_dim == 4
     assert (shape.hidden_size, shape.vocab_size, shape.queries_per_group) == (48, 100, 3)
     assert exported.config["dtype"] == exported.config["torch_dtype"] == "bfloat16"
@@ -82,15 +82,13 @@ def test_global_sizes_are_those_of_the_widest_layer() -> None:
 def test_auto_map_names_classes_of_the_modelling_file() -> None:
     for source in (SOURCE, MISTRAL):
         exported = export(source, PER_LAYER)
-        family = "Llama" if source is SOURCE else "Mistral"
-        module = f"modeling_pruned_{family.lower()}"
-        assert exported.modelling_file == f"{module}.py"
+        assert exported.modelling_file == "modeling_pruned.py"
         assert exported.config["auto_map"] == {
-            "AutoConfig": f"{module}.Pruned{family}Config",
-            "AutoModel": f"{module}.Pruned{family}Model",
-            "AutoModelForCausalLM": f"{module}.Pruned{family}ForCausalLM",
+            "AutoConfig": "modeling_pruned.PrunedConfig",
+            "AutoModel": "modeling_pruned.PrunedModel",
+            "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM",
         }
-        assert exported.config["architectures"] == [f"Pruned{family}ForCausalLM"]
+        assert exported.config["architectures"] == ["PrunedForCausalLM"]
 
 
 @pytest.mark.parametrize("source", [SOURCE, MISTRAL])

@@ -7,14 +7,13 @@ import torch
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts, uniform_goal
-from tests.unit.shapes_and_scores import after, random_scores_of
+from tests.unit.shapes_and_scores import after, make_shape, random_scores_of
 
-SHAPE = ModelShape("llama", 576, 64, 1, 1000, False, False, False, (LayerShape(9, 1536),) * 10)
+SHAPE = make_shape([(9, 1536)] * 10, hidden=576, head_dim=64)
 
 
 def limits_of(**prune: Any) -> Limits:

@@ -98,11 +98,11 @@ def test_magnitude_ignores_the_gradients() -> None:
 
 
 def skip_module(name: str) -> Callable[..., LayerScores]:
-    def add_modules(scores: list[Tensor], *args: object, **kwargs: object) -> LayerScores:
-        kept = [s * (linear.name != name) for linear, s in zip(LLAMA_LINEARS, scores, strict=True)]
-        return ADD_MODULES(kept, *args, **kwargs)  # type: ignore[arg-type]
+    def add_parts(linears: tuple[Linear, ...], scores: list[Tensor], *args: object, **kwargs: object) -> LayerScores:
+        kept = [s * (linear.name != name) for linear, s in zip(linears, scores, strict=True)]
+        return ADD_PARTS(linears, kept, *args, **kwargs)  # type: ignore[arg-type]
 
-    return add_modules
+    return add_parts
 
 
 def no_average(self: MovingAverage, now: list[LayerScores]) -> None:
@@ -120,9 +120,9 @@ def average_from_the_first_score(self: MovingAverage, now: list[LayerScores]) ->
     UPDATE(self, now)
 
 
-ADD_MODULES, UPDATE = importance._add_modules, MovingAverage.update
+ADD_PARTS, UPDATE = importance._add_parts, MovingAverage.update
 WRONG: dict[str, tuple[object, str, object]] = {
-    **{f"without {linear.name}": (importance, "_add_modules", skip_module(linear.name)) for linear in LLAMA_LINEARS},
+    **{f"without {linear.name}": (importance, "_add_parts", skip_module(linear.name)) for linear in LLAMA_LINEARS},
     "without the average": (MovingAverage, "update", no_average),
     "sum instead of average": (MovingAverage, "update", sum_of_all_steps),
     "average not from zero": (MovingAverage, "update", average_from_the_first_score),

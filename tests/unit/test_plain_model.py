@@ -208,7 +208,8 @@ def mask(run: PlainRun, keep: list[LayerKeep]) -> None:
     for name, tensor in run.tensors().items():
         for linear in LLAMA_LINEARS:
             if linear.axis == 1 and f".{linear.name}." in name and name.endswith((".weight", ".lora_A")):
-                rows = keep[int(name.split(".")[1])].indices(shape, linear)
+                layer = int(name.split(".")[1])
+                rows = keep[layer].indices(shape, layer, linear.parts)
                 gone = torch.ones(tensor.shape[1], dtype=torch.bool).index_fill_(0, rows, False)
                 tensor[:, gone] = 0
 
@@ -239,7 +240,8 @@ def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dty
             if f".{linear.name}." in name:
                 axis_of = {"weight": linear.axis, "bias": 0, "lora_A": 1, "lora_B": 0}[name.split(".")[-1]]
                 shrinks = name.endswith("weight") or axis_of == linear.axis
-                rows = keep[int(name.split(".")[1])].indices(shape, linear)
+                layer = int(name.split(".")[1])
+                rows = keep[layer].indices(shape, layer, linear.parts)
                 return whole.index_select(axis_of, rows) if shrinks else whole
         return whole
 
@@ -264,7 +266,7 @@ def test_kept_indices_name_the_groups_of_the_dense_model(gqa: Tiny) -> None:
     tensors = run.tensors()
     for i, kept in enumerate(run.pruner.kept_of_dense):
         for linear in LLAMA_LINEARS:
-            rows = kept.indices(run.pruner.limits.dense, linear)
+            rows = kept.indices(run.pruner.limits.dense, i, linear.parts)
             whole = dense[f"model.layers.{i}.{linear.name}.weight"]
             assert torch.equal(tensors[f"layers.{i}.{linear.name}.weight"], whole.index_select(linear.axis, rows))
 
@@ -279,11 +281,12 @@ def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> T
     tensors = load_file(tiny.folder / "model.safetensors")
     useless = LayerKeep(torch.tensor([head]), torch.tensor([channel]))
     for linear in LLAMA_LINEARS:
-        rows, factor = useless.indices(shape, linear), "lora_A" if linear.axis else "lora_B"
+        rows = useless.indices(shape, layer, linear.parts)
+        factor = "lora_A" if linear.axis else "lora_B"
         lora[f"layers.{layer}.{linear.name}.{factor}"].index_fill_(linear.axis, rows, 0)
         if linear.kind == "channels" or linear.axis == 1:
             tensors[f"model.layers.{layer}.{linear.name}.weight"].index_fill_(linear.axis, rows, 0)
-            if linear.axis == 0 and shape.mlp_bias:
+            if linear.axis == 0 and shape.has_bias(linear):
                 tensors[f"model.layers.{layer}.{linear.name}.bias"].index_fill_(0, rows, 0)
     for path in tiny.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())

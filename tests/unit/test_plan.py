@@ -27,8 +27,6 @@ from loraprune_ds.plan.steps import StepKind, step_kind
 from loraprune_ds.plan.totals import NOTHING
 from loraprune_ds.train.data.order import SampleOrder
 
-SMALL = ModelShape("llama", 512, 64, 2, 1000, False, False, False, (LayerShape(4, 1376),) * 6)
-LONG = SMALL.with_layers(SMALL.layers * 8)
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -37,6 +35,19 @@ CONFIG = {
     "intermediate_size": 96,
     "vocab_size": 100,
 }
+SMALL = shape_from_config(
+    CONFIG
+    | {
+        "hidden_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 1376,
+        "vocab_size": 1000,
+    },
+    "somewhere",
+)
+LONG = SMALL.with_layers(SMALL.layers * 8)
 WEIGHTS = SMALL.total_numel() * 2
 OPEN_LAYERS = 4  # of the 6, as the first and the last are protected: nobody measures these
 
