@@ -12,7 +12,17 @@ import torch
 from deepspeed import comm as ds_comm
 from torch import Tensor
 
-from loraprune_ds.config import DataConfig, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import (
+    Compensation,
+    Criterion,
+    DataConfig,
+    Dtype,
+    LoraConfig,
+    ModelConfig,
+    PruneConfig,
+    RunConfig,
+    TrainConfig,
+)
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import KINDS, ModelShape
 from loraprune_ds.plan import options
@@ -40,13 +50,13 @@ class Case:
 
     folder: Path
     deepspeed: str = "ds_configs/zero3.json"
-    dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
     window: int = 16
     micro_batch_size: int = 1
     checkpointing: bool = False
     dropout: float = 0.0
-    compensate: str = "none"
-    criterion: str = "lora"
+    compensate: Compensation = "none"
+    criterion: Criterion = "lora"
     evaluates: bool = False  # before the first step; the plan is not told, for it must change nothing
 
     def request(self, world_size: int) -> Request:

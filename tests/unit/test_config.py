@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import config_value, load_config
@@ -161,11 +162,51 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("train: {steps: 1, micro_batch_size: 0}", "train.micro_batch_size"),
         ("train: {steps: 1, global_batch_size: 10, micro_batch_size: 4}", "train.global_batch_size"),
         ("evaluate: {window: 1}", "evaluate.window"),
+        ("train: {steps: 1, global_batch_size: 0}", "train.global_batch_size"),
+        ("train: {steps: 1, loss_chunk_tokens: 0}", "train.loss_chunk_tokens"),
         ("evaluate: {max_windows: 0}", "evaluate.max_windows"),
+        ("evaluate: {batch_size: 0}", "evaluate.batch_size"),
+        ("evaluate: {every: 0}", "evaluate.every"),
+        ("checkpoint: {every: 0}", "checkpoint.every"),
+        ("checkpoint: {keep_last: 0}", "checkpoint.keep_last"),
     ],
 )
 def test_a_value_out_of_range_names_the_key(tmp_path: Path, yaml_text: str, key: str) -> None:
     assert refused(tmp_path, f"output_dir: out\n{yaml_text}\n").startswith(f"{key} ")
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "message"),
+    [
+        ("seed: 4294967296", "seed must be in [0, 4294967296); got 4294967296"),
+        ("model: {dtype: x}", "model.dtype must be one of bfloat16, float16, float32; got 'x'"),
+        ("prune: {normalize: max}", "prune.normalize must be one of l2, none; got 'max'"),
+        ("prune: {ratio: 2}", "prune.ratio must be in (0, 1); got 2"),
+        ("prune: {head_ratio: 1}", "prune.head_ratio must be in [0, 1); got 1"),
+        ("prune: {max_layer_ratio: 1.1}", "prune.max_layer_ratio must be in (0, 1]; got 1.1"),
+        ("train: {steps: 1, learning_rate: 101}", "train.learning_rate must be in (0, 100]; got 101"),
+        ("train: {steps: 1, distill_weight: -1}", "train.distill_weight must be in [0, 1]; got -1"),
+        ("prune: {protected_last: -1}", "prune.protected_last must be at least 0; got -1"),
+        ("lora: {lora_alpha: 0}", "lora.lora_alpha must be positive; got 0"),
+    ],
+)
+def test_a_value_out_of_range_is_told_the_range(tmp_path: Path, yaml_text: str, message: str) -> None:
+    assert refused(tmp_path, f"output_dir: out\n{yaml_text}\n") == message
+
+
+def test_a_value_at_the_edge_of_its_range(tmp_path: Path) -> None:
+    prune = "{head_ratio: 0, moving_average: 0, max_layer_ratio: 1, protected_first: 0, protected_last: 0}"
+    train = "{steps: 1, learning_rate: 100, weight_decay: 0, max_grad_norm: 0, distill_weight: 1}"
+    data = "{window: 2, max_samples: 1}"
+    load(tmp_path, f"output_dir: out\nseed: 4294967295\nprune: {prune}\ntrain: {train}\ndata: {data}\n")
+
+
+def test_a_copy_with_changes_is_checked() -> None:
+    assert dataclasses.replace(PruneConfig(), ratio=0.1) == PruneConfig(ratio=0.1)
+    with pytest.raises(ValidationError, match="ratio"):
+        dataclasses.replace(PruneConfig(), ratio=1.0)
+    with pytest.raises(UserError, match="exactly one of"):
+        dataclasses.replace(TrainConfig(steps=1), epochs=1.0)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +246,9 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     assert message.startswith("unknown key prune.sparsity; known keys there: ratio, head_ratio, ")
     known = message.split(": ", 1)[1].split(", ")
     assert known == [f.name for f in dataclasses.fields(PruneConfig)]
-    assert refused(tmp_path, "output_dir: out\nprunning: {}\n").startswith("unknown key prunning; known keys there: ")
+    for text in ("output_dir: out\nprunning: {}\n", "prunning:\n"):  # told before the missing output_dir
+        assert refused(tmp_path, text).startswith("unknown key prunning; known keys there: output_dir, seed, ")
+    assert refused(tmp_path, "output_dir: out\n1: 2\n").startswith("unknown key 1; known keys there: ")
 
 
 @pytest.mark.parametrize(
