@@ -67,13 +67,13 @@ class DataConfig:
     path: str = "embedded"
     name: str | None = None  # configuration of a `datasets` dataset
     split: str = "train"
-    format: DataFormat = "text"  # text: documents packed to windows; instruction: the loss leaves the prompt out
+    format: DataFormat = "text"  # text: documents packed to windows. instruction: the loss leaves the prompt out
     text_field: str = "text"
     prompt_field: str = "instruction"
     input_field: str | None = "input"
     response_field: str = "response"
     window: Window = 512  # tokens of one sample
-    held_out: str | None = None  # text, JSON or JSONL file for perplexity; None: a part of `path`
+    held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
     held_out_fraction: Part = 0.1
     max_samples: Count | None = None
 
@@ -83,10 +83,10 @@ class PruneConfig:
     """Says what to cut, when, and by which score. Names are the LoRAPrune paper's where it has one."""
 
     ratio: Part = 0.5  # of all decoder-layer linear parameters, cut at the end
-    head_ratio: Fraction | None = None  # of the open layers' heads; the channels give the rest. None: both give alike
+    head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
-    normalize: Normalization | None = None  # of a module's scores; None: l2 for uniform, none for global
+    normalize: Normalization | None = None  # of a module's scores. None: l2 for uniform, none for global
     joint_budget: bool = False  # global only: heads and channels compete per parameter
     moving_average: Fraction = 0.9
     prune_every: Count = 10
@@ -98,8 +98,8 @@ class PruneConfig:
     min_channels: Count = 1
     max_layer_ratio: Annotated[float, Field(gt=0, le=1), NUMBER] = 1.0  # of its linear parameters that a layer may lose
     channel_multiple: Count = 1  # channel counts are rounded to a multiple of this
-    gradient_every: Count = 1  # criterion gradient: steps from one scoring to the next; the step of a cut always scores
-    compensate: Compensation = "none"  # for the inputs that o_proj and down_proj lose; see pruning/compensate.py
+    gradient_every: Count = 1  # steps from one scoring to the next with criterion gradient. A cut's step always scores
+    compensate: Compensation = "none"  # for the inputs that o_proj and down_proj lose: see pruning/compensate.py
     compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
     compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
     compensate_ridge: Positive = 0.05  # least_squares: added to the diagonal, as a fraction of the mean squared input
@@ -139,7 +139,7 @@ class TrainConfig:
     epochs: Positive | None = None
     recovery_steps: CountOr0 = 0  # after `steps`, without any cut
     learning_rate: LearningRate = 1e-4
-    recovery_learning_rate: LearningRate | None = None  # at the start of the recovery; None: as learning_rate
+    recovery_learning_rate: LearningRate | None = None  # at the start of the recovery. None: as learning_rate
     lr_scheduler: Scheduler = "linear"
     warmup_steps: CountOr0 = 0
     weight_decay: AtLeast0 = 0.0
@@ -148,10 +148,10 @@ class TrainConfig:
     adam_epsilon: Positive = 1e-8
     max_grad_norm: AtLeast0 = 1.0  # 0: no clipping
     gradient_checkpointing: bool = False
-    # w of the loss (1 - w) * cross-entropy + w * KL(dense model || model); 0: off
+    # w of the loss (1 - w) * cross-entropy + w * KL(dense model || model). 0: off
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
-    distill_top_k: Count | None = None  # of the dense model's logits, kept; None: its final hidden states, exact
-    loss_chunk_tokens: Count | None = None  # tokens whose logits are held at once; None: those of 256 MiB in fp32
+    distill_top_k: Count | None = None  # of the dense model's logits, kept. None: its final hidden states, exact
+    loss_chunk_tokens: Count | None = None  # tokens whose logits are held at once. None: those of 256 MiB in fp32
 
     def __post_init__(self) -> None:
         require(
@@ -199,7 +199,7 @@ class EvaluateConfig:
 
     window: Window = 128
     max_windows: Count | None = 160
-    batch_size: Count = 8  # windows of a forward pass; distillation records at least as many samples in one
+    batch_size: Count = 8  # windows of a forward pass. Distillation records at least as many samples in one
     every: Count | None = None  # steps between evaluations during the run
 
 
@@ -207,7 +207,7 @@ class EvaluateConfig:
 class CheckpointConfig:
     """Describes the checkpoints in `<output_dir>/checkpoints`. One is also written on request and at the end."""
 
-    every: Count | None = 100  # steps; None: only on request and at the end
+    every: Count | None = 100  # steps. None: only on request and at the end
     keep_last: Count = 2
     copy_source: bool = False  # copies the frozen weights, instead of naming their folder and digest
 

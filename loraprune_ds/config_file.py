@@ -31,8 +31,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run from YAML. `overrides` are `key=value` or `section.key=value`, values in YAML.
 
     Raises:
-        UserError: no such file, not a mapping, an unknown key (the message lists the known ones), a wrong type,
-            or a value out of range.
+        UserError: no such file, not a mapping, a wrong type or a value out of range. Or an unknown key: the message
+            lists the known ones.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""One YAML = one run: what is accepted, and that everything else is one line that names the key."""
+"""A run config is accepted, or refused in one line that names the key."""
 
 import dataclasses
 import errno
@@ -50,7 +50,7 @@ def test_the_papers_sizes_ship() -> None:
 
 
 def test_large_models_compute_activations_twice_rather_than_keep_them() -> None:
-    """That it changes no score is tested on ranks: tests/numerics/test_sharded_equals_dense.py."""
+    """Another test shows that it changes no score: tests/numerics/test_sharded_equals_dense.py."""
     large = [load_config(path) for path in SHIPPED if path.stem.startswith("llama-")]
     assert len(large) >= 4
     assert all(config.train.gradient_checkpointing for config in large)
@@ -87,6 +87,14 @@ def test_numbers_as_people_write_them(tmp_path: Path, line: str, value: float) -
     assert type(found) is float
 
 
+def test_every_number_may_be_a_string(tmp_path: Path) -> None:
+    config = load(tmp_path, "output_dir: out\n", "train.epochs=0.5", "train.steps=null", "prune.head_ratio=0.5")
+    raw = config.to_dict()
+    for section in (section for section in raw.values() if isinstance(section, dict)):
+        section |= {key: str(value) for key, value in section.items() if isinstance(value, float)}
+    assert load(tmp_path, yaml.safe_dump(raw)) == config
+
+
 @pytest.mark.parametrize(
     ("yaml_text", "message"),
     [
@@ -113,9 +121,7 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
     ("yaml_text", "key"),
     [
         ("seed: -1", "seed"),
-        ("model: {dtype: float8}", "model.dtype"),
         ("lora: {r: 0}", "lora.r"),
-        ("lora: {lora_alpha: 0}", "lora.lora_alpha"),
         ("lora: {lora_dropout: 1}", "lora.lora_dropout"),
         ("data: {window: 1}", "data.window"),
         ("data: {format: csv}", "data.format"),
@@ -123,10 +129,8 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("data: {max_samples: 0}", "data.max_samples"),
         ("prune: {ratio: 0}", "prune.ratio"),
         ("prune: {ratio: 1}", "prune.ratio"),
-        ("prune: {ratio: 50}", "prune.ratio"),
         ("prune: {criterion: taylor}", "prune.criterion"),
         ("prune: {ranking: local}", "prune.ranking"),
-        ("prune: {normalize: max}", "prune.normalize"),
         ("prune: {moving_average: 1}", "prune.moving_average"),
         ("prune: {prune_every: 0}", "prune.prune_every"),
         ("prune: {min_heads: 0}", "prune.min_heads"),
@@ -134,7 +138,6 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("prune: {channel_multiple: 0}", "prune.channel_multiple"),
         ("prune: {max_layer_ratio: 0}", "prune.max_layer_ratio"),
         ("prune: {protected_first: -1}", "prune.protected_first"),
-        ("prune: {protected_last: -1}", "prune.protected_last"),
         ("prune: {warmup_fraction: 1}", "prune.warmup_fraction"),
         ("prune: {warmup_fraction: 0.5, cooldown_fraction: 0.5}", "prune.warmup_fraction + prune.cooldown_fraction"),
         ("prune: {joint_budget: true}", "prune.joint_budget"),
@@ -146,7 +149,6 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("train: {steps: 0}", "train.steps"),
         ("train: {steps: 1, recovery_steps: -1}", "train.recovery_steps"),
         ("train: {steps: 1, recovery_steps: 1, recovery_learning_rate: 0}", "train.recovery_learning_rate"),
-        ("train: {steps: 1, recovery_learning_rate: 1e-4}", "train.recovery_learning_rate"),
         ("train: {steps: 1, distill_weight: 1.5}", "train.distill_weight"),
         ("train: {steps: 1, distill_top_k: 0}", "train.distill_top_k"),
         ("train: {epochs: 0}", "train.epochs"),
@@ -275,7 +277,7 @@ def test_a_file_that_is_no_text_or_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may read everything, so the refusal is the file system's by hand."""
+    """Raises the file system's error by hand, because root may read everything."""
 
     def refuse(path: Path, **arguments: str) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -325,9 +327,6 @@ def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, message: st
     assert refused(tmp_path, "output_dir: out\nseed: 1\nprune: {ratio: 0.5}\n", override).startswith(message)
 
 
-# The global batch is the unit
-
-
 def test_a_value_can_be_asked_for(tmp_path: Path) -> None:
     config = load(tmp_path, "output_dir: runs/mine\nprune: {ratio: 0.4}", "prune.ratio=0.3")
     assert config_value(config, "output_dir") == "runs/mine"
@@ -335,6 +334,9 @@ def test_a_value_can_be_asked_for(tmp_path: Path) -> None:
     for key in ("prune", "prune.rate", "output_dir.x", "x", ""):
         with pytest.raises(UserError, match=f"the config has no value {key}$"):
             config_value(config, key)
+
+
+# The global batch is the unit
 
 
 def test_accumulation_follows_from_the_ranks() -> None:
