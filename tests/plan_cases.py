@@ -25,20 +25,20 @@ from loraprune_ds.config import (
 )
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import KINDS, ModelShape
-from loraprune_ds.plan import options
+from loraprune_ds.plan import quality
 from loraprune_ds.plan.activations import Batch, logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
-from loraprune_ds.plan.memory import Stage, cut_stage, training_stage
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
-from loraprune_ds.plan.traffic import layer_cuts, lora_pieces, moved_bytes, scoring_bytes
+from loraprune_ds.plan.stages import Stage, cut_stage, training_stage
+from loraprune_ds.plan.state import split_state
+from loraprune_ds.plan.traffic import Passes, layer_cuts, moved_bytes, scoring_sent
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.ds_config import FetchLimits
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.memory import resident_bytes, state_tensors, state_terms, storage_bytes
+from loraprune_ds.zero.memory import resident_bytes, state_tensors, storage_bytes
 from tests.benchmarks.peak import Peak
 
 STEPS = 4  # the cut follows the second
@@ -151,8 +151,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         trainer = build(request)
         gc.collect()
     network = Network(request.shape, request.config.lora.r)
-    limits = FetchLimits.from_ds_config(request.ds_config)
-    fetcher = Fetcher(limits, world_size)
+    fetcher = Fetcher(request.fetch_limits, world_size)
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
     for _ in range(2 * case.evaluates):  # DeepSpeed would follow in the second the record of the first
@@ -172,7 +171,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != trainer.model.shape.layers[i]]
         moved = sum(int(moved_bytes(c, world_size, request.element_size)[rank]) for c in cut_layers)
         planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
-        planned += options.refit_bytes(request, before, trainer.model.shape, rank)
+        planned += quality.refit_sent(request, before, trainer.model.shape, rank)
         network.resize(trainer.model.shape)
         fetcher.forget_trace()
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
@@ -199,7 +198,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
     gc.collect()
-    terms = planned_state(request, trainer.model.shape, stepped=stepped)
+    terms, _ = split_state(request, trainer.model.shape, stepped=stepped)
     return {
         "at": name,
         "planned_storages": sum(terms.values()),
@@ -207,17 +206,6 @@ def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, 
         "rss": resident_bytes() - baseline,
         "terms": terms,
     }
-
-
-def planned_state(request: Request, shape: ModelShape, *, stepped: bool) -> dict[str, int]:
-    return state_terms(
-        shape,
-        request.config.lora.r,
-        world_size=request.cluster.world_size,
-        element_size=request.element_size,
-        bucket_numel=int(request.ds_config["zero_optimization"]["reduce_bucket_size"]),
-        stepped=stepped,
-    )
 
 
 def _measured_step(
@@ -229,13 +217,13 @@ def _measured_step(
         trainer.step(step)
     scores = step <= request.schedule.end
     own = comm.bytes_sent - before
-    own_planned = (scoring_bytes(request, shape) if scores else 0) + agreement_bytes(shape, world_size, rank)[0]
-    of_gradient = options.gradient_bytes(request, shape) if scores else 0
-    of_moments = options.measuring_bytes(request, shape, rank) if scores else 0
+    own_planned = (scoring_sent(request, shape) if scores else 0) + agreement_bytes(shape, world_size, rank)[0]
+    of_gradient = quality.gradient_sent(request, shape) if scores else 0
+    of_moments = quality.measuring_sent(request, shape, rank) if scores else 0
     groups = sum(layer.count(kind) for layer in shape.layers for kind in ("heads",) * 4 + ("channels",) * 3)  # type: ignore[arg-type]
     gathered_by_pruning = own - (groups * 8 if scores and world_size > 1 else 0) - of_gradient - of_moments
-    lora = sum(lora_pieces(request, shape)) * (world_size - 1) * 4
-    stage = training_stage("", request, shape, traffic, PassTraffic(), scores=scores)
+    lora = request.lora_shards(shape) * (world_size - 1) * 4
+    stage = training_stage("", request, Passes(shape, PassTraffic(), traffic), scores=scores)
     return {
         "step": step,
         "weights": {

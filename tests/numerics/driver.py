@@ -13,6 +13,7 @@ from torch import Tensor
 from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.plan.state import state_terms
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
@@ -23,7 +24,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.memory import state_tensors, state_terms, storage_bytes
+from loraprune_ds.zero.memory import state_tensors, storage_bytes
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
 
