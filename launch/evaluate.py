@@ -35,7 +35,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
 if TYPE_CHECKING:
-    from loraprune_ds.evaluate.prepare import EvaluationSettings
+    from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.zero.comm import Communicator
 
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
@@ -167,7 +167,7 @@ def find_or_merge(path: str, out: Path) -> str:
 
 def make_settings(arguments: argparse.Namespace) -> "EvaluationSettings":
     from loraprune_ds.evaluate.perplexity import PerplexityProtocol
-    from loraprune_ds.evaluate.prepare import EvaluationSettings
+    from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.evaluate.speed import SpeedSettings
     from loraprune_ds.evaluate.zeroshot import TaskSettings
 

@@ -24,16 +24,16 @@ from loraprune_ds.config import (
     TrainConfig,
 )
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import KINDS, ModelShape
+from loraprune_ds.model.shapes import KINDS, LINEARS, ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.activations import Batch, logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
+from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import Stage, cut_stage, training_stage
-from loraprune_ds.plan.state import split_state
-from loraprune_ds.plan.traffic import Passes, layer_cuts, moved_bytes, scoring_sent
+from loraprune_ds.plan.traffic import Passes, StepKind, layer_cuts, moved_bytes, step_sent
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
@@ -57,7 +57,7 @@ class Case:
     dropout: float = 0.0
     compensate: Compensation = "none"
     criterion: Criterion = "lora"
-    evaluates: bool = False  # before the first step; the plan is not told, for it must change nothing
+    evaluates: bool = False  # before the first step. The plan is not told, as it must change nothing.
 
     def request(self, world_size: int) -> Request:
         config = RunConfig(
@@ -95,7 +95,7 @@ class InOrder:
 
 
 def build(request: Request) -> Trainer:
-    """The package's trainer on random tokens."""
+    """Builds the package's trainer on random tokens."""
     config = request.config
     pretrained = open_pretrained(Path(config.model.path))
     engine = build_training_engine(config, pretrained, request.ds_config, STEPS)
@@ -110,7 +110,7 @@ def build(request: Request) -> Trainer:
 
 @contextmanager
 def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
-    """Bytes this rank sends by collective, whoever calls it, below DeepSpeed's own front."""
+    """Counts the bytes that this rank sends by collective, below DeepSpeed's own front, whoever calls it."""
     backend: Any = ds_comm.comm.cdb
     sent: dict[str, int] = defaultdict(int)
     others = world_size - 1
@@ -142,7 +142,7 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
 
 
 def run_beside_plan(case: Case) -> dict[str, Any]:
-    """Four steps and a cut on this rank: every planned number with the measured one beside it."""
+    """Makes four steps and a cut on this rank. Every planned number stands beside the measured one."""
     gc.collect()
     baseline = resident_bytes()
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -186,9 +186,9 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
 
 
 def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int, int]:
-    """(per step, per cut) of what ranks tell each other besides: reports, digests, sizes, and rank 0's mask.
+    """Returns (per step, per cut) what ranks tell each other besides: reports, digests, sizes, and rank 0's mask.
 
-    A step: four fp64 numbers of every rank. A cut: three int64 of every rank, and one byte per group from rank 0.
+    In a step every rank sends four fp64 numbers. In a cut it sends three int64, and rank 0 one byte per group.
     """
     if world_size == 1:
         return 0, 0
@@ -215,23 +215,26 @@ def _measured_step(
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
-    scores = step <= request.schedule.end
-    own = comm.bytes_sent - before
-    own_planned = (scoring_sent(request, shape) if scores else 0) + agreement_bytes(shape, world_size, rank)[0]
-    of_gradient = quality.gradient_sent(request, shape) if scores else 0
-    of_moments = quality.measuring_sent(request, shape, rank) if scores else 0
-    groups = sum(layer.count(kind) for layer in shape.layers for kind in ("heads",) * 4 + ("channels",) * 3)  # type: ignore[arg-type]
-    gathered_by_pruning = own - (groups * 8 if scores and world_size > 1 else 0) - of_gradient - of_moments
-    lora = request.lora_shards(shape) * (world_size - 1) * 4
-    stage = training_stage("", request, Passes(shape, PassTraffic(), traffic), scores=scores)
+    scores, own = step <= request.schedule.end, comm.bytes_sent - before
+    passes = Passes(shape, PassTraffic(), traffic)
+    planned = step_sent(request, passes, StepKind(scores, scores))
+    if scores:
+        planned["input_moments"] = quality.measuring_sent(request, shape, rank)
+    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in LINEARS)
+    not_gathered = planned["weight_gradients"] + planned["input_moments"] + 8 * groups * (scores and world_size > 1)
+    pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
+    stage = training_stage("", request, passes, scores=scores)
     return {
         "step": step,
         "weights": {
-            "planned": traffic.sent * request.element_size,
-            "counted": sent["all_gather_into_tensor"] - gathered_by_pruning,
+            "planned": planned["weights"],
+            "counted": sent["all_gather_into_tensor"] - (own - not_gathered),
         },
-        "lora_gradients": {"planned": lora, "counted": sent["reduce_scatter_tensor"] - of_gradient},
-        "pruning": {"planned": own_planned + of_gradient + of_moments, "counted": own},
+        "lora_gradients": {
+            "planned": planned["lora_gradients"],
+            "counted": sent["reduce_scatter_tensor"] - planned["weight_gradients"],
+        },
+        "pruning": {"planned": pruning + agreement_bytes(shape, world_size, rank)[0], "counted": own},
         "unplanned": {name: sent[name] for name in ("broadcast",)},
         "resident_planned": stage.resident,
         "peak_planned": planned_peak(stage, traffic, request),
@@ -242,7 +245,7 @@ def _measured_step(
 
 
 def planned_peak(stage: Stage, traffic: PassTraffic, request: Request) -> int:
-    """Of a step: no evaluation and no export happen in it. On CPU ranks gloo has a copy of what it gathers."""
+    """Returns the peak of a step, without evaluation and export. On CPU ranks gloo copies what it gathers."""
     copied = traffic.largest_gather * request.element_size if request.cluster.world_size > 1 else 0
     moments = {
         name: sum(terms.values()) + (copied if name == "training" else 0) for name, terms in stage.phases.items()
@@ -251,7 +254,7 @@ def planned_peak(stage: Stage, traffic: PassTraffic, request: Request) -> int:
 
 
 def saved_activations(case: Case) -> dict[str, int]:
-    """Bytes of the distinct storages that autograd keeps of one forward, weights apart, and the formula's."""
+    """Counts the bytes that autograd keeps of one forward pass, weights apart. The formula's stand beside them."""
     world_size = torch.distributed.get_world_size()
     request = case.request(world_size)
     trainer = build(request)

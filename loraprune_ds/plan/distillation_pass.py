@@ -6,9 +6,9 @@ README.md in this folder has the formulas. train/teacher_pass.py is the pass. Ea
 from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
 from loraprune_ds.plan.costs import Cost, attention_product
 from loraprune_ds.plan.fetching import PassTraffic
+from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import Stage, forward_pass
-from loraprune_ds.plan.state import split_state
 
 FILE_COPIES = 2  # batches and one tensor of them; or that tensor and the file's bytes
 

@@ -8,9 +8,9 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost
 from loraprune_ds.plan.distillation_pass import DistillationPass
+from loraprune_ds.plan.held import checkpoint_terms, split_state
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import Stage, cut_stage, loading_stage, training_stage
-from loraprune_ds.plan.state import checkpoint_terms, split_state
 from loraprune_ds.plan.traffic import HEAVIEST, PLAIN, simulate_passes
 
 MOST_CUTS = 24  # that are planned one by one and shown

@@ -8,9 +8,9 @@ from loraprune_ds.model.shapes import LINEARS, ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.activations import Batch, activations, forward_temporaries, logits
 from loraprune_ds.plan.fetching import PassTraffic
+from loraprune_ds.plan.held import Terms, split_state
 from loraprune_ds.plan.passes import parameter_sizes
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.state import Terms, split_state
 from loraprune_ds.plan.traffic import Passes
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 
@@ -126,14 +126,10 @@ def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> Term
     held = activations(
         shape, batch, lora_rank=lora.r, dropout=lora.lora_dropout > 0, checkpointing=train.gradient_checkpointing
     )
-    distills = train.distill_weight > 0
-    return {
-        "gathered_weights": traffic.peak_live * request.element_size,
-        "activations": held,
-        "logits": quality.distilled_logits(request, shape, batch)
-        if distills
-        else logits(shape, batch, train.loss_chunk_tokens),
-    }
+    head = logits(shape, batch, train.loss_chunk_tokens)
+    if train.distill_weight:
+        head = quality.distilled_logits(request, shape, batch)
+    return {"gathered_weights": traffic.peak_live * request.element_size, "activations": held, "logits": head}
 
 
 def _evaluation(request: Request, shape: ModelShape, traffic: PassTraffic) -> Terms:

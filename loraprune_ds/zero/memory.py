@@ -1,4 +1,4 @@
-"""Counts the bytes that a rank holds. plan/state.py has the formula for training state."""
+"""Counts the bytes that a rank holds. plan/held.py has the formula for training state."""
 
 import os
 from collections.abc import Iterable, Iterator

@@ -13,7 +13,7 @@ from torch import Tensor
 from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.plan.state import state_terms
+from loraprune_ds.plan.held import state_terms
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule

@@ -15,7 +15,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.evaluation_text import EvaluationText
 from loraprune_ds.evaluate.perplexity import PerplexityProtocol
-from loraprune_ds.evaluate.prepare import EvaluationSettings
+from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.train import finish
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.memory import state_tensors, storage_bytes, weight_tensors

@@ -328,7 +328,7 @@ def test_a_checkpoint_holds_the_moments_of_all_ranks() -> None:
     assert "input moments" in plan_table(refitted, [])
 
 
-def test_in_all_holds_the_pass_of_the_uncut_model() -> None:
+def test_in_all_holds_the_pass_of_the_dense_model() -> None:
     plain, distilled = (make_plan(request(Cluster(1, 2), distill_weight=weight)) for weight in (0.0, 0.5))
     assert distilled.teacher.exposed > 0
     added = distilled.in_all.exposed - plain.in_all.exposed
@@ -336,7 +336,7 @@ def test_in_all_holds_the_pass_of_the_uncut_model() -> None:
     assert distilled.in_all.sent > plain.in_all.sent
 
 
-def test_the_pass_of_the_uncut_model_is_a_stage_of_its_own() -> None:
+def test_the_pass_of_the_dense_model_is_a_stage_of_its_own() -> None:
     plain, distilled, top = (
         make_plan(request(Cluster(1, 2), distill_weight=weight, distill_top_k=k, micro_batch_size=2))
         for weight, k in ((0.0, None), (0.5, None), (0.5, 8))
@@ -360,7 +360,7 @@ def test_ranks_out_of_files_make_as_many_passes(samples: int, gpus: int, passes:
     assert DistillationPass(replace(plan, samples=samples), PassTraffic()).batches == passes
 
 
-def test_the_uncut_models_pass_gathers_no_lora() -> None:
+def test_the_dense_models_pass_gathers_no_lora() -> None:
     plan = request(Cluster(1, 2), distill_weight=0.5)
     sizes = SMALL.lora_sizes(plan.config.lora.r)
     found = DistillationPass(plan, PassTraffic(sent=10**9))
