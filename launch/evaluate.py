@@ -23,11 +23,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 try:
     from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
-    from loraprune_ds.config import DTYPES
+    from loraprune_ds.config import Dtype
     from loraprune_ds.errors import UserError
     from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
     from loraprune_ds.zero.environment import collective_timeout
@@ -35,7 +35,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
 if TYPE_CHECKING:
-    from loraprune_ds.evaluate.prepare import EvaluationSettings
+    from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.zero.comm import Communicator
 
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=128, metavar="TOKENS", help="default: 128")
     parser.add_argument("--sliding", type=int, metavar="STRIDE", help="sliding windows, one every STRIDE tokens")
     parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the model's own")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="default: the model's own")
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows at once (default: about 2,048 tokens)")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, files, or `paper`")
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
@@ -167,7 +167,7 @@ def find_or_merge(path: str, out: Path) -> str:
 
 def make_settings(arguments: argparse.Namespace) -> "EvaluationSettings":
     from loraprune_ds.evaluate.perplexity import PerplexityProtocol
-    from loraprune_ds.evaluate.prepare import EvaluationSettings
+    from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.evaluate.speed import SpeedSettings
     from loraprune_ds.evaluate.zeroshot import TaskSettings
 

@@ -13,11 +13,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from loraprune_ds.plan.plan import Plan
-    from loraprune_ds.plan.request import Request
 
 try:
     from loraprune_ds.command import Parser, leave, silence_libraries, tell
@@ -28,19 +23,7 @@ except ModuleNotFoundError as missing:
 
 DOES_NOT_FIT_EXIT_CODE = 3
 FORMULAS = Path(__file__).resolve().parents[1] / "loraprune_ds" / "plan" / "README.md"
-HELP = {
-    "nodes": "machines; with --smallest the most to try, 512 if not given",
-    "gpus_per_node": "GPUs of one machine",
-    "gpu_memory": "GiB of one GPU",
-    "host_memory": "GiB of host memory of one machine",
-    "reserve": "GiB of a GPU that are not the run's: CUDA context, NCCL, gaps",
-    "host_reserve": "GiB of host memory of a rank's process before it loads anything",
-    "intra_bandwidth": "GB/s a GPU receives from GPUs of its machine",
-    "inter_bandwidth": "GB/s a machine receives from the others",
-    "host_bandwidth": "GB/s between GPU and host memory",
-    "flops": "TFLOP/s that a GPU sustains in matrix products",
-    "flops64": "TFLOP/s that a GPU sustains in matrix products in float64, for a refit",
-}
+CLUSTER = {field.name: field for field in dataclasses.fields(Cluster)}  # an option each
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,11 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--smallest", action="store_true", help="find the fewest such GPUs on which it fits")
     parser.add_argument("--explain", action="store_true", help="print the formula of every term and end")
-    for field in dataclasses.fields(Cluster):
-        kind = int if isinstance(field.default, int) else float
-        name = f"--{field.name.replace('_', '-')}"
-        about = f"{HELP[field.name]} ({field.default})"
-        parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar="N", help=about)
+    for name, field in CLUSTER.items():
+        option, about = f"--{name.replace('_', '-')}", f"{field.metadata['help']} ({field.default})"
+        parser.add_argument(option, type=type(field.default), default=argparse.SUPPRESS, metavar="N", help=about)
     return parser.parse_args()
 
 
@@ -71,7 +52,7 @@ def main() -> int:
         if arguments.explain:
             print(FORMULAS.read_text(), end="")
             return 0
-        cluster = Cluster(**{name: value for name, value in vars(arguments).items() if name in HELP})
+        cluster = Cluster(**{name: value for name, value in vars(arguments).items() if name in CLUSTER})
         return plan(arguments, cluster)
     except UserError as error:
         tell(error)
@@ -80,9 +61,9 @@ def main() -> int:
 
 def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
     silence_libraries()
-    from loraprune_ds.plan.advice import suggestions  # seconds of imports, after the arguments are good
+    from loraprune_ds.plan.advice import MOST_NODES, search, suggestions  # seconds of imports, after good arguments
     from loraprune_ds.plan.plan import make_plan
-    from loraprune_ds.plan.report import plan_json, plan_table, verdict
+    from loraprune_ds.plan.printout import plan_json, plan_table, verdict
     from loraprune_ds.plan.request import make_request
 
     request = make_request(
@@ -92,7 +73,10 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
         overrides=arguments.set,
         samples=arguments.samples,
     )
-    found, reason = search(request, cluster, arguments) if arguments.smallest else (make_plan(request), "")
+    if arguments.smallest:
+        found, reason = search(request, cluster, getattr(arguments, "nodes", MOST_NODES))
+    else:
+        found, reason = make_plan(request), ""
     suggested = [] if found.fits else suggestions(found)
     if arguments.json:
         print(json.dumps(plan_json(found, suggested), indent=2, allow_nan=False))
@@ -102,16 +86,6 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
         tell(UserError(reason or verdict(found)))
         return DOES_NOT_FIT_EXIT_CODE
     return 0
-
-
-def search(request: "Request", cluster: Cluster, arguments: argparse.Namespace) -> tuple["Plan", str]:
-    """The plan on the fewest GPUs; if it fits on none, on the most that were tried, and what to say of that."""
-    from loraprune_ds.plan.advice import MOST_NODES, largest_plan, nothing_fits, smallest_plan
-
-    most_nodes = getattr(arguments, "nodes", MOST_NODES)
-    if found := smallest_plan(request, cluster, most_nodes):
-        return found, ""
-    return largest_plan(request, cluster, most_nodes), nothing_fits(request, cluster, most_nodes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands in launch/ share: how they learn their rank, read arguments, tell an error and end."""
+"""Holds the parts that the commands in launch/ share: ranks, arguments, errors and exits."""
 
 import argparse
 import logging
@@ -17,28 +17,28 @@ GRACE = 5.0  # seconds that the other ranks stay after an error
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong arguments are told like any other wrong input: by one rank, in one line."""
+    """A parser that tells wrong arguments like any other wrong input: by one rank, in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def adopt_srun_ranks() -> None:
-    """Without a launcher, started by srun once per rank: puts into the environment what a launcher would have."""
+    """Puts into the environment what a launcher would put there, when srun starts every rank without one."""
     if "RANK" not in os.environ:
         os.environ |= srun_ranks(os.environ)
 
 
 def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from what srun tells its tasks; empty outside a job step.
+    """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from what srun tells its tasks.
 
-    Not from SLURM_NTASKS, which a batch script has as well: what it runs without srun is one process, not so many.
-    MASTER_ADDR and MASTER_PORT that are set already stay.
+    Outside a job step the result is empty. SLURM_NTASKS does not count: a batch script has it too, and what the script
+    runs without srun is one process. MASTER_ADDR and MASTER_PORT stay if they are set.
     """
     if "SLURM_STEP_NUM_TASKS" not in environment:
         return {}
     nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])  # gpu[01-04,7],login -> gpu[01-04,7]
-    first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])  # -> gpu01, which has task 0; scontrol may be missing here
+    first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])  # -> gpu01, which has task 0. scontrol may be missing
     port = 20_000 + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 12_000
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -50,10 +50,10 @@ def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def tell(error: UserError, *, agreed: bool = True) -> None:
-    """One line from rank 0 about what all ranks met.
+    """Prints an error in one line: rank 0 for all ranks, or a rank that met it alone.
 
-    The first rank that leaves makes the launcher end the others, so those wait until rank 0 has spoken. A rank still
-    alive after that met an error of its own, unless the ranks had `agreed` on it, and tells it.
+    The first rank that leaves makes the launcher end the others. So those wait until rank 0 has spoken. A rank that is
+    alive after that tells its error, unless the ranks `agreed` on it.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
@@ -65,28 +65,28 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
 
 
 def silence_libraries() -> None:
-    """Leaves only what the command itself has to say. Before the libraries are imported."""
+    """Silences all but the command itself. Must run before the libraries are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every rank would tell of every retry
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every rank tells of every retry
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    # DeepSpeed's logger prints to stdout, its first words while it is imported, and sets its own level.
+    # DeepSpeed's logger prints to stdout, from its import on. It sets its own level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process without taking the interpreter down, which now and then aborts in a thread of gloo's (-6)."""
+    """Ends this process at once. An interpreter that shuts down can abort in a thread of gloo (exit code -6)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def leave_on_error() -> None:
-    """From now on an error that nobody expected ends this process right after its traceback.
+    """Makes an unexpected error end this process right after its traceback.
 
-    An interpreter that is taken down first can wait for other ranks, which wait for this one; the launcher, who ends
-    them all, waits for its exit code.
+    An interpreter that shuts down first can wait for the other ranks. They wait for this one. The launcher would end
+    them all, but it waits for this one's exit code.
     """
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -1,24 +1,22 @@
-"""YAML and `--set` overrides -> the frozen dataclasses of `config.py`."""
+"""Reads YAML and `--set` overrides into the frozen dataclasses of `config.py`."""
 
 import dataclasses
-import math
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_checks import require
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.errors import UserError, one_line, require
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}  # by pydantic's names
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML of which no mapping gives a key twice: a section that was pasted in would silently replace the other."""
+    """A YAML loader that refuses a key given twice. A section pasted in would silently replace the other."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -30,11 +28,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run from YAML; `overrides` are `key=value` or `section.key=value`, values in YAML.
+    """Reads a run from YAML. `overrides` are `key=value` or `section.key=value`, values in YAML.
 
     Raises:
-        UserError: no such file, not a mapping, an unknown key (the message lists the known ones), a wrong type,
-            or a value out of range.
+        UserError: no such file, not a mapping, a wrong type or a value out of range. Or an unknown key: the message
+            lists the known ones.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,11 +48,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path} must be a mapping of keys to values")
     for override in overrides:
         apply_override(raw, override)
-    return _build(RunConfig, raw, "")
+    return config_from_dict(raw)
 
 
 def config_value(config: RunConfig, dotted: str) -> Any:
-    """The value of `key` or `section.key`.
+    """Returns the value of `key` or `section.key`.
 
     Raises:
         UserError: no such key, or a section.
@@ -67,19 +65,19 @@ def config_value(config: RunConfig, dotted: str) -> Any:
 
 
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
-    """A resolved config, as `RunConfig.to_dict` gives it and a checkpoint keeps it.
+    """Checks a nested dictionary, such as `RunConfig.to_dict` gives and a checkpoint keeps.
 
     Raises:
         UserError: as `load_config`.
     """
-    return _build(RunConfig, raw, "")
+    return _build(RunConfig, raw)
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Puts a `section.key=value` into the nested dictionary of a run.
 
     Raises:
-        UserError: no such form.
+        UserError: the override has another form.
     """
     dotted, separator, value = override.partition("=")
     require(bool(separator and dotted), f"--set takes key=value, got {override!r}")
@@ -96,33 +94,54 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {dotted}: {value!r} is not a YAML value") from None
 
 
-def _build(cls: type, raw: Any, prefix: str) -> Any:
+def _build(cls: type, raw: Any, prefix: str = "") -> Any:
+    """Makes a section, or the whole run, of a dictionary. An empty section has its defaults."""
     require(isinstance(raw, dict), f"{prefix.rstrip('.')} must be a section of keys, got {raw!r}")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in raw:
-        require(key in known, f"unknown key {prefix}{key}; known keys there: {', '.join(known)}")
+    values = {str(key): value for key, value in raw.items()}
     for f in dataclasses.fields(cls):
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        require(not required or f.name in raw, f"the key {prefix}{f.name} is missing")
-    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in raw.items()})
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type) and f.name in values:
+            value = values[f.name]
+            values[f.name] = _build(f.type, {} if value is None else value, f"{prefix}{f.name}.")
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise UserError(_describe(error, cls, prefix)) from None
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """YAML value -> field type. YAML reads `1e-4` as a string and `16` as an int, both fine for a float."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), {} if value is None else value, f"{key}.")
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in allowed:
-        return None
-    kind = next(a for a in allowed if a is not type(None))
-    if kind is float and isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise UserError(f"{key} must be a number; got {value!r}") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    require(type(value) is kind, f"{key} must be of type {kind.__name__}; got {value!r}")
-    require(kind is not float or math.isfinite(typing.cast(float, value)), f"{key} must be finite; got {value!r}")
-    return value
+def _describe(error: ValidationError, cls: type, prefix: str) -> str:
+    """Tells the first problem in one line. An unknown key goes first: it may be a missing one, mistyped."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
+    key = str(first["loc"][0])
+    match first["type"]:
+        case "unexpected_keyword_argument":
+            known = ", ".join(f.name for f in dataclasses.fields(cls))
+            return f"unknown key {prefix}{key}; known keys there: {known}"
+        case "missing":
+            return f"the key {prefix}{key} is missing"
+        case "value_error":  # float() of a string
+            wanted = "a number"
+        case "finite_number":
+            wanted = "finite"
+        case kind:
+            wanted = f"of type {TYPES[kind]}" if kind in TYPES else _allowed(cls, key)
+    return f"{prefix}{key} must be {wanted}; got {first['input']!r}"
+
+
+def _allowed(cls: type, key: str) -> str:
+    """Says in words what the JSON schema of `cls` allows for the value of `key`."""
+    schema = TypeAdapter(cls).json_schema()["properties"][key]
+    match schema.get("anyOf", [schema])[0]:  # the second one is null
+        case {"enum": choices}:
+            return f"one of {', '.join(choices)}"
+        case {"minimum": low, "maximum": high}:
+            return f"in [{low}, {high}]"
+        case {"minimum": low, "exclusiveMaximum": high}:
+            return f"in [{low}, {high})"
+        case {"exclusiveMinimum": low, "maximum": high}:
+            return f"in ({low}, {high}]"
+        case {"exclusiveMinimum": low, "exclusiveMaximum": high}:
+            return f"in ({low}, {high})"
+        case {"minimum": low}:
+            return f"at least {low}"
+    return "positive"

@@ -1,4 +1,4 @@
-"""The exceptions a user should see: a single clear line, no traceback."""
+"""Holds the exceptions that a user should see: a single clear line, no traceback."""
 
 
 class UserError(Exception):
@@ -14,14 +14,23 @@ class RunError(UserError):
 
 
 class RankError(RunError):
-    """What one rank met alone in the middle of a run, while the others wait for it: it has to tell it itself."""
+    """An error that one rank met alone in the middle of a run. The others wait for it, so it must tell this itself."""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raises UserError with `message` unless `ok`."""
+    if not ok:
+        raise UserError(message)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; its type if it says nothing."""
+    """Returns the message of an error without line breaks. An error without a message gives its type."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says; its type if it says nothing. The rest of a hub's or dataset's is advice to programmers."""
+    """Returns the first line of an error's message, or its type if it has none.
+
+    The rest of a message from the hub or from `datasets` is advice to programmers.
+    """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,7 +1,7 @@
-"""Fail-points: places where a test can kill a rank, so that a kill lands where it is meant to.
+"""Fail-points: places where a test can kill a rank, so that a kill lands where the test wants it.
 
-`LORAPRUNE_FAULT=phase@n:rank:signal` sends the signal when that rank passes the phase for the n-th time, for example
-`save.before_rename@2:0:9`. Nothing happens without the variable.
+`LORAPRUNE_FAULT=phase@n:rank:signal` sends the signal when that rank passes the phase for the n-th time. An example
+is `save.before_rename@2:0:9`. Without the variable nothing happens.
 """
 
 import os
@@ -13,7 +13,7 @@ _passed: Counter[str] = Counter()
 
 
 def fail_point(phase: str) -> None:
-    """Sends the signal to this very process if the variable names this phase, pass and rank."""
+    """Sends the signal to this process if the variable names this phase, pass and rank."""
     if FAULT is None:
         return
     _passed[phase] += 1

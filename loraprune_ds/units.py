@@ -1,21 +1,21 @@
-"""Numbers and tables as a person reads them."""
+"""Writes numbers and tables for people."""
 
 import math
 from collections.abc import Iterator, Sequence
 
 
 def format_count(count: float) -> str:
-    """134515008 -> '134.5 M'."""
+    """Writes 134515008 as '134.5 M'."""
     return _scaled(count, ("", " k", " M", " B", " T"))
 
 
 def format_bytes(count: float) -> str:
-    """Decimal units: 134515008 -> '134.5 MB'."""
+    """Writes 134515008 as '134.5 MB', in decimal units."""
     return _scaled(count, (" B", " kB", " MB", " GB", " TB", " PB"))
 
 
 def format_duration(seconds: float) -> str:
-    """0.4231 -> '0.42 s', 75 -> '1 min 15 s', 7500 -> '2 h 05 min'."""
+    """Writes 0.4231 as '0.42 s', 75 as '1 min 15 s', 7500 as '2 h 05 min'."""
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
     if seconds < 3599.5:
@@ -26,26 +26,26 @@ def format_duration(seconds: float) -> str:
 
 
 def format_clock(seconds: float) -> str:
-    """75 -> '1:15', 7500 -> '2:05:00'."""
+    """Writes 75 as '1:15', 7500 as '2:05:00'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def format_percent(fraction: float) -> str:
-    """0.2475 -> '24.8 %'."""
+    """Writes 0.2475 as '24.8 %'."""
     return f"{100 * fraction:.1f} %"
 
 
 def format_perplexity(perplexity: float | None, digits: int = 2) -> str:
-    """`digits` behind the point; a model that fell apart has values that only powers of ten can show."""
+    """Writes `digits` behind the point. A model that fell apart needs powers of ten."""
     if perplexity is None or not math.isfinite(perplexity):
         return "-" if perplexity is None else "not finite"
     return f"{perplexity:.{digits}f}" if perplexity < 1e5 else f"{perplexity:.2e}"
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
-    """The rows of a table as lines; `sides` has "<" for each column that stands to the left and ">" to the right."""
+    """Yields the rows of a table as lines. `sides` has one sign per column: "<" is flush left, ">" flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))

@@ -12,24 +12,34 @@ import torch
 from deepspeed import comm as ds_comm
 from torch import Tensor
 
-from loraprune_ds.config import DataConfig, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.family import KINDS
+from loraprune_ds.config import (
+    Compensation,
+    Criterion,
+    DataConfig,
+    Dtype,
+    LoraConfig,
+    ModelConfig,
+    PruneConfig,
+    RunConfig,
+    TrainConfig,
+)
+from loraprune_ds.model.family import KINDS, LLAMA_LINEARS
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan import options
+from loraprune_ds.plan import quality
 from loraprune_ds.plan.activations import Batch, logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
-from loraprune_ds.plan.memory import Stage, cut_stage, training_stage
+from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
-from loraprune_ds.plan.traffic import layer_cuts, lora_pieces, moved_bytes, scoring_bytes
+from loraprune_ds.plan.stages import Stage, cut_stage, training_stage
+from loraprune_ds.plan.traffic import Passes, StepKind, layer_cuts, moved_bytes, step_sent
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.ds_config import FetchLimits
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.memory import resident_bytes, state_tensors, state_terms, storage_bytes
+from loraprune_ds.zero.memory import resident_bytes, state_tensors, storage_bytes
 from tests.benchmarks.peak import Peak
 
 STEPS = 4  # the cut follows the second
@@ -41,14 +51,14 @@ class Case:
 
     folder: Path
     deepspeed: str = "ds_configs/zero3.json"
-    dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
     window: int = 16
     micro_batch_size: int = 1
     checkpointing: bool = False
     dropout: float = 0.0
-    compensate: str = "none"
-    criterion: str = "lora"
-    evaluates: bool = False  # before the first step; the plan is not told, for it must change nothing
+    compensate: Compensation = "none"
+    criterion: Criterion = "lora"
+    evaluates: bool = False  # before the first step. The plan is not told, as it must change nothing.
 
     def request(self, world_size: int) -> Request:
         config = RunConfig(
@@ -86,7 +96,7 @@ class InOrder:
 
 
 def build(request: Request) -> Trainer:
-    """The package's trainer on random tokens."""
+    """Builds the package's trainer on random tokens."""
     config = request.config
     pretrained = open_pretrained(Path(config.model.path))
     engine = build_training_engine(config, pretrained, request.ds_config, STEPS)
@@ -101,7 +111,7 @@ def build(request: Request) -> Trainer:
 
 @contextmanager
 def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
-    """Bytes this rank sends by collective, whoever calls it, below DeepSpeed's own front."""
+    """Counts the bytes that this rank sends by collective, below DeepSpeed's own front, whoever calls it."""
     backend: Any = ds_comm.comm.cdb
     sent: dict[str, int] = defaultdict(int)
     others = world_size - 1
@@ -133,7 +143,7 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
 
 
 def run_beside_plan(case: Case) -> dict[str, Any]:
-    """Four steps and a cut on this rank: every planned number with the measured one beside it."""
+    """Makes four steps and a cut on this rank. Every planned number stands beside the measured one."""
     gc.collect()
     baseline = resident_bytes()
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -142,8 +152,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         trainer = build(request)
         gc.collect()
     network = Network(request.shape, request.config.lora.r)
-    limits = FetchLimits.from_ds_config(request.ds_config)
-    fetcher = Fetcher(limits, world_size)
+    fetcher = Fetcher(request.fetch_limits, world_size)
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
     for _ in range(2 * case.evaluates):  # DeepSpeed would follow in the second the record of the first
@@ -163,7 +172,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != trainer.model.shape.layers[i]]
         moved = sum(int(moved_bytes(c, world_size, request.element_size)[rank]) for c in cut_layers)
         planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
-        planned += options.refit_bytes(request, before, trainer.model.shape, rank)
+        planned += quality.refit_sent(request, before, trainer.model.shape, rank)
         network.resize(trainer.model.shape)
         fetcher.forget_trace()
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
@@ -178,9 +187,9 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
 
 
 def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int, int]:
-    """(per step, per cut) of what ranks tell each other besides: reports, digests, sizes, and rank 0's mask.
+    """Returns (per step, per cut) what ranks tell each other besides: reports, digests, sizes, and rank 0's mask.
 
-    A step: four fp64 numbers of every rank. A cut: three int64 of every rank, and one byte per group from rank 0.
+    In a step every rank sends four fp64 numbers. In a cut it sends three int64, and rank 0 one byte per group.
     """
     if world_size == 1:
         return 0, 0
@@ -190,7 +199,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
     gc.collect()
-    terms = planned_state(request, trainer.model.shape, stepped=stepped)
+    terms, _ = split_state(request, trainer.model.shape, stepped=stepped)
     return {
         "at": name,
         "planned_storages": sum(terms.values()),
@@ -200,17 +209,6 @@ def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, 
     }
 
 
-def planned_state(request: Request, shape: ModelShape, *, stepped: bool) -> dict[str, int]:
-    return state_terms(
-        shape,
-        request.config.lora.r,
-        world_size=request.cluster.world_size,
-        element_size=request.element_size,
-        bucket_numel=int(request.ds_config["zero_optimization"]["reduce_bucket_size"]),
-        stepped=stepped,
-    )
-
-
 def _measured_step(
     step: int, request: Request, shape: ModelShape, trainer: Trainer, traffic: PassTraffic, baseline: int
 ) -> dict[str, Any]:
@@ -218,23 +216,26 @@ def _measured_step(
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
-    scores = step <= request.schedule.end
-    own = comm.bytes_sent - before
-    own_planned = (scoring_bytes(request, shape) if scores else 0) + agreement_bytes(shape, world_size, rank)[0]
-    of_gradient = options.gradient_bytes(request, shape) if scores else 0
-    of_moments = options.measuring_bytes(request, shape, rank) if scores else 0
-    groups = sum(layer.count(kind) for layer in shape.layers for kind in ("heads",) * 4 + ("channels",) * 3)  # type: ignore[arg-type]
-    gathered_by_pruning = own - (groups * 8 if scores and world_size > 1 else 0) - of_gradient - of_moments
-    lora = sum(lora_pieces(request, shape)) * (world_size - 1) * 4
-    stage = training_stage("", request, shape, traffic, PassTraffic(), scores=scores)
+    scores, own = step <= request.schedule.end, comm.bytes_sent - before
+    passes = Passes(shape, PassTraffic(), traffic)
+    planned = step_sent(request, passes, StepKind(scores, scores))
+    if scores:
+        planned["input_moments"] = quality.measuring_sent(request, shape, rank)
+    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in LLAMA_LINEARS)
+    not_gathered = planned["weight_gradients"] + planned["input_moments"] + 8 * groups * (scores and world_size > 1)
+    pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
+    stage = training_stage("", request, passes, scores=scores)
     return {
         "step": step,
         "weights": {
-            "planned": traffic.sent * request.element_size,
-            "counted": sent["all_gather_into_tensor"] - gathered_by_pruning,
+            "planned": planned["weights"],
+            "counted": sent["all_gather_into_tensor"] - (own - not_gathered),
         },
-        "lora_gradients": {"planned": lora, "counted": sent["reduce_scatter_tensor"] - of_gradient},
-        "pruning": {"planned": own_planned + of_gradient + of_moments, "counted": own},
+        "lora_gradients": {
+            "planned": planned["lora_gradients"],
+            "counted": sent["reduce_scatter_tensor"] - planned["weight_gradients"],
+        },
+        "pruning": {"planned": pruning + agreement_bytes(shape, world_size, rank)[0], "counted": own},
         "unplanned": {name: sent[name] for name in ("broadcast",)},
         "resident_planned": stage.resident,
         "peak_planned": planned_peak(stage, traffic, request),
@@ -245,7 +246,7 @@ def _measured_step(
 
 
 def planned_peak(stage: Stage, traffic: PassTraffic, request: Request) -> int:
-    """Of a step: no evaluation and no export happen in it. On CPU ranks gloo has a copy of what it gathers."""
+    """Returns the peak of a step, without evaluation and export. On CPU ranks gloo copies what it gathers."""
     copied = traffic.largest_gather * request.element_size if request.cluster.world_size > 1 else 0
     moments = {
         name: sum(terms.values()) + (copied if name == "training" else 0) for name, terms in stage.phases.items()
@@ -254,7 +255,7 @@ def planned_peak(stage: Stage, traffic: PassTraffic, request: Request) -> int:
 
 
 def saved_activations(case: Case) -> dict[str, int]:
-    """Bytes of the distinct storages that autograd keeps of one forward, weights apart, and the formula's."""
+    """Counts the bytes that autograd keeps of one forward pass, weights apart. The formula's stand beside them."""
     world_size = torch.distributed.get_world_size()
     request = case.request(world_size)
     trainer = build(request)

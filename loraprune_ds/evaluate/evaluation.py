@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from loraprune_ds.evaluate.cost import Cost, count_cost
 from loraprune_ds.evaluate.models import FoundModel, load_model
 from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity
-from loraprune_ds.evaluate.prepare import EvaluationSettings, PreparedModel, prepare_models
+from loraprune_ds.evaluate.settings import EvaluationSettings, PreparedModel, prepare_models
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.zeroshot import run_tasks
 from loraprune_ds.model.dtypes import DTYPES

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from loraprune_ds.evaluate.evaluation import Measurement
-from loraprune_ds.evaluate.prepare import EvaluationSettings
+from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.zeroshot import mean_accuracy
 from loraprune_ds.units import aligned, format_perplexity
 

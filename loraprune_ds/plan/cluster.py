@@ -1,8 +1,9 @@
-"""The machines of a run that has not happened yet."""
+"""Machines of a run that has not happened yet."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from loraprune_ds.errors import UserError
 
@@ -10,39 +11,32 @@ GIB = 1 << 30
 MOST_GPUS = 1 << 20  # beyond any machine there is: a number typed wrong
 
 
+def _option(default: float, meaning: str) -> Any:
+    """Builds a field that is an option of launch/plan.py."""
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """What the estimates of time and the verdict on memory rest on.
+    """Describes the machines. A GB is 1e9 bytes."""
 
-    Attributes:
-        gpu_memory, host_memory: GiB of one GPU and of one node.
-        reserve: GiB of each GPU that are not the run's: CUDA context, NCCL's buffers, the allocator's gaps.
-        host_reserve: GiB of host memory that each rank's process holds before it loads anything.
-        intra_bandwidth: GB/s (1e9 bytes) that a GPU can receive from GPUs of its node.
-        inter_bandwidth: GB/s that a node can receive from the others, all its network cards together.
-        host_bandwidth: GB/s between a GPU and host memory.
-        flops: TFLOP/s of matrix products that a GPU sustains in the model's dtype, not its peak.
-        flops64: the same in float64, for the solves of `prune.compensate: least_squares`.
-    """
-
-    nodes: int = 1
-    gpus_per_node: int = 8
-    gpu_memory: float = 80.0
-    host_memory: float = 512.0
-    reserve: float = 3.0
-    host_reserve: float = 3.0
-    intra_bandwidth: float = 300.0
-    inter_bandwidth: float = 25.0
-    host_bandwidth: float = 25.0
-    flops: float = 125.0
-    flops64: float = 10.0
+    nodes: int = _option(1, "machines; with --smallest the most to try, 512 if not given")
+    gpus_per_node: int = _option(8, "GPUs of one machine")
+    gpu_memory: float = _option(80.0, "GiB of one GPU")
+    host_memory: float = _option(512.0, "GiB of host memory of one machine")
+    reserve: float = _option(3.0, "GiB of a GPU that are not the run's: CUDA context, NCCL, gaps")
+    host_reserve: float = _option(3.0, "GiB of host memory of a rank's process before it loads anything")
+    intra_bandwidth: float = _option(300.0, "GB/s a GPU receives from GPUs of its machine")
+    inter_bandwidth: float = _option(25.0, "GB/s a machine receives from the others")  # all its network cards together
+    host_bandwidth: float = _option(25.0, "GB/s between GPU and host memory")
+    flops: float = _option(125.0, "TFLOP/s that a GPU sustains in matrix products")  # in the model's dtype, no peak
+    flops64: float = _option(10.0, "TFLOP/s that a GPU sustains in matrix products in float64, for a refit")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, name = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
-            least = 0 if field.name in ("reserve", "host_reserve") else None
-            if not math.isfinite(value) or value < 0 or (value == 0 and least is None):
-                raise UserError(f"{name} must be a number above 0; got {value}")
+        for name, value in vars(self).items():
+            may_be_zero = name in ("reserve", "host_reserve")
+            if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+                raise UserError(f"--{name.replace('_', '-')} must be a number above 0; got {value}")
         if self.world_size > MOST_GPUS:
             raise UserError(
                 f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node} is more than {MOST_GPUS} GPUs"
@@ -56,32 +50,26 @@ class Cluster:
 
     @property
     def gpu_bytes(self) -> int:
-        """What a rank may hold on its GPU."""
+        """Returns the limit of a rank."""
         return int((self.gpu_memory - self.reserve) * GIB)
 
     @property
     def host_bytes(self) -> int:
-        """What a node may hold in host memory."""
+        """Returns the limit of a node."""
         return int(self.host_memory * GIB)
 
-    def seconds_to_receive(self, per_rank: float) -> float:
-        """Time for every rank to receive `per_rank` bytes spread evenly over all others.
+    def seconds_to_receive(self, per_rank: float, *, same_for_all: bool) -> float:
+        """Returns the time in which every rank receives `per_rank` bytes.
 
-        The slower of a GPU's own link and its node's network, which carries what comes from other nodes for all of
-        the node's GPUs. Latencies are not counted.
+        They come evenly from all others. Bytes from other nodes share the network of the node. The slower link counts:
+        the GPU's own or that network. Latencies are not counted.
+
+        Args:
+            same_for_all: all ranks receive the same bytes (all-gather). A byte then enters a node once for all its
+                GPUs. A reduce-scatter takes as long.
         """
         if self.world_size == 1:
             return 0.0
-        per_node = self._into_a_node(per_rank, distinct=self.gpus_per_node)
-        return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))
-
-    def seconds_to_gather(self, per_rank: float) -> float:
-        """The same for an all-gather or reduce-scatter, where a node needs each foreign byte once for all its GPUs."""
-        if self.world_size == 1:
-            return 0.0
-        per_node = self._into_a_node(per_rank, distinct=1)
-        return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))
-
-    def _into_a_node(self, per_rank: float, *, distinct: int) -> float:
         foreign = (self.world_size - self.gpus_per_node) / (self.world_size - 1)
-        return per_rank * foreign * distinct
+        per_node = per_rank * foreign * (1 if same_for_all else self.gpus_per_node)
+        return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))

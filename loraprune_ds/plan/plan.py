@@ -1,36 +1,31 @@
-"""The plan of a run: memory over all of it, whether that fits, bytes and seconds per step and per cut."""
+"""The plan of a run: memory, bytes sent, seconds."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan import teacher
-from loraprune_ds.plan.disk import checkpoint_terms
-from loraprune_ds.plan.memory import Stage, cut_stage, loading_stage, training_stage
+from loraprune_ds.plan.cluster import GIB
+from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost
+from loraprune_ds.plan.distillation_pass import DistillationPass
+from loraprune_ds.plan.held import checkpoint_terms, split_state
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.seconds import Seconds, cut_seconds
-from loraprune_ds.plan.steps import HEAVIEST, PLAIN
-from loraprune_ds.plan.totals import End, Total, all_steps, step_cost
-from loraprune_ds.plan.traffic import StepTraffic, cut_bytes, simulate_passes
+from loraprune_ds.plan.stages import Stage, cut_stage, loading_stage, training_stage
+from loraprune_ds.plan.traffic import HEAVIEST, PLAIN, simulate_passes
 
-MOST_CUTS = 24  # that are planned one by one; of more, as many evenly spread
-MOST_SUMMED = 240  # whose bytes and seconds are added up; of more, as many, and what lies between is interpolated
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What a cut does: `number` among all cuts of the schedule, from 0, and the shapes just before and after it."""
-
-    number: int
-    step: int
-    before: ModelShape
-    after: ModelShape
+MOST_CUTS = 24  # that are planned one by one and shown
+MOST_SUMMED = 240  # whose bytes and seconds are computed, to be added up
 
 
 @dataclass(frozen=True)
 class PlannedCut:
-    """A cut of the schedule: the fraction gone after it, a rank's state around it, what the busiest rank sends."""
+    """Describes a cut.
+
+    Attributes:
+        target: the fraction that is gone after it.
+        state_before, state_after: bytes of a rank.
+        bytes_sent: by the busiest rank.
+    """
 
     step: int
     target: float
@@ -43,28 +38,26 @@ class PlannedCut:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need, or would if it fitted.
+    """Holds the needs of a run, whether it fits or not.
 
     Attributes:
-        stages: in the order of the run; the dense steps and the last ones with all their phases.
-        step, last_step: traffic of an optimizer step before the first cut, that scores and measures all it can, and of
-            one after the last.
-        in_all: of all steps and cuts and the uncut model's pass; evaluation, loading and saving not counted.
-        checkpoint: bytes of one on the shared disk, by term; keep_last and one more are there while one is written.
-        teacher_bytes, teacher_seconds: of a distillation's pass before the first step: on the shared disk, and time.
+        stages: in the order of the run.
+        step: an optimizer step before the first cut. It scores and measures all it can.
+        last_step: one after the last cut.
+        in_all: all steps, all cuts, the dense model's pass. Evaluations, loading and saving are not counted.
+        checkpoint: bytes of one on the shared disk, by term.
+        teacher, teacher_bytes: the dense model's pass for a distillation, and its bytes on the shared disk.
     """
 
     request: Request
     stages: list[Stage]
     cuts: list[PlannedCut]
-    step: StepTraffic
-    last_step: StepTraffic
-    step_seconds: Seconds
-    last_step_seconds: Seconds
+    step: Cost
+    last_step: Cost
     in_all: Total
     checkpoint: dict[str, int]
+    teacher: Cost
     teacher_bytes: int
-    teacher_seconds: Seconds
 
     @property
     def peak_stage(self) -> Stage:
@@ -72,15 +65,14 @@ class Plan:
 
     @property
     def device_bytes(self) -> int:
-        """Most that a rank holds on its GPU."""
+        """Returns the most that a rank holds on its GPU."""
         return self.peak_stage.peak
 
     @property
     def host_bytes(self) -> int:
-        """Most that the ranks of a node hold in host memory."""
+        """Returns the most that a node's ranks hold in host memory."""
         cluster = self.request.cluster
-        reserve = int(cluster.host_reserve * (1 << 30))
-        return cluster.gpus_per_node * (reserve + max(stage.host_peak for stage in self.stages))
+        return cluster.gpus_per_node * (int(cluster.host_reserve * GIB) + max(x.host_peak for x in self.stages))
 
     @property
     def fits_device(self) -> bool:
@@ -96,80 +88,59 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """Plans the whole run. Takes seconds for LLaMA-65B, and memory for shapes only."""
-    changes = _changes(request, MOST_CUTS)
-    first_shape, last_shape = request.shape, changes[-1].after
-    dense, final = simulate_passes(request, [first_shape, last_shape])
-    stages = [loading_stage(request)]
-    if request.config.train.distill_weight:
-        stages.append(teacher.stage(request, dense.evaluation))
-    stages.append(training_stage("dense", request, first_shape, dense.training, dense.evaluation))
-    stages += [cut_stage(f"cut at step {cut.step}", request, cut.before, cut.after) for cut in changes]
-    last = training_stage("after the last cut", request, last_shape, final.training, final.evaluation, scores=False)
-    stages.append(last)
-    ends = End(first_shape, dense.training), End(last_shape, final.training)
-    step, step_time = step_cost(request, ends[0], HEAVIEST)
-    last_step, last_time = step_cost(request, ends[1], PLAIN)
-    first_pass = teacher.seconds(request, dense.evaluation)
-    of_teacher = Total(first_pass.hidden, first_pass.exposed, teacher.sent(request, dense.evaluation))
-    cuts = [_plan_cut(request, change) for change in changes]
-    in_all = all_steps(request, *ends) + _all_cuts(request) + of_teacher
+    """Plans the whole run, within seconds for LLaMA-65B."""
+    planned = list(_cuts(request, MOST_CUTS).values())
+    dense, final = simulate_passes(request, [request.shape, request.shape_at(request.schedule.ratio)])
+    teacher = DistillationPass(request, dense.evaluation)
     return Plan(
         request=request,
-        stages=stages,
-        cuts=cuts,
-        step=step,
-        last_step=last_step,
-        step_seconds=step_time,
-        last_step_seconds=last_time,
-        in_all=in_all,
-        checkpoint=checkpoint_terms(request, changes[0].after),
-        teacher_bytes=teacher.disk_bytes(request),
-        teacher_seconds=first_pass,
+        stages=[
+            loading_stage(request),
+            *([teacher.stage()] if request.config.train.distill_weight else []),
+            training_stage("dense", request, dense),
+            *(cut_stage(f"cut at step {step}", request, before, after) for step, before, after in planned),
+            training_stage("after the last cut", request, final, scores=False),
+        ],
+        cuts=[_plan_cut(request, *cut) for cut in planned],
+        step=step_cost(request, dense, HEAVIEST),
+        last_step=step_cost(request, final, PLAIN),
+        in_all=Total(*(all_steps(request, dense, final) + _all_cuts(request) + teacher.cost().total).tolist()),
+        checkpoint=checkpoint_terms(request, after_first_cut=planned[0][-1]),
+        teacher=teacher.cost(),
+        teacher_bytes=teacher.disk_bytes,
     )
 
 
-def _changes(request: Request, most: int) -> list[_Change]:
-    """All cuts of the schedule, or `most` of them, each from the shape that the cut before it leaves."""
-    steps, found = request.schedule.cut_steps(), []
-    for number in _evenly(len(steps), most):
-        before, after = (steps[number - 1] if number else 0), steps[number]
-        shapes = [request.shape_at(request.schedule.target(step)) for step in (before, after)]
-        found.append(_Change(number, after, *shapes))
-    return found
+def _cuts(request: Request, most: int) -> dict[int, tuple[int, ModelShape, ModelShape]]:
+    """Finds (step, shape before, shape after) of all cuts, by number.
+
+    Of more than `most` cuts it takes so many, evenly spread from the first to the last.
+    """
+    steps = request.schedule.cut_steps()
+    numbers = range(len(steps))
+    if len(steps) > most:
+        numbers = [round(i * (len(steps) - 1) / (most - 1)) for i in range(most)]
+    shapes = [[request.shape_at(request.schedule.target(step)) for step in ([0, *steps][n], steps[n])] for n in numbers]
+    return {n: (steps[n], before, after) for n, (before, after) in zip(numbers, shapes, strict=True)}
 
 
-def _evenly(count: int, most: int) -> list[int]:
-    """Numbers below `count`, the first and the last among them."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
-
-
-def _plan_cut(request: Request, cut: _Change) -> PlannedCut:
-    sent, seconds = _cost(request, cut)
-    before, after = (cut_stage("", request, shape, shape).resident for shape in (cut.before, cut.after))
+def _plan_cut(request: Request, step: int, before: ModelShape, after: ModelShape) -> PlannedCut:
+    state_before, state_after = (split_state(request, shape, measures=True)[0] for shape in (before, after))
+    sent, seconds = cut_cost(request, before, after)
     return PlannedCut(
-        step=cut.step,
-        target=request.schedule.target(cut.step),
-        parameters=cut.after.total_numel(),
-        state_before=before,
-        state_after=after,
+        step=step,
+        target=request.schedule.target(step),
+        parameters=after.total_numel(),
+        state_before=sum(state_before.values()),
+        state_after=sum(state_after.values()),
         bytes_sent=sent,
         seconds=seconds,
     )
 
 
-def _cost(request: Request, cut: _Change) -> tuple[int, float]:
-    """(bytes that the busiest rank sends, seconds)."""
-    sent = cut_bytes(request, cut.before, cut.after)
-    return sent, cut_seconds(request, cut.before, cut.after, sent)
-
-
-def _all_cuts(request: Request) -> Total:
-    """Of all cuts of the schedule; between two that are added up bytes and seconds change in proportion."""
-    changes, numbers = _changes(request, MOST_SUMMED), range(len(request.schedule.cut_steps()))
-    costs = [_cost(request, change) for change in changes]
-    known = [change.number for change in changes]
-    sent, seconds = (float(np.interp(numbers, known, values).sum()) for values in zip(*costs, strict=True))
-    return Total(seconds, seconds, sent)
+def _all_cuts(request: Request) -> np.ndarray:
+    """Returns the total of all cuts. Bytes and seconds of those between two known ones are interpolated."""
+    cuts, numbers = _cuts(request, MOST_SUMMED), range(len(request.schedule.cut_steps()))
+    costs = [cut_cost(request, before, after) for _, before, after in cuts.values()]
+    sent, seconds = (float(np.interp(numbers, list(cuts), values).sum()) for values in zip(*costs, strict=True))
+    return np.array([seconds, seconds, sent])

@@ -1,5 +1,6 @@
-"""What is to be planned: model, run, cluster; read without loading a weight."""
+"""Describes what is planned: model, run, cluster. It is read without loading a weight."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,22 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.family import KINDS, LLAMA_LINEARS
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape, with_biases
+from loraprune_ds.plan.activations import Batch
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
-from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config
+from loraprune_ds.zero.ds_config import FetchLimits, find_ds_config, resolve_ds_config
+from loraprune_ds.zero.flat import partition_numel
 
 ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here
 
 # LLaMA (arXiv 2302.13971, table 2): hidden_size, layers, heads, intermediate_size; head_dim 128, 32,000 tokens.
+LLAMA_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 LLAMA = {
     "llama-7b": (4096, 32, 32, 11008),
     "llama-13b": (5120, 40, 40, 13824),
@@ -36,13 +40,12 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Request:
-    """A run on a cluster.
+    """Describes a run on a cluster.
 
     Attributes:
-        steps: optimizer steps, the recovery included; `steps_known` tells whether the run says how many, or they are
-            assumed.
-        samples: in the training data, if known.
+        steps: optimizer steps, the recovery included.
         ds_config: DeepSpeed's JSON with every "auto" replaced.
+        samples: in the training data, if known.
     """
 
     model: str
@@ -50,56 +53,81 @@ class Request:
     config: RunConfig
     cluster: Cluster
     steps: int
-    steps_known: bool
     limits: Limits
     schedule: Schedule
     ds_config: dict[str, Any]
     samples: int | None = None
 
     @property
+    def steps_known(self) -> bool:
+        """Tells whether the run says how many steps it has. Else they are assumed."""
+        return self.config.train.steps is not None or self.samples is not None
+
+    @property
+    def world_size(self) -> int:
+        return self.cluster.world_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Returns the micro-batches of a rank in a step."""
+        return self.config.train.gradient_accumulation_steps(self.world_size)
+
+    @property
     def element_size(self) -> int:
         return DTYPES[self.config.model.dtype].itemsize
 
     @property
-    def eager(self) -> bool:
-        """Whether attention makes whole matrices of probabilities."""
-        return self.config.model.attn_implementation == "eager"
+    def bucket_numel(self) -> int:
+        return int(self.ds_config["zero_optimization"]["reduce_bucket_size"])
+
+    @property
+    def fetch_limits(self) -> FetchLimits:
+        return FetchLimits.from_ds_config(self.ds_config)
+
+    def batch(self, samples: int, window: int) -> Batch:
+        return Batch(samples, window, self.element_size, self.config.model.attn_implementation == "eager")
+
+    def shards(self, sizes: Iterable[int]) -> int:
+        """Counts the elements of a rank's shards of such tensors."""
+        return sum(partition_numel(numel, self.world_size) for numel in sizes)
+
+    def lora_shards(self, shape: ModelShape) -> int:
+        """Counts the elements of a rank's shards of all LoRA factors."""
+        return self.shards(shape.lora_sizes(self.config.lora.r))
 
     def offloads(self, what: str) -> bool:
-        """Whether the DeepSpeed config keeps "optimizer" or "param" in host memory."""
+        """Tells whether "optimizer" or "param" is in host memory."""
         return self._offload(what).get("device") == "cpu"
 
     def pins(self, what: str) -> bool:
-        """Whether what it keeps there of "optimizer" or "param" is page-locked."""
+        """Tells whether the host memory of it is page-locked."""
         return self.offloads(what) and bool(self._offload(what).get("pin_memory"))
 
     def _offload(self, what: str) -> dict[str, Any]:
         return self.ds_config["zero_optimization"].get(f"offload_{what}") or {}
 
     def shape_at(self, target: float) -> ModelShape:
-        """The shape once `target` of the linear parameters is gone.
+        """Returns the shape once `target` of the linear parameters is gone.
 
-        `uniform` is known before it happens. Which layers `global` takes from is not; it is planned as if from all
+        The cuts of `uniform` are known before they happen. Those of `global` depend on scores. Here all layers lose
         alike.
         """
-        dense = self.shape
+        dense, open_layers = self.shape, self.limits.open_layers
         if target <= 0:
             return dense
-        open_layers = self.limits.open_layers
         if self.config.prune.ranking == "uniform":
-            counts = uniform_counts(self.limits, target, self.config.prune.ratio)
-            layers = tuple(counts if i in open_layers else layer for i, layer in enumerate(dense.layers))
-            return dense.with_layers(layers)
-        leaving, of_heads = target * dense.linear_numel(), self.limits.head_share
-        gone = [
-            leaving * share / sum(dense.layers[i].count(kind) * dense.group_numel(kind) for i in open_layers)
-            for kind, share in zip(KINDS, (of_heads, 1 - of_heads), strict=True)
-        ]
-        cut = [
-            LayerShape(*(max(1, round(x.count(kind) * (1 - g))) for kind, g in zip(KINDS, gone, strict=True)))
-            for x in dense.layers
-        ]
-        return dense.with_layers(tuple(c if i in open_layers else dense.layers[i] for i, c in enumerate(cut)))
+            cut = [uniform_counts(self.limits, target, self.config.prune.ratio)] * len(dense.layers)
+        else:
+            leaving, of_heads = target * dense.linear_numel(), self.limits.head_share
+            gone = [
+                leaving * share / sum(dense.layers[i].count(kind) * dense.group_numel(kind) for i in open_layers)
+                for kind, share in zip(KINDS, (of_heads, 1 - of_heads), strict=True)
+            ]
+            cut = [
+                LayerShape(*(max(1, round(x.count(kind) * (1 - g))) for kind, g in zip(KINDS, gone, strict=True)))
+                for x in dense.layers
+            ]
+        return dense.with_layers(tuple(cut[i] if i in open_layers else x for i, x in enumerate(dense.layers)))
 
 
 def make_request(
@@ -107,34 +135,51 @@ def make_request(
     cluster: Cluster,
     *,
     config_path: str | None = None,
-    overrides: list[str] | None = None,
+    overrides: Sequence[str] = (),
     samples: int | None = None,
 ) -> Request:
-    """Reads everything a plan rests on.
+    """Reads everything that a plan rests on.
 
     Args:
-        model: a folder, a hub id, or a name of LLAMA; None: the run config's model.
-        config_path: YAML of the run; None: the shipped one of that name, or the defaults.
+        model: a folder, a hub id, or a name of LLAMA. None is the run config's model.
+        config_path: YAML of the run. None is the shipped one of that name, or the defaults.
         overrides: `key=value`, as for launch/run.py.
         samples: in the training data, for a run that counts epochs.
 
     Raises:
-        UserError: something cannot be used, as a run would say it.
+        UserError: something cannot be used. The line is that of a run.
     """
-    config = _read_config(model, config_path, overrides or [])
+    if config_path is None and model in LLAMA:
+        config_path = str(CHECKOUT / "launch" / "configs" / f"{model}.yaml")
+    if config_path is None and model is None:
+        raise UserError("give a model or --config")
+    if config_path is not None:
+        config = load_config(config_path, overrides)
+    else:
+        raw = RunConfig(output_dir="unused", train=TrainConfig(steps=100)).to_dict()
+        for override in overrides:
+            apply_override(raw, override)
+        config = config_from_dict(raw)
     name = model or config.model.path
     return build_request(name, read_shape(name, config.model.revision), config, cluster, samples=samples)
+
+
+def _check_layout(name: str, shape: ModelShape) -> None:
+    if shape.linears != LLAMA_LINEARS or tuple(shape.layer_others) != LLAMA_NORMS:
+        raise UserError(f"{name}: launch/plan.py knows layers like LLaMA's only, not yet those of {shape.model_type}")
 
 
 def build_request(
     name: str, shape: ModelShape, config: RunConfig, cluster: Cluster, *, samples: int | None = None
 ) -> Request:
-    """The request for a known shape.
+    """Builds the request for a known shape.
 
     Raises:
-        UserError: the run config does not fit the model or the number of ranks.
+        UserError: the run config does not fit the model or the number of ranks. Or the planner does not know the order
+            of the modules in such a layer.
     """
     train = config.train
+    _check_layout(name, shape)
     if config.prune.compensate == "bias":
         shape = with_biases(shape, name)
     check_top_k(train.distill_top_k, shape.vocab_size)
@@ -144,23 +189,22 @@ def build_request(
     steps = train.steps
     if steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    pruning_steps = steps or ASSUMED_STEPS
+    steps = steps or ASSUMED_STEPS
     return Request(
         model=name,
         shape=shape,
         config=config,
         cluster=cluster,
-        steps=pruning_steps + train.recovery_steps,
-        steps_known=steps is not None,
+        steps=steps + train.recovery_steps,
         limits=make_limits(config.prune, shape),
-        schedule=make_schedule(config.prune, pruning_steps),
+        schedule=make_schedule(config.prune, steps),
         ds_config=_read_ds_config(config, shape, cluster.world_size),
         samples=samples,
     )
 
 
 def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:
-    """The same request with another cluster or other values in sections of the run config, `train={...}`.
+    """Builds the same request with another cluster, or other values in sections: `train={...}`.
 
     `deepspeed={...}` are keys of zero_optimization.
 
@@ -178,10 +222,10 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
 
 
 def read_shape(model: str, revision: str | None = None) -> ModelShape:
-    """Sizes from config.json alone; no weight is read or downloaded.
+    """Reads the sizes from config.json alone. No weight is read or downloaded.
 
     Raises:
-        UserError: neither a known name, nor a folder, nor to be had from the hub; or not a supported model.
+        UserError: the model is not found here or on the hub, or not supported.
     """
     if model in LLAMA:
         hidden, layers, heads, channels = LLAMA[model]
@@ -200,10 +244,10 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
 
 
 def _read_ds_config(config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON with every "auto" replaced.
+    """Reads DeepSpeed's JSON and replaces every "auto".
 
     Raises:
-        UserError: as a run would say it; or hpZ, whose gathers zero/fetching.py does not model.
+        UserError: a run would refuse it, or it has hpZ. fetching.py does not model that.
     """
     path = find_ds_config(config.deepspeed)
     zero = read_json(path).get("zero_optimization")
@@ -224,21 +268,3 @@ def _download_config(model: str, revision: str | None) -> Path:
     except HUB_ERRORS as error:
         reason = first_line(error)
         raise UserError(f"model {model} is no folder and not available from the hub ({reason}); give {known}") from None
-
-
-def _read_config(model: str | None, path: str | None, overrides: list[str]) -> RunConfig:
-    if path is None and model in LLAMA:
-        path = str(CHECKOUT / "launch" / "configs" / f"{model}.yaml")
-    if path is not None:
-        return load_config(path, overrides)
-    if model is None:
-        raise UserError("give a model or --config")
-    return load_config_defaults(overrides)
-
-
-def load_config_defaults(overrides: list[str]) -> RunConfig:
-    """The defaults of a run, with `key=value` overrides."""
-    raw = RunConfig(output_dir="unused", train=TrainConfig(steps=100)).to_dict()
-    for override in overrides:
-        apply_override(raw, override)
-    return config_from_dict(raw)

@@ -1,152 +1,141 @@
-"""Bytes that one rank sends in a step and in a cut, by collective.
+"""Bytes that one rank sends in a step and in a cut.
 
-Counted as `Communicator` counts: an all-gather sends this rank's piece to each other rank, a reduce-scatter each other
-rank its piece, an all-reduce the vector once.
+They are counted as `Communicator` counts. An all-gather sends the own shard to each other rank. A reduce-scatter sends
+each other rank its shard. An all-reduce sends the vector once.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 
 from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.plan import options
+from loraprune_ds.plan import quality
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.steps import StepKind
 from loraprune_ds.pruning.prunable_model import LayerKeep
-from loraprune_ds.zero.ds_config import FetchLimits
-from loraprune_ds.zero.flat import AxisCut, moved_elements, partition_numel
+from loraprune_ds.zero.flat import AxisCut, moved_elements
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What ZeRO-3 gathers in one evaluation and one training micro-batch at a shape, once it has its record."""
+    """Holds what ZeRO-3 gathers at a shape, in an evaluation and in a micro-batch of training."""
 
+    shape: ModelShape
     evaluation: PassTraffic
     training: PassTraffic
 
 
 @dataclass(frozen=True)
-class StepTraffic:
-    """Bytes a rank sends in one optimizer step."""
+class StepKind:
+    """Tells whether a step scores, and whether it measures inputs (`prune.compensate`)."""
 
-    weights: int
-    lora_gradients: int
-    scoring: int
-    weight_gradients: int = 0
-    input_moments: int = 0
+    scores: bool
+    measures: bool
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.lora_gradients + self.scoring + self.weight_gradients + self.input_moments
+
+HEAVIEST = StepKind(scores=True, measures=True)  # that of every cut
+PLAIN = StepKind(scores=False, measures=False)  # after the last cut
+
+
+def step_kinds(request: Request) -> list[StepKind]:
+    """Lists the kind of every step, as `Pruner` and `Compensator` find it."""
+    prune, schedule = request.config.prune, request.schedule
+    return [
+        StepKind(
+            schedule.is_scored(step),
+            prune.compensate != "none" and schedule.precedes_cut(step, prune.compensate_steps),
+        )
+        for step in range(1, request.steps + 1)
+    ]
 
 
 def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
-    """What is gathered at each of the shapes a run goes through, in the order in which the run meets them.
+    """Simulates the passes at each shape, in the order of a run.
 
-    As a run does it: an evaluation, training, a cut, training with the smaller shape, an evaluation, and so on.
+    That is an evaluation, training, a cut, an evaluation, training, and so on.
     """
     network = Network(shapes[0], request.config.lora.r)
-    limits = FetchLimits.from_ds_config(request.ds_config)
-    fetcher = Fetcher(limits, request.cluster.world_size, offloaded=request.offloads("param"))
+    fetcher = Fetcher(request.fetch_limits, request.world_size, offloaded=request.offloads("param"))
     checkpointing = request.config.train.gradient_checkpointing
     evaluation, training = network.evaluation_pass(), network.training_pass(checkpointing=checkpointing)
     found = []
-    for index, shape in enumerate(shapes):
-        if index:
-            network.resize(shape)
-            fetcher.forget_trace()
+    for shape in shapes:
+        network.resize(shape)
+        fetcher.forget_trace()
         evaluated = fetcher.run(evaluation)
         fetcher.forget_trace()
         trained = [fetcher.run(training) for _ in range(3)]  # makes a record, then follows it
         peak = max(traffic.peak_live for traffic in trained)
-        found.append(Passes(evaluated, replace(trained[-1], peak_live=peak)))
+        found.append(Passes(shape, evaluated, replace(trained[-1], peak_live=peak)))
     return found
 
 
-def step_traffic(request: Request, shape: ModelShape, training: PassTraffic, kind: StepKind) -> StepTraffic:
-    """A step of `gradient_accumulation_steps` micro-batches."""
-    world_size = request.cluster.world_size
-    micro_batches = request.config.train.gradient_accumulation_steps(world_size)
-    lora = sum(lora_pieces(request, shape))
-    return StepTraffic(
-        weights=micro_batches * training.sent * request.element_size,
-        lora_gradients=micro_batches * lora * (world_size - 1) * 4,
-        scoring=scoring_bytes(request, shape) if kind.scores else 0,
-        weight_gradients=options.gradient_bytes(request, shape) if kind.scores else 0,
-        input_moments=options.measuring_bytes(request, shape) if kind.measures else 0,
-    )
+def step_sent(request: Request, passes: Passes, kind: StepKind) -> dict[str, int]:
+    """Returns the bytes that a rank sends in one optimizer step, by term."""
+    shape, per_micro_batch = passes.shape, request.micro_batches
+    return {
+        "weights": per_micro_batch * passes.training.sent * request.element_size,
+        "lora_gradients": per_micro_batch * request.lora_shards(shape) * (request.world_size - 1) * 4,
+        "scoring": scoring_sent(request, shape) if kind.scores else 0,
+        "weight_gradients": quality.gradient_sent(request, shape) if kind.scores else 0,
+        "input_moments": quality.measuring_sent(request, shape) if kind.measures else 0,
+    }
 
 
-def scoring_bytes(request: Request, shape: ModelShape) -> int:
-    """One all-gather per layer of LoRA masters and gradients in fp32, one all-reduce of all scores in fp64."""
-    world_size = request.cluster.world_size
-    if world_size == 1 or request.config.prune.criterion == "random":
+def scoring_sent(request: Request, shape: ModelShape) -> int:
+    """Returns the bytes of an all-gather of LoRA (fp32 masters and gradients) and an all-reduce of fp64 scores."""
+    if request.world_size == 1 or request.config.prune.criterion == "random":
         return 0
-    gathered = 2 * sum(lora_pieces(request, shape)) * (world_size - 1) * 4
     groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in shape.linears)
-    return gathered + groups * 8
-
-
-def lora_pieces(request: Request, shape: ModelShape) -> list[int]:
-    """Elements of this rank's piece of every LoRA factor."""
-    return [partition_numel(n, request.cluster.world_size) for n in shape.lora_sizes(request.config.lora.r)]
+    return 2 * request.lora_shards(shape) * (request.world_size - 1) * 4 + groups * 8
 
 
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
-    """(cut, of LoRA) of every tensor of a layer that shrinks, as `ShardedModel` cuts them."""
+    """Lists (cut, is LoRA) of every tensor that `ShardedModel` cuts in a layer."""
     cuts = []
     for linear in shape.linears:
         if not keep.cuts(shape.layers[index], linear.kind):
             continue
-        out_features, in_features = shape.linear_shape(index, linear)
-        rows = keep.indices(shape, index, linear.parts)
-        factor = (out_features, lora_rank) if linear.axis == 0 else (lora_rank, in_features)
-        cuts += [(AxisCut((out_features, in_features), linear.axis, rows), False)]
-        cuts += [(AxisCut(factor, linear.axis, rows), True)]
+        (rows, columns), kept = shape.linear_shape(index, linear), keep.indices(shape, index, linear.parts)
+        factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
+        cuts += [(AxisCut((rows, columns), linear.axis, kept), False), (AxisCut(factor, linear.axis, kept), True)]
         if shape.has_bias(linear) and linear.axis == 0:
-            cuts.append((AxisCut((out_features,), 0, rows), False))
+            cuts.append((AxisCut((rows,), 0, kept), False))
     return cuts
 
 
-def moved_bytes(
-    cuts: list[tuple[AxisCut, bool]], world_size: int, element_size: int, *, stepped: bool = True
-) -> torch.Tensor:
-    """(W,) bytes that every rank sends for the cut of a layer: weights, LoRA copies, fp32 masters and moments."""
+def moved_bytes(cuts: list[tuple[AxisCut, bool]], world_size: int, element_size: int) -> torch.Tensor:
+    """Returns the (world_size,) bytes that every rank sends for such cuts.
+
+    LoRA counts with its fp32 master and two moments.
+    """
     total = torch.zeros(world_size, dtype=torch.int64)
     for cut, is_lora in cuts:
-        per_element = element_size + ((12 if stepped else 4) if is_lora else 0)
-        total += moved_elements(cut, world_size) * per_element
+        total += moved_elements(cut, world_size) * (element_size + 12 * is_lora)
     return total
 
 
-def random_keep(before: ModelShape, after: ModelShape, index: int, generator: torch.Generator) -> LayerKeep:
-    """A seeded random choice of the groups that stay in a layer."""
-    chosen = []
-    for kind in KINDS:
-        count, left = before.layers[index].count(kind), after.layers[index].count(kind)
-        chosen.append(torch.randperm(count, generator=generator)[:left].sort().values)
-    return LayerKeep(*chosen)
+def cut_sent(request: Request, before: ModelShape, after: ModelShape) -> int:
+    """Returns the bytes that the busiest rank sends in a cut to random groups.
 
-
-def cut_bytes(request: Request, before: ModelShape, after: ModelShape) -> int:
-    """Bytes that the busiest rank sends in a cut, if the groups that stay are a random choice.
-
-    What is sent depends on the mask; `moved_bytes` is exact for a given one. Layers of equal shape count with one mask.
+    `moved_bytes` is exact for given groups. Layers of equal shape count with the same ones.
     """
-    world_size = request.cluster.world_size
+    world_size = request.world_size
     if world_size == 1:
         return 0
-    kinds: dict[tuple[LayerShape, LayerShape], list[int]] = {}
-    for index, change in enumerate(zip(before.layers, after.layers, strict=True)):
-        if change[0] != change[1]:
-            kinds.setdefault(change, []).append(index)
     generator = torch.Generator().manual_seed(request.config.seed)
     sent = torch.zeros(world_size, dtype=torch.int64)
-    for layers in kinds.values():
-        keep = random_keep(before, after, layers[0], generator)
-        cuts = layer_cuts(before, layers[0], keep, request.config.lora.r)
-        sent += len(layers) * moved_bytes(cuts, world_size, request.element_size)
-    return int(sent.max()) + options.refit_bytes(request, before, after)
+    for (old, new), layers in Counter(zip(before.layers, after.layers, strict=True)).items():
+        if old != new:
+            keep = _random_keep(old, new, generator)
+            cuts = layer_cuts(before, before.layers.index(old), keep, request.config.lora.r)
+            sent += layers * moved_bytes(cuts, world_size, request.element_size)
+    return int(sent.max()) + quality.refit_sent(request, before, after)
+
+
+def _random_keep(before: LayerShape, after: LayerShape, generator: torch.Generator) -> LayerKeep:
+    chosen = (torch.randperm(before.count(kind), generator=generator)[: after.count(kind)] for kind in KINDS)
+    return LayerKeep(*(groups.sort().values for groups in chosen))

@@ -18,7 +18,7 @@ SAVE_FILE = "SAVE"
 
 NOTHING, SAVE, STOP = 0, 1, 2
 # The files that a request has honoured once its checkpoint is there.
-FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
+REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
 
 
 class RequestListener:
@@ -52,7 +52,7 @@ class RequestListener:
     def clear(self, honoured: int) -> None:
         """Removes the files of an honoured request. A file that came during the save stays for the next step."""
         if self._watches_files:
-            for name in FILES[honoured]:
+            for name in REQUEST_FILES[honoured]:
                 (self._folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:

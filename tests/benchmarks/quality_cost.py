@@ -39,12 +39,13 @@ from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.hub import locate_model
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan import teacher
 from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.distillation_pass import DistillationPass
 from loraprune_ds.plan.fetching import PassTraffic
-from loraprune_ds.plan.memory import cut_stage, training_stage
 from loraprune_ds.plan.request import build_request
+from loraprune_ds.plan.stages import cut_stage, training_stage
 from loraprune_ds.plan.traffic import simulate_passes
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.prepare import Prepared, prepare
@@ -156,7 +157,7 @@ def one_process_phase(config: RunConfig, prepared: Prepared, *, whole: bool) -> 
     base: Any = AutoModelForCausalLM.from_pretrained(locate_model(config.model), dtype=dtype)
     for parameter in base.parameters():
         parameter.data = parameter.data.clone()  # mapped from the file it would count as no memory
-    model = add_lora(base, prepared.pretrained.shape, config.lora, config.seed)
+    model = add_lora(base, open_pretrained(locate_model(config.model)).shape, config.lora, config.seed)
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in decoder_layers(model):
@@ -181,7 +182,7 @@ def planned_extra(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str,
     """What the planner says that a step and the cut add to what a rank holds between steps."""
     request = build_request(config.model.path, shape, config, Cluster(nodes=1, gpus_per_node=ranks))
     (passes,) = simulate_passes(request, [shape])
-    step = training_stage("step", request, shape, passes.training, PassTraffic())
+    step = training_stage("step", request, replace(passes, evaluation=PassTraffic()))
     cut = cut_stage("cut", request, shape, request.shape_at(request.schedule.ratio))
     return {"step": planned_peak(step, passes.training, request) - step.resident, "cut": cut.peak - cut.resident}
 
@@ -191,11 +192,12 @@ def planned_pass(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str, 
     copy of what it gathers.
     """
     request = build_request(config.model.path, shape, config, Cluster(nodes=1, gpus_per_node=ranks))
-    (traffic,) = simulate_passes(request, [shape])
-    stage = teacher.stage(request, traffic.evaluation)
-    copied = traffic.evaluation.largest_gather * request.element_size if ranks > 1 else 0
+    (passes,) = simulate_passes(request, [shape])
+    planned = DistillationPass(request, passes.evaluation)
+    stage = planned.stage()
+    copied = passes.evaluation.largest_gather * request.element_size if ranks > 1 else 0
     extra = stage.peak - stage.resident + stage.host["teacher_file"] + copied
-    return {"planned_extra_bytes": extra, "planned_sent_bytes": teacher.sent(request, traffic.evaluation)}
+    return {"planned_extra_bytes": extra, "planned_sent_bytes": planned.cost().sent["weights"]}
 
 
 def rank_main(arguments: argparse.Namespace) -> None:

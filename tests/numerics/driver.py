@@ -1,4 +1,4 @@
-"""Runs the package's trainer on real ZeRO-3 ranks and brings back everything the oracle can be compared with."""
+"""Runs the package's trainer on real ZeRO-3 ranks. Brings back all that the oracle can be compared with."""
 
 import gc
 import json
@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.plan.held import state_terms
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
@@ -23,7 +24,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.memory import state_tensors, state_terms, storage_bytes
+from loraprune_ds.zero.memory import state_tensors, storage_bytes
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
 
@@ -38,7 +39,7 @@ class Job:
     adapter: Path
     batches: list[tuple[Tensor, Tensor]]
     prune: dict[str, Any]
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     micro_batch_size: int = 2
     max_grad_norm: float = 0.0
     gradient_checkpointing: bool = False
@@ -55,7 +56,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What one run did; tensors are whole, gathered on every rank."""
+    """Holds what one run did. Tensors are whole, gathered on every rank."""
 
     losses: list[float] = field(default_factory=list)
     averages: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
@@ -70,7 +71,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Consecutive:
-    """Batch s is samples [s·G, (s+1)·G): the oracle's order."""
+    """Orders samples as the oracle does: batch s is [s·G, (s+1)·G)."""
 
     size: int
 
@@ -79,7 +80,7 @@ class Consecutive:
 
 
 def write_adapter(folder: Path, lora: dict[str, Tensor], *, r: int, alpha: float) -> Path:
-    """The oracle's LoRA ("layers.{i}.{linear}.lora_A") as a PEFT adapter on disk."""
+    """Writes the oracle's LoRA ("layers.{i}.{linear}.lora_A") as a PEFT adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model.model."
     tensors = {f"{prefix}{name}.weight": tensor.contiguous() for name, tensor in lora.items()}
@@ -90,7 +91,7 @@ def write_adapter(folder: Path, lora: dict[str, Tensor], *, r: int, alpha: float
 
 
 def build(job: Job) -> Trainer:
-    """The package's trainer over a fresh engine."""
+    """Builds the package's trainer over a fresh engine."""
     gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
     world_size = torch.distributed.get_world_size()
     size = len(job.batches[0][0])
@@ -139,12 +140,12 @@ def make_samples(job: Job) -> Samples:
 
 
 def train(job: Job) -> Outcome:
-    """The whole run, with what it left behind."""
+    """Makes the whole run. Returns what it left behind."""
     return run_steps(build(job), job)
 
 
 def run_steps(trainer: Trainer, job: Job) -> Outcome:
-    """All steps of a trainer that has made none yet."""
+    """Makes all steps of a trainer that has made none yet."""
     model, pruner = trainer.model, trainer.pruner
     outcome = Outcome()
     for step in range(1, len(job.batches) + 1):
@@ -176,7 +177,7 @@ def as_pair(scores: LayerScores) -> tuple[Tensor, Tensor]:
 
 
 def collect_into(outcome: Outcome, model: ShardedModel) -> None:
-    """Whole tensors by the oracle's names."""
+    """Adds whole tensors by the oracle's names."""
     trainable = [p for p in model.module.parameters() if p.requires_grad]
     state = OptimizerState(model.zero_optimizer, trainable)
     for name, parameter in model.module.named_parameters():
@@ -192,7 +193,7 @@ def collect_into(outcome: Outcome, model: ShardedModel) -> None:
 
 
 def gather_everywhere(model: ShardedModel, parameter: Any, shard: Tensor | None = None) -> Tensor:
-    """A whole tensor on every rank, by broadcasting what rank 0 collected."""
+    """Gathers a whole tensor on every rank, by a broadcast of what rank 0 collected."""
     whole = collect_tensor(parameter, 0, model.comm, shard)
     if whole is None:
         source = parameter.ds_tensor if shard is None else shard

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.zero.memory import moment_bytes
+from loraprune_ds.plan.quality import moment_bytes
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, train, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
@@ -17,8 +17,8 @@ from tests.ranks import RankPool
 LAYERS, KV_HEADS, QUERIES, HEAD_DIM, HIDDEN, FFN = 5, 5, 5, 4, 25, 61  # MLP weights do not divide by 2 or 3
 HEADS, CHANNELS = [0, 2, 3], [c for c in range(FFN) if c % 3]
 RIDGE, DECAY, SCALING = 0.05, 0.5, 2.0
-# The refit is solved in fp64 from moments that are summed in fp32. Their rounding, 1e-7, grows by the condition number
-# of C[K, K] + ridge, which is below 100 for these activations.
+# The refit is solved in fp64 from moments that are summed in fp32. Their rounding is 1e-7. It grows by the condition
+# number of C[K, K] + ridge, which is below 100 for these activations.
 TOLERANCE = 1e-5
 OPEN = range(1, LAYERS - 1)  # the first layer and the last are protected, and not measured
 
@@ -51,7 +51,7 @@ def kept_columns(name: str) -> list[int]:
 
 
 def weighted_inputs(result: dict[str, Any], name: str) -> Tensor:
-    """(tokens of both steps, in_features) fp64, such that the moving average is their second moment."""
+    """Returns (tokens of both steps, in_features) fp64, such that the moving average is their second moment."""
     first, second = (step[name].double() for step in result["steps"])
     return torch.cat([first * math.sqrt(DECAY / len(first)), second * math.sqrt((1 - DECAY) / len(second))])
 
@@ -61,7 +61,7 @@ def effective(layer: dict[str, Tensor]) -> Tensor:
 
 
 def dense_refit(inputs: Tensor, layer: dict[str, Tensor], kept: list[int]) -> Tensor:
-    """W[:, K] + ΔW by least squares on the inputs themselves, the ridge as rows of its own."""
+    """Returns W[:, K] + ΔW by least squares on the inputs themselves. The ridge has rows of its own."""
     removed = [j for j in range(inputs.shape[1]) if j not in kept]
     ridge = math.sqrt(RIDGE * float(inputs.square().sum(0).mean()))
     system = torch.cat([inputs[:, kept], ridge * torch.eye(len(kept), dtype=torch.float64)])
@@ -71,7 +71,7 @@ def dense_refit(inputs: Tensor, layer: dict[str, Tensor], kept: list[int]) -> Te
 
 
 def own_error(inputs: Tensor, before: dict[str, Tensor], after: dict[str, Tensor], kept: list[int]) -> float:
-    """Squared error of the layer's output once the other columns are gone."""
+    """Returns the squared error of the layer's output once the other columns are gone."""
     bias = 0 if "bias" not in before else (after["bias"] - before["bias"]).double()
     remaining = inputs[:, kept] @ effective(after)[:, kept].T + bias
     return float((remaining - inputs @ effective(before).T).square().sum())
@@ -112,8 +112,9 @@ def test_padding_is_not_measured(ranks: RankPool, job: Job, compensate: str) -> 
         steps = [step[name].double() for step in results[0]["steps"]]
         assert [len(step) for step in steps] == [sum(lengths[:12]), sum(lengths[12:24])]
         (moment,) = (r["moments"][name] for r in results if name in r["moments"])
-        first, second = (s.T @ s / len(s) if compensate == "least_squares" else s.mean(0) for s in steps)
-        wanted = DECAY * first + (1 - DECAY) * second
+        first, second = (s.T @ s if compensate == "least_squares" else s.sum(0) for s in steps)
+        tokens = DECAY * len(steps[0]) + (1 - DECAY) * len(steps[1])
+        wanted = (DECAY * first + (1 - DECAY) * second) / tokens  # every token of a step weighs the same
         for axis in range(wanted.dim()) if int(name[0]) in quality_settings.CUT_LAYERS else ():
             wanted = wanted.index_select(axis, torch.tensor(kept_columns(name)))
         assert (moment - wanted).abs().max() < TOLERANCE * wanted.abs().max(), name
@@ -148,7 +149,7 @@ def test_bias_takes_over_the_mean_output(ranks: RankPool, job: Job) -> None:
 
 
 def test_whole_runs_agree_on_any_number_of_ranks(ranks: RankPool, job: Job) -> None:
-    """Several cuts, moments carried across them; fp32 sums in another order, as in test_sharded_equals_dense."""
+    """Carries moments across several cuts. fp32 sums are in another order, as in test_sharded_equals_dense."""
     first, *others = (ranks.run(world_size, train, job)[0] for world_size in (1, 3))
     uncompensated = {key: value for key, value in job.prune.items() if not key.startswith("compensate")}
     plain = ranks.run(1, train, variant(job, prune=uncompensated))[0]

@@ -1,4 +1,4 @@
-"""How the commands in launch/ end."""
+"""The commands in launch/ end as they should."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""One YAML = one run: what is accepted, and that everything else is one line that names the key."""
+"""A run config is accepted, or refused in one line that names the key."""
 
 import dataclasses
 import errno
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import config_value, load_config
@@ -49,7 +50,7 @@ def test_the_papers_sizes_ship() -> None:
 
 
 def test_large_models_compute_activations_twice_rather_than_keep_them() -> None:
-    """That it changes no score is tested on ranks: tests/numerics/test_sharded_equals_dense.py."""
+    """Another test shows that it changes no score: tests/numerics/test_sharded_equals_dense.py."""
     large = [load_config(path) for path in SHIPPED if path.stem.startswith("llama-")]
     assert len(large) >= 4
     assert all(config.train.gradient_checkpointing for config in large)
@@ -86,6 +87,14 @@ def test_numbers_as_people_write_them(tmp_path: Path, line: str, value: float) -
     assert type(found) is float
 
 
+def test_every_number_may_be_a_string(tmp_path: Path) -> None:
+    config = load(tmp_path, "output_dir: out\n", "train.epochs=0.5", "train.steps=null", "prune.head_ratio=0.5")
+    raw = config.to_dict()
+    for section in (section for section in raw.values() if isinstance(section, dict)):
+        section |= {key: str(value) for key, value in section.items() if isinstance(value, float)}
+    assert load(tmp_path, yaml.safe_dump(raw)) == config
+
+
 @pytest.mark.parametrize(
     ("yaml_text", "message"),
     [
@@ -112,9 +121,7 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
     ("yaml_text", "key"),
     [
         ("seed: -1", "seed"),
-        ("model: {dtype: float8}", "model.dtype"),
         ("lora: {r: 0}", "lora.r"),
-        ("lora: {lora_alpha: 0}", "lora.lora_alpha"),
         ("lora: {lora_dropout: 1}", "lora.lora_dropout"),
         ("data: {window: 1}", "data.window"),
         ("data: {format: csv}", "data.format"),
@@ -122,10 +129,8 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("data: {max_samples: 0}", "data.max_samples"),
         ("prune: {ratio: 0}", "prune.ratio"),
         ("prune: {ratio: 1}", "prune.ratio"),
-        ("prune: {ratio: 50}", "prune.ratio"),
         ("prune: {criterion: taylor}", "prune.criterion"),
         ("prune: {ranking: local}", "prune.ranking"),
-        ("prune: {normalize: max}", "prune.normalize"),
         ("prune: {moving_average: 1}", "prune.moving_average"),
         ("prune: {prune_every: 0}", "prune.prune_every"),
         ("prune: {min_heads: 0}", "prune.min_heads"),
@@ -133,7 +138,6 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("prune: {channel_multiple: 0}", "prune.channel_multiple"),
         ("prune: {max_layer_ratio: 0}", "prune.max_layer_ratio"),
         ("prune: {protected_first: -1}", "prune.protected_first"),
-        ("prune: {protected_last: -1}", "prune.protected_last"),
         ("prune: {warmup_fraction: 1}", "prune.warmup_fraction"),
         ("prune: {warmup_fraction: 0.5, cooldown_fraction: 0.5}", "prune.warmup_fraction + prune.cooldown_fraction"),
         ("prune: {joint_budget: true}", "prune.joint_budget"),
@@ -145,7 +149,6 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("train: {steps: 0}", "train.steps"),
         ("train: {steps: 1, recovery_steps: -1}", "train.recovery_steps"),
         ("train: {steps: 1, recovery_steps: 1, recovery_learning_rate: 0}", "train.recovery_learning_rate"),
-        ("train: {steps: 1, recovery_learning_rate: 1e-4}", "train.recovery_learning_rate"),
         ("train: {steps: 1, distill_weight: 1.5}", "train.distill_weight"),
         ("train: {steps: 1, distill_top_k: 0}", "train.distill_top_k"),
         ("train: {epochs: 0}", "train.epochs"),
@@ -161,11 +164,51 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("train: {steps: 1, micro_batch_size: 0}", "train.micro_batch_size"),
         ("train: {steps: 1, global_batch_size: 10, micro_batch_size: 4}", "train.global_batch_size"),
         ("evaluate: {window: 1}", "evaluate.window"),
+        ("train: {steps: 1, global_batch_size: 0}", "train.global_batch_size"),
+        ("train: {steps: 1, loss_chunk_tokens: 0}", "train.loss_chunk_tokens"),
         ("evaluate: {max_windows: 0}", "evaluate.max_windows"),
+        ("evaluate: {batch_size: 0}", "evaluate.batch_size"),
+        ("evaluate: {every: 0}", "evaluate.every"),
+        ("checkpoint: {every: 0}", "checkpoint.every"),
+        ("checkpoint: {keep_last: 0}", "checkpoint.keep_last"),
     ],
 )
 def test_a_value_out_of_range_names_the_key(tmp_path: Path, yaml_text: str, key: str) -> None:
     assert refused(tmp_path, f"output_dir: out\n{yaml_text}\n").startswith(f"{key} ")
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "message"),
+    [
+        ("seed: 4294967296", "seed must be in [0, 4294967296); got 4294967296"),
+        ("model: {dtype: x}", "model.dtype must be one of bfloat16, float16, float32; got 'x'"),
+        ("prune: {normalize: max}", "prune.normalize must be one of l2, none; got 'max'"),
+        ("prune: {ratio: 2}", "prune.ratio must be in (0, 1); got 2"),
+        ("prune: {head_ratio: 1}", "prune.head_ratio must be in [0, 1); got 1"),
+        ("prune: {max_layer_ratio: 1.1}", "prune.max_layer_ratio must be in (0, 1]; got 1.1"),
+        ("train: {steps: 1, learning_rate: 101}", "train.learning_rate must be in (0, 100]; got 101"),
+        ("train: {steps: 1, distill_weight: -1}", "train.distill_weight must be in [0, 1]; got -1"),
+        ("prune: {protected_last: -1}", "prune.protected_last must be at least 0; got -1"),
+        ("lora: {lora_alpha: 0}", "lora.lora_alpha must be positive; got 0"),
+    ],
+)
+def test_a_value_out_of_range_is_told_the_range(tmp_path: Path, yaml_text: str, message: str) -> None:
+    assert refused(tmp_path, f"output_dir: out\n{yaml_text}\n") == message
+
+
+def test_a_value_at_the_edge_of_its_range(tmp_path: Path) -> None:
+    prune = "{head_ratio: 0, moving_average: 0, max_layer_ratio: 1, protected_first: 0, protected_last: 0}"
+    train = "{steps: 1, learning_rate: 100, weight_decay: 0, max_grad_norm: 0, distill_weight: 1}"
+    data = "{window: 2, max_samples: 1}"
+    load(tmp_path, f"output_dir: out\nseed: 4294967295\nprune: {prune}\ntrain: {train}\ndata: {data}\n")
+
+
+def test_a_copy_with_changes_is_checked() -> None:
+    assert dataclasses.replace(PruneConfig(), ratio=0.1) == PruneConfig(ratio=0.1)
+    with pytest.raises(ValidationError, match="ratio"):
+        dataclasses.replace(PruneConfig(), ratio=1.0)
+    with pytest.raises(UserError, match="exactly one of"):
+        dataclasses.replace(TrainConfig(steps=1), epochs=1.0)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +248,9 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     assert message.startswith("unknown key prune.sparsity; known keys there: ratio, head_ratio, ")
     known = message.split(": ", 1)[1].split(", ")
     assert known == [f.name for f in dataclasses.fields(PruneConfig)]
-    assert refused(tmp_path, "output_dir: out\nprunning: {}\n").startswith("unknown key prunning; known keys there: ")
+    for text in ("output_dir: out\nprunning: {}\n", "prunning:\n"):  # told before the missing output_dir
+        assert refused(tmp_path, text).startswith("unknown key prunning; known keys there: output_dir, seed, ")
+    assert refused(tmp_path, "output_dir: out\n1: 2\n").startswith("unknown key 1; known keys there: ")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +277,7 @@ def test_a_file_that_is_no_text_or_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may read everything, so the refusal is the file system's by hand."""
+    """Raises the file system's error by hand, because root may read everything."""
 
     def refuse(path: Path, **arguments: str) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -282,9 +327,6 @@ def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, message: st
     assert refused(tmp_path, "output_dir: out\nseed: 1\nprune: {ratio: 0.5}\n", override).startswith(message)
 
 
-# The global batch is the unit
-
-
 def test_a_value_can_be_asked_for(tmp_path: Path) -> None:
     config = load(tmp_path, "output_dir: runs/mine\nprune: {ratio: 0.4}", "prune.ratio=0.3")
     assert config_value(config, "output_dir") == "runs/mine"
@@ -292,6 +334,9 @@ def test_a_value_can_be_asked_for(tmp_path: Path) -> None:
     for key in ("prune", "prune.rate", "output_dir.x", "x", ""):
         with pytest.raises(UserError, match=f"the config has no value {key}$"):
             config_value(config, key)
+
+
+# The global batch is the unit
 
 
 def test_accumulation_follows_from_the_ranks() -> None:

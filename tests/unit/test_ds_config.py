@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: "auto" is filled in, and what cannot work is refused by name before anything starts."""
+"""DeepSpeed's JSON. "auto" is filled in, and what cannot work is refused by name before anything starts."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
+from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.zero.ds_config import MAX_BUCKET, REFUSED, bucket_numel, resolve_ds_config
@@ -23,7 +23,7 @@ def resolve(tmp_path: Path, raw: dict[str, Any], config: RunConfig = CONFIG, wor
     return resolve_ds_config(path, config, SHAPE, world_size)
 
 
-def with_dtype(dtype: str) -> RunConfig:
+def with_dtype(dtype: Dtype) -> RunConfig:
     return RunConfig("out", model=ModelConfig(dtype=dtype), train=CONFIG.train)
 
 
@@ -83,7 +83,7 @@ def test_the_run_config_fills_in_what_it_owns(tmp_path: Path, given: str | None)
 @pytest.mark.parametrize(
     ("dtype", "bf16", "fp16"), [("bfloat16", True, False), ("float16", False, True), ("float32", False, False)]
 )
-def test_precision_follows_the_models_dtype(tmp_path: Path, dtype: str, bf16: bool, fp16: bool) -> None:
+def test_precision_follows_the_models_dtype(tmp_path: Path, dtype: Dtype, bf16: bool, fp16: bool) -> None:
     resolved = resolve(tmp_path, zero3(), with_dtype(dtype))
     assert (resolved["bf16"]["enabled"], resolved["fp16"]["enabled"]) == (bf16, fp16)
 
@@ -166,7 +166,7 @@ def place(keys: tuple[str, ...], value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("keys", REFUSED, ids=".".join)
-def test_what_does_not_go_with_repartition_is_refused_by_name(tmp_path: Path, keys: tuple[str, ...]) -> None:
+def test_what_does_not_go_with_a_cut_is_refused_by_name(tmp_path: Path, keys: tuple[str, ...]) -> None:
     for value in ({"device": "cpu"}, {"enabled": True}, {}, 2, "auto"):
         assert refused(tmp_path, place(keys, value)).startswith(f"{'.'.join(keys)}: ")
 

@@ -12,8 +12,8 @@ from loraprune_ds.evaluate.cost import count_cost
 from loraprune_ds.evaluate.evaluation import Measurement
 from loraprune_ds.evaluate.evaluation_text import EvaluationText
 from loraprune_ds.evaluate.perplexity import Perplexity, PerplexityProtocol
-from loraprune_ds.evaluate.prepare import EvaluationSettings
 from loraprune_ds.evaluate.result import make_result, result_table
+from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Speed, SpeedSettings
 from loraprune_ds.evaluate.zeroshot import TaskSettings
 from loraprune_ds.model.read_shape import shape_from_config

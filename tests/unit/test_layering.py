@@ -14,7 +14,6 @@ LAYERS = (
     ("errors", "faults"),
     ("whole",),
     ("files", "units"),
-    ("config_checks",),
     ("config", "command"),
     ("config_file",),
     ("model",),

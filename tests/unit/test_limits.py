@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.limits import Limits, make_limits
@@ -86,7 +86,7 @@ def test_fewest_channels_by_trying_them_all() -> None:
 # The ratio that can be reached
 
 
-def random_config(draw: random.Random, ranking: str) -> PruneConfig:
+def random_config(draw: random.Random, ranking: Ranking) -> PruneConfig:
     return PruneConfig(
         ratio=0.999999,
         ranking=ranking,
@@ -110,7 +110,7 @@ def largest_ratio(config: PruneConfig, shape: ModelShape) -> float:
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
-def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: str) -> None:
+def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> None:
     draw, generator = random.Random(2), torch.Generator().manual_seed(2)
     reached_something = 0
     for _ in range(300):
@@ -137,7 +137,7 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: str) -> None:
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
-def test_a_ratio_above_it_is_refused(ranking: str) -> None:
+def test_a_ratio_above_it_is_refused(ranking: Ranking) -> None:
     """Not only the absurd one: anything further off than what either ranking promises to come within."""
     prune = {"ranking": ranking, "protected_first": 1, "protected_last": 0, "min_channels": 768, "min_heads": 1}
     most = largest_ratio(PruneConfig(ratio=0.99, **prune), SMOLLM2)
@@ -182,6 +182,6 @@ def test_uniform_refuses_layers_of_different_shapes() -> None:
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
-def test_a_cap_below_one_parameter_is_refused(ranking: str) -> None:
+def test_a_cap_below_one_parameter_is_refused(ranking: Ranking) -> None:
     with pytest.raises(UserError, match=r"^prune\.max_layer_ratio 1e-09 lets nothing go$"):
         make_limits(PruneConfig(ratio=0.1, ranking=ranking, max_layer_ratio=1e-9), SMOLLM2)

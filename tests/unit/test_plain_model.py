@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.config import Criterion, PruneConfig, Ranking
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.family import KINDS, LLAMA_LINEARS, Kind
 from loraprune_ds.model.shapes import LayerShape
@@ -296,7 +296,7 @@ def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> T
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 @pytest.mark.parametrize("criterion", ["lora", "lora_squared"])
-def test_planted_useless_groups_go_first(tiny: Tiny, tmp_path: Path, ranking: str, criterion: str) -> None:
+def test_planted_useless_groups_go_first(tiny: Tiny, tmp_path: Path, ranking: Ranking, criterion: Criterion) -> None:
     planted = plant(tiny, tmp_path, layer=1, head=2, channel=5)
     prune = PruneConfig(
         ratio=0.35, prune_every=1, ranking=ranking, criterion=criterion, protected_first=0, warmup_fraction=0.2

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,16 +16,15 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.plan import teacher
 from loraprune_ds.plan.activations import Batch, saved_by_layer
-from loraprune_ds.plan.advice import largest_plan, nothing_fits, smallest_plan, suggestions
+from loraprune_ds.plan.advice import search, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
+from loraprune_ds.plan.distillation_pass import DistillationPass
 from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.plan import MOST_CUTS, Plan, make_plan
-from loraprune_ds.plan.report import notes, plan_json, plan_table
+from loraprune_ds.plan.printout import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
-from loraprune_ds.plan.steps import StepKind, step_kind
-from loraprune_ds.plan.totals import NOTHING
+from loraprune_ds.plan.traffic import step_kinds
 from loraprune_ds.train.data.order import SampleOrder
 
 CONFIG = {
@@ -86,8 +86,8 @@ def test_weights_fall_with_the_ranks_and_with_every_cut() -> None:
     parameters = [cut.parameters for cut in plans[0].cuts]
     assert parameters == sorted(parameters, reverse=True)
     assert plans[0].stages[-1].state["weights"] == 2 * parameters[-1]
-    assert plans[0].step.total == 0  # nobody to send to
-    assert plans[3].step.weights > plans[3].last_step.weights > 0
+    assert not any(plans[0].step.sent.values())  # nobody to send to
+    assert plans[3].step.sent["weights"] > plans[3].last_step.sent["weights"] > 0
 
 
 def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
@@ -115,18 +115,19 @@ def test_the_smallest_cluster_fits_and_the_next_smaller_one_does_not() -> None:
 def test_no_cluster_is_large_enough() -> None:
     asked, cluster = request(tight(1, 1)), tight(8, 1)
     assert smallest_plan(asked, cluster) is None
-    largest = largest_plan(asked, cluster)
-    assert largest.request.cluster.world_size == 32  # 64 samples in micro-batches of 2
-    assert nothing_fits(asked, cluster).startswith("small fits on no cluster of up to 512 x 8 GPUs of 3.0")
+    largest, reason = search(asked, cluster, 512)
+    assert largest.request.world_size == 32  # 64 samples in micro-batches of 2
+    assert reason.startswith("small fits on no cluster of up to 512 x 8 GPUs of 3.0")
 
 
 def test_the_search_ends_at_the_nodes_there_are() -> None:
     needs = make_plan(changed(SPARING, Cluster(2, 2))).device_bytes / 1e6
     cluster = tight(2, needs + 1)
-    assert smallest_plan(SPARING, cluster, 1) is None
-    assert largest_plan(SPARING, cluster, 1).request.cluster.world_size == 2
-    found = smallest_plan(SPARING, cluster, 2)
-    assert found is not None
+    largest, reason = search(SPARING, cluster, 1)
+    assert largest.request.world_size == 2
+    assert reason
+    found, reason = search(SPARING, cluster, 2)
+    assert not reason
     assert (found.request.cluster.nodes, found.request.cluster.gpus_per_node) == (2, 2)
 
 
@@ -145,7 +146,7 @@ def test_offload_moves_bytes_from_the_gpu_to_the_host() -> None:
     moved = ("weights", "lora", "lora_masters", "lora_moments", "lora_gradients")
     assert not set(moved) & set(host.state)
     assert {term: host.host[term] for term in moved} == {term: dense.state[term] for term in moved}
-    assert make_plan(offloaded).step_seconds.host_copies > 0
+    assert make_plan(offloaded).step.host_copies > 0
 
 
 def test_pinned_blocks_are_rounded_up_to_powers_of_two() -> None:
@@ -167,8 +168,8 @@ def test_checkpointing_trades_memory_for_gathers_and_arithmetic() -> None:
     plain, checkpointed = (make_plan(request(Cluster(1, 4), gradient_checkpointing=on)) for on in (False, True))
     held = [plan.stages[1].phases["training"]["activations"] for plan in (plain, checkpointed)]
     assert held[1] < held[0] / 2
-    assert checkpointed.step.weights > plain.step.weights
-    assert checkpointed.step_seconds.compute > plain.step_seconds.compute
+    assert checkpointed.step.sent["weights"] > plain.step.sent["weights"]
+    assert checkpointed.step.compute > plain.step.compute
 
 
 def saved_by_autograd(attention: str, dtype: torch.dtype, key_heads: int) -> int:
@@ -196,10 +197,10 @@ def saved_by_autograd(attention: str, dtype: torch.dtype, key_heads: int) -> int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eager_attention_keeps_its_probabilities(dtype: torch.dtype, key_heads: int) -> None:
     shape = shape_from_config(CONFIG | {"num_key_value_heads": key_heads}, "tiny")
-    batch = Batch(2, 32, dtype.itemsize)
+    batches = [Batch(2, 32, dtype.itemsize, eager) for eager in (True, False)]
     planned = [
-        sum(saved_by_layer(shape, layer, batch, lora_rank=8, dropout=False, eager=eager) for layer in shape.layers)
-        for eager in (True, False)
+        sum(saved_by_layer(shape, layer, batch, lora_rank=8, dropout=False) for layer in shape.layers)
+        for batch in batches
     ]
     counted = [saved_by_autograd(attention, dtype, key_heads) for attention in ("eager", "sdpa")]
     assert planned[0] - planned[1] == counted[0] - counted[1] > 0
@@ -211,7 +212,7 @@ def test_a_run_with_eager_attention_needs_more() -> None:
     for moment in ("training", "evaluation"):
         held = [plan.stages[1].phases[moment]["activations"] for plan in (eager, make_plan(plain))]
         assert held[0] > held[1]
-    assert eager.step_seconds.compute > make_plan(plain).step_seconds.compute
+    assert eager.step.compute > make_plan(plain).step.compute
 
 
 def test_logits_are_bounded_by_their_chunk() -> None:
@@ -254,7 +255,7 @@ def test_recovery_steps_come_after_the_schedule_and_cost_what_steps_cost() -> No
     assert longer.request.schedule == plain.request.schedule
     assert longer.cuts == plain.cuts
     assert longer.teacher_bytes == plain.teacher_bytes * 50 // 20
-    added = 30 * plain.last_step_seconds.hidden + 1.5 * plain.teacher_seconds.hidden
+    added = 30 * plain.last_step.hidden + 1.5 * plain.teacher.hidden
     assert longer.in_all.hidden == pytest.approx(plain.in_all.hidden + added)
     assert changed(longer.request, Cluster(1, 4)).steps == 50
 
@@ -277,7 +278,7 @@ def test_of_many_cuts_some_are_planned_each_from_the_shape_just_before_it(monkey
 def test_of_very_many_cuts_a_part_tells_what_all_of_them_send(monkeypatch: pytest.MonkeyPatch) -> None:
     many = request(Cluster(1, 2), steps=4 * 5 * MOST_CUTS, shape=SMALL.with_layers((LayerShape(64, 8192),) * 6))
     every = make_plan(many).in_all.sent
-    monkeypatch.setattr("loraprune_ds.plan.plan._all_cuts", lambda request: NOTHING)
+    monkeypatch.setattr("loraprune_ds.plan.plan._all_cuts", lambda request: np.zeros(3))
     of_cuts = every - make_plan(many).in_all.sent
     monkeypatch.undo()
     monkeypatch.setattr("loraprune_ds.plan.plan.MOST_SUMMED", len(many.schedule.cut_steps()) // 2)
@@ -296,10 +297,10 @@ def test_the_true_gradient_costs_arithmetic_on_the_steps_that_score() -> None:
     seldom = pruning(plain, criterion="gradient", gradient_every=10)
     numel = SMALL.linear_numel()
     formed, spared = 2 * numel * tokens, 4 * plain.config.lora.r * numel / 2  # no estimate of it is made
-    added = (always.step_seconds.compute - lora.step_seconds.compute) * plain.cluster.flops * 1e12
+    added = (always.step.compute - lora.step.compute) * plain.cluster.flops * 1e12
     assert added == pytest.approx(formed - spared)
-    assert seldom.step_seconds == always.step_seconds
-    assert always.last_step_seconds == lora.last_step_seconds
+    assert seldom.step == always.step
+    assert always.last_step == lora.last_step
     assert lora.in_all.sent < seldom.in_all.sent < always.in_all.sent
     assert seldom.in_all.exposed < always.in_all.exposed
     scored = sum(seldom.request.schedule.is_scored(step) for step in range(1, 41))
@@ -314,18 +315,12 @@ def test_moments_cost_arithmetic_on_the_steps_that_measure() -> None:
     none = pruning(plain)
     for compensate, per_token in (("least_squares", sum(2 * n * n for n in widths)), ("bias", sum(widths))):
         one, three = (pruning(plain, compensate=compensate, compensate_steps=n) for n in (1, 3))
-        added = (one.step_seconds.compute - none.step_seconds.compute) * plain.cluster.flops * 1e12
+        added = (one.step.compute - none.step.compute) * plain.cluster.flops * 1e12
         assert added == pytest.approx(OPEN_LAYERS * per_token * tokens, rel=1e-6)
-        measured = [sum(kind.measures for kind in kinds_of(plan)) for plan in (one, three)]
+        measured = [sum(kind.measures for kind in step_kinds(plan.request)) for plan in (one, three)]
         cuts = plain.schedule.cut_steps()
         assert measured == [len(cuts), len({step - before for step in cuts for before in range(3)})]
         assert one.in_all.exposed < three.in_all.exposed
-
-
-def kinds_of(plan: Plan) -> list[StepKind]:
-    return [
-        step_kind(plan.request.config.prune, plan.request.schedule, step) for step in range(1, plan.request.steps + 1)
-    ]
 
 
 def test_a_checkpoint_holds_the_moments_of_all_ranks() -> None:
@@ -345,15 +340,15 @@ def test_a_checkpoint_holds_the_moments_of_all_ranks() -> None:
     assert "input moments" in plan_table(refitted, [])
 
 
-def test_in_all_holds_the_pass_of_the_uncut_model() -> None:
+def test_in_all_holds_the_pass_of_the_dense_model() -> None:
     plain, distilled = (make_plan(request(Cluster(1, 2), distill_weight=weight)) for weight in (0.0, 0.5))
-    assert distilled.teacher_seconds.exposed > 0
+    assert distilled.teacher.exposed > 0
     added = distilled.in_all.exposed - plain.in_all.exposed
-    assert added == pytest.approx(distilled.teacher_seconds.exposed)
+    assert added == pytest.approx(distilled.teacher.exposed)
     assert distilled.in_all.sent > plain.in_all.sent
 
 
-def test_the_pass_of_the_uncut_model_is_a_stage_of_its_own() -> None:
+def test_the_pass_of_the_dense_model_is_a_stage_of_its_own() -> None:
     plain, distilled, top = (
         make_plan(request(Cluster(1, 2), distill_weight=weight, distill_top_k=k, micro_batch_size=2))
         for weight, k in ((0.0, None), (0.5, None), (0.5, 8))
@@ -374,14 +369,14 @@ def test_the_pass_of_the_uncut_model_is_a_stage_of_its_own() -> None:
 @pytest.mark.parametrize(("samples", "gpus", "passes"), [(64, 1, 8), (64, 2, 8), (128, 2, 8), (129, 2, 16), (9, 4, 2)])
 def test_ranks_out_of_files_make_as_many_passes(samples: int, gpus: int, passes: int) -> None:
     plan = request(Cluster(1, gpus), steps=None, epochs=9, distill_weight=0.5, micro_batch_size=2, global_batch_size=8)
-    assert teacher.passes(replace(plan, samples=samples)) == passes
+    assert DistillationPass(replace(plan, samples=samples), PassTraffic()).batches == passes
 
 
-def test_the_uncut_models_pass_gathers_no_lora() -> None:
+def test_the_dense_models_pass_gathers_no_lora() -> None:
     plan = request(Cluster(1, 2), distill_weight=0.5)
     sizes = SMALL.lora_sizes(plan.config.lora.r)
-    found = teacher.sent(plan, PassTraffic(sent=10**9))
-    assert found == teacher.passes(plan) * 2 * (10**9 - sum(sizes) // 2)  # all are even: no padding
+    found = DistillationPass(plan, PassTraffic(sent=10**9))
+    assert found.cost().sent["weights"] == found.batches * 2 * (10**9 - sum(sizes) // 2)  # all are even: no padding
 
 
 def test_json_holds_what_the_table_shows() -> None:
@@ -397,7 +392,7 @@ def test_json_holds_what_the_table_shows() -> None:
 
 def test_a_network_between_nodes_makes_a_step_slower() -> None:
     one, two = (make_plan(request(Cluster(nodes, 8 // nodes))) for nodes in (1, 2))
-    assert two.step_seconds.communication > 2 * one.step_seconds.communication
+    assert two.step.communication > 2 * one.step.communication
 
 
 @pytest.mark.parametrize(

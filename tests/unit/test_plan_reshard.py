@@ -1,4 +1,4 @@
-"""The repartition of LLaMA-65B planned for all ranks without weights."""
+"""Plans the reshard of LLaMA-65B for all ranks, without weights."""
 
 from itertools import pairwise
 

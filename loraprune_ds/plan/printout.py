@@ -1,0 +1,195 @@
+"""Shows a plan as JSON and as a table for people."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from loraprune_ds.plan.advice import Suggestion
+from loraprune_ds.plan.cluster import GIB
+from loraprune_ds.plan.costs import Cost
+from loraprune_ds.plan.plan import Plan
+from loraprune_ds.plan.request import ASSUMED_STEPS, Request
+from loraprune_ds.plan.traffic import step_kinds
+
+COMMUNICATION_BOUND = 2.0  # times the arithmetic
+SECONDS = ("compute", "communication", "host_copies")
+OPTIONAL = ("weight_gradients", "input_moments")  # traffic of settings that are off in most runs
+
+
+def plan_json(plan: Plan, suggested: list[Suggestion]) -> dict[str, Any]:
+    """Returns bytes, seconds and counts. `parameters` and `fits` come first."""
+    request = plan.request
+    return {
+        "model": request.model,
+        "parameters": request.shape.total_numel(),
+        "parameters_after": request.shape_at(request.schedule.ratio).total_numel(),
+        "fits": plan.fits,
+        "fits_device": plan.fits_device,
+        "fits_host": plan.fits_host,
+        "world_size": request.world_size,
+        "device_bytes": plan.device_bytes,
+        "device_bytes_available": request.cluster.gpu_bytes,
+        "device_peak": {"stage": plan.peak_stage.name, "phase": plan.peak_stage.peak_phase},
+        "host_bytes_per_node": plan.host_bytes,
+        "host_bytes_available": request.cluster.host_bytes,
+        "stages": [asdict(stage) | {"resident": stage.resident, "peak": stage.peak} for stage in plan.stages],
+        "cuts": [asdict(cut) for cut in plan.cuts],
+        "cuts_in_all": len(request.schedule.cut_steps()),
+        "bytes_sent_per_step": {
+            "before_any_cut": plan.step.sent | {"total": sum(plan.step.sent.values())},
+            "after_the_last": plan.last_step.sent | {"total": sum(plan.last_step.sent.values())},
+        },
+        "seconds_per_step": {"before_any_cut": _seconds(plan.step), "after_the_last": _seconds(plan.last_step)},
+        "steps": request.steps,
+        "steps_known": request.steps_known,
+        "seconds_in_all": {"hidden": plan.in_all.hidden, "exposed": plan.in_all.exposed},
+        "bytes_sent_in_all": round(plan.in_all.sent),
+        "checkpoint": {
+            "disk_bytes": sum(plan.checkpoint.values()),
+            "terms": plan.checkpoint,
+            "at_once": request.config.checkpoint.keep_last + 1,
+        },
+        "teacher": {"disk_bytes": plan.teacher_bytes, "seconds": _seconds(plan.teacher)},
+        "suggestions": [asdict(suggestion) for suggestion in suggested],
+        "notes": notes(plan),
+        "cluster": asdict(request.cluster),
+        "config": request.config.to_dict(),
+        "deepspeed": request.ds_config,
+    }
+
+
+def verdict(plan: Plan) -> str:
+    """Says in one line whether the run fits, or what does not."""
+    cluster = plan.request.cluster
+    where = f"{cluster.world_size} GPUs of {cluster.gpu_memory:g} GiB"
+    device = f"{_gib(plan.device_bytes)} of {_gib(cluster.gpu_bytes)} GiB per GPU"
+    if not plan.fits_device:
+        return f"{plan.request.model} does not fit on {where}: a rank needs {device} ({plan.peak_stage.name})"
+    host = f"{_gib(plan.host_bytes)} of {_gib(cluster.host_bytes)} GiB of host memory per node"
+    if not plan.fits_host:
+        return f"{plan.request.model} does not fit on {where}: its ranks need {host}"
+    return f"{plan.request.model} fits on {where}: {device}, {host}"
+
+
+def notes(plan: Plan) -> list[str]:
+    """Lists remarks on this plan."""
+    request, lines = plan.request, []
+    if not request.steps_known:
+        lines.append(
+            f"the run counts epochs and its data is not here: {ASSUMED_STEPS} steps are assumed "
+            "(--samples N, or --set train.epochs=null --set train.steps=N)"
+        )
+    if request.config.prune.ranking == "global":
+        lines.append("ranking global takes from layers as they score; planned as if it took from all alike")
+    if request.config.prune.criterion == "gradient" or request.config.prune.compensate != "none":
+        lines.append(_dearest_step(request))
+    if request.micro_batches > 1 and plan.step.communication > COMMUNICATION_BOUND * plan.step.compute:
+        lines.append(
+            f"weights are gathered for each of {request.micro_batches} micro-batches of a step and that takes longer "
+            "than the arithmetic: raise train.micro_batch_size as far as memory goes"
+        )
+    lines.append("seconds are estimates from the bandwidths and FLOP/s given, not measurements")
+    return lines
+
+
+def plan_table(plan: Plan, suggested: list[Suggestion]) -> str:
+    """Returns the lines of memory, bytes, seconds, verdict."""
+    request, cluster, train = plan.request, plan.request.cluster, plan.request.config.train
+    after = request.shape_at(request.schedule.ratio)
+    lines = [
+        f"{request.model}: {request.shape.total_numel():,} parameters, {after.total_numel():,} after the last cut",
+        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, {request.config.model.dtype}, "
+        f"micro-batch {train.micro_batch_size} x {request.config.data.window} tokens, "
+        f"activation checkpointing {'on' if train.gradient_checkpointing else 'off'}",
+        "",
+        *_memory_rows(plan),
+        "",
+        *_step_rows(plan),
+        *_run_rows(plan),
+        "",
+        verdict(plan),
+        *(f"note: {note}" for note in notes(plan)),
+    ]
+    if suggested:
+        lines += ["", "what to change:", *map(_suggestion_row, suggested)]
+    return "\n".join(lines)
+
+
+def _seconds(cost: Cost) -> dict[str, float]:
+    return {name: getattr(cost, name) for name in (*SECONDS, "hidden", "exposed")}
+
+
+def _dearest_step(request: Request) -> str:
+    """Says that most steps cost less than the one shown."""
+    kinds = step_kinds(request)
+    scored, measured = sum(kind.scores for kind in kinds), sum(kind.measures for kind in kinds)
+    return (
+        f"a step before any cut is shown as the dearest kind: of {request.steps} steps {scored} score and {measured} "
+        "measure inputs; `in all` takes each as it is"
+    )
+
+
+def _suggestion_row(suggestion: Suggestion) -> str:
+    verdict = "fits" if suggestion.fits else "does not fit"
+    how = f": {suggestion.setting}" if suggestion.setting else ""
+    return f"  {verdict:<13}{_gib(suggestion.device_bytes):>8} GiB  {suggestion.change}{how}"
+
+
+def _memory_rows(plan: Plan) -> list[str]:
+    """Returns a column per stage. Of the cuts only the one with the highest peak is shown."""
+    highest = max((stage for stage in plan.stages if stage.is_cut), key=lambda stage: stage.peak)
+    stages = [stage for stage in plan.stages if stage is highest or not stage.is_cut]
+    phases = [stage.phases[stage.peak_phase] for stage in stages]
+    rows = [_row("GiB per GPU", (stage.name for stage in stages))]
+    for sign, parts in (("", [stage.state for stage in stages]), ("+ ", phases)):
+        for term in dict.fromkeys(term for part in parts for term in part):
+            rows.append(_row(sign + term, (_gib(part[term]) if term in part else "" for part in parts)))
+    return [
+        *rows,
+        _row("peak", (_gib(stage.peak) for stage in stages)),
+        _row("  while", (stage.peak_phase for stage in stages)),
+        _row("host, per rank", (_gib(stage.host_peak) for stage in stages)),
+    ]
+
+
+def _step_rows(plan: Plan) -> list[str]:
+    steps = (plan.step, plan.last_step)
+    rows = [_row("", ("before any cut", "after the last"))]
+    for term in plan.step.sent:
+        if term not in OPTIONAL or any(step.sent[term] for step in steps):
+            rows.append(_row(f"GB sent: {term}", (f"{step.sent[term] / 1e9:.3f}" for step in steps)))
+    for name in SECONDS:
+        rows.append(_row(f"seconds: {name}", (f"{getattr(step, name):.3f}" for step in steps)))
+    return [*rows, _row("seconds per step", (f"{step.hidden:.2f} to {step.exposed:.2f}" for step in steps))]
+
+
+def _run_rows(plan: Plan) -> list[str]:
+    request, first, whole = plan.request, plan.cuts[0], plan.in_all
+    terms = ", ".join(f"{name.replace('_', ' ')} {count / 1e9:.1f}" for name, count in plan.checkpoint.items())
+    rows = [
+        f"first cut (step {first.step}): the busiest rank sends {first.bytes_sent / 1e6:.1f} MB, "
+        f"{first.seconds:.3f} s; {len(request.schedule.cut_steps())} cuts in all",
+        f"a checkpoint: at most {sum(plan.checkpoint.values()) / 1e9:.1f} GB on the shared disk ({terms}); "
+        f"{request.config.checkpoint.keep_last + 1} of them while one is written",
+    ]
+    if plan.teacher_bytes:
+        rows.append(
+            f"the uncut model's outputs: {plan.teacher_bytes / 1e9:.1f} GB on the shared disk, "
+            f"{plan.teacher.hidden:.0f} to {plan.teacher.exposed:.0f} s before the first step"
+        )
+    assumed = "" if request.steps_known else "ASSUMED "
+    rest = "the cuts and the uncut model's pass" if plan.teacher_bytes else "the cuts"
+    return [
+        *rows,
+        f"in all: {whole.hidden / 3600:.1f} to {whole.exposed / 3600:.1f} hours, {whole.sent / 1e9:,.0f} GB sent per "
+        f"rank, for {request.steps:,} {assumed}steps and {rest}",
+        "  not counted: loading, evaluations, checkpoints, host time of cuts; every sample counted as a full window",
+    ]
+
+
+def _row(name: str, cells: Iterable[str]) -> str:
+    return f"{name.replace('_', ' '):<28}" + "".join(f"{cell:>20}" for cell in cells)
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f}"

@@ -1,0 +1,163 @@
+"""Costs of the quality settings: `prune.compensate`, `prune.criterion: gradient`, `train.distill_weight`.
+
+README.md in this folder has the formulas. A setting that is off costs 0.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from loraprune_ds.model.distillation import chunk_size
+from loraprune_ds.model.family import Linear
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.activations import Batch
+from loraprune_ds.plan.request import Request
+from loraprune_ds.zero.flat import layer_owner, partition_numel
+
+
+def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int], *, second: bool = True) -> list[int]:
+    """Returns the bytes of the fp32 input moments of `prune.compensate`, by rank.
+
+    They belong to o_proj and down_proj of the layers that the rank owns and that may be cut. A moment is a matrix as
+    wide as the inputs (`least_squares`). With `second` off it is a vector (`bias`).
+    """
+    power, of_ranks = 2 if second else 1, [0] * world_size
+    for i in open_layers:
+        for linear in shape.input_linears:
+            of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** power
+    return of_ranks
+
+
+def moments_by_rank(request: Request, shape: ModelShape) -> list[int]:
+    """Returns the bytes of the input moments, until the last cut."""
+    compensate = request.config.prune.compensate
+    layers = request.limits.open_layers if compensate != "none" else []
+    return moment_bytes(shape, request.world_size, layers, second=compensate == "least_squares")
+
+
+def measured_inputs(request: Request, shape: ModelShape) -> int:
+    """Returns the bytes while a linear is measured: its inputs in fp32, and this rank's part of the moment."""
+    prune, train = request.config.prune, request.config.train
+    if prune.compensate == "none":
+        return 0
+    tokens = train.micro_batch_size * request.config.data.window
+    widest = max(shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in shape.input_linears)
+    return 4 * (tokens * widest + (widest * widest if prune.compensate == "least_squares" else widest))
+
+
+def measuring_sent(request: Request, shape: ModelShape, rank: int | None = None) -> int:
+    """Returns the bytes sent per measured step, by `rank` or by the busiest one.
+
+    In every micro-batch a rank sends its parts to the owners of other layers. At the end all ranks add up their tokens
+    in one int64.
+    """
+    of_ranks = moments_by_rank(request, shape)
+    own = min(of_ranks) if rank is None else of_ranks[rank]
+    token_count = 8 if request.world_size > 1 and any(of_ranks) else 0
+    return request.micro_batches * (sum(of_ranks) - own) + token_count
+
+
+def measuring_flops(request: Request, shape: ModelShape) -> float:
+    """Returns the operations per token of a measured step: x·xᵀ of the inputs, or their sum."""
+    compensate = request.config.prune.compensate
+    if compensate == "none":
+        return 0
+    widths = [shape.linear_shape(i, linear)[1] for i in request.limits.open_layers for linear in shape.input_linears]
+    return sum(2 * n * n if compensate == "least_squares" else n for n in widths)
+
+
+def refit_peak(request: Request, before: ModelShape, after: ModelShape) -> int:
+    """Returns the most bytes beside the moments while an owner refits a linear."""
+    return max((_refit_peak(request, m, n, k) for _, _, m, n, k in _refits(request, before, after)), default=0)
+
+
+def refit_sent(request: Request, before: ModelShape, after: ModelShape, rank: int | None = None) -> int:
+    """Returns the bytes sent per cut, by `rank` or by the busiest one.
+
+    Ranks send shards to the owners of the layers. An owner sends back the weight or the bias.
+    """
+    e, r = request.element_size, request.config.lora.r
+    sent = [0] * request.world_size
+    for owner, linear, m, n, _ in _refits(request, before, after):
+        weight, bias = request.shards([m * n]), request.shards([m]) if before.has_bias(linear) else 0
+        to_owner = e * (weight + bias) + 4 * request.shards([r * n, r * m])
+        returned = e * (weight if request.config.prune.compensate == "least_squares" else bias)
+        sent = [bytes_sent + to_owner for bytes_sent in sent]
+        sent[owner] += (request.world_size - 1) * returned - to_owner
+    return max(sent) if rank is None else sent[rank]
+
+
+def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> float:
+    """Returns the float64 operations of the busiest rank in a cut.
+
+    They are a Cholesky factor, the right-hand side, its solution, and a check.
+    """
+    of_ranks = [0.0] * request.world_size
+    if request.config.prune.compensate == "least_squares":
+        for owner, _, m, n, k in _refits(request, before, after):
+            of_ranks[owner] += k**3 / 3 + 2 * k * (n - k) * m + 4 * k**2 * m
+    return max(of_ranks)
+
+
+def linear_sizes(shape: ModelShape) -> list[tuple[int, int]]:
+    """Lists (rows, columns) of every linear of the decoder layers."""
+    return [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in shape.linears]
+
+
+def weight_gradients(request: Request, shape: ModelShape) -> int:
+    """Returns the bytes of the true gradient: fp32 shards of all linears."""
+    if request.config.prune.criterion != "gradient":
+        return 0
+    return 4 * request.shards(rows * columns for rows, columns in linear_sizes(shape))
+
+
+def whole_gradient(request: Request, shape: ModelShape) -> int:
+    """Returns the bytes of one linear's whole gradient: in the model's dtype, in fp32, and padded to be sent."""
+    if request.config.prune.criterion != "gradient":
+        return 0
+    widest, world_size = max(rows * columns for rows, columns in linear_sizes(shape)), request.world_size
+    padded = 4 * partition_numel(widest, world_size) * (world_size + 1) if world_size > 1 else 0
+    copy = request.element_size if request.element_size < 4 else 0
+    return (4 + copy) * widest + padded
+
+
+def gradient_sent(request: Request, shape: ModelShape) -> int:
+    """Returns the bytes sent per step that scores: a reduce-scatter of the true gradient per micro-batch."""
+    return request.micro_batches * (request.world_size - 1) * weight_gradients(request, shape)
+
+
+def distilled_logits(request: Request, shape: ModelShape, batch: Batch) -> int:
+    """Returns the bytes of a chunk's logits of student and teacher and the target, in fp32.
+
+    Hidden states before the head, their gradient and the teacher's outputs come on top, for all tokens.
+    """
+    chunk = chunk_size(shape.vocab_size, request.config.train.loss_chunk_tokens)
+    top_k, e = request.config.train.distill_top_k, batch.element_size
+    teacher = shape.hidden_size * e if top_k is None else 12 * top_k + 4  # int32 ids become int64
+    per_logit = 12 if top_k is None or e < 4 else 8
+    hidden = 2 * shape.hidden_size * e
+    return min(batch.tokens, chunk) * shape.vocab_size * per_logit + batch.tokens * (hidden + teacher)
+
+
+def _refits(request: Request, before: ModelShape, after: ModelShape) -> Iterator[tuple[int, Linear, int, int, int]]:
+    """Yields (owner, linear, outputs, inputs, kept inputs) of every linear that loses inputs."""
+    if request.config.prune.compensate == "none":
+        return
+    for i in range(len(before.layers)):
+        for linear in before.input_linears:
+            (outputs, inputs), (_, kept) = before.linear_shape(i, linear), after.linear_shape(i, linear)
+            if kept < inputs:
+                yield layer_owner(i, request.world_size), linear, outputs, inputs, kept
+
+
+def _refit_peak(request: Request, m: int, n: int, k: int) -> int:
+    """Returns the most bytes for one linear with m outputs, of whose n inputs k stay."""
+    e = request.element_size
+    gathered = sent = 2 * e * m * n  # the shards and one tensor of them; the new weight and its padded form
+    whole = e * m * n + 4 * request.config.lora.r * (n + m)
+    if request.config.prune.compensate == "bias":
+        return max(gathered, whole + 8 * m * (n - k))
+    old_and_new = 2 * e * m * k
+    factored = 4 * k * n + 20 * k * k  # the float64 system of the kept inputs and its factor
+    right_side = 8 * k * k + 4 * k * n + 12 * (n - k) * (k + m) + 8 * k * m
+    solved = 8 * k * k + 24 * k * m + old_and_new
+    checked = 12 * k * k + 4 * k * n + 16 * k * m + old_and_new
+    return whole + max(factored, right_side, solved, checked, sent)

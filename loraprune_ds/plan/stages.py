@@ -1,0 +1,163 @@
+"""Bytes of a rank over the whole run, term by term. README.md in this folder has the formulas."""
+
+import math
+from dataclasses import dataclass, field
+
+from loraprune_ds.model.pretrained import READ_CHUNK
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan import quality
+from loraprune_ds.plan.activations import Batch, activations, forward_temporaries, logits
+from loraprune_ds.plan.fetching import PassTraffic
+from loraprune_ds.plan.held import Terms, split_state
+from loraprune_ds.plan.passes import parameter_sizes
+from loraprune_ds.plan.request import Request
+from loraprune_ds.plan.traffic import Passes
+from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Holds the bytes of a rank at one stage of the run.
+
+    Attributes:
+        state: on the GPU between two steps, by term.
+        phases: on top for a while, by phase and term. Phases do not overlap.
+        host: in host memory, by term.
+    """
+
+    name: str
+    state: Terms
+    phases: dict[str, Terms]
+    host: Terms = field(default_factory=dict)
+    is_cut: bool = False
+
+    @property
+    def resident(self) -> int:
+        """Returns the bytes on the GPU between two steps."""
+        return sum(self.state.values())
+
+    @property
+    def peak(self) -> int:
+        """Returns the bytes on the GPU in the worst phase."""
+        return self.resident + sum(self.phases[self.peak_phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        """Names the worst phase."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def host_peak(self) -> int:
+        return sum(self.host.values())
+
+
+def loading_stage(request: Request) -> Stage:
+    """Builds the stage from the disk to the engine. LoRA is whole until DeepSpeed shards it."""
+    state, host = split_state(request, request.shape, stepped=False)
+    sizes = parameter_sizes(request.shape, request.config.lora.r)
+    reading = request.shards([max(sizes.values())]) * request.element_size + 2 * READ_CHUNK * 4
+    lora = sum(request.shape.lora_sizes(request.config.lora.r))
+    held = {"weights": state.pop("weights")} if "weights" in state else {}
+    phases = {"building": {"lora_whole": lora * request.element_size}, "engine starts": state}
+    return Stage("loading", held, phases, host | {"reading": reading})
+
+
+def training_stage(name: str, request: Request, passes: Passes, *, scores: bool = True) -> Stage:
+    """Builds the stage of steps, evaluations and the export at a shape.
+
+    Args:
+        scores: the steps score, and measure if the run does.
+    """
+    shape, e = passes.shape, request.element_size
+    state, host = split_state(request, shape, measures=scores)
+    gradients = passing = scoring = Terms()
+    if scores:
+        gradients = _if_any(weight_gradients=quality.weight_gradients(request, shape))
+        passing = _if_any(
+            whole_gradient=quality.whole_gradient(request, shape),
+            measured_inputs=quality.measured_inputs(request, shape),
+        )
+        scoring = _scoring(request, shape) | gradients
+    reduction = 4 * min(request.bucket_numel, sum(shape.lora_sizes(request.config.lora.r)))  # in the order of the ranks
+    stepping = 0 if request.offloads("optimizer") else 2 * request.lora_shards(shape) * 4
+    whole_layer = _whole_layer(shape) * e
+    phases = {
+        "training": _training(request, shape, passes.training) | gradients | passing,
+        "reducing gradients": {"gradient_reduction": reduction} | gradients,
+        "optimizer step": {"optimizer_temporaries": stepping},
+        "scoring": scoring,
+        "evaluation": _evaluation(request, shape, passes.evaluation),
+        "export": {"layer_on_its_writer": 2 * whole_layer},
+    }
+    return Stage(name, state, phases, host | {"export": whole_layer})
+
+
+def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape) -> Stage:
+    """Builds the stage of a cut. All of the old state is still there."""
+    state, host = split_state(request, before, measures=True)
+    new_state, new_host = split_state(request, after)
+    rebuilt = (new_state | new_host)["lora"]  # bucket and gradients go before the new ones come
+    rebuilt += new_state.get("lora_masters", 0) + new_state.get("lora_moments", 0)
+    phases = {
+        "refit": {"refit": quality.refit_peak(request, before, after)},
+        "repartition": {"repartition": _reshard(request, before)},
+        "optimizer rebuilt": {"new_optimizer_buffers": rebuilt},
+    }
+    return Stage(name, state, phases, host, is_cut=True)
+
+
+def forward_pass(request: Request, shape: ModelShape, traffic: PassTraffic, batch: Batch) -> Terms:
+    """Returns the terms of a pass without backward and without the head."""
+    hidden_states = batch.tokens * (3 * batch.element_size + 4) * shape.hidden_size
+    return {
+        "gathered_weights": traffic.peak_live * request.element_size,
+        "activations": hidden_states + forward_temporaries(shape, batch),
+    }
+
+
+def _if_any(**terms: int) -> Terms:
+    """Drops the terms of settings that are off."""
+    return {name: value for name, value in terms.items() if value}
+
+
+def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> Terms:
+    train, lora = request.config.train, request.config.lora
+    batch = request.batch(train.micro_batch_size, request.config.data.window)
+    held = activations(
+        shape, batch, lora_rank=lora.r, dropout=lora.lora_dropout > 0, checkpointing=train.gradient_checkpointing
+    )
+    head = logits(shape, batch, train.loss_chunk_tokens)
+    if train.distill_weight:
+        head = quality.distilled_logits(request, shape, batch)
+    return {"gathered_weights": traffic.peak_live * request.element_size, "activations": held, "logits": head}
+
+
+def _evaluation(request: Request, shape: ModelShape, traffic: PassTraffic) -> Terms:
+    batch = request.batch(request.config.evaluate.batch_size, request.config.evaluate.window)
+    held = logits(shape, batch, request.config.train.loss_chunk_tokens)
+    return forward_pass(request, shape, traffic, batch) | {"logits": held}
+
+
+def _scoring(request: Request, shape: ModelShape) -> Terms:
+    """Returns the terms of scoring. LoRA masters and gradients are there as own shards, all shards, whole factors."""
+    layers = [shape.layer_lora_sizes(i, request.config.lora.r) for i in range(len(shape.layers))]
+    shards, whole = max(map(request.shards, layers)), max(map(sum, layers))
+    block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in quality.linear_sizes(shape))
+    groups = sum(len(shape.linears) * max(layer.heads, layer.channels) for layer in shape.layers)
+    return {
+        "lora_factors_of_a_layer": 2 * 4 * (shards + shards * request.world_size + whole),
+        "score_blocks": 4 * min(block, DEVICE_BLOCK_NUMEL) * 4,  # of whole rows
+        "score_sums": 8 * groups,
+    }
+
+
+def _reshard(request: Request, shape: ModelShape) -> int:
+    """Returns three shards of the widest layer: one leaves, one arrives, one is new."""
+    layers = [shape.layer_parameters(i).values() for i in range(len(shape.layers))]
+    return 3 * request.element_size * max(request.shards(map(math.prod, layer)) for layer in layers)
+
+
+def _whole_layer(shape: ModelShape) -> int:
+    """Counts the elements that are written at once: the widest layer, or embedding and head."""
+    ends = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    return max(ends, *(shape.layer_numel(i) for i in range(len(shape.layers))))
