@@ -57,12 +57,20 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
 
 
 def _meta_parameters(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of all parameters, each once, from modules without weights."""
+    """Returns names and shapes of all parameters, each once, from modules without weights.
+
+    Raises:
+        UserError: transformers refuses the config. Or the model needs tensors on disk that are no parameters, which
+            nothing here reads or exports.
+    """
     try:
         model = build_on_meta(config)
     except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}") from error
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head under both of its names
+    if buffers := sorted(model.state_dict().keys() - parameters.keys()):
+        raise UserError(f"{where}: weight files hold the buffer {buffers[0]}; such models are not supported")
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
