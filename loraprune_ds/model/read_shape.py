@@ -115,7 +115,8 @@ def _add_parameters(shape: ModelShape, found: Mapping[str, tuple[int, ...]], whe
         ends={name: size for name, size in found.items() if not name.startswith("model.layers.")},
     )
     biases = {f"{name}.bias" for name in shape.biases}
-    shape = replace(shape, layer_others={n: size for n, size in first.items() if n not in table | biases})
+    vectors = {name: size for name, size in first.items() if len(size) < 2}  # every matrix is in the table
+    shape = replace(shape, layer_others={n: size for n, size in vectors.items() if n not in table | biases})
     expected = shape.parameters()
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
