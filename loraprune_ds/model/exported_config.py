@@ -151,8 +151,10 @@ def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
     if "partial_rotary_factor" in full:
         names["partial_rotary_factor"] = full["partial_rotary_factor"]
     if "sliding_attention" in given:
-        return names | {"rope_local_base_freq": given["sliding_attention"]["rope_theta"]}
-    return names | {"rope_parameters": scaling | {"rope_theta": theta}}
+        names["rope_local_base_freq"] = given["sliding_attention"]["rope_theta"]
+    if family in DEFAULT_POSITIONS:
+        names["rope_parameters"] = scaling | {"rope_theta": theta}
+    return names
 
 
 def _family_options(source: dict[str, Any], shape: ModelShape, model_type: str) -> dict[str, Any]:
