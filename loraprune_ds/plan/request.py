@@ -10,6 +10,7 @@ from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
+from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
@@ -63,7 +64,7 @@ class Request:
     @property
     def eager(self) -> bool:
         """Whether attention makes whole matrices of probabilities."""
-        return self.config.model.attn_implementation == "eager"
+        return attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
 
     def offloads(self, what: str) -> bool:
         """Whether the DeepSpeed config keeps "optimizer" or "param" in host memory."""
