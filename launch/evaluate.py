@@ -11,7 +11,8 @@ of a run or of one of its checkpoints. Of an unfinished run the newest good chec
 Perplexity: the text is tokenised once, with the special tokens that the tokenizer adds at its start. It is split into
 windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. With
 --sliding S a window begins every S tokens and predicts only what no earlier window held. So every token but the first
-is predicted once. Both numbers are the same on any number of ranks.
+is predicted once. Both numbers are the same on any number of ranks. For a Gemma each window begins with BOS, which
+takes the place of the window's first token.
 """
 
 import argparse

@@ -19,7 +19,8 @@ SIZES: dict[str, Any] = {
 }
 WIDE = {"head_dim": 10}  # not hidden_size / num_attention_heads, which is 6
 WINDOW = {"sliding_window": 8}
-GEMMA = WIDE | WINDOW | {"query_pre_attn_scalar": 10}
+BOTH = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
+GEMMA = WIDE | BOTH | {"query_pre_attn_scalar": 10}
 # Fields of config.json beside SIZES. The caps and factors are such that a model without them is clearly another one.
 TINY: dict[str, dict[str, Any]] = {
     "llama": WIDE,
@@ -31,28 +32,27 @@ TINY: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "seed_oss": WIDE,
     "olmo": {"clip_qkv": 0.1},
-    "exaone4": {},
+    "exaone4": BOTH,
     "ernie4_5": WIDE,
     "hunyuan_v1_dense": WIDE,
     "gemma": WIDE,
-    "gemma2": GEMMA | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.5},
-    "gemma3_text": GEMMA | {"final_logit_softcapping": 4.0},
+    "gemma2": GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 1.5},
+    "gemma3_text": GEMMA | {"final_logit_softcapping": 10.0},
     "granite": {
         "embedding_multiplier": 3.0,
         "attention_multiplier": 0.3,
         "residual_multiplier": 0.4,
         "logits_scaling": 3.0,
     },
-    "cohere2": WIDE | WINDOW | {"logit_scale": 0.3},
+    "cohere2": WIDE | BOTH | {"logit_scale": 0.3},
     "olmo2": {},
-    "olmo3": WINDOW,
+    "olmo3": BOTH,
     "phi3": {},
     "glm": WIDE | {"attention_bias": True},
     "glm4": WIDE | {"attention_bias": True},
     "starcoder2": {},
     "arcee": WIDE,
     "nemotron": WIDE,
-    "apertus": WIDE,
 }
 
 

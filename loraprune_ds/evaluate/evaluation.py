@@ -1,9 +1,9 @@
 """One evaluation: a model, or two side by side, on a text, on tasks and against the clock."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraprune_ds.evaluate.cost import Cost, count_cost
@@ -14,6 +14,7 @@ from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.zeroshot import run_tasks
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.exported_config import DEFAULT_SLIDING_WINDOW
+from loraprune_ds.model.logits import Head, logits_transform, output_head
 from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
@@ -94,10 +95,10 @@ def _measure_quality(
 
 
 def _losses_of(model: PreTrainedModel) -> Losses:
-    decoder, head = model.get_decoder(), cast(nn.Linear, model.get_output_embeddings())
+    decoder, head = model.get_decoder(), Head(output_head(model).weight, logits_transform(model.config))
 
     def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
-        return token_losses(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, head.weight, labels)
+        return token_losses(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, head, labels)
 
     return losses
 

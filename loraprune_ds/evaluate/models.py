@@ -15,6 +15,7 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FOLDER
+from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.hub import locate_model
@@ -126,7 +127,8 @@ def load_model(found: FoundModel, dtype: str, device: torch.device) -> PreTraine
     """
     model_class = causal_lm_class(found.pretrained.shape.model_type)
     read_dtype = torch.float32 if found.adapter else DTYPES[dtype]
-    model = model_class.from_pretrained(found.pretrained.folder, dtype=read_dtype, attn_implementation="sdpa")
+    attention = attn_implementation("sdpa", found.pretrained.shape.family)
+    model = model_class.from_pretrained(found.pretrained.folder, dtype=read_dtype, attn_implementation=attention)
     if found.adapter:
         model = _merge(model, found.adapter)
         for parameter in model.parameters():  # model.to() would round the rotary frequencies, too

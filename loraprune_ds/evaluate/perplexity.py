@@ -1,12 +1,13 @@
 """Perplexity of a text, which is tokenised once as a whole, on fixed or sliding windows.
 
-The tokenizer adds its special tokens once, at the start of the text. Negative log-likelihoods are summed in float64
-over all ranks.
+The tokenizer adds its special tokens once, at the start of the text. A Gemma predicts badly without BOS. So in its
+family BOS takes the place of each window's first token, which no window predicts. llama.cpp measures the same way.
+Negative log-likelihoods are summed in float64 over all ranks.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.model.tokenizer import begin_with
 
 if TYPE_CHECKING:  # it imports DeepSpeed
     from loraprune_ds.zero.comm import Communicator
@@ -67,22 +69,32 @@ class Batch:
 
 
 def make_batches(
-    text: str, tokenizer: PreTrainedTokenizerBase, protocol: PerplexityProtocol, batch_size: int
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: PerplexityProtocol,
+    batch_size: int,
+    start: int | None = None,
 ) -> list[Batch]:
     """Tokenises the text and splits it into batches of `batch_size` windows.
+
+    Args:
+        start: the first id of every window (tokenizer.window_start). None: the text's own.
 
     Raises:
         UserError: the text is shorter than one window.
     """
     window, stride, most = protocol.window, protocol.stride, protocol.max_windows
     if stride is None:
-        return fixed_batches(split_windows(text, tokenizer, window, most), batch_size)
+        return fixed_batches(split_windows(text, tokenizer, window, most, start), batch_size)
     token_ids = tokenize(text, tokenizer, None if most is None else (most - 1) * stride + window)
-    return sliding_batches(token_ids, window, stride, most, batch_size)
+    batches = sliding_batches(token_ids, window, stride, most, batch_size)
+    return [replace(batch, input_ids=begin_with(batch.input_ids, start)) for batch in batches]
 
 
-def split_windows(text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_windows: int | None) -> Tensor:
-    """Returns (windows, window) int64, side by side. The tail that fills no window is dropped.
+def split_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_windows: int | None, start: int | None = None
+) -> Tensor:
+    """Returns (windows, window) int64, side by side. The tail that fills no window is dropped. `start`: as above.
 
     Raises:
         UserError: the text is shorter than one window.
@@ -90,7 +102,7 @@ def split_windows(text: str, tokenizer: PreTrainedTokenizerBase, window: int, ma
     token_ids = tokenize(text, tokenizer, None if max_windows is None else max_windows * window)
     _check_length(token_ids, window)
     count = len(token_ids) // window
-    return token_ids[: count * window].view(count, window)[:max_windows]
+    return begin_with(token_ids[: count * window].view(count, window)[:max_windows], start)
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> Tensor:

@@ -11,7 +11,7 @@ from loraprune_ds.evaluate.models import FoundModel, choose_dtype, find_model
 from loraprune_ds.evaluate.perplexity import Batch, PerplexityProtocol, make_batches
 from loraprune_ds.evaluate.speed import SpeedSettings
 from loraprune_ds.evaluate.zeroshot import TaskSettings, check_tasks
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.zero.device import check_dtype
 
 TOKENS_PER_BATCH = 2048  # the default: enough work at once, and logits of some hundred megabytes
@@ -86,7 +86,8 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     tokenizer = load_tokenizer(found.tokenizer_folder)
     batches: list[Batch] = []
     if settings.text:
-        batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size)
+        start = window_start(tokenizer, found.pretrained.shape.family)
+        batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size, start)
     return PreparedModel(found, dtype, tokenizer, batches)
 
 

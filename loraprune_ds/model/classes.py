@@ -1,5 +1,6 @@
 """The classes of transformers by `model_type`, and a model's modules without any weights."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -35,7 +36,7 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
 def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:
     """Builds the modules with every parameter on the meta device: shapes only, no memory. Buffers are real."""
     model_type = config["model_type"]
-    made = config_class(model_type).from_dict(dict(config))  # may differ from the file's
+    made = config_class(model_type).from_dict(copy.deepcopy(config))  # which adds to nested settings
     made.use_cache = False
     made._attn_implementation = attn_implementation
     with parameters_on_meta():

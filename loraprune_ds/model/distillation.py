@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.logits import Head
 
 LOGITS_AT_ONCE = 1 << 26  # fp32 elements: 256 MiB. These are rows enough to keep a GPU's matrix units busy
 BUFFERS = 4  # of a chunk's logits, at the widest place of a distilled loss
@@ -62,6 +63,17 @@ def chunk_size(vocab_size: int, given: int | None, *, buffers: int = BUFFERS) ->
     return given or max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
 
 
+def rows_at_once(head: Head, given: int | None, *, buffers: int = BUFFERS) -> int:
+    """Returns the `chunk_size` of a loss that may be differentiated. It is half of that if fp32 logits are capped.
+
+    The slope of a cap is computed from its logits. They are one more tensor beside the probabilities. In 16 bits they
+    fit where other tensors are rounded later.
+    """
+    chunk = chunk_size(len(head.weight), given, buffers=buffers)
+    is_larger = head.transform.softcap is not None and head.weight.dtype == torch.float32
+    return max(1, chunk // 2) if is_larger else chunk
+
+
 def token_bytes(top_k: int | None, hidden_size: int, element_size: int) -> int:
     """Returns the bytes on disk of one supervised token: its hidden states, or k fp32, k int32 and one fp32."""
     return hidden_size * element_size if top_k is None else top_k * 8 + 4
@@ -83,13 +95,13 @@ def check_top_k(top_k: int | None, vocab_size: int) -> None:
 
 
 @torch.no_grad()
-def record(hidden: Tensor, weight: Tensor, recording: Recording, chunk_tokens: int | None = None) -> dict[str, Tensor]:
-    """Returns the fields of a teacher, from (tokens, hidden_size) and the head's (vocabulary, hidden_size)."""
+def record(hidden: Tensor, head: Head, recording: Recording, chunk_tokens: int | None = None) -> dict[str, Tensor]:
+    """Returns the fields of a teacher, from its (tokens, hidden_size) and the head."""
     if recording.top_k is None:
         return {"hidden": hidden}
     parts = []
-    for rows in hidden.split(chunk_size(len(weight), chunk_tokens)):
-        log_probs = (rows @ weight.t()).float().log_softmax(1)
+    for rows in hidden.split(chunk_size(len(head.weight), chunk_tokens)):
+        log_probs = head.logits(rows).float().log_softmax(1)
         values, ids = log_probs.topk(recording.top_k, dim=1)
         parts.append((values, ids, log_probs.exp_().scatter_(1, ids, 0).sum(1)))
     log_probs, ids, rest = (torch.cat(fields) for fields in zip(*parts, strict=True))
@@ -97,19 +109,18 @@ def record(hidden: Tensor, weight: Tensor, recording: Recording, chunk_tokens: i
 
 
 def distilled_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, distillation: Distillation, chunk_tokens: int | None = None
+    hidden: Tensor, head: Head, labels: Tensor, distillation: Distillation, chunk_tokens: int | None = None
 ) -> Tensor:
     """Returns (tokens,) fp32. It can be differentiated by `hidden`, once. The head is frozen.
 
     Args:
         hidden: (tokens, hidden_size) of supervised tokens.
-        weight: (vocabulary, hidden_size) of the head.
         labels: (tokens,).
         chunk_tokens: as `chunk_size` takes it.
     """
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
-    chunk = chunk_size(len(weight), chunk_tokens)
-    losses: Any = _DistilledLosses.apply(hidden, weight, labels, distillation, chunk, differentiate)
+    chunk = rows_at_once(head, chunk_tokens)
+    losses: Any = _DistilledLosses.apply(hidden, head, labels, distillation, chunk, differentiate)
     return losses
 
 
@@ -118,42 +129,62 @@ class _DistilledLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        head: Head,
         labels: Tensor,
         distillation: Distillation,
         chunk: int,
         differentiate: bool,
     ) -> Tensor:
-        w = distillation.weight
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if differentiate else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            log_probs = (hidden[rows] @ weight.t()).float().log_softmax(1)
-            target, divergence = _target(distillation.teacher, rows, weight, log_probs)
-            label = labels[rows, None]
-            losses[rows] = w * divergence - (1 - w) * log_probs.gather(1, label)[:, 0]
-            if gradient is not None:
-                slope = log_probs.exp_().sub_(target, alpha=w)
-                slope.scatter_add_(1, label, torch.full_like(slope[:, :1], w - 1))
-                gradient[rows] = slope.to(weight.dtype) @ weight
-            del log_probs, target  # before the next chunk's are made
+            into = None if gradient is None else gradient[rows]
+            losses[rows] = _chunk_losses(hidden[rows], head, labels[rows, None], distillation, rows, into)
         ctx.save_for_backward(gradient)
+        ctx.transform = head.transform
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None, None, None
+        upstream = ctx.transform.unscale(gradients[0])
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None, None
 
 
-def _target(
-    teacher: HiddenTeacher | TopTeacher, rows: slice, weight: Tensor, log_probs: Tensor
-) -> tuple[Tensor, Tensor]:
+def _chunk_losses(
+    hidden: Tensor, head: Head, labels: Tensor, distillation: Distillation, rows: slice, gradient: Tensor | None
+) -> Tensor:
+    """Returns the losses (tokens,) of a chunk. Writes their gradient by `hidden` into `gradient`, if there is one.
+
+    Args:
+        hidden: (tokens, hidden_size).
+        labels: (tokens, 1).
+        rows: of the teacher.
+    """
+    w, transform = distillation.weight, head.transform
+    logits = head.logits(hidden).float()
+    log_probs = logits.log_softmax(1)
+    # What turns log_probs into logits again. A cap's slope is computed from these, and they are not kept.
+    total = None if transform.softcap is None else logits[:, :1] - log_probs[:, :1]
+    del logits
+    target, divergence = _target(distillation.teacher, rows, head, log_probs)
+    losses = w * divergence - (1 - w) * log_probs.gather(1, labels)[:, 0]
+    if gradient is not None:
+        slope = (log_probs.exp_() if total is None else log_probs.exp()).sub_(target, alpha=w)
+        slope.scatter_add_(1, labels, torch.full_like(slope[:, :1], w - 1))
+        if total is not None:
+            transform.uncap_(slope, log_probs.add_(total))
+        del log_probs, target  # before the slope is rounded
+        gradient.copy_(slope.to(head.weight.dtype) @ head.weight)
+    return losses
+
+
+def _target(teacher: HiddenTeacher | TopTeacher, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the target of the student (tokens, vocabulary) and KL(teacher ‖ student) (tokens,), both fp32."""
     if isinstance(teacher, HiddenTeacher):
-        expected = (teacher.hidden[rows] @ weight.t()).float().log_softmax(1)
+        expected = head.logits(teacher.hidden[rows]).float().log_softmax(1)
         target = expected.exp()
         return target, expected.sub_(log_probs).mul_(target).sum(1)
     known, ids, rest = teacher.log_probs[rows], teacher.ids[rows], teacher.rest[rows]

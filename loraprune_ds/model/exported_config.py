@@ -1,10 +1,13 @@
 """The config.json of a pruned model. It is stock if a stock class can hold the shape. transformers 4 and 5 read it."""
 
+import copy
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from loraprune_ds.model.classes import causal_lm_class
+from huggingface_hub.errors import StrictDataclassError
+
+from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.shapes import ModelShape
 
@@ -15,6 +18,7 @@ MODELLING_FILE = "modeling_pruned.py"
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 DEFAULT_SLIDING_WINDOW = 4096  # of MistralConfig
 DEFAULT_ROPE_THETA = 10000.0
+OLD_ROPE = {"rope_theta", "rope_scaling"}  # names of transformers 4
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,39 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
     Args:
         source: config.json of the model that was pruned. It may itself be the config of a pruned export.
     """
-    model_type = _model_type(shape)
-    renamed = model_type != shape.model_type
+    family = family_name(shape.model_type)
+    stock = [family] if shape.is_uniform else []
+    if stock and family == "llama" and not shape.biases:
+        stock.append("mistral")
+    for model_type in stock:
+        config = _config_of(source, shape, dtype, model_type)
+        if not _is_refused(config):
+            return ExportedConfig(config, None, model_type != shape.model_type)
+    config = _config_of(source, shape, dtype, PRUNED + family)
+    module = MODELLING_FILE.removesuffix(".py")
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.PrunedConfig",
+        "AutoModel": f"{module}.PrunedModel",  # vLLM builds the model through this one
+        "AutoModelForCausalLM": f"{module}.PrunedForCausalLM",
+    }
+    return ExportedConfig(config, MODELLING_FILE, PRUNED + family != shape.model_type)
+
+
+def _is_refused(config: dict[str, Any]) -> bool:
+    """Tells if the stock class does not take these counts.
+
+    Some want a head count that divides hidden_size. Phi-3 computes the length of its long rotary factors from it.
+    """
+    try:
+        config_class(config["model_type"]).from_dict(copy.deepcopy(config))  # which changes what it is given
+    except StrictDataclassError:
+        return True
+    return False
+
+
+def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:
     config = {key: value for key, value in source.items() if key not in DROPPED}
-    config |= _sizes(shape) | _rope(source) | _family_options(source, shape, model_type)
+    config |= _sizes(shape) | _rope(source, family_name(shape.model_type)) | _family_options(source, shape, model_type)
     config |= {
         "architectures": [causal_lm_class(model_type).__name__],
         "model_type": model_type,
@@ -66,27 +99,10 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
         # Without a version AutoTokenizer suspects every mistral model of an old tokenizer bug, and warns.
         "transformers_version": version("transformers"),
     }
-    if renamed and model_type == "mistral":  # what a Mistral never has
+    if model_type == "mistral" and model_type != shape.model_type:  # what a Mistral never has
         config.pop("attention_bias", None)
         config.pop("mlp_bias", None)
-    if not model_type.startswith(PRUNED):
-        return ExportedConfig(config, None, renamed)
-    module = MODELLING_FILE.removesuffix(".py")
-    config["auto_map"] = {
-        "AutoConfig": f"{module}.PrunedConfig",
-        "AutoModel": f"{module}.PrunedModel",  # vLLM builds the model through this one
-        "AutoModelForCausalLM": f"{module}.PrunedForCausalLM",
-    }
-    return ExportedConfig(config, MODELLING_FILE, renamed)
-
-
-def _model_type(shape: ModelShape) -> str:
-    family = family_name(shape.model_type)
-    query_heads = shape.layers[0].heads * shape.queries_per_group
-    refused = shape.family.heads_divide_hidden and shape.hidden_size % query_heads != 0
-    if shape.is_uniform and refused and family == "llama" and not shape.biases:
-        return "mistral"
-    return family if shape.is_uniform and not refused else PRUNED + family
+    return config
 
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:
@@ -116,24 +132,29 @@ def _layer_sizes(heads: int, channels: int, shape: ModelShape) -> dict[str, int]
     }
 
 
-def _rope(source: dict[str, Any]) -> dict[str, Any]:
+def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
     """Returns the rotary settings under the names of transformers 4 and of transformers 5.
 
     4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. 5 prefers a rope_scaling that is not
-    null, and completes it with rope_theta. Else it reads rope_parameters.
+    null, and completes it with rope_theta. Else it reads rope_parameters. There Gemma 3 and Olmo 3 have settings for
+    each kind of layer. 4 can scale those of full attention alone.
     """
-    given = dict(source.get("rope_scaling") or source.get("rope_parameters") or {})
-    if any(isinstance(value, dict) for value in given.values()):
-        return {}  # settings for each kind of layer, which transformers 4 does not know in this form
-    theta = given.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
-    legacy_type = given.pop("type", None)
-    rope_type = given.pop("rope_type", None) or legacy_type or "default"
-    scaling = {"rope_type": rope_type, **given}
-    return {
-        "rope_theta": theta,
-        "rope_scaling": None if rope_type == "default" else scaling,
-        "rope_parameters": scaling | {"rope_theta": theta},
-    }
+    given = source.get("rope_scaling") or source.get("rope_parameters") or {}
+    full = dict(given.get("full_attention", given))
+    if family not in DEFAULT_POSITIONS and (OLD_ROPE & source.keys() or "rope_theta" not in full):
+        return {}  # both versions read what the source says. Where it says nothing, families differ in their defaults
+    theta = full.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
+    legacy_type = full.pop("type", None)
+    rope_type = full.pop("rope_type", None) or legacy_type or "default"
+    scaling = {"rope_type": rope_type, **full}
+    names = {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
+    if "partial_rotary_factor" in full:
+        names["partial_rotary_factor"] = full["partial_rotary_factor"]
+    if "sliding_attention" in given:
+        names["rope_local_base_freq"] = given["sliding_attention"]["rope_theta"]
+    if family in DEFAULT_POSITIONS:
+        names["rope_parameters"] = scaling | {"rope_theta": theta}
+    return names
 
 
 def _family_options(source: dict[str, Any], shape: ModelShape, model_type: str) -> dict[str, Any]:

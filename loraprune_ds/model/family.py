@@ -85,6 +85,7 @@ class Family:
         logit_scale: config field with the factor on the logits.
         logit_divisor: config field with a divisor of the logits.
         attention_softcap: config field with a cap on attention scores. Only the eager implementation has it.
+        windows_begin_with_bos: the model predicts badly without BOS, so a window in the middle of a text has it, too.
         heads_divide_hidden: the stock config class refuses head counts that do not divide hidden_size.
     """
 
@@ -95,6 +96,7 @@ class Family:
     logit_scale: str | None = None
     logit_divisor: str | None = None
     attention_softcap: str | None = None
+    windows_begin_with_bos: bool = False
     heads_divide_hidden: bool = False
 
 
@@ -128,17 +130,20 @@ MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
 
 LLAMA_LINEARS = ATTENTION + GATED
 LLAMA = Family(LLAMA_LINEARS, runtime=(MLP_WIDTH,))
-LLAMA_LIKE = "mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense gemma"
+GEMMA = replace(LLAMA, windows_begin_with_bos=True)
+UNGATED = Family((*ATTENTION, _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS)))
+LLAMA_LIKE = "mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
 FAMILIES: dict[str, Family] = {
     "llama": replace(LLAMA, heads_divide_hidden=True),
     **dict.fromkeys(LLAMA_LIKE.split(), LLAMA),
+    "gemma": GEMMA,
     "gemma2": replace(
-        LLAMA,
+        GEMMA,
         softcap="final_logit_softcapping",
         attention_softcap="attn_logit_softcapping",
         heads_divide_hidden=True,
     ),
-    "gemma3_text": replace(LLAMA, softcap="final_logit_softcapping", heads_divide_hidden=True),
+    "gemma3_text": replace(GEMMA, softcap="final_logit_softcapping", heads_divide_hidden=True),
     "granite": replace(LLAMA, logit_divisor="logits_scaling"),
     "cohere2": replace(LLAMA, logit_scale="logit_scale"),
     **dict.fromkeys(("olmo2", "olmo3"), replace(LLAMA, companions=WIDE_NORMS)),
@@ -151,10 +156,8 @@ FAMILIES: dict[str, Family] = {
     ),
     **dict.fromkeys(("glm", "glm4"), Family(ATTENTION + FUSED_GATED)),
     "starcoder2": Family((*ATTENTION, _rows("mlp.c_fc", CHANNELS), _columns("mlp.c_proj", CHANNELS))),
-    **dict.fromkeys(
-        ("arcee", "nemotron", "apertus"),
-        Family((*ATTENTION, _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS))),
-    ),
+    "nemotron": UNGATED,
+    "arcee": replace(UNGATED, heads_divide_hidden=True),
 }
 
 

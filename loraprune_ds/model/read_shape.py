@@ -57,12 +57,20 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
 
 
 def _meta_parameters(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of all parameters, each once, from modules without weights."""
+    """Returns names and shapes of all parameters, each once, from modules without weights.
+
+    Raises:
+        UserError: transformers refuses the config. Or the model needs tensors on disk that are no parameters, which
+            nothing here reads or exports.
+    """
     try:
         model = build_on_meta(config)
     except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}") from error
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head under both of its names
+    if buffers := sorted(model.state_dict().keys() - parameters.keys()):
+        raise UserError(f"{where}: weight files hold the buffer {buffers[0]}; such models are not supported")
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -107,7 +115,8 @@ def _add_parameters(shape: ModelShape, found: Mapping[str, tuple[int, ...]], whe
         ends={name: size for name, size in found.items() if not name.startswith("model.layers.")},
     )
     biases = {f"{name}.bias" for name in shape.biases}
-    shape = replace(shape, layer_others={n: size for n, size in first.items() if n not in table | biases})
+    vectors = {name: size for name, size in first.items() if len(size) < 2}  # every matrix is in the table
+    shape = replace(shape, layer_others={n: size for n, size in vectors.items() if n not in table | biases})
     expected = shape.parameters()
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):

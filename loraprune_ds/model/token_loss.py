@@ -5,7 +5,7 @@ computes logits chunk by chunk. While a chunk is there, it also computes the gra
 Backward only scales that. So logits are computed once, and the frozen head is gathered once.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.classes import build_on_meta
-from loraprune_ds.model.distillation import Distillation, Recording, chunk_size, distilled_losses, record
+from loraprune_ds.model.distillation import Distillation, Recording, distilled_losses, record, rows_at_once
+from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.pretrained import PretrainedModel
 
 IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entropy
@@ -22,7 +24,7 @@ IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entro
 
 def token_losses(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     labels: Tensor,
     chunk_tokens: int | None = None,
     distillation: Distillation | None = None,
@@ -33,7 +35,6 @@ def token_losses(
 
     Args:
         hidden: (batch, window, hidden_size) from the decoder's last norm.
-        weight: (vocabulary, hidden_size) of the head, whole.
         labels: (batch, window), IGNORE_INDEX where a token is not supervised. Position t predicts label t + 1.
         chunk_tokens: as `chunk_size` takes it.
         distillation: what the cross-entropies are mixed with.
@@ -42,48 +43,59 @@ def token_losses(
     supervised = targets != IGNORE_INDEX
     rows, wanted = hidden[:, :-1][supervised], targets[supervised]
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
-    assert not (differentiate and weight.requires_grad), "the head is frozen: no gradient of it is computed"
+    assert not (differentiate and head.weight.requires_grad), "the head is frozen: no gradient of it is computed"
     losses: Any
     if distillation is None:
-        chunk = chunk_size(len(weight), chunk_tokens, buffers=1)
-        losses = _ChunkedLosses.apply(rows, weight, wanted, chunk, differentiate)
+        chunk = rows_at_once(head, chunk_tokens, buffers=1)
+        losses = _ChunkedLosses.apply(rows, head, wanted, chunk, differentiate)
     else:
-        losses = distilled_losses(rows, weight, wanted, distillation, chunk_tokens)
+        losses = distilled_losses(rows, head, wanted, distillation, chunk_tokens)
     return torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device).masked_scatter(supervised, losses)
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """Maps (tokens, hidden_size), (vocabulary, hidden_size) and (tokens,) to (tokens,) fp32."""
+    """Maps hidden states (tokens, hidden_size) and labels (tokens,) to losses (tokens,) fp32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, differentiate: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, chunk: int, differentiate: bool) -> Tensor:
+        weight, transform = head.weight, head.transform
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if differentiate else None
+        keep = differentiate and transform.softcap is not None  # the slope of a cap is computed from its logits
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            losses[rows], probabilities = _softmax(hidden[rows] @ weight.t(), labels[rows, None])
+            logits: Tensor | None = head.logits(hidden[rows])
+            probabilities = logits.to(torch.float32, copy=keep)
+            if not keep:
+                logits = None  # before the softmax needs room
+            losses[rows] = _softmax_(probabilities, labels[rows, None])
             if gradient is not None:
                 probabilities.scatter_add_(1, labels[rows, None], torch.full_like(probabilities[:, :1], -1))
+                if logits is not None:
+                    transform.uncap_(probabilities, logits)
+                    logits = None
                 gradient[rows] = probabilities.to(weight.dtype) @ weight
             del probabilities  # before the next chunk's are made
         ctx.save_for_backward(gradient)
+        ctx.transform = transform
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None, None
+        upstream = ctx.transform.unscale(gradients[0])
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None
 
 
-def _softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns cross-entropies (tokens,) and probabilities (tokens, vocabulary), both fp32. Overwrites `logits`."""
-    logits = logits.float()
+def _softmax_(logits: Tensor, labels: Tensor) -> Tensor:
+    """Turns fp32 logits (tokens, vocabulary) into probabilities, in place. Returns cross-entropies (tokens,)."""
     largest = logits.amax(1, keepdim=True)
     label_logits = logits.gather(1, labels)
     exponentials = logits.sub_(largest).exp_()
     total = exponentials.sum(1, keepdim=True)
-    return (total.log() + largest - label_logits)[:, 0], exponentials.div_(total)
+    exponentials.div_(total)
+    return (total.log() + largest - label_logits)[:, 0]
 
 
 class LossHead(nn.Linear):
@@ -92,19 +104,21 @@ class LossHead(nn.Linear):
     The loss is computed inside this module's forward. Only there ZeRO-3 has its weight gathered.
     """
 
-    def __init__(self, head: nn.Linear, chunk_tokens: int | None) -> None:
+    def __init__(self, head: nn.Linear, transform: LogitsTransform, chunk_tokens: int | None) -> None:
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
         self.weight = head.weight  # the same parameter, which may be the embedding's
+        self.transform = transform
         self.chunk_tokens = chunk_tokens
 
     def forward(
         self, input: Tensor, labels: Tensor | None = None, distillation: Distillation | Recording | None = None
     ) -> Tensor | dict[str, Tensor]:
         if labels is None:
-            return super().forward(input)
+            return super().forward(input)  # the stock forward transforms them
+        head = Head(self.weight, self.transform)
         if isinstance(distillation, Recording):
-            return record(input[:, :-1][labels[:, 1:] != IGNORE_INDEX], self.weight, distillation, self.chunk_tokens)
-        return token_losses(input, self.weight, labels, self.chunk_tokens, distillation)
+            return record(input[:, :-1][labels[:, 1:] != IGNORE_INDEX], head, distillation, self.chunk_tokens)
+        return token_losses(input, head, labels, self.chunk_tokens, distillation)
 
 
 class TokenLosses:
@@ -130,34 +144,42 @@ class TokenLosses:
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:
-    """Makes `model(input_ids=…, labels=…)` give token losses. Parameters and their names stay."""
-    model.lm_head = LossHead(cast(nn.Linear, model.get_submodule("lm_head")), chunk_tokens)
+    """Makes `model(input_ids=…, labels=…)` give token losses. Parameters and their names stay.
+
+    Raises:
+        UserError: its head has a bias.
+    """
+    model.lm_head = LossHead(output_head(model), logits_transform(model.config), chunk_tokens)
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
     return model
 
 
 def build_for_losses(
-    pretrained: PretrainedModel, attn_implementation: str, loss_chunk_tokens: int | None = None
+    pretrained: PretrainedModel, attention: str, loss_chunk_tokens: int | None = None
 ) -> PreTrainedModel:
     """Builds a pretrained model's modules without weights (classes.build_on_meta).
 
     Told the labels, the model gives token losses, `loss_chunk_tokens` at a time.
+
+    Args:
+        attention: `model.attn_implementation`. Some families get another one (attention.py).
     """
-    return with_token_losses(build_on_meta(pretrained.config, attn_implementation), loss_chunk_tokens)
+    used = attn_implementation(attention, pretrained.shape.family)
+    return with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)
 
 
-def check_buildable(pretrained: PretrainedModel, attn_implementation: str) -> None:
+def check_buildable(pretrained: PretrainedModel, attention: str) -> None:
     """Checks that transformers can build the pretrained model here. It needs no weights for that.
 
     Raises:
         UserError: it refuses something in config.json, or this attention implementation.
     """
     try:
-        build_for_losses(pretrained, attn_implementation)
+        build_for_losses(pretrained, attention)
     except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"{pretrained.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
-            f"{attn_implementation}): {reason}"
+            f"{attention}): {reason}"
         ) from error

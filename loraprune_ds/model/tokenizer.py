@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import config_class
-from loraprune_ds.model.family import FAMILIES, PRUNED
+from loraprune_ds.model.family import FAMILIES, PRUNED, Family
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -38,6 +39,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{folder}: its tokenizer has no vocabulary")
     return tokenizer
+
+
+def window_start(tokenizer: PreTrainedTokenizerBase, family: Family) -> int | None:
+    """Returns the id that takes the place of each window's first token, which nothing predicts. None: it stays."""
+    start = tokenizer.bos_token_id if family.windows_begin_with_bos else None
+    assert start is None or isinstance(start, int)
+    return start
+
+
+def begin_with(windows: Tensor, start: int | None) -> Tensor:
+    """Returns windows (count, window) of token ids, with `start` as the first of each if it is given."""
+    if start is None:
+        return windows
+    windows = windows.clone()
+    windows[:, 0] = start
+    return windows
 
 
 def _check_sentencepiece(path: Path) -> None:

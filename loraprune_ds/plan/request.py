@@ -11,6 +11,7 @@ from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
+from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
@@ -85,7 +86,9 @@ class Request:
         return FetchLimits.from_ds_config(self.ds_config)
 
     def batch(self, samples: int, window: int) -> Batch:
-        return Batch(samples, window, self.element_size, self.config.model.attn_implementation == "eager")
+        """Describes a micro-batch."""
+        eager = attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
+        return Batch(samples, window, self.element_size, eager)
 
     def shards(self, sizes: Iterable[int]) -> int:
         """Counts the elements of a rank's shards of such tensors."""

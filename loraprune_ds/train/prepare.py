@@ -11,11 +11,12 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
+from loraprune_ds.model.attention import describe_attention
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.token_loss import check_buildable
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.train.data.loading import load_samples
@@ -87,8 +88,9 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     limits = make_limits(config.prune, pretrained.shape)
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
+    start = window_start(tokenizer, pretrained.shape.family)
     global_batch_size, vocab_size = config.train.global_batch_size, pretrained.shape.vocab_size
-    loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size)
+    loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, start=start)
     order = SampleOrder(len(loaded.samples), global_batch_size, config.seed)
     pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
     config.train.check_warmup(pruning_steps)
@@ -96,7 +98,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
         pretrained=pretrained,
         samples=loaded.samples,
         order=order,
-        windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows),
+        windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows, start),
         steps=pruning_steps + config.train.recovery_steps,
         schedule=make_schedule(config.prune, pruning_steps),
         limits=limits,
@@ -134,6 +136,8 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
         f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "
         f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
     ]
+    if attention := describe_attention(config.model.attn_implementation, dense.family):
+        lines.append(attention)
     if train.distill_weight and config.model.adapter:
         lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from loraprune_ds.files import write_json
 from loraprune_ds.model.distillation import chunk_size
+from loraprune_ds.model.logits import Head, LogitsTransform
 from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.train.provenance import hardware, versions
 from tests.benchmarks.peak import Peak
@@ -35,7 +36,7 @@ def at_once(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def in_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return token_losses(hidden, weight, labels).sum()
+    return token_losses(hidden, Head(weight, LogitsTransform()), labels).sum()
 
 
 def measure(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[float, int, Tensor]:

@@ -51,6 +51,13 @@ def test_documents_are_packed_with_eos_between_and_the_tail_is_dropped(
     assert len(samples) == lengths[template] // 4
 
 
+def test_every_window_can_begin_with_bos() -> None:
+    """Nothing predicts the token whose place it takes."""
+    tokenizer = make_tokenizer(template="<s> $A")
+    samples = pack_documents([words(1, 2), words(3, 11)], tokenizer, 4, None, start=BOS)
+    assert rows(samples)[0] == [[BOS, 11, 12, EOS], [BOS, 13, 14, 15], [BOS, 17, 18, 19]]
+
+
 def test_max_samples_takes_the_first_windows_and_reads_no_further_than_it_must() -> None:
     read = []
 

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from loraprune_ds.model import distillation
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, Recording, TopTeacher, distilled_losses, record
+from loraprune_ds.model.logits import Head, LogitsTransform
 
 TOKENS, HIDDEN, VOCABULARY = 23, 8, 37
 # fp32 against fp64. Losses are about 4, gradients about 1, each from sums of 37 terms.
 TOLERANCE = 2e-6
+NONE = LogitsTransform()
+TRANSFORMS = [NONE, LogitsTransform(scale=0.7), LogitsTransform(divisor=1.5), LogitsTransform(softcap=2.0)]
 
 
 def made_up(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -26,9 +29,15 @@ def made_up(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def dense(student: Tensor, teacher: Tensor, head: Tensor, labels: Tensor, w: float, k: int | None) -> Tensor:
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """Returns (tokens, vocabulary) fp64."""
+    logits = hidden.double() @ head.weight.double().T * (head.transform.scale or 1) / (head.transform.divisor or 1)
+    return logits if (cap := head.transform.softcap) is None else cap * torch.tanh(logits / cap)
+
+
+def dense(student: Tensor, teacher: Tensor, head: Head, labels: Tensor, w: float, k: int | None) -> Tensor:
     """Returns (tokens,) fp64 by the definition. With k the other ids are one event."""
-    ours, theirs = (torch.log_softmax(h.double() @ head.double().T, 1) for h in (student, teacher))
+    ours, theirs = (torch.log_softmax(logits_of(hidden, head), 1) for hidden in (student, teacher))
     cross_entropy = -ours.gather(1, labels[:, None])[:, 0]
     if k is None:
         divergence = (theirs.exp() * (theirs - ours)).sum(1)
@@ -44,13 +53,14 @@ def dense(student: Tensor, teacher: Tensor, head: Tensor, labels: Tensor, w: flo
     return (1 - w) * cross_entropy + w * divergence
 
 
-def teacher_of(hidden: Tensor, head: Tensor, k: int | None) -> HiddenTeacher | TopTeacher:
+def teacher_of(hidden: Tensor, head: Head, k: int | None) -> HiddenTeacher | TopTeacher:
     fields = record(hidden, head, Recording(k), chunk_tokens=5)
     return HiddenTeacher(**fields) if k is None else TopTeacher(**fields)
 
 
-def worst_error(w: float, k: int | None, chunk: int | None) -> float:
-    student, teacher, head, labels = made_up()
+def worst_error(w: float, k: int | None, chunk: int | None, transform: LogitsTransform = NONE) -> float:
+    student, teacher, weight, labels = made_up()
+    head = Head(weight, transform)
     weights = torch.linspace(0.1, 1, TOKENS)
     student.requires_grad_()
     losses = distilled_losses(student, head, labels, Distillation(teacher_of(teacher, head, k), w), chunk)
@@ -67,17 +77,26 @@ def worst_error(w: float, k: int | None, chunk: int | None) -> float:
 @pytest.mark.parametrize("k", [None, 1, 5, VOCABULARY - 1])
 @pytest.mark.parametrize("w", [0.3, 1.0])
 def test_loss_and_gradient_are_autograds(w: float, k: int | None, chunk: int | None) -> None:
-    assert worst_error(w, k, chunk) < TOLERANCE
+    assert max(worst_error(w, k, chunk, transform) for transform in TRANSFORMS) < TOLERANCE
 
 
-def no_rest(teacher: TopTeacher, rows: slice, weight: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+@pytest.mark.parametrize("k", [None, 5])
+@pytest.mark.parametrize("forgotten", ["apply_", "uncap_", "unscale"])
+def test_a_forgotten_part_of_the_transform_is_caught(
+    monkeypatch: pytest.MonkeyPatch, forgotten: str, k: int | None
+) -> None:
+    monkeypatch.setattr(LogitsTransform, forgotten, lambda self, given, logits=None: given)
+    assert max(worst_error(0.5, k, None, transform) for transform in TRANSFORMS) > 1e4 * TOLERANCE
+
+
+def no_rest(teacher: TopTeacher, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
     known, ids = teacher.log_probs[rows], teacher.ids[rows]
     target = torch.zeros_like(log_probs).scatter_(1, ids, known.exp())
     return target, (known.exp() * (known - log_probs.gather(1, ids))).sum(1)
 
 
-def reversed_divergence(teacher: TopTeacher, rows: slice, weight: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    target, _ = distillation_target(teacher, rows, weight, log_probs)
+def reversed_divergence(teacher: TopTeacher, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    target, _ = distillation_target(teacher, rows, head, log_probs)
     return target, (log_probs.exp() * (log_probs - target.log())).sum(1)
 
 
@@ -90,9 +109,11 @@ def test_a_wrong_divergence_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: Ca
     assert worst_error(0.5, 5, None) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("k", [None, 5])
-def test_nothing_is_to_be_learned_from_oneself(k: int | None) -> None:
-    student, _, head, labels = made_up()
+def test_nothing_is_to_be_learned_from_oneself(k: int | None, transform: LogitsTransform) -> None:
+    student, _, weight, labels = made_up()
+    head = Head(weight, transform)
     same = Distillation(teacher_of(student, head, k), 1.0)
     student.requires_grad_()
     losses = distilled_losses(student, head, labels, same)
@@ -102,9 +123,10 @@ def test_nothing_is_to_be_learned_from_oneself(k: int | None) -> None:
     assert student.grad.abs().max() < TOLERANCE
 
 
-def test_the_top_and_the_rest_are_all_there_is() -> None:
-    _, teacher, head, _ = made_up()
-    top = teacher_of(teacher, head, 4)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_the_top_and_the_rest_are_all_there_is(transform: LogitsTransform) -> None:
+    _, teacher, weight, _ = made_up()
+    top = teacher_of(teacher, Head(weight, transform), 4)
     assert isinstance(top, TopTeacher)
     torch.testing.assert_close(top.log_probs.exp().sum(1) + top.rest, torch.ones(TOKENS))
     assert (top.log_probs.diff(dim=1) <= 0).all()

@@ -14,12 +14,16 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import (
     Batch,
     Perplexity,
+    PerplexityProtocol,
     fixed_batches,
+    make_batches,
     measure_perplexity,
     sliding_batches,
     split_windows,
     tokenize,
 )
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.tokenizer import window_start
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 
 VOCAB = 97
@@ -174,6 +178,26 @@ def test_windows_are_the_text_tokenised_once_with_the_tail_dropped() -> None:
     assert windows.flatten().tolist() == ids[: len(ids) // 32 * 32]
     assert split_windows(TEXT, tokenizer, 32, 3).tolist() == windows[:3].tolist()
     assert split_windows(TEXT, tokenizer, 32, 10_000).tolist() == windows.tolist()
+
+
+@pytest.mark.parametrize("stride", [None, 1, 12])
+def test_every_window_can_begin_with_bos(forward: Any, stride: int | None) -> None:
+    """It takes the place of a token that is not predicted. So as many are predicted as without it, and the same."""
+    tokenizer, bos = make_tokenizer(VOCAB + 200), 1
+    protocol = PerplexityProtocol(window=16, stride=stride, max_windows=9)
+    plain = make_batches(TEXT, tokenizer, protocol, 4)
+    batches = make_batches(TEXT, tokenizer, protocol, 4, bos)
+    for before, after in zip(plain, batches, strict=True):
+        assert after.predicted == before.predicted < after.input_ids.shape[1]
+        assert (after.input_ids[:, 0] == bos).all()
+        assert (before.input_ids[:, 0] != bos).all()
+        assert torch.equal(after.input_ids[:, 1:], before.input_ids[:, 1:])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_only_gemmas_windows_begin_with_bos(family: str) -> None:
+    tokenizer = make_tokenizer(VOCAB)
+    assert window_start(tokenizer, FAMILIES[family]) == (tokenizer.bos_token_id if "gemma" in family else None)
 
 
 def test_only_the_beginning_of_a_long_text_is_tokenised() -> None:

@@ -1,6 +1,7 @@
 """Token losses chunk by chunk against torch's cross_entropy on all logits at once, and what is never held."""
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.model import distillation
+from loraprune_ds.model.distillation import Distillation, HiddenTeacher, Recording, TopTeacher, record
+from loraprune_ds.model.logits import Head, LogitsTransform
 from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, token_losses, with_token_losses
 from tests.oracle.models import make_tiny_llama
 
 BATCH, WINDOW, HIDDEN, VOCAB = 3, 17, 24, 131
+NONE = LogitsTransform()
+TRANSFORMS = [NONE, LogitsTransform(scale=0.7), LogitsTransform(divisor=1.5), LogitsTransform(softcap=4.0)]
 CHUNKS = [1, 5, 16, 48, None]
 
 
@@ -29,9 +34,12 @@ def material(dtype: torch.dtype = torch.float32, *, supervised: float = 0.7) -> 
     return hidden, weight, labels
 
 
-def straightforward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def straightforward(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """Returns the losses in fp64, from the same numbers."""
-    logits = hidden[:, :-1].double() @ weight.double().t()
+    logits = hidden[:, :-1].double() @ head.weight.double().t()
+    logits = logits * (head.transform.scale or 1) / (head.transform.divisor or 1)
+    if cap := head.transform.softcap:
+        logits = cap * torch.tanh(logits / cap)
     return cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none")
 
 
@@ -46,6 +54,7 @@ def worst(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
@@ -55,10 +64,13 @@ def worst(found: Tensor, expected: Tensor) -> float:
         (torch.bfloat16, 1e-2),
     ],
 )
-def test_losses_and_gradients(chunk: int | None, dtype: torch.dtype, tolerance: float) -> None:
+def test_losses_and_gradients(
+    transform: LogitsTransform, chunk: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
     hidden, weight, labels = material(dtype)
+    head = Head(weight, transform)
     upstream = torch.rand(BATCH, WINDOW - 1, generator=torch.Generator().manual_seed(1))
-    found, expected = token_losses(hidden, weight, labels, chunk), straightforward(hidden, weight, labels)
+    found, expected = token_losses(hidden, head, labels, chunk), straightforward(hidden, head, labels)
     assert found.dtype == torch.float32
     assert worst(found, expected) < tolerance
     gradient = gradient_of(found, hidden, upstream)
@@ -70,10 +82,10 @@ def test_bf16_is_as_good_as_without_chunks() -> None:
     """The gradient is rounded to bf16 once more than autograd's. It may be off by a half more, not by a multiple."""
     hidden, weight, labels = material(torch.bfloat16)
     upstream = torch.rand(BATCH, WINDOW - 1, generator=torch.Generator().manual_seed(1))
-    exact = gradient_of(straightforward(hidden, weight, labels), hidden, upstream)
+    exact = gradient_of(straightforward(hidden, Head(weight, NONE), labels), hidden, upstream)
     logits = (hidden[:, :-1] @ weight.t()).float()
     usual = cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none")
-    chunked = token_losses(hidden, weight, labels, 5)
+    chunked = token_losses(hidden, Head(weight, NONE), labels, 5)
     assert worst(gradient_of(chunked, hidden, upstream), exact) < 1.5 * worst(
         gradient_of(usual, hidden, upstream), exact
     )
@@ -82,19 +94,19 @@ def test_bf16_is_as_good_as_without_chunks() -> None:
 def test_a_batch_without_a_supervised_token() -> None:
     """A rank can have one. Its backward must still run, for the others wait in its gathers."""
     hidden, weight, labels = material()
-    losses = token_losses(hidden, weight, torch.full_like(labels, IGNORE_INDEX))
+    losses = token_losses(hidden, Head(weight, NONE), torch.full_like(labels, IGNORE_INDEX))
     assert torch.equal(losses, torch.zeros(BATCH, WINDOW - 1))
     assert torch.equal(gradient_of(losses, hidden, torch.ones(BATCH, WINDOW - 1)), torch.zeros_like(hidden))
 
 
 def test_hopeless_and_broken_logits() -> None:
     hidden, weight, labels = material(supervised=1)
-    losses = token_losses(hidden * 1e4, weight, labels)
+    losses = token_losses(hidden * 1e4, Head(weight, NONE), labels)
     assert torch.isfinite(losses).all()
     assert losses.max() > 1e4
     with torch.no_grad():
         hidden[1, 3, 5] = torch.nan
-    assert token_losses(hidden, weight, labels, 5).isnan().nonzero().tolist() == [[1, 3]]
+    assert token_losses(hidden, Head(weight, NONE), labels, 5).isnan().nonzero().tolist() == [[1, 3]]
 
 
 class _Largest(TorchDispatchMode):
@@ -114,11 +126,64 @@ class _Largest(TorchDispatchMode):
         self.given = {tensor.data_ptr() for tensor in given}  # views of these are no new memory
 
 
+class _Held(TorchDispatchMode):
+    """Sums the bytes of all tensors that operations gave and that are still there, and keeps the largest sum."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {tensor.data_ptr() for tensor in given}  # views of these are no new memory
+        self.made: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made += [weakref.ref(t) for t in (result if isinstance(result, tuple) else [result])]
+        alive = [tensor.untyped_storage() for ref in self.made if isinstance(tensor := ref(), Tensor)]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
+        self.most = max(self.most, sum(size for at, size in sizes.items() if at not in self.given))
+        return result
+
+
+def held(transform: LogitsTransform, dtype: torch.dtype, teacher: str | None) -> float:
+    """Returns the most bytes at once, per logit of a chunk."""
+    tokens, chunk, hidden_size, vocabulary = 64, 16, 2, 4096
+    hidden = torch.randn(1, tokens + 1, hidden_size, dtype=dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (1, tokens + 1))
+    weight = torch.randn(vocabulary, hidden_size, dtype=dtype)
+    head = Head(weight, transform)
+    distilled = None
+    if teacher:
+        made = record(hidden.detach()[0, 1:], head, Recording(4 if teacher == "top" else None))
+        distilled = Distillation(TopTeacher(**made) if teacher == "top" else HiddenTeacher(**made), 0.5)
+    with _Held(weight) as most:
+        token_losses(hidden, head, labels, chunk, distilled).sum().backward()
+    return most.most / (chunk * vocabulary)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "teacher", "planned"),
+    [
+        (torch.float32, None, 4),
+        (torch.bfloat16, None, 6),
+        (torch.float32, "hidden", 12),
+        (torch.bfloat16, "hidden", 12),
+        (torch.float32, "top", 8),
+        (torch.bfloat16, "top", 12),
+    ],
+)
+def test_no_more_is_held_than_planned(
+    transform: LogitsTransform, dtype: torch.dtype, teacher: str | None, planned: int
+) -> None:
+    """plan/ counts these bytes for each logit of a chunk. The rest here, such as hidden states, is below 0.2 of one."""
+    assert 4 < held(transform, dtype, teacher) < planned + 0.2
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 def test_no_more_logits_than_a_chunk_are_ever_held(chunk: int) -> None:
     hidden, weight, labels = material(supervised=1)
     with _Largest(weight) as largest:
-        token_losses(hidden, weight, labels, chunk).sum().backward()
+        token_losses(hidden, Head(weight, NONE), labels, chunk).sum().backward()
     assert largest.numel == max(chunk * VOCAB, hidden.numel())
     assert largest.numel < BATCH * (WINDOW - 1) * VOCAB
 
@@ -128,14 +193,14 @@ def test_the_automatic_chunk_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) 
     for at_once, rows in ((20 * VOCAB + 3, 20), (10 * VOCAB, 10), (VOCAB - 1, 1)):
         monkeypatch.setattr(distillation, "LOGITS_AT_ONCE", at_once)
         with _Largest(weight) as largest, torch.no_grad():
-            token_losses(hidden, weight, labels)
+            token_losses(hidden, Head(weight, NONE), labels)
         assert largest.numel == max(rows * VOCAB, BATCH * (WINDOW - 1) * HIDDEN)
 
 
 def test_a_head_that_trains_is_refused() -> None:
     hidden, weight, labels = material()
     with pytest.raises(AssertionError, match="the head is frozen"):
-        token_losses(hidden, weight.requires_grad_(), labels)
+        token_losses(hidden, Head(weight.requires_grad_(), NONE), labels)
 
 
 @pytest.mark.parametrize("settings", [{}, {"tie": True}, {"model_type": "mistral"}], ids=str)

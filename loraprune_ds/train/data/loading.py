@@ -31,12 +31,14 @@ def load_samples(
     *,
     minimum: int,
     vocab_size: int,
+    start: int | None = None,
 ) -> LoadedData:
     """Loads samples and held-out text. They are the same on every rank that reads the same files.
 
     Args:
         minimum: samples of one global batch.
         vocab_size: number of ids that the model knows.
+        start: as `pack_documents` takes it. An instruction begins as the tokenizer begins a text.
 
     Raises:
         UserError: the data cannot be read, does not fit the model, or is shorter than one global batch.
@@ -45,17 +47,19 @@ def load_samples(
         raise UserError(f"data.max_samples {config.max_samples} is below train.global_batch_size {minimum}")
     held_out_text = _read_held_out(config)
     tuning, held_out = _hold_out(read_rows(config), config)
-    samples = _make_samples(tuning, tokenizer, config)
+    samples = _make_samples(tuning, tokenizer, config, start)
     _check_samples(samples, config, minimum, vocab_size)
     if held_out_text is None:
         held_out_text = _join_text(held_out, config)
     return LoadedData(samples, held_out_text)
 
 
-def _make_samples(rows: Iterable[TextRow], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Samples:
+def _make_samples(
+    rows: Iterable[TextRow], tokenizer: PreTrainedTokenizerBase, config: DataConfig, start: int | None
+) -> Samples:
     if config.format == "text":
         documents = (_text_of(row, config.text_field) for row in rows)
-        return pack_documents(documents, tokenizer, config.window, config.max_samples)
+        return pack_documents(documents, tokenizer, config.window, config.max_samples, start)
     instructions = (_instruction_of(row, config) for row in rows)
     return mask_prompts(instructions, tokenizer, config.window, config.max_samples)
 

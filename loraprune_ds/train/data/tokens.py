@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.model.tokenizer import begin_with
 from loraprune_ds.train.data.samples import Ragged, Samples
 
 PADDING_ID = 0  # every model knows this id, and nothing looks at it
@@ -36,11 +37,15 @@ def make_instruction(prompt: str, about: str, response: str) -> Instruction:
 
 
 def pack_documents(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, window: int, max_samples: int | None
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    max_samples: int | None,
+    start: int | None = None,
 ) -> Samples:
     """Joins all documents to one stream, with the tokenizer's EOS between them, and splits it into windows.
 
-    The tail that fills no window is dropped.
+    The tail that fills no window is dropped. `start` takes the place of each window's first id (`window_start`).
     """
     eos = _eos(tokenizer)
     stream = array("i")
@@ -52,7 +57,8 @@ def pack_documents(
         if max_samples is not None and len(stream) >= max_samples * window:
             break
     count = len(stream) // window if max_samples is None else min(max_samples, len(stream) // window)
-    windows = torch.from_numpy(np.asarray(stream[: count * window], dtype=np.int32)).view(count, window)
+    ids = torch.from_numpy(np.asarray(stream[: count * window], dtype=np.int32))
+    windows = begin_with(ids.view(count, window), start)
     return Samples(input_ids=windows, labels=windows)
 
 

@@ -1,0 +1,23 @@
+"""Chooses the attention implementation of transformers that computes all that a family's attention does."""
+
+from loraprune_ds.model.family import Family
+
+
+def attn_implementation(asked: str, family: Family) -> str:
+    """Returns `asked`, the value of `model.attn_implementation`, or what has to stand in for it.
+
+    The default is sdpa. torch's kernels under it cannot cap attention scores. Old versions of transformers drop the cap
+    there and say nothing. New ones refuse the model. So such a family gets eager attention.
+    """
+    return "eager" if asked == "sdpa" and family.attention_softcap is not None else asked
+
+
+def describe_attention(asked: str, family: Family) -> str | None:
+    """Says in one line that another implementation is used than the config names. None if it is that one."""
+    used = attn_implementation(asked, family)
+    if used == asked:
+        return None
+    return (
+        f"model.attn_implementation: {used} instead of {asked}, which cannot cap attention scores "
+        f"({family.attention_softcap})"
+    )

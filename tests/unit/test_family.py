@@ -1,0 +1,189 @@
+"""The table of families against transformers: names, shapes, axes and buffers of every family, and what is refused."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.classes import build_on_meta
+from loraprune_ds.model.family import CHANNELS, FAMILIES, KEYS, PRUNED, QUERIES, Family, Linear
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape, ModelShape
+from tests.families import SIZES, TINY, tiny_config
+
+DENSE = LayerShape(SIZES["num_key_value_heads"], SIZES["intermediate_size"])
+FEWER = LayerShape(3, 11)  # 6 query heads divide hidden_size 60, which some stock classes ask for
+LAYERS = SIZES["num_hidden_layers"]
+WITHOUT_PLAN = {"hunyuan_v1_dense"}  # transformers names no axes for it
+
+
+def config_json(family: str, **changes: Any) -> dict[str, Any]:
+    return tiny_config(family, **changes).to_dict()
+
+
+def read(family: str, **changes: Any) -> ModelShape:
+    return shape_from_config(config_json(family, **changes), "somewhere")
+
+
+def sizes_of(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
+    """Returns what config.json says of such a layer. An export always names head_dim."""
+    queries = layer.heads * shape.queries_per_group
+    counts = {"num_attention_heads": queries, "num_key_value_heads": layer.heads, "intermediate_size": layer.channels}
+    return counts | {"head_dim": shape.head_dim}
+
+
+def stock_parameters(family: str, **changes: Any) -> dict[str, tuple[int, ...]]:
+    """Returns names and shapes of the stock model, built without any of our code."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+# Names, shapes and axes
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert TINY.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_explains_the_stock_model(family: str) -> None:
+    shape = read(family)
+    assert shape.layers == (DENSE,) * LAYERS
+    assert shape.queries_per_group == 2
+    assert shape.parameters() == stock_parameters(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_explains_a_stock_model_with_other_counts(family: str) -> None:
+    """Finds a tensor of which the table does not know that a cut makes it smaller."""
+    shape = read(family).with_layers((FEWER,) * LAYERS)
+    assert shape.parameters() == stock_parameters(family, **sizes_of(FEWER, shape))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_explains_layers_that_differ(family: str) -> None:
+    shape = read(family)
+    config = config_json(family) | {"model_type": PRUNED + family, "head_dim": shape.head_dim}
+    config["per_layer_config"] = {"1": {k: v for k, v in sizes_of(FEWER, shape).items() if k != "head_dim"}}
+    pruned = shape_from_config(config, "somewhere")
+    assert pruned.layers == (DENSE, FEWER)
+    stock, fewer = stock_parameters(family), stock_parameters(family, **sizes_of(FEWER, shape))
+    stock |= {name: size for name, size in fewer.items() if name.startswith("model.layers.1.")}
+    assert pruned.parameters() == stock
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_axes_are_those_of_transformers_own_plan(family: str) -> None:
+    """Compares with the plan for tensor parallelism. A wrong axis of a square weight shows nowhere else."""
+    plan: dict[str, str] = tiny_config(family).base_model_tp_plan or {}  # type: ignore[attr-defined]
+    named = {name.removeprefix("layers.*."): how for name, how in plan.items()}
+    axes = {linear.name: linear.axis for linear in FAMILIES[family].linears}
+    theirs = {name: 0 if "colwise" in how else 1 if "rowwise" in how else None for name, how in named.items()}
+    both = axes.keys() & theirs.keys()
+    assert {name: axes[name] for name in both} == {name: theirs[name] for name in both}
+    assert both == axes.keys() or family in WITHOUT_PLAN
+
+
+# Modules without weights
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_on_meta(family: str, tied: bool) -> None:
+    """Parameters have no memory, tied heads stay tied, and buffers have the values of the stock model."""
+    config = config_json(family, tie_word_embeddings=tied)
+    model = build_on_meta(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embedding is not None
+    assert head is not None
+    assert (head.weight is embedding.weight) == tied
+    shape = shape_from_config(config, "somewhere")
+    assert (shape.tie_word_embeddings, "lm_head.weight" in shape.parameters()) == (tied, not tied)
+    stock: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family, tie_word_embeddings=tied))
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == dict(stock.named_buffers()).keys()
+    for name, buffer in stock.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+
+
+# Rows that are wrong
+
+
+def refused(family: str, planted: Family, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Returns how a model is refused with another row of the table."""
+    read(family)
+    monkeypatch.setitem(FAMILIES, family, planted)
+    with pytest.raises(UserError) as caught:
+        read(family)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def complaint(name: str) -> str:
+    return f"somewhere: model.layers.0.{name}.weight has shape "
+
+
+@pytest.mark.parametrize(
+    ("family", "row"),
+    [
+        ("llama", Linear("self_attn.o_proj", 0, (QUERIES,))),  # wrong axes
+        ("llama", Linear("mlp.up_proj", 1, (CHANNELS,))),
+        ("llama", Linear("self_attn.k_proj", 0, (QUERIES,))),  # wrong width
+        ("llama", Linear("mlp.gate_proj", 0, (KEYS,))),  # wrong kind
+        ("phi3", Linear("self_attn.qkv_proj", 0, (QUERIES, KEYS))),  # a part is missing
+        ("llama", Linear("mlp.more_proj", 0, (CHANNELS,))),  # no such linear
+    ],
+    ids=str,
+)
+def test_a_wrong_row_is_refused_by_name(family: str, row: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {linear.name: linear for linear in FAMILIES[family].linears}
+    planted = replace(FAMILIES[family], linears=tuple((right | {row.name: row}).values()))
+    assert refused(family, planted, monkeypatch).startswith(complaint(row.name))
+
+
+@pytest.mark.parametrize(
+    ("family", "row"), [(family, row) for family in ("llama", "phi3", "starcoder2") for row in FAMILIES[family].linears]
+)
+def test_a_missing_row_is_refused_by_name(family: str, row: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    linears = tuple(linear for linear in FAMILIES[family].linears if linear is not row)
+    planted = replace(FAMILIES[family], linears=linears)
+    assert refused(family, planted, monkeypatch).startswith(complaint(row.name))
+
+
+def test_a_norm_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = replace(FAMILIES["llama"], companions=FAMILIES["olmo2"].companions)
+    assert refused("llama", planted, monkeypatch).startswith(complaint("self_attn.k_norm"))
+
+
+# Models of other kinds
+
+OTHERS = {
+    "mixtures of experts": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"),
+    "latent attention": ("deepseek_v2", "deepseek_v3"),
+    "hybrids": ("qwen3_5_text", "qwen3_next", "jamba"),
+    "shared key-value layers": ("gemma3n_text",),
+    "encoder and decoder": ("t5", "bart"),
+}
+
+
+@pytest.mark.parametrize("model_type", [name for names in OTHERS.values() for name in names])
+def test_models_of_other_kinds_are_refused_in_one_line(model_type: str) -> None:
+    with pytest.raises(UserError) as caught:
+        shape_from_config(AutoConfig.for_model(model_type).to_dict(), "somewhere")
+    supported = ", ".join(sorted(FAMILIES))
+    assert str(caught.value) == (
+        f"somewhere: model_type {model_type!r} is not supported; supported: {supported} (and pruned)"
+    )
+
+
+@pytest.mark.parametrize("key", ["num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank"])
+def test_experts_and_latent_attention_under_the_name_of_a_family(key: str) -> None:
+    """Some remote modelling code goes by the name of the family that it started from."""
+    with pytest.raises(UserError, match=rf"^somewhere: config.json has {key}: such layers are not supported$"):
+        shape_from_config(config_json("llama") | {key: 8}, "somewhere")
+    assert shape_from_config(config_json("llama") | {key: None}, "somewhere") == read("llama")

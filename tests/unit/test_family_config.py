@@ -1,0 +1,156 @@
+"""Checks config.json of a pruned model of every family: what stays of the source's, and its rotary settings."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.classes import config_class
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.family import FAMILIES, UNGATED
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape
+from tests.families import SIZES, tiny_config
+
+COUNTS = {"num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "per_layer_config"}
+# The last two stand in files of old models and say nothing of the network.
+ABOUT_FILES = {
+    *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "model_type"),
+    *("_name_or_path", "pretraining_tp"),
+}
+OLD_NAMES = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
+UNIFORM, PER_LAYER = [(3, 13), (3, 13)], [(3, 13), (4, 14)]
+NESTED = ["gemma3_text", "olmo3"]  # they have rotary settings for each kind of layer
+LLAMA_AND_MISTRAL = {"llama", "mistral"}  # may stand for each other, so silent defaults are written
+
+
+def source(family: str, **changes: Any) -> dict[str, Any]:
+    """Returns config.json as transformers 5 saves it, with all fields."""
+    return json.loads(tiny_config(family, **changes).to_json_string(use_diff=False))
+
+
+def published(family: str, **rope: Any) -> dict[str, Any]:
+    """Returns config.json as transformers 4 saved it, with these rotary settings or none."""
+    now = source(family)
+    return {key: value for key, value in now.items() if key not in OLD_NAMES | {"rope_parameters"}} | rope
+
+
+def export(config: dict[str, Any], counts: list[tuple[int, int]]) -> dict[str, Any]:
+    shape = shape_from_config(config, "source").with_layers(tuple(LayerShape(*layer) for layer in counts))
+    return export_config(config, shape, "bfloat16").config
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the rotary settings as the class of the config reads them."""
+    found = config_class(config["model_type"]).from_dict(copy.deepcopy(config)).rope_parameters
+    found.pop("type", None)  # an older name that transformers keeps beside rope_type
+    return found
+
+
+@pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_counts_change(family: str, counts: list[tuple[int, int]]) -> None:
+    given = source(family) | {"a_field_of_the_future": {"x": [1]}, "auto_map": {"AutoConfig": "x.Y"}}
+    before = copy.deepcopy(given)
+    found = export(given, counts)
+    assert given == before
+    changed = {key for key in given.keys() | found.keys() if given.get(key, "none") != found.get(key, "none")}
+    assert changed <= COUNTS | ABOUT_FILES | OLD_NAMES
+    assert not given.keys() & (changed - COUNTS - ABOUT_FILES)  # those are only added
+    assert found["head_dim"] == shape_from_config(given, family).head_dim
+    assert found["dtype"] == "bfloat16"
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "silent": {},
+    "theta": {"rope_theta": 5000.0},
+    "no_scaling": {"rope_theta": 5000.0, "rope_scaling": None},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_settings_in_older_words(family: str, form: str) -> None:
+    """Families differ in what they assume where config.json is silent."""
+    given = published(family, **FORMS[form])
+    found = export(given, UNIFORM)
+    assert rope_parameters(found) == rope_parameters(given)
+    if family not in LLAMA_AND_MISTRAL:
+        assert {key: value for key, value in found.items() if "rope" in key or "rotary" in key} == {
+            key: value for key, value in given.items() if "rope" in key or "rotary" in key
+        }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_settings_in_newer_words(family: str) -> None:
+    """transformers 4 would overlook these in silence, so the older words are there, too."""
+    given = source(family)
+    found = export(given, UNIFORM)
+    full = given["rope_parameters"].get("full_attention", given["rope_parameters"])
+    assert rope_parameters(found) == rope_parameters(given)
+    assert found["rope_theta"] == full["rope_theta"]
+    assert (found["rope_scaling"] or {"rope_type": "default"})["rope_type"] == full["rope_type"]
+    assert found.get("partial_rotary_factor", 1.0) == full.get("partial_rotary_factor", 1.0)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
+@pytest.mark.parametrize("family", NESTED)
+def test_rotary_settings_for_each_kind_of_layer(family: str, counts: list[tuple[int, int]]) -> None:
+    nested = {
+        "full_attention": YARN | {"rope_theta": 7000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    }
+    given = source(family, rope_parameters=nested)
+    assert given["rope_parameters"] == nested
+    found = export(given, counts)
+    assert rope_parameters(found) == nested
+    assert (found["rope_theta"], found["rope_local_base_freq"], found["rope_scaling"]) == (7000.0, 500.0, YARN)
+    twice = export(found, [(1, 1), (2, 2)])
+    assert rope_parameters(twice) == nested
+
+
+@pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
+def test_scaled_gemma_3_of_transformers_4(counts: list[tuple[int, int]]) -> None:
+    """Scales full attention alone, and rotates the other layers by a base of their own."""
+    linear = {"rope_type": "linear", "factor": 8.0}
+    given = published("gemma3_text", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)
+    found = rope_parameters(export(given, counts))
+    assert found["full_attention"] == linear | {"rope_theta": 1e6}
+    assert found["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
+
+
+def test_phi_3_with_long_factors() -> None:
+    """Its stock class computes their number from hidden_size / heads, and refuses them once heads have left."""
+    factors = [1.0, 2.0, 3.0]  # one for each pair of the 6 dimensions of a head
+    long = {"type": "longrope", "short_factor": factors, "long_factor": factors}
+    given = published("phi3", rope_scaling=long, original_max_position_embeddings=16)
+    channels_only = export(given, [(5, 13)] * 2)
+    assert channels_only["model_type"] == "phi3"
+    found = export(given, UNIFORM)
+    assert found["model_type"] == "pruned_phi3"
+    assert shape_from_config(found, "exported").head_dim == 6
+    assert rope_parameters(found) == rope_parameters(given)
+
+
+@pytest.mark.parametrize("family", ["cohere2", "phi3", "granite", "qwen2", "olmo2", "starcoder2"])
+def test_head_size_that_the_class_would_compute(family: str) -> None:
+    """Without the field it would be hidden_size / heads, another one after a cut."""
+    given = {key: value for key, value in source(family).items() if key != "head_dim"}
+    head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
+    for counts in (UNIFORM, PER_LAYER):
+        found = export(given, counts)
+        assert found["head_dim"] == head_dim
+        assert shape_from_config(found, "exported").head_dim == head_dim  # each shape is that of the modules
+
+
+def test_weights_that_are_no_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apertus has two of them in each MLP. An export would not have them."""
+    monkeypatch.setitem(FAMILIES, "apertus", UNGATED)
+    given = SIZES | {"model_type": "apertus", "hidden_act": "xielu"}
+    with pytest.raises(UserError, match=r"source: .* buffer model\.layers\.0\.mlp\.act_fn\.beta"):
+        shape_from_config(given, "source")
