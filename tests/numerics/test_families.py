@@ -1,0 +1,87 @@
+"""Families beside LLaMA on 1, 2 and 3 real ZeRO-3 ranks, against one dense process that holds the stock model.
+
+The dense side (tests/unit/plain_training.py) takes the loss from the stock model's own logits, and torch's AdamW. It
+runs in fp64, and once more in fp32. How far its two runs lie apart is what rounding alone does to such a random model, whose
+attention is saturated in some families. The sharded run is in fp32 and sums in another order. It may lie five times as
+far from the fp64 run, and not further. FLOOR is for a run whose rounding happens to cancel.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.model.pretrained import open_pretrained
+from tests.families import SIZES, tiny_model
+from tests.numerics.driver import Job, train, write_adapter
+from tests.oracle.models import make_batches
+from tests.ranks import RankPool
+from tests.unit.plain_training import PlainRun
+
+FACTOR, FLOOR = 5, 1e-6
+STEPS, RANK, ALPHA = 6, 4, 8.0
+PRUNE = {"ratio": 0.4, "prune_every": 2, "protected_first": 0, "protected_last": 0}
+# One of each peculiarity: norms per head, biases, capped logits and scores, fused weights with counts of the forward,
+# norms over all heads, two linears in the MLP, scaled logits and one norm per layer.
+FAMILIES = ["qwen3", "qwen2", "gemma2", "phi3", "olmo2", "starcoder2", "cohere2"]
+
+
+def random_lora(folder: Path) -> dict[str, Tensor]:
+    shape = open_pretrained(folder).shape
+    generator = torch.Generator().manual_seed(2)
+    lora: dict[str, Tensor] = {}
+    for i in range(len(shape.layers)):
+        for linear in shape.linears:
+            out_features, in_features = shape.linear_shape(i, linear)
+            lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(RANK, in_features, generator=generator) * 0.2
+            lora[f"layers.{i}.{linear.name}.lora_B"] = torch.randn(out_features, RANK, generator=generator) * 0.2
+    return lora
+
+
+def measured(run: PlainRun) -> dict[str, dict[str, Tensor]]:
+    """Returns what is compared, by kind and name, fp64."""
+    masters = {name: tensor.double() for name, tensor in run.tensors().items() if "lora_" in name}
+    moments = {f"{name} {i}": m.double() for name, pair in run.moments().items() for i, m in enumerate(pair)}
+    averages = run.averages[-1]
+    return results(run.losses, masters, moments, averages)
+
+
+def results(losses: list[float], masters: Any, moments: Any, averages: list[Any]) -> dict[str, dict[str, Tensor]]:
+    scores = {f"layer {i} {kind}": s.double() for i, pair in enumerate(averages) for kind, s in enumerate(pair)}
+    return {"losses": {"": torch.tensor(losses).double()}, "masters": masters, "moments": moments, "scores": scores}
+
+
+def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Returns the largest difference of any element, relative to the largest element of all."""
+    assert found.keys() == wanted.keys()
+    largest = max(float(tensor.abs().max()) for tensor in wanted.values())
+    return max(float((found[name] - tensor).abs().max()) for name, tensor in wanted.items()) / largest
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    folder = tmp_path / "model"
+    tiny_model(family, seed=1).save_pretrained(folder)
+    lora = random_lora(folder)
+    adapter = write_adapter(tmp_path / "adapter", lora, r=RANK, alpha=ALPHA)
+    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=SIZES["vocab_size"], seed=3)
+    rounded, exact = (
+        PlainRun(folder, lora, PruneConfig(**PRUNE), STEPS, alpha=ALPHA, dtype=dtype).run(batches)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert len(exact.cuts) >= 2
+    wanted, in_fp32 = measured(exact), measured(rounded)
+    allowed = {kind: FACTOR * distance(in_fp32[kind], values) + FLOOR for kind, values in wanted.items()}
+    assert max(allowed.values()) < 1e-3  # a wrong cut or logit shows by more than that
+    for world_size in (1, 2, 3):
+        run = ranks.run(world_size, train, Job(folder, adapter, batches, PRUNE))[0]
+        assert run.kept[-1] == exact.kept()
+        masters = {name: tensor.double() for name, tensor in run.masters.items()}
+        moments = {f"{name} {i}": m.double() for name, pair in run.moments.items() for i, m in enumerate(pair)}
+        for kind, values in results(run.losses, masters, moments, run.averages[-1]).items():
+            assert distance(values, wanted[kind]) < allowed[kind], (kind, world_size)
+        for name, weight in run.frozen.items():  # only moved, so the same bits
+            assert torch.equal(weight, rounded.tensors()[name.removeprefix("model.")]), name
