@@ -15,6 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
 from loraprune_ds.model.embedded import LAYER_NAMES
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.family import family_name
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 
@@ -29,6 +30,10 @@ DEFAULT_EPSILON = 1e-6  # of LlamaConfig and MistralConfig
 # Our names of the modules -> GGUF's. Those of a layer come after `blk.<i>.`.
 OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 NAMES_IN_LAYER = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
+
+
+# Other architectures want other names, norms minus 1 or rotary pairs in another order, and would be wrong silently.
+CHECKED_FAMILIES = ("llama", "mistral")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,11 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
         UserError: GGUF cannot hold something of the model or its tokenizer. The line says what, and which formats can.
     """
     shape, folder = pretrained.shape, pretrained.folder
+    if family_name(shape.model_type) not in CHECKED_FAMILIES:
+        checked = " and ".join(CHECKED_FAMILIES)
+        raise UserError(
+            f"{folder}: GGUF is checked in llama.cpp for {checked} alone, not for {shape.model_type}; {FORMATS_LEFT}"
+        )
     config = export_config(pretrained.config, shape, "float32").config  # with the defaults that config.json leaves out
     activation = config.get("hidden_act", "silu")
     if activation != "silu":

@@ -1,0 +1,77 @@
+"""Checks the table of families in loraprune_ds/model/README.md. It is written from FAMILIES; this prints it anew:
+
+python -m tests.unit.test_family_table
+"""
+
+from pathlib import Path
+
+import pytest
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.export.gguf import CHECKED_FAMILIES, write_gguf
+from loraprune_ds.model.family import FAMILIES, Family, Kind
+from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.read_shape import shape_from_config
+from tests.families import tiny_config
+
+README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
+HEADER = ("families", "heads leave from", "channels leave from", "equal layers are stored as", "GGUF", "note")
+LLAMA_STAND_IN = "llama if its heads divide hidden_size, else mistral, or with biases the modelling file"
+LONG_FACTORS = "with long rotary factors it needs the modelling file as soon as heads leave"
+
+
+def table() -> str:
+    """Describes every family in Markdown. Families that are alike share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, family in FAMILIES.items():
+        rows.setdefault(describe(name, family), []).append(name)
+    lines = [HEADER, ("---",) * len(HEADER), *((", ".join(names), *cells) for cells, names in rows.items())]
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+
+
+def describe(name: str, family: Family) -> tuple[str, ...]:
+    if name == "llama":
+        stored = LLAMA_STAND_IN
+    elif family.heads_divide_hidden:
+        stored = "a stock model if its heads divide hidden_size, else with the modelling file"
+    else:
+        stored = "a stock model"
+    gguf = "yes" if name in CHECKED_FAMILIES else "no"
+    return smaller(family, "heads"), smaller(family, "channels"), stored, gguf, "; ".join(notes(name, family))
+
+
+def smaller(family: Family, kind: Kind) -> str:
+    """Names the modules that a cut of such groups makes smaller."""
+    linears = [linear.name for linear in family.linears if linear.kind == kind]
+    norms = [norm.name.removesuffix(".weight") for norm in family.companions if norm.parts[0].kind == kind]
+    return ", ".join(path.rpartition(".")[2] for path in linears + norms)
+
+
+def notes(name: str, family: Family) -> list[str]:
+    found = []
+    if family.companions:
+        found.append("its norms run over all heads, so a cut is not quite equal to a mask")
+    if family.attention_softcap:
+        found.append("eager attention, as sdpa cannot cap its scores")
+    if family.windows_begin_with_bos:
+        found.append("perplexity windows begin with BOS")
+    if name == "phi3":
+        found.append(LONG_FACTORS)
+    return found
+
+
+def test_the_readme_has_the_table() -> None:
+    assert table() in README.read_text()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(CHECKED_FAMILIES)))
+def test_no_gguf_of_other_families(family: str, tmp_path: Path) -> None:
+    config = tiny_config(family).to_dict()
+    pretrained = PretrainedModel(tmp_path, config, shape_from_config(config, family), {})
+    with pytest.raises(UserError, match=f"not for {family}"):
+        write_gguf(pretrained, tmp_path / "model.gguf", "f16", family)
+    assert not list(tmp_path.iterdir())
+
+
+if __name__ == "__main__":
+    print(table(), end="")  # noqa: T201
