@@ -1,4 +1,4 @@
-"""Prunes a LLaMA-family model while it fine-tunes. One YAML is one run.
+"""Prunes a decoder model while it fine-tunes. One YAML is one run.
 
 deepspeed launch/run.py --config launch/configs/llama-7b.yaml
 deepspeed --quiet --num_accelerators 2 launch/run.py --config launch/configs/quickstart.yaml     (on a CPU)

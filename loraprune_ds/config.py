@@ -49,7 +49,7 @@ class ModelConfig:
 class LoraConfig:
     """Holds PEFT's settings under PEFT's names.
 
-    The criterion needs LoRA on all seven linears of a decoder layer, so they are not a choice.
+    The criterion needs LoRA on all linears of a decoder layer, so they are not a choice.
     """
 
     r: Count = 8

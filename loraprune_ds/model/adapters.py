@@ -1,4 +1,4 @@
-"""PEFT LoRA on the seven linears of every decoder layer, fresh or from an existing adapter."""
+"""PEFT LoRA on all linears of every decoder layer, fresh or from an existing adapter."""
 
 import copy
 from collections.abc import Iterator

@@ -99,7 +99,7 @@ class PrunableModel(Protocol):
     layers: nn.ModuleList
 
     def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
-        """Returns the LoRA of a layer's seven linears by name, between a step's last backward and its update."""
+        """Returns the LoRA of a layer's linears by name, between a step's last backward and its update."""
         ...
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
