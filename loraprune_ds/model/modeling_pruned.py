@@ -49,7 +49,15 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
         def validate(self) -> None:
             """Does nothing. Some stock configs want a head count that divides hidden_size. head_dim is explicit."""
 
+        def _rope_scaling_validation(self) -> None:
+            """Does nothing. A Phi-3 of transformers 4 checks its long rotary factors by hidden_size / heads here."""
+
     class PerLayer:
+        @classmethod
+        def _can_set_attn_implementation(cls) -> bool:
+            """Asks the stock class. transformers looks for attention in the file of a class, and this file has none."""
+            return base_causal_lm._can_set_attn_implementation()
+
         def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
             """Tells every layer. Each has a config of its own, which must not keep the old implementation."""
             super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]

@@ -7,97 +7,41 @@ zeros. So the two differ by the order of adding alone, some 1e-7 in each of a fe
 by 1 or more. TOLERANCE lies between these. A reloaded model has the same tensors and does the same operations.
 """
 
-import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loraprune_ds.config import LoraConfig
-from loraprune_ds.export.huggingface import begin, finish_folder, publish
-from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
-from loraprune_ds.model.classes import build_on_meta, decoder_layers
-from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import FAMILIES, Family, Kind
-from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import LayerKeep
-from tests.export_cases import model_card
-from tests.families import SIZES, tiny_model
-from tests.plain_model import PlainModel
+from tests.family_cuts import (
+    FEW,
+    MANY,
+    PROMPT,
+    WIDE_NORMS,
+    Export,
+    Network,
+    dense,
+    difference,
+    draw,
+    export,
+    load,
+    logits,
+    reopened,
+    with_lora,
+)
 
 TOLERANCE = 1e-5
 MATTERS = 0.1  # a smaller difference would not show that a group is gone
-PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
-FEW, MANY = (3, 13), (4, 14)  # groups that stay of 5 heads and 23 channels. 6 query heads divide hidden_size, 8 do not
-NARROW = (1, 6)  # and of those of FEW
-# A norm over the whole width adds epsilon to a mean over more elements before a cut than after it. So it must be tiny.
-WIDE_NORMS = [name for name, family in FAMILIES.items() if family.companions]
-TINY_EPSILON: dict[str, Any] = {"rms_norm_eps": 1e-12}
+NARROW = (1, 6)  # of those that FEW leaves
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # renamed, and PEFT asks
-
-
-@dataclass
-class Network:
-    """Holds a model under LoRA and its sizes."""
-
-    model: PeftModel
-    shape: ModelShape
-    config: dict[str, Any]
-
-    @torch.no_grad()
-    def logits(self, prompt: Tensor = PROMPT) -> Tensor:
-        return self.model(input_ids=prompt, use_cache=False).logits
-
-    def cut(self, keep: list[LayerKeep]) -> None:
-        """Cuts by the package's own table, as a run in one process does."""
-        plain = PlainModel(self.model, self.shape)
-        plain.cut(keep)
-        self.shape = plain.shape
-
-
-def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Network:
-    """Wraps a model. No factor of its LoRA is zero."""
-    shape = shape_from_config(config, where)
-    wrapped = add_lora(model, shape, LoraConfig(r=3), seed=1).eval()
-    generator = torch.Generator().manual_seed(2)
-    for layer in decoder_layers(wrapped):
-        for linear in shape.linears:
-            lora_weights(lora_linear(layer, linear))[1].data.normal_(0, 0.1, generator=generator)
-    return Network(wrapped, shape, config)
-
-
-def dense(family: str) -> Network:
-    model = tiny_model(family, **(TINY_EPSILON if family in WIDE_NORMS else {}))
-    return with_lora(model, source_config(model), family)
-
-
-def source_config(model: PreTrainedModel) -> dict[str, Any]:
-    return json.loads(model.config.to_json_string(use_diff=False))
-
-
-def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
-    """Draws the groups that stay in each layer."""
-    generator = torch.Generator().manual_seed(3)
-
-    def some(total: int, kept: int) -> Tensor:
-        return torch.randperm(total, generator=generator)[:kept].sort().values
-
-    layers = zip(shape.layers, counts, strict=True)
-    return [LayerKeep(some(now.heads, heads), some(now.channels, channels)) for now, (heads, channels) in layers]
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.std())
 
 
 # Masks, written without the table's indices: a group is an equal share of what its linear reads
@@ -165,52 +109,6 @@ def test_a_mask_behind_a_wide_norm_is_another_network(family: str) -> None:
 # Exports, loaded by transformers and opened by the package
 
 
-@dataclass
-class Export:
-    """Holds an export and the cut model in memory, with LoRA merged."""
-
-    folder: Path
-    exported: ExportedConfig
-    shape: ModelShape
-    logits: Tensor
-
-
-def export(family: str, folder: Path, *counts: tuple[int, int]) -> Export:
-    """Cuts a dense model, merges LoRA and writes what a run writes."""
-    network = dense(family)
-    before = network.shape
-    network.cut(draw(before, *counts))
-    merged: Any = network.model.merge_and_unload()
-    exported = export_config(network.config, network.shape, "float32")
-    staging = begin(folder)
-    write_index(staging, [write_weight_file(staging, 0, 1, dict(merged.named_parameters()))])
-    finish_folder(staging, exported, staging, model_card(before, network.shape))
-    publish(folder)
-    with torch.no_grad():
-        return Export(folder, exported, network.shape, merged(input_ids=PROMPT, use_cache=False).logits)
-
-
-def load(folder: Path, **settings: Any) -> PreTrainedModel:
-    """Loads an export as its users do. Eager attention is that of the models above."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager", **settings).eval()
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, prompt: Tensor = PROMPT) -> Tensor:
-    return model(input_ids=prompt, use_cache=False).logits
-
-
-def reopened(pretrained: PretrainedModel) -> PreTrainedModel:
-    """Builds the model as a next run does: the package's class, and weights that are read in parts."""
-    model = build_on_meta(pretrained.config).eval()
-    for name, size in pretrained.shape.parameters().items():
-        path, _, last = name.rpartition(".")
-        weight = pretrained.read_flat(name, 0, math.prod(size), torch.float32)
-        setattr(model.get_submodule(path), last, nn.Parameter(weight.view(size)))
-    model.tie_weights()
-    return model
-
-
 @pytest.mark.parametrize("counts", [FEW, MANY])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uniform_export_is_a_stock_model(family: str, counts: tuple[int, int], tmp_path: Path) -> None:
@@ -221,6 +119,17 @@ def test_uniform_export_is_a_stock_model(family: str, counts: tuple[int, int], t
     model = load(made.folder, trust_remote_code=not stock)
     assert type(model).__module__.startswith("transformers.models.") == stock
     assert made.exported.config["model_type"] == (family if divides else "mistral" if stock else f"pruned_{family}")
+    assert difference(logits(model), made.logits) < TOLERANCE
+    assert open_pretrained(made.folder).shape.layers == made.shape.layers
+
+
+def test_phi_3_with_long_rotary_factors(tmp_path: Path) -> None:
+    """Its stock class computes their number from hidden_size / heads, so fewer heads need the modelling file."""
+    factors = [1.0, 2.0, 3.0]  # one for each pair of the 6 dimensions of a head
+    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+    made = export("phi3", tmp_path / "phi3", FEW, FEW, rope_parameters=rope)
+    model = load(made.folder, trust_remote_code=True)
+    assert type(model).__name__ == "PrunedForCausalLM"
     assert difference(logits(model), made.logits) < TOLERANCE
     assert open_pretrained(made.folder).shape.layers == made.shape.layers
 

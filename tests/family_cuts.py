@@ -1,0 +1,133 @@
+"""Tiny models of every family under LoRA, their cuts by the package, and exports of what is left."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from loraprune_ds.config import LoraConfig
+from loraprune_ds.export.huggingface import begin, finish_folder, publish
+from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
+from loraprune_ds.model.classes import build_on_meta, decoder_layers
+from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.weight_files import write_index, write_weight_file
+from loraprune_ds.pruning.prunable_model import LayerKeep
+from tests.export_cases import model_card
+from tests.families import SIZES, tiny_model
+from tests.plain_model import PlainModel
+
+PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
+FEW, MANY = (3, 13), (4, 14)  # groups that stay of 5 heads and 23 channels. 6 query heads divide hidden_size, 8 do not
+# A norm over the whole width adds epsilon to a mean over more elements before a cut than after it. So it must be tiny.
+WIDE_NORMS = [name for name, family in FAMILIES.items() if family.companions]
+TINY_EPSILON: dict[str, Any] = {"rms_norm_eps": 1e-12}
+
+
+@dataclass
+class Network:
+    """Holds a model under LoRA and its sizes."""
+
+    model: PeftModel
+    shape: ModelShape
+    config: dict[str, Any]
+
+    @torch.no_grad()
+    def logits(self, prompt: Tensor = PROMPT) -> Tensor:
+        return self.model(input_ids=prompt, use_cache=False).logits
+
+    def cut(self, keep: list[LayerKeep]) -> None:
+        """Cuts by the package's own table, as a run in one process does."""
+        plain = PlainModel(self.model, self.shape)
+        plain.cut(keep)
+        self.shape = plain.shape
+
+
+def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Network:
+    """Wraps a model. No factor of its LoRA is zero."""
+    shape = shape_from_config(config, where)
+    wrapped = add_lora(model, shape, LoraConfig(r=3), seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    for layer in decoder_layers(wrapped):
+        for linear in shape.linears:
+            lora_weights(lora_linear(layer, linear))[1].data.normal_(0, 0.1, generator=generator)
+    return Network(wrapped, shape, config)
+
+
+def dense(family: str, **changes: Any) -> Network:
+    model = tiny_model(family, **changes, **(TINY_EPSILON if family in WIDE_NORMS else {}))
+    return with_lora(model, source_config(model), family)
+
+
+def source_config(model: PreTrainedModel) -> dict[str, Any]:
+    return json.loads(model.config.to_json_string(use_diff=False))
+
+
+def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
+    """Draws the groups that stay in each layer."""
+    generator = torch.Generator().manual_seed(3)
+
+    def some(total: int, kept: int) -> Tensor:
+        return torch.randperm(total, generator=generator)[:kept].sort().values
+
+    layers = zip(shape.layers, counts, strict=True)
+    return [LayerKeep(some(now.heads, heads), some(now.channels, channels)) for now, (heads, channels) in layers]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.std())
+
+
+@dataclass
+class Export:
+    """Holds an export and the cut model in memory, with LoRA merged."""
+
+    folder: Path
+    exported: ExportedConfig
+    shape: ModelShape
+    logits: Tensor
+
+
+def export(family: str, folder: Path, *counts: tuple[int, int], **changes: Any) -> Export:
+    """Cuts a dense model, merges LoRA and writes what a run writes."""
+    network = dense(family, **changes)
+    before = network.shape
+    network.cut(draw(before, *counts))
+    merged: Any = network.model.merge_and_unload()
+    exported = export_config(network.config, network.shape, "float32")
+    staging = begin(folder)
+    write_index(staging, [write_weight_file(staging, 0, 1, dict(merged.named_parameters()))])
+    finish_folder(staging, exported, staging, model_card(before, network.shape))
+    publish(folder)
+    with torch.no_grad():
+        return Export(folder, exported, network.shape, merged(input_ids=PROMPT, use_cache=False).logits)
+
+
+def load(folder: Path, **settings: Any) -> PreTrainedModel:
+    """Loads an export as its users do. Eager attention is that of the models above."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager", **settings).eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, prompt: Tensor = PROMPT) -> Tensor:
+    return model(input_ids=prompt, use_cache=False).logits
+
+
+def reopened(pretrained: PretrainedModel) -> PreTrainedModel:
+    """Builds the model as a next run does: the package's class, and weights that are read in parts."""
+    model = build_on_meta(pretrained.config).eval()
+    for name, size in pretrained.shape.parameters().items():
+        path, _, last = name.rpartition(".")
+        weight = pretrained.read_flat(name, 0, math.prod(size), torch.float32)
+        setattr(model.get_submodule(path), last, nn.Parameter(weight.view(size)))
+    model.tie_weights()
+    return model
