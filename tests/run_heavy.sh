@@ -48,7 +48,7 @@ export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 if [[ ${1:-} == --transformers ]]; then
   export OTHER_TRANSFORMERS=$ROOT/.venv-transformers
   [[ -d $OTHER_TRANSFORMERS/transformers ]] || install_transformers
-  exec python -m pytest tests/integration/test_export_fresh_process.py
+  exec python -m pytest tests/integration/test_export_fresh_process.py tests/integration/test_family_fresh_process.py
 fi
 export LLAMA_CPP_PYTHON=${LLAMA_CPP_PYTHON:-$ROOT/.venv-llama/bin/python}
 has "$LLAMA_CPP_PYTHON" llama_cpp || install_llama_cpp

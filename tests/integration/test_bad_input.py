@@ -60,7 +60,7 @@ WRONG = (
     Wrong("no such model", "model.path={here}/model", ("model.path", "does not exist")),
     Wrong("model is no checkpoint", "model.path={here}", ("config.json does not exist",)),
     Wrong("model on no hub", "model.path=nobody/nothing", ("model.path", "nobody/nothing", "hub")),
-    Wrong("gpt2", MODEL, ("'gpt2'", "llama, mistral"), copy_of_model(edit_config(model_type="gpt2"))),
+    Wrong("gpt2", MODEL, ("'gpt2'", " llama, ", " mistral, "), copy_of_model(edit_config(model_type="gpt2"))),
     Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate)),
     Wrong("missing tensor", MODEL, ("model.layers.1.mlp.up_proj.weight is missing",), copy_of_model(drop_tensor)),
     Wrong("wrong width", MODEL, ("has shape", "[50, 32]"), copy_of_model(edit_config(intermediate_size=50))),

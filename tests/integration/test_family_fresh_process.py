@@ -1,0 +1,105 @@
+"""Gives exports of every family to a stranger: a process that has transformers but not this package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loraprune_ds.model.family import FAMILIES
+from tests.family_cuts import FEW, MANY, PROMPT, Export, difference, export
+from tests.stranger import WITHOUT_THE_PACKAGE
+
+OTHER_TRANSFORMERS = os.environ.get("OTHER_TRANSFORMERS")  # a folder with another version (tests/run_heavy.sh)
+TOLERANCE = 1e-5  # of the logits' standard deviation: the same operations, possibly by other kernels
+COUNTS = {"few": (FEW, FEW), "many": (MANY, MANY), "layers": (FEW, MANY)}
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # renamed, and PEFT asks
+
+STRANGER = """
+import json, sys
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+def is_known(folder):
+    family = json.loads((Path(folder) / "config.json").read_text())["model_type"].removeprefix("pruned_")
+    return family in CONFIG_MAPPING_NAMES
+
+def load(folder):
+    trust = "auto_map" in json.loads((Path(folder) / "config.json").read_text())
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation="eager", trust_remote_code=trust
+    ).eval()
+
+def generate(model, prompt, use_cache):
+    with_all = torch.ones_like(prompt)
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=use_cache)
+    return model.generate(prompt, attention_mask=with_all, **options)
+
+def report(folder, prompt):
+    model = load(folder)
+    result = {"logits": model(prompt).logits}
+    result["cached"], result["uncached"] = generate(model, prompt, True), generate(model, prompt, False)
+    model.save_pretrained(folder + "_saved_again")
+    result["saved_again"] = load(folder + "_saved_again")(prompt).logits
+    return {name: tensor.detach().contiguous() for name, tensor in result.items()}
+
+prompt = load_file(sys.argv[1])["prompt"]
+for folder in sys.argv[2:]:
+    save_file(report(folder, prompt) if is_known(folder) else {}, folder + ".safetensors")
+assert not any(name.partition(".")[0] == "loraprune_ds" for name in sys.modules)
+"""
+
+
+Found = dict[str, tuple[Export, dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Exports all families here. One fresh process elsewhere reads them."""
+    root = tmp_path_factory.mktemp("families")
+    made = {}
+    for family in FAMILIES:
+        for name, counts in COUNTS.items():
+            made[f"{family}-{name}"] = export(family, root / f"{family}-{name}", *counts)
+    run_stranger([one.folder for one in made.values()], root)
+    return {name: (one, load_file(f"{one.folder}.safetensors")) for name, one in made.items()}
+
+
+def run_stranger(folders: list[Path], root: Path) -> None:
+    elsewhere = root / "elsewhere"
+    elsewhere.mkdir()
+    save_file({"prompt": PROMPT}, root / "prompt.safetensors")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere / "hf")}
+    if OTHER_TRANSFORMERS:
+        environment["PYTHONPATH"] = OTHER_TRANSFORMERS
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE + STRANGER, str(root / "prompt.safetensors")]
+    result = subprocess.run(
+        [*command, *map(str, folders)],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stranger_finds_the_same_network(family: str, name: str, exports: Found) -> None:
+    made, found = exports[f"{family}-{name}"]
+    if OTHER_TRANSFORMERS and not found:
+        pytest.skip(f"this transformers has no {family}")
+    assert difference(found["logits"], made.logits) < TOLERANCE
+    assert torch.equal(found["saved_again"], found["logits"])
+    assert torch.equal(found["cached"], found["uncached"])
