@@ -1,4 +1,4 @@
-"""launch/plan.py as a user calls it: one object or a table on stdout, one line on stderr, exit codes 0, 2 and 3."""
+"""Runs launch/plan.py as a user does. Checks stdout (an object or a table), one line on stderr, exit codes 0, 2, 3."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The planner's arithmetic, apart from real ranks."""
+"""Checks the arithmetic of the planner, without ranks."""
 
 import json
 from dataclasses import replace
