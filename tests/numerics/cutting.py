@@ -14,13 +14,13 @@ from deepspeed.utils import safe_set_local_grad
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.adapters import lora_linear, lora_weights
+from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
 from loraprune_ds.pruning.step import Pruner, agree
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero import sharded
+from loraprune_ds.zero import engine, sharded
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
@@ -138,6 +138,19 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
         "engine_steps": (trainer.engine.deepspeed.global_steps, float(trainer.engine.deepspeed.get_lr()[0])),
         "next_loss": trainer.step(3).loss,
     }
+
+
+def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
+    """Makes one cut of a model whose LoRA is fp32 beside a base of half precision, as PEFT makes it by itself."""
+
+    def add_fp32_lora(*given: Any) -> Any:
+        model = add_lora(*given)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data = parameter.data.float()
+        return model
+
+    with patch.object(engine, "add_lora", add_fp32_lora):
+        return cut_once(job, heads, channels)
 
 
 def shards_at_each_emptying(job: Job, heads: list[int], channels: list[int]) -> list[int]:

@@ -1,5 +1,7 @@
 """One scoring and one cut, looked at closely: what is computed, sent, carried and freed."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +97,19 @@ def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_si
     assert results[0]["engine_steps"][0] == 2
     if world_size > 1:
         assert all(r["next_loss"] == results[0]["next_loss"] for r in results)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_lora_in_another_dtype_than_the_base_keeps_it(ranks: RankPool, job: Job, world_size: int) -> None:
+    """Other trainers leave LoRA in fp32 beside a bf16 base. One buffer for both would make all of it fp32."""
+    mixed = variant(job, dtype="bfloat16")
+    results = ranks.run(world_size, cutting.cut_once_with_fp32_lora, mixed, KEPT_HEADS, KEPT_CHANNELS)
+    before, after = results[0]["before"], results[0]["after"]
+    assert {tensor.dtype for tensor in before.values()} == {torch.float32, torch.bfloat16}
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name], sliced(name, tensor)), name
+    assert math.isfinite(results[0]["next_loss"])
 
 
 @pytest.mark.parametrize(
