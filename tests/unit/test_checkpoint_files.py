@@ -1,14 +1,18 @@
 """Folders that appear whole or not at all, whatever a killed process left."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from loraprune_ds import whole
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
 from loraprune_ds.errors import UserError
@@ -214,3 +218,17 @@ def test_another_state_is_refused_in_one_line(tmp_path: Path, change: dict[str, 
     assert str(tmp_path / STATE_FILE) in str(caught.value)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_moments_of_older_formats_become_sums_over_the_tokens_of_a_step(tmp_path: Path) -> None:
+    """Formats 1 and 2 held means. Beside the sums of later steps a mean weighs as much as one step of this run."""
+    moments, state = {"self_attn.o_proj": torch.tensor([2.0, -3.0])}, make_state(4, "shape-1")
+    save_file(moments, tmp_path / layout.moments_file(0))
+    new = TrainingCheckpoint(tmp_path, dataclasses.replace(state, moment_tokens=640.0))
+    assert torch.equal(new.moments(0)["self_attn.o_proj"], moments["self_attn.o_proj"])
+    assert new.pruner_state().moment_tokens == 640
+    for version in (1, 2):
+        old = TrainingCheckpoint(tmp_path, dataclasses.replace(state, format=version))
+        assert torch.equal(old.moments(0)["self_attn.o_proj"], 1536 * moments["self_attn.o_proj"])
+        assert old.pruner_state().moment_tokens == 1536
+    assert old.moments(1) == {}
