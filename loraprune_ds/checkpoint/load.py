@@ -57,8 +57,7 @@ class TrainingCheckpoint:
     def pruner_state(self) -> PrunerState:
         """Returns what the pruner goes on from."""
         kept = [LayerKeep(torch.tensor(heads), torch.tensor(channels)) for heads, channels in self.state.kept]
-        tokens = self.state.moment_tokens if self._holds_sums else self._tokens_per_step
-        return PrunerState(kept, self.scores(), self.state.updates_since_cut, tokens)
+        return PrunerState(kept, self.scores(), self.state.updates_since_cut, self._moment_tokens)
 
     @property
     def _holds_sums(self) -> bool:
@@ -66,9 +65,12 @@ class TrainingCheckpoint:
         return self.state.format > 2
 
     @property
-    def _tokens_per_step(self) -> float:
-        """The weight of such a mean beside the sums of the next steps."""
-        return self.state.totals.tokens / self.state.step
+    def _moment_tokens(self) -> float:
+        """The tokens that the moments are sums over. A mean is worth a step of this run. 0 if nothing was recorded."""
+        if self._holds_sums:
+            return self.state.moment_tokens
+        has_moments = any(self.folder.glob(layout.moments_file(0).replace("00000", "*")))
+        return self.state.totals.tokens / self.state.step if has_moments else 0.0
 
     def scores(self) -> list[LayerScores] | None:
         """Reads the moving averages; None if nothing was scored."""
@@ -82,7 +84,7 @@ class TrainingCheckpoint:
         """Returns the input moments of a layer by linear, as sums over `moment_tokens`; empty if none were recorded."""
         path = self.folder / layout.moments_file(layer)
         found = load_file(path) if path.exists() else {}
-        return found if self._holds_sums else {name: mean * self._tokens_per_step for name, mean in found.items()}
+        return found if self._holds_sums else {name: mean * self._moment_tokens for name, mean in found.items()}
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """Reads the flat elements [start, end) of a layer's LoRA tensor, and only the rows that hold them."""

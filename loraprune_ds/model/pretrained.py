@@ -38,7 +38,7 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """Holds a supported model of the LLaMA family.
+    """Holds a model of a family in family.py.
 
     Attributes:
         folder: has config.json and the tokenizer.

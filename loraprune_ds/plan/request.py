@@ -167,7 +167,12 @@ def make_request(
     return build_request(name, read_shape(name, config.model.revision), config, cluster, samples=samples)
 
 
-def _check_layout(name: str, shape: ModelShape) -> None:
+def check_layout(name: str, shape: ModelShape) -> None:
+    """Checks that the planner knows in which order the modules of such a layer run.
+
+    Raises:
+        UserError: it does not.
+    """
     if shape.linears != LLAMA_LINEARS or tuple(shape.layer_others) != LLAMA_NORMS:
         raise UserError(f"{name}: launch/plan.py knows layers like LLaMA's only, not yet those of {shape.model_type}")
 
@@ -182,7 +187,7 @@ def build_request(
             of the modules in such a layer.
     """
     train = config.train
-    _check_layout(name, shape)
+    check_layout(name, shape)
     if config.prune.compensate == "bias":
         shape = with_biases(shape, name)
     check_top_k(train.distill_top_k, shape.vocab_size)

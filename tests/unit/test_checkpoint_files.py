@@ -232,3 +232,10 @@ def test_moments_of_older_formats_become_sums_over_the_tokens_of_a_step(tmp_path
         assert torch.equal(old.moments(0)["self_attn.o_proj"], 1536 * moments["self_attn.o_proj"])
         assert old.pruner_state().moment_tokens == 1536
     assert old.moments(1) == {}
+
+
+def test_an_older_checkpoint_without_moments_starts_their_average_anew(tmp_path: Path) -> None:
+    for version in (1, 2):
+        old = TrainingCheckpoint(tmp_path, dataclasses.replace(make_state(4, "shape-1"), format=version))
+        assert old.pruner_state().moment_tokens == 0
+        assert old.moments(0) == {}

@@ -12,10 +12,19 @@ from loraprune_ds.export.gguf import CHECKED_FAMILIES, write_gguf
 from loraprune_ds.model.family import FAMILIES, Family, Kind
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.plan.request import check_layout
 from tests.families import tiny_config
 
 README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
-HEADER = ("families", "heads leave from", "channels leave from", "equal layers are stored as", "GGUF", "note")
+HEADER = (
+    "families",
+    "heads leave from",
+    "channels leave from",
+    "equal layers are stored as",
+    "GGUF",
+    "planned",
+    "note",
+)
 LLAMA_STAND_IN = "llama if its heads divide hidden_size, else mistral, or with biases the modelling file"
 LONG_FACTORS = "with long rotary factors it needs the modelling file as soon as heads leave"
 
@@ -37,7 +46,17 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
     else:
         stored = "a stock model"
     gguf = "yes" if name in CHECKED_FAMILIES else "no"
-    return smaller(family, "heads"), smaller(family, "channels"), stored, gguf, "; ".join(notes(name, family))
+    kinds = smaller(family, "heads"), smaller(family, "channels")
+    return *kinds, stored, gguf, planned(name), "; ".join(notes(name, family))
+
+
+def planned(name: str) -> str:
+    """Tells if launch/plan.py takes the family."""
+    try:
+        check_layout(name, shape_from_config(tiny_config(name).to_dict(), name))
+    except UserError:
+        return "no"
+    return "yes"
 
 
 def smaller(family: Family, kind: Kind) -> str:
