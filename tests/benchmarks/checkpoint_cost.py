@@ -1,12 +1,14 @@
-"""Size, seconds and host memory of a checkpoint, and of going on from one: SmolLM2-135M in bf16.
+"""Measures size, seconds and host memory of a checkpoint and of a resume: SmolLM2-135M in bf16.
 
     python -m tests.benchmarks.checkpoint_cost [--ranks 2] [--model FOLDER]
 
-Two launches of real ranks. The first trains a step at a time and saves before any cut, after a cut, and after it with
-the frozen weights, as `prune.compensate` and `checkpoint.copy_source` have it; the second, in fresh processes, verifies
-both checkpoints of the smaller model and rebuilds the sharded model from them, and beside them a fresh model from the
-dense source. Memory is RssAnon + RssShmem of each rank, sampled every 5 ms,
-above what it held when the stretch began. The result goes to tests/benchmarks/results/checkpoint_cost.json.
+Launches the ranks twice. The first launch trains a step at a time and saves three times. It saves before any cut, after
+a cut, and after the cut with the frozen weights. `prune.compensate` and `checkpoint.copy_source` ask for the last form.
+The second launch has fresh processes. It verifies both checkpoints of the smaller model. Then it rebuilds the sharded
+model from each of them. For comparison it also builds a fresh model from the dense source.
+
+Memory is RssAnon + RssShmem of each rank, sampled every 5 ms. What the rank held at the start of the stretch is taken
+off. The result goes to tests/benchmarks/results/checkpoint_cost.json.
 """
 
 import argparse
@@ -51,7 +53,7 @@ RESULT = Path(__file__).parent / "results" / "checkpoint_cost.json"
 
 
 def make_config(folder: Path, model: str) -> RunConfig:
-    """One cut, after step 2, to half of the decoder's linear parameters."""
+    """Builds a config with one cut, after step 2, to half of the decoder's linear parameters."""
     return RunConfig(
         output_dir=str(folder),
         model=ModelConfig(path=model),
@@ -64,7 +66,7 @@ def make_config(folder: Path, model: str) -> RunConfig:
 
 
 def measured(comm: Communicator, act: Callable[[], Any]) -> dict[str, Any]:
-    """Seconds until all ranks are done, and what each held on top meanwhile."""
+    """Measures seconds until all ranks are done, and the memory that each rank held on top."""
     gc.collect()
     comm.barrier()
     began = time.perf_counter()
@@ -80,7 +82,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
-    """Three saves: nothing cut yet; after a cut; once more, with the frozen weights."""
+    """Saves three times: before any cut, after a cut, and after it with the frozen weights."""
     engine = build_engine(config, prepared, None)
     pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
     trainer = Trainer(
@@ -107,7 +109,7 @@ def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dic
 
 
 def resume_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
-    """Verification and the model, of slices of the source and of copies; and the dense model for comparison."""
+    """Times verification and the model, from slices and from copies. Builds the dense model for comparison."""
     root = Path(config.output_dir) / CHECKPOINTS_FOLDER
     *_, slices, copies = numbered(root, "step")
     found: list[TrainingCheckpoint] = []

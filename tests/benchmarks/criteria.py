@@ -1,9 +1,10 @@
-"""Which criterion and ranking keep the model best, at equal tokens and equal removed fraction, on SmolLM2-135M.
+"""Compares criteria and rankings by perplexity on SmolLM2-135M. All see equal tokens and remove an equal fraction.
 
     python tests/benchmarks/criteria.py [--text FILE --held-out FILE] [--steps 40] [--ranks 2] [--runs NAME ...]
 
-Every run is launch/run.py through the deepspeed launcher with one setting changed. Prints a table of held-out
-perplexity and writes tests/benchmarks/results/criteria.json with config, versions, commit and hardware of every run.
+Every run is launch/run.py through the deepspeed launcher. Each changes one setting. The script prints a table of
+held-out perplexity. It writes tests/benchmarks/results/criteria.json with config, versions, commit and hardware of
+every run.
 """
 
 import argparse

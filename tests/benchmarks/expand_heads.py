@@ -1,4 +1,4 @@
-"""A Llama with multi-head attention from one with grouped queries: every key-value head repeated for its queries."""
+"""Makes a Llama with multi-head attention from one with grouped queries. It repeats key-value heads."""
 
 import json
 import shutil
@@ -33,6 +33,6 @@ def expanded_model(source: Path, folder: Path) -> Path:
 
 
 def repeat_heads(weight: Tensor, kv_heads: int, head_dim: int, repeats: int) -> Tensor:
-    """(kv_heads * head_dim, ...) -> (kv_heads * repeats * head_dim, ...): a weight or a bias."""
+    """Repeats the heads of a weight or a bias: (kv_heads * head_dim, ...) -> (kv_heads * repeats * head_dim, ...)."""
     heads = weight.view(kv_heads, head_dim, -1)
     return torch.repeat_interleave(heads, repeats, dim=0).reshape(-1, *weight.shape[1:]).contiguous()

@@ -1,4 +1,4 @@
-"""The faults of faults.py: where a run is struck, and how."""
+"""Names the faults of faults.py: the place where a run is struck, and the means."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from pathlib import Path
 from loraprune_ds.checkpoint import layout
 
 STEPS, RANKS = 12, 2
-DEADLINE = 600.0  # seconds for one run, on a machine that does much else
+DEADLINE = 600.0  # seconds for one run, on a busy machine
 
 
 @dataclass
 class Job:
-    """A run under the launcher, in a session of its own."""
+    """Holds a run under the launcher, in a session of its own."""
 
     out: Path
     log: Path
@@ -30,7 +30,7 @@ class Job:
         return self.log.read_text(errors="replace")
 
     def members(self) -> dict[int, str]:
-        """All live processes of the session, launcher first: process id -> command line."""
+        """Returns all live processes of the session, launcher first: process id -> command line."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -48,7 +48,7 @@ class Job:
         return self.find(f"launch/run.py --local_rank={rank}")
 
     def step(self) -> int:
-        """The last step in metrics.jsonl; -1 before the first record."""
+        """Returns the last step in metrics.jsonl, or -1 before the first record."""
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=-1)
@@ -79,8 +79,10 @@ Strike = Callable[[Job], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """`point`: a fail-point (faults.py in the package); otherwise `strike` acts on the running job. `suite`: the run
-    that it happens to, `plain` or `levers`.
+    """Describes one fault.
+
+    `point` is a fail-point (faults.py in the package). Without one, `strike` acts on the running job. `suite` is the
+    run that is struck, `plain` or `levers`.
     """
 
     name: str
@@ -88,7 +90,7 @@ class Fault:
     strike: Strike | None = None
     after: Strike | None = None  # before it is taken up again
     disk: bool = False
-    expected_codes: tuple[int, ...] = ()  # of the launcher; none: not looked at
+    expected_codes: tuple[int, ...] = ()  # of the launcher; None: not checked
     line: str = ""  # what the log must say
     suite: str = "plain"
 
@@ -123,7 +125,7 @@ def free_disk(job: Job) -> None:
 
 
 def interrupt_twice(job: Job) -> None:
-    """As a terminal does it: to every process; the second after the launcher's echo of the first."""
+    """Interrupts every process, as a terminal does. The second signal follows the launcher's echo of the first."""
     os.killpg(job.process.pid, signal.SIGINT)
     time.sleep(1.5)
     if job.members():
@@ -162,7 +164,7 @@ def _named(name: str, suite: str) -> str:
 
 
 def fault_table(random_moments: int) -> list[Fault]:
-    """All of them; a fifth of the random moments, beside as many, are of a run with the levers."""
+    """Returns all faults. `random` of them strike the plain run at random moments, a fifth as many the `levers` run."""
     return [*plain_faults(random_moments), *lever_faults(random_moments // 5)]
 
 

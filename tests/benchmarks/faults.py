@@ -1,12 +1,14 @@
-"""The fault table: runs under the real launcher are killed, stopped and robbed of their disk, then taken up again.
+"""Proves that runs survive faults. Kills them, stops them, takes their disk, then resumes them.
 
     python -m tests.benchmarks.faults [--random 20] [--only REGEX] [--missing] [--most N] [--jobs 1] [--out FILE]
 
-For every fault: where it struck, steps lost, seconds until no process of the job was left, and whether the resumed run
-ends with the same kept_groups.json, byte for byte, as the run that nothing happened to. Exit code 1 unless all do.
-A tiny model on two CPU ranks, without the launcher where nothing happens to them, which halves the time; the disk of
-its own for the full-disk case needs root. "levers" are faults of a run with the refit, the true gradient, the
-distillation and a recovery phase.
+All struck runs use the real launcher. Each row tells where the fault struck and how many steps were lost. It has the
+seconds until no process of the job was left. It also tells whether the resumed run ends with the undisturbed run's
+kept_groups.json, byte for byte. Exit code 1 unless all do.
+
+The model is tiny, on two CPU ranks. Runs without a fault do without the launcher, which halves their time. The
+full-disk case needs a disk of its own, and so root. The suite `levers` strikes a run with all quality settings: refit,
+true gradient, distillation and a recovery phase.
 """
 
 import argparse
@@ -115,7 +117,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Suite:
-    """A run in a folder of its own, with its config, and how it ends if nothing happens to it."""
+    """Holds a run in a folder of its own, its config, and its end without a fault."""
 
     folder: Path
     steps: int
@@ -256,7 +258,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_result(path: Path, facts: dict[str, Any], rows: list[Row], root: Path) -> None:
-    """After every fault: what an interrupted command has found is not lost."""
+    """Writes the table after every fault, so that an interrupted command loses nothing."""
     result = facts | {"good": sum(row.good for row in rows), "of": len(rows), "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1).replace(str(root), "faults") + "\n")

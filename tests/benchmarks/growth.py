@@ -1,11 +1,13 @@
-"""How the cost of a step and of a cut grows with depth and with ranks: small widths, on CPU ranks.
+"""Measures how the cost of a step and of a cut grows with depth and ranks: small widths, CPU ranks.
 
     python -m tests.benchmarks.growth [--layers 15 30 60] [--ranks 1 2 4]
 
-Bytes sent and CPU seconds (of all threads) per rank, for a step with scoring and for a cut to 50 % of the linear
-parameters. CPU seconds do not depend on how many ranks share a core; wall time does and is given up to 2 ranks only.
-Cost per layer should not depend on the depth, and a rank's bytes per step come to (W - 1) / W of the model at each
-gather. The result goes to tests/benchmarks/results/growth.json and, as a picture, growth.png.
+Counts bytes sent and CPU seconds (of all threads) per rank. Both are given for a step with scoring and for a cut to 50
+% of the linear parameters. CPU seconds do not depend on how many ranks share a core. Wall time does, so it is given up
+to 2 ranks only.
+
+Cost per layer should not depend on the depth. A rank's bytes per step come to (world_size - 1) / world_size of the
+model at each gather. The result goes to tests/benchmarks/results/growth.json and, as a picture, growth.png.
 """
 
 import argparse
@@ -107,7 +109,7 @@ def main() -> None:
 
 
 def record(rows: list[dict[str, Any]]) -> None:
-    """After every number of ranks: a run that is cut short has not been for nothing."""
+    """Writes the result after every number of ranks. An interrupted command keeps its rows."""
     facts = {"widths": WIDTHS, "dtype": "bfloat16", "versions": versions(), "hardware": hardware("cpu")}
     write_json(RESULTS / "growth.json", {"rows": rows, **facts})
     draw(rows, RESULTS / "growth.png")

@@ -1,4 +1,4 @@
-"""What each rank of `growth.py` does: for every depth a few steps and a cut, their bytes, CPU seconds and wall time."""
+"""Runs on each rank of `growth.py`. Measures bytes, CPU seconds and wall time of steps and a cut, by depth."""
 
 import argparse
 import gc
@@ -30,11 +30,14 @@ CUT_STEP = WARM + MEASURED
 
 @contextmanager
 def counted_bytes(world_size: int) -> Iterator[list[float]]:
-    """Bytes this rank sends in the collectives of a step, whoever calls them: a ring's (W - 1) / W of what is moved."""
+    """Counts the bytes this rank sends in the collectives of a step, by any caller.
+
+    A ring sends (world_size - 1) / world_size of what is moved.
+    """
     backend: Any = ds_comm.comm.cdb
     others = (world_size - 1) / world_size
     share = {
-        "all_gather_into_tensor": lambda args: args[0].nbytes * others,  # the output, of which all but 1/W comes over
+        "all_gather_into_tensor": lambda args: args[0].nbytes * others,  # the output; others send all but 1/world_size
         "reduce_scatter_tensor": lambda args: args[1].nbytes * others,
         "all_reduce": lambda args: 2 * args[0].nbytes * others,
     }
@@ -59,7 +62,7 @@ def counted_bytes(world_size: int) -> Iterator[list[float]]:
 
 
 class Consecutive:
-    """Batch s is samples [s * BATCH, (s + 1) * BATCH)."""
+    """Returns samples [s * BATCH, (s + 1) * BATCH) as batch s."""
 
     def batch(self, step: int) -> Tensor:
         return torch.arange(step * BATCH, (step + 1) * BATCH)
@@ -74,8 +77,8 @@ def build(model: Path, comm: Communicator) -> Trainer:
     )
     pretrained = open_pretrained(model)
     ds_config = resolve_ds_config("ds_configs/zero3.json", config, pretrained.shape, comm.world_size)
-    # No weight stays gathered from forward to backward, as in a model that does not fit: DeepSpeed's own limits are
-    # far above these small widths.
+    # No weight stays gathered from forward to backward, as in a model that does not fit. DeepSpeed's own limits are far
+    # above these small widths.
     ds_config["zero_optimization"]["stage3_max_reuse_distance"] = 0
     engine = build_training_engine(config, pretrained, ds_config, CUT_STEP)
     limits = make_limits(config.prune, pretrained.shape)
@@ -118,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_deepspeed()
     comm = start_ranks()
-    gc.freeze()  # DeepSpeed collects garbage twice per cut, over all that was imported: not what grows
+    gc.freeze()  # DeepSpeed collects garbage twice per cut, over all imports: that does not grow
     rows = {model.name: comm.gather_objects(measure(model, comm)) for model in arguments.models}
     if comm.rank == 0:
         arguments.result.write_text(json.dumps(rows))

@@ -1,9 +1,10 @@
-"""Matrix products of bf16 on a CPU: torch's own, and through fp32 as a run does where the CPU has no bf16 instructions.
+"""Times bf16 matrix products on a CPU: torch's own against the detour through fp32.
 
     python -m tests.benchmarks.half_products [--tokens 1024]
 
-The linears of one SmolLM2-135M layer, forward and backward to their inputs, on one core; the two take turns, seconds
-are medians. The result goes to tests/benchmarks/results/half_products.json.
+A run takes the detour where the CPU has no bf16 instructions. The products are the linears of one SmolLM2-135M layer,
+forward and backward to their inputs, on one core. The two take turns. Seconds are medians. The result goes to
+tests/benchmarks/results/half_products.json.
 """
 
 import argparse

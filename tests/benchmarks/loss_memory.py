@@ -1,10 +1,10 @@
-"""Memory and time of the loss over a large vocabulary: in chunks, and with all logits at once as torch computes it.
+"""Measures memory and time of the loss over a large vocabulary, in chunks and with all logits at once.
 
     python -m tests.benchmarks.loss_memory [--tokens 1024] [--vocabulary 128256]
 
-bf16, forward and backward to the hidden states, the head frozen. The two take turns; seconds are medians, memory is
-RssAnon + RssShmem sampled every 5 ms above what the inputs take. The result goes to
-tests/benchmarks/results/loss_memory.json.
+torch computes it with all logits at once. Both run in bf16, forward and backward to the hidden states. The head is
+frozen. The two take turns. Seconds are medians. Memory is RssAnon + RssShmem, sampled every 5 ms. The memory of the
+inputs is taken off. The result goes to tests/benchmarks/results/loss_memory.json.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code, sampled: what a process holds, not what it has mapped from files."""
+"""Samples the peak memory of a stretch of code. Counts what a process holds, without mapped files."""
 
 import threading
 from types import TracebackType
@@ -9,7 +9,7 @@ INTERVAL = 0.005  # seconds
 
 
 class Peak:
-    """Context manager. `before` and `peak` are RssAnon + RssShmem of this process, in bytes."""
+    """Holds `before` and `peak`: RssAnon + RssShmem of this process, in bytes. A context manager."""
 
     def __enter__(self) -> "Peak":
         self.before = self.peak = resident_bytes()

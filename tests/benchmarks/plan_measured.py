@@ -1,15 +1,20 @@
-"""The plan beside what real ranks do: SmolLM2-135M and a random LLaMA of 1.1 billion parameters on 1, 2 and 3 ranks.
+"""Compares the plan with measured ranks. SmolLM2-135M and a random LLaMA of 1.1 billion parameters run on 1, 2, 3
+ranks.
 
     python -m tests.benchmarks.plan_measured [--models smollm2 1b] [--ranks 1 2 3]
 
-Each launch trains two steps, cuts to 40 %, trains two more, one micro-batch per rank and step, in bf16 on CPU ranks.
-Storages and bytes sent are compared to the byte: what DeepSpeed gathers and reduces is counted below its own front,
-what pruning sends by its counter. Memory is RssAnon + RssShmem above what the process held once everything was imported
-and a tiny model had trained, sampled every 5 ms. Of it, `objects` are no tensors: Python's objects for the modules,
-hooks and traces of a model of that depth, tens of MB whatever its widths. They are measured in the same process before,
-on a model as deep with tiny widths, and taken off. Blocks from 128 KiB are given back to the system when freed (glibc
-would otherwise keep more, the longer it runs), so that resident memory shows what is held. The result goes to
-tests/benchmarks/results/plan_measured.json; the run ends with an error if a planned number is off.
+Each launch trains two steps, cuts to 40 %, then trains two more. It has one micro-batch per rank and step, in bf16
+on CPU ranks. Storages and bytes sent are compared to the byte. Bytes that DeepSpeed gathers and reduces are counted
+below its own front. Bytes that pruning sends come from its counter.
+
+Memory is RssAnon + RssShmem, sampled every 5 ms. The baseline is taken off: what the process held after all imports
+and the training of a tiny model. `objects` are the part of it that is no tensor: Python's objects for modules, hooks
+and traces. They depend on the depth, not on the widths, and take tens of MB. The same process measures them first,
+on a model as deep with tiny widths. Then they are taken off, too.
+
+Blocks from 128 KiB are given back to the system when freed, so resident memory shows what is held. glibc would keep
+more, the longer it runs. The result goes to tests/benchmarks/results/plan_measured.json. The run ends with an error
+if a planned number is off.
 """
 
 import argparse
@@ -71,7 +76,7 @@ def make_random_1b(folder: Path, vocab_size: int = 32_000) -> Path:
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """One row of noise repeated: memory and traffic do not depend on what the weights are."""
+    """Repeats one row of noise. Memory and traffic do not depend on the values of the weights."""
     if "norm" in name:
         return torch.ones(shape, dtype=torch.bfloat16)
     row = torch.randn(shape[-1], generator=generator) * 0.02
@@ -79,7 +84,8 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def cases(model: str, folder: Path) -> Case:
-    """SmolLM2 with the shipped DeepSpeed config; the large one with checkpointing and little gathered at once."""
+    """Returns SmolLM2 with the shipped DeepSpeed config. The large model has checkpointing and gathers little at once.
+    """
     if model == "smollm2":
         return Case(embedded_model_dir(), window=64)
     limited = read_json(ROOT / "ds_configs" / "zero3.json")
@@ -97,7 +103,7 @@ def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
 
 
 def objects_of(tiny: dict[str, Any]) -> dict[str, int]:
-    """Bytes that are no tensors, by moment, from the run of a model whose tensors are nothing beside them."""
+    """Measures the bytes that are no tensors, by moment. The tensors of the measured model are negligible."""
     of_states = {state["at"]: state["rss"] - state["planned_storages"] for state in tiny["states"]}
     return of_states | {peak_of(s["step"]): s["rss"] - s["resident_planned"] for s in tiny["steps"]}
 
@@ -107,14 +113,14 @@ def peak_of(step: int) -> str:
 
 
 def measure(model: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """What every rank found, in rank order; fresh processes, which may take as long as a busy machine needs."""
+    """Returns what every rank found, in rank order. The processes are fresh, and have time for a busy machine."""
     (folder / "store").unlink(missing_ok=True)
     spawn(rank_main, (world_size, cases(model, folder), folder), nprocs=world_size)
     return [read_json(folder / f"rank-{rank}.json") for rank in range(world_size)]
 
 
 def faults(model: str, ranks: list[dict[str, Any]]) -> list[str]:
-    """What is not as planned."""
+    """Lists the numbers that are not as planned."""
     found = []
     for row in ranks:
         where = f"{model} on {len(ranks)} ranks, rank {row['rank']}"
@@ -142,7 +148,7 @@ def faults(model: str, ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def rss_pairs(row: dict[str, Any]) -> list[tuple[str, int, int]]:
-    """(when, planned, measured) bytes of resident memory above the baseline, objects taken off."""
+    """Returns (when, planned, measured) bytes of resident memory above the baseline, objects taken off."""
     loaded, cut = row["states"]
     pairs = [("loaded", loaded["planned_storages"], loaded["rss"])]
     pairs += [(peak_of(s["step"]), s["peak_planned"], s["peak_rss"]) for s in row["steps"]]

@@ -1,19 +1,19 @@
-"""What each choice is worth for perplexity at equal tokens and equal removed fraction, over seeds, on SmolLM2-135M.
+"""Measures the perplexity of each choice on SmolLM2-135M, over seeds. Tokens and removed fraction are equal.
 
     python -m tests.benchmarks.quality --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
                                        [--groups levers long ...] [--seeds 0 1 2] [--ranks 1]
 
-One command for the whole table, in hours: a run whose result is in the work folder or in
-tests/benchmarks/results/quality.json is not made again (unless its settings, texts or windows are others now), a run
-that was cut off goes on from its checkpoint, and after every run the table, the picture and that JSON are written anew.
-`--steps`, `--windows` and `--model` make a trial, which is kept apart in a folder of its own.
+One command makes the whole table, in hours. It reuses results in the work folder and in
+tests/benchmarks/results/quality.json. It makes a run again only if its settings, texts or windows changed. An
+interrupted run goes on from its checkpoint. The table, the picture and that JSON are written anew after every run.
+`--steps`, `--windows` and `--model` make a trial. A trial has a folder of its own.
 
-A run's `seconds` are those of training steps and cuts on whatever machine it was, so no row compares them, and the
-dense model's pass before a distillation is not in them (quality_cost.py measures both side by side).
+A run's `seconds` are those of training steps and cuts on the machine it ran on, so no row compares them. The dense
+model's pass before a distillation is not in them. quality_cost.py measures both side by side.
 
-Every run is launch/run.py through the deepspeed launcher. What can be chosen (the learning rate above all, group
-`rates`) is chosen by the perplexity of a held-out tenth of the tuning text; the test text and the other text, which is
-of another kind (by default Python's help topics), are looked at by launch/evaluate.py once a run is over.
+Every run is launch/run.py through the deepspeed launcher. A held-out tenth of the tuning text decides all choices,
+above all the learning rate (group `rates`). launch/evaluate.py reads the test text and the other text only after a run.
+The other text is of another kind, by default Python's help topics.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def trial_name(arguments: argparse.Namespace) -> str:
-    """Of the folder that keeps runs of fewer steps, other windows or another model apart; empty for the real ones."""
+    """Names the folder of a trial: fewer steps, other windows or another model. Empty for the full runs."""
     parts = [] if arguments.model is None else [arguments.model.resolve().name]
     parts += [] if arguments.steps is None else [f"{arguments.steps}-steps"]
     parts += [] if arguments.windows == WINDOWS else [f"{arguments.windows}-windows"]
@@ -90,7 +90,10 @@ def trial_name(arguments: argparse.Namespace) -> str:
 
 
 def basis_of(setting: Setting | None, texts: dict[str, Path], windows: int) -> dict[str, Any]:
-    """What a result depends on beside its seed: another basis, another result. Without a setting: the dense model's."""
+    """Returns all that a result depends on beside its seed. Another basis means another result.
+
+    Without a setting it is the dense model's basis.
+    """
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
     chosen = {} if setting is None else {"overrides": list(setting.overrides), "model": setting.model}
     return {**chosen, "texts": digests, "windows": windows}
@@ -101,7 +104,7 @@ def digest(basis: dict[str, Any]) -> str:
 
 
 def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
-    """The text to tune on and the two that are looked at last."""
+    """Prepares the text to tune on and the two texts for the end."""
     if arguments.other is None:
         arguments.other = arguments.work / "help_topics.txt"
         arguments.other.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +113,12 @@ def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
             write_text(arguments.other, topics)  # not again: another process may measure from the same folder
     texts = {"tune": arguments.tune, "test": arguments.test, "other": arguments.other}
     for path in texts.values():
-        read_text(path)  # whatever is wrong with it is found before the first run
+        read_text(path)  # finds all its errors before the first run
     return texts
 
 
 def take_over(work: Path) -> None:
-    """Results that were published before, perhaps from another machine, as far as they are of today's settings."""
+    """Takes over published results, perhaps from another machine, if they have today's settings."""
     published = RESULTS / "quality.json"
     for run in read_json(published)["runs"] if published.exists() else []:
         setting = SETTINGS.get(run["setting"])
@@ -126,7 +129,7 @@ def take_over(work: Path) -> None:
 
 
 def measure_dense(texts: dict[str, Path], arguments: argparse.Namespace) -> None:
-    """What the dense model reaches on the two texts that are looked at last, into the work folder."""
+    """Measures the dense model on the two texts for the end. Writes into the work folder."""
     path, basis = arguments.work / DENSE, basis_of(None, texts, arguments.windows)
     if not path.exists() or read_json(path)["basis"] != basis:
         model = "embedded" if arguments.model is None else str(arguments.model.resolve())
@@ -208,7 +211,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def publish(work: Path, target: Path) -> None:
-    """Table, picture and JSON from every run that is in the work folder."""
+    """Writes table, picture and JSON from every run in the work folder."""
     runs = [read_json(path) for path in (work / "results").glob("*.json")]
     runs.sort(key=lambda run: (list(SETTINGS).index(run["setting"]), run["seed"]))
     rows = rows_of(runs)

@@ -1,18 +1,20 @@
-"""What the levers of quality cost in seconds, bytes and disk, beside what they replace.
+"""Measures the cost of the quality settings in seconds, bytes and disk, beside what they replace.
 
     python -m tests.benchmarks.quality_cost [--ranks 2] [--models smollm2 1b] [--phases lora gradient ...]
 
-On SmolLM2-135M everything; on a random LLaMA of 1.1 billion parameters, with activation checkpointing, what is said of
-the memory of a criterion, which a small model's activations hide. Each stretch is a launch of its own, so that none
-inherits another's memory:
-  lora, gradient   a training step scored by either criterion
-  whole_gradient   the same step in one process that holds W's gradient whole, as LLM-Pruner does
-  lora_gradient    the same process with gradients of LoRA alone
-  cut, refit       the same cut to half of the linear parameters, plain and with the least-squares refit
-  teacher          the dense model's pass over the samples of a run, and the training steps over the same samples
-Memory is RssAnon + RssShmem of each rank, sampled every 5 ms: `peak`, and `extra` above the start of the stretch;
-`planned_extra` is what the planner says of it.
-The result goes to tests/benchmarks/results/quality_cost.json.
+SmolLM2-135M runs everything. A random LLaMA of 1.1 billion parameters, with activation checkpointing, shows the memory
+of a criterion. The activations of a small model hide that memory. Each stretch is a launch of its own, so none inherits
+another's memory.
+
+  lora, gradient   a training step scored by either criterion.
+  whole_gradient   the same step in one process that holds W's gradient whole, as LLM-Pruner does.
+  lora_gradient    the same process with gradients of LoRA alone.
+  cut, refit       the same cut to half of the linear parameters, plain and with the least-squares refit.
+  teacher          the dense model's pass over the samples of a run, and the training steps over the same samples.
+
+Memory is RssAnon + RssShmem of each rank, sampled every 5 ms. `peak` is all of it. `extra` is the memory above the
+start of the stretch. `planned_extra` is the planner's number for it. The result goes to
+tests/benchmarks/results/quality_cost.json.
 """
 
 import argparse
@@ -71,7 +73,7 @@ TEACHER_STEPS = 15  # of 8 samples, and one more: a file of outputs for each of 
 
 
 def make_config(arguments: argparse.Namespace) -> RunConfig:
-    """A cut of everything at the last step; 1,024 tokens a step."""
+    """Builds a config that cuts everything at the last step. A step has 1,024 tokens."""
     prune = PruneConfig(ratio=0.5, prune_every=1, warmup_fraction=0.99, cooldown_fraction=0)
     changes: dict[str, dict[str, Any]] = {
         "gradient": {"criterion": "gradient"},
@@ -110,7 +112,7 @@ def measured(comm: Communicator, act: Callable[[], Any]) -> dict[str, Any]:
 
 
 def steps_and_cut(config: RunConfig, prepared: Prepared, comm: Communicator) -> dict[str, Any]:
-    """The first step warms up, those between are timed; the cut follows the last, which measures for it."""
+    """Times all steps between the first, which warms up, and the last, which measures for the cut after it."""
     engine = build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
     pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
     trainer = Trainer(
@@ -150,7 +152,7 @@ def teacher_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> 
 
 
 def one_process_phase(config: RunConfig, prepared: Prepared, *, whole: bool) -> dict[str, Any]:
-    """One process without ZeRO; `whole`: every frozen linear has a gradient of its own, too."""
+    """Runs one process without ZeRO. With `whole`, every frozen linear has a gradient of its own, too."""
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[config.model.dtype]
@@ -179,7 +181,7 @@ def _whole_step(model: Any, batch: torch.Tensor, micro: int) -> None:
 
 
 def planned_extra(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str, int]:
-    """What the planner says that a step and the cut add to what a rank holds between steps."""
+    """Returns the planner's number for the bytes that a step and the cut add to those between steps."""
     request = build_request(config.model.path, shape, config, Cluster(nodes=1, gpus_per_node=ranks))
     (passes,) = simulate_passes(request, [shape])
     step = training_stage("step", request, replace(passes, evaluation=PassTraffic()))
@@ -188,8 +190,9 @@ def planned_extra(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str,
 
 
 def planned_pass(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str, int]:
-    """What the planner says of the dense model's pass. On CPU ranks the host's memory is the device's, and gloo has a
-    copy of what it gathers.
+    """Returns the planner's numbers for the dense model's pass.
+
+    On CPU ranks the host's memory is the device's. gloo has a copy of what it gathers.
     """
     request = build_request(config.model.path, shape, config, Cluster(nodes=1, gpus_per_node=ranks))
     (passes,) = simulate_passes(request, [shape])
@@ -241,7 +244,7 @@ def show(phases: dict[str, Any]) -> None:
 
 
 def measure_all(model: str, wanted: list[str] | None, ranks: int, result: Path) -> None:
-    """Every phase of a model that is wanted; what was measured before stays."""
+    """Runs every wanted phase of a model. Keeps what was measured before."""
     models = read_json(result)["models"] if result.exists() else {}
     phases = models.setdefault(model, {})
     with tempfile.TemporaryDirectory(prefix="quality-cost-model-") as folder:

@@ -1,4 +1,4 @@
-"""The runs of quality.py, by group: what each changes in the plain method at the same budget and removed fraction."""
+"""Names the runs of quality.py, by group. Each changes the plain method at equal budget and removed fraction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ ALL_THREE = (REFIT, DISTILL, GRADIENT)
 ENDS = ("plain", "all-three")
 STOCK = ("prune.protected_first=0", "prune.protected_last=0")  # every layer alike: stock classes load the result
 
-# 81,920 and 409,600 tokens, in windows of 128; a cut every 5 % of the steps, as in the published runs. The rate of the
-# short runs is the one of group `rates` that validates best at 41.7 %; the others have half of it, which nobody chose.
+# 81,920 and 409,600 tokens, in windows of 128. A cut follows every 5 % of the steps, as in the published runs. The
+# short runs have the rate of group `rates` that validates best at 41.7 %. The others have half of it, which nobody
+# chose.
 BOTH = ("train.micro_batch_size=8", "lora.lora_dropout=0")
 SHORT = ("train.steps=80", "train.global_batch_size=8", "prune.prune_every=4", *BOTH)
 LONG = ("train.steps=200", "train.global_batch_size=16", "prune.prune_every=10", *BOTH)
@@ -22,7 +23,7 @@ RATE, UNTUNED_RATE = "train.learning_rate=4e-3", "train.learning_rate=2e-3"
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table. `model`: `mha` (key-value heads repeated) or `gqa` (SmolLM2 as it is)."""
+    """Describes one row of the table. `model`: `mha` (key-value heads repeated) or `gqa` (SmolLM2 as it is)."""
 
     group: str
     name: str

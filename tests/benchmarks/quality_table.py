@@ -1,4 +1,4 @@
-"""Means and spreads over seeds, as rows, as a table and as a picture."""
+"""Shows means and spreads over seeds, as rows, as a table and as a picture."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def rows_of(runs: Sequence[dict[str, Any]]) -> list[Row]:
-    """One row per setting: mean and spread (largest minus smallest) of each perplexity over its seeds."""
+    """Builds one row per setting: mean and spread (largest minus smallest) of each perplexity over its seeds."""
     names = list(dict.fromkeys(run["setting"] for run in runs))
     return [_row([run for run in runs if run["setting"] == name]) for name in names]
 
@@ -36,7 +36,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Plain text; the spread over seeds in brackets."""
+    """Returns plain text, with the spread over seeds in brackets."""
     lines = [f"{'setting':<30}{'seeds':>6}{'tokens':>9}{'removed':>9}" + "".join(f"{t:>18}" for t in TEXTS)]
     for row in rows:
         perplexities = "".join(f"{row[t]['mean']:>10.2f} ({row[t]['spread']:5.2f})" for t in TEXTS)
@@ -48,9 +48,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
-    """Perplexity on the test text and on the other text, a line of dots each; groups apart, the best of each on top.
+    """Draws perplexity on the test text and on the other text, a line of dots each.
 
-    A bar reaches from the mean half the spread over the seeds to either side.
+    Groups stand apart, the best of each on top. A bar has the length of the spread over the seeds, with the mean in its
+    middle.
 
     Args:
         dense: of the dense model, by text: the dashed lines.
@@ -87,7 +88,7 @@ def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
 
 
 def places(rows: Sequence[Row]) -> dict[str, float]:
-    """How far down each setting stands, with a gap between two groups."""
+    """Returns the height of each setting, with a gap between two groups."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)

@@ -1,4 +1,4 @@
-"""The whole repartition of a cut, for all ranks at once and without weights: what moves, and that all ranks agree."""
+"""Plans the whole reshard of a cut without weights, for all ranks at once. Checks that all ranks agree."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,12 @@ MASKS = ("random", "adversarial", "real-looking")
 
 @dataclass(frozen=True)
 class Repartition:
-    """Bytes of one cut on W ranks.
+    """Holds the bytes of one cut.
 
     Attributes:
-        sent, received: (W,) bytes of every rank; weights, LoRA copies, fp32 masters and moments of all layers.
-        shard: (W,) bytes that every rank held of what is cut, padding apart.
-        gathered: bytes that a rank would send if every shrinking tensor were all-gathered, cut, and split again.
+        sent, received: (world_size,) bytes of every rank: weights, LoRA copies, fp32 masters and moments of all layers.
+        shard: (world_size,) bytes that every rank held of what is cut, without padding.
+        gathered: bytes that a rank would send if every tensor of the cut were all-gathered, cut, and split again.
     """
 
     sent: Tensor
@@ -37,7 +37,7 @@ def plan_repartition(
     """Plans every tensor of every layer as each rank would, and checks that the plans fit together.
 
     Raises:
-        RunError: what a rank sends is not what another expects, or an element is lost; names layer and tensor.
+        RunError: a rank sends what another does not expect, or an element is lost. Names layer and tensor.
     """
     sent, received, shard = (torch.zeros(world_size, dtype=torch.int64) for _ in range(3))
     gathered = 0
@@ -63,7 +63,7 @@ class _Moves:
 
 
 def _plan_tensor(cut: AxisCut, world_size: int, name: str) -> _Moves:
-    """(W,) elements each, of one tensor."""
+    """Returns elements sent, received and held of one tensor, (world_size,) each."""
     owners, ranks = Owners(cut, world_size), torch.arange(world_size)
     sends, receives = owners.sent_by(ranks), owners.received_by(ranks)
     numel = cut.shape[0] * cut.columns
@@ -78,10 +78,10 @@ def _plan_tensor(cut: AxisCut, world_size: int, name: str) -> _Moves:
 
 
 def example_masks(before: ModelShape, after: ModelShape, kind: str, seed: int) -> list[LayerKeep]:
-    """Groups that stay in every layer, of one of three sorts.
+    """Returns the groups that stay in every layer, of one of three sorts.
 
-    random: any. adversarial: all that goes is at the front, so that everything behind it changes its place.
-    real-looking: by scores that are heavy-tailed and alike among neighbours, as measured scores are.
+    random: any. adversarial: all removed groups are at the front, so all others change their place. real-looking: by
+    scores with heavy tails that are alike among neighbours, as measured scores are.
     """
     generator = torch.Generator().manual_seed(seed)
     keep = []

@@ -1,11 +1,11 @@
-"""What a cut of LLaMA-65B would move on 8, 64 and 512 ranks: the plan of all 80 layers, computed and checked.
+"""Plans a cut of LLaMA-65B on 8, 64 and 512 ranks. Computes and checks all 80 layers.
 
     python -m tests.benchmarks.repartition_plan
 
-No weights. For every tensor of every layer what each rank sends is compared with what the others expect. One cut takes
-a quarter of the linear parameters at once, more than any of a run's schedule. Bytes are those of the busiest rank:
-weights in bf16, LoRA copies, fp32 masters and moments. Against it stands a scheme that all-gathers what shrinks. The
-result goes to tests/benchmarks/results/repartition_plan.json.
+No weights are needed. For every tensor, what each rank sends is compared with what the others expect. One cut takes a
+quarter of the linear parameters at once. That is more than any cut of a run's schedule. Bytes are those of the busiest
+rank: weights in bf16, LoRA copies, fp32 masters and moments. They are compared with a scheme that all-gathers what is
+cut. The result goes to tests/benchmarks/results/repartition_plan.json.
 """
 
 import time
@@ -25,7 +25,7 @@ LORA_RANK, ELEMENT_SIZE = 8, 2
 
 
 def cut_shape(dense: ModelShape) -> ModelShape:
-    """Every layer alike, a quarter of its heads and channels gone."""
+    """Removes a quarter of the heads and channels of every layer."""
     layer = dense.layers[0]
     small = LayerShape(round(layer.heads * (1 - REMOVED)), round(layer.channels * (1 - REMOVED)))
     return dense.with_layers((small,) * len(dense.layers))

@@ -3,12 +3,13 @@
     python -m tests.benchmarks.same_results --reference CHECKOUT [--ranks 1 2 3] [--quickstart] [--work FOLDER]
 
 Two checkouts prune the same tiny random models with launch/run.py, at 1, 2 and 3 ranks on the CPU. Every criterion runs
-with every ranking, and then the levers. All that comes out has to be the same bits: kept groups, losses, perplexities,
-every tensor of every checkpoint, and the exported model. One line per case says `equal` or what differs first. The exit
-code is 1 if anything differs. `--quickstart` adds the shipped quickstart, which takes about five minutes per checkout.
+with every ranking. Then the quality settings run. All results must have the same bits: kept groups, losses,
+perplexities, every tensor of every checkpoint, and the exported model. One line per case says `equal` or the first
+difference. The exit code is 1 if anything differs. `--quickstart` adds the shipped quickstart. It takes about five
+minutes per checkout.
 
-Results of the reference are kept in the work folder under its commit. A second comparison runs only the new side.
-The two sides are driven by commands and files alone, so any two checkouts can be compared.
+Results of the reference are kept in the work folder under its commit. A second comparison runs only the new side. Only
+commands and files drive the two sides, so any two checkouts can be compared.
 """
 
 import argparse
@@ -37,7 +38,7 @@ WORK = ROOT / "runs" / "same_results"
 WINDOW = 32
 TIMEOUT = 3600  # seconds of one run
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-# Odd sizes: pieces of ranks end inside rows, and head_dim is not hidden / heads.
+# Odd sizes: shards of ranks end inside rows, and head_dim is not hidden / heads.
 SIZES: dict[str, Any] = {"heads": 10, "kv_heads": 5, "head_dim": 6, "hidden": 50, "ffn": 61, "layers": 4, "vocab": 259}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {"seed": 1},
@@ -92,7 +93,7 @@ LEVERS: dict[str, tuple[str, Settings]] = {
 
 
 def tiny_cases(rank_counts: Iterable[int]) -> list[Case]:
-    """Lists criteria times rankings and the levers, at all these numbers of ranks."""
+    """Lists criteria times rankings and the quality settings, at all these numbers of ranks."""
     rankings: dict[str, dict[str, Any]] = {"uniform": {}, "global": GLOBAL}
     named: dict[str, tuple[str, Settings]] = {
         f"{criterion}, {ranking}": ("plain", {"prune": {**values, "criterion": criterion}})
@@ -102,7 +103,7 @@ def tiny_cases(rank_counts: Iterable[int]) -> list[Case]:
 
 
 def base_config(work: Path, model: str) -> Settings:
-    """Returns a run of six steps: cuts after 3 and 5, checkpoints after 4 and 6, dropout on."""
+    """Returns a run of six steps. It cuts after 3 and 5, saves after 4 and 6, and has dropout."""
     return {
         "model": {"path": str(work / "models" / model), "dtype": "float32"},
         "lora": {"r": 3},
@@ -117,7 +118,7 @@ def base_config(work: Path, model: str) -> Settings:
 
 
 def make_inputs(work: Path, reference: Path) -> None:
-    """Makes the models, texts and DeepSpeed's config once; both sides read the same files."""
+    """Makes the models, texts and DeepSpeed's config once. Both sides read the same files."""
     if (work / "zero3.json").exists():
         return
     for name, options in MODELS.items():
@@ -140,7 +141,7 @@ def config_text(case: Case, work: Path, checkout: Path) -> str:
 
 
 def run_case(case: Case, checkout: Path, work: Path, root: Path) -> str | None:
-    """Runs a case below `root` with the code of a checkout; returns why it failed, or None."""
+    """Runs a case below `root` with the code of a checkout. Returns why it failed, or None."""
     out, config = root / case.folder, root / f"{case.folder}.yaml"
     shutil.rmtree(out, ignore_errors=True)
     config.write_text(config_text(case, work, checkout))
@@ -225,7 +226,7 @@ def tensor_difference(old: Tensor, new: Tensor) -> str | None:
 
 
 def compare_case(case: Case, checkout: Path, work: Path, kept: Path, fresh: Path) -> str:
-    """Runs a case with the new code and compares it with the kept results; returns the verdict."""
+    """Runs a case with the new code. Compares it with the kept results and returns the verdict."""
     if failure := run_case(case, checkout, work, fresh):
         return f"failed: {failure}"
     try:
@@ -270,7 +271,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Compares all cases; returns 1 if anything differs."""
+    """Compares all cases. Returns 1 if anything differs."""
     arguments = parse_arguments()
     reference, checkout, work = (p.resolve() for p in (arguments.reference, arguments.checkout, arguments.work))
     kept = work / "reference" / commit_of(reference)

@@ -1,10 +1,11 @@
-"""What scoring, a cut and a smaller model cost in time: two engines on the same ranks, their steps interleaved.
+"""Measures the time of scoring, of a cut and of a smaller model. Two engines share the ranks.
 
     deepspeed --quiet --num_accelerators 2 tests/benchmarks/step_time.py [--steps 8] [--model FOLDER]
 
-One engine holds the dense model, the other the same cut to 50 % of its decoder-layer linear parameters. Each round runs
-a plain ZeRO-3 LoRA step, the same step with scoring, and a plain step of the cut model, so that noise of a shared
-machine falls on all alike. Medians, and ratios of medians; the result goes to tests/benchmarks/results/step_time.json.
+One engine holds the dense model. The other holds it cut to 50 % of its decoder-layer linear parameters. Each round runs
+a plain ZeRO-3 LoRA step, the same step with scoring, and a plain step of the cut model. So the noise of a shared
+machine falls on all alike. The result has medians, and ratios of medians. It goes to
+tests/benchmarks/results/step_time.json.
 """
 
 import argparse
@@ -51,7 +52,10 @@ class Timed(Trainer):
 
 
 def flops_per_token(shape: ModelShape, window: int) -> float:
-    """Multiply-adds of a forward pass times two: linears, head, and attention over half the window on average."""
+    """Counts multiply-adds of a forward pass times two.
+
+    Includes linears, head, and attention over half the window on average.
+    """
     attention = sum(2 * layer.heads * shape.queries_per_group * shape.head_dim * window / 2 for layer in shape.layers)
     return 2 * (shape.linear_numel() + shape.vocab_size * shape.hidden_size + attention)
 

@@ -1,4 +1,4 @@
-"""Host memory of other processes, and a limit on it that is enforced."""
+"""Watches the host memory of other processes and enforces a limit on it."""
 
 import json
 import os
@@ -15,31 +15,31 @@ WATCH_EVERY = 0.01  # seconds
 
 
 def free_port() -> int:
-    """For `deepspeed --master_port`: its default is one for the whole machine, and two runs would meet there."""
+    """Finds a port for `deepspeed --master_port`. The default is the same for all runs, so two would meet there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def tell(folder: Path, rank: int) -> None:
-    """Called by a process that wants to be watched, once its imports are done."""
+    """Tells the watcher that this process is to be watched, once its imports are done."""
     partial = folder / f"rank-{rank}.partial"
     partial.write_text(json.dumps({"pid": os.getpid(), "imports": resident_bytes()}))
     partial.rename(folder / f"rank-{rank}.json")
 
 
 def told(folder: Path) -> dict[str, dict[str, int]]:
-    """What the processes have told: name -> pid, and bytes held after the imports."""
+    """Reads what the processes have told: name -> pid, and bytes held after the imports."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))}
 
 
 @dataclass(frozen=True)
 class Watched:
-    """How a group of processes ended: the most each held above its imports, and which one went beyond the limit.
+    """Describes the end of a group of processes.
 
     Attributes:
         peaks: bytes of RssAnon + RssShmem above those after the imports, sampled every WATCH_EVERY seconds.
-        killed: the process that held more than the limit; all were killed then.
+        killed: the process that held more than the limit. All were killed then.
     """
 
     exit_code: int
@@ -48,7 +48,10 @@ class Watched:
 
 
 def watch(process: "subprocess.Popen[bytes]", folder: Path, limit: int) -> Watched:
-    """Until `process` ends; kills it and all that told their pid once one holds more than `limit` above its imports."""
+    """Watches until `process` ends.
+
+    Kills it and all that told their pid once one holds more than `limit` above its imports.
+    """
     for path in folder.glob("rank-*.json"):
         path.unlink()
     peaks: dict[str, int] = {}
@@ -67,7 +70,10 @@ def watch(process: "subprocess.Popen[bytes]", folder: Path, limit: int) -> Watch
 
 
 def held(pid: int) -> int:
-    """RssAnon + RssShmem of a process in bytes; 0 once it is gone. Pages of mapped files are reclaimable: left out."""
+    """Returns RssAnon + RssShmem of a process in bytes, or 0 once it is gone.
+
+    Pages of mapped files are reclaimable, so they do not count.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

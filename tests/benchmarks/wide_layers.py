@@ -1,16 +1,19 @@
-"""The true widths of LLaMA-65B and 70B, two layers, on two CPU ranks, under a limit of host memory that is enforced.
+"""Runs two layers of LLaMA-65B and 70B widths on two CPU ranks, under an enforced limit of host memory.
 
     python -m tests.benchmarks.wide_layers [--models 65b 70b bin]
 
-Random bf16 weights of hidden 8192 (65b: 64 heads, ffn 22016; 70b: 64 heads, 8 key-value heads, ffn 28672), vocabulary
-512, are written to disk tensor by tensor. Two ranks (`wide_layers_rank.py`) then load them, train with LoRA, cut to
-25 % and to 50 % of the linear parameters gone, save a checkpoint, export, and read the export back. Meanwhile this
-process reads RssAnon + RssShmem of every rank from /proc and kills them all when one holds, above its imports, more
-than its shard of the dense model, one whole decoder layer and SLACK. (RLIMIT_AS and RLIMIT_DATA would charge mapped
-files too.) The negative control is the same run with one rank that materialises the full weights: it must be killed.
+The weights are random, in bf16, with hidden 8192 and vocabulary 512. 65b has 64 heads and ffn 22016. 70b has 64 heads,
+8 key-value heads and ffn 28672. They are written to disk tensor by tensor. Two ranks (`wide_layers_rank.py`) load them
+and train with LoRA. They cut until 25 % and then 50 % of the linear parameters are gone. Then they save a checkpoint,
+export, and read the export back.
 
-`bin` is the conversion of a `.bin` checkpoint of the 65b widths, in a process under such a limit. `tiny` is there to
-try the script. The result goes to tests/benchmarks/results/wide_layers.json.
+Meanwhile this process reads RssAnon + RssShmem of every rank from /proc. It kills them all when one holds too much
+above its imports. The limit is its shard of the dense model, one whole decoder layer and SLACK. (RLIMIT_AS and
+RLIMIT_DATA would charge mapped files too.) The negative control is the same run, but one rank materialises the full
+weights. It must be killed.
+
+`bin` converts a `.bin` checkpoint of the 65b widths, in a process under such a limit. `tiny` is there to try the
+script. The result goes to tests/benchmarks/results/wide_layers.json.
 """
 
 import argparse
@@ -66,7 +69,7 @@ def config_json(name: str) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, name: str) -> None:
-    """One file per tensor: random numbers, drawn once and repeated with a period that no row divides."""
+    """Writes one file per tensor. Random numbers are drawn once and repeated. No row divides the period."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_json(name)))
     period = torch.randn((1 << 24) - 3, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
@@ -81,7 +84,7 @@ def write_checkpoint(folder: Path, name: str) -> None:
 
 
 def write_ds_config(path: Path, largest_linear: int) -> None:
-    """The shipped one, with no more gathered weights kept alive than two linears: what a tight machine would set."""
+    """Writes the shipped config, but at most two gathered linears stay alive, as on a tight machine."""
     config = read_json(ROOT / "ds_configs" / "zero3.json")
     config["zero_optimization"] |= {
         "stage3_max_live_parameters": 2 * largest_linear,
@@ -137,7 +140,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def measure_control(folder: Path, limit: int) -> dict[str, Any]:
-    """The same with the whole model on the last rank, which must be killed for it."""
+    """Runs the same with the whole model on the last rank. That rank must be killed."""
     control = run_ranks(folder, limit, control=True)
     assert control.killed == f"rank-{RANKS - 1}", control
     return {"killed": control.killed, "peak_above_imports": control.peaks}
@@ -165,7 +168,7 @@ def check(result: dict[str, Any], dense: ModelShape) -> None:
 
 
 def measure_bin(folder: Path) -> dict[str, Any]:
-    """The widths of 65B as one `.bin` per layer, converted by the package in a watched process."""
+    """Converts the widths of 65B, one `.bin` per layer, in a watched process."""
     command = [sys.executable, __file__, "--folder", str(folder)]
     subprocess.run([*command, "--part", "write-bin"], check=True, cwd=ROOT, env=environment())
     began = time.perf_counter()
@@ -184,7 +187,7 @@ def measure_bin(folder: Path) -> dict[str, Any]:
 
 
 def write_bin(folder: Path) -> None:
-    """From the safetensors of the folder; in a process of its own, for a whole layer is in memory."""
+    """Writes `.bin` files from the folder's safetensors. Holds a whole layer, so it has its own process."""
     pretrained, weight_map = open_pretrained(folder / "model"), {}
     (folder / "bin").mkdir()
     (folder / "bin" / "config.json").write_text(json.dumps(pretrained.config))
@@ -245,7 +248,7 @@ def main() -> None:
 
 
 def record(name: str, found: dict[str, Any]) -> None:
-    """Shows a result and keeps it beside those of other models, each with where it comes from."""
+    """Shows a result and keeps it beside those of other models, each with its origin."""
     if name == "bin":
         held = found["peak_above_imports"]
         print(f"bin: {found['bytes'] / GB:.2f} GB converted with {held / GB:.2f} GB of memory")

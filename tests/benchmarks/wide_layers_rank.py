@@ -1,4 +1,4 @@
-"""What each rank of `wide_layers.py` does: load, train, cut twice, save, export, read back; every phase measured."""
+"""Runs on each rank of `wide_layers.py`: load, train, cut twice, save, export, read back. Measures every phase."""
 
 import argparse
 import gc
@@ -54,7 +54,7 @@ class FixedSchedule(Schedule):
 
 @dataclass(frozen=True)
 class Consecutive:
-    """Batch s is samples [s * size, (s + 1) * size)."""
+    """Returns samples [s * size, (s + 1) * size) as batch s."""
 
     size: int
 
@@ -64,7 +64,7 @@ class Consecutive:
 
 @dataclass
 class Phases:
-    """Seconds of each phase, and the bytes this rank held before it and at its peak."""
+    """Holds seconds of each phase, and the bytes this rank held before it and at its peak."""
 
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -120,7 +120,7 @@ def seeded() -> torch.Generator:
 
 
 def materialise(pretrained: PretrainedModel) -> list[Tensor]:
-    """What no rank may do: all weights, whole."""
+    """Materialises all weights whole, which no rank may do."""
     sizes = {name: torch.Size(shape).numel() for name, shape in pretrained.shape.parameters().items()}
     return [pretrained.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
 
@@ -134,7 +134,7 @@ def train_and_export(
     phases: Phases,
     comm: Communicator,
 ) -> dict[str, Any]:
-    """All that needs the training engine, which ends with this call."""
+    """Runs all that needs the training engine, which ends with this call."""
     engine = phases.measure("load", lambda: build_training_engine(config, pretrained, ds_config, STEPS))
     model = engine.model
     limits = make_limits(config.prune, pretrained.shape)
