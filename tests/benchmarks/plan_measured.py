@@ -84,8 +84,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def cases(model: str, folder: Path) -> Case:
-    """Returns SmolLM2 with the shipped DeepSpeed config. The large model has checkpointing and gathers little at once.
-    """
+    """Returns SmolLM2 with the shipped DeepSpeed config. The large one has checkpointing, gathers little at once."""
     if model == "smollm2":
         return Case(embedded_model_dir(), window=64)
     limited = read_json(ROOT / "ds_configs" / "zero3.json")

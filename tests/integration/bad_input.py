@@ -17,7 +17,7 @@ Make = Callable[[Path, Path], None]  # (material, here): prepares in `here` what
 
 
 def make_material(root: Path) -> Path:
-    """What a good run needs: model/, text.txt and run.yaml, which says no output_dir."""
+    """Makes the inputs of a good run: model/, text.txt and run.yaml, which names no output_dir."""
     make_tiny_llama(
         root / "model", heads=4, kv_heads=2, head_dim=8, hidden=32, ffn=48, layers=3, vocab=259, seed=1, tie=True
     )

@@ -1,4 +1,4 @@
-"""Whole runs of tiny models, each by a real launcher, and what a process without this package reads in the results."""
+"""Makes whole runs of tiny models, each by a launcher. Asks a process without this package to read the results."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 64}
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `source`: sizes of a fresh model, or the name of the case whose pruned model is pruned again."""
+    """Describes one run. `source`: sizes of a fresh model, or the case whose pruned model is pruned again."""
 
     name: str
     becomes: str  # model_type of the result
@@ -52,7 +52,7 @@ GLOBAL = {"ranking": "global", "ratio": 0.35}
 CASES = (
     Case("uniform", "llama", {**SIZES, "tie": True}),
     Case("watched", "llama", {**SIZES, "tie": True}, launcher=None, evaluate={"every": 1}),
-    # 5 heads become 3, which do not divide the hidden size: transformers refuses such a llama.
+    # 5 heads become 3, which do not divide the hidden size. transformers refuses such a llama.
     Case("indivisible", "mistral", {**SIZES, "heads": 5, "kv_heads": 5, "hidden": 40}, launcher="torchrun"),
     Case("mistral", "mistral", {**SIZES, "model_type": "mistral"}, launcher="python", ranks=1, dtype="bfloat16"),
     Case("global", "pruned_llama", {**SIZES, "biases": True}, dtype="bfloat16", prune=GLOBAL),
@@ -100,7 +100,7 @@ class Run:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name; a tensor in two files is an error."""
+    """Reads all tensors of a checkpoint, by name. A tensor in two files is an error."""
     tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
         found = load_file(path)
@@ -127,7 +127,7 @@ def run_all(root: Path) -> dict[str, Run]:
 
 
 def _start(case: Case, config: Path, root: Path) -> Ended:
-    """From another folder than the checkout: shipped files are found from anywhere."""
+    """Starts from another folder than the checkout. Shipped files are found from anywhere."""
     arguments = ["--config", str(config)]
     if case.launcher is None:
         outputs = root / f"{case.name}_outputs"
@@ -137,7 +137,7 @@ def _start(case: Case, config: Path, root: Path) -> Ended:
 
 
 def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
-    """Cuts after steps 3 and 5 of 6; dropout is on."""
+    """Builds a config that cuts after steps 3 and 5 of 6. Dropout is on."""
     return {
         "output_dir": str(root / case.name),
         "model": {"path": str(source), "dtype": case.dtype},
@@ -187,7 +187,7 @@ print("RESULT " + json.dumps(result))
 
 
 def ask_stranger(runs: dict[str, Run], root: Path) -> dict[str, dict[str, Any]]:
-    """Held-out perplexity of every case's model before ("<case>_dense") and after, by plain transformers."""
+    """Returns held-out perplexity of every case's model before ("<case>_dense") and after, by plain transformers."""
     models: list[tuple[str, str, bool]] = []
     for run in runs.values():
         for name, folder in ((run.case.name, run.folder / "model"), (f"{run.case.name}_dense", run.source)):
@@ -205,11 +205,11 @@ def ask_stranger(runs: dict[str, Run], root: Path) -> dict[str, dict[str, Any]]:
 
 
 def nearest_rows(rows: Tensor, among: Tensor) -> list[int]:
-    """For every row of (n, width), the number of the most similar row among (m, width)."""
+    """Finds, for every row of (n, width), the number of the most similar row among (m, width)."""
     return torch.cdist(rows.float(), among.float()).argmin(1).tolist()
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name -> (time of the last change in ns, size) of all that a folder holds."""
+    """Maps each name in a folder to (time of the last change in ns, size)."""
     stats = {str(path.relative_to(folder)): os.stat(path) for path in folder.rglob("*")}
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}

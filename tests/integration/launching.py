@@ -1,4 +1,4 @@
-"""launch/run.py as users start it: by a real launcher or, for many short starts, on ranks forked after the imports."""
+"""Starts launch/run.py as users do, by a launcher. Many short starts use ranks forked after the imports."""
 
 import json
 import multiprocessing
@@ -19,14 +19,17 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "launch" / "run.py"
-# What a start imports before it knows whether its input is any good.
+# The modules that a start imports before it checks its input.
 PRELOADED = ["torch", "deepspeed", "peft", "transformers", "datasets", "loraprune_ds.train.run", __name__]
 Launcher = Literal["deepspeed", "torchrun", "python"]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended: exit code (minus the signal if one ended it), its output, how long it took."""
+    """Describes a process that has ended: its output, how long it took, and its exit code.
+
+    The code is minus the signal if one ended it.
+    """
 
     code: int | None
     out: str
@@ -66,7 +69,7 @@ def launch(
     environment: Mapping[str, str] | None = None,
     timeout: float = 300,
 ) -> Ended:
-    """Runs launch/run.py with these arguments to its end; whatever is left at the deadline is killed.
+    """Runs launch/run.py with these arguments to its end. Kills all that is left at the deadline.
 
     Raises:
         AssertionError: it did not end in `timeout` seconds.
@@ -89,7 +92,7 @@ def launch(
 def run_to_end(
     command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 300
 ) -> Ended:
-    """A command in a session of its own, so that all it started can be killed with it."""
+    """Runs a command in a session of its own, so that all it started can be killed with it."""
     environment = clean_environment() | dict(environment or {})
     began = time.monotonic()
     process = subprocess.Popen(
@@ -112,7 +115,10 @@ def run_to_end(
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's own, without what a launcher or pytest put there; this checkout comes before an installed one."""
+    """Returns this process's environment, without variables of a launcher or pytest.
+
+    This checkout comes before an installed one.
+    """
     drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in drop and not key.startswith("PYTEST_")}
     # .venv/bin/deepspeed has to work without .venv activated.
@@ -133,9 +139,9 @@ def fork_ranks(
     before: Callable[[], None] | None = None,
     timeout: float = 60,
 ) -> list[Ended]:
-    """Runs launch/run.py on `ranks` ranks, each forked from a server that has the imports already: a second, not ten.
+    """Runs launch/run.py on `ranks` ranks. A server that has the imports forks each: a second, not ten.
 
-    No launcher watches them: every rank has to end by itself.
+    No launcher watches them. Every rank has to end by itself.
 
     Args:
         folder: for their output.
@@ -189,7 +195,7 @@ def read_json(path: Path) -> Any:
 
 
 def run_with_checkpoints(root: Path, model: Path, *, steps: int) -> None:
-    """A finished global run of `model` in `root`/run, tuned on `root`/text.txt, with the checkpoints it leaves."""
+    """Makes a finished global run of `model` in `root`/run, tuned on `root`/text.txt, with its checkpoints."""
     config = {
         "output_dir": str(root / "run"),
         "model": {"path": str(model), "dtype": "float32"},

@@ -1,4 +1,4 @@
-"""Whole runs inside pool workers: started, stopped at some step, taken up again; and what their checkpoints hold."""
+"""Runs, stops and resumes whole runs inside pool workers, and reads their checkpoints."""
 
 import gc
 import json
@@ -33,8 +33,10 @@ CUTS = [7, 12, 17, 18]
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """A tiny model, text and config in `folder`; `sections` add to those of the config. Adam's epsilon is 1e-3 for the
-    reason told in tests/numerics/test_sharded_equals_dense.py."""
+    """Writes a tiny model, text and config into `folder`. `sections` add to those of the config.
+
+    Adam's epsilon is 1e-3. tests/numerics/test_sharded_equals_dense.py tells the reason.
+    """
     make_tiny_llama(
         folder / "source", heads=8, kv_heads=4, head_dim=8, hidden=64, ffn=93, layers=3, vocab=97, seed=1, biases=True
     )
@@ -70,13 +72,13 @@ def config_for(path: Path, out: Path, *changes: str) -> RunConfig:
 
 
 def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None = None, between: int = 0) -> bool:
-    """On every rank: the run, or the rest of it, asked to stop during step `stop_at`.
+    """Runs on every rank the run, or the rest of it. Asks it to stop during step `stop_at`.
 
     Args:
-        between: or at this of the places where no step carries the request: 1 before the first step, 2 after the last
-            one, 3 when the merged weights are written.
+        between: or stops it at one of three places where no step carries the request. 1 is before the first step, 2
+            after the last one, 3 when the merged weights are written.
     """
-    gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
+    gc.freeze()  # DeepSpeed collects garbage twice per cut; over all imports of torch that takes a second
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
 
     def current(requests: RequestListener) -> int:
@@ -92,7 +94,7 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
 
 
 def state_on_return(config: RunConfig, resume: str, stop_at: int) -> str:
-    """What status.json says when `run_here` returns on this rank; it takes rank 0 a while to write it."""
+    """Returns the state in status.json when `run_here` returns on this rank. Rank 0 takes a while to write it."""
 
     def write_slowly(folder: Path, status: Status) -> None:
         time.sleep(0.3 if status.state == "stopped" else 0)
@@ -104,7 +106,7 @@ def state_on_return(config: RunConfig, resume: str, stop_at: int) -> str:
 
 
 def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) -> tuple[str, int]:
-    """Like `run_here`; on one rank there is no room for files called `name`. The error of the run."""
+    """Runs like `run_here`, but one rank has no room for files called `name`. Returns the error of the run."""
 
     def save_file_if_room(tensors: dict[str, Tensor], path: Path, **_: Any) -> None:
         if Communicator().rank == full_rank and path.name == name:
@@ -122,7 +124,7 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
 
 @dataclass(frozen=True)
 class Found:
-    """What a start would go on from."""
+    """Describes the checkpoint that a start would resume from."""
 
     step: int | None
     warnings: list[str]
@@ -141,7 +143,7 @@ def find_here(config: RunConfig, resume: str) -> Found:
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors and masks of one checkpoint: LoRA masters and moments of all layers, moving averages, kept groups."""
+    """Holds tensors and masks of one checkpoint: LoRA masters, moments, moving averages, kept groups of all layers."""
 
     lora: dict[str, Tensor]
     scores: dict[str, Tensor]

@@ -1,6 +1,6 @@
-"""Input that cannot be used: one clear line on standard error, exit code 2 on every rank, nothing written, no hang.
+"""Checks input that cannot be used. Every rank exits with code 2, no rank hangs, and nothing is written.
 
-Most starts are forked after the imports, with no launcher that would end a rank which hangs.
+Standard error has one clear line. Most starts are forked after the imports. No launcher ends a rank that hangs.
 """
 
 import os
@@ -35,8 +35,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Wrong:
-    """Overrides, with blanks between, that make a good run unusable, and what the line has to say; "{here}" is the
-    test's own folder.
+    """Holds overrides, with blanks between, that make a good run unusable, and the words of the error line.
+
+    "{here}" is the test's own folder.
     """
 
     name: str
@@ -175,7 +176,10 @@ def test_a_device_without_float16(material: Path, tmp_path: Path) -> None:
 
 
 def be_nobody() -> None:
-    """Root may write everywhere; whether one may is asked for the real user, files are opened as the effective one."""
+    """Becomes nobody, because root may write everywhere.
+
+    Access is checked for the real user. Files are opened as the effective user.
+    """
     if os.geteuid() == 0:
         os.setreuid(65534, -1)
 

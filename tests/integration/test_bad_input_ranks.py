@@ -1,4 +1,4 @@
-"""Input that only one rank lacks, that only a step can show, or that a launcher could hide: all end, rank 0 tells."""
+"""Checks input that one rank lacks, that only a step shows, or that a launcher could hide. All end, rank 0 tells."""
 
 import shutil
 import socket
@@ -20,7 +20,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def homes(material: Path, tmp_path: Path) -> Callable[[int], dict[str, str]]:
-    """A home folder per rank, as if each were another machine; rank 0's holds text.txt and model/, rank 1's nothing."""
+    """Makes a home folder per rank, as on two machines. Rank 0's holds text.txt and model/, rank 1's nothing."""
     for rank in range(2):
         (tmp_path / f"home{rank}").mkdir()
     shutil.copy(material / "text.txt", tmp_path / "home0")
@@ -64,7 +64,7 @@ def test_an_output_folder_that_ranks_do_not_share(
 
 
 def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: Path) -> None:
-    """The one wrong input that only a step can show; the folder says so, and the next start too."""
+    """Checks the one wrong input that only a step can show. The folder tells it, and so does the next start."""
     copy_of_model(poison)(material, tmp_path)
     given = arguments(material, tmp_path, f"model.path={tmp_path / 'model'}")
     first, other = fork_ranks(given, tmp_path, ranks=2)
@@ -78,9 +78,10 @@ def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: P
 
 
 def run_out_of_memory() -> None:
-    """At the first step; and leaving the process group is as it is with NCCL while another rank waits in a collective.
+    """Runs out of memory at the first step.
 
-    Whatever interpreter comes after that is no part of this: a forked rank has one of its own.
+    Leaving the process group waits, as with NCCL while another rank waits in a collective. The code of the interpreter
+    after that does not matter here: a forked rank has its own.
     """
     import torch
 
@@ -115,14 +116,14 @@ if rank is not None:
 
 @pytest.fixture
 def hook(tmp_path: Path) -> dict[str, str]:
-    """Environment that makes the ranks of a launcher differ: $HOME gets the rank's number."""
+    """Returns an environment that makes the launcher's ranks differ: $HOME gets the rank's number."""
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(RANK_HOOK)
     return {"PYTHONPATH": f"{ROOT}:{tmp_path / 'hook'}", "HOME": str(tmp_path / "home")}
 
 
 def test_launched_a_slow_rank_0_still_gets_to_tell(hook: dict[str, str], material: Path, tmp_path: Path) -> None:
-    """Rank 1 meets the typo first, and its end would make the launcher kill rank 0."""
+    """Checks a typo that rank 1 meets first. Its end would make the launcher kill rank 0."""
     ended = launch(arguments(material, tmp_path, "prune.rato=1"), environment=hook | {"DELAY_RANK_0": "2"})
     assert_refused(ended, "unknown key prune.rato")
     assert ended.out.count("\n") == 1  # the launcher's own: the exit code

@@ -1,4 +1,4 @@
-"""launch/evaluate.py and launch/compare.py, as a user starts them, give what a plain computation gives."""
+"""Compares launch/evaluate.py and launch/compare.py with a plain computation. Starts them as a user does."""
 
 import importlib.util
 import json
@@ -84,7 +84,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def evaluate(made: Made, *arguments: str | Path, ranks: int = 1, timeout: float = 180) -> Ended:
-    """Returns the end of rank 0. Ranks are forked from a server that has the imports: a second, not ten."""
+    """Returns the end of rank 0. A server that has the imports forks the ranks: a second, not ten."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     common = (
@@ -169,7 +169,7 @@ def test_a_run_is_its_model_and_knows_what_it_lost(made: Made) -> None:
 
 
 def test_an_adapter_is_merged_on_the_fly(made: Made) -> None:
-    """The pruned base and its LoRA apart are the same model as the two merged."""
+    """Merges LoRA into the pruned base. That equals the model of the two merged on disk."""
     found = answer(evaluate(made, made / "apart" / "adapter", *on_text(made)))
     assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-5)
     both = answer(evaluate(made, made / "apart", *on_text(made)))
@@ -211,7 +211,7 @@ def test_no_room_to_merge_is_told_before_anything_is_written(
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_ranks_give_the_same_number(made: Made, launcher: str) -> None:
-    """The model is whole under one launcher and sharded under the other. Rank 0 alone writes."""
+    """Evaluates a whole model under one launcher, a sharded one under the other. Rank 0 alone writes."""
     sharded = ["--sharded"] if launcher == "torchrun" else []
     start = {
         "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_accelerators=2"],
@@ -260,7 +260,7 @@ for folder in folders:
 
 @needs_lm_eval
 def test_tasks_are_what_lm_eval_by_hand_gives(made: Made) -> None:
-    """The tokenizer and settings are those that lm-eval chooses for a folder, dense or pruned."""
+    """Uses the tokenizer and settings that lm-eval chooses for a folder, dense or pruned."""
     tasks = ["tiny_choice", "tiny_prose"]
     arguments = ["--tasks", *tasks, "--include-path", made / "tasks", "--json"]
     found = answer(evaluate(made, made / "run", "--dense", made / "dense", *arguments))
@@ -364,6 +364,7 @@ def test_bad_input_is_one_line(made: Made, tmp_path: Path, name: str) -> None:
     ended = evaluate(made, *spoil(made, tmp_path), "--json")
     assert ended.code == 2, ended.everything
     assert ended.out == ""
+    print("ERR", ended.err)
     (line,) = ended.err.splitlines()
     assert line.startswith("error: " + message.format(here=tmp_path, made=made.root))
 

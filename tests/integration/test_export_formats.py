@@ -132,7 +132,7 @@ def test_a_run_can_start_from_base_and_adapter(adapter: Path) -> None:
 
 
 def test_the_finished_model_is_copied(run: Run, tmp_path: Path) -> None:
-    """Starts a process. It prints one line, and the result is in the folder it was started from."""
+    """Starts a process. It prints one line. The result is in the folder it was started from."""
     ended = run_to_end([sys.executable, str(EXPORT), str(run.folder)], cwd=tmp_path)
     assert (ended.code, ended.out, ended.err) == (0, "hf: run-hf\n", ""), ended.everything
     out = tmp_path / "run-hf"

@@ -26,7 +26,8 @@ NEW_TOKENS = 8
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB  # longer than the sliding window of 5
 # Weights and kernels are the same, so in practice the difference is 0. One ulp of a logit of 4 is 5e-7.
 SAME = 1e-6
-# eager and sdpa attention add in another order, in the model's dtype (8 bits of mantissa in bf16, three layers).
+# Eager and sdpa attention add in another order, in the model's dtype. bf16 has 8 bits of mantissa, the model three
+# layers.
 EAGER = {"float32": 1e-5, "bfloat16": 0.1}
 TEXTS = ["The  import statement\n\tdef f(x):", "one</s>two <s> three", " lead", ""]
 
@@ -74,7 +75,7 @@ assert not any(name.partition(".")[0] == "loraprune_ds" for name in sys.modules)
 
 @dataclass
 class Exported:
-    """Holds a case on disk, the in-memory model it must equal, and what a stranger found in it."""
+    """Holds a case on disk, the in-memory model it must equal, and the stranger's findings."""
 
     case: Case
     folder: Path
@@ -101,7 +102,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
 
 
 def make_source(folder: Path, model: PreTrainedModel) -> Path:
-    """Makes what an export reads of the dense model's folder: config and a sentencepiece-only Llama tokenizer."""
+    """Makes the files of the dense model that an export reads: config and a sentencepiece-only Llama tokenizer."""
     sentencepiece_tokenizer(folder, VOCAB)
     model.config.save_pretrained(folder)
     return folder
@@ -159,7 +160,7 @@ def test_logits_equal_the_cut_model_in_memory(exported: Exported) -> None:
 @pytest.mark.parametrize("how", ["uncached", "cached", "static"])
 @pytest.mark.parametrize("exported", [case for case in CASES if case.dtype == "float32"], ids=str, indirect=True)
 def test_greedy_text_equals_stepwise_argmax(exported: Exported, how: str) -> None:
-    """Compares tokens in fp32 only. In bf16 sums differ with the number of tokens at a time: close tokens may swap."""
+    """Compares tokens in fp32 only. bf16 sums differ with the number of tokens at a time. Close tokens may swap."""
     tokens = PROMPT
     for _ in range(NEW_TOKENS):
         with torch.no_grad():
@@ -179,7 +180,7 @@ def test_saved_again_by_transformers_is_the_same_model(exported: Exported) -> No
 
 
 def test_attention_implementation_reaches_every_layer(exported: Exported) -> None:
-    """Asks for attention weights. Only eager attention returns them: a layer left on sdpa would have none."""
+    """Asks for attention weights. Only eager attention returns them. A layer left on sdpa would have none."""
     torch.testing.assert_close(
         exported.found["eager"], exported.found["logits"], rtol=0, atol=EAGER[exported.case.dtype]
     )

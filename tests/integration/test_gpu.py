@@ -1,4 +1,4 @@
-"""What only a GPU can show: fp16 with its loss scale, end to end. Skipped without one."""
+"""Checks fp16 with its loss scale, end to end. Only a GPU can show it, so it is skipped without one."""
 
 import json
 import os
@@ -41,4 +41,4 @@ def test_a_run_on_a_gpu(tmp_path: Path, dtype: str) -> None:
     assert abs(1 - report["params"]["linear_pruned"] / report["params"]["linear_dense"] - 0.3) < 0.01
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     losses = [step["loss"] for step in steps if step["kind"] == "step" and not step["skipped"]]
-    assert losses[-1] < losses[0]  # DeepSpeed starts with a scale so high that the first fp16 steps are skipped
+    assert losses[-1] < losses[0]  # DeepSpeed's first scale is so high that it skips the first fp16 steps

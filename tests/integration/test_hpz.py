@@ -1,4 +1,7 @@
-"""Hierarchical partitioning (hpZ): each node, a group of ranks, has a second copy of the weights; a cut reaches it."""
+"""Checks hierarchical partitioning (hpZ): a cut reaches the second copy of the weights.
+
+Each node, a group of ranks, has such a copy.
+"""
 
 import json
 import sys
@@ -22,7 +25,7 @@ LEVERS = ("prune.criterion=gradient", "prune.compensate=least_squares", "train.d
 
 
 def watch_second_copies() -> None:
-    """In a rank: tells of every piece of a second copy, at the moment it is made."""
+    """Reports every shard of a second copy when it is made. Called in a rank."""
     from deepspeed.runtime.zero.partition_parameters import Init
 
     partition = Init._partition_param_sec
@@ -64,6 +67,6 @@ def test_hpz_cuts_both_copies_and_changes_no_number(tmp_path: Path, method: tupl
 
     assert (tmp_path / "hpz" / "kept_groups.json").read_bytes() == (tmp_path / "flat" / "kept_groups.json").read_bytes()
     assert losses(tmp_path / "hpz") == losses(tmp_path / "flat")
-    if method == PLAIN:  # the copies of a resumed run are of the checkpoint's LoRA, not of what it was built with
+    if method == PLAIN:  # the copies of a resumed run hold the checkpoint's LoRA, not the initial one
         run(config, "resumed", deepspeed, resume=tmp_path / "hpz" / "checkpoints" / "step-3")
         assert losses(tmp_path / "resumed") == losses(tmp_path / "hpz")

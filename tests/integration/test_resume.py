@@ -1,8 +1,8 @@
-"""A run that was stopped and taken up again is the run that never stopped.
+"""Compares a run that was stopped and resumed with the run that never stopped.
 
-At the same world size every number is computed by the same operations in the same order, so everything is compared
-bit by bit, with dropout on. On another number of ranks sums are taken in another order: 1e-5, with dropout off, for the
-reasons told in tests/numerics/test_sharded_equals_dense.py.
+At the same world size every number is computed by the same operations in the same order. So everything is compared bit
+by bit, with dropout on. On another number of ranks sums have another order. Then the tolerance is 1e-5, with dropout
+off. tests/numerics/test_sharded_equals_dense.py tells the reasons.
 """
 
 import json
@@ -46,7 +46,7 @@ def assert_bitwise(found: Contents, expected: Contents) -> None:
 
 @pytest.fixture(scope="module")
 def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two ranks that was never stopped, with a checkpoint of every step; its config lies beside it."""
+    """Makes a run on two ranks that was never stopped. It has a checkpoint of every step, its config beside it."""
     folder = tmp_path_factory.mktemp("straight")
     ranks.run(2, run_here, config_for(write_run(folder), folder / "out"))
     return folder / "out"
@@ -54,7 +54,7 @@ def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def copied(ranks: RankPool, straight: Path) -> Path:
-    """The same with the frozen weights in folders of their own."""
+    """Makes the same with the frozen weights in folders of their own."""
     out = straight.parent / "copied"
     ranks.run(2, run_here, config_for(straight.parent / "config.yaml", out, "checkpoint.copy_source=true"))
     return out
@@ -103,7 +103,7 @@ def test_stopped_before_at_and_after_a_cut(ranks: RankPool, straight: Path, agai
 
 
 def test_in_bf16_too(ranks: RankPool, again: Path, tmp_path: Path) -> None:
-    """The low-precision copies that a step uses are those of the masters."""
+    """Checks that the low-precision copies that a step uses are those of the masters."""
     bf16 = ("model.dtype=bfloat16", "prune.ranking=global", "checkpoint.every=null")
     ranks.run(2, run_here, config_for(again, tmp_path / "straight", *bf16))
     config = config_for(again, tmp_path / "out", *bf16)
@@ -160,7 +160,7 @@ def test_on_another_number_of_ranks(
 
 
 def killed_after(straight: Path, step: int, folder: Path) -> Path:
-    """What a run killed some time after `step` leaves: its checkpoints up to it, metrics that are ahead of them."""
+    """Makes the remains of a run killed some time after `step`: its checkpoints, and metrics ahead of them."""
     out = folder / "out"
     shutil.copytree(straight, out, ignore=shutil.ignore_patterns("model", "report.json", "kept_groups*"))
     for path in (out / "checkpoints").glob("step-*"):
@@ -226,7 +226,7 @@ def test_a_damaged_shape_spoils_all_steps_that_name_it(
 def test_what_a_damaged_checkpoint_is_replaced_with_is_good(
     ranks: RankPool, straight: Path, copied: Path, again: Path, tmp_path: Path
 ) -> None:
-    """The course is taken again from the good one: step and shape are written anew, and what is later goes."""
+    """Resumes from the good checkpoint. Step and shape are written anew, and all later ones go."""
     out = killed_after(copied, 13, tmp_path)
     flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
     config = config_for(again, out, "checkpoint.every=null", "checkpoint.copy_source=true")
@@ -280,7 +280,7 @@ def test_from_another_folder_with_its_records(ranks: RankPool, straight: Path, a
 def test_from_another_folder_with_its_frozen_weights(
     ranks: RankPool, straight: Path, copied: Path, again: Path, tmp_path: Path
 ) -> None:
-    """Copies of the weights are written anew; and the next checkpoint of a run that wants none needs none."""
+    """Checks that copies of the weights are written anew. The next checkpoint of a run without copies needs none."""
     for name, changes in {"copies": ("checkpoint.copy_source=true",), "slices": ()}.items():
         out = tmp_path / name
         config = config_for(again, out, "checkpoint.every=null", *changes)
@@ -318,7 +318,7 @@ def test_asked_to_stop_between_the_steps(
 def test_no_rank_leaves_before_the_folder_says_that_the_run_is_stopped(
     ranks: RankPool, straight: Path, again: Path, tmp_path: Path
 ) -> None:
-    """The first one that leaves makes the launcher end the others."""
+    """Checks the order of exits. The first rank that leaves makes the launcher end the others."""
     out = killed_after(straight, 13, tmp_path)
     assert ranks.run(2, state_on_return, config_for(again, out), "auto", 15) == ["stopped", "stopped"]
 
@@ -346,7 +346,7 @@ def another_source(out: Path) -> None:
 
 
 def change_source(out: Path, **changes: str) -> None:
-    """What all checkpoints say of the model that they are slices of."""
+    """Changes the source of the slices in all checkpoints."""
     for path in (out / "checkpoints").glob("step-*"):
         state = read_state(out, int(path.name.removeprefix("step-")))
         assert state["shape"]["is_source"]

@@ -1,4 +1,4 @@
-"""Stopping and going on as a user does it: a stop file, the launcher, `--resume auto`."""
+"""Stops and resumes as a user does: a stop file, the launcher, `--resume auto`."""
 
 import json
 import threading

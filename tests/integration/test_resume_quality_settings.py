@@ -1,5 +1,7 @@
-"""A run with refit, true gradient, distillation and recovery, stopped inside the teacher's pass and between two cuts,
-ends bit by bit as the run that never stopped."""
+"""Stops and resumes a run with refit, true gradient, distillation and recovery.
+
+Stops it inside the teacher's pass and between two cuts. It ends bit by bit as the run that never stopped.
+"""
 
 import json
 import shutil
@@ -37,13 +39,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 def run_levers(config: RunConfig, resume: str | None = None, stop_at: int | None = None) -> bool:
-    """With small files of the teacher, so that a stop can come between two of them."""
+    """Runs with small files of the teacher, so that a stop can come between two of them."""
     with mock.patch("loraprune_ds.model.distillation.SAMPLES_PER_FILE", 8):
         return run_here(config, resume, stop_at)
 
 
 def refusal(config: RunConfig) -> str:
-    """What a start is refused with."""
+    """Returns the error that refuses a start."""
     with pytest.raises(UserError) as caught:
         run_levers(config, "auto")
     return str(caught.value)
@@ -91,7 +93,10 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
 def test_a_kill_after_the_teacher_is_gone_leaves_a_run_that_can_be_finished(
     ranks: RankPool, straight: Path, tmp_path: Path
 ) -> None:
-    """Its files go once the model is published, a moment before status.json says that the run has finished."""
+    """Kills the run after the teacher's files go, a moment before status.json says that it has finished.
+
+    The files go once the model is published.
+    """
     out = tmp_path / "out"
     shutil.copytree(straight, out)
     status = json.loads((out / "status.json").read_text())
@@ -101,7 +106,7 @@ def test_a_kill_after_the_teacher_is_gone_leaves_a_run_that_can_be_finished(
 
 
 def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
-    """The moments, each layer's on one rank, and the teacher's files. Without dropout, which draws by rank."""
+    """Checks the moments, each layer's on one rank, and the teacher's files. Dropout draws by rank, so it is off."""
     given, settings = straight.parent / "config.yaml", ("lora.lora_dropout=0", "train.learning_rate=1e-3")
     here, moved = (config_for(given, tmp_path / name, *settings) for name in ("here", "moved"))
     ranks.run(2, run_levers, here)
@@ -120,7 +125,7 @@ def test_recovery_has_a_learning_rate_of_its_own(straight: Path) -> None:
 
 
 def test_biases_that_make_up_for_a_cut_are_exported(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
-    """The model has no biases before; stopped between cuts, resumed, exported as a stock Llama with biases."""
+    """Checks a model that had no biases. It stops between cuts, resumes, and exports a stock Llama with biases."""
     prune = {**SECTIONS["prune"], "compensate": "bias", "criterion": "lora", "gradient_every": 1}
     sections = {**SECTIONS, "prune": prune}
     sections["train"] = {"steps": STEPS}

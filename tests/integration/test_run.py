@@ -1,4 +1,4 @@
-"""From one command to a result folder: tiny models pruned for real by the launchers a user has."""
+"""Prunes tiny models with the launchers of a user, from one command to a result folder."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ from tests.integration.finished_runs import (
 from tests.integration.launching import launch, read_json
 
 CUTS = [3, 5]
-# The same weights and kernels, in fp32: a sum over 24 x 31 predictions of about 6 nats, whose order may differ.
+# Weights and kernels are the same, in fp32. A sum over 24 x 31 predictions of about 6 nats may be in another order.
 SAME = 1e-5
 # In bf16 sums over windows in another batch shape round differently, 8 bits at a time.
 SAME_BF16 = 5e-3
@@ -112,7 +112,10 @@ def test_parameters_are_those_of_the_files(run: Run) -> None:
 
 
 def test_kept_groups_are_the_rows_of_the_source_that_the_model_has(run: Run) -> None:
-    """Random rows are far apart and a few steps of LoRA move them little, so each row tells where it came from."""
+    """Matches rows of the exported model with rows of the source.
+
+    Random rows are far apart, and a few steps of LoRA move them little. So each row tells its origin.
+    """
     layers = read_json(run.folder / "kept_groups.json")["layers"]
     assert len(layers) == LAYERS
     for i, layer in enumerate(layers):
@@ -161,7 +164,7 @@ def count_linear(tensors: dict[str, Tensor]) -> int:
 
 
 def largest_group(run: Run) -> int:
-    """Parameters of what comes and goes together: one group for `global`, that of every layer for `uniform`."""
+    """Counts the parameters of the largest unit of a cut: a group for `global`, one group per layer for `uniform`."""
     hidden = run.before["model.norm.weight"].numel()
     if run.case.prune.get("ranking") == "global":
         return (queries_per_head(run) + 1) * 2 * HEAD_DIM * hidden
@@ -188,7 +191,7 @@ def test_perplexities_are_those_a_stranger_measures(run: Run, stranger: dict[str
 
 
 def test_the_exported_model_is_the_trainers(runs: dict[str, Run]) -> None:
-    """The trainer's last look at its shards, LoRA apart, and the merged model read back from disk, in fp32."""
+    """Compares the trainer's last shards, LoRA apart, with the merged model read back from disk, in fp32."""
     run = runs["watched"]
     (looked,) = (e for e in run.records("evaluation") if e["name"] == "step" and e["step"] == STEPS)
     assert run.report["perplexity"]["pruned"] == pytest.approx(looked["perplexity"], rel=SAME)
@@ -218,7 +221,7 @@ def test_pictures_show_something(run: Run) -> None:
 
 
 def test_evaluating_every_step_changes_nothing(runs: dict[str, Run]) -> None:
-    """Two processes, the same seed, dropout on: bitwise the same training, looked at or not."""
+    """Compares two processes with one seed and dropout. Training is bitwise the same, evaluated or not."""
     plain, watched = runs["uniform"], runs["watched"]
     evaluated = [e["step"] for e in watched.records("evaluation") if e["name"] == "step"]
     assert evaluated == [step for step in range(1, STEPS + 1) if step != CUTS[-1]]

@@ -1,6 +1,6 @@
-"""LoRA training with structured cuts in one process, without DeepSpeed: what the sharded trainer must agree with.
+"""Trains LoRA with structured cuts in one process, without DeepSpeed. The sharded trainer must agree with it.
 
-Shares no code with the package. Stock transformers, PEFT and torch.optim.AdamW; a cut is plain `index_select`.
+Shares no code with the package. Uses stock transformers, PEFT and torch.optim.AdamW. A cut is plain `index_select`.
 
     trainer = DenseTrainer(folder, lora, Settings(lora_alpha=16))
     records = trainer.run(batches, learning_rates, cuts={4: [(1, 20), (2, 17)]})
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from tests.oracle.formula import group_scores, keep_best, moving_average
 
 Batch = tuple[Tensor, Tensor]  # input_ids and labels (samples, tokens); -100 marks what is not supervised
-# What one layer keeps of (heads, channels): how many, by score, or which, as indices into the original model.
+# What one layer keeps of (heads, channels). Either how many, by score, or which, as indices into the dense model.
 LayerCut = tuple[int | list[int], int | list[int]]
 Pair = tuple[Tensor, Tensor]  # one layer's scores: heads (kv heads,), channels (ffn,)
 
@@ -47,18 +47,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step; scores and gradients have the widths the model had before the step's cut."""
+    """Holds one optimizer step. Scores and gradients have the widths before the step's cut."""
 
     step: int  # the first is 1
     loss: float
     gradients: dict[str, Tensor]  # of the global batch, unclipped, keyed like the LoRA tensors
     scores: list[Pair]  # of this step, per layer
     averages: list[Pair]  # moving average including this step: what a cut of this step ranks
-    kept: list[tuple[list[int], list[int]]]  # after the step's cut, indices into the original model
+    kept: list[tuple[list[int], list[int]]]  # after the step's cut, indices into the dense model
 
 
 class DenseTrainer:
-    """`lora` maps "layers.{i}.{linear}.lora_A" (r, in) and ".lora_B" (out, r) to the start of every adapter."""
+    """Trains one dense model with LoRA.
+
+    `lora` maps "layers.{i}.{linear}.lora_A" (r, in) and ".lora_B" (out, r) to the start of every adapter.
+    """
 
     def __init__(self, folder: Path | str, lora: Mapping[str, Tensor], settings: Settings) -> None:
         self.settings = settings
@@ -100,7 +103,7 @@ class DenseTrainer:
         learning_rates: Sequence[float],
         cuts: Mapping[int, Sequence[LayerCut]] | None = None,
     ) -> list[StepRecord]:
-        """One step per batch. `cuts[s]` is made right after the optimizer's s-th step (counted over all runs)."""
+        """Takes one step per batch. `cuts[s]` is made right after the optimizer's s-th step (counted over all runs)."""
         cuts = cuts or {}
         return [
             self.step(batch, lr, cuts.get(self.steps_done + 1))
@@ -136,7 +139,7 @@ class DenseTrainer:
             return sum(float(part) for part in self._partial_losses(batch))
 
     def _partial_losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Micro-batch by micro-batch, its share of the global batch's mean token loss."""
+        """Yields each micro-batch's share of the global batch's mean token loss."""
         input_ids, labels = batch
         supervised = int((labels[:, 1:] != IGNORED).sum())
         size = self.settings.micro_batch_size or len(input_ids)
@@ -224,7 +227,10 @@ class DenseTrainer:
         return {name: (state["exp_avg"].clone(), state["exp_avg_sq"].clone()) for name, state in states.items()}
 
     def frozen(self) -> dict[str, Tensor]:
-        """Everything that is not LoRA, a tied head once, by Hugging Face name without the leading "model."."""
+        """Returns everything that is not LoRA, a tied head once.
+
+        Keys are Hugging Face names without the leading "model.".
+        """
         found = {}
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name:
@@ -233,12 +239,12 @@ class DenseTrainer:
         return found
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        """(samples, tokens, vocabulary) of the model as it is now, LoRA included."""
+        """Computes (samples, tokens, vocabulary) of the model as it is now, LoRA included."""
         with torch.no_grad():
             return self.model(input_ids=input_ids, use_cache=False).logits
 
     def _wrapper(self, i: int, linear: str) -> Any:
-        """PEFT's LoRA layer around one linear; untyped, as nn.Module types its attributes Tensor | Module."""
+        """Returns PEFT's LoRA layer around one linear. Untyped, as nn.Module types its attributes Tensor | Module."""
         return self.layers[i].get_submodule(linear)
 
     def _lora_parameters(self) -> dict[str, nn.Parameter]:

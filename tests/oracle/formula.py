@@ -1,7 +1,7 @@
-"""The criterion in fp64, transcribed from its definition in the most literal way.
+"""Transcribes the criterion in fp64 from its definition, in the most literal way.
 
-Shares no code with the package, which is tested against it: loops where the package has reductions, the product form
-of the gradient estimate where the package has its expansion.
+Shares no code with the package, which is tested against it. It has loops where the package has reductions. It has the
+product form of the gradient estimate where the package has its expansion.
 
 Source: LoRAPrune (arXiv 2305.18403), equations for the estimated gradient and the group importance.
 """
@@ -17,7 +17,7 @@ LoraLinear = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def gradient_estimate(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor) -> Tensor:
-    """What one SGD step of size 1 on A and B takes away from B·A: (out, in)."""
+    """Computes what one SGD step of size 1 on A and B takes away from B·A: (out, in)."""
     A, B, gA, gB = A.double(), B.double(), gA.double(), gB.double()
     return B @ A - (B - gB) @ (A - gA)
 
@@ -25,7 +25,7 @@ def gradient_estimate(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor) -> Tensor:
 def element_importance(
     W: Tensor, A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, scaling: float, power: int = 1
 ) -> Tensor:
-    """|G ⊙ (W + s·B·A)| ** power, (out, in). `power` is 2 for the paper's text, 1 for its released code."""
+    """Computes |G ⊙ (W + s·B·A)| ** power, (out, in). `power` is 2 for the paper's text, 1 for its released code."""
     merged = W.double() + scaling * (B.double() @ A.double())
     return (gradient_estimate(A, B, gA, gB) * merged).abs() ** power
 
@@ -39,11 +39,12 @@ def group_scores(
     normalize: bool,
     power: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Importance of each group of one decoder layer: (heads (num_key_value_heads,), channels (intermediate_size,)).
+    """Computes the importance of each group of one decoder layer.
 
-    `layer` maps "self_attn.q_proj" … "mlp.down_proj" to their tensors. A head group is one key-value head: its rows of
-    k and v, the rows of all its query heads in q and their columns in o. A channel is its rows of gate and up and its
-    column of down. With `normalize` each module's scores get unit L2 norm before the modules of a group are added.
+    Returns (heads (num_key_value_heads,), channels (intermediate_size,)). `layer` maps "self_attn.q_proj" …
+    "mlp.down_proj" to their tensors. A head group is one key-value head. It has its rows of k and v, the rows of all
+    its query heads in q and their columns in o. A channel is its rows of gate and up and its column of down. With
+    `normalize` each module's scores get unit L2 norm before the modules of a group are added.
     """
     element = {name: element_importance(*tensors, scaling, power) for name, tensors in layer.items()}
 
@@ -75,14 +76,14 @@ def _unit_norm(scores: Tensor) -> Tensor:
 
 
 def moving_average(old: Tensor, new: Tensor, lam: float) -> Tensor:
-    """S ← lam·S + (1 − lam)·S_now; the first `old` is zeros."""
+    """Computes S ← lam·S + (1 − lam)·S_now. The first `old` is zeros."""
     return lam * old + (1 - lam) * new
 
 
 def cubic_target(step: int, steps: int, ratio: float, warmup_fraction: float, cooldown_fraction: float) -> float:
-    """Fraction that should be gone once `step` of `steps` optimizer steps are done.
+    """Computes the fraction that should be gone once `step` of `steps` optimizer steps are done.
 
-    Zero up to the end of the warm-up, `ratio` from the start of the cool-down on; neither border is rounded.
+    It is zero up to the end of the warm-up, and `ratio` from the start of the cool-down on. Neither border is rounded.
     """
     first, last = warmup_fraction * steps, steps - cooldown_fraction * steps
     if step <= first:
@@ -93,13 +94,13 @@ def cubic_target(step: int, steps: int, ratio: float, warmup_fraction: float, co
 
 
 def keep_best(scores: Tensor, count: int) -> list[int]:
-    """Indices, ascending, of the `count` highest scores; of equal ones the lower index is kept."""
+    """Returns indices, ascending, of the `count` highest scores. Of equal ones the lower index is kept."""
     values = scores.tolist()
     return sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
 
 
 def cut_gap(scores: Tensor, count: int) -> float:
-    """How far apart the lowest kept and the highest removed score are, relative to the kept one.
+    """Computes the distance of the lowest kept and the highest removed score, relative to the kept one.
 
     Two computations of the scores that agree better than this must choose the same groups.
     """

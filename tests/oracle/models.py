@@ -1,4 +1,4 @@
-"""Random tiny models, adapters and batches that every test can make for itself.
+"""Makes random tiny models, adapters and batches for any test.
 
 Shares no code with the package.
 """
@@ -42,8 +42,8 @@ def make_tiny_llama(
 ) -> Path:
     """Saves a random model and its tokenizer as a Hugging Face folder and returns the folder.
 
-    The weights keep the size of what flows through them, so that logits spread by about 2 and every group matters
-    (transformers' own initialisation is so small that all tokens are equally likely).
+    The weights keep the size of what flows through them. So logits spread by about 2 and every group matters.
+    transformers' own initialisation is so small that all tokens are equally likely.
     """
     sizes = {
         "vocab_size": vocab,
@@ -86,7 +86,9 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
 
 
 def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One token per byte: space and newline, printable ASCII, the rest; what a small vocabulary lacks is <unk>."""
+    """Makes one token per byte: space and newline, printable ASCII, the rest. A small vocabulary maps the others to
+    <unk>.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (c not in "ĠĊ", ord(c)))
     tokens = [*SPECIAL_TOKENS, *alphabet][:vocab]
     tokenizer = Tokenizer(
@@ -99,10 +101,10 @@ def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 
 def make_lora(folder: Path, *, r: int, seed: int, size: float = 0.3) -> dict[str, Tensor]:
-    """A random fp32 adapter for a saved model, keyed "layers.{i}.{linear}.lora_A" (r, in) and ".lora_B" (out, r).
+    """Makes a random fp32 adapter for a saved model, keyed "layers.{i}.{linear}.lora_A" (r, in) and ".lora_B" (out, r).
 
-    B is not zero, unlike at a usual start, so that s·B·A is a visible part of the weight (its norm is about
-    `size` * lora_alpha / r of the weight's).
+    B is not zero, unlike at a usual start, so that s·B·A is a visible part of the weight. Its norm is about `size` *
+    lora_alpha / r of the weight's.
     """
     generator = torch.Generator().manual_seed(seed)
     lora = {}
@@ -120,9 +122,9 @@ def make_lora(folder: Path, *, r: int, seed: int, size: float = 0.3) -> dict[str
 def make_batches(
     *, steps: int, samples: int, tokens: int, vocab: int, seed: int, masked: bool = True
 ) -> list[tuple[Tensor, Tensor]]:
-    """`steps` global batches of (input_ids, labels), int64 (samples, tokens).
+    """Makes `steps` global batches of (input_ids, labels), int64 (samples, tokens).
 
-    With `masked` each sample's prompt, of any length that leaves one supervised token, is -100 in the labels.
+    With `masked` each sample's prompt is -100 in the labels. It has any length that leaves one supervised token.
     """
     generator = torch.Generator().manual_seed(seed)
     batches = []

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine (cluster.sh) and the jobs on it, for the tests and the table of events."""
+"""Runs a real Slurm on this machine (cluster.sh), and its jobs, for the tests and the table of events."""
 
 import os
 import re
@@ -20,12 +20,12 @@ FOR_GOOD = 3.0  # seconds; a job that is requeued is in an end state for a momen
 
 
 def obstacle() -> str:
-    """Why no cluster can run here; empty if one can."""
+    """Tells why no cluster can run here. Empty if one can."""
     return subprocess.run([SCRIPT, "obstacle"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 class Cluster:
-    """Runs commands on the login node, in `folder`, which is where the jobs leave their logs."""
+    """Runs commands on the login node, in `folder`, where the jobs leave their logs."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """`number`: of a job, or of an array and its task (5_20)."""
+    """Describes a job. `number` is that of a job, or of an array and its task (5_20)."""
 
     cluster: Cluster
     number: str
@@ -125,14 +125,14 @@ class Job:
 
 
 def step_of(out: Path) -> int:
-    """Optimizer steps done, by status.json; -1 before there is one."""
+    """Returns the optimizer steps done, by status.json, or -1 before there is one."""
     path = out / "status.json"
     return read_json(path)["step"] if path.exists() else -1
 
 
 @contextmanager
 def running_cluster(folder: Path, *, nodes: int = 2, ranks_per_node: int = 1) -> Iterator[Cluster]:
-    """A cluster whose jobs run on CPUs, set up by the shipped slurm/site.sh; gone afterwards."""
+    """Runs a cluster whose jobs use CPUs, set up by the shipped slurm/site.sh. Removes it afterwards."""
     environment = clean_environment() | {
         "PATH": f"{Path(sys.executable).parent}:{os.defpath}:/usr/sbin:/sbin",
         "CLUSTER_DIR": str(folder / "cluster"),

@@ -1,9 +1,9 @@
-"""What can happen to a job, on a real Slurm of three nodes: the table in slurm/README.md.
+"""Strikes a job with every event, on a real Slurm of three nodes: the table in slurm/README.md.
 
     python -m tests.slurm.events [--only REGEX] [--out FILE]
 
-Every event must end as said, with the kept groups of a run without Slurm on as many ranks (fp32, no dropout). Exit code
-1 unless all do. Root on Debian; about ten minutes on two idle cores.
+Every event must end as said. Its kept groups must be those of a run without Slurm on as many ranks (fp32, no dropout).
+Exit code 1 unless all do. Needs root on Debian. Takes about ten minutes on two idle cores.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def preempt(lab: Lab, row: Row) -> None:
 
 
 def reach_time_limit(lab: Lab, row: Row) -> None:
-    """A rank stands still until Slurm warns, so that the run is not over before, however fast the machine is."""
+    """Holds a rank still until Slurm warns, so that even a fast machine does not finish before."""
     row.expected_restarts = (1,)
     job = started(lab, "limited", 2, options=["--signal=B:USR1@60"])
     rank = lab.rank_process("limited", nodes_of(lab, job)[1])
@@ -83,7 +83,7 @@ def reach_time_limit(lab: Lab, row: Row) -> None:
 
 
 def lose_node(lab: Lab, row: Row) -> None:
-    """Its network cable is unplugged, and stays so until the job has ended on the others."""
+    """Unplugs the node's network cable. It stays so until the job has ended on the others."""
     lose(lab, row, "lost", 1)
 
 
@@ -109,7 +109,7 @@ def lose(lab: Lab, row: Row, out: str, which: int) -> None:
 
 
 def kill_rank(lab: Lab, row: Row) -> None:
-    """Ends the job at once; Slurm does not requeue what has failed, a person does."""
+    """Ends the job at once. Slurm does not requeue a failed job. A person does."""
     job = started(lab, "killed", SAVED)
     began = time.monotonic()
     os.kill(lab.rank_process("killed", nodes_of(lab, job)[1]), signal.SIGKILL)
@@ -141,7 +141,7 @@ def requeue_from_outside(lab: Lab, row: Row) -> None:
 
 def requeue_finished(lab: Lab, row: Row) -> None:
     row.expected_restarts = (1,)
-    job = lab.submit("plain")  # which an event before has finished, or which this one finishes
+    job = lab.submit("plain")  # finished by an event before, or by this one
     assert job.wait_for_end(PATIENCE) == "COMPLETED", job.log()
     before = snapshot(lab.folder / "plain")
     requeue(lab, job, 1)
@@ -161,7 +161,7 @@ def restart_too_often(lab: Lab, row: Row) -> None:
 
 
 def meet_bad_node(lab: Lab, row: Row) -> None:
-    """On one node the place of output_dir is another file system than on the others."""
+    """Puts the place of output_dir on another file system on one node."""
     row.expected = "FAILED"
     shared = lab.folder / "shared"
     shared.mkdir()
@@ -177,7 +177,7 @@ def meet_bad_node(lab: Lab, row: Row) -> None:
 
 
 def start_by_srun(lab: Lab, row: Row) -> None:
-    """No launcher: one process per rank, started from the login node."""
+    """Starts one process per rank from the login node, without a launcher."""
     out = lab.folder / "srun"
     command = ["srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1", sys.executable, "launch/run.py"]
     run_on_login_node(lab, row, out, command, 4)
@@ -213,7 +213,7 @@ def sweep_in_turn(lab: Lab, row: Row) -> None:
 
 
 def sweep(lab: Lab, row: Row, out: str, array: str) -> None:
-    """Three ratios on a node each leave three results, every one that of its ratio."""
+    """Runs three ratios on a node each. Each leaves its own result."""
     options = ("--nodes=1", f"--array={array}")
     arguments = (lab.config, "--set", f"output_dir={lab.folder / out}")
     number = lab.cluster.submit("sweep.sbatch", *arguments, options=options).number
@@ -262,7 +262,7 @@ EVENTS: dict[str, Event] = {
 
 
 def started(lab: Lab, out: str, step: int, options: Sequence[str] = (), variables: dict[str, str] | None = None) -> Job:
-    """A job of two nodes that has done so many steps."""
+    """Starts a job of two nodes and waits until it has done so many steps."""
     job = lab.submit(out, options=options, variables=variables)
     job.wait_for_step(lab.folder / out, step, PATIENCE)
     return job
@@ -302,7 +302,10 @@ def main() -> int:
 
 
 def write_result(path: Path, rows: Sequence[Row], slurm: str, folder: str) -> None:
-    """After every event, in the place of older rows of the same name: what an interrupted command has found stays."""
+    """Writes the result after every event, in the place of older rows of the same name.
+
+    So an interrupted command keeps what it has found.
+    """
     found = {row.event: asdict(row) | {"good": row.good} for row in rows}
     old = {row["event"]: row for row in read_json(path)["rows"]} if path.exists() else {}
     known: dict[str, dict[str, Any]] = old | found

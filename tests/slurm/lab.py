@@ -1,4 +1,4 @@
-"""What the table of events works with: a cluster, a tiny run, and the same run without Slurm to compare with."""
+"""Holds the tools of the table of events: a cluster, a tiny run, and the same run without Slurm."""
 
 import subprocess
 import time
@@ -23,10 +23,10 @@ RUN: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    """One line of the table.
+    """Holds one line of the table.
 
-    `state` and `restarts` are what Slurm says of the job at its end, `steps_lost` is what the first restart had to do
-    again; `same_groups`: kept_groups.json is the straight run's, byte for byte.
+    `state` and `restarts` are Slurm's words on the job at its end. `steps_lost` are the steps that the first restart
+    did again. `same_groups`: kept_groups.json is the straight run's, byte for byte.
     """
 
     event: str
@@ -52,7 +52,7 @@ class Row:
 
 
 class Lab:
-    """The run of `config` on a cluster, event after event; each in an output_dir of its own."""
+    """Runs `config` on a cluster, event after event. Each has an output_dir of its own."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -85,7 +85,7 @@ class Lab:
         return self._straight[ranks, changes]
 
     def finish(self, row: Row, job: Job, out: str, ranks: int = 2, *changes: str) -> None:
-        """Waits for the end of the job and fills in what came out."""
+        """Waits for the end of the job and fills in the results."""
         row.state = job.wait_for_end(PATIENCE)
         row.restarts = job.restarts
         if row.state == "COMPLETED":
@@ -98,7 +98,7 @@ class Lab:
         row.same_groups = (out / "kept_groups.json").read_bytes() == self.straight(ranks, *changes)
 
     def rank_process(self, out: str, node: str) -> int:
-        """A rank of the run in `out` on a node, by its process id on this machine."""
+        """Finds a rank of the run in `out` on a node, by its process id on this machine."""
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
@@ -120,7 +120,7 @@ class Lab:
 
 
 def said(log: str, *words: str) -> list[str]:
-    """The lines of a log that hold any of the words."""
+    """Returns the lines of a log that hold any of the words."""
     return [line[-200:] for line in log.splitlines() if any(word in line for word in words)]
 
 
@@ -128,7 +128,7 @@ Event = Callable[[Lab, Row], None]
 
 
 def carry_out(lab: Lab, name: str, event: Event) -> Row:
-    """The event, with whatever went wrong as its `problem`."""
+    """Carries out the event. Its failure becomes the row's `problem`."""
     row = Row(name)
     began = time.monotonic()
     try:

@@ -1,6 +1,6 @@
-"""The shipped scripts on a real Slurm of two nodes: a run, and one that a job of higher priority interrupts.
+"""Runs the shipped scripts on a Slurm of two nodes. A job of higher priority interrupts one run.
 
-What else can happen to a job is in events.py, which takes longer.
+events.py has the other events of a job. It takes longer.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @dataclass(frozen=True)
 class Jobs:
-    """`urgent` took the nodes from `patient`; `straight` ran on two ranks without Slurm."""
+    """Holds three jobs. `urgent` took the nodes from `patient`. `straight` ran on two ranks without Slurm."""
 
     urgent: Job
     patient: Job
@@ -82,7 +82,7 @@ def test_a_preempted_run_is_requeued_once_and_ends_as_if_nothing_had_happened(jo
 
 
 def check_same_result(jobs: Jobs, name: str) -> None:
-    """In fp32, without dropout and with the same number of ranks: nothing differs."""
+    """Compares in fp32, without dropout and with the same number of ranks. Nothing differs."""
     found, expected = jobs.out(name), jobs.out("straight")
     assert (found / "kept_groups.json").read_bytes() == (expected / "kept_groups.json").read_bytes()
     assert losses(found) == losses(expected)

@@ -1,6 +1,6 @@
-"""Run by a Python that has llama-cpp-python and nothing of this project: what llama.cpp makes of GGUF files.
+"""Asks llama.cpp about GGUF files. Its Python has llama-cpp-python and nothing of this project.
 
-ask_llama_cpp.py JOB.json     writes what it finds into the .npz file that the job names
+    ask_llama_cpp.py JOB.json     writes what it finds into the .npz file that the job names
 """
 
 import json
@@ -15,7 +15,7 @@ F32 = 0  # of the key-value cache; its usual f16 blurs what is compared here
 
 
 def ask(question: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Logits of the prompt (tokens, vocab), greedy continuation, and the tokens of some texts."""
+    """Returns logits of the prompt (tokens, vocab), greedy continuation, and the tokens of some texts."""
     model = llama_cpp.Llama(
         question["file"], n_ctx=question["context"], logits_all=True, type_k=F32, type_v=F32, flash_attn=False,
         n_threads=1, n_threads_batch=1, verbose=False,

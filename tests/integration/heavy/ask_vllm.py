@@ -1,6 +1,6 @@
-"""Run by a Python that has vLLM and nothing of this project: what vLLM makes of a Hugging Face folder.
+"""Asks vLLM about a Hugging Face folder. Its Python has vLLM and nothing of this project.
 
-ask_vllm.py JOB.json     writes what it finds into the .json file that the job names
+    ask_vllm.py JOB.json     writes what it finds into the .json file that the job names
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The result file of the last heavy run: what was compared, by which tool, and how near it came."""
+"""Keeps the result file of the last heavy run: what was compared, the tool, and the differences."""
 
 import json
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""SmolLM2-135M, the embedded model, cut to stock and to per-layer shapes with odd widths."""
+"""Cuts SmolLM2-135M, the embedded model, to stock shapes and to per-layer shapes with odd widths."""
 
 from pydoc_data.topics import topics
 

@@ -1,8 +1,8 @@
-"""GGUF exports in llama.cpp, against transformers rounding the same things. See tests/run_heavy.sh.
+"""Compares GGUF exports in llama.cpp with transformers that rounds alike. See tests/run_heavy.sh.
 
-llama.cpp rounds the weights and, on CPUs, what they are multiplied with: to f16 beside f16 weights, to 8 bits per block
-of 32 beside q8_0 weights. The reference does both, so what is left comes from the order of sums, from f16 tables inside
-llama.cpp, and from values so near the middle of two steps that they go the other way.
+llama.cpp rounds the weights. On CPUs it also rounds what they are multiplied with. Beside f16 weights it rounds to f16,
+beside q8_0 weights to 8 bits per block of 32. The reference does both. Three causes of differences are left: the order
+of sums, f16 tables inside llama.cpp, and values near the middle of two steps. Such a value may round the other way.
 """
 
 import itertools
@@ -35,8 +35,8 @@ from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
 PRECISIONS = ("f16", "q8_0")
-# Root mean square of the logits' differences, as a part of their spread. Through 30 layers a value that went the other
-# way makes others do so; the dense SmolLM2 shows how far that goes in a file that nobody doubts.
+# Root mean square of the logits' differences, as a part of their spread. One value that rounds the other way makes
+# others do so through 30 layers. The dense SmolLM2 shows the size of that in a file that nobody doubts.
 TOLERANCE = {"f16": 0.005, "q8_0": 0.1}
 NEW_TOKENS = 16
 BROKEN = "broken"
@@ -96,7 +96,7 @@ class Compared:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """All cases in both precisions, read by llama.cpp in a process of its own: a row of the result file for each."""
+    """Returns a row of the result file per case and precision. llama.cpp reads them in a process of its own."""
     python = os.environ.get("LLAMA_CPP_PYTHON")
     if not python:
         pytest.skip("LLAMA_CPP_PYTHON names no Python with llama-cpp-python: bash tests/run_heavy.sh")
@@ -129,7 +129,7 @@ def make_tiny(root: Path) -> list[Compared]:
         folder = root / case.name
         folder.mkdir()
         export(dense_model(case), case, make(folder / "tokenizer", VOCAB), folder / "model")
-        # Within a sliding window, which is what such a file is for; 64 positions otherwise.
+        # Within a sliding window, which such a file is for. Without one, 64 positions.
         tokens, new = (3, 2) if case.options.get("sliding_window") else (24, NEW_TOKENS)
         prompt = (torch.arange(tokens) * 7 % VOCAB).tolist()
         items += convert(case, name, folder, prompt, new, TEXTS)
@@ -149,7 +149,7 @@ def make_real(root: Path) -> list[Compared]:
 
 
 def make_broken(root: Path) -> list[Compared]:
-    """A file whose query and key rows are in transformers' order: what a wrong file looks like here."""
+    """Makes a wrong file: query and key rows are in transformers' order."""
     case = replace(TINY[-2], name=BROKEN)
     (root / BROKEN).mkdir()
     export(dense_model(case), case, byte_level_tokenizer(root / BROKEN / "tokenizer", VOCAB), root / BROKEN / "model")
@@ -170,7 +170,7 @@ def convert(
 
 
 def reference(item: Compared) -> PreTrainedModel:
-    """The merged model in fp32, its matrices and what they are multiplied with rounded as llama.cpp does."""
+    """Returns the merged model in fp32. Rounds matrices, and what they are multiplied with, as llama.cpp does."""
     model = AutoModelForCausalLM.from_pretrained(item.merged, dtype=torch.float32, trust_remote_code=True).eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -182,14 +182,17 @@ def reference(item: Compared) -> PreTrainedModel:
 
 
 def rounded(values: Tensor, precision: str) -> Tensor:
-    """To the type that the file has for rows of this length, and back."""
+    """Rounds to the type that the file has for rows of this length, and back."""
     kind = GGMLQuantizationType.F16 if precision == "f16" or values.shape[-1] % 32 else GGMLQuantizationType.Q8_0
     return torch.from_numpy(dequantize(quantize(values.numpy(), kind), kind))
 
 
 @torch.no_grad()
 def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
-    """(logits (tokens, vocab), greedy continuation, its margins: by how much each token was ahead of the next)."""
+    """Returns (logits (tokens, vocab), greedy continuation, its margins).
+
+    A margin tells by how much a token was ahead of the next.
+    """
     model = reference(item)
     result = model(torch.tensor([item.prompt]), use_cache=True)
     logits, greedy, margins = result.logits[0].numpy(), [], []
@@ -202,7 +205,10 @@ def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
 
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, item: Compared) -> list[int]:
-    """By transformers; before a space transformers 5 leaves out what sentencepiece itself, and llama.cpp, put there."""
+    """Returns tokens by transformers.
+
+    Before a space transformers 5 leaves out a token that sentencepiece itself, and llama.cpp, put there.
+    """
     if text.startswith(" ") and item.tokenizer in ("sentencepiece", "merges"):
         folder = item.merged.parent / ("spm" if item.tokenizer == "merges" else "tokenizer")
         processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -211,7 +217,7 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, item: Compared) -> 
 
 
 def row(item: Compared) -> dict[str, Any]:
-    """What the result file says about one GGUF file."""
+    """Builds the row of one GGUF file for the result file."""
     logits, greedy, margins = expected(item)
     same = list(itertools.takewhile(lambda i: item.found["greedy"][i] == greedy[i], range(item.new_tokens)))
     tokenizer = AutoTokenizer.from_pretrained(item.merged, trust_remote_code=True)
@@ -244,7 +250,7 @@ def test_logits(name: str, rows: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_greedy_tokens(name: str, rows: dict[str, dict[str, Any]]) -> None:
-    """The same to the end, or to a place where two tokens are nearer than the tolerance."""
+    """Compares tokens to the end, or to a place where two tokens are nearer than the tolerance."""
     result = rows[name]
     if result["greedy_same"] < result["greedy_tokens"]:
         assert result["margin_at_first_other"] <= 2 * TOLERANCE[result["precision"]] * result["spread"]

@@ -1,6 +1,8 @@
-"""Merged exports in vLLM's CPU build, uniform ones as stock models and per-layer ones through its transformers backend.
+"""Runs merged exports in vLLM's CPU build.
 
-bash tests/run_heavy.sh --vllm
+Uniform exports run as stock models, per-layer ones through vLLM's transformers backend.
+
+    bash tests/run_heavy.sh --vllm
 """
 
 import json
@@ -21,7 +23,7 @@ from tests.integration.heavy.smollm2 import LONG_TEXT, PRUNED
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
 NEW_TOKENS = 24
-# fp32 on both sides, other kernels: sums of up to 1536 products in another order, through 30 layers.
+# fp32 on both sides, but other kernels. Sums of up to 1536 products have another order, through 30 layers.
 TOLERANCE = 5e-3
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -34,7 +36,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Each model in a vLLM process of its own: a row of the result file for each."""
+    """Runs each model in a vLLM process of its own. Returns a row of the result file for each."""
     python = os.environ.get("VLLM_PYTHON")
     if not python:
         pytest.skip("VLLM_PYTHON names no Python with vLLM: bash tests/run_heavy.sh --vllm")
@@ -78,7 +80,7 @@ def ask(python: str, root: Path, case: Case, prompts: list[list[int]]) -> dict[s
 
 @torch.no_grad()
 def row(case: Case, folder: Path, prompts: list[list[int]], found: dict[str, Any]) -> dict[str, Any]:
-    """What the result file says about one model."""
+    """Builds the row of one model for the result file."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
     largest, same = 0.0, 0
     for prompt, greedy, positions in zip(prompts, found["greedy"], found["logprobs"], strict=True):
