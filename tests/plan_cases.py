@@ -27,7 +27,7 @@ from loraprune_ds.model.family import KINDS, LLAMA_LINEARS
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
-from loraprune_ds.plan.activations import Batch, logits, saved_by_layer
+from loraprune_ds.plan.activations import PlannedBatch, logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.held import split_state
@@ -275,7 +275,7 @@ def saved_activations(case: Case) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.engine.deepspeed(input_ids=ids, labels=ids).sum()
     del loss
-    batch = Batch(case.micro_batch_size, case.window, request.element_size)
+    batch = PlannedBatch(case.micro_batch_size, case.window, request.element_size)
     shape = request.shape
     layers = [
         saved_by_layer(shape, x, batch, lora_rank=8, dropout=case.dropout > 0, mask_size=request.element_size)

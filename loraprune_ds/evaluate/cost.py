@@ -25,7 +25,7 @@ class Macs:
 
 
 @dataclass(frozen=True)
-class Cost:
+class ModelCost:
     """Holds counts of one model.
 
     Attributes:
@@ -42,13 +42,13 @@ class Cost:
     macs_per_token: Macs
 
 
-def count_cost(shape: ModelShape, window: int, sliding_window: int | None, element_size: int) -> Cost:
+def count_cost(shape: ModelShape, window: int, sliding_window: int | None, element_size: int) -> ModelCost:
     """Counts the costs on windows of `window` tokens. `sliding_window` is the limit of the model's attention."""
     context = mean_context(window, sliding_window)
     kv_width = sum(layer.heads for layer in shape.layers) * shape.head_dim
     linear, head = shape.linear_numel(), shape.vocab_size * shape.hidden_size
     attention = 2 * kv_width * shape.queries_per_group * context
-    return Cost(
+    return ModelCost(
         parameters=shape.total_numel(),
         linear_parameters=linear,
         weight_bytes=shape.total_numel() * element_size,

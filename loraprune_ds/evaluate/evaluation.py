@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraprune_ds.evaluate.cost import Cost, count_cost
+from loraprune_ds.evaluate.cost import ModelCost, count_cost
 from loraprune_ds.evaluate.models import FoundModel, load_model
 from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity
 from loraprune_ds.evaluate.settings import EvaluationSettings, PreparedModel, prepare_models
@@ -37,7 +37,7 @@ class Measurement:
     model_type: str
     dtype: str
     removed_fraction: float | None
-    cost: Cost
+    cost: ModelCost
     perplexity: Perplexity | None
     tasks: dict[str, Any] | None
     speed: Speed | None

@@ -12,7 +12,7 @@ DROPOUT_MASK = 1  # bytes of an element of torch's fused mask, on a GPU
 
 
 @dataclass(frozen=True)
-class Batch:
+class PlannedBatch:
     """Describes one micro-batch: `samples` windows of `window` tokens.
 
     Attributes:
@@ -44,7 +44,13 @@ class Batch:
 
 
 def saved_by_layer(
-    shape: ModelShape, layer: LayerShape, batch: Batch, *, lora_rank: int, dropout: bool, mask_size: int = DROPOUT_MASK
+    shape: ModelShape,
+    layer: LayerShape,
+    batch: PlannedBatch,
+    *,
+    lora_rank: int,
+    dropout: bool,
+    mask_size: int = DROPOUT_MASK,
 ) -> int:
     """Returns the bytes that one decoder layer keeps without checkpointing."""
     t, e, h, f = batch.tokens, batch.element_size, shape.hidden_size, layer.channels
@@ -58,7 +64,7 @@ def saved_by_layer(
     return 2 * _norm(shape, batch) + attention + 4 * e * t * f + lora + dropped
 
 
-def activations(shape: ModelShape, batch: Batch, *, lora_rank: int, dropout: bool, checkpointing: bool) -> int:
+def activations(shape: ModelShape, batch: PlannedBatch, *, lora_rank: int, dropout: bool, checkpointing: bool) -> int:
     """Returns the most bytes at once during a micro-batch, without logits."""
     t, e = batch.tokens, batch.element_size
     layers = [saved_by_layer(shape, layer, batch, lora_rank=lora_rank, dropout=dropout) for layer in shape.layers]
@@ -68,7 +74,7 @@ def activations(shape: ModelShape, batch: Batch, *, lora_rank: int, dropout: boo
     return kept + temporaries + rotary_angles + batch.causal_mask + _norm(shape, batch)  # the norm before the head
 
 
-def forward_temporaries(shape: ModelShape, batch: Batch) -> int:
+def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the bytes at the widest place of a pass without backward.
 
     It is in the MLP or in eager attention. That has masked scores, fp32 probabilities, and their copy.
@@ -79,7 +85,7 @@ def forward_temporaries(shape: ModelShape, batch: Batch) -> int:
     return max(mlp, scores) + batch.causal_mask
 
 
-def logits(shape: ModelShape, batch: Batch, chunk_tokens: int | None) -> int:
+def logits(shape: ModelShape, batch: PlannedBatch, chunk_tokens: int | None) -> int:
     """Returns the bytes of a chunk's logits, in the model's dtype and in fp32.
 
     Hidden states before the head and their gradient come on top, for all tokens.
@@ -88,12 +94,12 @@ def logits(shape: ModelShape, batch: Batch, chunk_tokens: int | None) -> int:
     return chunk * shape.vocab_size * (4 + batch.copy_size) + 2 * batch.tokens * shape.hidden_size * batch.element_size
 
 
-def _norm(shape: ModelShape, batch: Batch) -> int:
+def _norm(shape: ModelShape, batch: PlannedBatch) -> int:
     t, h = batch.tokens, shape.hidden_size
     return 4 * t * h + 4 * t + batch.element_size * t * h
 
 
-def _backward_temporaries(shape: ModelShape, layer: LayerShape, batch: Batch) -> int:
+def _backward_temporaries(shape: ModelShape, layer: LayerShape, batch: PlannedBatch) -> int:
     """Returns the bytes of gradients at once: of the residual, and at the widest place of a layer.
 
     In the MLP there are four: two of the product (from the weight and from LoRA) and those of its factors. A norm has

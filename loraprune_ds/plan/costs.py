@@ -17,7 +17,7 @@ from loraprune_ds.plan.traffic import Passes, StepKind, cut_sent, step_kinds, st
 
 
 @dataclass(frozen=True)
-class Cost:
+class StepCost:
     """Holds the bytes that a rank sends, by term, and seconds.
 
     Attributes:
@@ -46,14 +46,14 @@ class Cost:
 
 
 class Total(NamedTuple):
-    """Holds the sums of `Cost.hidden`, `Cost.exposed`, and bytes sent."""
+    """Holds the sums of `StepCost.hidden`, `StepCost.exposed`, and bytes sent."""
 
     hidden: float
     exposed: float
     sent: float
 
 
-def step_cost(request: Request, passes: Passes, kind: StepKind) -> Cost:
+def step_cost(request: Request, passes: Passes, kind: StepKind) -> StepCost:
     """Returns the cost of one optimizer step."""
     cluster, shape = request.cluster, passes.shape
     tokens = request.config.train.global_batch_size * request.config.data.window / request.world_size
@@ -65,7 +65,7 @@ def step_cost(request: Request, passes: Passes, kind: StepKind) -> Cost:
     sent = step_sent(request, passes, kind)
     shards = passes.training.sent / max(1, request.world_size - 1) * request.element_size
     copied = shards * request.micro_batches if request.offloads("param") else 0
-    return Cost(
+    return StepCost(
         sent,
         compute=flops / (cluster.flops * 1e12),
         communication=cluster.seconds_to_receive(sum(sent.values()), same_for_all=True),

@@ -4,7 +4,7 @@ README.md in this folder has the formulas. train/teacher_pass.py is the pass. Ea
 """
 
 from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
-from loraprune_ds.plan.costs import Cost, attention_product
+from loraprune_ds.plan.costs import StepCost, attention_product
 from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.request import Request
@@ -42,7 +42,7 @@ class DistillationPass:
         rounds = -(-self.samples // (per_file * request.world_size))
         self.batches = rounds * -(-in_a_file // at_once)
 
-    def cost(self) -> Cost:
+    def cost(self) -> StepCost:
         """Returns the cost of all batches of a rank. LoRA is off. Only top logits need the head."""
         request, shape, cluster = self.request, self.request.shape, self.request.cluster
         most = request.fetch_limits.persistence_threshold  # elements that are never gathered
@@ -52,7 +52,7 @@ class DistillationPass:
         head = 0 if request.config.train.distill_top_k is None else 2 * shape.vocab_size * shape.hidden_size
         per_token = 2 * shape.linear_numel() + 2 * attention_product(request, shape) + head
         copied = sent / max(1, request.world_size - 1)
-        return Cost(
+        return StepCost(
             {"weights": sent},
             compute=per_token * (self.batches * self.batch.tokens) / (cluster.flops * 1e12),
             communication=cluster.seconds_to_receive(sent, same_for_all=True),
@@ -65,7 +65,7 @@ class DistillationPass:
         state, host = split_state(request, request.shape, stepped=False)
         phase = forward_pass(request, request.shape, self.evaluation, self.batch) | {"targets": self._targets()}
         host |= {"teacher_file": FILE_COPIES * self.file_bytes}
-        return Stage("uncut model's pass", state, {"pass": phase}, host)
+        return Stage("dense model's pass", state, {"pass": phase}, host)
 
     def _targets(self) -> int:
         """Returns the bytes of a batch's outputs. Top logits need a chunk's logits in fp32, twice."""

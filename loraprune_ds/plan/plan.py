@@ -6,7 +6,7 @@ import numpy as np
 
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import GIB
-from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost
+from loraprune_ds.plan.costs import StepCost, Total, all_steps, cut_cost, step_cost
 from loraprune_ds.plan.distillation_pass import DistillationPass
 from loraprune_ds.plan.held import checkpoint_terms, split_state
 from loraprune_ds.plan.request import Request
@@ -52,11 +52,11 @@ class Plan:
     request: Request
     stages: list[Stage]
     cuts: list[PlannedCut]
-    step: Cost
-    last_step: Cost
+    step: StepCost
+    last_step: StepCost
     in_all: Total
     checkpoint: dict[str, int]
-    teacher: Cost
+    teacher: StepCost
     teacher_bytes: int
 
     @property

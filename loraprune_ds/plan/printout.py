@@ -6,7 +6,7 @@ from typing import Any
 
 from loraprune_ds.plan.advice import Suggestion
 from loraprune_ds.plan.cluster import GIB
-from loraprune_ds.plan.costs import Cost
+from loraprune_ds.plan.costs import StepCost
 from loraprune_ds.plan.plan import Plan
 from loraprune_ds.plan.request import ASSUMED_STEPS, Request
 from loraprune_ds.plan.traffic import step_kinds
@@ -115,7 +115,7 @@ def plan_table(plan: Plan, suggested: list[Suggestion]) -> str:
     return "\n".join(lines)
 
 
-def _seconds(cost: Cost) -> dict[str, float]:
+def _seconds(cost: StepCost) -> dict[str, float]:
     return {name: getattr(cost, name) for name in (*SECONDS, "hidden", "exposed")}
 
 
@@ -174,11 +174,11 @@ def _run_rows(plan: Plan) -> list[str]:
     ]
     if plan.teacher_bytes:
         rows.append(
-            f"the uncut model's outputs: {plan.teacher_bytes / 1e9:.1f} GB on the shared disk, "
+            f"the dense model's outputs: {plan.teacher_bytes / 1e9:.1f} GB on the shared disk, "
             f"{plan.teacher.hidden:.0f} to {plan.teacher.exposed:.0f} s before the first step"
         )
     assumed = "" if request.steps_known else "ASSUMED "
-    rest = "the cuts and the uncut model's pass" if plan.teacher_bytes else "the cuts"
+    rest = "the cuts and the dense model's pass" if plan.teacher_bytes else "the cuts"
     return [
         *rows,
         f"in all: {whole.hidden / 3600:.1f} to {whole.exposed / 3600:.1f} hours, {whole.sent / 1e9:,.0f} GB sent per "

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.family import Linear
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.activations import Batch
+from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.request import Request
 from loraprune_ds.zero.flat import layer_owner, partition_numel
 
@@ -124,7 +124,7 @@ def gradient_sent(request: Request, shape: ModelShape) -> int:
     return request.micro_batches * (request.world_size - 1) * weight_gradients(request, shape)
 
 
-def distilled_logits(request: Request, shape: ModelShape, batch: Batch) -> int:
+def distilled_logits(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the bytes of a chunk's logits of student and teacher and the target, in fp32.
 
     Hidden states before the head, their gradient and the teacher's outputs come on top, for all tokens.

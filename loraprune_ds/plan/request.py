@@ -19,7 +19,7 @@ from loraprune_ds.model.family import KINDS, LLAMA_LINEARS
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape, with_biases
-from loraprune_ds.plan.activations import Batch
+from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
@@ -85,10 +85,10 @@ class Request:
     def fetch_limits(self) -> FetchLimits:
         return FetchLimits.from_ds_config(self.ds_config)
 
-    def batch(self, samples: int, window: int) -> Batch:
+    def batch(self, samples: int, window: int) -> PlannedBatch:
         """Describes a micro-batch."""
         eager = attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
-        return Batch(samples, window, self.element_size, eager)
+        return PlannedBatch(samples, window, self.element_size, eager)
 
     def shards(self, sizes: Iterable[int]) -> int:
         """Counts the elements of a rank's shards of such tensors."""

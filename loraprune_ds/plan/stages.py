@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from loraprune_ds.model.pretrained import READ_CHUNK
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
-from loraprune_ds.plan.activations import Batch, activations, forward_temporaries, logits
+from loraprune_ds.plan.activations import PlannedBatch, activations, forward_temporaries, logits
 from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.held import Terms, split_state
 from loraprune_ds.plan.passes import parameter_sizes
@@ -106,7 +106,7 @@ def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape
     return Stage(name, state, phases, host, is_cut=True)
 
 
-def forward_pass(request: Request, shape: ModelShape, traffic: PassTraffic, batch: Batch) -> Terms:
+def forward_pass(request: Request, shape: ModelShape, traffic: PassTraffic, batch: PlannedBatch) -> Terms:
     """Returns the terms of a pass without backward and without the head."""
     hidden_states = batch.tokens * (3 * batch.element_size + 4) * shape.hidden_size
     return {

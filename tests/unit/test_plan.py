@@ -16,7 +16,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.plan.activations import Batch, saved_by_layer
+from loraprune_ds.plan.activations import PlannedBatch, saved_by_layer
 from loraprune_ds.plan.advice import search, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.distillation_pass import DistillationPass
@@ -197,7 +197,7 @@ def saved_by_autograd(attention: str, dtype: torch.dtype, key_heads: int) -> int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eager_attention_keeps_its_probabilities(dtype: torch.dtype, key_heads: int) -> None:
     shape = shape_from_config(CONFIG | {"num_key_value_heads": key_heads}, "tiny")
-    batches = [Batch(2, 32, dtype.itemsize, eager) for eager in (True, False)]
+    batches = [PlannedBatch(2, 32, dtype.itemsize, eager) for eager in (True, False)]
     planned = [
         sum(saved_by_layer(shape, layer, batch, lora_rank=8, dropout=False) for layer in shape.layers)
         for batch in batches
@@ -354,7 +354,7 @@ def test_the_pass_of_the_dense_model_is_a_stage_of_its_own() -> None:
         for weight, k in ((0.0, None), (0.5, None), (0.5, 8))
     )
     names = [stage.name for stage in distilled.stages]
-    assert names == ["loading", "uncut model's pass", *(stage.name for stage in plain.stages[1:])]
+    assert names == ["loading", "dense model's pass", *(stage.name for stage in plain.stages[1:])]
     stage, of_top = distilled.stages[1], top.stages[1]
     assert stage.state == distilled.stages[2].state | {"lora_moments": 0}
     tokens = 8 * 64  # evaluate.batch_size is above the micro-batch
@@ -362,8 +362,8 @@ def test_the_pass_of_the_dense_model_is_a_stage_of_its_own() -> None:
     assert of_top.phases["pass"]["targets"] == tokens * (1000 * 8 + 12 * 8 + 4)
     assert stage.host["teacher_file"] == 2 * 64 * 63 * 512 * 2
     assert of_top.host["teacher_file"] == 2 * 64 * 63 * (8 * 8 + 4)
-    assert "uncut model's pass" in plan_table(distilled, [])
-    assert "uncut model's pass" not in plan_table(plain, [])
+    assert "dense model's pass" in plan_table(distilled, [])
+    assert "dense model's pass" not in plan_table(plain, [])
 
 
 @pytest.mark.parametrize(("samples", "gpus", "passes"), [(64, 1, 8), (64, 2, 8), (128, 2, 8), (129, 2, 16), (9, 4, 2)])
