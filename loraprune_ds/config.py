@@ -99,7 +99,7 @@ class PruneConfig:
     max_layer_ratio: Annotated[float, Field(gt=0, le=1), NUMBER] = 1.0  # of its linear parameters that a layer may lose
     channel_multiple: Count = 1  # channel counts are rounded to a multiple of this
     gradient_every: Count = 1  # steps from one scoring to the next with criterion gradient. A cut's step always scores
-    compensate: Compensation = "none"  # for the inputs that o_proj and down_proj lose: see pruning/compensate.py
+    compensate: Compensation = "none"  # for linears losing inputs, such as o_proj and down_proj: pruning/compensate.py
     compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
     compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
     compensate_ridge: Positive = 0.05  # least_squares: added to the diagonal, as a fraction of the mean squared input

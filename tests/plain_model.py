@@ -1,4 +1,4 @@
-"""The plain-tensor twin of the ZeRO-3 store: one process, whole tensors, no DeepSpeed.
+"""The plain-tensor twin of the ZeRO-3 sharded model: one process, whole tensors, no DeepSpeed.
 
 The whole pruning method runs on it unchanged, which is how the method is tested apart from the sharding.
 """

@@ -162,7 +162,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     try:
         if not needs_conversion(folder):
-            raise UserError(f"{folder} holds no .bin checkpoint that needs conversion")
+            raise UserError(f"{folder} holds no .bin weights that need conversion")
         found = converted(folder)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -145,8 +145,8 @@ class ModelShape:
     def layer_cuts(self, kinds: Collection[Kind]) -> Iterator[tuple[str, int, tuple[Part, ...]]]:
         """Yields all parameters of a layer that get smaller when groups of these kinds leave, LoRA apart.
 
-        Each comes as its name inside the layer, the axis that shrinks, and the parts along it. A bias along the outputs
-        of o_proj and down_proj stays whole.
+        Each comes as its name inside the layer, the axis that gets smaller, and the parts along it. The linears that
+        lose inputs, such as o_proj and down_proj, keep their whole bias.
         """
         for linear in self.linears:
             if linear.kind in kinds:

@@ -1,4 +1,4 @@
-"""Makes up for the inputs of o_proj and down_proj that a cut removes.
+"""Makes up for the inputs that a cut removes, in the linears that lose inputs, such as o_proj and down_proj.
 
 Let W' = W + s·B·A, K the kept and R the removed columns, and x the inputs of a layer.
 

@@ -1,4 +1,7 @@
-"""First or second moments of the inputs of o_proj and down_proj, recorded in training's own forward passes."""
+"""First or second moments of the inputs of the linears that lose inputs, such as o_proj and down_proj.
+
+They are recorded in training's own forward passes.
+"""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager

@@ -151,17 +151,17 @@ class _Removal:
 
         The blocks of a layer come in the order in which they must leave, as their scores ascend.
         """
-        sites: list[tuple[int, Kind, int]] = []
+        candidates: list[tuple[int, Kind, int]] = []
         per_parameter: list[Tensor] = []
         for layer in reversed(self.limits.open_layers):
             for kind in kinds:
                 left = self.left[layer][kind]
                 blocks = self.limits.blocks(layer, kind, left)
-                sites.extend((layer, kind, groups) for groups in blocks)
+                candidates.extend((layer, kind, groups) for groups in blocks)
                 scores = self.scores[layer].of(kind).sort().values[-left:]
                 per_parameter.append(_block_means(scores, blocks) / self.limits.dense.group_numel(kind))
         order = cast(list[int], torch.cat(per_parameter).argsort(stable=True).tolist())
-        return [sites[position] for position in order]
+        return [candidates[position] for position in order]
 
 
 def _block_means(scores: Tensor, blocks: list[int]) -> Tensor:

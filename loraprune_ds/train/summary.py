@@ -16,7 +16,7 @@ from loraprune_ds.checkpoint.run_folder import (
 from loraprune_ds.units import aligned, format_bytes, format_count, format_duration, format_percent, format_perplexity
 
 RESULT_FILES = (
-    (MODEL_FOLDER, "Hugging Face checkpoint, smaller and dense, LoRA merged in"),
+    (MODEL_FOLDER, "Hugging Face model, smaller and dense, LoRA merged in"),
     (REPORT_FILE, "these numbers and more, with versions and config"),
     (KEPT_GROUPS_FILE, "the heads and channels that every layer kept"),
     (KEPT_GROUPS_PICTURE, "the same as a picture"),

@@ -1,4 +1,4 @@
-"""The whole method in one process: the package's pruner and plain-tensor store around a loop with torch's AdamW."""
+"""The whole method in one process: the package's pruner and a plain-tensor model in a loop with torch's AdamW."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

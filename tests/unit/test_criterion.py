@@ -1,4 +1,4 @@
-"""Element importance against the oracle, and its sums over any split of a weight into flat pieces."""
+"""Element importance against the oracle, and its sums over any split of a weight into flat shards."""
 
 import random
 from collections.abc import Callable
@@ -109,7 +109,7 @@ def test_a_wrong_formula_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: crite
         check_splits(random.Random(0), cases=10)
 
 
-# Their sums over the pieces that ranks own
+# Their sums over the shards that ranks own
 
 
 def check_splits(draw: random.Random, cases: int, score: Score = score_shard) -> None:
@@ -153,7 +153,7 @@ def test_a_gpu_gets_few_large_blocks() -> None:
 
 
 @pytest.mark.parametrize("block", [7, 1 << 17])
-def test_weight_gradients_are_scored_piece_by_piece(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_weight_gradients_are_scored_shard_by_shard(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(criterion, "CPU_BLOCK_NUMEL", block)
     draw, generator = random.Random(block), torch.Generator().manual_seed(block)
     for _ in range(300):

@@ -16,15 +16,15 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "float32"], ids=str)
-def test_masked_equals_shrunk(case: Case) -> None:
+def test_masked_equals_cut(case: Case) -> None:
     model = dense_model(case)
     with torch.no_grad():
-        shrunk = cut(model, case)(PROMPT).logits
+        smaller = cut(model, case)(PROMPT).logits
         full = model(PROMPT).logits
         mask(model, case)
         masked = model(PROMPT).logits
     # The masked sums are as long as the dense model's. They add in another order: some ulps (2e-7 at 2) per layer.
-    torch.testing.assert_close(shrunk, masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(smaller, masked, rtol=0, atol=1e-5)
     assert (full - masked).abs().max() > 0.1  # the removed groups mattered
 
 

@@ -183,8 +183,8 @@ def test_planted_useless_groups_score_nothing_and_go_first(tiny: Tiny, tmp_path:
     assert record.kept[layer][0] == [i for i in range(heads) if i != group]
     assert record.kept[layer][1] == [i for i in range(channels) if i != channel]
     ids = tiny.batches[0][0]
-    uncut = DenseTrainer(tmp_path, lora, FP64)
-    close(trainer.logits(ids), uncut.logits(ids), FORWARD)  # they were useless indeed
+    dense = DenseTrainer(tmp_path, lora, FP64)
+    close(trainer.logits(ids), dense.logits(ids), FORWARD)  # they were useless indeed
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -214,7 +214,7 @@ def mask(run: PlainRun, keep: list[LayerKeep]) -> None:
                 tensor[:, gone] = 0
 
 
-def test_masked_equals_shrunk(tiny: Tiny) -> None:
+def test_masked_equals_cut(tiny: Tiny) -> None:
     run, masked = tiny.plain(), tiny.plain()
     for r in (run, masked):
         r.step(1, tiny.batches[0])
@@ -239,10 +239,10 @@ def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dty
         for linear in LLAMA_LINEARS:
             if f".{linear.name}." in name:
                 axis_of = {"weight": linear.axis, "bias": 0, "lora_A": 1, "lora_B": 0}[name.split(".")[-1]]
-                shrinks = name.endswith("weight") or axis_of == linear.axis
+                is_cut = name.endswith("weight") or axis_of == linear.axis
                 layer = int(name.split(".")[1])
                 rows = keep[layer].indices(shape, layer, linear.parts)
-                return whole.index_select(axis_of, rows) if shrinks else whole
+                return whole.index_select(axis_of, rows) if is_cut else whole
         return whole
 
     for name, tensor in run.tensors().items():

@@ -73,7 +73,7 @@ def test_without_floors_and_caps_it_stops_within_half_a_channel() -> None:
             assert abs(off) <= SMOLLM2.group_numel("channels") / 2 + 0.5
 
 
-def sites(scores: list[LayerScores], keep: list[LayerKeep], kind: str) -> tuple[list[Any], list[Any]]:
+def split_groups(scores: list[LayerScores], keep: list[LayerKeep], kind: str) -> tuple[list[Any], list[Any]]:
     """(score, -layer, -index) of what goes and of what stays."""
     goes, stays = [], []
     for i, (layer, layer_keep) in enumerate(zip(scores, keep, strict=True)):
@@ -95,7 +95,7 @@ def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(leve
             layer.heads[0] = layer.channels[0] = 99
         keep = rank_global(scores, shape, limits, 0.4, joint=False)
         for kind in KINDS:
-            goes, stays = sites(scores, keep, kind)
+            goes, stays = split_groups(scores, keep, kind)
             assert max(goes) < min(stays)  # by score, then the higher layer, then the higher index
 
 

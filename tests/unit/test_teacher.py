@@ -47,9 +47,9 @@ def test_supervised_tokens_and_padding_of_ragged_samples() -> None:
     everything = torch.arange(5)
     labels = SAMPLES.labels[everything]
     assert SAMPLES.supervised_counts().tolist() == (labels[:, 1:] != IGNORE_INDEX).sum(1).tolist() == [6, 3, 1, 1, 0]
-    real = SAMPLES.attention_mask(everything)
-    assert real is not None
-    assert torch.equal(real, SAMPLES.input_ids[everything] != 0)
+    attention_mask = SAMPLES.attention_mask(everything)
+    assert attention_mask is not None
+    assert torch.equal(attention_mask, SAMPLES.input_ids[everything] != 0)
     assert Samples(labels, labels).attention_mask(everything) is None
 
 
