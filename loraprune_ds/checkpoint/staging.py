@@ -27,9 +27,7 @@ class Staging:
         self._comm, self._kind = comm, kind
         self._writes = LocalWrites()
         self._sealed: dict[str, dict[str, Any]] = {}
-        if comm.rank == 0:
-            self._writes.do(lambda: whole.begin(target))
-        self._writes.agree(comm, self.folder)
+        self._writes.do_on_rank_0(comm, self.folder, lambda: whole.begin(target))
 
     def __enter__(self) -> "Staging":
         return self
@@ -64,9 +62,7 @@ class Staging:
         sealed: dict[str, dict[str, Any]] = {}
         for part in self._comm.gather_objects(self._sealed):
             sealed |= part
-        if self._comm.rank == 0:
-            self._writes.do(lambda: self._rename(sealed))
-        self._writes.agree(self._comm, self.folder)
+        self._writes.do_on_rank_0(self._comm, self.folder, lambda: self._rename(sealed))
 
     def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:
         layout.write_manifest(self.folder, sealed)

@@ -119,10 +119,8 @@ class Checkpoints:
         pruner = self.pruner.state()
         moments = None if compensator is None else compensator.moments
         save_step(model, self.root, self._state(engine, pruner, step, totals), pruner.scores, moments)
-        writes = LocalWrites()
-        if model.rank == 0:
-            writes.do(lambda: drop_old(self.root, step, self.config.checkpoint.keep_last))
-        writes.agree(model.comm, self.root)
+        keep_last = self.config.checkpoint.keep_last
+        LocalWrites().do_on_rank_0(model.comm, self.root, lambda: drop_old(self.root, step, keep_last))
 
     def _state(self, engine: TrainingEngine, pruner: PrunerState, step: int, totals: RunTotals) -> RunState:
         schedule, loss_scale = counters(engine)

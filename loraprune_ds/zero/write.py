@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.dtypes import DTYPES
@@ -49,6 +50,12 @@ class LocalWrites:
         except (OSError, SafetensorError) as error:
             self._error = error
 
+    def do_on_rank_0(self, comm: Communicator, folder: Path, write: Callable[[], object]) -> None:
+        """Makes a write on rank 0 alone. Then raises as `agree`. Collective."""
+        if comm.rank == 0:
+            self.do(write)
+        self.agree(comm, folder)
+
     def agree(self, comm: Communicator, folder: Path) -> None:
         """Ends the writes on all ranks, if one of them failed. Collective.
 
@@ -63,7 +70,7 @@ class LocalWrites:
         comm.all_or_raise(tell)
 
 
-def write_model(model: ShardedModel, folder: Path, dtype: str, tensors_of: TensorsOf) -> list[str]:
+def write_model(model: ShardedModel, folder: Path, dtype: Dtype, tensors_of: TensorsOf) -> list[str]:
     """Writes all weight files and their index into `folder`. Collective.
 
     The owner of a layer writes its file. The ends count as one layer more.
@@ -88,11 +95,8 @@ def write_model(model: ShardedModel, folder: Path, dtype: str, tensors_of: Tenso
     for part in model.comm.gather_objects(mine):
         entries |= part
     names = [weight_file_name(k, count) for k in mine]
-    if model.rank == 0:
-        writes.do(lambda: write_index(folder, [entries[k] for k in range(count)]))
-        names.append(INDEX_FILE)
-    writes.agree(model.comm, folder)
-    return names
+    writes.do_on_rank_0(model.comm, folder, lambda: write_index(folder, [entries[k] for k in range(count)]))
+    return [*names, INDEX_FILE] if model.rank == 0 else names
 
 
 def _file_tensors(model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf) -> dict[str, Tensor]:
