@@ -80,8 +80,9 @@ def _plan_tensor(cut: AxisCut, world_size: int, name: str) -> _Moves:
 def example_masks(before: ModelShape, after: ModelShape, kind: str, seed: int) -> list[LayerKeep]:
     """Returns the groups that stay in every layer, of one of three sorts.
 
-    random: any. adversarial: all removed groups are at the front, so all others change their place. real-looking: by
-    scores with heavy tails that are alike among neighbours, as measured scores are.
+    random: any.
+    adversarial: all removed groups are at the front, so all others change their place.
+    real-looking: by scores with heavy tails that are alike among neighbours, as measured scores are.
     """
     generator = torch.Generator().manual_seed(seed)
     keep = []
