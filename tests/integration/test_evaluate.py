@@ -364,7 +364,6 @@ def test_bad_input_is_one_line(made: Made, tmp_path: Path, name: str) -> None:
     ended = evaluate(made, *spoil(made, tmp_path), "--json")
     assert ended.code == 2, ended.everything
     assert ended.out == ""
-    print("ERR", ended.err)
     (line,) = ended.err.splitlines()
     assert line.startswith("error: " + message.format(here=tmp_path, made=made.root))
 
