@@ -35,6 +35,12 @@ def rebuild_layers(decoder: nn.Module, config: Any) -> None:
         layers[i] = type(layer)(layer_config(config, i), i)
 
 
+def give_config(model: Any, one_size: Any, config: Any) -> None:
+    """Gives a model its config. It was built at one size, as transformers 5 warns where a global size is read."""
+    config._attn_implementation = one_size._attn_implementation  # what transformers has chosen
+    model.config = config
+
+
 def pruned_classes(family: str) -> tuple[Any, Any, Any]:
     """Derives the config, the decoder and the causal LM of a family from its stock classes."""
     base_config: Any = CONFIG_MAPPING[family]
@@ -70,7 +76,9 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
         config_class = PrunedConfig
 
         def __init__(self, config: Any) -> None:
-            super().__init__(config)  # pyright: ignore[reportCallIssue]  # a base that only runs know
+            one_size = layer_config(config, 0)
+            super().__init__(one_size)  # pyright: ignore[reportCallIssue]  # a base that only runs know
+            give_config(self, one_size, config)
             rebuild_layers(self, config)  # type: ignore[arg-type]
             self.post_init()
 
@@ -78,7 +86,10 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
         config_class = PrunedConfig
 
         def __init__(self, config: Any) -> None:
-            super().__init__(config)  # pyright: ignore[reportCallIssue]
+            one_size = layer_config(config, 0)
+            super().__init__(one_size)  # pyright: ignore[reportCallIssue]
+            for module in (self, self.model):
+                give_config(module, one_size, config)
             rebuild_layers(self.model, config)
             self.post_init()
 
