@@ -17,6 +17,7 @@ from torch import Tensor
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.staging import Staging
 from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, read_state, state_text
+from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.pruning.importance import LayerScores
@@ -28,7 +29,7 @@ from loraprune_ds.zero.training_state import collect_lora_state
 from loraprune_ds.zero.write import frozen_tensors, write_model
 
 
-def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str, Any], dtype: str) -> ShapeSource:
+def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str, Any], dtype: Dtype) -> ShapeSource:
     """Publishes the frozen weights as `shape-{cuts}`. Collective.
 
     Raises:

@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, Status, describe_method, read_status
-from loraprune_ds.config import ModelConfig
+from loraprune_ds.config import Dtype, ModelConfig
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FOLDER
@@ -107,7 +107,7 @@ def _find_adapter(path: str, folder: Path) -> FoundModel:
     return replace(found, path=path, kind="adapter", adapter=folder, tokenizer_folder=tokenizer_folder)
 
 
-def choose_dtype(found: FoundModel, dtype: str | None) -> str:
+def choose_dtype(found: FoundModel, dtype: str | None) -> Dtype:
     """Returns `dtype`, or the model's own where the user named none.
 
     Raises:
@@ -116,7 +116,7 @@ def choose_dtype(found: FoundModel, dtype: str | None) -> str:
     chosen = dtype or found.dtype
     if chosen not in DTYPES:
         raise UserError(f"{found.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
-    return chosen
+    return cast(Dtype, chosen)
 
 
 def load_model(found: FoundModel, dtype: str, device: torch.device) -> PreTrainedModel:

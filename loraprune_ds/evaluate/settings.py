@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.evaluation_text import EvaluationText
 from loraprune_ds.evaluate.models import FoundModel, choose_dtype, find_model
@@ -54,7 +55,7 @@ class PreparedModel:
     """Holds what is needed to load and measure a model."""
 
     found: FoundModel
-    dtype: str
+    dtype: Dtype
     tokenizer: PreTrainedTokenizerBase
     batches: list[Batch]
 

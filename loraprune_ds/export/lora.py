@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.config import LoraConfig
+from loraprune_ds.config import Dtype, LoraConfig
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.export.source import UnmergedModel
@@ -41,7 +41,7 @@ def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, d
     return merged
 
 
-def merged_tensors(linear: CollectedLinear, dtype: str) -> dict[str, Tensor]:
+def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
     """Merges a linear that was collected from the ranks. `zero.write.write_model` writes the result."""
     target = DTYPES[dtype]
     weight = merge_lora(linear.weight, linear.lora_A, linear.lora_B, linear.scaling, target)

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.family import KINDS, Kind, Linear
 from loraprune_ds.model.shapes import ModelShape
@@ -35,9 +36,13 @@ class LayerScores:
 
 
 def score_groups(
-    model: PrunableModel, criterion: str, normalization: str, step: int, gradients: WeightGradients | None = None
+    model: PrunableModel,
+    criterion: Criterion,
+    normalization: Normalization,
+    step: int,
+    gradients: WeightGradients | None = None,
 ) -> list[LayerScores]:
-    """Scores all groups from the pieces the ranks own: one all-reduce of O(heads + channels) numbers.
+    """Scores all groups from the shards the ranks own: one all-reduce of O(heads + channels) numbers.
 
     Args:
         criterion: a key of `ELEMENT_CRITERIA`.
@@ -70,7 +75,7 @@ def score_groups(
 
 
 def _add_parts(
-    linears: tuple[Linear, ...], scores: Sequence[Tensor], normalization: str, *, layer: int, step: int
+    linears: tuple[Linear, ...], scores: Sequence[Tensor], normalization: Normalization, *, layer: int, step: int
 ) -> LayerScores:
     """Adds the scores of all parts of a layer's linears, complete sums over the ranks, to those of its groups.
 

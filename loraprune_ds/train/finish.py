@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_PICTURE, MODEL_FOLDER, TEACHER_FOLDER, TRAINING_PICTURE
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import Dtype, RunConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard, card_of_run, write_model_card
@@ -26,7 +26,7 @@ from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import write_model
 
 
-def write_weights(model: ShardedModel, folder: Path, dtype: str) -> None:
+def write_weights(model: ShardedModel, folder: Path, dtype: Dtype) -> None:
     """Writes the weights, with LoRA merged in, into the staging folder of `model/`. Collective."""
     model.comm.on_rank_0(lambda: _begin_model(folder))
     write_model(model, staging_of(folder / MODEL_FOLDER), dtype, lambda linear: merged_tensors(linear, dtype))
@@ -100,7 +100,7 @@ def _exported(config: RunConfig, prepared: Prepared, pruned: ModelShape) -> Expo
 
 
 def _model_card(config: RunConfig, prepared: Prepared, pruned: ModelShape, history: History) -> ModelCard:
-    """Makes the checkpoint's README, with the perplexities known so far."""
+    """Makes the export's README, with the perplexities known so far."""
     return card_of_run(
         config,
         prepared.pretrained.shape,

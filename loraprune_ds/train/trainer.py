@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import TrainConfig
+from loraprune_ds.config import Dtype, TrainConfig
 from loraprune_ds.faults import fail_point
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.train.data.order import BatchOrder, rank_micro_batches, seed_dropout
@@ -40,7 +40,7 @@ class _RankReports:
 
 
 class Trainer:
-    """Trains LoRA on the sharded model while the pruner watches.
+    """Trains LoRA on the sharded model and calls the pruner at every step.
 
     Args:
         dtype: of the frozen weights.
@@ -61,7 +61,7 @@ class Trainer:
         order: BatchOrder,
         config: TrainConfig,
         *,
-        dtype: str,
+        dtype: Dtype,
         seed: int,
         current_request: Callable[[], int] = lambda: NOTHING,
         teacher: Teacher | None = None,
@@ -73,7 +73,7 @@ class Trainer:
         self.config = config
         self.requested = NOTHING
         self.weight_bytes = self._gather_weight_bytes()
-        self._dtype = dtype
+        self._dtype: Dtype = dtype
         self._seed = seed
         self._current_request = current_request
         self._teacher = teacher

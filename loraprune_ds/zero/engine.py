@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.config import Dtype, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import add_lora, load_adapter
 from loraprune_ds.model.dtypes import DTYPES
@@ -139,7 +139,7 @@ def build_training_engine(
 
 
 def build_inference_engine(
-    pretrained: PretrainedModel, attn_implementation: str, dtype: str, ds_config: dict[str, Any]
+    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any]
 ) -> Any:
     """Builds the plain sharded model in evaluation mode: an engine without an optimizer. Collective."""
     with quiet_stdout():
@@ -152,7 +152,7 @@ def build_inference_engine(
 def _sharded_base(
     pretrained: PretrainedModel,
     attn_implementation: str,
-    dtype: str,
+    dtype: Dtype,
     ds_config: dict[str, Any],
     loss_chunk_tokens: int | None = None,
 ) -> Any:

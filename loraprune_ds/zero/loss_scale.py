@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError
 
 Decision = Literal["update", "skip"]
@@ -21,7 +22,7 @@ def first_nonfinite(gradients: list[Tensor]) -> int | None:
     return next((i for i, gradient in enumerate(gradients) if not torch.isfinite(gradient).all()), None)
 
 
-def decide(bad_layers: list[int | None], losses: list[float], *, dtype: str, step: int) -> Decision:
+def decide(bad_layers: list[int | None], losses: list[float], *, dtype: Dtype, step: int) -> Decision:
     """Decides if a step's gradients can be scored and applied. Every rank has looked at its shards.
 
     In fp16 a non-finite gradient means that the loss scale was too high. The step is skipped and not scored.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.model.family import LLAMA_LINEARS, Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores, score_groups
@@ -70,8 +71,8 @@ def scores_over_ranks(
     *,
     scaling: float,
     world_size: int,
-    criterion: str = "lora",
-    normalization: str = "none",
+    criterion: Criterion = "lora",
+    normalization: Normalization = "none",
 ) -> list[LayerScores]:
     """The scores that every one of `world_size` ranks arrives at."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.family import LLAMA_LINEARS, Linear
 from loraprune_ds.model.shapes import ModelShape
@@ -35,12 +36,21 @@ class Run:
     shape: ModelShape
     steps: list[list[LayerTensors]]
 
-    def package(self, *, world_size: int = 1, criterion: str = "lora", normalization: str = "l2") -> list[LayerScores]:
+    def package(
+        self, *, world_size: int = 1, criterion: Criterion = "lora", normalization: Normalization = "l2"
+    ) -> list[LayerScores]:
         """The moving average after the last step."""
         average = MovingAverage(0.9)
         for layers in self.steps:
-            kind = {"criterion": criterion, "normalization": normalization}
-            average.update(scores_over_ranks(self.shape, layers, scaling=SCALING, world_size=world_size, **kind))
+            scores = scores_over_ranks(
+                self.shape,
+                layers,
+                scaling=SCALING,
+                world_size=world_size,
+                criterion=criterion,
+                normalization=normalization,
+            )
+            average.update(scores)
         assert average.scores is not None
         return average.scores
 
@@ -79,9 +89,11 @@ def assert_same(found: list[LayerScores], expected: list[tuple[Tensor, Tensor]])
 def test_scores_are_the_oracles_on_any_number_of_ranks(name: str, world_size: int) -> None:
     run = random_run(SHAPES[name])
     for normalize in (False, True):
-        for power, criterion in ((1, "lora"), (2, "lora_squared")):
-            kind = {"criterion": criterion, "normalization": "l2" if normalize else "none"}
-            assert_same(run.package(world_size=world_size, **kind), run.oracle(power=power, normalize=normalize))
+        powers: dict[Criterion, int] = {"lora": 1, "lora_squared": 2}
+        for criterion, power in powers.items():
+            normalization: Normalization = "l2" if normalize else "none"
+            found = run.package(world_size=world_size, criterion=criterion, normalization=normalization)
+            assert_same(found, run.oracle(power=power, normalize=normalize))
 
 
 def test_magnitude_ignores_the_gradients() -> None:
@@ -131,7 +143,9 @@ WRONG: dict[str, tuple[object, str, object]] = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("normalization", ["none", "l2"])
-def test_leaving_something_out_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: str, normalization: str) -> None:
+def test_leaving_something_out_is_caught(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, normalization: Normalization
+) -> None:
     run = random_run(SHAPES["gqa"])
     expected = run.oracle(normalize=normalization == "l2")
     assert_same(run.package(normalization=normalization), expected)
@@ -142,7 +156,8 @@ def test_leaving_something_out_is_caught(monkeypatch: pytest.MonkeyPatch, wrong:
 
 def test_normalisation_matters() -> None:
     run = random_run(SHAPES["gqa"])
-    for normalization, other in (("l2", False), ("none", True)):
+    others: dict[Normalization, bool] = {"l2": False, "none": True}
+    for normalization, other in others.items():
         with pytest.raises(AssertionError):
             assert_same(run.package(normalization=normalization), run.oracle(normalize=other))
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError
 from loraprune_ds.zero.loss_scale import decide, first_nonfinite, unscale
 
@@ -12,7 +13,7 @@ ALL = ("float16", "bfloat16", "float32")
 
 
 @pytest.mark.parametrize("dtype", ALL)
-def test_finite_gradients_are_scored_and_applied(dtype: str) -> None:
+def test_finite_gradients_are_scored_and_applied(dtype: Dtype) -> None:
     assert decide([None, None], [1.5, 1e300], dtype=dtype, step=3) == "update"
 
 
@@ -23,7 +24,7 @@ def test_fp16_skips_the_step_wherever_the_overflow_is() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_without_a_loss_scale_a_bad_gradient_stops_the_run(dtype: str) -> None:
+def test_without_a_loss_scale_a_bad_gradient_stops_the_run(dtype: Dtype) -> None:
     with pytest.raises(RunError, match=r"^step 12: the LoRA gradient of layer 2 is not finite$"):
         decide([None, 5, 2], [1.0, 1.0, 1.0], dtype=dtype, step=12)
     with pytest.raises(RunError, match="layer 0 is"):  # not taken for "none"
@@ -32,7 +33,7 @@ def test_without_a_loss_scale_a_bad_gradient_stops_the_run(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_bad_loss_stops_the_run_in_every_dtype(dtype: str, loss: float) -> None:
+def test_a_bad_loss_stops_the_run_in_every_dtype(dtype: Dtype, loss: float) -> None:
     """The loss itself is not scaled, so no lower scale would help."""
     with pytest.raises(RunError, match=rf"^step 4: the loss is {loss} on rank 1$"):
         decide([3, None], [1.0, loss], dtype=dtype, step=4)
