@@ -18,6 +18,7 @@ from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export, exp
 
 FILES = Path(__file__).parent / "old_exports"
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB
+pytestmark = pytest.mark.usefixtures("fresh_transformers")
 OLD = [case for case in CASES if case.name in ("layers_gqa_biases", "biases_odd_heads", "layers_window")]
 
 
