@@ -10,6 +10,7 @@ from loraprune_ds.whole import flush
 
 MANIFEST = "manifest.json"
 SCORES_FILE = "scores.safetensors"
+MOMENTS_FILES = "moments-*.safetensors"  # one for each layer that has some
 CHUNK = 1 << 24
 
 

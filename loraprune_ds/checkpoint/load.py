@@ -69,7 +69,7 @@ class TrainingCheckpoint:
         """The tokens that the moments are sums over. A mean is worth a step of this run. 0 if nothing was recorded."""
         if self._holds_sums:
             return self.state.moment_tokens
-        has_moments = any(self.folder.glob(layout.moments_file(0).replace("00000", "*")))
+        has_moments = any(self.folder.glob(layout.MOMENTS_FILES))
         return self.state.totals.tokens / self.state.step if has_moments else 0.0
 
     def scores(self) -> list[LayerScores] | None:
