@@ -26,6 +26,12 @@ def make_shape(
         vocab_size=50,
         tie_word_embeddings=False,
         layers=tuple(LayerShape(*layer) for layer in layers),
+        layer_others={"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)},
+        ends={
+            "model.embed_tokens.weight": (50, hidden),
+            "model.norm.weight": (hidden,),
+            "lm_head.weight": (50, hidden),
+        },
     )
 
 
