@@ -49,7 +49,8 @@ def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
         "weight_bytes_after": [90_000_000, 89_999_900],
     }
     assert {"torch", "deepspeed", "transformers", "peft", "python", "loraprune_ds", "commit"} <= set(report["versions"])
-    assert report["versions"]["torch"] == torch.__version__
+    # PyPI's metadata leaves out the build, which torch names itself: 2.13.0 and 2.13.0+cu130.
+    assert report["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert report["hardware"]["accelerator"] == "cpu"
     assert report["config"]["prune"]["ratio"] == 0.5
 
