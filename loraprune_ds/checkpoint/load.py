@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ class TrainingCheckpoint:
         """Tells sums of moments from the means that formats 1 and 2 hold."""
         return self.state.format > 2
 
-    @property
+    @cached_property
     def _moment_tokens(self) -> float:
         """The tokens that the moments are sums over. A mean is worth a step of this run. 0 if nothing was recorded."""
         if self._holds_sums:

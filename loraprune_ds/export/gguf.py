@@ -13,7 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
-from loraprune_ds.model.embedded import LAYER_NAMES
+from loraprune_ds.model.embedded import LAYER_NAMES, OUTER_NAMES
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.pretrained import PretrainedModel
@@ -28,7 +28,7 @@ ROPE_FREQS = "rope_freqs.weight"
 DEFAULT_EPSILON = 1e-6  # of LlamaConfig and MistralConfig
 
 # Our names of the modules -> GGUF's. Those of a layer come after `blk.<i>.`.
-OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+NAMES_OUTSIDE = {ours: theirs for theirs, ours in OUTER_NAMES.items()} | {"lm_head": "output"}
 NAMES_IN_LAYER = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
 
 
@@ -199,8 +199,8 @@ def _add_rope(writer: GGUFWriter, rope: dict[str, Any], head_dim: int, folder: P
 def _plan_tensor(source: str, size: tuple[int, ...], shape: ModelShape, precision: Precision) -> GgufTensor:
     module, _, suffix = source.rpartition(".")  # suffix: weight or bias
     stored_as = _type(size, precision)
-    if module in OUTER_NAMES:
-        return GgufTensor(source, f"{OUTER_NAMES[module]}.{suffix}", size, stored_as)
+    if module in NAMES_OUTSIDE:
+        return GgufTensor(source, f"{NAMES_OUTSIDE[module]}.{suffix}", size, stored_as)
     _, _, layer, inner = module.split(".", 3)
     key_heads = shape.layers[int(layer)].heads
     rotary = {"self_attn.q_proj": key_heads * shape.queries_per_group, "self_attn.k_proj": key_heads}
