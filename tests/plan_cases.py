@@ -23,11 +23,11 @@ from loraprune_ds.config import (
     RunConfig,
     TrainConfig,
 )
-from loraprune_ds.model.family import KINDS, LLAMA_LINEARS
+from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
-from loraprune_ds.plan.activations import PlannedBatch, logits, saved_by_layer
+from loraprune_ds.plan.activations import logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.held import split_state
@@ -83,8 +83,9 @@ class Case:
                 gradient_checkpointing=self.checkpointing,
             ),
         )
-        shape = open_pretrained(self.folder).shape
-        return build_request(str(self.folder), shape, config, Cluster(nodes=1, gpus_per_node=world_size))
+        pretrained = open_pretrained(self.folder)
+        where = Cluster(nodes=1, gpus_per_node=world_size)
+        return build_request(str(self.folder), pretrained.config, pretrained.shape, config, where)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     with Peak() as loading:
         trainer = build(request)
         gc.collect()
-    network = Network(request.shape, request.config.lora.r)
+    network = Network(request.source, request.shape, request.config.lora.r)
     fetcher = Fetcher(request.fetch_limits, world_size)
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
@@ -221,7 +222,7 @@ def _measured_step(
     planned = step_sent(request, passes, StepKind(scores, scores))
     if scores:
         planned["input_moments"] = quality.measuring_sent(request, shape, rank)
-    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in LLAMA_LINEARS)
+    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in shape.linears)
     not_gathered = planned["weight_gradients"] + planned["input_moments"] + 8 * groups * (scores and world_size > 1)
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
     stage = training_stage("", request, passes, scores=scores)
@@ -275,10 +276,11 @@ def saved_activations(case: Case) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.engine.deepspeed(input_ids=ids, labels=ids).sum()
     del loss
-    batch = PlannedBatch(case.micro_batch_size, case.window, request.element_size)
+    batch = request.batch(case.micro_batch_size, case.window)
     shape = request.shape
+    dropout = case.dropout > 0
     layers = [
-        saved_by_layer(shape, x, batch, lora_rank=8, dropout=case.dropout > 0, mask_size=request.element_size)
+        saved_by_layer(request.source, shape, x, batch, lora_rank=8, dropout=dropout, fused_dropout=False)
         for x in shape.layers
     ]
     return {

@@ -124,7 +124,12 @@ def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> Term
     train, lora = request.config.train, request.config.lora
     batch = request.batch(train.micro_batch_size, request.config.data.window)
     held = activations(
-        shape, batch, lora_rank=lora.r, dropout=lora.lora_dropout > 0, checkpointing=train.gradient_checkpointing
+        request.source,
+        shape,
+        batch,
+        lora_rank=lora.r,
+        dropout=lora.lora_dropout > 0,
+        checkpointing=train.gradient_checkpointing,
     )
     head = logits(shape, batch, train.loss_chunk_tokens)
     if train.distill_weight:

@@ -57,7 +57,7 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
 
     That is an evaluation, training, a cut, an evaluation, training, and so on.
     """
-    network = Network(shapes[0], request.config.lora.r)
+    network = Network(request.source, shapes[0], request.config.lora.r)
     fetcher = Fetcher(request.fetch_limits, request.world_size, offloaded=request.offloads("param"))
     checkpointing = request.config.train.gradient_checkpointing
     evaluation, training = network.evaluation_pass(), network.training_pass(checkpointing=checkpointing)
@@ -95,15 +95,16 @@ def scoring_sent(request: Request, shape: ModelShape) -> int:
 
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
     """Lists (cut, is LoRA) of every tensor that `ShardedModel` cuts in a layer."""
-    cuts = []
+    cuts = list[tuple[AxisCut, bool]]()
+    layer, kinds = shape.layer_parameters(index), [k for k in KINDS if keep.cuts(shape.layers[index], k)]
     for linear in shape.linears:
-        if not keep.cuts(shape.layers[index], linear.kind):
-            continue
-        (rows, columns), kept = shape.linear_shape(index, linear), keep.indices(shape, index, linear.parts)
-        factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
-        cuts += [(AxisCut((rows, columns), linear.axis, kept), False), (AxisCut(factor, linear.axis, kept), True)]
-        if shape.has_bias(linear) and linear.axis == 0:
-            cuts.append((AxisCut((rows,), 0, kept), False))
+        if linear.kind in kinds:
+            (rows, columns), kept = shape.linear_shape(index, linear), keep.indices(shape, index, linear.parts)
+            factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
+            cuts.append((AxisCut(factor, linear.axis, kept), True))
+    for name, axis, parts in shape.layer_cuts(kinds):
+        kept = keep.indices(shape, index, parts)
+        cuts.append((AxisCut(layer[f"model.layers.{index}.{name}"], axis, kept), False))
     return cuts
 
 

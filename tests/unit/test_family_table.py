@@ -12,7 +12,6 @@ from loraprune_ds.export.gguf import CHECKED_FAMILIES, write_gguf
 from loraprune_ds.model.family import FAMILIES, Family, Kind
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.plan.request import check_layout
 from tests.families import tiny_config
 
 README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
@@ -22,7 +21,6 @@ HEADER = (
     "channels leave from",
     "equal layers are stored as",
     "GGUF",
-    "planned",
     "note",
 )
 LLAMA_STAND_IN = "llama if its heads divide hidden_size, else mistral, or with biases the modelling file"
@@ -47,16 +45,7 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
         stored = "a stock model"
     gguf = "yes" if name in CHECKED_FAMILIES else "no"
     kinds = smaller(family, "heads"), smaller(family, "channels")
-    return *kinds, stored, gguf, planned(name), "; ".join(notes(name, family))
-
-
-def planned(name: str) -> str:
-    """Tells if launch/plan.py takes the family."""
-    try:
-        check_layout(name, shape_from_config(tiny_config(name).to_dict(), name))
-    except UserError:
-        return "no"
-    return "yes"
+    return *kinds, stored, gguf, "; ".join(notes(name, family))
 
 
 def smaller(family: Family, kind: Kind) -> str:
