@@ -1,6 +1,6 @@
 """Prunes SmolLM2-135M in the clothes of other families. The numbers must be those of the LLaMA that it is.
 
-    python -m tests.benchmarks.clothes [--steps 12] [--ranks 2]
+    python -m tests.benchmarks.clothes [--steps 6] [--ranks 2]
 
 tests/clothes.py rewrites its folder as mistral, qwen2, granite and phi3. Each rewritten model computes the same. Each
 goes through launch/run.py with quickstart's config, in fewer steps. Under criterion `lora`, mistral, qwen2 and granite
@@ -39,7 +39,7 @@ RUNS = [
 def main() -> int:
     """Runs all of them. Returns 1 if a number is not what it must be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--ranks", type=int, default=2)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
@@ -71,7 +71,9 @@ def settings(criterion: str, seed: int, steps: int) -> list[str]:
         f"train.steps={steps}",
         f"prune.criterion={criterion}",
         "prune.prune_every=2",
-        "evaluate.max_windows=24",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        "evaluate.max_windows=8",
         "checkpoint.every=null",
         "logging.tensorboard=false",
     ]
