@@ -36,7 +36,7 @@ PRE_TOKENIZERS = {
     "qwen2": split_by(rf"{ENDINGS}|{BEFORE}\p{{L}}+|\p{{N}}|{AFTER}"),
     "gpt-4o": split_by(
         rf"{BEFORE}{UPPER}*{LOWER}+{ENDINGS}?|{BEFORE}{UPPER}+{LOWER}*{ENDINGS}?|\p{{N}}{{1,3}}"
-        rf"|{AFTER.replace('[\r\n]*', '[\r\n/]*')}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
 
