@@ -119,9 +119,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_name(shape: ModelShape) -> str:
-    """Returns llama.cpp's name of the architecture that a file of such a model has."""
-    return MODEL_ARCH_NAMES[ARCHITECTURES[family_name(shape.model_type)].of(shape)]
+def architecture_name(shape: ModelShape) -> str | None:
+    """Returns llama.cpp's name of the architecture that holds layers of these sizes. None if none does."""
+    found = ARCHITECTURES.get(family_name(shape.model_type))
+    arch = found and (found.uniform if shape.is_uniform else found.unequal)
+    return MODEL_ARCH_NAMES[arch] if arch else None
 
 
 def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:

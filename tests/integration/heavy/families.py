@@ -17,6 +17,8 @@ SIZES: dict[str, Any] = {
     "head_dim": 16,
 }
 KEPT = (2, 96)
+# Those whose layers of one size vLLM serves, as test_vllm.py shows.
+VLLM: tuple[str, ...] = ("llama", "mistral")
 # Depths and settings in which what is special of a family shows.
 SPECIAL: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},

@@ -193,7 +193,7 @@ def convert(
     case: str, tokenizer: str, folder: Path, prompt: list[int], new_tokens: int, texts: list[str]
 ) -> list[Compared]:
     items, model = [], folder / "model"
-    architecture = architecture_name(open_pretrained(model).shape)
+    architecture = str(architecture_name(open_pretrained(model).shape))
     for precision in PRECISIONS:
         export_format(ExportSource(case, model, []), f"gguf-{precision}", folder / precision)
         file = folder / precision / f"{case}-{precision}.gguf"
