@@ -18,7 +18,7 @@ from loraprune_ds.plan.request import read_shape
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import make_schedule
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "cut_counts.json"
 STEPS = 40_312  # 2 epochs of 2,580,000 instructions in batches of 128
