@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 from tests.benchmarks.same_results import first_unequal
 from tests.clothes import CLOTHES, dress
 from tests.integration.launching import free_port
