@@ -251,6 +251,11 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
     return read_json(path)
 
 
+def read_shape(model: str) -> ModelShape:
+    """Reads the sizes of a model as `make_request` finds it."""
+    return shape_from_config(read_config(model), model)
+
+
 def _read_ds_config(config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
     """Reads DeepSpeed's JSON and replaces every "auto".
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.family import KINDS, Kind
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
@@ -96,7 +96,8 @@ def scoring_sent(request: Request, shape: ModelShape) -> int:
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
     """Lists (cut, is LoRA) of every tensor that `ShardedModel` cuts in a layer."""
     cuts = list[tuple[AxisCut, bool]]()
-    layer, kinds = shape.layer_parameters(index), [k for k in KINDS if keep.cuts(shape.layers[index], k)]
+    kinds: list[Kind] = [kind for kind in KINDS if keep.cuts(shape.layers[index], kind)]
+    layer = shape.layer_parameters(index)
     for linear in shape.linears:
         if linear.kind in kinds:
             (rows, columns), kept = shape.linear_shape(index, linear), keep.indices(shape, index, linear.parts)

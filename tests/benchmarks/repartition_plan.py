@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.files import write_json
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.plan.request import read_config
+from loraprune_ds.plan.request import read_shape
 from loraprune_ds.report.provenance import hardware, versions
 from tests.benchmarks.repartition import MASKS, example_masks, plan_repartition
 
@@ -55,7 +54,7 @@ def measure(dense: ModelShape, mask: str, world_size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    dense = shape_from_config(read_config("llama-65b"), "llama-65b")
+    dense = read_shape("llama-65b")
     rows = [measure(dense, mask, world_size) for mask in MASKS for world_size in WORLD_SIZES]
     for mask in MASKS:
         sent = [row["sent_by_busiest_rank"] for row in rows if row["mask"] == mask]

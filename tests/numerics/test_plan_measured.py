@@ -4,6 +4,7 @@ SmolLM2 and a model of a billion parameters: tests/benchmarks/plan_measured.py.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool,
 
 
 def save_tiny(folder: Path, family: str, layers: int) -> Path:
-    lists = {
+    lists: dict[str, Any] = {
         key: value * (layers // 2) + value[: layers % 2]
         for key, value in TINY[family].items()
         if isinstance(value, list)

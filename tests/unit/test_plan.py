@@ -23,7 +23,7 @@ from loraprune_ds.plan.distillation_pass import DistillationPass
 from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.plan import MOST_CUTS, Plan, make_plan
 from loraprune_ds.plan.printout import notes, plan_json, plan_table
-from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_config
+from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
 from loraprune_ds.plan.traffic import step_kinds
 from loraprune_ds.train.data.order import SampleOrder
 
@@ -70,7 +70,7 @@ SPARING = changed(request(Cluster(1, 1), shape=LONG), deepspeed=LITTLE_GATHERED)
 
 
 def test_llama_65b_has_its_published_number_of_parameters() -> None:
-    counts = {name: shape_from_config(read_config(name), name).total_numel() for name in LLAMA}
+    counts = {name: read_shape(name).total_numel() for name in LLAMA}
     assert counts["llama-65b"] == 65_285_660_672
     assert counts["llama-7b"] == 6_738_415_616
     assert [round(n / 1e8) / 10 for n in counts.values()] == [6.7, 13.0, 32.5, 65.3]
@@ -436,7 +436,7 @@ def test_hpz_is_refused_by_name_whatever_the_cluster(tmp_path: Path) -> None:
 def test_a_config_json_that_is_none_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        shape_from_config(read_config(str(tmp_path)), str(tmp_path))
+        read_shape(str(tmp_path))
 
 
 def test_what_the_run_refuses_of_a_model_the_plan_refuses() -> None:

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape
-from loraprune_ds.plan.request import read_config
+from loraprune_ds.plan.request import read_shape
 from loraprune_ds.plan.traffic import layer_cuts, moved_bytes
 from loraprune_ds.zero.flat import Owners, ReshardPlan
 from tests.benchmarks.repartition import MASKS, Repartition, example_masks, plan_repartition
 
-DENSE = shape_from_config(read_config("llama-65b"), "llama-65b")
+DENSE = read_shape("llama-65b")
 SMALL = DENSE.with_layers((LayerShape(48, 16512),) * 80)  # a quarter gone
 
 
