@@ -34,7 +34,7 @@ from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import Stage, cut_stage, training_stage
-from loraprune_ds.plan.traffic import Passes, StepKind, layer_cuts, moved_bytes, step_sent
+from loraprune_ds.plan.traffic import Passes, StepKind, layer_cuts, moved_bytes, score_count, step_sent
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
@@ -223,7 +223,7 @@ def _measured_step(
     planned = step_sent(request, passes, StepKind(scores, scores))
     if scores:
         planned["input_moments"] = quality.measuring_sent(request, shape, rank)
-    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in shape.linears)
+    groups = score_count(shape)
     not_gathered = planned["weight_gradients"] + planned["input_moments"] + 8 * groups * (scores and world_size > 1)
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
     stage = training_stage("", request, passes, scores=scores)

@@ -89,8 +89,13 @@ def scoring_sent(request: Request, shape: ModelShape) -> int:
     """Returns the bytes of an all-gather of LoRA (fp32 masters and gradients) and an all-reduce of fp64 scores."""
     if request.world_size == 1 or request.config.prune.criterion == "random":
         return 0
-    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in shape.linears)
-    return 2 * request.lora_shards(shape) * (request.world_size - 1) * 4 + groups * 8
+    return 2 * request.lora_shards(shape) * (request.world_size - 1) * 4 + 8 * score_count(shape)
+
+
+def score_count(shape: ModelShape) -> int:
+    """Counts the scores of a step. Each part of a linear has one per group."""
+    parts = [part for linear in shape.linears for part in linear.parts]
+    return sum(layer.count(part.kind) for layer in shape.layers for part in parts)
 
 
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
