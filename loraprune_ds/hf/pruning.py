@@ -39,7 +39,13 @@ from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, Sink, StepRecord, cut_record
 from loraprune_ds.zero.ds_config import check_reshardable
-from loraprune_ds.zero.foreign import before_each_update, find_zero_optimizer, reduced_dtypes, share_model
+from loraprune_ds.zero.foreign import (
+    before_each_update,
+    find_zero_optimizer,
+    gradient_norm,
+    reduced_dtypes,
+    share_model,
+)
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
 
@@ -113,8 +119,8 @@ class Pruning:
         check_model(peft_model, base_shape(peft_model), config)
         shared = share_model(peft_model, zero, live_shape(peft_model))
         dense = checkpoint.dense if checkpoint else shared.shape
-        schedule, limits = make_schedule(config, steps), make_limits(config, dense)
-        pruner = Pruner(shared, config, schedule, limits, seed)
+        limits = make_limits(config, dense)
+        pruner = Pruner(shared, config, make_schedule(config, steps, limits), limits, seed)
         training = PrunedTraining(peft_model, shared, pruner, base_dtype(peft_model, dense), steps, seed)
         if checkpoint:
             checkpoint.restore(training)
@@ -206,7 +212,7 @@ class Pruning:
 
     def close(self) -> None:
         """Lets go of the model and its optimizer. Warns if not all cuts were made."""
-        step, end = self.training.step, self._pruner.schedule.end
+        step, end = self.training.step, self._pruner.schedule.last_cut
         if step < end and self._model.rank == 0:
             removed = f"{100 * self.reached:.1f} % of {100 * self._pruner.config.ratio:.1f} % are removed"
             log.warning("training stopped at step %d, before the last cut at step %d: %s", step, end, removed)
@@ -236,7 +242,7 @@ class Pruning:
             step=self.training.step,
             loss=loss,
             learning_rate=update.learning_rate,
-            grad_norm=None if update.skipped else float(self._model.zero_optimizer._global_grad_norm),
+            grad_norm=None if update.skipped else gradient_norm(self._model.zero_optimizer),
             sparsity=self.reached,
             tokens=update.tokens,
             seconds=seconds,

@@ -54,6 +54,11 @@ def reduced_dtypes(zero: DeepSpeedZeroOptimizer_Stage3) -> set[torch.dtype]:
     return {zero.communication_data_type, zero.gradient_accumulation_dtype}
 
 
+def gradient_norm(zero: DeepSpeedZeroOptimizer_Stage3) -> float:
+    """Returns the norm of all gradients at the last update, before clipping."""
+    return float(zero._global_grad_norm)
+
+
 def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[], None]) -> Callable[[], None]:
     """Has `action` run where gradients are averaged and not yet clipped: right before each update of the optimizer.
 

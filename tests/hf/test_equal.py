@@ -15,8 +15,9 @@ PRUNE = {"ratio": 0.4, "prune_every": 3}
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("tiny")
-    sizes = {"heads": 8, "kv_heads": 4, "head_dim": 8, "hidden": 64, "ffn": 160}
-    model = make_tiny_llama(folder / "model", layers=4, vocab=97, seed=1, **sizes)
+    model = make_tiny_llama(
+        folder / "model", heads=8, kv_heads=4, head_dim=8, hidden=64, ffn=160, layers=4, vocab=97, seed=1
+    )
     adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
     batches = make_batches(steps=10, samples=8, tokens=16, vocab=97, seed=3)
     return Job(model, adapter, batches, PRUNE, max_grad_norm=0.5)
