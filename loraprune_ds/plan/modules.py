@@ -108,7 +108,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out = torch.empty_like(queries.transpose(1, 2).contiguous()).transpose(1, 2)
+        out = torch.empty_like(queries)  # in memory as the queries, as on GPUs
         ctx.save_for_backward(queries, keys, values, out, torch.empty_like(queries[..., 0], dtype=torch.float32))
         return out
 
@@ -120,4 +120,4 @@ class _FusedAttention(torch.autograd.Function):
 def _fused_attention(
     module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    return _FusedAttention.apply(queries, keys, values).transpose(1, 2), None  # type: ignore[attr-defined]
+    return _FusedAttention.apply(queries, keys, values).transpose(1, 2).contiguous(), None  # type: ignore[attr-defined]

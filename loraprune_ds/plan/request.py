@@ -19,6 +19,7 @@ from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape, with_biases
+from loraprune_ds.model.text_part import text_config
 from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
@@ -43,7 +44,7 @@ class Request:
     """Describes a run on a cluster.
 
     Attributes:
-        source: the model's config.json.
+        source: the model's config.json, or its text part.
         steps: optimizer steps, the recovery included.
         ds_config: DeepSpeed's JSON with every "auto" replaced.
         samples: in the training data, if known.
@@ -200,7 +201,7 @@ def build_request(
     steps, limits = steps or ASSUMED_STEPS, make_limits(config.prune, shape)
     return Request(
         model=name,
-        source=source,
+        source=text_config(source, name),
         shape=shape,
         config=config,
         cluster=cluster,
