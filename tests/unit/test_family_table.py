@@ -49,7 +49,11 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
     else:
         stored = "a stock model"
     kinds = smaller(family, "heads"), smaller(family, "channels")
-    vllm = "equal layers" if name in VLLM else "no"
+    vllm = (
+        {"auto": "equal layers", "transformers": 'with `model_impl="transformers"`'}[VLLM[name]]
+        if name in VLLM
+        else "no"
+    )
     return *kinds, stored, gguf(name), vllm, planned(name), "; ".join(notes(name, family))
 
 
