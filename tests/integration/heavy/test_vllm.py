@@ -1,7 +1,7 @@
 """Runs merged exports in vLLM's CPU build.
 
-Uniform exports run as stock models, per-layer ones through vLLM's transformers backend. So do families of which vLLM has
-no class of its own.
+Uniform exports run as stock models. Per-layer ones run through vLLM's transformers backend. So do families of which
+vLLM has no class of its own.
 
     bash tests/run_heavy.sh --vllm
 """
