@@ -125,8 +125,8 @@ def silence_run() -> None:
 
 
 def print_summary(folder: Path) -> None:
-    from loraprune_ds.train.report import read_report
-    from loraprune_ds.train.summary import summary_table
+    from loraprune_ds.report.report import read_report
+    from loraprune_ds.report.summary import summary_table
 
     print(summary_table(read_report(folder), folder))
 

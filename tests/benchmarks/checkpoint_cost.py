@@ -38,9 +38,9 @@ from loraprune_ds.config import (
 )
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.prepare import Prepared, prepare
-from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name

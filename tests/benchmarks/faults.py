@@ -26,8 +26,8 @@ from typing import Any
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
-from loraprune_ds.train import provenance
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report import provenance
+from loraprune_ds.report.provenance import hardware, versions
 from tests.benchmarks.fault_table import DEADLINE, RANKS, STEPS, Fault, Job, fault_table
 from tests.integration.launching import fork_ranks
 from tests.integration.resuming import write_run

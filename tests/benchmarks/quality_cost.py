@@ -50,8 +50,8 @@ from loraprune_ds.plan.request import build_request
 from loraprune_ds.plan.stages import cut_stage, training_stage
 from loraprune_ds.plan.traffic import simulate_passes
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.prepare import Prepared, prepare
-from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.teacher_pass import find_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator

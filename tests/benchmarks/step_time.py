@@ -19,8 +19,8 @@ from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneCo
 from loraprune_ds.files import write_json
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.prepare import Prepared, prepare
-from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.engine import build_training_engine, quiet_deepspeed, start_ranks, stop_ranks

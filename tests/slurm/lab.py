@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.train import provenance
+from loraprune_ds.report import provenance
 from tests.integration.launching import fork_ranks, read_json
 from tests.integration.resuming import write_run
 from tests.slurm.cluster import ROOT, Cluster, Job

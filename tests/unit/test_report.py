@@ -12,17 +12,17 @@ import torch
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.pruning.prunable_model import LayerKeep
-from loraprune_ds.train.provenance import RESULTS, commit
-from loraprune_ds.train.records import EvaluationRecord, History
-from loraprune_ds.train.report import Outcome, make_report, read_report, write_kept_groups, write_report
-from loraprune_ds.train.summary import summary_table
+from loraprune_ds.report.provenance import RESULTS, commit
+from loraprune_ds.report.records import EvaluationRecord, History
+from loraprune_ds.report.report import Outcome, make_report, read_report, write_kept_groups, write_report
+from loraprune_ds.report.summary import summary_table
 from loraprune_ds.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
 
 
 def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str, Any]:
     outcome = Outcome(PRUNED, [], resumed_from=list(resumed_from))
-    return make_report(RunConfig(output_dir="runs/x", seed=7), history, DENSE, outcome, [11, 12], "cpu")
+    return make_report(RunConfig(output_dir="runs/x", seed=7).to_dict(), history, DENSE, outcome, [11, 12], "cpu")
 
 
 def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_FILE, REPORT_FILE
-from loraprune_ds.config import RunConfig
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import LayerKeep
-from loraprune_ds.train.provenance import hardware, versions
-from loraprune_ds.train.records import CutRecord, History
+from loraprune_ds.report.provenance import hardware, versions
+from loraprune_ds.report.records import CutRecord, History
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,17 @@ class Outcome:
 
 
 def make_report(
-    config: RunConfig, history: History, dense: ModelShape, outcome: Outcome, peak_bytes: list[int], accelerator: str
+    config: dict[str, Any],
+    history: History,
+    dense: ModelShape,
+    outcome: Outcome,
+    peak_bytes: list[int],
+    accelerator: str,
 ) -> dict[str, Any]:
     """Makes the content of report.json.
 
     Args:
+        config: the settings, with the seed.
         peak_bytes: the most memory that each rank has used: (world_size,).
         accelerator: name of the device that the ranks ran on.
     """
@@ -57,11 +62,11 @@ def make_report(
             "after": _resident_bytes(history, None) if last_cut is not None else None,
         },
         "peak_memory_bytes": peak_bytes,
-        "seed": config.seed,
+        "seed": config["seed"],
         "resumed_from": resumed_from,
         "versions": versions(),
         "hardware": hardware(accelerator),
-        "config": config.to_dict(),
+        "config": config,
     }
 
 
