@@ -23,8 +23,8 @@ from typing import Any, cast
 from loraprune_ds.config import Criterion, DataConfig, EvaluateConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.prepare import prepare
-from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.engine import build_training_engine, quiet_deepspeed, start_ranks, stop_ranks
