@@ -76,6 +76,7 @@ def _settings() -> list[Setting]:
         _short("fisher", "fisher-refit-global", FISHER, REFIT, GLOBAL),
         _short("fisher", "fisher-refit-distillation", FISHER, REFIT, DISTILL),
         _short("fisher", "fisher-refit-distillation-global", FISHER, REFIT, DISTILL, GLOBAL),
+        Setting("fisher", "fisher-refit-light", (*SHORT, LIGHT, UNTUNED_RATE, FISHER, REFIT)),
     ]
     long = [
         Setting("long", "plain-409600", (*LONG, DEEP, UNTUNED_RATE)),
