@@ -76,7 +76,6 @@ def _settings() -> list[Setting]:
         _short("fisher", "fisher-refit-global", FISHER, REFIT, GLOBAL),
         _short("fisher", "fisher-refit-distillation", FISHER, REFIT, DISTILL),
         _short("fisher", "fisher-refit-distillation-global", FISHER, REFIT, DISTILL, GLOBAL),
-        Setting("fisher", "fisher-refit-light", (*SHORT, LIGHT, UNTUNED_RATE, FISHER, REFIT)),
     ]
     long = [
         Setting("long", "plain-409600", (*LONG, DEEP, UNTUNED_RATE)),
@@ -85,6 +84,7 @@ def _settings() -> list[Setting]:
     light = [
         Setting("light", "plain-light", (*SHORT, LIGHT, UNTUNED_RATE)),
         Setting("light", "all-three-light", (*SHORT, LIGHT, UNTUNED_RATE, *ALL_THREE)),
+        Setting("light", "fisher-refit-light", (*SHORT, LIGHT, UNTUNED_RATE, FISHER, REFIT)),
         Setting("light", "all-three-light-409600", (*LONG, LIGHT, UNTUNED_RATE, *ALL_THREE)),
     ]
     gqa = [
@@ -97,7 +97,7 @@ def _settings() -> list[Setting]:
 
 
 SETTINGS = {setting.name: setting for setting in _settings()}
-GROUPS = {  # as the picture calls them
+GROUPS = {  # in the order of the table
     "levers": "41.7 % removed, 81,920 tokens, learning rate 4e-3",
     "fisher": "the same, criterion fisher",
     "rates": "the same at other learning rates",
