@@ -63,6 +63,17 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
         select([], ["best"])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "setting"), [("tuned", "fisher-refit"), ("general", "fisher-refit-distillation-global")]
+)
+def test_a_recipe_is_what_was_measured(recipe: str, setting: str) -> None:
+    shipped = load_config(f"launch/configs/recipe-{recipe}.yaml")
+    measured = load_config("launch/configs/quickstart.yaml", SETTINGS[setting].overrides)
+    for section in ("lora", "prune", "train", "evaluate", "deepspeed"):
+        assert getattr(shipped, section) == getattr(measured, section), section
+    assert (shipped.model.dtype, shipped.data.window) == (measured.model.dtype, measured.data.window)
+
+
 def test_the_picture_draws_settings_that_exist() -> None:
     assert set(LINES) <= set(SETTINGS)
     assert all(any(name.endswith(suffix) for name in SETTINGS) for _, suffix, _, _ in PANELS)
