@@ -86,15 +86,21 @@ def step_sent(request: Request, passes: Passes, kind: StepKind) -> dict[str, int
 
 
 def scoring_sent(request: Request, shape: ModelShape) -> int:
-    """Returns the bytes of an all-gather of LoRA (fp32 masters and gradients) and an all-reduce of fp64 scores."""
-    if request.world_size == 1 or request.config.prune.criterion == "random":
+    """Returns the bytes of an all-gather of LoRA (fp32 masters and gradients) and an all-reduce of fp64 scores.
+
+    `fisher` reads no LoRA. It scores only the linears that lose inputs.
+    """
+    criterion = request.config.prune.criterion
+    if request.world_size == 1 or criterion == "random":
         return 0
-    return 2 * request.lora_shards(shape) * (request.world_size - 1) * 4 + 8 * score_count(shape)
+    lora = 0 if criterion == "fisher" else request.lora_shards(shape)
+    return 2 * lora * (request.world_size - 1) * 4 + 8 * score_count(request, shape)
 
 
-def score_count(shape: ModelShape) -> int:
+def score_count(request: Request, shape: ModelShape) -> int:
     """Counts the scores of a step. Each part of a linear has one per group."""
-    parts = [part for linear in shape.linears for part in linear.parts]
+    linears = shape.input_linears if request.config.prune.criterion == "fisher" else shape.linears
+    parts = [part for linear in linears for part in linear.parts]
     return sum(layer.count(part.kind) for layer in shape.layers for part in parts)
 
 
