@@ -17,10 +17,11 @@ from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSou
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.family import Kind
 from loraprune_ds.model.hub import locate_model
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.step import PrunerState
 
 if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
@@ -53,12 +54,17 @@ class TrainingCheckpoint:
             UserError: as `open_for_pruning`.
         """
         pretrained = open_for_pruning(self.shape_folder(), config.prune)
-        return cut_to(pretrained, self.state.kept, config.model.dtype) if self.state.shape.is_source else pretrained
+        if not self.state.shape.is_source:
+            return pretrained
+        return cut_to(pretrained, self._kept_of_dense(pretrained.shape.kinds), config.model.dtype)
 
-    def pruner_state(self) -> PrunerState:
-        """Returns what the pruner goes on from."""
-        kept = [LayerKeep(torch.tensor(heads), torch.tensor(channels)) for heads, channels in self.state.kept]
-        return PrunerState(kept, self.scores(), self.state.updates_since_cut, self._moment_tokens)
+    def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
+        """Returns what the pruner of a model with these kinds of groups goes on from."""
+        kept, updates = self._kept_of_dense(kinds), self.state.updates_since_cut
+        return PrunerState(kept, self._scores(kinds), updates, self._moment_tokens)
+
+    def _kept_of_dense(self, kinds: tuple[Kind, ...]) -> list[LayerKeep]:
+        return [LayerKeep(zip(kinds, map(torch.tensor, layer), strict=True)) for layer in self.state.kept]
 
     @property
     def _holds_sums(self) -> bool:
@@ -73,13 +79,13 @@ class TrainingCheckpoint:
         has_moments = any(self.folder.glob(layout.MOMENTS_FILES))
         return self.state.totals.tokens / self.state.step if has_moments else 0.0
 
-    def scores(self) -> list[LayerScores] | None:
+    def _scores(self, kinds: tuple[Kind, ...]) -> list[LayerScores] | None:
         """Reads the moving averages; None if nothing was scored."""
         path = self.folder / layout.SCORES_FILE
         if not path.exists():
             return None
         tensors = load_file(path)
-        return [LayerScores(tensors[f"{i}.heads"], tensors[f"{i}.channels"]) for i in range(len(tensors) // 2)]
+        return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in range(len(self.state.kept))]
 
     def moments(self, layer: int) -> dict[str, Tensor]:
         """Returns the input moments of a layer by linear, as sums over `moment_tokens`; empty if none were recorded."""

@@ -103,4 +103,4 @@ def _save_on_cpu(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _score_tensors(scores: list[LayerScores]) -> dict[str, Tensor]:
-    return {f"{i}.{kind}": getattr(layer, kind) for i, layer in enumerate(scores) for kind in ("heads", "channels")}
+    return {f"{i}.{kind}": groups for i, layer in enumerate(scores) for kind, groups in layer.items()}

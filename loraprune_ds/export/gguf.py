@@ -161,9 +161,9 @@ def _add_context(writer: GGUFWriter, config: dict[str, Any]) -> list[str]:
 
 
 def _add_sizes(writer: GGUFWriter, shape: ModelShape) -> None:
-    heads = [layer.heads for layer in shape.layers]
-    queries = [layer.heads * shape.queries_per_group for layer in shape.layers]
-    channels = [layer.channels for layer in shape.layers]
+    heads = [layer["heads"] for layer in shape.layers]
+    queries = [shape.query_heads(layer) for layer in shape.layers]
+    channels = [layer["channels"] for layer in shape.layers]
     writer.add_block_count(len(shape.layers))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
@@ -202,8 +202,8 @@ def _plan_tensor(source: str, size: tuple[int, ...], shape: ModelShape, precisio
     if module in NAMES_OUTSIDE:
         return GgufTensor(source, f"{NAMES_OUTSIDE[module]}.{suffix}", size, stored_as)
     _, _, layer, inner = module.split(".", 3)
-    key_heads = shape.layers[int(layer)].heads
-    rotary = {"self_attn.q_proj": key_heads * shape.queries_per_group, "self_attn.k_proj": key_heads}
+    counts = shape.layers[int(layer)]
+    rotary = {"self_attn.q_proj": shape.query_heads(counts), "self_attn.k_proj": counts["heads"]}
     return GgufTensor(source, f"blk.{layer}.{NAMES_IN_LAYER[inner]}.{suffix}", size, stored_as, rotary.get(inner, 0))
 
 

@@ -1,12 +1,15 @@
 """Limits on what pruning may take from a layer: protected layers, minimum widths, a cap per layer."""
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import KINDS, Kind
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.family import Kind
+from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -17,15 +20,15 @@ class Limits:
         dense: the shape before any cut.
         floor: fewest groups that each layer keeps. A protected layer's floor is its dense count.
         layer_budget: most linear parameters each layer may lose.
-        multiple: kept channel counts are multiples of this, except dense counts.
-        head_share: the heads' part of the parameters that leave, where they do not compete with channels.
+        multiple: kept counts of the finest kind (channels) are multiples of this, except dense counts.
+        shares: each kind's part of the parameters that leave, where the kinds do not compete.
     """
 
     dense: ModelShape
     floor: tuple[LayerShape, ...]
     layer_budget: tuple[int, ...]
     multiple: int
-    head_share: float
+    shares: Mapping[Kind, float]
 
     @property
     def open_layers(self) -> list[int]:
@@ -35,29 +38,33 @@ class Limits:
     def blocks(self, layer: int, kind: Kind, count: int) -> list[int]:
         """Returns the sizes of the blocks that leave one after the other, from `count` groups down to the floor.
 
-        A block is one group, or as many channels as lead to the next lower multiple.
+        A block is one group. Of the finest kind it is as many groups as lead to the next lower multiple.
         """
-        multiple, floor = self.multiple if kind == "channels" else 1, self.floor[layer].count(kind)
+        multiple, floor = self.multiple if kind == self.dense.kinds[-1] else 1, self.floor[layer][kind]
         if count <= floor:
             return []
         first = count % multiple or multiple
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
-    def fewest_channels(self, layer: int, heads: int) -> int | None:
-        """Returns the fewest channels that the layer may keep beside so many heads. None if the heads are too few."""
-        dense = self.dense.layers[layer]
-        spare = self.layer_budget[layer] - (dense.heads - heads) * self.dense.group_numel("heads")
-        if spare < 0:
-            return None
-        least = dense.channels - spare // self.dense.group_numel("channels")
-        least = -(-least // self.multiple) * self.multiple
-        return min(max(least, self.floor[layer].channels), dense.channels)
+    def narrowest(self, layer: int) -> Iterator[LayerShape]:
+        """Yields the narrowest shapes of a layer: the fewest groups of the finest kind beside each count of the others.
 
-    def lost(self, layer: int, heads: int, channels: int) -> int:
+        What exceeds the layer's budget without any group of the finest kind is left out.
+        """
+        dense, floor = self.dense.layers[layer], self.floor[layer]
+        *coarse, fine = self.dense.kinds
+        for counts in product(*(range(floor[kind], dense[kind] + 1) for kind in coarse)):
+            shape = LayerShape({**dense, **dict(zip(coarse, counts, strict=True))})
+            spare = self.layer_budget[layer] - self.lost(layer, shape)
+            if spare >= 0:
+                least = dense[fine] - spare // self.dense.group_numel(fine)
+                least = -(-least // self.multiple) * self.multiple
+                yield LayerShape({**shape, fine: min(max(least, floor[fine]), dense[fine])})
+
+    def lost(self, layer: int, counts: Mapping[Kind, int]) -> int:
         """Returns the linear parameters that a layer of these counts has lost."""
-        dense = self.dense.layers[layer]
-        gone = (dense.heads - heads) * self.dense.group_numel("heads")
-        return gone + (dense.channels - channels) * self.dense.group_numel("channels")
+        dense = self.dense.layers[layer].items()
+        return sum((count - counts[kind]) * self.dense.group_numel(kind) for kind, count in dense)
 
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
@@ -72,34 +79,39 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
+    least_channels = math.ceil(config.min_channels / config.channel_multiple) * config.channel_multiple
+    least = {"heads": config.min_heads, "channels": least_channels}
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
-        least_channels = math.ceil(config.min_channels / config.channel_multiple) * config.channel_multiple
-        cut = LayerShape(min(config.min_heads, layer.heads), min(least_channels, layer.channels))
+        cut = LayerShape((kind, min(least.get(kind, 1), count)) for kind, count in layer.items())
         floor.append(layer if i in protected else cut)
         # The sliver keeps 0.29 of 100 from being 28.999999999999996.
         budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
-    share = _head_share(config, dense, floor, [i for i, most in enumerate(budget) if most > 0])
-    limits = Limits(dense, tuple(floor), tuple(budget), config.channel_multiple, share)
+    shares = _shares(config, dense, floor, [i for i, most in enumerate(budget) if most > 0])
+    limits = Limits(dense, tuple(floor), tuple(budget), config.channel_multiple, shares)
     _check_reachable(config, limits)
     return limits
 
 
-def _head_share(config: PruneConfig, dense: ModelShape, floor: list[LayerShape], open_layers: list[int]) -> float:
-    """Returns the heads' part of the open layers' parameters or, with `prune.head_ratio`, of those that leave.
+def _shares(
+    config: PruneConfig, dense: ModelShape, floor: list[LayerShape], open_layers: list[int]
+) -> dict[Kind, float]:
+    """Returns each kind's part of the open layers' parameters. `prune.head_ratio` gives that of the heads.
 
     Raises:
         UserError: so many heads may not leave. Or the channels would have to give less than nothing beside them, or
             more than may leave.
     """
-    heads = sum(dense.layers[i].heads for i in open_layers) * dense.group_numel("heads")
+    numel = {kind: sum(dense.layers[i][kind] for i in open_layers) * dense.group_numel(kind) for kind in dense.kinds}
+    total = max(1, sum(numel.values()))
     if config.head_ratio is None or not open_layers:
-        return heads / max(1, sum(dense.layer_numel(i) for i in open_layers))
-    channels = sum(dense.layers[i].channels for i in open_layers) * dense.group_numel("channels")
+        return {kind: part / total for kind, part in numel.items()}
+    heads, channels = numel["heads"], total - numel["heads"]
+    kept = {kind: sum(floor[i][kind] for i in open_layers) * dense.group_numel(kind) for kind in dense.kinds}
+    most_heads = heads - kept["heads"]
+    most_channels = channels - (sum(kept.values()) - kept["heads"])
     leaving, of_heads = config.ratio * dense.linear_numel(), config.head_ratio * heads
-    most = {kind: sum(dense.layers[i].count(kind) - floor[i].count(kind) for i in open_layers) for kind in KINDS}
-    most_heads, most_channels = (most[kind] * dense.group_numel(kind) for kind in KINDS)
     half_a_head = len(open_layers) * dense.group_numel("heads") / 2  # per layer: as near as whole heads come
     if of_heads > most_heads + half_a_head:
         raise UserError(
@@ -111,7 +123,8 @@ def _head_share(config: PruneConfig, dense: ModelShape, floor: list[LayerShape],
             f"prune.head_ratio {config.head_ratio} with prune.ratio {config.ratio} would take "
             f"{(leaving - of_heads) / channels:.1%} of the channels, of which {most_channels / channels:.1%} may go"
         )
-    return of_heads / leaving
+    share = of_heads / leaving
+    return {kind: share if kind == "heads" else (1 - share) * (part / channels) for kind, part in numel.items()}
 
 
 def _check_reachable(config: PruneConfig, limits: Limits) -> None:
@@ -122,7 +135,7 @@ def _check_reachable(config: PruneConfig, limits: Limits) -> None:
         raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
     most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
     # A ratio that equals a cap may miss it by a part of a group. Either ranking promises no more than that.
-    near = dense.group_numel("heads") if config.ranking == "global" else _half_a_step(limits)
+    near = max(map(dense.group_numel, dense.kinds)) if config.ranking == "global" else _half_a_step(limits)
     if most == 0 or config.ratio * dense.linear_numel() > most + near:
         raise UserError(
             f"prune.ratio {config.ratio} is out of reach: with the protected layers, minimum widths and "
@@ -135,32 +148,30 @@ def _half_a_step(limits: Limits) -> float:
 
     If a multiple is more than may go, no channel leaves, and that many fewer are the step.
     """
-    first = limits.open_layers[0]
-    step = min(limits.multiple, limits.dense.layers[first].channels - limits.floor[first].channels)
-    return len(limits.open_layers) * step * limits.dense.group_numel("channels") / 2
+    first, fine = limits.open_layers[0], limits.dense.kinds[-1]
+    step = min(limits.multiple, limits.dense.layers[first][fine] - limits.floor[first][fine])
+    return len(limits.open_layers) * step * limits.dense.group_numel(fine) / 2
 
 
 def _most_uniform(limits: Limits) -> int:
     """Returns the largest loss of equal counts."""
-    return len(limits.open_layers) * max(lost for lost, _ in _least_widths(limits, limits.open_layers[0]))
+    first = limits.open_layers[0]
+    return len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
 
 
 def _most_global(limits: Limits) -> int:
     """Returns the largest loss that `global` reaches with any scores.
 
-    Under a cap a layer ends where neither a head nor a channel may go any more. There can be several such ends, and the
-    scores decide between them. So each layer counts with its smallest.
+    Under a cap a layer ends where no group may go any more. There can be several such ends, and the scores decide
+    between them. So each layer counts with its smallest.
     """
-    return sum(min(lost for lost, is_end in _least_widths(limits, i) if is_end) for i in limits.open_layers)
+    return sum(min(_ends(limits, i)) for i in limits.open_layers)
 
 
-def _least_widths(limits: Limits, layer: int) -> list[tuple[int, bool]]:
-    """Lists for every count of heads the loss with the fewest channels, and if one more head may not go."""
-    widths: list[tuple[int, bool]] = []
-    for heads in range(limits.floor[layer].heads, limits.dense.layers[layer].heads + 1):
-        channels = limits.fewest_channels(layer, heads)
-        if channels is not None:
-            lost = limits.lost(layer, heads, channels)
-            one_more = lost + limits.dense.group_numel("heads") <= limits.layer_budget[layer]
-            widths.append((lost, heads == limits.floor[layer].heads or not one_more))
-    return widths
+def _ends(limits: Limits, layer: int) -> Iterator[int]:
+    """Yields the losses at which a layer has no group left that may go."""
+    dense, floor, budget = limits.dense, limits.floor[layer], limits.layer_budget[layer]
+    for shape in limits.narrowest(layer):
+        lost = limits.lost(layer, shape)
+        if all(shape[kind] == floor[kind] or lost + dense.group_numel(kind) > budget for kind in dense.kinds[:-1]):
+            yield lost

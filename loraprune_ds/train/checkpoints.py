@@ -130,7 +130,7 @@ class Checkpoints:
             adam_step=adam_step(engine.model),
             schedule=schedule,
             loss_scale=loss_scale,
-            kept=[(keep.heads.tolist(), keep.channels.tolist()) for keep in pruner.kept_of_dense],
+            kept=[[keep[kind].tolist() for kind in engine.model.shape.kinds] for keep in pruner.kept_of_dense],
             updates_since_cut=pruner.updates_since_cut,
             moment_tokens=pruner.moment_tokens,
             cuts=self._cuts_made(step),

@@ -179,6 +179,6 @@ class Trainer:
             bytes_sent=sum(self.model.gather_values(cut.bytes_sent)),
             weight_bytes_before=before,
             weight_bytes_after=self.weight_bytes,
-            heads=[layer.heads for layer in shape.layers],
-            channels=[layer.channels for layer in shape.layers],
+            heads=[layer["heads"] for layer in shape.layers],
+            channels=[layer["channels"] for layer in shape.layers],
         )

@@ -17,9 +17,10 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import KINDS, Kind, Linear
+from loraprune_ds.model.family import Linear
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import ComputeTensor, LayerKeep, LinearId, LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import ComputeTensor, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, empty_host_cache
 from loraprune_ds.zero.flat import AxisCut, layer_owner
@@ -107,7 +108,8 @@ class ShardedModel:
         No loss graph may be alive: autograd remembers the shapes from before.
         """
         before = self.comm.bytes_sent
-        if tuple(layer_keep.shape for layer_keep in keep) == self.shape.layers:
+        after = self.shape.after(keep)
+        if after.layers == self.shape.layers:
             return 0  # a late cut of a long schedule may ask for less than a group
         self._empty_partition_cache()
         state = self.optimizer_state()
@@ -115,7 +117,7 @@ class ShardedModel:
             self._cut_layer(i, layer_keep, state)
             empty_host_cache()  # else offloaded weights grow with a cut: shards of the old sizes do not come again
             fail_point("cut.layer")
-        self.shape = self.shape.with_layers(tuple(layer_keep.shape for layer_keep in keep))
+        self.shape = after
         state.rebuild()
         fail_point("cut.rebuilt")
         self._refresh_zero()
@@ -165,20 +167,19 @@ class ShardedModel:
 
     def _cut_layer(self, index: int, keep: LayerKeep, state: OptimizerState) -> None:
         layer, shape = self.layers[index], self.shape
-        kinds: list[Kind] = [kind for kind in KINDS if keep.cuts(shape.layers[index], kind)]
-        if not kinds:
-            return
         cuts: list[tuple[nn.Parameter, AxisCut]] = []
-        for linear in (linear for linear in shape.linears if linear.kind in kinds):
-            module, kept = lora_linear(layer, linear), keep.indices(shape, index, linear.parts)
+        for linear, kept in shape.cut_linears(index, keep):
+            module = lora_linear(layer, linear)
             lora = lora_weights(module)[1 - linear.axis]
             cuts.append((lora, AxisCut(full_shape(lora), linear.axis, kept)))
             out_features, in_features = full_shape(cast(nn.Linear, module.base_layer).weight)
             sizes = (len(kept), in_features) if linear.axis == 0 else (out_features, len(kept))
             set_features(module, *sizes)
-        for name, axis, parts in shape.layer_cuts(kinds):
+        if not cuts:
+            return
+        for name, axis, kept in shape.layer_cuts(index, keep):
             parameter = base_parameter(layer, name)
-            cuts.append((parameter, AxisCut(full_shape(parameter), axis, keep.indices(shape, index, parts))))
+            cuts.append((parameter, AxisCut(full_shape(parameter), axis, kept)))
         set_runtime_counts(layer, shape, keep.shape)
         carried = [(p, cut, key) for p, cut in cuts if p.requires_grad for key in state.keys()]
         state_shards = reshard([Item(state.shard(p, key).to(self.device), cut) for p, cut, key in carried], self.comm)
