@@ -106,6 +106,7 @@ def read_state(folder: Path) -> RunState:
     try:
         raw["totals"] = RunTotals(**raw.pop("tally"))
         raw["shape"] = ShapeSource(**raw["shape"])
+        raw["kept"] = [[list(groups) for groups in layer] for layer in raw["kept"]]
         return RunState(**raw)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
