@@ -103,7 +103,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
     from loraprune_ds.evaluate.evaluation import evaluate
     from loraprune_ds.evaluate.result import make_result
-    from loraprune_ds.train.provenance import hardware, versions
+    from loraprune_ds.report.provenance import hardware, versions
     from loraprune_ds.zero.device import device_name
     from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 

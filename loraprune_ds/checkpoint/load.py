@@ -15,7 +15,7 @@ from torch import Tensor
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSource, read_state
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict
+from loraprune_ds.config_file import saved_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import Kind
 from loraprune_ds.model.hub import locate_model
@@ -45,7 +45,7 @@ class TrainingCheckpoint:
         if not shape.is_source:
             return self.folder.parent / shape.folder
         source = Path(shape.folder)
-        return source if source.is_dir() else locate_model(config_from_dict(self.state.config).model)
+        return source if source.is_dir() else locate_model(saved_config(self.state.config).model)
 
     def frozen_weights(self, config: RunConfig) -> PretrainedModel:
         """Opens the model without LoRA, cut as it is in this checkpoint.

@@ -20,14 +20,14 @@ class Limits:
         dense: the shape before any cut.
         floor: fewest groups that each layer keeps. A protected layer's floor is its dense count.
         layer_budget: most linear parameters each layer may lose.
-        multiple: kept counts of the finest kind (channels) are multiples of this, except dense counts.
+        multiples: kept counts of a kind are multiples of this, except dense counts.
         shares: each kind's part of the parameters that leave, where the kinds do not compete.
     """
 
     dense: ModelShape
     floor: tuple[LayerShape, ...]
     layer_budget: tuple[int, ...]
-    multiple: int
+    multiples: Mapping[Kind, int]
     shares: Mapping[Kind, float]
 
     @property
@@ -38,9 +38,9 @@ class Limits:
     def blocks(self, layer: int, kind: Kind, count: int) -> list[int]:
         """Returns the sizes of the blocks that leave one after the other, from `count` groups down to the floor.
 
-        A block is one group. Of the finest kind it is as many groups as lead to the next lower multiple.
+        A block has as many groups as lead to the next lower multiple.
         """
-        multiple, floor = self.multiple if kind == self.dense.kinds[-1] else 1, self.floor[layer][kind]
+        multiple, floor = self.multiples[kind], self.floor[layer][kind]
         if count <= floor:
             return []
         first = count % multiple or multiple
@@ -53,13 +53,17 @@ class Limits:
         """
         dense, floor = self.dense.layers[layer], self.floor[layer]
         *coarse, fine = self.dense.kinds
-        for counts in product(*(range(floor[kind], dense[kind] + 1) for kind in coarse)):
+        for counts in product(*(range(floor[kind], dense[kind] + 1, self.multiples[kind]) for kind in coarse)):
             shape = LayerShape({**dense, **dict(zip(coarse, counts, strict=True))})
             spare = self.layer_budget[layer] - self.lost(layer, shape)
             if spare >= 0:
                 least = dense[fine] - spare // self.dense.group_numel(fine)
-                least = -(-least // self.multiple) * self.multiple
+                least = _round_up(least, self.multiples[fine])
                 yield LayerShape({**shape, fine: min(max(least, floor[fine]), dense[fine])})
+
+    def step_numel(self, kind: Kind) -> int:
+        """Counts the linear parameters of the fewest groups of a kind that leave together."""
+        return self.multiples[kind] * self.dense.group_numel(kind)
 
     def lost(self, layer: int, counts: Mapping[Kind, int]) -> int:
         """Returns the linear parameters that a layer of these counts has lost."""
@@ -79,25 +83,55 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
-    least_channels = math.ceil(config.min_channels / config.channel_multiple) * config.channel_multiple
-    least = {"heads": config.min_heads, "channels": least_channels}
+    multiples = _multiples(config, dense, protected)
+    least = {"heads": config.min_heads, "channels": config.min_channels}
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
-        cut = LayerShape((kind, min(least.get(kind, 1), count)) for kind, count in layer.items())
+        cut = LayerShape(
+            (kind, min(_round_up(least.get(kind, 1), multiples[kind]), count)) for kind, count in layer.items()
+        )
         floor.append(layer if i in protected else cut)
         # The sliver keeps 0.29 of 100 from being 28.999999999999996.
         budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
-    shares = _shares(config, dense, floor, [i for i, most in enumerate(budget) if most > 0])
-    limits = Limits(dense, tuple(floor), tuple(budget), config.channel_multiple, shares)
+    open_layers = [i for i, most in enumerate(budget) if most > 0]
+    shares = _shares(config, dense, floor, open_layers, multiples["heads"])
+    limits = Limits(dense, tuple(floor), tuple(budget), multiples, shares)
     _check_reachable(config, limits)
     return limits
 
 
+def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
+    """Returns what the kept counts of each kind divide by.
+
+    Raises:
+        UserError: a layer has fewer channels than that. Or `prune.tensor_parallel` does not divide a dense count, which
+            a protected layer keeps.
+    """
+    servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
+    for i, layer in enumerate(dense.layers):
+        for kind, count in layer.items():
+            if count % servers:
+                raise UserError(f"prune.tensor_parallel {servers} does not divide the {count} {kind} of layer {i}")
+        if i not in protected and layer["channels"] < multiple:
+            keys = f"prune.channel_multiple {config.channel_multiple}"
+            keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
+            has = f"layer {i} has {layer['channels']}"
+            raise UserError(f"{keys} needs at least {multiple} channels, and {has}; choose a smaller one")
+    return {kind: multiple if kind == "channels" else servers for kind in dense.kinds}
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
 def _shares(
-    config: PruneConfig, dense: ModelShape, floor: list[LayerShape], open_layers: list[int]
+    config: PruneConfig, dense: ModelShape, floor: list[LayerShape], open_layers: list[int], step: int
 ) -> dict[Kind, float]:
-    """Returns each kind's part of the open layers' parameters. `prune.head_ratio` gives that of the heads.
+    """Returns each kind's part of the open layers' parameters or, with `prune.head_ratio`, of those that leave.
+
+    Args:
+        step: heads of a layer that leave together.
 
     Raises:
         UserError: so many heads may not leave. Or the channels would have to give less than nothing beside them, or
@@ -112,13 +146,13 @@ def _shares(
     most_heads = heads - kept["heads"]
     most_channels = channels - (sum(kept.values()) - kept["heads"])
     leaving, of_heads = config.ratio * dense.linear_numel(), config.head_ratio * heads
-    half_a_head = len(open_layers) * dense.group_numel("heads") / 2  # per layer: as near as whole heads come
-    if of_heads > most_heads + half_a_head:
+    half_a_step = len(open_layers) * step * dense.group_numel("heads") / 2  # per layer: as near as whole heads come
+    if of_heads > most_heads + half_a_step:
         raise UserError(
             f"prune.head_ratio {config.head_ratio} is more of the heads than prune.min_heads {config.min_heads} lets "
             f"go: {most_heads / heads:.1%}"
         )
-    if not of_heads <= leaving <= of_heads + most_channels + half_a_head:
+    if not of_heads <= leaving <= of_heads + most_channels + half_a_step:
         raise UserError(
             f"prune.head_ratio {config.head_ratio} with prune.ratio {config.ratio} would take "
             f"{(leaving - of_heads) / channels:.1%} of the channels, of which {most_channels / channels:.1%} may go"
@@ -135,7 +169,8 @@ def _check_reachable(config: PruneConfig, limits: Limits) -> None:
         raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
     most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
     # A ratio that equals a cap may miss it by a part of a group. Either ranking promises no more than that.
-    near = max(map(dense.group_numel, dense.kinds)) if config.ranking == "global" else _half_a_step(limits)
+    a_step = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
+    near = a_step if config.ranking == "global" else _half_a_step(limits)
     if most == 0 or config.ratio * dense.linear_numel() > most + near:
         raise UserError(
             f"prune.ratio {config.ratio} is out of reach: with the protected layers, minimum widths and "
@@ -149,7 +184,7 @@ def _half_a_step(limits: Limits) -> float:
     If a multiple is more than may go, no channel leaves, and that many fewer are the step.
     """
     first, fine = limits.open_layers[0], limits.dense.kinds[-1]
-    step = min(limits.multiple, limits.dense.layers[first][fine] - limits.floor[first][fine])
+    step = min(limits.multiples[fine], limits.dense.layers[first][fine] - limits.floor[first][fine])
     return len(limits.open_layers) * step * limits.dense.group_numel(fine) / 2
 
 
@@ -170,8 +205,9 @@ def _most_global(limits: Limits) -> int:
 
 def _ends(limits: Limits, layer: int) -> Iterator[int]:
     """Yields the losses at which a layer has no group left that may go."""
-    dense, floor, budget = limits.dense, limits.floor[layer], limits.layer_budget[layer]
+    floor, coarse = limits.floor[layer], limits.dense.kinds[:-1]
     for shape in limits.narrowest(layer):
         lost = limits.lost(layer, shape)
-        if all(shape[kind] == floor[kind] or lost + dense.group_numel(kind) > budget for kind in dense.kinds[:-1]):
+        spare = limits.layer_budget[layer] - lost
+        if all(shape[kind] == floor[kind] or limits.step_numel(kind) > spare for kind in coarse):
             yield lost

@@ -45,11 +45,17 @@ def rank_uniform(
 
 def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
     """Returns the counts that every open layer keeps when `target` is due on the way to `final`."""
-    dense, goal = limits.dense.layers[limits.open_layers[0]], uniform_goal(limits, final)
-    counts = {kind: dense[kind] - round(target / final * (dense[kind] - goal[kind])) for kind in limits.dense.kinds}
-    fine = limits.dense.kinds[-1]
-    counts[fine] = _nearest_multiple(counts[fine], goal[fine], dense[fine], limits.multiple)
-    return LayerShape(counts)
+    return counts_on_the_way(limits, uniform_goal(limits, final), target / final)
+
+
+def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerShape:
+    """Returns the counts once `part` of the way from the dense ones to `goal` is due. They never grow with it."""
+    dense = limits.dense.layers[limits.open_layers[0]]
+    counts = {kind: count - round(part * (count - goal[kind])) for kind, count in dense.items()}
+    return LayerShape(
+        (kind, _nearest_multiple(count, goal[kind], dense[kind], limits.multiples[kind]))
+        for kind, count in counts.items()
+    )
 
 
 def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
@@ -65,11 +71,12 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
     # What would stay of the others if each gave just its share.
     share = {kind: layer[kind] - wanted * limits.shares[kind] / dense.group_numel(kind) for kind in coarse}
     options: list[tuple[float, float, LayerShape]] = []
+    multiple = limits.multiples[fine]
     for narrowest in limits.narrowest(first):
         exact = layer[fine] - (wanted - limits.lost(first, {**narrowest, fine: layer[fine]})) / channel
-        channels = _nearest_multiple(exact, narrowest[fine], layer[fine], limits.multiple)
+        channels = _nearest_multiple(exact, narrowest[fine], layer[fine], multiple)
         counts = LayerShape({**narrowest, fine: channels})
-        distance = max(abs(limits.lost(first, counts) - wanted), limits.multiple * channel / 2)
+        distance = max(abs(limits.lost(first, counts) - wanted), multiple * channel / 2)
         options.append((distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts))
     return min(options, key=lambda option: option[:2])[-1]
 
@@ -97,7 +104,8 @@ def rank_global(
     """Removes the least important groups of all open layers until the budget is spent.
 
     Separate budgets (the default): heads give their share of the target, channels the rest. Joint: all compete by
-    score per parameter. Either way the total stops within one group of the target.
+    score per parameter. The total stops within one group of the target, or one multiple of them. With separate budgets
+    it may pass it by half a multiple of channels more: those that stood in for a head do not come back.
 
     Args, returns: as `rank_uniform`; `joint` as `prune.joint_budget`.
     """

@@ -12,11 +12,11 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.report.pictures import draw_kept_groups, draw_training
+from loraprune_ds.report.records import EvaluationRecord, History
+from loraprune_ds.report.report import Outcome, make_report, write_kept_groups, write_report
 from loraprune_ds.train.loop import RunContext, measure_held_out
-from loraprune_ds.train.pictures import draw_kept_groups, draw_training
 from loraprune_ds.train.prepare import Prepared
-from loraprune_ds.train.records import EvaluationRecord, History
-from loraprune_ds.train.report import Outcome, make_report, write_kept_groups, write_report
 from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name
@@ -88,7 +88,7 @@ def _publish(config: RunConfig, prepared: Prepared, outcome: Outcome, peaks: lis
     publish(folder / MODEL_FOLDER)
     fail_point("finish.after_rename")
     write_kept_groups(folder, outcome.kept_of_dense, dense)
-    write_report(folder, make_report(config, history, dense, outcome, peaks, device_name()))
+    write_report(folder, make_report(config.to_dict(), history, dense, outcome, peaks, device_name()))
     fail_point("finish.reported")
     draw_kept_groups(folder / KEPT_GROUPS_PICTURE, dense, outcome.pruned)
     draw_training(folder / TRAINING_PICTURE, history)

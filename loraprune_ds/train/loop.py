@@ -12,11 +12,11 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
 from loraprune_ds.files import finite
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.output import RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import Recorder
-from loraprune_ds.train.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.teacher_pass import describe_pass, record_teacher
@@ -117,7 +117,7 @@ class TrainingLoop:
         if cut := self._trainer.cut(step):
             self.recorder.write(cut)
         every = self.config.evaluate.every
-        if step == self.prepared.schedule.end:
+        if step == self.prepared.schedule.last_cut:
             self._evaluate(step, "after_last_cut")
         elif every is not None and step % every == 0:
             self._evaluate(step, "step")

@@ -9,8 +9,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from loraprune_ds.train.records import CutRecord, EvaluationRecord, Record, StepRecord
-from loraprune_ds.units import format_bytes, format_clock, format_duration, format_percent, format_perplexity
+from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, StepRecord, cut_line
+from loraprune_ds.units import format_bytes, format_clock, format_percent, format_perplexity
 
 EVALUATED = {
     "dense": "dense model",
@@ -148,15 +148,6 @@ def _can_show_live_line(stream: TextIO) -> bool:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except OSError:  # the terminal does not tell its width
         return True
-
-
-def cut_line(cut: CutRecord) -> str:
-    """Describes a cut in one line. The weights are those of the fullest rank."""
-    before, after = (format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after))
-    return (
-        f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}) "
-        f"in {format_duration(cut.seconds)}, {format_bytes(cut.bytes_sent)} sent, weights per rank {before} → {after}"
-    )
 
 
 def evaluation_line(evaluation: EvaluationRecord) -> str:

@@ -7,9 +7,9 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from loraprune_ds.config import LoggingConfig
 from loraprune_ds.files import write_text
-from loraprune_ds.train.metrics import MetricsLog, TensorBoardLog, read_metrics
+from loraprune_ds.report.metrics import MetricsLog, TensorBoardLog, read_metrics
+from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, Record, Sink, StepRecord, history_from
 from loraprune_ds.train.progress import Progress
-from loraprune_ds.train.records import CutRecord, EvaluationRecord, History, Record, Sink, StepRecord, history_from
 
 
 def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError
+from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.finish import finish, write_weights
 from loraprune_ds.train.loop import RunContext, TrainingLoop
 from loraprune_ds.train.output import RunStatus, Start, check_shared, create_output
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import Recorder, take_over_metrics
-from loraprune_ds.train.report import Outcome
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.teacher_pass import find_teacher

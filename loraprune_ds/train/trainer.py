@@ -11,10 +11,10 @@ from torch import Tensor
 
 from loraprune_ds.config import Dtype, TrainConfig
 from loraprune_ds.faults import fail_point
-from loraprune_ds.pruning.step import Cut, Pruner
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.records import CutRecord, StepRecord, cut_record
 from loraprune_ds.train.data.order import BatchOrder, rank_micro_batches, seed_dropout
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.records import CutRecord, StepRecord
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.loss_scale import decide
@@ -114,7 +114,7 @@ class Trainer:
         if cut is None:
             return None
         self.weight_bytes = self._gather_weight_bytes()
-        return self._cut_record(cut, before)
+        return cut_record(cut, self.pruner.limits.dense, self.model, before, self.weight_bytes)
 
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> float:
         """Makes the forward and backward passes of this rank's micro-batches.
@@ -167,18 +167,3 @@ class Trainer:
 
     def _gather_weight_bytes(self) -> list[int]:
         return self.model.gather_values(storage_bytes(weight_tensors(self.model.module)))
-
-    def _cut_record(self, cut: Cut, before: list[int]) -> CutRecord:
-        dense, shape = self.pruner.limits.dense, self.model.shape
-        return CutRecord(
-            step=cut.step,
-            target=cut.target,
-            reached=cut.reached,
-            removed_fraction=1 - shape.total_numel() / dense.total_numel(),
-            seconds=cut.seconds,
-            bytes_sent=sum(self.model.gather_values(cut.bytes_sent)),
-            weight_bytes_before=before,
-            weight_bytes_after=self.weight_bytes,
-            heads=[layer["heads"] for layer in shape.layers],
-            channels=[layer["channels"] for layer in shape.layers],
-        )

@@ -38,9 +38,9 @@ from loraprune_ds.config import (
 )
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.prepare import Prepared, prepare
-from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name
@@ -58,7 +58,7 @@ def make_config(folder: Path, model: str) -> RunConfig:
         output_dir=str(folder),
         model=ModelConfig(path=model),
         data=DataConfig(window=128),
-        prune=PruneConfig(ratio=0.5, prune_every=2, warmup_fraction=0.5, cooldown_fraction=0.25),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, prune_every=2, warmup_fraction=0.5, cooldown_fraction=0.25),
         train=TrainConfig(steps=4, global_batch_size=12, micro_batch_size=1, learning_rate=1e-4),
         evaluate=EvaluateConfig(window=128, max_windows=1),
         checkpoint=CheckpointConfig(keep_last=4),  # so that the folders tell what was written

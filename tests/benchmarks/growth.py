@@ -21,7 +21,7 @@ from typing import Any
 
 from loraprune_ds.evaluate.drawing import PLOT_STYLE
 from loraprune_ds.files import write_json
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 from tests.benchmarks.watchdog import free_port
 from tests.oracle.models import make_tiny_llama
 

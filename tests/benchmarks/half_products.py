@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraprune_ds.files import write_json
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.zero.half_products import ThroughFloat32
 
 RESULT = Path(__file__).parent / "results" / "half_products.json"

@@ -22,7 +22,7 @@ from loraprune_ds.files import write_json
 from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.logits import Head, LogitsTransform
 from loraprune_ds.model.token_loss import token_losses
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 from tests.benchmarks.peak import Peak
 
 RESULT = Path(__file__).parent / "results" / "loss_memory.json"

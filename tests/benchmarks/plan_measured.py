@@ -34,7 +34,7 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan
 from tests.ranks import start_deepspeed

@@ -50,8 +50,8 @@ from loraprune_ds.plan.request import build_request
 from loraprune_ds.plan.stages import cut_stage, training_stage
 from loraprune_ds.plan.traffic import simulate_passes
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.prepare import Prepared, prepare
-from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.teacher_pass import find_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
@@ -74,7 +74,7 @@ TEACHER_STEPS = 15  # of 8 samples, and one more: a file of outputs for each of 
 
 def make_config(arguments: argparse.Namespace) -> RunConfig:
     """Builds a config that cuts everything at the last step. A step has 1,024 tokens."""
-    prune = PruneConfig(ratio=0.5, prune_every=1, warmup_fraction=0.99, cooldown_fraction=0)
+    prune = PruneConfig(ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0.99, cooldown_fraction=0)
     changes: dict[str, dict[str, Any]] = {
         "gradient": {"criterion": "gradient"},
         "refit": {"compensate": "least_squares", "compensate_steps": 1},

@@ -16,7 +16,7 @@ from loraprune_ds.files import write_json
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import read_shape
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 from tests.benchmarks.repartition import MASKS, example_masks, plan_repartition
 
 RESULT = Path(__file__).parent / "results" / "repartition_plan.json"

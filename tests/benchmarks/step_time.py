@@ -19,8 +19,8 @@ from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneCo
 from loraprune_ds.files import write_json
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.prepare import Prepared, prepare
-from loraprune_ds.train.provenance import hardware, versions
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.engine import build_training_engine, quiet_deepspeed, start_ranks, stop_ranks
@@ -72,7 +72,7 @@ def main() -> None:
         output_dir="unused",
         model=ModelConfig(path=arguments.model),
         data=DataConfig(window=128),
-        prune=PruneConfig(ratio=0.5, prune_every=1, warmup_fraction=0, cooldown_fraction=0),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0, cooldown_fraction=0),
         train=TrainConfig(steps=4 * arguments.steps + 8, global_batch_size=16, micro_batch_size=4, learning_rate=1e-4),
         evaluate=EvaluateConfig(window=128, max_windows=1),
     )

@@ -35,7 +35,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import write_index, write_weight_file
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
 from tests.benchmarks.watchdog import Watched, free_port, tell, told, watch
 from tests.benchmarks.wide_layers_rank import STEPS, WINDOW

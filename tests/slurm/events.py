@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 from tests.integration.finished_runs import snapshot
 from tests.integration.launching import read_json
 from tests.slurm.cluster import FOR_GOOD, ROOT, Job, obstacle, running_cluster

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.train import provenance
+from loraprune_ds.report import provenance
 from tests.integration.launching import fork_ranks, read_json
 from tests.integration.resuming import write_run
 from tests.slurm.cluster import ROOT, Cluster, Job
@@ -15,7 +15,7 @@ from tests.slurm.cluster import ROOT, Cluster, Job
 PATIENCE = 900.0  # seconds; the machine may be busy with other things
 RUN: dict[str, dict[str, Any]] = {
     "lora": {"lora_dropout": 0.0},
-    "prune": {"prune_every": 3},
+    "prune": {"channel_multiple": 1, "prune_every": 3},
     "train": {"steps": 10, "global_batch_size": 4},  # cuts after steps 4, 6, 9
     "checkpoint": {"every": 4, "keep_last": 2},
 }

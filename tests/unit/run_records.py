@@ -2,7 +2,7 @@
 
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.train.records import CutRecord, EvaluationRecord, History, StepRecord
+from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, StepRecord
 
 CONFIG = {
     "model_type": "llama",

@@ -13,6 +13,7 @@ from loraprune_ds.model.family import CHANNELS, FAMILIES, KEYS, PRUNED, QUERIES,
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.text_part import MULTIMODAL
 from tests.families import SIZES, TINY, tiny_config
 
 DENSE = LayerShape(heads=SIZES["num_key_value_heads"], channels=SIZES["intermediate_size"])
@@ -182,7 +183,8 @@ def test_models_of_other_kinds_are_refused_in_one_line(model_type: str) -> None:
         shape_from_config(AutoConfig.for_model(model_type).to_dict(), "somewhere")
     supported = ", ".join(sorted(FAMILIES))
     assert str(caught.value) == (
-        f"somewhere: model_type {model_type!r} is not supported; supported: {supported} (and pruned)"
+        f"somewhere: model_type {model_type!r} is not supported; supported: {supported} (and pruned), "
+        f"and the text part of {', '.join(MULTIMODAL)}"
     )
 
 

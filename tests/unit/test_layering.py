@@ -21,7 +21,8 @@ LAYERS = (
     ("zero",),
     ("checkpoint",),
     ("evaluate", "export", "plan"),
-    ("train",),
+    ("report",),
+    ("train", "hf"),
     ("launch",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

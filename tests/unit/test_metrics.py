@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.train.metrics import MetricsLog, TensorBoardLog, read_metrics
-from loraprune_ds.train.records import EvaluationRecord, Record, history_from
+from loraprune_ds.report.metrics import MetricsLog, TensorBoardLog, read_metrics
+from loraprune_ds.report.records import EvaluationRecord, Record, history_from
 from tests.unit.run_records import cut_record, small_run, step_record
 
 

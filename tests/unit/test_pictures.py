@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.train import pictures
-from loraprune_ds.train.pictures import draw_kept_groups, draw_training
-from loraprune_ds.train.records import EvaluationRecord, History
+from loraprune_ds.report import pictures
+from loraprune_ds.report.pictures import draw_kept_groups, draw_training
+from loraprune_ds.report.records import EvaluationRecord, History
 from tests.unit.run_records import DENSE, PRUNED, small_run, step_record
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib only warns when a layout collapses

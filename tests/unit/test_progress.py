@@ -6,8 +6,8 @@ import pty
 
 import pytest
 
+from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.train.progress import Progress, TimeLeft
-from loraprune_ds.train.records import EvaluationRecord
 from tests.unit.run_records import cut_record, step_record
 
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.train.provenance import hardware, versions
+from loraprune_ds.report.provenance import hardware, versions
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "results" / "export_formats.json"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, VERMILION, label_point, save_picture
 from loraprune_ds.model.family import Kind
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.train.records import CutRecord, EvaluationRecord, History
+from loraprune_ds.report.records import CutRecord, EvaluationRecord, History
 from loraprune_ds.units import format_perplexity
 
 if TYPE_CHECKING:  # takes a second to import, so only where a picture is drawn

@@ -5,6 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.pruning.step import Cut
+from loraprune_ds.units import format_bytes, format_duration, format_percent
+
 EvaluationName = Literal["dense", "after_last_cut", "pruned", "step"]
 
 
@@ -57,6 +62,34 @@ class CutRecord:
     weight_bytes_after: list[int]
     heads: list[int]
     channels: list[int]
+
+
+def cut_record(
+    cut: Cut, dense: ModelShape, model: PrunableModel, weight_bytes_before: list[int], weight_bytes_after: list[int]
+) -> CutRecord:
+    """Describes a cut that was just made. Collective."""
+    shape = model.shape
+    return CutRecord(
+        step=cut.step,
+        target=cut.target,
+        reached=cut.reached,
+        removed_fraction=1 - shape.total_numel() / dense.total_numel(),
+        seconds=cut.seconds,
+        bytes_sent=sum(model.gather_values(cut.bytes_sent)),
+        weight_bytes_before=weight_bytes_before,
+        weight_bytes_after=weight_bytes_after,
+        heads=[layer["heads"] for layer in shape.layers],
+        channels=[layer["channels"] for layer in shape.layers],
+    )
+
+
+def cut_line(cut: CutRecord) -> str:
+    """Describes a cut in one line. The weights are those of the fullest rank."""
+    before, after = (format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after))
+    return (
+        f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}) "
+        f"in {format_duration(cut.seconds)}, {format_bytes(cut.bytes_sent)} sent, weights per rank {before} → {after}"
+    )
 
 
 @dataclass(frozen=True)

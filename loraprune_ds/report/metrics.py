@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
-from loraprune_ds.train.records import RECORD_KINDS, CutRecord, EvaluationRecord, Record, StepRecord
+from loraprune_ds.report.records import RECORD_KINDS, CutRecord, EvaluationRecord, Record, StepRecord
 
 MOST_CURVES = 8  # with more ranks, TensorBoard shows the least and the most of them
 KIND_OF = {record: kind for kind, record in RECORD_KINDS.items()}
