@@ -7,21 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.pruner_files import keep_from_lists, read_moments, read_scores
 from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSource, read_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import saved_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import Kind
 from loraprune_ds.model.hub import locate_model
-from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning, open_pretrained
-from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.step import PrunerState
 
 if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
@@ -56,15 +53,12 @@ class TrainingCheckpoint:
         pretrained = open_for_pruning(self.shape_folder(), config.prune)
         if not self.state.shape.is_source:
             return pretrained
-        return cut_to(pretrained, self._kept_of_dense(pretrained.shape.kinds), config.model.dtype)
+        return cut_to(pretrained, keep_from_lists(self.state.kept, pretrained.shape.kinds), config.model.dtype)
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
         """Returns what the pruner of a model with these kinds of groups goes on from."""
-        kept, updates = self._kept_of_dense(kinds), self.state.updates_since_cut
-        return PrunerState(kept, self._scores(kinds), updates, self._moment_tokens)
-
-    def _kept_of_dense(self, kinds: tuple[Kind, ...]) -> list[LayerKeep]:
-        return [LayerKeep(zip(kinds, map(torch.tensor, layer), strict=True)) for layer in self.state.kept]
+        kept, scores = keep_from_lists(self.state.kept, kinds), read_scores(self.folder, kinds)
+        return PrunerState(kept, scores, self.state.updates_since_cut, self._moment_tokens)
 
     @property
     def _holds_sums(self) -> bool:
@@ -79,18 +73,9 @@ class TrainingCheckpoint:
         has_moments = any(self.folder.glob(layout.MOMENTS_FILES))
         return self.state.totals.tokens / self.state.step if has_moments else 0.0
 
-    def _scores(self, kinds: tuple[Kind, ...]) -> list[LayerScores] | None:
-        """Reads the moving averages; None if nothing was scored."""
-        path = self.folder / layout.SCORES_FILE
-        if not path.exists():
-            return None
-        tensors = load_file(path)
-        return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in range(len(self.state.kept))]
-
     def moments(self, layer: int) -> dict[str, Tensor]:
         """Returns the input moments of a layer by linear, as sums over `moment_tokens`; empty if none were recorded."""
-        path = self.folder / layout.moments_file(layer)
-        found = load_file(path) if path.exists() else {}
+        found = read_moments(self.folder, layer)
         return found if self._holds_sums else {name: mean * self._moment_tokens for name, mean in found.items()}
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
