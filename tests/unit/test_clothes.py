@@ -32,12 +32,12 @@ def lora_of(folder: Path, criterion: Criterion) -> dict[str, Tensor]:
     return {name: factor * (criterion == "lora") for name, factor in lora.items()}
 
 
-def pruned(folder: Path, criterion: Criterion, **changes: float) -> PlainRun:
+def pruned(folder: Path, criterion: Criterion, learning_rate: float = 5e-3) -> PlainRun:
     batches = make_batches(steps=STEPS, samples=6, tokens=16, vocab=VOCAB, seed=3)
     prune = PruneConfig(
         criterion=criterion, ratio=0.4, prune_every=2, protected_first=0, protected_last=0, channel_multiple=1
     )
-    run = PlainRun(folder, lora_of(folder, criterion), prune, STEPS, **changes).run(batches)
+    run = PlainRun(folder, lora_of(folder, criterion), prune, STEPS, learning_rate=learning_rate).run(batches)
     assert len(run.cuts) >= 2
     return run
 
