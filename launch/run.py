@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 try:
     from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
     from loraprune_ds.config import LoggingConfig, RunConfig
-    from loraprune_ds.config_file import config_value, load_config
+    from loraprune_ds.config_file import config_from_dict, config_value, read_config
     from loraprune_ds.errors import UserError
     from loraprune_ds.zero.environment import collective_timeout
 except ModuleNotFoundError as missing:
@@ -58,14 +58,16 @@ def main() -> int:
     joined = False
     try:
         arguments = parse_arguments()
-        config = load_config(arguments.config, arguments.set)
+        given = read_config(arguments.config, arguments.set)
+        config = config_from_dict(given)
         config = replace(config, output_dir=os.path.expanduser(config.output_dir))
         if arguments.show is not None:
             print(config_value(config, arguments.show))
             return 0
         # Heavy imports come after the config is checked: a typo should not cost ten seconds.
-        from loraprune_ds.train.output import inspect_output
+        from loraprune_ds.train.output import inspect_output, keep_saved_values
 
+        config = keep_saved_values(config, given, arguments.resume)
         start = inspect_output(config, arguments.resume)
         if start.kind != "finished":
             comm = join_ranks(config.logging)

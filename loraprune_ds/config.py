@@ -97,7 +97,8 @@ class PruneConfig:
     min_heads: Count = 1  # key-value groups a layer keeps at least
     min_channels: Count = 1
     max_layer_ratio: Annotated[float, Field(gt=0, le=1), NUMBER] = 1.0  # of its linear parameters that a layer may lose
-    channel_multiple: Count = 1  # channel counts are rounded to a multiple of this
+    channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
+    tensor_parallel: Count = 1  # ranks of a server that will share the result. Heads and channels divide by it
     gradient_every: Count = 1  # steps from one scoring to the next with criterion gradient. A cut's step always scores
     compensate: Compensation = "none"  # for linears losing inputs, such as o_proj and down_proj: pruning/compensate.py
     compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included

@@ -12,6 +12,8 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line, require
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+# Defaults that have moved since. A run that was saved by an earlier version and says nothing has these.
+EARLIER_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"channel_multiple": 1}}
 TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}  # by pydantic's names
 
 
@@ -34,6 +36,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: no such file, not a mapping, a wrong type or a value out of range. Or an unknown key: the message
             lists the known ones.
     """
+    return config_from_dict(read_config(path, overrides))
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads only the keys that the YAML and the overrides give.
+
+    Raises:
+        UserError: no such file, not YAML or not a mapping, or an override has another form.
+    """
     path = Path(path)
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
@@ -48,7 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path} must be a mapping of keys to values")
     for override in overrides:
         apply_override(raw, override)
-    return config_from_dict(raw)
+    return raw
 
 
 def config_value(config: RunConfig, dotted: str) -> Any:
@@ -71,6 +82,16 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
         UserError: as `load_config`.
     """
     return _build(RunConfig, raw)
+
+
+def saved_config(raw: dict[str, Any]) -> RunConfig:
+    """Checks the nested dictionary that a run has saved. Keys that its version lacked have the defaults of then.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    moved = {section: defaults | (raw.get(section) or {}) for section, defaults in EARLIER_DEFAULTS.items()}
+    return config_from_dict(raw | moved)
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -68,6 +68,7 @@ class Case:
             lora=LoraConfig(lora_dropout=self.dropout),
             data=DataConfig(window=self.window),
             prune=PruneConfig(
+                channel_multiple=1,
                 ratio=0.4,
                 prune_every=1,
                 warmup_fraction=0.25,
@@ -216,7 +217,7 @@ def _measured_step(
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
-    scores, own = step <= request.schedule.end, comm.bytes_sent - before
+    scores, own = step <= request.schedule.last_cut, comm.bytes_sent - before
     passes = Passes(shape, PassTraffic(), traffic)
     planned = step_sent(request, passes, StepKind(scores, scores))
     if scores:

@@ -197,15 +197,15 @@ def build_request(
     steps = train.steps
     if steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    steps = steps or ASSUMED_STEPS
+    steps, limits = steps or ASSUMED_STEPS, make_limits(config.prune, shape)
     return Request(
         model=name,
         shape=shape,
         config=config,
         cluster=cluster,
         steps=steps + train.recovery_steps,
-        limits=make_limits(config.prune, shape),
-        schedule=make_schedule(config.prune, steps),
+        limits=limits,
+        schedule=make_schedule(config.prune, steps, limits),
         ds_config=_read_ds_config(config, shape, cluster.world_size),
         samples=samples,
     )

@@ -142,7 +142,7 @@ class Compensator:
                 raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.linear.name}: {error}") from None
 
         self._model.replace_tensors(linear_ids, "weight" if self._refits else "bias", compute)
-        if step == self._schedule.end:
+        if step == self._schedule.last_cut:
             self.moments.clear()
         else:
             self.moments.cut(keep)

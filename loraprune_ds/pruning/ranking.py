@@ -47,9 +47,19 @@ def rank_uniform(
 
 def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
     """Returns the counts that every open layer keeps when `target` is due on the way to `final`."""
-    dense, goal = limits.dense.layers[limits.open_layers[0]], uniform_goal(limits, final)
-    heads, channels = (dense.count(k) - round(target / final * (dense.count(k) - goal.count(k))) for k in KINDS)
-    return LayerShape(heads, _nearest_multiple(channels, goal.channels, dense.channels, limits.multiple))
+    return counts_on_the_way(limits, uniform_goal(limits, final), target / final)
+
+
+def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerShape:
+    """Returns the counts once `part` of the way from the dense ones to `goal` is due. They never grow with it."""
+    dense = limits.dense.layers[limits.open_layers[0]]
+    counts = (dense.count(k) - round(part * (dense.count(k) - goal.count(k))) for k in KINDS)
+    return LayerShape(
+        *(
+            _nearest_multiple(count, goal.count(k), dense.count(k), limits.multiples[k])
+            for k, count in zip(KINDS, counts, strict=True)
+        )
+    )
 
 
 def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
@@ -63,13 +73,14 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
     wanted = ratio * dense.linear_numel() / len(limits.open_layers)  # parameters that each open layer loses
     share = layer.heads - wanted * limits.head_share / dense.group_numel("heads")  # heads that would stay
     options: list[tuple[float, float, LayerShape]] = []
-    for heads in range(limits.floor[first].heads, layer.heads + 1):
+    multiple = limits.multiples["channels"]
+    for heads in range(limits.floor[first].heads, layer.heads + 1, limits.multiples["heads"]):
         fewest = limits.fewest_channels(first, heads)
         if fewest is not None:
             exact = layer.channels - (wanted - limits.lost(first, heads, layer.channels)) / channel
-            channels = _nearest_multiple(exact, fewest, layer.channels, limits.multiple)
+            channels = _nearest_multiple(exact, fewest, layer.channels, multiple)
             error = abs(limits.lost(first, heads, channels) - wanted)
-            distance = max(error, limits.multiple * channel / 2)
+            distance = max(error, multiple * channel / 2)
             options.append((distance, abs(heads - share), LayerShape(heads, channels)))
     return min(options, key=lambda option: option[:2])[-1]
 
@@ -91,7 +102,8 @@ def rank_global(
     """Removes the least important groups of all open layers until the budget is spent.
 
     Separate budgets (the default): heads give their share of the target, channels the rest. Joint: both compete by
-    score per parameter. Either way the total stops within one group of the target.
+    score per parameter. The total stops within one group of the target, or one multiple of them. With separate budgets
+    it may pass it by half a multiple of channels more: those that stood in for a head do not come back.
 
     Args, returns: as `rank_uniform`; `joint` as `prune.joint_budget`.
     """

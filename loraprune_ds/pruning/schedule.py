@@ -1,10 +1,13 @@
 """The schedule: the steps that cut, and how much should be gone by then."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.ranking import counts_on_the_way, uniform_goal
 
 
 @dataclass(frozen=True)
@@ -15,9 +18,10 @@ class Schedule:
 
     Attributes:
         start: last step of the warm-up. The target is 0 up to here.
-        end: the step of the last cut, where the target is `ratio`.
+        end: the last step that may cut, where the target is `ratio`.
         every: steps from one cut to the next.
         score_every: steps from one scoring to the next.
+        passed_over: steps of these at which no width would change, so that they cut nothing.
     """
 
     ratio: float
@@ -25,6 +29,7 @@ class Schedule:
     end: int
     every: int
     score_every: int = 1
+    passed_over: frozenset[int] = frozenset()
 
     def target(self, step: int) -> float:
         """Returns the fraction of the decoder-layer linear parameters that should be gone after `step`."""
@@ -32,23 +37,29 @@ class Schedule:
         return self.ratio * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
     def cut_steps(self) -> list[int]:
-        """Lists every `every`-th step after the warm-up, and the last one where the cool-down begins."""
+        """Lists every `every`-th step after the warm-up and the one where the cool-down begins, if a width changes."""
         return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
+
+    @cached_property
+    def last_cut(self) -> int:
+        """The last step that cuts. It is before `end` if `end` changes no width."""
+        return max(self.cut_steps(), default=self.end)
 
     def is_cut(self, step: int) -> bool:
         """Tells if a cut follows this step."""
-        return self.start < step <= self.end and ((step - self.start) % self.every == 0 or step == self.end)
+        due = (step - self.start) % self.every == 0 or step == self.end
+        return self.start < step <= self.end and due and step not in self.passed_over
 
     def is_scored(self, step: int) -> bool:
         """Tells if this step scores: each `score_every`-th from the first, and before each cut. None after the last."""
-        return step <= self.end and ((step - 1) % self.score_every == 0 or self.is_cut(step))
+        return step <= self.last_cut and ((step - 1) % self.score_every == 0 or self.is_cut(step))
 
     def precedes_cut(self, step: int, within: int) -> bool:
         """Tells if a cut follows one of the next `within` steps, this one included."""
         return any(self.is_cut(s) for s in range(step, step + within))
 
 
-def make_schedule(config: PruneConfig, steps: int) -> Schedule:
+def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
     """Makes the schedule of a run of `steps` optimizer steps.
 
     Raises:
@@ -59,7 +70,30 @@ def make_schedule(config: PruneConfig, steps: int) -> Schedule:
     end = steps - math.floor(config.cooldown_fraction * steps + 1e-6)
     if end <= start:
         raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
-    return Schedule(config.ratio, start, end, config.prune_every, config.gradient_every)
+    schedule = Schedule(config.ratio, start, end, config.prune_every, config.gradient_every)
+    return replace(schedule, passed_over=_without_a_change(schedule, config, limits))
+
+
+def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -> frozenset[int]:
+    """Finds the steps whose cut would leave all widths as they are.
+
+    The widths of `uniform` are known before. Those of `global` depend on scores. With multiples it waits until each
+    open layer could lose one more, on average. So its cuts are as large as those of `uniform`. Its last one stays.
+    """
+    multiple = limits.multiples["channels"]
+    if config.ranking == "global" and multiple == 1:
+        return frozenset()
+    goal = uniform_goal(limits, schedule.ratio) if config.ranking == "uniform" else None
+    block = len(limits.open_layers) * multiple * limits.dense.group_numel("channels") / limits.dense.linear_numel()
+    unchanged: list[int] = []
+    before = None
+    for step in (0, *schedule.cut_steps()):
+        target = schedule.target(step)
+        now = round(target / block) if goal is None else counts_on_the_way(limits, goal, target / schedule.ratio)
+        if now == before:
+            unchanged.append(step)
+        before = now
+    return frozenset(unchanged) - (frozenset() if goal else {schedule.end})
 
 
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:

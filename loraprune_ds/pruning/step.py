@@ -143,16 +143,21 @@ class Pruner:
             scored: False if the step's gradients overflowed in fp16. The next cut then takes over this one's groups.
                 The last cut has no next and goes by the scores from before.
 
+        Returns:
+            None if nothing was cut: no cut is due, or it would change no width.
+
         Raises:
             RunError: no score was updated since the last cut, or a rank computed another mask.
         """
-        if not self.schedule.is_cut(step) or (not scored and step < self.schedule.end):
+        if not self.schedule.is_cut(step) or (not scored and step < self.schedule.last_cut):
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
         if self.average.scores is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
         keep = agree(self._rank(self.average.scores, target), self.model, step)
+        if tuple(layer_keep.shape for layer_keep in keep) == self.model.shape.layers:
+            return None
         fail_point("cut.agreed")
         if self.compensator is not None:
             self.compensator.compensate(keep, step)

@@ -1,6 +1,7 @@
 """Writes report.json and kept_groups.json: a run and its results, as data."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from typing import Any
 
 from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_FILE, REPORT_FILE
 from loraprune_ds.files import read_json, write_json, write_text
+from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.report.records import CutRecord, History
+
+QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ def make_report(
     first_cut, last_cut = (history.cuts[0].step, history.cuts[-1].step) if history.cuts else (None, None)
     return {
         "params": _parameters(dense, outcome.pruned),
+        "serving": _serving(outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
         "world_size": len(peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
@@ -78,6 +83,21 @@ def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
         "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
         "linear_dense": dense.linear_numel(),
         "linear_pruned": pruned.linear_numel(),
+    }
+
+
+def _serving(pruned: ModelShape) -> dict[str, list[int]]:
+    """Tells what a server can do with the result.
+
+    `tensor_parallel` are the numbers of GPUs that divide the key-value heads and channels of every layer.
+    `quantisation_groups` are the group sizes that divide the inputs of every linear.
+    """
+    together = math.gcd(*(layer.count(kind) for layer in pruned.layers for kind in KINDS))
+    layers = range(len(pruned.layers))
+    inputs = math.gcd(*(pruned.linear_shape(i, linear)[1] for i in layers for linear in pruned.linears))
+    return {
+        "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
+        "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
     }
 
 

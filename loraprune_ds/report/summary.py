@@ -35,9 +35,18 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     """
     head = ("", "dense", "pruned", "")
     rows = [head, *_parameter_rows(report), _perplexity_row(report), *_cost_rows(report)]
+    serving = report.get("serving")  # reports of earlier versions lack it
     cuts, ranks = len(report["prune_steps"]), report["world_size"]
     title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
-    return "\n".join([title, "", *aligned(rows, "<>><"), "", *_results(folder)]) + "\n"
+    table = aligned(rows, "<>><")
+    return "\n".join([title, "", *table, "", *([_serving_line(serving)] if serving else []), *_results(folder)]) + "\n"
+
+
+def _serving_line(serving: dict[str, list[int]]) -> str:
+    """Names the GPUs of a server that can share every layer, and the quantisation groups that fit."""
+    gpus = ", ".join(map(str, serving["tensor_parallel"]))
+    groups = ", ".join(map(str, serving["quantisation_groups"])) or "none"
+    return f"tensor-parallel sizes that divide it: {gpus}; quantisation groups that do: {groups}"
 
 
 def _parameter_rows(report: dict[str, Any]) -> list[SummaryRow]:

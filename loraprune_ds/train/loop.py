@@ -117,7 +117,7 @@ class TrainingLoop:
         if cut := self._trainer.cut(step):
             self.recorder.write(cut)
         every = self.config.evaluate.every
-        if step == self.prepared.schedule.end:
+        if step == self.prepared.schedule.last_cut:
             self._evaluate(step, "after_last_cut")
         elif every is not None and step % every == 0:
             self._evaluate(step, "step")

@@ -2,9 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ import yaml
 
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE, Status, read_status, write_status
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict
+from loraprune_ds.config_file import EARLIER_DEFAULTS, saved_config
 from loraprune_ds.errors import RankError, UserError, one_line
 from loraprune_ds.files import write_text
 
@@ -38,6 +38,26 @@ class Start:
 
     kind: Literal["fresh", "finished", "resume"]
     path: Path | None = None
+
+
+def keep_saved_values(config: RunConfig, given: Mapping[str, Any], resume: str | None) -> RunConfig:
+    """Returns the config of a run that goes on: with its own values where a default has moved since.
+
+    Args:
+        given: the keys that the YAML and `--set` give. These win.
+        resume: the value of `--resume`: None, "auto" or a path.
+    """
+    folders = [Path(config.output_dir)]
+    if resume is not None and resume != "auto":
+        folders += [path := Path(resume).resolve(), *path.parents[:2]]  # a run, its checkpoints, or one of them
+    found = next((raw for folder in folders if (raw := _read_run_config(folder))), None)
+    sections: dict[str, Any] = {}
+    with suppress(UserError):  # what no version can read is another run, as is found out next
+        saved = config if found is None else saved_config(found)
+        for section, defaults in EARLIER_DEFAULTS.items():
+            kept = {key: getattr(getattr(saved, section), key) for key in defaults.keys() - (given.get(section) or {})}
+            sections[section] = replace(getattr(config, section), **kept)
+    return replace(config, **sections)
 
 
 def inspect_output(config: RunConfig, resume: str | None) -> Start:
@@ -136,7 +156,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]
     The config of an earlier version may lack keys. They have their defaults there.
     """
     with suppress(UserError):  # a key that no version knows is a difference like others
-        old = config_from_dict(old).to_dict()
+        old = saved_config(old).to_dict()
     return list(_differences(old, new, ignored, ""))
 
 

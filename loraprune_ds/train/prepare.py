@@ -100,7 +100,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
         order=order,
         windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows, start),
         steps=pruning_steps + config.train.recovery_steps,
-        schedule=make_schedule(config.prune, pruning_steps),
+        schedule=make_schedule(config.prune, pruning_steps, limits),
         limits=limits,
         ds_config=ds_config,
     )

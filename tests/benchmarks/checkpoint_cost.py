@@ -58,7 +58,7 @@ def make_config(folder: Path, model: str) -> RunConfig:
         output_dir=str(folder),
         model=ModelConfig(path=model),
         data=DataConfig(window=128),
-        prune=PruneConfig(ratio=0.5, prune_every=2, warmup_fraction=0.5, cooldown_fraction=0.25),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, prune_every=2, warmup_fraction=0.5, cooldown_fraction=0.25),
         train=TrainConfig(steps=4, global_batch_size=12, micro_batch_size=1, learning_rate=1e-4),
         evaluate=EvaluateConfig(window=128, max_windows=1),
         checkpoint=CheckpointConfig(keep_last=4),  # so that the folders tell what was written

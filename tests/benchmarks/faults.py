@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "faults.json"
 EVERY, RECOVERY = 3, 4
 PLAIN: dict[str, dict[str, Any]] = {
     "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1},
-    "prune": {"prune_every": 3},
+    "prune": {"channel_multiple": 1, "prune_every": 3},
     "checkpoint": {"every": EVERY, "keep_last": 2},
     "evaluate": {"max_windows": 4},
     "logging": {"progress": True},
@@ -50,7 +50,7 @@ LEVERS = PLAIN | {  # 256 samples: two rounds of files of the dense model's outp
         "micro_batch_size": 4,
         "distill_weight": 0.5,
     },
-    "prune": {"prune_every": 3, "criterion": "gradient", "compensate": "least_squares"},
+    "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "gradient", "compensate": "least_squares"},
 }
 GONE = 60.0  # seconds in which a job must be gone: the promise
 

@@ -72,7 +72,7 @@ def build(model: Path, comm: Communicator) -> Trainer:
     config = RunConfig(
         output_dir="unused",
         model=ModelConfig(path=str(model)),
-        prune=PruneConfig(ratio=0.5, protected_first=0, protected_last=0),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
         train=TrainConfig(steps=CUT_STEP, global_batch_size=BATCH, micro_batch_size=BATCH // comm.world_size),
     )
     pretrained = open_pretrained(model)

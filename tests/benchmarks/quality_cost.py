@@ -74,7 +74,7 @@ TEACHER_STEPS = 15  # of 8 samples, and one more: a file of outputs for each of 
 
 def make_config(arguments: argparse.Namespace) -> RunConfig:
     """Builds a config that cuts everything at the last step. A step has 1,024 tokens."""
-    prune = PruneConfig(ratio=0.5, prune_every=1, warmup_fraction=0.99, cooldown_fraction=0)
+    prune = PruneConfig(ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0.99, cooldown_fraction=0)
     changes: dict[str, dict[str, Any]] = {
         "gradient": {"criterion": "gradient"},
         "refit": {"compensate": "least_squares", "compensate_steps": 1},

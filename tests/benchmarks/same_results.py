@@ -109,7 +109,7 @@ def base_config(work: Path, model: str) -> Settings:
         "lora": {"r": 3},
         "data": {"path": str(work / "text.txt"), "held_out": str(work / "held_out.txt"), "window": WINDOW},
         "prune": {"ratio": 0.4, "prune_every": 2, "warmup_fraction": 0.2, "cooldown_fraction": 0.2}
-        | {"protected_first": 0, "protected_last": 0},
+        | {"protected_first": 0, "protected_last": 0, "channel_multiple": 1},
         "train": {"steps": 6, "global_batch_size": 6, "micro_batch_size": 1, "learning_rate": 1e-2},
         "evaluate": {"window": WINDOW, "max_windows": 8, "batch_size": 3},
         "checkpoint": {"every": 4, "keep_last": 9},

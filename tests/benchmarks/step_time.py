@@ -70,7 +70,7 @@ def main() -> None:
         output_dir="unused",
         model=ModelConfig(path=arguments.model),
         data=DataConfig(window=128),
-        prune=PruneConfig(ratio=0.5, prune_every=1, warmup_fraction=0, cooldown_fraction=0),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0, cooldown_fraction=0),
         train=TrainConfig(steps=4 * arguments.steps + 8, global_batch_size=16, micro_batch_size=4, learning_rate=1e-4),
         evaluate=EvaluateConfig(window=128, max_windows=1),
     )

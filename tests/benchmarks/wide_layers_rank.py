@@ -83,7 +83,7 @@ def make_config(folder: Path, ranks: int) -> RunConfig:
         output_dir="unused",
         deepspeed=str(folder / "ds.json"),
         model=ModelConfig(path=str(folder / "model")),
-        prune=PruneConfig(ratio=0.5, protected_first=0, protected_last=0),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
         train=TrainConfig(
             steps=STEPS, global_batch_size=ranks, micro_batch_size=1, learning_rate=1e-4, gradient_checkpointing=True
         ),

@@ -25,7 +25,7 @@ def make_material(root: Path) -> Path:
     content = {
         "model": {"path": str(root / "model"), "dtype": "float32"},
         "data": {"path": str(root / "text.txt"), "window": 32},
-        "prune": {"ratio": 0.2, "prune_every": 1},
+        "prune": {"channel_multiple": 1, "ratio": 0.2, "prune_every": 1},
         "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2},
         "evaluate": {"window": 32, "max_windows": 4},
         "logging": {"progress": False},

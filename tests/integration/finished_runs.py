@@ -144,6 +144,7 @@ def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
         "lora": {"r": 4},
         "data": {"path": str(root / "text.txt"), "held_out": str(root / "held_out.txt"), "window": WINDOW},
         "prune": {
+            "channel_multiple": 1,
             "ratio": 0.4,
             "prune_every": 2,
             "warmup_fraction": 0.2,

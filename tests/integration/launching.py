@@ -201,7 +201,14 @@ def run_with_checkpoints(root: Path, model: Path, *, steps: int) -> None:
         "model": {"path": str(model), "dtype": "float32"},
         "lora": {"r": 4, "lora_dropout": 0.0},
         "data": {"path": str(write_text(root / "text.txt", 6_000)), "window": 32, "held_out_fraction": 0.2},
-        "prune": {"ratio": 0.35, "ranking": "global", "prune_every": 2, "protected_first": 0, "protected_last": 0}
+        "prune": {
+            "channel_multiple": 1,
+            "ratio": 0.35,
+            "ranking": "global",
+            "prune_every": 2,
+            "protected_first": 0,
+            "protected_last": 0,
+        }
         | {"warmup_fraction": 0.2, "cooldown_fraction": 0.2},
         "train": {"steps": steps, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
         "evaluate": {"window": 32, "max_windows": 4},

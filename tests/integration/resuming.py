@@ -48,7 +48,7 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
         "model": {"path": str(folder / "source"), "dtype": "float32"},
         "lora": {"r": 4, "lora_dropout": 0.1},
         "data": {"path": str(folder / "text.txt"), "window": 24},
-        "prune": {"ratio": 0.4, "prune_every": 5, "protected_first": 0, "protected_last": 0},
+        "prune": {"channel_multiple": 1, "ratio": 0.4, "prune_every": 5, "protected_first": 0, "protected_last": 0},
         "train": {
             "steps": STEPS,
             "global_batch_size": 6,

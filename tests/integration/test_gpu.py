@@ -26,7 +26,7 @@ def test_a_run_on_a_gpu(tmp_path: Path, dtype: str) -> None:
             "model": {"path": str(model), "dtype": dtype},
             "lora": {"r": 4},
             "data": {"path": str(write_text(tmp_path / "text.txt", 40_000)), "window": 32},
-            "prune": {"ratio": 0.3, "prune_every": 6},
+            "prune": {"channel_multiple": 1, "ratio": 0.3, "prune_every": 6},
             "train": {"steps": 30, "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3},
             "evaluate": {"window": 32, "max_windows": 8},
         },

@@ -17,7 +17,7 @@ RANKS, PER_NODE = 4, 2
 FFN = 93  # of the model that write_run makes
 RUN = {
     "lora": {"lora_dropout": 0.0},
-    "prune": {"prune_every": 2},
+    "prune": {"channel_multiple": 1, "prune_every": 2},
     "train": {"steps": 6, "global_batch_size": 4},
 }
 PLAIN: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ from tests.ranks import RankPool
 STEPS, RECOVERY, CUTS, STOP_AT = 8, 2, [4, 6, 8], 5
 SECTIONS: dict[str, dict[str, Any]] = {
     "prune": {
+        "channel_multiple": 1,
         "prune_every": 2,
         "warmup_fraction": 0.25,
         "cooldown_fraction": 0.0,

@@ -95,13 +95,14 @@ def build(job: Job) -> Trainer:
     gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
     world_size = torch.distributed.get_world_size()
     size = len(job.batches[0][0])
+    pinned: dict[str, Any] = {"channel_multiple": 1}  # the models are narrow
     config = RunConfig(
         output_dir="unused",
         seed=job.seed,
         deepspeed=job.deepspeed,
         model=ModelConfig(path=str(job.folder), dtype=job.dtype, adapter=str(job.adapter)),
         lora=LoraConfig(r=job.lora_r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout),
-        prune=PruneConfig(**job.prune),
+        prune=PruneConfig(**(pinned | job.prune)),
         train=TrainConfig(
             steps=len(job.batches),
             global_batch_size=size,
@@ -117,8 +118,9 @@ def build(job: Job) -> Trainer:
     pretrained = open_pretrained(job.folder)
     ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, world_size)
     engine = build_training_engine(config, pretrained, ds_config, len(job.batches))
-    schedule = make_schedule(config.prune, len(job.batches))
-    pruner = Pruner(engine.model, config.prune, schedule, make_limits(config.prune, pretrained.shape), config.seed)
+    limits = make_limits(config.prune, pretrained.shape)
+    schedule = make_schedule(config.prune, len(job.batches), limits)
+    pruner = Pruner(engine.model, config.prune, schedule, limits, config.seed)
     return Trainer(
         engine, pruner, make_samples(job), Consecutive(size), config.train, dtype=config.model.dtype, seed=config.seed
     )

@@ -15,7 +15,7 @@ from tests.slurm.cluster import ROOT, Cluster, Job
 PATIENCE = 900.0  # seconds; the machine may be busy with other things
 RUN: dict[str, dict[str, Any]] = {
     "lora": {"lora_dropout": 0.0},
-    "prune": {"prune_every": 3},
+    "prune": {"channel_multiple": 1, "prune_every": 3},
     "train": {"steps": 10, "global_batch_size": 4},  # cuts after steps 4, 6, 9
     "checkpoint": {"every": 4, "keep_last": 2},
 }

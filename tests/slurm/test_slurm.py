@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 TIMEOUT = 600.0  # for what takes 40 s on an idle machine
 TINY = {
     "lora": {"lora_dropout": 0.0},
-    "prune": {"prune_every": 3},
+    "prune": {"channel_multiple": 1, "prune_every": 3},
     "train": {"steps": STEPS, "global_batch_size": 2},
     "checkpoint": {"every": 4, "keep_last": 2},
 }

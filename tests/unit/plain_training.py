@@ -60,7 +60,8 @@ class PlainRun:
         self.optimizer = torch.optim.AdamW(self.trainable, lr=self.learning_rate, eps=self.epsilon, weight_decay=0.0)
         shape = open_pretrained(self.folder).shape
         self.prunable = PlainModel(self.model, shape, self.optimizer)
-        limits, schedule = make_limits(self.prune, shape), make_schedule(self.prune, self.steps)
+        limits = make_limits(self.prune, shape)
+        schedule = make_schedule(self.prune, self.steps, limits)
         self.pruner = Pruner(cast(Any, self.prunable), self.prune, schedule, limits, seed=0)
 
     def step(self, step: int, batch: Batch) -> None:

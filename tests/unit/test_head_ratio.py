@@ -17,7 +17,10 @@ SHAPE = make_shape([(9, 1536)] * 10, hidden=576, head_dim=64)
 
 
 def limits_of(**prune: Any) -> Limits:
-    return make_limits(PruneConfig(**({"ratio": 0.417, "protected_first": 1, "protected_last": 1} | prune)), SHAPE)
+    return make_limits(
+        PruneConfig(**({"ratio": 0.417, "channel_multiple": 1, "protected_first": 1, "protected_last": 1} | prune)),
+        SHAPE,
+    )
 
 
 def test_without_it_both_kinds_give_alike() -> None:
@@ -48,7 +51,9 @@ def test_global_splits_its_budget_so(head_ratio: float) -> None:
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 def test_the_planner_knows(ranking: Ranking) -> None:
-    prune = PruneConfig(ratio=0.4, head_ratio=0.2, ranking=ranking, protected_first=0, protected_last=0)
+    prune = PruneConfig(
+        ratio=0.4, channel_multiple=1, head_ratio=0.2, ranking=ranking, protected_first=0, protected_last=0
+    )
     config = RunConfig(output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8))
     shape = build_request("small", SHAPE, config, Cluster(1, 1)).shape_at(0.4)
     assert {layer.heads for layer in shape.layers} == {7}

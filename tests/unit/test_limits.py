@@ -17,7 +17,7 @@ from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, after, gone, make_sh
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
-    return make_limits(PruneConfig(**{"ratio": 0.1, **prune}), shape)
+    return make_limits(PruneConfig(**{"ratio": 0.1, "channel_multiple": 1, **prune}), shape)
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,47 @@ def test_protection_is_a_setting() -> None:
 
 
 def test_floors_are_multiples_and_never_above_what_is_there() -> None:
-    shape = make_shape([(4, 200), (4, 100), (1, 30)])
+    shape = make_shape([(4, 200), (4, 100), (1, 40)])
     limits = limits_of(
         shape, ranking="global", protected_first=0, protected_last=0, min_heads=2, min_channels=65, channel_multiple=32
     )
-    assert limits.floor == (LayerShape(2, 96), LayerShape(2, 96), LayerShape(1, 30))
+    assert limits.floor == (LayerShape(2, 96), LayerShape(2, 96), LayerShape(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("layer", "prune", "message"),
+    [
+        ((4, 48), {"channel_multiple": 64}, "prune.channel_multiple 64 needs at least 64 channels, and layer 1 has 48"),
+        ((4, 48), {}, "prune.channel_multiple 64 needs at least 64 channels"),
+        (
+            (4, 128),
+            {"channel_multiple": 96, "tensor_parallel": 4, "min_channels": 5},
+            None,
+        ),
+        (
+            (8, 128),
+            {"channel_multiple": 20, "tensor_parallel": 8},
+            None,
+        ),
+        (
+            (16, 160),
+            {"channel_multiple": 25, "tensor_parallel": 16},
+            "prune.channel_multiple 25 with prune.tensor_parallel 16 needs at least 400 channels, and layer 1 has 160",
+        ),
+        ((3, 128), {"tensor_parallel": 2}, "prune.tensor_parallel 2 does not divide the 3 heads of layer 0"),
+        ((4, 130), {"tensor_parallel": 4}, "prune.tensor_parallel 4 does not divide the 130 channels of layer 0"),
+    ],
+)
+def test_a_multiple_that_a_layer_cannot_keep_is_refused(
+    layer: tuple[int, int], prune: dict[str, Any], message: str | None
+) -> None:
+    """Layers 0 and 2 are protected. They keep what they have, which a server has to divide, too."""
+    config, shape = PruneConfig(**{"ratio": 0.01, **prune}), make_shape([layer] * 3)
+    if message is None:
+        assert make_limits(config, shape).multiples["heads"] == config.tensor_parallel
+        return
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        make_limits(config, shape)
 
 
 def test_a_cap_is_a_fraction_of_the_layers_own_parameters() -> None:
@@ -86,7 +122,9 @@ def test_fewest_channels_by_trying_them_all() -> None:
 # The ratio that can be reached
 
 
-def random_config(draw: random.Random, ranking: Ranking) -> PruneConfig:
+def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> PruneConfig:
+    narrowest, heads = (min(layer.count(kind) for layer in shape.layers) for kind in ("channels", "heads"))
+    pairs = all(layer.heads % 2 == layer.channels % 2 == 0 for layer in shape.layers) and heads > 1
     return PruneConfig(
         ratio=0.999999,
         ranking=ranking,
@@ -96,7 +134,8 @@ def random_config(draw: random.Random, ranking: Ranking) -> PruneConfig:
         min_heads=draw.choice([1, 1, 2, 4]),
         min_channels=draw.choice([1, 1, 5, 30]),
         max_layer_ratio=draw.choice([0.15, 0.4, 0.5, 0.8, 1.0, 1.0]),
-        channel_multiple=draw.choice([1, 1, 1, 4, 16]),
+        channel_multiple=draw.choice([1, 1, *(multiple for multiple in (4, 16) if multiple <= narrowest)]),
+        tensor_parallel=draw.choice([1, 2]) if pairs else 1,
     )
 
 
@@ -114,7 +153,8 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
     draw, generator = random.Random(2), torch.Generator().manual_seed(2)
     reached_something = 0
     for _ in range(300):
-        shape, config = random_shape(draw, uniform=ranking == "uniform"), random_config(draw, ranking)
+        shape = random_shape(draw, uniform=ranking == "uniform")
+        config = random_config(draw, ranking, shape)
         if config.protected_last + (config.protected_first or 0) >= len(shape.layers):
             continue
         most = largest_ratio(config, shape)
@@ -126,10 +166,13 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
         scores = random_scores_of(shape, generator)
         if ranking == "uniform":
             keep = rank_uniform(scores, shape, limits, most, most)
-            step = len(limits.open_layers) * limits.multiple * shape.group_numel("channels") / 2
+            step = len(limits.open_layers) * limits.multiples["channels"] * shape.group_numel("channels") / 2
         else:
             keep = rank_global(scores, shape, limits, most, joint=config.joint_budget)
-            step = max(shape.group_numel("heads"), limits.multiple * shape.group_numel("channels"))
+            step = max(
+                config.tensor_parallel * shape.group_numel("heads"),
+                limits.multiples["channels"] * shape.group_numel("channels"),
+            )
         # The stated ratio has four digits, rounded down.
         short = most * shape.linear_numel() - gone(after(shape, keep), shape)
         assert short <= step + 1e-9, (config, shape)
@@ -140,13 +183,13 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
 def test_a_ratio_above_it_is_refused(ranking: Ranking) -> None:
     """Not only the absurd one: anything further off than what either ranking promises to come within."""
     prune = {"ranking": ranking, "protected_first": 1, "protected_last": 0, "min_channels": 768, "min_heads": 1}
-    most = largest_ratio(PruneConfig(ratio=0.99, **prune), SMOLLM2)
+    most = largest_ratio(PruneConfig(ratio=0.99, channel_multiple=1, **prune), SMOLLM2)
     head, channel = SMOLLM2.group_numel("heads"), SMOLLM2.group_numel("channels")
     exact = 29 * (2 * head + 768 * channel) / SMOLLM2.linear_numel()
     assert most == pytest.approx(exact, abs=1e-4)
-    make_limits(PruneConfig(ratio=most, **prune), SMOLLM2)
+    make_limits(PruneConfig(channel_multiple=1, ratio=most, **prune), SMOLLM2)
     with pytest.raises(UserError, match=re.escape(f"at most {most} can go")):
-        make_limits(PruneConfig(ratio=most + 0.005, **prune), SMOLLM2)
+        make_limits(PruneConfig(channel_multiple=1, ratio=most + 0.005, **prune), SMOLLM2)
 
 
 def test_a_cap_on_all_layers_can_be_the_ratio() -> None:
@@ -154,12 +197,12 @@ def test_a_cap_on_all_layers_can_be_the_ratio() -> None:
     for ranking in ("uniform", "global"):
         prune = {"ranking": ranking, "protected_first": 0, "protected_last": 0, "max_layer_ratio": 0.5}
         for shape in (SMOLLM2, LLAMA_7B):
-            make_limits(PruneConfig(ratio=0.5, **prune), shape)
+            make_limits(PruneConfig(ratio=0.5, channel_multiple=1, **prune), shape)
 
 
 def test_channels_that_cannot_go_excuse_no_ratio() -> None:
-    """A multiple above the width keeps all channels: what the heads alone give is the most."""
-    prune = {"channel_multiple": 10_000, "protected_first": 0, "protected_last": 0}
+    """A floor at the width keeps all channels: what the heads alone give is the most."""
+    prune = {"channel_multiple": 1000, "min_channels": 1536, "protected_first": 0, "protected_last": 0}
     most = 30 * 2 * SMOLLM2.group_numel("heads") / SMOLLM2.linear_numel()
     limits_of(SMOLLM2, ratio=most, **prune)
     with pytest.raises(UserError, match="out of reach"):
@@ -168,7 +211,7 @@ def test_channels_that_cannot_go_excuse_no_ratio() -> None:
 
 def test_nothing_to_cut_is_refused_even_for_a_tiny_ratio() -> None:
     for ranking in ("uniform", "global"):
-        config = PruneConfig(ratio=1e-9, ranking=ranking, min_heads=3, min_channels=1536)
+        config = PruneConfig(ratio=1e-9, channel_multiple=1, ranking=ranking, min_heads=3, min_channels=1536)
         with pytest.raises(UserError, match=r"at most 0\.0 can go"):
             make_limits(config, SMOLLM2)
 
@@ -184,4 +227,4 @@ def test_uniform_refuses_layers_of_different_shapes() -> None:
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 def test_a_cap_below_one_parameter_is_refused(ranking: Ranking) -> None:
     with pytest.raises(UserError, match=r"^prune\.max_layer_ratio 1e-09 lets nothing go$"):
-        make_limits(PruneConfig(ratio=0.1, ranking=ranking, max_layer_ratio=1e-9), SMOLLM2)
+        make_limits(PruneConfig(ratio=0.1, channel_multiple=1, ranking=ranking, max_layer_ratio=1e-9), SMOLLM2)

@@ -10,7 +10,7 @@ import yaml
 from loraprune_ds.checkpoint.run_folder import State, Status, read_status, write_status
 from loraprune_ds.config import RunConfig, TrainConfig
 from loraprune_ds.errors import RankError, UserError
-from loraprune_ds.train.output import RunStatus, Start, create_output, inspect_output
+from loraprune_ds.train.output import RunStatus, Start, create_output, inspect_output, keep_saved_values
 
 
 @pytest.fixture
@@ -124,6 +124,28 @@ def test_a_path_is_followed_to_where_it_leads(
     assert inspect_output(config, str(tmp_path / "latest")) == Start("resume", step)
     monkeypatch.chdir(step.parent)
     assert inspect_output(config, "step-3") == Start("resume", step)
+
+
+@pytest.mark.parametrize("lacks_the_key", [False, True])
+def test_a_run_goes_on_with_the_value_that_it_saved_where_a_default_has_moved(
+    config: RunConfig, tmp_path: Path, lacks_the_key: bool
+) -> None:
+    raw = config.to_dict()
+    raw["prune"]["channel_multiple"] = 1
+    if lacks_the_key:
+        del raw["prune"]["channel_multiple"]
+    (create_output(config) / "config.yaml").write_text(yaml.safe_dump(raw))
+    kept = keep_saved_values(config, {"prune": {"ratio": 0.5}}, "auto")
+    assert (config.prune.channel_multiple, kept.prune.channel_multiple) == (64, 1)
+    assert inspect_output(kept, "auto") == Start("resume")
+    step = Path(config.output_dir) / "checkpoints" / "step-3"
+    elsewhere = dataclasses.replace(config, output_dir=str(tmp_path / "new"))
+    for path in (step, step.parent, step.parent.parent):
+        assert keep_saved_values(elsewhere, {}, str(path)).prune.channel_multiple == 1
+    assert keep_saved_values(elsewhere, {}, None) == elsewhere
+    given = keep_saved_values(config, {"prune": {"channel_multiple": 64}}, "auto")
+    with pytest.raises(UserError, match=r"another run \(prune\.channel_multiple differs\)"):
+        inspect_output(given, "auto")
 
 
 def test_a_path_may_lie_in_the_run_or_lead_to_another_for_a_new_folder(config: RunConfig, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def request(cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMA
     config = RunConfig(
         output_dir="unused",
         data=DataConfig(window=64),
-        prune=PruneConfig(ratio=0.5, prune_every=5),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, prune_every=5),
         train=TrainConfig(**settings),
     )
     return build_request("small", shape, config, cluster)

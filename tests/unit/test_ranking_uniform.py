@@ -19,7 +19,8 @@ TARGETS = [0.2, 0.5, 0.75, 0.9, 0.97, 1.0]  # of the final ratio, as on the way 
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
-    return make_limits(PruneConfig(**{"ratio": 1e-4, "protected_first": 0, "protected_last": 0, **prune}), shape)
+    free = {"ratio": 1e-4, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}
+    return make_limits(PruneConfig(**{**free, **prune}), shape)
 
 
 def random_limits(draw: random.Random) -> Limits:
@@ -29,6 +30,7 @@ def random_limits(draw: random.Random) -> Limits:
             "min_channels": draw.choice([1, 1, 9]),
             "max_layer_ratio": draw.choice([0.3, 0.6, 1.0, 1.0]),
             "channel_multiple": draw.choice([1, 1, 4, 16]),
+            "tensor_parallel": draw.choice([1, 1, 1, 2]),
             "protected_last": draw.choice([0, 1]),
         }
         try:
@@ -47,8 +49,11 @@ def error(limits: Limits, counts: LayerShape, ratio: float) -> float:
 def all_counts(limits: Limits) -> list[LayerShape]:
     first = limits.open_layers[0]
     dense, floor = limits.dense.layers[first], limits.floor[first]
-    channels = [c for c in range(floor.channels, dense.channels + 1) if c % limits.multiple == 0 or c == dense.channels]
-    counts = [LayerShape(h, c) for h in range(floor.heads, dense.heads + 1) for c in channels]
+    heads, channels = (
+        [c for c in range(floor.count(kind), dense.count(kind) + 1) if c % multiple == 0 or c == dense.count(kind)]
+        for kind, multiple in limits.multiples.items()
+    )
+    counts = [LayerShape(h, c) for h in heads for c in channels]
     return [c for c in counts if limits.lost(first, c.heads, c.channels) <= limits.layer_budget[first]]
 
 
@@ -57,7 +62,7 @@ def test_the_goal_comes_nearest_of_all_counts() -> None:
     for _ in range(400):
         limits, ratio = random_limits(draw), draw.uniform(0.01, 0.95)
         goal, allowed = uniform_goal(limits, ratio), all_counts(limits)
-        half_a_step = limits.multiple * limits.dense.group_numel("channels") / 2
+        half_a_step = limits.multiples["channels"] * limits.dense.group_numel("channels") / 2
         assert goal in allowed
         nearest = min(error(limits, counts, ratio) for counts in allowed)
         assert error(limits, goal, ratio) <= max(nearest, half_a_step) + 1e-6
@@ -72,7 +77,7 @@ def test_heads_give_their_share_where_channels_can_make_up_for_the_rest() -> Non
 
 
 def test_the_papers_model() -> None:
-    limits = make_limits(PruneConfig(ratio=0.5), LLAMA_7B)  # 27 of 32 layers are open
+    limits = make_limits(PruneConfig(ratio=0.5, channel_multiple=1), LLAMA_7B)  # 27 of 32 layers are open
     goal = uniform_goal(limits, 0.5)
     assert goal.heads == 13  # (1 − 0.5 · 32/27) · 32 = 13.04
     assert error(limits, goal, 0.5) <= LLAMA_7B.group_numel("channels") / 2
@@ -110,7 +115,8 @@ def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
             (counts,) = open_counts
             assert counts.heads >= goal.heads
             assert counts.channels >= goal.channels
-            assert counts.channels % limits.multiple == 0 or counts.channels == limits.dense.layers[0].channels
+            for kind, multiple in limits.multiples.items():
+                assert counts.count(kind) % multiple == 0 or counts.count(kind) == limits.dense.layers[0].count(kind)
             assert all(
                 shape.layers[i] == limits.dense.layers[i]
                 for i in range(len(shape.layers))
@@ -120,7 +126,7 @@ def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
 
 
 def test_on_the_way_both_kinds_are_cut_in_proportion() -> None:
-    limits = make_limits(PruneConfig(ratio=0.5), LLAMA_7B)
+    limits = make_limits(PruneConfig(ratio=0.5, channel_multiple=1), LLAMA_7B)
     counts = uniform_counts(limits, 0.25, 0.5)
     goal = uniform_goal(limits, 0.5)
     assert abs(counts.heads - (32 + goal.heads) / 2) <= 0.5

@@ -18,6 +18,7 @@ from loraprune_ds.report.report import Outcome, make_report, read_report, write_
 from loraprune_ds.report.summary import summary_table
 from loraprune_ds.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
+from tests.unit.shapes_and_scores import make_shape
 
 
 def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
     assert report["params"]["dense"] == dense
     assert report["params"]["pruned"] == pruned
     assert report["params"]["removed_fraction"] == 1 - pruned / dense  # unrounded, through JSON too
+    assert report["serving"] == {"tensor_parallel": [1], "quantisation_groups": []}
     assert report["perplexity"] == {"dense": 51.59, "after_last_cut": 103.2, "pruned": 74.23}
     assert (report["world_size"], report["steps"], report["seed"]) == (2, 10, 7)
     assert report["resumed_from"] == [5]
@@ -53,6 +55,23 @@ def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
     assert report["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert report["hardware"]["accelerator"] == "cpu"
     assert report["config"]["prune"]["ratio"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("layers", "gpus", "groups"),
+    [
+        ([(8, 512), (4, 384)], [1, 2, 4], [128, 64, 32]),  # inputs of 256, 64·3·h and f
+        ([(8, 512), (4, 320)], [1, 2, 4], [64, 32]),
+        ([(8, 512), (3, 480)], [1], [32]),
+        ([(8, 512), (8, 511)], [1], []),
+    ],
+)
+def test_what_a_server_can_do_with_the_result(
+    layers: list[tuple[int, int]], gpus: list[int], groups: list[int]
+) -> None:
+    pruned = make_shape(layers, hidden=256, head_dim=64, queries_per_group=2)
+    report = make_report({"seed": 0}, small_run(), DENSE, Outcome(pruned, [], []), [1], "cpu")
+    assert report["serving"] == {"tensor_parallel": gpus, "quantisation_groups": groups}
 
 
 def test_seconds_per_step_are_medians_without_warm_up() -> None:
@@ -143,6 +162,7 @@ def test_the_table_says_it_all_within_100_columns(tmp_path: Path) -> None:
         "weights per rank                134.5 MB  90.0 MB  33.1 % less",
         "memory in use per rank            5.1 GB   5.1 GB  unchanged",
         "",
+        "tensor-parallel sizes that divide it: 1; quantisation groups that do: none",
     ]
     assert [line.split()[0] for line in results.splitlines()] == ["model/", "report.json"]  # only what is there
 

@@ -1,13 +1,27 @@
 """When to cut and how much: the cubic schedule against the oracle's, and the same cuts from both ways to ask."""
 
 import random
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.config import PruneConfig, Ranking
+from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.plan.request import read_shape
+from loraprune_ds.pruning import schedule as schedules
+from loraprune_ds.pruning.limits import make_limits
+from loraprune_ds.pruning.ranking import uniform_counts
+from loraprune_ds.pruning.schedule import Schedule
 from tests.oracle.formula import cubic_target
+from tests.unit.shapes_and_scores import LLAMA_7B, repository
+
+
+def make_schedule(config: PruneConfig, steps: int) -> Schedule:
+    """The schedule on a model so large that each cut changes a width."""
+    config = replace(config, channel_multiple=1)
+    return schedules.make_schedule(config, steps, make_limits(config, LLAMA_7B))
 
 
 def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
@@ -50,6 +64,26 @@ def test_target_only_grows_and_ends_exactly() -> None:
 )
 def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
     assert make_schedule(PruneConfig(prune_every=every), steps).cut_steps() == cuts
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+@pytest.mark.parametrize(("name", "most"), [("llama-7b", 80), ("llama-65b", 200)])
+def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
+    config = replace(load_config(repository() / f"launch/configs/{name}.yaml").prune, ranking=ranking)
+    limits = make_limits(config, read_shape(name))
+    schedule = schedules.make_schedule(config, 40_312, limits)
+    cuts = schedule.cut_steps()
+    assert 30 < len(cuts) <= most
+    if ranking == "global":
+        assert cuts[-1] == schedule.end
+        return
+    counts = [uniform_counts(limits, schedule.target(step), config.ratio) for step in (0, *cuts)]
+    assert all(now != before for before, now in pairwise(counts))
+    assert counts[-1] == uniform_counts(limits, config.ratio, config.ratio)
+    assert all(layer.channels % 128 == 0 for layer in counts)
+    due = [step for step in range(schedule.start + 1, schedule.end + 1) if (step - schedule.start) % 10 == 0]
+    widths = {uniform_counts(limits, schedule.target(step), config.ratio) for step in due[::50]}
+    assert widths <= set(counts)  # no width of the schedule is left out
 
 
 def test_both_ways_to_ask_agree() -> None:
