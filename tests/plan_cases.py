@@ -23,7 +23,6 @@ from loraprune_ds.config import (
     RunConfig,
     TrainConfig,
 )
-from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
@@ -195,7 +194,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
     """
     if world_size == 1:
         return 0, 0
-    mask = sum(layer.count(kind) for layer in shape.layers for kind in KINDS)
+    mask = sum(sum(layer.values()) for layer in shape.layers)
     return 4 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
 
 

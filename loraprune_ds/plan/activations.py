@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.distillation import chunk_size
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.modules import as_under_zero3, build_modules, fuse_dropout, ids
 
 
@@ -51,7 +52,7 @@ class PlannedBatch:
 
     def probabilities(self, shape: ModelShape, layer: LayerShape) -> int:
         """Counts the elements of one layer's attention probabilities. Only eager attention makes them."""
-        return self.eager * self.samples * layer.heads * shape.queries_per_group * self.window**2
+        return self.eager * self.samples * shape.query_heads(layer) * self.window**2
 
 
 def saved_by_layer(
@@ -148,7 +149,7 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     It is in the MLP or in eager attention. That has masked scores, fp32 probabilities, and their copy.
     """
     e = batch.element_size
-    mlp = max(4 * e * batch.tokens * layer.channels for layer in shape.layers)
+    mlp = max(4 * e * batch.tokens * layer["channels"] for layer in shape.layers)
     scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
     return max(mlp, scores) + batch.causal_mask
 
@@ -174,5 +175,5 @@ def _backward_temporaries(shape: ModelShape, layer: LayerShape, batch: PlannedBa
     three fp32 tensors. Eager attention has fp32 gradients of probabilities and scores.
     """
     t, e, h = batch.tokens, batch.element_size, shape.hidden_size
-    widest = max(4 * e * t * layer.channels, 12 * t * h, 8 * batch.probabilities(shape, layer))
+    widest = max(4 * e * t * layer["channels"], 12 * t * h, 8 * batch.probabilities(shape, layer))
     return 2 * e * t * h + widest

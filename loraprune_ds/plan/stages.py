@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field
 
-from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.pretrained import READ_CHUNK
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
@@ -151,7 +150,7 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     shards, whole = max(map(request.shards, layers)), max(map(sum, layers))
     block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in quality.linear_sizes(shape))
     parts = sum(len(linear.parts) for linear in shape.linears)
-    groups = sum(parts * max(map(layer.count, KINDS)) for layer in shape.layers)
+    groups = sum(parts * max(layer.values()) for layer in shape.layers)
     if request.config.prune.criterion == "fisher":  # the vectors alone
         return {"score_sums": 8 * groups}
     return {

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loraprune_ds.model.family import KINDS, Kind
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.zero.flat import AxisCut, moved_elements
 
 
@@ -100,22 +99,17 @@ def scoring_sent(request: Request, shape: ModelShape) -> int:
 def score_count(request: Request, shape: ModelShape) -> int:
     """Counts the scores of a step. Each part of a linear has one per group."""
     linears = shape.input_linears if request.config.prune.criterion == "fisher" else shape.linears
-    parts = [part for linear in linears for part in linear.parts]
-    return sum(layer.count(part.kind) for layer in shape.layers for part in parts)
+    return sum(layer[part.kind] for layer in shape.layers for linear in linears for part in linear.parts)
 
 
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
     """Lists (cut, is LoRA) of every tensor that `ShardedModel` cuts in a layer."""
-    cuts = list[tuple[AxisCut, bool]]()
-    kinds: list[Kind] = [kind for kind in KINDS if keep.cuts(shape.layers[index], kind)]
-    layer = shape.layer_parameters(index)
-    for linear in shape.linears:
-        if linear.kind in kinds:
-            (rows, columns), kept = shape.linear_shape(index, linear), keep.indices(shape, index, linear.parts)
-            factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
-            cuts.append((AxisCut(factor, linear.axis, kept), True))
-    for name, axis, parts in shape.layer_cuts(kinds):
-        kept = keep.indices(shape, index, parts)
+    cuts, layer = list[tuple[AxisCut, bool]](), shape.layer_parameters(index)
+    for linear, kept in shape.cut_linears(index, keep):
+        rows, columns = shape.linear_shape(index, linear)
+        factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
+        cuts.append((AxisCut(factor, linear.axis, kept), True))
+    for name, axis, kept in shape.layer_cuts(index, keep):
         cuts.append((AxisCut(layer[f"model.layers.{index}.{name}"], axis, kept), False))
     return cuts
 
@@ -150,5 +144,5 @@ def cut_sent(request: Request, before: ModelShape, after: ModelShape) -> int:
 
 
 def _random_keep(before: LayerShape, after: LayerShape, generator: torch.Generator) -> LayerKeep:
-    chosen = (torch.randperm(before.count(kind), generator=generator)[: after.count(kind)] for kind in KINDS)
-    return LayerKeep(*(groups.sort().values for groups in chosen))
+    chosen = ((kind, torch.randperm(count, generator=generator)[: after[kind]]) for kind, count in before.items())
+    return LayerKeep((kind, groups.sort().values) for kind, groups in chosen)
