@@ -17,7 +17,7 @@ try:
     from loraprune_ds.config import LoggingConfig, RunConfig
     from loraprune_ds.config_file import config_from_dict, config_value, read_config
     from loraprune_ds.errors import UserError
-    from loraprune_ds.zero.environment import collective_timeout
+    from loraprune_ds.zero.environment import collective_timeout, deterministic_kernels
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
@@ -70,6 +70,8 @@ def main() -> int:
         config = keep_saved_values(config, given, arguments.resume)
         start = inspect_output(config, arguments.resume)
         if start.kind != "finished":
+            if config.train.deterministic:
+                os.environ |= deterministic_kernels()
             comm = join_ranks(config.logging)
             joined = True
             if not prune(config, comm, start):

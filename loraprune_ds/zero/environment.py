@@ -27,6 +27,11 @@ def collective_timeout(environment: Mapping[str, str]) -> timedelta:
     return timedelta(minutes=minutes)
 
 
+def deterministic_kernels() -> dict[str, str]:
+    """Returns what cuBLAS and flash-attn read from the environment when they start, for `train.deterministic`."""
+    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+
+
 def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:
     """Returns GLOO_SOCKET_IFNAME if only NCCL has been told which network to take. Empty if that is no interface.
 
