@@ -13,7 +13,7 @@ def needed_flops_per_token(shape: ModelShape, window: float) -> float:
     """Returns the operations that training needs per token. The utilisation of a GPU (MFU) is counted in these.
 
     A frozen weight takes two passes: the output and the gradient of the input. Attention takes six products, over half
-    a window on average (PaLM, arXiv 2204.02311, appendix B). Scoring and what checkpointing computes twice do not count.
+    a window on average (PaLM, arXiv 2204.02311, appendix B). Scoring does not count, nor what is computed twice.
     LoRA's own products are below 1 % and do not count either.
     """
     frozen = shape.linear_numel() + shape.vocab_size * shape.hidden_size  # the head is one more linear

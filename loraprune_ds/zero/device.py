@@ -56,6 +56,15 @@ def peak_flops(device: str, dtype: Dtype) -> float | None:
     return None if known is None or dtype == "float32" else known * 1e12
 
 
+def settle_shards() -> None:
+    """Waits until all that was written into shards is there. It ends every cut, refit, restore and update.
+
+    With `overlap_comm` DeepSpeed gathers on a stream of its own. That stream never waits for the one that computes. So
+    without this a prefetch could read a shard before it is written. On a CPU nothing is asynchronous.
+    """
+    accelerator().synchronize()
+
+
 def empty_cache() -> None:
     """Gives back the device memory that torch keeps for tensors to come. NCCL and CUDA cannot use it otherwise."""
     accelerator().empty_cache()

@@ -21,7 +21,7 @@ from loraprune_ds.model.family import KINDS, Kind, Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeTensor, LayerKeep, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import accelerator, empty_host_cache
+from loraprune_ds.zero.device import empty_host_cache, settle_shards
 from loraprune_ds.zero.flat import AxisCut, layer_owner
 from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
@@ -118,7 +118,7 @@ class ShardedModel:
         fail_point("cut.rebuilt")
         self._refresh_zero()
         empty_host_cache()
-        accelerator().synchronize()  # a GPU is still at work: the seconds of a cut are its own
+        settle_shards()
         return self.comm.bytes_sent - before
 
     def optimizer_state(self) -> OptimizerState:

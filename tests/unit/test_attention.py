@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from loraprune_ds.config import ModelConfig
+from loraprune_ds.config import Dtype, ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.models import FoundModel, load_model
 from loraprune_ds.model.attention import attn_implementation, check_flash_attention, describe_attention
@@ -65,7 +65,11 @@ def test_the_run_says_so_in_one_line() -> None:
 
 @pytest.mark.parametrize("asked", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_without_a_gpu_or_in_fp32_is_one_line(asked: str) -> None:
-    for dtype, reason in (("bfloat16", "needs a GPU, and this rank sees none"), ("float32", "needs model.dtype")):
+    cases: list[tuple[Dtype, str]] = [
+        ("bfloat16", "needs a GPU, and this rank sees none"),
+        ("float32", "needs model.dtype"),
+    ]
+    for dtype, reason in cases:
         config = ModelConfig(attn_implementation=asked, dtype=dtype)
         with pytest.raises(UserError, match=f"^model.attn_implementation {asked} {reason}"):
             check_flash_attention(config)
