@@ -98,8 +98,12 @@ class Export:
 
 
 def export(family: str, folder: Path, *counts: tuple[int, int], **changes: Any) -> Export:
-    """Cuts a dense model, merges LoRA and writes what a run writes."""
-    network = dense(family, **changes)
+    """Cuts a dense model of a family, and exports it."""
+    return cut_and_export(dense(family, **changes), folder, *counts)
+
+
+def cut_and_export(network: Network, folder: Path, *counts: tuple[int, int]) -> Export:
+    """Cuts a model, merges LoRA and writes what a run writes."""
     before = network.shape
     network.cut(draw(before, *counts))
     merged: Any = network.model.merge_and_unload()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 TRAINING_TEXT = [f"the import statement defines {i} names, isn't it, in one two  three\n\tlines" for i in range(400)]
@@ -17,19 +17,28 @@ TEXTS = [
 ]
 SPECIAL = ("<unk>", "<s>", "</s>")
 SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
-LLAMA3 = pre_tokenizers.Sequence(
-    [
-        pre_tokenizers.Split(
-            Regex(
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                r"|\s+(?!\S)|\s+"
-            ),
-            "isolated",
-        ),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-)
-PRE_TOKENIZERS = {"gpt-2": pre_tokenizers.ByteLevel(False), "smollm": SMOLLM, "llama-bpe": LLAMA3}
+ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+AFTER = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LOWER, UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+BEFORE = r"[^\r\n\p{L}\p{N}]?"
+
+
+def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Splits text into words by a pattern, as published tokenizers do before they merge bytes."""
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+PRE_TOKENIZERS = {
+    "gpt-2": pre_tokenizers.ByteLevel(False),
+    "smollm": SMOLLM,
+    "llama-bpe": split_by(rf"{ENDINGS}|{BEFORE}\p{{L}}+|\p{{N}}{{1,3}}|{AFTER}"),
+    "qwen2": split_by(rf"{ENDINGS}|{BEFORE}\p{{L}}+|\p{{N}}|{AFTER}"),
+    "gpt-4o": split_by(
+        rf"{BEFORE}{UPPER}*{LOWER}+{ENDINGS}?|{BEFORE}{UPPER}+{LOWER}*{ENDINGS}?|\p{{N}}{{1,3}}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
 
 
 def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: bool = False) -> Path:
@@ -39,6 +48,8 @@ def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: b
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab - 8,

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.pruner_files import read_moments, read_scores
 from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSource, read_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import saved_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning, open_pretrained
-from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.step import PrunerState
 
@@ -58,7 +57,7 @@ class TrainingCheckpoint:
     def pruner_state(self) -> PrunerState:
         """Returns what the pruner goes on from."""
         kept = [LayerKeep(torch.tensor(heads), torch.tensor(channels)) for heads, channels in self.state.kept]
-        return PrunerState(kept, self.scores(), self.state.updates_since_cut, self._moment_tokens)
+        return PrunerState(kept, read_scores(self.folder), self.state.updates_since_cut, self._moment_tokens)
 
     @property
     def _holds_sums(self) -> bool:
@@ -73,18 +72,9 @@ class TrainingCheckpoint:
         has_moments = any(self.folder.glob(layout.MOMENTS_FILES))
         return self.state.totals.tokens / self.state.step if has_moments else 0.0
 
-    def scores(self) -> list[LayerScores] | None:
-        """Reads the moving averages; None if nothing was scored."""
-        path = self.folder / layout.SCORES_FILE
-        if not path.exists():
-            return None
-        tensors = load_file(path)
-        return [LayerScores(tensors[f"{i}.heads"], tensors[f"{i}.channels"]) for i in range(len(tensors) // 2)]
-
     def moments(self, layer: int) -> dict[str, Tensor]:
         """Returns the input moments of a layer by linear, as sums over `moment_tokens`; empty if none were recorded."""
-        path = self.folder / layout.moments_file(layer)
-        found = load_file(path) if path.exists() else {}
+        found = read_moments(self.folder, layer)
         return found if self._holds_sums else {name: mean * self._moment_tokens for name, mean in found.items()}
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:

@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.pruner_files import save_on_cpu, write_moments, write_scores
 from loraprune_ds.checkpoint.staging import Staging
 from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, read_state, state_text
 from loraprune_ds.config import Dtype
@@ -58,13 +58,13 @@ def save_step(
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
-            if scores is not None:
-                staging.write(layout.SCORES_FILE, lambda path: save_file(_score_tensors(scores), path))
+            write_scores(staging, scores)
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {layer: collect_lora_state(model, layer, model.owner(layer)) for layer in layers}
             for layer, tensors in collected.items():
                 if tensors is not None:  # this rank's; the other owners write theirs at the same time
-                    _write_layer(staging, layer, tensors, {} if moments is None else moments.of_layer(layer))
+                    _write_layer(staging, layer, tensors)
+                    write_moments(staging, layer, {} if moments is None else moments.of_layer(layer))
             del collected, tensors
             fail_point("save.layer")
         fail_point("save.step_written")
@@ -72,10 +72,8 @@ def save_step(
     return staging.target
 
 
-def _write_layer(staging: Staging, layer: int, lora: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-    staging.write(layout.layer_file(layer), lambda path: _save_on_cpu(lora, path))
-    if moments:
-        staging.write(layout.moments_file(layer), lambda path: _save_on_cpu(moments, path))
+def _write_layer(staging: Staging, layer: int, lora: dict[str, Tensor]) -> None:
+    staging.write(layout.layer_file(layer), lambda path: save_on_cpu(lora, path))
 
 
 def drop_old(root: Path, step: int, keep_last: int) -> None:
@@ -98,11 +96,3 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
     for number in layout.numbered(root, "shape"):
         if f"shape-{number}" not in named:
             remove(root / f"shape-{number}")
-
-
-def _save_on_cpu(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _score_tensors(scores: list[LayerScores]) -> dict[str, Tensor]:
-    return {f"{i}.{kind}": getattr(layer, kind) for i, layer in enumerate(scores) for kind in ("heads", "channels")}

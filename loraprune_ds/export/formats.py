@@ -8,7 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.export.gguf import Precision, architecture, write_gguf
+from loraprune_ds.export.gguf import write_gguf
+from loraprune_ds.export.gguf_architecture import architecture_name
+from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, publish
 from loraprune_ds.export.lora import write_base_and_adapter, write_merged
 from loraprune_ds.export.model_card import copy_model_card
@@ -100,7 +102,7 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     pretrained = open_pretrained(model)
     path = folder / f"{source.name}-{precision}.gguf"
     remarks += write_gguf(pretrained, path, precision, source.name)
-    dtype, arch = pretrained.config.get("dtype"), architecture(pretrained.shape)
+    dtype, arch = pretrained.config.get("dtype"), architecture_name(pretrained.shape)
     how_to_load = HOW_TO_LOAD_GGUF.format(file=path.name, dtype=dtype, precision=precision, arch=arch)
     copy_model_card(model, folder, how_to_load + "".join(f"\n{remark}\n" for remark in remarks))
     shutil.rmtree(scratch, ignore_errors=True)

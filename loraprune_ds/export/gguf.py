@@ -2,62 +2,23 @@
 
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, quants
-from gguf.constants import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf.constants import MODEL_ARCH_NAMES
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.export.gguf_architecture import Architecture, architecture_of
+from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
-from loraprune_ds.model.embedded import LAYER_NAMES, OUTER_NAMES
-from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.family import family_name
+from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 
-Array = np.ndarray[Any, Any]
-Precision = Literal["f16", "q8_0"]
 FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
-MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}
-ROPE_TYPES = ("default", "linear", "llama3")
 ROPE_FREQS = "rope_freqs.weight"
-DEFAULT_EPSILON = 1e-6  # of LlamaConfig and MistralConfig
-
-# Our names of the modules -> GGUF's. Those of a layer come after `blk.<i>.`.
-NAMES_OUTSIDE = {ours: theirs for theirs, ours in OUTER_NAMES.items()} | {"lm_head": "output"}
-NAMES_IN_LAYER = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
-
-
-# Other architectures want other names, norms minus 1 or rotary pairs in another order, and would be wrong silently.
-CHECKED_FAMILIES = ("llama", "mistral")
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """Describes one tensor of the file.
-
-    Attributes:
-        source: its name in the pretrained model.
-        name: its name in the GGUF file.
-        shape: (out_features, in_features) or (n,), the same in both.
-        type: how it is stored.
-        heads: query or key heads whose rows must be put in llama.cpp's order. 0 for all other tensors.
-    """
-
-    source: str
-    name: str
-    shape: tuple[int, ...]
-    type: GGMLQuantizationType
-    heads: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        block, block_bytes = GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // block * block_bytes
 
 
 def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, name: str) -> list[str]:
@@ -72,66 +33,26 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     Raises:
         UserError: GGUF cannot hold something of the model or its tokenizer. The line says what, and which formats can.
     """
-    shape, folder = pretrained.shape, pretrained.folder
-    if family_name(shape.model_type) not in CHECKED_FAMILIES:
-        checked = " and ".join(CHECKED_FAMILIES)
-        raise UserError(
-            f"{folder}: GGUF is checked in llama.cpp for {checked} alone, not for {shape.model_type}; {FORMATS_LEFT}"
-        )
-    config = export_config(pretrained.config, shape, "float32").config  # with the defaults that config.json leaves out
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(f"{folder}: GGUF cannot hold hidden_act {activation!r}; {FORMATS_LEFT}")
+    shape, folder = pretrained.shape, str(pretrained.folder)
+    config: Any = config_object(pretrained.config)  # with the defaults that config.json leaves out
+    architecture = architecture_of(config, shape, folder)
+    tensors = plan_tensors(architecture, config, shape, precision, folder)
     logging.getLogger("gguf").setLevel(logging.WARNING)  # else it tells every step
-    writer = GGUFWriter(path, architecture(shape))
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture.of(shape)])
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[precision])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    remarks = _add_context(writer, config)
+    remarks = _add_context(writer, config, architecture)
     _add_sizes(writer, shape)
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", DEFAULT_EPSILON))
-    rope_factors = _add_rope(writer, config["rope_parameters"], shape.head_dim, folder)
-    add_tokenizer(writer, folder, shape.vocab_size)
-    tensors = plan_tensors(shape, precision)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for key, method in architecture.numbers.items():
+        if (value := getattr(config, key)) is not None:
+            getattr(writer, method)(value)
+    rope_factors = _add_rope(writer, config.rope_parameters, shape.head_dim, architecture, folder)
+    remarks += add_tokenizer(writer, pretrained.folder, shape.vocab_size)
     _write(writer, pretrained, tensors, rope_factors)
     return remarks + _tell_f16(tensors, precision)
-
-
-def architecture(shape: ModelShape) -> str:
-    """Returns llama.cpp's name of the architecture. In `deci` the layers may differ in size."""
-    return "llama" if shape.is_uniform else "deci"
-
-
-def plan_tensors(shape: ModelShape, precision: Precision) -> list[GgufTensor]:
-    """Plans all tensors, in the order they are written. Matrices get `precision`. Norms and biases stay fp32."""
-    return [_plan_tensor(source, size, shape, precision) for source, size in shape.parameters().items()]
-
-
-def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
-    """Reads a tensor as it lies in the GGUF file. Blocks of Q8_0 come as bytes.
-
-    Raises:
-        UserError: a value is beyond what its type can hold. The line names file and tensor.
-    """
-    flat = pretrained.read_flat(tensor.source, 0, math.prod(tensor.shape), torch.float32)
-    values = flat.view(tensor.shape).numpy()
-    if tensor.heads:
-        values = permute(values, tensor.heads)
-    if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-        where = f"{pretrained.files[tensor.source]}: {tensor.source}"
-        raise UserError(f"{where} has values beyond 65504, the largest of f16; {FORMATS_LEFT}")
-    return quants.quantize(values, tensor.type)
-
-
-def permute(rows: Array, heads: int) -> Array:
-    """Puts the rows (heads * head_dim, ...) of q_proj or k_proj in llama.cpp's order.
-
-    The two rows of a rotary pair lie half a head apart in transformers. They lie side by side in llama.cpp's `llama`
-    and `deci`.
-    """
-    split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
 
 
 def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
@@ -147,13 +68,16 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
-def _add_context(writer: GGUFWriter, config: dict[str, Any]) -> list[str]:
+def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) -> list[str]:
     """Writes the context length, and says so if it is shorter than the model's.
 
-    Within its sliding window a model attends to everything. llama.cpp has no window for these architectures.
+    Within its sliding window a model attends to everything. Most architectures of llama.cpp have no such window.
     """
-    positions, window = config["max_position_embeddings"], config.get("sliding_window")
-    if window is None or window >= positions:
+    positions: int = config.max_position_embeddings
+    window: Any = getattr(config, "sliding_window", None)
+    if architecture.window_period:
+        writer.add_sliding_window(window)
+    if architecture.window_period or window is None or window >= positions:
         writer.add_context_length(positions)
         return []
     writer.add_context_length(window)
@@ -175,44 +99,32 @@ def _add_sizes(writer: GGUFWriter, shape: ModelShape) -> None:
     writer.add_value_length(shape.head_dim)
 
 
-def _add_rope(writer: GGUFWriter, rope: dict[str, Any], head_dim: int, folder: Path) -> Array | None:
+def _add_rope(
+    writer: GGUFWriter, rope: dict[str, Any], head_dim: int, architecture: Architecture, where: str
+) -> Array | None:
     """Writes the rotary settings. Returns the tensor `rope_freqs.weight` if the scaling needs one.
 
     Args:
-        rope: `rope_parameters` of the config.
+        rope: `rope_parameters` of the config. Gemma 3 has them for each kind of layer, and scales in full attention
+            alone.
 
     Raises:
-        UserError: GGUF files of these models cannot hold the scaling. The line names `folder`.
+        UserError: GGUF files of these models cannot hold the scaling. The line names `where`.
     """
-    rope_type = rope["rope_type"]
-    if rope_type not in ROPE_TYPES or "partial_rotary_factor" in rope:
-        what = f"rope scaling {rope_type}" if rope_type not in ROPE_TYPES else "a partial rotary embedding"
-        raise UserError(f"{folder}: GGUF cannot hold {what} ({', '.join(ROPE_TYPES)} it can); {FORMATS_LEFT}")
+    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
+    rope_type = full["rope_type"]
+    partial = full.get("partial_rotary_factor", 1.0) != 1.0
+    if partial or rope_type not in architecture.ropes or (sliding and sliding["rope_type"] != "default"):
+        what = "a partial rotary embedding" if partial else f"rope scaling {rope_type}"
+        raise UserError(f"{where}: GGUF cannot hold {what} ({', '.join(architecture.ropes)} it can); {FORMATS_LEFT}")
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_freq_base(full["rope_theta"])
+    if sliding:
+        writer.add_rope_freq_base_swa(sliding["rope_theta"])
     if rope_type == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    return llama3_factors(rope, head_dim) if rope_type == "llama3" else None
-
-
-def _plan_tensor(source: str, size: tuple[int, ...], shape: ModelShape, precision: Precision) -> GgufTensor:
-    module, _, suffix = source.rpartition(".")  # suffix: weight or bias
-    stored_as = _type(size, precision)
-    if module in NAMES_OUTSIDE:
-        return GgufTensor(source, f"{NAMES_OUTSIDE[module]}.{suffix}", size, stored_as)
-    _, _, layer, inner = module.split(".", 3)
-    key_heads = shape.layers[int(layer)].heads
-    rotary = {"self_attn.q_proj": key_heads * shape.queries_per_group, "self_attn.k_proj": key_heads}
-    return GgufTensor(source, f"blk.{layer}.{NAMES_IN_LAYER[inner]}.{suffix}", size, stored_as, rotary.get(inner, 0))
-
-
-def _type(size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
-    if len(size) == 1:
-        return GGMLQuantizationType.F32
-    wanted = MATRIX_TYPES[precision]
-    block, _ = GGML_QUANT_SIZES[wanted]
-    return wanted if size[1] % block == 0 else GGMLQuantizationType.F16
+        writer.add_rope_scaling_factor(full["factor"])
+    return llama3_factors(full, head_dim) if rope_type == "llama3" else None
 
 
 def _write(

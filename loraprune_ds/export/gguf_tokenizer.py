@@ -26,13 +26,24 @@ TEKKEN_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Published in Qwen2's tokenizer.json, and in that of Phi-4-mini.
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+GPT4O_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # A byte-level tokenizer cuts text into words before it merges. Its steps -> llama.cpp's name of them (llama-vocab.cpp).
 PRE_TOKENIZERS = {
     ("words",): "gpt-2",
     ("digits", "words"): "smollm",
     (LLAMA3_PATTERN, "bytes"): "llama-bpe",
+    (QWEN2_PATTERN, "bytes"): "qwen2",
+    (GPT4O_PATTERN, "bytes"): "gpt-4o",
     (TEKKEN_PATTERN, "bytes"): "tekken",
 }
+# So does llama.cpp's own converter, for Qwen2 and its kin.
+NOT_COMPOSED = "llama.cpp does not compose letters and accents (Unicode NFC) before it makes tokens of a text"
 SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE
 SPACE = "▁"  # sentencepiece's
 ADDED_SCORE = -1000.0  # never merged into
@@ -48,6 +59,7 @@ class Vocabulary:
         model, pre: llama.cpp's names of the algorithm and of its way to cut text into words.
         scores: sentencepiece only. A pair with a higher score merges first.
         merges: byte-level BPE only, `left right`, first come first.
+        remark: what llama.cpp leaves out, if anything.
     """
 
     model: str
@@ -56,6 +68,7 @@ class Vocabulary:
     types: list[int]
     scores: list[float] = field(default_factory=list)
     merges: list[str] = field(default_factory=list)
+    remark: str = ""
 
     def fill(self, size: int) -> None:
         """Appends unused tokens until there are `size` tokens."""
@@ -66,11 +79,14 @@ class Vocabulary:
                 self.scores.append(ADDED_SCORE)
 
 
-def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
+def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str]:
     """Writes tokens, special tokens and chat template of the tokenizer in `folder`.
 
     Args:
         vocab_size: rows of the embedding. Ids without a token get an unused one.
+
+    Returns:
+        Lines that a person should know about the tokenizer.
 
     Raises:
         UserError: there is no tokenizer, or llama.cpp cannot do what it does.
@@ -91,6 +107,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
         writer.add_token_merges(vocabulary.merges)
     _add_special_tokens(writer, tokenizer)
     _add_text_ends(writer, tokenizer, folder)
+    return [vocabulary.remark] if vocabulary.remark else []
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
@@ -162,12 +179,15 @@ def _steps(part: dict[str, Any] | None, of_sequence: str) -> list[dict[str, Any]
 
 def _byte_level(fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path: Path) -> Vocabulary:
     signature = tuple(_describe(step) for step in pre_tokenizer)
-    if fast["model"]["type"] != "BPE" or signature not in PRE_TOKENIZERS or _steps(fast["normalizer"], "normalizers"):
+    normalizer = [step["type"] for step in _steps(fast["normalizer"], "normalizers")]
+    if fast["model"]["type"] != "BPE" or signature not in PRE_TOKENIZERS or normalizer not in ([], ["NFC"]):
         raise UserError(f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}")
     tokens = _by_id(fast["model"]["vocab"])
     merges = [" ".join(pair) for pair in _merges(fast)]
     types = [int(TokenType.NORMAL)] * len(tokens)
-    return Vocabulary("gpt2", PRE_TOKENIZERS[signature], tokens, types, merges=merges)
+    return Vocabulary(
+        "gpt2", PRE_TOKENIZERS[signature], tokens, types, merges=merges, remark=NOT_COMPOSED if normalizer else ""
+    )
 
 
 def _describe(step: dict[str, Any]) -> str:

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from loraprune_ds import whole
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
-from loraprune_ds.files import write_json
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.modeling_pruned import FAMILY
+from loraprune_ds.model.text_part import MULTIMODAL
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -61,7 +62,7 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         dense: folder of the dense model.
     """
     copy_tokenizer(dense, folder)
-    if exported.renamed and _has_tokenizer(folder):
+    if (exported.renamed or _is_multimodal(dense)) and _has_tokenizer(folder):
         _pin_tokenizer(dense, folder)
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in exported.config.items() if key in TOKEN_IDS}
@@ -108,6 +109,12 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
     if portable != config:
         _write_tokenizer_config(out, portable)
+
+
+def _is_multimodal(folder: Path) -> bool:
+    """Tells if the text part alone is exported, under the model type of its own class."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("model_type") in MULTIMODAL
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -125,7 +125,7 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": linear_names(shape),
+        "target_modules": linear_names(shape.linears),
         "bias": "none",
         "inference_mode": True,
     }

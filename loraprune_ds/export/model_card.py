@@ -5,6 +5,7 @@ from itertools import groupby
 from pathlib import Path
 
 from loraprune_ds.config import DataConfig, ModelConfig, RunConfig
+from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.hub import EMBEDDED
 from loraprune_ds.model.shapes import ModelShape
@@ -35,6 +36,7 @@ with loraprune_ds. The licence of {base_model} applies.
 - Tuned on: {data}, {steps:,} optimizer steps
 - Chosen by: criterion `{criterion}`, ranking `{ranking}`
 - Head size: {head_dim}
+- In llama.cpp: {llama_cpp}
 
 | layers | query heads | key-value heads | MLP channels |
 |---|---|---|---|
@@ -147,6 +149,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         ranking=card.ranking,
         dtype=exported.config["dtype"],
         head_dim=pruned.head_dim,
+        llama_cpp=_llama_cpp(pruned),
         layers="\n".join(_layer_rows(pruned)),
         loader=exported.loader,
         trust=", trust_remote_code=True" if exported.trust_remote_code else "",
@@ -168,6 +171,11 @@ def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
 
 def _perplexity(value: float | None) -> str:
     return "not measured" if value is None else format_perplexity(value)
+
+
+def _llama_cpp(shape: ModelShape) -> str:
+    architecture = architecture_name(shape)
+    return f"as architecture `{architecture}`, by an export to GGUF" if architecture else "no architecture holds it"
 
 
 def _layer_rows(shape: ModelShape) -> list[str]:

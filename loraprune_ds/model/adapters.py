@@ -1,7 +1,7 @@
 """PEFT LoRA on all linears of every decoder layer, fresh or from an existing adapter."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -66,7 +67,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     targets = found.get("target_modules") or []
     # A pattern says nothing by itself, unlike a list. Its tensors will (check_adapter_tensors).
     named = {str(target).rpartition(".")[2] for target in targets}
-    missing = set() if isinstance(targets, str) else set(linear_names(shape)) - named
+    missing = set() if isinstance(targets, str) else set(linear_names(shape.linears)) - named
     if missing:
         raise UserError(
             f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion "
@@ -123,9 +124,9 @@ def lora_linear(layer: nn.Module, linear: Linear) -> LoraLinear:
     return module
 
 
-def lora_weights(module: LoraLinear) -> tuple[nn.Parameter, nn.Parameter]:
+def lora_weights(module: LoraLinear, adapter: str = ADAPTER) -> tuple[nn.Parameter, nn.Parameter]:
     """Returns the parameters A (r, in_features) and B (out_features, r)."""
-    a, b = (cast(nn.Linear, factors[ADAPTER]).weight for factors in (module.lora_A, module.lora_B))
+    a, b = (cast(nn.Linear, factors[adapter]).weight for factors in (module.lora_A, module.lora_B))
     return cast(nn.Parameter, a), cast(nn.Parameter, b)
 
 
@@ -146,9 +147,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = False
 
 
-def linear_names(shape: ModelShape) -> list[str]:
+def linear_names(linears: Iterable[Linear]) -> list[str]:
     """Returns the last names of a decoder layer's linears, as PEFT's `target_modules` usually has them."""
-    return [linear.name.rpartition(".")[2] for linear in shape.linears]
+    return [linear.name.rpartition(".")[2] for linear in linears]
 
 
 def base_parameter(layer: nn.Module, name: str) -> nn.Parameter:
@@ -156,6 +157,19 @@ def base_parameter(layer: nn.Module, name: str) -> nn.Parameter:
     path, _, attribute = name.rpartition(".")
     module = layer.get_submodule(path)
     return cast(nn.Parameter, getattr(module.base_layer if isinstance(module, LoraLinear) else module, attribute))
+
+
+def plain_parameter(module: nn.Module, name: str, *, trained: bool) -> nn.Parameter:
+    """Returns a parameter that has no LoRA, past the wrappers of PEFT's `modules_to_save`.
+
+    Args:
+        trained: of a module that is trained whole, its copy that is. Else what it began with.
+    """
+    path, _, attribute = name.rpartition(".")
+    found = module.get_submodule(path)
+    if isinstance(found, ModulesToSaveWrapper):
+        found = found.modules_to_save[ADAPTER] if trained else found.original_module
+    return cast(nn.Parameter, getattr(found, attribute))
 
 
 def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) -> None:
@@ -171,9 +185,8 @@ def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) 
 
 def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:
     """Tells a cut linear and its PEFT wrappers their new sizes. repr, merge and save read them."""
-    base, lora_a, lora_b = (
-        cast(nn.Linear, m) for m in (module.base_layer, module.lora_A[ADAPTER], module.lora_B[ADAPTER])
-    )
-    for holder in (base, module):
+    for holder in (cast(nn.Linear, module.base_layer), module):
         holder.out_features, holder.in_features = out_features, in_features
-    lora_a.in_features, lora_b.out_features = in_features, out_features
+    for adapter in module.lora_A:
+        lora_a, lora_b = (cast(nn.Linear, factors[adapter]) for factors in (module.lora_A, module.lora_B))
+        lora_a.in_features, lora_b.out_features = in_features, out_features

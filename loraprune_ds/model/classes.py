@@ -25,6 +25,11 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     return _pruned(family_name(model_type))[0] if model_type.startswith(PRUNED) else CONFIG_MAPPING[model_type]
 
 
+def config_object(config: dict[str, Any]) -> PreTrainedConfig:
+    """Makes transformers' object of config.json, with all defaults. Nested settings of `config` stay as they are."""
+    return config_class(config["model_type"]).from_dict(copy.deepcopy(config))
+
+
 def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """Returns the class of the model with its head."""
     if model_type.startswith(PRUNED):
@@ -35,12 +40,11 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
 
 def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:
     """Builds the modules with every parameter on the meta device: shapes only, no memory. Buffers are real."""
-    model_type = config["model_type"]
-    made = config_class(model_type).from_dict(copy.deepcopy(config))  # which adds to nested settings
+    made = config_object(config)
     made.use_cache = False
     made._attn_implementation = attn_implementation
     with parameters_on_meta():
-        return causal_lm_class(model_type)(made)
+        return causal_lm_class(config["model_type"])(made)
 
 
 @contextmanager

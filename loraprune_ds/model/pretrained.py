@@ -17,10 +17,12 @@ from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import KINDS, Kind
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape, with_biases
+from loraprune_ds.model.text_part import text_config, text_tensors
 
 WEIGHT_FILES = "model-*-of-*.safetensors"
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the shard itself
-IGNORED = (".rotary_emb.inv_freq", "lm_head.weight")  # the first is computed anew. A tied head is the embedding
+HEAD = "lm_head.weight"
+IGNORED = (".rotary_emb.inv_freq", HEAD)  # the first is computed anew. A tied head is the embedding
 Kept = Sequence[tuple[list[int], list[int]]]  # per layer: heads and channels of the model on disk, ascending
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names. An 8-bit weight means nothing without its scales
 
@@ -42,9 +44,10 @@ class PretrainedModel:
 
     Attributes:
         folder: has config.json and the tokenizer.
-        config: config.json as it is, or as it would be of the model that `slices` leave.
+        config: config.json as it is, or its text part, or as it would be of the model that `slices` leave.
         shape: the sizes it declares, checked against the tensors on disk.
         files: tensor name -> weight file.
+        stored: tensor name -> its name in the file, if it has another there (`text_part.py`).
         absent: names of tensors that no file holds and that are zero (`open_for_pruning`).
         slices: tensor name -> the part of it that belongs to the model, if not all (`cut_to`).
     """
@@ -53,6 +56,7 @@ class PretrainedModel:
     config: dict[str, Any]
     shape: ModelShape
     files: dict[str, Path]
+    stored: Mapping[str, str] = field(default_factory=dict[str, str])
     absent: frozenset[str] = frozenset()
     slices: Mapping[str, Slice] = field(default_factory=dict)
 
@@ -65,7 +69,7 @@ class PretrainedModel:
             return torch.zeros(end - start, dtype=dtype)
         shard = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
-            view = file.get_slice(name)
+            view = file.get_slice(self.stored.get(name, name))
             on_disk = view.get_shape()
             kept = self.slices.get(name, Slice(0, torch.arange(on_disk[0])))
             width = on_disk[1] if len(on_disk) == 2 else 1
@@ -93,15 +97,22 @@ def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def open_pretrained(folder: Path) -> PretrainedModel:
-    """Reads config.json and the headers of all weight files, but no weight.
+    """Reads config.json and the headers of all weight files, but no weight. Of a multimodal model only the text part.
 
     Raises:
         UserError: the model is not supported. A file is missing, surplus or damaged. A tensor is missing, surplus or
             quantized, or its shape contradicts config.json.
     """
-    config = read_json(folder / "config.json")
-    shape = shape_from_config(config, str(folder))
+    where = str(folder)
+    given = read_json(folder / "config.json")
+    config = text_config(given, where)
+    shape = shape_from_config(config, where)
     headers = _read_headers(folder)
+    stored = text_tensors(headers, where) if config is not given else {name: name for name in headers}
+    headers = {name: headers[in_file] for name, in_file in stored.items()}
+    if config is not given and HEAD in headers and shape.tie_word_embeddings:
+        config = config | {"tie_word_embeddings": False}  # as transformers, which then does not tie the two
+        shape = shape_from_config(config, where)
     files, shapes = {}, shape.parameters()
     for name, expected in shapes.items():
         if name not in headers:
@@ -114,7 +125,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     for name, (_, _, path) in headers.items():
         if name not in shapes and not name.endswith(IGNORED):
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
-    return PretrainedModel(folder, config, shape, files)
+    return PretrainedModel(folder, config, shape, files, stored)
 
 
 def open_for_pruning(folder: Path, config: PruneConfig) -> PretrainedModel:

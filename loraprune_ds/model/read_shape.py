@@ -8,18 +8,20 @@ from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.classes import build_on_meta, config_class
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
 REFUSED = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank", "linear_num_key_heads")
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
-    """Reads `config.json` of a supported model, `per_layer_config` included.
+    """Reads `config.json` of a supported model, `per_layer_config` included. Of a multimodal one only the text part.
 
     Raises:
         UserError: the model type is not supported. A size is missing or impossible. Key-value heads do not divide query
             heads. transformers refuses the config. A tensor has a shape that family.py does not explain. The line
             names `where`, the folder or hub id.
     """
+    config = text_config(config, where)
     _check_type(config, where)
     try:
         num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
@@ -78,7 +80,10 @@ def _check_type(config: dict[str, Any], where: str) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or family_name(model_type) not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: {supported} (and pruned)")
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported; supported: {supported} (and pruned), and "
+            f"the text part of {', '.join(MULTIMODAL)}"
+        )
     if found := next((key for key in REFUSED if config.get(key)), None):
         raise UserError(f"{where}: config.json has {found}: such layers are not supported")
 

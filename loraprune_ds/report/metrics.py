@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
-from loraprune_ds.report.records import RECORD_KINDS, CutRecord, EvaluationRecord, Record, StepRecord
+from loraprune_ds.report.records import RECORD_KINDS, CutRecord, EvaluationRecord, History, Record, StepRecord
 
 MOST_CURVES = 8  # with more ranks, TensorBoard shows the least and the most of them
 KIND_OF = {record: kind for kind, record in RECORD_KINDS.items()}
@@ -55,6 +55,15 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def write_history(path: Path, history: History) -> None:
+    """Writes all records to a new file, in the order of their steps."""
+    log = MetricsLog(path)
+    log.truncate()
+    for record in sorted((*history.steps, *history.cuts, *history.evaluations), key=lambda record: record.step):
+        log.write(record)
+    log.close()
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -116,7 +125,7 @@ class TensorBoardLog:
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def write(self, record: Record) -> None:
-        for tag, value in _scalars(record).items():
+        for tag, value in scalars(record).items():
             self._writer.add_scalar(tag, value, record.step)
         if not isinstance(record, StepRecord):
             self._writer.flush()  # rare and worth seeing at once
@@ -125,7 +134,8 @@ class TensorBoardLog:
         self._writer.close()
 
 
-def _scalars(record: Record) -> dict[str, float]:
+def scalars(record: Record) -> dict[str, float]:
+    """Returns the curves that a record has a point of."""
     match record:
         case StepRecord():
             scalars: dict[str, float] = {

@@ -77,7 +77,8 @@ def draw_training(path: Path, history: History) -> None:
 
 def _draw_loss(axes: "Axes", history: History) -> None:
     """Draws the loss, and held-out perplexities on the same axis by their logarithm, which is a loss too."""
-    axes.plot([s.step for s in history.steps], [s.loss for s in history.steps], color=BLUE, lw=1.2, label="training")
+    known = [s for s in history.steps if math.isfinite(s.loss)]  # somebody else's trainer tells not every step's
+    axes.plot([s.step for s in known], [s.loss for s in known], color=BLUE, lw=1.2, label="training")
     held_out = [e for e in history.evaluations if math.isfinite(e.perplexity)]
     points = [e.step for e in held_out], [math.log(e.perplexity) for e in held_out]
     label = "held-out text, with its perplexity"

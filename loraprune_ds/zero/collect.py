@@ -7,7 +7,7 @@ from deepspeed.utils import safe_get_local_fp32_param
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import ADAPTER, lora_weights
+from loraprune_ds.model.adapters import ADAPTER, lora_weights, plain_parameter
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from loraprune_ds.zero.comm import Communicator
@@ -25,15 +25,20 @@ def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> Collec
     return CollectedLinear(weight, bias, *cast(list[Tensor], masters), scaling=module.scaling[ADAPTER])
 
 
-def collect_others(layer: nn.Module, shape: ModelShape, owner: int, comm: Communicator) -> dict[str, Tensor]:
+def collect_others(
+    layer: nn.Module, shape: ModelShape, owner: int, comm: Communicator, trained: bool
+) -> dict[str, Tensor]:
     """Gathers what a decoder layer has beside its linears on rank `owner`, by name inside the layer. Collective."""
     names = [*shape.layer_others, *(companion.name for companion in shape.family.companions)]
-    return _collect_named({name: layer.get_parameter(name) for name in names}, owner, comm)
+    return _collect_named({name: plain_parameter(layer, name, trained=trained) for name in names}, owner, comm)
 
 
-def collect_ends(causal_lm: nn.Module, shape: ModelShape, owner: int, comm: Communicator) -> dict[str, Tensor]:
+def collect_ends(
+    causal_lm: nn.Module, shape: ModelShape, owner: int, comm: Communicator, trained: bool
+) -> dict[str, Tensor]:
     """Gathers the embedding, the final norm and an untied head on rank `owner`. Empty elsewhere. Collective."""
-    return _collect_named({name: causal_lm.get_parameter(name) for name in shape.ends}, owner, comm)
+    named = {name: plain_parameter(causal_lm, name, trained=trained) for name in shape.ends}
+    return _collect_named(named, owner, comm)
 
 
 def _collect_named(named: dict[str, Any], owner: int, comm: Communicator) -> dict[str, Tensor]:

@@ -17,13 +17,18 @@ from loraprune_ds.model.shapes import ModelShape
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a reduce bucket whole
 
-# Settings that cannot work with a cut, or that the run config owns.
-REFUSED = {
+# Settings that the run config owns.
+OWNED = {
     ("optimizer",): "the run config owns the optimizer (train.learning_rate, train.adam_*)",
     ("scheduler",): "the run config owns the schedule (train.lr_scheduler, train.warmup_steps)",
+    ("elasticity",): "the run config owns the batch sizes (train.global_batch_size, train.micro_batch_size)",
+    ("curriculum_learning",): "the run config owns the data (data.window)",
+    ("data_efficiency",): "the run config owns the data",
+}
+# Settings that cannot work with a cut, whoever trains.
+REFUSED = {
     ("torch_autocast",): "weights are kept in model.dtype; autocast is not supported",
     ("amp",): "weights are kept in model.dtype; apex is not supported",
-    ("elasticity",): "the run config owns the batch sizes (train.global_batch_size, train.micro_batch_size)",
     ("zero_optimization", "cpu_offload"): "gone from DeepSpeed; write offload_optimizer: {device: cpu}",
     ("zero_optimization", "cpu_offload_param"): "gone from DeepSpeed; write offload_param: {device: cpu}",
     ("zero_optimization", "mics_shard_size"): "MiCS has been removed from DeepSpeed; hpZ "
@@ -39,8 +44,6 @@ REFUSED = {
     ("tensor_parallel",): "a linear split over ranks is not supported; ZeRO-3 shards it",
     ("compression_training",): "DeepSpeed's own compression is not supported",
     ("progressive_layer_drop",): "layers that are dropped at random are not supported",
-    ("curriculum_learning",): "the run config owns the data (data.window)",
-    ("data_efficiency",): "the run config owns the data",
 }
 # Settings of which only some values work: those values, and why others do not.
 ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
@@ -90,10 +93,8 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
     """
     path = Path(path)
     raw = read_json(path, unique_keys=True)
-    zero = raw.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") != 3:
-        raise UserError(f"{path}: zero_optimization.stage must be 3")
-    _refuse(path, raw)
+    check_reshardable(str(path), raw)
+    _refuse(str(path), raw, OWNED)
     owned = _owned_values(config, shape, world_size)
     _check_known(path, raw, {keys[0] for keys in owned})
     resolved = copy.deepcopy(raw)
@@ -149,25 +150,40 @@ def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
     return value
 
 
-def _refuse(path: Path, raw: dict[str, Any]) -> None:
+def check_reshardable(where: str, raw: dict[str, Any]) -> None:
+    """Checks that a DeepSpeed config leaves weights and optimizer state in a form that a cut can reshard.
+
+    Args:
+        where: the file, or another name of the config.
+
+    Raises:
+        UserError: it is not ZeRO-3, or a setting does not go with a cut.
+    """
+    zero = raw.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        raise UserError(f"{where}: zero_optimization.stage must be 3")
     for keys, (allowed, reason) in ONLY.items():
         value = _look_up(raw, keys)
         if value is not None and value not in allowed:
-            raise UserError(f"{path}: {'.'.join(keys)} {value}: {reason}")
-    for keys, reason in REFUSED.items():
+            raise UserError(f"{where}: {'.'.join(keys)} {value}: {reason}")
+    _refuse(where, raw, REFUSED)
+
+
+def _refuse(where: str, raw: dict[str, Any], refused: dict[tuple[str, ...], str]) -> None:
+    for keys, reason in refused.items():
         value = _look_up(raw, keys)
         off = value in (None, False, NEUTRAL.get(keys[-1]))
         if isinstance(value, dict):
             off = value.get("device") == "none" or value.get("enabled") is False
         if not off:
-            raise UserError(f"{path}: {'.'.join(keys)}: {reason}")
+            raise UserError(f"{where}: {'.'.join(keys)}: {reason}")
 
 
 def _check_known(path: Path, raw: dict[str, Any], owned: set[str]) -> None:
     """Refuses unknown keys and bad values. DeepSpeed ignores the first, and fails on the others after loading."""
     known = {*owned, *FLAGS, *COUNTS}
     for key, value in raw.items():
-        if key not in known and (key,) not in REFUSED:
+        if key not in known and (key,) not in REFUSED | OWNED:
             raise UserError(f"{path}: {key} is not a setting that a run takes; it takes {', '.join(sorted(known))}")
         if key in FLAGS and not isinstance(value, bool):
             raise UserError(f"{path}: {key} must be true or false, got {value!r}")

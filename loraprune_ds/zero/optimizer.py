@@ -1,5 +1,6 @@
 """The optimizer state of LoRA: fp32 masters, Adam moments and averaged gradients as flat shards."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class OptimizerState:
         zero, keys = self.zero, self.keys()
         old_flats = [{key: self._flat(i, key) for key in keys} for i in range(len(zero.fp32_partitioned_groups_flat))]
         old_slots = {id(p): self._slot(p) for p in self.parameters}
-        steps = [state["step"] for state in zero.optimizer.state.values()]
+        others = [_beside_moments(state) for state in zero.optimizer.state.values()]
         for bucket in zero.ipg_buckets.values():
             bucket.buffer = None  # it is as large as before. Two of them could outweigh all the rest of a cut
         for name in private.FLAT_LISTS:
@@ -62,19 +63,24 @@ class OptimizerState:
         zero.set_grad_positions()
         zero.averaged_gradients = {}
         zero.zero_grad(set_to_none=True)
-        if steps:
-            self.create_moments(int(steps[0]))
+        if others:
+            self.create_moments(others[0])
         for parameter in self.parameters:
             old = old_slots[id(parameter)]
             for key in keys:
                 new = self.shard(parameter, key)
                 new.copy_(old_flats[old.group][key].narrow(0, old.offset, new.numel()))
 
-    def create_moments(self, step: int) -> None:
-        """Creates zero moments for every flat buffer, with a count of `step` updates. Adam makes its own lazily."""
+    def create_moments(self, others: dict[str, Any]) -> None:
+        """Creates zero moments for every flat buffer. Adam makes its own lazily.
+
+        Args:
+            others: what the optimizer keeps beside them. torch's Adam counts its updates there, on the device if it is
+                fused. DeepSpeed's CPU Adam counts in an int, and its fused Adam elsewhere.
+        """
         for flat in self.zero.fp32_partitioned_groups_flat:
             moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-            self.zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+            self.zero.optimizer.state[flat] = copy.deepcopy(others) | moments
 
     def _slot(self, parameter: nn.Parameter) -> _Slot:
         group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
@@ -83,3 +89,7 @@ class OptimizerState:
     def _flat(self, group: int, key: str) -> Tensor:
         master = self.zero.fp32_partitioned_groups_flat[group]
         return master.detach() if key == "master" else self.zero.optimizer.state[master][key]
+
+
+def _beside_moments(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key not in MOMENTS}

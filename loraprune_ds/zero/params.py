@@ -105,5 +105,5 @@ def owned_flat(parameter: Tensor) -> tuple[Tensor, int]:
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Returns the shape of the whole parameter."""
-    return tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+    """Returns the shape of the whole parameter, sharded or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

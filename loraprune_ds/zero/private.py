@@ -27,6 +27,8 @@ OPTIMIZER_METHODS = (
     "set_grad_positions",
     "get_param_id",
     "zero_grad",
+    "step",
+    "empty_partition_cache",
 )
 # Lists that describe the flat buffers. They are emptied before the optimizer lays these out anew.
 FLAT_LISTS = (
@@ -53,6 +55,10 @@ OPTIMIZER_ATTRIBUTES = (
     "ipg_buckets",
     "loss_scaler",
     "optimizer",
+    "dp_process_group",
+    "communication_data_type",
+    "gradient_accumulation_dtype",
+    "_global_grad_norm",
 )
 OFFLOAD_METHODS = ("mark_persistent_parameters", "get_param_coordinator")
 OFFLOAD_ATTRIBUTES = ("param_numel_persistence_threshold", "model_persistence_threshold", "persistent_parameters")

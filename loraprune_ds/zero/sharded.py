@@ -8,26 +8,20 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 from torch import Tensor, nn
 
 from loraprune_ds.faults import fail_point
-from loraprune_ds.model.adapters import (
-    ADAPTER,
-    base_parameter,
-    lora_linear,
-    lora_weights,
-    set_features,
-    set_runtime_counts,
-)
+from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import KINDS, Kind, Linear
+from loraprune_ds.model.family import Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeTensor, LayerKeep, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
-from loraprune_ds.zero.flat import AxisCut, layer_owner
+from loraprune_ds.zero.flat import layer_owner
 from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
-from loraprune_ds.zero.params import full_shape, install_shard, owned_flat
+from loraprune_ds.zero.params import full_shape, owned_flat
 from loraprune_ds.zero.replace import replace_tensors
-from loraprune_ds.zero.reshard import Item, reshard, reshard_each_dtype
+from loraprune_ds.zero.reshard import Item, reshard
 
 
 class ShardedModel:
@@ -162,28 +156,14 @@ class ShardedModel:
         return whole
 
     def _cut_layer(self, index: int, keep: LayerKeep, state: OptimizerState) -> None:
-        layer, shape = self.layers[index], self.shape
-        kinds: list[Kind] = [kind for kind in KINDS if keep.cuts(shape.layers[index], kind)]
-        if not kinds:
+        layer = self.layers[index]
+        cuts = parameter_cuts(layer, self.shape, index, keep)
+        if not cuts:
             return
-        cuts: list[tuple[nn.Parameter, AxisCut]] = []
-        for linear in (linear for linear in shape.linears if linear.kind in kinds):
-            module, kept = lora_linear(layer, linear), keep.indices(shape, index, linear.parts)
-            lora = lora_weights(module)[1 - linear.axis]
-            cuts.append((lora, AxisCut(full_shape(lora), linear.axis, kept)))
-            out_features, in_features = full_shape(cast(nn.Linear, module.base_layer).weight)
-            sizes = (len(kept), in_features) if linear.axis == 0 else (out_features, len(kept))
-            set_features(module, *sizes)
-        for name, axis, parts in shape.layer_cuts(kinds):
-            parameter = base_parameter(layer, name)
-            cuts.append((parameter, AxisCut(full_shape(parameter), axis, keep.indices(shape, index, parts))))
-        set_runtime_counts(layer, shape, keep.shape)
         carried = [(p, cut, key) for p, cut in cuts if p.requires_grad for key in state.keys()]
         state_shards = reshard([Item(state.shard(p, key).to(self.device), cut) for p, cut, key in carried], self.comm)
-        items = [Item(cast(Any, p).ds_tensor.detach().to(self.device), cut) for p, cut in cuts]
-        shards = reshard_each_dtype(items, self.comm)  # fp32 LoRA may stand beside a bf16 base
-        for (parameter, cut), shard in zip(cuts, shards, strict=True):
-            install_shard(parameter, shard, cut.new_shape)
+        cut_parameters(cuts, self.comm)
+        set_sizes(layer, self.shape, index, keep)
         for (parameter, _, key), shard in zip(carried, state_shards, strict=True):
             state.shard(parameter, key).copy_(shard)
 

@@ -39,7 +39,7 @@ def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> 
     """Reads the shards that this rank owns. The parameters' low-precision copies follow their masters."""
     state = model.optimizer_state()
     if adam_step:
-        state.create_moments(adam_step)
+        state.create_moments({"step": torch.tensor(float(adam_step))})
     for layer in range(len(model.layers)):
         for name, parameter in _lora_parameters(model, layer):
             numel: int = parameter.ds_numel  # type: ignore[attr-defined]

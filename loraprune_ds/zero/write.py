@@ -70,10 +70,15 @@ class LocalWrites:
         comm.all_or_raise(tell)
 
 
-def write_model(model: ShardedModel, folder: Path, dtype: Dtype, tensors_of: TensorsOf) -> list[str]:
+def write_model(
+    model: ShardedModel, folder: Path, dtype: Dtype, tensors_of: TensorsOf, *, trained: bool = True
+) -> list[str]:
     """Writes all weight files and their index into `folder`. Collective.
 
     The owner of a layer writes its file. The ends count as one layer more.
+
+    Args:
+        trained: take what PEFT's modules_to_save have learned, not what they began with.
 
     Returns:
         Names of the files that this rank wrote.
@@ -85,7 +90,7 @@ def write_model(model: ShardedModel, folder: Path, dtype: Dtype, tensors_of: Ten
     mine: dict[int, dict[str, int]] = {}
     writes = LocalWrites()
     for indices in owner_rounds(count, model.world_size):
-        collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of) for k in indices}
+        collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of, trained) for k in indices}
         for k, tensors in collected.items():
             if tensors:  # this rank's. The other owners write theirs at the same time
                 writes.do(lambda k=k, tensors=tensors: mine.update({k: write_weight_file(folder, k, count, tensors)}))
@@ -99,17 +104,20 @@ def write_model(model: ShardedModel, folder: Path, dtype: Dtype, tensors_of: Ten
     return [*names, INDEX_FILE] if model.rank == 0 else names
 
 
-def _file_tensors(model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf) -> dict[str, Tensor]:
+def _file_tensors(
+    model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf, trained: bool
+) -> dict[str, Tensor]:
     """Gathers layer k on its owner, or after the last layer the ends. Empty elsewhere. Collective."""
     owner = model.owner(k)
     if k < len(model.layers):
         tensors = _layer_tensors(model, k, owner, tensors_of)
         others = {
             f"model.layers.{k}.{name}": tensor
-            for name, tensor in collect_others(model.layers[k], model.shape, owner, model.comm).items()
+            for name, tensor in collect_others(model.layers[k], model.shape, owner, model.comm, trained).items()
         }
     else:
-        tensors, others = {}, collect_ends(cast(Any, model.module).get_base_model(), model.shape, owner, model.comm)
+        causal_lm = cast(Any, model.module).get_base_model()
+        tensors, others = {}, collect_ends(causal_lm, model.shape, owner, model.comm, trained)
     return tensors | {name: tensor.to(dtype) for name, tensor in others.items()}
 
 

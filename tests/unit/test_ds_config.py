@@ -9,7 +9,7 @@ import pytest
 from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.zero.ds_config import MAX_BUCKET, REFUSED, bucket_numel, resolve_ds_config
+from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED, bucket_numel, resolve_ds_config
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, repository
 
 SHIPPED = sorted((repository() / "ds_configs").glob("*.json"))
@@ -165,7 +165,7 @@ def place(keys: tuple[str, ...], value: Any) -> dict[str, Any]:
     return raw
 
 
-@pytest.mark.parametrize("keys", REFUSED, ids=".".join)
+@pytest.mark.parametrize("keys", REFUSED | OWNED, ids=".".join)
 def test_what_does_not_go_with_a_cut_is_refused_by_name(tmp_path: Path, keys: tuple[str, ...]) -> None:
     for value in ({"device": "cpu"}, {"enabled": True}, {}, 2, "auto"):
         assert refused(tmp_path, place(keys, value)).startswith(f"{'.'.join(keys)}: ")

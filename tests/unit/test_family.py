@@ -12,6 +12,7 @@ from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.family import CHANNELS, FAMILIES, KEYS, PRUNED, QUERIES, Family, Linear
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.text_part import MULTIMODAL
 from tests.families import SIZES, TINY, tiny_config
 
 DENSE = LayerShape(SIZES["num_key_value_heads"], SIZES["intermediate_size"])
@@ -177,7 +178,8 @@ def test_models_of_other_kinds_are_refused_in_one_line(model_type: str) -> None:
         shape_from_config(AutoConfig.for_model(model_type).to_dict(), "somewhere")
     supported = ", ".join(sorted(FAMILIES))
     assert str(caught.value) == (
-        f"somewhere: model_type {model_type!r} is not supported; supported: {supported} (and pruned)"
+        f"somewhere: model_type {model_type!r} is not supported; supported: {supported} (and pruned), "
+        f"and the text part of {', '.join(MULTIMODAL)}"
     )
 
 

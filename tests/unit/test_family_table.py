@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf import CHECKED_FAMILIES, write_gguf
+from loraprune_ds.export.gguf import write_gguf
+from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.family import FAMILIES, Family, Kind
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.plan.request import check_layout
 from tests.families import tiny_config
+from tests.integration.heavy.families import VLLM
 
 README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
 HEADER = (
@@ -22,6 +24,7 @@ HEADER = (
     "channels leave from",
     "equal layers are stored as",
     "GGUF",
+    "vLLM",
     "planned",
     "note",
 )
@@ -45,9 +48,15 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
         stored = "a stock model if its heads divide hidden_size, else with the modelling file"
     else:
         stored = "a stock model"
-    gguf = "yes" if name in CHECKED_FAMILIES else "no"
     kinds = smaller(family, "heads"), smaller(family, "channels")
-    return *kinds, stored, gguf, planned(name), "; ".join(notes(name, family))
+    vllm = "equal layers" if name in VLLM else "no"
+    return *kinds, stored, gguf(name), vllm, planned(name), "; ".join(notes(name, family))
+
+
+def gguf(name: str) -> str:
+    """Tells which layers a GGUF file of the family can have."""
+    found = ARCHITECTURES.get(name)
+    return "no" if found is None else "equal layers" if found.unequal is None else "any layers"
 
 
 def planned(name: str) -> str:
@@ -83,7 +92,7 @@ def test_the_readme_has_the_table() -> None:
     assert table() in README.read_text()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(CHECKED_FAMILIES)))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - ARCHITECTURES.keys()))
 def test_no_gguf_of_other_families(family: str, tmp_path: Path) -> None:
     config = tiny_config(family).to_dict()
     pretrained = PretrainedModel(tmp_path, config, shape_from_config(config, family), {})

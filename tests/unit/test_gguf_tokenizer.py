@@ -9,7 +9,7 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from transformers import AutoTokenizer
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_tokenizer import add_tokenizer, read_vocabulary
+from loraprune_ds.export.gguf_tokenizer import NOT_COMPOSED, add_tokenizer, read_vocabulary
 from tests.gguf_cases import PRE_TOKENIZERS, byte_level_tokenizer, sentencepiece_tokenizer
 
 VOCAB = 400
@@ -49,6 +49,13 @@ def test_byte_level(pre: str, tmp_path: Path) -> None:
     assert keys["chat_template"] == "{{ messages[0].content }}"
     assert not keys["ggml.add_bos_token"]
     assert not keys["ggml.add_eos_token"]
+
+
+def test_qwen2_composes_characters_and_llama_cpp_does_not(tmp_path: Path) -> None:
+    folder = byte_level_tokenizer(tmp_path / "tokenizer", VOCAB, "qwen2")
+    assert json.loads((folder / "tokenizer.json").read_text())["normalizer"] == {"type": "NFC"}
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    assert add_tokenizer(writer, folder, VOCAB) == [NOT_COMPOSED]
 
 
 def test_bos_is_seen_by_what_the_tokenizer_does(tmp_path: Path) -> None:
@@ -108,7 +115,7 @@ def unknown_split(fast: dict[str, Any]) -> None:
 
 
 def normalized(fast: dict[str, Any]) -> None:
-    fast["normalizer"] = {"type": "NFC"}
+    fast["normalizer"] = {"type": "NFKC"}
 
 
 @pytest.mark.parametrize("change", [unknown_split, normalized])

@@ -23,12 +23,15 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from loraprune_ds.export import gguf
+from loraprune_ds.export import gguf_tensors
 from loraprune_ds.export.formats import export as export_format
+from loraprune_ds.export.gguf_architecture import ARCHITECTURES, architecture_name
 from loraprune_ds.export.source import ExportSource
 from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
 from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
+from tests.integration.heavy.families import deep, serve
 from tests.integration.heavy.results import record
 from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED
 
@@ -41,6 +44,7 @@ TOLERANCE = {"f16": 0.005, "q8_0": 0.1}
 NEW_TOKENS = 16
 BROKEN = "broken"
 
+
 REAL = [DENSE, *PRUNED]  # dense: what is usual
 # The other tiny models have rows of 48, which q8_0 leaves in f16.
 WIDE = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 128}
@@ -49,6 +53,18 @@ TINY = [
     Case("wide", "llama", WIDE, [(2, 96)] * 3, "llama", options=TIED),
     Case("wide_layers", "llama", WIDE, [(4, 128), (2, 96), (1, 77)], "pruned_llama"),
 ]
+
+# llama.cpp wants certain tokens of a model that is named phi3.
+PHI3 = "phi_3"
+# Family, groups that layers keep if they differ, and other settings. With 46 or 62 layers llama.cpp takes another
+# attention scale, that of the 27B models.
+FAMILIES: dict[str, tuple[str, list[tuple[int, int]], dict[str, Any]]] = {
+    **{PHI3 if family == "phi3" else family: (family, [], {}) for family in ARCHITECTURES},
+    "qwen2_layers": ("qwen2", [(2, 96), (3, 77)], {}),
+    f"{PHI3}_layers": ("phi3", [(2, 96), (3, 77)], {}),
+    "gemma2_deep": ("gemma2", [], deep(46, 2)),
+    "gemma3_deep": ("gemma3_text", [], deep(62, 6)),
+}
 
 
 def sentencepiece_without_its_file(folder: Path, vocab: int) -> Path:
@@ -59,6 +75,8 @@ def sentencepiece_without_its_file(folder: Path, vocab: int) -> Path:
 TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
     "gpt-2": byte_level_tokenizer,
     "smollm": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "smollm"),
+    "qwen2": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "qwen2"),
+    "gpt-4o": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "gpt-4o"),
     "llama-bpe": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "llama-bpe", bos=True),
     "sentencepiece": sentencepiece_tokenizer,
     "merges": sentencepiece_without_its_file,
@@ -69,7 +87,8 @@ TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
 class Compared:
     """One file and what both sides said about it."""
 
-    case: Case
+    case: str
+    architecture: str
     precision: str
     tokenizer: str
     merged: Path
@@ -81,7 +100,7 @@ class Compared:
 
     @property
     def name(self) -> str:
-        return f"{self.case.name}-{self.precision}"
+        return f"{self.case}-{self.precision}"
 
     def question(self) -> dict[str, Any]:
         context = len(self.prompt) + self.new_tokens
@@ -101,7 +120,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     if not python:
         pytest.skip("LLAMA_CPP_PYTHON names no Python with llama-cpp-python: bash tests/run_heavy.sh")
     root = tmp_path_factory.mktemp("gguf")
-    items = [*make_tiny(root), *make_real(root), *make_broken(root)]
+    items = [*make_tiny(root), *make_families(root), *make_real(root), *make_broken(root)]
     job = {"questions": {item.name: item.question() for item in items}, "out": str(root / "found.npz")}
     (root / "job.json").write_text(json.dumps(job))
     script = Path(__file__).with_name("ask_llama_cpp.py")
@@ -132,7 +151,19 @@ def make_tiny(root: Path) -> list[Compared]:
         # Within a sliding window, which such a file is for. Without one, 64 positions.
         tokens, new = (3, 2) if case.options.get("sliding_window") else (24, NEW_TOKENS)
         prompt = (torch.arange(tokens) * 7 % VOCAB).tolist()
-        items += convert(case, name, folder, prompt, new, TEXTS)
+        items += convert(case.name, name, folder, prompt, new, TEXTS)
+    return items
+
+
+def make_families(root: Path) -> list[Compared]:
+    items = []
+    for (name, (family, counts, changes)), (tokenizer, make) in zip(
+        FAMILIES.items(), itertools.cycle(TOKENIZERS.items()), strict=False
+    ):
+        folder = root / name
+        folder.mkdir()
+        serve(family, folder / "model", make(folder / "tokenizer", VOCAB), *counts, **changes)
+        items += convert(name, tokenizer, folder, (torch.arange(24) * 7 % VOCAB).tolist(), NEW_TOKENS, TEXTS)
     return items
 
 
@@ -144,7 +175,7 @@ def make_real(root: Path) -> list[Compared]:
     for case in REAL:
         (root / case.name).mkdir()
         export(dense, case, source, root / case.name / "model")
-        items += convert(case, "embedded", root / case.name, prompt, NEW_TOKENS, [*TEXTS, LONG_TEXT])
+        items += convert(case.name, "embedded", root / case.name, prompt, NEW_TOKENS, [*TEXTS, LONG_TEXT])
     return items
 
 
@@ -154,18 +185,19 @@ def make_broken(root: Path) -> list[Compared]:
     (root / BROKEN).mkdir()
     export(dense_model(case), case, byte_level_tokenizer(root / BROKEN / "tokenizer", VOCAB), root / BROKEN / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "permute", lambda values, heads: values)
-        return convert(case, "gpt-2", root / BROKEN, list(range(24)), NEW_TOKENS, [])
+        patch.setattr(gguf_tensors, "permute", lambda values, heads: values)
+        return convert(case.name, "gpt-2", root / BROKEN, list(range(24)), NEW_TOKENS, [])
 
 
 def convert(
-    case: Case, tokenizer: str, folder: Path, prompt: list[int], new_tokens: int, texts: list[str]
+    case: str, tokenizer: str, folder: Path, prompt: list[int], new_tokens: int, texts: list[str]
 ) -> list[Compared]:
-    items = []
+    items, model = [], folder / "model"
+    architecture = str(architecture_name(open_pretrained(model).shape))
     for precision in PRECISIONS:
-        export_format(ExportSource(case.name, folder / "model", []), f"gguf-{precision}", folder / precision)
-        file = folder / precision / f"{case.name}-{precision}.gguf"
-        items.append(Compared(case, precision, tokenizer, folder / "model", file, prompt, new_tokens, texts, {}))
+        export_format(ExportSource(case, model, []), f"gguf-{precision}", folder / precision)
+        file = folder / precision / f"{case}-{precision}.gguf"
+        items.append(Compared(case, architecture, precision, tokenizer, model, file, prompt, new_tokens, texts, {}))
     return items
 
 
@@ -222,8 +254,8 @@ def row(item: Compared) -> dict[str, Any]:
     same = list(itertools.takewhile(lambda i: item.found["greedy"][i] == greedy[i], range(item.new_tokens)))
     tokenizer = AutoTokenizer.from_pretrained(item.merged, trust_remote_code=True)
     return {
-        "case": item.case.name,
-        "architecture": "llama" if len(set(item.case.keep)) == 1 else "deci",
+        "case": item.case,
+        "architecture": item.architecture,
         "precision": item.precision,
         "tokenizer": item.tokenizer,
         "largest_difference": float(np.abs(item.found["logits"] - logits).max()),
@@ -239,7 +271,8 @@ def row(item: Compared) -> dict[str, Any]:
     }
 
 
-ALL = [f"{case.name}-{precision}" for case in (*TINY, *REAL) for precision in PRECISIONS]
+CASE_NAMES = [*(case.name for case in (*TINY, *REAL)), *FAMILIES]
+ALL = [f"{name}-{precision}" for name in CASE_NAMES for precision in PRECISIONS]
 
 
 @pytest.mark.parametrize("name", ALL)

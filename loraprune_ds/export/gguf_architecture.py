@@ -1,0 +1,172 @@
+"""The architectures of llama.cpp that hold a family of models, and what they want otherwise than transformers.
+
+`bash tests/run_heavy.sh` compares each with transformers. llama.cpp has more of them. Some take hidden_size for the
+width of all query heads: qwen2, phi3, starcoder2, cohere2, olmo2. They cannot hold a model whose heads left. So a Qwen2
+or a Phi-3 is written as the LLaMA that computes the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
+from loraprune_ds.model.family import ATTENTION, GATED, family_name
+from loraprune_ds.model.shapes import ModelShape
+
+LINEARS = frozenset(linear.name for linear in ATTENTION + GATED)
+QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+# A fused linear -> its parts, which llama.cpp has apart.
+PARTS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Describes how llama.cpp holds a family.
+
+    Attributes:
+        uniform: the architecture for layers of one size.
+        unequal: the one for layers that differ, if there is one.
+        neighbours: llama.cpp has the two rows of a rotary pair side by side, where transformers has them half a head
+            apart.
+        activation: the only one that its code computes.
+        biases: the linears whose biases it adds.
+        ropes: the kinds of rotary scaling that it can do.
+        numbers: config field -> method of GGUFWriter, for numbers that llama.cpp reads. A null is not written.
+        norm_offset: what transformers adds to the weight of each norm.
+        window_period: each layer of this number attends to all tokens, the others within a sliding window. 0: no such
+            window.
+        rope_period: each layer of this number has no rotary embedding. 0: all have one.
+        scaled: the tensor that carries the factor between the two attention scales, if config.json has a scale.
+        odd_depth: with so many layers llama.cpp divides scores by sqrt(hidden_size // query heads). Else it divides
+            them by sqrt(head_dim).
+    """
+
+    uniform: MODEL_ARCH
+    unequal: MODEL_ARCH | None = None
+    neighbours: bool = False
+    activation: str = "silu"
+    biases: frozenset[str] = frozenset()
+    ropes: tuple[str, ...] = ("default",)
+    numbers: Mapping[str, str] = field(default_factory=dict[str, str])
+    norm_offset: float = 0.0
+    window_period: int = 0
+    rope_period: int = 0
+    scaled: str | None = None
+    odd_depth: int = 0
+
+    def of(self, shape: ModelShape) -> MODEL_ARCH:
+        """Returns the architecture for layers of these sizes. It must be there (`architecture_of`)."""
+        found = self.uniform if shape.is_uniform else self.unequal
+        assert found is not None
+        return found
+
+    def attention_factor(self, config: Any, shape: ModelShape) -> float:
+        """Returns the factor on queries that gives transformers' attention scale where llama.cpp has its own."""
+        if self.scaled is None:
+            return 1.0
+        queries = config.num_attention_heads
+        divisor = shape.hidden_size // queries if len(shape.layers) == self.odd_depth else shape.head_dim
+        return (divisor / config.query_pre_attn_scalar) ** 0.5
+
+
+LLAMA = Architecture(
+    MODEL_ARCH.LLAMA,
+    MODEL_ARCH.DECI,
+    neighbours=True,
+    biases=LINEARS,
+    ropes=("default", "linear", "llama3"),
+)
+GRANITE_NUMBERS = {
+    "attention_multiplier": "add_attention_scale",
+    "embedding_multiplier": "add_embedding_scale",
+    "residual_multiplier": "add_residual_scale",
+    "logits_scaling": "add_logit_scale",
+}
+FINAL_CAP = {"final_logit_softcapping": "add_final_logit_softcapping"}
+GEMMA = Architecture(MODEL_ARCH.GEMMA, activation="gelu_pytorch_tanh", norm_offset=1.0)
+ARCHITECTURES: dict[str, Architecture] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA),
+    "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "granite": Architecture(MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS),
+    "smollm3": Architecture(MODEL_ARCH.SMOLLM3, neighbours=True, rope_period=4),
+    "seed_oss": Architecture(MODEL_ARCH.SEED_OSS, biases=QKV),
+    "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
+    "arcee": Architecture(MODEL_ARCH.ARCEE, neighbours=True, activation="relu2"),
+    "gemma": GEMMA,
+    "gemma2": replace(
+        GEMMA,
+        uniform=MODEL_ARCH.GEMMA2,
+        numbers=FINAL_CAP | {"attn_logit_softcapping": "add_attn_logit_softcapping"},
+        window_period=2,
+        scaled="self_attn.q_proj",
+        odd_depth=46,
+    ),
+    "gemma3_text": replace(
+        GEMMA,
+        uniform=MODEL_ARCH.GEMMA3,
+        ropes=("default", "linear"),
+        numbers=FINAL_CAP,
+        window_period=6,
+        scaled="self_attn.q_norm",
+        odd_depth=62,
+    ),
+}
+
+
+def architecture_name(shape: ModelShape) -> str | None:
+    """Returns llama.cpp's name of the architecture that holds layers of these sizes. None if none does."""
+    found = ARCHITECTURES.get(family_name(shape.model_type))
+    arch = found and (found.uniform if shape.is_uniform else found.unequal)
+    return MODEL_ARCH_NAMES[arch] if arch else None
+
+
+def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
+    """Returns the architecture of a model.
+
+    Args:
+        config: an object of transformers, with all defaults.
+
+    Raises:
+        UserError: llama.cpp has none, or not for all that this model does. The line names `where`.
+    """
+    found = ARCHITECTURES.get(family_name(shape.model_type))
+    if found is None:
+        checked = ", ".join(ARCHITECTURES)
+        raise UserError(
+            f"{where}: GGUF is checked in llama.cpp for {checked}, not for {shape.model_type}; {FORMATS_LEFT}"
+        )
+    name = MODEL_ARCH_NAMES[found.uniform]
+    if not shape.is_uniform and found.unequal is None:
+        raise UserError(f"{where}: all layers of llama.cpp's {name} have one size, and these differ; {FORMATS_LEFT}")
+    for missing in _missing(found, config, shape):
+        raise UserError(f"{where}: GGUF cannot hold {missing} in llama.cpp's {name}; {FORMATS_LEFT}")
+    return found
+
+
+def _missing(found: Architecture, config: Any, shape: ModelShape) -> list[str]:
+    """Lists what a model does and the architecture does not."""
+    missing = []
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != found.activation:
+        missing.append(f"hidden_act {activation!r}")
+    split = {part for name in shape.biases for part in PARTS.get(name, (name,))}
+    missing += [f"the bias of {name}" for name in sorted(split - found.biases)]
+    if found.window_period and config.layer_types != _layer_types(len(shape.layers), found.window_period):
+        missing.append("this order of layer_types")
+    if found.rope_period and config.no_rope_layers != _ropes(len(shape.layers), found.rope_period):
+        missing.append("this order of no_rope_layers")
+    return missing
+
+
+def _layer_types(count: int, period: int) -> list[str]:
+    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
+
+
+def _ropes(count: int, period: int) -> list[int]:
+    return [int((i + 1) % period != 0) for i in range(count)]

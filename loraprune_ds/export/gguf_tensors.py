@@ -1,0 +1,141 @@
+"""The tensors of a GGUF file: their names, and their values as llama.cpp wants them."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, get_tensor_name_map, quants
+from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.export.gguf_architecture import PARTS, Architecture
+from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
+from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.shapes import ModelShape
+
+Array = np.ndarray[Any, Any]
+Precision = Literal["f16", "q8_0"]
+MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}
+ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Describes one tensor of the file.
+
+    Attributes:
+        source: its name in the pretrained model.
+        name: its name in the GGUF file.
+        shape: (out_features, in_features) or (n,).
+        type: how it is stored.
+        start: its first element in the row-major flat view of the source. A fused linear comes as several tensors.
+        heads: query or key heads whose rows must be put in llama.cpp's order. 0 for all other tensors.
+        offset, factor: values are stored as (value + offset) · factor.
+    """
+
+    source: str
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    start: int = 0
+    heads: int = 0
+    offset: float = 0.0
+    factor: float = 1.0
+
+    @property
+    def nbytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * block_bytes
+
+
+def plan_tensors(
+    architecture: Architecture, config: Any, shape: ModelShape, precision: Precision, where: str
+) -> list[GgufTensor]:
+    """Plans all tensors, in the order they are written. Matrices get `precision`. Norms and biases stay fp32.
+
+    Names are those of gguf-py's own map for the architecture.
+
+    Args:
+        config: an object of transformers, with all defaults.
+
+    Raises:
+        UserError: the architecture has no place for a tensor. The line names `where` and the tensor.
+    """
+    arch = architecture.of(shape)
+    names = get_tensor_name_map(arch, len(shape.layers))
+    tensors = []
+    for source, size in shape.parameters().items():
+        for part, start, part_size in _parts(source, size, shape):
+            name = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise UserError(
+                    f"{where}: llama.cpp's {MODEL_ARCH_NAMES[arch]} has no place for {part}; {FORMATS_LEFT}"
+                )
+            module = part.rpartition(".")[0]
+            inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
+            tensors.append(
+                GgufTensor(
+                    source,
+                    name,
+                    part_size,
+                    _type(part_size, precision),
+                    start=start,
+                    heads=part_size[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
+                    offset=architecture.norm_offset if inner.endswith("norm") else 0.0,
+                    factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
+                )
+            )
+    return tensors
+
+
+def _parts(source: str, size: tuple[int, ...], shape: ModelShape) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Splits a fused tensor. Yields of each part its name, its first element in the whole, and its shape."""
+    linears = {linear.name: linear for linear in shape.linears}
+    for fused, parts in PARTS.items():
+        if fused in linears and f".{fused}." in source:
+            start = 0
+            layer = int(source.split(".")[2])
+            for part, rows in zip(parts, shape.part_sizes(layer, linears[fused].parts), strict=True):
+                yield source.replace(fused, part), start, (rows, *size[1:])
+                start += math.prod((rows, *size[1:]))
+            return
+    yield source, 0, size
+
+
+def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
+    """Reads a tensor as it lies in the GGUF file. Blocks of Q8_0 come as bytes.
+
+    Raises:
+        UserError: a value is beyond what its type can hold. The line names file and tensor.
+    """
+    end = tensor.start + math.prod(tensor.shape)
+    values = pretrained.read_flat(tensor.source, tensor.start, end, torch.float32).view(tensor.shape).numpy()
+    if tensor.heads:
+        values = permute(values, tensor.heads)
+    if (tensor.offset, tensor.factor) != (0.0, 1.0):
+        values = (values + np.float32(tensor.offset)) * np.float32(tensor.factor)
+    if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+        where = f"{pretrained.files[tensor.source]}: {tensor.source}"
+        raise UserError(f"{where} has values beyond 65504, the largest of f16; {FORMATS_LEFT}")
+    return quants.quantize(values, tensor.type)
+
+
+def permute(rows: Array, heads: int) -> Array:
+    """Puts the rows (heads * head_dim, ...) of q_proj or k_proj in llama.cpp's order.
+
+    The two rows of a rotary pair lie half a head apart in transformers. They lie side by side in llama.cpp's `llama`
+    and its kin.
+    """
+    split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
+
+
+def _type(size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
+    if len(size) == 1:
+        return GGMLQuantizationType.F32
+    wanted = MATRIX_TYPES[precision]
+    block, _ = GGML_QUANT_SIZES[wanted]
+    return wanted if size[1] % block == 0 else GGMLQuantizationType.F16

@@ -1,0 +1,1 @@
+"""Pruning inside training loops of other people: transformers' Trainer, TRL, accelerate."""

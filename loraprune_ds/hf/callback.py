@@ -1,0 +1,170 @@
+"""Prunes inside transformers' Trainer and the trainers of TRL. One callback is all that it takes:
+
+trainer = SFTTrainer(..., callbacks=[LoraPruneCallback(PruneConfig(ratio=0.3))])
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError, require
+from loraprune_ds.hf.checkpoint import PruningCheckpoint, cut_to_checkpoint
+from loraprune_ds.hf.checks import check_arguments
+from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds.hf.reporters import find_reporters
+from loraprune_ds.report.records import CutRecord
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.foreign import find_zero_optimizer
+
+REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
+
+
+class LoraPruneCallback(TrainerCallback):
+    """Scores and cuts the model of one Trainer while it trains.
+
+    At the end `output_dir` has report.json, kept_groups.json, metrics.jsonl and their pictures. Each checkpoint has a
+    folder `pruning/`.
+
+    Args:
+        config: what to cut, when, and by which score.
+        steps: optimizer steps that the schedule is a fraction of. None: all that the Trainer makes.
+        seed: of criterion `random`.
+    """
+
+    def __init__(self, config: PruneConfig, steps: int | None = None, seed: int = 0) -> None:
+        self.config, self.steps, self.seed = config, steps, seed
+        self._pruning: Pruning | None = None
+        self._checkpoint: PruningCheckpoint | None = None
+        self._tokenizer: Any = None
+
+    @property
+    def pruning(self) -> Pruning:
+        """Returns what prunes.
+
+        Raises:
+            UserError: training has not begun.
+        """
+        if self._pruning is None:
+            raise UserError("LoraPruneCallback: training has not begun")
+        return self._pruning
+
+    @property
+    def cuts(self) -> list[CutRecord]:
+        """The cuts so far."""
+        return self.pruning.cuts
+
+    @property
+    def reached(self) -> float:
+        """The fraction of the dense decoder-layer linear parameters that is gone."""
+        return self.pruning.reached
+
+    def resume(self, model: nn.Module, folder: str | Path) -> str | None:
+        """Cuts the dense model to a checkpoint. Call it before `trainer.train(resume_from_checkpoint=...)`. Collective.
+
+        Args:
+            model: `trainer.model`, dense and with LoRA.
+            folder: a checkpoint, or the Trainer's `output_dir`, of which the newest whole checkpoint counts.
+
+        Returns:
+            The checkpoint, for `resume_from_checkpoint`. None if there is none yet.
+
+        Raises:
+            UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
+        """
+        self._checkpoint = cut_to_checkpoint(model, Path(folder), self.config, Communicator())
+        return None if self._checkpoint is None else str(self._checkpoint.folder)
+
+    def save_model(self, folder: str | Path) -> None:
+        """Writes the pruned model with LoRA merged in, after or during training. Collective.
+
+        Raises:
+            UserError: the folder exists and is not empty.
+        """
+        self.pruning.save_model(folder, self._tokenizer)
+
+    def save_base(self, folder: str | Path) -> None:
+        """Writes the pruned base. An adapter that `trainer.save_model` writes afterwards belongs to it. Collective.
+
+        Raises:
+            UserError: the folder exists and is not empty.
+        """
+        self.pruning.save_base(folder, self._tokenizer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks everything, then attaches to the model and its optimizer."""
+        require(self._pruning is None, "LoraPruneCallback serves one training; make a new one for the next")
+        model, checkpoint = cast(nn.Module, kwargs["model"]), self._checkpoint
+        find_zero_optimizer(kwargs["optimizer"])
+        check_arguments(args, model)
+        if state.global_step != (checkpoint.state.step if checkpoint else 0):
+            raise UserError(
+                f"training goes on at step {state.global_step}, but pruning does not: "
+                "trainer.train(resume_from_checkpoint=pruning.resume(trainer.model, folder))"
+            )
+        plugin = getattr(args, "deepspeed_plugin", None)
+        steps = self.steps or state.max_steps
+        require(
+            checkpoint is None or checkpoint.state.steps == steps,
+            f"the checkpoint's schedule is of {checkpoint and checkpoint.state.steps} steps, not of {steps}",
+        )
+        self._tokenizer = kwargs.get("processing_class")
+        self._pruning = Pruning.attach(
+            model,
+            kwargs["optimizer"],
+            self.config,
+            steps,
+            seed=self.seed,
+            checkpoint=checkpoint,
+            ds_config=None if plugin is None else plugin.hf_ds_config.config,
+            sinks=_sinks(args, state, checkpoint),
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins an optimizer step."""
+        self.pruning.begin_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Cuts, if it is due. The Trainer logs, evaluates and saves after this."""
+        self.pruning.end_step()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Takes the loss into the records. It is a mean over the steps since the last log."""
+        history = self.pruning.training.history
+        loss = (logs or {}).get("loss", math.nan)
+        if history.steps and history.steps[-1].step == state.global_step and math.isfinite(loss):
+            history.steps[-1] = replace(history.steps[-1], loss=float(loss))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Completes the Trainer's checkpoint."""
+        self.pruning.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the results, and lets go of the engine. The model can still be saved."""
+        train = {name: getattr(args, name) for name in REPORTED}
+        self.pruning.write_results(str(args.output_dir), {"trainer": type(args).__name__, "train": train})
+        self.pruning.close()
+
+
+def _sinks(args: TrainingArguments, state: TrainerState, checkpoint: PruningCheckpoint | None) -> list[Any]:
+    if not state.is_world_process_zero:
+        return []
+    resumed_from = checkpoint.state.step if checkpoint else None
+    return find_reporters(args.report_to or (), str(args.output_dir), resumed_from)

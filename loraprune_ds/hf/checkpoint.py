@@ -1,0 +1,197 @@
+"""Keeps the pruner's state beside a trainer's checkpoint, and cuts a fresh model to it.
+
+checkpoint-120/pruning/    state.json, scores.safetensors, moments-*.safetensors, metrics.jsonl, manifest.json
+checkpoint-120/shape-3/    the frozen weights, if `compensate` has changed them
+
+The trainer itself saves LoRA, its optimizer and its own state. The folder is written last. So a checkpoint that has it
+is whole.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.pruner_files import read_moments, read_scores, write_moments, write_scores
+from loraprune_ds.checkpoint.run_folder import METRICS_FILE
+from loraprune_ds.checkpoint.save import save_shape
+from loraprune_ds.checkpoint.staging import Staging
+from loraprune_ds.checkpoint.state import STATE_FILE
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.files import read_json
+from loraprune_ds.hf.live import base_config, find_peft_model, live_shape
+from loraprune_ds.hf.training import PrunedTraining
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.pruning.step import PrunerState
+from loraprune_ds.report.metrics import read_metrics, write_history
+from loraprune_ds.report.records import history_from
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.cut import cut_without_engine, overwrite_linears
+
+FOLDER = "pruning"
+FORMAT = 1
+Counts = list[tuple[int, int]]  # per layer: heads and channels
+
+
+@dataclass(frozen=True)
+class PruningState:
+    """Describes pruning after `step` optimizer steps.
+
+    Attributes:
+        steps: of the whole training, which the schedule is made for.
+        world_size: the ranks that DeepSpeed's part of the checkpoint belongs to.
+        prune: the `PruneConfig`.
+        dense: per layer, heads and channels of the dense model.
+        kept: per layer, kept heads and channels as indices into the dense model.
+        shape: name of the folder with the frozen weights. None where they are slices of the dense model.
+    """
+
+    step: int
+    steps: int
+    world_size: int
+    seed: int
+    prune: dict[str, Any]
+    dense: Counts
+    kept: list[tuple[list[int], list[int]]]
+    updates_since_cut: int
+    moment_tokens: float
+    shape: str | None
+    resumed_from: list[int]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class PruningCheckpoint:
+    """Holds a verified checkpoint that the live model has been cut to.
+
+    Attributes:
+        folder: the trainer's checkpoint.
+        dense: shape of the model before any cut.
+    """
+
+    folder: Path
+    state: PruningState
+    dense: ModelShape
+
+    def restore(self, training: PrunedTraining) -> None:
+        """Lets a training whose model has been cut to this checkpoint go on from it."""
+        state, folder = self.state, self.folder / FOLDER
+        pruner = PrunerState(_keep(state), read_scores(folder), state.updates_since_cut, state.moment_tokens)
+        training.pruner.restore(pruner, lambda layer: read_moments(folder, layer))
+        training.step = state.step
+        training.history = history_from(read_metrics(folder / METRICS_FILE))
+        training.resumed_from = [*state.resumed_from, state.step]
+
+
+def _keep(state: PruningState) -> list[LayerKeep]:
+    return [LayerKeep(torch.tensor(heads), torch.tensor(channels)) for heads, channels in state.kept]
+
+
+def save_pruning(training: PrunedTraining, folder: Path) -> None:
+    """Writes `folder`/pruning, and the frozen weights if they are not slices of the dense model. Collective.
+
+    Raises:
+        RunError: a rank cannot write.
+    """
+    model, pruner = training.model, training.pruner
+    shape, cuts = None, len(training.history.cuts)
+    if cuts and training.pruner.config.compensate != "none":
+        described = export_config(base_config(training.peft_model), model.shape, training.dtype).config
+        shape = save_shape(model, folder, cuts, described, training.dtype).folder
+    state, moments = pruner.state(), None if pruner.compensator is None else pruner.compensator.moments
+    with Staging(model.comm, folder / FOLDER, "pruning") as staging:
+        if model.rank == 0:
+            text = json.dumps(asdict(_describe(training, state, shape)))
+            staging.write(STATE_FILE, lambda path: path.write_text(text + "\n"))
+            staging.write(METRICS_FILE, lambda path: write_history(path, training.history))
+            write_scores(staging, state.scores)
+        for layer in range(len(model.layers)):
+            if moments is not None and model.owner(layer) == model.rank:
+                write_moments(staging, layer, moments.of_layer(layer))
+        staging.publish()
+
+
+def _describe(training: PrunedTraining, state: PrunerState, shape: str | None) -> PruningState:
+    return PruningState(
+        step=training.step,
+        steps=training.steps,
+        world_size=training.model.world_size,
+        seed=training.seed,
+        prune=asdict(training.pruner.config),
+        dense=[(layer.heads, layer.channels) for layer in training.pruner.limits.dense.layers],
+        kept=[(keep.heads.tolist(), keep.channels.tolist()) for keep in state.kept_of_dense],
+        updates_since_cut=state.updates_since_cut,
+        moment_tokens=state.moment_tokens,
+        shape=shape,
+        resumed_from=training.resumed_from,
+    )
+
+
+def cut_to_checkpoint(
+    model: nn.Module, folder: Path, config: PruneConfig, comm: Communicator
+) -> PruningCheckpoint | None:
+    """Gives a dense PEFT model the sizes of a checkpoint, before DeepSpeed takes it. Collective.
+
+    Args:
+        model: dense, with LoRA. Its weights may be sharded already.
+        folder: a checkpoint, or the folder with a trainer's checkpoints, of which the newest whole one counts.
+
+    Returns:
+        None if the folder has no checkpoint.
+
+    Raises:
+        UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
+    """
+    whole = comm.all_or_raise(lambda: _find(folder))
+    if whole is None:
+        return None
+    found: Path = whole
+    state = comm.all_or_raise(lambda: _read(found, config, comm))
+    peft_model = find_peft_model(model)
+    dense = live_shape(peft_model)
+    if dense.layers != tuple(LayerShape(heads, channels) for heads, channels in state.dense):
+        raise UserError(f"{found} was made of another model: its layers have other sizes")
+    cut_without_engine(peft_model, dense, _keep(state))
+    if state.shape is not None:
+        pretrained = comm.all_or_raise(lambda: open_pretrained(found / str(state.shape)))
+        overwrite_linears(peft_model, live_shape(peft_model), pretrained.read_flat)
+    return PruningCheckpoint(found, state, dense)
+
+
+def _find(folder: Path) -> Path | None:
+    if (folder / FOLDER).is_dir():
+        return folder
+    if (folder / "trainer_state.json").is_file():
+        raise UserError(f"{folder} has no {FOLDER}/: it was saved without pruning, or the save was cut short")
+    steps = layout.numbered(folder, "checkpoint")
+    whole = [step for step in steps if (folder / f"checkpoint-{step}" / FOLDER).is_dir()]
+    if steps and not whole:
+        raise UserError(f"no checkpoint in {folder} has {FOLDER}/: they were saved without pruning")
+    return folder / f"checkpoint-{whole[-1]}" if whole else None
+
+
+def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:
+    path = folder / FOLDER / STATE_FILE
+    raw = read_json(path)
+    if raw.get("format") != FORMAT:
+        raise UserError(f"{path} has format {raw.get('format')}; this version of loraprune_ds reads {FORMAT}")
+    try:
+        state = PruningState(**raw)
+    except TypeError:
+        raise UserError(f"{path} is damaged: a field is missing or unknown") from None
+    if state.world_size != comm.world_size:
+        raise UserError(f"{folder} was saved by {state.world_size} ranks and DeepSpeed loads it on as many only")
+    if different := [key for key, value in asdict(config).items() if state.prune.get(key, value) != value]:
+        raise UserError(f"{folder} was saved with other settings: {', '.join(different)}")
+    for part in (FOLDER, state.shape):
+        if part is not None:
+            layout.verify(folder / part, part=comm.rank, parts=comm.world_size)
+    return state

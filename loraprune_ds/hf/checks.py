@@ -1,0 +1,122 @@
+"""Refuses what cannot be pruned inside somebody else's trainer, in one line each and before the first step."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError, require
+from loraprune_ds.model.adapters import ADAPTER, base_parameter, linear_names, lora_weights
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.shapes import ModelShape
+
+log = logging.getLogger(__name__)
+
+GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # the others are laid out by the dense counts of a config
+# What a Trainer's arguments must not ask for, and why. An argument that a Trainer does not have asks for nothing.
+ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "load_best_model_at_end",
+        bool,
+        "the best checkpoint may be from before a cut and no longer fits the model",
+    ),
+    ("auto_find_batch_size", bool, "a second attempt would begin with a model that is cut already"),
+    ("torch_compile", bool, "compiled code keeps the sizes from before a cut"),
+    ("use_vllm", bool, "vLLM holds the dense model and cannot take smaller weights; generate with transformers"),
+    ("use_transformers_continuous_batching", bool, "its cache is laid out by the dense number of heads"),
+    ("cache_implementation", lambda value: value not in GROWING_CACHES, "such a cache keeps the dense number of heads"),
+    ("precompute_ref_log_probs", bool, "they are the dense model's, but the reference is the pruned base"),
+)
+
+
+def check_arguments(args: Any, model: nn.Module) -> None:
+    """Checks the arguments of a Trainer, and how the model generates.
+
+    Raises:
+        UserError: an argument does not go with cuts.
+    """
+    for name, asks, reason in ARGUMENTS:
+        value = getattr(args, name, None)
+        require(not asks(value), f"{name}={value}: {reason}")
+    cache = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
+    require(
+        cache in GROWING_CACHES,
+        f"generation_config.cache_implementation={cache}: such a cache keeps the dense number of heads",
+    )
+
+
+def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> None:
+    """Checks that the LoRA of a live model serves the criterion, and that a cut fits all that stands beside it.
+
+    Args:
+        shape: what the model's config declares.
+
+    Raises:
+        UserError: it does not. The line names the layer and linear, or PEFT's setting.
+    """
+    require(not _is_compiled(model), "a model that torch.compile has taken keeps the sizes from before a cut")
+    base = cast(Any, model.get_base_model())
+    quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)
+    require(not quantised, "a quantised base has no flat shards to cut; load it in bfloat16, float16 or float32")
+    require(ADAPTER in model.peft_config, f"the adapter that trains must be called {ADAPTER!r}, PEFT's own name")
+    for name, peft_config in model.peft_config.items():
+        bias = getattr(peft_config, "bias", "none")
+        require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
+    for index, layer in enumerate(decoder_layers(model)):
+        for linear in shape.linears:
+            _check_linear(layer, linear.name, f"layer {index} {linear.name}", shape)
+            if config.compensate == "bias":
+                require(
+                    base_parameter(layer, f"{linear.name}.bias") is not None,
+                    f"prune.compensate: bias: layer {index} {linear.name} has none; load the model with "
+                    "attention_bias=True, mlp_bias=True",
+                )
+    wrapped = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+    require(
+        not (wrapped and shape.tie_word_embeddings),
+        "modules_to_save with tied embeddings: the exported model would lose one of the two",
+    )
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    compiled: Any = torch._dynamo.OptimizedModule
+    return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _check_linear(layer: nn.Module, name: str, where: str, shape: ModelShape) -> None:
+    try:
+        module = layer.get_submodule(name)
+    except AttributeError:
+        raise UserError(f"{where} does not exist") from None
+    needed = f"target_modules={linear_names(shape.linears)}"
+    require(hasattr(module, "base_layer"), f"{where} has no LoRA, which the criterion needs on every linear: {needed}")
+    require(
+        type(module) is LoraLinear and type(module.base_layer) is nn.Linear,
+        f"{where} is a {type(module).__module__}.{type(module).__name__} over a "
+        f"{type(getattr(module, 'base_layer', None)).__name__}, not plain LoRA over a linear",
+    )
+    lora = cast(LoraLinear, module)
+    require(ADAPTER in lora.lora_A, f"{where} has no LoRA of the adapter {ADAPTER!r}: {needed}")
+    for adapter in lora.lora_A:
+        variant = lora.lora_variant.get(adapter)
+        require(variant is None, f"{where}: {type(variant).__name__} is not plain LoRA, as with use_dora")
+        require(not lora.lora_bias.get(adapter), f"{where}: lora_bias is not supported")
+    trained = all(weight.requires_grad for weight in lora_weights(lora))
+    require(trained, f"{where}: the LoRA of the adapter {ADAPTER!r} is frozen")
+
+
+def warn_of_rounded_gradients(dtypes: set[torch.dtype]) -> None:
+    """Warns if gradients are not averaged in fp32. The scores then depend a little on ranks and accumulation."""
+    if dtypes != {torch.float32}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        log.warning(
+            "gradients are averaged in %s, so scores depend on the number of ranks and micro-batches; write "
+            '"communication_data_type": "fp32" and "data_types": {"grad_accum_dtype": "fp32"} in the DeepSpeed config',
+            names,
+        )

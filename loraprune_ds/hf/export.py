@@ -1,0 +1,71 @@
+"""Writes the pruned model out of somebody else's training: merged, or the base that an adapter belongs to."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from loraprune_ds.export.huggingface import begin, finish_folder, publish
+from loraprune_ds.export.lora import merged_tensors
+from loraprune_ds.export.model_card import ModelCard
+from loraprune_ds.files import write_json
+from loraprune_ds.hf.live import base_config, model_name
+from loraprune_ds.hf.training import PrunedTraining
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.whole import staging_of
+from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
+
+
+def save_merged(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
+    """Writes a Hugging Face model with LoRA merged in fp32 and rounded once. Collective.
+
+    Raises:
+        UserError: the folder exists and is not empty.
+    """
+    _write(training, folder, tokenizer, lambda linear: merged_tensors(linear, training.dtype), trained=True)
+
+
+def save_base(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
+    """Writes the pruned model without LoRA, and makes it the base of all adapters that are saved later. Collective.
+
+    Raises:
+        UserError: the folder exists and is not empty.
+    """
+    _write(training, folder, tokenizer, frozen_tensors, trained=False)
+    for peft_config in training.peft_model.peft_config.values():
+        peft_config.base_model_name_or_path = str(folder)
+
+
+def _write(training: PrunedTraining, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
+    model = training.model
+    model.comm.on_rank_0(lambda: begin(folder))
+    write_model(model, staging_of(folder), training.dtype, tensors_of, trained=trained)
+    model.comm.on_rank_0(lambda: _finish(training, folder, tokenizer))
+
+
+def _finish(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
+    source = base_config(training.peft_model)
+    exported = export_config(source, training.model.shape, training.dtype)
+    base = cast(Any, training.peft_model.get_base_model())
+    with tempfile.TemporaryDirectory() as described:  # all that a folder of the dense model has beside its weights
+        write_json(Path(described) / "config.json", source)
+        if base.generation_config is not None:
+            base.generation_config.save_pretrained(described)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(described)
+        finish_folder(staging_of(folder), exported, Path(described), _model_card(training))
+    publish(folder)
+
+
+def _model_card(training: PrunedTraining) -> ModelCard:
+    return ModelCard(
+        base_model=model_name(training.peft_model),
+        dense=training.pruner.limits.dense,
+        pruned=training.model.shape,
+        criterion=training.pruner.config.criterion,
+        ranking=training.pruner.config.ranking,
+        data="data of its own trainer",
+        steps=training.step,
+        perplexity_data="not measured",
+        perplexity_dense=None,
+        perplexity_pruned=None,
+    )

@@ -1,0 +1,79 @@
+"""Watches the forward passes of a model whose training belongs to somebody else."""
+
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from loraprune_ds.hf.training import PrunedTraining
+from loraprune_ds.model.classes import decoder_layers
+
+
+class ForwardWatch:
+    """Records the forward passes that a backward pass will follow, and counts their tokens.
+
+    A reference, a generation and an evaluation have no backward pass. The hooks are on the decoder, because a trainer
+    with a fused loss calls it without the model around it.
+
+    Attributes:
+        active: an optimizer step is open.
+    """
+
+    def __init__(self, training: PrunedTraining) -> None:
+        self.active = False
+        self._model, self._pruner = training.model, training.pruner
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self._model.device)
+        self._trained = True  # in the last forward pass
+        self._recording = ExitStack()
+        decoder = _parent_of_layers(training.peft_model)
+        self._hooks = [
+            training.peft_model.register_forward_pre_hook(self._note_mode, prepend=True),  # before DeepSpeed's own
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def take_tokens(self) -> int:
+        """Returns the tokens of this rank since the last call, padding left out."""
+        tokens = int(self._tokens)
+        self._tokens.zero_()
+        return tokens
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note_mode(self, module: nn.Module, args: Any) -> None:
+        """Forgets the order of modules where training turns to evaluation and back (`TrainingEngine.infer`)."""
+        if module.training != self._trained:
+            self._model.forget_trace()
+            self._trained = module.training
+
+    def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (self.active and decoder.training and torch.is_grad_enabled()):
+            return
+        samples, window, mask = padding_mask(args, kwargs)
+        self._tokens += samples * window if mask is None else mask.sum()
+        self._recording.enter_context(self._pruner.record_forward(mask))
+
+    def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        self._recording.close()
+
+
+def padding_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, Tensor | None]:
+    """Reads the call of a decoder.
+
+    Returns:
+        Samples, window, and a mask (samples, window) that is False at padding. None where no such mask is given, as
+        with packed samples.
+    """
+    inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+    mask, size = kwargs.get("attention_mask"), tuple(inputs.shape[:2])
+    is_padding = isinstance(mask, Tensor) and tuple(mask.shape) == size
+    return size[0], size[1], cast(Tensor, mask).bool() if is_padding else None
+
+
+def _parent_of_layers(model: nn.Module) -> nn.Module:
+    layers = decoder_layers(model)
+    return next(module for module in model.modules() if any(child is layers for child in module.children()))

@@ -1,0 +1,107 @@
+"""Reads what pruning must know from a model that is already in memory."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from loraprune_ds.config import Dtype
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.adapters import base_parameter, linear_names
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.family import FAMILIES, KINDS, Kind, family_name
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.zero.params import full_shape
+
+
+def target_modules(model: PreTrainedModel | str | Path) -> list[str]:
+    """Returns the names for PEFT's `target_modules`: all linears of a decoder layer.
+
+    Args:
+        model: a model, or the folder or hub id of one.
+
+    Raises:
+        UserError: its model type is not supported.
+    """
+    config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(model)
+    if family_name(config.model_type) not in FAMILIES:
+        raise UserError(f"model_type {config.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    return linear_names(FAMILIES[family_name(config.model_type)].linears)
+
+
+def find_peft_model(model: nn.Module) -> PeftModel:
+    """Finds the PEFT model inside an engine.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: Any = model
+    while not isinstance(found, PeftModel) and hasattr(found, "module"):
+        found = found.module
+    if not isinstance(found, PeftModel):
+        raise UserError(f"pruning needs a PEFT model with LoRA; this is a {type(found).__name__}")
+    return found
+
+
+def base_config(model: PeftModel) -> dict[str, Any]:
+    """Returns the content of the dense model's config.json, as `save_pretrained` would write it.
+
+    `use_cache` is left out. Trainers switch it off while they train.
+    """
+    config = json.loads(cast(Any, model.get_base_model()).config.to_json_string())
+    config.pop("use_cache", None)
+    return config
+
+
+def model_name(model: PeftModel) -> str:
+    """Names the dense model: a hub id or the last part of a folder."""
+    name = cast(Any, model.get_base_model()).config._name_or_path
+    return Path(name).name or type(model.get_base_model()).__name__
+
+
+def base_shape(model: PeftModel) -> ModelShape:
+    """Returns the shape that the model's config declares.
+
+    Raises:
+        UserError: as `shape_from_config`.
+    """
+    return shape_from_config(cast(Any, model.get_base_model()).config.to_dict(), model_name(model))
+
+
+def live_shape(model: PeftModel) -> ModelShape:
+    """Returns the shape that the weights have. After a cut the model's config still has the dense one.
+
+    Raises:
+        UserError: as `shape_from_config`.
+    """
+    shape = base_shape(model)
+    return shape.with_layers(tuple(_layer_shape(layer, shape) for layer in decoder_layers(model)))
+
+
+def _layer_shape(layer: nn.Module, shape: ModelShape) -> LayerShape:
+    return LayerShape(*(_count(layer, shape, kind) for kind in KINDS))
+
+
+def _count(layer: nn.Module, shape: ModelShape, kind: Kind) -> int:
+    linear = next(linear for linear in shape.linears if linear.kind == kind)
+    weight = base_parameter(layer, f"{linear.name}.weight")
+    return full_shape(weight)[linear.axis] // shape.group_width(linear)
+
+
+def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
+    """Returns the dtype of the frozen weights.
+
+    Raises:
+        UserError: it is none that weights are exported in.
+    """
+    name = f"{shape.linears[0].name}.weight"
+    dtype = base_parameter(decoder_layers(model)[0], name).dtype
+    found = next((key for key, value in DTYPES.items() if value == dtype), None)
+    if found is None:
+        raise UserError(f"layer 0 {name} is {dtype}; a base of {', '.join(DTYPES)} can be pruned")
+    return cast(Dtype, found)

@@ -1,0 +1,80 @@
+"""Passes sparsity, cuts and bytes on to the reporters of a Trainer, in the step they happen.
+
+A callback cannot add to the Trainer's own log lines: its reporters have read them before. So each reporter is called
+directly. Names begin with `pruning/`, beside the Trainer's `train/` and `eval/`.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from loraprune_ds.report.metrics import scalars
+from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
+
+TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # which the Trainer logs itself
+MODULES = ("wandb", "trackio")  # their `log` goes to the run that is open
+
+
+def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int | None) -> list[Sink]:
+    """Makes the sinks of a Trainer's `report_to`, and one that prints a line for each cut.
+
+    Args:
+        output_dir: the Trainer's.
+        resumed_from: the step that the training goes on from. None at its first start.
+    """
+    sinks: list[Sink] = [CutPrinter()]
+    if "tensorboard" in report_to:
+        root = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(output_dir, "runs")
+        sinks.append(TensorBoardRun(Path(root).expanduser() / "pruning", resumed_from))
+    return sinks + [ModuleLog(name) for name in MODULES if name in report_to]
+
+
+def curves(record: Record) -> dict[str, float]:
+    """Returns the curves of a record under the names that reporters get."""
+    own = {tag: value for tag, value in scalars(record).items() if tag not in TRAINERS_OWN}
+    return {f"pruning/{tag.removeprefix('train/')}": value for tag, value in own.items()}
+
+
+class CutPrinter:
+    """Prints a line for each cut, above a Trainer's progress bar."""
+
+    def write(self, record: Record) -> None:
+        if isinstance(record, CutRecord):
+            tqdm.write(cut_line(record), file=sys.stderr)
+
+    def close(self) -> None: ...
+
+
+class TensorBoardRun:
+    """Writes a TensorBoard run of its own beside the Trainer's. Two writers in one run hide each other's points."""
+
+    def __init__(self, folder: Path, resumed_from: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=None if resumed_from is None else resumed_from + 1)
+
+    def write(self, record: Record) -> None:
+        for tag, value in curves(record).items():
+            self._writer.add_scalar(tag, value, record.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class ModuleLog:
+    """Logs to the open run of wandb or trackio, on the Trainer's own axis of steps."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def write(self, record: Record) -> None:
+        module: Any = sys.modules.get(self._name)  # the Trainer's own reporter has imported it and opened the run
+        if module is not None:
+            module.log(curves(record) | {"train/global_step": record.step})
+
+    def close(self) -> None: ...

@@ -1,0 +1,84 @@
+"""The text part of a multimodal model. It alone is read, by its prefix, and exported as the text class."""
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.model.classes import config_class
+from loraprune_ds.model.family import FAMILIES
+
+# Without an image their forward is that of the text class, and their weight files have one of LAYOUTS.
+MULTIMODAL = (
+    "gemma3",
+    "mistral3",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "vipllava",
+    "internvl",
+    "idefics3",
+    "smolvlm",
+)
+# Prefix of the decoder, prefix of the head. transformers saves the first one and also reads the second.
+LAYOUTS = (
+    ("language_model.model.", "language_model.lm_head."),
+    ("model.language_model.", "lm_head."),
+    ("model.text_model.", "lm_head."),
+)
+# Published text configs leave out sizes that their class has as defaults.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")  # stand outside the text config
+
+
+def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the config of the text part of a multimodal model. The config of any other model comes back as it is.
+
+    Raises:
+        UserError: transformers refuses the config. The line names `where`, the folder or hub id.
+    """
+    if config.get("model_type") not in MULTIMODAL or not isinstance(text := config.get("text_config"), dict):
+        return config
+    defaults = config_class(text["model_type"]) if text.get("model_type") in FAMILIES else None
+    sizes = {name: getattr(defaults, name) for name in SIZES if hasattr(defaults, name)}
+    shared = {name: config[name] for name in SHARED if name in config}
+    return sizes | shared | text | {"tie_word_embeddings": _is_tied(config, where)}
+
+
+def _is_tied(config: dict[str, Any], where: str) -> bool:
+    """Tells if head and embedding are one. The outer config says so, and its class has rules of its own."""
+    try:
+        outer = config_class(config["model_type"]).from_dict(copy.deepcopy(config))
+    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{where}: transformers cannot read config.json: {reason}") from error
+    return bool(outer.tie_word_embeddings)
+
+
+def text_tensors(stored: Collection[str], where: str) -> dict[str, str]:
+    """Maps the names of the text class to those in the weight files of a multimodal model.
+
+    Args:
+        stored: names of all tensors in the files.
+
+    Raises:
+        UserError: no known prefix holds a text part. The line names `where`.
+    """
+    for decoder, head in LAYOUTS:
+        if f"{decoder}embed_tokens.weight" in stored:
+            prefixes = {decoder: "model.", head: "lm_head."}
+            return {
+                text + name.removeprefix(prefix): name
+                for name in stored
+                for prefix, text in prefixes.items()
+                if name.startswith(prefix)
+            }
+    raise UserError(f"{where}: its weight files hold no text part under {' or '.join(x for x, _ in LAYOUTS)}")

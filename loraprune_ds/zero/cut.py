@@ -1,0 +1,102 @@
+"""Cuts the parameters of one decoder layer: frozen weights, biases and the LoRA of all adapters, each in place."""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from loraprune_ds.model.adapters import (
+    base_parameter,
+    lora_linear,
+    lora_weights,
+    set_features,
+    set_runtime_counts,
+)
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.family import KINDS, Kind
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.flat import AxisCut, owned_range
+from loraprune_ds.zero.params import ReadFlat, full_shape, install_shard, overwrite_shard, pad
+from loraprune_ds.zero.reshard import Item, reshard_each_dtype
+
+ParameterCut = tuple[nn.Parameter, AxisCut]
+
+
+def parameter_cuts(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> list[ParameterCut]:
+    """Lists the parameters of a layer that get smaller, in the same order on every rank.
+
+    Args:
+        layer: the decoder layer of this index.
+        shape: of the model before the cut.
+    """
+    kinds: list[Kind] = [kind for kind in KINDS if keep.cuts(shape.layers[index], kind)]
+    cuts: list[ParameterCut] = []
+    for linear in (linear for linear in shape.linears if linear.kind in kinds):
+        module, kept = lora_linear(layer, linear), keep.indices(shape, index, linear.parts)
+        for adapter in module.lora_A:  # a reference of DPO or GRPO may stand beside the trained one
+            lora = lora_weights(module, adapter)[1 - linear.axis]
+            cuts.append((lora, AxisCut(full_shape(lora), linear.axis, kept)))
+    for name, axis, parts in shape.layer_cuts(kinds):
+        parameter = base_parameter(layer, name)
+        cuts.append((parameter, AxisCut(full_shape(parameter), axis, keep.indices(shape, index, parts))))
+    return cuts
+
+
+def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> None:
+    """Tells the modules of a layer the sizes that they have after the cut. `shape` is from before it."""
+    after = shape.with_layers(tuple(keep.shape if i == index else counts for i, counts in enumerate(shape.layers)))
+    for linear in shape.linears:
+        set_features(lora_linear(layer, linear), *after.linear_shape(index, linear))
+    set_runtime_counts(layer, shape, keep.shape)
+
+
+def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
+    """Makes the parameters smaller in place. Collective: one all-to-all per dtype."""
+    items = [Item(cast(Any, p).ds_tensor.detach().to(comm.device), cut) for p, cut in cuts]
+    shards = reshard_each_dtype(items, comm)  # fp32 LoRA may stand beside a bf16 base
+    for (parameter, cut), shard in zip(cuts, shards, strict=True):
+        install_shard(parameter, shard, cut.new_shape)
+
+
+@torch.no_grad()
+def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKeep]) -> None:
+    """Cuts a PEFT model that no engine has taken yet. Collective.
+
+    Its parameters may be sharded from birth or whole. A model from `from_pretrained` has both: LoRA is still whole.
+    """
+    comm = Communicator()
+    for index, (layer, layer_keep) in enumerate(zip(decoder_layers(module), keep, strict=True)):
+        cuts = parameter_cuts(layer, shape, index, layer_keep)
+        cut_parameters([(p, cut) for p, cut in cuts if hasattr(p, "ds_tensor")], comm)
+        for parameter, cut in cuts:
+            if not hasattr(parameter, "ds_tensor"):
+                parameter.data = parameter.data.index_select(cut.axis, cut.keep.to(parameter.device))
+        if cuts:
+            set_sizes(layer, shape, index, layer_keep)
+
+
+@torch.no_grad()
+def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat) -> None:
+    """Reads the frozen linears of all decoder layers anew, into a PEFT model that no engine has taken yet.
+
+    Args:
+        shape: of the model now.
+        read_flat: as `PretrainedModel.read_flat`.
+    """
+    for index, layer in enumerate(decoder_layers(module)):
+        for linear in shape.linears:
+            for name in (f"{linear.name}.{kind}" for kind in ("weight", "bias")):
+                parameter: Any = base_parameter(layer, name)
+                full_name = f"model.layers.{index}.{name}"
+                if parameter is None:
+                    continue
+                if hasattr(parameter, "ds_tensor"):
+                    ranks, rank = parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank
+                    start, end = owned_range(parameter.ds_numel, ranks, rank)
+                    flat = read_flat(full_name, start, end, parameter.dtype)
+                    overwrite_shard(parameter, pad(flat, parameter.ds_numel, ranks))
+                else:
+                    flat = read_flat(full_name, 0, parameter.numel(), parameter.dtype)
+                    parameter.copy_(flat.view_as(parameter))

@@ -1,0 +1,53 @@
+"""Cuts tiny random models of all families, for the tools that serve such models."""
+
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.export.huggingface import copy_tokenizer
+from tests.export_cases import VOCAB
+from tests.family_cuts import Export, export
+
+# Rows that Q8_0 can hold. After a cut to 2 of 4 groups, heads have 64 rows and hidden_size // query heads is 24.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
+KEPT = (2, 96)
+# Those whose layers of one size vLLM serves, as test_vllm.py shows.
+VLLM: tuple[str, ...] = ("llama", "mistral")
+# Depths and settings in which what is special of a family shows.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "smollm3": {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
+    "seed_oss": {"attention_bias": True},
+    "gemma2": {"query_pre_attn_scalar": 30},
+    "gemma3_text": {
+        "num_hidden_layers": 7,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 30,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.4},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+}
+
+
+def serve(family: str, folder: Path, tokenizer: Path, *counts: tuple[int, int], **changes: Any) -> Export:
+    """Writes the export of a cut model, with a tokenizer. Without counts all layers keep KEPT."""
+    settings = SIZES | SPECIAL.get(family, {}) | changes
+    made = export(family, folder, *counts or [KEPT] * settings.get("num_hidden_layers", 2), **settings)
+    copy_tokenizer(tokenizer, folder)
+    return made
+
+
+def deep(layers: int, period: int) -> dict[str, Any]:
+    """Returns the settings of a model of so many layers. Each of number `period` attends to all tokens."""
+    types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
+    return {"num_hidden_layers": layers, "layer_types": types}

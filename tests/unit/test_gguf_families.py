@@ -1,0 +1,128 @@
+"""Reads GGUF files of families beside LLaMA back: names, values and numbers, and what is refused.
+
+`bash tests/run_heavy.sh` shows that llama.cpp computes the same from them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from safetensors.torch import load_file
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.export.gguf import write_gguf
+from loraprune_ds.export.gguf_architecture import ARCHITECTURES
+from loraprune_ds.model.pretrained import open_pretrained
+from tests.export_cases import VOCAB
+from tests.gguf_cases import byte_level_tokenizer
+from tests.integration.heavy.families import deep, serve
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("fresh_transformers"),
+]
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_level_tokenizer(tmp_path_factory.mktemp("tokenizer"), VOCAB)
+
+
+@pytest.fixture(scope="module")
+def convert(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def made(family: str, *counts: tuple[int, int], **changes: Any) -> tuple[GGUFReader, Tensors]:
+        """Returns the file, and the tensors of the model that it was made of."""
+        root = tmp_path_factory.mktemp(family)
+        serve(family, root / "model", tokenizer, *counts, **changes)
+        write_gguf(open_pretrained(root / "model"), root / "model.gguf", "f16", "tiny")
+        sources = {
+            name: tensor.numpy()
+            for path in (root / "model").glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        return GGUFReader(root / "model.gguf"), sources
+
+    return made
+
+
+def values(reader: GGUFReader) -> Tensors:
+    return {tensor.name: tensor.data for tensor in reader.tensors}
+
+
+def number(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_every_value_is_there_once(family: str, convert: Any) -> None:
+    reader, sources = convert(family)
+    found = values(reader)
+    assert len(found) == len(reader.tensors)
+    assert sum(tensor.size for tensor in found.values()) == sum(tensor.size for tensor in sources.values())
+
+
+def test_a_fused_linear_comes_apart(convert: Any) -> None:
+    reader, sources = convert("phi3", (2, 96), (3, 77))
+    assert number(reader, "general.architecture") == "deci"
+    found, (heads, channels) = values(reader), (3, 77)
+    fused = sources["model.layers.1.self_attn.qkv_proj.weight"].astype(np.float16)
+    np.testing.assert_array_equal(found["blk.1.attn_v.weight"], fused[-heads * 16 :])
+    pairs = found["blk.1.attn_k.weight"].reshape(heads, 8, 2, -1)  # the two rows of each rotary pair, side by side
+    halves = fused[-2 * heads * 16 : -heads * 16].reshape(heads, 2, 8, -1)
+    np.testing.assert_array_equal(pairs.swapaxes(1, 2), halves)
+    fused = sources["model.layers.1.mlp.gate_up_proj.weight"].astype(np.float16)
+    np.testing.assert_array_equal(found["blk.1.ffn_gate.weight"], fused[:channels])
+    np.testing.assert_array_equal(found["blk.1.ffn_up.weight"], fused[channels:])
+
+
+@pytest.mark.parametrize(("layers", "divisor"), [(7, 16), (62, 24)])
+def test_norms_and_attention_scale_of_gemma3(layers: int, divisor: int, convert: Any) -> None:
+    """llama.cpp divides scores by sqrt(head_dim), but by sqrt(hidden_size // query heads) in a Gemma 3 of 62 layers."""
+    reader, sources = convert("gemma3_text", **deep(layers, 6), query_pre_attn_scalar=30)
+    found = values(reader)
+    norm = sources["model.layers.3.input_layernorm.weight"]
+    np.testing.assert_allclose(found["blk.3.attn_norm.weight"], norm + 1, rtol=1e-6)
+    norm = sources["model.layers.3.self_attn.q_norm.weight"]
+    np.testing.assert_allclose(found["blk.3.attn_q_norm.weight"], (norm + 1) * (divisor / 30) ** 0.5, rtol=1e-6)
+    assert number(reader, "gemma3.attention.sliding_window") == 8
+    assert number(reader, "gemma3.context_length") == 64
+    assert number(reader, "gemma3.rope.freq_base") == 5e5
+    assert number(reader, "gemma3.rope.freq_base_swa") == 1e4
+    assert number(reader, "gemma3.rope.scaling.factor") == 8.0
+
+
+def test_numbers_of_granite(convert: Any) -> None:
+    reader, _ = convert("granite")
+    keys = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
+    assert [number(reader, f"granite.{key}") for key in keys] == pytest.approx([0.1, 3.0, 0.4, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("family", "counts", "changes", "message"),
+    [
+        ("qwen3", ((2, 96), (3, 77)), {}, "all layers of llama.cpp's qwen3 have one size, and these differ"),
+        ("qwen3", (), {"attention_bias": True}, "GGUF cannot hold the bias of self_attn.k_proj in llama.cpp's qwen3"),
+        ("qwen3", (), {"hidden_act": "gelu"}, "GGUF cannot hold hidden_act 'gelu' in llama.cpp's qwen3"),
+        ("gemma2", (), deep(2, 1), "GGUF cannot hold this order of layer_types in llama.cpp's gemma2"),
+        ("smollm3", (), {"no_rope_layers": [1] * 5}, "GGUF cannot hold this order of no_rope_layers in"),
+        ("gemma", (), {"tie_word_embeddings": False}, "llama.cpp's gemma has no place for lm_head.weight"),
+        (
+            "seed_oss",
+            (),
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope scaling",
+        ),
+        ("starcoder2", (), {}, "GGUF is checked in llama.cpp for llama, .* not for starcoder2"),
+    ],
+)
+def test_what_llama_cpp_cannot_do_is_refused(
+    family: str, counts: tuple[tuple[int, int], ...], changes: dict[str, Any], message: str, convert: Any
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        convert(family, *counts, **changes)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("formats that can: hf, adapter")

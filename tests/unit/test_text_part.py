@@ -1,0 +1,203 @@
+"""Checks the text part of multimodal models that transformers made: how it is read, cut and exported.
+
+Differences are measured in standard deviations of the logits, as in test_family_proof.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.export.huggingface import begin, finish_folder
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.text_part import LAYOUTS, MULTIMODAL
+from tests.export_cases import model_card
+from tests.families import tiny_config
+from tests.family_cuts import FEW, cut_and_export, difference, draw, logits, reopened, with_lora
+from tests.gguf_cases import byte_level_tokenizer
+
+TOLERANCE = 1e-5
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+# The family of the text part, the tower beside it, and whether head and embedding are one.
+TOWERS = {
+    "gemma3": ("gemma3_text", "siglip_vision_model", True),
+    "mistral3": ("mistral", "pixtral", False),
+    "llava": ("llama", "clip_vision_model", False),
+    "llava_next": ("mistral", "clip_vision_model", False),
+    "llava_onevision": ("qwen2", "siglip_vision_model", True),
+    "vipllava": ("llama", "clip_vision_model", False),
+    "internvl": ("qwen3", "internvl_vision", False),
+    "idefics3": ("llama", "idefics3_vision", False),
+    "smolvlm": ("llama", "smolvlm_vision", True),
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # renamed, and PEFT asks
+    pytest.mark.usefixtures("fresh_transformers"),
+]
+
+
+def multimodal(outer: str, **changes: Any) -> PreTrainedModel:
+    """Makes a tiny random multimodal model, in evaluation mode."""
+    family, tower, tied = TOWERS[outer]
+    text = tiny_config(family).to_dict() | {"final_logit_softcapping": None, "tie_word_embeddings": tied}
+    settings: dict[str, Any] = {"tie_word_embeddings": tied} | changes
+    config = AutoConfig.for_model(outer, text_config=text, vision_config=VISION | {"model_type": tower}, **settings)
+    torch.manual_seed(3)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PreTrainedModel]]:
+    """Returns each model and the folder that transformers saved it in."""
+    root, made = tmp_path_factory.mktemp("multimodal"), {}
+    for outer in MULTIMODAL:
+        model = multimodal(outer)
+        model.save_pretrained(root / outer)
+        made[outer] = root / outer, model
+    return made
+
+
+def edited(source: Path, folder: Path, prefixes: dict[str, str], **changes: Any) -> Path:
+    """Copies a folder. Changes fields of config.json, and tensors that begin with one of `prefixes`."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        tensors[prefixes.get(found, "") + name.removeprefix(found)] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_every_one_has_a_tiny_model() -> None:
+    assert TOWERS.keys() == set(MULTIMODAL)
+
+
+@pytest.mark.parametrize("outer", MULTIMODAL)
+def test_the_text_part_is_read(outer: str, models: dict[str, tuple[Path, PreTrainedModel]]) -> None:
+    folder, whole = models[outer]
+    pretrained = open_pretrained(folder)
+    family, _, tied = TOWERS[outer]
+    assert (pretrained.shape.model_type, pretrained.shape.tie_word_embeddings) == (family, tied)
+    assert difference(logits(reopened(pretrained)), logits(whole)) < TOLERANCE
+
+
+def test_other_names_in_the_files(models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> None:
+    folder, whole = models["llava"]
+    newer = edited(folder, tmp_path / "newer", dict(zip(LAYOUTS[0], LAYOUTS[1], strict=True)))
+    assert difference(logits(reopened(open_pretrained(newer))), logits(whole)) < TOLERANCE
+
+
+@pytest.mark.parametrize("outer", MULTIMODAL)
+def test_a_cut_is_that_of_the_multimodal_model(
+    outer: str, models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
+) -> None:
+    """LoRA is in the text part alone. Its export is a stock model of the text class."""
+    folder, whole = models[outer]
+    pretrained = open_pretrained(folder)
+    network = with_lora(reopened(pretrained), pretrained.config, outer)
+    for factors in (m for name, m in network.model.named_parameters() if "lora_B" in name):
+        factors.data.zero_()  # so that the multimodal model itself, without LoRA, is the reference
+    counts = (FEW, FEW)
+    keep, shape = draw(network.shape, *counts), network.shape
+    made = cut_and_export(network, tmp_path / "model", *counts)
+    stock = AutoModelForCausalLM.from_pretrained(made.folder, dtype="auto", attn_implementation="eager").eval()
+    assert stock.config.model_type == TOWERS[outer][0]
+    layers = next(
+        m for name, m in whole.named_modules() if name.endswith(("language_model.layers", "text_model.layers"))
+    )
+    hooks = []
+    for i, layer in enumerate(layers.children()):
+        for linear in shape.input_linears:
+            module: Any = layer.get_submodule(linear.name)
+            stays = torch.zeros(module.in_features)
+            stays[shape.kept_indices(i, linear.parts, {"heads": keep[i].heads, "channels": keep[i].channels})] = 1
+            hooks.append(module.register_forward_pre_hook(lambda _, inputs, mask=stays: (inputs[0] * mask,)))
+    masked = logits(whole)
+    for hook in hooks:
+        hook.remove()
+    assert difference(masked, logits(whole)) > 0.1
+    assert difference(logits(stock), masked) < TOLERANCE
+
+
+def test_a_head_of_its_own_that_config_json_calls_tied(
+    models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
+) -> None:
+    """transformers keeps both if they differ. Where config.json is silent, the class of mistral3 calls them tied."""
+    folder, whole = models["mistral3"]
+    silent = edited(folder, tmp_path / "silent", {})
+    config = json.loads((silent / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (silent / "config.json").write_text(json.dumps(config))
+    pretrained = open_pretrained(silent)
+    assert not pretrained.config["tie_word_embeddings"]
+    assert difference(logits(reopened(pretrained)), logits(whole)) < TOLERANCE
+
+
+def test_the_tokenizer_does_not_depend_on_the_model_type(tmp_path: Path) -> None:
+    """AutoTokenizer treats the same files in another way where config.json names another model type."""
+    source = byte_level_tokenizer(tmp_path / "source", 400)
+    for model_type, pinned in (("gemma3", True), ("gemma3_text", False)):
+        (source / "config.json").write_text(json.dumps({"model_type": model_type}))
+        config = tiny_config("gemma3_text").to_dict()
+        shape = shape_from_config(config, "somewhere")
+        out = begin(tmp_path / model_type)
+        finish_folder(out, export_config(config, shape, "float32"), source, model_card(shape, shape))
+        assert ("model_input_names" in json.loads((out / "tokenizer_config.json").read_text())) == pinned
+
+
+def test_sizes_that_a_published_config_leaves_out() -> None:
+    """Gemma 3 4B names five fields of its text part. The others are defaults of the class."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    shape = shape_from_config({"model_type": "gemma3", "text_config": text}, "somewhere")
+    assert (shape.head_dim, shape.queries_per_group, shape.layers[0].heads) == (256, 2, 4)
+    assert (shape.vocab_size, shape.tie_word_embeddings) == (262208, True)
+    assert shape.total_numel() == 3_880_263_168
+
+
+def refusal(config: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        shape_from_config(config, "somewhere")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_refused(models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> None:
+    llama = tiny_config("llama").to_dict()
+    assert "model_type 'paligemma' is not supported" in refusal({"model_type": "paligemma", "text_config": llama})
+    assert "model_type 'opt' is not supported" in refusal({"model_type": "llava", "text_config": {"model_type": "opt"}})
+    assert "cannot read config.json" in refusal({"model_type": "llava", "text_config": llama, "vision_config": 3})
+    folder, _ = models["llava"]
+    other = edited(folder, tmp_path / "other", {"language_model.": "mind."})
+    with pytest.raises(UserError, match=r"its weight files hold no text part under language_model\.model\. or "):
+        open_pretrained(other)
+    part = edited(folder, tmp_path / "part", {"language_model.model.norm.": "norm."})
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight is missing"):
+        open_pretrained(part)
