@@ -123,8 +123,11 @@ def _scoring_flops(request: Request, shape: ModelShape, tokens: float) -> float:
     """Returns the operations of one rank for its weights.
 
     They form B·A. An estimate of the gradient takes twice the rank besides. The true gradient takes one more product
-    with the inputs of each token.
+    with the inputs of each token. `fisher` takes three operations per token and input that a linear may lose.
     """
     criterion, rank, numel = request.config.prune.criterion, request.config.lora.r, shape.linear_numel()
+    if criterion == "fisher":
+        layers = range(len(shape.layers))
+        return 3 * tokens * sum(shape.linear_shape(i, linear)[1] for i in layers for linear in shape.input_linears)
     per_weight = {"random": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
     return (2 * numel * tokens if criterion == "gradient" else 0) + per_weight * numel / request.world_size

@@ -86,11 +86,16 @@ def step_sent(request: Request, passes: Passes, kind: StepKind) -> dict[str, int
 
 
 def scoring_sent(request: Request, shape: ModelShape) -> int:
-    """Returns the bytes of an all-gather of LoRA (fp32 masters and gradients) and an all-reduce of fp64 scores."""
-    if request.world_size == 1 or request.config.prune.criterion == "random":
+    """Returns the bytes of an all-gather of LoRA (fp32 masters and gradients) and an all-reduce of fp64 scores.
+
+    `fisher` reads no LoRA. It scores only the linears that lose inputs.
+    """
+    criterion = request.config.prune.criterion
+    if request.world_size == 1 or criterion == "random":
         return 0
-    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in shape.linears)
-    return 2 * request.lora_shards(shape) * (request.world_size - 1) * 4 + groups * 8
+    linears = shape.input_linears if criterion == "fisher" else shape.linears
+    scores = 8 * sum(layer.count(linear.kind) for layer in shape.layers for linear in linears)
+    return scores + (0 if criterion == "fisher" else 2 * request.lora_shards(shape) * (request.world_size - 1) * 4)
 
 
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:

@@ -65,12 +65,28 @@ def score_groups(
             parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
             for part, rows in zip(linear.parts, parts, strict=True):
                 partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)
+    return complete_scores(model, shape.linears, partial, normalization, step)
+
+
+def complete_scores(
+    model: PrunableModel, linears: tuple[Linear, ...], partial: list[Tensor], normalization: Normalization, step: int
+) -> list[LayerScores]:
+    """Adds up the partial scores of all ranks, by one all-reduce, and then those of a group's linears.
+
+    Args:
+        linears: those of a layer that have scores.
+        partial: this rank's (groups,) float64 of each part of these linears, layer by layer.
+        normalization, step: as in `score_groups`.
+
+    Raises:
+        RunError: a score is not finite. The message names the layer, the linear and the step.
+    """
     sizes = [len(scores) for scores in partial]
     totals: tuple[Tensor, ...] = torch.split(model.sum_over_ranks(torch.cat(partial)).cpu(), sizes)
-    count = sum(len(linear.parts) for linear in shape.linears)
+    count = sum(len(linear.parts) for linear in linears)
     return [
-        _add_parts(shape.linears, totals[i * count : (i + 1) * count], normalization, layer=i, step=step)
-        for i in range(len(shape.layers))
+        _add_parts(linears, totals[i * count : (i + 1) * count], normalization, layer=i, step=step)
+        for i in range(len(model.shape.layers))
     ]
 
 

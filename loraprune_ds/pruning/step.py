@@ -43,8 +43,9 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.compensate import Compensator
-from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
+from loraprune_ds.pruning.importance import LayerScores, MovingAverage, complete_scores, random_scores, score_groups
 from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import Schedule
@@ -102,6 +103,7 @@ class Pruner:
         compensates = config.compensate != "none"
         self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
         self.gradients = WeightGradients(model) if config.criterion == "gradient" else None
+        self.masks = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
 
     @contextmanager
@@ -110,8 +112,9 @@ class Pruner:
         with ExitStack() as recordings:
             if self.compensator is not None:
                 recordings.enter_context(self.compensator.record_step(step))
-            if self.gradients is not None and self.schedule.is_scored(step):
-                recordings.enter_context(self.gradients.record())
+            for recorder in (self.gradients, self.masks):
+                if recorder is not None and self.schedule.is_scored(step):
+                    recordings.enter_context(recorder.record())
             yield
 
     def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
@@ -130,10 +133,13 @@ class Pruner:
         if not self.schedule.is_scored(step):
             return
         fail_point("scoring")
-        if self.config.criterion == "random":
+        model, criterion, normalization = self.model, self.config.criterion, self.config.normalization
+        if criterion == "random":
             now = [scores.select(keep) for scores, keep in zip(self._random, self.kept_of_dense, strict=True)]
+        elif self.masks is not None:
+            now = complete_scores(model, model.shape.input_linears, self.masks.sums(), normalization, step)
         else:
-            now = score_groups(self.model, self.config.criterion, self.config.normalization, step, self.gradients)
+            now = score_groups(model, criterion, normalization, step, self.gradients)
         self.average.update(now)
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:

@@ -149,6 +149,26 @@ def gradient_scores(job: Job) -> dict[str, Any]:
     return {"scores": scores, "shards": shards, "whole": whole, "left": left, "lora": lora}
 
 
+def fisher_scores(job: Job) -> dict[str, Any]:
+    """Makes one step with the criterion `fisher`. Returns its scores, and the bytes sent to score."""
+    trainer = build(job)
+    model, score = trainer.model, trainer.pruner.score
+    sent: list[int] = []
+
+    def refuse(layer: int) -> Any:
+        raise AssertionError("LoRA was gathered")
+
+    def count_and_score(step: int) -> None:
+        before = model.comm.bytes_sent
+        score(step)
+        sent.append(model.comm.bytes_sent - before)
+
+    model.lora_factors = refuse  # type: ignore[method-assign]
+    trainer.pruner.score = count_and_score  # type: ignore[method-assign]
+    trainer.step(1)
+    return {"scores": [as_pair(s) for s in trainer.pruner.average.scores or []], "sent": sent}
+
+
 def lora_after_two_steps(job: Job) -> dict[str, Tensor]:
     trainer = build(job)
     trainer.step(1)

@@ -65,8 +65,9 @@ class PlainRun:
         self.pruner = Pruner(cast(Any, self.prunable), self.prune, schedule, limits, seed=0)
 
     def step(self, step: int, batch: Batch) -> None:
-        self.backward(batch)
-        self.pruner.score(step)
+        with self.pruner.record_step(step):
+            self.backward(batch)
+            self.pruner.score(step)
         assert self.pruner.average.scores is not None
         self.averages.append([(s.heads.clone(), s.channels.clone()) for s in self.pruner.average.scores])
         if self.max_grad_norm:

@@ -303,7 +303,7 @@ def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> T
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
-@pytest.mark.parametrize("criterion", ["lora", "lora_squared"])
+@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher"])
 def test_planted_useless_groups_go_first(tiny: Tiny, tmp_path: Path, ranking: Ranking, criterion: Criterion) -> None:
     planted = plant(tiny, tmp_path, layer=1, head=2, channel=5)
     prune = PruneConfig(

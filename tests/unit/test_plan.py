@@ -290,6 +290,16 @@ def pruning(plain: Request, **prune: Any) -> Plan:
     return make_plan(changed(plain, prune=prune))
 
 
+def test_fisher_sends_scores_alone_and_costs_next_to_nothing() -> None:
+    plain = request(Cluster(1, 2), steps=40, global_batch_size=16)
+    lora, fisher = pruning(plain), pruning(plain, criterion="fisher")
+    groups = sum(layer.heads + layer.channels for layer in SMALL.layers)
+    assert fisher.step.sent["scoring"] == 8 * groups
+    assert fisher.step.sent | {"scoring": 0} == lora.step.sent | {"scoring": 0}
+    assert fisher.last_step.compute < fisher.step.compute < lora.step.compute
+    assert fisher.last_step == lora.last_step
+
+
 def test_the_true_gradient_costs_arithmetic_on_the_steps_that_score() -> None:
     plain = request(Cluster(1, 2), steps=40, global_batch_size=16)
     tokens = 16 * 64 / 2
