@@ -81,7 +81,8 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
             rows.append((part, row["what"], _number(row.get("planned")), _number(row["measured"])))
         for key in ("skipped", "error"):
             if key in found:
-                rows.append((part, f"{key}: {found[key].strip().splitlines()[-1][:60]}", "", ""))
+                lines = [line for line in found[key].split("\n") if line.strip()]
+                rows.append((part, f"{key}: {lines[-1][:60]}", "", ""))
     return ["", *aligned(rows, "<<>>")]
 
 

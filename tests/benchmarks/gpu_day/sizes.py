@@ -41,7 +41,7 @@ class Sizes:
 def sizes(name: str) -> Sizes:
     """Returns those of a name in plan/request.py, or tiny ones without a GPU."""
     if is_cpu():
-        return Sizes(64, 2, 4, 256, 97, 32, (1, 2), (256, 255), (16,), 64, 2)
+        return Sizes(64, 4, 4, 256, 97, 32, (1, 2), (256, 255), (16,), 64, 2)
     hidden, layers, heads, channels = LLAMA[name]
     widths = (11008, 11007, 11006, 11004, 11000, 10944, 4491, 4480)
     return Sizes(hidden, layers, heads, channels, 32_000, 512, (1, 4, 16), widths, (700, 2048, 8192), 128, 20)

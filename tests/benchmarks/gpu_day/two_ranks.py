@@ -3,16 +3,17 @@
 import torch
 
 from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from tests.benchmarks.gpu_day.engine import make_request, make_trainer
-from tests.benchmarks.gpu_day.runs import environment_of_one_card
 from tests.benchmarks.gpu_day.sizes import Sizes
 
 SIZE = Sizes(256, 4, 8, 1024, 97, 64, (2,), (), (), 64, 1)
 
 
 def main() -> None:
-    environment_of_one_card()
+    if not is_cpu():
+        accelerator().communication_backend_name = lambda: "gloo"  # NCCL takes no two ranks on one card
     quiet_deepspeed()
     comm = start_ranks()
     trainer = make_trainer(SIZE, make_request(SIZE, 2, deepspeed="ds_configs/zero3_overlap.json", ranks=2))
