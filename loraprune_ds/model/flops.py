@@ -5,8 +5,7 @@ from loraprune_ds.model.shapes import ModelShape
 
 def attention_product(shape: ModelShape, window: float) -> float:
     """Returns the operations per token of one product of attention in all layers, over all of the window."""
-    heads = sum(layer.count("heads") for layer in shape.layers)
-    return 2 * heads * shape.queries_per_group * shape.head_dim * window
+    return 2 * sum(map(shape.query_heads, shape.layers)) * shape.head_dim * window
 
 
 def needed_flops_per_token(shape: ModelShape, window: float) -> float:

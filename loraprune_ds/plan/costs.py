@@ -105,7 +105,7 @@ def attention_product(request: Request, shape: ModelShape) -> float:
 
     It covers half a window on average, with `eager` all of it.
     """
-    query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
+    query_width = sum(map(shape.query_heads, shape.layers)) * shape.head_dim
     eager = request.config.model.attn_implementation == "eager"
     return 2 * query_width * request.config.data.window / (1 if eager else 2)
 

@@ -144,7 +144,7 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     layers = [shape.layer_lora_sizes(i, request.config.lora.r) for i in range(len(shape.layers))]
     shards, whole = max(map(request.shards, layers)), max(map(sum, layers))
     block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in quality.linear_sizes(shape))
-    groups = sum(len(shape.linears) * max(layer.heads, layer.channels) for layer in shape.layers)
+    groups = sum(len(shape.linears) * max(layer.values()) for layer in shape.layers)
     if request.config.prune.criterion == "fisher":  # the vectors alone
         return {"score_sums": 8 * groups}
     return {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.dtypes import tf32_where_exact
-from loraprune_ds.pruning.prunable_model import LayerKeep, LinearId, PrunableModel
+from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 from loraprune_ds.pruning.taps import hook_inputs
 
 
@@ -68,13 +69,13 @@ class InputMoments:
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts the sums along with the groups. The model must still have its shape from before the cut."""
         shape = self._model.shape
-        for linear_id, value in self.sums.items():
-            layer_keep = keep[linear_id.layer]
-            if not layer_keep.cuts(shape.layers[linear_id.layer], linear_id.linear.kind):
-                continue
-            indices = layer_keep.indices(shape, linear_id.layer, linear_id.linear.parts).to(value.device)
-            value = value.index_select(0, indices)
-            self.sums[linear_id] = value.index_select(1, indices) if self._second else value
+        for layer, layer_keep in enumerate(keep):
+            for linear, kept in shape.cut_linears(layer, layer_keep):
+                linear_id = LinearId(layer, linear)
+                if linear_id in self.sums:
+                    indices = kept.to(self._model.device)
+                    value = self.sums[linear_id].index_select(0, indices)
+                    self.sums[linear_id] = value.index_select(1, indices) if self._second else value
 
     def of_layer(self, layer: int) -> dict[str, Tensor]:
         """Returns one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""

@@ -62,7 +62,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         kept = self.callback.pruning.training.pruner.kept_of_dense
-        self.rows.append({"kept": [(keep.heads.tolist(), keep.channels.tolist()) for keep in kept]})
+        self.rows.append({"kept": [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in kept]})
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         if logs and "loss" in logs:
@@ -111,6 +111,6 @@ def train_alone(job: Job) -> list[dict[str, Any]]:
     for step in range(1, len(job.batches) + 1):
         record = trainer.step(step)
         trainer.cut(step)
-        kept = [(keep.heads.tolist(), keep.channels.tolist()) for keep in trainer.pruner.kept_of_dense]
+        kept = [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in trainer.pruner.kept_of_dense]
         rows.append({"loss": record.loss, "norm": record.grad_norm, "kept": kept})
     return rows

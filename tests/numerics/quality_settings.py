@@ -13,7 +13,7 @@ from torch import Tensor
 from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.family import LLAMA_LINEARS
-from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import Ragged
 from loraprune_ds.train.data.tokens import PADDING_ID
@@ -94,7 +94,7 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
     everything = all_groups(trainer.model.shape)
     compensator.compensate(everything, 1)
     untouched = whole_layers(trainer)
-    chosen = LayerKeep(torch.tensor(heads), torch.tensor(channels))
+    chosen = LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels))
     keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
     held = storage_bytes(compensator.moments.sums.values())
     owned = {f"{linear_id.layer}.{linear_id.linear.name}" for linear_id in compensator.moments.sums}

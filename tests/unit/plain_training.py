@@ -69,7 +69,7 @@ class PlainRun:
             self.backward(batch)
             self.pruner.score(step)
         assert self.pruner.average.scores is not None
-        self.averages.append([(s.heads.clone(), s.channels.clone()) for s in self.pruner.average.scores])
+        self.averages.append([(s["heads"].clone(), s["channels"].clone()) for s in self.pruner.average.scores])
         if self.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm)
         self.optimizer.step()
@@ -93,7 +93,7 @@ class PlainRun:
         return self
 
     def kept(self) -> list[tuple[list[int], list[int]]]:
-        return [(keep.heads.tolist(), keep.channels.tolist()) for keep in self.pruner.kept_of_dense]
+        return [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in self.pruner.kept_of_dense]
 
     def logits(self, input_ids: Tensor) -> Tensor:
         with torch.no_grad():

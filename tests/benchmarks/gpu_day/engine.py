@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import Criterion, DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.plan.cluster import Cluster
@@ -40,14 +40,18 @@ class SameBatch:
         return torch.arange(self.size)
 
 
-def make_request(size: Sizes, micro_batch: int, *, deepspeed: str, criterion: str = "lora", ranks: int = 1) -> Request:
+def make_request(
+    size: Sizes, micro_batch: int, *, deepspeed: str, criterion: Criterion = "lora", ranks: int = 1
+) -> Request:
     """Describes the run to the planner and to `make_trainer`."""
     config = RunConfig(
         output_dir="unused",
         deepspeed=deepspeed,
         model=ModelConfig(path="random"),
         data=DataConfig(window=size.window),
-        prune=PruneConfig(ratio=0.5, criterion=criterion, channel_multiple=size.multiple),  # type: ignore[arg-type]
+        prune=PruneConfig(
+            ratio=0.3, criterion=criterion, channel_multiple=size.multiple, protected_first=0, protected_last=0
+        ),
         train=TrainConfig(
             steps=STEPS,
             global_batch_size=micro_batch * ranks,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from loraprune_ds.config import Criterion
 from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.report.records import StepRecord
@@ -19,6 +20,7 @@ from tests.benchmarks.gpu_day.engine import device_bytes, make_request, make_tra
 from tests.benchmarks.gpu_day.sizes import Sizes, sizes
 
 OVERLAP = "ds_configs/zero3_overlap.json"  # the default would wait at every fetch, of which one rank needs none
+CRITERIA: tuple[Criterion, ...] = ("lora", "gradient")
 TIMED = 3  # steps, after one that is not
 GB, GIB = 1e9, 1 << 30
 
@@ -28,7 +30,7 @@ def steps() -> dict[str, Any]:
     _start()
     size, rows, found = sizes("llama-7b"), list[dict[str, Any]](), dict[str, Any]()
     for micro_batch in size.micro_batches:
-        for criterion in ("lora", "gradient"):
+        for criterion in CRITERIA:
             request = make_request(size, micro_batch, deepspeed=OVERLAP, criterion=criterion)
             trainer, plan = make_trainer(size, request), make_plan(request)
             score, name = trainer.pruner.score, f"micro-batch {micro_batch}"
@@ -117,7 +119,7 @@ def _cut(trainer: Trainer, channels: int) -> dict[str, Any]:
     """Takes the last `channels` of every layer."""
     before = device_bytes() | {"host": resident_bytes()}
     keep = [
-        LayerKeep(torch.arange(x.count("heads")), torch.arange(x.count("channels") - channels))
+        LayerKeep(heads=torch.arange(x["heads"]), channels=torch.arange(x["channels"] - channels))
         for x in _layers(trainer)
     ]
     seconds = _seconds(lambda: trainer.model.cut(keep))

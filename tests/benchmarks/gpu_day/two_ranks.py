@@ -18,7 +18,7 @@ def main() -> None:
     comm = start_ranks()
     trainer = make_trainer(SIZE, make_request(SIZE, 2, deepspeed="ds_configs/zero3_overlap.json", ranks=2))
     trainer.step(1)
-    keep = [LayerKeep(torch.arange(6), torch.arange(960)) for _ in range(SIZE.layers)]
+    keep = [LayerKeep(heads=torch.arange(6), channels=torch.arange(960)) for _ in range(SIZE.layers)]
     trainer.model.cut(keep)
     trainer.pruner.average.scores = None
     loss = trainer.step(2).loss
