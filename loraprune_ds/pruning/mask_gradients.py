@@ -23,9 +23,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from loraprune_ds.pruning.criterion import CPU_BLOCK_NUMEL, DEVICE_BLOCK_NUMEL
+from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 from loraprune_ds.pruning.taps import Tap, hook_inputs
+
+CPU_BLOCK_NUMEL = 1 << 16  # inputs at a time: their fp32 copies and squares stay in a CPU's cache
 
 
 class MaskGradients:
@@ -78,12 +80,12 @@ def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:
         width: inputs of one group.
     """
     inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
-    block_numel = CPU_BLOCK_NUMEL if inputs.device.type == "cpu" else DEVICE_BLOCK_NUMEL
-    tokens, columns = max(1, block_numel // inputs.shape[1]), inputs.shape[1]
-    total = torch.zeros(columns // width, dtype=torch.float32, device=inputs.device)
+    columns, block_numel = inputs.shape[1], CPU_BLOCK_NUMEL if inputs.device.type == "cpu" else DEVICE_BLOCK_NUMEL
+    tokens = min(len(inputs), max(1, block_numel // columns))
+    squares = torch.zeros(tokens, columns // width, dtype=torch.float32, device=inputs.device)
     for x, g in zip(inputs.split(tokens), gradient.split(tokens), strict=True):
-        product = x.float() * g.float()
+        product = x.float().mul_(g.float()) if x.dtype != torch.float32 else x * g
         if width > 1:
             product = product.view(len(product), -1, width).sum(2)
-        total += product.square_().sum(0)
-    return total
+        squares[: len(product)].addcmul_(product, product)
+    return squares.sum(0)

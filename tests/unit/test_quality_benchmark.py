@@ -63,9 +63,7 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
         select([], ["best"])
 
 
-@pytest.mark.parametrize(
-    ("recipe", "setting"), [("tuned", "fisher-refit"), ("general", "fisher-refit-distillation-global")]
-)
+@pytest.mark.parametrize(("recipe", "setting"), [("tuned", "fisher-refit"), ("general", "all-three-global")])
 def test_a_recipe_is_what_was_measured(recipe: str, setting: str) -> None:
     shipped = load_config(f"launch/configs/recipe-{recipe}.yaml")
     measured = load_config("launch/configs/quickstart.yaml", SETTINGS[setting].overrides)
