@@ -195,7 +195,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
     if world_size == 1:
         return 0, 0
     mask = sum(sum(layer.values()) for layer in shape.layers)
-    return 4 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
+    return 5 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
 
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
