@@ -14,7 +14,7 @@ from loraprune_ds.hf.live import target_modules
 from loraprune_ds.hf.pruning import Pruning
 
 name, data, out, steps, ds_config = sys.argv[1:]
-accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config, gradient_accumulation_steps=2))
+accelerator = Accelerator(gradient_accumulation_steps=2, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config))
 tokenizer = AutoTokenizer.from_pretrained(name)
 lora = LoraConfig(r=8, target_modules=target_modules(name), task_type="CAUSAL_LM")
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), lora)
