@@ -14,7 +14,7 @@ from loraprune_ds.errors import UserError, require
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DataFormat = Literal["text", "instruction"]
-Criterion = Literal["lora", "lora_squared", "gradient", "magnitude", "random"]
+Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "none"]
 Compensation = Literal["none", "bias", "least_squares"]
@@ -86,7 +86,7 @@ class PruneConfig:
     head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
-    normalize: Normalization | None = None  # of a module's scores. None: l2 for uniform, none for global
+    normalize: Normalization | None = None  # of a module's scores. None: none for fisher and global, else l2
     joint_budget: bool = False  # global only: heads and channels compete per parameter
     moving_average: Fraction = 0.9
     prune_every: Count = 10
@@ -126,8 +126,11 @@ class PruneConfig:
 
     @property
     def normalization(self) -> Normalization:
-        """Returns the normalization in force: unit norms per module for `uniform`, raw sums for `global`."""
-        return self.normalize or ("l2" if self.ranking == "uniform" else "none")
+        """Returns the normalization in force: unit norms per module for `uniform`, raw sums for `global`.
+
+        `fisher` has raw sums in both. Its scores estimate a change of the loss, so they compare as they are.
+        """
+        return self.normalize or ("l2" if self.ranking == "uniform" and self.criterion != "fisher" else "none")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -62,11 +62,19 @@ CLOTHES: dict[str, Callable[[Config, Tensors], tuple[Config, Tensors]]] = {
 
 
 def dress(source: Path, family: str, folder: Path) -> Path:
-    """Writes the LLaMA without biases in `source` as a model of another family. Returns its folder.
+    """Writes the LLaMA in `source` as a model of another family, with a tokenizer for it. Returns its folder.
 
     transformers splits the text of every `qwen2` in Qwen2's way, as config.json names that type. So that all read the
     same tokens, all split it in this way.
     """
+    rewrite(source, family, folder)
+    tokenizer = Qwen2Tokenizer.from_pretrained(source)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def rewrite(source: Path, family: str, folder: Path) -> Path:
+    """Writes the LLaMA without biases in `source` as a model of another family. Returns its folder."""
     shutil.copytree(source, folder)
     config: Config = json.loads((source / "config.json").read_text())
     changes, tensors = CLOTHES[family](config, load_file(source / "model.safetensors"))
@@ -74,6 +82,4 @@ def dress(source: Path, family: str, folder: Path) -> Path:
         config.pop(name, None)
     (folder / "config.json").write_text(json.dumps(config | changes | {"model_type": family}, indent=2))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = Qwen2Tokenizer.from_pretrained(source)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     return folder

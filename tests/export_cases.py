@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 
 VOCAB = 400
@@ -174,7 +175,7 @@ def exported_config(model: PreTrainedModel, case: Case) -> tuple[ExportedConfig,
     """Returns (contents of config.json, dense shape, pruned shape)."""
     source = json.loads(model.config.to_json_string(use_diff=False))
     dense = shape_from_config(source, case.name)
-    pruned = dense.with_layers(tuple(LayerShape(heads, channels) for heads, channels in case.keep))
+    pruned = dense.with_layers(tuple(LayerShape(heads=heads, channels=channels) for heads, channels in case.keep))
     return export_config(source, pruned, case.dtype), dense, pruned
 
 

@@ -17,11 +17,11 @@ from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.classes import build_on_meta, decoder_layers
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import write_index, write_weight_file
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from tests.export_cases import model_card
 from tests.families import SIZES, tiny_model
 from tests.plain_model import PlainModel
@@ -80,7 +80,10 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
         return torch.randperm(total, generator=generator)[:kept].sort().values
 
     layers = zip(shape.layers, counts, strict=True)
-    return [LayerKeep(some(now.heads, heads), some(now.channels, channels)) for now, (heads, channels) in layers]
+    return [
+        LayerKeep(heads=some(now["heads"], heads), channels=some(now["channels"], channels))
+        for now, (heads, channels) in layers
+    ]
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -19,16 +19,10 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import KINDS, Linear
+from loraprune_ds.model.family import Linear
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import (
-    CollectedLinear,
-    ComputeTensor,
-    LayerKeep,
-    LinearId,
-    LoraFactors,
-    OwnedShard,
-)
+from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeTensor, LinearId, LoraFactors, OwnedShard
 
 
 class PlainModel:
@@ -88,15 +82,15 @@ class PlainModel:
     @torch.no_grad()
     def cut(self, keep: list[LayerKeep]) -> int:
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
-            for name, axis, parts in self.shape.layer_cuts(KINDS):
-                self._select(base_parameter(layer, name), axis, layer_keep.indices(self.shape, i, parts))
-            for linear in self.shape.linears:
+            for name, axis, kept in self.shape.layer_cuts(i, layer_keep):
+                self._select(base_parameter(layer, name), axis, kept)
+            for linear, kept in self.shape.cut_linears(i, layer_keep):
                 module = lora_linear(layer, linear)
                 factor = lora_weights(module)[1 - linear.axis]  # A has the inputs, B the outputs
-                self._select(factor, linear.axis, layer_keep.indices(self.shape, i, linear.parts))
+                self._select(factor, linear.axis, kept)
                 set_features(module, *cast(nn.Linear, module.base_layer).weight.shape)
             set_runtime_counts(layer, self.shape, layer_keep.shape)
-        self.shape = self.shape.with_layers(tuple(layer_keep.shape for layer_keep in keep))
+        self.shape = self.shape.after(keep)
         return 0
 
     def _select(self, parameter: Tensor, axis: int, rows: Tensor) -> None:

@@ -23,7 +23,6 @@ from loraprune_ds.config import (
     RunConfig,
     TrainConfig,
 )
-from loraprune_ds.model.family import KINDS, LLAMA_LINEARS
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
@@ -194,7 +193,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
     """
     if world_size == 1:
         return 0, 0
-    mask = sum(layer.count(kind) for layer in shape.layers for kind in KINDS)
+    mask = sum(sum(layer.values()) for layer in shape.layers)
     return 4 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
 
 
@@ -222,7 +221,8 @@ def _measured_step(
     planned = step_sent(request, passes, StepKind(scores, scores))
     if scores:
         planned["input_moments"] = quality.measuring_sent(request, shape, rank)
-    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in LLAMA_LINEARS)
+    linears = shape.input_linears if request.config.prune.criterion == "fisher" else shape.linears
+    groups = sum(layer[linear.kind] for layer in shape.layers for linear in linears)
     not_gathered = planned["weight_gradients"] + planned["input_moments"] + 8 * groups * (scores and world_size > 1)
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
     stage = training_stage("", request, passes, scores=scores)

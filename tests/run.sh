@@ -16,5 +16,6 @@ if (($# == 0)); then
   PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright # the warning is about newer releases, which it asks the network for
   find . -path ./.venv -prune -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print0 |
     xargs --null shellcheck --external-sources
+  set -- --numprocesses 2 --dist loadfile # starting ranks and reading models keeps one core busy at most
 fi
 exec python -m pytest "$@"

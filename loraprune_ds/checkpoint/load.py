@@ -7,19 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.pruner_files import read_moments, read_scores
+from loraprune_ds.checkpoint.pruner_files import keep_from_lists, read_moments, read_scores
 from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSource, read_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import saved_config
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.family import Kind
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning, open_pretrained
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.step import PrunerState
 
 if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
@@ -52,12 +51,14 @@ class TrainingCheckpoint:
             UserError: as `open_for_pruning`.
         """
         pretrained = open_for_pruning(self.shape_folder(), config.prune)
-        return cut_to(pretrained, self.state.kept, config.model.dtype) if self.state.shape.is_source else pretrained
+        if not self.state.shape.is_source:
+            return pretrained
+        return cut_to(pretrained, keep_from_lists(self.state.kept, pretrained.shape.kinds), config.model.dtype)
 
-    def pruner_state(self) -> PrunerState:
-        """Returns what the pruner goes on from."""
-        kept = [LayerKeep(torch.tensor(heads), torch.tensor(channels)) for heads, channels in self.state.kept]
-        return PrunerState(kept, read_scores(self.folder), self.state.updates_since_cut, self._moment_tokens)
+    def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
+        """Returns what the pruner of a model with these kinds of groups goes on from."""
+        kept, scores = keep_from_lists(self.state.kept, kinds), read_scores(self.folder, kinds)
+        return PrunerState(kept, scores, self.state.updates_since_cut, self._moment_tokens)
 
     @property
     def _holds_sums(self) -> bool:

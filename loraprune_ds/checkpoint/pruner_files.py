@@ -1,4 +1,4 @@
-"""The tensors of a pruner's state: the moving averages of its scores, and the input moments of each layer.
+"""The parts of a pruner's state: its kept groups, the moving averages of its scores, the input moments of each layer.
 
 The folder of a run's step has them. So has the folder that the callback keeps beside a Trainer's checkpoint.
 """
@@ -6,31 +6,44 @@ The folder of a run's step has them. So has the folder that the callback keeps b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.family import Kind
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 
 if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
     from loraprune_ds.checkpoint.staging import Staging
 
 
+def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[list[int]]]:
+    """Returns the kept groups of each layer and kind, for JSON."""
+    return [[layer[kind].tolist() for kind in kinds] for layer in keep]
+
+
+def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> list[LayerKeep]:
+    """Returns what `keep_to_lists` was given."""
+    return [LayerKeep(zip(kinds, map(torch.tensor, layer), strict=True)) for layer in lists]
+
+
 def write_scores(staging: "Staging", scores: list[LayerScores] | None) -> None:
     """Writes the moving averages, float64. Nothing if nothing was scored. On one rank."""
     if scores is not None:
-        tensors = {f"{i}.{kind}": getattr(layer, kind) for i, layer in enumerate(scores) for kind in KINDS}
+        tensors = {f"{i}.{kind}": groups for i, layer in enumerate(scores) for kind, groups in layer.items()}
         staging.write(layout.SCORES_FILE, lambda path: save_file(tensors, path))
 
 
-def read_scores(folder: Path) -> list[LayerScores] | None:
+def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> list[LayerScores] | None:
     """Reads the moving averages. None if nothing was scored."""
     path = folder / layout.SCORES_FILE
     if not path.exists():
         return None
     tensors = load_file(path)
-    return [LayerScores(tensors[f"{i}.heads"], tensors[f"{i}.channels"]) for i in range(len(tensors) // 2)]
+    layers = range(len(tensors) // len(kinds))
+    return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers]
 
 
 def write_moments(staging: "Staging", layer: int, moments: dict[str, Tensor]) -> None:

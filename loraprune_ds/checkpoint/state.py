@@ -59,7 +59,7 @@ class RunState:
         adam_step: updates that Adam has made. Fewer than `step` if fp16 steps were skipped.
         schedule: state of the learning-rate schedule.
         loss_scale: state of fp16's loss scaler, empty otherwise.
-        kept: per layer, kept heads and channels as indices into the dense model.
+        kept: per layer, the kept groups of each of the family's kinds, as indices into the dense model.
         updates_since_cut: scores since the last cut.
         cuts: made so far; the number of the shape.
         moment_tokens: tokens that the input moments are sums over; 0 if there are none.
@@ -72,7 +72,7 @@ class RunState:
     adam_step: int
     schedule: dict[str, Any]
     loss_scale: dict[str, Any]
-    kept: list[tuple[list[int], list[int]]]
+    kept: list[list[list[int]]]
     updates_since_cut: int
     cuts: int
     shape: ShapeSource
@@ -106,7 +106,7 @@ def read_state(folder: Path) -> RunState:
     try:
         raw["totals"] = RunTotals(**raw.pop("tally"))
         raw["shape"] = ShapeSource(**raw["shape"])
-        raw["kept"] = [(list(heads), list(channels)) for heads, channels in raw["kept"]]
+        raw["kept"] = [[list(groups) for groups in layer] for layer in raw["kept"]]
         return RunState(**raw)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None

@@ -45,7 +45,7 @@ class ModelCost:
 def count_cost(shape: ModelShape, window: int, sliding_window: int | None, element_size: int) -> ModelCost:
     """Counts the costs on windows of `window` tokens. `sliding_window` is the limit of the model's attention."""
     context = mean_context(window, sliding_window)
-    kv_width = sum(layer.heads for layer in shape.layers) * shape.head_dim
+    kv_width = sum(layer["heads"] for layer in shape.layers) * shape.head_dim
     linear, head = shape.linear_numel(), shape.vocab_size * shape.hidden_size
     attention = 2 * kv_width * shape.queries_per_group * context
     return ModelCost(

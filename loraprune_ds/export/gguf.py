@@ -85,9 +85,9 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 
 
 def _add_sizes(writer: GGUFWriter, shape: ModelShape) -> None:
-    heads = [layer.heads for layer in shape.layers]
-    queries = [layer.heads * shape.queries_per_group for layer in shape.layers]
-    channels = [layer.channels for layer in shape.layers]
+    heads = [layer["heads"] for layer in shape.layers]
+    queries = [shape.query_heads(layer) for layer in shape.layers]
+    channels = [layer["channels"] for layer in shape.layers]
     writer.add_block_count(len(shape.layers))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)

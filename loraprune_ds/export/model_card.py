@@ -184,5 +184,5 @@ def _layer_rows(shape: ModelShape) -> list[str]:
     for layer, run in groupby(range(len(shape.layers)), key=lambda i: shape.layers[i]):
         first, *rest = run
         span = f"{first}–{rest[-1]}" if rest else f"{first}"
-        rows.append(f"| {span} | {layer.heads * shape.queries_per_group} | {layer.heads} | {layer.channels} |")
+        rows.append(f"| {span} | {shape.query_heads(layer)} | {layer['heads']} | {layer['channels']} |")
     return rows

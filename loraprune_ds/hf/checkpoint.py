@@ -12,11 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.pruner_files import read_moments, read_scores, write_moments, write_scores
+from loraprune_ds.checkpoint.pruner_files import (
+    keep_from_lists,
+    keep_to_lists,
+    read_moments,
+    read_scores,
+    write_moments,
+    write_scores,
+)
 from loraprune_ds.checkpoint.run_folder import METRICS_FILE
 from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.checkpoint.staging import Staging
@@ -28,8 +34,7 @@ from loraprune_ds.hf.live import base_config, find_peft_model, live_shape
 from loraprune_ds.hf.training import PrunedTraining
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import PrunerState
 from loraprune_ds.report.metrics import read_metrics, write_history
 from loraprune_ds.report.records import history_from
@@ -38,7 +43,6 @@ from loraprune_ds.zero.cut import cut_without_engine, overwrite_linears
 
 FOLDER = "pruning"
 FORMAT = 1
-Counts = list[tuple[int, int]]  # per layer: heads and channels
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class PruningState:
         steps: of the whole training, which the schedule is made for.
         world_size: the ranks that DeepSpeed's part of the checkpoint belongs to.
         prune: the `PruneConfig`.
-        dense: per layer, heads and channels of the dense model.
-        kept: per layer, kept heads and channels as indices into the dense model.
+        dense: per layer, the groups of the dense model, of each of the family's kinds.
+        kept: per layer, the kept ones of each kind, as indices into the dense model.
         shape: name of the folder with the frozen weights. None where they are slices of the dense model.
     """
 
@@ -59,8 +63,8 @@ class PruningState:
     world_size: int
     seed: int
     prune: dict[str, Any]
-    dense: Counts
-    kept: list[tuple[list[int], list[int]]]
+    dense: list[list[int]]
+    kept: list[list[list[int]]]
     updates_since_cut: int
     moment_tokens: float
     shape: str | None
@@ -84,15 +88,12 @@ class PruningCheckpoint:
     def restore(self, training: PrunedTraining) -> None:
         """Lets a training whose model has been cut to this checkpoint go on from it."""
         state, folder = self.state, self.folder / FOLDER
-        pruner = PrunerState(_keep(state), read_scores(folder), state.updates_since_cut, state.moment_tokens)
+        kept, scores = keep_from_lists(state.kept, self.dense.kinds), read_scores(folder, self.dense.kinds)
+        pruner = PrunerState(kept, scores, state.updates_since_cut, state.moment_tokens)
         training.pruner.restore(pruner, lambda layer: read_moments(folder, layer))
         training.step = state.step
         training.history = history_from(read_metrics(folder / METRICS_FILE))
         training.resumed_from = [*state.resumed_from, state.step]
-
-
-def _keep(state: PruningState) -> list[LayerKeep]:
-    return [LayerKeep(torch.tensor(heads), torch.tensor(channels)) for heads, channels in state.kept]
 
 
 def save_pruning(training: PrunedTraining, folder: Path) -> None:
@@ -120,14 +121,15 @@ def save_pruning(training: PrunedTraining, folder: Path) -> None:
 
 
 def _describe(training: PrunedTraining, state: PrunerState, shape: str | None) -> PruningState:
+    kinds = training.model.shape.kinds
     return PruningState(
         step=training.step,
         steps=training.steps,
         world_size=training.model.world_size,
         seed=training.seed,
         prune=asdict(training.pruner.config),
-        dense=[(layer.heads, layer.channels) for layer in training.pruner.limits.dense.layers],
-        kept=[(keep.heads.tolist(), keep.channels.tolist()) for keep in state.kept_of_dense],
+        dense=[[layer[kind] for kind in kinds] for layer in training.pruner.limits.dense.layers],
+        kept=keep_to_lists(state.kept_of_dense, kinds),
         updates_since_cut=state.updates_since_cut,
         moment_tokens=state.moment_tokens,
         shape=shape,
@@ -157,9 +159,9 @@ def cut_to_checkpoint(
     state = comm.all_or_raise(lambda: _read(found, config, comm))
     peft_model = find_peft_model(model)
     dense = live_shape(peft_model)
-    if dense.layers != tuple(LayerShape(heads, channels) for heads, channels in state.dense):
+    if [[layer[kind] for kind in dense.kinds] for layer in dense.layers] != state.dense:
         raise UserError(f"{found} was made of another model: its layers have other sizes")
-    cut_without_engine(peft_model, dense, _keep(state))
+    cut_without_engine(peft_model, dense, keep_from_lists(state.kept, dense.kinds))
     if state.shape is not None:
         pretrained = comm.all_or_raise(lambda: open_pretrained(found / str(state.shape)))
         overwrite_linears(peft_model, live_shape(peft_model), pretrained.read_flat)

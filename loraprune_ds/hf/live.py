@@ -13,9 +13,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import base_parameter, linear_names
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.model.family import FAMILIES, KINDS, Kind, family_name
+from loraprune_ds.model.family import FAMILIES, Kind, family_name
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.params import full_shape
 
 
@@ -84,7 +85,7 @@ def live_shape(model: PeftModel) -> ModelShape:
 
 
 def _layer_shape(layer: nn.Module, shape: ModelShape) -> LayerShape:
-    return LayerShape(*(_count(layer, shape, kind) for kind in KINDS))
+    return LayerShape({kind: _count(layer, shape, kind) for kind in shape.kinds})
 
 
 def _count(layer: nn.Module, shape: ModelShape, kind: Kind) -> int:

@@ -20,7 +20,8 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.family import Linear
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import ModelShape
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export that keeps the two apart
 ADAPTER = "default"
@@ -180,7 +181,7 @@ def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) 
         if path:
             setattr(owner, last, copy.copy(getattr(owner, last)))
             owner = getattr(owner, last)
-        setattr(owner, runtime.attribute, counts.count(runtime.kind) * shape.width(runtime.width))
+        setattr(owner, runtime.attribute, counts[runtime.kind] * shape.width(runtime.width))
 
 
 def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:

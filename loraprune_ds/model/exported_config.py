@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from loraprune_ds.model.classes import causal_lm_class, config_class
-from loraprune_ds.model.family import PRUNED, family_name
+from loraprune_ds.model.family import COUNT_FIELDS, PRUNED, family_name
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 
 # Keys about the source's files and its own pruning. They say nothing about this model.
@@ -110,26 +111,22 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
 
     The global ones are those of the widest layer. A reader of only these never reserves too little.
     """
-    heads = max(layer.heads for layer in shape.layers)
+    widest = LayerShape((kind, max(layer[kind] for layer in shape.layers)) for kind in shape.kinds)
     sizes: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": len(shape.layers),
         "head_dim": shape.head_dim,
-        **_layer_sizes(heads, max(layer.channels for layer in shape.layers), shape),
+        **_layer_sizes(widest, shape),
     }
     if not shape.is_uniform:
-        per_layer = enumerate(shape.layers)
-        sizes["per_layer_config"] = {str(i): _layer_sizes(x.heads, x.channels, shape) for i, x in per_layer}
+        sizes["per_layer_config"] = {str(i): _layer_sizes(layer, shape) for i, layer in enumerate(shape.layers)}
     return sizes
 
 
-def _layer_sizes(heads: int, channels: int, shape: ModelShape) -> dict[str, int]:
-    return {
-        "num_attention_heads": heads * shape.queries_per_group,
-        "num_key_value_heads": heads,
-        "intermediate_size": channels,
-    }
+def _layer_sizes(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
+    counts = {COUNT_FIELDS[kind]: count for kind, count in layer.items()}
+    return {"num_attention_heads": shape.query_heads(layer), **counts}
 
 
 def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:

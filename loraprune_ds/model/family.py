@@ -1,6 +1,6 @@
 """The one table that knows model families: what leaves with a group of a decoder layer, and what else is special.
 
-A decoder layer has groups of two kinds. All of a group leaves together.
+A decoder layer has groups of several kinds. All of a group leaves together.
   heads     one key-value head with all the query heads that read it. Under MHA it is one head.
   channels  one MLP channel.
 
@@ -9,14 +9,16 @@ Along its axis a weight is a sequence of parts. A part has all groups of a layer
 names and shapes come from the model itself, built on the meta device. A size that the table does not explain is
 refused.
 
-A family that is like LLaMA is one line: add its `model_type` to LLAMA_LIKE.
+A family that is like LLaMA is one line: add its `model_type` to LLAMA_LIKE. Another kind of groups is a row of
+COUNT_FIELDS, and parts of that kind in a family.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["heads", "channels"]
-KINDS: tuple[Kind, Kind] = ("heads", "channels")
+Kind = str
+# The field of config.json that counts the groups of a kind.
+COUNT_FIELDS: dict[Kind, str] = {"heads": "num_key_value_heads", "channels": "intermediate_size"}
 # Rows of one group: head_dim times the query heads of a group, head_dim, the query heads of a group, or 1.
 Width = Literal["queries", "head", "query_count", "one"]
 PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
@@ -98,6 +100,14 @@ class Family:
     attention_softcap: str | None = None
     windows_begin_with_bos: bool = False
     heads_divide_hidden: bool = False
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of its groups, in the order of the forward: heads first.
+
+        The last is the finest. It makes up for what whole groups of the others cannot.
+        """
+        return tuple(dict.fromkeys(linear.kind for linear in self.linears))
 
 
 QUERIES, KEYS, CHANNELS = Part("heads", "queries"), Part("heads", "head"), Part("channels")

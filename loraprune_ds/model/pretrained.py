@@ -14,16 +14,15 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.family import KINDS, Kind
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape, with_biases
+from loraprune_ds.model.shapes import ModelShape, with_biases
 from loraprune_ds.model.text_part import text_config, text_tensors
 
 WEIGHT_FILES = "model-*-of-*.safetensors"
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the shard itself
 HEAD = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq", HEAD)  # the first is computed anew. A tied head is the embedding
-Kept = Sequence[tuple[list[int], list[int]]]  # per layer: heads and channels of the model on disk, ascending
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names. An 8-bit weight means nothing without its scales
 
 
@@ -146,30 +145,26 @@ def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
     return replace(pretrained, config=config, shape=shape, absent=absent)
 
 
-def cut_to(pretrained: PretrainedModel, kept: Kept, dtype: str) -> PretrainedModel:
+def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -> PretrainedModel:
     """Returns the model that keeps these groups, as if it had been exported and opened.
 
     Its weights are slices of the files on disk. They are read from there and not stored again.
 
     Args:
+        keep: per layer, the groups of the model on disk that stay.
         dtype: of the weights, as config.json would name it.
     """
-    layers = tuple(LayerShape(len(heads), len(channels)) for heads, channels in kept)
-    if layers == pretrained.shape.layers:
+    dense = pretrained.shape
+    left = dense.after(keep)
+    if left.layers == dense.layers:
         return pretrained
-    config = export_config(pretrained.config, pretrained.shape.with_layers(layers), dtype).config
-    shape = shape_from_config(config, str(pretrained.folder))
-    return replace(pretrained, config=config, shape=shape, slices=_slices(pretrained, kept))
-
-
-def _slices(pretrained: PretrainedModel, kept: Kept) -> dict[str, Slice]:
-    shape, slices = pretrained.shape, dict[str, Slice]()
-    for i, groups in enumerate(kept):
-        keep: dict[Kind, Tensor] = {kind: torch.tensor(some) for kind, some in zip(KINDS, groups, strict=True)}
-        cut: list[Kind] = [kind for kind in KINDS if len(keep[kind]) < shape.layers[i].count(kind)]
-        for name, axis, parts in shape.layer_cuts(cut):
-            slices[f"model.layers.{i}.{name}"] = Slice(axis, shape.kept_indices(i, parts, keep))
-    return slices
+    config = export_config(pretrained.config, left, dtype).config
+    slices = {
+        f"model.layers.{i}.{name}": Slice(axis, kept)
+        for i, layer_keep in enumerate(keep)
+        for name, axis, kept in dense.layer_cuts(i, layer_keep)
+    }
+    return replace(pretrained, config=config, shape=shape_from_config(config, str(pretrained.folder)), slices=slices)
 
 
 def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:

@@ -6,8 +6,9 @@ from typing import Any, cast
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.classes import build_on_meta, config_class
-from loraprune_ds.model.family import FAMILIES, family_name
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.family import COUNT_FIELDS, FAMILIES, Kind, family_name
+from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
 REFUSED = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank", "linear_num_key_heads")
@@ -28,7 +29,8 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         given = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
         per_layer = {int(k): v for k, v in given.items()}
         defaults = config_class(config["model_type"])
-        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults) for i in range(num_layers)]
+        kinds = FAMILIES[family_name(config["model_type"])].kinds
+        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, kinds) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
         head_dim = config.get("head_dim", getattr(defaults, "head_dim", None))
         head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
@@ -36,7 +38,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: config.json holds a size that is no number: {error}") from None
-    if min(num_layers, hidden, vocab_size, head_dim, *(size for layer in sizes for size in layer)) < 1:
+    if min(num_layers, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
     stock = FAMILIES.get(config["model_type"])
@@ -50,10 +52,10 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         model_type=config["model_type"],
         hidden_size=hidden,
         head_dim=head_dim,
-        queries_per_group=sizes[0][0] // sizes[0][1],
+        queries_per_group=sizes[0][0] // sizes[0][1]["heads"],
         vocab_size=vocab_size,
         tie_word_embeddings="lm_head.weight" not in parameters,
-        layers=tuple(LayerShape(heads, channels) for _, heads, channels in sizes),
+        layers=tuple(layer for _, layer in sizes),
     )
     return _add_parameters(shape, parameters, where)
 
@@ -88,9 +90,10 @@ def _check_type(config: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: config.json has {found}: such layers are not supported")
 
 
-def _check_heads(where: str, sizes: list[tuple[int, int, int]], head_dim: int) -> None:
-    for i, (queries, heads, _) in enumerate(sizes):
-        if queries % heads or queries // heads != sizes[0][0] // sizes[0][1]:
+def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int) -> None:
+    for i, (queries, layer) in enumerate(sizes):
+        heads = layer["heads"]
+        if queries % heads or queries // heads != sizes[0][0] // sizes[0][1]["heads"]:
             raise UserError(
                 f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
                 "the same whole number of query heads per key-value head"
@@ -99,11 +102,12 @@ def _check_heads(where: str, sizes: list[tuple[int, int, int]], head_dim: int) -
         raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
 
 
-def _layer_sizes(config: dict[str, Any], defaults: Any) -> tuple[int, int, int]:
-    """Returns query heads, key-value heads and channels."""
+def _layer_sizes(config: dict[str, Any], defaults: Any, kinds: tuple[Kind, ...]) -> tuple[int, LayerShape]:
+    """Returns the query heads of a layer, and its groups. Each query head has its own key-value head by default."""
     queries = int(config["num_attention_heads"])
     heads = config.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None)) or queries
-    return queries, int(heads), int(config["intermediate_size"])
+    counts = config | {"num_key_value_heads": heads}
+    return queries, LayerShape((kind, int(counts[COUNT_FIELDS[kind]])) for kind in kinds)
 
 
 def _add_parameters(shape: ModelShape, found: Mapping[str, tuple[int, ...]], where: str) -> ModelShape:

@@ -1,25 +1,15 @@
 """The sizes of the network: what a decoder layer holds, how wide it is, and all other parameters."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import FAMILIES, KINDS, Family, Kind, Linear, Part, Width, family_name
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Holds the counts of one decoder layer that pruning changes."""
-
-    heads: int  # key-value heads = head groups
-    channels: int  # intermediate_size
-
-    def count(self, kind: Kind) -> int:
-        return self.heads if kind == "heads" else self.channels
+from loraprune_ds.model.family import FAMILIES, Family, Kind, Linear, Part, Width, family_name
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,11 @@ class ModelShape:
         return FAMILIES[family_name(self.model_type)]
 
     @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of groups, in the order of all masks, draws and files."""
+        return self.family.kinds
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """The LoRA-adapted linears of a decoder layer, in the order of its forward."""
         return self.family.linears
@@ -74,17 +69,17 @@ class ModelShape:
 
     def part_sizes(self, layer: int, parts: tuple[Part, ...]) -> list[int]:
         """Returns the rows (or columns) of each part at this layer's current width."""
-        return [self.layers[layer].count(part.kind) * self.width(part.width) for part in parts]
+        return [self.layers[layer][part.kind] * self.width(part.width) for part in parts]
 
-    def kept_indices(self, layer: int, parts: tuple[Part, ...], groups: Mapping[Kind, Tensor]) -> Tensor:
-        """Returns the rows (or columns) that stay along the axis of these parts, ascending int64.
+    def query_heads(self, layer: LayerShape) -> int:
+        """Counts the query heads of such a layer."""
+        return layer["heads"] * self.queries_per_group
 
-        Args:
-            groups: the groups of each kind that stay in this layer, ascending.
-        """
+    def kept_indices(self, layer: int, parts: tuple[Part, ...], keep: LayerKeep) -> Tensor:
+        """Returns the rows (or columns) that stay along the axis of these parts, ascending int64."""
         offset, kept = 0, list[Tensor]()
         for part, size in zip(parts, self.part_sizes(layer, parts), strict=True):
-            kept.append(offset + group_indices(groups[part.kind], self.width(part.width)))
+            kept.append(offset + group_indices(keep[part.kind], self.width(part.width)))
             offset += size
         return torch.cat(kept)
 
@@ -111,7 +106,7 @@ class ModelShape:
 
     def layer_numel(self, layer: int) -> int:
         """Counts the linear parameters of one decoder layer. `prune.ratio` is a fraction of these."""
-        return sum(self.layers[layer].count(kind) * self.group_numel(kind) for kind in KINDS)
+        return sum(count * self.group_numel(kind) for kind, count in self.layers[layer].items())
 
     def linear_numel(self) -> int:
         """Counts the linear parameters of all decoder layers."""
@@ -142,20 +137,34 @@ class ModelShape:
             shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)),)
         return shapes | {f"{prefix}{name}": size for name, size in self.layer_others.items()}
 
-    def layer_cuts(self, kinds: Collection[Kind]) -> Iterator[tuple[str, int, tuple[Part, ...]]]:
-        """Yields all parameters of a layer that get smaller when groups of these kinds leave, LoRA apart.
+    def cut_kinds(self, layer: int, keep: LayerKeep) -> list[Kind]:
+        """Returns the kinds of which the layer loses groups."""
+        return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer][kind]]
 
-        Each comes as its name inside the layer, the axis that gets smaller, and the parts along it. The linears that
-        lose inputs, such as o_proj and down_proj, keep their whole bias.
-        """
+    def cut_linears(self, layer: int, keep: LayerKeep) -> Iterator[tuple[Linear, Tensor]]:
+        """Yields the linears of a layer that get smaller, each with its rows (or columns) that stay."""
+        kinds = self.cut_kinds(layer, keep)
         for linear in self.linears:
             if linear.kind in kinds:
-                yield f"{linear.name}.weight", linear.axis, linear.parts
-                if linear.axis == 0 and self.has_bias(linear):
-                    yield f"{linear.name}.bias", 0, linear.parts
+                yield linear, self.kept_indices(layer, linear.parts, keep)
+
+    def layer_cuts(self, layer: int, keep: LayerKeep) -> Iterator[tuple[str, int, Tensor]]:
+        """Yields all parameters of a layer that get smaller, LoRA apart.
+
+        Each comes as its name inside the layer, the axis that gets smaller, and the rows (or columns) that stay along
+        it. The linears that lose inputs, such as o_proj and down_proj, keep their whole bias.
+        """
+        for linear, kept in self.cut_linears(layer, keep):
+            yield f"{linear.name}.weight", linear.axis, kept
+            if linear.axis == 0 and self.has_bias(linear):
+                yield f"{linear.name}.bias", 0, kept
         for companion in self.family.companions:
-            if companion.parts[0].kind in kinds:
-                yield companion.name, 0, companion.parts
+            if companion.parts[0].kind in self.cut_kinds(layer, keep):
+                yield companion.name, 0, self.kept_indices(layer, companion.parts, keep)
+
+    def after(self, keep: Sequence[LayerKeep]) -> "ModelShape":
+        """Returns what a cut leaves of the model."""
+        return self.with_layers(tuple(layer_keep.shape for layer_keep in keep))
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":
         """Returns the same model with other widths."""

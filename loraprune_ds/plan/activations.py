@@ -6,7 +6,8 @@ README.md in this folder has the formulas. tests/benchmarks/plan_measured.py cou
 from dataclasses import dataclass
 
 from loraprune_ds.model.distillation import chunk_size
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import ModelShape
 
 DROPOUT_MASK = 1  # bytes of an element of torch's fused mask, on a GPU
 
@@ -40,7 +41,7 @@ class PlannedBatch:
 
     def probabilities(self, shape: ModelShape, layer: LayerShape) -> int:
         """Counts the elements of one layer's attention probabilities. Only eager attention makes them."""
-        return self.eager * self.samples * layer.heads * shape.queries_per_group * self.window**2
+        return self.eager * self.samples * shape.query_heads(layer) * self.window**2
 
 
 def saved_by_layer(
@@ -53,8 +54,8 @@ def saved_by_layer(
     mask_size: int = DROPOUT_MASK,
 ) -> int:
     """Returns the bytes that one decoder layer keeps without checkpointing."""
-    t, e, h, f = batch.tokens, batch.element_size, shape.hidden_size, layer.channels
-    query_heads, key_width = layer.heads * shape.queries_per_group, layer.heads * shape.head_dim
+    t, e, h, f = batch.tokens, batch.element_size, shape.hidden_size, layer["channels"]
+    query_heads, key_width = shape.query_heads(layer), layer["heads"] * shape.head_dim
     query_width = query_heads * shape.head_dim
     attention = e * t * (2 * query_width + 2 * key_width) + 4 * t * query_heads
     if batch.eager:
@@ -80,7 +81,7 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     It is in the MLP or in eager attention. That has masked scores, fp32 probabilities, and their copy.
     """
     e = batch.element_size
-    mlp = max(4 * e * batch.tokens * layer.channels for layer in shape.layers)
+    mlp = max(4 * e * batch.tokens * layer["channels"] for layer in shape.layers)
     scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
     return max(mlp, scores) + batch.causal_mask
 
@@ -106,5 +107,5 @@ def _backward_temporaries(shape: ModelShape, layer: LayerShape, batch: PlannedBa
     three fp32 tensors. Eager attention has fp32 gradients of probabilities and scores.
     """
     t, e, h = batch.tokens, batch.element_size, shape.hidden_size
-    widest = max(4 * e * t * layer.channels, 12 * t * h, 8 * batch.probabilities(shape, layer))
+    widest = max(4 * e * t * layer["channels"], 12 * t * h, 8 * batch.probabilities(shape, layer))
     return 2 * e * t * h + widest

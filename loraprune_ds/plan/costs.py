@@ -105,7 +105,7 @@ def attention_product(request: Request, shape: ModelShape) -> float:
 
     It covers half a window on average, with `eager` all of it.
     """
-    query_width = sum(layer.heads for layer in shape.layers) * shape.queries_per_group * shape.head_dim
+    query_width = sum(map(shape.query_heads, shape.layers)) * shape.head_dim
     eager = request.config.model.attn_implementation == "eager"
     return 2 * query_width * request.config.data.window / (1 if eager else 2)
 
@@ -123,8 +123,11 @@ def _scoring_flops(request: Request, shape: ModelShape, tokens: float) -> float:
     """Returns the operations of one rank for its weights.
 
     They form B·A. An estimate of the gradient takes twice the rank besides. The true gradient takes one more product
-    with the inputs of each token.
+    with the inputs of each token. `fisher` takes three operations per token and input that a linear may lose.
     """
     criterion, rank, numel = request.config.prune.criterion, request.config.lora.r, shape.linear_numel()
+    if criterion == "fisher":
+        layers = range(len(shape.layers))
+        return 3 * tokens * sum(shape.linear_shape(i, linear)[1] for i in layers for linear in shape.input_linears)
     per_weight = {"random": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
     return (2 * numel * tokens if criterion == "gradient" else 0) + per_weight * numel / request.world_size

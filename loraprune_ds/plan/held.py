@@ -2,7 +2,6 @@
 
 import math
 
-from loraprune_ds.model.family import KINDS
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.request import Request
@@ -70,7 +69,7 @@ def checkpoint_terms(request: Request, after_first_cut: ModelShape) -> Terms:
     shape, prune, copies = request.shape, request.config.prune, request.config.checkpoint.copy_source
     terms = {
         "lora_state": 12 * sum(shape.lora_sizes(request.config.lora.r)),
-        "scores": 8 * sum(layer.count(kind) for layer in shape.layers for kind in KINDS),
+        "scores": 8 * sum(sum(layer.values()) for layer in shape.layers),
     }
     if copies or prune.compensate != "none":
         terms["weights"] = request.element_size * (shape if copies else after_first_cut).total_numel()

@@ -1,4 +1,4 @@
-"""Costs of the quality settings: `prune.compensate`, `prune.criterion: gradient`, `train.distill_weight`.
+"""Costs of the quality settings: `prune.compensate`, `prune.criterion`, `train.distill_weight`.
 
 README.md in this folder has the formulas. A setting that is off costs 0.
 """
@@ -10,6 +10,7 @@ from loraprune_ds.model.family import Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.request import Request
+from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.zero.flat import layer_owner, partition_numel
 
 
@@ -95,6 +96,22 @@ def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> floa
         for owner, _, m, n, k in _refits(request, before, after):
             of_ranks[owner] += k**3 / 3 + 2 * k * (n - k) * m + 4 * k**2 * m
     return max(of_ranks)
+
+
+def squared_gradients(request: Request, shape: ModelShape) -> int:
+    """Returns the bytes while `fisher` scores a linear: three fp32 blocks of its inputs.
+
+    LoRA's dropout replaces the inputs that would be there anyway. With it they are kept, in the model's dtype.
+    """
+    if request.config.prune.criterion != "fisher":
+        return 0
+    train, layers = request.config.train, range(len(shape.layers))
+    tokens = train.micro_batch_size * request.config.data.window
+    widths = [[shape.linear_shape(i, linear)[1] for linear in shape.input_linears] for i in layers]
+    of_layers = [request.element_size * tokens * sum(layer) for layer in widths]
+    kept = max(of_layers) if train.gradient_checkpointing else sum(of_layers)
+    blocks = 3 * 4 * min(tokens * max(map(max, widths)), DEVICE_BLOCK_NUMEL)
+    return blocks + (kept if request.config.lora.lora_dropout else 0)
 
 
 def linear_sizes(shape: ModelShape) -> list[tuple[int, int]]:

@@ -15,10 +15,11 @@ from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.family import KINDS, LLAMA_LINEARS
+from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape, with_biases
+from loraprune_ds.model.shapes import ModelShape, with_biases
 from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
@@ -121,14 +122,14 @@ class Request:
         if self.config.prune.ranking == "uniform":
             cut = [uniform_counts(self.limits, target, self.config.prune.ratio)] * len(dense.layers)
         else:
-            leaving, of_heads = target * dense.linear_numel(), self.limits.head_share
-            gone = [
-                leaving * share / sum(dense.layers[i].count(kind) * dense.group_numel(kind) for i in open_layers)
-                for kind, share in zip(KINDS, (of_heads, 1 - of_heads), strict=True)
-            ]
+            leaving = target * dense.linear_numel()
+            gone = {
+                kind: leaving * share / sum(dense.layers[i][kind] * dense.group_numel(kind) for i in open_layers)
+                for kind, share in self.limits.shares.items()
+            }
             cut = [
-                LayerShape(*(max(1, round(x.count(kind) * (1 - g))) for kind, g in zip(KINDS, gone, strict=True)))
-                for x in dense.layers
+                LayerShape((kind, max(1, round(count * (1 - gone[kind])))) for kind, count in layer.items())
+                for layer in dense.layers
             ]
         return dense.with_layers(tuple(cut[i] if i in open_layers else x for i, x in enumerate(dense.layers)))
 

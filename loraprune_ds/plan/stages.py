@@ -75,6 +75,7 @@ def training_stage(name: str, request: Request, passes: Passes, *, scores: bool 
         gradients = _if_any(weight_gradients=quality.weight_gradients(request, shape))
         passing = _if_any(
             whole_gradient=quality.whole_gradient(request, shape),
+            squared_gradients=quality.squared_gradients(request, shape),
             measured_inputs=quality.measured_inputs(request, shape),
         )
         scoring = _scoring(request, shape) | gradients
@@ -143,7 +144,9 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     layers = [shape.layer_lora_sizes(i, request.config.lora.r) for i in range(len(shape.layers))]
     shards, whole = max(map(request.shards, layers)), max(map(sum, layers))
     block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in quality.linear_sizes(shape))
-    groups = sum(len(shape.linears) * max(layer.heads, layer.channels) for layer in shape.layers)
+    groups = sum(len(shape.linears) * max(layer.values()) for layer in shape.layers)
+    if request.config.prune.criterion == "fisher":  # the vectors alone
+        return {"score_sums": 8 * groups}
     return {
         "lora_factors_of_a_layer": 2 * 4 * (shards + shards * request.world_size + whole),
         "score_blocks": 4 * min(block, DEVICE_BLOCK_NUMEL) * 4,  # of whole rows

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loraprune_ds.model.family import KINDS
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.zero.flat import AxisCut, moved_elements
 
 
@@ -86,20 +85,23 @@ def step_sent(request: Request, passes: Passes, kind: StepKind) -> dict[str, int
 
 
 def scoring_sent(request: Request, shape: ModelShape) -> int:
-    """Returns the bytes of an all-gather of LoRA (fp32 masters and gradients) and an all-reduce of fp64 scores."""
-    if request.world_size == 1 or request.config.prune.criterion == "random":
+    """Returns the bytes of an all-gather of LoRA (fp32 masters and gradients) and an all-reduce of fp64 scores.
+
+    `fisher` reads no LoRA. It scores only the linears that lose inputs.
+    """
+    criterion = request.config.prune.criterion
+    if request.world_size == 1 or criterion == "random":
         return 0
-    groups = sum(layer.count(linear.kind) for layer in shape.layers for linear in shape.linears)
-    return 2 * request.lora_shards(shape) * (request.world_size - 1) * 4 + groups * 8
+    linears = shape.input_linears if criterion == "fisher" else shape.linears
+    scores = 8 * sum(layer[linear.kind] for layer in shape.layers for linear in linears)
+    return scores + (0 if criterion == "fisher" else 2 * request.lora_shards(shape) * (request.world_size - 1) * 4)
 
 
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
     """Lists (cut, is LoRA) of every tensor that `ShardedModel` cuts in a layer."""
     cuts = []
-    for linear in shape.linears:
-        if not keep.cuts(shape.layers[index], linear.kind):
-            continue
-        (rows, columns), kept = shape.linear_shape(index, linear), keep.indices(shape, index, linear.parts)
+    for linear, kept in shape.cut_linears(index, keep):
+        rows, columns = shape.linear_shape(index, linear)
         factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
         cuts += [(AxisCut((rows, columns), linear.axis, kept), False), (AxisCut(factor, linear.axis, kept), True)]
         if shape.has_bias(linear) and linear.axis == 0:
@@ -137,5 +139,5 @@ def cut_sent(request: Request, before: ModelShape, after: ModelShape) -> int:
 
 
 def _random_keep(before: LayerShape, after: LayerShape, generator: torch.Generator) -> LayerKeep:
-    chosen = (torch.randperm(before.count(kind), generator=generator)[: after.count(kind)] for kind in KINDS)
-    return LayerKeep(*(groups.sort().values for groups in chosen))
+    chosen = ((kind, torch.randperm(count, generator=generator)[: after[kind]]) for kind, count in before.items())
+    return LayerKeep((kind, groups.sort().values) for kind, groups in chosen)

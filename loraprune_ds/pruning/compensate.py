@@ -22,8 +22,9 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.input_moments import InputMoments
-from loraprune_ds.pruning.prunable_model import CollectedLinear, LayerKeep, LinearId, PrunableModel
+from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
 
 
@@ -123,14 +124,14 @@ class Compensator:
         shape = self._model.shape
         linear_ids = [
             LinearId(i, linear)
-            for i, layer in enumerate(shape.layers)
-            for linear in shape.input_linears
-            if keep[i].cuts(layer, linear.kind)
+            for i in range(len(shape.layers))
+            for linear, _ in shape.cut_linears(i, keep[i])
+            if linear.axis == 1
         ]
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
             moment = self.moments.sums[linear_id]
-            kept = keep[linear_id.layer].indices(shape, linear_id.layer, linear_id.linear.parts).to(moment.device)
+            kept = shape.kept_indices(linear_id.layer, linear_id.linear.parts, keep[linear_id.layer]).to(moment.device)
             if not self._refits:
                 assert linear.bias is not None, "a model that is to be compensated by biases is built with them"
                 return (linear.bias.float() + mean_output(linear, moment / self.moments.tokens, kept)).to(

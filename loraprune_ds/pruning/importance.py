@@ -4,7 +4,6 @@
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -12,27 +11,16 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family import KINDS, Kind, Linear
+from loraprune_ds.model.family import Kind, Linear
+from loraprune_ds.model.per_kind import LayerKeep, LayerTensors
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
-from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.weight_gradients import WeightGradients
 
 
-@dataclass(frozen=True)
-class LayerScores:
-    """Holds the importance of a layer's groups, float64: heads (key-value heads,), channels (intermediate_size,)."""
-
-    heads: Tensor
-    channels: Tensor
-
-    def of(self, kind: Kind) -> Tensor:
-        """Returns (groups of this kind,)."""
-        return self.heads if kind == "heads" else self.channels
-
-    def select(self, keep: LayerKeep) -> "LayerScores":
-        """Returns the scores of the groups that stay."""
-        return LayerScores(self.heads[keep.heads], self.channels[keep.channels])
+class LayerScores(LayerTensors):
+    """Holds the importance of a layer's groups, float64."""
 
 
 def score_groups(
@@ -42,7 +30,7 @@ def score_groups(
     step: int,
     gradients: WeightGradients | None = None,
 ) -> list[LayerScores]:
-    """Scores all groups from the shards the ranks own: one all-reduce of O(heads + channels) numbers.
+    """Scores all groups from the shards the ranks own: one all-reduce of O(groups) numbers.
 
     Args:
         criterion: a key of `ELEMENT_CRITERIA`.
@@ -65,12 +53,28 @@ def score_groups(
             parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
             for part, rows in zip(linear.parts, parts, strict=True):
                 partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)
+    return complete_scores(model, shape.linears, partial, normalization, step)
+
+
+def complete_scores(
+    model: PrunableModel, linears: tuple[Linear, ...], partial: list[Tensor], normalization: Normalization, step: int
+) -> list[LayerScores]:
+    """Adds up the partial scores of all ranks, by one all-reduce, and then those of a group's linears.
+
+    Args:
+        linears: those of a layer that have scores.
+        partial: this rank's (groups,) float64 of each part of these linears, layer by layer.
+        normalization, step: as in `score_groups`.
+
+    Raises:
+        RunError: a score is not finite. The message names the layer, the linear and the step.
+    """
     sizes = [len(scores) for scores in partial]
     totals: tuple[Tensor, ...] = torch.split(model.sum_over_ranks(torch.cat(partial)).cpu(), sizes)
-    count = sum(len(linear.parts) for linear in shape.linears)
+    count = sum(len(linear.parts) for linear in linears)
     return [
-        _add_parts(shape.linears, totals[i * count : (i + 1) * count], normalization, layer=i, step=step)
-        for i in range(len(shape.layers))
+        _add_parts(linears, totals[i * count : (i + 1) * count], normalization, layer=i, step=step)
+        for i in range(len(model.shape.layers))
     ]
 
 
@@ -90,7 +94,7 @@ def _add_parts(
         if normalization == "l2" and norm > 0:
             score = score / norm
         total[part.kind] = total[part.kind] + score if part.kind in total else score
-    return LayerScores(total["heads"], total["channels"])
+    return LayerScores(total)
 
 
 def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
@@ -98,9 +102,8 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
     scores: list[LayerScores] = []
     for i, layer in enumerate(shape.layers):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        scores.append(
-            LayerScores(*(torch.rand(layer.count(kind), generator=generator, dtype=torch.float64) for kind in KINDS))
-        )
+        draws = {kind: torch.rand(layer[kind], generator=generator, dtype=torch.float64) for kind in shape.kinds}
+        scores.append(LayerScores(draws))
     return scores
 
 
@@ -115,12 +118,11 @@ class MovingAverage:
     def update(self, now: list[LayerScores]) -> None:
         """Adds the scores of one more step, of the same groups as before."""
         if self.scores is None:
-            self.scores = [LayerScores(torch.zeros_like(s.heads), torch.zeros_like(s.channels)) for s in now]
-        blend = [
-            [self.decay * old.of(k) + (1 - self.decay) * new.of(k) for k in KINDS]
+            self.scores = [LayerScores((kind, torch.zeros_like(s)) for kind, s in layer.items()) for layer in now]
+        self.scores = [
+            LayerScores((kind, self.decay * old[kind] + (1 - self.decay) * new[kind]) for kind in new)
             for old, new in zip(self.scores, now, strict=True)
         ]
-        self.scores = [LayerScores(*kinds) for kinds in blend]
         self.updates_since_cut += 1
 
     def cut(self, keep: list[LayerKeep]) -> None:

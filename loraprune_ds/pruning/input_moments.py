@@ -5,15 +5,14 @@ They are recorded in training's own forward passes.
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.dtypes import tf32_where_exact
-from loraprune_ds.pruning.prunable_model import LayerKeep, LinearId, PrunableModel
+from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
+from loraprune_ds.pruning.taps import hook_inputs
 
 
 class InputMoments:
@@ -41,11 +40,7 @@ class InputMoments:
         self._active = False
         self._attention_mask: Tensor | None = None
         self._own_tokens = 0  # of this rank in this step
-        linear_ids = [LinearId(i, linear) for i in layers for linear in model.shape.input_linears]
-        self._first = linear_ids[0]
-        for linear_id in linear_ids:
-            module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
-            module.register_forward_pre_hook(partial(self._record, linear_id))
+        self._first = hook_inputs(model, layers, self._record)[0]
 
     @contextmanager
     def record_step(self) -> Generator[None]:
@@ -74,13 +69,13 @@ class InputMoments:
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts the sums along with the groups. The model must still have its shape from before the cut."""
         shape = self._model.shape
-        for linear_id, value in self.sums.items():
-            layer_keep = keep[linear_id.layer]
-            if not layer_keep.cuts(shape.layers[linear_id.layer], linear_id.linear.kind):
-                continue
-            indices = layer_keep.indices(shape, linear_id.layer, linear_id.linear.parts).to(value.device)
-            value = value.index_select(0, indices)
-            self.sums[linear_id] = value.index_select(1, indices) if self._second else value
+        for layer, layer_keep in enumerate(keep):
+            for linear, kept in shape.cut_linears(layer, layer_keep):
+                linear_id = LinearId(layer, linear)
+                if linear_id in self.sums:
+                    indices = kept.to(self._model.device)
+                    value = self.sums[linear_id].index_select(0, indices)
+                    self.sums[linear_id] = value.index_select(1, indices) if self._second else value
 
     def of_layer(self, layer: int) -> dict[str, Tensor]:
         """Returns one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
@@ -102,10 +97,10 @@ class InputMoments:
         self.tokens = 0.0
 
     @torch.no_grad()
-    def _record(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _record(self, linear_id: LinearId, inputs: Tensor) -> None:
         if not self._active:
             return
-        x, mask = inputs[0].detach(), self._attention_mask
+        x, mask = inputs.detach(), self._attention_mask
         rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()  # (tokens, n)
         if linear_id == self._first:
             self._own_tokens += len(rows)

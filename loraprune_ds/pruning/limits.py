@@ -1,13 +1,15 @@
 """Limits on what pruning may take from a layer: protected layers, minimum widths, a cap per layer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import KINDS, Kind
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.family import Kind
+from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,14 @@ class Limits:
         floor: fewest groups that each layer keeps. A protected layer's floor is its dense count.
         layer_budget: most linear parameters each layer may lose.
         multiples: kept counts of a kind are multiples of this, except dense counts.
-        head_share: the heads' part of the parameters that leave, where they do not compete with channels.
+        shares: each kind's part of the parameters that leave, where the kinds do not compete.
     """
 
     dense: ModelShape
     floor: tuple[LayerShape, ...]
     layer_budget: tuple[int, ...]
     multiples: Mapping[Kind, int]
-    head_share: float
+    shares: Mapping[Kind, float]
 
     @property
     def open_layers(self) -> list[int]:
@@ -38,27 +40,35 @@ class Limits:
 
         A block has as many groups as lead to the next lower multiple.
         """
-        multiple, floor = self.multiples[kind], self.floor[layer].count(kind)
+        multiple, floor = self.multiples[kind], self.floor[layer][kind]
         if count <= floor:
             return []
         first = count % multiple or multiple
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
-    def fewest_channels(self, layer: int, heads: int) -> int | None:
-        """Returns the fewest channels that the layer may keep beside so many heads. None if the heads are too few."""
-        dense = self.dense.layers[layer]
-        spare = self.layer_budget[layer] - (dense.heads - heads) * self.dense.group_numel("heads")
-        if spare < 0:
-            return None
-        least = dense.channels - spare // self.dense.group_numel("channels")
-        least = _round_up(least, self.multiples["channels"])
-        return min(max(least, self.floor[layer].channels), dense.channels)
+    def narrowest(self, layer: int) -> Iterator[LayerShape]:
+        """Yields the narrowest shapes of a layer: the fewest groups of the finest kind beside each count of the others.
 
-    def lost(self, layer: int, heads: int, channels: int) -> int:
+        What exceeds the layer's budget without any group of the finest kind is left out.
+        """
+        dense, floor = self.dense.layers[layer], self.floor[layer]
+        *coarse, fine = self.dense.kinds
+        for counts in product(*(range(floor[kind], dense[kind] + 1, self.multiples[kind]) for kind in coarse)):
+            shape = LayerShape({**dense, **dict(zip(coarse, counts, strict=True))})
+            spare = self.layer_budget[layer] - self.lost(layer, shape)
+            if spare >= 0:
+                least = dense[fine] - spare // self.dense.group_numel(fine)
+                least = _round_up(least, self.multiples[fine])
+                yield LayerShape({**shape, fine: min(max(least, floor[fine]), dense[fine])})
+
+    def step_numel(self, kind: Kind) -> int:
+        """Counts the linear parameters of the fewest groups of a kind that leave together."""
+        return self.multiples[kind] * self.dense.group_numel(kind)
+
+    def lost(self, layer: int, counts: Mapping[Kind, int]) -> int:
         """Returns the linear parameters that a layer of these counts has lost."""
-        dense = self.dense.layers[layer]
-        gone = (dense.heads - heads) * self.dense.group_numel("heads")
-        return gone + (dense.channels - channels) * self.dense.group_numel("channels")
+        dense = self.dense.layers[layer].items()
+        return sum((count - counts[kind]) * self.dense.group_numel(kind) for kind, count in dense)
 
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
@@ -74,18 +84,19 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
-    least_heads = _round_up(config.min_heads, multiples["heads"])
-    least_channels = _round_up(config.min_channels, multiples["channels"])
+    least = {"heads": config.min_heads, "channels": config.min_channels}
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
-        cut = LayerShape(min(least_heads, layer.heads), min(least_channels, layer.channels))
+        cut = LayerShape(
+            (kind, min(_round_up(least.get(kind, 1), multiples[kind]), count)) for kind, count in layer.items()
+        )
         floor.append(layer if i in protected else cut)
         # The sliver keeps 0.29 of 100 from being 28.999999999999996.
         budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
     open_layers = [i for i, most in enumerate(budget) if most > 0]
-    share = _head_share(config, dense, floor, open_layers, multiples["heads"])
-    limits = Limits(dense, tuple(floor), tuple(budget), multiples, share)
+    shares = _shares(config, dense, floor, open_layers, multiples["heads"])
+    limits = Limits(dense, tuple(floor), tuple(budget), multiples, shares)
     _check_reachable(config, limits)
     return limits
 
@@ -99,28 +110,25 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
     """
     servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
     for i, layer in enumerate(dense.layers):
-        for kind in KINDS:
-            if layer.count(kind) % servers:
-                raise UserError(
-                    f"prune.tensor_parallel {servers} does not divide the {layer.count(kind)} {kind} of layer {i}"
-                )
-        if i not in protected and layer.channels < multiple:
+        for kind, count in layer.items():
+            if count % servers:
+                raise UserError(f"prune.tensor_parallel {servers} does not divide the {count} {kind} of layer {i}")
+        if i not in protected and layer["channels"] < multiple:
             keys = f"prune.channel_multiple {config.channel_multiple}"
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
-            raise UserError(
-                f"{keys} needs at least {multiple} channels, and layer {i} has {layer.channels}; choose a smaller one"
-            )
-    return {"heads": servers, "channels": multiple}
+            has = f"layer {i} has {layer['channels']}"
+            raise UserError(f"{keys} needs at least {multiple} channels, and {has}; choose a smaller one")
+    return {kind: multiple if kind == "channels" else servers for kind in dense.kinds}
 
 
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _head_share(
+def _shares(
     config: PruneConfig, dense: ModelShape, floor: list[LayerShape], open_layers: list[int], step: int
-) -> float:
-    """Returns the heads' part of the open layers' parameters or, with `prune.head_ratio`, of those that leave.
+) -> dict[Kind, float]:
+    """Returns each kind's part of the open layers' parameters or, with `prune.head_ratio`, of those that leave.
 
     Args:
         step: heads of a layer that leave together.
@@ -129,13 +137,15 @@ def _head_share(
         UserError: so many heads may not leave. Or the channels would have to give less than nothing beside them, or
             more than may leave.
     """
-    heads = sum(dense.layers[i].heads for i in open_layers) * dense.group_numel("heads")
+    numel = {kind: sum(dense.layers[i][kind] for i in open_layers) * dense.group_numel(kind) for kind in dense.kinds}
+    total = max(1, sum(numel.values()))
     if config.head_ratio is None or not open_layers:
-        return heads / max(1, sum(dense.layer_numel(i) for i in open_layers))
-    channels = sum(dense.layers[i].channels for i in open_layers) * dense.group_numel("channels")
+        return {kind: part / total for kind, part in numel.items()}
+    heads, channels = numel["heads"], total - numel["heads"]
+    kept = {kind: sum(floor[i][kind] for i in open_layers) * dense.group_numel(kind) for kind in dense.kinds}
+    most_heads = heads - kept["heads"]
+    most_channels = channels - (sum(kept.values()) - kept["heads"])
     leaving, of_heads = config.ratio * dense.linear_numel(), config.head_ratio * heads
-    most = {kind: sum(dense.layers[i].count(kind) - floor[i].count(kind) for i in open_layers) for kind in KINDS}
-    most_heads, most_channels = (most[kind] * dense.group_numel(kind) for kind in KINDS)
     half_a_step = len(open_layers) * step * dense.group_numel("heads") / 2  # per layer: as near as whole heads come
     if of_heads > most_heads + half_a_step:
         raise UserError(
@@ -147,7 +157,8 @@ def _head_share(
             f"prune.head_ratio {config.head_ratio} with prune.ratio {config.ratio} would take "
             f"{(leaving - of_heads) / channels:.1%} of the channels, of which {most_channels / channels:.1%} may go"
         )
-    return of_heads / leaving
+    share = of_heads / leaving
+    return {kind: share if kind == "heads" else (1 - share) * (part / channels) for kind, part in numel.items()}
 
 
 def _check_reachable(config: PruneConfig, limits: Limits) -> None:
@@ -158,7 +169,7 @@ def _check_reachable(config: PruneConfig, limits: Limits) -> None:
         raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
     most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
     # A ratio that equals a cap may miss it by a part of a group. Either ranking promises no more than that.
-    a_step = limits.multiples["heads"] * dense.group_numel("heads")
+    a_step = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
     near = a_step if config.ranking == "global" else _half_a_step(limits)
     if most == 0 or config.ratio * dense.linear_numel() > most + near:
         raise UserError(
@@ -172,33 +183,31 @@ def _half_a_step(limits: Limits) -> float:
 
     If a multiple is more than may go, no channel leaves, and that many fewer are the step.
     """
-    first = limits.open_layers[0]
-    step = min(limits.multiples["channels"], limits.dense.layers[first].channels - limits.floor[first].channels)
-    return len(limits.open_layers) * step * limits.dense.group_numel("channels") / 2
+    first, fine = limits.open_layers[0], limits.dense.kinds[-1]
+    step = min(limits.multiples[fine], limits.dense.layers[first][fine] - limits.floor[first][fine])
+    return len(limits.open_layers) * step * limits.dense.group_numel(fine) / 2
 
 
 def _most_uniform(limits: Limits) -> int:
     """Returns the largest loss of equal counts."""
-    return len(limits.open_layers) * max(lost for lost, _ in _least_widths(limits, limits.open_layers[0]))
+    first = limits.open_layers[0]
+    return len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
 
 
 def _most_global(limits: Limits) -> int:
     """Returns the largest loss that `global` reaches with any scores.
 
-    Under a cap a layer ends where neither a head nor a channel may go any more. There can be several such ends, and the
-    scores decide between them. So each layer counts with its smallest.
+    Under a cap a layer ends where no group may go any more. There can be several such ends, and the scores decide
+    between them. So each layer counts with its smallest.
     """
-    return sum(min(lost for lost, is_end in _least_widths(limits, i) if is_end) for i in limits.open_layers)
+    return sum(min(_ends(limits, i)) for i in limits.open_layers)
 
 
-def _least_widths(limits: Limits, layer: int) -> list[tuple[int, bool]]:
-    """Lists for every count of heads the loss with the fewest channels, and if one more head may not go."""
-    widths: list[tuple[int, bool]] = []
-    step = limits.multiples["heads"]
-    for heads in range(limits.floor[layer].heads, limits.dense.layers[layer].heads + 1, step):
-        channels = limits.fewest_channels(layer, heads)
-        if channels is not None:
-            lost = limits.lost(layer, heads, channels)
-            one_more = lost + step * limits.dense.group_numel("heads") <= limits.layer_budget[layer]
-            widths.append((lost, heads == limits.floor[layer].heads or not one_more))
-    return widths
+def _ends(limits: Limits, layer: int) -> Iterator[int]:
+    """Yields the losses at which a layer has no group left that may go."""
+    floor, coarse = limits.floor[layer], limits.dense.kinds[:-1]
+    for shape in limits.narrowest(layer):
+        lost = limits.lost(layer, shape)
+        spare = limits.layer_budget[layer] - lost
+        if all(shape[kind] == floor[kind] or limits.step_numel(kind) > spare for kind in coarse):
+            yield lost

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.family import KINDS, Kind, Linear, Part
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.family import Linear
+from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -36,35 +37,6 @@ class OwnedShard:
     flat: Tensor
     start: int
     shape: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class LayerKeep:
-    """Names the groups that stay in one decoder layer: ascending int64 indices into its current groups."""
-
-    heads: Tensor
-    channels: Tensor
-
-    def of(self, kind: Kind) -> Tensor:
-        """Returns (kept groups of this kind,)."""
-        return self.heads if kind == "heads" else self.channels
-
-    @property
-    def shape(self) -> LayerShape:
-        """The layer's shape after the cut."""
-        return LayerShape(len(self.heads), len(self.channels))
-
-    def select(self, keep: "LayerKeep") -> "LayerKeep":
-        """Keeps some of the groups that this keeps; `keep` has indices into them."""
-        return LayerKeep(self.heads[keep.heads], self.channels[keep.channels])
-
-    def cuts(self, layer: LayerShape, kind: Kind) -> bool:
-        """Tells if a layer of this shape loses groups of this kind."""
-        return len(self.of(kind)) < layer.count(kind)
-
-    def indices(self, shape: ModelShape, layer: int, parts: tuple[Part, ...]) -> Tensor:
-        """Returns the rows or columns that stay along the axis of these parts of a layer, ascending."""
-        return shape.kept_indices(layer, parts, {kind: self.of(kind) for kind in KINDS})
 
 
 @dataclass(frozen=True)

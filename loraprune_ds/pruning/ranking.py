@@ -7,17 +7,18 @@ The target is a fraction of the linear parameters of all decoder layers of the *
 # pyright: reportUnknownMemberType=false
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import KINDS, Kind
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.family import Kind
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
-from loraprune_ds.pruning.prunable_model import LayerKeep
 
 
 def rank_uniform(
@@ -25,7 +26,7 @@ def rank_uniform(
 ) -> list[LayerKeep]:
     """Keeps equal counts in every open layer, the best groups of each by its own scores (the paper's ranking).
 
-    The final counts come nearest to `final`. Channels make up for what whole heads cannot. On the way both kinds are
+    The final counts come nearest to `final`. Channels make up for what whole heads cannot. On the way all kinds are
     cut in proportion, so that no count ever has to grow again.
 
     Args:
@@ -38,11 +39,8 @@ def rank_uniform(
         Per layer, indices into its groups of now.
     """
     counts = uniform_counts(limits, target, final)
-    keep: list[LayerKeep] = []
-    for i, layer in enumerate(current.layers):
-        wanted = counts if i in limits.open_layers else layer
-        keep.append(LayerKeep(*(_best(scores[i].of(kind), wanted.count(kind)) for kind in KINDS)))
-    return keep
+    wanted = [counts if i in limits.open_layers else layer for i, layer in enumerate(current.layers)]
+    return _keep_best(scores, wanted)
 
 
 def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
@@ -53,12 +51,10 @@ def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
 def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerShape:
     """Returns the counts once `part` of the way from the dense ones to `goal` is due. They never grow with it."""
     dense = limits.dense.layers[limits.open_layers[0]]
-    counts = (dense.count(k) - round(part * (dense.count(k) - goal.count(k))) for k in KINDS)
+    counts = {kind: count - round(part * (count - goal[kind])) for kind, count in dense.items()}
     return LayerShape(
-        *(
-            _nearest_multiple(count, goal.count(k), dense.count(k), limits.multiples[k])
-            for k, count in zip(KINDS, counts, strict=True)
-        )
+        (kind, _nearest_multiple(count, goal[kind], dense[kind], limits.multiples[kind]))
+        for kind, count in counts.items()
     )
 
 
@@ -69,19 +65,19 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
     by more than half a step of the channels. In that case heads give another share.
     """
     dense, first = limits.dense, limits.open_layers[0]
-    layer, channel = dense.layers[first], dense.group_numel("channels")
+    layer, (*coarse, fine) = dense.layers[first], dense.kinds
+    channel = dense.group_numel(fine)
     wanted = ratio * dense.linear_numel() / len(limits.open_layers)  # parameters that each open layer loses
-    share = layer.heads - wanted * limits.head_share / dense.group_numel("heads")  # heads that would stay
+    # What would stay of the others if each gave just its share.
+    share = {kind: layer[kind] - wanted * limits.shares[kind] / dense.group_numel(kind) for kind in coarse}
     options: list[tuple[float, float, LayerShape]] = []
-    multiple = limits.multiples["channels"]
-    for heads in range(limits.floor[first].heads, layer.heads + 1, limits.multiples["heads"]):
-        fewest = limits.fewest_channels(first, heads)
-        if fewest is not None:
-            exact = layer.channels - (wanted - limits.lost(first, heads, layer.channels)) / channel
-            channels = _nearest_multiple(exact, fewest, layer.channels, multiple)
-            error = abs(limits.lost(first, heads, channels) - wanted)
-            distance = max(error, multiple * channel / 2)
-            options.append((distance, abs(heads - share), LayerShape(heads, channels)))
+    multiple = limits.multiples[fine]
+    for narrowest in limits.narrowest(first):
+        exact = layer[fine] - (wanted - limits.lost(first, {**narrowest, fine: layer[fine]})) / channel
+        channels = _nearest_multiple(exact, narrowest[fine], layer[fine], multiple)
+        counts = LayerShape({**narrowest, fine: channels})
+        distance = max(abs(limits.lost(first, counts) - wanted), multiple * channel / 2)
+        options.append((distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts))
     return min(options, key=lambda option: option[:2])[-1]
 
 
@@ -91,9 +87,15 @@ def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) ->
     return min((min(max(c, lowest), highest) for c in (below, below + multiple)), key=lambda c: abs(c - count))
 
 
-def _best(scores: Tensor, count: int) -> Tensor:
-    """Returns the ascending indices of the `count` highest scores, or of all. Among equals the lower index stays."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+def _keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]]) -> list[LayerKeep]:
+    """Keeps so many groups of every layer, those with the highest scores. Among equals the lower index stays."""
+    return [
+        LayerKeep(
+            (kind, values.argsort(descending=True, stable=True)[: wanted[kind]].sort().values)
+            for kind, values in layer.items()
+        )
+        for layer, wanted in zip(scores, counts, strict=True)
+    ]
 
 
 def rank_global(
@@ -101,7 +103,7 @@ def rank_global(
 ) -> list[LayerKeep]:
     """Removes the least important groups of all open layers until the budget is spent.
 
-    Separate budgets (the default): heads give their share of the target, channels the rest. Joint: both compete by
+    Separate budgets (the default): heads give their share of the target, channels the rest. Joint: all compete by
     score per parameter. The total stops within one group of the target, or one multiple of them. With separate budgets
     it may pass it by half a multiple of channels more: those that stood in for a head do not come back.
 
@@ -110,12 +112,14 @@ def rank_global(
     removal = _Removal(scores, current, limits)
     budget = round(target * limits.dense.linear_numel())
     if joint:
-        removal.take(KINDS, budget)
+        removal.take(current.kinds, budget)
     else:
-        removal.take(("heads",), round(budget * limits.head_share) + removal.gone_of("channels"))
-        removal.take(("channels",), budget)
-        removal.take(("heads",), budget)  # where floors or caps stopped the channels
-    return removal.keep()
+        *coarse, fine = current.kinds
+        for kind in coarse:
+            removal.take([kind], round(budget * limits.shares[kind]) + removal.gone_beside(kind))
+        for kind in (fine, *coarse):  # the coarse ones again, where floors or caps stopped the finest
+            removal.take([kind], budget)
+    return _keep_best(scores, removal.left)
 
 
 @dataclass
@@ -131,15 +135,16 @@ class _Removal:
     left: list[dict[Kind, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = [{kind: layer.count(kind) for kind in KINDS} for layer in self.current.layers]
-        self.lost = [self.limits.lost(i, **left) for i, left in enumerate(self.left)]
+        self.left = [dict(layer) for layer in self.current.layers]
+        self.lost = [self.limits.lost(i, left) for i, left in enumerate(self.left)]
 
-    def gone_of(self, kind: Kind) -> int:
-        """Returns the parameters of one kind that are gone so far, earlier cuts included."""
+    def gone_beside(self, kind: Kind) -> int:
+        """Returns the parameters of the other kinds that are gone so far, earlier cuts included."""
         layers = zip(self.limits.dense.layers, self.left, strict=True)
-        return sum(dense.count(kind) - left[kind] for dense, left in layers) * self.limits.dense.group_numel(kind)
+        of_kind = sum(dense[kind] - left[kind] for dense, left in layers) * self.limits.dense.group_numel(kind)
+        return sum(self.lost) - of_kind
 
-    def take(self, kinds: tuple[Kind, ...], budget: int) -> None:
+    def take(self, kinds: Sequence[Kind], budget: int) -> None:
         """Removes groups while that brings the parameters gone so far nearer to `budget`."""
         gone = sum(self.lost)
         smallest = min(self.limits.dense.group_numel(kind) for kind in kinds)
@@ -152,13 +157,7 @@ class _Removal:
                 self.lost[layer] += size
                 gone += size
 
-    def keep(self) -> list[LayerKeep]:
-        return [
-            LayerKeep(*(_best(scores.of(kind), left[kind]) for kind in KINDS))
-            for scores, left in zip(self.scores, self.left, strict=True)
-        ]
-
-    def _candidates(self, kinds: tuple[Kind, ...]) -> list[tuple[int, Kind, int]]:
+    def _candidates(self, kinds: Sequence[Kind]) -> list[tuple[int, Kind, int]]:
         """Lists (layer, kind, groups) of all blocks by ascending score per parameter. Equals: the last layer first.
 
         The blocks of a layer come in the order in which they must leave, as their scores ascend.
@@ -170,7 +169,7 @@ class _Removal:
                 left = self.left[layer][kind]
                 blocks = self.limits.blocks(layer, kind, left)
                 candidates.extend((layer, kind, groups) for groups in blocks)
-                scores = self.scores[layer].of(kind).sort().values[-left:]
+                scores = self.scores[layer][kind].sort().values[-left:]
                 per_parameter.append(_block_means(scores, blocks) / self.limits.dense.group_numel(kind))
         order = cast(list[int], torch.cat(per_parameter).argsort(stable=True).tolist())
         return [candidates[position] for position in order]

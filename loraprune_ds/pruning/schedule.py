@@ -80,11 +80,11 @@ def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -
     The widths of `uniform` are known before. Those of `global` depend on scores. With multiples it waits until each
     open layer could lose one more, on average. So its cuts are as large as those of `uniform`. Its last one stays.
     """
-    multiple = limits.multiples["channels"]
-    if config.ranking == "global" and multiple == 1:
+    fine = limits.dense.kinds[-1]
+    if config.ranking == "global" and limits.multiples[fine] == 1:
         return frozenset()
     goal = uniform_goal(limits, schedule.ratio) if config.ranking == "uniform" else None
-    block = len(limits.open_layers) * multiple * limits.dense.group_numel("channels") / limits.dense.linear_numel()
+    block = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
     unchanged: list[int] = []
     before = None
     for step in (0, *schedule.cut_steps()):

@@ -17,7 +17,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
 
 Words, each with one meaning everywhere:
     group       what must leave together: one key-value head with its query heads, or one MLP channel
-    kind        of a group: heads or channels
+    kind        of a group: heads or channels. The family says which there are (model/family.py)
     dense       the model before any cut
     keep        the groups that stay in this cut, as indices into the groups of now
     kept_of_dense  the groups that are left, as indices into those of the dense model
@@ -40,12 +40,13 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.faults import fail_point
-from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.compensate import Compensator
-from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
+from loraprune_ds.pruning.importance import LayerScores, MovingAverage, complete_scores, random_scores, score_groups
 from loraprune_ds.pruning.limits import Limits
-from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
+from loraprune_ds.pruning.mask_gradients import MaskGradients
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.weight_gradients import WeightGradients
@@ -102,6 +103,7 @@ class Pruner:
         compensates = config.compensate != "none"
         self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
         self.gradients = WeightGradients(model) if config.criterion == "gradient" else None
+        self.masks = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
 
     @contextmanager
@@ -110,8 +112,9 @@ class Pruner:
         with ExitStack() as recordings:
             if self.compensator is not None:
                 recordings.enter_context(self.compensator.record_step(step))
-            if self.gradients is not None and self.schedule.is_scored(step):
-                recordings.enter_context(self.gradients.record())
+            for recorder in (self.gradients, self.masks):
+                if recorder is not None and self.schedule.is_scored(step):
+                    recordings.enter_context(recorder.record())
             yield
 
     def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
@@ -130,10 +133,13 @@ class Pruner:
         if not self.schedule.is_scored(step):
             return
         fail_point("scoring")
-        if self.config.criterion == "random":
+        model, criterion, normalization = self.model, self.config.criterion, self.config.normalization
+        if criterion == "random":
             now = [scores.select(keep) for scores, keep in zip(self._random, self.kept_of_dense, strict=True)]
+        elif self.masks is not None:
+            now = complete_scores(model, model.shape.input_linears, self.masks.sums(), normalization, step)
         else:
-            now = score_groups(self.model, self.config.criterion, self.config.normalization, step, self.gradients)
+            now = score_groups(model, criterion, normalization, step, self.gradients)
         self.average.update(now)
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:
@@ -156,7 +162,7 @@ class Pruner:
         if self.average.scores is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
         keep = agree(self._rank(self.average.scores, target), self.model, step)
-        if tuple(layer_keep.shape for layer_keep in keep) == self.model.shape.layers:
+        if self.model.shape.after(keep).layers == self.model.shape.layers:
             return None
         fail_point("cut.agreed")
         if self.compensator is not None:
@@ -211,21 +217,21 @@ def agree(keep: list[LayerKeep], model: PrunableModel, step: int) -> list[LayerK
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:
     """Keeps every group of every layer."""
-    return [LayerKeep(torch.arange(layer.heads), torch.arange(layer.channels)) for layer in shape.layers]
+    return [LayerKeep((kind, torch.arange(count)) for kind, count in layer.items()) for layer in shape.layers]
 
 
 def _to_mask(keep: list[LayerKeep], shape: ModelShape) -> Tensor:
-    """Returns (all groups of all layers,) uint8: layer by layer, heads then channels."""
+    """Returns (all groups of all layers,) uint8: layer by layer, kind by kind."""
     parts: list[Tensor] = []
     for layer_keep, layer in zip(keep, shape.layers, strict=True):
-        for kind in KINDS:
-            mask = torch.zeros(layer.count(kind), dtype=torch.uint8)
-            mask[layer_keep.of(kind)] = 1
+        for kind in shape.kinds:
+            mask = torch.zeros(layer[kind], dtype=torch.uint8)
+            mask[layer_keep[kind]] = 1
             parts.append(mask)
     return torch.cat(parts)
 
 
 def _from_mask(mask: Tensor, shape: ModelShape) -> list[LayerKeep]:
-    sizes = [layer.count(kind) for layer in shape.layers for kind in KINDS]
-    indices = [part.nonzero().flatten() for part in torch.split(mask, sizes)]
-    return [LayerKeep(heads, channels) for heads, channels in zip(indices[::2], indices[1::2], strict=True)]
+    sizes = [layer[kind] for layer in shape.layers for kind in shape.kinds]
+    groups = (part.nonzero().flatten() for part in torch.split(mask, sizes))
+    return [LayerKeep({kind: next(groups) for kind in shape.kinds}) for _ in shape.layers]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.family import Linear
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
+from loraprune_ds.pruning.taps import Tap
 
 
 class WeightGradients:
@@ -50,7 +51,7 @@ class WeightGradients:
     def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         # The output of the whole LoRA layer has the gradient of W's part of it. Unlike that part it needs a gradient in
         # the first layer too, whose input needs none.
-        return cast(Tensor, _Tap.apply(output, inputs[0], partial(self._receive, linear_id))) if self._active else None
+        return cast(Tensor, Tap.apply(output, inputs[0], partial(self._receive, linear_id))) if self._active else None
 
     def _receive(self, linear_id: LinearId, gradient: Tensor, inputs: Tensor) -> None:
         if gradient.dtype == torch.float16:  # scaled for LoRA's gradients, which are smaller than W's
@@ -61,23 +62,3 @@ class WeightGradients:
             self._shards[linear_id].add_(shard)
         else:
             self._shards[linear_id] = shard
-
-
-class _Tap(torch.autograd.Function):
-    """Passes a linear's output on, and shows the linear's input and its output's gradient to a receiver.
-
-    The input is saved as autograd saves tensors. Activation checkpointing drops it and has it again when it is needed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, receive: Any) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.receive = receive
-        return output.view_as(output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (inputs,) = ctx.saved_tensors
-        ctx.receive(gradient, inputs)
-        return gradient, None, None

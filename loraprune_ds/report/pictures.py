@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, VERMILION, label_point, save_picture
-from loraprune_ds.model.family import KINDS, Kind
+from loraprune_ds.model.family import Kind
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, History
 from loraprune_ds.units import format_perplexity
@@ -19,31 +19,33 @@ PALE, CUT = "#DDDDDD", "#C4C4C4"
 STYLE: Any = PLOT_STYLE | {"axes.titlepad": 8, "axes.grid.axis": "y"}
 # Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
-LABEL: dict[Kind, str] = {"heads": "Key-value heads", "channels": "MLP channels"}
+# The title and colour of a kind.
+PANELS: dict[Kind, tuple[str, str]] = {"heads": ("Key-value heads", BLUE), "channels": ("MLP channels", ORANGE)}
 
 
 def draw_kept_groups(path: Path, dense: ModelShape, pruned: ModelShape) -> None:
-    """Draws the heads and channels that every layer kept, as bars before what it had. A protected layer is full."""
+    """Draws the groups of each kind that every layer kept, as bars before what it had. A protected layer is full."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 5.2), layout="constrained")
-        panels = figure.subplots(2, 1, sharex=True)
+        panels = figure.subplots(len(dense.kinds), 1, sharex=True)
         layers = range(len(dense.layers))
-        for axes, kind, colour in zip(panels, KINDS, (BLUE, ORANGE), strict=True):
-            had, kept = ([layer.count(kind) for layer in shape.layers] for shape in (dense, pruned))
+        for axes, kind in zip(panels, dense.kinds, strict=True):
+            title, colour = PANELS[kind]
+            had, kept = ([layer[kind] for layer in shape.layers] for shape in (dense, pruned))
             axes.bar(layers, had, width=0.8, color=PALE, label="dense model")
             axes.bar(layers, kept, width=0.8, color=colour, label="kept")
-            axes.set_title(f"{LABEL[kind]}: {sum(kept):,} of {sum(had):,} kept ({100 * sum(kept) / sum(had):.0f} %)")
+            axes.set_title(f"{title}: {sum(kept):,} of {sum(had):,} kept ({100 * sum(kept) / sum(had):.0f} %)")
             axes.set_ylabel(f"{kind} per layer")
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.margins(x=0.01)
             _legend_above(axes)
-        panels[1].set_xlabel("decoder layer")
-        panels[1].xaxis.set_major_locator(MaxNLocator(16, integer=True))
+        panels[-1].set_xlabel("decoder layer")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(16, integer=True))
         _save(figure, path)
 
 

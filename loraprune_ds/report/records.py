@@ -78,8 +78,8 @@ def cut_record(
         bytes_sent=sum(model.gather_values(cut.bytes_sent)),
         weight_bytes_before=weight_bytes_before,
         weight_bytes_after=weight_bytes_after,
-        heads=[layer.heads for layer in shape.layers],
-        channels=[layer.channels for layer in shape.layers],
+        heads=[layer["heads"] for layer in shape.layers],
+        channels=[layer["channels"] for layer in shape.layers],
     )
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_FILE, REPORT_FILE
 from loraprune_ds.files import read_json, write_json, write_text
-from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.report.records import CutRecord, History
 
@@ -92,7 +91,7 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     `tensor_parallel` are the numbers of GPUs that divide the key-value heads and channels of every layer.
     `quantisation_groups` are the group sizes that divide the inputs of every linear.
     """
-    together = math.gcd(*(layer.count(kind) for layer in pruned.layers for kind in KINDS))
+    together = math.gcd(*(count for layer in pruned.layers for count in layer.values()))
     layers = range(len(pruned.layers))
     inputs = math.gcd(*(pruned.linear_shape(i, linear)[1] for i in layers for linear in pruned.linears))
     return {
@@ -154,12 +153,7 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
     `heads` are key-value heads, with all query heads that read them. The same input gives the same bytes.
     """
     layers = [
-        {
-            "heads": keep.heads.tolist(),
-            "heads_dense": layer.heads,
-            "channels": keep.channels.tolist(),
-            "channels_dense": layer.channels,
-        }
+        {kind: groups.tolist() for kind, groups in keep.items()} | {f"{kind}_dense": n for kind, n in layer.items()}
         for keep, layer in zip(kept_of_dense, dense.layers, strict=True)
     ]
     lines = ",\n".join(json.dumps(layer, sort_keys=True) for layer in layers)

@@ -12,6 +12,7 @@ from loraprune_ds.checkpoint.load import (
     open_training_checkpoint,
     source_of,
 )
+from loraprune_ds.checkpoint.pruner_files import keep_to_lists
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
 from loraprune_ds.checkpoint.state import STATE_FILE, RunState, RunTotals, ShapeSource
@@ -130,7 +131,7 @@ class Checkpoints:
             adam_step=adam_step(engine.model),
             schedule=schedule,
             loss_scale=loss_scale,
-            kept=[(keep.heads.tolist(), keep.channels.tolist()) for keep in pruner.kept_of_dense],
+            kept=keep_to_lists(pruner.kept_of_dense, engine.model.shape.kinds),
             updates_since_cut=pruner.updates_since_cut,
             moment_tokens=pruner.moment_tokens,
             cuts=self._cuts_made(step),

@@ -62,7 +62,7 @@ class TrainingLoop:
         self.model = self.engine.model
         self.pruner = Pruner(self.model, config.prune, prepared.schedule, prepared.limits, config.seed)
         if checkpoint:
-            self.pruner.restore(checkpoint.pruner_state(), checkpoint.moments)
+            self.pruner.restore(checkpoint.pruner_state(self.model.shape.kinds), checkpoint.moments)
         self._teacher = teacher
         self._trainer = Trainer(
             self.engine,

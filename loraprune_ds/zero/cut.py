@@ -13,9 +13,8 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import KINDS, Kind
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, owned_range
 from loraprune_ds.zero.params import ReadFlat, full_shape, install_shard, overwrite_shard, pad
@@ -31,16 +30,15 @@ def parameter_cuts(layer: nn.Module, shape: ModelShape, index: int, keep: LayerK
         layer: the decoder layer of this index.
         shape: of the model before the cut.
     """
-    kinds: list[Kind] = [kind for kind in KINDS if keep.cuts(shape.layers[index], kind)]
     cuts: list[ParameterCut] = []
-    for linear in (linear for linear in shape.linears if linear.kind in kinds):
-        module, kept = lora_linear(layer, linear), keep.indices(shape, index, linear.parts)
+    for linear, kept in shape.cut_linears(index, keep):
+        module = lora_linear(layer, linear)
         for adapter in module.lora_A:  # a reference of DPO or GRPO may stand beside the trained one
             lora = lora_weights(module, adapter)[1 - linear.axis]
             cuts.append((lora, AxisCut(full_shape(lora), linear.axis, kept)))
-    for name, axis, parts in shape.layer_cuts(kinds):
+    for name, axis, kept in shape.layer_cuts(index, keep):
         parameter = base_parameter(layer, name)
-        cuts.append((parameter, AxisCut(full_shape(parameter), axis, keep.indices(shape, index, parts))))
+        cuts.append((parameter, AxisCut(full_shape(parameter), axis, kept)))
     return cuts
 
 

@@ -11,8 +11,9 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import Linear
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import ComputeTensor, LayerKeep, LinearId, LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import ComputeTensor, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
 from loraprune_ds.zero.device import accelerator, empty_host_cache
@@ -107,7 +108,7 @@ class ShardedModel:
             self._cut_layer(i, layer_keep, state)
             empty_host_cache()  # else offloaded weights grow with a cut: shards of the old sizes do not come again
             fail_point("cut.layer")
-        self.shape = self.shape.with_layers(tuple(layer_keep.shape for layer_keep in keep))
+        self.shape = self.shape.after(keep)
         state.rebuild()
         fail_point("cut.rebuilt")
         self._refresh_zero()

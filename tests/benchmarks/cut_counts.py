@@ -34,15 +34,15 @@ def simulate(model: str, multiple: int) -> dict[str, Any]:
     cuts = schedule.cut_steps()
     widths = [uniform_counts(limits, schedule.target(step), config.ratio) for step in cuts]
     lasts = [later - step for step, later in itertools.pairwise([*cuts, STEPS])]  # steps that each width trains for
-    odd = sum(steps for steps, width in zip(lasts, widths, strict=True) if width.count("channels") % 8)
+    odd = sum(steps for steps, width in zip(lasts, widths, strict=True) if width["channels"] % 8)
     return {
         "model": model,
         "channel_multiple": multiple,
         "points_of_the_schedule": len(replace(schedule, passed_over=frozenset()).cut_steps()),
         "cuts": len(cuts),
         "steps_with_a_width_that_8_does_not_divide": odd / sum(lasts),
-        "heads": widths[-1].count("heads"),
-        "channels": widths[-1].count("channels"),
+        "heads": widths[-1]["heads"],
+        "channels": widths[-1]["channels"],
         "estimated_hours_of_cuts": [seconds * len(cuts) / 3600 for seconds in SECONDS_OF_A_CUT],
     }
 

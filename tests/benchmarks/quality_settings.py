@@ -7,6 +7,8 @@ REFIT = "prune.compensate=least_squares"
 BIAS = "prune.compensate=bias"
 DISTILL = "train.distill_weight=0.5"
 GRADIENT = "prune.criterion=gradient"
+FISHER = "prune.criterion=fisher"
+GLOBAL = "prune.ranking=global"
 ALL_THREE = (REFIT, DISTILL, GRADIENT)
 ENDS = ("plain", "all-three")
 STOCK = ("prune.protected_first=0", "prune.protected_last=0")  # every layer alike: stock classes load the result
@@ -68,6 +70,13 @@ def _settings() -> list[Setting]:
         _short("where", "all-three-global-joint", *ALL_THREE, "prune.ranking=global", "prune.joint_budget=true"),
         _short("where", "all-three-global-cap-60", *ALL_THREE, "prune.ranking=global", "prune.max_layer_ratio=0.6"),
     ]
+    fisher = [
+        _short("fisher", "fisher", FISHER),
+        _short("fisher", "fisher-refit", FISHER, REFIT),
+        _short("fisher", "fisher-refit-global", FISHER, REFIT, GLOBAL),
+        _short("fisher", "fisher-refit-distillation", FISHER, REFIT, DISTILL),
+        _short("fisher", "fisher-refit-distillation-global", FISHER, REFIT, DISTILL, GLOBAL),
+    ]
     long = [
         Setting("long", "plain-409600", (*LONG, DEEP, UNTUNED_RATE)),
         Setting("long", "all-three-409600", (*LONG, DEEP, UNTUNED_RATE, *ALL_THREE)),
@@ -75,6 +84,7 @@ def _settings() -> list[Setting]:
     light = [
         Setting("light", "plain-light", (*SHORT, LIGHT, UNTUNED_RATE)),
         Setting("light", "all-three-light", (*SHORT, LIGHT, UNTUNED_RATE, *ALL_THREE)),
+        Setting("light", "fisher-refit-light", (*SHORT, LIGHT, UNTUNED_RATE, FISHER, REFIT)),
         Setting("light", "all-three-light-409600", (*LONG, LIGHT, UNTUNED_RATE, *ALL_THREE)),
     ]
     gqa = [
@@ -83,12 +93,13 @@ def _settings() -> list[Setting]:
         _short("gqa", "gqa-plain-stock", *STOCK, model="gqa"),
         _short("gqa", "gqa-all-three-stock", *ALL_THREE, *STOCK, model="gqa"),
     ]
-    return [*levers, *rates, *details, *where, *long, *light, *gqa]
+    return [*levers, *fisher, *rates, *details, *where, *long, *light, *gqa]
 
 
 SETTINGS = {setting.name: setting for setting in _settings()}
-GROUPS = {  # as the picture calls them
+GROUPS = {  # in the order of the table
     "levers": "41.7 % removed, 81,920 tokens, learning rate 4e-3",
+    "fisher": "the same, criterion fisher",
     "rates": "the same at other learning rates",
     "details": "details of all three",
     "where": "where all three cut",

@@ -1,13 +1,24 @@
-"""Shows means and spreads over seeds, as rows, as a table and as a picture."""
+"""Shows means and spreads over seeds, as rows, as a table and as a picture of a few settings."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.evaluate.drawing import PLOT_STYLE
-from tests.benchmarks.quality_settings import GROUPS
+from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, PURPLE, TEXT, VERMILION, save_picture
 
+LINES = {  # setting -> colour, marker, words of the legend
+    "plain": (ORANGE, "o", "lora (plain)"),
+    "all-three": (VERMILION, "s", "gradient, refit, distillation (all three)"),
+    "fisher": (GREEN, "^", "fisher"),
+    "fisher-refit": (BLUE, "D", "fisher, refit (recipe tuned)"),
+    "all-three-global": (PURPLE, "v", "all three, global (recipe general)"),
+}
+PANELS = (  # what the axis shows, the suffix of the settings at its other end, its label and ticks
+    ("tokens", "-409600", "tokens of training, 41.7 % removed", {81_920: "81,920", 409_600: "409,600"}),
+    ("removed_linear_fraction", "-light", "removed, 81,920 tokens", {0.148: "14.8 %", 0.417: "41.7 %"}),
+)
+TEXTS_DRAWN = {"test": "WikiText-2 test (dashed: dense)", "other": "other text (dashed: dense)"}
 TICKS = {"test": (25, 30, 40, 50, 60, 80, 100, 150, 200), "other": (25, 50, 100, 200, 400, 800, 1600)}
 TEXTS = ("validation", "test", "other")
 Row = dict[str, Any]
@@ -48,52 +59,43 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
-    """Draws perplexity on the test text and on the other text, a line of dots each.
+    """Draws few settings: perplexity on both texts against the tokens, and against the removed fraction.
 
-    Groups stand apart, the best of each on top. A bar has the length of the spread over the seeds, with the mean in its
-    middle.
+    A point is the mean over the seeds, its bar the spread with the mean in the middle. A setting that was measured at
+    one place only has no line.
 
     Args:
         dense: of the dense model, by text: the dashed lines.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.style import context
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    height = places(rows)
-    top = {
-        group: min(height[row["setting"]] for row in rows if row["group"] == group)
-        for group in {r["group"]: None for r in rows}
-    }
-    with plt.style.context([PLOT_STYLE]):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.26 * max(height.values())), sharey=True)
-        for axis, text in zip(axes, ("test", "other"), strict=True):
-            means = [row[text]["mean"] for row in rows]
-            half = [row[text]["spread"] / 2 for row in rows]
-            heights = [height[row["setting"]] for row in rows]
-            axis.errorbar(means, heights, xerr=half, fmt="o", markersize=4, color="#2F6B9A")
-            axis.axvline(dense[text], linestyle="--", linewidth=1, color="#888888")
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(TICKS[text]))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.set_title(f"{text} text (dashed: uncut)")
-            axis.set_xlabel("perplexity, log scale; bar: over the seeds")
-        for group, place in top.items():
-            axes[0].annotate(GROUPS[group], (0.01, place - 0.75), xycoords=("axes fraction", "data"), fontsize=8)
-        axes[0].set_yticks(list(height.values()), list(height))
-        axes[0].invert_yaxis()
-        figure.tight_layout()
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-
-
-def places(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the height of each setting, with a gap between two groups."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["group"], []).append(row)
-    found: dict[str, float] = {}
-    for number, members in enumerate(groups.values()):
-        for row in sorted(members, key=lambda row: row["test"]["mean"]):
-            found[row["setting"]] = len(found) + 1.2 * number
-    return found
+    by_name = {row["setting"]: row for row in rows}
+    with context([PLOT_STYLE]):
+        figure = Figure(figsize=(10, 7.2), layout="constrained")
+        panels = figure.subplots(2, 2, sharey="row")
+        for (text, heading), line in zip(TEXTS_DRAWN.items(), panels, strict=True):
+            for axes, (key, suffix, label, ticks) in zip(line, PANELS, strict=True):
+                for name, (colour, marker, words) in LINES.items():
+                    points = [row for n in (name, name + suffix) if (row := by_name.get(n)) is not None]
+                    points.sort(key=lambda row: row[key])
+                    axes.errorbar(
+                        [row[key] for row in points],
+                        [row[text]["mean"] for row in points],
+                        yerr=[row[text]["spread"] / 2 for row in points],
+                        color=colour,
+                        marker=marker,
+                        label=words,
+                    )
+                axes.axhline(dense[text], linestyle="--", linewidth=1, color=TEXT)
+                axes.set(xscale="log", yscale="log", title=heading, xlabel=label)
+                axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+                axes.set_xticklabels(list(ticks.values()))
+                axes.yaxis.set_major_locator(FixedLocator(list(TICKS[text])))
+                axes.yaxis.set_major_formatter("{x:g}")
+                for axis in (axes.xaxis, axes.yaxis):
+                    axis.set_minor_locator(NullLocator())
+            line[0].set_ylabel("perplexity, log scale")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        save_picture(figure, path)

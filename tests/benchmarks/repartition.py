@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family import KINDS
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.traffic import layer_cuts
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.zero.flat import AxisCut, Owners, partition_numel
 
 MASKS = ("random", "adversarial", "real-looking")
@@ -87,8 +86,7 @@ def example_masks(before: ModelShape, after: ModelShape, kind: str, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     keep = []
     for old, new in zip(before.layers, after.layers, strict=True):
-        chosen = [_choose(old.count(k), new.count(k), kind, generator) for k in KINDS]
-        keep.append(LayerKeep(*chosen))
+        keep.append(LayerKeep({k: _choose(old[k], new[k], kind, generator) for k in before.kinds}))
     return keep
 
 

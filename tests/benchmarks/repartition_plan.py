@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.files import write_json
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import read_shape
 from loraprune_ds.report.provenance import hardware, versions
 from tests.benchmarks.repartition import MASKS, example_masks, plan_repartition
@@ -27,7 +28,7 @@ LORA_RANK, ELEMENT_SIZE = 8, 2
 def cut_shape(dense: ModelShape) -> ModelShape:
     """Removes a quarter of the heads and channels of every layer."""
     layer = dense.layers[0]
-    small = LayerShape(round(layer.heads * (1 - REMOVED)), round(layer.channels * (1 - REMOVED)))
+    small = LayerShape(heads=round(layer["heads"] * (1 - REMOVED)), channels=round(layer["channels"] * (1 - REMOVED)))
     return dense.with_layers((small,) * len(dense.layers))
 
 

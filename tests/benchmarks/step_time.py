@@ -56,7 +56,9 @@ def flops_per_token(shape: ModelShape, window: int) -> float:
 
     Includes linears, head, and attention over half the window on average.
     """
-    attention = sum(2 * layer.heads * shape.queries_per_group * shape.head_dim * window / 2 for layer in shape.layers)
+    attention = sum(
+        2 * layer["heads"] * shape.queries_per_group * shape.head_dim * window / 2 for layer in shape.layers
+    )
     return 2 * (shape.linear_numel() + shape.vocab_size * shape.hidden_size + attention)
 
 

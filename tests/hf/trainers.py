@@ -21,8 +21,8 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.callback import LoraPruneCallback
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, gather_everywhere
 from tests.unit.shapes_and_scores import repository
@@ -78,7 +78,7 @@ class Watch(TrainerCallback):
         self._recording.close()
         gathered = sum(numel for name, numel in self._calls if name == "all_gather_into_tensor")
         kept = self.callback.pruning.training.pruner.kept_of_dense
-        groups = [(keep.heads.tolist(), keep.channels.tolist()) for keep in kept]
+        groups = [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in kept]
         self.rows.append({"kept": groups, "gathered": gathered})
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
@@ -130,11 +130,8 @@ def stop_early(job: Job, out: Path) -> list[str]:
 def cut_gap(scores: LayerScores, before: LayerKeep, after: LayerKeep) -> float:
     """Returns the relative gap between the last group that stays in a layer and the first that goes. 1 if all stay."""
     gaps = [1.0]
-    for values, had, kept in (
-        (scores.heads, before.heads, after.heads),
-        (scores.channels, before.channels, after.channels),
-    ):
-        stays = torch.isin(had, kept)
+    for kind, values in scores.items():
+        stays = torch.isin(before[kind], after[kind])
         if not stays.all():
             line = float(values[stays].min())
             gaps.append((line - float(values[~stays].max())) / line)
@@ -149,7 +146,7 @@ def train_alone(job: Job) -> list[dict[str, Any]]:
         record = trainer.step(step)
         before, scores = trainer.pruner.kept_of_dense, trainer.pruner.average.scores or []
         trainer.cut(step)
-        kept = [(keep.heads.tolist(), keep.channels.tolist()) for keep in trainer.pruner.kept_of_dense]
+        kept = [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in trainer.pruner.kept_of_dense]
         gap = min(map(cut_gap, scores, before, trainer.pruner.kept_of_dense))
         rows.append({"loss": record.loss, "norm": record.grad_norm, "kept": kept, "gap": gap})
     return rows

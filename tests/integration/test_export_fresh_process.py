@@ -146,7 +146,7 @@ def test_model_type_is_stock_wherever_a_stock_class_holds_the_shape(exported: Ex
     assert config["model_type"] == exported.case.becomes
     assert exported.config.trust_remote_code == exported.case.becomes.startswith("pruned_")
     shape = shape_from_config(config, "export")
-    assert [(layer.heads, layer.channels) for layer in shape.layers] == exported.case.keep
+    assert [(layer["heads"], layer["channels"]) for layer in shape.layers] == exported.case.keep
 
 
 def test_logits_equal_the_cut_model_in_memory(exported: Exported) -> None:
@@ -176,7 +176,7 @@ def test_saved_again_by_transformers_is_the_same_model(exported: Exported) -> No
     code = sorted(path.name for path in again.glob("*.py"))
     assert code == ([exported.config.modelling_file] if exported.config.modelling_file else [])
     shape = shape_from_config(json.loads((again / "config.json").read_text()), "saved again")
-    assert [(layer.heads, layer.channels) for layer in shape.layers] == exported.case.keep
+    assert [(layer["heads"], layer["channels"]) for layer in shape.layers] == exported.case.keep
 
 
 def test_attention_implementation_reaches_every_layer(exported: Exported) -> None:

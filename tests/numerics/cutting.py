@@ -16,8 +16,9 @@ from torch import Tensor
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import score_groups
-from loraprune_ds.pruning.prunable_model import LayerKeep, PrunableModel
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner, agree
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import engine, sharded
@@ -111,8 +112,8 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
 def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[LayerKeep]:
     """Keeps these groups in layers 1 and 2, and everything in the others."""
     dense = trainer.model.shape.layers
-    chosen = LayerKeep(torch.tensor(heads), torch.tensor(channels))
-    whole = [LayerKeep(torch.arange(layer.heads), torch.arange(layer.channels)) for layer in dense]
+    chosen = LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels))
+    whole = [LayerKeep(heads=torch.arange(layer["heads"]), channels=torch.arange(layer["channels"])) for layer in dense]
     return [chosen if i in (1, 2) else keep for i, keep in enumerate(whole)]
 
 
@@ -192,7 +193,7 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
     scores = trainer.pruner.average.scores
     assert scores is not None
     keep = trainer.pruner._rank(scores, job.prune["ratio"])
-    return {"gradients": whole, "masks": [(k.heads.tolist(), k.channels.tolist()) for k in keep]}
+    return {"gradients": whole, "masks": [(k["heads"].tolist(), k["channels"].tolist()) for k in keep]}
 
 
 def _lora_in_order(trainer: Trainer) -> list[Any]:

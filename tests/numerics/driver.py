@@ -155,7 +155,7 @@ def run_steps(trainer: Trainer, job: Job) -> Outcome:
         outcome.averages.append([as_pair(scores) for scores in pruner.average.scores or []])
         if trainer.cut(step):
             outcome.cut_steps.append(step)
-        outcome.kept.append([(keep.heads.tolist(), keep.channels.tolist()) for keep in pruner.kept_of_dense])
+        outcome.kept.append([(keep["heads"].tolist(), keep["channels"].tolist()) for keep in pruner.kept_of_dense])
         outcome.state_bytes.append((storage_bytes(state_tensors(model)), expected_bytes(job, model)))
     collect_into(outcome, model)
     return outcome
@@ -175,7 +175,7 @@ def expected_bytes(job: Job, model: ShardedModel) -> int:
 
 
 def as_pair(scores: LayerScores) -> tuple[Tensor, Tensor]:
-    return scores.heads.clone(), scores.channels.clone()
+    return scores["heads"].clone(), scores["channels"].clone()
 
 
 def collect_into(outcome: Outcome, model: ShardedModel) -> None:

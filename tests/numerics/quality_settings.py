@@ -13,7 +13,7 @@ from torch import Tensor
 from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.family import LLAMA_LINEARS
-from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import Ragged
 from loraprune_ds.train.data.tokens import PADDING_ID
@@ -94,7 +94,7 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
     everything = all_groups(trainer.model.shape)
     compensator.compensate(everything, 1)
     untouched = whole_layers(trainer)
-    chosen = LayerKeep(torch.tensor(heads), torch.tensor(channels))
+    chosen = LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels))
     keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
     held = storage_bytes(compensator.moments.sums.values())
     owned = {f"{linear_id.layer}.{linear_id.linear.name}" for linear_id in compensator.moments.sums}
@@ -147,6 +147,26 @@ def gradient_scores(job: Job) -> dict[str, Any]:
     assert all(p.grad is None for p in named.values() if not p.requires_grad)
     lora = {name: gather_everywhere(model, p) for name, p in named.items() if p.requires_grad}
     return {"scores": scores, "shards": shards, "whole": whole, "left": left, "lora": lora}
+
+
+def fisher_scores(job: Job) -> dict[str, Any]:
+    """Makes one step with the criterion `fisher`. Returns its scores, and the bytes sent to score."""
+    trainer = build(job)
+    model, score = trainer.model, trainer.pruner.score
+    sent: list[int] = []
+
+    def refuse(layer: int) -> Any:
+        raise AssertionError("LoRA was gathered")
+
+    def count_and_score(step: int) -> None:
+        before = model.comm.bytes_sent
+        score(step)
+        sent.append(model.comm.bytes_sent - before)
+
+    model.lora_factors = refuse  # type: ignore[method-assign]
+    trainer.pruner.score = count_and_score  # type: ignore[method-assign]
+    trainer.step(1)
+    return {"scores": [as_pair(s) for s in trainer.pruner.average.scores or []], "sent": sent}
 
 
 def lora_after_two_steps(job: Job) -> dict[str, Tensor]:

@@ -65,10 +65,11 @@ class PlainRun:
         self.pruner = Pruner(cast(Any, self.prunable), self.prune, schedule, limits, seed=0)
 
     def step(self, step: int, batch: Batch) -> None:
-        self.backward(batch)
-        self.pruner.score(step)
+        with self.pruner.record_step(step):
+            self.backward(batch)
+            self.pruner.score(step)
         assert self.pruner.average.scores is not None
-        self.averages.append([(s.heads.clone(), s.channels.clone()) for s in self.pruner.average.scores])
+        self.averages.append([(s["heads"].clone(), s["channels"].clone()) for s in self.pruner.average.scores])
         if self.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm)
         self.optimizer.step()
@@ -92,7 +93,7 @@ class PlainRun:
         return self
 
     def kept(self) -> list[tuple[list[int], list[int]]]:
-        return [(keep.heads.tolist(), keep.channels.tolist()) for keep in self.pruner.kept_of_dense]
+        return [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in self.pruner.kept_of_dense]
 
     def logits(self, input_ids: Tensor) -> Tensor:
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """A small made-up run for the tests of what a person looks at: 10 steps, cuts after steps 4 and 6, two ranks."""
 
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, StepRecord
 
 CONFIG = {
@@ -15,7 +15,9 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 DENSE = shape_from_config(CONFIG, "somewhere")
-PRUNED = DENSE.with_layers((LayerShape(4, 96), LayerShape(2, 40), LayerShape(3, 50)))
+PRUNED = DENSE.with_layers(
+    (LayerShape(heads=4, channels=96), LayerShape(heads=2, channels=40), LayerShape(heads=3, channels=50))
+)
 
 
 def step_record(step: int, *, seconds: float = 1.0, loss: float = 3.0, skipped: bool = False) -> StepRecord:

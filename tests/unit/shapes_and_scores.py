@@ -1,16 +1,18 @@
 """Model shapes and group scores that the unit tests of pruning make up for themselves."""
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import LLAMA_LINEARS, Linear
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.family import FAMILIES, LLAMA_LINEARS, Linear
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.prunable_model import LayerKeep
 
+KINDS = FAMILIES["llama"].kinds
 BY_NAME: dict[str, Linear] = {linear.name: linear for linear in LLAMA_LINEARS}
 
 
@@ -25,7 +27,7 @@ def make_shape(
         queries_per_group=queries_per_group,
         vocab_size=50,
         tie_word_embeddings=False,
-        layers=tuple(LayerShape(*layer) for layer in layers),
+        layers=tuple(LayerShape(heads=heads, channels=channels) for heads, channels in layers),
         layer_others={"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)},
         ends={
             "model.embed_tokens.weight": (50, hidden),
@@ -46,7 +48,7 @@ def random_scores_of(shape: ModelShape, generator: torch.Generator, *, levels: i
         scores = torch.rand(count, generator=generator, dtype=torch.float64)
         return scores if levels is None else (scores * levels).floor()
 
-    return [LayerScores(draw(layer.heads), draw(layer.channels)) for layer in shape.layers]
+    return [LayerScores({kind: draw(layer[kind]) for kind in shape.kinds}) for layer in shape.layers]
 
 
 def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:
@@ -60,9 +62,9 @@ def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:
     )
 
 
-def after(shape: ModelShape, keep: list[LayerKeep]) -> ModelShape:
-    """The shape that is left."""
-    return shape.with_layers(tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep))
+def keep_of(kept: Iterable[tuple[list[int], list[int]]]) -> list[LayerKeep]:
+    """The groups to keep, from (heads, channels) per layer."""
+    return [LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels)) for heads, channels in kept]
 
 
 def gone(shape: ModelShape, dense: ModelShape) -> int:

@@ -16,6 +16,7 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
 from loraprune_ds.errors import UserError
+from tests.unit.shapes_and_scores import KINDS
 
 
 def make_state(step: int, shape: str) -> RunState:
@@ -25,7 +26,7 @@ def make_state(step: int, shape: str) -> RunState:
         adam_step=step,
         schedule={"last_epoch": step},
         loss_scale={},
-        kept=[([0, 2], [1, 3, 4])],
+        kept=[[[0, 2], [1, 3, 4]]],
         updates_since_cut=1,
         cuts=0,
         shape=ShapeSource(shape, "abc", is_source=not shape.startswith("shape-")),
@@ -226,16 +227,16 @@ def test_moments_of_older_formats_become_sums_over_the_tokens_of_a_step(tmp_path
     save_file(moments, tmp_path / layout.moments_file(0))
     new = TrainingCheckpoint(tmp_path, dataclasses.replace(state, moment_tokens=640.0))
     assert torch.equal(new.moments(0)["self_attn.o_proj"], moments["self_attn.o_proj"])
-    assert new.pruner_state().moment_tokens == 640
+    assert new.pruner_state(KINDS).moment_tokens == 640
     for version in (1, 2):
         old = TrainingCheckpoint(tmp_path, dataclasses.replace(state, format=version))
         assert torch.equal(old.moments(0)["self_attn.o_proj"], 1536 * moments["self_attn.o_proj"])
-        assert old.pruner_state().moment_tokens == 1536
+        assert old.pruner_state(KINDS).moment_tokens == 1536
     assert old.moments(1) == {}
 
 
 def test_an_older_checkpoint_without_moments_starts_their_average_anew(tmp_path: Path) -> None:
     for version in (1, 2):
         old = TrainingCheckpoint(tmp_path, dataclasses.replace(make_state(4, "shape-1"), format=version))
-        assert old.pruner_state().moment_tokens == 0
+        assert old.pruner_state(KINDS).moment_tokens == 0
         assert old.moments(0) == {}

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from loraprune_ds.model import pretrained as reading
 from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
-from loraprune_ds.model.pretrained import Kept, cut_to, open_pretrained
+from loraprune_ds.model.pretrained import cut_to, open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses
 from tests.oracle.models import make_tiny_llama
+from tests.unit.shapes_and_scores import keep_of
+
+Kept = list[tuple[list[int], list[int]]]  # heads and channels of every layer
 
 HEAD_DIM, QUERIES_PER_GROUP = 6, 2
 UNEVEN: Kept = [([0, 1, 2, 3], [*range(0, 37, 3)]), ([1, 3], [*range(37)]), ([2], [0, 36])]
@@ -54,7 +57,7 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kept", [UNEVEN, EVEN], ids=["uneven", "even"])
 def test_every_part_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "READ_CHUNK", chunk)
-    cut, expected = cut_to(open_pretrained(folder), kept, "float32"), cut_by_hand(load_tensors(folder), kept)
+    cut, expected = cut_to(open_pretrained(folder), keep_of(kept), "float32"), cut_by_hand(load_tensors(folder), kept)
     assert cut.shape.parameters() == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     for name, tensor in expected.items():
         flat, numel = tensor.reshape(-1), tensor.numel()
@@ -68,11 +71,11 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 def test_it_is_built_with_the_sizes_that_are_left(folder: Path) -> None:
     for kept in (UNEVEN, EVEN):
-        cut = cut_to(open_pretrained(folder), kept, "float32")
+        cut = cut_to(open_pretrained(folder), keep_of(kept), "float32")
         model = build_for_losses(cut, "sdpa")
         assert {n: tuple(p.shape) for n, p in model.named_parameters()} == cut.shape.parameters()
 
 
 def test_with_nothing_cut_it_is_the_model_on_disk(folder: Path) -> None:
     dense = open_pretrained(folder)
-    assert cut_to(dense, [([0, 1, 2, 3], [*range(37)])] * 3, "float32") is dense
+    assert cut_to(dense, keep_of([([0, 1, 2, 3], [*range(37)])] * 3), "float32") is dense

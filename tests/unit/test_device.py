@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.dtypes import tf32_where_exact
-from loraprune_ds.pruning import input_moments
+from loraprune_ds.pruning import input_moments, taps
 from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.pruning.prunable_model import LinearId
 from loraprune_ds.zero import device
@@ -71,14 +71,14 @@ def test_second_moments_ask_with_the_dtype_that_their_inputs_came_in(monkeypatch
         return original(dtype, device)
 
     monkeypatch.setattr(input_moments, "tf32_where_exact", asking)
-    monkeypatch.setattr(input_moments, "lora_linear", lambda layer, linear: nn.Identity())
+    monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
     shape = make_shape([(1, 4)])
     model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)
     moments = InputMoments(model, [0], second=True, decay=0.0)
     inputs: Tensor = torch.randn(1, 5, 4).bfloat16()
     linear_id = LinearId(0, shape.input_linears[0])
     with moments.record_forward(None):
-        moments._record(linear_id, nn.Identity(), (inputs,))
+        moments._record(linear_id, inputs)
     assert asked == [(torch.bfloat16, "cpu")]
 
 

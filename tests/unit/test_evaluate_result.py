@@ -16,8 +16,8 @@ from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Speed, SpeedSettings
 from loraprune_ds.evaluate.zeroshot import TaskSettings
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 
 SMOLLM: dict[str, Any] = {
     "model_type": "llama",
@@ -56,7 +56,7 @@ PRUNED = replace(
     kind="run",
     method="lora, uniform",
     removed_fraction=0.25,
-    cost=count_cost(SHAPE.with_layers((LayerShape(2, 1024),) * 30), 128, None, 4),
+    cost=count_cost(SHAPE.with_layers((LayerShape(heads=2, channels=1024),) * 30), 128, None, 4),
     perplexity=Perplexity(75.0, 20320, 160),
     speed=Speed(1500.0, 30.0, 1_500_000),
 )

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 
 LAYERS = 3
 SOURCE: dict[str, Any] = {
@@ -34,7 +34,7 @@ PER_LAYER = [(3, 50), (1, 1), (2, 30)]
 
 
 def export(source: dict[str, Any], keep: list[tuple[int, int]], dtype: str = "bfloat16") -> ExportedConfig:
-    shape = shape_from_config(source, "source").with_layers(tuple(LayerShape(*counts) for counts in keep))
+    shape = shape_from_config(source, "source").with_layers(tuple(LayerShape(heads=h, channels=c) for h, c in keep))
     return export_config(source, shape, dtype)
 
 
@@ -61,7 +61,7 @@ def test_model_type_and_sizes(source: dict[str, Any], keep: list[tuple[int, int]
     assert exported.trust_remote_code == ("trust_remote_code=True" in exported.loader)
     shape = shape_from_config(exported.config, "exported")
     before = shape_from_config(source, "source")
-    assert [(layer.heads, layer.channels) for layer in shape.layers] == keep
+    assert [(layer["heads"], layer["channels"]) for layer in shape.layers] == keep
     assert shape.biases == before.biases
     assert exported.config["head_dim"] == before.head_dim == 4
     assert (shape.hidden_size, shape.vocab_size, shape.queries_per_group) == (48, 100, 3)

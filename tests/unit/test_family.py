@@ -10,13 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.family import CHANNELS, FAMILIES, KEYS, PRUNED, QUERIES, Family, Linear
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL
 from tests.families import SIZES, TINY, tiny_config
 
-DENSE = LayerShape(SIZES["num_key_value_heads"], SIZES["intermediate_size"])
-FEWER = LayerShape(3, 11)  # 6 query heads divide hidden_size 60, which some stock classes ask for
+DENSE = LayerShape(heads=SIZES["num_key_value_heads"], channels=SIZES["intermediate_size"])
+FEWER = LayerShape(heads=3, channels=11)  # 6 query heads divide hidden_size 60, which some stock classes ask for
 LAYERS = SIZES["num_hidden_layers"]
 WITHOUT_PLAN = {"hunyuan_v1_dense"}  # transformers names no axes for it
 
@@ -31,8 +32,12 @@ def read(family: str, **changes: Any) -> ModelShape:
 
 def sizes_of(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
     """Returns what config.json says of such a layer. An export always names head_dim."""
-    queries = layer.heads * shape.queries_per_group
-    counts = {"num_attention_heads": queries, "num_key_value_heads": layer.heads, "intermediate_size": layer.channels}
+    queries = layer["heads"] * shape.queries_per_group
+    counts = {
+        "num_attention_heads": queries,
+        "num_key_value_heads": layer["heads"],
+        "intermediate_size": layer["channels"],
+    }
     return counts | {"head_dim": shape.head_dim}
 
 

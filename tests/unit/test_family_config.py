@@ -10,8 +10,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import config_class
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES, UNGATED
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 from tests.families import SIZES, tiny_config
 
 COUNTS = {"num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "per_layer_config"}
@@ -38,7 +38,7 @@ def published(family: str, **rope: Any) -> dict[str, Any]:
 
 
 def export(config: dict[str, Any], counts: list[tuple[int, int]]) -> dict[str, Any]:
-    shape = shape_from_config(config, "source").with_layers(tuple(LayerShape(*layer) for layer in counts))
+    shape = shape_from_config(config, "source").with_layers(tuple(LayerShape(heads=h, channels=c) for h, c in counts))
     return export_config(config, shape, "bfloat16").config
 
 

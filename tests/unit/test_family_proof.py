@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import FAMILIES, Family, Kind
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from tests.family_cuts import (
     FEW,
     MANY,
@@ -62,8 +62,8 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
 
 def stays(shape: ModelShape, layer: int, keep: LayerKeep, kind: Kind, size: int) -> Tensor:
     """Returns (size,) with 1 where a kept group is, 0 elsewhere."""
-    groups = torch.zeros(shape.layers[layer].count(kind))
-    groups[keep.of(kind)] = 1
+    groups = torch.zeros(shape.layers[layer][kind])
+    groups[keep[kind]] = 1
     assert size % len(groups) == 0
     return groups.repeat_interleave(size // len(groups))
 

@@ -15,7 +15,7 @@ from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.plan.request import check_layout
 from tests.families import tiny_config
-from tests.integration.heavy.families import VLLM
+from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 
 README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
 HEADER = (
@@ -29,6 +29,7 @@ HEADER = (
     "note",
 )
 LLAMA_STAND_IN = "llama if its heads divide hidden_size, else mistral, or with biases the modelling file"
+IN_VLLM = {"auto": "equal layers", "transformers": 'equal layers, with `model_impl="transformers"`'}
 LONG_FACTORS = "with long rotary factors it needs the modelling file as soon as heads leave"
 
 
@@ -49,7 +50,7 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
     else:
         stored = "a stock model"
     kinds = smaller(family, "heads"), smaller(family, "channels")
-    vllm = "equal layers" if name in VLLM else "no"
+    vllm = "any layers" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else "no"
     return *kinds, stored, gguf(name), vllm, planned(name), "; ".join(notes(name, family))
 
 

@@ -11,7 +11,7 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts, uniform_goal
-from tests.unit.shapes_and_scores import after, make_shape, random_scores_of
+from tests.unit.shapes_and_scores import make_shape, random_scores_of
 
 SHAPE = make_shape([(9, 1536)] * 10, hidden=576, head_dim=64)
 
@@ -25,26 +25,26 @@ def limits_of(**prune: Any) -> Limits:
 
 def test_without_it_both_kinds_give_alike() -> None:
     goal = uniform_goal(limits_of(), 0.417)
-    assert abs(goal.heads / 9 - goal.channels / 1536) < 0.5 / 9
+    assert abs(goal["heads"] / 9 - goal["channels"] / 1536) < 0.5 / 9
 
 
 @pytest.mark.parametrize(("head_ratio", "heads"), [(0.0, 9), (1 / 3, 6), (6 / 9, 3), (0.8, 2)])
 def test_uniform_takes_so_many_heads_and_makes_up_with_channels(head_ratio: float, heads: int) -> None:
     limits = limits_of(head_ratio=head_ratio)
     goal = uniform_goal(limits, 0.417)
-    assert goal.heads == heads
-    reached = 8 * limits.lost(1, goal.heads, goal.channels) / SHAPE.linear_numel()
+    assert goal["heads"] == heads
+    reached = 8 * limits.lost(1, goal) / SHAPE.linear_numel()
     assert abs(reached - 0.417) < 8 * SHAPE.group_numel("channels") / SHAPE.linear_numel()
     halfway = uniform_counts(limits, 0.2085, 0.417)
-    assert abs((9 - halfway.heads) - (9 - heads) / 2) <= 0.5
+    assert abs((9 - halfway["heads"]) - (9 - heads) / 2) <= 0.5
 
 
 @pytest.mark.parametrize("head_ratio", [0.0, 0.25, 0.75])
 def test_global_splits_its_budget_so(head_ratio: float) -> None:
     limits = limits_of(head_ratio=head_ratio, ranking="global")
     scores = random_scores_of(SHAPE, torch.Generator().manual_seed(0))
-    left = after(SHAPE, rank_global(scores, SHAPE, limits, 0.417, joint=False))
-    assert abs(sum(9 - layer.heads for layer in left.layers) - head_ratio * 8 * 9) <= 1
+    left = SHAPE.after(rank_global(scores, SHAPE, limits, 0.417, joint=False))
+    assert abs(sum(9 - layer["heads"] for layer in left.layers) - head_ratio * 8 * 9) <= 1
     reached = 1 - left.linear_numel() / SHAPE.linear_numel()
     assert abs(reached - 0.417) < SHAPE.group_numel("channels") / SHAPE.linear_numel()
 
@@ -56,7 +56,7 @@ def test_the_planner_knows(ranking: Ranking) -> None:
     )
     config = RunConfig(output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8))
     shape = build_request("small", SHAPE, config, Cluster(1, 1)).shape_at(0.4)
-    assert {layer.heads for layer in shape.layers} == {7}
+    assert {layer["heads"] for layer in shape.layers} == {7}
     assert abs(1 - shape.linear_numel() / SHAPE.linear_numel() - 0.4) < 0.01
 
 

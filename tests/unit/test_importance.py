@@ -11,11 +11,11 @@ from torch import Tensor
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.family import LLAMA_LINEARS, Linear
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning import importance
 from loraprune_ds.pruning.criterion import score_shard
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from tests.oracle import formula
 from tests.unit.shapes_and_scores import make_shape
 from tests.unit.split_model import LayerTensors, random_layer, scores_over_ranks
@@ -57,9 +57,9 @@ class Run:
     def oracle(self, *, power: int = 1, normalize: bool = True) -> list[tuple[Tensor, Tensor]]:
         averages = []
         for i, layer in enumerate(self.shape.layers):
-            heads, channels = (torch.zeros(layer.count(kind), dtype=torch.float64) for kind in ("heads", "channels"))
+            heads, channels = (torch.zeros(layer[kind], dtype=torch.float64) for kind in ("heads", "channels"))
             for layers in self.steps:
-                sizes = (layer.heads, self.shape.queries_per_group, self.shape.head_dim)
+                sizes = (layer["heads"], self.shape.queries_per_group, self.shape.head_dim)
                 now = formula.group_scores(layers[i], SCALING, *sizes, normalize=normalize, power=power)
                 heads = formula.moving_average(heads, now[0], 0.9)
                 channels = formula.moving_average(channels, now[1], 0.9)
@@ -78,7 +78,7 @@ def random_run(shape: ModelShape, seed: int = 0) -> Run:
 
 def assert_same(found: list[LayerScores], expected: list[tuple[Tensor, Tensor]]) -> None:
     for layer, (heads, channels) in zip(found, expected, strict=True):
-        for scores, oracle in ((layer.heads, heads), (layer.channels, channels)):
+        for scores, oracle in ((layer["heads"], heads), (layer["channels"], channels)):
             assert scores.dtype == torch.float64
             assert scores.shape == oracle.shape
             assert (scores - oracle).abs().max() <= FP32 * oracle.max()
@@ -102,8 +102,8 @@ def test_magnitude_ignores_the_gradients() -> None:
         run.shape, [[{n: (*t[:3], t[3] * 0, t[4] * 7) for n, t in run.steps[0][i].items()} for i in (0, 1)]] * 2
     )
     for a, b in zip(run.package(criterion="magnitude"), other.package(criterion="magnitude"), strict=True):
-        assert torch.equal(a.heads, b.heads)
-        assert torch.equal(a.channels, b.channels)
+        assert torch.equal(a["heads"], b["heads"])
+        assert torch.equal(a["channels"], b["channels"])
 
 
 # What each part of the definition is worth: without it the comparison above fails.
@@ -122,8 +122,8 @@ def no_average(self: MovingAverage, now: list[LayerScores]) -> None:
 
 
 def sum_of_all_steps(self: MovingAverage, now: list[LayerScores]) -> None:
-    old = self.scores or [LayerScores(s.heads * 0, s.channels * 0) for s in now]
-    self.scores = [LayerScores(a.heads + b.heads, a.channels + b.channels) for a, b in zip(old, now, strict=True)]
+    old = self.scores or [LayerScores({k: 0 * s[k] for k in s}) for s in now]
+    self.scores = [LayerScores({k: a[k] + b[k] for k in a}) for a, b in zip(old, now, strict=True)]
 
 
 def average_from_the_first_score(self: MovingAverage, now: list[LayerScores]) -> None:
@@ -185,8 +185,8 @@ def test_grouping_follows_the_key_value_heads() -> None:
         only = torch.zeros_like(weight).index_fill_(linear.axis, rows, 1.0)
         layer[linear.name] = (weight * only, a, b * 0, grad_a, grad_b)
     (scores,) = scores_over_ranks(shape, [layer], scaling=SCALING, world_size=2)
-    assert scores.heads.nonzero().flatten().tolist() == [1]
-    assert scores.channels.nonzero().flatten().tolist() == [1]
+    assert scores["heads"].nonzero().flatten().tolist() == [1]
+    assert scores["channels"].nonzero().flatten().tolist() == [1]
 
 
 def test_mean_of_the_ranks_scores_is_another_criterion() -> None:
@@ -200,7 +200,9 @@ def test_mean_of_the_ranks_scores_is_another_criterion() -> None:
     of_mean = Run(run.shape, [mean])  # type: ignore[list-item]
     assert_same(of_mean.package(), of_mean.oracle())
     per_rank = [Run(run.shape, [layers]).package() for layers in (first, second)]
-    mean_of_scores = [((a.heads + b.heads) / 2, (a.channels + b.channels) / 2) for a, b in zip(*per_rank, strict=True)]
+    mean_of_scores = [
+        ((a["heads"] + b["heads"]) / 2, (a["channels"] + b["channels"]) / 2) for a, b in zip(*per_rank, strict=True)
+    ]
     with pytest.raises(AssertionError):
         assert_same(of_mean.package(), mean_of_scores)
 
@@ -226,20 +228,20 @@ def test_a_module_without_any_score_is_not_divided_by_its_norm() -> None:
 
 def test_average_is_cut_along_with_the_groups() -> None:
     average = MovingAverage(0.9)
-    now = [LayerScores(torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5]))]
+    now = [LayerScores(heads=torch.tensor([1.0, 2, 3]), channels=torch.tensor([4.0, 5]))]
     average.update(now)
     assert average.updates_since_cut == 1
-    average.cut([LayerKeep(torch.tensor([0, 2]), torch.tensor([1]))])
+    average.cut([LayerKeep(heads=torch.tensor([0, 2]), channels=torch.tensor([1]))])
     assert average.updates_since_cut == 0
     assert average.scores is not None
-    torch.testing.assert_close(average.scores[0].heads, torch.tensor([0.1, 0.3]))
-    torch.testing.assert_close(average.scores[0].channels, torch.tensor([0.5]))
+    torch.testing.assert_close(average.scores[0]["heads"], torch.tensor([0.1, 0.3]))
+    torch.testing.assert_close(average.scores[0]["channels"], torch.tensor([0.5]))
 
 
 def test_random_scores_are_one_draw_per_group() -> None:
     shape = make_shape([(4, 30), (4, 30), (2, 5)])
     first, again, other = random_scores(shape, 1), random_scores(shape, 1), random_scores(shape, 2)
-    assert [(len(s.heads), len(s.channels)) for s in first] == [(4, 30), (4, 30), (2, 5)]
-    assert all(torch.equal(a.of(k), b.of(k)) for a, b in zip(first, again, strict=True) for k in ("heads", "channels"))
-    assert not torch.equal(first[0].channels, other[0].channels)
-    assert not torch.equal(first[0].channels, first[1].channels)  # layers draw their own
+    assert [(len(s["heads"]), len(s["channels"])) for s in first] == [(4, 30), (4, 30), (2, 5)]
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(first, again, strict=True) for k in ("heads", "channels"))
+    assert not torch.equal(first[0]["channels"], other[0]["channels"])
+    assert not torch.equal(first[0]["channels"], first[1]["channels"])  # layers draw their own

@@ -10,10 +10,11 @@ import torch
 
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, after, gone, make_shape, random_scores_of, random_shape
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, random_shape
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
@@ -43,7 +44,7 @@ def test_floors_are_multiples_and_never_above_what_is_there() -> None:
     limits = limits_of(
         shape, ranking="global", protected_first=0, protected_last=0, min_heads=2, min_channels=65, channel_multiple=32
     )
-    assert limits.floor == (LayerShape(2, 96), LayerShape(2, 96), LayerShape(1, 40))
+    assert [tuple(layer.values()) for layer in limits.floor] == [(2, 96), (2, 96), (1, 40)]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_blocks_lead_down_to_the_floor_by_multiples() -> None:
     assert limits.blocks(0, "channels", 173) == limits.blocks(0, "heads", 4) == []  # protected
 
 
-def test_fewest_channels_by_trying_them_all() -> None:
+def test_the_narrowest_shapes_by_trying_them_all() -> None:
     draw = random.Random(0)
     for _ in range(200):
         shape = random_shape(draw, uniform=True)
@@ -113,18 +114,22 @@ def test_fewest_channels_by_trying_them_all() -> None:
         except UserError:
             continue  # nothing can be cut at all
         dense, floor = shape.layers[0], limits.floor[0]
-        allowed = [c for c in range(floor.channels, dense.channels + 1) if c % multiple == 0 or c == dense.channels]
-        for heads in range(floor.heads, dense.heads + 1):
-            fitting = [c for c in allowed if limits.lost(0, heads, c) <= limits.layer_budget[0]]
-            assert limits.fewest_channels(0, heads) == min(fitting, default=None)
+        allowed = [
+            c for c in range(floor["channels"], dense["channels"] + 1) if c % multiple == 0 or c == dense["channels"]
+        ]
+        narrowest = {shape["heads"]: shape["channels"] for shape in limits.narrowest(0)}
+        for heads in range(floor["heads"], dense["heads"] + 1):
+            shapes = [LayerShape(heads=heads, channels=c) for c in allowed]
+            fitting = [x["channels"] for x in shapes if limits.lost(0, x) <= limits.layer_budget[0]]
+            assert narrowest.get(heads) == min(fitting, default=None)
 
 
 # The ratio that can be reached
 
 
 def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> PruneConfig:
-    narrowest, heads = (min(layer.count(kind) for layer in shape.layers) for kind in ("channels", "heads"))
-    pairs = all(layer.heads % 2 == layer.channels % 2 == 0 for layer in shape.layers) and heads > 1
+    narrowest, heads = (min(layer[kind] for layer in shape.layers) for kind in ("channels", "heads"))
+    pairs = all(layer["heads"] % 2 == layer["channels"] % 2 == 0 for layer in shape.layers) and heads > 1
     return PruneConfig(
         ratio=0.999999,
         ranking=ranking,
@@ -174,7 +179,7 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
                 limits.multiples["channels"] * shape.group_numel("channels"),
             )
         # The stated ratio has four digits, rounded down.
-        short = most * shape.linear_numel() - gone(after(shape, keep), shape)
+        short = most * shape.linear_numel() - gone(shape.after(keep), shape)
         assert short <= step + 1e-9, (config, shape)
     assert reached_something > 150
 

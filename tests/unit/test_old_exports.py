@@ -13,8 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.pretrained import cut_to, open_pretrained
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export, exported_config
+from tests.unit.shapes_and_scores import keep_of
 
 FILES = Path(__file__).parent / "old_exports"
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB
@@ -58,7 +60,7 @@ def test_can_be_pruned_again(case: Case, tmp_path: Path) -> None:
     assert pretrained.shape.layers == shape.layers
     again = export_config(pretrained.config, pretrained.shape, case.dtype)
     assert (again.config, again.modelling_file) == (new.config, "modeling_pruned.py")
-    kept = [(list(range(heads)), list(range(1, channels))) for heads, channels in case.keep]
+    kept = keep_of((list(range(heads)), list(range(1, channels))) for heads, channels in case.keep)
     assert cut_to(pretrained, kept, case.dtype).shape.layers == tuple(
-        type(layer)(layer.heads, layer.channels - 1) for layer in shape.layers
+        LayerShape(heads=layer["heads"], channels=layer["channels"] - 1) for layer in shape.layers
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.model.shapes import LayerShape
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.report import pictures
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
@@ -51,8 +51,10 @@ def test_kept_groups_has_a_bar_per_layer_and_kind(tmp_path: Path, figures: list[
 
 
 def test_eighty_layers_keep_their_bars_apart(tmp_path: Path, figures: list[Any]) -> None:
-    dense = DENSE.with_layers((LayerShape(64, 22016),) * 80)
-    draw_kept_groups(tmp_path / "kept_groups.png", dense, dense.with_layers((LayerShape(30, 9000),) * 80))
+    dense = DENSE.with_layers((LayerShape(heads=64, channels=22016),) * 80)
+    draw_kept_groups(
+        tmp_path / "kept_groups.png", dense, dense.with_layers((LayerShape(heads=30, channels=9000),) * 80)
+    )
     axes = figures[0].axes[1]
     first, second = (bar.get_window_extent() for bar in axes.containers[1][:2])
     assert first.width >= 3  # pixels

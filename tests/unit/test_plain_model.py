@@ -15,10 +15,9 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, PruneConfig, Ranking
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family import KINDS, LLAMA_LINEARS, Kind
-from loraprune_ds.model.shapes import LayerShape
+from loraprune_ds.model.family import LLAMA_LINEARS, Kind
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import MovingAverage
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts
 from loraprune_ds.pruning.step import agree, all_groups
 from tests.oracle.dense_trainer import DenseTrainer, Settings
@@ -78,7 +77,7 @@ def assert_equals_oracle(tiny: Tiny, run: PlainRun, **settings: Any) -> None:
     """The oracle is told how many groups each cut keeps, but not which."""
     run.run(tiny.batches)
     oracle = tiny.oracle(run, normalize=run.prune.normalization == "l2", **settings)
-    counts = {cut.step: [(len(k.heads), len(k.channels)) for k in cut.keep] for cut in run.cuts}
+    counts = {cut.step: [(len(k["heads"]), len(k["channels"])) for k in cut.keep] for cut in run.cuts}
     records = oracle.run(tiny.batches, [run.learning_rate] * STEPS, counts)
     for step, record in enumerate(records, start=1):
         assert abs(run.losses[step - 1] - record.loss) < TOLERANCE
@@ -118,7 +117,7 @@ def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
     )
     run = tiny.plain(prune, micro_batch_size=2)
     assert_equals_oracle(tiny, run, power=2)
-    largest_group = max(run.pruner.limits.dense.group_numel(kind) for kind in KINDS)
+    largest_group = max(run.pruner.limits.dense.group_numel(kind) for kind in run.prunable.shape.kinds)
     dense = run.pruner.limits.dense.linear_numel()
     for cut in run.cuts:
         assert abs(cut.reached - cut.target) <= largest_group / dense
@@ -130,7 +129,7 @@ def test_uniform_heads_for_the_schedules_end(gqa: Tiny) -> None:
     run = gqa.plain().run(gqa.batches)
     limits, ratio = run.pruner.limits, run.prune.ratio
     on_the_way = [uniform_counts(limits, cut.target, ratio) for cut in run.cuts]
-    assert [LayerShape(len(cut.keep[0].heads), len(cut.keep[0].channels)) for cut in run.cuts] == on_the_way
+    assert [cut.keep[0].shape for cut in run.cuts] == on_the_way
     assert on_the_way != [uniform_counts(limits, cut.target, cut.target) for cut in run.cuts]
 
 
@@ -205,7 +204,7 @@ def test_mean_of_means_is_another_loss(gqa: Tiny) -> None:
 def odd_groups(run: PlainRun) -> list[LayerKeep]:
     """Every second head and channel, another choice in each layer."""
     return [
-        LayerKeep(torch.arange(i % 2, layer.heads, 2), torch.arange(i % 3, layer.channels, 2))
+        LayerKeep(heads=torch.arange(i % 2, layer["heads"], 2), channels=torch.arange(i % 3, layer["channels"], 2))
         for i, layer in enumerate(run.prunable.shape.layers)
     ]
 
@@ -217,7 +216,7 @@ def mask(run: PlainRun, keep: list[LayerKeep]) -> None:
         for linear in LLAMA_LINEARS:
             if linear.axis == 1 and f".{linear.name}." in name and name.endswith((".weight", ".lora_A")):
                 layer = int(name.split(".")[1])
-                rows = keep[layer].indices(shape, layer, linear.parts)
+                rows = shape.kept_indices(layer, linear.parts, keep[layer])
                 gone = torch.ones(tensor.shape[1], dtype=torch.bool).index_fill_(0, rows, False)
                 tensor[:, gone] = 0
 
@@ -249,7 +248,7 @@ def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dty
                 axis_of = {"weight": linear.axis, "bias": 0, "lora_A": 1, "lora_B": 0}[name.split(".")[-1]]
                 is_cut = name.endswith("weight") or axis_of == linear.axis
                 layer = int(name.split(".")[1])
-                rows = keep[layer].indices(shape, layer, linear.parts)
+                rows = shape.kept_indices(layer, linear.parts, keep[layer])
                 return whole.index_select(axis_of, rows) if is_cut else whole
         return whole
 
@@ -258,7 +257,7 @@ def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dty
         assert tensor.dtype == dtype
     for name, pair in run.moments().items():
         assert all(torch.equal(new, expected(name, old)) for new, old in zip(pair, moments[name], strict=True)), name
-    assert run.prunable.shape.layers == tuple(LayerShape(len(k.heads), len(k.channels)) for k in keep)
+    assert run.prunable.shape.layers == tuple(k.shape for k in keep)
     for i, layer in enumerate(run.prunable.layers):
         for linear in LLAMA_LINEARS:
             module: Any = layer.get_submodule(linear.name)
@@ -274,7 +273,7 @@ def test_kept_indices_name_the_groups_of_the_dense_model(gqa: Tiny) -> None:
     tensors = run.tensors()
     for i, kept in enumerate(run.pruner.kept_of_dense):
         for linear in LLAMA_LINEARS:
-            rows = kept.indices(run.pruner.limits.dense, i, linear.parts)
+            rows = run.pruner.limits.dense.kept_indices(i, linear.parts, kept)
             whole = dense[f"model.layers.{i}.{linear.name}.weight"]
             assert torch.equal(tensors[f"layers.{i}.{linear.name}.weight"], whole.index_select(linear.axis, rows))
 
@@ -287,9 +286,9 @@ def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> T
     run = tiny.plain()
     shape, lora = run.prunable.shape, {name: t.clone() for name, t in tiny.lora.items()}
     tensors = load_file(tiny.folder / "model.safetensors")
-    useless = LayerKeep(torch.tensor([head]), torch.tensor([channel]))
+    useless = LayerKeep(heads=torch.tensor([head]), channels=torch.tensor([channel]))
     for linear in LLAMA_LINEARS:
-        rows = useless.indices(shape, layer, linear.parts)
+        rows = shape.kept_indices(layer, linear.parts, useless)
         factor = "lora_A" if linear.axis else "lora_B"
         lora[f"layers.{layer}.{linear.name}.{factor}"].index_fill_(linear.axis, rows, 0)
         if linear.kind == "channels" or linear.axis == 1:
@@ -303,7 +302,7 @@ def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> T
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
-@pytest.mark.parametrize("criterion", ["lora", "lora_squared"])
+@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher"])
 def test_planted_useless_groups_go_first(tiny: Tiny, tmp_path: Path, ranking: Ranking, criterion: Criterion) -> None:
     planted = plant(tiny, tmp_path, layer=1, head=2, channel=5)
     prune = PruneConfig(
@@ -322,8 +321,8 @@ def test_planted_useless_groups_go_first(tiny: Tiny, tmp_path: Path, ranking: Ra
 
 def first_to_go(run: PlainRun, layer: int, kind: Kind) -> set[int]:
     """What the first cut that took any groups of a layer took: dense indices, as nothing had gone before."""
-    count = run.pruner.limits.dense.layers[layer].count(kind)
-    kept = (set(cut.keep[layer].of(kind).tolist()) for cut in run.cuts)
+    count = run.pruner.limits.dense.layers[layer][kind]
+    kept = (set(cut.keep[layer][kind].tolist()) for cut in run.cuts)
     return next(set(range(count)) - left for left in kept if len(left) < count)
 
 
@@ -369,8 +368,8 @@ def test_a_rank_with_another_mask_is_named(gqa: Tiny) -> None:
     digests: list[int] = []
     model.gather_values = lambda value: digests.append(value) or [value, value]
     agreed = agree(keep, model, 7)
-    assert all(torch.equal(a.of(k), b.of(k)) for a, b in zip(agreed, keep, strict=True) for k in KINDS)
-    other = [LayerKeep(keep[0].heads, keep[0].channels[1:]), *keep[1:]]
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(agreed, keep, strict=True) for k in model.shape.kinds)
+    other = [LayerKeep(heads=keep[0]["heads"], channels=keep[0]["channels"][1:]), *keep[1:]]
     model.gather_values = lambda value: [digests[0], digests[0], value]
     with pytest.raises(RunError, match=r"^step 7: rank 2 computed another mask than rank 0$"):
         agree(other, model, 7)
@@ -378,13 +377,13 @@ def test_a_rank_with_another_mask_is_named(gqa: Tiny) -> None:
 
 def test_rank_0_decides_the_mask(gqa: Tiny) -> None:
     model: Any = gqa.plain().prunable
-    keep = [LayerKeep(k.heads[1:], k.channels[::2]) for k in all_groups(model.shape)]
+    keep = [LayerKeep(heads=k["heads"][1:], channels=k["channels"][::2]) for k in all_groups(model.shape)]
     sent: list[Tensor] = []
     model.broadcast = lambda values: sent.append(values) or values
     agreed = agree(keep, model, 1)
     assert sent[0].dtype == torch.uint8
-    assert len(sent[0]) == sum(layer.heads + layer.channels for layer in model.shape.layers)
-    assert all(torch.equal(a.of(k), b.of(k)) for a, b in zip(agreed, keep, strict=True) for k in KINDS)
+    assert len(sent[0]) == sum(layer["heads"] + layer["channels"] for layer in model.shape.layers)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(agreed, keep, strict=True) for k in model.shape.kinds)
 
 
 def test_random_pruning_draws_once(gqa: Tiny) -> None:

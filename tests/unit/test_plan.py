@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.distillation import check_top_k
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.activations import PlannedBatch, saved_by_layer
 from loraprune_ds.plan.advice import search, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
@@ -276,7 +277,9 @@ def test_of_many_cuts_some_are_planned_each_from_the_shape_just_before_it(monkey
 
 
 def test_of_very_many_cuts_a_part_tells_what_all_of_them_send(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = request(Cluster(1, 2), steps=4 * 5 * MOST_CUTS, shape=SMALL.with_layers((LayerShape(64, 8192),) * 6))
+    many = request(
+        Cluster(1, 2), steps=4 * 5 * MOST_CUTS, shape=SMALL.with_layers((LayerShape(heads=64, channels=8192),) * 6)
+    )
     every = make_plan(many).in_all.sent
     monkeypatch.setattr("loraprune_ds.plan.plan._all_cuts", lambda request: np.zeros(3))
     of_cuts = every - make_plan(many).in_all.sent
@@ -288,6 +291,16 @@ def test_of_very_many_cuts_a_part_tells_what_all_of_them_send(monkeypatch: pytes
 def pruning(plain: Request, **prune: Any) -> Plan:
     """The plan of the same run with other values of `prune`."""
     return make_plan(changed(plain, prune=prune))
+
+
+def test_fisher_sends_scores_alone_and_costs_next_to_nothing() -> None:
+    plain = request(Cluster(1, 2), steps=40, global_batch_size=16)
+    lora, fisher = pruning(plain), pruning(plain, criterion="fisher")
+    groups = sum(sum(layer.values()) for layer in SMALL.layers)
+    assert fisher.step.sent["scoring"] == 8 * groups
+    assert fisher.step.sent | {"scoring": 0} == lora.step.sent | {"scoring": 0}
+    assert fisher.last_step.compute < fisher.step.compute < lora.step.compute
+    assert fisher.last_step == lora.last_step
 
 
 def test_the_true_gradient_costs_arithmetic_on_the_steps_that_score() -> None:

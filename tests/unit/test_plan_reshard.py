@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.shapes import LayerShape
+from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.plan.request import read_shape
 from loraprune_ds.plan.traffic import layer_cuts, moved_bytes
 from loraprune_ds.zero.flat import Owners, ReshardPlan
 from tests.benchmarks.repartition import MASKS, Repartition, example_masks, plan_repartition
 
 DENSE = read_shape("llama-65b")
-SMALL = DENSE.with_layers((LayerShape(48, 16512),) * 80)  # a quarter gone
+SMALL = DENSE.with_layers((LayerShape(heads=48, channels=16512),) * 80)  # a quarter gone
 
 
 def plan(mask: str, world_size: int, layers: int = 80) -> Repartition:

@@ -10,7 +10,7 @@ from loraprune_ds.config_file import load_config
 from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality import basis_of, parse_arguments, trial_name
 from tests.benchmarks.quality_settings import SETTINGS, select
-from tests.benchmarks.quality_table import draw, places, rows_of, table
+from tests.benchmarks.quality_table import LINES, PANELS, draw, rows_of, table
 from tests.oracle.models import make_tiny_llama
 
 
@@ -50,12 +50,6 @@ def test_a_row_has_mean_and_spread_of_its_seeds_alone(tmp_path: Path) -> None:
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
-def test_groups_stand_apart_and_the_best_of_each_on_top() -> None:
-    runs = [made_up_run("plain", 0, 90.0), made_up_run("refit", 0, 70.0), made_up_run("gqa-plain", 0, 60.0)]
-    runs[2]["group"] = "gqa"
-    assert places(rows_of(runs)) == {"refit": 0, "plain": 1, "gqa-plain": 3.2}
-
-
 def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["quality", "--tune", "a", "--test", "b"])
     ranks = parse_arguments().ranks
@@ -67,6 +61,20 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tokens == (409_600 if setting.name.endswith("409600") else 81_920), setting.name
     with pytest.raises(SystemExit, match="no setting best"):
         select([], ["best"])
+
+
+@pytest.mark.parametrize(("recipe", "setting"), [("tuned", "fisher-refit"), ("general", "all-three-global")])
+def test_a_recipe_is_what_was_measured(recipe: str, setting: str) -> None:
+    shipped = load_config(f"launch/configs/recipe-{recipe}.yaml")
+    measured = load_config("launch/configs/quickstart.yaml", SETTINGS[setting].overrides)
+    for section in ("lora", "prune", "train", "evaluate", "deepspeed"):
+        assert getattr(shipped, section) == getattr(measured, section), section
+    assert (shipped.model.dtype, shipped.data.window) == (measured.model.dtype, measured.data.window)
+
+
+def test_the_picture_draws_settings_that_exist() -> None:
+    assert set(LINES) <= set(SETTINGS)
+    assert all(any(name.endswith(suffix) for name in SETTINGS) for _, suffix, _, _ in PANELS)
 
 
 def test_a_result_of_other_settings_texts_or_windows_is_not_taken_for_this_one(tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ import torch
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import KINDS
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits, make_limits
-from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.pruning.ranking import rank_global
-from tests.unit.shapes_and_scores import SMOLLM2, after, gone, make_shape, random_scores_of, random_shape
+from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_shape
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
@@ -43,11 +42,10 @@ def random_limits(draw: random.Random) -> tuple[Limits, float]:
 
 def check_limits(limits: Limits, shape: ModelShape) -> None:
     for i, (dense, floor, layer) in enumerate(zip(limits.dense.layers, limits.floor, shape.layers, strict=True)):
-        assert dense.heads >= layer.heads >= floor.heads
-        assert dense.channels >= layer.channels >= floor.channels
-        assert limits.lost(i, layer.heads, layer.channels) <= limits.layer_budget[i]
+        assert limits.lost(i, layer) <= limits.layer_budget[i]
         for kind, multiple in limits.multiples.items():
-            assert layer.count(kind) % multiple == 0 or layer.count(kind) == dense.count(kind)
+            assert dense[kind] >= layer[kind] >= floor[kind]
+            assert layer[kind] % multiple == 0 or layer[kind] == dense[kind]
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -61,7 +59,7 @@ def test_every_cut_stops_within_one_group_of_its_target(joint: bool) -> None:
         allowed = max(steps.values()) + (0 if joint else steps["channels"] / 2)
         for fraction in (0.3, 0.7, 0.9, 1.0):
             scores = random_scores_of(shape, generator, levels=draw.choice([None, 4]))
-            shape = after(shape, rank_global(scores, shape, limits, fraction * ratio, joint=joint))
+            shape = shape.after(rank_global(scores, shape, limits, fraction * ratio, joint=joint))
             check_limits(limits, shape)
             assert abs(gone(shape, dense) - fraction * ratio * dense.linear_numel()) <= allowed
 
@@ -72,7 +70,7 @@ def test_without_floors_and_caps_it_stops_within_half_a_channel() -> None:
     for joint in (False, True):
         for target in (0.1, 0.333, 0.5, 0.7):
             keep = rank_global(random_scores_of(SMOLLM2, generator), SMOLLM2, limits, target, joint=joint)
-            off = gone(after(SMOLLM2, keep), SMOLLM2) - target * SMOLLM2.linear_numel()
+            off = gone(SMOLLM2.after(keep), SMOLLM2) - target * SMOLLM2.linear_numel()
             assert abs(off) <= SMOLLM2.group_numel("channels") / 2 + 0.5
 
 
@@ -80,8 +78,8 @@ def split_groups(scores: list[LayerScores], keep: list[LayerKeep], kind: str) ->
     """(score, -layer, -index) of what goes and of what stays."""
     goes, stays = [], []
     for i, (layer, layer_keep) in enumerate(zip(scores, keep, strict=True)):
-        kept = set(layer_keep.of(kind).tolist())  # type: ignore[arg-type]
-        for index, score in enumerate(layer.of(kind).tolist()):  # type: ignore[arg-type]
+        kept = set(layer_keep[kind].tolist())  # type: ignore[arg-type]
+        for index, score in enumerate(layer[kind].tolist()):  # type: ignore[arg-type]
             (stays if index in kept else goes).append((score, -i, -index))
     return goes, stays
 
@@ -95,9 +93,9 @@ def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(leve
         scores = random_scores_of(shape, generator, levels=levels)
         # A large minimum in every layer, so that no floor stops anything.
         for layer in scores:
-            layer.heads[0] = layer.channels[0] = 99
+            layer["heads"][0] = layer["channels"][0] = 99
         keep = rank_global(scores, shape, limits, 0.4, joint=False)
-        for kind in KINDS:
+        for kind in shape.kinds:
             goes, stays = split_groups(scores, keep, kind)
             assert max(goes) < min(stays)  # by score, then the higher layer, then the higher index
 
@@ -106,12 +104,12 @@ def test_heads_and_channels_have_separate_budgets_unless_joint() -> None:
     """Scores that would send all heads first: separate budgets give heads no more than their share."""
     shape = make_shape([(8, 96)] * 4)
     limits = limits_of(shape)
-    cheap_heads = [LayerScores(torch.rand(8) * 1e-6, 1 + torch.rand(96)) for _ in range(4)]
-    separate = after(shape, rank_global(cheap_heads, shape, limits, 0.25, joint=False))
-    heads_gone = sum(8 - layer.heads for layer in separate.layers)
+    cheap_heads = [LayerScores(heads=torch.rand(8) * 1e-6, channels=1 + torch.rand(96)) for _ in range(4)]
+    separate = shape.after(rank_global(cheap_heads, shape, limits, 0.25, joint=False))
+    heads_gone = sum(8 - layer["heads"] for layer in separate.layers)
     assert heads_gone == 8  # a quarter of 32
-    joint = after(shape, rank_global(cheap_heads, shape, limits, 0.25, joint=True))
-    assert sum(8 - layer.heads for layer in joint.layers) > 2 * heads_gone
+    joint = shape.after(rank_global(cheap_heads, shape, limits, 0.25, joint=True))
+    assert sum(8 - layer["heads"] for layer in joint.layers) > 2 * heads_gone
 
 
 def test_heads_keep_to_their_share_over_several_cuts() -> None:
@@ -119,8 +117,8 @@ def test_heads_keep_to_their_share_over_several_cuts() -> None:
     shape = dense = make_shape([(8, 96)] * 4)
     limits, generator = limits_of(shape), torch.Generator().manual_seed(7)
     for target, heads in ((0.125, 4), (0.25, 8), (0.5, 16)):
-        shape = after(shape, rank_global(random_scores_of(shape, generator), shape, limits, target, joint=False))
-        assert sum(d.heads - layer.heads for d, layer in zip(dense.layers, shape.layers, strict=True)) == heads
+        shape = shape.after(rank_global(random_scores_of(shape, generator), shape, limits, target, joint=False))
+        assert sum(d["heads"] - layer["heads"] for d, layer in zip(dense.layers, shape.layers, strict=True)) == heads
 
 
 def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
@@ -128,12 +126,12 @@ def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
     shape = make_shape([(8, 16)] * 2, hidden=8, head_dim=2)
     limits = limits_of(shape, min_channels=16)
     scores = [
-        LayerScores(torch.tensor([0.0, 90, 91, 92, 93, 94, 95, 96]), torch.ones(16)),
-        LayerScores(torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), torch.ones(16)),
+        LayerScores(heads=torch.tensor([0.0, 90, 91, 92, 93, 94, 95, 96]), channels=torch.ones(16)),
+        LayerScores(heads=torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), channels=torch.ones(16)),
     ]
     target = 5 * shape.group_numel("heads") / shape.linear_numel()
     keep = rank_global(scores, shape, limits, target, joint=False)
-    assert [layer.heads.tolist() for layer in keep] == [[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7]]
+    assert [layer["heads"].tolist() for layer in keep] == [[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7]]
 
 
 def test_a_joint_budget_compares_scores_per_parameter() -> None:
@@ -145,9 +143,9 @@ def test_a_joint_budget_compares_scores_per_parameter() -> None:
     target = 2 * head / shape.linear_numel()
 
     def heads_left(score: float) -> int:
-        scores = [LayerScores(torch.full((4,), score), torch.ones(64)) for _ in range(2)]
+        scores = [LayerScores(heads=torch.full((4,), score), channels=torch.ones(64)) for _ in range(2)]
         keep = rank_global(scores, shape, limits, target, joint=True)
-        return sum(layer.heads for layer in after(shape, keep).layers)
+        return sum(layer["heads"] for layer in shape.after(keep).layers)
 
     assert heads_left(8.0) == 6
     assert heads_left(24.0) == 8
@@ -155,11 +153,11 @@ def test_a_joint_budget_compares_scores_per_parameter() -> None:
 
 def test_a_cap_spreads_what_one_layer_would_have_lost() -> None:
     shape = make_shape([(4, 60)] * 4)
-    worthless = [LayerScores(torch.rand(4) * (i > 0), torch.rand(60) * (i > 0)) for i in range(4)]
-    free = after(shape, rank_global(worthless, shape, limits_of(shape), 0.2, joint=False))
+    worthless = [LayerScores(heads=torch.rand(4) * (i > 0), channels=torch.rand(60) * (i > 0)) for i in range(4)]
+    free = shape.after(rank_global(worthless, shape, limits_of(shape), 0.2, joint=False))
     assert shape.layer_numel(0) - free.layer_numel(0) > 0.6 * shape.layer_numel(0)
     limits = limits_of(shape, max_layer_ratio=0.4)
-    capped = after(shape, rank_global(worthless, shape, limits, 0.2, joint=False))
+    capped = shape.after(rank_global(worthless, shape, limits, 0.2, joint=False))
     assert shape.layer_numel(0) - capped.layer_numel(0) <= 0.4 * shape.layer_numel(0)
     assert gone(capped, shape) == pytest.approx(0.2 * shape.linear_numel(), abs=shape.group_numel("channels"))
 
@@ -167,13 +165,13 @@ def test_a_cap_spreads_what_one_layer_would_have_lost() -> None:
 def test_floors_stop_a_layer_and_protected_layers_keep_all() -> None:
     shape = make_shape([(4, 60)] * 4)
     scores = [
-        LayerScores(torch.rand(4) * 1e-9, torch.rand(60) * 1e-9) if i in (0, 1) else random_
+        LayerScores(heads=torch.rand(4) * 1e-9, channels=torch.rand(60) * 1e-9) if i in (0, 1) else random_
         for i, random_ in enumerate(random_scores_of(shape, torch.Generator().manual_seed(4)))
     ]
     limits = limits_of(shape, protected_first=1, min_heads=2, min_channels=11)
-    left = after(shape, rank_global(scores, shape, limits, 0.4, joint=False))
-    assert left.layers[0] == LayerShape(4, 60)
-    assert left.layers[1] == LayerShape(2, 11)
+    left = shape.after(rank_global(scores, shape, limits, 0.4, joint=False))
+    assert left.layers[0] == LayerShape(heads=4, channels=60)
+    assert left.layers[1] == LayerShape(heads=2, channels=11)
 
 
 def test_channels_leave_by_multiples_inside_the_budget() -> None:
@@ -181,9 +179,9 @@ def test_channels_leave_by_multiples_inside_the_budget() -> None:
     shape = make_shape([(4, 173)] * 6, hidden=8)
     limits = limits_of(shape, channel_multiple=64, max_layer_ratio=0.6)
     scores = random_scores_of(shape, torch.Generator().manual_seed(5))
-    left = after(shape, rank_global(scores, shape, limits, 0.4, joint=False))
+    left = shape.after(rank_global(scores, shape, limits, 0.4, joint=False))
     check_limits(limits, left)
-    assert {layer.channels for layer in left.layers} <= {64, 128, 173}
+    assert {layer["channels"] for layer in left.layers} <= {64, 128, 173}
     assert abs(gone(left, shape) - 0.4 * shape.linear_numel()) <= 64 * shape.group_numel("channels")
 
 
@@ -192,13 +190,13 @@ def test_a_block_of_channels_counts_with_its_mean() -> None:
     shape = make_shape([(1, 8), (1, 8)], hidden=4, head_dim=1)
     limits = limits_of(shape, channel_multiple=4, min_heads=1)
     scores = [
-        LayerScores(torch.ones(1), torch.tensor([0.0, 9, 9, 9, 9, 9, 9, 9])),
-        LayerScores(torch.ones(1), torch.tensor([1.0, 9, 1, 9, 1, 9, 1, 9])),
+        LayerScores(heads=torch.ones(1), channels=torch.tensor([0.0, 9, 9, 9, 9, 9, 9, 9])),
+        LayerScores(heads=torch.ones(1), channels=torch.tensor([1.0, 9, 1, 9, 1, 9, 1, 9])),
     ]
     target = 4 * shape.group_numel("channels") / shape.linear_numel()
     keep = rank_global(scores, shape, limits, target, joint=False)
-    assert keep[0].channels.tolist() == list(range(8))
-    assert keep[1].channels.tolist() == [1, 3, 5, 7]
+    assert keep[0]["channels"].tolist() == list(range(8))
+    assert keep[1]["channels"].tolist() == [1, 3, 5, 7]
 
 
 def test_later_blocks_count_with_their_mean_too() -> None:
@@ -206,12 +204,12 @@ def test_later_blocks_count_with_their_mean_too() -> None:
     shape = make_shape([(1, 12), (1, 12)], hidden=4, head_dim=1)
     limits = limits_of(shape, channel_multiple=4, min_heads=1)
     scores = [
-        LayerScores(torch.ones(1), torch.tensor([0.0] * 4 + [1, 1, 1, 9] + [10] * 4)),
-        LayerScores(torch.ones(1), torch.tensor([0.5] * 4 + [5, 5, 5, 5] + [10] * 4)),
+        LayerScores(heads=torch.ones(1), channels=torch.tensor([0.0] * 4 + [1, 1, 1, 9] + [10] * 4)),
+        LayerScores(heads=torch.ones(1), channels=torch.tensor([0.5] * 4 + [5, 5, 5, 5] + [10] * 4)),
     ]
     target = 12 * shape.group_numel("channels") / shape.linear_numel()
     keep = rank_global(scores, shape, limits, target, joint=False)
-    assert [len(layer.channels) for layer in keep] == [4, 8]
+    assert [len(layer["channels"]) for layer in keep] == [4, 8]
 
 
 def test_rounding_never_breaks_a_multiple() -> None:
@@ -220,14 +218,14 @@ def test_rounding_never_breaks_a_multiple() -> None:
     limits, generator = limits_of(shape, channel_multiple=64), torch.Generator().manual_seed(8)
     target = 45 * shape.group_numel("channels") / shape.linear_numel()
     for value in torch.rand(300, generator=generator, dtype=torch.float64):
-        tied = [LayerScores(torch.ones(1), value.expand(173)) for _ in range(2)]
-        left = after(shape, rank_global(tied, shape, limits, target, joint=False))
-        assert [layer.channels for layer in left.layers] == [173, 128]
+        tied = [LayerScores(heads=torch.ones(1), channels=value.expand(173)) for _ in range(2)]
+        left = shape.after(rank_global(tied, shape, limits, target, joint=False))
+        assert [layer["channels"] for layer in left.layers] == [173, 128]
 
 
 def test_the_same_scores_always_give_the_same_groups() -> None:
     scores = random_scores_of(SMOLLM2, torch.Generator().manual_seed(6), levels=3)
     first, again = (rank_global(scores, SMOLLM2, limits_of(SMOLLM2), 0.5, joint=True) for _ in range(2))
     for a, b in zip(first, again, strict=True):
-        assert torch.equal(a.heads, b.heads)
-        assert torch.equal(a.channels, b.channels)
+        assert torch.equal(a["heads"], b["heads"])
+        assert torch.equal(a["channels"], b["channels"])

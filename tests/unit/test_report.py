@@ -11,7 +11,7 @@ import torch
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.report.provenance import RESULTS, commit
 from loraprune_ds.report.records import EvaluationRecord, History
 from loraprune_ds.report.report import Outcome, make_report, read_report, write_kept_groups, write_report
@@ -125,7 +125,7 @@ def test_a_damaged_report_is_named(tmp_path: Path) -> None:
 
 
 def keep(heads: list[int], channels: list[int]) -> LayerKeep:
-    return LayerKeep(torch.tensor(heads), torch.tensor(channels))
+    return LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels))
 
 
 def test_kept_groups_are_indices_into_the_dense_model_and_stable(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import FAMILIES, KINDS, LLAMA_LINEARS
+from loraprune_ds.model.family import FAMILIES, LLAMA_LINEARS
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.model.shapes import ModelShape
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape
 
 LLAMA: dict[str, Any] = {
@@ -42,7 +42,7 @@ def refused(config: dict[str, Any]) -> str:
 def test_a_llama() -> None:
     shape = shape_from_config(LLAMA, "somewhere")
     assert (shape.hidden_size, shape.head_dim, shape.queries_per_group, shape.vocab_size) == (48, 8, 3, 33)
-    assert shape.layers == (LayerShape(2, 100),) * 2
+    assert shape.layers == (LayerShape(heads=2, channels=100),) * 2
     assert (shape.tie_word_embeddings, shape.biases) == (False, frozenset())
     assert shape.is_uniform
 
@@ -51,7 +51,7 @@ def test_defaults_of_older_configs() -> None:
     """LLaMA-1 files have neither key-value heads nor a head size. Some write null."""
     for config in (without("num_key_value_heads"), without(num_key_value_heads=None, head_dim=None)):
         shape = shape_from_config(config, "somewhere")
-        assert (shape.queries_per_group, shape.layers[0].heads, shape.head_dim) == (1, 6, 8)
+        assert (shape.queries_per_group, shape.layers[0]["heads"], shape.head_dim) == (1, 6, 8)
     assert shape_from_config(without(head_dim=20), "somewhere").head_dim == 20
 
 
@@ -67,7 +67,7 @@ def test_layers_that_differ() -> None:
         per_layer_config={"1": {"num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 7}},
     )
     shape = shape_from_config(config, "somewhere")
-    assert shape.layers == (LayerShape(2, 100), LayerShape(1, 7))
+    assert shape.layers == (LayerShape(heads=2, channels=100), LayerShape(heads=1, channels=7))
     assert not shape.is_uniform
 
 
@@ -131,9 +131,9 @@ def test_counts_are_those_of_the_stock_model(config: Any) -> None:
 @pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_7B, make_shape([(3, 7), (2, 9)], head_dim=5, queries_per_group=4)])
 def test_a_group_is_what_leaves_with_it(shape: ModelShape) -> None:
     dense = shape.linear_numel()
-    for kind in KINDS:
+    for kind in shape.kinds:
         layer = shape.layers[0]
-        fewer = LayerShape(layer.heads - (kind == "heads"), layer.channels - (kind == "channels"))
+        fewer = LayerShape({**layer, kind: layer[kind] - 1})
         assert dense - shape.with_layers((fewer, *shape.layers[1:])).linear_numel() == shape.group_numel(kind)
 
 
@@ -147,8 +147,8 @@ def test_sizes_of_known_models() -> None:
 def test_rows_of_a_group() -> None:
     """Keeps 2 of 3 key-value heads with 2 query heads each, head_dim 2."""
     shape = make_shape([(3, 5)], head_dim=2, queries_per_group=2)
-    keep = LayerKeep(torch.tensor([0, 2]), torch.tensor([1, 4]))
-    rows = {linear.name: keep.indices(shape, 0, linear.parts).tolist() for linear in LLAMA_LINEARS}
+    keep = LayerKeep(heads=torch.tensor([0, 2]), channels=torch.tensor([1, 4]))
+    rows = {linear.name: shape.kept_indices(0, linear.parts, keep).tolist() for linear in LLAMA_LINEARS}
     assert rows["self_attn.q_proj"] == rows["self_attn.o_proj"] == [0, 1, 2, 3, 8, 9, 10, 11]
     assert rows["self_attn.k_proj"] == rows["self_attn.v_proj"] == [0, 1, 4, 5]
     assert rows["mlp.gate_proj"] == rows["mlp.up_proj"] == rows["mlp.down_proj"] == [1, 4]
@@ -159,7 +159,7 @@ def test_biases_leave_with_their_linear() -> None:
     shape = shape_from_config(config, "somewhere")
     names = {name for name in shape.parameters() if name.endswith("bias")}
     assert len(names) == 2 * 7
-    smaller = shape.with_layers((LayerShape(1, 90), shape.layers[1]))
+    smaller = shape.with_layers((LayerShape(heads=1, channels=90), shape.layers[1]))
     lost = shape.total_numel() - smaller.total_numel()
     biases = 8 * (3 + 2) + 10 * 2  # q, k, v of one group, gate and up of ten channels. o and down keep theirs
     assert lost == shape.linear_numel() - smaller.linear_numel() + biases

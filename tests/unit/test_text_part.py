@@ -131,7 +131,7 @@ def test_a_cut_is_that_of_the_multimodal_model(
         for linear in shape.input_linears:
             module: Any = layer.get_submodule(linear.name)
             stays = torch.zeros(module.in_features)
-            stays[shape.kept_indices(i, linear.parts, {"heads": keep[i].heads, "channels": keep[i].channels})] = 1
+            stays[shape.kept_indices(i, linear.parts, keep[i])] = 1
             hooks.append(module.register_forward_pre_hook(lambda _, inputs, mask=stays: (inputs[0] * mask,)))
     masked = logits(whole)
     for hook in hooks:
@@ -177,7 +177,7 @@ def test_sizes_that_a_published_config_leaves_out() -> None:
         "sliding_window": 1024,
     }
     shape = shape_from_config({"model_type": "gemma3", "text_config": text}, "somewhere")
-    assert (shape.head_dim, shape.queries_per_group, shape.layers[0].heads) == (256, 2, 4)
+    assert (shape.head_dim, shape.queries_per_group, shape.layers[0]["heads"]) == (256, 2, 4)
     assert (shape.vocab_size, shape.tie_word_embeddings) == (262208, True)
     assert shape.total_numel() == 3_880_263_168
 

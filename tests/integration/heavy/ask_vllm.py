@@ -19,6 +19,7 @@ def ask(question: dict[str, Any], dtype: str, new_tokens: int) -> dict[str, Any]
         model=question["folder"],
         dtype=dtype,
         trust_remote_code=question["trust_remote_code"],
+        model_impl=question["model_impl"],
         max_model_len=question["context"],
         max_num_seqs=4,
         enforce_eager=True,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.export.huggingface import copy_tokenizer
+from loraprune_ds.model.family import FAMILIES
 from tests.export_cases import VOCAB
 from tests.family_cuts import Export, export
 
@@ -17,8 +18,10 @@ SIZES: dict[str, Any] = {
     "head_dim": 16,
 }
 KEPT = (2, 96)
-# Those whose layers of one size vLLM serves, as test_vllm.py shows.
-VLLM: tuple[str, ...] = ("llama", "mistral")
+# Those whose layers of one size vLLM serves, as test_vllm.py shows, and by which implementation. vLLM's own class for
+# Qwen2 takes hidden_size // query heads for head_dim. Its own class for Cohere2 gives other logits.
+VLLM: dict[str, str] = dict.fromkeys(FAMILIES, "auto") | dict.fromkeys(("qwen2", "cohere2"), "transformers")
+VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 # Depths and settings in which what is special of a family shows.
 SPECIAL: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},

@@ -1,6 +1,7 @@
 """Runs merged exports in vLLM's CPU build.
 
-Uniform exports run as stock models, per-layer ones through vLLM's transformers backend.
+Uniform exports run as stock models. Per-layer ones run through vLLM's transformers backend. So do families of which
+vLLM has no class of its own.
 
     bash tests/run_heavy.sh --vllm
 """
@@ -61,6 +62,7 @@ class Asked:
     folder: Path
     model_type: str
     prompts: list[list[int]]
+    model_impl: str = "auto"
 
     @property
     def name(self) -> str:
@@ -70,6 +72,7 @@ class Asked:
         return {
             "folder": str(self.folder),
             "trust_remote_code": self.model_type.startswith(PRUNED_TYPE),
+            "model_impl": self.model_impl,
             "prompts": self.prompts,
             "context": max(map(len, self.prompts)) + NEW_TOKENS,
         }
@@ -89,9 +92,9 @@ def make_families(root: Path) -> list[Asked]:
     tokenizer = byte_level_tokenizer(root / "tokenizer", VOCAB)
     prompts = [[i * step % VOCAB for i in range(length)] for step, length in ((7, 7), (11, 24), (13, 60))]
     items = []
-    for family in VLLM:
+    for family, model_impl in VLLM.items():
         made = serve(family, root / family, tokenizer, **WIDE)
-        items.append(Asked(root / family, made.exported.config["model_type"], prompts))
+        items.append(Asked(root / family, made.exported.config["model_type"], prompts, model_impl))
     return items
 
 
@@ -127,6 +130,7 @@ def row(item: Asked, found: dict[str, Any]) -> dict[str, Any]:
     return {
         "case": item.name,
         "architecture": item.model_type,
+        "model_impl": item.model_impl,
         "precision": "float32",
         "largest_difference_of_a_log_probability": largest,
         "greedy_tokens": NEW_TOKENS,

@@ -1,0 +1,91 @@
+"""The criterion `fisher`: the importance of a group from the gradient of a mask on its inputs.
+
+Imagine a mask m_g = 1 on the inputs of o_proj or down_proj that belong to group g. To remove the group is to set m_g to
+0. At token t the mask has the gradient
+
+    s_tg = Σ_{j in g} x_tj · ∂L/∂x_tj
+
+The score is Σ_t s_tg², the diagonal of the mask's empirical Fisher information, up to a factor. It estimates the change
+of the loss (Kwon et al., arXiv 2204.00656, section 4; for heads Michel et al., arXiv 1905.10650). So layers, heads and
+channels compare without norms.
+
+The backward pass of LoRA forms ∂L/∂x anyway. Nothing of W or LoRA is read.
+"""
+
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
+from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
+from loraprune_ds.pruning.taps import Tap, hook_inputs
+
+CPU_BLOCK_NUMEL = 1 << 16  # inputs at a time: their fp32 copies and squares stay in a CPU's cache
+
+
+class MaskGradients:
+    """Records the squared gradient of every group's mask during one step, summed over this rank's tokens.
+
+    L is the step's loss: the mean over the global batch. Each token counts by itself. So the sums over all ranks do not
+    depend on the number of ranks or on accumulation. A padded position adds nothing: its gradient is zero.
+    """
+
+    def __init__(self, model: PrunableModel) -> None:
+        self._model = model
+        self._sums: dict[LinearId, Tensor] = {}
+        self._active = False
+        self._linear_ids = hook_inputs(model, range(len(model.shape.layers)), self._tap)
+
+    @contextmanager
+    def record(self) -> Generator[None]:
+        """Records while it is open: around all passes of a step and the use of `sums`. Keeps nothing afterwards."""
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+            self._sums.clear()
+
+    def sums(self) -> list[Tensor]:
+        """Returns this rank's part of Σ_t s_tg², (groups,) float64.
+
+        One tensor per linear that loses inputs, layer by layer.
+        """
+        # ZeRO-3 averages over the ranks, so the loss was multiplied by their number. fp16 has a factor besides.
+        scale = self._model.world_size * self._model.loss_scale
+        return [self._sums[linear_id] / scale**2 for linear_id in self._linear_ids]
+
+    def _tap(self, linear_id: LinearId, inputs: Tensor) -> Tensor | None:
+        if not self._active:
+            return None
+        return cast(Tensor, Tap.apply(inputs, inputs, partial(self._receive, linear_id)))
+
+    def _receive(self, linear_id: LinearId, gradient: Tensor, inputs: Tensor) -> None:
+        sums = squared_gradients(inputs, gradient, self._model.shape.group_width(linear_id.linear)).double()
+        self._sums[linear_id] = self._sums[linear_id] + sums if linear_id in self._sums else sums
+
+
+def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:
+    """Returns Σ_t s_tg², (groups,) fp32.
+
+    Args:
+        inputs, gradient: x and ∂L/∂x, (..., groups · width).
+        width: inputs of one group.
+    """
+    inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
+    columns, block_numel = inputs.shape[1], CPU_BLOCK_NUMEL if inputs.device.type == "cpu" else DEVICE_BLOCK_NUMEL
+    tokens = min(len(inputs), max(1, block_numel // columns))
+    squares = torch.zeros(tokens, columns // width, dtype=torch.float32, device=inputs.device)
+    for x, g in zip(inputs.split(tokens), gradient.split(tokens), strict=True):
+        product = x.float().mul_(g.float()) if x.dtype != torch.float32 else x * g
+        if width > 1:
+            product = product.view(len(product), -1, width).sum(2)
+        squares[: len(product)].addcmul_(product, product)
+    return squares.sum(0)

@@ -1,0 +1,56 @@
+"""Shows what passes through the linears of the decoder layers, in training's own passes."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
+
+# (linear, its input) -> what the linear computes with instead. None leaves the input as it is.
+SeeInput = Callable[[LinearId, Tensor], Tensor | None]
+
+
+def hook_inputs(model: PrunableModel, layers: Iterable[int], see: SeeInput) -> list[LinearId]:
+    """Hooks what enters the linears of these layers that lose inputs, such as o_proj and down_proj.
+
+    Args:
+        see: is called in every forward pass, with an input (batch, window, in_features).
+
+    Returns:
+        The hooked linears, in the order of a forward pass.
+    """
+    linear_ids = [LinearId(i, linear) for i in layers for linear in model.shape.input_linears]
+
+    def hook(linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = see(linear_id, inputs[0])
+        return None if changed is None else (changed, *inputs[1:])
+
+    for linear_id in linear_ids:
+        module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
+        module.register_forward_pre_hook(partial(hook, linear_id))
+    return linear_ids
+
+
+class Tap(torch.autograd.Function):
+    """Passes a tensor on. In the backward pass it shows the tensor's gradient and a saved tensor to a receiver.
+
+    The saved tensor is kept as autograd keeps tensors. Activation checkpointing drops it and has it again when it is
+    needed. A forward pass that only recomputes has no backward pass of its own. So the receiver is called once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, passed: Tensor, saved: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(saved)
+        ctx.receive = receive
+        return passed.view_as(passed)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (saved,) = ctx.saved_tensors
+        ctx.receive(gradient, saved)
+        return gradient, None, None

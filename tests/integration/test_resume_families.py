@@ -1,0 +1,45 @@
+"""Resumes runs of families with other layers than LLaMA's on another number of ranks.
+
+What a checkpoint holds follows the family's table: biases, fused linears, and norms that are cut without LoRA. The
+tolerance and its reason are those of test_resume.py.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.families import tiny_model
+from tests.integration.resuming import config_for, contents, losses, metrics, run_here, write_run
+from tests.ranks import RankPool
+
+TOLERANCE = 1e-5
+STEPS, STOP = 8, 5
+SECTIONS = {
+    "lora": {"lora_dropout": 0.0},
+    "prune": {"prune_every": 3},
+    "train": {"steps": STEPS},
+    "checkpoint": {"every": None},
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "olmo2"])
+def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    config = write_run(tmp_path, **SECTIONS)
+    source = tmp_path / family
+    shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
+    tiny_model(family, seed=1).save_pretrained(source)
+    changed, straight = f"model.path={source}", tmp_path / "straight"
+    ranks.run(2, run_here, config_for(config, straight, changed))
+    ranks.run(2, run_here, config_for(config, tmp_path / "out", changed), None, STOP)
+    ranks.run(3, run_here, config_for(config, tmp_path / "out", changed), "auto")
+
+    cuts = [cut["step"] for cut in metrics(straight, "cut")]
+    assert min(cuts) < STOP < max(cuts)
+    found, expected = contents(tmp_path / "out", STEPS), contents(straight, STEPS)
+    assert found.kept == expected.kept
+    assert losses(tmp_path / "out") == pytest.approx(losses(straight), abs=TOLERANCE)
+    masters = [name for name in expected.lora if name.endswith(".master")]
+    assert masters
+    assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in masters) < TOLERANCE

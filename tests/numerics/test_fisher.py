@@ -1,0 +1,65 @@
+"""Scores by `fisher` on 1, 2 and 3 ZeRO-3 ranks, against an explicit mask in one dense model."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from tests.numerics import quality_settings
+from tests.numerics.driver import Job, write_adapter
+from tests.oracle.dense_trainer import DenseTrainer, Settings
+from tests.oracle.mask_fisher import mask_fisher
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS, SAMPLES = 15, 5, 4, 45, 61, 2, 12
+# In fp32 against fp64. A sum of squares loses no digits, but a mask's own gradient is a sum whose terms cancel.
+TOLERANCE = 1e-5
+LENGTHS = [3 + 5 * i % 14 for i in range(SAMPLES)]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("fisher")
+    sizes: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
+    model = make_tiny_llama(folder / "model", layers=LAYERS, vocab=97, seed=1, biases=True, **sizes)
+    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
+    batches = make_batches(steps=1, samples=SAMPLES, tokens=16, vocab=97, seed=3)
+    prune = {"ratio": 0.2, "criterion": "fisher", "moving_average": 0.0, "protected_first": 0, "cooldown_fraction": 0.0}
+    return Job(model, adapter, batches, prune)
+
+
+def dense_scores(job: Job) -> list[Tensor]:
+    """Returns heads, then channels, layer by layer. Labels beyond a sample's length do not count."""
+    settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
+    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
+    ids, labels = job.batches[0]
+    if job.lengths is not None:
+        labels = labels.masked_fill(torch.arange(labels.shape[1]) >= torch.tensor(job.lengths)[:, None], -100)
+
+    def loss() -> Tensor:
+        logits = oracle.model(input_ids=ids, use_cache=False).logits[:, :-1]
+        return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    inputs = (("self_attn.o_proj", KV_HEADS), ("mlp.down_proj", FFN))
+    return mask_fisher(loss, [(oracle._wrapper(i, name), count) for i in range(LAYERS) for name, count in inputs])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro", "checkpointing", "lengths"),
+    [(1, 12, False, None), (2, 2, True, LENGTHS), (3, 2, False, None), (3, 1, True, LENGTHS)],
+)
+def test_scores_are_those_of_an_explicit_mask(
+    ranks: RankPool, job: Job, world_size: int, micro: int, checkpointing: bool, lengths: list[int] | None
+) -> None:
+    changes = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing, "lengths": lengths}
+    changed = Job(**{**vars(job), **changes})
+    expected = dense_scores(changed)
+    results = ranks.run(world_size, quality_settings.fisher_scores, changed)
+    for result in results:
+        found = [scores for pair in result["scores"] for scores in pair]
+        for a, b in zip(found, expected, strict=True):
+            assert ((a - b).abs() / b.abs()).max() < TOLERANCE
+        assert result["sent"] == [8 * LAYERS * (KV_HEADS + FFN) * (world_size > 1)]  # one fp64 number per group

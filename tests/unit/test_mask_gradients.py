@@ -1,0 +1,96 @@
+"""Scores by `fisher` in one process, against an explicit mask in the same network."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import RunError
+from loraprune_ds.pruning import mask_gradients
+from loraprune_ds.pruning.mask_gradients import squared_gradients
+from tests.families import SIZES, tiny_model
+from tests.numerics.test_families import FAMILIES, random_lora
+from tests.oracle.mask_fisher import mask_fisher
+from tests.oracle.models import make_batches
+from tests.unit.plain_training import Batch, PlainRun
+
+PRUNE = PruneConfig(criterion="fisher", ratio=0.3, moving_average=0.0, protected_first=0, channel_multiple=1)
+# Both sides are in fp64, but norms, rotary angles and some softmaxes are in fp32. The package sums in fp32.
+TOLERANCE = 1e-5
+
+
+def tiny_run(folder: Path, family: str, **settings: Any) -> tuple[PlainRun, Batch]:
+    """Returns a run of one step in micro-batches of 2 samples, and its batch of 6."""
+    tiny_model(family, seed=1).save_pretrained(folder)
+    run = PlainRun(folder, random_lora(folder), PRUNE, 10, dtype=torch.float64, micro_batch_size=2, **settings)
+    (batch,) = make_batches(steps=1, samples=6, tokens=12, vocab=SIZES["vocab_size"], seed=3)
+    return run, batch
+
+
+def masked_scores(run: PlainRun, batch: Batch) -> list[Tensor]:
+    """Returns the oracle's scores: heads, then channels, layer by layer."""
+    masked: list[tuple[nn.Module, int]] = []
+    for layer in run.prunable.layers:
+        attention, mlp = (layer.get_submodule(linear.name) for linear in run.prunable.shape.input_linears)
+        masked += [(attention, SIZES["num_key_value_heads"]), (mlp, SIZES["intermediate_size"])]
+    wanted = batch[1][:, 1:].flatten()
+
+    def loss() -> Tensor:
+        return cross_entropy(run.model(input_ids=batch[0]).logits[:, :-1].flatten(0, 1), wanted)
+
+    return mask_fisher(loss, masked)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float(((found - expected).abs() / expected.abs().max()).max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_an_explicit_mask(tmp_path: Path, family: str) -> None:
+    run, batch = tiny_run(tmp_path, family)
+    expected = masked_scores(run, batch)
+    run.step(1, batch)
+    found = [scores for pair in run.averages[0] for scores in pair]
+    assert [len(scores) for scores in found] == [5, 23] * 2
+    assert all(relative(a, b) < TOLERANCE for a, b in zip(found, expected, strict=True))
+
+
+def test_the_loss_scale_leaves_no_trace_and_nothing_is_kept(tmp_path: Path) -> None:
+    run, batch = tiny_run(tmp_path, "llama")
+    run.prunable.loss_scale, run.prunable.world_size = 1024.0, 4
+    masks = run.pruner.masks
+    assert masks is not None
+    plain = masked_scores(run, batch)
+    with run.pruner.record_step(1):
+        supervised = int((batch[1][:, 1:] != -100).sum())
+        for ids, labels in zip(*(t.split(3) for t in batch), strict=True):
+            logits = run.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            loss = cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / supervised
+            cast(Any, loss * 4096).backward()
+        assert all(relative(a, b) < TOLERANCE for a, b in zip(masks.sums(), plain, strict=True))
+    assert not masks._sums
+    run.backward(batch)  # no step is open
+    assert not masks._sums
+
+
+def test_any_block_of_tokens_gives_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(3, 7, 12, generator=generator).bfloat16() for _ in range(2))
+    exact = (x.double() * g.double()).view(21, 4, 3).sum(2).square().sum(0)
+    for block in (1, 30, 12 * 21):
+        monkeypatch.setattr(mask_gradients, "CPU_BLOCK_NUMEL", block)
+        found = squared_gradients(x, g, 3)
+        assert found.dtype == torch.float32
+        assert relative(found.double(), exact) < 1e-6  # products are exact in fp32, sums of 21 terms are not
+
+
+def test_a_score_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    run, batch = tiny_run(tmp_path, "llama")
+    with torch.no_grad():
+        run.tensors()["layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    with pytest.raises(RunError, match=r"step 1: the score of layer 0 self_attn\.o_proj is not finite"):
+        run.step(1, batch)
