@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraprune_ds.config import PruneConfig
@@ -22,6 +23,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.foreign import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
+RESUME = "call trainer.train(resume_from_checkpoint=pruning.resume(trainer.model, folder))"
 
 
 class LoraPruneCallback(TrainerCallback):
@@ -41,6 +43,7 @@ class LoraPruneCallback(TrainerCallback):
         self._pruning: Pruning | None = None
         self._checkpoint: PruningCheckpoint | None = None
         self._tokenizer: Any = None
+        self._guard: RemovableHandle | None = None
 
     @property
     def pruning(self) -> Pruning:
@@ -95,6 +98,11 @@ class LoraPruneCallback(TrainerCallback):
         """
         self.pruning.save_base(folder, self._tokenizer)
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Watches for a checkpoint that is loaded without `resume`. DeepSpeed would fail at its sizes, not say why."""
+        if isinstance(model := kwargs.get("model"), nn.Module):
+            self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -103,11 +111,10 @@ class LoraPruneCallback(TrainerCallback):
         model, checkpoint = cast(nn.Module, kwargs["model"]), self._checkpoint
         find_zero_optimizer(kwargs["optimizer"])
         check_arguments(args, model)
+        if self._guard is not None:
+            self._guard.remove()
         if state.global_step != (checkpoint.state.step if checkpoint else 0):
-            raise UserError(
-                f"training goes on at step {state.global_step}, but pruning does not: "
-                "trainer.train(resume_from_checkpoint=pruning.resume(trainer.model, folder))"
-            )
+            raise UserError(f"training goes on at step {state.global_step}, but pruning does not: {RESUME}")
         plugin = getattr(args, "deepspeed_plugin", None)
         steps = self.steps or state.max_steps
         require(
@@ -161,6 +168,11 @@ class LoraPruneCallback(TrainerCallback):
         train = {name: getattr(args, name) for name in REPORTED}
         self.pruning.write_results(str(args.output_dir), {"trainer": type(args).__name__, "train": train})
         self.pruning.close()
+
+    def _refuse_load(self, module: nn.Module, *_: Any) -> None:
+        in_engine = all(hasattr(parameter, "ds_id") for parameter in module.parameters())
+        if in_engine and self._checkpoint is None:
+            raise UserError(f"a checkpoint is loaded, but pruning does not go on from it: {RESUME}")
 
 
 def _sinks(args: TrainingArguments, state: TrainerState, checkpoint: PruningCheckpoint | None) -> list[Any]:

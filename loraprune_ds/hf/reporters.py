@@ -74,7 +74,9 @@ class ModuleLog:
 
     def write(self, record: Record) -> None:
         module: Any = sys.modules.get(self._name)  # the Trainer's own reporter has imported it and opened the run
-        if module is not None:
+        if (
+            module is not None and getattr(module, "run", module) is not None
+        ):  # wandb's is None where it is switched off
             module.log(curves(record) | {"train/global_step": record.step})
 
     def close(self) -> None: ...

@@ -1,10 +1,14 @@
 """Trains with transformers and TRL on real ranks, as their users do, with the callback among the callbacks."""
 
+import logging
 import os
+import runpy
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -14,9 +18,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.callback import LoraPruneCallback
-from tests.numerics.driver import Job, build
+from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.pruning.importance import LayerScores
+from tests.numerics.cutting import recorded_collectives
+from tests.numerics.driver import Job, build, gather_everywhere
+from tests.unit.shapes_and_scores import repository
 
 
 @contextmanager
@@ -55,14 +64,22 @@ class InOrder(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Remembers each step's loss, gradient norm, and the groups that are left after it."""
+    """Remembers each step's loss, gradient norm, gathered elements, and the groups that are left after it."""
 
     def __init__(self, callback: LoraPruneCallback) -> None:
         self.callback, self.rows = callback, list[dict[str, Any]]()
+        self._recording = ExitStack()
+        self._calls: list[tuple[str, int]] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._calls = self._recording.enter_context(recorded_collectives())
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._recording.close()
+        gathered = sum(numel for name, numel in self._calls if name == "all_gather_into_tensor")
         kept = self.callback.pruning.training.pruner.kept_of_dense
-        self.rows.append({"kept": [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in kept]})
+        groups = [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in kept]
+        self.rows.append({"kept": groups, "gathered": gathered})
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         if logs and "loss" in logs:
@@ -77,7 +94,6 @@ def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
         deepspeed=read_json(Path("ds_configs/zero3.json")),
         per_device_train_batch_size=job.micro_batch_size,
         gradient_accumulation_steps=size // job.micro_batch_size // world_size,
-        max_steps=len(job.batches),
         learning_rate=job.learning_rate,
         adam_epsilon=job.adam_epsilon,
         lr_scheduler_type="constant",
@@ -85,7 +101,7 @@ def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
         logging_steps=1,
         bf16=job.dtype == "bfloat16",
         disable_tqdm=True,
-        **{"save_strategy": "no", "report_to": "none", **more},
+        **{"max_steps": len(job.batches), "save_strategy": "no", "report_to": "none", **more},
     )
 
 
@@ -94,14 +110,32 @@ def load_model(job: Job, **more: Any) -> PeftModel:
     return PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=False, **more)
 
 
-def train_with_callback(job: Job, out: Path, more: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    with fresh_accelerate():
-        args = arguments(job, out, **(more or {}))
-        callback = LoraPruneCallback(PruneConfig(**job.prune))
-        watch = Watch(callback)
-        trainer = InOrder(model=load_model(job), args=args, train_dataset=Rows(job), callbacks=[callback, watch])
-        trainer.train()
-        return watch.rows
+def stop_early(job: Job, out: Path) -> list[str]:
+    """Makes fewer steps than the schedule is made for. Returns the warnings."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("loraprune_ds.hf")
+    logger.addHandler(handler)
+    try:
+        with fresh_accelerate():
+            callback = LoraPruneCallback(PruneConfig(**job.prune), steps=20)
+            args = arguments(job, out, max_steps=2)
+            InOrder(model=load_model(job), args=args, train_dataset=Rows(job), callbacks=[callback]).train()
+    finally:
+        logger.removeHandler(handler)
+    return messages
+
+
+def cut_gap(scores: LayerScores, before: LayerKeep, after: LayerKeep) -> float:
+    """Returns the relative gap between the last group that stays in a layer and the first that goes. 1 if all stay."""
+    gaps = [1.0]
+    for kind, values in scores.items():
+        stays = torch.isin(before[kind], after[kind])
+        if not stays.all():
+            line = float(values[stays].min())
+            gaps.append((line - float(values[~stays].max())) / line)
+    return min(gaps)
 
 
 def train_alone(job: Job) -> list[dict[str, Any]]:
@@ -110,7 +144,52 @@ def train_alone(job: Job) -> list[dict[str, Any]]:
     rows = []
     for step in range(1, len(job.batches) + 1):
         record = trainer.step(step)
+        before, scores = trainer.pruner.kept_of_dense, trainer.pruner.average.scores or []
         trainer.cut(step)
         kept = [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in trainer.pruner.kept_of_dense]
-        rows.append({"loss": record.loss, "norm": record.grad_norm, "kept": kept})
+        gap = min(map(cut_gap, scores, before, trainer.pruner.kept_of_dense))
+        rows.append({"loss": record.loss, "norm": record.grad_norm, "kept": kept, "gap": gap})
     return rows
+
+
+def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor:
+    """Runs a script of launch/examples as `__main__`. Returns the live model's logits (samples, tokens, vocabulary)."""
+    with fresh_accelerate(), patch.object(sys, "argv", [script, *argv]), patch.dict(os.environ, ACCELERATE_USE_CPU="1"):
+        names = runpy.run_path(str(repository() / "launch" / "examples" / script), run_name="__main__")
+        engine = names["trainer"].model_wrapped if "trainer" in names else names["model"]
+        engine.eval()
+        with torch.no_grad():
+            return engine(input_ids=ids).logits.float().clone()
+
+
+def train_with_callback(
+    job: Job, out: Path, more: dict[str, Any], checkpoint: str | None = None
+) -> tuple[list[Any], dict[str, Any]]:
+    """Trains to the end, from the start or from a checkpoint. Returns the rows, and all weights of the model."""
+    with fresh_accelerate():
+        callback = LoraPruneCallback(PruneConfig(**job.prune))
+        watch = Watch(callback)
+        trainer = InOrder(
+            model=load_model(job),
+            args=arguments(job, out, **more),
+            train_dataset=Rows(job),
+            eval_dataset=Rows(job),
+            callbacks=[callback, watch],
+        )
+        trainer.train(resume_from_checkpoint=checkpoint and callback.resume(trainer.model, checkpoint))
+        model = callback.pruning.training.model
+        return watch.rows, {name: gather_everywhere(model, p) for name, p in model.module.named_parameters()}
+
+
+def resume_without_the_callback(job: Job, out: Path, checkpoint: str) -> str:
+    """Goes on from a checkpoint without `resume`. Returns the error."""
+    with fresh_accelerate():
+        callback = LoraPruneCallback(PruneConfig(**job.prune))
+        trainer = InOrder(
+            model=load_model(job), args=arguments(job, out), train_dataset=Rows(job), callbacks=[callback]
+        )
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (UserError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"

@@ -1,0 +1,104 @@
+"""Measures what the callback adds to a step of transformers' Trainer, with the package's own trainer beside it.
+
+    python -m tests.benchmarks.trainer_overhead [--rounds 3] [--steps 5]
+
+Each round trains SmolLM2-135M three times on two CPU ranks: with Trainer alone, with the callback, and with our own
+trainer. So the noise of a shared machine falls on all alike. Every step scores and none cuts. The first step of a
+training is a warm-up and does not count. Medians go to tests/benchmarks/results/trainer_overhead.json.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.files import write_json
+from loraprune_ds.hf.callback import LoraPruneCallback
+from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.report.provenance import hardware, versions
+from tests.hf.trainers import InOrder, Rows, arguments, fresh_accelerate, load_model
+from tests.numerics.driver import Job, build, write_adapter
+from tests.oracle.models import make_batches, make_lora
+from tests.ranks import RankPool
+
+RESULT = Path(__file__).parent / "results" / "trainer_overhead.json"
+PRUNE = {"ratio": 0.3, "prune_every": 1000, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
+
+
+class Clock(TrainerCallback):
+    """Takes the seconds of each step. It stands before the callback that is measured."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
+        if logs and "loss" in logs:  # right after all callbacks' on_step_end
+            self.seconds.append(time.perf_counter() - self._began)
+
+
+def with_trainer(job: Job, out: Path, *, prunes: bool) -> list[float]:
+    with fresh_accelerate():
+        clock = Clock()
+        callbacks: list[TrainerCallback] = [clock]
+        if prunes:
+            callbacks.append(LoraPruneCallback(PruneConfig(**job.prune), steps=2 * len(job.batches)))
+        args = arguments(job, out)
+        InOrder(model=load_model(job), args=args, train_dataset=Rows(job), callbacks=callbacks).train()
+        return clock.seconds[1:]
+
+
+def alone(job: Job) -> list[float]:
+    trainer = build(job)
+    return [trainer.step(step).seconds for step in range(1, len(job.batches) + 1)][1:]
+
+
+def measure(job: Job, out: Path, rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {"trainer": [], "callback": [], "own": []}
+    for _ in range(rounds):
+        times["trainer"] += with_trainer(job, out, prunes=False)
+        times["callback"] += with_trainer(job, out, prunes=True)
+        times["own"] += alone(job)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    options = parser.parse_args()
+    folder, pool = embedded_model_dir(), RankPool()
+    with tempfile.TemporaryDirectory() as out:
+        lora = make_lora(folder, r=8, seed=1, size=0.03)
+        adapter = write_adapter(Path(out) / "adapter", lora, r=8, alpha=16)
+        batches = make_batches(steps=options.steps, samples=8, tokens=64, vocab=49152, seed=2, masked=False)
+        job = Job(folder, adapter, batches, PRUNE, dtype="bfloat16", lora_r=8, lora_alpha=16, learning_rate=1e-4)
+        times = pool.run(2, measure, job, Path(out), options.rounds, timeout=3600)[0]
+    pool.close()
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    result = {
+        "seconds_per_step": median,
+        "callback_over_trainer": median["callback"] / median["trainer"],
+        "own_over_trainer": median["own"] / median["trainer"],
+        "all_seconds": times,
+        "rounds": options.rounds,
+        "tokens_per_step": torch.numel(batches[0][0]),
+        "world_size": 2,
+        "prune": PRUNE,
+        "versions": versions(),
+        "hardware": hardware("cpu"),
+    }
+    write_json(RESULT, result)
+    print({key: value for key, value in result.items() if key.endswith("trainer") or key == "seconds_per_step"})
+
+
+if __name__ == "__main__":
+    main()

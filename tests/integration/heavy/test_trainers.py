@@ -1,0 +1,122 @@
+"""The callback in TRL's GRPOTrainer, and on SmolLM2-135M against the package's own trainer. Takes ten minutes."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.files import read_json
+from loraprune_ds.hf.callback import LoraPruneCallback
+from loraprune_ds.hf.live import target_modules
+from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
+from loraprune_ds.report.provenance import hardware, versions
+from tests.hf.results import is_slice, kept_indices, load, logits, masked, relative
+from tests.hf.trainers import fresh_accelerate, train_alone, train_with_callback
+from tests.numerics.driver import Job, write_adapter
+from tests.oracle.models import make_lora, make_tiny_llama
+from tests.ranks import RankPool
+
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "trainer_callback.json"
+pytestmark = pytest.mark.heavy
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(map(ord, text)) % 17) for text in completions]
+
+
+def train_grpo(model: str, out: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Tunes by rewards, with generation between the cuts. Returns the live model's logits."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    with fresh_accelerate():
+        args = GRPOConfig(
+            output_dir=str(out),
+            use_cpu=True,
+            bf16=False,
+            deepspeed=read_json(Path("ds_configs/zero3.json")),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            num_generations=2,
+            max_completion_length=8,
+            beta=0.04,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        callback = LoraPruneCallback(PruneConfig(ratio=0.3, prune_every=1))
+        trainer = GRPOTrainer(
+            model=model,
+            args=args,
+            reward_funcs=reward,
+            train_dataset=Dataset.from_dict({"prompt": ["the cat sat", "a dog ran home", "it rained", "a mat"] * 16}),
+            peft_config=LoraConfig(r=8, target_modules=target_modules(model), task_type="CAUSAL_LM"),
+            callbacks=[callback],
+        )
+        trainer.train()
+        callback.save_model(out / "model")
+        callback.save_base(out / "base")
+        trainer.model_wrapped.eval()
+        with torch.no_grad():
+            return trainer.model_wrapped(input_ids=ids).logits.float().clone()
+
+
+def test_grpo(ranks: RankPool, tmp_path: Path) -> None:
+    folder = make_tiny_llama(
+        tmp_path / "model", heads=4, kv_heads=2, head_dim=16, hidden=64, ffn=96, layers=3, vocab=97, seed=1
+    )
+    out, ids = tmp_path / "out", torch.arange(3, 35)[None]
+    live = ranks.run(2, train_grpo, str(folder), out, ids)[0]
+    dense, base, merged = load(folder), load(out / "base"), load(out / "model")
+    kept = kept_indices(out, dense)
+    assert len(read_json(out / "report.json")["prune_steps"]) >= 2
+    assert is_slice(base, dense, kept)
+    assert relative(logits(merged, ids), live) < 1e-5
+    assert relative(logits(masked(dense, merged, kept), ids), logits(merged, ids)) < 1e-5
+
+
+def batches(steps: int, samples: int, window: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(embedded_model_dir())("\n".join(embedded_text()))["input_ids"]
+    ids = torch.tensor(tokens[: steps * samples * window]).view(steps, samples, window)
+    return [(batch, batch.clone()) for batch in ids]
+
+
+def test_smollm2_is_cut_as_by_our_own_trainer(ranks: RankPool, tmp_path: Path) -> None:
+    folder = embedded_model_dir()
+    adapter = write_adapter(tmp_path / "adapter", make_lora(folder, r=8, seed=2, size=0.03), r=8, alpha=16)
+    prune = {"ratio": 0.3, "prune_every": 2}  # of six steps it cuts after 2, 4 and 6
+    job = Job(
+        folder, adapter, batches(6, 8, 64), prune, max_grad_norm=1.0, learning_rate=1e-3, adam_epsilon=1e-8,
+        lora_r=8, lora_alpha=16,
+    )  # fmt: skip
+    own = ranks.run(2, train_alone, job, timeout=900)[0]
+    foreign, _ = ranks.run(2, train_with_callback, job, tmp_path, {}, timeout=900)[0]
+    rows = []
+    for step, (ours, theirs) in enumerate(zip(own, foreign, strict=True), start=1):
+        both = list(zip(ours["kept"], theirs["kept"], strict=True))
+        differ = sum(len(set(a) ^ set(b)) // 2 for x, y in both for a, b in zip(x, y, strict=True))
+        rows.append(
+            {
+                "step": step,
+                "loss": [ours["loss"], theirs["loss"]],
+                "grad_norm": [ours["norm"], theirs["norm"]],
+                "groups": sum(len(groups) for layer in ours["kept"] for groups in layer),
+                "groups_that_differ": differ,
+                "smallest_gap_at_the_cut": ours["gap"],
+            }
+        )
+    cut = [after["groups"] < before["groups"] for before, after in pairwise(rows)]
+    RESULT.write_text(json.dumps({"rows": rows, "versions": versions(), "hardware": hardware("cpu")}, indent=1) + "\n")
+    assert sum(cut) >= 2
+    for row in rows:
+        # Adam's epsilon of 1e-8 turns rounding of near-zero gradients into full steps. So runs part slowly.
+        assert row["loss"][1] == pytest.approx(row["loss"][0], rel=1e-3)
+        assert row["groups_that_differ"] <= 1e-3 * row["groups"]

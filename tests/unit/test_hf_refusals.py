@@ -1,0 +1,260 @@
+"""What cannot be pruned inside somebody else's trainer is refused in one line, before the first step."""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.hf import checkpoint
+from loraprune_ds.hf.callback import LoraPruneCallback
+from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model, warn_of_rounded_gradients
+from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_shape, target_modules
+from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.zero.ds_config import check_reshardable
+from loraprune_ds.zero.foreign import find_zero_optimizer, share_model
+
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+ALL = [linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS]
+
+
+def base(**more: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, **more))
+
+
+def adapted(base_model: LlamaForCausalLM | None = None, **more: Any) -> PeftModel:
+    config = LoraConfig(**{"r": 2, "target_modules": ALL, "task_type": "CAUSAL_LM"} | more)
+    return cast(PeftModel, get_peft_model(base_model or base(), config))
+
+
+def refusal(model: PeftModel, **prune: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        check_model(model, base_shape(model), PruneConfig(**prune))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_plain_lora_on_all_linears_passes() -> None:
+    model = adapted()
+    model.add_adapter("ref", LoraConfig(r=4, target_modules=ALL, task_type="CAUSAL_LM"))
+    check_model(model, base_shape(model), PruneConfig())
+    assert live_shape(model) == base_shape(model)
+    assert base_dtype(model, base_shape(model)) == "float32"
+
+
+def test_a_linear_without_lora_is_named() -> None:
+    fewer = [name for name in ALL if name != "k_proj"]
+    assert "layer 0 self_attn.k_proj has no LoRA" in refusal(adapted(target_modules=fewer))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"use_dora": True}, "layer 0 self_attn.q_proj: DoraLinearVariant is not plain LoRA"),
+        ({"bias": "all"}, "adapter default: bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save with tied embeddings"),
+    ],
+)
+def test_other_adapters_are_named(more: dict[str, Any], words: str) -> None:
+    assert words in refusal(adapted(base(tie_word_embeddings=True), **more))
+
+
+def test_modules_to_save_beside_an_untied_head_pass() -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    check_model(model, base_shape(model), PruneConfig())
+
+
+def test_trained_biases_of_lora_are_refused() -> None:
+    assert "lora_bias" in refusal(adapted(base(attention_bias=True, mlp_bias=True), lora_bias=True))
+
+
+def test_an_adapter_of_another_name_is_refused() -> None:
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=ALL), adapter_name="mine")
+    assert "must be called 'default'" in refusal(cast(PeftModel, model))
+
+
+def test_frozen_lora_is_refused() -> None:
+    model = adapted()
+    model.requires_grad_(False)
+    assert "is frozen" in refusal(model)
+
+
+def test_a_quantised_base_is_refused() -> None:
+    model = adapted()
+    cast(Any, model.get_base_model()).is_quantized = True
+    assert "quantised" in refusal(model)
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model = adapted()
+    model.compile()
+    assert "torch.compile" in refusal(model)
+
+
+def test_biases_that_compensate_must_be_there() -> None:
+    assert "layer 0 self_attn.q_proj has none" in refusal(adapted(), compensate="bias")
+    with_biases = adapted(base(attention_bias=True, mlp_bias=True))
+    check_model(with_biases, base_shape(with_biases), PruneConfig(compensate="bias"))
+
+
+def test_a_base_of_another_dtype_is_refused() -> None:
+    model = adapted(base().to(torch.float64))
+    with pytest.raises(UserError, match=r"is torch\.float64"):
+        base_dtype(model, base_shape(model))
+
+
+def test_a_model_without_peft_is_refused() -> None:
+    with pytest.raises(UserError, match="needs a PEFT model with LoRA; this is a LlamaForCausalLM"):
+        find_peft_model(base())
+
+
+def test_target_modules_are_a_family_s_linears(tmp_path: Path) -> None:
+    assert target_modules(base()) == ALL
+    base().config.save_pretrained(tmp_path)
+    assert target_modules(tmp_path) == ALL
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="model_type 'gpt2' is not supported"):
+        target_modules(tmp_path)
+
+
+ASKED = {"cache_implementation": "static"}
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in ARGUMENTS])
+def test_an_argument_that_does_not_go_with_cuts_is_named(name: str) -> None:
+    value = ASKED.get(name, True)
+    with pytest.raises(UserError, match=f"^{name}={value}: "):
+        check_arguments(SimpleNamespace(**{name: value}), torch.nn.Linear(1, 1))
+
+
+def test_arguments_that_a_trainer_does_not_have_ask_for_nothing() -> None:
+    check_arguments(SimpleNamespace(cache_implementation=None), base())
+
+
+def test_a_static_cache_of_the_model_is_refused() -> None:
+    model = base()
+    assert model.generation_config is not None
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(UserError, match=r"generation_config\.cache_implementation=static"):
+        check_arguments(SimpleNamespace(), model)
+
+
+def test_an_optimizer_without_zero_3_is_refused() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(UserError, match=r"needs DeepSpeed ZeRO-3 .* the optimizer is AdamW"):
+        find_zero_optimizer(SimpleNamespace(optimizer=optimizer) and optimizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "name"),
+    [("SGD", {"lr": 0.1}, "SGD"), ("Adafactor", {}, "Adafactor"), ("AdamW", {"amsgrad": True}, "AdamW with amsgrad")],
+)
+def test_an_optimizer_whose_state_is_not_adam_s_is_refused(kind: str, options: dict[str, Any], name: str) -> None:
+    inner = getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(1))], **options)
+    model = adapted()
+    with pytest.raises(UserError, match=f"the optimizer state of {name} cannot be cut"):
+        share_model(model, cast(Any, SimpleNamespace(optimizer=inner)), base_shape(model))
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ({"stage": 2}, "zero_optimization.stage must be 3"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "weights on NVMe"),
+        ({"stage": 3, "zero_quantized_weights": True}, "no flat shards"),
+    ],
+)
+def test_a_deepspeed_config_that_cannot_be_cut_is_refused(zero: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=f"^the DeepSpeed config: .*{words}"):
+        check_reshardable("the DeepSpeed config", {"zero_optimization": zero, "optimizer": {"type": "AdamW"}})
+
+
+def test_an_optimizer_in_the_deepspeed_config_is_the_trainer_s_own_matter() -> None:
+    config = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
+    check_reshardable("the DeepSpeed config", config)
+
+
+def test_gradients_in_bf16_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_rounded_gradients({torch.float32})
+        assert caplog.messages == []
+        warn_of_rounded_gradients({torch.float32, torch.bfloat16})
+    assert "averaged in bfloat16, float32" in caplog.messages[0]
+    assert '"communication_data_type": "fp32"' in caplog.messages[0]
+
+
+# Checkpoints
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    """Writes the state of a checkpoint whose tensors do not matter."""
+    state = {
+        "step": 5,
+        "steps": 10,
+        "world_size": 2,
+        "seed": 0,
+        "prune": {"ratio": 0.5},
+        "dense": [],
+        "kept": [],
+        "updates_since_cut": 0,
+        "moment_tokens": 0.0,
+        "shape": None,
+        "resumed_from": [],
+        "format": 1,
+    }
+    (folder / "pruning").mkdir(parents=True)
+    (folder / "pruning/state.json").write_text(json.dumps(state | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"world_size": 3}, "was saved by 3 ranks"),
+        ({"prune": {"ratio": 0.4}}, "other settings: ratio"),
+        ({"format": 2}, "has format 2"),
+        ({"surplus": 1}, "is damaged"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    comm = cast(Any, SimpleNamespace(world_size=2, rank=0))
+    with pytest.raises(UserError, match=words):
+        checkpoint._read(saved(tmp_path, **changes), PruneConfig(), comm)
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    assert checkpoint._find(tmp_path / "nothing") is None
+    saved(tmp_path / "checkpoint-3")
+    saved(tmp_path / "checkpoint-12")
+    (tmp_path / "checkpoint-20").mkdir()  # the save was cut short
+    assert checkpoint._find(tmp_path) == tmp_path / "checkpoint-12"
+    assert checkpoint._find(tmp_path / "checkpoint-3") == tmp_path / "checkpoint-3"
+
+
+def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3/trainer_state.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        with pytest.raises(UserError, match="saved without pruning"):
+            checkpoint._find(folder)
+
+
+def test_a_resumed_training_needs_a_resumed_callback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraprune_ds.hf.callback.find_zero_optimizer", lambda optimizer: optimizer)
+    state, control = TrainerState(global_step=3), cast(Any, None)
+    with pytest.raises(UserError, match=r"goes on at step 3, but pruning does not: .*pruning\.resume"):
+        LoraPruneCallback(PruneConfig()).on_train_begin(
+            cast(Any, SimpleNamespace()), state, control, model=torch.nn.Linear(1, 1), optimizer=None
+        )
+
+
+def test_before_the_training_there_is_nothing_to_save() -> None:
+    with pytest.raises(UserError, match="training has not begun"):
+        LoraPruneCallback(PruneConfig()).save_model("anywhere")

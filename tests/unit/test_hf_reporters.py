@@ -1,0 +1,48 @@
+"""A Trainer's reporters get sparsity, cuts and bytes in the step they happen."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loraprune_ds.hf.reporters import find_reporters
+from tests.unit.run_records import small_run, step_record
+
+STEP, CUT = step_record(5), small_run().cuts[0]
+
+
+def test_wandb_and_trackio_get_the_curves_of_pruning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    logged: dict[str, list[dict[str, Any]]] = {"wandb": [], "trackio": []}
+    for name, lines in logged.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(log=lines.append))
+    for sink in find_reporters(["wandb", "trackio"], str(tmp_path), None):
+        sink.write(STEP)
+        sink.write(CUT)
+        sink.close()
+    for lines in logged.values():
+        first, second = lines
+        assert first["pruning/sparsity"] == 0.2
+        assert (first["train/global_step"], second["train/global_step"]) == (5, 4)
+        assert second["pruning/cut/reached"] == CUT.reached
+        assert not {"train/loss", "pruning/loss"} & first.keys()  # the Trainer logs these
+
+
+def test_tensorboard_gets_a_run_beside_the_trainer_s(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for sink in find_reporters(["tensorboard"], str(tmp_path), None):
+        sink.write(STEP)
+        sink.write(CUT)
+        sink.close()
+    events = EventAccumulator(str(tmp_path / "runs/pruning")).Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("pruning/sparsity")] == [(5, 0.2)]
+    assert [e.step for e in events.Scalars("pruning/cut/bytes_sent")] == [4]
+
+
+def test_a_cut_prints_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (printer,) = find_reporters([], str(tmp_path), None)
+    printer.write(STEP)
+    printer.write(CUT)
+    assert capsys.readouterr().err.count("\n") == 1
