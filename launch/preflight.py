@@ -3,7 +3,7 @@
 srun --ntasks-per-node=1 python launch/preflight.py --nodes node1 node2 --port 29400 --output runs/mine
 
 Each node imports what a run imports, computes on every accelerator and writes where the run will write. Then the
-nodes check that they share this folder and that collectives pass between their accelerators and hosts.
+nodes check that they share this folder. Collectives must pass between all ranks and, by gloo, between all hosts.
 """
 
 import argparse
@@ -84,7 +84,8 @@ def check_together(rendezvous: "Rendezvous", ranks_per_node: int, output: Path) 
             rendezvous.agree("accelerators", lambda: check_accelerators(ranks_per_node))
             and rendezvous.agree("output", write_probe)
             and rendezvous.agree("shared", see_probe)
-            and rendezvous.agree("collective", lambda: check_collectives(rendezvous))
+            and rendezvous.agree("hosts", lambda: check_hosts(rendezvous))
+            and rendezvous.agree("ranks", lambda: check_ranks(rendezvous, ranks_per_node))
         )
 
 
@@ -106,7 +107,7 @@ class Rendezvous:
             TCPStore,  # pyright: ignore[reportPrivateImportUsage]
         )
 
-        self.nodes, self.index, self.timeout = nodes, index, timeout
+        self.nodes, self.index, self.port, self.timeout = nodes, index, port, timeout
         try:
             self.store = TCPStore(
                 nodes[0], port, is_master=index == 0, timeout=timedelta(seconds=timeout), wait_for_workers=False
@@ -207,40 +208,46 @@ def check_visible(probe: Path, first_node: str) -> None:
         time.sleep(0.5)
 
 
-def check_collectives(rendezvous: Rendezvous) -> None:
-    """Adds up over one accelerator of each node, and by gloo, which ranks use to wait for a download of another."""
+def check_ranks(rendezvous: Rendezvous, ranks_per_node: int) -> None:
+    """Runs a sum and an all-to-all over one process per accelerator. The first node tells how fast they were."""
     from loraprune_ds.zero.device import accelerator
-    from loraprune_ds.zero.environment import gloo_interface
+    from loraprune_ds.zero.probe import Probe, bandwidth, probe_node
 
-    os.environ |= gloo_interface(os.environ)
-    backend = accelerator().communication_backend_name()
-    if backend != "gloo":
-        check_sum(rendezvous, backend, accelerator().current_device_name())
-    try:
-        check_sum(rendezvous, "gloo", "cpu")
-    except RuntimeError as error:
-        hint = "GLOO_SOCKET_IFNAME must name the network interface that does"
-        raise Unfit(f"gloo does not reach the other nodes, {hint}: {one_line(error)}") from None
+    backend, nodes = accelerator().communication_backend_name(), len(rendezvous.nodes)
+    host, index = rendezvous.nodes[0], rendezvous.index
+    probe = Probe(host, rendezvous.port, backend, index, nodes, ranks_per_node, rendezvous.timeout)
+    if problem := probe_node(probe):
+        raise Unfit(problem)
+    if index == 0 and probe.world_size > 1:
+        speed = bandwidth(probe)
+        print(f"preflight: all-to-all over {probe.world_size} ranks by {backend}: {speed:.3g} GB/s to the slowest")
 
 
-def check_sum(rendezvous: Rendezvous, backend: str, device: str) -> None:
-    """Adds up one number per node over all of them."""
+def check_hosts(rendezvous: Rendezvous) -> None:
+    """Adds up one number per node by gloo. Ranks use it to wait for a download of another."""
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
 
-    distributed.init_process_group(
-        backend,
-        store=PrefixStore(f"collective {backend}", rendezvous.store),
-        rank=rendezvous.index,
-        world_size=len(rendezvous.nodes),
-        timeout=timedelta(seconds=rendezvous.timeout),
-    )
-    number = torch.tensor([float(rendezvous.index)], device=device)
-    distributed.all_reduce(number)
+    from loraprune_ds.zero.environment import gloo_interface
+
+    os.environ |= gloo_interface(os.environ)
+    try:
+        distributed.init_process_group(
+            "gloo",
+            store=PrefixStore("hosts", rendezvous.store),
+            rank=rendezvous.index,
+            world_size=len(rendezvous.nodes),
+            timeout=timedelta(seconds=rendezvous.timeout),
+        )
+        number = torch.tensor([float(rendezvous.index)])
+        distributed.all_reduce(number)
+        distributed.destroy_process_group()
+    except RuntimeError as error:
+        hint = "GLOO_SOCKET_IFNAME must name the network interface that does"
+        raise Unfit(f"gloo does not reach the other nodes, {hint}: {one_line(error)}") from None
     if number.item() != sum(range(len(rendezvous.nodes))):
-        raise Unfit(f"a sum over the nodes by {backend} is {number.item():g}")
-    distributed.destroy_process_group()
+        raise Unfit(f"a sum over the nodes by gloo is {number.item():g}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ try:
     from loraprune_ds.config import LoggingConfig, RunConfig
     from loraprune_ds.config_file import config_from_dict, config_value, read_config
     from loraprune_ds.errors import UserError
-    from loraprune_ds.zero.environment import collective_timeout
+    from loraprune_ds.zero.environment import collective_timeout, deterministic_kernels, longest_silence
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 
@@ -70,6 +70,8 @@ def main() -> int:
         config = keep_saved_values(config, given, arguments.resume)
         start = inspect_output(config, arguments.resume)
         if start.kind != "finished":
+            if config.train.deterministic:
+                os.environ |= deterministic_kernels()
             comm = join_ranks(config.logging)
             joined = True
             if not prune(config, comm, start):
@@ -89,6 +91,7 @@ def main() -> int:
 def join_ranks(logging: LoggingConfig) -> "Communicator":
     """Returns the ranks of this run, after all have imported what they need. Collective."""
     collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
+    longest_silence(os.environ)
     if not logging.verbose:
         silence_run()
     try:
@@ -108,7 +111,7 @@ def prune(config: RunConfig, comm: "Communicator", start: "Start") -> bool:
     from loraprune_ds.zero.engine import stop_ranks
 
     gc.freeze()  # the imports left no garbage, and DeepSpeed collects twice per cut over all objects
-    watch = Watch(comm)
+    watch = Watch(comm, longest_silence(os.environ))
     try:
         finished = run(config, comm, start)
     finally:

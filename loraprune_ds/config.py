@@ -155,6 +155,7 @@ class TrainConfig:
     # w of the loss (1 - w) * cross-entropy + w * KL(dense model || model). 0: off
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
     distill_top_k: Count | None = None  # of the dense model's logits, kept. None: its final hidden states, exact
+    deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
     loss_chunk_tokens: Count | None = None  # tokens whose logits are held at once. None: those of 256 MiB in fp32
 
     def __post_init__(self) -> None:
@@ -223,6 +224,7 @@ class LoggingConfig:
     progress: bool = True
     tensorboard: bool = True
     verbose: bool = False  # DeepSpeed's and transformers' own messages
+    profile_steps: list[Count] | None = None  # steps whose torch.profiler trace rank 0 writes into profile/
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -27,6 +27,14 @@ SRUN_OPTIONS=() # (--container-image=loraprune.sqsh --container-mounts="$PWD:$PW
 # Network interfaces, for nodes that have several and find a slow one first.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
+# Memory: torch's segments grow in place, since the widths of micro-batches differ. Fewer channels of NCCL take less
+# memory and are slower.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# export NCCL_MAX_P2P_NCHANNELS=8 NCCL_NCHANNELS_PER_NET_PEER=1
+
+# A collective that does not return writes down where every rank stood.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+
 # Caches: compiled code lies on the node, downloads lie on the shared file system.
 : "${NODE_CACHE:=${TMPDIR:-/tmp}/loraprune-$UID}"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$NODE_CACHE/triton}

@@ -26,14 +26,14 @@ from loraprune_ds.config import (
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
-from loraprune_ds.plan.activations import PlannedBatch, logits, saved_by_layer
+from loraprune_ds.plan.activations import logits, saved_by_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import Stage, cut_stage, training_stage
-from loraprune_ds.plan.traffic import Passes, StepKind, layer_cuts, moved_bytes, step_sent
+from loraprune_ds.plan.traffic import Passes, StepKind, layer_cuts, moved_bytes, score_count, step_sent
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
@@ -83,8 +83,9 @@ class Case:
                 gradient_checkpointing=self.checkpointing,
             ),
         )
-        shape = open_pretrained(self.folder).shape
-        return build_request(str(self.folder), shape, config, Cluster(nodes=1, gpus_per_node=world_size))
+        pretrained = open_pretrained(self.folder)
+        where = Cluster(nodes=1, gpus_per_node=world_size)
+        return build_request(str(self.folder), pretrained.config, pretrained.shape, config, where)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     with Peak() as loading:
         trainer = build(request)
         gc.collect()
-    network = Network(request.shape, request.config.lora.r)
+    network = Network(request.source, request.shape, request.config.lora.r)
     fetcher = Fetcher(request.fetch_limits, world_size)
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
@@ -194,7 +195,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
     if world_size == 1:
         return 0, 0
     mask = sum(sum(layer.values()) for layer in shape.layers)
-    return 4 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
+    return 5 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
 
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
@@ -221,8 +222,7 @@ def _measured_step(
     planned = step_sent(request, passes, StepKind(scores, scores))
     if scores:
         planned["input_moments"] = quality.measuring_sent(request, shape, rank)
-    linears = shape.input_linears if request.config.prune.criterion == "fisher" else shape.linears
-    groups = sum(layer[linear.kind] for layer in shape.layers for linear in linears)
+    groups = score_count(request, shape)
     not_gathered = planned["weight_gradients"] + planned["input_moments"] + 8 * groups * (scores and world_size > 1)
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
     stage = training_stage("", request, passes, scores=scores)
@@ -276,10 +276,11 @@ def saved_activations(case: Case) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.engine.deepspeed(input_ids=ids, labels=ids).sum()
     del loss
-    batch = PlannedBatch(case.micro_batch_size, case.window, request.element_size)
+    batch = request.batch(case.micro_batch_size, case.window)
     shape = request.shape
+    dropout = case.dropout > 0
     layers = [
-        saved_by_layer(shape, x, batch, lora_rank=8, dropout=case.dropout > 0, mask_size=request.element_size)
+        saved_by_layer(request.source, shape, x, batch, lora_rank=8, dropout=dropout, fused_dropout=False)
         for x in shape.layers
     ]
     return {

@@ -1,5 +1,9 @@
 """Chooses the attention implementation of transformers that computes all that a family's attention does."""
 
+import torch
+
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.errors import require
 from loraprune_ds.model.family import Family
 
 
@@ -10,6 +14,18 @@ def attn_implementation(asked: str, family: Family) -> str:
     there and say nothing. New ones refuse the model. So such a family gets eager attention.
     """
     return "eager" if asked == "sdpa" and family.attention_softcap is not None else asked
+
+
+def check_flash_attention(config: ModelConfig) -> None:
+    """Checks that flash attention can run here, if it is asked for. transformers checks its package.
+
+    Raises:
+        UserError: there is no GPU, or `model.dtype` is of 32 bits.
+    """
+    asked = f"model.attn_implementation {config.attn_implementation}"
+    if config.attn_implementation.startswith("flash_attention"):
+        require(config.dtype != "float32", f"{asked} needs model.dtype bfloat16 or float16; got {config.dtype}")
+        require(torch.cuda.is_available(), f"{asked} needs a GPU, and this rank sees none")
 
 
 def describe_attention(asked: str, family: Family) -> str | None:

@@ -3,13 +3,20 @@
 README.md in this folder has the formulas. tests/benchmarks/plan_measured.py counts on the graph what autograd keeps.
 """
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
-
-DROPOUT_MASK = 1  # bytes of an element of torch's fused mask, on a GPU
+from loraprune_ds.plan.modules import as_under_zero3, build_modules, fuse_dropout, ids
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,10 @@ class PlannedBatch:
         return self.samples * self.window
 
     @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.element_size == 4 else torch.bfloat16
+
+    @property
     def copy_size(self) -> int:
         """Returns the bytes of an element beside its fp32 form. An fp32 model has no other form."""
         return self.element_size if self.element_size < 4 else 0
@@ -45,30 +56,87 @@ class PlannedBatch:
 
 
 def saved_by_layer(
+    source: dict[str, Any],
     shape: ModelShape,
     layer: LayerShape,
     batch: PlannedBatch,
     *,
     lora_rank: int,
     dropout: bool,
-    mask_size: int = DROPOUT_MASK,
+    fused_dropout: bool = True,
 ) -> int:
-    """Returns the bytes that one decoder layer keeps without checkpointing."""
-    t, e, h, f = batch.tokens, batch.element_size, shape.hidden_size, layer["channels"]
-    query_heads, key_width = shape.query_heads(layer), layer["heads"] * shape.head_dim
-    query_width = query_heads * shape.head_dim
-    attention = e * t * (2 * query_width + 2 * key_width) + 4 * t * query_heads
-    if batch.eager:
-        attention = e * t * 4 * query_width + batch.probabilities(shape, layer) * (4 + batch.copy_size)
-    lora = len(shape.linears) * e * t * lora_rank
-    dropped = t * (e + mask_size) * (5 * h + query_width + f) if dropout else 0
-    return 2 * _norm(shape, batch) + attention + 4 * e * t * f + lora + dropped
+    """Returns the bytes that one decoder layer keeps without checkpointing. They are counted on the meta device.
+
+    Args:
+        source: config.json of the dense model.
+        fused_dropout: a mask has one byte per element, as on GPUs. Else it is as large as what it masks.
+    """
+    one = shape.with_layers((layer,))
+    return _saved_by_layer(json.dumps(source), one, batch, lora_rank, dropout, fused_dropout)
 
 
-def activations(shape: ModelShape, batch: PlannedBatch, *, lora_rank: int, dropout: bool, checkpointing: bool) -> int:
+@cache
+def _saved_by_layer(
+    source: str, shape: ModelShape, batch: PlannedBatch, lora_rank: int, dropout: bool, fused_dropout: bool
+) -> int:
+    model = build_modules(
+        json.loads(source), shape, lora_rank=lora_rank, dropout=dropout, eager=batch.eager, dtype=batch.dtype
+    )
+    if dropout and fused_dropout:
+        fuse_dropout(model)
+    causal_lm: Any = model.get_base_model()
+    causal_lm.enable_input_require_grads()  # as every layer's but the first
+    inside = _KeptInside(decoder_layers(model)[0])
+    tokens = ids(batch.samples, batch.window)
+    with as_under_zero3():  # with a mask, else transformers looks at the ids for padding
+        causal_lm.model(input_ids=tokens, attention_mask=tokens.bool(), use_cache=False)
+    return inside.bytes_without([*model.parameters()])
+
+
+class _KeptInside:
+    """Collects what autograd keeps during a layer's forward.
+
+    Its first input is its own. The others, such as the rotary angles, belong to all layers.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._kept, self._given = list[Tensor](), list[Tensor]()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+        layer.register_forward_hook(self._leave)
+
+    def bytes_without(self, parameters: list[Tensor]) -> int:
+        """Counts each storage once."""
+        apart = {tensor.untyped_storage()._cdata for tensor in (*self._given, *parameters)}
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in self._kept}
+        return sum(count for key, count in storages.items() if key not in apart)
+
+    def _enter(self, _: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        leaves = pytree.tree_leaves((positional[1:], named))
+        self._given += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._hooks.__enter__()
+
+    def _leave(self, *_: Any) -> None:
+        self._hooks.__exit__()
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor)
+        return tensor
+
+
+def activations(
+    source: dict[str, Any],
+    shape: ModelShape,
+    batch: PlannedBatch,
+    *,
+    lora_rank: int,
+    dropout: bool,
+    checkpointing: bool,
+) -> int:
     """Returns the most bytes at once during a micro-batch, without logits."""
     t, e = batch.tokens, batch.element_size
-    layers = [saved_by_layer(shape, layer, batch, lora_rank=lora_rank, dropout=dropout) for layer in shape.layers]
+    of = {x: saved_by_layer(source, shape, x, batch, lora_rank=lora_rank, dropout=dropout) for x in set(shape.layers)}
+    layers = [of[layer] for layer in shape.layers]
     kept = len(layers) * e * t * shape.hidden_size + max(layers) if checkpointing else sum(layers)
     temporaries = max(_backward_temporaries(shape, layer, batch) for layer in shape.layers)
     rotary_angles = 2 * e * batch.window * shape.head_dim

@@ -106,8 +106,7 @@ def attention_product(request: Request, shape: ModelShape) -> float:
     It covers half a window on average, with `eager` all of it.
     """
     query_width = sum(map(shape.query_heads, shape.layers)) * shape.head_dim
-    eager = request.config.model.attn_implementation == "eager"
-    return 2 * query_width * request.config.data.window / (1 if eager else 2)
+    return 2 * query_width * request.config.data.window / (1 if request.eager else 2)
 
 
 def _flops_per_token(request: Request, shape: ModelShape) -> float:

@@ -1,19 +1,30 @@
-"""The order in which a pass enters and leaves the modules of a LoRA LLaMA.
+"""The order in which a pass enters and leaves the modules of a LoRA model.
 
 ZeRO-3 gathers a module's parameters at its entry and frees them at its exit. So this order decides what is sent and
-what is in memory. The backward order is autograd's: the reverse of forward. With activation checkpointing the inside of
-a layer runs once more. Autograd starts that when it needs the first saved tensor, in lora_B of down_proj. This is the
-last module of the layer, and the second run also stops there (torch's early stop).
+what is in memory. It is read off a pass through the model on the meta device (modules.py). Every module there has the
+hooks that DeepSpeed would put on it. So autograd itself tells the backward order. torch itself tells what activation
+checkpointing runs again, and where that stops.
 """
 
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.modules import build_modules, ids
 
 Phase = Literal["forward", "backward", "recompute"]
+DEPTH = 2  # of the model that is traced. Every layer but the first is like the second.
+LAYER = "model.layers."
 
 
 @dataclass(eq=False)
@@ -30,15 +41,9 @@ class Parameter:
 
 @dataclass(eq=False)
 class Module:
-    """Describes a module with its own parameters, and its children in forward order.
-
-    Attributes:
-        ends_backward: a positional input has a gradient. Through it ZeRO-3 learns that the backward pass is over.
-    """
+    """Describes a module with its own parameters."""
 
     parameters: tuple[Parameter, ...] = ()
-    children: list["Module"] = field(default_factory=list)
-    ends_backward: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,23 +56,22 @@ class Visit:
 
 
 class Network:
-    """Describes PEFT's LoRA around a LLaMA or Mistral, without weights.
+    """Describes PEFT's LoRA around a model, without weights.
 
     Attributes:
         parameters: by the names of the weight files. LoRA factors are "{linear}.lora_A" and "{linear}.lora_B".
     """
 
-    def __init__(self, shape: ModelShape, lora_rank: int) -> None:
+    def __init__(self, source: dict[str, Any], shape: ModelShape, lora_rank: int) -> None:
         self.lora_rank = lora_rank
+        self._depth = len(shape.layers)
+        self._traced = (json.dumps(source), shape.with_layers(shape.layers[:DEPTH]))
         sizes = parameter_sizes(shape, lora_rank)
         self.parameters = {name: Parameter(name, numel) for name, numel in sizes.items()}
-        head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
-        self.embedding = self._leaf("model.embed_tokens", ends_backward=False)
-        self.rotary = _outer()
-        self.layers = [self._layer(f"model.layers.{i}", shape) for i in range(len(shape.layers))]
-        model = _outer(self.embedding, self.rotary, *self.layers, self._leaf("model.norm"))
-        causal_lm = _outer(model, Module((self.parameters[head],)))
-        self.root = _outer(_outer(causal_lm))  # PEFT's model, and in it LoRA's
+        self._own: dict[str, list[Parameter]] = defaultdict(list)
+        for name, parameter in self.parameters.items():
+            self._own[name.rpartition(".")[0]].append(parameter)
+        self._modules: dict[str, Module] = {}
 
     def resize(self, shape: ModelShape) -> None:
         """Takes the sizes after a cut. The parameters stay the same objects, as on the engine."""
@@ -76,86 +80,119 @@ class Network:
 
     def evaluation_pass(self) -> list[Visit]:
         """Lists the visits of a forward pass alone."""
-        return list(_forward(self.root))
+        return [visit for visit in self.training_pass(checkpointing=False) if visit.phase == "forward"]
 
     def training_pass(self, *, checkpointing: bool) -> list[Visit]:
         """Lists the visits of one micro-batch, forward and backward."""
-        return [*_forward(self.root), *self._backward(self.root, checkpointing)]
+        steps = _all_layers(_trace(*self._traced, checkpointing), self._depth)
+        return [Visit(self._module(step.module), step.phase, step.enters) for step in steps]
 
-    def _leaf(self, name: str, *, ends_backward: bool = True) -> Module:
-        own = [self.parameters.get(f"{name}.{x}") for x in ("weight", "bias")]
-        return Module(tuple(p for p in own if p), ends_backward=ends_backward)
+    def _module(self, name: str) -> Module:
+        if name not in self._modules:
+            self._modules[name] = Module(tuple(self._parameters_of(name)))
+        return self._modules[name]
 
-    def _layer(self, name: str, shape: ModelShape) -> Module:
-        q, k, v, o, gate, up, down = (self._lora_linear(f"{name}.{linear.name}") for linear in shape.linears)
-        children = [
-            self._leaf(f"{name}.input_layernorm"),
-            _outer(q, k, v, o),
-            self._leaf(f"{name}.post_attention_layernorm"),
-            Module(children=[gate, Module(), up, down]),  # with SiLU
-        ]
-        return Module(children=children)
-
-    def _lora_linear(self, name: str) -> Module:
-        a, b = (self.parameters[f"{name}.{factor}"] for factor in ("lora_A", "lora_B"))
-        # PEFT's wrapper looks at lora_A's dtype before it calls it. So DeepSpeed gathers lora_A for the wrapper.
-        return Module((a,), [self._leaf(name), Module(), Module((a,)), Module((b,))])  # with dropout
-
-    def _backward(self, module: Module, checkpointing: bool) -> Iterator[Visit]:
-        yield Visit(module, "backward", enters=True)
-        for child in reversed(module.children):
-            if child is self.rotary or (child is self.embedding and not checkpointing):
-                continue  # its output needs no gradient
-            if checkpointing and child in self.layers:
-                yield from self._backward_with_recompute(child)
-            elif child is self.layers[0]:
-                yield from self._backward_of_first_layer(child)
-            else:
-                yield from self._backward(child, checkpointing)
-        if module.ends_backward:
-            yield Visit(module, "backward", enters=False)
-
-    def _backward_with_recompute(self, layer: Module) -> Iterator[Visit]:
-        last = layer.children[-1].children[-1].children[-1]  # lora_B of down_proj
-        for visit in self._backward(layer, checkpointing=False):
-            yield visit
-            if visit.module is last and visit.enters:
-                for again in _forward(layer, "recompute"):
-                    if again.module is not layer:
-                        yield again
-                    if again.module is last:
-                        break  # the early stop: nothing that is still open is left
-
-    def _backward_of_first_layer(self, layer: Module) -> Iterator[Visit]:
-        """Yields the visits without checkpointing. Nothing before lora_A of q, k, v needs a gradient then."""
-        norm, attention = layer.children[:2]
-        without_gradient, without_input_gradient = {norm}, {layer}
-        for linear in attention.children[:3]:
-            base, dropout, lora_a, _ = linear.children
-            without_gradient |= {base, dropout}
-            without_input_gradient |= {linear, lora_a}
-        for visit in self._backward(layer, checkpointing=False):
-            skipped = without_gradient if visit.enters else without_gradient | without_input_gradient
-            if visit.module not in skipped:
-                yield visit
+    def _parameters_of(self, name: str) -> Iterable[Parameter]:
+        factor = name.removesuffix(".default")
+        if factor in self.parameters:
+            return [self.parameters[factor]]
+        if name == "lm_head" and name not in self._own:
+            return self._own["model.embed_tokens"]
+        if f"{name}.lora_A" in self.parameters:
+            # PEFT's wrapper looks at lora_A's dtype before it calls it. So DeepSpeed gathers lora_A for the wrapper.
+            return [self.parameters[f"{name}.lora_A"]]
+        return [p for p in self._own.get(name.removesuffix(".base_layer"), ()) if not p.trainable]
 
 
 def parameter_sizes(shape: ModelShape, lora_rank: int) -> dict[str, int]:
     """Counts the elements of every parameter and LoRA factor, by name."""
     sizes = {name: math.prod(dimensions) for name, dimensions in shape.parameters().items()}
-    layers = [f"model.layers.{i}" for i in range(len(shape.layers))]
-    linears = [f"{layer}.{linear.name}" for layer in layers for linear in shape.linears]
+    linears = [f"{LAYER}{i}.{linear.name}" for i in range(len(shape.layers)) for linear in shape.linears]
     factors = [f"{linear}.{factor}" for linear in linears for factor in ("lora_A", "lora_B")]
     return sizes | dict(zip(factors, shape.lora_sizes(lora_rank), strict=True))
 
 
-def _outer(*children: Module) -> Module:
-    """Builds a module that is called with keyword arguments only."""
-    return Module(children=list(children), ends_backward=False)
+class _Step(NamedTuple):
+    """Names the module that a traced pass enters or leaves."""
+
+    module: str
+    phase: Phase
+    enters: bool
 
 
-def _forward(module: Module, phase: Phase = "forward") -> Iterator[Visit]:
-    yield Visit(module, phase, enters=True)
-    for child in module.children:
-        yield from _forward(child, phase)
-    yield Visit(module, phase, enters=False)
+@cache
+def _trace(source: str, shape: ModelShape, checkpointing: bool) -> list[_Step]:
+    """Makes one pass, forward and backward."""
+    model = build_modules(json.loads(source), shape)
+    if checkpointing:
+        causal_lm: Any = model.get_base_model()
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    watch = _Watch()
+    for name, module in model.named_modules():
+        watch.add(name.removeprefix("base_model.model."), module)
+    tokens = ids(1, 2)
+    out = model(input_ids=tokens, labels=tokens)
+    watch.again = "recompute"
+    out.backward(torch.empty_like(out))
+    return watch.steps
+
+
+class _Watch:
+    """Puts hooks on modules as DeepSpeed's `_register_deepspeed_module` does.
+
+    The backward pass enters a module when one of its outputs has a gradient. It leaves it when all its positional
+    inputs have theirs. If none needs one, DeepSpeed never learns the end.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []
+        self.again: Phase = "forward"  # of a forward that happens now
+        self._missing: dict[str, int] = {}  # gradients of inputs that are still to come
+
+    def add(self, name: str, module: nn.Module) -> None:
+        def enter(_: nn.Module, given: Any) -> Any:
+            self.steps.append(_Step(name, self.again, enters=True))
+            self._missing[name] = sum(x.requires_grad for x in pytree.tree_leaves(given) if isinstance(x, Tensor))
+            return _tell(given, ended)
+
+        def leave(_: nn.Module, given: Any, output: Any) -> Any:
+            self.steps.append(_Step(name, self.again, enters=False))
+            return _tell(output, lambda: self.steps.append(_Step(name, "backward", enters=True)))
+
+        def ended() -> None:
+            self._missing[name] -= 1
+            if self._missing[name] == 0:
+                self.steps.append(_Step(name, "backward", enters=False))
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+
+def _tell(tensors: Any, call: Any) -> Any:
+    """Calls `call` for each of them that gets a gradient, as soon as it does."""
+    return pytree.tree_map_only(Tensor, lambda tensor: _Tell.apply(tensor, call), tensors)
+
+
+class _Tell(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, call: Any) -> Tensor:
+        ctx.call = call
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.call()
+        return gradients[0], None
+
+
+def _all_layers(steps: list[_Step], depth: int) -> Iterator[_Step]:
+    """Repeats the steps in the second layer for each one after it, in the order of the pass."""
+    second = f"{LAYER}1"
+    for in_second, run in groupby(steps, lambda step: f"{step.module}.".startswith(f"{second}.")):
+        part = list(run)
+        if not in_second:
+            yield from part
+            continue
+        layers = range(1, depth) if part[0].phase == "forward" else reversed(range(1, depth))
+        for layer in layers:
+            yield from (step._replace(module=step.module.replace(second, f"{LAYER}{layer}", 1)) for step in part)

@@ -15,11 +15,11 @@ from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape, with_biases
+from loraprune_ds.model.text_part import text_config
 from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
@@ -31,7 +31,6 @@ from loraprune_ds.zero.flat import partition_numel
 ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here
 
 # LLaMA (arXiv 2302.13971, table 2): hidden_size, layers, heads, intermediate_size; head_dim 128, 32,000 tokens.
-LLAMA_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 LLAMA = {
     "llama-7b": (4096, 32, 32, 11008),
     "llama-13b": (5120, 40, 40, 13824),
@@ -45,12 +44,14 @@ class Request:
     """Describes a run on a cluster.
 
     Attributes:
+        source: the model's config.json, or its text part.
         steps: optimizer steps, the recovery included.
         ds_config: DeepSpeed's JSON with every "auto" replaced.
         samples: in the training data, if known.
     """
 
     model: str
+    source: dict[str, Any]
     shape: ModelShape
     config: RunConfig
     cluster: Cluster
@@ -86,10 +87,14 @@ class Request:
     def fetch_limits(self) -> FetchLimits:
         return FetchLimits.from_ds_config(self.ds_config)
 
+    @property
+    def eager(self) -> bool:
+        """Tells whether attention holds whole matrices of probabilities."""
+        return attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
+
     def batch(self, samples: int, window: int) -> PlannedBatch:
         """Describes a micro-batch."""
-        eager = attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
-        return PlannedBatch(samples, window, self.element_size, eager)
+        return PlannedBatch(samples, window, self.element_size, self.eager)
 
     def shards(self, sizes: Iterable[int]) -> int:
         """Counts the elements of a rank's shards of such tensors."""
@@ -165,30 +170,25 @@ def make_request(
             apply_override(raw, override)
         config = config_from_dict(raw)
     name = model or config.model.path
-    return build_request(name, read_shape(name, config.model.revision), config, cluster, samples=samples)
-
-
-def check_layout(name: str, shape: ModelShape) -> None:
-    """Checks that the planner knows in which order the modules of such a layer run.
-
-    Raises:
-        UserError: it does not.
-    """
-    if shape.linears != LLAMA_LINEARS or tuple(shape.layer_others) != LLAMA_NORMS:
-        raise UserError(f"{name}: launch/plan.py knows layers like LLaMA's only, not yet those of {shape.model_type}")
+    source = read_config(name, config.model.revision)
+    return build_request(name, source, shape_from_config(source, name), config, cluster, samples=samples)
 
 
 def build_request(
-    name: str, shape: ModelShape, config: RunConfig, cluster: Cluster, *, samples: int | None = None
+    name: str,
+    source: dict[str, Any],
+    shape: ModelShape,
+    config: RunConfig,
+    cluster: Cluster,
+    *,
+    samples: int | None = None,
 ) -> Request:
     """Builds the request for a known shape.
 
     Raises:
-        UserError: the run config does not fit the model or the number of ranks. Or the planner does not know the order
-            of the modules in such a layer.
+        UserError: the run config does not fit the model or the number of ranks.
     """
     train = config.train
-    check_layout(name, shape)
     if config.prune.compensate == "bias":
         shape = with_biases(shape, name)
     check_top_k(train.distill_top_k, shape.vocab_size)
@@ -201,6 +201,7 @@ def build_request(
     steps, limits = steps or ASSUMED_STEPS, make_limits(config.prune, shape)
     return Request(
         model=name,
+        source=text_config(source, name),
         shape=shape,
         config=config,
         cluster=cluster,
@@ -225,20 +226,20 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
     for section, values in sections.items():
         raw[section] |= values
     config, where = config_from_dict(raw), cluster or request.cluster
-    again = build_request(request.model, request.shape, config, where, samples=request.samples)
+    again = build_request(request.model, request.source, request.shape, config, where, samples=request.samples)
     again.ds_config["zero_optimization"] |= request.ds_config["zero_optimization"] | zero
     return again
 
 
-def read_shape(model: str, revision: str | None = None) -> ModelShape:
-    """Reads the sizes from config.json alone. No weight is read or downloaded.
+def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
+    """Reads config.json alone. No weight is read or downloaded.
 
     Raises:
-        UserError: the model is not found here or on the hub, or not supported.
+        UserError: the model is not found here or on the hub.
     """
     if model in LLAMA:
         hidden, layers, heads, channels = LLAMA[model]
-        config = {
+        return {
             "model_type": "llama",
             "hidden_size": hidden,
             "num_hidden_layers": layers,
@@ -246,10 +247,14 @@ def read_shape(model: str, revision: str | None = None) -> ModelShape:
             "intermediate_size": channels,
             "vocab_size": 32_000,
         }
-        return shape_from_config(config, model)
     folder = embedded_model_dir() if model == EMBEDDED else Path(model).expanduser()
     path = folder / "config.json" if folder.is_dir() else _download_config(model, revision)
-    return shape_from_config(read_json(path), model)
+    return read_json(path)
+
+
+def read_shape(model: str) -> ModelShape:
+    """Reads the sizes of a model as `make_request` finds it."""
+    return shape_from_config(read_config(model), model)
 
 
 def _read_ds_config(config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:

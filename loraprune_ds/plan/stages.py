@@ -125,7 +125,12 @@ def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> Term
     train, lora = request.config.train, request.config.lora
     batch = request.batch(train.micro_batch_size, request.config.data.window)
     held = activations(
-        shape, batch, lora_rank=lora.r, dropout=lora.lora_dropout > 0, checkpointing=train.gradient_checkpointing
+        request.source,
+        shape,
+        batch,
+        lora_rank=lora.r,
+        dropout=lora.lora_dropout > 0,
+        checkpointing=train.gradient_checkpointing,
     )
     head = logits(shape, batch, train.loss_chunk_tokens)
     if train.distill_weight:
@@ -144,7 +149,8 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     layers = [shape.layer_lora_sizes(i, request.config.lora.r) for i in range(len(shape.layers))]
     shards, whole = max(map(request.shards, layers)), max(map(sum, layers))
     block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in quality.linear_sizes(shape))
-    groups = sum(len(shape.linears) * max(layer.values()) for layer in shape.layers)
+    parts = sum(len(linear.parts) for linear in shape.linears)
+    groups = sum(parts * max(layer.values()) for layer in shape.layers)
     if request.config.prune.criterion == "fisher":  # the vectors alone
         return {"score_sums": 8 * groups}
     return {

@@ -56,7 +56,7 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
 
     That is an evaluation, training, a cut, an evaluation, training, and so on.
     """
-    network = Network(shapes[0], request.config.lora.r)
+    network = Network(request.source, shapes[0], request.config.lora.r)
     fetcher = Fetcher(request.fetch_limits, request.world_size, offloaded=request.offloads("param"))
     checkpointing = request.config.train.gradient_checkpointing
     evaluation, training = network.evaluation_pass(), network.training_pass(checkpointing=checkpointing)
@@ -92,20 +92,25 @@ def scoring_sent(request: Request, shape: ModelShape) -> int:
     criterion = request.config.prune.criterion
     if request.world_size == 1 or criterion == "random":
         return 0
-    linears = shape.input_linears if criterion == "fisher" else shape.linears
-    scores = 8 * sum(layer[linear.kind] for layer in shape.layers for linear in linears)
-    return scores + (0 if criterion == "fisher" else 2 * request.lora_shards(shape) * (request.world_size - 1) * 4)
+    lora = 0 if criterion == "fisher" else request.lora_shards(shape)
+    return 2 * lora * (request.world_size - 1) * 4 + 8 * score_count(request, shape)
+
+
+def score_count(request: Request, shape: ModelShape) -> int:
+    """Counts the scores of a step. Each part of a linear has one per group."""
+    linears = shape.input_linears if request.config.prune.criterion == "fisher" else shape.linears
+    return sum(layer[part.kind] for layer in shape.layers for linear in linears for part in linear.parts)
 
 
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
     """Lists (cut, is LoRA) of every tensor that `ShardedModel` cuts in a layer."""
-    cuts = []
+    cuts, layer = list[tuple[AxisCut, bool]](), shape.layer_parameters(index)
     for linear, kept in shape.cut_linears(index, keep):
         rows, columns = shape.linear_shape(index, linear)
         factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
-        cuts += [(AxisCut((rows, columns), linear.axis, kept), False), (AxisCut(factor, linear.axis, kept), True)]
-        if shape.has_bias(linear) and linear.axis == 0:
-            cuts.append((AxisCut((rows,), 0, kept), False))
+        cuts.append((AxisCut(factor, linear.axis, kept), True))
+    for name, axis, kept in shape.layer_cuts(index, keep):
+        cuts.append((AxisCut(layer[f"model.layers.{index}.{name}"], axis, kept), False))
     return cuts
 
 

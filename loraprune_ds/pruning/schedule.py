@@ -63,7 +63,7 @@ def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
     """Makes the schedule of a run of `steps` optimizer steps.
 
     Raises:
-        UserError: no step is left between warm-up and cool-down.
+        UserError: no step is left between warm-up and cool-down. Or no cut would change a width.
     """
     # The sliver keeps 0.29 of 100 steps from being 28.999999999999996.
     start = math.floor(config.warmup_fraction * steps + 1e-6)
@@ -71,7 +71,13 @@ def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
     if end <= start:
         raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
     schedule = Schedule(config.ratio, start, end, config.prune_every, config.gradient_every)
-    return replace(schedule, passed_over=_without_a_change(schedule, config, limits))
+    schedule = replace(schedule, passed_over=_without_a_change(schedule, config, limits))
+    if not schedule.cut_steps():
+        raise UserError(
+            f"prune.ratio {config.ratio} is too small to change a width with "
+            f"prune.channel_multiple {config.channel_multiple}; choose a smaller multiple"
+        )
+    return schedule
 
 
 def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -104,10 +104,15 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is not valid JSON") from None
     if not isinstance(value, dict) or value.get("kind") not in RECORD_KINDS or not isinstance(value.get("step"), int):
         raise UserError(f"{where} is damaged: it must hold an object with kind and step")
-    missing = RECORD_KINDS[value["kind"]].__dataclass_fields__.keys() - value.keys()
+    missing = {f.name for f in fields(RECORD_KINDS[value["kind"]]) if _is_required(f)} - value.keys()
     if missing:
         raise UserError(f"{where} is damaged: {', '.join(sorted(missing))} missing")
     return value
+
+
+def _is_required(record_field: Field[Any]) -> bool:
+    """Tells if every line must have it. Fields with a default came later than the first versions."""
+    return record_field.default is MISSING and record_field.default_factory is MISSING
 
 
 class TensorBoardLog:
@@ -138,12 +143,16 @@ def scalars(record: Record) -> dict[str, float]:
                 "train/learning_rate": record.learning_rate,
                 "train/sparsity": record.sparsity,
                 "speed/tokens_per_second": record.tokens_per_second,
+                "speed/tokens_per_second_per_rank": record.tokens_per_second / len(record.weight_bytes),
                 "speed/seconds_per_step": record.seconds,
             }
+            if record.mfu is not None:
+                scalars["speed/mfu"] = record.mfu
             if record.grad_norm is not None:
                 scalars["train/grad_norm"] = record.grad_norm
             scalars |= _by_rank("weight_bytes", record.weight_bytes)
             scalars |= _by_rank("resident_bytes", record.resident_bytes)
+            scalars |= _by_rank("reserved_bytes", record.reserved_bytes)
             return scalars
         case CutRecord():
             return {

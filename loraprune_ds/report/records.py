@@ -24,6 +24,8 @@ class StepRecord:
         weight_bytes: of the weights each rank holds, frozen and LoRA: (world_size,).
         resident_bytes: memory each rank uses now, not its peak: (world_size,).
         skipped: the gradients overflowed in fp16 and the weights did not change.
+        reserved_bytes: memory that each rank's allocator holds, in use or not: (world_size,). Empty on a CPU.
+        mfu: needed operations (model/flops.py) over what the GPUs could do in these seconds. None if that is unknown.
     """
 
     step: int
@@ -37,6 +39,8 @@ class StepRecord:
     weight_bytes: list[int]
     resident_bytes: list[int]
     skipped: bool = False
+    reserved_bytes: list[int] = field(default_factory=list)
+    mfu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def history_from(metrics: Iterable[dict[str, Any]]) -> History:
     lists: dict[str, list[Any]] = {"step": history.steps, "cut": history.cuts, "evaluation": history.evaluations}
     for line in metrics:
         record = RECORD_KINDS[line["kind"]]
-        values: dict[str, Any] = {f.name: line[f.name] for f in fields(record)}
+        values: dict[str, Any] = {f.name: line[f.name] for f in fields(record) if f.name in line}
         lost: dict[str, Any] = {f.name: math.nan for f in fields(record) if f.type is float and values[f.name] is None}
         lists[line["kind"]].append(record(**values | lost))
     return history

@@ -65,6 +65,11 @@ def make_report(
             "before": _resident_bytes(history, first_cut),
             "after": _resident_bytes(history, None) if last_cut is not None else None,
         },
+        "reserved_bytes": history.steps[-1].reserved_bytes if history.steps else [],
+        "mfu": {
+            "before": _mfu(history, first_cut),
+            "after": _mfu(history, None) if last_cut is not None else None,
+        },
         "peak_memory_bytes": peak_bytes,
         "seed": config["seed"],
         "resumed_from": resumed_from,
@@ -132,6 +137,11 @@ def _seconds_per_step(
 def _resident_bytes(history: History, last: int | None) -> list[int] | None:
     """Returns the memory in use on every rank at the latest step up to `last`: (world_size,)."""
     return next((s.resident_bytes for s in reversed(history.steps) if last is None or s.step <= last), None)
+
+
+def _mfu(history: History, last: int | None) -> float | None:
+    """Returns that of the latest step up to `last`."""
+    return next((s.mfu for s in reversed(history.steps) if last is None or s.step <= last), None)
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.output import RunStatus
 from loraprune_ds.train.prepare import Prepared
+from loraprune_ds.train.profile import profiled
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.train.teacher import Teacher
@@ -111,7 +112,8 @@ class TrainingLoop:
         return False
 
     def _step(self, step: int) -> None:
-        record = self._trainer.step(step)
+        with profiled(self.config, step, self.model.rank):
+            record = self._trainer.step(step)
         self.recorder.write(record)
         self._totals = replace(self._totals, tokens=self._totals.tokens + record.tokens, perplexity=None)
         if cut := self._trainer.cut(step):

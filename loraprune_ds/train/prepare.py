@@ -11,7 +11,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
-from loraprune_ds.model.attention import describe_attention
+from loraprune_ds.model.attention import check_flash_attention, describe_attention
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
@@ -73,6 +73,7 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     """Checks all that does not depend on the model. A large one may take an hour to download."""
     check_private_attributes()
     check_dtype(config.model.dtype)
+    check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
 
 

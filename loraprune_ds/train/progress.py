@@ -132,7 +132,9 @@ class Progress:
                 f"loss {record.loss:.3f}",
                 f"sparsity {format_percent(record.sparsity)}",
                 f"{record.tokens_per_second:,.0f} tok/s",
-                f"mem {format_bytes(max(record.resident_bytes))}",
+                *([f"MFU {format_percent(record.mfu)}"] if record.mfu is not None else []),
+                f"mem {format_bytes(max(record.resident_bytes))}"
+                + (f" of {format_bytes(max(record.reserved_bytes))} reserved" if record.reserved_bytes else ""),
             ]
         )
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import torch
+
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError
@@ -33,6 +35,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         UserError: the input cannot be used. Nothing was written yet.
         RunError: the run went wrong; status.json says how.
     """
+    torch.use_deterministic_algorithms(config.train.deterministic)
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
     checkpoint = find_checkpoint(start, config, comm, warnings)

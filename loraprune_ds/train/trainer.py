@@ -11,14 +11,16 @@ from torch import Tensor
 
 from loraprune_ds.config import Dtype, TrainConfig
 from loraprune_ds.faults import fail_point
+from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, StepRecord, cut_record
 from loraprune_ds.train.data.order import BatchOrder, rank_micro_batches, seed_dropout
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.train.teacher import Teacher
+from loraprune_ds.zero.device import device_name, is_cpu, peak_flops
 from loraprune_ds.zero.loss_scale import decide
-from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
+from loraprune_ds.zero.memory import reserved_bytes, resident_bytes, storage_bytes, weight_tensors
 from loraprune_ds.zero.training_engine import TrainingEngine
 
 
@@ -30,12 +32,14 @@ class _RankReports:
         losses: each rank's part of the sum of token losses.
         bad_layers: the first layer with numbers that are not finite, or None.
         resident_bytes: memory in use now.
+        reserved_bytes: what the allocators hold. Empty on CPUs.
         request: the largest request of any rank (stop.py).
     """
 
     losses: list[float]
     bad_layers: list[int | None]
     resident_bytes: list[int]
+    reserved_bytes: list[int]
     request: int
 
 
@@ -78,6 +82,7 @@ class Trainer:
         self._current_request = current_request
         self._teacher = teacher
         self._scored = False  # by the last step
+        self._peak_flops = peak_flops(device_name(), dtype)
 
     def step(self, step: int) -> StepRecord:
         """Makes an optimizer step, counted from 1: forward and backward passes, scores, update."""
@@ -85,6 +90,7 @@ class Trainer:
         batch = self.order.batch(step - 1)
         tokens, supervised = self.samples.count_tokens(batch), self.samples.count_supervised(batch)
         learning_rate, sparsity = self.engine.learning_rate, self.pruner.reached()  # before the step changes them
+        flops = tokens * needed_flops_per_token(self.model.shape, tokens / len(batch))
         with self.pruner.record_step(step):
             reports = self._exchange(self._accumulate(step, batch, supervised))
             skipped = decide(reports.bad_layers, reports.losses, dtype=self._dtype, step=step) == "skip"
@@ -105,6 +111,8 @@ class Trainer:
             weight_bytes=self.weight_bytes,
             resident_bytes=reports.resident_bytes,
             skipped=skipped,
+            reserved_bytes=reports.reserved_bytes,
+            mfu=self._peak_flops and flops / seconds / self._peak_flops / self.model.world_size,
         )
 
     def cut(self, step: int) -> CutRecord | None:
@@ -155,7 +163,8 @@ class Trainer:
     def _exchange(self, loss: float) -> _RankReports:
         """Tells all ranks how this rank's part of the step went, and hears of theirs. Collective."""
         bad_layer = self.model.nonfinite_layer() if math.isfinite(loss) else self.model.nonfinite_weights()
-        numbers = [loss, -1 if bad_layer is None else bad_layer, resident_bytes(), self._current_request()]
+        layer = -1 if bad_layer is None else bad_layer
+        numbers = [loss, layer, resident_bytes(), self._current_request(), reserved_bytes()]
         mine = torch.tensor(numbers, dtype=torch.float64)
         rows = self.model.comm.all_gather(mine.to(self.model.device)).tolist()
         return _RankReports(
@@ -163,6 +172,7 @@ class Trainer:
             bad_layers=[None if row[1] < 0 else int(row[1]) for row in rows],
             resident_bytes=[int(row[2]) for row in rows],
             request=int(max(row[3] for row in rows)),
+            reserved_bytes=[] if is_cpu() else [int(row[4]) for row in rows],
         )
 
     def _gather_weight_bytes(self) -> list[int]:

@@ -1,7 +1,8 @@
-"""Notices in a thread that the launcher is gone, or another rank of this node. No collective tells it.
+"""Notices in a thread that the launcher is gone, or another rank. No collective tells it in time.
 
 The launcher ends the ranks one after the other and gives each 30 s. So ranks that hang in a collective with a dead one
-would stay for minutes. And nobody ends the ranks of a launcher that was killed itself.
+would stay for minutes. Nobody ends the ranks of a launcher that was killed itself. Without Slurm nobody ends the ranks
+that wait for a lost node (heartbeat.py).
 """
 
 import os
@@ -10,6 +11,8 @@ import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from loraprune_ds.train.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from loraprune_ds.zero.comm import Communicator
@@ -20,34 +23,57 @@ PARENT = os.getppid()  # read at import, so that a launcher killed while the mod
 
 
 class Watch(threading.Thread):
-    """Runs until `close`. The constructor starts it and is collective."""
+    """Runs until `close`. The constructor starts it and is collective.
 
-    def __init__(self, comm: "Communicator") -> None:
+    Args:
+        silence: seconds after which a rank that gives no sign counts as lost.
+    """
+
+    def __init__(self, comm: "Communicator", silence: float) -> None:
         super().__init__(name="watch", daemon=True)
         self._rank = comm.rank
+        self._silence = silence
+        self._silent_for, self._contacts = 0.0, 0
         here = _pid_namespace()
         everyone = comm.gather_objects((here, os.getpid()))
         self._others = {r: pid for r, (where, pid) in enumerate(everyone) if where == here and r != comm.rank}
         self._launchers = [PARENT, *_deepspeed_runner(PARENT)]
         self._closed = threading.Event()
+        self._heartbeat = Heartbeat(comm, silence) if comm.world_size > 1 else None
+        if self._heartbeat is not None and self._heartbeat.problem and comm.rank == 0:
+            self._say(f"no heartbeat, since {self._heartbeat.problem}: a lost node is noticed late")
         self.start()
 
     def close(self) -> None:
         self._closed.set()
+        if self._heartbeat is not None:
+            self._heartbeat.close()
 
     def run(self) -> None:
         asked = False
         while not self._closed.wait(INTERVAL):
+            if lost := self._lost_elsewhere():
+                self._leave(lost)
             if not asked and (os.getppid() != PARENT or not all(map(_alive, self._launchers))):
                 asked = True
                 self._say("the launcher is gone, which is a request to stop")
                 os.kill(os.getpid(), signal.SIGTERM)
             if gone := [rank for rank, pid in self._others.items() if not _alive(pid)]:
-                self._leave(gone[0])
+                self._leave(f"rank {gone[0]} is gone")
 
-    def _leave(self, gone: int) -> None:
-        if not self._closed.wait(GRACE):
-            self._say(f"rank {gone} is gone: leaving")
+    def _lost_elsewhere(self) -> str | None:
+        """Says which rank gives no sign any more. Each call counts as one interval, however late it comes."""
+        heartbeat = self._heartbeat
+        if heartbeat is None or heartbeat.problem:
+            return None
+        self._silent_for = 0.0 if heartbeat.contacts > self._contacts else self._silent_for + INTERVAL
+        self._contacts = heartbeat.contacts
+        lost = heartbeat.lost or ("rank 0" if self._silent_for >= self._silence else None)
+        return lost and f"{lost} gave no sign for {self._silence:g} s"
+
+    def _leave(self, reason: str) -> None:
+        if not self._closed.wait(min(GRACE, self._silence)):
+            self._say(f"{reason}: leaving")
             os._exit(1)  # the main thread waits for that rank in a collective and cannot be told
 
     def _say(self, text: str) -> None:

@@ -5,7 +5,23 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
+
+# Dense bf16 and fp16 matrix products. NVIDIA's data sheets. The first name that a card's name contains counts.
+PEAK_TERAFLOPS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+}
 
 
 def accelerator() -> Any:
@@ -25,6 +41,33 @@ def current_device() -> torch.device:
 def device_name() -> str:
     """Names the device as a person would."""
     return torch.cuda.get_device_name() if accelerator().device_name() == "cuda" else accelerator().device_name()
+
+
+def peak_flops(device: str, dtype: Dtype) -> float | None:
+    """Returns the operations per second of a card's matrix units, from its data sheet, without sparsity.
+
+    Args:
+        device: as `device_name`.
+
+    Returns:
+        None for a card that is not in the table, a CPU, or a dtype of 32 bits.
+    """
+    known = next((teraflops for name, teraflops in PEAK_TERAFLOPS.items() if name in device), None)
+    return None if known is None or dtype == "float32" else known * 1e12
+
+
+def settle_shards() -> None:
+    """Waits until all that was written into shards is there. It ends every cut, refit, restore and update.
+
+    With `overlap_comm` DeepSpeed gathers on a stream of its own. That stream never waits for the one that computes. So
+    without this a prefetch could read a shard before it is written. On a CPU nothing is asynchronous.
+    """
+    accelerator().synchronize()
+
+
+def empty_cache() -> None:
+    """Gives back the device memory that torch keeps for tensors to come. NCCL and CUDA cannot use it otherwise."""
+    accelerator().empty_cache()
 
 
 def empty_host_cache() -> None:

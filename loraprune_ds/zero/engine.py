@@ -64,7 +64,9 @@ def start_ranks() -> Communicator:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         hint = "if another run uses that port, give the launcher a --master_port"
         raise UserError(f"the ranks cannot meet at {where} ({hint}): {str(error).splitlines()[0]}") from None
-    return Communicator()
+    comm = Communicator()
+    comm.warm_up()
+    return comm
 
 
 def _skip_shared_memory_op() -> None:

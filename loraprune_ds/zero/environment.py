@@ -9,6 +9,7 @@ from loraprune_ds.errors import UserError
 # A long write to a slow disk is no reason to end a run. If a rank dies, the launcher ends it.
 MINUTES = 60
 MOST_MINUTES = 525_600
+SILENCE = 80.0  # seconds. With the grace that ranks have to end by themselves, a job ends within two minutes
 INTERFACES = Path("/sys/class/net")
 
 
@@ -25,6 +26,27 @@ def collective_timeout(environment: Mapping[str, str]) -> timedelta:
     if not 1 <= minutes <= MOST_MINUTES:
         raise UserError(f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {given!r}")
     return timedelta(minutes=minutes)
+
+
+def longest_silence(environment: Mapping[str, str]) -> float:
+    """Returns the seconds after which a rank that gives no sign counts as lost: LORAPRUNE_SILENCE.
+
+    Raises:
+        UserError: it is no number from 1 to 86,400.
+    """
+    given = environment.get("LORAPRUNE_SILENCE", str(SILENCE))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 86_400:
+        raise UserError(f"LORAPRUNE_SILENCE must be seconds from 1 to 86400; got {given!r}")
+    return seconds
+
+
+def deterministic_kernels() -> dict[str, str]:
+    """Returns what cuBLAS and flash-attn read from the environment when they start, for `train.deterministic`."""
+    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 
 def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:

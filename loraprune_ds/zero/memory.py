@@ -45,6 +45,14 @@ def resident_bytes() -> int:
     return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
 
 
+def reserved_bytes() -> int:
+    """Returns what torch's allocator holds of the device, in use or not. 0 on a CPU, where it keeps nothing back.
+
+    `nvidia-smi` shows this and what CUDA and NCCL hold beside it.
+    """
+    return 0 if is_cpu() else int(accelerator().memory_reserved())
+
+
 def peak_bytes() -> int:
     """Returns the most memory this rank has used: the device allocator's peak, or a CPU process's resident peak."""
     if not is_cpu():

@@ -10,6 +10,7 @@ from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeTensor, LinearId
 from loraprune_ds.zero.collect import collect_linear
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import settle_shards
 from loraprune_ds.zero.flat import layer_owner
 from loraprune_ds.zero.params import overwrite_shard
 
@@ -46,6 +47,7 @@ def replace_tensors(
             base = cast(nn.Linear, lora_linear(layers[linear_id.layer], linear_id.linear).base_layer)
             owner = layer_owner(linear_id.layer, comm.world_size)
             _install(getattr(base, what), owner, results.pop(linear_id, None), comm)
+    settle_shards()
 
 
 def rounds(linear_ids: Sequence[LinearId], world_size: int) -> list[list[LinearId]]:

@@ -16,7 +16,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeTensor, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
-from loraprune_ds.zero.device import accelerator, empty_host_cache
+from loraprune_ds.zero.device import empty_host_cache, settle_shards
 from loraprune_ds.zero.flat import layer_owner
 from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
@@ -113,7 +113,7 @@ class ShardedModel:
         fail_point("cut.rebuilt")
         self._refresh_zero()
         empty_host_cache()
-        accelerator().synchronize()  # a GPU is still at work: the seconds of a cut are its own
+        settle_shards()
         return self.comm.bytes_sent - before
 
     def optimizer_state(self) -> OptimizerState:

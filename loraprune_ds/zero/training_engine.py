@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.zero.device import accelerator, empty_host_cache
+from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
 from loraprune_ds.zero.loss_scale import optimizer_step
 from loraprune_ds.zero.sharded import ShardedModel
 
@@ -50,6 +50,7 @@ class TrainingEngine:
             The norm of the gradients before clipping. None where the update was skipped or DeepSpeed has none.
         """
         optimizer_step(self.deepspeed, skipped=skipped)
+        settle_shards()
         norm = None if skipped else self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 

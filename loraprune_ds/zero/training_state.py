@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.zero.collect import collect_tensor
+from loraprune_ds.zero.device import settle_shards
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import overwrite_shard, pad
 from loraprune_ds.zero.private import LOSS_SCALE_FIELDS
@@ -48,6 +49,7 @@ def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> 
                 state.shard(parameter, key).copy_(shard)
                 if key == "master":
                     overwrite_shard(parameter, shard)
+    settle_shards()
 
 
 def adam_step(model: ShardedModel) -> int:

@@ -46,7 +46,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.distillation_pass import DistillationPass
 from loraprune_ds.plan.fetching import PassTraffic
-from loraprune_ds.plan.request import build_request
+from loraprune_ds.plan.request import build_request, read_config
 from loraprune_ds.plan.stages import cut_stage, training_stage
 from loraprune_ds.plan.traffic import simulate_passes
 from loraprune_ds.pruning.step import Pruner
@@ -182,7 +182,9 @@ def _whole_step(model: Any, batch: torch.Tensor, micro: int) -> None:
 
 def planned_extra(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str, int]:
     """Returns the planner's number for the bytes that a step and the cut add to those between steps."""
-    request = build_request(config.model.path, shape, config, Cluster(nodes=1, gpus_per_node=ranks))
+    request = build_request(
+        config.model.path, read_config(config.model.path), shape, config, Cluster(nodes=1, gpus_per_node=ranks)
+    )
     (passes,) = simulate_passes(request, [shape])
     step = training_stage("step", request, replace(passes, evaluation=PassTraffic()))
     cut = cut_stage("cut", request, shape, request.shape_at(request.schedule.ratio))
@@ -194,7 +196,9 @@ def planned_pass(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str, 
 
     On CPU ranks the host's memory is the device's. gloo has a copy of what it gathers.
     """
-    request = build_request(config.model.path, shape, config, Cluster(nodes=1, gpus_per_node=ranks))
+    request = build_request(
+        config.model.path, read_config(config.model.path), shape, config, Cluster(nodes=1, gpus_per_node=ranks)
+    )
     (passes,) = simulate_passes(request, [shape])
     planned = DistillationPass(request, passes.evaluation)
     stage = planned.stage()

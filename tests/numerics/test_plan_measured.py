@@ -4,9 +4,12 @@ SmolLM2 and a model of a billion parameters: tests/benchmarks/plan_measured.py.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from tests.families import TINY, tiny_model
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan, saved_activations
 from tests.ranks import RankPool
@@ -43,7 +46,30 @@ def test_ranks_hold_and_send_what_was_planned(
     ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, checkpointing: bool, limited: bool, evaluates: bool
 ) -> None:
     deepspeed = limited_config(tmp_path) if limited else "ds_configs/zero3.json"
-    case = Case(folder, deepspeed=deepspeed, checkpointing=checkpointing, evaluates=evaluates)
+    check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, checkpointing=checkpointing, evaluates=evaluates))
+
+
+# Norms per head; four norms and capped scores; fused weights; biases, no gate, LayerNorm.
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "starcoder2"])
+def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    folder, longer = (save_tiny(tmp_path / str(layers), family, layers) for layers in (3, 4))
+    check_ranks(ranks, 2, Case(folder, deepspeed=limited_config(tmp_path), checkpointing=family in ("qwen3", "phi3")))
+    three, four = (ranks.run(1, saved_activations, Case(x))[0] for x in (folder, longer))
+    assert four["counted"] - three["counted"] == four["one_layer"]
+
+
+def save_tiny(folder: Path, family: str, layers: int) -> Path:
+    lists: dict[str, Any] = {
+        key: value * (layers // 2) + value[: layers % 2]
+        for key, value in TINY[family].items()
+        if isinstance(value, list)
+    }
+    model = tiny_model(family, dtype=torch.bfloat16, num_hidden_layers=layers, **lists)
+    model.save_pretrained(folder)
+    return folder
+
+
+def check_ranks(ranks: RankPool, world_size: int, case: Case) -> None:
     for row in ranks.run(world_size, run_beside_plan, case):
         assert [state["at"] for state in row["states"]] == ["loaded", "after the cut"]
         for state in row["states"]:

@@ -1,18 +1,23 @@
 """The attention implementation of each family computes all of its attention, with sdpa where that exists."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from loraprune_ds.config import Dtype, ModelConfig
+from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.models import FoundModel, load_model
-from loraprune_ds.model.attention import attn_implementation, describe_attention
+from loraprune_ds.model.attention import attn_implementation, check_flash_attention, describe_attention
 from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.token_loss import build_for_losses
+from loraprune_ds.model.token_loss import build_for_losses, check_buildable
 from tests.families import tiny_model
 
 CAPPED = sorted(family for family in FAMILIES if FAMILIES[family].attention_softcap)
@@ -56,6 +61,62 @@ def test_the_run_says_so_in_one_line() -> None:
     assert describe_attention("sdpa", FAMILIES["gemma2"]) == (
         "model.attn_implementation: eager instead of sdpa, which cannot cap attention scores (attn_logit_softcapping)"
     )
+
+
+@pytest.mark.parametrize("asked", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_without_a_gpu_or_in_fp32_is_one_line(asked: str) -> None:
+    cases: list[tuple[Dtype, str]] = [
+        ("bfloat16", "needs a GPU, and this rank sees none"),
+        ("float32", "needs model.dtype"),
+    ]
+    for dtype, reason in cases:
+        config = ModelConfig(attn_implementation=asked, dtype=dtype)
+        with pytest.raises(UserError, match=f"^model.attn_implementation {asked} {reason}"):
+            check_flash_attention(config)
+    check_flash_attention(ModelConfig(attn_implementation="sdpa", dtype="float32"))
+
+
+@pytest.mark.parametrize("asked", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_without_its_package_is_one_line(tmp_path: Path, asked: str) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"model.attn_implementation {asked}.*: ImportError: ") as caught:
+        check_buildable(open_pretrained(tmp_path), asked)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("asked", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_gets_the_same_attention_to_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, asked: str
+) -> None:
+    """A stand-in with the kernels' arguments. It computes what they describe: causal, no mask, a cap, a window."""
+    seen: list[dict[str, Any]] = []
+
+    def kernel(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any) -> Any:
+        seen.append(arguments)
+        assert attention_mask is None  # right-padded rows are causal: no varlen path
+        assert getattr(module, "is_causal", True)
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        scores = query @ key.transpose(2, 3) * arguments["scaling"]
+        if cap := arguments.get("softcap"):
+            scores = cap * torch.tanh(scores / cap)
+        distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+        window = arguments.get("sliding_window")
+        hidden = (distance < 0) | (distance >= (window or len(distance)))
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        return (weights @ value).transpose(1, 2), None
+
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *args, **kwargs: None)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, asked, kernel)
+    tiny_model(family).save_pretrained(tmp_path)
+    flash, eager = (tiny_model(family, attn_implementation=name) for name in (asked, "eager"))
+    assert build_for_losses(open_pretrained(tmp_path), asked).config._attn_implementation == asked
+    with torch.no_grad():
+        outputs = [model(input_ids=IDS, use_cache=False).logits for model in (flash, eager)]
+    assert len(seen) == len(flash.model.layers)
+    assert difference(*outputs) < TOLERANCE
 
 
 def test_a_model_without_the_cap_is_another_one() -> None:

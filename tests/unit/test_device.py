@@ -13,7 +13,7 @@ from loraprune_ds.pruning import input_moments, taps
 from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.pruning.prunable_model import LinearId
 from loraprune_ds.zero import device
-from loraprune_ds.zero.device import check_dtype, empty_host_cache
+from loraprune_ds.zero.device import check_dtype, empty_host_cache, peak_flops
 from tests.unit.shapes_and_scores import make_shape
 
 
@@ -97,3 +97,20 @@ def test_bf16_that_a_gpu_only_emulates_is_refused(
     else:
         with pytest.raises(UserError, match=r"^model\.dtype bfloat16 is not supported by the cuda device$"):
             check_dtype("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA B200", 2250),
+        ("Tesla T4", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_operations_of_known_cards(name: str, teraflops: int | None) -> None:
+    assert peak_flops(name, "bfloat16") == (None if teraflops is None else teraflops * 1e12)
+    assert peak_flops(name, "float32") is None

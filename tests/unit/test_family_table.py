@@ -13,7 +13,6 @@ from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.family import FAMILIES, Family, Kind
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.plan.request import check_layout
 from tests.families import tiny_config
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 
@@ -25,7 +24,6 @@ HEADER = (
     "equal layers are stored as",
     "GGUF",
     "vLLM",
-    "planned",
     "note",
 )
 LLAMA_STAND_IN = "llama if its heads divide hidden_size, else mistral, or with biases the modelling file"
@@ -51,22 +49,13 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
         stored = "a stock model"
     kinds = smaller(family, "heads"), smaller(family, "channels")
     vllm = "any layers" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else "no"
-    return *kinds, stored, gguf(name), vllm, planned(name), "; ".join(notes(name, family))
+    return *kinds, stored, gguf(name), vllm, "; ".join(notes(name, family))
 
 
 def gguf(name: str) -> str:
     """Tells which layers a GGUF file of the family can have."""
     found = ARCHITECTURES.get(name)
     return "no" if found is None else "equal layers" if found.unequal is None else "any layers"
-
-
-def planned(name: str) -> str:
-    """Tells if launch/plan.py takes the family."""
-    try:
-        check_layout(name, shape_from_config(tiny_config(name).to_dict(), name))
-    except UserError:
-        return "no"
-    return "yes"
 
 
 def smaller(family: Family, kind: Kind) -> str:

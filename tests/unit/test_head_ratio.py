@@ -55,7 +55,7 @@ def test_the_planner_knows(ranking: Ranking) -> None:
         ratio=0.4, channel_multiple=1, head_ratio=0.2, ranking=ranking, protected_first=0, protected_last=0
     )
     config = RunConfig(output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8))
-    shape = build_request("small", SHAPE, config, Cluster(1, 1)).shape_at(0.4)
+    shape = build_request("small", {}, SHAPE, config, Cluster(1, 1)).shape_at(0.4)
     assert {layer["heads"] for layer in shape.layers} == {7}
     assert abs(1 - shape.linear_numel() / SHAPE.linear_numel() - 0.4) < 0.01
 

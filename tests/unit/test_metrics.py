@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.report.metrics import MetricsLog, TensorBoardLog, read_metrics
@@ -144,3 +145,24 @@ def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None
     second.close()
     losses = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(e.step, e.value) for e in losses] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_lines_of_an_earlier_version_lack_what_came_later(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(step_record(1))
+    log.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    later = {"reserved_bytes", "mfu", "skipped"}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({k: v for k, v in line.items() if k not in later}) + "\n")
+    assert history_from(read_metrics(tmp_path / "metrics.jsonl")).steps == [step_record(1)]
+
+
+def test_a_gpu_has_curves_of_its_own(tmp_path: Path) -> None:
+    log = TensorBoardLog(tmp_path)
+    log.write(replace(step_record(1), reserved_bytes=[7, 8], mfu=0.25))
+    log.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert found["speed/mfu"] == 0.25
+    assert found["speed/tokens_per_second_per_rank"] == 2048
+    assert (found["reserved_bytes/rank_0"], found["reserved_bytes/rank_1"]) == (7, 8)

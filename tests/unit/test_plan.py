@@ -36,18 +36,15 @@ CONFIG = {
     "intermediate_size": 96,
     "vocab_size": 100,
 }
-SMALL = shape_from_config(
-    CONFIG
-    | {
-        "hidden_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 1376,
-        "vocab_size": 1000,
-    },
-    "somewhere",
-)
+SOURCE = CONFIG | {
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 1376,
+    "vocab_size": 1000,
+}
+SMALL = shape_from_config(SOURCE, "somewhere")
 LONG = SMALL.with_layers(SMALL.layers * 8)
 WEIGHTS = SMALL.total_numel() * 2
 OPEN_LAYERS = 4  # of the 6, as the first and the last are protected: nobody measures these
@@ -61,7 +58,7 @@ def request(cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMA
         prune=PruneConfig(ratio=0.5, channel_multiple=1, prune_every=5),
         train=TrainConfig(**settings),
     )
-    return build_request("small", shape, config, cluster)
+    return build_request("small", SOURCE, shape, config, cluster)
 
 
 def tight(gpus: int, megabytes: float) -> Cluster:
@@ -197,10 +194,11 @@ def saved_by_autograd(attention: str, dtype: torch.dtype, key_heads: int) -> int
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eager_attention_keeps_its_probabilities(dtype: torch.dtype, key_heads: int) -> None:
-    shape = shape_from_config(CONFIG | {"num_key_value_heads": key_heads}, "tiny")
+    source = CONFIG | {"num_key_value_heads": key_heads}
+    shape = shape_from_config(source, "tiny")
     batches = [PlannedBatch(2, 32, dtype.itemsize, eager) for eager in (True, False)]
     planned = [
-        sum(saved_by_layer(shape, layer, batch, lora_rank=8, dropout=False) for layer in shape.layers)
+        sum(saved_by_layer(source, shape, layer, batch, lora_rank=8, dropout=False) for layer in shape.layers)
         for batch in batches
     ]
     counted = [saved_by_autograd(attention, dtype, key_heads) for attention in ("eager", "sdpa")]
@@ -226,10 +224,10 @@ def test_epochs_need_the_number_of_samples() -> None:
     unknown = request(Cluster(1, 1), steps=None, epochs=2)
     assert any("--samples" in note for note in notes(make_plan(unknown)))
     config = replace(unknown.config)
-    known = build_request("small", SMALL, config, Cluster(1, 1), samples=640)
+    known = build_request("small", SOURCE, SMALL, config, Cluster(1, 1), samples=640)
     assert (known.steps, known.steps_known) == (20, True)
     with pytest.raises(UserError, match="--samples 5 is less"):
-        build_request("small", SMALL, config, Cluster(1, 1), samples=5)
+        build_request("small", SOURCE, SMALL, config, Cluster(1, 1), samples=5)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +235,7 @@ def test_epochs_need_the_number_of_samples() -> None:
 )
 def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: float, steps: int) -> None:
     config = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128).config
-    planned = build_request("small", SMALL, config, Cluster(1, 1), samples=samples)
+    planned = build_request("small", SOURCE, SMALL, config, Cluster(1, 1), samples=samples)
     assert planned.steps == SampleOrder(samples, 128, seed=0).steps_for_epochs(epochs) == steps
 
 
@@ -246,7 +244,7 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: 
 def test_too_few_samples_are_refused(samples: int, steps: int | None) -> None:
     config = request(Cluster(1, 1), steps=steps, epochs=None if steps else 1).config
     with pytest.raises(UserError, match=f"--samples {samples} is less than train.global_batch_size 64"):
-        build_request("small", SMALL, config, Cluster(1, 1), samples=samples)
+        build_request("small", SOURCE, SMALL, config, Cluster(1, 1), samples=samples)
 
 
 def test_recovery_steps_come_after_the_schedule_and_cost_what_steps_cost() -> None:
@@ -434,10 +432,10 @@ def test_hpz_is_refused_by_name_whatever_the_cluster(tmp_path: Path) -> None:
     config = replace(request(Cluster()).config, deepspeed=str(tmp_path / "hpz.json"))
     for cluster in (Cluster(1, 1), Cluster(2, 8)):
         with pytest.raises(UserError, match=r"hpz\.json: .*zero_hpz_partition_size \(hpZ\) is not planned"):
-            build_request("small", SMALL, config, cluster)
+            build_request("small", SOURCE, SMALL, config, cluster)
     settings["zero_optimization"]["zero_hpz_partition_size"] = 1  # off
     (tmp_path / "hpz.json").write_text(json.dumps(settings))
-    assert build_request("small", SMALL, config, Cluster(2, 8)).steps == 20
+    assert build_request("small", SOURCE, SMALL, config, Cluster(2, 8)).steps == 20
 
 
 @pytest.mark.parametrize(
@@ -458,10 +456,10 @@ def test_what_the_run_refuses_of_a_model_the_plan_refuses() -> None:
     config = request(Cluster()).config
     biased = replace(config, prune=replace(config.prune, compensate="bias"))
     with pytest.raises(UserError, match=r"prune.compensate: bias needs linears with biases, which a mistral \(small\)"):
-        build_request("small", replace(SMALL, model_type="mistral"), biased, Cluster())
+        build_request("small", SOURCE, replace(SMALL, model_type="mistral"), biased, Cluster())
     top = replace(config, train=replace(config.train, distill_weight=0.5, distill_top_k=1001))
     with pytest.raises(UserError, match=r"distill_top_k 1001 is above the model's vocabulary of 1000") as planned:
-        build_request("small", SMALL, top, Cluster())
+        build_request("small", SOURCE, SMALL, top, Cluster())
     with pytest.raises(UserError) as ran:
         check_top_k(1001, 1000)
     assert str(planned.value) == str(ran.value)

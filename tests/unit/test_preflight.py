@@ -1,17 +1,17 @@
 """The nodes of a job agree if all are fit, and the first one names those that are not."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from launch import preflight
-from launch.preflight import Rendezvous, Unfit, check_collectives, check_visible, probe_file
-from loraprune_ds.zero import device
+from launch.preflight import Rendezvous, Unfit, check_ranks, check_visible, probe_file
+from loraprune_ds.zero.probe import Probe, probe_node
 from tests.integration.launching import ROOT, clean_environment, free_port
 
 NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first one
@@ -90,11 +90,28 @@ def test_gloo_that_finds_no_way_to_the_others_is_told_its_variable(tmp_path: Pat
     assert "nosuch" in ended.stderr
 
 
-@pytest.mark.parametrize("backend", ["nccl", "gloo"])
-def test_hosts_are_tried_as_well_as_accelerators(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = SimpleNamespace(communication_backend_name=lambda: backend, current_device_name=lambda: "cuda:0")
-    tried: list[tuple[str, str]] = []
-    monkeypatch.setattr(device, "accelerator", lambda: gpu)
-    monkeypatch.setattr(preflight, "check_sum", lambda rendezvous, backend, device: tried.append((backend, device)))
-    check_collectives(None)  # type: ignore[arg-type]
-    assert tried == [*([("nccl", "cuda:0")] if backend == "nccl" else []), ("gloo", "cpu")]
+def test_every_rank_takes_part_and_the_speed_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes of two ranks each. Each node is a thread, each rank a process."""
+    port = free_port()
+
+    def be_node(index: int) -> bool:
+        rendezvous = Rendezvous(NODES[:1] * 2, index, port, 120)
+        return rendezvous.agree("ranks", lambda: check_ranks(rendezvous, 2))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(be_node, range(2))) == [True, True]
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"preflight: all-to-all over 4 ranks by gloo: [\d.e-]+ GB/s to the slowest\n", out)
+    assert err == ""
+
+
+def test_a_rank_that_cannot_take_part_is_named() -> None:
+    """The backend of GPUs on a machine without one."""
+    with ThreadPoolExecutor(1) as pool:
+        port = free_port()
+        rendezvous = pool.submit(Rendezvous, ["localhost"], 0, port, 20.0).result()
+        problem = probe_node(Probe("localhost", port, "nccl", 0, 1, 1, 20.0))
+    assert problem is not None
+    assert problem.startswith("rank 0: ")
+    assert "\n" not in problem
+    assert rendezvous.index == 0

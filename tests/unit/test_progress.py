@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+from dataclasses import replace
 
 import pytest
 
@@ -104,3 +105,10 @@ def test_time_left_follows_the_latest_steps() -> None:
     assert time_left.seconds(10) == 10  # steps are faster after a cut
     time_left.add_cut(2.0)
     assert time_left.seconds(10) == pytest.approx(15)  # (4 · 1 + 2) / 4 seconds for each
+
+
+def test_a_gpu_shows_utilisation_and_what_its_allocator_holds() -> None:
+    stream = io.StringIO()
+    record = replace(step_record(1), mfu=0.413, reserved_bytes=[6_000_000_000, 5_500_000_000])
+    Progress(10, stream=stream, clock=lambda: 0.0).write(record)
+    assert stream.getvalue().endswith("4,096 tok/s  MFU 41.3 %  mem 5.1 GB of 6.0 GB reserved\n")

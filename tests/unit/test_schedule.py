@@ -86,6 +86,12 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, 
     assert widths <= set(counts)  # no width of the schedule is left out
 
 
+def test_a_ratio_that_changes_no_width_is_refused() -> None:
+    config = PruneConfig(ratio=1e-4, channel_multiple=128)
+    with pytest.raises(UserError, match=r"^prune\.ratio 0\.0001 is too small .* prune\.channel_multiple 128; choose"):
+        schedules.make_schedule(config, 100, make_limits(config, LLAMA_7B))
+
+
 def test_both_ways_to_ask_agree() -> None:
     draw = random.Random(1)
     for _ in range(300):

@@ -113,12 +113,12 @@ from loraprune_ds.train import watch
 watch.INTERVAL, watch.GRACE = 0.05, float(sys.argv[2])
 
 class Comm:
-    rank = 1
+    rank, world_size = 1, 1
     def gather_objects(self, mine):
         return [(mine[0], int(sys.argv[1]) or mine[1]), mine]
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
-watcher = watch.Watch(Comm())
+watcher = watch.Watch(Comm(), 80)
 print("watching", flush=True)
 time.sleep(20)
 """

@@ -1,0 +1,85 @@
+"""A trainer on random weights and random tokens. Nothing is read from disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.config import Criterion, DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.request import Request, build_request
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.device import accelerator, current_device
+from loraprune_ds.zero.engine import build_training_engine
+from tests.benchmarks.gpu_day.sizes import Sizes
+
+STEPS = 1000  # more than any part makes
+
+
+@dataclass(frozen=True)
+class RandomModel(PretrainedModel):
+    """Makes its weights up where they are needed, on the device."""
+
+    def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        values = torch.empty(end - start, dtype=dtype, device=current_device())
+        return values.fill_(1.0) if name.endswith("norm.weight") else values.normal_(0.0, 0.02)
+
+
+@dataclass(frozen=True)
+class SameBatch:
+    """Gives the first samples at every step."""
+
+    size: int
+
+    def batch(self, step: int) -> Tensor:
+        return torch.arange(self.size)
+
+
+def make_request(
+    size: Sizes, micro_batch: int, *, deepspeed: str, criterion: Criterion = "lora", ranks: int = 1
+) -> Request:
+    """Describes the run to the planner and to `make_trainer`."""
+    config = RunConfig(
+        output_dir="unused",
+        deepspeed=deepspeed,
+        model=ModelConfig(path="random"),
+        data=DataConfig(window=size.window),
+        prune=PruneConfig(
+            ratio=0.3, criterion=criterion, channel_multiple=size.multiple, protected_first=0, protected_last=0
+        ),
+        train=TrainConfig(
+            steps=STEPS,
+            global_batch_size=micro_batch * ranks,
+            micro_batch_size=micro_batch,
+            gradient_checkpointing=True,
+        ),
+    )
+    shape = shape_from_config(size.config_json(), "random")
+    return build_request("random", shape, config, Cluster(nodes=1, gpus_per_node=ranks))
+
+
+def make_trainer(size: Sizes, request: Request) -> Trainer:
+    """Builds an engine with a trainer. The ranks have been started."""
+    config = request.config
+    model = RandomModel(Path("random"), size.config_json(), request.shape, {})
+    engine = build_training_engine(config, model, request.ds_config, STEPS)
+    pruner = Pruner(engine.model, config.prune, request.schedule, request.limits, config.seed)
+    batch = config.train.global_batch_size
+    ids = torch.randint(3, size.vocab, (batch, size.window), generator=torch.Generator().manual_seed(0))
+    return Trainer(
+        engine, pruner, Samples(ids, ids), SameBatch(batch), config.train, dtype=config.model.dtype, seed=config.seed
+    )
+
+
+def device_bytes() -> dict[str, int]:
+    """Returns what torch has allocated and reserved, and what is in use on the whole card. 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return {"allocated": 0, "reserved": 0, "card": 0}
+    free, total = torch.cuda.mem_get_info()
+    held = accelerator()
+    return {"allocated": held.memory_allocated(), "reserved": held.memory_reserved(), "card": total - free}

@@ -1,0 +1,19 @@
+"""Checks that the planner takes the modules of every family from the model itself."""
+
+import pytest
+
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.plan.passes import Network
+from tests.families import tiny_config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_meets_every_parameter_of_every_layer(family: str) -> None:
+    source = tiny_config(family).to_dict()
+    network = Network(source, shape_from_config(source, family), lora_rank=2)
+    visits = network.training_pass(checkpointing=True)
+    for phase in ("forward", "backward", "recompute"):
+        met = {p.name for visit in visits if visit.phase == phase and visit.enters for p in visit.module.parameters}
+        expected = network.parameters if phase != "recompute" else {n for n in network.parameters if ".layers." in n}
+        assert met == set(expected), phase

@@ -1,0 +1,29 @@
+"""Plans the shipped run configs of published models on the machines that their comments name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from loraprune_ds.config_file import load_config
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.plan import make_plan
+from loraprune_ds.plan.request import build_request
+from tests.published import PUBLISHED
+
+CONFIGS = Path("launch/configs")
+NODES = {"one": 1, "two": 2, "four": 4}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_run_fits_where_it_is_meant_to(name: str) -> None:
+    source, billions = PUBLISHED[name]
+    shape = shape_from_config(source, name)
+    assert shape.total_numel() / 1e9 == pytest.approx(billions, rel=0.003)  # as published, rounded
+    path = CONFIGS / f"{name}.yaml"
+    meant = re.search(r"Meant for (\w+) nodes? of 8 GPUs", path.read_text())
+    assert meant
+    plan = make_plan(build_request(name, source, shape, load_config(path), Cluster(NODES[meant[1]], 8)))
+    assert plan.fits
+    assert plan.request.micro_batches == 1
