@@ -20,7 +20,7 @@ lora = LoraConfig(r=8, target_modules=target_modules(name), task_type="CAUSAL_LM
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), lora)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 rows = load_dataset("json", data_files=data, split="train").map(lambda row: tokenizer(row["text"][:64]))
-loader = DataLoader(rows.with_format("torch", ["input_ids"]), batch_size=1)  # pyright: ignore[reportArgumentType]
+loader = DataLoader(rows.with_format("torch", ["input_ids"]), batch_size=1)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 pruning = Pruning.attach(model, optimizer, PruneConfig(ratio=0.3, prune_every=2), int(steps))

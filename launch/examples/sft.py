@@ -12,7 +12,7 @@ from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.live import target_modules
 
 model, data, *options = sys.argv[1:]
-(args,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses(options)  # pyright: ignore[reportArgumentType]
+(args,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses(options)
 pruning = LoraPruneCallback(PruneConfig(ratio=0.3, prune_every=max(1, args.max_steps // 20)))
 trainer = SFTTrainer(
     model=model,

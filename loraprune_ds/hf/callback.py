@@ -66,7 +66,7 @@ class LoraPruneCallback(TrainerCallback):
         """The fraction of the dense decoder-layer linear parameters that is gone."""
         return self.pruning.reached
 
-    def resume(self, model: nn.Module, folder: str | Path) -> str | None:
+    def resume(self, model: Any, folder: str | Path) -> str | None:
         """Cuts the dense model to a checkpoint. Call it before `trainer.train(resume_from_checkpoint=...)`. Collective.
 
         Args:

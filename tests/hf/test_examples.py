@@ -23,7 +23,7 @@ DS_CONFIG = "ds_configs/zero3.json"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "model"
-    return make_tiny_llama(folder, heads=4, kv_heads=2, head_dim=16, hidden=64, ffn=96, layers=3, vocab=97, seed=1)
+    return make_tiny_llama(folder, heads=8, kv_heads=4, head_dim=8, hidden=64, ffn=320, layers=4, vocab=97, seed=1)
 
 
 def write_rows(path: Path, fields: tuple[str, ...]) -> Path:
