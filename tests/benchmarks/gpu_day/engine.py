@@ -60,7 +60,9 @@ def make_request(
         ),
     )
     source = size.config_json()
-    return build_request("random", source, shape_from_config(source, "random"), config, Cluster(nodes=1, gpus_per_node=ranks))
+    return build_request(
+        "random", source, shape_from_config(source, "random"), config, Cluster(nodes=1, gpus_per_node=ranks)
+    )
 
 
 def make_trainer(size: Sizes, request: Request) -> Trainer:
