@@ -59,8 +59,10 @@ def make_request(
             gradient_checkpointing=True,
         ),
     )
-    shape = shape_from_config(size.config_json(), "random")
-    return build_request("random", shape, config, Cluster(nodes=1, gpus_per_node=ranks))
+    source = size.config_json()
+    return build_request(
+        "random", source, shape_from_config(source, "random"), config, Cluster(nodes=1, gpus_per_node=ranks)
+    )
 
 
 def make_trainer(size: Sizes, request: Request) -> Trainer:
