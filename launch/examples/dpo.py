@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.hf.live import target_modules
+from loraprune_ds.hf.live import linear_names
 
 model, data, *options = sys.argv[1:]
 (args,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(options)
@@ -18,7 +18,7 @@ trainer = DPOTrainer(
     model=model,
     args=args,
     train_dataset=load_dataset("json", data_files=data, split="train"),
-    peft_config=LoraConfig(r=8, target_modules=target_modules(model), task_type="CAUSAL_LM"),
+    peft_config=LoraConfig(r=8, target_modules=linear_names(model), task_type="CAUSAL_LM"),
     callbacks=[pruning],
 )
 trainer.train(resume_from_checkpoint=pruning.resume(trainer.model, args.output_dir))

@@ -20,7 +20,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.params import full_shape
 
 
-def target_modules(model: PreTrainedModel | str | Path) -> list[str]:
+def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     """Returns the names for PEFT's `target_modules`: all linears of a decoder layer.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.hf.live import target_modules
+from loraprune_ds.hf.live import linear_names
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.report.provenance import hardware, versions
 from tests.hf.results import is_slice, kept_indices, load, logits, masked, relative
@@ -57,7 +57,7 @@ def train_grpo(model: str, out: Path, ids: torch.Tensor) -> torch.Tensor:
             args=args,
             reward_funcs=cast(Any, reward),
             train_dataset=Dataset.from_dict({"prompt": ["the cat sat", "a dog ran home", "it rained", "a mat"] * 16}),
-            peft_config=LoraConfig(r=8, target_modules=target_modules(model), task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(r=8, target_modules=linear_names(model), task_type="CAUSAL_LM"),
             callbacks=[callback],
         )
         trainer.train()
