@@ -10,17 +10,17 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.hf.live import target_modules
+from loraprune_ds.hf.live import linear_names
 from loraprune_ds.hf.pruning import Pruning
 
 name, data, out, steps, ds_config = sys.argv[1:]
 accelerator = Accelerator(gradient_accumulation_steps=2, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config))
 tokenizer = AutoTokenizer.from_pretrained(name)
-lora = LoraConfig(r=8, target_modules=target_modules(name), task_type="CAUSAL_LM")
+lora = LoraConfig(r=8, target_modules=linear_names(name), task_type="CAUSAL_LM")
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), lora)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 rows = load_dataset("json", data_files=data, split="train").map(lambda row: tokenizer(row["text"][:64]))
-loader = DataLoader(rows.with_format("torch", ["input_ids"]), batch_size=1)  # pyright: ignore[reportArgumentType]
+loader = DataLoader(rows.with_format("torch", ["input_ids"]), batch_size=1)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 pruning = Pruning.attach(model, optimizer, PruneConfig(ratio=0.3, prune_every=2), int(steps))
@@ -34,5 +34,5 @@ for _ in range(int(steps)):
             optimizer.step()
     pruning.end_step()
 pruning.save_model(f"{out}/model", tokenizer)
-pruning.save_base(f"{out}/base", tokenizer)
+pruning.save_base(f"{out}/base", tokenizer=tokenizer)
 pruning.write_results(out)

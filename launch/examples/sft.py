@@ -9,19 +9,19 @@ from trl import SFTConfig, SFTTrainer
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.hf.live import target_modules
+from loraprune_ds.hf.live import linear_names
 
 model, data, *options = sys.argv[1:]
-(args,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses(options)  # pyright: ignore[reportArgumentType]
+(args,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses(options)
 pruning = LoraPruneCallback(PruneConfig(ratio=0.3, prune_every=max(1, args.max_steps // 20)))
 trainer = SFTTrainer(
     model=model,
     args=args,
     train_dataset=load_dataset("json", data_files=data, split="train"),
-    peft_config=LoraConfig(r=8, target_modules=target_modules(model), task_type="CAUSAL_LM"),
+    peft_config=LoraConfig(r=8, target_modules=linear_names(model), task_type="CAUSAL_LM"),
     callbacks=[pruning],
 )
 trainer.train(resume_from_checkpoint=pruning.resume(trainer.model, args.output_dir))
 pruning.save_model(f"{args.output_dir}/model")  # LoRA merged in
-pruning.save_base(f"{args.output_dir}/base")
-trainer.save_model(f"{args.output_dir}/adapter")  # belongs to that base
+trainer.save_model(f"{args.output_dir}/adapter")
+pruning.save_base(f"{args.output_dir}/base", f"{args.output_dir}/adapter")  # which now names this base

@@ -12,7 +12,7 @@ from loraprune_ds.config import Dtype, LoraConfig
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.export.source import UnmergedModel
-from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER, linear_names
+from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER, last_names
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
@@ -125,7 +125,7 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": linear_names(shape.linears),
+        "target_modules": last_names(shape.linears),
         "bias": "none",
         "inference_mode": True,
     }

@@ -66,7 +66,7 @@ class LoraPruneCallback(TrainerCallback):
         """The fraction of the dense decoder-layer linear parameters that is gone."""
         return self.pruning.reached
 
-    def resume(self, model: nn.Module, folder: str | Path) -> str | None:
+    def resume(self, model: Any, folder: str | Path) -> str | None:
         """Cuts the dense model to a checkpoint. Call it before `trainer.train(resume_from_checkpoint=...)`. Collective.
 
         Args:
@@ -90,13 +90,16 @@ class LoraPruneCallback(TrainerCallback):
         """
         self.pruning.save_model(folder, self._tokenizer)
 
-    def save_base(self, folder: str | Path) -> None:
-        """Writes the pruned base. An adapter that `trainer.save_model` writes afterwards belongs to it. Collective.
+    def save_base(self, folder: str | Path, adapter: str | Path | None = None) -> None:
+        """Writes the pruned base without LoRA. Collective.
+
+        Args:
+            adapter: folder that `trainer.save_model` has written. Its adapter then names this base.
 
         Raises:
-            UserError: the folder exists and is not empty.
+            UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
         """
-        self.pruning.save_base(folder, self._tokenizer)
+        self.pruning.save_base(folder, adapter, self._tokenizer)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watches for a checkpoint that is loaded without `resume`. DeepSpeed would fail at its sizes, not say why."""

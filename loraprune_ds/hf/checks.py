@@ -12,7 +12,7 @@ from torch import nn
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.adapters import ADAPTER, base_parameter, linear_names, lora_weights
+from loraprune_ds.model.adapters import ADAPTER, base_parameter, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.shapes import ModelShape
 
@@ -94,7 +94,7 @@ def _check_linear(layer: nn.Module, name: str, where: str, shape: ModelShape) ->
         module = layer.get_submodule(name)
     except AttributeError:
         raise UserError(f"{where} does not exist") from None
-    needed = f"target_modules={linear_names(shape.linears)}"
+    needed = f"target_modules={last_names(shape.linears)}"
     require(hasattr(module, "base_layer"), f"{where} has no LoRA, which the criterion needs on every linear: {needed}")
     require(
         type(module) is LoraLinear and type(module.base_layer) is nn.Linear,

@@ -7,12 +7,14 @@ from typing import Any, cast
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard
-from loraprune_ds.files import write_json
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.hf.live import base_config, model_name
 from loraprune_ds.hf.training import PrunedTraining
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def save_merged(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
@@ -24,15 +26,24 @@ def save_merged(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
     _write(training, folder, tokenizer, lambda linear: merged_tensors(linear, training.dtype), trained=True)
 
 
-def save_base(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
-    """Writes the pruned model without LoRA, and makes it the base of all adapters that are saved later. Collective.
+def save_base(training: PrunedTraining, folder: Path, adapter: Path | None, tokenizer: Any) -> None:
+    """Writes the pruned model without LoRA, and has an adapter on disk name it as its base. Collective.
+
+    The live adapter cannot name it: PEFT reads the base's config at each save, by the class of the dense model. That
+    class refuses a config whose layers have sizes of their own.
+
+    Args:
+        adapter: the adapter's folder.
 
     Raises:
-        UserError: the folder exists and is not empty.
+        UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
     """
+    comm, path = training.model.comm, None if adapter is None else adapter / ADAPTER_CONFIG
+    described = None if path is None else comm.on_rank_0(lambda: read_json(path))
     _write(training, folder, tokenizer, frozen_tensors, trained=False)
-    for peft_config in training.peft_model.peft_config.values():
-        peft_config.base_model_name_or_path = str(folder)
+    if path is not None and described is not None:
+        write_json(path, described | {"base_model_name_or_path": str(folder)})
+    comm.barrier()
 
 
 def _write(training: PrunedTraining, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:

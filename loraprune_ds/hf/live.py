@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.adapters import base_parameter, linear_names
+from loraprune_ds.model.adapters import base_parameter, last_names
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family import FAMILIES, Kind, family_name
@@ -20,7 +20,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.params import full_shape
 
 
-def target_modules(model: PreTrainedModel | str | Path) -> list[str]:
+def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     """Returns the names for PEFT's `target_modules`: all linears of a decoder layer.
 
     Args:
@@ -32,7 +32,7 @@ def target_modules(model: PreTrainedModel | str | Path) -> list[str]:
     config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(model)
     if family_name(config.model_type) not in FAMILIES:
         raise UserError(f"model_type {config.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return linear_names(FAMILIES[family_name(config.model_type)].linears)
+    return last_names(FAMILIES[family_name(config.model_type)].linears)
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:

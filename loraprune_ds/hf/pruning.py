@@ -194,13 +194,16 @@ class Pruning:
         """
         save_merged(self.training, Path(folder), tokenizer)
 
-    def save_base(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Writes the pruned base without LoRA. Adapters that are saved from now on name it. Collective.
+    def save_base(self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None) -> None:
+        """Writes the pruned base without LoRA. Collective.
+
+        Args:
+            adapter: folder of the adapter that was saved, which then names this base.
 
         Raises:
-            UserError: the folder exists and is not empty.
+            UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
         """
-        save_base(self.training, Path(folder), tokenizer)
+        save_base(self.training, Path(folder), None if adapter is None else Path(adapter), tokenizer)
 
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
         """Writes report, kept groups, metrics and pictures, as a run of ours has them. Collective.

@@ -68,7 +68,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     targets = found.get("target_modules") or []
     # A pattern says nothing by itself, unlike a list. Its tensors will (check_adapter_tensors).
     named = {str(target).rpartition(".")[2] for target in targets}
-    missing = set() if isinstance(targets, str) else set(linear_names(shape.linears)) - named
+    missing = set() if isinstance(targets, str) else set(last_names(shape.linears)) - named
     if missing:
         raise UserError(
             f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion "
@@ -148,7 +148,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = False
 
 
-def linear_names(linears: Iterable[Linear]) -> list[str]:
+def last_names(linears: Iterable[Linear]) -> list[str]:
     """Returns the last names of a decoder layer's linears, as PEFT's `target_modules` usually has them."""
     return [linear.name.rpartition(".")[2] for linear in linears]
 

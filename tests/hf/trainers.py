@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -154,7 +154,9 @@ def train_alone(job: Job) -> list[dict[str, Any]]:
 
 def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor:
     """Runs a script of launch/examples as `__main__`. Returns the live model's logits (samples, tokens, vocabulary)."""
-    with fresh_accelerate(), patch.object(sys, "argv", [script, *argv]), patch.dict(os.environ, ACCELERATE_USE_CPU="1"):
+    with fresh_accelerate(), patch.object(sys, "argv", [script, *argv]):
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")  # accelerate itself knows no DeepSpeed on CPU ranks and would see one process
         names = runpy.run_path(str(repository() / "launch" / "examples" / script), run_name="__main__")
         engine = names["trainer"].model_wrapped if "trainer" in names else names["model"]
         engine.eval()

@@ -207,7 +207,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 def test_frozen_weights_are_slices_of_the_source_or_copies_with_the_same_outcome(straight: Path, copied: Path) -> None:
     assert not list((straight / "checkpoints").glob("shape-*"))
-    assert {path.name for path in (copied / "checkpoints").glob("shape-*")} == {f"shape-{i}" for i in range(len(CUTS) + 1)}
+    assert {path.name for path in (copied / "checkpoints").glob("shape-*")} == {
+        f"shape-{i}" for i in range(len(CUTS) + 1)
+    }
     assert all(read_state(straight, step)["shape"]["is_source"] for step in (1, STEPS))
     assert_bitwise(contents(copied, STEPS), contents(straight, STEPS))
 

@@ -16,7 +16,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf import checkpoint
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model, warn_of_rounded_gradients
-from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_shape, target_modules
+from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.foreign import find_zero_optimizer, share_model
@@ -105,7 +105,8 @@ def test_biases_that_compensate_must_be_there() -> None:
 
 
 def test_a_base_of_another_dtype_is_refused() -> None:
-    model = adapted(base().to(torch.float64))
+    model = adapted(base())
+    cast(Any, model).to(torch.float64)
     with pytest.raises(UserError, match=r"is torch\.float64"):
         base_dtype(model, base_shape(model))
 
@@ -116,12 +117,12 @@ def test_a_model_without_peft_is_refused() -> None:
 
 
 def test_target_modules_are_a_family_s_linears(tmp_path: Path) -> None:
-    assert target_modules(base()) == ALL
+    assert linear_names(base()) == ALL
     base().config.save_pretrained(tmp_path)
-    assert target_modules(tmp_path) == ALL
+    assert linear_names(tmp_path) == ALL
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match="model_type 'gpt2' is not supported"):
-        target_modules(tmp_path)
+        linear_names(tmp_path)
 
 
 ASKED = {"cache_implementation": "static"}

@@ -60,8 +60,9 @@ def make_request(
         ),
     )
     source = size.config_json()
-    shape = shape_from_config(source, "random")
-    return build_request("random", source, shape, config, Cluster(nodes=1, gpus_per_node=ranks))
+    return build_request(
+        "random", source, shape_from_config(source, "random"), config, Cluster(nodes=1, gpus_per_node=ranks)
+    )
 
 
 def make_trainer(size: Sizes, request: Request) -> Trainer:

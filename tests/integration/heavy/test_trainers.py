@@ -3,7 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.hf.live import target_modules
+from loraprune_ds.hf.live import linear_names
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.report.provenance import hardware, versions
 from tests.hf.results import is_slice, kept_indices, load, logits, masked, relative
@@ -32,7 +32,8 @@ def train_grpo(model: str, out: Path, ids: torch.Tensor) -> torch.Tensor:
     """Tunes by rewards, with generation between the cuts. Returns the live model's logits."""
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     with fresh_accelerate():
         args = GRPOConfig(
@@ -54,22 +55,23 @@ def train_grpo(model: str, out: Path, ids: torch.Tensor) -> torch.Tensor:
         trainer = GRPOTrainer(
             model=model,
             args=args,
-            reward_funcs=reward,
+            reward_funcs=cast(Any, reward),
             train_dataset=Dataset.from_dict({"prompt": ["the cat sat", "a dog ran home", "it rained", "a mat"] * 16}),
-            peft_config=LoraConfig(r=8, target_modules=target_modules(model), task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(r=8, target_modules=linear_names(model), task_type="CAUSAL_LM"),
             callbacks=[callback],
         )
         trainer.train()
         callback.save_model(out / "model")
         callback.save_base(out / "base")
-        trainer.model_wrapped.eval()
+        engine = cast(Any, trainer.model_wrapped)
+        engine.eval()
         with torch.no_grad():
-            return trainer.model_wrapped(input_ids=ids).logits.float().clone()
+            return engine(input_ids=ids).logits.float().clone()
 
 
 def test_grpo(ranks: RankPool, tmp_path: Path) -> None:
     folder = make_tiny_llama(
-        tmp_path / "model", heads=4, kv_heads=2, head_dim=16, hidden=64, ffn=96, layers=3, vocab=97, seed=1
+        tmp_path / "model", heads=8, kv_heads=4, head_dim=8, hidden=64, ffn=640, layers=4, vocab=97, seed=1
     )
     out, ids = tmp_path / "out", torch.arange(3, 35)[None]
     live = ranks.run(2, train_grpo, str(folder), out, ids)[0]
