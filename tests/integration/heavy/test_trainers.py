@@ -1,6 +1,7 @@
 """The callback in TRL's GRPOTrainer, and on SmolLM2-135M against the package's own trainer. Takes ten minutes."""
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,10 @@ from tests.oracle.models import make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "trainer_callback.json"
-pytestmark = pytest.mark.heavy
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"),
+]
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
