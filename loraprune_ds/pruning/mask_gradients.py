@@ -15,8 +15,6 @@ The backward pass of LoRA forms ∂L/∂x anyway. Nothing of W or LoRA is read.
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -25,12 +23,12 @@ from torch import Tensor
 
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
-from loraprune_ds.pruning.taps import Tap, hook_inputs
+from loraprune_ds.pruning.taps import BackwardRecorder, Tap, hook_inputs
 
 CPU_BLOCK_NUMEL = 1 << 16  # inputs at a time: their fp32 copies and squares stay in a CPU's cache
 
 
-class MaskGradients:
+class MaskGradients(BackwardRecorder):
     """Records the squared gradient of every group's mask during one step, summed over this rank's tokens.
 
     L is the step's loss: the mean over the global batch. Each token counts by itself. So the sums over all ranks do not
@@ -38,20 +36,9 @@ class MaskGradients:
     """
 
     def __init__(self, model: PrunableModel) -> None:
+        super().__init__()
         self._model = model
-        self._sums: dict[LinearId, Tensor] = {}
-        self._active = False
         self._linear_ids = hook_inputs(model, range(len(model.shape.layers)), self._tap)
-
-    @contextmanager
-    def record(self) -> Generator[None]:
-        """Records while it is open: around all passes of a step and the use of `sums`. Keeps nothing afterwards."""
-        self._active = True
-        try:
-            yield
-        finally:
-            self._active = False
-            self._sums.clear()
 
     def sums(self) -> list[Tensor]:
         """Returns this rank's part of Σ_t s_tg², (groups,) float64.
@@ -60,7 +47,7 @@ class MaskGradients:
         """
         # ZeRO-3 averages over the ranks, so the loss was multiplied by their number. fp16 has a factor besides.
         scale = self._model.world_size * self._model.loss_scale
-        return [self._sums[linear_id] / scale**2 for linear_id in self._linear_ids]
+        return [self._recorded[linear_id] / scale**2 for linear_id in self._linear_ids]
 
     def _tap(self, linear_id: LinearId, inputs: Tensor) -> Tensor | None:
         if not self._active:
@@ -68,8 +55,8 @@ class MaskGradients:
         return cast(Tensor, Tap.apply(inputs, inputs, partial(self._receive, linear_id)))
 
     def _receive(self, linear_id: LinearId, gradient: Tensor, inputs: Tensor) -> None:
-        sums = squared_gradients(inputs, gradient, self._model.shape.group_width(linear_id.linear)).double()
-        self._sums[linear_id] = self._sums[linear_id] + sums if linear_id in self._sums else sums
+        width = self._model.shape.group_width(linear_id.linear)
+        self._add(linear_id, squared_gradients(inputs, gradient, width).double())
 
 
 def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Shows what passes through the linears of the decoder layers, in training's own passes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,31 @@ def hook_inputs(model: PrunableModel, layers: Iterable[int], see: SeeInput) -> l
         module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
         module.register_forward_pre_hook(partial(hook, linear_id))
     return linear_ids
+
+
+class BackwardRecorder:
+    """Records what a step's backward passes show of each linear, added up over the micro-batches."""
+
+    def __init__(self) -> None:
+        self._recorded: dict[LinearId, Tensor] = {}
+        self._active = False
+
+    @contextmanager
+    def record(self) -> Generator[None]:
+        """Records while it is open: around all passes of a step and the use of its results. Keeps nothing after."""
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+            self._recorded.clear()
+
+    def _add(self, linear_id: LinearId, values: Tensor) -> None:
+        """Adds the values of one micro-batch. They are the recorder's from now on."""
+        if linear_id in self._recorded:
+            self._recorded[linear_id].add_(values)
+        else:
+            self._recorded[linear_id] = values
 
 
 class Tap(torch.autograd.Function):

@@ -3,8 +3,6 @@
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -14,10 +12,10 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.family import Linear
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
-from loraprune_ds.pruning.taps import Tap
+from loraprune_ds.pruning.taps import BackwardRecorder, Tap
 
 
-class WeightGradients:
+class WeightGradients(BackwardRecorder):
     """Records the gradient of every frozen linear during one step: fp32, averaged over the global batch.
 
     The backward pass of a linear forms its gradient gᵀ·x in the model's dtype (fp16: in fp32). It is reduce-scattered
@@ -27,26 +25,15 @@ class WeightGradients:
     """
 
     def __init__(self, model: PrunableModel) -> None:
+        super().__init__()
         self._model = model
-        self._shards: dict[LinearId, Tensor] = {}
-        self._active = False
         for i, layer in enumerate(model.layers):
             for linear in model.shape.linears:
                 lora_linear(layer, linear).register_forward_hook(partial(self._tap, LinearId(i, linear)))
 
-    @contextmanager
-    def record(self) -> Generator[None]:
-        """Records while it is open: around all passes of a step and the use of `owned`. Keeps nothing afterwards."""
-        self._active = True
-        try:
-            yield
-        finally:
-            self._active = False
-            self._shards.clear()
-
     def owned(self, layer: int, linear: Linear) -> Tensor:
         """Returns the gradient of the elements of `PrunableModel.owned_weight`: (elements,) fp32."""
-        return self._shards[LinearId(layer, linear)] / (self._model.world_size * self._model.loss_scale)
+        return self._recorded[LinearId(layer, linear)] / (self._model.world_size * self._model.loss_scale)
 
     def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         # The output of the whole LoRA layer has the gradient of W's part of it. Unlike that part it needs a gradient in
@@ -57,8 +44,4 @@ class WeightGradients:
         if gradient.dtype == torch.float16:  # scaled for LoRA's gradients, which are smaller than W's
             gradient, inputs = gradient.float(), inputs.float()
         whole = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)  # (out_features, in_features)
-        shard = self._model.reduce_scatter(whole.reshape(-1).float())
-        if linear_id in self._shards:
-            self._shards[linear_id].add_(shard)
-        else:
-            self._shards[linear_id] = shard
+        self._add(linear_id, self._model.reduce_scatter(whole.reshape(-1).float()))

@@ -130,7 +130,7 @@ def gradient_scores(job: Job) -> dict[str, Any]:
     whole: list[int] = []
 
     def look_and_score(step: int) -> None:
-        shards.append(sum(shard.numel() for shard in gradients._shards.values()))
+        shards.append(sum(shard.numel() for shard in gradients._recorded.values()))
         score(step)
 
     def look_and_scatter(values: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def gradient_scores(job: Job) -> dict[str, Any]:
     model.reduce_scatter = look_and_scatter  # type: ignore[method-assign]
     trainer.step(1)
     scores = [as_pair(s) for s in trainer.pruner.average.scores or []]
-    left = len(gradients._shards)
+    left = len(gradients._recorded)
     trainer.step(2)
     named = dict(trainer.model.module.named_parameters())
     assert all(p.grad is None for p in named.values() if not p.requires_grad)
