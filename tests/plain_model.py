@@ -84,8 +84,8 @@ class PlainModel:
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
             for name, axis, kept in self.shape.layer_cuts(i, layer_keep):
                 self._select(base_parameter(layer, name), axis, kept)
-            for linear, kept in self.shape.cut_linears(i, layer_keep):
-                module = lora_linear(layer, linear)
+            for linear in self.shape.cut_linears(i, layer_keep):
+                module, kept = lora_linear(layer, linear), self.shape.kept_indices(i, linear.parts, layer_keep)
                 factor = lora_weights(module)[1 - linear.axis]  # A has the inputs, B the outputs
                 self._select(factor, linear.axis, kept)
                 set_features(module, *cast(nn.Linear, module.base_layer).weight.shape)

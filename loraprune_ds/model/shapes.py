@@ -141,12 +141,10 @@ class ModelShape:
         """Returns the kinds of which the layer loses groups."""
         return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer][kind]]
 
-    def cut_linears(self, layer: int, keep: LayerKeep) -> Iterator[tuple[Linear, Tensor]]:
-        """Yields the linears of a layer that get smaller, each with its rows (or columns) that stay."""
+    def cut_linears(self, layer: int, keep: LayerKeep) -> list[Linear]:
+        """Returns the linears of a layer that get smaller."""
         kinds = self.cut_kinds(layer, keep)
-        for linear in self.linears:
-            if linear.kind in kinds:
-                yield linear, self.kept_indices(layer, linear.parts, keep)
+        return [linear for linear in self.linears if linear.kind in kinds]
 
     def layer_cuts(self, layer: int, keep: LayerKeep) -> Iterator[tuple[str, int, Tensor]]:
         """Yields all parameters of a layer that get smaller, LoRA apart.
@@ -154,7 +152,8 @@ class ModelShape:
         Each comes as its name inside the layer, the axis that gets smaller, and the rows (or columns) that stay along
         it. The linears that lose inputs, such as o_proj and down_proj, keep their whole bias.
         """
-        for linear, kept in self.cut_linears(layer, keep):
+        for linear in self.cut_linears(layer, keep):
+            kept = self.kept_indices(layer, linear.parts, keep)
             yield f"{linear.name}.weight", linear.axis, kept
             if linear.axis == 0 and self.has_bias(linear):
                 yield f"{linear.name}.bias", 0, kept

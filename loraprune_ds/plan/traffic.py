@@ -105,8 +105,8 @@ def score_count(request: Request, shape: ModelShape) -> int:
 def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
     """Lists (cut, is LoRA) of every tensor that `ShardedModel` cuts in a layer."""
     cuts, layer = list[tuple[AxisCut, bool]](), shape.layer_parameters(index)
-    for linear, kept in shape.cut_linears(index, keep):
-        rows, columns = shape.linear_shape(index, linear)
+    for linear in shape.cut_linears(index, keep):
+        kept, (rows, columns) = shape.kept_indices(index, linear.parts, keep), shape.linear_shape(index, linear)
         factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
         cuts.append((AxisCut(factor, linear.axis, kept), True))
     for name, axis, kept in shape.layer_cuts(index, keep):

@@ -125,7 +125,7 @@ class Compensator:
         linear_ids = [
             LinearId(i, linear)
             for i in range(len(shape.layers))
-            for linear, _ in shape.cut_linears(i, keep[i])
+            for linear in shape.cut_linears(i, keep[i])
             if linear.axis == 1
         ]
 

@@ -70,10 +70,10 @@ class InputMoments:
         """Cuts the sums along with the groups. The model must still have its shape from before the cut."""
         shape = self._model.shape
         for layer, layer_keep in enumerate(keep):
-            for linear, kept in shape.cut_linears(layer, layer_keep):
+            for linear in shape.cut_linears(layer, layer_keep):
                 linear_id = LinearId(layer, linear)
                 if linear_id in self.sums:
-                    indices = kept.to(self._model.device)
+                    indices = shape.kept_indices(layer, linear.parts, layer_keep).to(self._model.device)
                     value = self.sums[linear_id].index_select(0, indices)
                     self.sums[linear_id] = value.index_select(1, indices) if self._second else value
 

@@ -31,8 +31,8 @@ def parameter_cuts(layer: nn.Module, shape: ModelShape, index: int, keep: LayerK
         shape: of the model before the cut.
     """
     cuts: list[ParameterCut] = []
-    for linear, kept in shape.cut_linears(index, keep):
-        module = lora_linear(layer, linear)
+    for linear in shape.cut_linears(index, keep):
+        module, kept = lora_linear(layer, linear), shape.kept_indices(index, linear.parts, keep)
         for adapter in module.lora_A:  # a reference of DPO or GRPO may stand beside the trained one
             lora = lora_weights(module, adapter)[1 - linear.axis]
             cuts.append((lora, AxisCut(full_shape(lora), linear.axis, kept)))
@@ -85,7 +85,7 @@ def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat)
     """
     for index, layer in enumerate(decoder_layers(module)):
         for linear in shape.linears:
-            for name in (f"{linear.name}.{kind}" for kind in ("weight", "bias")):
+            for name in (f"{linear.name}.weight", f"{linear.name}.bias"):
                 parameter: Any = base_parameter(layer, name)
                 full_name = f"model.layers.{index}.{name}"
                 if parameter is None:
