@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from loraprune_ds.report.metrics import scalars
+from loraprune_ds.report.metrics import TensorBoardLog, scalars
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 
 TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # which the Trainer logs itself
@@ -49,21 +49,14 @@ class CutPrinter:
     def close(self) -> None: ...
 
 
-class TensorBoardRun:
+class TensorBoardRun(TensorBoardLog):
     """Writes a TensorBoard run of its own beside the Trainer's. Two writers in one run hide each other's points."""
 
-    def __init__(self, folder: Path, resumed_from: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=None if resumed_from is None else resumed_from + 1)
+    curves = staticmethod(curves)
 
     def write(self, record: Record) -> None:
-        for tag, value in curves(record).items():
-            self._writer.add_scalar(tag, value, record.step)
+        super().write(record)
         self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class ModuleLog:

@@ -115,25 +115,6 @@ def _is_required(record_field: Field[Any]) -> bool:
     return record_field.default is MISSING and record_field.default_factory is MISSING
 
 
-class TensorBoardLog:
-    """Writes the same records as TensorBoard scalars."""
-
-    def __init__(self, folder: Path, resumed_from: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes half a second, which runs without it save
-
-        purge_step = None if resumed_from is None else resumed_from + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
-
-    def write(self, record: Record) -> None:
-        for tag, value in scalars(record).items():
-            self._writer.add_scalar(tag, value, record.step)
-        if not isinstance(record, StepRecord):
-            self._writer.flush()  # rare and worth seeing at once
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 def scalars(record: Record) -> dict[str, float]:
     """Returns the curves that a record has a point of."""
     match record:
@@ -171,3 +152,24 @@ def _by_rank(name: str, values: list[int]) -> dict[str, float]:
     if len(values) > MOST_CURVES:
         return {f"{name}/min": min(values), f"{name}/max": max(values)}
     return {f"{name}/rank_{rank}": value for rank, value in enumerate(values)}
+
+
+class TensorBoardLog:
+    """Writes the same records as TensorBoard scalars."""
+
+    curves = staticmethod(scalars)
+
+    def __init__(self, folder: Path, resumed_from: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes half a second, which runs without it save
+
+        purge_step = None if resumed_from is None else resumed_from + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def write(self, record: Record) -> None:
+        for tag, value in self.curves(record).items():
+            self._writer.add_scalar(tag, value, record.step)
+        if not isinstance(record, StepRecord):
+            self._writer.flush()  # rare and worth seeing at once
+
+    def close(self) -> None:
+        self._writer.close()
