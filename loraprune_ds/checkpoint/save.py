@@ -11,8 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.pruner_files import save_on_cpu, write_moments, write_scores
 from loraprune_ds.checkpoint.staging import Staging
@@ -63,17 +61,13 @@ def save_step(
             collected = {layer: collect_lora_state(model, layer, model.owner(layer)) for layer in layers}
             for layer, tensors in collected.items():
                 if tensors is not None:  # this rank's; the other owners write theirs at the same time
-                    _write_layer(staging, layer, tensors)
+                    staging.write(layout.layer_file(layer), lambda path, lora=tensors: save_on_cpu(lora, path))
                     write_moments(staging, layer, {} if moments is None else moments.of_layer(layer))
             del collected, tensors
             fail_point("save.layer")
         fail_point("save.step_written")
         staging.publish()
     return staging.target
-
-
-def _write_layer(staging: Staging, layer: int, lora: dict[str, Tensor]) -> None:
-    staging.write(layout.layer_file(layer), lambda path: save_on_cpu(lora, path))
 
 
 def drop_old(root: Path, step: int, keep_last: int) -> None:

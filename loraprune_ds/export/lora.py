@@ -12,7 +12,7 @@ from loraprune_ds.config import Dtype, LoraConfig
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.export.source import UnmergedModel
-from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER, last_names
+from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
@@ -114,7 +114,7 @@ def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = json.dumps(_adapter_config(unmerged.config.lora, unmerged.shape), indent=2)
-    (folder / "adapter_config.json").write_text(config + "\n")
+    (folder / ADAPTER_FILE).write_text(config + "\n")
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:

@@ -10,11 +10,10 @@ from loraprune_ds.export.model_card import ModelCard
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.hf.live import base_config, model_name
 from loraprune_ds.hf.training import PrunedTraining
+from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def save_merged(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
@@ -38,7 +37,7 @@ def save_base(training: PrunedTraining, folder: Path, adapter: Path | None, toke
     Raises:
         UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
     """
-    comm, path = training.model.comm, None if adapter is None else adapter / ADAPTER_CONFIG
+    comm, path = training.model.comm, None if adapter is None else adapter / ADAPTER_FILE
     described = None if path is None else comm.on_rank_0(lambda: read_json(path))
     _write(training, folder, tokenizer, frozen_tensors, trained=False)
     if path is not None and described is not None:

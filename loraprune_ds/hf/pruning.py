@@ -47,7 +47,7 @@ from loraprune_ds.zero.foreign import (
     share_model,
 )
 from loraprune_ds.zero.loss_scale import decide
-from loraprune_ds.zero.memory import resident_bytes, storage_bytes, weight_tensors
+from loraprune_ds.zero.memory import gather_weight_bytes, resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Pruning:
     def __init__(self, training: PrunedTraining, sinks: Sequence[Sink]) -> None:
         self.training = training
         self._model, self._pruner, self._sinks = training.model, training.pruner, sinks
-        self._weight_bytes = self._gather_weight_bytes()
+        self._weight_bytes = gather_weight_bytes(self._model)
         self._forward = ForwardWatch(training)
         self._recording = ExitStack()
         self._began = 0.0
@@ -172,7 +172,7 @@ class Pruning:
         cut = self._pruner.cut(step, scored=not update.skipped)
         if cut is None:
             return None
-        self._weight_bytes = self._gather_weight_bytes()
+        self._weight_bytes = gather_weight_bytes(self._model)
         record = cut_record(cut, self._pruner.limits.dense, self._model, before, self._weight_bytes)
         self.cuts.append(record)
         self._tell(record)
@@ -260,6 +260,3 @@ class Pruning:
     def _tell(self, record: StepRecord | CutRecord) -> None:
         for sink in self._sinks:
             sink.write(record)
-
-    def _gather_weight_bytes(self) -> list[int]:
-        return self._model.gather_values(storage_bytes(weight_tensors(self._model.module)))

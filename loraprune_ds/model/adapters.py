@@ -25,6 +25,7 @@ from loraprune_ds.model.shapes import ModelShape
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export that keeps the two apart
 ADAPTER = "default"
+ADAPTER_FILE = "adapter_config.json"
 
 
 def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed: int) -> PeftModel:
@@ -53,7 +54,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     Raises:
         UserError: it cannot. The line names the folder and what does not fit.
     """
-    found = read_json(folder / "adapter_config.json")
+    found = read_json(folder / ADAPTER_FILE)
     if found.get("peft_type") != "LORA" or found.get("use_dora") or found.get("use_rslora"):
         raise UserError(f"model.adapter {folder} is not a plain LoRA adapter")
     if found.get("bias", "none") != "none" or found.get("rank_pattern") or found.get("alpha_pattern"):

@@ -1,11 +1,10 @@
 """The text part of a multimodal model. It alone is read, by its prefix, and exported as the text class."""
 
-import copy
 from collections.abc import Collection
 from typing import Any
 
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.model.classes import config_class
+from loraprune_ds.model.classes import config_class, config_object
 from loraprune_ds.model.family import FAMILIES
 
 # Without an image their forward is that of the text class, and their weight files have one of LAYOUTS.
@@ -56,7 +55,7 @@ def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 def _is_tied(config: dict[str, Any], where: str) -> bool:
     """Tells if head and embedding are one. The outer config says so, and its class has rules of its own."""
     try:
-        outer = config_class(config["model_type"]).from_dict(copy.deepcopy(config))
+        outer = config_object(config)
     except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{where}: transformers cannot read config.json: {reason}") from error

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loraprune_ds.model import flops
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.request import Request
@@ -57,17 +58,17 @@ def step_cost(request: Request, passes: Passes, kind: StepKind) -> StepCost:
     """Returns the cost of one optimizer step."""
     cluster, shape = request.cluster, passes.shape
     tokens = request.config.train.global_batch_size * request.config.data.window / request.world_size
-    flops = _flops_per_token(request, shape) * tokens
+    operations = _flops_per_token(request, shape) * tokens
     if kind.scores:
-        flops += _scoring_flops(request, shape, tokens)
+        operations += _scoring_flops(request, shape, tokens)
     if kind.measures:
-        flops += quality.measuring_flops(request, shape) * tokens
+        operations += quality.measuring_flops(request, shape) * tokens
     sent = step_sent(request, passes, kind)
     shards = passes.training.sent / max(1, request.world_size - 1) * request.element_size
     copied = shards * request.micro_batches if request.offloads("param") else 0
     return StepCost(
         sent,
-        compute=flops / (cluster.flops * 1e12),
+        compute=operations / (cluster.flops * 1e12),
         communication=cluster.seconds_to_receive(sum(sent.values()), same_for_all=True),
         host_copies=copied / (cluster.host_bandwidth * 1e9),
     )
@@ -105,8 +106,7 @@ def attention_product(request: Request, shape: ModelShape) -> float:
 
     It covers half a window on average, with `eager` all of it.
     """
-    query_width = sum(map(shape.query_heads, shape.layers)) * shape.head_dim
-    return 2 * query_width * request.config.data.window / (1 if request.eager else 2)
+    return flops.attention_product(shape, request.config.data.window) / (1 if request.eager else 2)
 
 
 def _flops_per_token(request: Request, shape: ModelShape) -> float:

@@ -13,7 +13,7 @@ from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.provenance import hardware, versions
-from loraprune_ds.report.records import CutRecord, History
+from loraprune_ds.report.records import CutRecord, History, StepRecord
 
 QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
 
@@ -50,6 +50,7 @@ def make_report(
     """
     resumed_from = outcome.resumed_from
     first_cut, last_cut = (history.cuts[0].step, history.cuts[-1].step) if history.cuts else (None, None)
+    before, after = _latest(history, first_cut), None if last_cut is None else _latest(history, None)
     return {
         "params": _parameters(dense, outcome.pruned),
         "serving": _serving(outcome.pruned),
@@ -61,15 +62,9 @@ def make_report(
             "before": _seconds_per_step(history, resumed_from, last=first_cut),
             "after": None if last_cut is None else _seconds_per_step(history, resumed_from, after=last_cut),
         },
-        "resident_bytes": {
-            "before": _resident_bytes(history, first_cut),
-            "after": _resident_bytes(history, None) if last_cut is not None else None,
-        },
+        "resident_bytes": {"before": before and before.resident_bytes, "after": after and after.resident_bytes},
         "reserved_bytes": history.steps[-1].reserved_bytes if history.steps else [],
-        "mfu": {
-            "before": _mfu(history, first_cut),
-            "after": _mfu(history, None) if last_cut is not None else None,
-        },
+        "mfu": {"before": before and before.mfu, "after": after and after.mfu},
         "peak_memory_bytes": peak_bytes,
         "seed": config["seed"],
         "resumed_from": resumed_from,
@@ -134,14 +129,9 @@ def _seconds_per_step(
     return statistics.median(times) if times else None
 
 
-def _resident_bytes(history: History, last: int | None) -> list[int] | None:
-    """Returns the memory in use on every rank at the latest step up to `last`: (world_size,)."""
-    return next((s.resident_bytes for s in reversed(history.steps) if last is None or s.step <= last), None)
-
-
-def _mfu(history: History, last: int | None) -> float | None:
-    """Returns that of the latest step up to `last`."""
-    return next((s.mfu for s in reversed(history.steps) if last is None or s.step <= last), None)
+def _latest(history: History, last: int | None) -> StepRecord | None:
+    """Returns the latest step up to `last`. None if there is none."""
+    return next((s for s in reversed(history.steps) if last is None or s.step <= last), None)
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

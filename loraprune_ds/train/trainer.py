@@ -20,7 +20,7 @@ from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops
 from loraprune_ds.zero.loss_scale import decide
-from loraprune_ds.zero.memory import reserved_bytes, resident_bytes, storage_bytes, weight_tensors
+from loraprune_ds.zero.memory import gather_weight_bytes, reserved_bytes, resident_bytes
 from loraprune_ds.zero.training_engine import TrainingEngine
 
 
@@ -76,7 +76,7 @@ class Trainer:
         self.order = order
         self.config = config
         self.requested = NOTHING
-        self.weight_bytes = self._gather_weight_bytes()
+        self.weight_bytes = gather_weight_bytes(self.model)
         self._dtype: Dtype = dtype
         self._seed = seed
         self._current_request = current_request
@@ -121,7 +121,7 @@ class Trainer:
         cut = self.pruner.cut(step, scored=self._scored)
         if cut is None:
             return None
-        self.weight_bytes = self._gather_weight_bytes()
+        self.weight_bytes = gather_weight_bytes(self.model)
         return cut_record(cut, self.pruner.limits.dense, self.model, before, self.weight_bytes)
 
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> float:
@@ -174,6 +174,3 @@ class Trainer:
             request=int(max(row[3] for row in rows)),
             reserved_bytes=[] if is_cpu() else [int(row[4]) for row in rows],
         )
-
-    def _gather_weight_bytes(self) -> list[int]:
-        return self.model.gather_values(storage_bytes(weight_tensors(self.model.module)))

@@ -21,6 +21,11 @@ def weight_tensors(module: nn.Module) -> Iterator[Tensor]:
     return (cast(Any, p).ds_tensor for p in module.parameters())
 
 
+def gather_weight_bytes(model: ShardedModel) -> list[int]:
+    """Gathers the bytes of the weights that each rank holds: (world_size,)."""
+    return model.gather_values(storage_bytes(weight_tensors(model.module)))
+
+
 def state_tensors(model: ShardedModel) -> Iterator[Tensor]:
     """Yields all that ZeRO-3 holds for training: shards, fp32 masters, Adam moments, gradient buffers."""
     zero = model.zero_optimizer

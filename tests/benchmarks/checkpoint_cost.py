@@ -45,7 +45,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
-from loraprune_ds.zero.memory import storage_bytes, weight_tensors
+from loraprune_ds.zero.memory import gather_weight_bytes
 from tests.benchmarks.peak import Peak
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def save_phase(config: RunConfig, prepared: Prepared, comm: Communicator) -> dic
         row = measured(comm, lambda step=step, kind=checkpoints: kind.save(engine, step, RunTotals()))
         written = {path.name: folder_bytes(path) for path in sorted(root.iterdir()) if path.name not in before}
         row |= {"bytes_written": sum(written.values()), "folders": written}
-        row["weight_bytes_per_rank"] = engine.model.gather_values(storage_bytes(weight_tensors(engine.model.module)))
+        row["weight_bytes_per_rank"] = gather_weight_bytes(engine.model)
         result[names[step]] = row
     return result
 
