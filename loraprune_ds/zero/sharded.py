@@ -21,6 +21,7 @@ from loraprune_ds.zero.flat import layer_owner
 from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, owned_flat
+from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.replace import replace_tensors
 from loraprune_ds.zero.reshard import Item, reshard
 
@@ -46,6 +47,7 @@ class ShardedModel:
         self.comm = Communicator()
         self.world_size, self.rank, self.device = self.comm.world_size, self.comm.rank, self.comm.device
         self.layers = decoder_layers(module)
+        self._releases = decide_releases(zero_optimizer.parameter_offload.get_param_coordinator())
         self._empty_partition_cache = empty_partition_cache
 
     def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
@@ -158,18 +160,22 @@ class ShardedModel:
 
     def _cut_layer(self, index: int, keep: LayerKeep, state: OptimizerState) -> None:
         layer = self.layers[index]
-        cuts = parameter_cuts(layer, self.shape, index, keep)
+        cuts = parameter_cuts(layer, self.shape, index, keep, self.comm)
         if not cuts:
             return
-        carried = [(p, cut, key) for p, cut in cuts if p.requires_grad for key in state.keys()]
-        state_shards = reshard([Item(state.shard(p, key).to(self.device), cut) for p, cut, key in carried], self.comm)
+        carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
+        state_shards = reshard([Item(state.shard(p, key).to(self.device), plan) for p, plan, key in carried], self.comm)
         cut_parameters(cuts, self.comm)
         set_sizes(layer, self.shape, index, keep)
         for (parameter, _, key), shard in zip(carried, state_shards, strict=True):
             state.shard(parameter, key).copy_(shard)
 
     def _refresh_zero(self) -> None:
-        """Renews what else DeepSpeed derived from the old sizes: persistent parameters and the fetch trace."""
+        """Renews what else DeepSpeed derived from the old sizes.
+
+        The record of the modules' order stays. A cut changes neither the modules nor their parameters, only sizes. In
+        every pass DeepSpeed compares the record with what runs, module by module. So a wrong one could not stay.
+        """
         offload = self.zero_optimizer.parameter_offload
         for parameter in self.module.parameters():
             cast(Any, parameter).ds_persist = False
@@ -177,7 +183,7 @@ class ShardedModel:
             offload.param_numel_persistence_threshold, offload.model_persistence_threshold
         )
         offload.persistent_parameters = self.zero_optimizer.persistent_parameters = persistent
-        self.forget_trace()
+        self._releases.sizes_changed()
 
 
 def _local(shard: Tensor | None) -> Tensor:
