@@ -120,6 +120,8 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         # LoRA gradients add up in fp32. Else scores would depend on the number of micro-batches and ranks.
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
+        # It waits for the device at every forward pass and every update. metrics.jsonl has the speed.
+        ("timers", "throughput", "enabled"): False,
         ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
         ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW on the host, too, when the optimizer is offloaded
         # Any LoRA gradient fits a bucket of one layer's LoRA. A larger bucket means fewer reduce-scatters.
@@ -198,7 +200,7 @@ def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: An
         if not isinstance(section, dict):
             raise UserError(f"{path}: {key} must be a section of keys, got {section!r}")
     found = section.get(keys[-1], "auto")
-    tunable = keys[0] == "zero_optimization"  # sizes that change speed, not results: the JSON may set them
+    tunable = keys[0] in ("zero_optimization", "timers")  # they change speed, not results: the JSON may set them
     if found == "auto":
         section[keys[-1]] = value
     elif found != value and not tunable:

@@ -19,6 +19,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+GATHERED_NUMEL = 1 << 23  # elements of LoRA's factors and gradients that are gathered at once: 32 MiB, or one layer's
+
 
 def partition_numel(numel: int, world_size: int) -> int:
     """Returns the elements of one rank's shard, padding included: ceil(numel / world_size)."""
@@ -39,6 +41,17 @@ def layer_owner(layer: int, world_size: int) -> int:
 def owner_rounds(layers: int, world_size: int) -> list[range]:
     """Returns rounds of `world_size` layers. A rank owns at most one of a round. So all can work at once."""
     return [range(first, min(first + world_size, layers)) for first in range(0, layers, world_size)]
+
+
+def gather_rounds(sizes: list[int], most: int) -> list[range]:
+    """Returns rounds of consecutive layers. A round has `most` elements, or one layer."""
+    rounds, first, numel = list[range](), 0, 0
+    for layer, size in enumerate(sizes):
+        if layer > first and numel + size > most:
+            rounds.append(range(first, layer))
+            first, numel = layer, 0
+        numel += size
+    return [*rounds, range(first, len(sizes))]
 
 
 @dataclass(frozen=True)

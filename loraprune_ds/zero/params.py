@@ -80,7 +80,8 @@ def into_pinned(old: Tensor, shard: Tensor) -> Tensor:
     block = old.untyped_storage()
     if (shard.nbytes - 1).bit_length() < (block.nbytes() - 1).bit_length():
         return accelerator().pin_memory(shard.detach().to(old.device))
-    return torch.empty(0, dtype=shard.dtype).set_(block, 0, shard.shape).copy_(shard.detach())
+    head = torch.empty(0, dtype=shard.dtype).set_(block, 0, (len(shard),))
+    return head.copy_(shard.detach())
 
 
 def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:

@@ -101,7 +101,7 @@ ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (
         DeepSpeedZeroOptimizer_Stage3,
         "_setup_for_real_optimizer",
         "DeepSpeedZeroOptimizer_Stage3",
-        ("grad_partitions_flat_buffer",),
+        ("grad_partitions_flat_buffer", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"),
     ),
     (DeepSpeedZeRoOffload, "__init__", "DeepSpeedZeRoOffload", OFFLOAD_ATTRIBUTES),
     (PartitionedParameterCoordinator, "__init__", "PartitionedParameterCoordinator", COORDINATOR_ATTRIBUTES),
