@@ -46,6 +46,19 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
     return cast(PeftModel, get_peft_model(model, peft_config, autocast_adapter_dtype=False))
 
 
+def differentiate_input(layer: nn.Module) -> None:
+    """Has the backward pass go on to the input of a decoder layer, although nothing before the first one is trained.
+
+    DeepSpeed reduces the gradients of a layer that is gathered whole as soon as the gradient of its input is there.
+    """
+
+    def differentiate(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0].detach()
+        return (hidden.requires_grad_() if torch.is_grad_enabled() else hidden, *inputs[1:])
+
+    layer.register_forward_pre_hook(differentiate)
+
+
 def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     """Checks that a run can start from an existing adapter.
 

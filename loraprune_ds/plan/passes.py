@@ -8,8 +8,7 @@ checkpointing runs again, and where that stops.
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from loraprune_ds.model.adapters import ADAPTER, differentiate_input
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.modules import build_modules, ids
 
@@ -68,9 +69,11 @@ class Network:
         self._traced = (json.dumps(source), shape.with_layers(shape.layers[:DEPTH]))
         sizes = parameter_sizes(shape, lora_rank)
         self.parameters = {name: Parameter(name, numel) for name, numel in sizes.items()}
-        self._own: dict[str, list[Parameter]] = defaultdict(list)
+        self._fetched = {f"{LAYER}{i}": self._of_layer(f"{LAYER}{i}.") for i in range(self._depth)}
         for name, parameter in self.parameters.items():
-            self._own[name.rpartition(".")[0]].append(parameter)
+            if not name.startswith(LAYER):
+                self._fetched[name.rpartition(".")[0]] = [parameter]
+        self._fetched.setdefault("lm_head", self._fetched["model.embed_tokens"])  # tied
         self._modules: dict[str, Module] = {}
 
     def resize(self, shape: ModelShape) -> None:
@@ -89,19 +92,13 @@ class Network:
 
     def _module(self, name: str) -> Module:
         if name not in self._modules:
-            self._modules[name] = Module(tuple(self._parameters_of(name)))
+            self._modules[name] = Module(tuple(self._fetched.get(name, ())))
         return self._modules[name]
 
-    def _parameters_of(self, name: str) -> Iterable[Parameter]:
-        factor = name.removesuffix(".default")
-        if factor in self.parameters:
-            return [self.parameters[factor]]
-        if name == "lm_head" and name not in self._own:
-            return self._own["model.embed_tokens"]
-        if f"{name}.lora_A" in self.parameters:
-            # PEFT's wrapper looks at lora_A's dtype before it calls it. So DeepSpeed gathers lora_A for the wrapper.
-            return [self.parameters[f"{name}.lora_A"]]
-        return [p for p in self._own.get(name.removesuffix(".base_layer"), ()) if not p.trainable]
+    def _of_layer(self, prefix: str) -> list[Parameter]:
+        """Lists the parameters of a layer in the order in which DeepSpeed counts them: LoRA comes last."""
+        ordered = _layer_parameters(*self._traced)
+        return sorted((self.parameters[prefix + name] for name in ordered), key=lambda parameter: parameter.trainable)
 
 
 def parameter_sizes(shape: ModelShape, lora_rank: int) -> dict[str, int]:
@@ -121,6 +118,14 @@ class _Step(NamedTuple):
 
 
 @cache
+def _layer_parameters(source: str, shape: ModelShape) -> list[str]:
+    """Lists the names of a decoder layer's parameters, in the order of its modules."""
+    layer = decoder_layers(build_modules(json.loads(source), shape))[0]
+    names = [name for name, _ in layer.named_parameters()]
+    return [name.replace(".base_layer", "").removesuffix(f".{ADAPTER}.weight") for name in names]
+
+
+@cache
 def _trace(source: str, shape: ModelShape, checkpointing: bool) -> list[_Step]:
     """Makes one pass, forward and backward."""
     model = build_modules(json.loads(source), shape)
@@ -128,8 +133,11 @@ def _trace(source: str, shape: ModelShape, checkpointing: bool) -> list[_Step]:
         causal_lm: Any = model.get_base_model()
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     watch = _Watch()
+    differentiate_input(decoder_layers(model)[0])
     for name, module in model.named_modules():
-        watch.add(name.removeprefix("base_model.model."), module)
+        name = name.removeprefix("base_model.model.")
+        if not (name.startswith(LAYER) and "." in name.removeprefix(LAYER)):  # a layer is gathered whole
+            watch.add(name, module)
     tokens = ids(1, 2)
     out = model(input_ids=tokens, labels=tokens)
     watch.again = "recompute"

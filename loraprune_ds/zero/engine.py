@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_module
+from peft import PeftModel
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.optim import AdamW, Optimizer
@@ -19,7 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import Dtype, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.adapters import add_lora, load_adapter
+from loraprune_ds.model.adapters import add_lora, differentiate_input, load_adapter
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.token_loss import build_for_losses
@@ -133,12 +136,21 @@ def build_training_engine(
             load_adapter(peft_model, Path(config.model.adapter).expanduser())
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        gather_layers_whole(peft_model)
         optimizer = _optimizer(peft_model, config.train)
         schedule: Any = LambdaLR(optimizer, lambda step: learning_rate_factor(config.train, steps, step))
         engine, *_ = deepspeed.initialize(
             model=peft_model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config, dist_init_required=False
         )
     return TrainingEngine(engine, pretrained.shape)
+
+
+def gather_layers_whole(model: PeftModel) -> None:
+    """Has ZeRO-3 gather and free a decoder layer as one. So its hooks run once per layer, not at 40 modules of it."""
+    layers = decoder_layers(model)
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    differentiate_input(layers[0])
 
 
 def build_inference_engine(

@@ -3,11 +3,14 @@
 A weight stays if the recorded pass uses it again within `stage3_max_reuse_distance` elements. For every decision
 DeepSpeed walks over the record from there on. That is quadratic in the modules. It made the second step of every run
 half a minute long with 30 layers. Here the uses of each weight are listed once.
+
+One thing is decided differently. For a module that is gathered whole DeepSpeed looks for uses inside of every module on
+the way, the whole model's included. Here a module uses what is gathered for it.
 """
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from deepspeed.runtime.zero import partitioned_param_coordinator
@@ -23,7 +26,7 @@ class Releases:
     def __init__(self, coordinator: Any) -> None:
         self._coordinator = coordinator
         self._decided: dict[tuple[nn.Module, int], set[int]] = {}
-        self._uses: dict[bool, _Uses] = {}
+        self._uses: _Uses | None = None
         self._record: Sequence[nn.Module] = ()
 
     def __call__(self, module: nn.Module, step: int) -> set[int]:
@@ -34,40 +37,41 @@ class Releases:
 
     def sizes_changed(self) -> None:
         """Has coming decisions go by the sizes of now."""
-        self._uses.clear()
+        self._uses = None
 
     def _decide(self, module: nn.Module, step: int) -> set[int]:
-        is_leaf = z3_leaf_module(module)
-        uses = self._uses_in_record(with_submodules=is_leaf)
+        uses = self._uses_in_record()
         reach = self._coordinator._PartitionedParameterCoordinator__max_reuse_dist_in_numel
         fetched_for = self._coordinator._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for
         return {
             parameter.ds_id
-            for parameter in iter_params(module, recurse=is_leaf)
+            for parameter in fetched_by(module)
             if not parameter.ds_persist
             and fetched_for[parameter] <= step
             and not uses.come_within(reach, parameter.ds_id, step)
         }
 
-    def _uses_in_record(self, *, with_submodules: bool) -> "_Uses":
+    def _uses_in_record(self) -> "_Uses":
         record = self._coordinator._PartitionedParameterCoordinator__submodule_order
-        if record is not self._record:
-            self._record = record
-            self._uses.clear()
-        if with_submodules not in self._uses:
-            self._uses[with_submodules] = _Uses(record, with_submodules)
-        return self._uses[with_submodules]
+        if self._uses is None or record is not self._record:
+            self._record, self._uses = record, _Uses(record)
+        return self._uses
+
+
+def fetched_by(module: nn.Module) -> Iterator[Any]:
+    """Yields the parameters that are gathered for a module: its own, or all inside it if it is gathered whole."""
+    return iter_params(module, recurse=z3_leaf_module(module))
 
 
 class _Uses:
     """Holds where a recorded pass uses each parameter, and how many elements come before each of its modules."""
 
-    def __init__(self, record: Sequence[nn.Module], with_submodules: bool) -> None:
+    def __init__(self, record: Sequence[nn.Module]) -> None:
         self._before = [0]
         self._positions: dict[int, list[int]] = defaultdict(list)
         for position, module in enumerate(record):
             numel = 0
-            for parameter in iter_params(module, recurse=with_submodules):
+            for parameter in fetched_by(module):
                 self._positions[parameter.ds_id].append(position)
                 numel += parameter.ds_numel
             self._before.append(self._before[-1] + numel)
