@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_file import config_value, load_config
+from loraprune_ds.config_file import config_from_dict, config_value, load_config
 from loraprune_ds.errors import UserError
 from tests.unit.shapes_and_scores import repository
 
@@ -36,6 +36,7 @@ def refused(tmp_path: Path, text: str, *overrides: str) -> str:
 def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
     assert (repository() / config.deepspeed).is_file()
+    assert config.prune.ratio is not None
     assert 0 < config.prune.ratio < 1
     assert config.output_dir == f"runs/{path.stem}"
 
@@ -127,6 +128,20 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("data: {format: csv}", "data.format"),
         ("data: {held_out_fraction: 1}", "data.held_out_fraction"),
         ("data: {max_samples: 0}", "data.max_samples"),
+        ("prune: {ratio: 0.4, target: 4B}", "exactly one of prune.ratio and prune.target"),
+        ("prune: {ratio: null}", "exactly one of prune.ratio and prune.target"),
+        (
+            "prune: {target: much}",
+            "prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got 'much'",
+        ),
+        (
+            "prune: {target: 4B, target_context: 100}",
+            "prune.target_context has no effect without a prune.target in byt",
+        ),
+        (
+            "prune: {target: 4GiB, ranking: global, joint_budget: true}",
+            "prune.joint_budget and a prune.target in bytes",
+        ),
         ("prune: {ratio: 0}", "prune.ratio"),
         ("prune: {ratio: 1}", "prune.ratio"),
         ("prune: {criterion: taylor}", "prune.criterion"),
@@ -357,3 +372,12 @@ def test_normalisation_goes_with_the_ranking() -> None:
     ]
     for prune, expected in settings:
         assert PruneConfig(**prune).normalization == expected
+
+
+@pytest.mark.parametrize("target", ["4.5B", "4500000000", "4_500_000_000", "4500M"])
+def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> None:
+    config = load(tmp_path, f"output_dir: out\nprune: {{target: {target}}}")
+    assert config.prune.ratio is None
+    assert config.prune.target_amount is not None
+    assert config.prune.target_amount.value == 4.5e9
+    assert config_from_dict(config.to_dict()) == config
