@@ -133,8 +133,7 @@ class PruneConfig:
             _check_effect(self, f"prune.target_{name}", sizes_memory, "a prune.target in bytes, such as 24GiB")
         require(
             not (self.joint_budget and sizes_memory),
-            "prune.joint_budget and a prune.target in bytes exclude each other: only the scores tell how many heads "
-            "leave, and the KV cache is theirs",
+            "prune.joint_budget and a prune.target in bytes exclude each other: the KV cache follows from the scores",
         )
         require(
             self.warmup_fraction + self.cooldown_fraction < 1,
@@ -156,17 +155,8 @@ class PruneConfig:
 
     @property
     def target_amount(self) -> Amount | None:
-        """Returns what `target` says. None if there is none.
-
-        Raises:
-            UserError: it is no amount.
-        """
-        try:
-            return None if self.target is None else read_amount(self.target)
-        except ValueError:
-            raise UserError(
-                f"prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got {self.target!r}"
-            ) from None
+        """Returns what `target` says. None if there is none."""
+        return None if self.target is None else read_amount(self.target, "prune.target")
 
     @property
     def normalization(self) -> Normalization:

@@ -82,7 +82,7 @@ def _target_rows(report: dict[str, Any]) -> list[SummaryRow]:
     target = report.get("target")
     if target is None:
         return []
-    amount = read_amount(target["asked"])
+    amount = read_amount(target["asked"], "target")
     name = "  of prune.target" if target["unit"] == "parameters" else "weights and KV cache of a server"
     return [(name, amount.format(target["dense"]), amount.format(target["reached"]), f"target {target['asked']}")]
 

@@ -114,7 +114,7 @@ def test_the_report_tells_what_was_reached() -> None:
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        ({"target": "7B"}, "prune.target 7B takes nothing from the dense model, which has 6.5 B"),
+        ({"target": "7B"}, "prune.target 7B takes nothing from the dense model, which has 6.48 B"),
         ({"target": "1B"}, "prune.target 1B is out of reach: with the protected layers, minimum widths and prune.max_"),
         ({"target": "2GiB"}, "prune.target 2GiB is out of reach"),
         ({"target": "6.4B", "head_ratio": 0.5}, "prune.head_ratio 0.5 alone takes more than prune.target 6.4B asks"),
