@@ -26,6 +26,7 @@ from loraprune_ds.model.shapes import ModelShape
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export that keeps the two apart
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_config.json"
+WHOLE_LAYER = 4096  # the largest hidden_size of which whole layers are gathered: 0.4 GB in bf16 for LLaMA-7B
 
 
 def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed: int) -> PeftModel:
@@ -44,6 +45,17 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         task_type="CAUSAL_LM",
     )
     return cast(PeftModel, get_peft_model(model, peft_config, autocast_adapter_dtype=False))
+
+
+def gathered_whole(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
+    """Lists the modules of a decoder layer that ZeRO-3 gathers as one: the layer itself, or each linear with its LoRA.
+
+    The layer is cheaper for the host: PEFT makes 40 modules of it. But what is gathered together is also copied, so a
+    rank holds it twice for a moment. No cut changes the choice. It would change the order of a sum.
+    """
+    if shape.hidden_size <= WHOLE_LAYER:
+        return [layer]
+    return [module for module in layer.modules() if isinstance(module, LoraLinear)]
 
 
 def differentiate_input(layer: nn.Module) -> None:

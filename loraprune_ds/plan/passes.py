@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from loraprune_ds.model.adapters import ADAPTER, differentiate_input
+from loraprune_ds.model.adapters import ADAPTER, differentiate_input, gathered_whole
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.modules import build_modules, ids
@@ -69,11 +69,15 @@ class Network:
         self._traced = (json.dumps(source), shape.with_layers(shape.layers[:DEPTH]))
         sizes = parameter_sizes(shape, lora_rank)
         self.parameters = {name: Parameter(name, numel) for name, numel in sizes.items()}
-        self._fetched = {f"{LAYER}{i}": self._of_layer(f"{LAYER}{i}.") for i in range(self._depth)}
+        self._fetched: dict[str, list[Parameter]] = {}
         for name, parameter in self.parameters.items():
             if not name.startswith(LAYER):
                 self._fetched[name.rpartition(".")[0]] = [parameter]
         self._fetched.setdefault("lm_head", self._fetched["model.embed_tokens"])  # tied
+        for module, names in _fetched_in_layer(*self._traced).items():
+            for layer in range(self._depth):
+                prefix = f"{LAYER}{layer}"
+                self._fetched[prefix + module] = [self.parameters[prefix + name] for name in names]
         self._modules: dict[str, Module] = {}
 
     def resize(self, shape: ModelShape) -> None:
@@ -95,11 +99,6 @@ class Network:
             self._modules[name] = Module(tuple(self._fetched.get(name, ())))
         return self._modules[name]
 
-    def _of_layer(self, prefix: str) -> list[Parameter]:
-        """Lists the parameters of a layer in the order in which DeepSpeed counts them: LoRA comes last."""
-        ordered = _layer_parameters(*self._traced)
-        return sorted((self.parameters[prefix + name] for name in ordered), key=lambda parameter: parameter.trainable)
-
 
 def parameter_sizes(shape: ModelShape, lora_rank: int) -> dict[str, int]:
     """Counts the elements of every parameter and LoRA factor, by name."""
@@ -118,11 +117,20 @@ class _Step(NamedTuple):
 
 
 @cache
-def _layer_parameters(source: str, shape: ModelShape) -> list[str]:
-    """Lists the names of a decoder layer's parameters, in the order of its modules."""
+def _fetched_in_layer(source: str, shape: ModelShape) -> dict[str, list[str]]:
+    """Returns the names of the parameters that each module of a decoder layer gets, both from the layer on.
+
+    They come in the order in which DeepSpeed counts them: LoRA is last.
+    """
     layer = decoder_layers(build_modules(json.loads(source), shape))[0]
-    names = [name for name, _ in layer.named_parameters()]
-    return [name.replace(".base_layer", "").removesuffix(f".{ADAPTER}.weight") for name in names]
+    whole = gathered_whole(layer, shape)
+    fetched: dict[str, list[str]] = {}
+    for module_name, module in layer.named_modules(prefix=""):
+        prefix = f".{module_name}" if module_name else ""
+        own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=module in whole)]
+        plain = [name.replace(".base_layer", "").removesuffix(f".{ADAPTER}.weight") for name in own]
+        fetched[prefix] = sorted(plain, key=lambda name: ".lora_" in name)
+    return fetched
 
 
 @cache
@@ -133,11 +141,13 @@ def _trace(source: str, shape: ModelShape, checkpointing: bool) -> list[_Step]:
         causal_lm: Any = model.get_base_model()
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     watch = _Watch()
-    differentiate_input(decoder_layers(model)[0])
+    layers = decoder_layers(model)
+    differentiate_input(layers[0])
+    whole = [module for layer in layers for module in gathered_whole(layer, shape)]
+    inside = {id(child) for module in whole for child in module.modules() if child is not module}
     for name, module in model.named_modules():
-        name = name.removeprefix("base_model.model.")
-        if not (name.startswith(LAYER) and "." in name.removeprefix(LAYER)):  # a layer is gathered whole
-            watch.add(name, module)
+        if id(module) not in inside:
+            watch.add(name.removeprefix("base_model.model."), module)
     tokens = ids(1, 2)
     out = model(input_ids=tokens, labels=tokens)
     watch.again = "recompute"

@@ -21,10 +21,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import Dtype, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.adapters import add_lora, differentiate_input, load_adapter
+from loraprune_ds.model.adapters import add_lora, differentiate_input, gathered_whole, load_adapter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, is_cpu
@@ -136,7 +137,7 @@ def build_training_engine(
             load_adapter(peft_model, Path(config.model.adapter).expanduser())
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        gather_layers_whole(peft_model)
+        gather_modules_whole(peft_model, pretrained.shape)
         optimizer = _optimizer(peft_model, config.train)
         schedule: Any = LambdaLR(optimizer, lambda step: learning_rate_factor(config.train, steps, step))
         engine, *_ = deepspeed.initialize(
@@ -145,11 +146,12 @@ def build_training_engine(
     return TrainingEngine(engine, pretrained.shape)
 
 
-def gather_layers_whole(model: PeftModel) -> None:
-    """Has ZeRO-3 gather and free a decoder layer as one. So its hooks run once per layer, not at 40 modules of it."""
+def gather_modules_whole(model: PeftModel, shape: ModelShape) -> None:
+    """Has ZeRO-3 gather and free some modules as one. So its hooks run once, not at every module inside."""
     layers = decoder_layers(model)
     for layer in layers:
-        set_z3_leaf_module(layer, True)
+        for module in gathered_whole(layer, shape):
+            set_z3_leaf_module(module, True)
     differentiate_input(layers[0])
 
 
