@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loraprune_ds.model.adapters import WHOLE_LAYER
 from tests.families import TINY, tiny_model
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan, saved_activations
@@ -58,6 +59,12 @@ def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool,
     dtype = "float32" if family == "starcoder2" else "bfloat16"
     three, four = (ranks.run(1, saved_activations, Case(x, dtype=dtype))[0] for x in (folder, longer))
     assert four["counted"] - three["counted"] == four["one_layer"]
+
+
+def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_path: Path) -> None:
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 12, "layers": 2, "vocab": 97, "seed": 1}
+    folder = make_tiny_llama(tmp_path, hidden=WHOLE_LAYER + 8, dtype="bfloat16", **sizes)  # type: ignore[arg-type]
+    check_ranks(ranks, 2, Case(folder, checkpointing=True))
 
 
 def save_tiny(folder: Path, family: str, layers: int) -> Path:
