@@ -7,6 +7,7 @@ from typing import Any
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError
 
 from loraprune_ds.config import RunConfig
@@ -66,7 +67,12 @@ ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
 }
 FLAGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")
 COUNTS = ("steps_per_print",)
-SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+SECTIONS = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+    "timers.throughput": DeepSpeedThroughputTimerConfig,
+}
 # DeepSpeed's own default is no choice.
 NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
@@ -211,7 +217,7 @@ def _validate(path: Path, resolved: dict[str, Any]) -> None:
     """Lets DeepSpeed check its own sections. By itself it would do so only once the model is loaded."""
     for name, section in SECTIONS.items():
         try:
-            section(**resolved[name])
+            section(**_look_up(resolved, tuple(name.split("."))))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join([name, *map(str, first["loc"])])
