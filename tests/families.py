@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 SIZES: dict[str, Any] = {
@@ -59,6 +60,15 @@ TINY: dict[str, dict[str, Any]] = {
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     """Returns the config of a tiny model of a family, with other fields where `changes` names them."""
     return AutoConfig.for_model(family, **SIZES | TINY[family] | changes)
+
+
+def heads_divide_hidden(family: str) -> bool:
+    """Tells if the stock config class wants a head count that divides hidden_size."""
+    try:
+        tiny_config(family, num_attention_heads=8, num_key_value_heads=4)
+    except StrictDataclassError:
+        return True
+    return False
 
 
 def tiny_model(
