@@ -15,7 +15,7 @@ from loraprune_ds.model.attention import check_flash_attention, describe_attenti
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
-from loraprune_ds.model.token_loss import check_buildable
+from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
@@ -120,7 +120,7 @@ def _check_adapter(config: RunConfig, pretrained: PretrainedModel) -> None:
 def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
     """Checks that the model can be built here and is large enough for the settings."""
     shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
-    check_buildable(pretrained, config.model.attn_implementation)
+    build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will, to see what is refused
     check_top_k(config.train.distill_top_k, shape.vocab_size)
     if config.lora.r > shape.hidden_size:
         raise UserError(f"lora.r {config.lora.r} is above the model's hidden_size {shape.hidden_size}")
