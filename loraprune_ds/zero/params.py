@@ -77,11 +77,10 @@ def into_pinned(old: Tensor, shard: Tensor) -> Tensor:
 
     Pinning takes long. torch rounds blocks up to a power of two. So most cuts would get a block of the same size.
     """
-    block = old.untyped_storage()
-    if (shard.nbytes - 1).bit_length() < (block.nbytes() - 1).bit_length():
+    block = old.untyped_storage().nbytes()
+    if (shard.nbytes - 1).bit_length() < (block - 1).bit_length():
         return accelerator().pin_memory(shard.detach().to(old.device))
-    head = torch.empty(0, dtype=shard.dtype).set_(block, 0, (len(shard),))
-    return head.copy_(shard.detach())
+    return old.detach()[: len(shard)].copy_(shard.detach())
 
 
 def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:
