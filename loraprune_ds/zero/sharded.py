@@ -133,6 +133,8 @@ class ShardedModel:
 
     def nonfinite_layer(self) -> int | None:
         """Finds the first layer with an inf or NaN in this rank's shards of averaged LoRA gradients."""
+        if torch.isfinite(self.gradient_sum()):  # one pass when all is well
+            return None
         linears = self.shape.linears
         weights = [[w for linear in linears for w in lora_weights(lora_linear(layer, linear))] for layer in self.layers]
         return first_nonfinite([torch.cat([self._state.gradient(w) for w in layer]) for layer in weights])
