@@ -30,7 +30,7 @@ from tests.oracle.models import make_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "host_cost.json"
-RANKS, DEPTHS = 2, (8, 24)
+RANKS, DEPTHS = 2, (6, 18)
 
 
 def measure(checkout: Path, models: list[Path], folder: Path, *, plain: bool = False) -> dict[str, Any]:
