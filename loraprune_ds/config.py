@@ -21,6 +21,7 @@ Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "none"]
 Compensation = Literal["none", "bias", "least_squares"]
 Scheduler = Literal["linear", "cosine", "constant"]
+Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 # YAML 1.1 reads `1e-4` as a string. Stands last in a type, or the type's JSON schema would lack the bounds.
 NUMBER = BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)
@@ -257,6 +258,7 @@ class LoggingConfig:
 
     progress: bool = True
     tensorboard: bool = True
+    report_to: list[Reporter] | None = None  # more that get the records
     verbose: bool = False  # DeepSpeed's and transformers' own messages
     profile_steps: list[Count] | None = None  # steps whose torch.profiler trace rank 0 writes into profile/
 

@@ -20,6 +20,7 @@ from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.pruning.target import find_ratio
+from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples
@@ -76,6 +77,7 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_dtype(config.model.dtype)
     check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
+    check_installed(config.logging.report_to or ())
 
 
 def _fetch(config: RunConfig) -> None:
