@@ -16,6 +16,7 @@ from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.distillation import Distillation, Recording, distilled_losses, record, rows_at_once
+from loraprune_ds.model.int8_linear import hold_frozen
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.pretrained import PretrainedModel
 
@@ -166,7 +167,9 @@ def build_for_losses(
         attention: `model.attn_implementation`. Some families get another one (attention.py).
     """
     used = attn_implementation(attention, pretrained.shape.family)
-    return with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)
+    model = with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)
+    hold_frozen(model, pretrained.shape)
+    return model
 
 
 def check_buildable(pretrained: PretrainedModel, attention: str) -> None:

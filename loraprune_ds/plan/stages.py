@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from loraprune_ds.model.pretrained import READ_CHUNK
+from loraprune_ds.model.frozen import READ_CHUNK
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.activations import PlannedBatch, activations, forward_temporaries, logits

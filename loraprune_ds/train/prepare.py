@@ -83,7 +83,7 @@ def _fetch(config: RunConfig) -> None:
 
 
 def _prepare(config: RunConfig, world_size: int) -> Prepared:
-    pretrained = open_for_pruning(locate_model(config.model), config.prune)
+    pretrained = open_for_pruning(locate_model(config.model), config)
     _check_adapter(config, pretrained)
     ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, pretrained.shape, world_size)
     limits = make_limits(config.prune, pretrained.shape)
