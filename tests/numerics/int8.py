@@ -1,6 +1,5 @@
 """Does on the ranks what the tests of int8 weights look at, and writes the model that they compute with."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from loraprune_ds.config import ModelConfig, RunConfig

@@ -4,7 +4,6 @@ Nothing has a tolerance. Both make the same operations on the same numbers.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
