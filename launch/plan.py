@@ -61,7 +61,12 @@ def main() -> int:
 
 def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
     silence_libraries()
-    from loraprune_ds.plan.advice import MOST_NODES, search, suggestions  # seconds of imports, after good arguments
+    from loraprune_ds.plan.advice import (
+        MOST_NODES,
+        other_form,
+        search,
+        suggestions,
+    )  # seconds of imports, after good arguments
     from loraprune_ds.plan.plan import make_plan
     from loraprune_ds.plan.printout import plan_json, plan_table, verdict
     from loraprune_ds.plan.request import make_request
@@ -73,15 +78,18 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
         overrides=arguments.set,
         samples=arguments.samples,
     )
+    reason, other = "", None
     if arguments.smallest:
-        found, reason = search(request, cluster, getattr(arguments, "nodes", MOST_NODES))
+        nodes = getattr(arguments, "nodes", MOST_NODES)
+        found, reason = search(request, cluster, nodes)
+        other, _ = search(other_form(request), cluster, nodes)
     else:
-        found, reason = make_plan(request), ""
+        found = make_plan(request)
     suggested = [] if found.fits else suggestions(found)
     if arguments.json:
-        print(json.dumps(plan_json(found, suggested), indent=2, allow_nan=False))
+        print(json.dumps(plan_json(found, suggested, other), indent=2, allow_nan=False))
     else:
-        print(plan_table(found, suggested))
+        print(plan_table(found, suggested, other))
     if not found.fits:
         tell(UserError(reason or verdict(found)))
         return DOES_NOT_FIT_EXIT_CODE

@@ -46,6 +46,11 @@ class ModelConfig:
     attn_implementation: str = "sdpa"
     adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
 
+    @property
+    def held_as(self) -> str:
+        """Returns the dtype of the frozen weights in words."""
+        return self.dtype if self.frozen is None else f"{self.dtype} with {self.frozen} linears"
+
 
 @dataclass(frozen=True, config=STRICT)
 class LoraConfig:

@@ -119,6 +119,12 @@ class ModelShape:
         """Counts the linear parameters of all decoder layers."""
         return sum(self.layer_numel(i) for i in range(len(self.layers)))
 
+    def linear_bytes(self, element_size: int) -> int:
+        """Counts the bytes that hold the linear parameters of all decoder layers, without biases."""
+        linears = ((self.form(x), self.linear_shape(i, x)) for i in range(len(self.layers)) for x in self.linears)
+        held = (tensor for form, shape in linears for tensor in form.held(shape, element_size).values())
+        return sum(tensor.element_size * math.prod(tensor.shape) for tensor in held)
+
     def total_numel(self) -> int:
         """Counts all parameters, each once."""
         return sum(math.prod(shape) for shape in self.parameters().values())

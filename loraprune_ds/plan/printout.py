@@ -16,8 +16,12 @@ SECONDS = ("compute", "communication", "host_copies")
 OPTIONAL = ("weight_gradients", "input_moments")  # traffic of settings that are off in most runs
 
 
-def plan_json(plan: Plan, suggested: list[Suggestion]) -> dict[str, Any]:
-    """Returns bytes, seconds and counts. `parameters` and `fits` come first."""
+def plan_json(plan: Plan, suggested: list[Suggestion], other: Plan | None = None) -> dict[str, Any]:
+    """Returns bytes, seconds and counts. `parameters` and `fits` come first.
+
+    Args:
+        other: the same run with or without int8 weights.
+    """
     request = plan.request
     return {
         "model": request.model,
@@ -51,6 +55,7 @@ def plan_json(plan: Plan, suggested: list[Suggestion]) -> dict[str, Any]:
         },
         "teacher": {"disk_bytes": plan.teacher_bytes, "seconds": _seconds(plan.teacher)},
         "suggestions": [asdict(suggestion) for suggestion in suggested],
+        "other_form": None if other is None else _brief(other),
         "notes": notes(plan),
         "cluster": asdict(request.cluster),
         "config": request.config.to_dict(),
@@ -92,14 +97,14 @@ def notes(plan: Plan) -> list[str]:
     return lines
 
 
-def plan_table(plan: Plan, suggested: list[Suggestion]) -> str:
-    """Returns the lines of memory, bytes, seconds, verdict."""
+def plan_table(plan: Plan, suggested: list[Suggestion], other: Plan | None = None) -> str:
+    """Returns the lines of memory, bytes, seconds, verdict. `other` as in `plan_json`."""
     request, cluster, train = plan.request, plan.request.cluster, plan.request.config.train
     after = request.shape_at(request.schedule.ratio)
     lines = [
         f"{request.model}: {request.shape.total_numel():,} parameters, {after.total_numel():,} after the last cut",
-        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, {request.config.model.dtype}, "
-        f"micro-batch {train.micro_batch_size} x {request.config.data.window} tokens, "
+        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, "
+        f"{request.config.model.held_as}, micro-batch {train.micro_batch_size} x {request.config.data.window} tokens, "
         f"activation checkpointing {'on' if train.gradient_checkpointing else 'off'}",
         "",
         *_memory_rows(plan),
@@ -108,11 +113,22 @@ def plan_table(plan: Plan, suggested: list[Suggestion]) -> str:
         *_run_rows(plan),
         "",
         verdict(plan),
+        *([] if other is None else [f"with {other.request.config.model.held_as}: {verdict(other)}"]),
         *(f"note: {note}" for note in notes(plan)),
     ]
     if suggested:
         lines += ["", "what to change:", *map(_suggestion_row, suggested)]
     return "\n".join(lines)
+
+
+def _brief(plan: Plan) -> dict[str, Any]:
+    return {
+        "held_as": plan.request.config.model.held_as,
+        "fits": plan.fits,
+        "world_size": plan.request.world_size,
+        "device_bytes": plan.device_bytes,
+        "host_bytes_per_node": plan.host_bytes,
+    }
 
 
 def _seconds(cost: StepCost) -> dict[str, float]:

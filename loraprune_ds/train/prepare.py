@@ -131,7 +131,7 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     dense, train = prepared.pretrained.shape, config.train
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
-        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "
+        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {config.model.held_as}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
         f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "

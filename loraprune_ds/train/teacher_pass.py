@@ -59,7 +59,7 @@ def _possible_teachers(config: RunConfig, prepared: Prepared, checkpoint: Traini
         weight=config.train.distill_weight,
         samples=prepared.samples.digest(),
         source=source_digest(prepared.pretrained),
-        dtype=config.model.dtype,
+        dtype=config.model.held_as,
         seed=config.seed,
         folder=Path(config.output_dir) / TEACHER_FOLDER,
     )

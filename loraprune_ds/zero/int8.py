@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraprune_ds.model.frozen import Int8, Matrix
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.zero.flat import overlap, owned_range
 from loraprune_ds.zero.params import owned_flat
 
 
@@ -20,28 +20,29 @@ def decode_int8(form: Int8, scale: Any, shape: Matrix, comm: Communicator) -> Ca
         scale: the parameter with all scales, sharded.
         shape: of the weight.
     """
-    needed = [needed_scales(form, shape, comm.world_size, rank) for rank in range(comm.world_size)]
+    plan, columns = ScalePlan(form, shape, comm.world_size), form.scale_shape(shape)[1]
     flat, start = owned_flat(scale)
-    send = [overlap(whose, range(start, start + len(flat))) for whose in needed]
-    owned = [range(*owned_range(scale.ds_numel, comm.world_size, rank)) for rank in range(comm.world_size)]
-    receive = [len(overlap(needed[comm.rank], whose)) for whose in owned]
-    outgoing = torch.cat([flat[part.start - start : part.stop - start] for part in send]).to(comm.device)
-    columns = form.scale_shape(shape)[1]
-    scales = comm.all_to_all(outgoing, [len(part) for part in send], receive).view(-1, columns)
-    return partial(_decode, form, scales, needed[comm.rank].start // columns)
+    parts = [flat[max(0, low - start) : max(0, high - start)] for low, high in plan.needed.tolist()]
+    send, receive = plan.sent[comm.rank].tolist(), plan.sent[:, comm.rank].tolist()
+    scales = comm.all_to_all(torch.cat(parts).to(comm.device), send, receive).view(-1, columns)
+    return partial(_decode, form, scales, int(plan.needed[comm.rank, 0]) // columns)
 
 
-def needed_scales(form: Int8, shape: Matrix, world_size: int, rank: int) -> range:
-    """Returns the flat scales that a rank needs for its shard of a weight, in whole rows."""
-    bands = form.bands(shape, *owned_range(shape[0] * shape[1], world_size, rank))
-    columns = form.scale_shape(shape)[1]
-    return range(bands.start * columns, bands.stop * columns)
+class ScalePlan:
+    """Says which scales of a weight each rank needs, and who has them.
 
+    Attributes:
+        needed: (world_size, 2) start and end of the flat scales for each rank's shard of the weight, in whole rows.
+        sent: (world_size, world_size) scales that a rank (row) has and another (column) needs.
+    """
 
-def overlap(first: range, second: range) -> range:
-    """Returns what two ranges share."""
-    start = max(first.start, second.start)
-    return range(start, max(start, min(first.stop, second.stop)))
+    def __init__(self, form: Int8, shape: Matrix, world_size: int) -> None:
+        rows, columns = form.scale_shape(shape)
+        ranks = range(world_size)
+        bands = [form.bands(shape, *owned_range(shape[0] * shape[1], world_size, rank)) for rank in ranks]
+        self.needed = torch.tensor([[band.start * columns, band.stop * columns] for band in bands])
+        owned = torch.tensor([owned_range(rows * columns, world_size, rank) for rank in ranks])
+        self.sent = overlap(owned[:, None, 0], owned[:, None, 1], self.needed[None, :, 0], self.needed[None, :, 1])
 
 
 def _decode(form: Int8, scales: Tensor, first_band: int, rows: Tensor, first: int) -> Tensor:

@@ -15,7 +15,7 @@ from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, Int8, NotFinite
 from loraprune_ds.model.int8_linear import Int8Linear, form_of
 from loraprune_ds.model.pretrained import cut_to
 from loraprune_ds.zero.flat import AxisCut, owned_range
-from loraprune_ds.zero.int8 import needed_scales
+from loraprune_ds.zero.int8 import ScalePlan
 from tests.families import tiny_model
 from tests.family_cuts import FEW, MANY, draw
 from tests.numerics.int8 import open_int8
@@ -98,11 +98,11 @@ def test_rows_are_decoded_from_the_scales_that_a_rank_needs(
     tensors = form.split(weight_of(shape), torch.bfloat16)
     whole, columns = form.join(tensors), tensors[SCALE].shape[1]
     for rank in range(world_size):
-        needed = needed_scales(form, shape, world_size, rank)
-        scales = tensors[SCALE].reshape(-1)[needed.start : needed.stop].view(-1, columns)
+        low, high = ScalePlan(form, shape, world_size).needed[rank].tolist()
+        scales = tensors[SCALE].reshape(-1)[low:high].view(-1, columns)
         start, end = owned_range(shape[0] * shape[1], world_size, rank)
         for row in range(start // shape[1], -(-end // shape[1]) if end > start else 0):
-            found = form.decode(tensors[WEIGHT][row : row + 1], row, scales, needed.start // columns)
+            found = form.decode(tensors[WEIGHT][row : row + 1], row, scales, low // columns)
             assert torch.equal(found, whole[row : row + 1])
 
 
@@ -175,7 +175,10 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: 
     assert torch.equal(*outputs)
     for output in outputs:
         output.square().sum().backward()
-    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    gradients = [given.grad for given in inputs]
+    assert gradients[0] is not None
+    assert gradients[1] is not None
+    assert torch.equal(gradients[0], gradients[1])
     assert form_of(linear) == form
 
 

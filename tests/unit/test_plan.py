@@ -387,7 +387,7 @@ def test_the_dense_models_pass_gathers_no_lora() -> None:
     plan = request(Cluster(1, 2), distill_weight=0.5)
     sizes = SMALL.lora_sizes(plan.config.lora.r)
     found = DistillationPass(plan, PassTraffic(sent=10**9))
-    assert found.cost().sent["weights"] == found.batches * 2 * (10**9 - sum(sizes) // 2)  # all are even: no padding
+    assert found.cost().sent["weights"] == found.batches * (10**9 - 2 * (sum(sizes) // 2))  # all are even: no padding
 
 
 def test_json_holds_what_the_table_shows() -> None:
