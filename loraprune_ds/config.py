@@ -14,7 +14,7 @@ from loraprune_ds.errors import UserError, require
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
-DataFormat = Literal["text", "instruction"]
+DataFormat = Literal["text", "instruction", "chat"]
 Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "none"]
@@ -74,7 +74,7 @@ class DataConfig:
     path: str = "embedded"
     name: str | None = None  # configuration of a `datasets` dataset
     split: str = "train"
-    format: DataFormat = "text"  # text: documents packed to windows. instruction: the loss leaves the prompt out
+    format: DataFormat = "text"  # text: documents packed to windows. Of others the loss takes answers only
     text_field: str = "text"
     prompt_field: str = "instruction"
     input_field: str | None = "input"

@@ -142,7 +142,7 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     if train.distill_weight and config.model.adapter:
         lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:
-        lines.append(f"{left_out:,} instructions have no response within data.window {config.data.window}: left out")
+        lines.append(f"{left_out:,} rows have no answer within data.window {config.data.window}: left out")
     if world_size == 1:
         lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
     return "\n".join(lines)
