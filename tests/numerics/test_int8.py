@@ -79,7 +79,8 @@ def test_so_do_other_settings(ranks: RankPool, job: Job, tmp_path: Path, changes
 
 
 def test_a_refit_is_quantised_by_the_owner_of_the_layer(ranks: RankPool, job: Job, meant: Path) -> None:
-    refit = replace(job, prune=job.prune | {"compensate": "least_squares"})
+    everywhere = {"protected_first": 0, "protected_last": 0, "warmup_fraction": 0.5, "compensate_steps": 4}
+    refit = replace(job, prune=job.prune | everywhere | {"compensate": "least_squares"})
     found, dense = (ranks.run(3, int8.refit_once, x)[0] for x in (refit, replace(refit, folder=meant, frozen=None)))
     expected = int8.requantised(dense, torch.bfloat16)
     assert found.keys() == expected.keys()
