@@ -7,10 +7,12 @@ import dataclasses
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.units import Amount, read_amount
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
@@ -31,6 +33,7 @@ LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
 Count = Annotated[int, Field(ge=1)]
 CountOr0 = Annotated[int, Field(ge=0)]
 Window = Annotated[int, Field(ge=2)]
+Size = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -45,11 +48,6 @@ class ModelConfig:
     frozen: Frozen | None = None  # int8: the linears of the decoder layers, with scales (model/frozen.py). None: dtype
     attn_implementation: str = "sdpa"
     adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
-
-    @property
-    def held_as(self) -> str:
-        """Returns the dtype of the frozen weights in words."""
-        return self.dtype if self.frozen is None else f"{self.dtype} with {self.frozen} linears"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -89,7 +87,13 @@ class DataConfig:
 class PruneConfig:
     """Says what to cut, when, and by which score. Names are the LoRAPrune paper's where it has one."""
 
-    ratio: Part = 0.5  # of all decoder-layer linear parameters, cut at the end
+    ratio: Part | None = 0.5  # of all decoder-layer linear parameters, cut at the end. None: `target` decides
+    target: Size | None = None  # instead: parameters of the whole model (4.5B) or memory of a server (24GiB)
+    target_context: Count = 4096  # memory: tokens of a sequence in the server's KV cache
+    target_batch: Count = 1  # memory: sequences in the KV cache at once
+    target_weight_bits: Positive = 16.0  # memory: bits per parameter of the linears, scales included
+    target_embedding_bits: Positive = 16.0  # memory: of embedding, head, norms and biases
+    target_kv_bits: Positive = 16.0  # memory: of a value in the KV cache
     head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
@@ -112,7 +116,27 @@ class PruneConfig:
     compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
     compensate_ridge: Positive = 0.05  # least_squares: added to the diagonal, as a fraction of the mean squared input
 
+    @model_validator(mode="before")
+    @classmethod
+    def _target_replaces_default(cls, given: Any) -> Any:
+        """Leaves the ratio out where only a target is given."""
+        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
+        if values.get("target") is None or "ratio" in values:
+            return given
+        return ArgsKwargs((), values | {"ratio": None})
+
     def __post_init__(self) -> None:
+        require(
+            (self.ratio is None) != (self.target is None),
+            "give exactly one of prune.ratio and prune.target; null takes one away",
+        )
+        sizes_memory = self.target_amount is not None and self.target_amount.unit == "bytes"
+        for name in ("context", "batch", "weight_bits", "embedding_bits", "kv_bits"):
+            _check_effect(self, f"prune.target_{name}", sizes_memory, "a prune.target in bytes, such as 24GiB")
+        require(
+            not (self.joint_budget and sizes_memory),
+            "prune.joint_budget and a prune.target in bytes exclude each other: the KV cache follows from the scores",
+        )
         require(
             self.warmup_fraction + self.cooldown_fraction < 1,
             "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
@@ -130,6 +154,11 @@ class PruneConfig:
         _check_effect(self, "prune.compensate_decay", compensates, "prune.compensate")
         _check_effect(self, "prune.compensate_ridge", solves, "prune.compensate: least_squares")
         _check_effect(self, "prune.gradient_every", self.criterion == "gradient", "prune.criterion: gradient")
+
+    @property
+    def target_amount(self) -> Amount | None:
+        """Returns what `target` says. None if there is none."""
+        return None if self.target is None else read_amount(self.target, "prune.target")
 
     @property
     def normalization(self) -> Normalization:

@@ -1,22 +1,27 @@
 """Shows a plan as JSON and as a table for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from loraprune_ds.model.dtypes import held_as
 from loraprune_ds.plan.advice import Suggestion
 from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.costs import StepCost
 from loraprune_ds.plan.plan import Plan
 from loraprune_ds.plan.request import ASSUMED_STEPS, Request
+from loraprune_ds.plan.serving import Serving
 from loraprune_ds.plan.traffic import step_kinds
+from loraprune_ds.pruning.target import describe_target
 
 COMMUNICATION_BOUND = 2.0  # times the arithmetic
 SECONDS = ("compute", "communication", "host_copies")
 OPTIONAL = ("weight_gradients", "input_moments")  # traffic of settings that are off in most runs
 
 
-def plan_json(plan: Plan, suggested: list[Suggestion], other: Plan | None = None) -> dict[str, Any]:
+def plan_json(
+    plan: Plan, suggested: list[Suggestion], served: Sequence[Serving] = (), other: Plan | None = None
+) -> dict[str, Any]:
     """Returns bytes, seconds and counts. `parameters` and `fits` come first.
 
     Args:
@@ -54,6 +59,9 @@ def plan_json(plan: Plan, suggested: list[Suggestion], other: Plan | None = None
             "at_once": request.config.checkpoint.keep_last + 1,
         },
         "teacher": {"disk_bytes": plan.teacher_bytes, "seconds": _seconds(plan.teacher)},
+        "ratio": request.schedule.ratio,
+        "target": describe_target(request.config.prune, request.shape, request.shape_at(request.schedule.ratio)),
+        "serving": [asdict(serving) for serving in served],
         "suggestions": [asdict(suggestion) for suggestion in suggested],
         "other_form": None if other is None else _brief(other),
         "notes": notes(plan),
@@ -103,8 +111,9 @@ def plan_table(plan: Plan, suggested: list[Suggestion], other: Plan | None = Non
     after = request.shape_at(request.schedule.ratio)
     lines = [
         f"{request.model}: {request.shape.total_numel():,} parameters, {after.total_numel():,} after the last cut",
+        *_target_row(request),
         f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, "
-        f"{request.config.model.held_as}, micro-batch {train.micro_batch_size} x {request.config.data.window} tokens, "
+        f"{held_as(request.config.model)}, micro-batch {train.micro_batch_size} x {request.config.data.window} tokens, "
         f"activation checkpointing {'on' if train.gradient_checkpointing else 'off'}",
         "",
         *_memory_rows(plan),
@@ -113,7 +122,7 @@ def plan_table(plan: Plan, suggested: list[Suggestion], other: Plan | None = Non
         *_run_rows(plan),
         "",
         verdict(plan),
-        *([] if other is None else [f"with {other.request.config.model.held_as}: {verdict(other)}"]),
+        *([] if other is None else [f"with {held_as(other.request.config.model)}: {verdict(other)}"]),
         *(f"note: {note}" for note in notes(plan)),
     ]
     if suggested:
@@ -123,12 +132,21 @@ def plan_table(plan: Plan, suggested: list[Suggestion], other: Plan | None = Non
 
 def _brief(plan: Plan) -> dict[str, Any]:
     return {
-        "held_as": plan.request.config.model.held_as,
+        "held_as": held_as(plan.request.config.model),
         "fits": plan.fits,
         "world_size": plan.request.world_size,
         "device_bytes": plan.device_bytes,
         "host_bytes_per_node": plan.host_bytes,
     }
+
+
+def _target_row(request: Request) -> list[str]:
+    """Says which ratio a target became."""
+    prune, ratio = request.config.prune, request.schedule.ratio
+    found, amount = describe_target(prune, request.shape, request.shape_at(ratio)), prune.target_amount
+    if found is None or amount is None:
+        return []
+    return [f"prune.target {prune.target}: {amount.format(found['reached'])} reached by prune.ratio {ratio:.4f}"]
 
 
 def _seconds(cost: StepCost) -> dict[str, float]:

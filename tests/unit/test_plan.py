@@ -494,7 +494,7 @@ def test_int8_weights_take_a_byte_and_a_scale_per_32() -> None:
     training = plans[1].stages[1].phases["training"]
     assert training["dequantised_linear"] == 2 * SMALL.hidden_size * 1376
     assert "with bfloat16: small fits" in plan_table(plans[1], [], plans[0])
-    assert plan_json(plans[0], [], plans[1])["other_form"]["held_as"] == "bfloat16 with int8 linears"
+    assert plan_json(plans[0], [], other=plans[1])["other_form"]["held_as"] == "bfloat16 with int8 linears"
 
 
 def test_of_int8_weights_only_edges_of_scales_are_sent_to_score() -> None:
