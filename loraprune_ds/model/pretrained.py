@@ -175,6 +175,8 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
     for name, (_, _, path) in headers.items():
         if name not in expected and not name.endswith(IGNORED):
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
+    if shape.int8:  # which transformers need not know
+        config = {key: value for key, value in config.items() if key not in STORED_INT8}
     return PretrainedModel(folder, config, shape, files, stored)
 
 
