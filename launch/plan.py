@@ -66,7 +66,12 @@ def main() -> int:
 
 def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
     silence_libraries()
-    from loraprune_ds.plan.advice import MOST_NODES, search, suggestions  # seconds of imports, after good arguments
+    from loraprune_ds.plan.advice import (
+        MOST_NODES,
+        other_form,
+        search,
+        suggestions,
+    )  # seconds of imports, after good arguments
     from loraprune_ds.plan.plan import make_plan
     from loraprune_ds.plan.printout import plan_json, plan_table, verdict
     from loraprune_ds.plan.request import make_request
@@ -79,16 +84,19 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
         overrides=arguments.set,
         samples=arguments.samples,
     )
+    reason, other = "", None
     if arguments.smallest:
-        found, reason = search(request, cluster, getattr(arguments, "nodes", MOST_NODES))
+        nodes = getattr(arguments, "nodes", MOST_NODES)
+        found, reason = search(request, cluster, nodes)
+        other, _ = search(other_form(request), cluster, nodes)
     else:
-        found, reason = make_plan(request), ""
+        found = make_plan(request)
     suggested = [] if found.fits else suggestions(found)
     served = [] if arguments.server_memory is None else servings(found.request, arguments.server_memory)
     if arguments.json:
-        print(json.dumps(plan_json(found, suggested, served), indent=2, allow_nan=False))
+        print(json.dumps(plan_json(found, suggested, served, other), indent=2, allow_nan=False))
     else:
-        print("\n".join([plan_table(found, suggested), *serving_rows(served)]))
+        print("\n".join([plan_table(found, suggested, other), *serving_rows(served)]))
     if not found.fits:
         tell(UserError(reason or verdict(found)))
         return DOES_NOT_FIT_EXIT_CODE

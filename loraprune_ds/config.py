@@ -15,6 +15,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.units import Amount, read_amount
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Frozen = Literal["int8"]
 DataFormat = Literal["text", "instruction", "chat"]
 Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
@@ -45,6 +46,7 @@ class ModelConfig:
     path: str = "embedded"
     revision: str | None = None
     dtype: Dtype = "bfloat16"
+    frozen: Frozen | None = None  # int8: the linears of the decoder layers, with scales (model/frozen.py). None: dtype
     attn_implementation: str = "sdpa"
     adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
 

@@ -77,7 +77,7 @@ class PlainModel:
         for linear_id in linear_ids:
             module = lora_linear(self.layers[linear_id.layer], linear_id.linear)
             base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-            whole = CollectedLinear(base.weight, base.bias, a.float(), b.float(), module.scaling[ADAPTER])
+            whole = CollectedLinear({"weight": base.weight}, base.bias, a.float(), b.float(), module.scaling[ADAPTER])
             getattr(base, what).copy_(compute(linear_id, whole))
 
     @torch.no_grad()

@@ -17,13 +17,14 @@ from loraprune_ds.config import (
     Criterion,
     DataConfig,
     Dtype,
+    Frozen,
     LoraConfig,
     ModelConfig,
     PruneConfig,
     RunConfig,
     TrainConfig,
 )
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.activations import logits, saved_by_layer
@@ -33,7 +34,16 @@ from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import Stage, cut_stage, training_stage
-from loraprune_ds.plan.traffic import Passes, StepKind, layer_cuts, moved_bytes, score_count, step_sent
+from loraprune_ds.plan.traffic import (
+    Passes,
+    StepKind,
+    layer_cuts,
+    moved_bytes,
+    scales_sent,
+    score_count,
+    scoring_sent,
+    step_sent,
+)
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
@@ -51,6 +61,7 @@ class Case:
     folder: Path
     deepspeed: str = "ds_configs/zero3.json"
     dtype: Dtype = "bfloat16"
+    frozen: Frozen | None = None
     window: int = 16
     micro_batch_size: int = 1
     checkpointing: bool = False
@@ -63,7 +74,7 @@ class Case:
         config = RunConfig(
             output_dir="unused",
             deepspeed=self.deepspeed,
-            model=ModelConfig(path=str(self.folder), dtype=self.dtype),
+            model=ModelConfig(path=str(self.folder), dtype=self.dtype, frozen=self.frozen),
             lora=LoraConfig(lora_dropout=self.dropout),
             data=DataConfig(window=self.window),
             prune=PruneConfig(
@@ -99,7 +110,7 @@ class InOrder:
 def build(request: Request) -> Trainer:
     """Builds the package's trainer on random tokens."""
     config = request.config
-    pretrained = open_pretrained(Path(config.model.path))
+    pretrained = open_for_pruning(Path(config.model.path), config)
     engine = build_training_engine(config, pretrained, request.ds_config, STEPS)
     pruner = Pruner(engine.model, config.prune, request.schedule, request.limits, config.seed)
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +163,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     with Peak() as loading:
         trainer = build(request)
         gc.collect()
-    network = Network(request.source, request.shape, request.config.lora.r)
+    network = Network(request.source, request.shape, request.config.lora.r, request.element_size)
     fetcher = Fetcher(request.fetch_limits, world_size)
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
@@ -169,9 +180,9 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         if record is None:
             continue
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
-        cuts = [layer_cuts(before, i, k, request.config.lora.r) for i, k in enumerate(keep)]
+        cuts = [layer_cuts(before, i, k, request.config.lora.r, request.element_size) for i, k in enumerate(keep)]
         cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != trainer.model.shape.layers[i]]
-        moved = sum(int(moved_bytes(c, world_size, request.element_size)[rank]) for c in cut_layers)
+        moved = sum(int(moved_bytes(c, world_size)[rank]) for c in cut_layers)
         planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
         planned += quality.refit_sent(request, before, trainer.model.shape, rank)
         network.resize(trainer.model.shape)
@@ -222,8 +233,11 @@ def _measured_step(
     planned = step_sent(request, passes, StepKind(scores, scores))
     if scores:
         planned["input_moments"] = quality.measuring_sent(request, shape, rank)
-    groups = score_count(request, shape)
-    not_gathered = planned["weight_gradients"] + planned["input_moments"] + 8 * groups * (scores and world_size > 1)
+        planned["scoring"] = scoring_sent(request, shape, rank)
+    not_gathered = planned["weight_gradients"] + planned["input_moments"]
+    if scores and world_size > 1:
+        not_gathered += 8 * score_count(request, shape)
+        not_gathered += 0 if request.config.prune.criterion == "fisher" else scales_sent(request, shape, rank)
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
     stage = training_stage("", request, passes, scores=scores)
     return {
@@ -248,7 +262,7 @@ def _measured_step(
 
 def planned_peak(stage: Stage, traffic: PassTraffic, request: Request) -> int:
     """Returns the peak of a step, without evaluation and export. On CPU ranks gloo copies what it gathers."""
-    copied = traffic.largest_gather * request.element_size if request.cluster.world_size > 1 else 0
+    copied = traffic.largest_gather if request.cluster.world_size > 1 else 0
     moments = {
         name: sum(terms.values()) + (copied if name == "training" else 0) for name, terms in stage.phases.items()
     }

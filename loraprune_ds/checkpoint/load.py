@@ -50,7 +50,7 @@ class TrainingCheckpoint:
         Raises:
             UserError: as `open_for_pruning`.
         """
-        pretrained = open_for_pruning(self.shape_folder(), config.prune)
+        pretrained = open_for_pruning(self.shape_folder(), config)
         if not self.state.shape.is_source:
             return pretrained
         return cut_to(pretrained, keep_from_lists(self.state.kept, pretrained.shape.kinds), config.model.dtype)

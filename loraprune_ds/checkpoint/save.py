@@ -18,6 +18,7 @@ from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, rea
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
+from loraprune_ds.model.pretrained import STORED_INT8
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.whole import remove, remove_leftovers
@@ -29,14 +30,15 @@ from loraprune_ds.zero.write import frozen_tensors, write_model
 
 
 def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str, Any], dtype: Dtype) -> ShapeSource:
-    """Publishes the frozen weights as `shape-{cuts}`. Collective.
+    """Publishes the frozen weights as `shape-{cuts}`, in the form in which they are held. Collective.
 
     Raises:
         RunError: a rank cannot write. Nothing is published and nothing older is lost.
     """
     with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
         if model.rank == 0:
-            staging.write("config.json", lambda path: path.write_text(json.dumps(config_json, indent=2)))
+            stored = config_json | (STORED_INT8 if model.shape.int8 else {})
+            staging.write("config.json", lambda path: path.write_text(json.dumps(stored, indent=2)))
         staging.seal(write_model(model, staging.folder, dtype, frozen_tensors))
         fail_point("save.shape_written")
         staging.publish()

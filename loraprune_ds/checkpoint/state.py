@@ -9,7 +9,8 @@ from loraprune_ds.errors import UserError
 
 # 1: the frozen weights after a cut were always a folder of their own.
 # 2: input moments were means, not sums with the number of their tokens.
-FORMAT = 3
+# 3: frozen weights were never int8.
+FORMAT = 4
 STATE_FILE = "state.json"
 
 

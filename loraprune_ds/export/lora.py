@@ -99,9 +99,9 @@ def _read_weight_file(pretrained: PretrainedModel, k: int, dtype: torch.dtype) -
     is_layer = k < len(pretrained.shape.layers)
     prefix = f"model.layers.{k}."
     tensors = {}
-    for name, size in pretrained.shape.parameters().items():
+    for name in pretrained.shape.parameters():
         if name.startswith(prefix) if is_layer else not name.startswith("model.layers."):
-            tensors[name] = pretrained.read_flat(name, 0, torch.Size(size).numel(), dtype).view(size)
+            tensors[name] = pretrained.read_whole(name, dtype)
     return tensors
 
 

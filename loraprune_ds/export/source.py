@@ -46,7 +46,7 @@ class UnmergedModel:
     def __init__(self, checkpoint: TrainingCheckpoint) -> None:
         self.checkpoint = checkpoint
         self.config = saved_config(checkpoint.state.config)
-        self.dense = open_for_pruning(locate_model(self.config.model), self.config.prune)
+        self.dense = open_for_pruning(locate_model(self.config.model), self.config)
         self.base = checkpoint.frozen_weights(self.config)
         # The family is the dense model's, even where the smaller one had to be described as another.
         self.shape = self.dense.shape.with_layers(self.base.shape.layers)

@@ -63,7 +63,11 @@ def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> Non
     require(not _is_compiled(model), "a model that torch.compile has taken keeps the sizes from before a cut")
     base = cast(Any, model.get_base_model())
     quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)
-    require(not quantised, "a quantised base has no flat shards to cut; load it in bfloat16, float16 or float32")
+    require(
+        not quantised,
+        "a quantised base has no flat shards to cut; load it in bfloat16, float16 or float32. "
+        "Only launch/run.py holds int8 weights (model.frozen)",
+    )
     require(ADAPTER in model.peft_config, f"the adapter that trains must be called {ADAPTER!r}, PEFT's own name")
     for name, peft_config in model.peft_config.items():
         bias = getattr(peft_config, "bias", "none")

@@ -44,7 +44,10 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         bias="none",
         task_type="CAUSAL_LM",
     )
-    return cast(PeftModel, get_peft_model(model, peft_config, autocast_adapter_dtype=False))
+    wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+    for parameter in (p for p in wrapped.parameters() if p.requires_grad):
+        parameter.data = parameter.data.to(model.dtype)  # beside an int8 weight PEFT leaves it in fp32
+    return cast(PeftModel, wrapped)
 
 
 def gathered_whole(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:

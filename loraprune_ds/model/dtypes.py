@@ -6,9 +6,14 @@ from typing import get_args
 
 import torch
 
-from loraprune_ds.config import Dtype
+from loraprune_ds.config import Dtype, ModelConfig
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
+
+
+def held_as(model: ModelConfig) -> str:
+    """Returns the dtype of the frozen weights in words."""
+    return model.dtype if model.frozen is None else f"{model.dtype} with {model.frozen} linears"
 
 
 @contextmanager

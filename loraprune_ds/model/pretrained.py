@@ -1,8 +1,10 @@
 """A pretrained model on disk, checked by its headers and read in parts. So nobody holds a whole model."""
 
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,20 +12,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.read_shape import shape_from_config, with_biases
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config, text_tensors
 
 WEIGHT_FILES = "model-*-of-*.safetensors"
-READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the shard itself
 HEAD = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq", HEAD)  # the first is computed anew. A tied head is the embedding
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names. An 8-bit weight means nothing without its scales
+INTEGER_TYPES = ("I8",)
+# In the config.json of a checkpoint's frozen weights that are held, and written, as int8 with scales.
+STORED_INT8 = {"quantization_config": {"quant_method": "loraprune_ds_int8", "block": BLOCK}}
 
 
 class Slice(NamedTuple):
@@ -85,6 +90,49 @@ class PretrainedModel:
                 shard[low - start : high - start] = values[low - origin : high - origin].to(dtype)
         return shard
 
+    def read_held(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """As `read_flat`, but of a tensor that the ranks hold (`ModelShape.held`).
+
+        Args:
+            dtype: the model's. int8 weights are int8 all the same.
+
+        Raises:
+            UserError: a weight has an inf or NaN, which int8 cannot hold.
+        """
+        path, _, tensor = name.rpartition(".")
+        weight = f"{path}.{WEIGHT}"
+        if weight not in self._int8 or tensor not in Int8.tensors:
+            return self.read_flat(name, start, end, dtype)
+        if f"{path}.{SCALE}" in self.files:
+            return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
+        form, shape = self._int8[weight]
+        try:
+            return form.read(tensor, shape, start, end, partial(self.read_flat, weight, dtype=torch.float32), dtype)
+        except NotFinite:
+            raise UserError(f"{self.files[weight]}: {weight} has an inf or NaN, which int8 cannot hold") from None
+
+    def read_whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Returns a whole tensor of `ModelShape.parameters`, as the model computes with it."""
+        shape = self.shape.parameters()[name]
+        if name not in self._int8:
+            return self.read_flat(name, 0, math.prod(shape), dtype).view(shape)
+        form, matrix = self._int8[name]
+        held = {tensor: (name.removesuffix(WEIGHT) + tensor, x.shape) for tensor, x in form.held(matrix, 1).items()}
+        return form.join(
+            {t: self.read_held(full, 0, math.prod(size), dtype).view(size) for t, (full, size) in held.items()}
+        )
+
+    @cached_property
+    def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
+        """The weights that are held as int8, by name."""
+        shape = self.shape
+        return {
+            f"model.layers.{i}.{linear.name}.{WEIGHT}": (form, shape.linear_shape(i, linear))
+            for i in range(len(shape.layers))
+            for linear in shape.linears
+            if isinstance(form := shape.form(linear), Int8)
+        }
+
 
 def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
     """Splits ascending rows into blocks that span less than `span`. Yields each with the position of its first row."""
@@ -95,8 +143,11 @@ def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
         at = end
 
 
-def open_pretrained(folder: Path) -> PretrainedModel:
+def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
     """Reads config.json and the headers of all weight files, but no weight. Of a multimodal model only the text part.
+
+    Args:
+        int8: accept the frozen weights of a checkpoint that are stored as they are held, with scales.
 
     Raises:
         UserError: the model is not supported. A file is missing, surplus or damaged. A tensor is missing, surplus or
@@ -105,36 +156,42 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     where = str(folder)
     given = read_json(folder / "config.json")
     config = text_config(given, where)
-    shape = shape_from_config(config, where)
+    shape = replace(shape_from_config(config, where), int8=int8 and given.items() >= STORED_INT8.items())
     headers = _read_headers(folder)
     stored = text_tensors(headers, where) if config is not given else {name: name for name in headers}
     headers = {name: headers[in_file] for name, in_file in stored.items()}
     if config is not given and HEAD in headers and shape.tie_word_embeddings:
         config = config | {"tie_word_embeddings": False}  # as transformers, which then does not tie the two
         shape = shape_from_config(config, where)
-    files, shapes = {}, shape.parameters()
-    for name, expected in shapes.items():
+    files, expected = {}, shape.held(None, 2)
+    for name, held in expected.items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
         found, dtype, files[name] = headers[name]
-        if found != expected:
-            raise UserError(f"{files[name]}: {name} has shape {list(found)}; config.json says {list(expected)}")
-        if dtype not in FLOAT_TYPES:
+        if found != held.shape:
+            raise UserError(f"{files[name]}: {name} has shape {list(found)}; config.json says {list(held.shape)}")
+        if dtype not in (FLOAT_TYPES if held.element_size > 1 else INTEGER_TYPES):
             raise UserError(f"{files[name]}: {name} is stored as {dtype}; quantized weights cannot be pruned")
     for name, (_, _, path) in headers.items():
-        if name not in shapes and not name.endswith(IGNORED):
+        if name not in expected and not name.endswith(IGNORED):
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
+    if shape.int8:  # which transformers need not know
+        config = {key: value for key, value in config.items() if key not in STORED_INT8}
     return PretrainedModel(folder, config, shape, files, stored)
 
 
-def open_for_pruning(folder: Path, config: PruneConfig) -> PretrainedModel:
-    """Opens the model of a run as `open_pretrained`. Adds biases if they are to make up for cuts.
+def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
+    """Opens the model of a run as `open_pretrained`, to be held as `model.frozen` says.
+
+    Adds biases if they are to make up for cuts.
 
     Raises:
         UserError: as `open_pretrained`, or its linears cannot have biases.
     """
-    pretrained = open_pretrained(folder)
-    return _with_biases(pretrained) if config.compensate == "bias" else pretrained
+    int8 = config.model.frozen == "int8"
+    pretrained = open_pretrained(folder, int8=int8)
+    held = replace(pretrained, shape=replace(pretrained.shape, int8=int8))
+    return _with_biases(held) if config.prune.compensate == "bias" else held
 
 
 def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
@@ -163,7 +220,8 @@ def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -
         for i, layer_keep in enumerate(keep)
         for name, axis, kept in dense.layer_cuts(i, layer_keep)
     }
-    return replace(pretrained, config=config, shape=shape_from_config(config, str(pretrained.folder)), slices=slices)
+    shape = replace(shape_from_config(config, str(pretrained.folder)), int8=dense.int8)
+    return replace(pretrained, config=config, shape=shape, slices=slices)
 
 
 def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES, Family, Kind, Linear, Part, Width, family_name
+from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 
 
@@ -20,6 +21,7 @@ class ModelShape:
         biases: names of the linears that have a bias, the same in every layer.
         layer_others: names inside a decoder layer and shapes of what no cut makes smaller, such as norms.
         ends: full names and shapes of the parameters outside the layers: embedding, final norm, untied head.
+        int8: the weights of the linears are held as int8 with scales (frozen.py). In files they may be as they are.
     """
 
     model_type: str
@@ -32,6 +34,7 @@ class ModelShape:
     biases: frozenset[str] = frozenset()
     layer_others: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]], hash=False)
     ends: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]], hash=False)
+    int8: bool = False
 
     @property
     def family(self) -> Family:
@@ -87,6 +90,10 @@ class ModelShape:
         width = sum(self.part_sizes(layer, linear.parts))
         return (width, self.hidden_size) if linear.axis == 0 else (self.hidden_size, width)
 
+    def form(self, linear: Linear) -> Form:
+        """Returns the form in which a rank holds the weight of this linear."""
+        return Int8(linear.axis) if self.int8 else DENSE
+
     def has_bias(self, linear: Linear) -> bool:
         """Tells if this linear has one, in every layer."""
         return linear.name in self.biases
@@ -110,6 +117,12 @@ class ModelShape:
     def linear_numel(self) -> int:
         """Counts the linear parameters of all decoder layers."""
         return sum(self.layer_numel(i) for i in range(len(self.layers)))
+
+    def linear_bytes(self, element_size: int) -> int:
+        """Counts the bytes that hold the linear parameters of all decoder layers, without biases."""
+        linears = ((self.form(x), self.linear_shape(i, x)) for i in range(len(self.layers)) for x in self.linears)
+        held = (tensor for form, shape in linears for tensor in form.held(shape, element_size).values())
+        return sum(tensor.element_size * math.prod(tensor.shape) for tensor in held)
 
     def total_numel(self) -> int:
         """Counts all parameters, each once."""
@@ -136,6 +149,24 @@ class ModelShape:
             shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)),)
         return shapes | {f"{prefix}{name}": size for name, size in self.layer_others.items()}
 
+    def held(self, layer: int | None, element_size: int) -> dict[str, Held]:
+        """Returns what ZeRO-3 shards of the frozen parameters of one layer, or of all, by name.
+
+        Args:
+            element_size: of the model's dtype.
+        """
+        layers = range(len(self.layers)) if layer is None else [layer]
+        forms = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.form(x) for i in layers for x in self.linears}
+        held: dict[str, Held] = {}
+        for name, shape in (self.parameters() if layer is None else self.layer_parameters(layer)).items():
+            if form := forms.get(name):
+                rows, columns = shape
+                tensors = form.held((rows, columns), element_size)
+                held |= {f"{name.removesuffix(WEIGHT)}{tensor}": value for tensor, value in tensors.items()}
+            else:
+                held[name] = Held(shape, element_size)
+        return held
+
     def cut_kinds(self, layer: int, keep: LayerKeep) -> list[Kind]:
         """Returns the kinds of which the layer loses groups."""
         return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer][kind]]
@@ -157,7 +188,8 @@ class ModelShape:
             if linear.parts not in indices:
                 indices[linear.parts] = self.kept_indices(layer, linear.parts, keep)
             kept = indices[linear.parts]
-            yield f"{linear.name}.weight", linear.axis, kept
+            for tensor in self.form(linear).tensors:
+                yield f"{linear.name}.{tensor}", linear.axis, kept
             if linear.axis == 0 and self.has_bias(linear):
                 yield f"{linear.name}.bias", 0, kept
         for companion in self.family.companions:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.classes import build_on_meta, refused_in_one_line
 from loraprune_ds.model.distillation import Distillation, Recording, distilled_losses, record, rows_at_once
+from loraprune_ds.model.int8_linear import hold_frozen
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.pretrained import PretrainedModel
 
@@ -189,4 +190,6 @@ def build_for_losses(
     """
     used = attn_implementation(attention, pretrained.shape.family)
     with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
-        return with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)
+        model = with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)
+    hold_frozen(model, pretrained.shape)
+    return model

@@ -46,7 +46,7 @@ def smallest_plan(request: Request, largest: Cluster, most_nodes: int = MOST_NOD
     It tries the GPUs of one node like that of `largest`, then whole nodes.
     """
     for candidate in _splittable(request, _clusters(largest, most_nodes)):
-        if candidate.shape.total_numel() * candidate.element_size <= _room(candidate):
+        if candidate.held_shards(candidate.shape.held(None, candidate.element_size).values()) <= _room(candidate):
             plan = make_plan(candidate)
             if plan.fits:
                 return plan
@@ -65,6 +65,11 @@ def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, s
     )
 
 
+def other_form(request: Request) -> Request:
+    """Returns the same run with int8 weights, or without if it has them."""
+    return changed(request, model={"frozen": None if request.shape.int8 else "int8"})
+
+
 def _splittable(request: Request, clusters: Iterable[Cluster]) -> Iterator[Request]:
     for cluster in clusters:
         try:
@@ -74,9 +79,9 @@ def _splittable(request: Request, clusters: Iterable[Cluster]) -> Iterator[Reque
 
 
 def _room(request: Request) -> float:
-    """Returns the bytes there are for the weights, wherever they lie."""
+    """Returns the bytes there are for a rank's weights, wherever they lie."""
     cluster = request.cluster
-    return cluster.host_bytes * cluster.nodes if request.offloads("param") else cluster.gpu_bytes * cluster.world_size
+    return cluster.host_bytes / cluster.gpus_per_node if request.offloads("param") else cluster.gpu_bytes
 
 
 def _clusters(cluster: Cluster, most_nodes: int) -> Iterator[Cluster]:
@@ -94,6 +99,8 @@ def _changes(request: Request) -> Iterator[tuple[str, str, str, dict[str, Any]]]
     if not train.gradient_checkpointing:
         setting = "--set train.gradient_checkpointing=true"
         yield "activation checkpointing", setting, "train", {"gradient_checkpointing": True}
+    if request.config.model.frozen is None:
+        yield "int8 weights", "--set model.frozen=int8", "model", {"frozen": "int8"}
     layer = max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
     if request.fetch_limits.max_live > layer:
         live = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}

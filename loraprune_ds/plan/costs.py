@@ -64,7 +64,7 @@ def step_cost(request: Request, passes: Passes, kind: StepKind) -> StepCost:
     if kind.measures:
         operations += quality.measuring_flops(request, shape) * tokens
     sent = step_sent(request, passes, kind)
-    shards = passes.training.sent / max(1, request.world_size - 1) * request.element_size
+    shards = passes.training.sent / max(1, request.world_size - 1)
     copied = shards * request.micro_batches if request.offloads("param") else 0
     return StepCost(
         sent,
@@ -95,7 +95,7 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> tuple[i
     A refit adds its solving. Under offload the weights go to the GPU and back.
     """
     cluster, sent = request.cluster, cut_sent(request, before, after)
-    copied = 2 * before.linear_numel() * request.element_size / cluster.world_size if request.offloads("param") else 0
+    copied = 2 * before.linear_bytes(request.element_size) / cluster.world_size if request.offloads("param") else 0
     solving = quality.refit_flops(request, before, after) / (cluster.flops64 * 1e12)
     receiving = cluster.seconds_to_receive(sent, same_for_all=False)
     return sent, receiving + copied / (cluster.host_bandwidth * 1e9) + solving

@@ -47,8 +47,7 @@ class DistillationPass:
         request, shape, cluster = self.request, self.request.shape, self.request.cluster
         most = request.fetch_limits.persistence_threshold  # elements that are never gathered
         lora = request.shards(n for n in shape.lora_sizes(request.config.lora.r) if n > most)
-        shards = self.evaluation.sent - (request.world_size - 1) * lora
-        sent = self.batches * shards * request.element_size
+        sent = self.batches * (self.evaluation.sent - (request.world_size - 1) * lora * request.element_size)
         head = 0 if request.config.train.distill_top_k is None else 2 * shape.vocab_size * shape.hidden_size
         per_token = 2 * shape.linear_numel() + 2 * attention_product(request, shape) + head
         copied = sent / max(1, request.world_size - 1)

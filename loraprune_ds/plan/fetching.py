@@ -17,12 +17,12 @@ from loraprune_ds.zero.flat import partition_numel
 
 @dataclass
 class PassTraffic:
-    """Holds the elements that one pass gathered.
+    """Holds the bytes that one pass gathered.
 
     Attributes:
         sent: own shards, once for each other rank.
         peak_live: most at once beyond the shards, in gathered parameters and buffers.
-        largest_gather: of one collective, with padding.
+        largest_gather: of one collective, with padding. What is gathered at once takes a collective for each dtype.
     """
 
     sent: int = 0
@@ -51,7 +51,7 @@ class Fetcher:
         self._record: list[Module] = []
         self._released: dict[tuple[Module, int], set[Parameter]] = {}
         self._in_flight: dict[Parameter, _Gather] = {}
-        self._here: dict[Parameter, int] = {}  # elements held for it, apart from the buffer of several
+        self._here: dict[Parameter, int] = {}  # bytes held for it, apart from the buffer of several
         self._users: dict[Parameter, set[Module]] = defaultdict(set)
         self._recomputed: dict[Module, set[Parameter]] = defaultdict(set)
         self._open: dict[Module, None] = {}  # in backward, in the order of their beginning
@@ -160,10 +160,12 @@ class Fetcher:
     def _gather(self, parameters: list[Parameter]) -> None:
         if not parameters:
             return
-        shards = self._copies * sum(partition_numel(p.numel, self.world_size) for p in parameters)
-        gather = _Gather(set(parameters), shards * self.world_size)
-        self._traffic.sent += shards * (self.world_size - 1)
-        self._traffic.largest_gather = max(self._traffic.largest_gather, gather.buffer)
+        shards: dict[int, int] = defaultdict(int)  # by bytes of an element
+        for p in parameters:
+            shards[p.element_size] += self._copies * partition_numel(p.numel, self.world_size) * p.element_size
+        gather = _Gather(set(parameters), sum(shards.values()) * self.world_size)
+        self._traffic.sent += sum(shards.values()) * (self.world_size - 1)
+        self._traffic.largest_gather = max(self._traffic.largest_gather, max(shards.values()) * self.world_size)
         self._hold(gather.buffer)
         self._available += sum(p.numel for p in parameters)
         self._in_flight |= dict.fromkeys(parameters, gather)
@@ -181,7 +183,7 @@ class Fetcher:
             self._here[next(iter(gather.waiting))], gather.buffer = gather.buffer, 0
             return
         for parameter in gather.waiting:  # each is copied out of the buffer
-            self._here[parameter] = self._copies * parameter.numel
+            self._here[parameter] = self._copies * parameter.numel * parameter.element_size
             self._hold(self._here[parameter])
 
     def _release(self, parameter: Parameter) -> None:
@@ -189,6 +191,6 @@ class Fetcher:
             self._available -= parameter.numel
             self._hold(-self._here.pop(parameter))
 
-    def _hold(self, numel: int) -> None:
-        self._live += numel
+    def _hold(self, count: int) -> None:
+        self._live += count
         self._traffic.peak_live = max(self._traffic.peak_live, self._live)

@@ -18,10 +18,11 @@ def state_terms(
     A shard of n elements has ceil(n / world_size) of them. A LoRA factor also has an fp32 master (in an fp32 run too)
     and an fp32 gradient. Once the optimizer has stepped there are two fp32 moments. The reduce bucket is fp32.
     """
-    frozen = sum(partition_numel(math.prod(s), world_size) for s in shape.parameters().values())
+    held = shape.held(None, element_size).values()
+    frozen = sum(x.element_size * partition_numel(math.prod(x.shape), world_size) for x in held)
     lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
     return {
-        "weights": frozen * element_size,
+        "weights": frozen,
         "lora": lora * element_size,
         "lora_masters": lora * 4,
         "lora_moments": lora * 8 if stepped else 0,
@@ -72,7 +73,8 @@ def checkpoint_terms(request: Request, after_first_cut: ModelShape) -> Terms:
         "scores": 8 * sum(sum(layer.values()) for layer in shape.layers),
     }
     if copies or prune.compensate != "none":
-        terms["weights"] = request.element_size * (shape if copies else after_first_cut).total_numel()
+        held = (shape if copies else after_first_cut).held(None, request.element_size).values()
+        terms["weights"] = sum(x.element_size * math.prod(x.shape) for x in held)
     if prune.compensate != "none":
         terms["input_moments"] = sum(quality.moments_by_rank(request, shape))
     return terms
@@ -82,7 +84,8 @@ def _pinned_blocks(request: Request, shape: ModelShape, host: Terms) -> list[int
     """Lists the bytes of each page-locked block, before torch rounds it up to a power of two."""
     blocks = []
     if request.pins("param"):  # frozen shards one by one, LoRA's in a buffer
-        blocks += [request.element_size * request.shards([math.prod(s)]) for s in shape.parameters().values()]
+        held = shape.held(None, request.element_size).values()
+        blocks += [x.element_size * request.shards([math.prod(x.shape)]) for x in held]
         blocks.append(host["lora"])
     if request.pins("optimizer"):
         blocks += 2 * [host["lora_gradients"]]

@@ -18,6 +18,7 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import ADAPTER, add_lora
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.int8_linear import hold_frozen
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import with_token_losses
 
@@ -44,6 +45,7 @@ def build_modules(
     config = export_config(source | per_layer, shape, "bfloat16").config
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     model = with_token_losses(build_on_meta(config, "eager" if eager else FUSED), None)
+    hold_frozen(model, shape)
     model.lm_head = _Head()
     with torch.device("meta"):
         wrapped = add_lora(model, shape, LoraConfig(r=lora_rank, lora_dropout=0.5 if dropout else 0.0), seed=0)

@@ -34,6 +34,7 @@ class Parameter:
 
     name: str
     numel: int
+    element_size: int
 
     @property
     def trainable(self) -> bool:
@@ -63,12 +64,12 @@ class Network:
         parameters: by the names of the weight files. LoRA factors are "{linear}.lora_A" and "{linear}.lora_B".
     """
 
-    def __init__(self, source: dict[str, Any], shape: ModelShape, lora_rank: int) -> None:
-        self.lora_rank = lora_rank
+    def __init__(self, source: dict[str, Any], shape: ModelShape, lora_rank: int, element_size: int) -> None:
+        self.lora_rank, self.element_size = lora_rank, element_size
         self._depth = len(shape.layers)
         self._traced = (json.dumps(source), shape.with_layers(shape.layers[:DEPTH]))
-        sizes = parameter_sizes(shape, lora_rank)
-        self.parameters = {name: Parameter(name, numel) for name, numel in sizes.items()}
+        sizes = parameter_sizes(shape, lora_rank, element_size)
+        self.parameters = {name: Parameter(name, *size) for name, size in sizes.items()}
         self._fetched: dict[str, list[Parameter]] = {}
         for name, parameter in self.parameters.items():
             if not name.startswith(LAYER):
@@ -82,7 +83,7 @@ class Network:
 
     def resize(self, shape: ModelShape) -> None:
         """Takes the sizes after a cut. The parameters stay the same objects, as on the engine."""
-        for name, numel in parameter_sizes(shape, self.lora_rank).items():
+        for name, (numel, _) in parameter_sizes(shape, self.lora_rank, self.element_size).items():
             self.parameters[name].numel = numel
 
     def evaluation_pass(self) -> list[Visit]:
@@ -100,12 +101,12 @@ class Network:
         return self._modules[name]
 
 
-def parameter_sizes(shape: ModelShape, lora_rank: int) -> dict[str, int]:
-    """Counts the elements of every parameter and LoRA factor, by name."""
-    sizes = {name: math.prod(dimensions) for name, dimensions in shape.parameters().items()}
+def parameter_sizes(shape: ModelShape, lora_rank: int, element_size: int) -> dict[str, tuple[int, int]]:
+    """Returns (elements, bytes of one) of every parameter and LoRA factor, by name."""
+    sizes = {name: (math.prod(held.shape), held.element_size) for name, held in shape.held(None, element_size).items()}
     linears = [f"{LAYER}{i}.{linear.name}" for i in range(len(shape.layers)) for linear in shape.linears]
     factors = [f"{linear}.{factor}" for linear in linears for factor in ("lora_A", "lora_B")]
-    return sizes | dict(zip(factors, shape.lora_sizes(lora_rank), strict=True))
+    return sizes | {x: (n, element_size) for x, n in zip(factors, shape.lora_sizes(lora_rank), strict=True)}
 
 
 class _Step(NamedTuple):

@@ -9,8 +9,8 @@ from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.costs import StepCost, Total, all_steps, cut_cost, step_cost
 from loraprune_ds.plan.distillation_pass import DistillationPass
 from loraprune_ds.plan.held import checkpoint_terms, split_state
-from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.stages import Stage, cut_stage, loading_stage, training_stage
+from loraprune_ds.plan.request import Request, changed
+from loraprune_ds.plan.stages import Stage, cut_stage, exported_stage, loading_stage, training_stage
 from loraprune_ds.plan.traffic import HEAVIEST, PLAIN, simulate_passes
 
 MOST_CUTS = 24  # that are planned one by one and shown
@@ -92,6 +92,10 @@ def make_plan(request: Request) -> Plan:
     planned = list(_cuts(request, MOST_CUTS).values())
     dense, final = simulate_passes(request, [request.shape, request.shape_at(request.schedule.ratio)])
     teacher = DistillationPass(request, dense.evaluation)
+    exported = []
+    if request.shape.int8:  # else the exported model needs less than the one that was trained
+        stock = changed(request, model={"frozen": None})
+        exported = [exported_stage(stock, simulate_passes(stock, [stock.shape_at(stock.schedule.ratio)])[0])]
     return Plan(
         request=request,
         stages=[
@@ -100,6 +104,7 @@ def make_plan(request: Request) -> Plan:
             training_stage("dense", request, dense),
             *(cut_stage(f"cut at step {step}", request, before, after) for step, before, after in planned),
             training_stage("after the last cut", request, final, scores=False),
+            *exported,
         ],
         cuts=[_plan_cut(request, *cut) for cut in planned],
         step=step_cost(request, dense, HEAVIEST),

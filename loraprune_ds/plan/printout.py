@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from loraprune_ds.model.dtypes import held_as
 from loraprune_ds.plan.advice import Suggestion
 from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.costs import StepCost
@@ -18,8 +19,14 @@ SECONDS = ("compute", "communication", "host_copies")
 OPTIONAL = ("weight_gradients", "input_moments")  # traffic of settings that are off in most runs
 
 
-def plan_json(plan: Plan, suggested: list[Suggestion], served: Sequence[Serving] = ()) -> dict[str, Any]:
-    """Returns bytes, seconds and counts. `parameters` and `fits` come first."""
+def plan_json(
+    plan: Plan, suggested: list[Suggestion], served: Sequence[Serving] = (), other: Plan | None = None
+) -> dict[str, Any]:
+    """Returns bytes, seconds and counts. `parameters` and `fits` come first.
+
+    Args:
+        other: the same run with or without int8 weights.
+    """
     request = plan.request
     return {
         "model": request.model,
@@ -56,6 +63,7 @@ def plan_json(plan: Plan, suggested: list[Suggestion], served: Sequence[Serving]
         "target": describe_target(request.config.prune, request.shape, request.shape_at(request.schedule.ratio)),
         "serving": [asdict(serving) for serving in served],
         "suggestions": [asdict(suggestion) for suggestion in suggested],
+        "other_form": None if other is None else _brief(other),
         "notes": notes(plan),
         "cluster": asdict(request.cluster),
         "config": request.config.to_dict(),
@@ -97,15 +105,15 @@ def notes(plan: Plan) -> list[str]:
     return lines
 
 
-def plan_table(plan: Plan, suggested: list[Suggestion]) -> str:
-    """Returns the lines of memory, bytes, seconds, verdict."""
+def plan_table(plan: Plan, suggested: list[Suggestion], other: Plan | None = None) -> str:
+    """Returns the lines of memory, bytes, seconds, verdict. `other` as in `plan_json`."""
     request, cluster, train = plan.request, plan.request.cluster, plan.request.config.train
     after = request.shape_at(request.schedule.ratio)
     lines = [
         f"{request.model}: {request.shape.total_numel():,} parameters, {after.total_numel():,} after the last cut",
         *_target_row(request),
-        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, {request.config.model.dtype}, "
-        f"micro-batch {train.micro_batch_size} x {request.config.data.window} tokens, "
+        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, "
+        f"{held_as(request.config.model)}, micro-batch {train.micro_batch_size} x {request.config.data.window} tokens, "
         f"activation checkpointing {'on' if train.gradient_checkpointing else 'off'}",
         "",
         *_memory_rows(plan),
@@ -114,11 +122,22 @@ def plan_table(plan: Plan, suggested: list[Suggestion]) -> str:
         *_run_rows(plan),
         "",
         verdict(plan),
+        *([] if other is None else [f"with {held_as(other.request.config.model)}: {verdict(other)}"]),
         *(f"note: {note}" for note in notes(plan)),
     ]
     if suggested:
         lines += ["", "what to change:", *map(_suggestion_row, suggested)]
     return "\n".join(lines)
+
+
+def _brief(plan: Plan) -> dict[str, Any]:
+    return {
+        "held_as": held_as(plan.request.config.model),
+        "fits": plan.fits,
+        "world_size": plan.request.world_size,
+        "device_bytes": plan.device_bytes,
+        "host_bytes_per_node": plan.host_bytes,
+    }
 
 
 def _target_row(request: Request) -> list[str]:

@@ -3,10 +3,12 @@
 README.md in this folder has the formulas. A setting that is off costs 0.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.family import Linear
+from loraprune_ds.model.frozen import Form, Int8
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.request import Request
@@ -67,7 +69,8 @@ def measuring_flops(request: Request, shape: ModelShape) -> float:
 
 def refit_peak(request: Request, before: ModelShape, after: ModelShape) -> int:
     """Returns the most bytes beside the moments while an owner refits a linear."""
-    return max((_refit_peak(request, m, n, k) for _, _, m, n, k in _refits(request, before, after)), default=0)
+    refits = _refits(request, before, after)
+    return max((_refit_peak(request, before.form(x), m, n, k) for _, x, m, n, k in refits), default=0)
 
 
 def refit_sent(request: Request, before: ModelShape, after: ModelShape, rank: int | None = None) -> int:
@@ -78,9 +81,10 @@ def refit_sent(request: Request, before: ModelShape, after: ModelShape, rank: in
     e, r = request.element_size, request.config.lora.r
     sent = [0] * request.world_size
     for owner, linear, m, n, _ in _refits(request, before, after):
-        weight, bias = request.shards([m * n]), request.shards([m]) if before.has_bias(linear) else 0
-        to_owner = e * (weight + bias) + 4 * request.shards([r * n, r * m])
-        returned = e * (weight if request.config.prune.compensate == "least_squares" else bias)
+        weight = request.held_shards(before.form(linear).held((m, n), e).values())
+        bias = e * request.shards([m]) if before.has_bias(linear) else 0
+        to_owner = weight + bias + 4 * request.shards([r * n, r * m])
+        returned = weight if request.config.prune.compensate == "least_squares" else bias
         sent = [bytes_sent + to_owner for bytes_sent in sent]
         sent[owner] += (request.world_size - 1) * returned - to_owner
     return max(sent) if rank is None else sent[rank]
@@ -165,11 +169,12 @@ def _refits(request: Request, before: ModelShape, after: ModelShape) -> Iterator
                 yield layer_owner(i, request.world_size), linear, outputs, inputs, kept
 
 
-def _refit_peak(request: Request, m: int, n: int, k: int) -> int:
+def _refit_peak(request: Request, form: Form, m: int, n: int, k: int) -> int:
     """Returns the most bytes for one linear with m outputs, of whose n inputs k stay."""
     e = request.element_size
-    gathered = sent = 2 * e * m * n  # the shards and one tensor of them; the new weight and its padded form
-    whole = e * m * n + 4 * request.config.lora.r * (n + m)
+    held = sum(x.element_size * math.prod(x.shape) for x in form.held((m, n), e).values())
+    gathered = sent = 2 * held  # the shards and one tensor of them; the new weight and its padded form
+    whole = held + (e * m * n if isinstance(form, Int8) else 0) + 4 * request.config.lora.r * (n + m)
     if request.config.prune.compensate == "bias":
         return max(gathered, whole + 8 * m * (n - k))
     old_and_new = 2 * e * m * k

@@ -1,7 +1,8 @@
 """Describes what is planned: model, run, cluster. It is read without loading a weight."""
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.frozen import Held
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config, with_biases
@@ -100,6 +102,10 @@ class Request:
     def shards(self, sizes: Iterable[int]) -> int:
         """Counts the elements of a rank's shards of such tensors."""
         return sum(partition_numel(numel, self.world_size) for numel in sizes)
+
+    def held_shards(self, held: Iterable[Held]) -> int:
+        """Counts the bytes of a rank's shards of such tensors."""
+        return sum(x.element_size * partition_numel(math.prod(x.shape), self.world_size) for x in held)
 
     def lora_shards(self, shape: ModelShape) -> int:
         """Counts the elements of a rank's shards of all LoRA factors."""
@@ -190,6 +196,7 @@ def build_request(
         UserError: the run config does not fit the model or the number of ranks.
     """
     train = config.train
+    shape = replace(shape, int8=config.model.frozen == "int8")
     if config.prune.compensate == "bias":
         source, biased = with_biases(source, name)
         shape = biased.with_layers(shape.layers)

@@ -1,15 +1,13 @@
 """Bytes of a rank over the whole run, term by term. README.md in this folder has the formulas."""
 
-import math
 from dataclasses import dataclass, field
 
-from loraprune_ds.model.pretrained import READ_CHUNK
+from loraprune_ds.model.frozen import READ_CHUNK
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.activations import PlannedBatch, activations, forward_temporaries, logits
 from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.held import Terms, split_state
-from loraprune_ds.plan.passes import parameter_sizes
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.traffic import Passes
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
@@ -55,8 +53,8 @@ class Stage:
 def loading_stage(request: Request) -> Stage:
     """Builds the stage from the disk to the engine. LoRA is whole until DeepSpeed shards it."""
     state, host = split_state(request, request.shape, stepped=False)
-    sizes = parameter_sizes(request.shape, request.config.lora.r)
-    reading = request.shards([max(sizes.values())]) * request.element_size + 2 * READ_CHUNK * 4
+    largest = max(request.held_shards([x]) for x in request.shape.held(None, request.element_size).values())
+    reading = largest + (4 if request.shape.int8 else 2) * READ_CHUNK * 4
     lora = sum(request.shape.lora_sizes(request.config.lora.r))
     held = {"weights": state.pop("weights")} if "weights" in state else {}
     phases = {"building": {"lora_whole": lora * request.element_size}, "engine starts": state}
@@ -108,12 +106,25 @@ def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape
     return Stage(name, state, phases, host, is_cut=True)
 
 
+def exported_stage(request: Request, passes: Passes) -> Stage:
+    """Builds the stage of the exported model, which is evaluated when the run's own is gone. It is never int8.
+
+    Args:
+        request: of a run without int8 weights.
+    """
+    weights = request.held_shards(passes.shape.held(None, request.element_size).values())
+    return Stage(
+        "exported", {"weights": weights}, {"evaluation": _evaluation(request, passes.shape, passes.evaluation)}
+    )
+
+
 def forward_pass(request: Request, shape: ModelShape, traffic: PassTraffic, batch: PlannedBatch) -> Terms:
     """Returns the terms of a pass without backward and without the head."""
     hidden_states = batch.tokens * (3 * batch.element_size + 4) * shape.hidden_size
     return {
-        "gathered_weights": traffic.peak_live * request.element_size,
+        "gathered_weights": traffic.peak_live,
         "activations": hidden_states + forward_temporaries(shape, batch),
+        **_dequantised(request, shape),
     }
 
 
@@ -136,7 +147,8 @@ def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> Term
     head = logits(shape, batch, train.loss_chunk_tokens)
     if train.distill_weight:
         head = quality.distilled_logits(request, shape, batch)
-    return {"gathered_weights": traffic.peak_live * request.element_size, "activations": held, "logits": head}
+    gathered = {"gathered_weights": traffic.peak_live}
+    return gathered | {"activations": held, "logits": head} | _dequantised(request, shape)
 
 
 def _evaluation(request: Request, shape: ModelShape, traffic: PassTraffic) -> Terms:
@@ -164,8 +176,14 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
 
 def _reshard(request: Request, shape: ModelShape) -> int:
     """Returns three shards of the widest layer: one leaves, one arrives, one is new."""
-    layers = [shape.layer_parameters(i).values() for i in range(len(shape.layers))]
-    return 3 * request.element_size * max(request.shards(map(math.prod, layer)) for layer in layers)
+    layers = range(len(shape.layers))
+    return 3 * max(request.held_shards(shape.held(i, request.element_size).values()) for i in layers)
+
+
+def _dequantised(request: Request, shape: ModelShape) -> Terms:
+    """Returns the one linear that a pass holds in the model's dtype, if its weights are int8."""
+    largest = max(rows * columns for rows, columns in quality.linear_sizes(shape))
+    return _if_any(dequantised_linear=shape.int8 * largest * request.element_size)
 
 
 def _whole_layer(shape: ModelShape) -> int:

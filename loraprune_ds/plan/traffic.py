@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from loraprune_ds.model.frozen import Int8
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
@@ -16,6 +17,7 @@ from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request
 from loraprune_ds.zero.flat import AxisCut, moved_elements
+from loraprune_ds.zero.int8 import ScalePlan
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
 
     That is an evaluation, training, a cut, an evaluation, training, and so on.
     """
-    network = Network(request.source, shapes[0], request.config.lora.r)
+    network = Network(request.source, shapes[0], request.config.lora.r, request.element_size)
     fetcher = Fetcher(request.fetch_limits, request.world_size, offloaded=request.offloads("param"))
     checkpointing = request.config.train.gradient_checkpointing
     evaluation, training = network.evaluation_pass(), network.training_pass(checkpointing=checkpointing)
@@ -76,7 +78,7 @@ def step_sent(request: Request, passes: Passes, kind: StepKind) -> dict[str, int
     """Returns the bytes that a rank sends in one optimizer step, by term."""
     shape, per_micro_batch = passes.shape, request.micro_batches
     return {
-        "weights": per_micro_batch * passes.training.sent * request.element_size,
+        "weights": per_micro_batch * passes.training.sent,
         "lora_gradients": per_micro_batch * request.lora_shards(shape) * (request.world_size - 1) * 4,
         "scoring": scoring_sent(request, shape) if kind.scores else 0,
         "weight_gradients": quality.gradient_sent(request, shape) if kind.scores else 0,
@@ -84,16 +86,34 @@ def step_sent(request: Request, passes: Passes, kind: StepKind) -> dict[str, int
     }
 
 
-def scoring_sent(request: Request, shape: ModelShape) -> int:
+def scoring_sent(request: Request, shape: ModelShape, rank: int | None = None) -> int:
     """Returns the bytes of an all-gather of LoRA (fp32 masters and gradients) and an all-reduce of fp64 scores.
 
-    `fisher` reads no LoRA. It scores only the linears that lose inputs.
+    `fisher` reads no LoRA and no weights. It scores only the linears that lose inputs. Of int8 weights a few scales
+    go to the neighbours.
+
+    Args:
+        rank: that sends. None: the busiest one.
     """
     criterion = request.config.prune.criterion
     if request.world_size == 1 or criterion == "random":
         return 0
-    lora = 0 if criterion == "fisher" else request.lora_shards(shape)
-    return 2 * lora * (request.world_size - 1) * 4 + 8 * score_count(request, shape)
+    sums = 8 * score_count(request, shape)
+    if criterion == "fisher":
+        return sums
+    lora = 2 * request.lora_shards(shape) * (request.world_size - 1) * 4
+    return lora + sums + scales_sent(request, shape, rank)
+
+
+def scales_sent(request: Request, shape: ModelShape, rank: int | None = None) -> int:
+    """Returns the bytes of scales that the neighbours of `rank`, or of the busiest one, need to score int8 weights."""
+    sizes = Counter((shape.form(x), shape.linear_shape(i, x)) for i in range(len(shape.layers)) for x in shape.linears)
+    total = torch.zeros(request.world_size, dtype=torch.int64)
+    for (form, size), count in sizes.items():
+        if isinstance(form, Int8):
+            sent = ScalePlan(form, size, request.world_size).sent
+            total += count * (sent.sum(1) - sent.diagonal())
+    return request.element_size * int(total.max() if rank is None else total[rank])
 
 
 def score_count(request: Request, shape: ModelShape) -> int:
@@ -102,26 +122,29 @@ def score_count(request: Request, shape: ModelShape) -> int:
     return sum(layer[part.kind] for layer in shape.layers for linear in linears for part in linear.parts)
 
 
-def layer_cuts(shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int) -> list[tuple[AxisCut, bool]]:
-    """Lists (cut, is LoRA) of every tensor that `ShardedModel` cuts in a layer."""
-    cuts, layer = list[tuple[AxisCut, bool]](), shape.layer_parameters(index)
-    for linear in shape.cut_linears(index, keep):
-        kept, (rows, columns) = shape.kept_indices(index, linear.parts, keep), shape.linear_shape(index, linear)
-        factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
-        cuts.append((AxisCut(factor, linear.axis, kept), True))
-    for name, axis, kept in shape.layer_cuts(index, keep):
-        cuts.append((AxisCut(layer[f"model.layers.{index}.{name}"], axis, kept), False))
-    return cuts
-
-
-def moved_bytes(cuts: list[tuple[AxisCut, bool]], world_size: int, element_size: int) -> torch.Tensor:
-    """Returns the (world_size,) bytes that every rank sends for such cuts.
+def layer_cuts(
+    shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int, element_size: int
+) -> list[tuple[AxisCut, int]]:
+    """Lists (cut, bytes of an element) of every tensor that `ShardedModel` cuts in a layer.
 
     LoRA counts with its fp32 master and two moments.
     """
+    cuts, layer = list[tuple[AxisCut, int]](), shape.held(index, element_size)
+    for linear in shape.cut_linears(index, keep):
+        kept, (rows, columns) = shape.kept_indices(index, linear.parts, keep), shape.linear_shape(index, linear)
+        factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
+        cuts.append((AxisCut(factor, linear.axis, kept), element_size + 12))
+    for name, axis, kept in shape.layer_cuts(index, keep):
+        held = layer[f"model.layers.{index}.{name}"]
+        cuts.append((AxisCut(held.shape, axis, kept), held.element_size))
+    return cuts
+
+
+def moved_bytes(cuts: list[tuple[AxisCut, int]], world_size: int) -> torch.Tensor:
+    """Returns the (world_size,) bytes that every rank sends for such cuts."""
     total = torch.zeros(world_size, dtype=torch.int64)
-    for cut, is_lora in cuts:
-        total += moved_elements(cut, world_size) * (element_size + 12 * is_lora)
+    for cut, element_size in cuts:
+        total += moved_elements(cut, world_size) * element_size
     return total
 
 
@@ -138,8 +161,8 @@ def cut_sent(request: Request, before: ModelShape, after: ModelShape) -> int:
     for (old, new), layers in Counter(zip(before.layers, after.layers, strict=True)).items():
         if old != new:
             keep = _random_keep(old, new, generator)
-            cuts = layer_cuts(before, before.layers.index(old), keep, request.config.lora.r)
-            sent += layers * moved_bytes(cuts, world_size, request.element_size)
+            cuts = layer_cuts(before, before.layers.index(old), keep, request.config.lora.r, request.element_size)
+            sent += layers * moved_bytes(cuts, world_size)
     return int(sent.max()) + quality.refit_sent(request, before, after)
 
 

@@ -96,7 +96,8 @@ def score_shard(
         low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
         head, tail = low - row * columns, stop * columns - high
         owned = [shard.flat] if weight_gradient is None else [shard.flat, weight_gradient]
-        weight, *given = (_whole_rows(flat[low - start : high - start], head, tail, columns) for flat in owned)
+        held, *given = (_whole_rows(flat[low - start : high - start], head, tail, columns) for flat in owned)
+        weight = shard.decode(held, row)
         of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
         importance = criterion(weight, of_rows, *given)
         if head or tail:
@@ -112,6 +113,6 @@ def score_shard(
 
 
 def _whole_rows(flat: Tensor, head: int, tail: int, columns: int) -> Tensor:
-    """Returns (rows, columns) fp32, with zeros for what the first and the last row lack."""
-    whole = torch.nn.functional.pad(flat.float(), (head, tail)) if head or tail else flat.float()
+    """Returns (rows, columns), with zeros for what the first and the last row lack."""
+    whole = torch.nn.functional.pad(flat, (head, tail)) if head or tail else flat
     return whole.view(-1, columns)

@@ -5,12 +5,14 @@ zero/sharded.py implements it over the ranks of ZeRO-3. tests/plain_model.py imp
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.family import Linear
+from loraprune_ds.model.frozen import DENSE, Form
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 
@@ -30,24 +32,44 @@ class LoraFactors:
     scaling: float
 
 
+def in_fp32(rows: Tensor, first: int) -> Tensor:
+    """Decodes rows of a weight that is held as it is."""
+    return rows.float()
+
+
 @dataclass(frozen=True)
 class OwnedShard:
-    """Holds the flat elements [start, start + len(flat)) of a row-major weight of `shape`, which this rank owns."""
+    """Holds the flat elements [start, start + len(flat)) of a row-major weight of `shape`, which this rank owns.
+
+    Attributes:
+        decode: (some rows as they are held, number of the first) -> these rows of the weight, fp32.
+    """
 
     flat: Tensor
     start: int
     shape: tuple[int, int]
+    decode: Callable[[Tensor, int], Tensor] = in_fp32
 
 
 @dataclass(frozen=True)
 class CollectedLinear:
-    """Holds a whole linear: frozen weight and bias, and the fp32 masters of its LoRA."""
+    """Holds a whole linear: frozen weight and bias, and the fp32 masters of its LoRA.
 
-    weight: Tensor
+    Attributes:
+        held: the tensors of `form` that hold the weight.
+    """
+
+    held: dict[str, Tensor]
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    form: Form = DENSE
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The weight that the linear computes with."""
+        return self.form.join(self.held)
 
 
 class LinearId(NamedTuple):
@@ -75,7 +97,7 @@ class PrunableModel(Protocol):
         ...
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
-        """Returns the shard of the frozen weight that this rank owns. Not collective."""
+        """Returns the shard of the frozen weight that this rank owns. Collective only where the weights are int8."""
         ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:

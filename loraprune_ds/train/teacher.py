@@ -169,7 +169,7 @@ def make_teacher(
     Args:
         weight: `train.distill_weight`.
         samples, source: digests of the tuning samples and of the dense model.
-        dtype: of the dense model.
+        dtype: of the dense model, as `held_as` says it.
         seed: of the run, which decides which samples it uses.
     """
     identity = {

@@ -17,7 +17,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.distillation import Recording
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.dtypes import DTYPES, held_as
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.output import wait_until_seen
 from loraprune_ds.train.prepare import Prepared
@@ -59,7 +59,7 @@ def _possible_teachers(config: RunConfig, prepared: Prepared, checkpoint: Traini
         weight=config.train.distill_weight,
         samples=prepared.samples.digest(),
         source=source_digest(prepared.pretrained),
-        dtype=config.model.dtype,
+        dtype=held_as(config.model),
         seed=config.seed,
         folder=Path(config.output_dir) / TEACHER_FOLDER,
     )

@@ -8,6 +8,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import ADAPTER, lora_weights, plain_parameter
+from loraprune_ds.model.int8_linear import form_of
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from loraprune_ds.zero.comm import Communicator
@@ -17,12 +18,14 @@ from loraprune_ds.zero.params import full_shape
 def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> CollectedLinear | None:
     """Gathers one linear of a decoder layer on rank `owner`. Returns None elsewhere. Collective."""
     base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-    weight = collect_tensor(base.weight, owner, comm)
+    form = form_of(base)
+    held = {name: collect_tensor(getattr(base, name), owner, comm) for name in form.tensors}
     bias = None if base.bias is None else collect_tensor(base.bias, owner, comm)
     masters = [collect_tensor(p, owner, comm, safe_get_local_fp32_param(p)) for p in (a, b)]
-    if weight is None:
+    if comm.rank != owner:
         return None
-    return CollectedLinear(weight, bias, *cast(list[Tensor], masters), scaling=module.scaling[ADAPTER])
+    whole, factors = cast(dict[str, Tensor], held), cast(list[Tensor], masters)
+    return CollectedLinear(whole, bias, *factors, scaling=module.scaling[ADAPTER], form=form)
 
 
 def collect_others(

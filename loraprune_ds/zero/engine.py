@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -176,14 +177,16 @@ def _sharded_base(
 ) -> Any:
     comm = Communicator()
     model = build_for_losses(pretrained, attn_implementation, loss_chunk_tokens)
-    shard_at_birth(
+    shard = partial(
+        shard_at_birth,
         model,
-        pretrained.read_flat,
+        pretrained.read_held,
         ds_config=ds_config,
         dtype=DTYPES[dtype],
         world_size=comm.world_size,
         rank=comm.rank,
     )
+    comm.all_or_raise(shard)  # a weight that int8 cannot hold is found here, perhaps by one rank alone
     return model
 
 

@@ -121,18 +121,18 @@ class Owners:
     def sent_by(self, ranks: Tensor) -> Tensor:
         """Returns (ranks, world_size): the elements that each has for every rank, itself included."""
         start, end = self.kept[ranks, None], self.kept[ranks + 1, None]
-        return _overlap(start, end, self.new[None, :-1], self.new[None, 1:])
+        return overlap(start, end, self.new[None, :-1], self.new[None, 1:])
 
     def received_by(self, ranks: Tensor) -> Tensor:
         """Returns (ranks, world_size): the elements that each gets from every rank, itself included."""
         start, end = self.new[ranks, None], self.new[ranks + 1, None]
-        return _overlap(self.kept[None, :-1], self.kept[None, 1:], start, end)
+        return overlap(self.kept[None, :-1], self.kept[None, 1:], start, end)
 
 
 def moved_elements(cut: AxisCut, world_size: int) -> Tensor:
     """Returns (world_size,): the elements that each rank must send. They stay, but another rank owns them now."""
     owners = Owners(cut, world_size)
-    stays = _overlap(owners.kept[:-1], owners.kept[1:], owners.new[:-1], owners.new[1:])
+    stays = overlap(owners.kept[:-1], owners.kept[1:], owners.new[:-1], owners.new[1:])
     return owners.kept.diff() - stays
 
 
@@ -184,5 +184,6 @@ def _by_rank(counts: Tensor) -> dict[int, int]:
     return {rank: count for rank, count in enumerate(numbers) if count}
 
 
-def _overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> Tensor:
+def overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> Tensor:
+    """Counts the elements that two ranges share. Broadcasts."""
     return (torch.minimum(end_a, end_b) - torch.maximum(start_a, start_b)).clamp(min=0)

@@ -25,7 +25,8 @@ def shard_at_birth(
 
     Args:
         model: modules with parameters on the meta device.
-        read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a tensor on disk.
+        read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a tensor on disk. A weight that is
+            int8 on meta comes as int8, all else in `dtype`.
     """
     # With hpZ the first Init makes the group of a node. It is the process's, so a second Init must not make it again.
     node_group = groups._get_zero_param_intra_parallel_group()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.frozen import WEIGHT
+from loraprune_ds.model.int8_linear import form_of
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeTensor, LinearId
 from loraprune_ds.zero.collect import collect_linear
 from loraprune_ds.zero.comm import Communicator
@@ -46,7 +48,9 @@ def replace_tensors(
         for linear_id in ids_of_round:
             base = cast(nn.Linear, lora_linear(layers[linear_id.layer], linear_id.linear).base_layer)
             owner = layer_owner(linear_id.layer, comm.world_size)
-            _install(getattr(base, what), owner, results.pop(linear_id, None), comm)
+            tensors = _held_tensors(base, what, results.pop(linear_id, None))
+            for name in list(tensors):
+                _install(getattr(base, name), owner, tensors.pop(name), comm)
     settle_shards()
 
 
@@ -56,6 +60,14 @@ def rounds(linear_ids: Sequence[LinearId], world_size: int) -> list[list[LinearI
     for linear_id in linear_ids:
         grouped.setdefault((linear_id.layer // world_size, linear_id.linear.name), []).append(linear_id)
     return list(grouped.values())
+
+
+def _held_tensors(base: nn.Linear, what: Literal["weight", "bias"], whole: Tensor | None) -> dict[str, Tensor | None]:
+    """Returns what holds a new weight or bias, by name. On the owner with values."""
+    if what != WEIGHT:
+        return {what: whole}
+    form = form_of(base)
+    return dict.fromkeys(form.tensors) if whole is None else {**form.split(whole, whole.dtype)}
 
 
 def _install(parameter: Any, owner: int, whole: Tensor | None, comm: Communicator) -> None:

@@ -11,6 +11,8 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import Linear
+from loraprune_ds.model.frozen import Dense
+from loraprune_ds.model.int8_linear import form_of
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeTensor, LinearId, LoraFactors, OwnedShard
@@ -18,6 +20,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
 from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner
+from loraprune_ds.zero.int8 import decode_int8
 from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, owned_flat
@@ -76,9 +79,12 @@ class ShardedModel:
                 yield factors
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
-        weight = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer).weight
-        flat, start = owned_flat(weight)
-        return OwnedShard(flat.to(self.device), start, cast(tuple[int, int], full_shape(weight)))
+        base = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer)
+        flat, start = owned_flat(base.weight)
+        shape, form = cast(tuple[int, int], full_shape(base.weight)), form_of(base)
+        if isinstance(form, Dense):
+            return OwnedShard(flat.to(self.device), start, shape)
+        return OwnedShard(flat.to(self.device), start, shape, decode_int8(form, base.weight_scale, shape, self.comm))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.comm.all_reduce(values)

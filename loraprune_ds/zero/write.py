@@ -133,5 +133,5 @@ def _layer_tensors(model: ShardedModel, layer: int, owner: int, tensors_of: Tens
 
 
 def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:
-    """Returns the tensors of a linear as they are, without LoRA."""
-    return {"weight": linear.weight} | ({} if linear.bias is None else {"bias": linear.bias})
+    """Returns the tensors of a linear as they are held, without LoRA."""
+    return linear.held | ({} if linear.bias is None else {"bias": linear.bias})

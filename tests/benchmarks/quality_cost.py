@@ -202,7 +202,7 @@ def planned_pass(config: RunConfig, shape: ModelShape, ranks: int) -> dict[str, 
     (passes,) = simulate_passes(request, [shape])
     planned = DistillationPass(request, passes.evaluation)
     stage = planned.stage()
-    copied = passes.evaluation.largest_gather * request.element_size if ranks > 1 else 0
+    copied = passes.evaluation.largest_gather if ranks > 1 else 0
     extra = stage.peak - stage.resident + stage.host["teacher_file"] + copied
     return {"planned_extra_bytes": extra, "planned_sent_bytes": planned.cost().sent["weights"]}
 

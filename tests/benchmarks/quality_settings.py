@@ -9,6 +9,7 @@ DISTILL = "train.distill_weight=0.5"
 GRADIENT = "prune.criterion=gradient"
 FISHER = "prune.criterion=fisher"
 GLOBAL = "prune.ranking=global"
+INT8 = "model.frozen=int8"
 ALL_THREE = (REFIT, DISTILL, GRADIENT)
 ENDS = ("plain", "all-three")
 STOCK = ("prune.protected_first=0", "prune.protected_last=0")  # every layer alike: stock classes load the result
@@ -79,6 +80,10 @@ def _settings() -> list[Setting]:
         _short("fisher", "fisher-refit-distillation", FISHER, REFIT, DISTILL),
         _short("fisher", "fisher-refit-distillation-global", FISHER, REFIT, DISTILL, GLOBAL),
     ]
+    int8 = [
+        _short("int8", "plain-int8", INT8),
+        _short("int8", "fisher-refit-int8", FISHER, REFIT, INT8),
+    ]
     long = [
         Setting("long", "plain-409600", (*LONG, DEEP, UNTUNED_RATE)),
         Setting("long", "all-three-409600", (*LONG, DEEP, UNTUNED_RATE, *ALL_THREE)),
@@ -95,13 +100,14 @@ def _settings() -> list[Setting]:
         _short("gqa", "gqa-plain-stock", *STOCK, model="gqa"),
         _short("gqa", "gqa-all-three-stock", *ALL_THREE, *STOCK, model="gqa"),
     ]
-    return [*levers, *fisher, *rates, *details, *where, *long, *light, *gqa]
+    return [*levers, *fisher, *int8, *rates, *details, *where, *long, *light, *gqa]
 
 
 SETTINGS = {setting.name: setting for setting in _settings()}
 GROUPS = {  # in the order of the table
     "levers": "41.7 % removed, 81,920 tokens, learning rate 4e-3",
     "fisher": "the same, criterion fisher",
+    "int8": "the same with int8 weights",
     "rates": "the same at other learning rates",
     "details": "details of all three",
     "where": "where all three cut",

@@ -42,8 +42,7 @@ def plan_repartition(
     gathered = 0
     for index, layer_keep in enumerate(keep):
         moves: dict[tuple[tuple[int, ...], int, int], _Moves] = {}
-        for cut, is_lora in layer_cuts(shape, index, layer_keep, lora_rank):
-            size = element_size + (12 if is_lora else 0)
+        for cut, size in layer_cuts(shape, index, layer_keep, lora_rank, element_size):
             key = (cut.shape, cut.axis, len(cut.keep))
             if key not in moves:  # q, k, v alike, and gate and up
                 moves[key] = _plan_tensor(cut, world_size, f"layer {index} {list(cut.shape)}")

@@ -1,6 +1,6 @@
 """Runs two layers of LLaMA-65B and 70B widths on two CPU ranks, under an enforced limit of host memory.
 
-    python -m tests.benchmarks.wide_layers [--models 65b 70b bin]
+    python -m tests.benchmarks.wide_layers [--models 65b 65b-int8 70b bin]
 
 The weights are random, in bf16, with hidden 8192 and vocabulary 512. 65b has 64 heads and ffn 22016. 70b has 64 heads,
 8 key-value heads and ffn 28672. They are written to disk tensor by tensor. Two ranks (`wide_layers_rank.py`) load them
@@ -12,8 +12,9 @@ above its imports. The limit is its shard of the dense model, one whole decoder 
 RLIMIT_DATA would charge mapped files too.) The negative control is the same run, but one rank materialises the full
 weights. It must be killed.
 
-`bin` converts a `.bin` checkpoint of the 65b widths, in a process under such a limit. `tiny` is there to try the
-script. The result goes to tests/benchmarks/results/wide_layers.json.
+`65b-int8` is the same run with `model.frozen: int8`, to compare with `65b`. `bin` converts a `.bin` checkpoint of the
+65b widths, in a process under such a limit. `tiny` and `tiny-int8` are there to try the script. The result goes to
+tests/benchmarks/results/wide_layers.json.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,17 @@ ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "wide_layers.json"
 RANKS, LAYERS, VOCABULARY = 2, 2, 512
 WIDE = {"hidden_size": 8192, "num_attention_heads": 64}
+INT8 = "-int8"  # ends the name of a model whose linears are held as int8
 SIZES = {
     "65b": WIDE | {"num_key_value_heads": 64, "intermediate_size": 22016},
+    "65b-int8": WIDE | {"num_key_value_heads": 64, "intermediate_size": 22016},
     "70b": WIDE | {"num_key_value_heads": 8, "intermediate_size": 28672},
+    "tiny-int8": {
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 704,
+    },
     "tiny": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704},
 }
 SLACK = 700_000_000  # bytes: linears fetched ahead of the layer in use, activations, what gloo and the allocator keep
@@ -94,11 +104,11 @@ def write_ds_config(path: Path, largest_linear: int) -> None:
     path.write_text(json.dumps(config))
 
 
-def run_ranks(folder: Path, limit: int, *, control: bool) -> Watched:
+def run_ranks(folder: Path, limit: int, *, control: bool, int8: bool = False) -> Watched:
     deepspeed = Path(sys.executable).with_name("deepspeed")
     script = Path(__file__).with_name("wide_layers_rank.py")
     command = [deepspeed, "--quiet", f"--master_port={free_port()}", f"--num_accelerators={RANKS}"]
-    command += [script, "--folder", folder, *(["--control"] if control else [])]
+    command += [script, "--folder", folder, *(["--control"] if control else []), *(["--int8"] if int8 else [])]
     output = folder / "output.txt"
     with output.open("wb") as file:
         process = subprocess.Popen(
@@ -117,11 +127,13 @@ def environment(**more: str) -> dict[str, str]:
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """The run itself, on the checkpoint in `folder`."""
     shape = shape_from_config(config_json(name), name)
-    sizes = [torch.Size(s).numel() for s in shape.parameters().values()]
-    write_ds_config(folder / "ds.json", max(sizes))
-    shard, layer = 2 * sum(partition_numel(size, RANKS) for size in sizes), 2 * shape.layer_numel(0)
+    int8 = name.endswith(INT8)
+    held = replace(shape, int8=int8).held(None, 2).values()
+    write_ds_config(folder / "ds.json", max(torch.Size(s).numel() for s in shape.parameters().values()))
+    shard = sum(tensor.element_size * partition_numel(torch.Size(tensor.shape).numel(), RANKS) for tensor in held)
+    layer = 2 * shape.layer_numel(0)
     limit = shard + layer + SLACK
-    watched = run_ranks(folder, limit, control=False)
+    watched = run_ranks(folder, limit, control=False, int8=int8)
     assert (watched.killed, watched.exit_code) == (None, 0), watched
     ranks = [read_json(folder / f"result-{rank}.json") for rank in range(RANKS)]
     result = {
@@ -227,7 +239,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=(*SIZES, "bin"), default=["65b", "70b", "bin"])
+    parser.add_argument("--models", nargs="+", choices=(*SIZES, "bin"), default=["65b", "65b-int8", "70b", "bin"])
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=("write-bin", "convert"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -243,7 +255,7 @@ def main() -> None:
                 continue
             found = measure(name, folder)
             record(name, found)
-            if name != "tiny":  # whose whole model would not show
+            if not name.startswith("tiny") and not name.endswith(INT8):  # whose whole model would not show
                 record(name, found | {"control": measure_control(folder, found["limit_above_imports"])})
 
 
@@ -254,7 +266,7 @@ def record(name: str, found: dict[str, Any]) -> None:
         print(f"bin: {found['bytes'] / GB:.2f} GB converted with {held / GB:.2f} GB of memory")
     else:
         show(name, found)
-    if name == "tiny":
+    if name.startswith("tiny"):
         return
     facts = {"world_size": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions(), "hardware": hardware("cpu")}
     others = read_json(RESULT) if RESULT.exists() else {}

@@ -18,7 +18,7 @@ from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
+from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
@@ -78,11 +78,11 @@ class Phases:
         return value
 
 
-def make_config(folder: Path, ranks: int) -> RunConfig:
+def make_config(folder: Path, ranks: int, *, int8: bool) -> RunConfig:
     return RunConfig(
         output_dir="unused",
         deepspeed=str(folder / "ds.json"),
-        model=ModelConfig(path=str(folder / "model")),
+        model=ModelConfig(path=str(folder / "model"), frozen="int8" if int8 else None),
         prune=PruneConfig(ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
         train=TrainConfig(
             steps=STEPS, global_batch_size=ranks, micro_batch_size=1, learning_rate=1e-4, gradient_checkpointing=True
@@ -94,13 +94,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--control", action="store_true", help="the last rank materialises the full weights")
+    parser.add_argument("--int8", action="store_true", help="hold the linears as int8")
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     folder, rank = arguments.folder, int(os.environ["RANK"])
     tell(folder, rank)
     quiet_deepspeed()
     comm = start_ranks()
-    config, pretrained, phases = make_config(folder, comm.world_size), open_pretrained(folder / "model"), Phases()
+    config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
+    pretrained = open_for_pruning(folder / "model", config)
     ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, comm.world_size)
     hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
     ids = torch.randint(pretrained.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=seeded())

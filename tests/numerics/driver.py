@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.plan.held import state_terms
 from loraprune_ds.pruning.importance import LayerScores
@@ -52,6 +52,7 @@ class Job:
     lora_r: int = 4
     lora_alpha: float = 8
     lengths: list[int] | None = None  # tokens of each sample, whose rest is padding
+    frozen: Frozen | None = None
 
 
 @dataclass
@@ -100,7 +101,7 @@ def build(job: Job) -> Trainer:
         output_dir="unused",
         seed=job.seed,
         deepspeed=job.deepspeed,
-        model=ModelConfig(path=str(job.folder), dtype=job.dtype, adapter=str(job.adapter)),
+        model=ModelConfig(path=str(job.folder), dtype=job.dtype, adapter=str(job.adapter), frozen=job.frozen),
         lora=LoraConfig(r=job.lora_r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout),
         prune=PruneConfig(**(pinned | job.prune)),
         train=TrainConfig(
@@ -115,7 +116,7 @@ def build(job: Job) -> Trainer:
             loss_chunk_tokens=job.loss_chunk_tokens,
         ),
     )
-    pretrained = open_pretrained(job.folder)
+    pretrained = open_for_pruning(job.folder, config)
     ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, world_size)
     engine = build_training_engine(config, pretrained, ds_config, len(job.batches))
     limits = make_limits(config.prune, pretrained.shape)

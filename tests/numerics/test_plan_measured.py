@@ -70,6 +70,23 @@ def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_pa
     check_ranks(ranks, 2, Case(folder, checkpointing=True))
 
 
+@pytest.mark.parametrize(
+    ("family", "world_size", "options"),
+    [
+        ("llama", 1, {}),
+        ("phi3", 2, {"checkpointing": True}),
+        ("gemma2", 3, {"criterion": "gradient"}),
+        ("qwen2", 3, {"compensate": "least_squares"}),
+        ("starcoder2", 2, {"criterion": "fisher"}),
+    ],
+)
+def test_ranks_hold_and_send_int8_weights_as_planned(
+    ranks: RankPool, tmp_path: Path, family: str, world_size: int, options: dict[str, Any]
+) -> None:
+    folder = save_tiny(tmp_path / "model", family, 3)
+    check_ranks(ranks, world_size, Case(folder, frozen="int8", deepspeed=limited_config(tmp_path), **options))
+
+
 def save_tiny(folder: Path, family: str, layers: int) -> Path:
     lists: dict[str, Any] = {
         key: value * (layers // 2) + value[: layers % 2]

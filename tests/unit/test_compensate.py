@@ -17,7 +17,7 @@ def made_up(seed: int, dtype: torch.dtype = torch.float32) -> tuple[CollectedLin
     weight, a, b = (torch.randn(size, generator=generator) for size in ((OUT, IN), (2, IN), (OUT, 2)))
     inputs = torch.randn(TOKENS, 5, generator=generator) @ torch.randn(5, IN, generator=generator)
     inputs += 0.3 * torch.randn(TOKENS, IN, generator=generator) + 0.5
-    return CollectedLinear(weight.to(dtype), None, a, b, 0.5), inputs
+    return CollectedLinear({"weight": weight.to(dtype)}, None, a, b, 0.5), inputs
 
 
 def output_error(linear: CollectedLinear, weight: Tensor, inputs: Tensor, kept: Tensor) -> float:
@@ -56,7 +56,7 @@ def test_rounding_does_not_make_it_worse_either(dtype: torch.dtype) -> None:
     x[:, :8] += 30 * torch.randn(tokens, 1, generator=generator, dtype=torch.float64)
     x[:, 8] = 0.01 * (x[:, 0:8:2] - x[:, 1:8:2]).sum(1)  # the common part goes, so it is small
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-    linear = CollectedLinear(weight, None, torch.zeros(2, inputs), torch.zeros(outputs, 2), 1.0)
+    linear = CollectedLinear({"weight": weight}, None, torch.zeros(2, inputs), torch.zeros(outputs, 2), 1.0)
     kept = torch.tensor([i for i in range(inputs) if i != 8])
     refitted = refit(linear, (x.T @ x / tokens).float(), kept, 0.05)
     before = weight.double()

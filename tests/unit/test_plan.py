@@ -22,10 +22,11 @@ from loraprune_ds.plan.advice import search, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.distillation_pass import DistillationPass
 from loraprune_ds.plan.fetching import PassTraffic
+from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.plan import MOST_CUTS, Plan, make_plan
 from loraprune_ds.plan.printout import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
-from loraprune_ds.plan.traffic import step_kinds
+from loraprune_ds.plan.traffic import scales_sent, step_kinds
 from loraprune_ds.train.data.order import SampleOrder
 
 CONFIG = {
@@ -387,7 +388,7 @@ def test_the_dense_models_pass_gathers_no_lora() -> None:
     plan = request(Cluster(1, 2), distill_weight=0.5)
     sizes = SMALL.lora_sizes(plan.config.lora.r)
     found = DistillationPass(plan, PassTraffic(sent=10**9))
-    assert found.cost().sent["weights"] == found.batches * 2 * (10**9 - sum(sizes) // 2)  # all are even: no padding
+    assert found.cost().sent["weights"] == found.batches * (10**9 - 2 * (sum(sizes) // 2))  # all are even: no padding
 
 
 def test_json_holds_what_the_table_shows() -> None:
@@ -477,3 +478,30 @@ def test_the_shipped_config_comes_with_the_name() -> None:
     assert found.config.train.gradient_checkpointing
     assert found.config.train.micro_batch_size == 4
     assert len(found.shape.layers) == 80
+
+
+def test_int8_weights_take_a_byte_and_a_scale_per_32() -> None:
+    dense = request(Cluster(1, 2))
+    int8 = changed(dense, model={"frozen": "int8"})
+    linears = SMALL.linear_numel()
+    rest = SMALL.total_numel() - linears
+    weights = split_state(int8, int8.shape)[0]["weights"]
+    assert 2 * weights == linears + 2 * linears // 32 + 2 * rest  # nothing is padded
+    plans = [make_plan(one) for one in (dense, int8)]
+    assert [plan.stages[-1].name for plan in plans] == ["after the last cut", "exported"]
+    saved = plans[0].step.sent["weights"] - plans[1].step.sent["weights"]
+    assert saved == dense.micro_batches * linears * 15 // 32  # a rank sends half of the linears, once
+    training = plans[1].stages[1].phases["training"]
+    assert training["dequantised_linear"] == 2 * SMALL.hidden_size * 1376
+    assert "with bfloat16: small fits" in plan_table(plans[1], [], plans[0])
+    assert plan_json(plans[0], [], other=plans[1])["other_form"]["held_as"] == "bfloat16 with int8 linears"
+
+
+def test_of_int8_weights_only_edges_of_scales_are_sent_to_score() -> None:
+    shape = replace(SMALL, int8=True)
+    for ranks in (1, 2, 3, 8):
+        sent = scales_sent(request(Cluster(1, ranks), shape=shape, global_batch_size=48), shape)
+        two_rows = 2 * sum(
+            shape.form(x).held(shape.linear_shape(0, x), 2)["weight_scale"].shape[1] for x in shape.linears
+        )
+        assert 0 < sent < 2 * len(shape.layers) * two_rows if ranks == 3 else sent == 0

@@ -11,7 +11,7 @@ from tests.families import tiny_config
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_meets_every_parameter_of_every_layer(family: str) -> None:
     source = tiny_config(family).to_dict()
-    network = Network(source, shape_from_config(source, family), lora_rank=2)
+    network = Network(source, shape_from_config(source, family), lora_rank=2, element_size=2)
     visits = network.training_pass(checkpointing=True)
     for phase in ("forward", "backward", "recompute"):
         met = {p.name for visit in visits if visit.phase == phase and visit.enters for p in visit.module.parameters}

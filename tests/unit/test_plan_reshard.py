@@ -36,12 +36,12 @@ def test_no_rank_sends_more_than_its_shard_and_bytes_fall_with_the_ranks(mask: s
 def test_the_planner_and_the_table_count_the_same_bytes() -> None:
     keep = example_masks(DENSE, SMALL, "real-looking", 1)
     found = plan_repartition(DENSE, keep, 8, lora_rank=8, element_size=2)
-    counted = [moved_bytes(layer_cuts(DENSE, i, k, 8), 8, 2) for i, k in enumerate(keep)]
+    counted = [moved_bytes(layer_cuts(DENSE, i, k, 8, 2), 8) for i, k in enumerate(keep)]
     assert torch.equal(found.sent, torch.stack(counted).sum(0))
 
 
 def test_the_plan_of_all_ranks_is_that_of_each() -> None:
-    cut = layer_cuts(DENSE, 0, example_masks(DENSE, SMALL, "random", 2)[0], 8)[0][0]
+    cut = layer_cuts(DENSE, 0, example_masks(DENSE, SMALL, "random", 2)[0], 8, 2)[0][0]
     owners, ranks = Owners(cut, 64), torch.arange(64)
     sends, receives = owners.sent_by(ranks), owners.received_by(ranks)
     for rank in (0, 1, 31, 63):

@@ -58,7 +58,10 @@ def refitting() -> dict[str, Any]:
     x = torch.randn(2 * size.channels, size.channels, device=device)
     weight = torch.randn(size.hidden, size.channels, device=device, dtype=torch.bfloat16)
     a, b = torch.zeros(RANK, size.channels, device=device), torch.zeros(size.hidden, RANK, device=device)
-    linear, kept = CollectedLinear(weight, None, a, b, 2.0), torch.arange(size.channels * 7 // 8, device=device)
+    linear, kept = (
+        CollectedLinear({"weight": weight}, None, a, b, 2.0),
+        torch.arange(size.channels * 7 // 8, device=device),
+    )
     moment = x.T @ x
     accelerator().reset_peak_memory_stats()
     began = time.perf_counter()

@@ -1,0 +1,70 @@
+"""A run with int8 weights that is stopped between cuts: what its checkpoint holds, how it goes on, what is exported."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraprune_ds.export.formats import export
+from loraprune_ds.export.source import ExportSource, find_source
+from loraprune_ds.model.frozen import SCALE, WEIGHT
+from tests.integration.resuming import config_for, contents, find_here, losses, metrics, read_state, run_here, write_run
+from tests.ranks import RankPool
+
+STEPS, CUTS, STOP_AT = 8, [4, 6, 8], 5
+SECTIONS: dict[str, dict[str, Any]] = {
+    "model": {"dtype": "bfloat16", "frozen": "int8"},
+    "prune": {
+        "channel_multiple": 1,
+        "prune_every": 2,
+        "warmup_fraction": 0.25,
+        "cooldown_fraction": 0.0,
+        "compensate": "least_squares",
+    },
+    "train": {"steps": STEPS, "distill_weight": 0.5},
+    "checkpoint": {"every": None},
+}
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int8-run")
+    ranks.run(2, run_here, config_for(write_run(folder, **SECTIONS), folder / "out"))
+    return folder / "out"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_a_resumed_run_ends_as_the_run_that_never_stopped(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+    out, given = tmp_path / "out", straight.parent / "config.yaml"
+    assert not any(ranks.run(2, run_here, config_for(given, out), None, STOP_AT))
+    stored = tensors(out / "checkpoints" / "shape-1")
+    linears = [name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)]
+    assert len(linears) == 3 * 7
+    assert all(stored[name + WEIGHT].dtype == torch.int8 for name in linears)
+    assert read_state(out, STOP_AT)["shape"]["folder"] == "shape-1"
+    (other,) = ranks.run(1, find_here, config_for(given, out, "model.frozen=null"), "auto")
+    assert "holds another run (model.frozen differs)" in str(other.error)
+    assert all(ranks.run(2, run_here, config_for(given, out), "auto"))
+
+    assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
+    assert losses(out) == losses(straight)
+    found, expected = contents(out, STEPS), contents(straight, STEPS)
+    assert found.kept == expected.kept
+    assert all(torch.equal(found.lora[name], tensor) for name, tensor in expected.lora.items())
+    ours = tensors(out / "model")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in tensors(straight / "model").items())
+
+
+def test_a_checkpoint_is_exported_as_the_run_would(straight: Path, tmp_path: Path) -> None:
+    checkpoints = find_source(straight).checkpoints
+    export(ExportSource("int8", None, checkpoints), "hf", tmp_path / "merged")
+    found, expected = tensors(tmp_path / "merged"), tensors(straight / "model")
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    export(ExportSource("int8", None, checkpoints), "adapter", tmp_path / "apart")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "apart" / "base").values()} == {torch.bfloat16}

@@ -1,0 +1,194 @@
+"""int8 with scales along the hidden axis: arithmetic by hand, cuts that commute, parts that are read alone."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, Int8, NotFinite
+from loraprune_ds.model.int8_linear import Int8Linear, form_of
+from loraprune_ds.model.pretrained import cut_to
+from loraprune_ds.zero.flat import AxisCut, owned_range
+from loraprune_ds.zero.int8 import ScalePlan
+from tests.families import tiny_model
+from tests.family_cuts import FEW, MANY, draw
+from tests.numerics.int8 import open_int8
+
+SHAPES = [(96, 64), (70, 33), (31, 100), (1, 5), (BLOCK, BLOCK)]
+forms = pytest.mark.parametrize("form", [Int8(0), Int8(1)], ids=["rows are cut", "columns are cut"])
+
+
+def weight_of(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * torch.rand(shape[1], generator=generator)
+
+
+@forms
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_weight_is_rounded_to_the_grid_of_its_block(form: Int8, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = weight_of(shape)
+    tensors = form.split(weight, dtype)
+    for row in range(shape[0]):
+        for column in range(shape[1]):
+            first = (column if form.axis == 0 else row) // BLOCK * BLOCK
+            block = weight[row, first : first + BLOCK] if form.axis == 0 else weight[first : first + BLOCK, column]
+            scale = (block.abs().max() / 127).to(dtype)
+            q = max(-127, min(127, round(float(weight[row, column] / scale.float()))))
+            assert tensors[WEIGHT][row, column] == q
+            where = (row, first // BLOCK) if form.axis == 0 else (first // BLOCK, column)
+            assert tensors[SCALE][where] == scale
+            assert form.join(tensors)[row, column] == (scale * q).to(dtype)
+
+
+@forms
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cut_commutes_with_it(form: Int8, shape: tuple[int, int]) -> None:
+    weight = weight_of(shape)
+    keep = torch.arange(shape[form.axis])[:: 2 if shape[form.axis] > 2 else 1]
+    cut_first = form.split(weight.index_select(form.axis, keep), torch.bfloat16)
+    cut_last = {
+        name: tensor.index_select(form.axis, keep) for name, tensor in form.split(weight, torch.bfloat16).items()
+    }
+    assert all(torch.equal(cut_first[name], cut_last[name]) for name in form.tensors)
+
+
+@forms
+def test_a_cut_along_the_blocks_would_not_commute(form: Int8) -> None:
+    """The control: what a scale per row or blocks along the inputs would do to o_proj."""
+    weight, other = weight_of((96, 96)), 1 - form.axis
+    keep = torch.arange(0, 96, 2)
+    cut_first = form.split(weight.index_select(other, keep), torch.bfloat16)[WEIGHT]
+    assert not torch.equal(cut_first, form.split(weight, torch.bfloat16)[WEIGHT].index_select(other, keep))
+
+
+@forms
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+def test_every_rank_reads_its_own_part(
+    form: Int8, shape: tuple[int, int], world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraprune_ds.model.frozen.READ_CHUNK", 3 * shape[1])
+    weight = weight_of(shape)
+    whole = form.split(weight, torch.bfloat16)
+
+    def read(start: int, end: int) -> Tensor:
+        return weight.reshape(-1)[start:end].clone()
+
+    for name, expected in whole.items():
+        for rank in range(world_size):
+            start, end = owned_range(expected.numel(), world_size, rank)
+            assert torch.equal(
+                form.read(name, shape, start, end, read, torch.bfloat16), expected.reshape(-1)[start:end]
+            )
+
+
+@forms
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("world_size", [1, 3, 7])
+def test_rows_are_decoded_from_the_scales_that_a_rank_needs(
+    form: Int8, shape: tuple[int, int], world_size: int
+) -> None:
+    tensors = form.split(weight_of(shape), torch.bfloat16)
+    whole, columns = form.join(tensors), tensors[SCALE].shape[1]
+    for rank in range(world_size):
+        low, high = ScalePlan(form, shape, world_size).needed[rank].tolist()
+        scales = tensors[SCALE].reshape(-1)[low:high].view(-1, columns)
+        start, end = owned_range(shape[0] * shape[1], world_size, rank)
+        for row in range(start // shape[1], -(-end // shape[1]) if end > start else 0):
+            found = form.decode(tensors[WEIGHT][row : row + 1], row, scales, low // columns)
+            assert torch.equal(found, whole[row : row + 1])
+
+
+@forms
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_int8_cannot_hold_what_is_not_finite(form: Int8, bad: float) -> None:
+    weight = weight_of((40, 40))
+    weight[39, 39] = bad
+    with pytest.raises(NotFinite):
+        form.split(weight, torch.bfloat16)
+
+
+def test_zeros_and_the_smallest_numbers_have_a_scale() -> None:
+    weight = torch.zeros(2, BLOCK)
+    weight[1, 0] = 1e-9
+    tensors = Int8(0).split(weight, torch.float16)
+    assert (tensors[SCALE] > 0).all()
+    assert torch.isfinite(Int8(0).join(tensors)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(family: str, tmp_path: Path) -> None:
+    tiny_model(family, seed=1).save_pretrained(tmp_path)
+    dense = open_int8(tmp_path)
+    keep = draw(dense.shape, FEW, MANY)
+    small, held, left = (
+        cut_to(dense, keep, "bfloat16"),
+        dense.shape.held(None, 2),
+        dense.shape.after(keep).held(None, 2),
+    )
+    cuts = {
+        f"model.layers.{i}.{name}": AxisCut(held[f"model.layers.{i}.{name}"].shape, axis, kept)
+        for i, layer_keep in enumerate(keep)
+        for name, axis, kept in dense.shape.layer_cuts(i, layer_keep)
+    }
+    assert {name.rpartition(".")[2] for name in cuts} >= {WEIGHT, SCALE}
+    for name, cut in cuts.items():
+        numel = math.prod(cut.shape)
+        whole = dense.read_held(name, 0, numel, torch.bfloat16).view(cut.shape)
+        expected = whole.index_select(cut.axis, cut.keep)
+        assert expected.shape == left[name].shape
+        for rank in range(3):
+            start, end = owned_range(expected.numel(), 3, rank)
+            assert torch.equal(small.read_held(name, start, end, torch.bfloat16), expected.reshape(-1)[start:end]), name
+
+
+def test_a_source_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    model = tiny_model("llama", seed=1)
+    name = "model.layers.1.mlp.down_proj.weight"
+    model.get_parameter(name).data[59, 22] = math.nan
+    model.save_pretrained(tmp_path)
+    read = partial(open_int8(tmp_path).read_held, name, dtype=torch.bfloat16)
+    read(0, BLOCK * 23)
+    with pytest.raises(UserError, match=f"{name} has an inf or NaN, which int8 cannot hold"):
+        read(BLOCK * 23, 60 * 23)
+
+
+@forms
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [(5,), (2, 3)])
+def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: bool, batch: tuple[int, ...]) -> None:
+    stock = nn.Linear(70, 45, bias=bias)
+    held = form.split(stock.weight.detach(), torch.float32)
+    linear = Int8Linear(stock, form)
+    linear.weight.data, linear.weight_scale.data = held[WEIGHT], held[SCALE]
+    stock.weight.data = form.join(held)
+    x = torch.randn(*batch, 70)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(given) for module, given in zip((linear, stock), inputs, strict=True)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    gradients = [given.grad for given in inputs]
+    assert gradients[0] is not None
+    assert gradients[1] is not None
+    assert torch.equal(gradients[0], gradients[1])
+    assert form_of(linear) == form
+
+
+def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(tmp_path: Path) -> None:
+    from loraprune_ds.model.token_loss import build_for_losses
+
+    tiny_model("phi3", seed=1).save_pretrained(tmp_path)
+    pretrained = open_int8(tmp_path)
+    model = build_for_losses(pretrained, "eager")
+    found = {name: (tuple(p.shape), p.dtype == torch.int8) for name, p in model.named_parameters()}
+    expected = {name: (held.shape, held.element_size == 1) for name, held in pretrained.shape.held(None, 2).items()}
+    assert found == expected
+    assert isinstance(decoder_layers(model)[0].get_submodule("self_attn.qkv_proj"), Int8Linear)
