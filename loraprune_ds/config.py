@@ -7,31 +7,30 @@ import dataclasses
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from loraprune_ds.config_data import DataConfig
+from loraprune_ds.config_types import (
+    NUMBER,
+    STRICT,
+    AtLeast0,
+    Count,
+    CountOr0,
+    Fraction,
+    LearningRate,
+    Part,
+    Positive,
+    Window,
+)
 from loraprune_ds.errors import UserError, require
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-DataFormat = Literal["text", "instruction", "chat"]
 Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "none"]
 Compensation = Literal["none", "bias", "least_squares"]
 Scheduler = Literal["linear", "cosine", "constant"]
-
-# YAML 1.1 reads `1e-4` as a string. Stands last in a type, or the type's JSON schema would lack the bounds.
-NUMBER = BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)
-Positive = Annotated[float, Field(gt=0), NUMBER]
-AtLeast0 = Annotated[float, Field(ge=0), NUMBER]
-Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
-Part = Annotated[float, Field(gt=0, lt=1), NUMBER]
-LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
-Count = Annotated[int, Field(ge=1)]
-CountOr0 = Annotated[int, Field(ge=0)]
-Window = Annotated[int, Field(ge=2)]
-
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -55,27 +54,6 @@ class LoraConfig:
     r: Count = 8
     lora_alpha: Positive = 16
     lora_dropout: Fraction = 0.05
-
-
-@dataclass(frozen=True, config=STRICT)
-class DataConfig:
-    """Names the texts to tune on and those to hold out.
-
-    `path`: `embedded` (Python's own help topics), a file or a glob of `.txt`, `.json`, `.jsonl`, or a `datasets` name.
-    """
-
-    path: str = "embedded"
-    name: str | None = None  # configuration of a `datasets` dataset
-    split: str = "train"
-    format: DataFormat = "text"  # text: documents packed to windows. Of others the loss takes answers only
-    text_field: str = "text"
-    prompt_field: str = "instruction"
-    input_field: str | None = "input"
-    response_field: str = "response"
-    window: Window = 512  # tokens of one sample
-    held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
-    held_out_fraction: Part = 0.1
-    max_samples: Count | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

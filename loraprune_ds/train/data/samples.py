@@ -1,6 +1,7 @@
 """Holds the tuning samples of a run in memory."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 
+PADDING_ID = 0  # every model knows this id, and nothing looks at it
+PADDING = {"input_ids": PADDING_ID, "labels": IGNORE_INDEX}  # behind the end of a row
 WIDTH_MULTIPLE = 8  # matrix products are fastest at widths that tensor cores divide
 
 
@@ -61,15 +64,34 @@ class Samples:
     Attributes:
         input_ids: (N, window) int32 or int64, by row numbers.
         labels: the same shape. They are the ids themselves, and IGNORE_INDEX at prompts and padding. Models shift them.
-        left_out: instructions that became no samples, because nothing of their response lies within the window.
+        left_out: rows that became no samples, because nothing of their answer lies within the window.
     """
 
     input_ids: Tensor | Ragged
     labels: Tensor | Ragged
     left_out: int = 0
 
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], *, window: int, left_out: int) -> "Samples":
+        """Makes samples of what `tensors` gives."""
+        starts = tensors.get("starts")
+        if starts is None:
+            return cls(tensors["input_ids"], tensors["input_ids"], left_out)
+        fields = {name: Ragged(tensors[name], starts, window, padding) for name, padding in PADDING.items()}
+        return cls(**fields, left_out=left_out)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors that hold the samples."""
+        if not isinstance(self.input_ids, Ragged):
+            return {"input_ids": self.input_ids}
+        return {name: getattr(self, name).values for name in PADDING} | {"starts": self.input_ids.starts}
+
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def window(self) -> int:
+        return self.input_ids.shape[1]
 
     def count_tokens(self, indices: Tensor) -> int:
         """Counts the tokens of these samples, padding left out."""
@@ -114,3 +136,42 @@ class Samples:
             for tensor in (part.values, part.starts) if isinstance(part, Ragged) else (part,):
                 digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedData:
+    """Holds the samples to tune on, and a text for perplexity that tuning never sees.
+
+    Attributes:
+        epoch: (n,) int64 sample numbers of an epoch, by the weights of a mixture. None: each sample once.
+    """
+
+    samples: Samples
+    held_out: str
+    epoch: Tensor | None = None
+
+    @property
+    def epoch_length(self) -> int:
+        return len(self.samples if self.epoch is None else self.epoch)
+
+
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """Puts samples one behind the other. Windows of text become rows among others."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [_row_tensors(part) for part in parts]
+    joined = {name: torch.cat([each[name] for each in tensors]) for name in PADDING}
+    joined["starts"] = starts_of(torch.cat([each["starts"].diff() for each in tensors]))
+    return Samples.of_tensors(joined, window=parts[0].window, left_out=sum(part.left_out for part in parts))
+
+
+def starts_of(lengths: Tensor) -> Tensor:
+    """Returns the starts (N + 1,) of rows of these lengths (N,) that lie end to end."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+
+def _row_tensors(samples: Samples) -> dict[str, Tensor]:
+    if isinstance(samples.input_ids, Ragged):
+        return samples.tensors()
+    ids = samples.input_ids.flatten()
+    return {"input_ids": ids, "labels": ids, "starts": torch.arange(len(samples) + 1) * samples.window}
