@@ -7,8 +7,9 @@ import dataclasses
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from loraprune_ds.config_data import DataConfig
 from loraprune_ds.config_types import (
@@ -21,9 +22,11 @@ from loraprune_ds.config_types import (
     LearningRate,
     Part,
     Positive,
+    Size,
     Window,
 )
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.units import Amount, read_amount
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
@@ -60,7 +63,13 @@ class LoraConfig:
 class PruneConfig:
     """Says what to cut, when, and by which score. Names are the LoRAPrune paper's where it has one."""
 
-    ratio: Part = 0.5  # of all decoder-layer linear parameters, cut at the end
+    ratio: Part | None = 0.5  # of all decoder-layer linear parameters, cut at the end. None: `target` decides
+    target: Size | None = None  # instead: parameters of the whole model (4.5B) or memory of a server (24GiB)
+    target_context: Count = 4096  # memory: tokens of a sequence in the server's KV cache
+    target_batch: Count = 1  # memory: sequences in the KV cache at once
+    target_weight_bits: Positive = 16.0  # memory: bits per parameter of the linears, scales included
+    target_embedding_bits: Positive = 16.0  # memory: of embedding, head, norms and biases
+    target_kv_bits: Positive = 16.0  # memory: of a value in the KV cache
     head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
@@ -83,7 +92,27 @@ class PruneConfig:
     compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
     compensate_ridge: Positive = 0.05  # least_squares: added to the diagonal, as a fraction of the mean squared input
 
+    @model_validator(mode="before")
+    @classmethod
+    def _target_replaces_default(cls, given: Any) -> Any:
+        """Leaves the ratio out where only a target is given."""
+        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
+        if values.get("target") is None or "ratio" in values:
+            return given
+        return ArgsKwargs((), values | {"ratio": None})
+
     def __post_init__(self) -> None:
+        require(
+            (self.ratio is None) != (self.target is None),
+            "give exactly one of prune.ratio and prune.target; null takes one away",
+        )
+        sizes_memory = self.target_amount is not None and self.target_amount.unit == "bytes"
+        for name in ("context", "batch", "weight_bits", "embedding_bits", "kv_bits"):
+            _check_effect(self, f"prune.target_{name}", sizes_memory, "a prune.target in bytes, such as 24GiB")
+        require(
+            not (self.joint_budget and sizes_memory),
+            "prune.joint_budget and a prune.target in bytes exclude each other: the KV cache follows from the scores",
+        )
         require(
             self.warmup_fraction + self.cooldown_fraction < 1,
             "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
@@ -101,6 +130,11 @@ class PruneConfig:
         _check_effect(self, "prune.compensate_decay", compensates, "prune.compensate")
         _check_effect(self, "prune.compensate_ridge", solves, "prune.compensate: least_squares")
         _check_effect(self, "prune.gradient_every", self.criterion == "gradient", "prune.criterion: gradient")
+
+    @property
+    def target_amount(self) -> Amount | None:
+        """Returns what `target` says. None if there is none."""
+        return None if self.target is None else read_amount(self.target, "prune.target")
 
     @property
     def normalization(self) -> Normalization:

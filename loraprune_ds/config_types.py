@@ -14,5 +14,6 @@ LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
 Count = Annotated[int, Field(ge=1)]
 CountOr0 = Annotated[int, Field(ge=0)]
 Window = Annotated[int, Field(ge=2)]
+Size = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -19,6 +19,7 @@ from loraprune_ds.model.token_loss import check_buildable
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.pruning.target import find_ratio
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples
@@ -87,7 +88,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     pretrained = open_for_pruning(locate_model(config.model), config.prune)
     _check_adapter(config, pretrained)
     ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, pretrained.shape, world_size)
-    limits = make_limits(config.prune, pretrained.shape)
+    limits = make_limits(config.prune, pretrained.shape, find_ratio(config.prune, pretrained.shape))
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     start = window_start(tokenizer, pretrained.shape.family)
@@ -129,13 +130,13 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 
 def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     """Describes a run in two or three lines for its start: what is pruned, on what, how far."""
-    dense, train = prepared.pretrained.shape, config.train
+    dense, train, ratio = prepared.pretrained.shape, config.train, format_percent(prepared.schedule.ratio)
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "
+        f"{len(prepared.schedule.cut_steps())} cuts to {ratio} of the decoder layers' "
         f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
     ]
     if attention := describe_attention(config.model.attn_implementation, dense.family):
