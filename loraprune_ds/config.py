@@ -163,6 +163,7 @@ class TrainConfig:
     adam_beta2: Fraction = 0.999
     adam_epsilon: Positive = 1e-8
     max_grad_norm: AtLeast0 = 1.0  # 0: no clipping
+    group_by_length: bool = False  # a step's samples of like length share a micro-batch, with less padding
     gradient_checkpointing: bool = False
     # w of the loss (1 - w) * cross-entropy + w * KL(dense model || model). 0: off
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
@@ -254,6 +255,20 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        at_once = self.recorded_at_once if self.train.distill_weight else self.train.micro_batch_size
+        flash = self.model.attn_implementation.startswith("flash_attention")
+        require(
+            not (self.data.packing and flash and at_once > 1),
+            f"data.packing with model.attn_implementation {self.model.attn_implementation} needs "
+            "train.micro_batch_size 1, and evaluate.batch_size 1 if train.distill_weight is set",
+        )
+        padded = {source.format for source in self.data.sources} != {"text"}
+        require(
+            not self.train.group_by_length or padded,
+            "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
+        )
 
     @property
     def recorded_at_once(self) -> int:

@@ -62,10 +62,13 @@ class DataConfig:
     held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
     held_out_fraction: Part = 0.1
     max_samples: Count | None = None  # of each source
+    packing: bool = False  # several instructions or conversations per window, which do not see each other
 
     def __post_init__(self) -> None:
         entries = [] if isinstance(self.path, str) else self.path
         require(self.path != [], "data.path is an empty list")
+        formats = {source.format for source in self.sources}
+        require(not self.packing or formats != {"text"}, "data.packing has no effect on data.format text")
         for i, entry in enumerate(entries):
             given = "a weight" if entry.weight is None else "no weight"
             require(

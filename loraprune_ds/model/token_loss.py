@@ -132,15 +132,19 @@ class TokenLosses:
         input_ids: Tensor,
         labels: Tensor | None = None,
         distillation: Distillation | Recording | None = None,
+        position_ids: Tensor | None = None,
         **settings: Any,
     ) -> Any:
         """Returns losses (batch, window - 1) fp32 for labels (batch, window). Without labels it is the stock forward.
 
+        A text begins where `position_ids` (batch, window) do not go on. Attention does not reach beyond it.
+
         With a `Recording` it returns the fields of a teacher for the supervised tokens (distillation.py).
         """
         if labels is None:
-            return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
-        return self.lm_head(self.model(input_ids=input_ids, use_cache=False).last_hidden_state, labels, distillation)
+            return super().forward(input_ids=input_ids, position_ids=position_ids, **settings)  # type: ignore[misc]  # the stock model's
+        decoded = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return self.lm_head(decoded.last_hidden_state, labels, distillation)
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:

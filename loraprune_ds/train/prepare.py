@@ -94,7 +94,8 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     start = window_start(tokenizer, pretrained.shape.family)
     global_batch_size, vocab_size = config.train.global_batch_size, pretrained.shape.vocab_size
     loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, start=start)
-    order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch)
+    lengths = loaded.samples.lengths() if config.train.group_by_length else None
+    order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
     pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
     config.train.check_warmup(pruning_steps)
     return Prepared(

@@ -152,10 +152,7 @@ class Trainer:
     def _inputs(self, indices: Tensor) -> dict[str, Any]:
         """Returns what the model gets of these samples."""
         device = self.model.device
-        inputs: dict[str, Any] = {
-            "input_ids": self.samples.input_ids[indices].long().to(device),
-            "labels": self.samples.labels[indices].long().to(device),
-        }
+        inputs: dict[str, Any] = {**self.samples.inputs(indices, device)}
         if self._teacher is not None:
             inputs["distillation"] = self._teacher.distillation(indices, device)
         return inputs

@@ -14,6 +14,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.train.data.cache import cached
 from loraprune_ds.train.data.chat import ChatTemplate, read_chat, tokenize_chats
 from loraprune_ds.train.data.order import mix
+from loraprune_ds.train.data.packing import pack_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples
 from loraprune_ds.train.data.sources import JSON_SUFFIXES, TextRow, TextRows, files_of, read_rows, read_text_file
 from loraprune_ds.train.data.tokens import Instruction, collect_rows, make_instruction, mask_prompts, pack_documents
@@ -53,7 +54,8 @@ def _make(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | N
     parts, held_out_texts = [], []
     for source in config.sources:
         tuning, held_out = _hold_out(read_rows(source), source, config)
-        parts.append(_make_samples(tuning, tokenizer, source, config, start))
+        samples = _make_samples(tuning, tokenizer, source, config, start)
+        parts.append(pack_samples(samples) if config.packing else samples)
         held_out_texts.append(_join_text(held_out, source, tokenizer))
     text = "\n\n".join(held_out_texts) if held_out_text is None else held_out_text
     return LoadedData(join_samples(parts), text, _epoch(config.sources, parts))

@@ -31,11 +31,19 @@ class SampleOrder:
     Args:
         num_samples: of an epoch.
         numbers: (num_samples,) the sample numbers of an epoch, in which some may stand more than once. None: each once.
+        lengths: of all samples. A batch then begins with its longest. None: a batch is not sorted.
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, seed: int, numbers: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        seed: int,
+        numbers: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> None:
         self.num_samples = num_samples
-        self._numbers = numbers
+        self._numbers, self._lengths = numbers, lengths
         self.global_batch_size = global_batch_size
         self.seed = seed
         self._epoch = -1
@@ -50,7 +58,9 @@ class SampleOrder:
             for epoch in np.unique(epochs)
         ]
         batch = torch.from_numpy(np.concatenate(parts))
-        return batch if self._numbers is None else self._numbers[batch]
+        if self._numbers is not None:
+            batch = self._numbers[batch]
+        return batch if self._lengths is None else batch[self._lengths[batch].argsort(descending=True, stable=True)]
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Returns the whole steps that fit into so many epochs, at least one."""
