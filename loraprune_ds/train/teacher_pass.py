@@ -165,7 +165,7 @@ def _file_content(
     parts = []
     for i in range(passes):
         indices = batches[i if i < len(batches) else 0]
-        inputs = samples.inputs(indices, device)
+        inputs = {name: tensor.to(device) for name, tensor in samples.inputs(indices).items()}
         fields = engine.infer(**inputs, distillation=Recording(teacher.plan.top_k))
         if i < len(batches):
             parts.append({name: _as_on_disk(tensor) for name, tensor in fields.items()})

@@ -17,7 +17,6 @@ from tests.unit.test_data import numbers
 
 WINDOW = 24
 LENGTHS = [5, 17, 9, 24, 3, 11, 7, 2]
-CPU = torch.device("cpu")
 # The same sums in another order, and a softmax over masked scores: 6e-8 a term, of some hundred terms.
 TOLERANCE = 2e-5
 
@@ -35,7 +34,7 @@ PACKED = pack_samples(SAMPLES)
 
 
 def everything(samples: Samples) -> dict[str, Tensor]:
-    return samples.inputs(numbers(*range(len(samples))), CPU)
+    return samples.inputs(numbers(*range(len(samples))))
 
 
 def test_every_sample_is_in_one_pack_and_no_pack_is_longer_than_the_window() -> None:
@@ -68,7 +67,7 @@ def test_losses_of_packed_samples_are_those_of_samples_alone(family: str, attent
         pytest.skip("sdpa cannot cap scores; such a family gets eager")
     model = with_token_losses(tiny_model(family, attn_implementation=attention), 5)
     with torch.no_grad():
-        alone = torch.stack([model(**SAMPLES.inputs(numbers(i), CPU)).sum() for i in range(len(SAMPLES))])
+        alone = torch.stack([model(**SAMPLES.inputs(numbers(i))).sum() for i in range(len(SAMPLES))])
         packed = model(**everything(PACKED)).sum(1)
         crossing = model(**{k: v for k, v in everything(PACKED).items() if k != "position_ids"}).sum(1)
     expected = torch.stack([alone[pack].sum() for pack in PACKS])
@@ -93,14 +92,14 @@ def test_what_a_teacher_records_of_packed_samples_is_what_it_records_of_samples_
     with torch.no_grad():
         packed = model(**everything(PACKED), distillation=Recording(None))["hidden"]
         order = numbers(*(i for pack in PACKS for i in pack))
-        alone = [model(**SAMPLES.inputs(i[None], CPU), distillation=Recording(None))["hidden"] for i in order]
+        alone = [model(**SAMPLES.inputs(i[None]), distillation=Recording(None))["hidden"] for i in order]
     assert len(packed) == PACKED.supervised_counts().sum()
     assert (packed - torch.cat(alone)).abs().max() < TOLERANCE * packed.abs().max()
 
 
 def test_flash_attention_finds_the_samples_by_their_positions() -> None:
     for row, pack in enumerate(PACKS):
-        positions = PACKED.inputs(numbers(row), CPU)["position_ids"]
+        positions = PACKED.inputs(numbers(row))["position_ids"]
         (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions)
         assert starts[: len(pack) + 1].tolist() == starts_of(torch.tensor([LENGTHS[i] for i in pack])).tolist()
         assert int(longest) == max(LENGTHS[i] for i in pack)

@@ -93,9 +93,9 @@ class Samples:
         """Returns what the model gets of samples, by its name there: each Ragged, or a matrix."""
         return {name: getattr(self, name) for name in PADDING if getattr(self, name) is not None}
 
-    def inputs(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """Returns what the model gets of these samples."""
-        return {name: rows[indices].long().to(device) for name, rows in self.rows().items()}
+    def inputs(self, indices: Tensor) -> dict[str, Tensor]:
+        """Returns what the model gets of these samples: each (len(indices), width) int64."""
+        return {name: rows[indices].long() for name, rows in self.rows().items()}
 
     def __len__(self) -> int:
         return len(self.input_ids)
