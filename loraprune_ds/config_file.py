@@ -155,6 +155,8 @@ def _allowed(cls: type, key: str) -> str:
     match schema.get("anyOf", [schema])[0]:  # the second one is null
         case {"enum": choices}:
             return f"one of {', '.join(choices)}"
+        case {"items": {"enum": choices}}:
+            return f"a list of {', '.join(choices)}"
         case {"minimum": low, "maximum": high}:
             return f"in [{low}, {high}]"
         case {"minimum": low, "exclusiveMaximum": high}:

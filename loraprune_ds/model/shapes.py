@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES, Family, Kind, Linear, Part, Width, family_name
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 
@@ -173,17 +172,6 @@ class ModelShape:
     def is_uniform(self) -> bool:
         """True if every layer has the same counts, so that a stock model class can hold it."""
         return len(set(self.layers)) == 1
-
-
-def with_biases(shape: ModelShape, where: str) -> ModelShape:
-    """Adds biases on all linears of the decoder layers, for `prune.compensate: bias`.
-
-    Raises:
-        UserError: its linears cannot have any. The line names `where`, the folder or hub id.
-    """
-    if family_name(shape.model_type) != "llama":
-        raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
-    return replace(shape, biases=frozenset(linear.name for linear in shape.linears))
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.attention import attn_implementation
-from loraprune_ds.model.classes import build_on_meta
+from loraprune_ds.model.classes import build_on_meta, refused_in_one_line
 from loraprune_ds.model.distillation import Distillation, Recording, distilled_losses, record, rows_at_once
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.pretrained import PretrainedModel
@@ -164,22 +163,10 @@ def build_for_losses(
 
     Args:
         attention: `model.attn_implementation`. Some families get another one (attention.py).
-    """
-    used = attn_implementation(attention, pretrained.shape.family)
-    return with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)
-
-
-def check_buildable(pretrained: PretrainedModel, attention: str) -> None:
-    """Checks that transformers can build the pretrained model here. It needs no weights for that.
 
     Raises:
-        UserError: it refuses something in config.json, or this attention implementation.
+        UserError: transformers refuses config.json or this attention implementation, or the head has a bias.
     """
-    try:
-        build_for_losses(pretrained, attention)
-    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(
-            f"{pretrained.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
-            f"{attention}): {reason}"
-        ) from error
+    used = attn_implementation(attention, pretrained.shape.family)
+    with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
+        return with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
@@ -17,14 +17,15 @@ from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape, with_biases
+from loraprune_ds.model.read_shape import shape_from_config, with_biases
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config
 from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
+from loraprune_ds.pruning.target import find_ratio
 from loraprune_ds.zero.ds_config import FetchLimits, find_ds_config, resolve_ds_config
 from loraprune_ds.zero.flat import partition_numel
 
@@ -125,7 +126,7 @@ class Request:
         if target <= 0:
             return dense
         if self.config.prune.ranking == "uniform":
-            cut = [uniform_counts(self.limits, target, self.config.prune.ratio)] * len(dense.layers)
+            cut = [uniform_counts(self.limits, target, self.limits.ratio)] * len(dense.layers)
         else:
             leaving = target * dense.linear_numel()
             gone = {
@@ -165,7 +166,7 @@ def make_request(
     if config_path is not None:
         config = load_config(config_path, overrides)
     else:
-        raw = RunConfig(output_dir="unused", train=TrainConfig(steps=100)).to_dict()
+        raw: dict[str, Any] = {"output_dir": "unused", "train": {"steps": 100}}
         for override in overrides:
             apply_override(raw, override)
         config = config_from_dict(raw)
@@ -190,7 +191,8 @@ def build_request(
     """
     train = config.train
     if config.prune.compensate == "bias":
-        shape = with_biases(shape, name)
+        source, biased = with_biases(source, name)
+        shape = biased.with_layers(shape.layers)
     check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     if samples is not None and samples < train.global_batch_size:
@@ -198,7 +200,7 @@ def build_request(
     steps = train.steps
     if steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    steps, limits = steps or ASSUMED_STEPS, make_limits(config.prune, shape)
+    steps, limits = steps or ASSUMED_STEPS, make_limits(config.prune, shape, find_ratio(config.prune, shape))
     return Request(
         model=name,
         source=text_config(source, name),

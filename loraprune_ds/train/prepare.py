@@ -15,10 +15,12 @@ from loraprune_ds.model.attention import check_flash_attention, describe_attenti
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
-from loraprune_ds.model.token_loss import check_buildable
+from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.pruning.target import find_ratio
+from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples
@@ -75,6 +77,7 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_dtype(config.model.dtype)
     check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
+    check_installed(config.logging.report_to or ())
 
 
 def _fetch(config: RunConfig) -> None:
@@ -86,7 +89,7 @@ def _prepare(config: RunConfig, world_size: int) -> Prepared:
     pretrained = open_for_pruning(locate_model(config.model), config.prune)
     _check_adapter(config, pretrained)
     ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, pretrained.shape, world_size)
-    limits = make_limits(config.prune, pretrained.shape)
+    limits = make_limits(config.prune, pretrained.shape, find_ratio(config.prune, pretrained.shape))
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     start = window_start(tokenizer, pretrained.shape.family)
@@ -117,7 +120,7 @@ def _check_adapter(config: RunConfig, pretrained: PretrainedModel) -> None:
 def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
     """Checks that the model can be built here and is large enough for the settings."""
     shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
-    check_buildable(pretrained, config.model.attn_implementation)
+    build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will, to see what is refused
     check_top_k(config.train.distill_top_k, shape.vocab_size)
     if config.lora.r > shape.hidden_size:
         raise UserError(f"lora.r {config.lora.r} is above the model's hidden_size {shape.hidden_size}")
@@ -128,13 +131,13 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 
 def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     """Describes a run in two or three lines for its start: what is pruned, on what, how far."""
-    dense, train = prepared.pretrained.shape, config.train
+    dense, train, ratio = prepared.pretrained.shape, config.train, format_percent(prepared.schedule.ratio)
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "
+        f"{len(prepared.schedule.cut_steps())} cuts to {ratio} of the decoder layers' "
         f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
     ]
     if attention := describe_attention(config.model.attn_implementation, dense.family):
@@ -142,7 +145,7 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     if train.distill_weight and config.model.adapter:
         lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:
-        lines.append(f"{left_out:,} instructions have no response within data.window {config.data.window}: left out")
+        lines.append(f"{left_out:,} rows have no answer within data.window {config.data.window}: left out")
     if world_size == 1:
         lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
     return "\n".join(lines)

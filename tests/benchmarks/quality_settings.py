@@ -73,6 +73,8 @@ def _settings() -> list[Setting]:
     fisher = [
         _short("fisher", "fisher", FISHER),
         _short("fisher", "fisher-refit", FISHER, REFIT),
+        _short("fisher", "fisher-refit-multiple-64", FISHER, REFIT, "prune.channel_multiple=64"),
+        _short("fisher", "fisher-refit-multiple-128", FISHER, REFIT, "prune.channel_multiple=128"),
         _short("fisher", "fisher-refit-global", FISHER, REFIT, GLOBAL),
         _short("fisher", "fisher-refit-distillation", FISHER, REFIT, DISTILL),
         _short("fisher", "fisher-refit-distillation-global", FISHER, REFIT, DISTILL, GLOBAL),

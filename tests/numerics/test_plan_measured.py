@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import TINY, tiny_model
+from tests.families import TINY, families, tiny_model
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan, saved_activations
 from tests.ranks import RankPool
@@ -49,13 +49,16 @@ def test_ranks_hold_and_send_what_was_planned(
     check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, checkpointing=checkpointing, evaluates=evaluates))
 
 
+# In bf16 a CPU keeps the mean and deviation of a LayerNorm in bf16, a GPU and the meta device in fp32.
+LAYER_NORM = ("olmo", "starcoder2", "nemotron")
+
+
 # Norms per head; four norms and capped scores; fused weights; biases, no gate, LayerNorm.
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "starcoder2"])
+@pytest.mark.parametrize("family", families("qwen3", "gemma2", "phi3", "starcoder2"))
 def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool, tmp_path: Path, family: str) -> None:
     folder, longer = (save_tiny(tmp_path / str(layers), family, layers) for layers in (3, 4))
     check_ranks(ranks, 2, Case(folder, deepspeed=limited_config(tmp_path), checkpointing=family in ("qwen3", "phi3")))
-    # In bf16 a CPU keeps the mean and deviation of a LayerNorm in bf16, a GPU and the meta device in fp32.
-    dtype = "float32" if family == "starcoder2" else "bfloat16"
+    dtype = "float32" if family in LAYER_NORM else "bfloat16"
     three, four = (ranks.run(1, saved_activations, Case(x, dtype=dtype))[0] for x in (folder, longer))
     assert four["counted"] - three["counted"] == four["one_layer"]
 

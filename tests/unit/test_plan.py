@@ -456,7 +456,7 @@ def test_what_the_run_refuses_of_a_model_the_plan_refuses() -> None:
     config = request(Cluster()).config
     biased = replace(config, prune=replace(config.prune, compensate="bias"))
     with pytest.raises(UserError, match=r"prune.compensate: bias needs linears with biases, which a mistral \(small\)"):
-        build_request("small", SOURCE, replace(SMALL, model_type="mistral"), biased, Cluster())
+        build_request("small", SOURCE | {"model_type": "mistral"}, SMALL, biased, Cluster())
     top = replace(config, train=replace(config.train, distill_weight=0.5, distill_top_k=1001))
     with pytest.raises(UserError, match=r"distill_top_k 1001 is above the model's vocabulary of 1000") as planned:
         build_request("small", SOURCE, SMALL, top, Cluster())
