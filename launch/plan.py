@@ -40,8 +40,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smallest", action="store_true", help="find the fewest such GPUs on which it fits")
     parser.add_argument("--explain", action="store_true", help="print the formula of every term and end")
     for name, field in CLUSTER.items():
-        option, about = f"--{name.replace('_', '-')}", f"{field.metadata['help']} ({field.default})"
-        parser.add_argument(option, type=type(field.default), default=argparse.SUPPRESS, metavar="N", help=about)
+        option, known = f"--{name.replace('_', '-')}", field.default is not None
+        about = field.metadata["help"] + (f" ({field.default})" if known else "")
+        kind = type(field.default) if known else float
+        parser.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="N", help=about)
     return parser.parse_args()
 
 
@@ -61,7 +63,8 @@ def main() -> int:
 
 def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
     silence_libraries()
-    from loraprune_ds.plan.advice import MOST_NODES, search, suggestions  # seconds of imports, after good arguments
+    # Seconds of imports, after good arguments.
+    from loraprune_ds.plan.advice import MOST_NODES, largest_micro_batch, search, suggestions
     from loraprune_ds.plan.plan import make_plan
     from loraprune_ds.plan.printout import plan_json, plan_table, verdict
     from loraprune_ds.plan.request import make_request
@@ -77,11 +80,11 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
         found, reason = search(request, cluster, getattr(arguments, "nodes", MOST_NODES))
     else:
         found, reason = make_plan(request), ""
-    suggested = [] if found.fits else suggestions(found)
+    suggested, largest = ([], largest_micro_batch(found)) if found.fits else (suggestions(found), None)
     if arguments.json:
-        print(json.dumps(plan_json(found, suggested), indent=2, allow_nan=False))
+        print(json.dumps(plan_json(found, suggested, largest), indent=2, allow_nan=False))
     else:
-        print(plan_table(found, suggested))
+        print(plan_table(found, suggested, largest))
     if not found.fits:
         tell(UserError(reason or verdict(found)))
         return DOES_NOT_FIT_EXIT_CODE

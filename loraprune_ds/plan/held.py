@@ -31,12 +31,13 @@ def state_terms(
 
 
 def split_state(
-    request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False
+    request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False, passed: bool = True
 ) -> tuple[Terms, Terms]:
     """Returns the terms (on the GPU, in host memory).
 
     Args:
         stepped: the optimizer has made a step.
+        passed: a pass was made at this shape. Until then there is no second copy of the weights (hpZ).
         measures: input moments are kept if `prune.compensate` asks for them.
     """
     terms = state_terms(
@@ -47,7 +48,9 @@ def split_state(
         bucket_numel=request.bucket_numel,
         stepped=stepped,
     )
-    away = ["weights", "lora"] if request.offloads("param") else []
+    if passed and (copies := request.second_copies(math.prod(s) for s in shape.parameters().values())):
+        terms["second_copy"] = copies * request.element_size
+    away = ["weights", "lora", "second_copy"] if request.offloads("param") else []
     if request.offloads("optimizer"):
         away += ["lora_masters", "lora_moments", "lora_gradients"]
     host = {name: terms.pop(name) for name in list(terms) if name in away}
@@ -82,8 +85,11 @@ def _pinned_blocks(request: Request, shape: ModelShape, host: Terms) -> list[int
     """Lists the bytes of each page-locked block, before torch rounds it up to a power of two."""
     blocks = []
     if request.pins("param"):  # frozen shards one by one, LoRA's in a buffer
-        blocks += [request.element_size * request.shards([math.prod(s)]) for s in shape.parameters().values()]
+        sizes = [math.prod(dimensions) for dimensions in shape.parameters().values()]
+        blocks += [request.element_size * request.shards([numel]) for numel in sizes]
         blocks.append(host["lora"])
+        if "second_copy" in host:
+            blocks += [request.element_size * request.second_copies([numel]) for numel in sizes]
     if request.pins("optimizer"):
         blocks += 2 * [host["lora_gradients"]]
     return blocks

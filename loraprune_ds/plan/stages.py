@@ -53,7 +53,7 @@ class Stage:
 
 def loading_stage(request: Request) -> Stage:
     """Builds the stage from the disk to the engine. LoRA is whole until DeepSpeed shards it."""
-    state, host = split_state(request, request.shape, stepped=False)
+    state, host = split_state(request, request.shape, stepped=False, passed=False)
     sizes = parameter_sizes(request.shape, request.config.lora.r)
     reading = request.shards([max(sizes.values())]) * request.element_size + 2 * READ_CHUNK * 4
     lora = sum(request.shape.lora_sizes(request.config.lora.r))
@@ -79,15 +79,16 @@ def training_stage(name: str, request: Request, passes: Passes, *, scores: bool 
             measured_inputs=quality.measured_inputs(request, shape),
         )
         scoring = _scoring(request, shape) | gradients
+    copies = _if_any(second_copy_of_lora=request.second_copies(shape.lora_sizes(request.config.lora.r)) * e)
     reduction = 4 * min(request.bucket_numel, sum(shape.lora_sizes(request.config.lora.r)))  # in the order of the ranks
     stepping = 0 if request.offloads("optimizer") else 2 * request.lora_shards(shape) * 4
     whole_layer = _whole_layer(shape) * e
     phases = {
-        "training": _training(request, shape, passes.training) | gradients | passing,
-        "reducing gradients": {"gradient_reduction": reduction} | gradients,
-        "optimizer step": {"optimizer_temporaries": stepping},
-        "scoring": scoring,
-        "evaluation": _evaluation(request, shape, passes.evaluation),
+        "training": _training(request, shape, passes.training) | gradients | passing | copies,
+        "reducing gradients": {"gradient_reduction": reduction} | gradients | copies,
+        "optimizer step": {"optimizer_temporaries": stepping} | copies,
+        "scoring": scoring | copies,
+        "evaluation": _evaluation(request, shape, passes.evaluation) | copies,
         "export": {"layer_on_its_writer": 2 * whole_layer},
     }
     return Stage(name, state, phases, host | {"export": whole_layer})

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from loraprune_ds.plan.traffic import IN_GROUP
 from tests.families import TINY, tiny_model
 from tests.oracle.models import make_tiny_llama
-from tests.plan_cases import Case, run_beside_plan, saved_activations
+from tests.plan_cases import Case, run_beside_plan, run_with_second_copy, saved_activations
 from tests.ranks import RankPool
 
 
@@ -49,6 +50,19 @@ def test_ranks_hold_and_send_what_was_planned(
     check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, checkpointing=checkpointing, evaluates=evaluates))
 
 
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (4, 2)])
+def test_with_hpz_gathers_of_copies_stay_in_a_node(
+    ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, micro_batches: int
+) -> None:
+    path = tmp_path / "hpz.json"
+    path.write_text(Path("ds_configs/zero3_multinode_hpz.json").read_text().replace('_size": "auto"', '_size": 2', 1))
+    case = Case(folder, deepspeed=str(path), micro_batches=micro_batches, per_node=2)
+    for row in ranks.run(world_size, run_with_second_copy, case):
+        check_row(row, several=True)
+        for step in row["steps"][1::2]:  # the others are the first ones at a shape
+            assert step[IN_GROUP]["counted"] > step["weights"]["counted"]
+
+
 # Norms per head; four norms and capped scores; fused weights; biases, no gate, LayerNorm.
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "starcoder2"])
 def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool, tmp_path: Path, family: str) -> None:
@@ -73,14 +87,18 @@ def save_tiny(folder: Path, family: str, layers: int) -> Path:
 
 def check_ranks(ranks: RankPool, world_size: int, case: Case) -> None:
     for row in ranks.run(world_size, run_beside_plan, case):
-        assert [state["at"] for state in row["states"]] == ["loaded", "after the cut"]
-        for state in row["states"]:
-            assert state["storages"] == state["planned_storages"]
-        assert row["states"][1]["sent"]["counted"] == row["states"][1]["sent"]["planned"]
-        for step in row["steps"]:
-            for kind in ("weights", "lora_gradients", "pruning"):
-                assert step[kind]["counted"] == step[kind]["planned"], (step["step"], kind)
-        assert (row["steps"][0]["weights"]["counted"] > 0) == (world_size > 1)
+        check_row(row, several=world_size > 1)
+
+
+def check_row(row: dict[str, Any], *, several: bool) -> None:
+    assert [state["at"] for state in row["states"]] == ["loaded", "after the cut"]
+    for state in row["states"]:
+        assert state["storages"] == state["planned_storages"]
+    assert row["states"][1]["sent"]["counted"] == row["states"][1]["sent"]["planned"]
+    for step in row["steps"]:
+        for kind in ("weights", IN_GROUP, "second_copy", "lora_gradients", "pruning"):
+            assert step[kind]["counted"] == step[kind]["planned"], (step["step"], kind)
+    assert (row["steps"][0]["weights"]["counted"] > 0) == several
 
 
 @pytest.mark.parametrize(
