@@ -3,6 +3,8 @@
 launch/plan.py llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80
 launch/plan.py path/to/model --config my.yaml --set train.micro_batch_size=4 --nodes 1 --gpus-per-node 8 --json
 launch/plan.py llama-65b --gpu-memory 40 --smallest                  on up to --nodes machines, if given
+launch/plan.py llama-7b --server-memory 24                           tokens of KV cache beside the dense, and the pruned
+launch/plan.py path/to/model --set prune.target=12GiB --set prune.target_context=8192      which ratio that takes
 
 MODEL is a folder, a hub id (only its config.json is fetched) or llama-7b, llama-13b, llama-30b, llama-65b, which bring
 their run config from launch/configs/. No weight is loaded. Exit codes: 0 it fits, 3 it does not, 2 unusable input.
@@ -36,6 +38,9 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         help="in the training data, for a run that counts epochs; default: 1,000 steps are assumed",
     )
+    parser.add_argument(
+        "--server-memory", type=float, metavar="GIB", help="say what a server with so much memory for them can hold"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--smallest", action="store_true", help="find the fewest such GPUs on which it fits")
     parser.add_argument("--explain", action="store_true", help="print the formula of every term and end")
@@ -68,6 +73,7 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
     from loraprune_ds.plan.plan import make_plan
     from loraprune_ds.plan.printout import plan_json, plan_table, verdict
     from loraprune_ds.plan.request import make_request
+    from loraprune_ds.plan.serving import serving_rows, servings
 
     request = make_request(
         arguments.model,
@@ -81,10 +87,11 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
     else:
         found, reason = make_plan(request), ""
     suggested, largest = ([], largest_micro_batch(found)) if found.fits else (suggestions(found), None)
+    served = [] if arguments.server_memory is None else servings(found.request, arguments.server_memory)
     if arguments.json:
-        print(json.dumps(plan_json(found, suggested, largest), indent=2, allow_nan=False))
+        print(json.dumps(plan_json(found, suggested, served, largest=largest), indent=2, allow_nan=False))
     else:
-        print(plan_table(found, suggested, largest))
+        print("\n".join([plan_table(found, suggested, largest), *serving_rows(served)]))
     if not found.fits:
         tell(UserError(reason or verdict(found)))
         return DOES_NOT_FIT_EXIT_CODE

@@ -7,13 +7,15 @@ import dataclasses
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.units import Amount, read_amount
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-DataFormat = Literal["text", "instruction"]
+DataFormat = Literal["text", "instruction", "chat"]
 Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "none"]
@@ -30,6 +32,7 @@ LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
 Count = Annotated[int, Field(ge=1)]
 CountOr0 = Annotated[int, Field(ge=0)]
 Window = Annotated[int, Field(ge=2)]
+Size = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -67,7 +70,7 @@ class DataConfig:
     path: str = "embedded"
     name: str | None = None  # configuration of a `datasets` dataset
     split: str = "train"
-    format: DataFormat = "text"  # text: documents packed to windows. instruction: the loss leaves the prompt out
+    format: DataFormat = "text"  # text: documents packed to windows. Of others the loss takes answers only
     text_field: str = "text"
     prompt_field: str = "instruction"
     input_field: str | None = "input"
@@ -82,7 +85,13 @@ class DataConfig:
 class PruneConfig:
     """Says what to cut, when, and by which score. Names are the LoRAPrune paper's where it has one."""
 
-    ratio: Part = 0.5  # of all decoder-layer linear parameters, cut at the end
+    ratio: Part | None = 0.5  # of all decoder-layer linear parameters, cut at the end. None: `target` decides
+    target: Size | None = None  # instead: parameters of the whole model (4.5B) or memory of a server (24GiB)
+    target_context: Count = 4096  # memory: tokens of a sequence in the server's KV cache
+    target_batch: Count = 1  # memory: sequences in the KV cache at once
+    target_weight_bits: Positive = 16.0  # memory: bits per parameter of the linears, scales included
+    target_embedding_bits: Positive = 16.0  # memory: of embedding, head, norms and biases
+    target_kv_bits: Positive = 16.0  # memory: of a value in the KV cache
     head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
@@ -105,7 +114,27 @@ class PruneConfig:
     compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
     compensate_ridge: Positive = 0.05  # least_squares: added to the diagonal, as a fraction of the mean squared input
 
+    @model_validator(mode="before")
+    @classmethod
+    def _target_replaces_default(cls, given: Any) -> Any:
+        """Leaves the ratio out where only a target is given."""
+        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
+        if values.get("target") is None or "ratio" in values:
+            return given
+        return ArgsKwargs((), values | {"ratio": None})
+
     def __post_init__(self) -> None:
+        require(
+            (self.ratio is None) != (self.target is None),
+            "give exactly one of prune.ratio and prune.target; null takes one away",
+        )
+        sizes_memory = self.target_amount is not None and self.target_amount.unit == "bytes"
+        for name in ("context", "batch", "weight_bits", "embedding_bits", "kv_bits"):
+            _check_effect(self, f"prune.target_{name}", sizes_memory, "a prune.target in bytes, such as 24GiB")
+        require(
+            not (self.joint_budget and sizes_memory),
+            "prune.joint_budget and a prune.target in bytes exclude each other: the KV cache follows from the scores",
+        )
         require(
             self.warmup_fraction + self.cooldown_fraction < 1,
             "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
@@ -123,6 +152,11 @@ class PruneConfig:
         _check_effect(self, "prune.compensate_decay", compensates, "prune.compensate")
         _check_effect(self, "prune.compensate_ridge", solves, "prune.compensate: least_squares")
         _check_effect(self, "prune.gradient_every", self.criterion == "gradient", "prune.criterion: gradient")
+
+    @property
+    def target_amount(self) -> Amount | None:
+        """Returns what `target` says. None if there is none."""
+        return None if self.target is None else read_amount(self.target, "prune.target")
 
     @property
     def normalization(self) -> Normalization:

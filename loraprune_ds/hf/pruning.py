@@ -37,6 +37,7 @@ from loraprune_ds.hf.training import PrunedTraining
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.target import find_ratio
 from loraprune_ds.report.records import CutRecord, Sink, StepRecord, cut_record
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.foreign import (
@@ -119,7 +120,7 @@ class Pruning:
         check_model(peft_model, base_shape(peft_model), config)
         shared = share_model(peft_model, zero, live_shape(peft_model))
         dense = checkpoint.dense if checkpoint else shared.shape
-        limits = make_limits(config, dense)
+        limits = make_limits(config, dense, find_ratio(config, dense))
         pruner = Pruner(shared, config, make_schedule(config, steps, limits), limits, seed)
         training = PrunedTraining(peft_model, shared, pruner, base_dtype(peft_model, dense), steps, seed)
         if checkpoint:
@@ -217,7 +218,7 @@ class Pruning:
         """Lets go of the model and its optimizer. Warns if not all cuts were made."""
         step, end = self.training.step, self._pruner.schedule.last_cut
         if step < end and self._model.rank == 0:
-            removed = f"{100 * self.reached:.1f} % of {100 * self._pruner.config.ratio:.1f} % are removed"
+            removed = f"{100 * self.reached:.1f} % of {100 * self._pruner.schedule.ratio:.1f} % are removed"
             log.warning("training stopped at step %d, before the last cut at step %d: %s", step, end, removed)
         self._take_back()
         self._forward.close()

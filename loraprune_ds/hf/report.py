@@ -7,6 +7,7 @@ from typing import Any
 from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_PICTURE, METRICS_FILE, TRAINING_PICTURE
 from loraprune_ds.hf.live import model_name
 from loraprune_ds.hf.training import PrunedTraining
+from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.metrics import write_history
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.report import Outcome, make_report, write_kept_groups, write_report
@@ -28,7 +29,8 @@ def _write(training: PrunedTraining, folder: Path, settings: dict[str, Any], pea
     dense, pruned = training.pruner.limits.dense, training.model.shape
     model = {"path": model_name(training.peft_model), "dtype": training.dtype}
     config = {"seed": training.seed, "steps": training.steps, "model": model, "prune": asdict(training.pruner.config)}
-    outcome = Outcome(pruned, training.pruner.kept_of_dense, training.resumed_from)
+    target = describe_target(training.pruner.config, dense, pruned)
+    outcome = Outcome(pruned, training.pruner.kept_of_dense, training.resumed_from, target)
     report = make_report(config | settings, training.history, dense, outcome, peaks, device_name())
     folder.mkdir(parents=True, exist_ok=True)
     write_kept_groups(folder, outcome.kept_of_dense, dense)

@@ -1,6 +1,6 @@
 """Shows a plan as JSON and as a table for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,14 +9,18 @@ from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.costs import StepCost
 from loraprune_ds.plan.plan import Plan
 from loraprune_ds.plan.request import ASSUMED_STEPS, Request
+from loraprune_ds.plan.serving import Serving
 from loraprune_ds.plan.traffic import IN_GROUP, step_kinds
+from loraprune_ds.pruning.target import describe_target
 
 COMMUNICATION_BOUND = 2.0  # times the arithmetic
 SECONDS = ("compute", "communication", "host", "host_copies")
 OPTIONAL = (IN_GROUP, "weight_gradients", "input_moments")  # traffic of settings that are off in most runs
 
 
-def plan_json(plan: Plan, suggested: list[Suggestion], largest: int | None = None) -> dict[str, Any]:
+def plan_json(
+    plan: Plan, suggested: list[Suggestion], served: Sequence[Serving] = (), *, largest: int | None = None
+) -> dict[str, Any]:
     """Returns bytes, seconds and counts. `parameters` and `fits` come first.
 
     Args:
@@ -61,6 +65,9 @@ def plan_json(plan: Plan, suggested: list[Suggestion], largest: int | None = Non
             "at_once": request.config.checkpoint.keep_last + 1,
         },
         "teacher": {"disk_bytes": plan.teacher_bytes, "seconds": _seconds(plan.teacher)},
+        "ratio": request.schedule.ratio,
+        "target": describe_target(request.config.prune, request.shape, request.shape_at(request.schedule.ratio)),
+        "serving": [asdict(serving) for serving in served],
         "suggestions": [asdict(suggestion) for suggestion in suggested],
         "notes": notes(plan),
         "cluster": asdict(request.cluster),
@@ -115,6 +122,7 @@ def plan_table(plan: Plan, suggested: list[Suggestion], largest: int | None = No
     after = request.shape_at(request.schedule.ratio)
     lines = [
         f"{request.model}: {request.shape.total_numel():,} parameters, {after.total_numel():,} after the last cut",
+        *_target_row(request),
         f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, less {cluster.reserve:g} for "
         f"CUDA and gaps and {_gib(cluster.nccl_bytes)} for NCCL; {request.config.model.dtype}, "
         f"activation checkpointing {'on' if train.gradient_checkpointing else 'off'}",
@@ -152,6 +160,15 @@ def _micro_batch_row(request: Request, largest: int | None) -> str:
     passes = request.config.train.global_batch_size // (request.world_size * largest)
     better = f"--set train.micro_batch_size={largest} fits: {largest * window:,} tokens, {passes} a step"
     return f"{now}; {better}, with the same result"
+
+
+def _target_row(request: Request) -> list[str]:
+    """Says which ratio a target became."""
+    prune, ratio = request.config.prune, request.schedule.ratio
+    found, amount = describe_target(prune, request.shape, request.shape_at(ratio)), prune.target_amount
+    if found is None or amount is None:
+        return []
+    return [f"prune.target {prune.target}: {amount.format(found['reached'])} reached by prune.ratio {ratio:.4f}"]
 
 
 def _seconds(cost: StepCost) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
@@ -25,6 +25,7 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
+from loraprune_ds.pruning.target import find_ratio
 from loraprune_ds.zero.ds_config import HPZ, FetchLimits, find_ds_config, resolve_ds_config
 from loraprune_ds.zero.flat import partition_numel
 
@@ -130,7 +131,7 @@ class Request:
         if target <= 0:
             return dense
         if self.config.prune.ranking == "uniform":
-            cut = [uniform_counts(self.limits, target, self.config.prune.ratio)] * len(dense.layers)
+            cut = [uniform_counts(self.limits, target, self.limits.ratio)] * len(dense.layers)
         else:
             leaving = target * dense.linear_numel()
             gone = {
@@ -170,7 +171,7 @@ def make_request(
     if config_path is not None:
         config = load_config(config_path, overrides)
     else:
-        raw = RunConfig(output_dir="unused", train=TrainConfig(steps=100)).to_dict()
+        raw: dict[str, Any] = {"output_dir": "unused", "train": {"steps": 100}}
         for override in overrides:
             apply_override(raw, override)
         config = config_from_dict(raw)
@@ -203,7 +204,7 @@ def build_request(
     steps = train.steps
     if steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    steps, limits = steps or ASSUMED_STEPS, make_limits(config.prune, shape)
+    steps, limits = steps or ASSUMED_STEPS, make_limits(config.prune, shape, find_ratio(config.prune, shape))
     return Request(
         model=name,
         source=text_config(source, name),

@@ -1,8 +1,8 @@
 """Limits on what pruning may take from a layer: protected layers, minimum widths, a cap per layer."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 from loraprune_ds.config import PruneConfig
@@ -22,6 +22,7 @@ class Limits:
         layer_budget: most linear parameters each layer may lose.
         multiples: kept counts of a kind are multiples of this, except dense counts.
         shares: each kind's part of the parameters that leave, where the kinds do not compete.
+        ratio: fraction of the dense linear parameters that is gone at the end.
     """
 
     dense: ModelShape
@@ -29,6 +30,7 @@ class Limits:
     layer_budget: tuple[int, ...]
     multiples: Mapping[Kind, int]
     shares: Mapping[Kind, float]
+    ratio: float
 
     @property
     def open_layers(self) -> list[int]:
@@ -71,12 +73,40 @@ class Limits:
         return sum((count - counts[kind]) * self.dense.group_numel(kind) for kind, count in dense)
 
 
-def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
+def make_limits(config: PruneConfig, dense: ModelShape, ratio: float | None = None) -> Limits:
     """Makes the limits of a run: protected layers, minimum widths and the cap per layer.
+
+    Args:
+        ratio: of a config with `prune.target`, from `target.find_ratio`. None: `prune.ratio`.
 
     Raises:
         UserError: everything is protected. Or `uniform` meets layers of different shapes. Or `prune.head_ratio` cannot
             go with `prune.ratio`. Or `prune.ratio` is out of reach. The message then states the largest that is not.
+    """
+    ratio = config.ratio if ratio is None else ratio
+    assert ratio is not None
+    limits = with_ratio(config, limits_without_ratio(config, dense), ratio)
+    _check_reachable(config, limits)
+    return limits
+
+
+def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
+    """Puts a ratio into limits, and the shares that follow from it.
+
+    Raises:
+        UserError: `prune.head_ratio` cannot go with it.
+    """
+    limits = replace(limits, ratio=ratio)
+    if config.head_ratio is None:
+        return limits
+    return replace(limits, shares=_shares(config.head_ratio, config.min_heads, limits))
+
+
+def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
+    """Makes what limits are without a ratio. The kinds share alike.
+
+    Raises:
+        UserError: as `make_limits`, where a ratio does not matter.
     """
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
@@ -94,11 +124,13 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
         floor.append(layer if i in protected else cut)
         # The sliver keeps 0.29 of 100 from being 28.999999999999996.
         budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
-    open_layers = [i for i, most in enumerate(budget) if most > 0]
-    shares = _shares(config, dense, floor, open_layers, multiples["heads"])
-    limits = Limits(dense, tuple(floor), tuple(budget), multiples, shares)
-    _check_reachable(config, limits)
-    return limits
+    limits = Limits(dense, tuple(floor), tuple(budget), multiples, shares={}, ratio=0.0)
+    if not limits.open_layers:
+        raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
+    if config.ranking == "uniform" and len({dense.layers[i] for i in limits.open_layers}) > 1:
+        raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
+    numel = _open_numel(limits, dense.layers)
+    return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
 
 
 def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
@@ -125,55 +157,63 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _shares(
-    config: PruneConfig, dense: ModelShape, floor: list[LayerShape], open_layers: list[int], step: int
-) -> dict[Kind, float]:
-    """Returns each kind's part of the open layers' parameters or, with `prune.head_ratio`, of those that leave.
+def _open_numel(limits: Limits, layers: Sequence[LayerShape]) -> dict[Kind, int]:
+    """Counts the parameters of each kind in the open layers."""
+    dense = limits.dense
+    return {kind: sum(layers[i][kind] for i in limits.open_layers) * dense.group_numel(kind) for kind in dense.kinds}
 
-    Args:
-        step: heads of a layer that leave together.
+
+def _shares(head_ratio: float, min_heads: int, limits: Limits) -> dict[Kind, float]:
+    """Returns each kind's part of the parameters that leave, with `prune.head_ratio`.
 
     Raises:
         UserError: so many heads may not leave. Or the channels would have to give less than nothing beside them, or
             more than may leave.
     """
-    numel = {kind: sum(dense.layers[i][kind] for i in open_layers) * dense.group_numel(kind) for kind in dense.kinds}
-    total = max(1, sum(numel.values()))
-    if config.head_ratio is None or not open_layers:
-        return {kind: part / total for kind, part in numel.items()}
-    heads, channels = numel["heads"], total - numel["heads"]
-    kept = {kind: sum(floor[i][kind] for i in open_layers) * dense.group_numel(kind) for kind in dense.kinds}
-    most_heads = heads - kept["heads"]
-    most_channels = channels - (sum(kept.values()) - kept["heads"])
-    leaving, of_heads = config.ratio * dense.linear_numel(), config.head_ratio * heads
-    half_a_step = len(open_layers) * step * dense.group_numel("heads") / 2  # per layer: as near as whole heads come
+    dense, numel = limits.dense, _open_numel(limits, limits.dense.layers)
+    heads, channels = numel["heads"], sum(numel.values()) - numel["heads"]
+    most_heads, most_channels = _most_heads_and_channels(limits)
+    leaving, of_heads = limits.ratio * dense.linear_numel(), head_ratio * heads
+    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: as near as whole heads come
     if of_heads > most_heads + half_a_step:
         raise UserError(
-            f"prune.head_ratio {config.head_ratio} is more of the heads than prune.min_heads {config.min_heads} lets "
+            f"prune.head_ratio {head_ratio} is more of the heads than prune.min_heads {min_heads} lets "
             f"go: {most_heads / heads:.1%}"
         )
     if not of_heads <= leaving <= of_heads + most_channels + half_a_step:
         raise UserError(
-            f"prune.head_ratio {config.head_ratio} with prune.ratio {config.ratio} would take "
+            f"prune.head_ratio {head_ratio} with prune.ratio {limits.ratio} would take "
             f"{(leaving - of_heads) / channels:.1%} of the channels, of which {most_channels / channels:.1%} may go"
         )
     share = of_heads / leaving
     return {kind: share if kind == "heads" else (1 - share) * (part / channels) for kind, part in numel.items()}
 
 
+def _most_heads_and_channels(limits: Limits) -> tuple[int, int]:
+    """Counts the parameters of the open layers' heads, and of the rest, that the floors let go."""
+    dense, kept = _open_numel(limits, limits.dense.layers), _open_numel(limits, limits.floor)
+    heads = dense["heads"] - kept["heads"]
+    return heads, sum(dense.values()) - sum(kept.values()) - heads
+
+
+def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
+    """Returns the least and the most parameters that can go, up to a part of a group."""
+    most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
+    if config.head_ratio is None:
+        return 0, most
+    of_heads = config.head_ratio * _open_numel(limits, limits.dense.layers)["heads"]
+    return of_heads, min(most, of_heads + _most_heads_and_channels(limits)[1])
+
+
 def _check_reachable(config: PruneConfig, limits: Limits) -> None:
     dense = limits.dense
-    if config.ranking == "uniform" and len({dense.layers[i] for i in limits.open_layers}) > 1:
-        raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
-    if not limits.open_layers:
-        raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
-    most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
+    _, most = reachable(config, limits)
     # A ratio that equals a cap may miss it by a part of a group. Either ranking promises no more than that.
     a_step = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
     near = a_step if config.ranking == "global" else _half_a_step(limits)
-    if most == 0 or config.ratio * dense.linear_numel() > most + near:
+    if most == 0 or limits.ratio * dense.linear_numel() > most + near:
         raise UserError(
-            f"prune.ratio {config.ratio} is out of reach: with the protected layers, minimum widths and "
+            f"prune.ratio {limits.ratio} is out of reach: with the protected layers, minimum widths and "
             f"prune.max_layer_ratio at most {math.floor(1e4 * most / dense.linear_numel()) / 1e4} can go"
         )
 

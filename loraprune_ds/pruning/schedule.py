@@ -70,11 +70,11 @@ def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
     end = steps - math.floor(config.cooldown_fraction * steps + 1e-6)
     if end <= start:
         raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
-    schedule = Schedule(config.ratio, start, end, config.prune_every, config.gradient_every)
+    schedule = Schedule(limits.ratio, start, end, config.prune_every, config.gradient_every)
     schedule = replace(schedule, passed_over=_without_a_change(schedule, config, limits))
     if not schedule.cut_steps():
         raise UserError(
-            f"prune.ratio {config.ratio} is too small to change a width with "
+            f"prune.ratio {limits.ratio:.6g} is too small to change a width with "
             f"prune.channel_multiple {config.channel_multiple}; choose a smaller multiple"
         )
     return schedule

@@ -26,11 +26,13 @@ class Outcome:
         pruned: the final shape.
         kept_of_dense: per layer, the groups that are left, as indices into the dense model.
         resumed_from: the steps at which the run was taken up again.
+        target: what `prune.target` asked for, and what was reached.
     """
 
     pruned: ModelShape
     kept_of_dense: list[LayerKeep]
     resumed_from: list[int]
+    target: dict[str, Any] | None = None
 
 
 def make_report(
@@ -53,6 +55,7 @@ def make_report(
     before, after = _latest(history, first_cut), None if last_cut is None else _latest(history, None)
     return {
         "params": _parameters(dense, outcome.pruned),
+        "target": outcome.target,
         "serving": _serving(outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
         "world_size": len(peak_bytes),

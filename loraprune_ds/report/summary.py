@@ -13,7 +13,15 @@ from loraprune_ds.checkpoint.run_folder import (
     TENSORBOARD_FOLDER,
     TRAINING_PICTURE,
 )
-from loraprune_ds.units import aligned, format_bytes, format_count, format_duration, format_percent, format_perplexity
+from loraprune_ds.units import (
+    aligned,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_percent,
+    format_perplexity,
+    read_amount,
+)
 
 RESULT_FILES = (
     (MODEL_FOLDER, "Hugging Face model, smaller and dense, LoRA merged in"),
@@ -34,7 +42,7 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
         report: the content of report.json.
     """
     head = ("", "dense", "pruned", "")
-    rows = [head, *_parameter_rows(report), _perplexity_row(report), *_cost_rows(report)]
+    rows = [head, *_parameter_rows(report), *_target_rows(report), _perplexity_row(report), *_cost_rows(report)]
     serving = report.get("serving")  # reports of earlier versions lack it
     cuts, ranks = len(report["prune_steps"]), report["world_size"]
     title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
@@ -67,6 +75,16 @@ def _parameter_rows(report: dict[str, Any]) -> list[SummaryRow]:
             f"{format_percent(linear_removed)} removed{target}",
         ),
     ]
+
+
+def _target_rows(report: dict[str, Any]) -> list[SummaryRow]:
+    """Tells what became of a target. Reports of earlier versions say nothing about one."""
+    target = report.get("target")
+    if target is None:
+        return []
+    amount = read_amount(target["asked"], "target")
+    name = "  of prune.target" if target["unit"] == "parameters" else "weights and KV cache of a server"
+    return [(name, amount.format(target["dense"]), amount.format(target["reached"]), f"target {target['asked']}")]
 
 
 def _perplexity_row(report: dict[str, Any]) -> SummaryRow:

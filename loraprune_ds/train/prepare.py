@@ -19,6 +19,7 @@ from loraprune_ds.model.token_loss import check_buildable
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.pruning.target import find_ratio
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples
@@ -88,7 +89,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     _check_adapter(config, pretrained)
     ds_path = find_ds_config(config.deepspeed)
     ds_config = resolve_ds_config(ds_path, config, pretrained.shape, world_size, ranks_per_node=ranks_per_node)
-    limits = make_limits(config.prune, pretrained.shape)
+    limits = make_limits(config.prune, pretrained.shape, find_ratio(config.prune, pretrained.shape))
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     start = window_start(tokenizer, pretrained.shape.family)
@@ -130,13 +131,13 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 
 def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     """Describes a run in two or three lines for its start: what is pruned, on what, how far."""
-    dense, train = prepared.pretrained.shape, config.train
+    dense, train, ratio = prepared.pretrained.shape, config.train, format_percent(prepared.schedule.ratio)
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {config.model.dtype}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(prepared.schedule.cut_steps())} cuts to {format_percent(config.prune.ratio)} of the decoder layers' "
+        f"{len(prepared.schedule.cut_steps())} cuts to {ratio} of the decoder layers' "
         f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
     ]
     if attention := describe_attention(config.model.attn_implementation, dense.family):
@@ -144,7 +145,7 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     if train.distill_weight and config.model.adapter:
         lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:
-        lines.append(f"{left_out:,} instructions have no response within data.window {config.data.window}: left out")
+        lines.append(f"{left_out:,} rows have no answer within data.window {config.data.window}: left out")
     if world_size == 1:
         lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import torch
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError
+from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.finish import finish, write_weights
@@ -103,7 +104,8 @@ def _train(
     context.recorder.show("writing the merged model")
     write_weights(loop.model, Path(config.output_dir), config.model.dtype)
     loop.engine.release()  # else it would stand beside the exported model, which is measured next
-    return Outcome(loop.model.shape, loop.pruner.kept_of_dense, loop.resumed_from)
+    target = describe_target(config.prune, prepared.pretrained.shape, loop.model.shape)
+    return Outcome(loop.model.shape, loop.pruner.kept_of_dense, loop.resumed_from, target)
 
 
 def _find_teacher(

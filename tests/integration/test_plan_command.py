@@ -107,6 +107,9 @@ def test_no_cluster_is_large_enough(
         (["llama-65b", "--smallest", "--nodes", "0"], "--nodes must be a number above 0; got 0"),
         (["./nowhere"], "model ./nowhere does not exist; give a folder, a hub id, or one of llama-7b"),
         ([], "give a model or --config"),
+        (["embedded", "--server-memory", "0"], "--server-memory must be a number above 0; got 0.0"),
+        (["llama-7b", "--set", "prune.target=4B"], "give exactly one of prune.ratio and prune.target; null takes one"),
+        (["embedded", "--set", "prune.target=4GX"], "prune.target must be parameters, such as 4.5B, or memory, such"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -117,6 +120,32 @@ def test_bad_input_is_one_line(
     assert out == ""
     assert error.count("\n") == 1
     assert error.startswith(f"error: {message}")
+
+
+def test_a_server_gets_what_fits_beside_the_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SmolLM2-135M: 134,515,008 parameters, 3 key-value heads of 64 in 30 layers."""
+    arguments = (
+        "embedded",
+        "--gpus-per-node",
+        "1",
+        "--set",
+        "prune.target=0.3GiB",
+        "--set",
+        "prune.target_context=8192",
+    )
+    assert plan(monkeypatch, *arguments, "--server-memory", "0.5", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    dense, pruned = found["serving"]
+    assert (dense["parameters"], dense["weights"]) == (134_515_008, 2 * 134_515_008)
+    assert dense["tokens"] == (2**29 - 2 * 134_515_008) // (2 * 30 * 3 * 64 * 2)
+    assert pruned["parameters"] == found["parameters_after"]
+    assert 0.29 * 2**30 < found["target"]["reached"] <= 0.3 * 2**30
+    assert plan(monkeypatch, *arguments, "--server-memory", "0.5") == 0
+    out = capsys.readouterr().out
+    assert "prune.target 0.3GiB: 0." in out
+    assert f"on the server, dense: 0.25 GiB of weights, {dense['tokens']:,} tokens of KV cache" in out
 
 
 def test_the_search_takes_hpz_with_the_nodes_it_tries(

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_file import config_value, load_config
+from loraprune_ds.config_file import config_from_dict, config_value, load_config
 from loraprune_ds.errors import UserError
 from tests.unit.shapes_and_scores import repository
 
@@ -36,6 +36,7 @@ def refused(tmp_path: Path, text: str, *overrides: str) -> str:
 def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
     assert (repository() / config.deepspeed).is_file()
+    assert config.prune.ratio is not None
     assert 0 < config.prune.ratio < 1
     assert config.output_dir == f"runs/{path.stem}"
 
@@ -245,7 +246,7 @@ def test_steps_and_epochs_exclude_each_other(tmp_path: Path) -> None:
 
 def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     message = refused(tmp_path, "output_dir: out\nprune: {sparsity: 0.5}\n")
-    assert message.startswith("unknown key prune.sparsity; known keys there: ratio, head_ratio, ")
+    assert message.startswith("unknown key prune.sparsity; known keys there: ratio, target, ")
     known = message.split(": ", 1)[1].split(", ")
     assert known == [f.name for f in dataclasses.fields(PruneConfig)]
     for text in ("output_dir: out\nprunning: {}\n", "prunning:\n"):  # told before the missing output_dir
@@ -320,7 +321,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("prune.ratio.x=1", "--set prune.ratio.x: ratio is not a section"),
         ("prune=0.5", "prune must be a section of keys, got 0.5"),
         ("prune.ratio=[", "--set prune.ratio: '[' is not a YAML value"),
-        ("prune.ratio=", "prune.ratio must be of type float; got None"),
+        ("prune.ratio=", "give exactly one of prune.ratio and prune.target; null takes one away"),
     ],
 )
 def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, message: str) -> None:
@@ -357,3 +358,27 @@ def test_normalisation_goes_with_the_ranking() -> None:
     ]
     for prune, expected in settings:
         assert PruneConfig(**prune).normalization == expected
+
+
+@pytest.mark.parametrize("target", ["4.5B", "4500000000", "4_500_000_000", "4500M"])
+def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> None:
+    config = load(tmp_path, f"output_dir: out\nprune: {{target: {target}}}")
+    assert config.prune.ratio is None
+    assert config.prune.target_amount is not None
+    assert config.prune.target_amount.value == 4.5e9
+    assert config_from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ("ratio: 0.4, target: 4B", "give exactly one of prune.ratio and prune.target; null takes one away"),
+        ("ratio: null", "give exactly one of prune.ratio and prune.target; null takes one away"),
+        ("target: much", "prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got 'much'"),
+        ("target: -4B", "prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got '-4B'"),
+        ("target: 4B, target_context: 100", "prune.target_context has no effect without a prune.target in bytes"),
+        ("target: 4GiB, ranking: global, joint_budget: true", "prune.joint_budget and a prune.target in bytes exclude"),
+    ],
+)
+def test_a_wrong_target_is_refused(tmp_path: Path, prune: str, message: str) -> None:
+    assert refused(tmp_path, f"output_dir: out\nprune: {{{prune}}}\n").startswith(message)

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.train.data.chat import ChatTemplate, read_chat, tokenize_chats
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.data.sources import JSON_SUFFIXES, TextRow, TextRows, local_files, read_rows, read_text_file
-from loraprune_ds.train.data.tokens import Instruction, make_instruction, mask_prompts, pack_documents
+from loraprune_ds.train.data.tokens import Instruction, collect_rows, make_instruction, mask_prompts, pack_documents
 
 LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie
 
@@ -45,12 +46,14 @@ def load_samples(
     """
     if config.max_samples is not None and config.max_samples < minimum:
         raise UserError(f"data.max_samples {config.max_samples} is below train.global_batch_size {minimum}")
-    held_out_text = _read_held_out(config)
+    if config.format == "chat":
+        ChatTemplate(tokenizer)  # before anything is read
+    held_out_text = _read_held_out(config, tokenizer)
     tuning, held_out = _hold_out(read_rows(config), config)
     samples = _make_samples(tuning, tokenizer, config, start)
     _check_samples(samples, config, minimum, vocab_size)
     if held_out_text is None:
-        held_out_text = _join_text(held_out, config)
+        held_out_text = _join_text(held_out, config, tokenizer)
     return LoadedData(samples, held_out_text)
 
 
@@ -60,6 +63,8 @@ def _make_samples(
     if config.format == "text":
         documents = (_text_of(row, config.text_field) for row in rows)
         return pack_documents(documents, tokenizer, config.window, config.max_samples, start)
+    if config.format == "chat":
+        return collect_rows(tokenize_chats(map(read_chat, rows), tokenizer), config.window, config.max_samples)
     instructions = (_instruction_of(row, config) for row in rows)
     return mask_prompts(instructions, tokenizer, config.window, config.max_samples)
 
@@ -69,13 +74,13 @@ def _check_samples(samples: Samples, config: DataConfig, minimum: int, vocab_siz
         raise UserError(
             f"data.path {config.path} is too short: {len(samples)} samples of {config.window} tokens (data.window); "
             f"one global batch needs {minimum} (train.global_batch_size)"
-            + (f"; {samples.left_out} more have no response within data.window" if samples.left_out else "")
+            + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
         )
     if (largest := samples.largest_id()) >= vocab_size:
         raise UserError(f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
 
 
-def _read_held_out(config: DataConfig) -> str | None:
+def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Reads the text of `data.held_out`. None if the config names no such file."""
     if config.held_out is None:
         return None
@@ -84,7 +89,7 @@ def _read_held_out(config: DataConfig) -> str | None:
         raise UserError(f"data.held_out: {config.held_out} is tuned on too, as a part of data.path")
     if path.suffix not in JSON_SUFFIXES:
         return read_text_file(path)
-    return _join_text(read_rows(replace(config, path=str(path))), config)
+    return _join_text(read_rows(replace(config, path=str(path))), config, tokenizer)
 
 
 def _hold_out(rows: TextRows, config: DataConfig) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
@@ -103,10 +108,10 @@ def _hold_out(rows: TextRows, config: DataConfig) -> tuple[Iterable[TextRow], It
     if chosen:
         left_out = set(chosen)
         return (row for i, row in enumerate(rows) if i not in left_out), (rows[i] for i in chosen)
-    if config.format == "instruction":
+    if config.format != "text":
         raise UserError(
-            f"data.held_out_fraction {fraction} of the {len(rows)} instructions in {config.path} is none; raise it or "
-            "give data.held_out"
+            f"data.held_out_fraction {fraction} of the {len(rows)} {config.format}s in {config.path} is none; raise it "
+            "or give data.held_out"
         )
     parts = [_split_tail(_text_of(row, config.text_field), fraction) for row in rows]
     return [{config.text_field: head} for head, _ in parts], [{config.text_field: tail} for _, tail in parts]
@@ -134,7 +139,10 @@ def _split_tail(text: str, fraction: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _join_text(rows: Iterable[TextRow], config: DataConfig) -> str:
+def _join_text(rows: Iterable[TextRow], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    if config.format == "chat":
+        template = ChatTemplate(tokenizer)
+        return "\n\n".join(template.render(read_chat(row)) for row in rows)
     return "\n\n".join(_whole_text_of(row, config) for row in rows)
 
 

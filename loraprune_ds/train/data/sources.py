@@ -10,6 +10,7 @@ from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
+from loraprune_ds.train.data.chat import chat_fields
 
 TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -32,14 +33,14 @@ def read_rows(config: DataConfig) -> TextRows:
         UserError: nothing is there, a file is empty or not valid JSON (names file and line), or a field is unknown.
     """
     if config.path == EMBEDDED:
-        if config.format == "instruction":
-            raise UserError("data.format instruction needs a data.path; the embedded text is no instructions")
+        if config.format != "text":
+            raise UserError(f"data.format {config.format} needs a data.path; the embedded text is plain text")
         return [{config.text_field: document} for document in embedded_text()]
     files = local_files(config.path)
     if files is None:
         return _load_dataset(config)
     rows = [row for file in files for row in _read_rows_of_file(file, config)]
-    _check_fields(config, {field for row in rows for field in row})
+    _read_fields(config, {field for row in rows for field in row})
     return rows
 
 
@@ -93,8 +94,10 @@ def read_text_file(path: Path) -> str:
     return text
 
 
-def _used_fields(config: DataConfig) -> dict[str, str]:
-    """Maps the fields that a row must have to the keys of the config that name them."""
+def _text_fields(config: DataConfig) -> dict[str, str]:
+    """Maps the fields of text that a row must have to the keys of the config that name them."""
+    if config.format == "chat":
+        return {}
     if config.format == "text":
         return {config.text_field: "data.text_field"}
     fields = {config.prompt_field: "data.prompt_field", config.response_field: "data.response_field"}
@@ -121,8 +124,8 @@ def _read_rows_of_file(path: Path, config: DataConfig) -> list[dict[str, Any]]:
         if not isinstance(value, list) or not value:
             raise UserError(f"{path} must hold a list of objects (one object per line goes into a .jsonl file)")
         return [_as_row(item, f"{path}, item {i}", config) for i, item in enumerate(value)]
-    if config.format == "instruction":
-        raise UserError(f"data.format instruction needs .json or .jsonl files; {path} is plain text")
+    if config.format != "text":
+        raise UserError(f"data.format {config.format} needs .json or .jsonl files; {path} is plain text")
     return [{config.text_field: text}]
 
 
@@ -151,17 +154,22 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
 def _as_row(value: Any, where: str, config: DataConfig) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, got {type(value).__name__}")
-    for field in _used_fields(config):
+    for field in _text_fields(config):
         if not isinstance(value.get(field), str | None):  # rows of real data have gaps
             raise UserError(f"{where}: field {field!r} must be text; got {value[field]!r:.80}")
     return value
 
 
-def _check_fields(config: DataConfig, known: set[str]) -> None:
-    for field, key in _used_fields(config).items():
+def _read_fields(config: DataConfig, known: set[str]) -> list[str]:
+    """Returns the fields that are read, of those that are known."""
+    if config.format == "chat":
+        return chat_fields(known, config.path)
+    fields = _text_fields(config)
+    for field, key in fields.items():
         if field not in known:
             hint = " (null: there is none)" if key == "data.input_field" else ""
             raise UserError(f"{key}: {config.path} has no field {field!r}{hint}; it has {', '.join(sorted(known))}")
+    return list(fields)
 
 
 def _load_dataset(config: DataConfig) -> TextRows:
@@ -176,5 +184,4 @@ def _load_dataset(config: DataConfig) -> TextRows:
     assert isinstance(dataset, Dataset)
     if not len(dataset):
         raise UserError(f"data.path: {config.path} has no rows in split {config.split}")
-    _check_fields(config, set(dataset.column_names))
-    return dataset.select_columns(list(_used_fields(config)))
+    return dataset.select_columns(_read_fields(config, set(dataset.column_names)))

@@ -1,7 +1,7 @@
 """Makes samples of text: packs documents to windows, or leaves the prompts of instructions out of the loss."""
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -20,6 +20,7 @@ PROMPT = "Answer the request.\n\n### Request\n{prompt}\n\n### Answer\n"
 PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}\n\n### Text\n{input}\n\n### Answer\n"
 
 T = TypeVar("T")
+TokenizedRow = tuple[list[int], list[int]]  # ids and labels
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def pack_documents(
     """
     eos = _eos(tokenizer)
     stream = array("i")
-    for batch in _batches(document for document in documents if document):
+    for batch in in_batches(document for document in documents if document):
         for ids in _ids(batch, tokenizer, special=True):
             if stream and eos is not None and stream[-1] != eos:  # some tokenizers add EOS themselves
                 stream.append(eos)
@@ -67,19 +68,22 @@ def mask_prompts(
 ) -> Samples:
     """Makes one sample of each instruction: the prompt, which is not predicted, the response and EOS.
 
-    A sample ends at the window. If no prediction of the response is left, the sample is left out. Prompt and response
-    are tokenised apart, so the mask ends exactly between them.
+    Prompt and response are tokenised apart, so the mask ends exactly between them.
     """
+    return collect_rows(_tokenize_instructions(instructions, tokenizer), window, max_samples)
+
+
+def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | None) -> Samples:
+    """Makes one sample of each row. It ends at the window. If nothing is left to predict, the row is left out."""
     ids, labels = array("i"), array("i")
     starts = array("q", [0])
     left_out = 0
-    for prompt, response in _tokenize_instructions(instructions, tokenizer):
-        answer = response[: max(0, window - len(prompt))]
-        if not answer or len(prompt) + len(answer) < 2:  # nothing predicts a first token
+    for row_ids, row_labels in rows:
+        if all(label == IGNORE_INDEX for label in row_labels[1:window]):  # nothing predicts a first token
             left_out += 1
             continue
-        ids.extend(prompt + answer)
-        labels.extend([IGNORE_INDEX] * len(prompt) + answer)
+        ids.extend(row_ids[:window])
+        labels.extend(row_labels[:window])
         starts.append(len(ids))
         if len(starts) - 1 == max_samples:
             break
@@ -91,11 +95,27 @@ def mask_prompts(
     )
 
 
+def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[int]:
+    """Returns labels: the ids of tokens that overlap one of the spans of characters, IGNORE_INDEX for the others.
+
+    Args:
+        offsets: the first and the last character of each token, one behind. They ascend, as the spans do.
+    """
+    labels, first = [IGNORE_INDEX] * len(ids), 0
+    for begin, end in spans:
+        while first < len(ids) and offsets[first][1] <= begin:
+            first += 1
+        while first < len(ids) and offsets[first][0] < end:
+            labels[first] = ids[first]
+            first += 1
+    return labels
+
+
 def _tokenize_instructions(
     instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], list[int]]]:
+) -> Iterator[TokenizedRow]:
     eos = _eos(tokenizer)
-    for batch in _batches(instructions):
+    for batch in in_batches(instructions):
         prompts = _ids([instruction.prompt for instruction in batch], tokenizer, special=True)
         responses = _ids([instruction.response for instruction in batch], tokenizer, special=False)
         for prompt, response in zip(prompts, responses, strict=True):
@@ -103,7 +123,7 @@ def _tokenize_instructions(
                 prompt = prompt[:-1]
             if eos is not None and response:
                 response = [*response, eos]
-            yield prompt, response
+            yield prompt + response, [IGNORE_INDEX] * len(prompt) + response
 
 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[list[int]]:
@@ -117,7 +137,8 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return eos
 
 
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+def in_batches(items: Iterable[T]) -> Iterator[list[T]]:
+    """Yields the items in lists of TEXTS_AT_ONCE."""
     iterator = iter(items)
     while batch := list(islice(iterator, TEXTS_AT_ONCE)):
         yield batch

@@ -1,0 +1,185 @@
+"""Tokenises conversations with the tokenizer's own chat template. Only the assistant's turns enter the loss.
+
+A template with `{% generation %}` marks them itself. Without it they are found by comparing prefixes. What the template
+makes of a conversation must begin with what it makes of its first turns. The turn lies between two such prefixes.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.train.data.tokens import TokenizedRow, in_batches, mask_outside
+
+CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))  # the first that a row has counts
+TOOLS = "tools"
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # others have the same name there
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+Message = dict[str, Any]
+Span = tuple[int, int]  # of characters
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Holds a conversation. Its first `context` messages are not learnt, whoever said them."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    context: int = 0
+
+
+def chat_fields(known: Iterable[str], path: str) -> list[str]:
+    """Returns the fields that conversations are read from.
+
+    Raises:
+        UserError: there are none.
+    """
+    present = set(known)
+    found = next((fields for fields in CHAT_FIELDS if present.issuperset(fields)), None)
+    if found is None:
+        raise UserError(
+            f"data.format chat: {path} has no field messages, nor conversations, nor prompt and completion; it has "
+            + ", ".join(sorted(present))
+        )
+    return [*found, *present.intersection([TOOLS])]
+
+
+def read_chat(row: Mapping[str, Any]) -> Chat:
+    """Reads a conversation in the forms of TRL and of ShareGPT.
+
+    Raises:
+        UserError: a message has another form.
+    """
+    tools = _tools(row.get(TOOLS))
+    if "messages" in row or "conversations" in row:
+        return Chat(_messages(row.get("messages") or row.get("conversations"), "user"), tools)
+    prompt = _messages(row.get("prompt"), "user")
+    return Chat(prompt + _messages(row.get("completion"), "assistant"), tools, len(prompt))
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """Reads a list of tools, or the JSON of one."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        tools = value
+    if not isinstance(tools, list | None):
+        raise UserError(f"tools must be a list or its JSON; got {value!r:.80}")
+    return tools
+
+
+def _messages(value: Any, role: str) -> list[Message]:
+    """Reads a list of messages. A text is one message of `role`, and null is none."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    require(isinstance(value, list | None), f"a conversation must be a list of messages; got {value!r:.80}")
+    return [_message(message) for message in value or ()]
+
+
+def _message(value: Any) -> Message:
+    if isinstance(value, dict) and "from" in value:
+        value = {"role": SHAREGPT_ROLES.get(value["from"], value["from"]), "content": value.get("value")}
+    if not (isinstance(value, dict) and isinstance(value.get("role"), str)):
+        raise UserError(f"a message must have role and content, or from and value; got {value!r:.80}")
+    return {key: item for key, item in value.items() if item is not None}  # Arrow fills what a message lacks with null
+
+
+class ChatTemplate:
+    """Renders conversations as text, and tells which characters the assistant says.
+
+    Raises:
+        UserError: the tokenizer has no template, or cannot tell which characters a token stands for.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.name = tokenizer.name_or_path or "the tokenizer"
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"data.format chat needs a chat template, and the tokenizer of {self.name} has none; "
+                "write one into chat_template.jinja beside it, or take data.format instruction"
+            )
+        require(bool(tokenizer.is_fast), f"data.format chat needs a fast tokenizer; that of {self.name} is none")
+        self._tokenizer = tokenizer
+
+    def render(self, chat: Chat) -> str:
+        """Returns the text of a whole conversation."""
+        return self._render(chat, len(chat.messages))[0] if chat.messages else ""
+
+    def mark(self, chat: Chat) -> tuple[str, list[Span]]:
+        """Returns the text of a conversation, and where in it the assistant's turns lie that are learnt.
+
+        Raises:
+            UserError: the template refuses the conversation, or its turns cannot be told apart.
+        """
+        if not chat.messages:
+            return "", []
+        template = self._tokenizer.get_chat_template(tools=chat.tools)
+        text, spans = self._render(chat, len(chat.messages), mark=GENERATION.search(template) is not None)
+        if spans is not None:
+            begin = len(self._prefix(chat, chat.context, text)) if chat.context else 0
+            return text, [span for span in spans if span[0] >= begin]
+        first = max(1, chat.context)  # nothing prompts a first message
+        turns = [i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"]
+        return text, [self._span(chat, i, text) for i in turns]
+
+    def _span(self, chat: Chat, turn: int, text: str) -> Span:
+        """Finds a turn: it lies behind its prompt, and ends where the conversation goes on."""
+        return len(self._prefix(chat, turn, text, prompt=True)), len(self._prefix(chat, turn + 1, text))
+
+    def _prefix(self, chat: Chat, count: int, text: str, *, prompt: bool = False) -> str:
+        """Returns the text of the first messages. It must be a prefix of `text`, that of the whole conversation."""
+        if count == len(chat.messages):
+            return text
+        prefix, _ = self._render(chat, count, prompt=prompt)
+        if not text.startswith(prefix):
+            raise UserError(
+                f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
+                f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "
+                "mark the assistant's turns in chat_template.jinja, or give shorter conversations"
+            )
+        return prefix
+
+    def _render(
+        self, chat: Chat, count: int, *, prompt: bool = False, mark: bool = False
+    ) -> tuple[str, list[Span] | None]:
+        """Renders the first `count` messages. With `mark` the template tells the assistant's characters."""
+        try:
+            rendered: Any = render_jinja_template(
+                [chat.messages[:count]],
+                tools=chat.tools,
+                chat_template=self._tokenizer.get_chat_template(tools=chat.tools),
+                return_assistant_tokens_mask=mark,
+                add_generation_prompt=prompt,
+                **cast(dict[str, Any], self._tokenizer.special_tokens_map),
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(message["role"] for message in chat.messages[:count])
+            raise UserError(
+                f"data.format chat: the chat template of {self.name} refuses a conversation of {roles}: "
+                f"{one_line(error)}; it begins with {chat.messages[0].get('content')!r:.60}"
+            ) from None
+        texts, spans = rendered
+        return texts[0], spans[0] if mark else None
+
+
+def tokenize_chats(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedRow]:
+    """Makes ids and labels of conversations. A token is learnt if a character of it is the assistant's.
+
+    Raises:
+        UserError: as `ChatTemplate`.
+    """
+    template = ChatTemplate(tokenizer)
+    for batch in in_batches(chats):
+        marked = [template.mark(chat) for chat in batch]
+        texts = [text for text, _ in marked]
+        encoded: Any = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+        )
+        for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], marked, strict=True):
+            yield ids, mask_outside(ids, offsets, spans)

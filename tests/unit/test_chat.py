@@ -1,0 +1,209 @@
+"""Conversations: their forms, whose tokens are learnt, and TRL's masks of the same templates, token by token."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+from trl import chat_template_utils as trl_templates
+from trl.data_utils import common_prefix_length
+
+from loraprune_ds.config import DataConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.train.data.chat import Chat, ChatTemplate, read_chat, tokenize_chats
+from loraprune_ds.train.data.loading import LoadedData, load_samples
+from tests.unit.test_data import numbers
+from tests.unit.test_data_load import write_json
+
+CHATML = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+LLAMA3 = trl_templates.llama3_chat_template
+GEMMA = trl_templates.gemma_chat_template
+FORGETFUL = """{%- for message in messages %}{%- if loop.last or message.role == 'user' %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+TALKS = [
+    [user("What is 2 + 3?"), assistant("5"), user("  and Ünïcode 😀?"), assistant("Yes.\n\nIt\tworks \n")],
+    [user("one"), assistant("two")],
+    [user("assistant"), assistant("<|im_start|> user\nmodel"), user("three"), assistant(""), user("four")],
+]
+
+
+def tokenizer_with(template: str | None) -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer, with the special tokens and the template of another model."""
+    tokenizer = load_tokenizer(embedded_model_dir())
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})  # pyright: ignore[reportArgumentType]
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def labels_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    ((ids, labels),) = tokenize_chats([chat], tokenizer)
+    return ids, labels
+
+
+def learnt(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    _, labels = labels_of(chat, tokenizer)
+    return str(tokenizer.decode([label for label in labels if label != IGNORE_INDEX]))
+
+
+def trl_labels(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Masks as SFTTrainer does with `assistant_only_loss`: by TRL's own training version of the template."""
+    template = trl_templates.get_training_chat_template(tokenizer)
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    return ids, [token if bit else IGNORE_INDEX for token, bit in zip(ids, mask, strict=True)]
+
+
+TEMPLATES = {"ChatML": trl_templates.qwen3_instruct_2507_chat_template, "Llama-3": LLAMA3, "Gemma": GEMMA}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("messages", TALKS, ids=["two turns", "one turn", "odd texts"])
+def test_masks_are_those_of_trl_token_by_token(messages: list[dict[str, str]], template: str) -> None:
+    tokenizer = tokenizer_with(template)
+    ids, labels = labels_of(Chat(messages), tokenizer)  # by prefixes: these templates have no {% generation %}
+    assert "generation %}" not in template
+    assert (ids, labels) == trl_labels(messages, tokenizer)
+    assert IGNORE_INDEX < max(labels)
+    tokenizer.chat_template = trl_templates.get_training_chat_template(tokenizer)
+    assert labels_of(Chat(messages), tokenizer) == (ids, labels)  # by {% generation %}
+
+
+# Not Llama-3: SmolLM2's tokenizer splits the two line ends of its header only if a word follows.
+@pytest.mark.parametrize("template", [CHATML, GEMMA], ids=["ChatML", "Gemma"])
+def test_a_completion_is_learnt_where_trl_learns_it(template: str) -> None:
+    prompt, completion = TALKS[0][:3], TALKS[0][3:]
+    tokenizer = tokenizer_with(template)
+    ids, labels = labels_of(read_chat({"prompt": prompt, "completion": completion}), tokenizer)
+    of_prompt: Any = tokenizer.apply_chat_template(prompt, return_dict=False, add_generation_prompt=True)
+    whole: Any = tokenizer.apply_chat_template(prompt + completion, return_dict=False)
+    length = common_prefix_length(of_prompt, whole)  # as SFTTrainer's completion_mask
+    assert ids == whole
+    assert labels == [IGNORE_INDEX] * length + whole[length:]
+
+
+def test_the_newline_of_the_header_is_the_prompts_though_trl_learns_it_with_qwen2_5() -> None:
+    tokenizer = tokenizer_with(trl_templates.qwen2_5_chat_template)
+    (ids, labels), (_, theirs) = labels_of(Chat(TALKS[1]), tokenizer), trl_labels(TALKS[1], tokenizer)
+    (only,) = [i for i, pair in enumerate(zip(labels, theirs, strict=True)) if pair[0] != pair[1]]
+    assert tokenizer.decode([ids[only]]) == "\n"
+    assert labels[only] == IGNORE_INDEX
+
+
+def test_only_the_assistants_turns_are_learnt_with_what_ends_them() -> None:
+    tokenizer = tokenizer_with(CHATML)
+    assert learnt(Chat([{"role": "system", "content": "s"}, *TALKS[1]]), tokenizer) == "two<|im_end|>\n"
+    assert learnt(Chat(TALKS[2]), tokenizer) == "<|im_start|> user\nmodel<|im_end|>\n<|im_end|>\n"
+    assert learnt(Chat([assistant("hello"), *TALKS[1]]), tokenizer) == "two<|im_end|>\n"  # nothing prompts the first
+    assert learnt(Chat([user("a"), user("b")]), tokenizer) == ""
+    assert labels_of(Chat([]), tokenizer) == ([], [])
+
+
+def test_the_turns_of_a_prompt_are_not_learnt_with_generation_either() -> None:
+    tokenizer = tokenizer_with(trl_templates.llama3_training_chat_template)
+    chat = read_chat({"prompt": TALKS[0][:3], "completion": TALKS[0][3:]})
+    assert learnt(chat, tokenizer) == "Yes.\n\nIt\tworks<|eot_id|>"
+
+
+# The forms of rows
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALKS[1]},
+        {"messages": [message | {"tool_calls": None} for message in TALKS[1]], "prompt": "not this"},
+        {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]},
+        {"conversations": TALKS[1], "messages": None},
+        {"prompt": "one", "completion": "two"},
+        {"prompt": TALKS[1][:1], "completion": TALKS[1][1:]},
+    ],
+)
+def test_rows_have_the_forms_of_trl_and_of_sharegpt(row: dict[str, Any]) -> None:
+    assert read_chat(row).messages == TALKS[1]
+
+
+def test_tools_come_as_a_list_or_as_json() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for given in (tools, json.dumps(tools)):
+        assert read_chat({"messages": TALKS[1], "tools": given}).tools == tools
+    tokenizer = tokenizer_with(TEMPLATES["ChatML"])
+    ids, labels = labels_of(read_chat({"messages": TALKS[1], "tools": tools}), tokenizer)
+    assert '"name": "f"' in str(tokenizer.decode(ids))
+    assert tokenizer.decode([label for label in labels if label >= 0]) == "two<|im_end|>\n"
+
+
+def load(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> LoadedData:
+    config = DataConfig(**({"path": str(path), "format": "chat", "window": 64} | settings))
+    return load_samples(config, tokenizer, minimum=1, vocab_size=len(tokenizer))
+
+
+def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_path: Path) -> None:
+    rows = [{"messages": [user(f"question {i}"), assistant(f"answer {i}")]} for i in range(19)] + [{"messages": []}]
+    tokenizer = tokenizer_with(CHATML)
+    data = load(write_json(tmp_path / "chats.jsonl", rows), tokenizer)
+    assert (len(data.samples), data.samples.left_out) == (17, 1)
+    assert data.held_out.count("<|im_start|>assistant\nanswer") == 2
+    assert "answer 4<" in data.held_out
+    texts = tokenizer.batch_decode(data.samples.input_ids[numbers(*range(17))])
+    assert not any("answer 4<" in text for text in texts)
+
+
+def test_a_long_conversation_ends_at_the_window(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "chats.jsonl", [{"messages": [user("a"), assistant("word " * 100)]}] * 10)
+    samples = load(path, tokenizer_with(CHATML), window=16).samples
+    assert samples.input_ids[numbers(0)].shape == (1, 16)
+    assert load(path, tokenizer_with(CHATML), window=20, max_samples=3).samples.input_ids.shape == (3, 20)
+
+
+# What can be wrong
+
+
+def fails(message: str, rows: list[Any], folder: Path, template: str | None = CHATML) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load(write_json(folder / "chats.jsonl", rows * 20), tokenizer_with(template))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    good = {"messages": TALKS[0]}
+    fails(r"needs a chat template, and the tokenizer of .* has none; write one into", [good], tmp_path, None)
+    fails(r"template of .* has no \{% generation %\}, and its first 1 of 4", [good], tmp_path, FORGETFUL)
+    fails(r"refuses a conversation of system, user: System role", [{"messages": [
+        {"role": "system", "content": "s"}, user("a")]}], tmp_path, GEMMA)  # fmt: skip
+    fails(r"refuses a conversation of user", [{"messages": [{"role": "user", "content": 5}]}], tmp_path)
+    fails(r"format chat: .*chats\.jsonl has no field messages, nor conv.*; it has text", [{"text": "a"}], tmp_path)
+    fails(r"a conversation must be a list of messages; got 5", [{"messages": 5}], tmp_path)
+    fails(r"a message must have role and content.*; got 'a'", [{"messages": ["a"]}], tmp_path)
+    fails(r"a message must have role and content.*; got \{'text'", [{"messages": [{"text": "a"}]}], tmp_path)
+    fails(r"tools must be a list or its JSON; got 'f'", [good | {"tools": "f"}], tmp_path)
+
+
+def test_a_forgetful_template_is_good_for_one_turn() -> None:
+    assert learnt(Chat(TALKS[1]), tokenizer_with(FORGETFUL)) == "two<|im_end|>\n"
+
+
+def test_a_tokenizer_without_template_is_found_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs a chat template"):
+        load(tmp_path / "missing.jsonl", tokenizer_with(None))
+    assert ChatTemplate(tokenizer_with(CHATML)).render(Chat(TALKS[1])).startswith("<|im_start|>user\none")

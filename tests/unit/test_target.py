@@ -1,0 +1,133 @@
+"""`prune.target`: parameters or a server's memory instead of a ratio."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.pruning.limits import make_limits
+from loraprune_ds.pruning.ranking import rank_global, rank_uniform
+from loraprune_ds.pruning.target import describe_target, find_ratio, measure, server_memory
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
+
+GIB = 2**30
+
+
+def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
+    """Returns the shape after a cut with random scores."""
+    config = PruneConfig(**prune)
+    limits = make_limits(config, shape, find_ratio(config, shape))
+    scores = random_scores_of(shape, torch.Generator().manual_seed(seed))
+    if config.ranking == "uniform":
+        return shape.after(rank_uniform(scores, shape, limits, limits.ratio, limits.ratio))
+    return shape.after(rank_global(scores, shape, limits, limits.ratio, joint=config.joint_budget))
+
+
+def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1, of_a_head: float = 0) -> float:
+    """Returns the size that leaves with one step of the channels in all open layers, plus that of a head."""
+    limits = make_limits(PruneConfig(**{**prune, "target": "1GiB"}), shape, 0.3)
+    return len(limits.open_layers) * (limits.step_numel("channels") * of_weight + of_a_head)
+
+
+@pytest.mark.parametrize("shape", [LLAMA_7B, SMOLLM2], ids=["llama-7b", "smollm2"])
+@pytest.mark.parametrize("part", [0.55, 0.75, 0.95])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"channel_multiple": 1},
+        {"channel_multiple": 128, "protected_first": 0, "protected_last": 0},
+        {"min_heads": 2, "max_layer_ratio": 0.6},
+    ],
+    ids=str,
+)
+def test_uniform_ends_within_one_step_below_so_many_parameters(
+    shape: ModelShape, part: float, limits: dict[str, Any]
+) -> None:
+    target = round(part * shape.total_numel())
+    reached = cut_to(shape, target=str(target), **limits).total_numel()
+    assert 0 <= target - reached <= uniform_step(shape, limits)
+
+
+def test_tensor_parallel_and_head_ratio_hold_with_a_target() -> None:
+    prune = {"tensor_parallel": 4, "channel_multiple": 64, "head_ratio": 0.25}
+    pruned = cut_to(LLAMA_7B, target="5B", **prune)
+    layer = pruned.layers[10]
+    assert (layer["heads"], layer["channels"] % 64) == (24, 0)
+    assert 0 <= 5e9 - pruned.total_numel() <= uniform_step(LLAMA_7B, prune)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_global_ends_within_one_group_of_so_many_parameters(joint: bool) -> None:
+    shape = make_shape([(8, 512)] * 12, hidden=64, head_dim=16, queries_per_group=2)
+    step = max(64 * shape.group_numel("channels"), shape.group_numel("heads"))
+    for seed in range(5):
+        pruned = cut_to(shape, seed, target="1.0M", ranking="global", joint_budget=joint)
+        # one multiple, and half of one for heads that channels stood in for: `rank_global`
+        assert abs(1e6 - pruned.total_numel()) <= 1.5 * step
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+@pytest.mark.parametrize("bits", [{}, {"target_weight_bits": 4.25, "target_kv_bits": 8}], ids=str)
+def test_a_servers_memory_is_reached(ranking: str, bits: dict[str, float]) -> None:
+    prune = {"ranking": ranking, "target_context": 8192, "target_batch": 4, **bits}
+    asked = 20 * GIB if not bits else 9 * GIB
+    pruned = cut_to(LLAMA_7B, target=f"{asked // GIB}GiB", **prune)
+    # Per layer a step of the channels, or one head more or less, weights and cache, that channels make up for.
+    config = PruneConfig(target=f"{asked // GIB}GiB", **prune)
+    of_a_head = 2 * 128 * 8192 * 4 * config.target_kv_bits / 8
+    step = uniform_step(LLAMA_7B, prune, config.target_weight_bits / 8, of_a_head)
+    distance = asked - measure(config, pruned)
+    assert (0 if ranking == "uniform" else -step) <= distance <= step
+
+
+def test_memory_is_weights_and_cache_by_hand() -> None:
+    shape = make_shape([(3, 40), (2, 20)], hidden=16, head_dim=4, queries_per_group=2)
+    config = PruneConfig(
+        target="1MiB", target_context=100, target_batch=3, target_weight_bits=4, target_embedding_bits=16
+    )
+    linear = 5 * (2 * 8 + 2 * 4) * 16 + 60 * 3 * 16  # q, o and k, v of 5 groups; gate, up, down of 60 channels
+    others = 2 * 50 * 16 + 16 + 4 * 16  # embedding and head, the last norm, two norms of two layers
+    memory = server_memory(config, shape)
+    assert memory.weights == linear / 2 + others * 2
+    assert memory.kv_cache == 2 * 5 * 4 * 300 * 2
+
+
+def test_a_ratio_stays_as_it_is() -> None:
+    config = PruneConfig(ratio=0.3)
+    assert find_ratio(config, LLAMA_7B) == 0.3
+    assert describe_target(config, LLAMA_7B, LLAMA_7B) is None
+
+
+def test_the_report_tells_what_was_reached() -> None:
+    pruned = cut_to(LLAMA_7B, target="10GB", target_context=2048)
+    entry = describe_target(PruneConfig(target="10GB", target_context=2048), LLAMA_7B, pruned)
+    assert entry is not None
+    assert (entry["asked"], entry["unit"], entry["value"]) == ("10GB", "bytes", 10e9)
+    assert entry["reached"] == entry["weights"] + entry["kv_cache"] <= 10e9 < entry["dense"]
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"target": "7B"}, "prune.target 7B takes nothing from the dense model, which has 6.48 B"),
+        ({"target": "1B"}, "prune.target 1B is out of reach: with the protected layers, minimum widths and prune.max_"),
+        ({"target": "2GiB"}, "prune.target 2GiB is out of reach"),
+        ({"target": "6.4B", "head_ratio": 0.5}, "prune.head_ratio 0.5 alone takes more than prune.target 6.4B asks"),
+        ({"target": "6B", "max_layer_ratio": 1e-9}, "prune.max_layer_ratio 1e-09 lets nothing go"),
+    ],
+)
+def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        find_ratio(PruneConfig(**prune), LLAMA_7B)
+
+
+def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
+    with pytest.raises(UserError, match=r"at least ([\d.]+) B stay") as caught:
+        find_ratio(PruneConfig(target="1B"), LLAMA_7B)
+    smallest = float(re.search(r"least ([\d.]+)", str(caught.value)).group(1))  # type: ignore[union-attr]
+    assert find_ratio(PruneConfig(target=f"{smallest + 0.05}B"), LLAMA_7B)
