@@ -21,6 +21,7 @@ Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "none"]
 Compensation = Literal["none", "bias", "least_squares"]
 Scheduler = Literal["linear", "cosine", "constant"]
+Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 # YAML 1.1 reads `1e-4` as a string. Stands last in a type, or the type's JSON schema would lack the bounds.
 NUMBER = BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)
@@ -108,7 +109,7 @@ class PruneConfig:
     max_layer_ratio: Annotated[float, Field(gt=0, le=1), NUMBER] = 1.0  # of its linear parameters that a layer may lose
     channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
     tensor_parallel: Count = 1  # ranks of a server that will share the result. Heads and channels divide by it
-    gradient_every: Count = 1  # steps from one scoring to the next with criterion gradient. A cut's step always scores
+    score_every: Count = 1  # steps from one scoring to the next. The step of a cut always scores
     compensate: Compensation = "none"  # for linears losing inputs, such as o_proj and down_proj: pruning/compensate.py
     compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
     compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
@@ -151,7 +152,6 @@ class PruneConfig:
         _check_effect(self, "prune.compensate_steps", compensates, "prune.compensate")
         _check_effect(self, "prune.compensate_decay", compensates, "prune.compensate")
         _check_effect(self, "prune.compensate_ridge", solves, "prune.compensate: least_squares")
-        _check_effect(self, "prune.gradient_every", self.criterion == "gradient", "prune.criterion: gradient")
 
     @property
     def target_amount(self) -> Amount | None:
@@ -257,6 +257,7 @@ class LoggingConfig:
 
     progress: bool = True
     tensorboard: bool = True
+    report_to: list[Reporter] | None = None  # more that get the records
     verbose: bool = False  # DeepSpeed's and transformers' own messages
     profile_steps: list[Count] | None = None  # steps whose torch.profiler trace rank 0 writes into profile/
 

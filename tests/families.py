@@ -1,8 +1,11 @@
 """Random tiny models of every family of the table: grouped queries, odd counts, and every special field in use."""
 
+import os
 from typing import Any
 
+import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 SIZES: dict[str, Any] = {
@@ -59,6 +62,21 @@ TINY: dict[str, dict[str, Any]] = {
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     """Returns the config of a tiny model of a family, with other fields where `changes` names them."""
     return AutoConfig.for_model(family, **SIZES | TINY[family] | changes)
+
+
+def families(*in_ci: str) -> list[Any]:
+    """Returns the parameters of a test of all families. Those that are not named wait for tests/run_heavy.sh."""
+    wait = pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh")
+    return [name if name in in_ci else pytest.param(name, marks=[pytest.mark.heavy, wait]) for name in TINY]
+
+
+def heads_divide_hidden(family: str) -> bool:
+    """Tells if the stock config class wants a head count that divides hidden_size."""
+    try:
+        tiny_config(family, num_attention_heads=8, num_key_value_heads=4)
+    except StrictDataclassError:
+        return True
+    return False
 
 
 def tiny_model(

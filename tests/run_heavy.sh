@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Exports in the hands of the tools that serve them. Needs gcc, g++ and cmake; writes what it finds into
-# tests/benchmarks/results/export_formats.json.
+# Exports in the hands of the tools that serve them, and all families on real ranks. Needs gcc, g++ and cmake; writes
+# what it finds into tests/benchmarks/results/export_formats.json.
 #
 #   bash tests/run_heavy.sh [--vllm] [arguments of pytest]
 #   bash tests/run_heavy.sh --transformers        the oldest transformers that exports promise to load in
@@ -57,4 +57,4 @@ if [[ ${1:-} == --vllm ]]; then
   export VLLM_PYTHON=${VLLM_PYTHON:-$ROOT/.venv-vllm/bin/python}
   has "$VLLM_PYTHON" vllm || install_vllm
 fi
-exec python -m pytest tests/integration/heavy "$@"
+exec python -m pytest -m heavy tests "$@"

@@ -13,7 +13,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import base_parameter, last_names
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.model.family import FAMILIES, Kind, family_name
+from loraprune_ds.model.family import Kind, find_family
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
@@ -30,9 +30,8 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
         UserError: its model type is not supported.
     """
     config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(model)
-    if family_name(config.model_type) not in FAMILIES:
-        raise UserError(f"model_type {config.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return last_names(FAMILIES[family_name(config.model_type)].linears)
+    where = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+    return last_names(find_family(config.model_type, where).linears)
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:

@@ -8,15 +8,14 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from loraprune_ds.report.metrics import TensorBoardLog, scalars
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
+from loraprune_ds.report.reporters import SERVICES, ModuleLog
 
 TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # which the Trainer logs itself
-MODULES = ("wandb", "trackio")  # their `log` goes to the run that is open
 
 
 def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int | None) -> list[Sink]:
@@ -30,7 +29,7 @@ def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int 
     if "tensorboard" in report_to:
         root = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(output_dir, "runs")
         sinks.append(TensorBoardRun(Path(root).expanduser() / "pruning", resumed_from))
-    return sinks + [ModuleLog(name) for name in MODULES if name in report_to]
+    return sinks + [ModuleLog(name, curves) for name in SERVICES if name in report_to]
 
 
 def curves(record: Record) -> dict[str, float]:
@@ -57,19 +56,3 @@ class TensorBoardRun(TensorBoardLog):
     def write(self, record: Record) -> None:
         super().write(record)
         self._writer.flush()
-
-
-class ModuleLog:
-    """Logs to the open run of wandb or trackio, on the Trainer's own axis of steps."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def write(self, record: Record) -> None:
-        module: Any = sys.modules.get(self._name)  # the Trainer's own reporter has imported it and opened the run
-        if (
-            module is not None and getattr(module, "run", module) is not None
-        ):  # wandb's is None where it is switched off
-            module.log(curves(record) | {"train/global_step": record.step})
-
-    def close(self) -> None: ...

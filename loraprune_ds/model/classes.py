@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.modeling_pruned import pruned_classes
 
@@ -45,6 +46,18 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
     made._attn_implementation = attn_implementation
     with parameters_on_meta():
         return causal_lm_class(config["model_type"])(made)
+
+
+@contextmanager
+def refused_in_one_line(where: str) -> Iterator[None]:
+    """Names `where` in front of what transformers says about a config.json, which may hold anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises what comes of it
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}") from error
 
 
 @contextmanager

@@ -16,6 +16,8 @@ COUNT_FIELDS, and parts of that kind in a family.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from loraprune_ds.errors import UserError
+
 Kind = str
 # The field of config.json that counts the groups of a kind.
 COUNT_FIELDS: dict[Kind, str] = {"heads": "num_key_value_heads", "channels": "intermediate_size"}
@@ -88,7 +90,6 @@ class Family:
         logit_divisor: config field with a divisor of the logits.
         attention_softcap: config field with a cap on attention scores. Only the eager implementation has it.
         windows_begin_with_bos: the model predicts badly without BOS, so a window in the middle of a text has it, too.
-        heads_divide_hidden: the stock config class refuses head counts that do not divide hidden_size.
     """
 
     linears: tuple[Linear, ...]
@@ -99,7 +100,6 @@ class Family:
     logit_divisor: str | None = None
     attention_softcap: str | None = None
     windows_begin_with_bos: bool = False
-    heads_divide_hidden: bool = False
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -142,18 +142,12 @@ LLAMA_LINEARS = ATTENTION + GATED
 LLAMA = Family(LLAMA_LINEARS, runtime=(MLP_WIDTH,))
 GEMMA = replace(LLAMA, windows_begin_with_bos=True)
 UNGATED = Family((*ATTENTION, _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS)))
-LLAMA_LIKE = "mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
+LLAMA_LIKE = "llama mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
 FAMILIES: dict[str, Family] = {
-    "llama": replace(LLAMA, heads_divide_hidden=True),
     **dict.fromkeys(LLAMA_LIKE.split(), LLAMA),
     "gemma": GEMMA,
-    "gemma2": replace(
-        GEMMA,
-        softcap="final_logit_softcapping",
-        attention_softcap="attn_logit_softcapping",
-        heads_divide_hidden=True,
-    ),
-    "gemma3_text": replace(GEMMA, softcap="final_logit_softcapping", heads_divide_hidden=True),
+    "gemma2": replace(GEMMA, softcap="final_logit_softcapping", attention_softcap="attn_logit_softcapping"),
+    "gemma3_text": replace(GEMMA, softcap="final_logit_softcapping"),
     "granite": replace(LLAMA, logit_divisor="logits_scaling"),
     "cohere2": replace(LLAMA, logit_scale="logit_scale"),
     **dict.fromkeys(("olmo2", "olmo3"), replace(LLAMA, companions=WIDE_NORMS)),
@@ -166,11 +160,25 @@ FAMILIES: dict[str, Family] = {
     ),
     **dict.fromkeys(("glm", "glm4"), Family(ATTENTION + FUSED_GATED)),
     "starcoder2": Family((*ATTENTION, _rows("mlp.c_fc", CHANNELS), _columns("mlp.c_proj", CHANNELS))),
-    "nemotron": UNGATED,
-    "arcee": replace(UNGATED, heads_divide_hidden=True),
+    **dict.fromkeys(("nemotron", "arcee"), UNGATED),
 }
 
 
 def family_name(model_type: str) -> str:
     """Returns the `model_type` of the family, also of an export whose layers have different widths."""
     return model_type.removeprefix(PRUNED)
+
+
+def find_family(model_type: object, where: str, others: str = "") -> Family:
+    """Returns the family of a model.
+
+    Args:
+        others: what the refusal names beside the families.
+
+    Raises:
+        UserError: it is in no family of the table. The line names `where`, the folder, hub id or model.
+    """
+    if isinstance(model_type, str) and family_name(model_type) in FAMILIES:
+        return FAMILIES[family_name(model_type)]
+    supported = ", ".join(sorted(FAMILIES)) + others
+    raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: {supported}")

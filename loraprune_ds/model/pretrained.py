@@ -15,8 +15,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape, with_biases
+from loraprune_ds.model.read_shape import shape_from_config, with_biases
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config, text_tensors
 
 WEIGHT_FILES = "model-*-of-*.safetensors"
@@ -139,8 +139,7 @@ def open_for_pruning(folder: Path, config: PruneConfig) -> PretrainedModel:
 
 def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
     """Adds biases to all linears of the decoder layers. Those that the model lacks are zero."""
-    shape = with_biases(pretrained.shape, str(pretrained.folder))
-    config = pretrained.config | {"attention_bias": True, "mlp_bias": True}
+    config, shape = with_biases(pretrained.config, str(pretrained.folder))
     absent = frozenset(name for name in shape.parameters() if name not in pretrained.files)
     return replace(pretrained, config=config, shape=shape, absent=absent)
 

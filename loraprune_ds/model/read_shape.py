@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.model.classes import build_on_meta, config_class
-from loraprune_ds.model.family import COUNT_FIELDS, FAMILIES, Kind, family_name
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.classes import build_on_meta, config_class, refused_in_one_line
+from loraprune_ds.model.family import COUNT_FIELDS, Family, Kind, find_family
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
@@ -23,13 +23,12 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
             names `where`, the folder or hub id.
     """
     config = text_config(config, where)
-    _check_type(config, where)
+    kinds = _find_family(config, where).kinds
     try:
         num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
         given = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
         per_layer = {int(k): v for k, v in given.items()}
         defaults = config_class(config["model_type"])
-        kinds = FAMILIES[family_name(config["model_type"])].kinds
         sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, kinds) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
         head_dim = config.get("head_dim", getattr(defaults, "head_dim", None))
@@ -41,12 +40,6 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     if min(num_layers, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
-    stock = FAMILIES.get(config["model_type"])
-    if stock is not None and stock.heads_divide_hidden and hidden % sizes[0][0]:
-        raise UserError(
-            f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {sizes[0][0]}, which "
-            f"transformers' {config['model_type']} requires"
-        )
     parameters = _meta_parameters(config, where)
     shape = ModelShape(
         model_type=config["model_type"],
@@ -60,6 +53,19 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     return _add_parameters(shape, parameters, where)
 
 
+def with_biases(config: dict[str, Any], where: str) -> tuple[dict[str, Any], ModelShape]:
+    """Returns config and shape of the same model with biases on all linears, for `prune.compensate: bias`.
+
+    Raises:
+        UserError: as `shape_from_config`, or its class has no such biases.
+    """
+    config = text_config(config, where) | {"attention_bias": True, "mlp_bias": True}
+    shape = shape_from_config(config, where)
+    if not all(map(shape.has_bias, shape.linears)):
+        raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
+    return config, shape
+
+
 def _meta_parameters(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
     """Returns names and shapes of all parameters, each once, from modules without weights.
 
@@ -67,27 +73,21 @@ def _meta_parameters(config: dict[str, Any], where: str) -> dict[str, tuple[int,
         UserError: transformers refuses the config. Or the model needs tensors on disk that are no parameters, which
             nothing here reads or exports.
     """
-    try:
+    with refused_in_one_line(where):
         model = build_on_meta(config)
-    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}") from error
     parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head under both of its names
     if buffers := sorted(model.state_dict().keys() - parameters.keys()):
         raise UserError(f"{where}: weight files hold the buffer {buffers[0]}; such models are not supported")
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _check_type(config: dict[str, Any], where: str) -> None:
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or family_name(model_type) not in FAMILIES:
-        supported = ", ".join(sorted(FAMILIES))
-        raise UserError(
-            f"{where}: model_type {model_type!r} is not supported; supported: {supported} (and pruned), and "
-            f"the text part of {', '.join(MULTIMODAL)}"
-        )
+def _find_family(config: dict[str, Any], where: str) -> Family:
+    family = find_family(
+        config.get("model_type"), where, f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
+    )
     if found := next((key for key in REFUSED if config.get(key)), None):
         raise UserError(f"{where}: config.json has {found}: such layers are not supported")
+    return family
 
 
 def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int) -> None:

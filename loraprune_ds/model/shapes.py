@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES, Family, Kind, Linear, Part, Width, family_name
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 
@@ -150,10 +149,14 @@ class ModelShape:
         """Yields all parameters of a layer that get smaller, LoRA apart.
 
         Each comes as its name inside the layer, the axis that gets smaller, and the rows (or columns) that stay along
-        it. The linears that lose inputs, such as o_proj and down_proj, keep their whole bias.
+        it. What is cut alike, such as k_proj and v_proj, has one tensor of them. The linears that lose inputs, such as
+        o_proj and down_proj, keep their whole bias.
         """
+        indices: dict[tuple[Part, ...], Tensor] = {}
         for linear in self.cut_linears(layer, keep):
-            kept = self.kept_indices(layer, linear.parts, keep)
+            if linear.parts not in indices:
+                indices[linear.parts] = self.kept_indices(layer, linear.parts, keep)
+            kept = indices[linear.parts]
             yield f"{linear.name}.weight", linear.axis, kept
             if linear.axis == 0 and self.has_bias(linear):
                 yield f"{linear.name}.bias", 0, kept
@@ -173,17 +176,6 @@ class ModelShape:
     def is_uniform(self) -> bool:
         """True if every layer has the same counts, so that a stock model class can hold it."""
         return len(set(self.layers)) == 1
-
-
-def with_biases(shape: ModelShape, where: str) -> ModelShape:
-    """Adds biases on all linears of the decoder layers, for `prune.compensate: bias`.
-
-    Raises:
-        UserError: its linears cannot have any. The line names `where`, the folder or hub id.
-    """
-    if family_name(shape.model_type) != "llama":
-        raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
-    return replace(shape, biases=frozenset(linear.name for linear in shape.linears))
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:

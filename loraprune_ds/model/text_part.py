@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from typing import Any
 
-from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.model.classes import config_class, config_object
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.classes import config_class, config_object, refused_in_one_line
 from loraprune_ds.model.family import FAMILIES
 
 # Without an image their forward is that of the text class, and their weight files have one of LAYOUTS.
@@ -54,12 +54,8 @@ def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _is_tied(config: dict[str, Any], where: str) -> bool:
     """Tells if head and embedding are one. The outer config says so, and its class has rules of its own."""
-    try:
-        outer = config_object(config)
-    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{where}: transformers cannot read config.json: {reason}") from error
-    return bool(outer.tie_word_embeddings)
+    with refused_in_one_line(where):
+        return bool(config_object(config).tie_word_embeddings)
 
 
 def text_tensors(stored: Collection[str], where: str) -> dict[str, str]:

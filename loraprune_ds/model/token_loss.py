@@ -12,14 +12,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.attention import attn_implementation
-from loraprune_ds.model.classes import build_on_meta
+from loraprune_ds.model.classes import build_on_meta, refused_in_one_line
 from loraprune_ds.model.distillation import Distillation, Recording, distilled_losses, record, rows_at_once
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.pretrained import PretrainedModel
 
 IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entropy
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """Returns (tokens,) int64, ascending: the flat positions in (batch, window) whose next token is supervised.
+
+    On a device it waits for that. So a caller that has the labels on the host asks there, and hands the result on.
+    """
+    is_supervised = torch.zeros_like(labels, dtype=torch.bool)
+    is_supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return is_supervised.flatten().nonzero().flatten()
 
 
 def token_losses(
@@ -28,6 +37,7 @@ def token_losses(
     labels: Tensor,
     chunk_tokens: int | None = None,
     distillation: Distillation | None = None,
+    supervised: Tensor | None = None,
 ) -> Tensor:
     """Returns next-token cross-entropies in fp32, (batch, window - 1). 0 where a token is not supervised.
 
@@ -38,10 +48,10 @@ def token_losses(
         labels: (batch, window), IGNORE_INDEX where a token is not supervised. Position t predicts label t + 1.
         chunk_tokens: as `chunk_size` takes it.
         distillation: what the cross-entropies are mixed with.
+        supervised: `supervised_positions` of the labels, if they are known already.
     """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    rows, wanted = hidden[:, :-1][supervised], targets[supervised]
+    positions = supervised_positions(labels) if supervised is None else supervised
+    rows, wanted = hidden.flatten(0, 1).index_select(0, positions), labels.flatten().index_select(0, positions + 1)
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
     assert not (differentiate and head.weight.requires_grad), "the head is frozen: no gradient of it is computed"
     losses: Any
@@ -50,7 +60,9 @@ def token_losses(
         losses = _ChunkedLosses.apply(rows, head, wanted, chunk, differentiate)
     else:
         losses = distilled_losses(rows, head, wanted, distillation, chunk_tokens)
-    return torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device).masked_scatter(supervised, losses)
+    batch, window = labels.shape
+    every = torch.zeros(batch * (window - 1), dtype=torch.float32, device=hidden.device)
+    return every.index_copy(0, positions - positions // window, losses).view(batch, window - 1)
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -111,14 +123,19 @@ class LossHead(nn.Linear):
         self.chunk_tokens = chunk_tokens
 
     def forward(
-        self, input: Tensor, labels: Tensor | None = None, distillation: Distillation | Recording | None = None
+        self,
+        input: Tensor,
+        labels: Tensor | None = None,
+        distillation: Distillation | Recording | None = None,
+        supervised: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         if labels is None:
             return super().forward(input)  # the stock forward transforms them
         head = Head(self.weight, self.transform)
         if isinstance(distillation, Recording):
-            return record(input[:, :-1][labels[:, 1:] != IGNORE_INDEX], head, distillation, self.chunk_tokens)
-        return token_losses(input, head, labels, self.chunk_tokens, distillation)
+            rows = input.flatten(0, 1).index_select(0, supervised_positions(labels))
+            return record(rows, head, distillation, self.chunk_tokens)
+        return token_losses(input, head, labels, self.chunk_tokens, distillation, supervised)
 
 
 class TokenLosses:
@@ -132,6 +149,7 @@ class TokenLosses:
         input_ids: Tensor,
         labels: Tensor | None = None,
         distillation: Distillation | Recording | None = None,
+        supervised: Tensor | None = None,
         **settings: Any,
     ) -> Any:
         """Returns losses (batch, window - 1) fp32 for labels (batch, window). Without labels it is the stock forward.
@@ -140,7 +158,8 @@ class TokenLosses:
         """
         if labels is None:
             return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
-        return self.lm_head(self.model(input_ids=input_ids, use_cache=False).last_hidden_state, labels, distillation)
+        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.lm_head(hidden, labels, distillation, supervised)
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:
@@ -164,22 +183,10 @@ def build_for_losses(
 
     Args:
         attention: `model.attn_implementation`. Some families get another one (attention.py).
-    """
-    used = attn_implementation(attention, pretrained.shape.family)
-    return with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)
-
-
-def check_buildable(pretrained: PretrainedModel, attention: str) -> None:
-    """Checks that transformers can build the pretrained model here. It needs no weights for that.
 
     Raises:
-        UserError: it refuses something in config.json, or this attention implementation.
+        UserError: transformers refuses config.json or this attention implementation, or the head has a bias.
     """
-    try:
-        build_for_losses(pretrained, attention)
-    except Exception as error:  # config.json may hold anything, and transformers raises what comes of it
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(
-            f"{pretrained.folder}: transformers cannot build this model (config.json, or model.attn_implementation "
-            f"{attention}): {reason}"
-        ) from error
+    used = attn_implementation(attention, pretrained.shape.family)
+    with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
+        return with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)

@@ -17,8 +17,8 @@ from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape, with_biases
+from loraprune_ds.model.read_shape import shape_from_config, with_biases
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config
 from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.cluster import Cluster
@@ -196,7 +196,8 @@ def build_request(
     """
     train = config.train
     if config.prune.compensate == "bias":
-        shape = with_biases(shape, name)
+        source, biased = with_biases(source, name)
+        shape = biased.with_layers(shape.layers)
     check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     if samples is not None and samples < train.global_batch_size:

@@ -105,6 +105,7 @@ class Checkpoints:
         self.resumed_from = [*checkpoint.state.resumed_from, checkpoint.state.step] if checkpoint else []
         self.root = Path(config.output_dir) / CHECKPOINTS_FOLDER
         self._cuts = prepared.schedule.cut_steps()
+        self._resumed = checkpoint.state if checkpoint else None
         # The newest shape folder that this run's steps name. It may have gone back behind others under `root`.
         self._published: ShapeSource | None = None
         if checkpoint and checkpoint.folder.parent.resolve() == self.root.resolve():
@@ -146,7 +147,9 @@ class Checkpoints:
         return source_of(self.prepared.pretrained)
 
     def _cuts_made(self, step: int) -> int:
-        return sum(cut <= step for cut in self._cuts)
+        """Counts on from the checkpoint. An older version may have counted cuts that changed no width."""
+        before, start = (self._resumed.cuts, self._resumed.step) if self._resumed else (0, 0)
+        return before + sum(start < cut <= step for cut in self._cuts)
 
     def _shape(self, model: ShardedModel, step: int) -> ShapeSource:
         """Says where the frozen weights of a step are. Writes them if they are nowhere yet. Collective."""

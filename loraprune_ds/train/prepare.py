@@ -15,11 +15,12 @@ from loraprune_ds.model.attention import check_flash_attention, describe_attenti
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
-from loraprune_ds.model.token_loss import check_buildable
+from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.pruning.target import find_ratio
+from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples
@@ -77,6 +78,7 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_dtype(config.model.dtype)
     check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
+    check_installed(config.logging.report_to or ())
 
 
 def _fetch(config: RunConfig) -> None:
@@ -120,7 +122,7 @@ def _check_adapter(config: RunConfig, pretrained: PretrainedModel) -> None:
 def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
     """Checks that the model can be built here and is large enough for the settings."""
     shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
-    check_buildable(pretrained, config.model.attn_implementation)
+    build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will, to see what is refused
     check_top_k(config.train.distill_top_k, shape.vocab_size)
     if config.lora.r > shape.hidden_size:
         raise UserError(f"lora.r {config.lora.r} is above the model's hidden_size {shape.hidden_size}")

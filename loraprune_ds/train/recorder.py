@@ -1,14 +1,16 @@
 """Passes a run's records on: to the history for the report, metrics.jsonl, TensorBoard and the progress display."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
-from loraprune_ds.config import LoggingConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.files import write_text
 from loraprune_ds.report.metrics import MetricsLog, TensorBoardLog, read_metrics
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, Record, Sink, StepRecord, history_from
+from loraprune_ds.report.reporters import SERVICES, ReportedRun
 from loraprune_ds.train.progress import Progress
 
 
@@ -32,12 +34,14 @@ class Recorder:
     """
 
     def __init__(
-        self, config: LoggingConfig, folder: Path, steps: int, checkpoint: TrainingCheckpoint | None, *, active: bool
+        self, config: RunConfig, folder: Path, steps: int, checkpoint: TrainingCheckpoint | None, *, active: bool
     ) -> None:
+        logging = config.logging
         self.history = History()
         self._sinks: list[Sink] = []
         self._progress: Progress | None = None
         self._metrics: MetricsLog | None = None
+        self._reporters: list[ReportedRun] = []
         if not active:
             return
         self._metrics = metrics = MetricsLog(folder / METRICS_FILE)
@@ -48,11 +52,15 @@ class Recorder:
             metrics.truncate_to(first)  # what a killed run did after its last checkpoint is done again
             self.history = history_from(read_metrics(folder / METRICS_FILE))
         self._sinks.append(metrics)
-        if config.tensorboard:
+        report_to = logging.report_to or []
+        if logging.tensorboard or "tensorboard" in report_to:
             self._sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if checkpoint else None))
-        if config.progress:
+        if logging.progress:
             self._progress = Progress(steps, first=first)
             self._sinks.append(self._progress)
+        for name in (name for name in SERVICES if name in report_to):
+            self._reporters.append(ReportedRun(name, folder, config.to_dict(), self.warn))
+        self._sinks += self._reporters
 
     def write(self, record: Record) -> None:
         """Writes a record to the history and all sinks."""
@@ -77,6 +85,12 @@ class Recorder:
             self._progress.show(line)
         elif self._metrics is not None:
             sys.stderr.write(line + "\n")
+
+    def show_pictures(self, paths: Iterable[Path]) -> None:
+        """Sends pictures to the reporters that are not folders of this run."""
+        for path in paths:
+            for reporter in self._reporters:
+                reporter.picture(path)
 
     def flush(self) -> None:
         """Forces metrics.jsonl to the disk."""

@@ -71,7 +71,7 @@ def _open_context(
     with (
         fast_half_products(config.model.dtype),
         RunStatus(folder, steps, first=first, writes=is_rank_0) as status,
-        closing(Recorder(config.logging, folder, steps, checkpoint, active=is_rank_0)) as recorder,
+        closing(Recorder(config, folder, steps, checkpoint, active=is_rank_0)) as recorder,
         closing(RequestListener(folder, watches_files=is_rank_0)) as requests,
         _full_disk_in_one_line(folder),
     ):

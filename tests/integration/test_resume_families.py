@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import tiny_model
+from tests.families import families, tiny_model
 from tests.integration.resuming import config_for, contents, losses, metrics, run_here, write_run
 from tests.ranks import RankPool
 
@@ -23,7 +23,7 @@ SECTIONS = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen2", "phi3", "olmo2"])
+@pytest.mark.parametrize("family", families("qwen2", "phi3", "olmo2"))
 def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, family: str) -> None:
     config = write_run(tmp_path, **SECTIONS)
     source = tmp_path / family

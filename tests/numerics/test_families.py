@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.pretrained import open_pretrained
-from tests.families import SIZES, tiny_model
+from tests.families import SIZES, families, tiny_model
 from tests.numerics.driver import Job, train, write_adapter
 from tests.oracle.models import make_batches
 from tests.ranks import RankPool
@@ -26,7 +26,7 @@ STEPS, RANK, ALPHA = 6, 4, 8.0
 PRUNE = {"ratio": 0.4, "prune_every": 2, "protected_first": 0, "protected_last": 0}
 # One of each peculiarity: norms per head, biases, capped logits and scores, fused weights with counts of the forward,
 # norms over all heads, two linears in the MLP, scaled logits and one norm per layer.
-FAMILIES = ["qwen3", "qwen2", "gemma2", "phi3", "olmo2", "starcoder2", "cohere2"]
+IN_CI = ("qwen3", "qwen2", "gemma2", "phi3", "olmo2", "starcoder2", "cohere2")
 
 
 def random_lora(folder: Path) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return max(float((found[name] - tensor).abs().max()) for name, tensor in wanted.items()) / largest
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*IN_CI))
 def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
     folder = tmp_path / "model"
     tiny_model(family, seed=1).save_pretrained(folder)

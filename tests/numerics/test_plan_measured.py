@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loraprune_ds.plan.traffic import IN_GROUP
-from tests.families import TINY, tiny_model
+from tests.families import TINY, families, tiny_model
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan, run_with_second_copy, saved_activations
 from tests.ranks import RankPool
@@ -54,8 +54,8 @@ def test_ranks_hold_and_send_what_was_planned(
 def test_with_hpz_gathers_of_copies_stay_in_a_node(
     ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, micro_batches: int
 ) -> None:
-    path = tmp_path / "hpz.json"
-    path.write_text(Path("ds_configs/zero3_multinode_hpz.json").read_text().replace('_size": "auto"', '_size": 2', 1))
+    path, shipped = tmp_path / "hpz.json", Path("ds_configs/zero3_multinode_hpz.json").read_text()
+    path.write_text(shipped.replace('hpz_partition_size": "auto"', 'hpz_partition_size": 2'))
     case = Case(folder, deepspeed=str(path), micro_batches=micro_batches, per_node=2)
     for row in ranks.run(world_size, run_with_second_copy, case):
         check_row(row, several=True)
@@ -63,13 +63,16 @@ def test_with_hpz_gathers_of_copies_stay_in_a_node(
             assert step[IN_GROUP]["counted"] > step["weights"]["counted"]
 
 
+# In bf16 a CPU keeps the mean and deviation of a LayerNorm in bf16, a GPU and the meta device in fp32.
+LAYER_NORM = ("olmo", "starcoder2", "nemotron")
+
+
 # Norms per head; four norms and capped scores; fused weights; biases, no gate, LayerNorm.
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "starcoder2"])
+@pytest.mark.parametrize("family", families("qwen3", "gemma2", "phi3", "starcoder2"))
 def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool, tmp_path: Path, family: str) -> None:
     folder, longer = (save_tiny(tmp_path / str(layers), family, layers) for layers in (3, 4))
     check_ranks(ranks, 2, Case(folder, deepspeed=limited_config(tmp_path), checkpointing=family in ("qwen3", "phi3")))
-    # In bf16 a CPU keeps the mean and deviation of a LayerNorm in bf16, a GPU and the meta device in fp32.
-    dtype = "float32" if family == "starcoder2" else "bfloat16"
+    dtype = "float32" if family in LAYER_NORM else "bfloat16"
     three, four = (ranks.run(1, saved_activations, Case(x, dtype=dtype))[0] for x in (folder, longer))
     assert four["counted"] - three["counted"] == four["one_layer"]
 

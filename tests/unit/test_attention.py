@@ -17,7 +17,7 @@ from loraprune_ds.model.attention import attn_implementation, check_flash_attent
 from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.token_loss import build_for_losses, check_buildable
+from loraprune_ds.model.token_loss import build_for_losses
 from tests.families import tiny_model
 
 CAPPED = sorted(family for family in FAMILIES if FAMILIES[family].attention_softcap)
@@ -80,7 +80,7 @@ def test_flash_attention_without_a_gpu_or_in_fp32_is_one_line(asked: str) -> Non
 def test_flash_attention_without_its_package_is_one_line(tmp_path: Path, asked: str) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"model.attn_implementation {asked}.*: ImportError: ") as caught:
-        check_buildable(open_pretrained(tmp_path), asked)
+        build_for_losses(open_pretrained(tmp_path), asked)
     assert "\n" not in str(caught.value)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from safetensors.torch import save_file
 from loraprune_ds import whole
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
+from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
+from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.train import checkpoints
 from tests.unit.shapes_and_scores import KINDS
 
 
@@ -240,3 +245,27 @@ def test_an_older_checkpoint_without_moments_starts_their_average_anew(tmp_path:
         old = TrainingCheckpoint(tmp_path, dataclasses.replace(make_state(4, "shape-1"), format=version))
         assert old.pruner_state(KINDS).moment_tokens == 0
         assert old.moments(0) == {}
+
+
+@pytest.mark.parametrize(("stopped", "counted", "new"), [(19, 16, ["shape-17"]), (24, 21, [])])
+def test_shapes_are_numbered_on_from_what_an_older_version_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int, counted: int, new: list[str]
+) -> None:
+    """It cut at each step from 4 to 24, even if no width changed. So it has used the numbers that are due by now."""
+    old, written = f"shape-{counted}", list[str]()
+
+    def save_shape(model: object, root: Path, cuts: int, *_: object) -> ShapeSource:
+        written.append(f"shape-{cuts}")
+        return ShapeSource(written[-1], "def", is_source=False)
+
+    monkeypatch.setattr(checkpoints, "save_shape", save_shape)
+    monkeypatch.setattr(checkpoints, "export_config", mock.Mock())
+    config = RunConfig(output_dir=str(tmp_path), prune=PruneConfig(compensate="bias"))
+    schedule = Schedule(0.4, start=3, end=24, every=1, passed_over=frozenset({18, 20, 22, 23, 24}))
+    state = dataclasses.replace(make_state(stopped, old), cuts=counted)
+    saved = TrainingCheckpoint(layout.step_folder(tmp_path / CHECKPOINTS_FOLDER, stopped), state)
+    resumed = checkpoints.Checkpoints(config, mock.Mock(schedule=schedule), mock.Mock(), saved)
+    named = [resumed._shape(mock.Mock(), step).folder for step in range(stopped, 27)]
+    assert written == new
+    assert named[:2] == [old] * 2
+    assert set(named[2:]) == set(new or [old])

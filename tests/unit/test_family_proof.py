@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import FAMILIES, Family, Kind
 from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.shapes import ModelShape
+from tests.families import heads_divide_hidden, tiny_model
 from tests.family_cuts import (
     FEW,
     MANY,
@@ -117,13 +119,28 @@ def test_a_mask_behind_a_wide_norm_is_another_network(family: str) -> None:
 def test_uniform_export_is_a_stock_model(family: str, counts: tuple[int, int], tmp_path: Path) -> None:
     """Only a stock class that wants its heads to divide hidden_size needs the modelling file then."""
     made = export(family, tmp_path / family, counts, counts)
-    divides = counts is FEW or not FAMILIES[family].heads_divide_hidden
+    divides = counts is FEW or not heads_divide_hidden(family)
     stock = divides or family == "llama"  # which becomes a Mistral
     model = load(made.folder, trust_remote_code=not stock)
     assert type(model).__module__.startswith("transformers.models.") == stock
     assert made.exported.config["model_type"] == (family if divides else "mistral" if stock else f"pruned_{family}")
     assert difference(logits(model), made.logits) < TOLERANCE
     assert open_pretrained(made.folder).shape.layers == made.shape.layers
+
+
+# Those whose class can have a bias on every linear, which then may make up for a cut. starcoder2 always has them.
+@pytest.mark.parametrize("family", ["granite", "smollm3", "arcee", "nemotron"])
+def test_biases_that_make_up_for_a_cut(family: str, tmp_path: Path) -> None:
+    """They are added to a model without any, are cut and exported with it, and are there when it is opened again."""
+    tiny_model(family).save_pretrained(tmp_path / "dense")
+    pretrained = open_for_pruning(tmp_path / "dense", PruneConfig(compensate="bias"))
+    assert pretrained.absent == {name for name in pretrained.shape.parameters() if name.endswith("_proj.bias")} != set()
+    assert all(map(pretrained.shape.has_bias, pretrained.shape.linears))
+
+    made = export(family, tmp_path / "cut", FEW, MANY, attention_bias=True, mlp_bias=True)
+    assert difference(logits(load(made.folder, trust_remote_code=True)), made.logits) < TOLERANCE
+    assert open_pretrained(made.folder).shape.layers == made.shape.layers
+    assert open_pretrained(made.folder).shape.biases == pretrained.shape.biases
 
 
 def test_phi_3_with_long_rotary_factors(tmp_path: Path) -> None:

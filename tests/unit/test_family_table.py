@@ -13,7 +13,7 @@ from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.family import FAMILIES, Family, Kind
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
-from tests.families import tiny_config
+from tests.families import heads_divide_hidden, tiny_config
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 
 README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
@@ -43,7 +43,7 @@ def table() -> str:
 def describe(name: str, family: Family) -> tuple[str, ...]:
     if name == "llama":
         stored = LLAMA_STAND_IN
-    elif family.heads_divide_hidden:
+    elif heads_divide_hidden(name):
         stored = "a stock model if its heads divide hidden_size, else with the modelling file"
     else:
         stored = "a stock model"

@@ -13,7 +13,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.pruning import mask_gradients
 from loraprune_ds.pruning.mask_gradients import squared_gradients
 from tests.families import SIZES, tiny_model
-from tests.numerics.test_families import FAMILIES, random_lora
+from tests.numerics.test_families import IN_CI, random_lora
 from tests.oracle.mask_fisher import mask_fisher
 from tests.oracle.models import make_batches
 from tests.unit.plain_training import Batch, PlainRun
@@ -49,7 +49,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected).abs() / expected.abs().max()).max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_CI)
 def test_scores_are_those_of_an_explicit_mask(tmp_path: Path, family: str) -> None:
     run, batch = tiny_run(tmp_path, family)
     expected = masked_scores(run, batch)

@@ -305,7 +305,7 @@ def test_the_true_gradient_costs_arithmetic_on_the_steps_that_score() -> None:
     plain = request(Cluster(1, 2), steps=40, global_batch_size=16)
     tokens = 16 * 64 / 2
     lora, always = pruning(plain), pruning(plain, criterion="gradient")
-    seldom = pruning(plain, criterion="gradient", gradient_every=10)
+    seldom = pruning(plain, criterion="gradient", score_every=10)
     numel = SMALL.linear_numel()
     formed, spared = 2 * numel * tokens, 4 * plain.config.lora.r * numel / 2  # no estimate of it is made
     added = (always.step.compute - lora.step.compute) * plain.cluster.flops * 1e12
@@ -524,7 +524,7 @@ def test_what_the_run_refuses_of_a_model_the_plan_refuses() -> None:
     config = request(Cluster()).config
     biased = replace(config, prune=replace(config.prune, compensate="bias"))
     with pytest.raises(UserError, match=r"prune.compensate: bias needs linears with biases, which a mistral \(small\)"):
-        build_request("small", SOURCE, replace(SMALL, model_type="mistral"), biased, Cluster())
+        build_request("small", SOURCE | {"model_type": "mistral"}, SMALL, biased, Cluster())
     top = replace(config, train=replace(config.train, distill_weight=0.5, distill_top_k=1001))
     with pytest.raises(UserError, match=r"distill_top_k 1001 is above the model's vocabulary of 1000") as planned:
         build_request("small", SOURCE, SMALL, top, Cluster())

@@ -193,7 +193,9 @@ def test_what_is_refused(models: dict[str, tuple[Path, PreTrainedModel]], tmp_pa
     llama = tiny_config("llama").to_dict()
     assert "model_type 'paligemma' is not supported" in refusal({"model_type": "paligemma", "text_config": llama})
     assert "model_type 'opt' is not supported" in refusal({"model_type": "llava", "text_config": {"model_type": "opt"}})
-    assert "cannot read config.json" in refusal({"model_type": "llava", "text_config": llama, "vision_config": 3})
+    assert "cannot build this model from config.json" in refusal(
+        {"model_type": "llava", "text_config": llama, "vision_config": 3}
+    )
     folder, _ = models["llava"]
     other = edited(folder, tmp_path / "other", {"language_model.": "mind."})
     with pytest.raises(UserError, match=r"its weight files hold no text part under language_model\.model\. or "):

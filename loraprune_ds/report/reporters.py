@@ -1,0 +1,167 @@
+"""Sends records to wandb, trackio and mlflow: to a run of our own, or to the one that a Trainer has open.
+
+Each service is an optional package. Where it writes is its own business: `WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.errors import RankError, first_line, require
+from loraprune_ds.report.metrics import scalars
+from loraprune_ds.report.records import Record
+
+PROJECT = "loraprune_ds"
+STEP_AXIS = "train/global_step"  # as in transformers. A resumed run may go back on it
+Curves = Callable[[Record], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Service:
+    """Holds what differs between the services. Each function gets the imported module first.
+
+    Attributes:
+        start: opens a run, by its folder and settings.
+        is_open: tells if a run is open.
+        log: takes values and their step.
+        picture: takes a file.
+        finish: closes the run.
+        error: dotted name of what its functions raise.
+    """
+
+    start: Callable[[Any, Path, dict[str, Any]], object]
+    is_open: Callable[[Any], bool]
+    log: Callable[[Any, dict[str, float], int], object]
+    picture: Callable[[Any, Path], object]
+    finish: Callable[[Any], object]
+    error: str
+
+
+def _start_wandb(wandb: Any, folder: Path, settings: dict[str, Any]) -> None:
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    wandb.init(project=project, name=folder.name, dir=str(folder), config=settings)
+    wandb.define_metric("*", step_metric=STEP_AXIS)
+
+
+def _start_trackio(trackio: Any, folder: Path, settings: dict[str, Any]) -> None:
+    project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+    trackio.init(project=project, name=folder.name, config=settings, resume="allow", embed=False)
+
+
+def _start_mlflow(mlflow: Any, folder: Path, settings: dict[str, Any]) -> None:
+    if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
+        mlflow.set_experiment(PROJECT)
+    mlflow.start_run(run_name=folder.name)
+    mlflow.log_params(dict(_flat(settings)))
+
+
+def _log(module: Any, values: dict[str, float], step: int) -> None:
+    module.log(values | {STEP_AXIS: step})
+
+
+def _picture(module: Any, path: Path) -> None:
+    module.log({path.stem: module.Image(str(path))})
+
+
+SERVICES = {
+    "wandb": Service(
+        start=_start_wandb,
+        is_open=lambda wandb: getattr(wandb, "run", wandb) is not None,  # None where it is switched off
+        log=_log,
+        picture=_picture,
+        finish=lambda wandb: wandb.finish(),
+        error="wandb.errors.Error",
+    ),
+    "trackio": Service(
+        start=_start_trackio,
+        is_open=lambda trackio: True,
+        log=_log,
+        picture=_picture,
+        finish=lambda trackio: trackio.finish(),
+        error="builtins.RuntimeError",
+    ),
+    "mlflow": Service(
+        start=_start_mlflow,
+        is_open=lambda mlflow: mlflow.active_run() is not None,
+        log=lambda mlflow, values, step: mlflow.log_metrics(values, step=step),
+        picture=lambda mlflow, path: mlflow.log_artifact(str(path)),
+        finish=lambda mlflow: mlflow.end_run(),
+        error="mlflow.exceptions.MlflowException",
+    ),
+}
+
+
+def check_installed(report_to: Iterable[str]) -> None:
+    """Checks that the packages of all services are there.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in report_to:
+        there = name not in SERVICES or importlib.util.find_spec(name) is not None
+        require(there, f"logging.report_to names {name}, which is not installed; pip install {name}")
+
+
+class ModuleLog:
+    """Logs to the run that somebody else has opened."""
+
+    def __init__(self, name: str, curves: Curves = scalars) -> None:
+        self._name, self._service, self._curves = name, SERVICES[name], curves
+
+    def write(self, record: Record) -> None:
+        module: Any = sys.modules.get(self._name)  # whoever opened the run has imported it
+        if module is not None and self._service.is_open(module):
+            self._service.log(module, self._curves(record), record.step)
+
+    def close(self) -> None: ...
+
+
+class ReportedRun(ModuleLog):
+    """Opens a run of its own, with the settings, and logs to it. An error later on ends the reports, not the run.
+
+    Raises:
+        RankError: the run cannot be opened.
+    """
+
+    def __init__(self, name: str, folder: Path, settings: dict[str, Any], warn: Callable[[str], None]) -> None:
+        super().__init__(name)
+        self._module, self._warn, self._works = importlib.import_module(name), warn, True
+        where, _, error = self._service.error.rpartition(".")
+        self._error: type[Exception] = getattr(importlib.import_module(where), error)
+        try:
+            self._service.start(self._module, folder, settings)
+        except (self._error, OSError) as error:
+            raise RankError(f"logging.report_to {name}: {first_line(error)}") from None
+
+    def write(self, record: Record) -> None:
+        self._try(lambda: super(ReportedRun, self).write(record))
+
+    def picture(self, path: Path) -> None:
+        """Sends a picture."""
+        self._try(lambda: self._service.picture(self._module, path))
+
+    def close(self) -> None:
+        self._try(lambda: self._service.finish(self._module))
+
+    def _try(self, send: Callable[[], object]) -> None:
+        if not self._works:
+            return
+        try:
+            send()
+        except (self._error, OSError) as error:
+            self._works = False
+            self._warn(f"logging.report_to {self._name} gets no more: {first_line(error)}")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of all sections under dotted keys. What is not set is left out."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield prefix + key, value

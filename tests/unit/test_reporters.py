@@ -1,0 +1,186 @@
+"""`logging.report_to`: a run's records go to wandb, trackio and mlflow, without a network."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import config_from_dict
+from loraprune_ds.errors import RankError, UserError
+from loraprune_ds.report import reporters
+from loraprune_ds.report.reporters import STEP_AXIS, ReportedRun, check_installed
+from loraprune_ds.train.recorder import Recorder
+from tests.unit.run_records import small_run, step_record
+from tests.unit.shapes_and_scores import repository
+
+SETTINGS = {"seed": 7, "prune": {"ratio": 0.3, "target": None}}
+
+
+class FakeWandb(SimpleNamespace):
+    """Remembers the calls."""
+
+    class Error(Exception): ...
+
+    def __init__(self) -> None:
+        super().__init__(calls=[], run=None, errors=SimpleNamespace(Error=self.Error), broken=False)
+
+    def init(self, **kwargs: Any) -> None:
+        self.run = self
+        self.calls.append(("init", kwargs))
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.calls.append(("axis", step_metric))
+
+    def log(self, values: dict[str, Any]) -> None:
+        if self.broken:
+            raise self.Error("no space left\nfor the record")
+        self.calls.append(("log", values))
+
+    def Image(self, path: str) -> str:
+        return f"image of {path}"
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb.errors", fake.errors)  # type: ignore[arg-type]
+    return fake
+
+
+def test_a_run_sends_its_config_records_and_pictures(wandb: FakeWandb, tmp_path: Path) -> None:
+    raw = {"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"], "tensorboard": False, "progress": False}}
+    config = config_from_dict(raw)
+    recorder = Recorder(config, tmp_path, 10, None, active=True)
+    history = small_run()
+    for record in (*history.steps, *history.cuts):
+        recorder.write(record)
+    recorder.show_pictures([tmp_path / "training.png"])
+    recorder.close()
+    (_, opened), (_, axis), *logged, last = wandb.calls
+    assert (opened["config"], opened["name"], axis) == (config.to_dict(), tmp_path.name, STEP_AXIS)
+    values = [value for _, value in logged]
+    assert [value[STEP_AXIS] for value in values[:-1]] == [r.step for r in (*history.steps, *history.cuts)]
+    assert values[0]["train/loss"] == history.steps[0].loss
+    assert values[len(history.steps)]["cut/reached"] == history.cuts[0].reached
+    assert values[-1] == {"training": f"image of {tmp_path / 'training.png'}"}
+    assert last == ("finish", None)
+
+
+def test_other_ranks_report_nothing(wandb: FakeWandb, tmp_path: Path) -> None:
+    config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"]}})
+    Recorder(config, tmp_path, 10, None, active=False).close()
+    assert wandb.calls == []
+
+
+def test_an_error_ends_the_reports_with_one_warning(wandb: FakeWandb, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    run = ReportedRun("wandb", tmp_path, SETTINGS, warnings.append)
+    wandb.broken = True
+    run.write(step_record(1))
+    run.write(step_record(2))
+    run.close()
+    assert warnings == ["logging.report_to wandb gets no more: no space left"]
+
+
+def test_a_run_that_cannot_be_opened_is_one_line(
+    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise wandb.Error("api_key not configured (no-tty)\ncall wandb.login")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(RankError, match=r"^logging\.report_to wandb: api_key not configured \(no-tty\)$"):
+        ReportedRun("wandb", tmp_path, SETTINGS, pytest.fail)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporters.importlib.util, "find_spec", lambda name: None)
+    check_installed(["tensorboard"])
+    with pytest.raises(UserError, match=r"^logging\.report_to names trackio, which is not installed; pip install tra"):
+        check_installed(["tensorboard", "trackio"])
+
+
+def test_another_reporter_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^logging\.report_to must be a list of tensorboard, wandb, trackio, mlflow"):
+        config_from_dict({"output_dir": "x", "logging": {"report_to": ["comet"]}})
+    assert RunConfig(output_dir="x").logging.tensorboard
+
+
+# What the real packages do, in a process each. They are optional, so these are skipped without them.
+
+REPORT = """
+import sys, json
+from pathlib import Path
+from loraprune_ds.report.reporters import ReportedRun
+from tests.unit.run_records import small_run
+folder = Path(sys.argv[2])
+run = ReportedRun(sys.argv[1], folder, {"seed": 7, "prune": {"ratio": 0.3, "target": None}}, sys.exit)
+history = small_run()
+for record in (*history.steps, *history.cuts, *history.evaluations):
+    run.write(record)
+run.picture(folder / "training.png")
+run.close()
+"""
+
+
+def report(name: str, folder: Path, **environment: str) -> None:
+    """Sends a small run, offline, from a process of its own."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    folder.mkdir()
+    Figure().savefig(folder / "training.png")
+    places = {"HOME": str(folder), "PYTHONPATH": str(repository()), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT, name, str(folder)],
+        env=places | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_wandb_writes_an_offline_run(tmp_path: Path) -> None:
+    report("wandb", tmp_path / "run", WANDB_MODE="offline")
+    (written,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    content = written.read_bytes()
+    for word in (b"cut/reached", b"train/loss", b"perplexity/dense", b"prune", b"media/images/training"):
+        assert word in content
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/files/media/images/training*.png"))
+
+
+def test_mlflow_writes_a_local_store(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    report("mlflow", tmp_path / "run", MLFLOW_TRACKING_URI=f"file:{store}", MLFLOW_ALLOW_FILE_STORE="true")
+    (loss,) = store.glob("*/*/metrics/train/loss")
+    lines = [line.split() for line in loss.read_text().splitlines()]
+    assert [int(step) for _, _, step in lines] == [record.step for record in small_run().steps]
+    assert math.isclose(float(lines[0][1]), small_run().steps[0].loss)
+    (ratio,) = store.glob("*/*/params/prune.ratio")
+    assert ratio.read_text() == "0.3"
+    assert not list(store.glob("*/*/params/prune.target"))
+    assert list(store.glob("*/*/artifacts/training.png"))
+
+
+def test_trackio_writes_a_local_database(tmp_path: Path) -> None:
+    report("trackio", tmp_path / "run", TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")
+    import sqlite3
+
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        rows = [json.loads(row[0]) for row in connection.execute("select metrics from metrics order by id")]
+    history = small_run()
+    logged = [row.get(STEP_AXIS) for row in rows if STEP_AXIS in row]
+    assert logged == [record.step for record in (*history.steps, *history.cuts, *history.evaluations)]
