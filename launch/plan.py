@@ -45,8 +45,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smallest", action="store_true", help="find the fewest such GPUs on which it fits")
     parser.add_argument("--explain", action="store_true", help="print the formula of every term and end")
     for name, field in CLUSTER.items():
-        option, about = f"--{name.replace('_', '-')}", f"{field.metadata['help']} ({field.default})"
-        parser.add_argument(option, type=type(field.default), default=argparse.SUPPRESS, metavar="N", help=about)
+        option, known = f"--{name.replace('_', '-')}", field.default is not None
+        about = field.metadata["help"] + (f" ({field.default})" if known else "")
+        kind = type(field.default) if known else float
+        parser.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="N", help=about)
     return parser.parse_args()
 
 
@@ -66,12 +68,8 @@ def main() -> int:
 
 def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
     silence_libraries()
-    from loraprune_ds.plan.advice import (
-        MOST_NODES,
-        other_form,
-        search,
-        suggestions,
-    )  # seconds of imports, after good arguments
+    # Seconds of imports, after good arguments.
+    from loraprune_ds.plan.advice import MOST_NODES, largest_micro_batch, other_form, search, suggestions
     from loraprune_ds.plan.plan import make_plan
     from loraprune_ds.plan.printout import plan_json, plan_table, verdict
     from loraprune_ds.plan.request import make_request
@@ -91,12 +89,13 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
         other, _ = search(other_form(request), cluster, nodes)
     else:
         found = make_plan(request)
-    suggested = [] if found.fits else suggestions(found)
+    suggested, largest = ([], largest_micro_batch(found)) if found.fits else (suggestions(found), None)
     served = [] if arguments.server_memory is None else servings(found.request, arguments.server_memory)
     if arguments.json:
-        print(json.dumps(plan_json(found, suggested, served, other), indent=2, allow_nan=False))
+        said = plan_json(found, suggested, served, other, largest=largest)
+        print(json.dumps(said, indent=2, allow_nan=False))
     else:
-        print("\n".join([plan_table(found, suggested, other), *serving_rows(served)]))
+        print("\n".join([plan_table(found, suggested, other, largest), *serving_rows(served)]))
     if not found.fits:
         tell(UserError(reason or verdict(found)))
         return DOES_NOT_FIT_EXIT_CODE

@@ -35,6 +35,7 @@ from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import Stage, cut_stage, training_stage
 from loraprune_ds.plan.traffic import (
+    IN_GROUP,
     Passes,
     StepKind,
     layer_cuts,
@@ -48,7 +49,7 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.memory import resident_bytes, state_tensors, storage_bytes
+from loraprune_ds.zero.memory import resident_bytes, second_copies, state_tensors, storage_bytes
 from tests.benchmarks.peak import Peak
 
 STEPS = 4  # the cut follows the second
@@ -56,7 +57,7 @@ STEPS = 4  # the cut follows the second
 
 @dataclass(frozen=True)
 class Case:
-    """A small run: one micro-batch per rank and step."""
+    """A small run: one micro-batch per rank and step, or more."""
 
     folder: Path
     deepspeed: str = "ds_configs/zero3.json"
@@ -64,6 +65,8 @@ class Case:
     frozen: Frozen | None = None
     window: int = 16
     micro_batch_size: int = 1
+    micro_batches: int = 1
+    per_node: int | None = None  # ranks. None: all are on one node
     checkpointing: bool = False
     dropout: float = 0.0
     compensate: Compensation = "none"
@@ -89,13 +92,14 @@ class Case:
             ),
             train=TrainConfig(
                 steps=STEPS,
-                global_batch_size=self.micro_batch_size * world_size,
+                global_batch_size=self.micro_batch_size * self.micro_batches * world_size,
                 micro_batch_size=self.micro_batch_size,
                 gradient_checkpointing=self.checkpointing,
             ),
         )
         pretrained = open_pretrained(self.folder)
-        where = Cluster(nodes=1, gpus_per_node=world_size)
+        per_node = self.per_node or world_size
+        where = Cluster(nodes=world_size // per_node, gpus_per_node=per_node)
         return build_request(str(self.folder), pretrained.config, pretrained.shape, config, where)
 
 
@@ -123,7 +127,10 @@ def build(request: Request) -> Trainer:
 
 @contextmanager
 def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
-    """Counts the bytes that this rank sends by collective, below DeepSpeed's own front, whoever calls it."""
+    """Counts the bytes that this rank sends by collective, below DeepSpeed's own front, whoever calls it.
+
+    All-gathers of a part of the ranks are counted apart, as `IN_GROUP`.
+    """
     backend: Any = ds_comm.comm.cdb
     sent: dict[str, int] = defaultdict(int)
     others = world_size - 1
@@ -140,7 +147,12 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)][position]
-            sent[name] += int(elements(given)) * given.element_size()
+            group = ds_comm.get_world_size(kwargs.get("group"))
+            if group < world_size:
+                assert name == "all_gather_into_tensor", f"{name} of a part of the ranks"
+                sent[IN_GROUP] += given.numel() * (group - 1) * given.element_size()
+            else:
+                sent[name] += int(elements(given)) * given.element_size()
             return originals[name](*args, **kwargs)
 
         return wrapped
@@ -172,8 +184,11 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     steps = []
     for step in range(1, STEPS + 1):
         shape = trainer.model.shape
-        traffic = fetcher.run(network.training_pass(checkpointing=case.checkpointing))
-        steps.append(_measured_step(step, request, shape, trainer, traffic, baseline))
+        visits = network.training_pass(checkpointing=case.checkpointing)
+        first, *others = [fetcher.run(visits) for _ in range(case.micro_batches)]
+        fetcher.end_step()
+        passes = Passes(shape, PassTraffic(), training=first, later=others[-1] if others else first)
+        steps.append(_measured_step(step, request, passes, trainer, baseline))
         before, kept_before = shape, trainer.model.comm.bytes_sent
         with Peak() as cutting:
             record = trainer.cut(step)
@@ -211,7 +226,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
     gc.collect()
-    terms, _ = split_state(request, trainer.model.shape, stepped=stepped)
+    terms, _ = split_state(request, trainer.model.shape, stepped=stepped, passed=False)
     return {
         "at": name,
         "planned_storages": sum(terms.values()),
@@ -221,15 +236,13 @@ def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, 
     }
 
 
-def _measured_step(
-    step: int, request: Request, shape: ModelShape, trainer: Trainer, traffic: PassTraffic, baseline: int
-) -> dict[str, Any]:
+def _measured_step(step: int, request: Request, passes: Passes, trainer: Trainer, baseline: int) -> dict[str, Any]:
+    shape, traffic = passes.shape, passes.training
     world_size, rank = request.cluster.world_size, trainer.model.rank
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
     scores, own = step <= request.schedule.last_cut, comm.bytes_sent - before
-    passes = Passes(shape, PassTraffic(), traffic)
     planned = step_sent(request, passes, StepKind(scores, scores))
     if scores:
         planned["input_moments"] = quality.measuring_sent(request, shape, rank)
@@ -245,6 +258,11 @@ def _measured_step(
         "weights": {
             "planned": planned["weights"],
             "counted": sent["all_gather_into_tensor"] - (own - not_gathered),
+        },
+        IN_GROUP: {"planned": planned[IN_GROUP], "counted": sent[IN_GROUP]},
+        "second_copy": {
+            "planned": split_state(request, shape)[0].get("second_copy", 0),
+            "counted": storage_bytes(second_copies(trainer.model.module)),
         },
         "lora_gradients": {
             "planned": planned["lora_gradients"],

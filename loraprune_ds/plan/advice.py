@@ -6,7 +6,7 @@ from typing import Any
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.plan.cluster import MOST_GPUS, Cluster
-from loraprune_ds.plan.plan import Plan, make_plan
+from loraprune_ds.plan.plan import Plan, make_plan, plan_stages
 from loraprune_ds.plan.request import Request, changed
 
 PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
@@ -38,6 +38,21 @@ def suggestions(plan: Plan) -> list[Suggestion]:
         setting = f"--nodes {where.nodes} --gpus-per-node {where.gpus_per_node}"
         found.append(Suggestion("more GPUs", setting, smallest.device_bytes, smallest.host_bytes, smallest.fits))
     return found
+
+
+def largest_micro_batch(plan: Plan) -> int | None:
+    """Finds the largest `train.micro_batch_size` with which the run fits. Its global batch stays. None if none fits.
+
+    A larger one has fewer passes per step. So weights are gathered less often, and the host starts fewer kernels.
+    """
+    batch = plan.request.config.train.global_batch_size // plan.request.world_size
+    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
+    return next((size for size in reversed(sizes) if _fits_with(plan, size)), None)
+
+
+def _fits_with(plan: Plan, micro_batch_size: int) -> bool:
+    request = changed(plan.request, train={"micro_batch_size": micro_batch_size})
+    return replace(plan, request=request, stages=plan_stages(request, *plan.passes)).fits
 
 
 def smallest_plan(request: Request, largest: Cluster, most_nodes: int = MOST_NODES) -> Plan | None:

@@ -8,11 +8,16 @@ from typing import Any
 from loraprune_ds.errors import UserError
 
 GIB = 1 << 30
+# On 8 H100 of one machine NCCL held 1.06 GB before the first all-to-all and 4.34 GB after it (NVIDIA/nccl #1685). To a
+# rank elsewhere it has two channels with a buffer of 4 MiB each way (its defaults). That was not measured.
+NCCL_RINGS = 1_060_000_000
+NCCL_PER_NEAR_RANK = (4_340_000_000 - NCCL_RINGS) // 7
+NCCL_PER_FAR_RANK = 2 * 2 * (4 << 20)
 MOST_GPUS = 1 << 20  # beyond any machine there is: a number typed wrong
 
 
-def _option(default: float, meaning: str) -> Any:
-    """Builds a field that is an option of launch/plan.py."""
+def _option(default: float | None, meaning: str) -> Any:
+    """Builds a field that is an option of launch/plan.py. The default None is computed."""
     return dataclasses.field(default=default, metadata={"help": meaning})
 
 
@@ -24,25 +29,30 @@ class Cluster:
     gpus_per_node: int = _option(8, "GPUs of one machine")
     gpu_memory: float = _option(80.0, "GiB of one GPU")
     host_memory: float = _option(512.0, "GiB of host memory of one machine")
-    reserve: float = _option(3.0, "GiB of a GPU that are not the run's: CUDA context, NCCL, gaps")
+    reserve: float = _option(3.0, "GiB of a GPU for the CUDA context and the allocator's gaps. NCCL's come on top")
+    nccl: float | None = _option(None, "GiB of a GPU that NCCL takes; default: by the number of ranks")
     host_reserve: float = _option(3.0, "GiB of host memory of a rank's process before it loads anything")
     intra_bandwidth: float = _option(300.0, "GB/s a GPU receives from GPUs of its machine")
     inter_bandwidth: float = _option(25.0, "GB/s a machine receives from the others")  # all its network cards together
     host_bandwidth: float = _option(25.0, "GB/s between GPU and host memory")
     flops: float = _option(125.0, "TFLOP/s that a GPU sustains in matrix products")  # in the model's dtype, no peak
     flops64: float = _option(10.0, "TFLOP/s that a GPU sustains in matrix products in float64, for a refit")
+    host_microseconds: float = _option(160.0, "microseconds of a process per module that a pass enters")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            may_be_zero = name in ("reserve", "host_reserve")
+            may_be_zero = name in ("reserve", "nccl", "host_reserve", "host_microseconds")
+            if value is None:
+                continue
             if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
                 raise UserError(f"--{name.replace('_', '-')} must be a number above 0; got {value}")
         if self.world_size > MOST_GPUS:
             raise UserError(
                 f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node} is more than {MOST_GPUS} GPUs"
             )
-        if self.reserve >= self.gpu_memory:
-            raise UserError(f"--gpu-memory {self.gpu_memory} leaves nothing beside --reserve {self.reserve}")
+        if self.gpu_bytes <= 0:
+            held = f"--reserve {self.reserve}" + (f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else "")
+            raise UserError(f"--gpu-memory {self.gpu_memory} leaves nothing beside {held}")
 
     @property
     def world_size(self) -> int:
@@ -51,14 +61,34 @@ class Cluster:
     @property
     def gpu_bytes(self) -> int:
         """Returns the limit of a rank."""
-        return int((self.gpu_memory - self.reserve) * GIB)
+        return int((self.gpu_memory - self.reserve) * GIB) - self.nccl_bytes
+
+    @property
+    def nccl_bytes(self) -> int:
+        """Returns what NCCL takes of a GPU beside torch: for its rings, and for every other rank."""
+        if self.nccl is not None or self.world_size == 1:
+            return int((self.nccl or 0) * GIB)
+        near, far = self.gpus_per_node - 1, self.world_size - self.gpus_per_node
+        return NCCL_RINGS + near * NCCL_PER_NEAR_RANK + far * NCCL_PER_FAR_RANK
 
     @property
     def host_bytes(self) -> int:
         """Returns the limit of a node."""
         return int(self.host_memory * GIB)
 
-    def seconds_to_receive(self, per_rank: float, *, same_for_all: bool) -> float:
+    def between_nodes(self, per_rank: int, ranks: int | None = None) -> int:
+        """Returns how many of the bytes that a rank sends evenly to the others go to other nodes.
+
+        Args:
+            ranks: that take part, node by node; None for all.
+        """
+        return round(per_rank * self._foreign(ranks or self.world_size))
+
+    def _foreign(self, ranks: int) -> float:
+        """Returns the fraction of the other ranks that are on other nodes."""
+        return max(0, ranks - self.gpus_per_node) / max(1, ranks - 1)
+
+    def seconds_to_receive(self, per_rank: float, *, same_for_all: bool, ranks: int | None = None) -> float:
         """Returns the time in which every rank receives `per_rank` bytes.
 
         They come evenly from all others. Bytes from other nodes share the network of the node. The slower link counts:
@@ -67,9 +97,7 @@ class Cluster:
         Args:
             same_for_all: all ranks receive the same bytes (all-gather). A byte then enters a node once for all its
                 GPUs. A reduce-scatter takes as long.
+            ranks: that take part, node by node; None for all.
         """
-        if self.world_size == 1:
-            return 0.0
-        foreign = (self.world_size - self.gpus_per_node) / (self.world_size - 1)
-        per_node = per_rank * foreign * (1 if same_for_all else self.gpus_per_node)
+        per_node = per_rank * self._foreign(ranks or self.world_size) * (1 if same_for_all else self.gpus_per_node)
         return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))

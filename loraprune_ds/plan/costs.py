@@ -6,7 +6,7 @@ lower and an upper end.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from loraprune_ds.model import flops
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.traffic import Passes, StepKind, cut_sent, step_kinds, step_sent
+from loraprune_ds.plan.traffic import IN_GROUP, Passes, StepKind, cut_sent, step_kinds, step_sent
 
 
 @dataclass(frozen=True)
@@ -22,23 +22,27 @@ class StepCost:
     """Holds the bytes that a rank sends, by term, and seconds.
 
     Attributes:
+        between_nodes: the bytes of `sent` that go to ranks of other nodes.
+        host: seconds in which a rank's process enters modules and starts kernels.
         host_copies: seconds of copies from host memory, under parameter offload.
     """
 
     sent: dict[str, int]
+    between_nodes: int
     compute: float
     communication: float
+    host: float
     host_copies: float
 
     @property
     def hidden(self) -> float:
         """Returns the seconds if everything overlaps."""
-        return max(self.compute, self.communication, self.host_copies)
+        return max(self.compute, self.communication, self.host, self.host_copies)
 
     @property
     def exposed(self) -> float:
         """Returns the seconds if nothing overlaps."""
-        return self.compute + self.communication + self.host_copies
+        return self.compute + self.communication + self.host + self.host_copies
 
     @property
     def total(self) -> np.ndarray:
@@ -64,14 +68,27 @@ def step_cost(request: Request, passes: Passes, kind: StepKind) -> StepCost:
     if kind.measures:
         operations += quality.measuring_flops(request, shape) * tokens
     sent = step_sent(request, passes, kind)
-    shards = passes.training.sent / max(1, request.world_size - 1)
-    copied = shards * request.micro_batches if request.offloads("param") else 0
     return StepCost(
         sent,
         compute=operations / (cluster.flops * 1e12),
-        communication=cluster.seconds_to_receive(sum(sent.values()), same_for_all=True),
-        host_copies=copied / (cluster.host_bandwidth * 1e9),
+        host=request.micro_batches * passes.training.entered * cluster.host_microseconds / 1e6,
+        **network_cost(request, sent),
     )
+
+
+def network_cost(request: Request, sent: dict[str, int]) -> dict[str, Any]:
+    """Returns the fields of a `StepCost` that follow from the bytes sent."""
+    cluster, group = request.cluster, request.fetch_limits.copy_ranks
+    in_group = sent.get(IN_GROUP, 0)
+    to_all = sum(sent.values()) - in_group
+    shards = sent["weights"] / max(1, request.world_size - 1) + in_group / max(1, group - 1)
+    copied = shards if request.offloads("param") else 0
+    return {
+        "between_nodes": cluster.between_nodes(to_all) + cluster.between_nodes(in_group, group),
+        "communication": cluster.seconds_to_receive(to_all, same_for_all=True)
+        + cluster.seconds_to_receive(in_group, same_for_all=True, ranks=group),
+        "host_copies": copied / (cluster.host_bandwidth * 1e9),
+    }
 
 
 def all_steps(request: Request, dense: Passes, final: Passes) -> np.ndarray:

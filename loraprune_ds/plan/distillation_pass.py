@@ -4,11 +4,12 @@ README.md in this folder has the formulas. train/teacher_pass.py is the pass. Ea
 """
 
 from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
-from loraprune_ds.plan.costs import StepCost, attention_product
+from loraprune_ds.plan.costs import StepCost, attention_product, network_cost
 from loraprune_ds.plan.fetching import PassTraffic
 from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import Stage, forward_pass
+from loraprune_ds.plan.traffic import IN_GROUP
 
 FILE_COPIES = 2  # batches and one tensor of them; or that tensor and the file's bytes
 
@@ -47,15 +48,20 @@ class DistillationPass:
         request, shape, cluster = self.request, self.request.shape, self.request.cluster
         most = request.fetch_limits.persistence_threshold  # elements that are never gathered
         lora = request.shards(n for n in shape.lora_sizes(request.config.lora.r) if n > most)
-        sent = self.batches * (self.evaluation.sent - (request.world_size - 1) * lora * request.element_size)
+        group, size = request.fetch_limits.copy_ranks, request.element_size
+        if group > 1:
+            again = (group - 1) * request.world_size // group * lora * size
+            name, weights = IN_GROUP, self.evaluation.sent_in_group - again
+        else:
+            name, weights = "weights", self.evaluation.sent - (request.world_size - 1) * lora * size
+        sent = {"weights": 0} | {name: self.batches * weights}
         head = 0 if request.config.train.distill_top_k is None else 2 * shape.vocab_size * shape.hidden_size
         per_token = 2 * shape.linear_numel() + 2 * attention_product(request, shape) + head
-        copied = sent / max(1, request.world_size - 1)
         return StepCost(
-            {"weights": sent},
+            sent,
             compute=per_token * (self.batches * self.batch.tokens) / (cluster.flops * 1e12),
-            communication=cluster.seconds_to_receive(sent, same_for_all=True),
-            host_copies=copied / (cluster.host_bandwidth * 1e9) if request.offloads("param") else 0,
+            host=self.batches * self.evaluation.entered * cluster.host_microseconds / 1e6,
+            **network_cost(request, sent),
         )
 
     def stage(self) -> Stage:

@@ -4,6 +4,9 @@ It follows `PartitionedParameterCoordinator` of DeepSpeed 0.19.8. A first pass i
 the record. A parameter stays if it is needed again within `stage3_max_reuse_distance` elements. Prefetching stops at
 `stage3_max_live_parameters`. A release is decided once per module and position. The decision is remembered also across
 a cut, as in DeepSpeed's `lru_cache`. tests/benchmarks/plan_measured.py compares with DeepSpeed, byte by byte.
+
+With hpZ a group of ranks keeps a second copy of what was gathered once, and gathers it from there. A cut ends the copy
+of what it cuts, an update that of LoRA.
 """
 
 from collections import defaultdict, deque
@@ -20,12 +23,16 @@ class PassTraffic:
     """Holds the bytes that one pass gathered.
 
     Attributes:
+        entered: modules that the pass entered, forward, backward and recomputed. This one counts no bytes.
         sent: own shards, once for each other rank.
+        sent_in_group: own pieces of the second copy, once for each other rank of hpZ's group.
         peak_live: most at once beyond the shards, in gathered parameters and buffers.
         largest_gather: of one collective, with padding. What is gathered at once takes a collective for each dtype.
     """
 
+    entered: int = 0
     sent: int = 0
+    sent_in_group: int = 0
     peak_live: int = 0
     largest_gather: int = 0
 
@@ -56,6 +63,7 @@ class Fetcher:
         self._recomputed: dict[Module, set[Parameter]] = defaultdict(set)
         self._open: dict[Module, None] = {}  # in backward, in the order of their beginning
         self._live = 0
+        self._second: dict[Parameter, int] = {}  # elements of the whole parameter when its second copy was made
 
     def run(self, visits: Iterable[Visit]) -> PassTraffic:
         """Runs one micro-batch, with or without a backward pass."""
@@ -84,8 +92,13 @@ class Fetcher:
         for parameter in list(self._here):
             self._release(parameter)
 
+    def end_step(self) -> None:
+        """Follows an optimizer step, which ends the second copies of what it updates."""
+        self._second = {parameter: numel for parameter, numel in self._second.items() if not parameter.trainable}
+
     def _enter(self, visit: Visit) -> None:
         module = visit.module
+        self._traffic.entered += 1
         if not self._follows:
             self._record.append(module)
         if visit.phase == "backward":
@@ -158,17 +171,26 @@ class Fetcher:
         return parameter not in self._here and parameter not in self._in_flight
 
     def _gather(self, parameters: list[Parameter]) -> None:
+        """Starts a collective in hpZ's group for those that have a second copy, and one of all ranks for the others."""
+        copied = [p for p in parameters if self._second.get(p) == p.numel]
+        others = [p for p in parameters if p not in copied]
+        self._traffic.sent_in_group += self._start(copied, self.limits.copy_ranks)
+        self._traffic.sent += self._start(others, self.world_size)
+
+    def _start(self, parameters: list[Parameter], ranks: int) -> int:
+        """Starts a collective of so many ranks. Returns the bytes that each of them sends."""
         if not parameters:
-            return
-        shards: dict[int, int] = defaultdict(int)  # by bytes of an element
+            return 0
+        pieces: dict[int, int] = defaultdict(int)  # by bytes of an element
         for p in parameters:
-            shards[p.element_size] += self._copies * partition_numel(p.numel, self.world_size) * p.element_size
-        gather = _Gather(set(parameters), sum(shards.values()) * self.world_size)
-        self._traffic.sent += sum(shards.values()) * (self.world_size - 1)
-        self._traffic.largest_gather = max(self._traffic.largest_gather, max(shards.values()) * self.world_size)
+            pieces[p.element_size] += self._copies * partition_numel(p.numel, self.world_size) * p.element_size
+        own = sum(pieces.values()) * (self.world_size // ranks)
+        gather = _Gather(set(parameters), own * ranks)
+        self._traffic.largest_gather = max(self._traffic.largest_gather, max(pieces.values()) * self.world_size)
         self._hold(gather.buffer)
         self._available += sum(p.numel for p in parameters)
         self._in_flight |= dict.fromkeys(parameters, gather)
+        return own * (ranks - 1)
 
     def _wait(self, parameter: Parameter) -> None:
         gather = self._in_flight.pop(parameter)
@@ -190,6 +212,8 @@ class Fetcher:
         if parameter in self._here and not self._users[parameter]:
             self._available -= parameter.numel
             self._hold(-self._here.pop(parameter))
+            if self.limits.copy_ranks > 1:
+                self._second[parameter] = parameter.numel
 
     def _hold(self, count: int) -> None:
         self._live += count

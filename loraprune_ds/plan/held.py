@@ -32,12 +32,13 @@ def state_terms(
 
 
 def split_state(
-    request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False
+    request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False, passed: bool = True
 ) -> tuple[Terms, Terms]:
     """Returns the terms (on the GPU, in host memory).
 
     Args:
         stepped: the optimizer has made a step.
+        passed: a pass was made at this shape. Until then there is no second copy of the weights (hpZ).
         measures: input moments are kept if `prune.compensate` asks for them.
     """
     terms = state_terms(
@@ -48,7 +49,9 @@ def split_state(
         bucket_numel=request.bucket_numel,
         stepped=stepped,
     )
-    away = ["weights", "lora"] if request.offloads("param") else []
+    if passed and (copies := request.second_copies(shape.held(None, request.element_size).values())):
+        terms["second_copy"] = copies
+    away = ["weights", "lora", "second_copy"] if request.offloads("param") else []
     if request.offloads("optimizer"):
         away += ["lora_masters", "lora_moments", "lora_gradients"]
     host = {name: terms.pop(name) for name in list(terms) if name in away}
@@ -85,8 +88,10 @@ def _pinned_blocks(request: Request, shape: ModelShape, host: Terms) -> list[int
     blocks = []
     if request.pins("param"):  # frozen shards one by one, LoRA's in a buffer
         held = shape.held(None, request.element_size).values()
-        blocks += [x.element_size * request.shards([math.prod(x.shape)]) for x in held]
+        blocks += [request.held_shards([x]) for x in held]
         blocks.append(host["lora"])
+        if "second_copy" in host:
+            blocks += [request.second_copies([x]) for x in held]
     if request.pins("optimizer"):
         blocks += 2 * [host["lora_gradients"]]
     return blocks

@@ -11,7 +11,7 @@ from loraprune_ds.plan.distillation_pass import DistillationPass
 from loraprune_ds.plan.held import checkpoint_terms, split_state
 from loraprune_ds.plan.request import Request, changed
 from loraprune_ds.plan.stages import Stage, cut_stage, exported_stage, loading_stage, training_stage
-from loraprune_ds.plan.traffic import HEAVIEST, PLAIN, simulate_passes
+from loraprune_ds.plan.traffic import HEAVIEST, PLAIN, Passes, simulate_passes
 
 MOST_CUTS = 24  # that are planned one by one and shown
 MOST_SUMMED = 240  # whose bytes and seconds are computed, to be added up
@@ -41,6 +41,7 @@ class Plan:
     """Holds the needs of a run, whether it fits or not.
 
     Attributes:
+        passes: what ZeRO-3 gathers at the dense and at the final shape.
         stages: in the order of the run.
         step: an optimizer step before the first cut. It scores and measures all it can.
         last_step: one after the last cut.
@@ -50,6 +51,7 @@ class Plan:
     """
 
     request: Request
+    passes: tuple[Passes, Passes]
     stages: list[Stage]
     cuts: list[PlannedCut]
     step: StepCost
@@ -89,23 +91,13 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Plans the whole run, within seconds for LLaMA-65B."""
-    planned = list(_cuts(request, MOST_CUTS).values())
+    planned = _planned_cuts(request)
     dense, final = simulate_passes(request, [request.shape, request.shape_at(request.schedule.ratio)])
     teacher = DistillationPass(request, dense.evaluation)
-    exported = []
-    if request.shape.int8:  # else the exported model needs less than the one that was trained
-        stock = changed(request, model={"frozen": None})
-        exported = [exported_stage(stock, simulate_passes(stock, [stock.shape_at(stock.schedule.ratio)])[0])]
     return Plan(
         request=request,
-        stages=[
-            loading_stage(request),
-            *([teacher.stage()] if request.config.train.distill_weight else []),
-            training_stage("dense", request, dense),
-            *(cut_stage(f"cut at step {step}", request, before, after) for step, before, after in planned),
-            training_stage("after the last cut", request, final, scores=False),
-            *exported,
-        ],
+        passes=(dense, final),
+        stages=plan_stages(request, dense, final),
         cuts=[_plan_cut(request, *cut) for cut in planned],
         step=step_cost(request, dense, HEAVIEST),
         last_step=step_cost(request, final, PLAIN),
@@ -114,6 +106,33 @@ def make_plan(request: Request) -> Plan:
         teacher=teacher.cost(),
         teacher_bytes=teacher.disk_bytes,
     )
+
+
+def plan_stages(request: Request, dense: Passes, final: Passes) -> list[Stage]:
+    """Plans the memory of the run, stage by stage."""
+    teacher = DistillationPass(request, dense.evaluation)
+    cuts = _planned_cuts(request)
+    return [
+        loading_stage(request),
+        *([teacher.stage()] if request.config.train.distill_weight else []),
+        training_stage("dense", request, dense),
+        *(cut_stage(f"cut at step {step}", request, before, after) for step, before, after in cuts),
+        training_stage("after the last cut", request, final, scores=False),
+        *_exported(request),
+    ]
+
+
+def _exported(request: Request) -> list[Stage]:
+    """Plans the evaluation of the exported model. Without int8 weights it needs less than the one that was trained."""
+    if not request.shape.int8:
+        return []
+    stock = changed(request, model={"frozen": None})
+    return [exported_stage(stock, simulate_passes(stock, [stock.shape_at(stock.schedule.ratio)])[0])]
+
+
+def _planned_cuts(request: Request) -> list[tuple[int, ModelShape, ModelShape]]:
+    """Lists (step, shape before, shape after) of the cuts that are planned one by one."""
+    return list(_cuts(request, MOST_CUTS).values())
 
 
 def _cuts(request: Request, most: int) -> dict[int, tuple[int, ModelShape, ModelShape]]:

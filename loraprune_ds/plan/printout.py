@@ -11,21 +11,27 @@ from loraprune_ds.plan.costs import StepCost
 from loraprune_ds.plan.plan import Plan
 from loraprune_ds.plan.request import ASSUMED_STEPS, Request
 from loraprune_ds.plan.serving import Serving
-from loraprune_ds.plan.traffic import step_kinds
+from loraprune_ds.plan.traffic import IN_GROUP, step_kinds
 from loraprune_ds.pruning.target import describe_target
 
 COMMUNICATION_BOUND = 2.0  # times the arithmetic
-SECONDS = ("compute", "communication", "host_copies")
-OPTIONAL = ("weight_gradients", "input_moments")  # traffic of settings that are off in most runs
+SECONDS = ("compute", "communication", "host", "host_copies")
+OPTIONAL = (IN_GROUP, "weight_gradients", "input_moments")  # traffic of settings that are off in most runs
 
 
 def plan_json(
-    plan: Plan, suggested: list[Suggestion], served: Sequence[Serving] = (), other: Plan | None = None
+    plan: Plan,
+    suggested: list[Suggestion],
+    served: Sequence[Serving] = (),
+    other: Plan | None = None,
+    *,
+    largest: int | None = None,
 ) -> dict[str, Any]:
     """Returns bytes, seconds and counts. `parameters` and `fits` come first.
 
     Args:
         other: the same run with or without int8 weights.
+        largest: the largest micro-batch that fits.
     """
     request = plan.request
     return {
@@ -39,14 +45,21 @@ def plan_json(
         "device_bytes": plan.device_bytes,
         "device_bytes_available": request.cluster.gpu_bytes,
         "device_peak": {"stage": plan.peak_stage.name, "phase": plan.peak_stage.peak_phase},
+        "nccl_bytes": request.cluster.nccl_bytes,
         "host_bytes_per_node": plan.host_bytes,
         "host_bytes_available": request.cluster.host_bytes,
         "stages": [asdict(stage) | {"resident": stage.resident, "peak": stage.peak} for stage in plan.stages],
         "cuts": [asdict(cut) for cut in plan.cuts],
         "cuts_in_all": len(request.schedule.cut_steps()),
         "bytes_sent_per_step": {
-            "before_any_cut": plan.step.sent | {"total": sum(plan.step.sent.values())},
-            "after_the_last": plan.last_step.sent | {"total": sum(plan.last_step.sent.values())},
+            "before_any_cut": _bytes(plan.step),
+            "after_the_last": _bytes(plan.last_step),
+        },
+        "micro_batch": {
+            "size": request.config.train.micro_batch_size,
+            "largest_that_fits": largest,
+            "tokens_per_pass": _tokens_per_pass(request),
+            "passes_per_step": request.micro_batches,
         },
         "seconds_per_step": {"before_any_cut": _seconds(plan.step), "after_the_last": _seconds(plan.last_step)},
         "steps": request.steps,
@@ -96,6 +109,12 @@ def notes(plan: Plan) -> list[str]:
         lines.append("ranking global takes from layers as they score; planned as if it took from all alike")
     if request.config.prune.criterion == "gradient" or request.config.prune.compensate != "none":
         lines.append(_dearest_step(request))
+    if (
+        plan.step.communication > plan.step.compute
+        and request.cluster.nodes > 1
+        and request.fetch_limits.copy_ranks == 1
+    ):
+        lines.append(_copy_per_node(plan))
     if request.micro_batches > 1 and plan.step.communication > COMMUNICATION_BOUND * plan.step.compute:
         lines.append(
             f"weights are gathered for each of {request.micro_batches} micro-batches of a step and that takes longer "
@@ -105,16 +124,17 @@ def notes(plan: Plan) -> list[str]:
     return lines
 
 
-def plan_table(plan: Plan, suggested: list[Suggestion], other: Plan | None = None) -> str:
-    """Returns the lines of memory, bytes, seconds, verdict. `other` as in `plan_json`."""
+def plan_table(plan: Plan, suggested: list[Suggestion], other: Plan | None = None, largest: int | None = None) -> str:
+    """Returns the lines of memory, bytes, seconds, verdict. `other` and `largest` as in `plan_json`."""
     request, cluster, train = plan.request, plan.request.cluster, plan.request.config.train
     after = request.shape_at(request.schedule.ratio)
     lines = [
         f"{request.model}: {request.shape.total_numel():,} parameters, {after.total_numel():,} after the last cut",
         *_target_row(request),
-        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, "
-        f"{held_as(request.config.model)}, micro-batch {train.micro_batch_size} x {request.config.data.window} tokens, "
+        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, less {cluster.reserve:g} for "
+        f"CUDA and gaps and {_gib(cluster.nccl_bytes)} for NCCL; {held_as(request.config.model)}, "
         f"activation checkpointing {'on' if train.gradient_checkpointing else 'off'}",
+        _micro_batch_row(request, largest),
         "",
         *_memory_rows(plan),
         "",
@@ -140,6 +160,27 @@ def _brief(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _bytes(cost: StepCost) -> dict[str, int]:
+    return cost.sent | {"total": sum(cost.sent.values()), "to_other_nodes": cost.between_nodes}
+
+
+def _tokens_per_pass(request: Request) -> int:
+    return request.config.train.micro_batch_size * request.config.data.window
+
+
+def _micro_batch_row(request: Request, largest: int | None) -> str:
+    """Tells the tokens of a pass, and the largest micro-batch that fits."""
+    size, window = request.config.train.micro_batch_size, request.config.data.window
+    now = f"a pass has {_tokens_per_pass(request):,} tokens ({size} x {window}), a step {request.micro_batches} of them"
+    if largest is None:
+        return now
+    if largest == size:
+        return f"{now}: the largest micro-batch that fits"
+    passes = request.config.train.global_batch_size // (request.world_size * largest)
+    better = f"--set train.micro_batch_size={largest} fits: {largest * window:,} tokens, {passes} a step"
+    return f"{now}; {better}, with the same result"
+
+
 def _target_row(request: Request) -> list[str]:
     """Says which ratio a target became."""
     prune, ratio = request.config.prune, request.schedule.ratio
@@ -160,6 +201,17 @@ def _dearest_step(request: Request) -> str:
     return (
         f"a step before any cut is shown as the dearest kind: of {request.steps} steps {scored} score and {measured} "
         "measure inputs; `in all` takes each as it is"
+    )
+
+
+def _copy_per_node(plan: Plan) -> str:
+    """Says what hpZ would save and take."""
+    request, per_node = plan.request, plan.request.cluster.gpus_per_node
+    copy = request.shape.total_numel() * request.element_size // per_node
+    return (
+        f"a rank sends {plan.step.between_nodes / 1e9:.0f} GB per step to other nodes, and that takes longer than the "
+        f"arithmetic; with --set deepspeed=ds_configs/zero3_multinode_hpz.json every node has a copy of the weights, "
+        f"{_gib(copy)} GiB more per GPU"
     )
 
 
@@ -192,6 +244,8 @@ def _step_rows(plan: Plan) -> list[str]:
     for term in plan.step.sent:
         if term not in OPTIONAL or any(step.sent[term] for step in steps):
             rows.append(_row(f"GB sent: {term}", (f"{step.sent[term] / 1e9:.3f}" for step in steps)))
+    if plan.request.cluster.nodes > 1:
+        rows.append(_row("GB of it to other nodes", (f"{step.between_nodes / 1e9:.3f}" for step in steps)))
     for name in SECONDS:
         rows.append(_row(f"seconds: {name}", (f"{getattr(step, name):.3f}" for step in steps)))
     return [*rows, _row("seconds per step", (f"{step.hidden:.2f} to {step.exposed:.2f}" for step in steps))]

@@ -28,7 +28,7 @@ from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
 from loraprune_ds.pruning.target import find_ratio
-from loraprune_ds.zero.ds_config import FetchLimits, find_ds_config, resolve_ds_config
+from loraprune_ds.zero.ds_config import HPZ, FetchLimits, find_ds_config, resolve_ds_config
 from loraprune_ds.zero.flat import partition_numel
 
 ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here
@@ -106,6 +106,11 @@ class Request:
     def held_shards(self, held: Iterable[Held]) -> int:
         """Counts the bytes of a rank's shards of such tensors."""
         return sum(x.element_size * partition_numel(math.prod(x.shape), self.world_size) for x in held)
+
+    def second_copies(self, held: Iterable[Held]) -> int:
+        """Counts the bytes of a rank's pieces of the second copy of such tensors. 0 without hpZ."""
+        pieces = self.world_size // self.fetch_limits.copy_ranks if self.fetch_limits.copy_ranks > 1 else 0
+        return self.held_shards(held) * pieces
 
     def lora_shards(self, shape: ModelShape) -> int:
         """Counts the elements of a rank's shards of all LoRA factors."""
@@ -217,7 +222,7 @@ def build_request(
         steps=steps + train.recovery_steps,
         limits=limits,
         schedule=make_schedule(config.prune, steps, limits),
-        ds_config=_read_ds_config(config, shape, cluster.world_size),
+        ds_config=_read_ds_config(config, shape, cluster),
         samples=samples,
     )
 
@@ -225,7 +230,7 @@ def build_request(
 def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:
     """Builds the same request with another cluster, or other values in sections: `train={...}`.
 
-    `deepspeed={...}` are keys of zero_optimization.
+    `deepspeed={...}` are keys of zero_optimization. What hpZ's "auto" means depends on the cluster.
 
     Raises:
         UserError: the run cannot be split like that.
@@ -236,7 +241,8 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
         raw[section] |= values
     config, where = config_from_dict(raw), cluster or request.cluster
     again = build_request(request.model, request.source, request.shape, config, where, samples=request.samples)
-    again.ds_config["zero_optimization"] |= request.ds_config["zero_optimization"] | zero
+    kept = {key: value for key, value in request.ds_config["zero_optimization"].items() if key != HPZ}
+    again.ds_config["zero_optimization"] |= kept | zero
     return again
 
 
@@ -266,20 +272,21 @@ def read_shape(model: str) -> ModelShape:
     return shape_from_config(read_config(model), model)
 
 
-def _read_ds_config(config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
+def _read_ds_config(config: RunConfig, shape: ModelShape, cluster: Cluster) -> dict[str, Any]:
     """Reads DeepSpeed's JSON and replaces every "auto".
 
     Raises:
-        UserError: a run would refuse it, or it has hpZ. fetching.py does not model that.
+        UserError: a run would refuse it, or a group of hpZ has parts of several nodes.
     """
-    path = find_ds_config(config.deepspeed)
-    zero = read_json(path).get("zero_optimization")
-    if isinstance(zero, dict) and zero.get("zero_hpz_partition_size", 1) != 1:
+    path, per_node = find_ds_config(config.deepspeed), cluster.gpus_per_node
+    resolved = resolve_ds_config(path, config, shape, cluster.world_size, ranks_per_node=per_node)
+    size = FetchLimits.from_ds_config(resolved).copy_ranks
+    if size % per_node and per_node % size:
         raise UserError(
-            f"{path}: zero_optimization.zero_hpz_partition_size (hpZ) is not planned: neither its second copy of the "
-            "weights nor its gathers within a node are counted; plan with a DeepSpeed JSON without it"
+            f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs; "
+            f"give {per_node}"
         )
-    return resolve_ds_config(path, config, shape, world_size)
+    return resolved
 
 
 def _download_config(model: str, revision: str | None) -> Path:

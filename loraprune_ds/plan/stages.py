@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from loraprune_ds.model.frozen import READ_CHUNK
+from loraprune_ds.model.frozen import READ_CHUNK, Held
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.activations import PlannedBatch, activations, forward_temporaries, logits
@@ -52,7 +52,7 @@ class Stage:
 
 def loading_stage(request: Request) -> Stage:
     """Builds the stage from the disk to the engine. LoRA is whole until DeepSpeed shards it."""
-    state, host = split_state(request, request.shape, stepped=False)
+    state, host = split_state(request, request.shape, stepped=False, passed=False)
     largest = max(request.held_shards([x]) for x in request.shape.held(None, request.element_size).values())
     reading = largest + (4 if request.shape.int8 else 2) * READ_CHUNK * 4
     lora = sum(request.shape.lora_sizes(request.config.lora.r))
@@ -78,15 +78,18 @@ def training_stage(name: str, request: Request, passes: Passes, *, scores: bool 
             measured_inputs=quality.measured_inputs(request, shape),
         )
         scoring = _scoring(request, shape) | gradients
+    copies = _if_any(
+        second_copy_of_lora=request.second_copies(Held((n,), e) for n in shape.lora_sizes(request.config.lora.r))
+    )
     reduction = 4 * min(request.bucket_numel, sum(shape.lora_sizes(request.config.lora.r)))  # in the order of the ranks
     stepping = 0 if request.offloads("optimizer") else 2 * request.lora_shards(shape) * 4
     whole_layer = _whole_layer(shape) * e
     phases = {
-        "training": _training(request, shape, passes.training) | gradients | passing,
-        "reducing gradients": {"gradient_reduction": reduction} | gradients,
-        "optimizer step": {"optimizer_temporaries": stepping},
-        "scoring": scoring,
-        "evaluation": _evaluation(request, shape, passes.evaluation),
+        "training": _training(request, shape, passes.training) | gradients | passing | copies,
+        "reducing gradients": {"gradient_reduction": reduction} | gradients | copies,
+        "optimizer step": {"optimizer_temporaries": stepping} | copies,
+        "scoring": scoring | copies,
+        "evaluation": _evaluation(request, shape, passes.evaluation) | copies,
         "export": {"layer_on_its_writer": 2 * whole_layer},
     }
     return Stage(name, state, phases, host | {"export": whole_layer})

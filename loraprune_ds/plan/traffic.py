@@ -14,7 +14,7 @@ from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
-from loraprune_ds.plan.passes import Network
+from loraprune_ds.plan.passes import Network, Visit
 from loraprune_ds.plan.request import Request
 from loraprune_ds.zero.flat import AxisCut, moved_elements
 from loraprune_ds.zero.int8 import ScalePlan
@@ -22,11 +22,23 @@ from loraprune_ds.zero.int8 import ScalePlan
 
 @dataclass(frozen=True)
 class Passes:
-    """Holds what ZeRO-3 gathers at a shape, in an evaluation and in a micro-batch of training."""
+    """Holds what ZeRO-3 gathers at a shape.
+
+    Attributes:
+        evaluation: a forward pass.
+        training: the first micro-batch of a step.
+        later: each other one. With hpZ it finds second copies of LoRA.
+    """
 
     shape: ModelShape
     evaluation: PassTraffic
     training: PassTraffic
+    later: PassTraffic
+
+    def per_step(self, micro_batches: int) -> tuple[int, int]:
+        """Returns the bytes that a rank sends in a step (to all ranks, to those of its group of hpZ)."""
+        first, later, others = self.training, self.later, micro_batches - 1
+        return first.sent + others * later.sent, first.sent_in_group + others * later.sent_in_group
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class StepKind:
     measures: bool
 
 
+IN_GROUP = "weights_in_group"
 HEAVIEST = StepKind(scores=True, measures=True)  # that of every cut
 PLAIN = StepKind(scores=False, measures=False)  # after the last cut
 
@@ -62,23 +75,38 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
     fetcher = Fetcher(request.fetch_limits, request.world_size, offloaded=request.offloads("param"))
     checkpointing = request.config.train.gradient_checkpointing
     evaluation, training = network.evaluation_pass(), network.training_pass(checkpointing=checkpointing)
-    found = []
+    found, has_copies = [], request.fetch_limits.copy_ranks > 1
     for shape in shapes:
         network.resize(shape)
         fetcher.forget_trace()
         evaluated = fetcher.run(evaluation)
         fetcher.forget_trace()
-        trained = [fetcher.run(training) for _ in range(3)]  # makes a record, then follows it
-        peak = max(traffic.peak_live for traffic in trained)
-        found.append(Passes(shape, evaluated, replace(trained[-1], peak_live=peak)))
+        if has_copies:  # by now
+            evaluated = fetcher.run(evaluation)
+            fetcher.forget_trace()
+        trained = [_first_of_a_step(fetcher, training) for _ in range(3)]  # makes a record, then follows it
+        later = fetcher.run(training) if has_copies else trained[-1]
+        peak = max(traffic.peak_live for traffic in (*trained, later))
+        first = replace(trained[-1], peak_live=peak)
+        found.append(Passes(shape, evaluated, first, later))
     return found
 
 
+def _first_of_a_step(fetcher: Fetcher, training: list[Visit]) -> PassTraffic:
+    fetcher.end_step()
+    return fetcher.run(training)
+
+
 def step_sent(request: Request, passes: Passes, kind: StepKind) -> dict[str, int]:
-    """Returns the bytes that a rank sends in one optimizer step, by term."""
+    """Returns the bytes that a rank sends in one optimizer step, by term.
+
+    `IN_GROUP` goes to the ranks of its group of hpZ, all else to all ranks.
+    """
     shape, per_micro_batch = passes.shape, request.micro_batches
+    weights, in_group = passes.per_step(per_micro_batch)
     return {
-        "weights": per_micro_batch * passes.training.sent,
+        "weights": weights,
+        IN_GROUP: in_group,
         "lora_gradients": per_micro_batch * request.lora_shards(shape) * (request.world_size - 1) * 4,
         "scoring": scoring_sent(request, shape) if kind.scores else 0,
         "weight_gradients": quality.gradient_sent(request, shape) if kind.scores else 0,

@@ -61,10 +61,11 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
+    ranks_per_node = comm.ranks_per_node()
     with comm.patient() as waiting:
         waiting.all_or_raise(lambda: _fetch(config) if is_first_on_node else None)
-        waiting.all_or_raise(lambda: _prepare(config, comm.world_size) if is_first_on_node else None)
-        prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size))
+        waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None)
+        prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node))
     digests = comm.gather_objects(prepared.samples.digest())
     if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
         raise UserError(
@@ -87,10 +88,11 @@ def _fetch(config: RunConfig) -> None:
     fetch_datasets(config.data)
 
 
-def _prepare(config: RunConfig, world_size: int) -> Prepared:
+def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepared:
     pretrained = open_for_pruning(locate_model(config.model), config)
     _check_adapter(config, pretrained)
-    ds_config = resolve_ds_config(find_ds_config(config.deepspeed), config, pretrained.shape, world_size)
+    ds_path = find_ds_config(config.deepspeed)
+    ds_config = resolve_ds_config(ds_path, config, pretrained.shape, world_size, ranks_per_node=ranks_per_node)
     limits = make_limits(config.prune, pretrained.shape, find_ratio(config.prune, pretrained.shape))
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)

@@ -1,5 +1,7 @@
 """The collectives of pruning, with a count of what they send. The gathers of a training step are DeepSpeed's own."""
 
+import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -112,6 +114,10 @@ class Communicator:
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
+
+    def ranks_per_node(self) -> int:
+        """Counts the ranks on the node that has the most. Collective."""
+        return max(Counter(self.gather_objects(socket.gethostname())).values())
 
     def all_or_raise(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank. If some fail, all raise the error of the lowest of them.

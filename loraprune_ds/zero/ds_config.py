@@ -65,6 +65,7 @@ ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
         "weights on NVMe are not in memory when they are cut; use cpu",
     ),
 }
+HPZ = "zero_hpz_partition_size"
 FLAGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")
 COUNTS = ("steps_per_print",)
 SECTIONS = {
@@ -90,8 +91,13 @@ def find_ds_config(path: str) -> Path:
     return found
 
 
-def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
+def resolve_ds_config(
+    path: str | Path, config: RunConfig, shape: ModelShape, world_size: int, *, ranks_per_node: int | None = None
+) -> dict[str, Any]:
     """Reads a DeepSpeed JSON and replaces every "auto".
+
+    Args:
+        ranks_per_node: None if all ranks are on one node.
 
     Raises:
         UserError: it is not ZeRO-3. A setting does not go with a cut. A value contradicts the run config. Nobody owns
@@ -106,6 +112,9 @@ def resolve_ds_config(path: str | Path, config: RunConfig, shape: ModelShape, wo
     resolved = copy.deepcopy(raw)
     for keys, value in owned.items():
         _fill(path, resolved, keys, value)
+    zero = resolved["zero_optimization"]
+    if zero.get(HPZ) == "auto":  # on one node the gathers stay inside it anyway
+        zero[HPZ] = ranks_per_node if ranks_per_node and ranks_per_node < world_size else 1
     leftover = _find_auto(resolved, ())
     if leftover:
         raise UserError(f'{path}: {".".join(leftover)} is "auto" but the run config does not own it; give a value')
@@ -229,7 +238,7 @@ def _check_hpz(path: Path, resolved: dict[str, Any], world_size: int) -> None:
     size = DeepSpeedZeroConfig(**resolved["zero_optimization"]).zero_hpz_partition_size
     if size < 1 or world_size % size:
         raise UserError(
-            f"{path}: zero_optimization.zero_hpz_partition_size is {size}, which does not divide {world_size} ranks; "
+            f"{path}: zero_optimization.{HPZ} is {size}, which does not divide {world_size} ranks; "
             "give the number of ranks per node"
         )
 
@@ -246,12 +255,17 @@ def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """Holds the settings of a DeepSpeed JSON for what is gathered when, in elements."""
+    """Holds the settings of a DeepSpeed JSON for what is gathered when, in elements.
+
+    Attributes:
+        copy_ranks: ranks that share a second copy of the weights (hpZ). 1 if there is none.
+    """
 
     prefetch_bucket: int
     max_live: int
     max_reuse_distance: int
     persistence_threshold: int
+    copy_ranks: int = 1
 
     @classmethod
     def from_ds_config(cls, ds_config: dict[str, Any]) -> "FetchLimits":
@@ -262,4 +276,5 @@ class FetchLimits:
             max_live=int(settings.max_live_parameters),
             max_reuse_distance=int(settings.max_reuse_distance),
             persistence_threshold=int(settings.param_persistence_threshold),
+            copy_ranks=settings.zero_hpz_partition_size,
         )

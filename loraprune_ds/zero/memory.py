@@ -21,6 +21,12 @@ def weight_tensors(module: nn.Module) -> Iterator[Tensor]:
     return (cast(Any, p).ds_tensor for p in module.parameters())
 
 
+def second_copies(module: nn.Module) -> list[Tensor]:
+    """Returns this rank's pieces of hpZ's second copy, of the weights that have one now."""
+    copies = (cast(Any, p).ds_secondary_tensor for p in module.parameters())
+    return [copy for copy in copies if copy is not None]
+
+
 def gather_weight_bytes(model: ShardedModel) -> list[int]:
     """Gathers the bytes of the weights that each rank holds: (world_size,)."""
     return model.gather_values(storage_bytes(weight_tensors(model.module)))

@@ -70,7 +70,19 @@ def test_the_smallest_cluster_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys
 def test_no_cluster_is_large_enough(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nodes: list[str], most: int
 ) -> None:
-    arguments = ("embedded", "--smallest", "--gpus-per-node", "4", "--gpu-memory", "3.01", "--reserve", "3", *nodes)
+    arguments = (
+        "embedded",
+        "--smallest",
+        "--gpus-per-node",
+        "4",
+        "--gpu-memory",
+        "3.01",
+        "--reserve",
+        "3",
+        "--nccl",
+        "0",
+        *nodes,
+    )
     assert plan(monkeypatch, *arguments, "--json") == 3
     out, error = capsys.readouterr()
     found = json.loads(out)
@@ -136,15 +148,15 @@ def test_a_server_gets_what_fits_beside_the_weights(
     assert f"on the server, dense: 0.25 GiB of weights, {dense['tokens']:,} tokens of KV cache" in out
 
 
-def test_hpz_is_refused_by_name_also_by_the_search(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_the_search_takes_hpz_with_the_nodes_it_tries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "hpz.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}))
-    assert plan(monkeypatch, "llama-7b", "--smallest", "--set", f"deepspeed={path}") == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}: zero_optimization.zero_hpz_partition_size (hpZ) is not planned")
-    assert error.count("\n") == 1
+    arguments = ("embedded", "--smallest", "--gpus-per-node", "2", "--gpu-memory", "3.3", "--nccl", "0", "--json")
+    assert plan(monkeypatch, *arguments, "--set", "deepspeed=ds_configs/zero3_multinode_hpz.json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cluster"]["nodes"] > 1
+    assert found["deepspeed"]["zero_optimization"]["zero_hpz_partition_size"] == 2
+    assert found["bytes_sent_per_step"]["before_any_cut"]["weights_in_group"] > 0
 
 
 def test_the_formulas_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

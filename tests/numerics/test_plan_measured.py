@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loraprune_ds.model.adapters import WHOLE_LAYER
+from loraprune_ds.plan.traffic import IN_GROUP
 from tests.families import TINY, families, tiny_model
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan, saved_activations
@@ -100,14 +101,18 @@ def save_tiny(folder: Path, family: str, layers: int) -> Path:
 
 def check_ranks(ranks: RankPool, world_size: int, case: Case) -> None:
     for row in ranks.run(world_size, run_beside_plan, case):
-        assert [state["at"] for state in row["states"]] == ["loaded", "after the cut"]
-        for state in row["states"]:
-            assert state["storages"] == state["planned_storages"]
-        assert row["states"][1]["sent"]["counted"] == row["states"][1]["sent"]["planned"]
-        for step in row["steps"]:
-            for kind in ("weights", "lora_gradients", "pruning"):
-                assert step[kind]["counted"] == step[kind]["planned"], (step["step"], kind)
-        assert (row["steps"][0]["weights"]["counted"] > 0) == (world_size > 1)
+        check_row(row, several=world_size > 1)
+
+
+def check_row(row: dict[str, Any], *, several: bool) -> None:
+    assert [state["at"] for state in row["states"]] == ["loaded", "after the cut"]
+    for state in row["states"]:
+        assert state["storages"] == state["planned_storages"]
+    assert row["states"][1]["sent"]["counted"] == row["states"][1]["sent"]["planned"]
+    for step in row["steps"]:
+        for kind in ("weights", IN_GROUP, "second_copy", "lora_gradients", "pruning"):
+            assert step[kind]["counted"] == step[kind]["planned"], (step["step"], kind)
+    assert (row["steps"][0]["weights"]["counted"] > 0) == several
 
 
 @pytest.mark.parametrize(

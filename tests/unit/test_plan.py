@@ -18,7 +18,7 @@ from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.activations import PlannedBatch, saved_by_layer
-from loraprune_ds.plan.advice import search, smallest_plan, suggestions
+from loraprune_ds.plan.advice import largest_micro_batch, search, smallest_plan, suggestions
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.distillation_pass import DistillationPass
 from loraprune_ds.plan.fetching import PassTraffic
@@ -64,7 +64,7 @@ def request(cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMA
 
 def tight(gpus: int, megabytes: float) -> Cluster:
     """GPUs that have so much memory for the run."""
-    return Cluster(1, gpus, gpu_memory=3 + megabytes * 1e6 / GIB)
+    return Cluster(1, gpus, gpu_memory=3 + megabytes * 1e6 / GIB, nccl=0)
 
 
 LITTLE_GATHERED = {"stage3_max_live_parameters": 4_000_000, "stage3_max_reuse_distance": 0}
@@ -427,16 +427,84 @@ def test_a_batch_that_cannot_be_split_is_refused() -> None:
         request(Cluster(1, 3))
 
 
-def test_hpz_is_refused_by_name_whatever_the_cluster(tmp_path: Path) -> None:
-    settings = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) -> Request:
+    """The same run with hpZ."""
+    settings = json.loads(Path("ds_configs/zero3.json").read_text())
+    settings["zero_optimization"]["zero_hpz_partition_size"] = size
     (tmp_path / "hpz.json").write_text(json.dumps(settings))
-    config = replace(request(Cluster()).config, deepspeed=str(tmp_path / "hpz.json"))
-    for cluster in (Cluster(1, 1), Cluster(2, 8)):
-        with pytest.raises(UserError, match=r"hpz\.json: .*zero_hpz_partition_size \(hpZ\) is not planned"):
-            build_request("small", SOURCE, SMALL, config, cluster)
-    settings["zero_optimization"]["zero_hpz_partition_size"] = 1  # off
-    (tmp_path / "hpz.json").write_text(json.dumps(settings))
-    assert build_request("small", SOURCE, SMALL, config, Cluster(2, 8)).steps == 20
+    config = replace(request(cluster, **train).config, deepspeed=str(tmp_path / "hpz.json"))
+    return build_request("small", SOURCE, SMALL, config, cluster)
+
+
+def test_hpz_keeps_a_copy_in_every_node_and_its_gathers_inside(tmp_path: Path) -> None:
+    cluster = Cluster(2, 4)
+    plain, copied = make_plan(request(cluster)), make_plan(with_hpz(tmp_path, "auto", cluster))
+    assert plain.stages[1].state | {"second_copy": WEIGHTS // 4} == copied.stages[1].state
+    assert "second_copy" not in copied.stages[0].host | copied.stages[0].phases["engine starts"]  # no pass was made yet
+    assert copied.cuts[0].state_before - plain.cuts[0].state_before == WEIGHTS // 4
+    # LoRA is new in every step: its first gather goes to all ranks.
+    lora = sum(SMALL.lora_sizes(8)) // 8 * 2
+    assert copied.step.sent["weights"] == 7 * lora
+    others = copied.request.micro_batches - 1
+    assert others == 3
+    assert copied.step.sent["weights_in_group"] > plain.step.sent["weights"] * 3 / 7 - 4 * 7 * lora
+    everything = sum(copied.step.sent.values()) - copied.step.sent["weights_in_group"]
+    assert copied.step.between_nodes == everything * 4 // 7
+    assert plain.step.between_nodes == sum(plain.step.sent.values()) * 4 // 7
+    assert copied.step.communication < plain.step.communication
+    assert any("zero3_multinode_hpz.json" in note for note in notes(plain))
+    assert not any("zero3_multinode_hpz.json" in note for note in notes(copied))
+
+
+def test_hpz_means_nothing_on_one_node_and_follows_the_cluster(tmp_path: Path) -> None:
+    one = with_hpz(tmp_path, "auto", Cluster(1, 4))
+    assert make_plan(one).step == make_plan(request(Cluster(1, 4))).step
+    assert changed(one, Cluster(2, 2)).fetch_limits.copy_ranks == 2
+    assert changed(one, Cluster(2, 8)).fetch_limits.copy_ranks == 8
+
+
+def test_hpz_over_parts_of_nodes_is_refused(tmp_path: Path) -> None:
+    assert with_hpz(tmp_path, 8, Cluster(4, 4)).fetch_limits.copy_ranks == 8  # two whole nodes
+    with pytest.raises(UserError, match=r"zero_hpz_partition_size is 4, whose groups take parts of nodes of 6 GPUs"):
+        with_hpz(tmp_path, 4, Cluster(2, 6), global_batch_size=24)
+
+
+def test_nccl_takes_more_with_more_ranks() -> None:
+    held = [Cluster(nodes, gpus).nccl_bytes for nodes, gpus in ((1, 1), (1, 2), (1, 8), (4, 8), (64, 8))]
+    assert held[0] == 0
+    assert held[2] == pytest.approx(4.34e9)  # as published
+    assert held == sorted(held)
+    assert Cluster(4, 8).gpu_bytes == int(77 * GIB) - held[3]
+    assert Cluster(4, 8, nccl=1).gpu_bytes == 76 * GIB
+
+
+def test_the_largest_micro_batch_that_fits_is_proposed() -> None:
+    plan = make_plan(request(Cluster(1, 4), micro_batch_size=1))
+    assert largest_micro_batch(plan) == 16  # all of a rank's part of the batch
+    needs = {size: make_plan(request(Cluster(1, 4), micro_batch_size=size)).device_bytes for size in (1, 4, 8)}
+    assert needs[1] < needs[4] < needs[8]
+    between = tight(4, (needs[4] + needs[8]) / 2e6)
+    found = make_plan(request(between, micro_batch_size=1))
+    assert largest_micro_batch(found) == 4
+    assert "--set train.micro_batch_size=4 fits: 256 tokens, 4 a step" in plan_table(found, [], 4)
+    assert "a pass has 64 tokens (1 x 64), a step 16 of them" in plan_table(found, [], 4)
+    assert plan_json(found, [], largest=4)["micro_batch"] == {
+        "size": 1,
+        "largest_that_fits": 4,
+        "tokens_per_pass": 64,
+        "passes_per_step": 16,
+    }
+    assert largest_micro_batch(make_plan(request(tight(4, 1)))) is None
+
+
+def test_the_host_works_for_every_module_of_every_pass() -> None:
+    one, four = (make_plan(request(Cluster(1, 4), micro_batch_size=size)) for size in (16, 4))
+    assert four.step.host == pytest.approx(4 * one.step.host)
+    again = make_plan(request(Cluster(1, 4), micro_batch_size=16, gradient_checkpointing=True))
+    assert 1.4 < again.step.host / one.step.host < 1.6  # three passes over the layers instead of two
+    assert one.step.hidden >= one.step.host
+    free = make_plan(request(Cluster(1, 4, host_microseconds=0), micro_batch_size=16))
+    assert one.step.exposed - free.step.exposed == pytest.approx(one.step.host)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from loraprune_ds.config_file import load_config
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.plan import make_plan
-from loraprune_ds.plan.request import build_request
+from loraprune_ds.plan.request import build_request, read_config
 from tests.published import PUBLISHED
 
 CONFIGS = Path("launch/configs")
@@ -27,3 +27,12 @@ def test_the_run_fits_where_it_is_meant_to(name: str) -> None:
     plan = make_plan(build_request(name, source, shape, load_config(path), Cluster(NODES[meant[1]], 8)))
     assert plan.fits
     assert plan.request.micro_batches == 1
+
+
+@pytest.mark.parametrize("name", ["llama-65b", "llama3.3-70b"])
+def test_with_hpz_the_largest_fit_and_gather_inside_their_nodes(name: str) -> None:
+    source = PUBLISHED[name][0] if name in PUBLISHED else read_config(name)
+    config = load_config(CONFIGS / f"{name}.yaml", ["deepspeed=ds_configs/zero3_multinode_hpz.json"])
+    plan = make_plan(build_request(name, source, shape_from_config(source, name), config, Cluster(4, 8)))
+    assert plan.fits
+    assert plan.step.between_nodes < 0.01 * sum(plan.step.sent.values())
