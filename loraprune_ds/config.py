@@ -109,7 +109,7 @@ class PruneConfig:
     max_layer_ratio: Annotated[float, Field(gt=0, le=1), NUMBER] = 1.0  # of its linear parameters that a layer may lose
     channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
     tensor_parallel: Count = 1  # ranks of a server that will share the result. Heads and channels divide by it
-    gradient_every: Count = 1  # steps from one scoring to the next with criterion gradient. A cut's step always scores
+    score_every: Count = 1  # steps from one scoring to the next. The step of a cut always scores
     compensate: Compensation = "none"  # for linears losing inputs, such as o_proj and down_proj: pruning/compensate.py
     compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
     compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
@@ -152,7 +152,6 @@ class PruneConfig:
         _check_effect(self, "prune.compensate_steps", compensates, "prune.compensate")
         _check_effect(self, "prune.compensate_decay", compensates, "prune.compensate")
         _check_effect(self, "prune.compensate_ridge", solves, "prune.compensate: least_squares")
-        _check_effect(self, "prune.gradient_every", self.criterion == "gradient", "prune.criterion: gradient")
 
     @property
     def target_amount(self) -> Amount | None:

@@ -14,6 +14,7 @@ from loraprune_ds.errors import UserError, one_line, require
 CHECKOUT = Path(__file__).resolve().parents[1]
 # Defaults that have moved since. A run that was saved by an earlier version and says nothing has these.
 EARLIER_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"channel_multiple": 1}}
+RENAMED = {"prune.": {"gradient_every": "score_every"}}  # by section, keys of earlier versions and their names of now
 TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}  # by pydantic's names
 
 
@@ -119,6 +120,10 @@ def _build(cls: type, raw: Any, prefix: str = "") -> Any:
     """Makes a section, or the whole run, of a dictionary. An empty section has its defaults."""
     require(isinstance(raw, dict), f"{prefix.rstrip('.')} must be a section of keys, got {raw!r}")
     values = {str(key): value for key, value in raw.items()}
+    for old, new in RENAMED.get(prefix, {}).items():
+        if old in values:
+            require(new not in values, f"{prefix}{old} is an earlier name of {prefix}{new}; give one of them")
+            values[new] = values.pop(old)
     for f in dataclasses.fields(cls):
         if isinstance(f.type, type) and dataclasses.is_dataclass(f.type) and f.name in values:
             value = values[f.name]

@@ -3,7 +3,7 @@
 The whole pruning method runs on it unchanged, which is how the method is tested apart from the sharding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
 import torch
@@ -36,16 +36,17 @@ class PlainModel:
         self.layers = decoder_layers(model)
         self.device = next(model.parameters()).device
 
-    def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
-        factors = {}
-        for linear in self.shape.linears:
-            module = lora_linear(self.layers[layer], linear)
-            a, b = lora_weights(module)
-            assert a.grad is not None, "LoRA is scored after a backward"
-            assert b.grad is not None, "LoRA is scored after a backward"
-            whole = (t.detach().float() for t in (a, b, a.grad, b.grad))
-            factors[linear.name] = LoraFactors(*whole, scaling=module.scaling[ADAPTER])
-        return factors
+    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
+        for layer in self.layers:
+            factors = {}
+            for linear in self.shape.linears:
+                module = lora_linear(layer, linear)
+                a, b = lora_weights(module)
+                assert a.grad is not None, "LoRA is scored after a backward"
+                assert b.grad is not None, "LoRA is scored after a backward"
+                whole = (t.detach().float() for t in (a, b, a.grad, b.grad))
+                factors[linear.name] = LoraFactors(*whole, scaling=module.scaling[ADAPTER])
+            yield factors
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         weight = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer).weight

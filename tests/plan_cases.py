@@ -175,7 +175,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
         planned += quality.refit_sent(request, before, trainer.model.shape, rank)
         network.resize(trainer.model.shape)
-        fetcher.forget_trace()
+        fetcher.free_all()
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
         planned_stage = cut_stage("", request, before, trainer.model.shape)
         rows[-1] |= {

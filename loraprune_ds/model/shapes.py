@@ -149,10 +149,14 @@ class ModelShape:
         """Yields all parameters of a layer that get smaller, LoRA apart.
 
         Each comes as its name inside the layer, the axis that gets smaller, and the rows (or columns) that stay along
-        it. The linears that lose inputs, such as o_proj and down_proj, keep their whole bias.
+        it. What is cut alike, such as k_proj and v_proj, has one tensor of them. The linears that lose inputs, such as
+        o_proj and down_proj, keep their whole bias.
         """
+        indices: dict[tuple[Part, ...], Tensor] = {}
         for linear in self.cut_linears(layer, keep):
-            kept = self.kept_indices(layer, linear.parts, keep)
+            if linear.parts not in indices:
+                indices[linear.parts] = self.kept_indices(layer, linear.parts, keep)
+            kept = indices[linear.parts]
             yield f"{linear.name}.weight", linear.axis, kept
             if linear.axis == 0 and self.has_bias(linear):
                 yield f"{linear.name}.bias", 0, kept

@@ -21,12 +21,23 @@ from loraprune_ds.model.pretrained import PretrainedModel
 IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entropy
 
 
+def supervised_positions(labels: Tensor) -> Tensor:
+    """Returns (tokens,) int64, ascending: the flat positions in (batch, window) whose next token is supervised.
+
+    On a device it waits for that. So a caller that has the labels on the host asks there, and hands the result on.
+    """
+    is_supervised = torch.zeros_like(labels, dtype=torch.bool)
+    is_supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return is_supervised.flatten().nonzero().flatten()
+
+
 def token_losses(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     chunk_tokens: int | None = None,
     distillation: Distillation | None = None,
+    supervised: Tensor | None = None,
 ) -> Tensor:
     """Returns next-token cross-entropies in fp32, (batch, window - 1). 0 where a token is not supervised.
 
@@ -37,10 +48,10 @@ def token_losses(
         labels: (batch, window), IGNORE_INDEX where a token is not supervised. Position t predicts label t + 1.
         chunk_tokens: as `chunk_size` takes it.
         distillation: what the cross-entropies are mixed with.
+        supervised: `supervised_positions` of the labels, if they are known already.
     """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    rows, wanted = hidden[:, :-1][supervised], targets[supervised]
+    positions = supervised_positions(labels) if supervised is None else supervised
+    rows, wanted = hidden.flatten(0, 1).index_select(0, positions), labels.flatten().index_select(0, positions + 1)
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
     assert not (differentiate and head.weight.requires_grad), "the head is frozen: no gradient of it is computed"
     losses: Any
@@ -49,7 +60,9 @@ def token_losses(
         losses = _ChunkedLosses.apply(rows, head, wanted, chunk, differentiate)
     else:
         losses = distilled_losses(rows, head, wanted, distillation, chunk_tokens)
-    return torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device).masked_scatter(supervised, losses)
+    batch, window = labels.shape
+    every = torch.zeros(batch * (window - 1), dtype=torch.float32, device=hidden.device)
+    return every.index_copy(0, positions - positions // window, losses).view(batch, window - 1)
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -110,14 +123,19 @@ class LossHead(nn.Linear):
         self.chunk_tokens = chunk_tokens
 
     def forward(
-        self, input: Tensor, labels: Tensor | None = None, distillation: Distillation | Recording | None = None
+        self,
+        input: Tensor,
+        labels: Tensor | None = None,
+        distillation: Distillation | Recording | None = None,
+        supervised: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         if labels is None:
             return super().forward(input)  # the stock forward transforms them
         head = Head(self.weight, self.transform)
         if isinstance(distillation, Recording):
-            return record(input[:, :-1][labels[:, 1:] != IGNORE_INDEX], head, distillation, self.chunk_tokens)
-        return token_losses(input, head, labels, self.chunk_tokens, distillation)
+            rows = input.flatten(0, 1).index_select(0, supervised_positions(labels))
+            return record(rows, head, distillation, self.chunk_tokens)
+        return token_losses(input, head, labels, self.chunk_tokens, distillation, supervised)
 
 
 class TokenLosses:
@@ -131,6 +149,7 @@ class TokenLosses:
         input_ids: Tensor,
         labels: Tensor | None = None,
         distillation: Distillation | Recording | None = None,
+        supervised: Tensor | None = None,
         **settings: Any,
     ) -> Any:
         """Returns losses (batch, window - 1) fp32 for labels (batch, window). Without labels it is the stock forward.
@@ -139,7 +158,8 @@ class TokenLosses:
         """
         if labels is None:
             return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
-        return self.lm_head(self.model(input_ids=input_ids, use_cache=False).last_hidden_state, labels, distillation)
+        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.lm_head(hidden, labels, distillation, supervised)
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:

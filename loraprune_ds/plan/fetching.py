@@ -74,9 +74,13 @@ class Fetcher:
         return self._traffic
 
     def forget_trace(self) -> None:
-        """Frees everything and records the next pass, as happens at a cut and around an evaluation."""
-        assert not self._in_flight, "what a pass prefetches it also uses"
+        """Frees everything and records the next pass, as happens around an evaluation."""
         self._record = []
+        self.free_all()
+
+    def free_all(self) -> None:
+        """Frees everything, as a cut does. The next pass follows the same record."""
+        assert not self._in_flight, "what a pass prefetches it also uses"
         for parameter in list(self._here):
             self._release(parameter)
 

@@ -80,7 +80,7 @@ def _is_list(value: Any, length: int) -> bool:
 class _Head(nn.Module):
     """Stands in for the head, whose loss picks tokens by their labels. Nothing is known of these on meta."""
 
-    def forward(self, hidden: Tensor, labels: Tensor, distillation: None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor, distillation: None, supervised: None) -> Tensor:
         return hidden.view_as(hidden)
 
 

@@ -13,6 +13,7 @@ from loraprune_ds.plan.passes import parameter_sizes
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.traffic import Passes
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
+from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds
 
 
 @dataclass(frozen=True)
@@ -147,14 +148,15 @@ def _evaluation(request: Request, shape: ModelShape, traffic: PassTraffic) -> Te
 def _scoring(request: Request, shape: ModelShape) -> Terms:
     """Returns the terms of scoring. LoRA masters and gradients are there as own shards, all shards, whole factors."""
     layers = [shape.layer_lora_sizes(i, request.config.lora.r) for i in range(len(shape.layers))]
-    shards, whole = max(map(request.shards, layers)), max(map(sum, layers))
+    rounds = gather_rounds([2 * sum(sizes) for sizes in layers], GATHERED_NUMEL)
+    shards, whole = (max(sum(map(count, layers[r.start : r.stop])) for r in rounds) for count in (request.shards, sum))
     block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in quality.linear_sizes(shape))
     parts = sum(len(linear.parts) for linear in shape.linears)
     groups = sum(parts * max(layer.values()) for layer in shape.layers)
     if request.config.prune.criterion == "fisher":  # the vectors alone
         return {"score_sums": 8 * groups}
     return {
-        "lora_factors_of_a_layer": 2 * 4 * (shards + shards * request.world_size + whole),
+        "lora_factors": 2 * 4 * (shards + shards * request.world_size + whole),
         "score_blocks": 4 * min(block, DEVICE_BLOCK_NUMEL) * 4,  # of whole rows
         "score_sums": 8 * groups,
     }

@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -23,29 +24,74 @@ class LayerScores(LayerTensors):
     """Holds the importance of a layer's groups, float64."""
 
 
+@dataclass(frozen=True)
+class GroupSums:
+    """Holds the scores of all parts of all linears, complete sums over the ranks. They lie on the device.
+
+    Attributes:
+        linears: those of a layer that have scores.
+        parts: (groups,) float64 of each part of these linears, layer by layer. They are views of one tensor.
+        step: that they are of.
+    """
+
+    linears: tuple[Linear, ...]
+    parts: Sequence[Tensor]
+    step: int
+
+    def by_layer(self, normalization: Normalization) -> list[LayerScores]:
+        """Adds the scores of a layer's parts to those of its groups.
+
+        Args:
+            normalization: `l2` divides a part's scores by their norm before. The released code of LoRAPrune (arXiv
+                2305.18403) does so. `none` adds them as they are.
+        """
+        count = sum(len(linear.parts) for linear in self.linears)
+        layers = range(0, len(self.parts), count)
+        return [_add_parts(self.linears, self.parts[first : first + count], normalization) for first in layers]
+
+    def check(self) -> None:
+        """Checks that all are finite. It waits for the device.
+
+        Raises:
+            RunError: a score is not finite. The message names the layer, the linear and the step.
+        """
+        if torch.isfinite(torch.cat(list(self.parts)).sum()):
+            return
+        names = [linear.name for linear in self.linears for _ in linear.parts]
+        for i, score in enumerate(self.parts):
+            if not torch.isfinite(score).all():
+                where = f"layer {i // len(names)} {names[i % len(names)]}"
+                raise RunError(f"step {self.step}: the score of {where} is not finite")
+
+
+def _add_parts(linears: tuple[Linear, ...], scores: Sequence[Tensor], normalization: Normalization) -> LayerScores:
+    """Adds the scores of all parts of a layer's linears to those of its groups.
+
+    Each part has a norm of its own. So a fused linear counts like the separate ones of another family.
+    """
+    total: dict[Kind, Tensor] = {}
+    parts = [part for linear in linears for part in linear.parts]
+    for part, score in zip(parts, scores, strict=True):
+        if normalization == "l2":
+            norm = cast(Tensor, score.norm())
+            score = score / norm.where(norm > 0, 1.0)
+        total[part.kind] = total[part.kind] + score if part.kind in total else score
+    return LayerScores(total)
+
+
 def score_groups(
-    model: PrunableModel,
-    criterion: Criterion,
-    normalization: Normalization,
-    step: int,
-    gradients: WeightGradients | None = None,
-) -> list[LayerScores]:
+    model: PrunableModel, criterion: Criterion, step: int, gradients: WeightGradients | None = None
+) -> GroupSums:
     """Scores all groups from the shards the ranks own: one all-reduce of O(groups) numbers.
 
     Args:
         criterion: a key of `ELEMENT_CRITERIA`.
-        normalization: `l2` divides a linear's scores by their norm before the linears of a layer are added up. The
-            released code of LoRAPrune (arXiv 2305.18403) does so. `none` adds them as they are.
         step: for messages.
         gradients: of the weights, for the criterion `gradient`.
-
-    Raises:
-        RunError: a score is not finite. The message names the layer, the linear and the step.
     """
     element_criterion, shape = ELEMENT_CRITERIA[criterion], model.shape
     partial: list[Tensor] = []
-    for layer in range(len(shape.layers)):
-        factors = model.lora_factors(layer)
+    for layer, factors in enumerate(model.lora_factors()):
         for linear in shape.linears:
             shard = model.owned_weight(layer, linear)
             given = () if gradients is None else (gradients.owned(layer, linear),)
@@ -53,48 +99,13 @@ def score_groups(
             parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
             for part, rows in zip(linear.parts, parts, strict=True):
                 partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)
-    return complete_scores(model, shape.linears, partial, normalization, step)
+    return add_over_ranks(model, shape.linears, partial, step)
 
 
-def complete_scores(
-    model: PrunableModel, linears: tuple[Linear, ...], partial: list[Tensor], normalization: Normalization, step: int
-) -> list[LayerScores]:
-    """Adds up the partial scores of all ranks, by one all-reduce, and then those of a group's linears.
-
-    Args:
-        linears: those of a layer that have scores.
-        partial: this rank's (groups,) float64 of each part of these linears, layer by layer.
-        normalization, step: as in `score_groups`.
-
-    Raises:
-        RunError: a score is not finite. The message names the layer, the linear and the step.
-    """
-    sizes = [len(scores) for scores in partial]
-    totals: tuple[Tensor, ...] = torch.split(model.sum_over_ranks(torch.cat(partial)).cpu(), sizes)
-    count = sum(len(linear.parts) for linear in linears)
-    return [
-        _add_parts(linears, totals[i * count : (i + 1) * count], normalization, layer=i, step=step)
-        for i in range(len(model.shape.layers))
-    ]
-
-
-def _add_parts(
-    linears: tuple[Linear, ...], scores: Sequence[Tensor], normalization: Normalization, *, layer: int, step: int
-) -> LayerScores:
-    """Adds the scores of all parts of a layer's linears, complete sums over the ranks, to those of its groups.
-
-    Each part has a norm of its own. So a fused linear counts like the separate ones of another family.
-    """
-    total: dict[Kind, Tensor] = {}
-    parts = [(linear, part) for linear in linears for part in linear.parts]
-    for (linear, part), score in zip(parts, scores, strict=True):
-        if not torch.isfinite(score).all():
-            raise RunError(f"step {step}: the score of layer {layer} {linear.name} is not finite")
-        norm = cast(Tensor, score.norm())
-        if normalization == "l2" and norm > 0:
-            score = score / norm
-        total[part.kind] = total[part.kind] + score if part.kind in total else score
-    return LayerScores(total)
+def add_over_ranks(model: PrunableModel, linears: tuple[Linear, ...], partial: list[Tensor], step: int) -> GroupSums:
+    """Adds up this rank's scores of all parts and those of the others, by one all-reduce."""
+    totals = model.sum_over_ranks(torch.cat(partial))
+    return GroupSums(linears, torch.split(totals, [len(scores) for scores in partial]), step)
 
 
 def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
@@ -108,7 +119,10 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
 
 
 class MovingAverage:
-    """Keeps S ← λ·S + (1 − λ)·S_now over the steps that score. S starts at zero and is cut with the groups."""
+    """Keeps S ← λ·S + (1 − λ)·S_now over the steps that score. S starts at zero and is cut with the groups.
+
+    S lies on the device of S_now. So a step that scores waits for nothing.
+    """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -120,10 +134,18 @@ class MovingAverage:
         if self.scores is None:
             self.scores = [LayerScores((kind, torch.zeros_like(s)) for kind, s in layer.items()) for layer in now]
         self.scores = [
-            LayerScores((kind, self.decay * old[kind] + (1 - self.decay) * new[kind]) for kind in new)
+            LayerScores(
+                (kind, self.decay * old[kind].to(new[kind].device) + (1 - self.decay) * new[kind]) for kind in new
+            )
             for old, new in zip(self.scores, now, strict=True)
         ]
         self.updates_since_cut += 1
+
+    def on_host(self) -> list[LayerScores] | None:
+        """Returns the scores in host memory. None if nothing was scored yet."""
+        if self.scores is None:
+            return None
+        return [LayerScores((kind, scores.cpu()) for kind, scores in layer.items()) for layer in self.scores]
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Keeps the scores of the groups that a cut leaves."""

@@ -3,7 +3,7 @@
 zero/sharded.py implements it over the ranks of ZeRO-3. tests/plain_model.py implements it in one process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -70,8 +70,8 @@ class PrunableModel(Protocol):
     device: torch.device
     layers: nn.ModuleList
 
-    def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
-        """Returns the LoRA of a layer's linears by name, between a step's last backward and its update."""
+    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
+        """Yields the LoRA of each layer's linears by name, between a step's last backward and its update."""
         ...
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:

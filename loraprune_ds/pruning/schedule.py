@@ -70,7 +70,7 @@ def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
     end = steps - math.floor(config.cooldown_fraction * steps + 1e-6)
     if end <= start:
         raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
-    schedule = Schedule(limits.ratio, start, end, config.prune_every, config.gradient_every)
+    schedule = Schedule(limits.ratio, start, end, config.prune_every, config.score_every)
     schedule = replace(schedule, passed_over=_without_a_change(schedule, config, limits))
     if not schedule.cut_steps():
         raise UserError(

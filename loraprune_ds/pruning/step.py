@@ -43,7 +43,14 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.compensate import Compensator
-from loraprune_ds.pruning.importance import LayerScores, MovingAverage, complete_scores, random_scores, score_groups
+from loraprune_ds.pruning.importance import (
+    GroupSums,
+    LayerScores,
+    MovingAverage,
+    add_over_ranks,
+    random_scores,
+    score_groups,
+)
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -105,6 +112,7 @@ class Pruner:
         self.gradients = WeightGradients(model) if config.criterion == "gradient" else None
         self.masks = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
+        self._unchecked: GroupSums | None = None
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
@@ -133,17 +141,22 @@ class Pruner:
         if not self.schedule.is_scored(step):
             return
         fail_point("scoring")
-        model, criterion, normalization = self.model, self.config.criterion, self.config.normalization
+        model, criterion = self.model, self.config.criterion
         if criterion == "random":
             now = [scores.select(keep) for scores, keep in zip(self._random, self.kept_of_dense, strict=True)]
-        elif self.masks is not None:
-            now = complete_scores(model, model.shape.input_linears, self.masks.sums(), normalization, step)
+            self.average.update(now)
+            return
+        if self.masks is not None:
+            sums = add_over_ranks(model, model.shape.input_linears, self.masks.sums(), step)
         else:
-            now = score_groups(model, criterion, normalization, step, self.gradients)
-        self.average.update(now)
+            sums = score_groups(model, criterion, step, self.gradients)
+        self.average.update(sums.by_layer(self.config.normalization))
+        self._unchecked = sums
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:
-        """Cuts the model, if the schedule says so.
+        """Cuts the model, if the schedule says so. Call it after each update.
+
+        The scores of the step are looked at here. The update has waited for the device. So that costs nothing.
 
         Args:
             scored: False if the step's gradients overflowed in fp16. The next cut then takes over this one's groups.
@@ -153,15 +166,20 @@ class Pruner:
             None if nothing was cut: no cut is due, or it would change no width.
 
         Raises:
-            RunError: no score was updated since the last cut, or a rank computed another mask.
+            RunError: a score of the step is not finite, or none was updated since the last cut. Or a rank computed
+                another mask.
         """
+        if self._unchecked is not None:
+            self._unchecked.check()
+            self._unchecked = None
         if not self.schedule.is_cut(step) or (not scored and step < self.schedule.last_cut):
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
-        if self.average.scores is None or (scored and self.average.updates_since_cut == 0):
+        average = self.average.on_host()
+        if average is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
-        keep = agree(self._rank(self.average.scores, target), self.model, step)
+        keep = agree(self._rank(average, target), self.model, step)
         if self.model.shape.after(keep).layers == self.model.shape.layers:
             return None
         fail_point("cut.agreed")
@@ -176,7 +194,7 @@ class Pruner:
     def state(self) -> PrunerState:
         """Returns what `restore` needs to go on from here."""
         tokens = 0.0 if self.compensator is None else self.compensator.moments.tokens
-        return PrunerState(self.kept_of_dense, self.average.scores, self.average.updates_since_cut, tokens)
+        return PrunerState(self.kept_of_dense, self.average.on_host(), self.average.updates_since_cut, tokens)
 
     def restore(self, state: PrunerState, read_moments: Callable[[int], dict[str, Tensor]]) -> None:
         """Goes on from a saved state, on any number of ranks.

@@ -31,18 +31,17 @@ class TimeLeft:
         self._warm = False
 
     def add_step(self, seconds: float) -> None:
-        if not self._warm and self._recent:  # the first step compiles and allocates: forget it
-            self._recent.clear()
-            self._warm = True
-        self._recent.append(seconds)
+        if self._warm:
+            self._recent.append(seconds)
+        self._warm = True  # the first step compiles, allocates and records: it tells nothing of the others
 
     def add_cut(self, seconds: float) -> None:
         if self._recent:
             self._recent[-1] += seconds
 
-    def seconds(self, steps_left: int) -> float:
-        """Returns 0 before the first step, when nothing is known."""
-        return steps_left * sum(self._recent) / max(len(self._recent), 1)
+    def seconds(self, steps_left: int) -> float | None:
+        """Returns None before the second step, when nothing is known."""
+        return steps_left * sum(self._recent) / len(self._recent) if self._recent else None
 
 
 class Progress:
@@ -125,10 +124,11 @@ class Progress:
 
     def _step_line(self, record: StepRecord) -> str:
         left = self._time_left.seconds(self.steps - record.step)
+        clock = format_clock(self._clock() - self._started)
         return "  ".join(
             [
                 f"step {record.step:>{len(str(self.steps))}}/{self.steps}",
-                f"{format_clock(self._clock() - self._started)}, {format_clock(left)} left",
+                clock if left is None else f"{clock}, {format_clock(left)} left",
                 f"loss {record.loss:.3f}",
                 f"sparsity {format_percent(record.sparsity)}",
                 f"{record.tokens_per_second:,.0f} tok/s",

@@ -12,13 +12,14 @@ from torch import Tensor
 from loraprune_ds.config import Dtype, TrainConfig
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.flops import needed_flops_per_token
+from loraprune_ds.model.token_loss import supervised_positions
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, StepRecord, cut_record
 from loraprune_ds.train.data.order import BatchOrder, rank_micro_batches, seed_dropout
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.zero.device import device_name, is_cpu, peak_flops
+from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import gather_weight_bytes, reserved_bytes, resident_bytes
 from loraprune_ds.zero.training_engine import TrainingEngine
@@ -26,7 +27,7 @@ from loraprune_ds.zero.training_engine import TrainingEngine
 
 @dataclass(frozen=True)
 class _RankReports:
-    """Holds what all ranks say of a step, each list in rank order. One collective brings it.
+    """Holds what all ranks say of a step, each list in rank order. One collective brings it, if all is well.
 
     Attributes:
         losses: each rank's part of the sum of token losses.
@@ -124,24 +125,24 @@ class Trainer:
         self.weight_bytes = gather_weight_bytes(self.model)
         return cut_record(cut, self.pruner.limits.dense, self.model, before, self.weight_bytes)
 
-    def _accumulate(self, step: int, batch: Tensor, supervised: int) -> float:
+    def _accumulate(self, step: int, batch: Tensor, supervised: int) -> Tensor:
         """Makes the forward and backward passes of this rank's micro-batches.
 
         ZeRO-3 averages gradients over the ranks. The loss is scaled by `world_size`, so that they become those of the
         whole batch.
 
         Returns:
-            This rank's part of the sum of token losses.
+            This rank's part of the sum of token losses, on the device, in fp64.
         """
         engine, rank, world_size = self.engine, self.model.rank, self.model.world_size
         micro_batches = rank_micro_batches(batch, self.config.micro_batch_size, rank, world_size)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for i, indices in enumerate(micro_batches):
             seed_dropout(self._seed, step, i, rank)
             with self.pruner.record_forward(self.samples.attention_mask(indices)):
                 loss = engine.forward(**self._inputs(indices)).sum()
             fail_point("forward")
-            total += loss.item()
+            total += loss.detach()
             engine.backward(loss * (world_size / supervised))
             fail_point("backward")
             del loss  # a live graph remembers the shapes before a cut
@@ -150,27 +151,37 @@ class Trainer:
         return total
 
     def _inputs(self, indices: Tensor) -> dict[str, Any]:
-        """Returns what the model gets of these samples."""
-        device = self.model.device
+        """Returns what the model gets of these samples. Nothing of it waits for the device."""
+        device, labels = self.model.device, self.samples.labels[indices].long()
         inputs: dict[str, Any] = {
-            "input_ids": self.samples.input_ids[indices].long().to(device),
-            "labels": self.samples.labels[indices].long().to(device),
+            "input_ids": to_device(self.samples.input_ids[indices].long()),
+            "labels": to_device(labels),
+            "supervised": to_device(supervised_positions(labels)),
         }
         if self._teacher is not None:
             inputs["distillation"] = self._teacher.distillation(indices, device)
         return inputs
 
-    def _exchange(self, loss: float) -> _RankReports:
-        """Tells all ranks how this rank's part of the step went, and hears of theirs. Collective."""
-        bad_layer = self.model.nonfinite_layer() if math.isfinite(loss) else self.model.nonfinite_weights()
-        layer = -1 if bad_layer is None else bad_layer
-        numbers = [loss, layer, resident_bytes(), self._current_request(), reserved_bytes()]
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        rows = self.model.comm.all_gather(mine.to(self.model.device)).tolist()
+    def _exchange(self, loss: Tensor) -> _RankReports:
+        """Tells all ranks how this rank's part of the step went, and hears of theirs. Collective.
+
+        It waits for the device once. That is the only time in a step, beside DeepSpeed and `settle_shards`.
+        """
+        on_host = torch.tensor([resident_bytes(), self._current_request(), reserved_bytes()], dtype=torch.float64)
+        on_device = torch.stack([loss, self.model.gradient_sum().to(loss)])
+        rows = self.model.comm.all_gather(torch.cat([on_device, to_device(on_host)])).tolist()
+        losses = [row[0] for row in rows]
+        is_finite = all(math.isfinite(number) for row in rows for number in row[:2])
         return _RankReports(
-            losses=[row[0] for row in rows],
-            bad_layers=[None if row[1] < 0 else int(row[1]) for row in rows],
+            losses=losses,
+            bad_layers=[None] * len(rows) if is_finite else self._find_bad_layers(losses[self.model.rank]),
             resident_bytes=[int(row[2]) for row in rows],
             request=int(max(row[3] for row in rows)),
             reserved_bytes=[] if is_cpu() else [int(row[4]) for row in rows],
         )
+
+    def _find_bad_layers(self, loss: float) -> list[int | None]:
+        """Finds each rank's first layer with numbers that are not finite. Collective."""
+        bad_layer = self.model.nonfinite_layer() if math.isfinite(loss) else self.model.nonfinite_weights()
+        layers = self.model.gather_values(-1 if bad_layer is None else bad_layer)
+        return [None if layer < 0 else layer for layer in layers]

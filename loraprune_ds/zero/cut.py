@@ -16,29 +16,36 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.flat import AxisCut, owned_range
+from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range
 from loraprune_ds.zero.params import ReadFlat, full_shape, install_shard, overwrite_shard, pad
 from loraprune_ds.zero.reshard import Item, reshard_each_dtype
 
-ParameterCut = tuple[nn.Parameter, AxisCut]
+ParameterCut = tuple[nn.Parameter, ReshardPlan]
 
 
-def parameter_cuts(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> list[ParameterCut]:
-    """Lists the parameters of a layer that get smaller, in the same order on every rank.
+def parameter_cuts(
+    layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep, comm: Communicator
+) -> list[ParameterCut]:
+    """Lists the parameters of a layer that get smaller, in the same order on every rank. Those cut alike share a plan.
 
     Args:
         layer: the decoder layer of this index.
         shape: of the model before the cut.
     """
+    linears = {f"{linear.name}.weight": linear for linear in shape.linears}
+    plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for linear in shape.cut_linears(index, keep):
-        module, kept = lora_linear(layer, linear), shape.kept_indices(index, linear.parts, keep)
-        for adapter in module.lora_A:  # a reference of DPO or GRPO may stand beside the trained one
-            lora = lora_weights(module, adapter)[1 - linear.axis]
-            cuts.append((lora, AxisCut(full_shape(lora), linear.axis, kept)))
     for name, axis, kept in shape.layer_cuts(index, keep):
-        parameter = base_parameter(layer, name)
-        cuts.append((parameter, AxisCut(full_shape(parameter), axis, kept)))
+        parameters = [base_parameter(layer, name)]
+        if name in linears:
+            module = lora_linear(layer, linears[name])
+            # A reference of DPO or GRPO may stand beside the trained adapter.
+            parameters += [lora_weights(module, adapter)[1 - axis] for adapter in module.lora_A]
+        for parameter in parameters:
+            key = (full_shape(parameter), axis, id(kept))
+            if key not in plans:
+                plans[key] = ReshardPlan(AxisCut(full_shape(parameter), axis, kept), comm.world_size, comm.rank)
+            cuts.append((parameter, plans[key]))
     return cuts
 
 
@@ -52,10 +59,10 @@ def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) 
 
 def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
     """Makes the parameters smaller in place. Collective: one all-to-all per dtype."""
-    items = [Item(cast(Any, p).ds_tensor.detach().to(comm.device), cut) for p, cut in cuts]
+    items = [Item(cast(Any, p).ds_tensor.detach().to(comm.device), plan) for p, plan in cuts]
     shards = reshard_each_dtype(items, comm)  # fp32 LoRA may stand beside a bf16 base
-    for (parameter, cut), shard in zip(cuts, shards, strict=True):
-        install_shard(parameter, shard, cut.new_shape)
+    for (parameter, plan), shard in zip(cuts, shards, strict=True):
+        install_shard(parameter, shard, plan.cut.new_shape)
 
 
 @torch.no_grad()
@@ -66,11 +73,11 @@ def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKee
     """
     comm = Communicator()
     for index, (layer, layer_keep) in enumerate(zip(decoder_layers(module), keep, strict=True)):
-        cuts = parameter_cuts(layer, shape, index, layer_keep)
-        cut_parameters([(p, cut) for p, cut in cuts if hasattr(p, "ds_tensor")], comm)
-        for parameter, cut in cuts:
+        cuts = parameter_cuts(layer, shape, index, layer_keep, comm)
+        cut_parameters([(p, plan) for p, plan in cuts if hasattr(p, "ds_tensor")], comm)
+        for parameter, plan in cuts:
             if not hasattr(parameter, "ds_tensor"):
-                parameter.data = parameter.data.index_select(cut.axis, cut.keep.to(parameter.device))
+                parameter.data = parameter.data.index_select(plan.cut.axis, plan.cut.keep.to(parameter.device))
         if cuts:
             set_sizes(layer, shape, index, layer_keep)
 

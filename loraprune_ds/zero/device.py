@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
@@ -54,6 +55,11 @@ def peak_flops(device: str, dtype: Dtype) -> float | None:
     """
     known = next((teraflops for name, teraflops in PEAK_TERAFLOPS.items() if name in device), None)
     return None if known is None or dtype == "float32" else known * 1e12
+
+
+def to_device(tensor: Tensor) -> Tensor:
+    """Copies a tensor of the host to this rank's device. It does not wait for that."""
+    return accelerator().pin_memory(tensor).to(current_device(), non_blocking=True)
 
 
 def settle_shards() -> None:

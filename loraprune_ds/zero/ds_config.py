@@ -7,6 +7,7 @@ from typing import Any
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError
 
 from loraprune_ds.config import RunConfig
@@ -66,7 +67,12 @@ ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
 }
 FLAGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")
 COUNTS = ("steps_per_print",)
-SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+SECTIONS = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+    "timers.throughput": DeepSpeedThroughputTimerConfig,
+}
 # DeepSpeed's own default is no choice.
 NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
@@ -120,6 +126,8 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         # LoRA gradients add up in fp32. Else scores would depend on the number of micro-batches and ranks.
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
+        # It waits for the device at every forward pass and every update. metrics.jsonl has the speed.
+        ("timers", "throughput", "enabled"): False,
         ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
         ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW on the host, too, when the optimizer is offloaded
         # Any LoRA gradient fits a bucket of one layer's LoRA. A larger bucket means fewer reduce-scatters.
@@ -198,7 +206,7 @@ def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: An
         if not isinstance(section, dict):
             raise UserError(f"{path}: {key} must be a section of keys, got {section!r}")
     found = section.get(keys[-1], "auto")
-    tunable = keys[0] == "zero_optimization"  # sizes that change speed, not results: the JSON may set them
+    tunable = keys[0] in ("zero_optimization", "timers")  # they change speed, not results: the JSON may set them
     if found == "auto":
         section[keys[-1]] = value
     elif found != value and not tunable:
@@ -209,7 +217,7 @@ def _validate(path: Path, resolved: dict[str, Any]) -> None:
     """Lets DeepSpeed check its own sections. By itself it would do so only once the model is loaded."""
     for name, section in SECTIONS.items():
         try:
-            section(**resolved[name])
+            section(**_look_up(resolved, tuple(name.split("."))))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join([name, *map(str, first["loc"])])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -27,6 +27,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.environment import check_local_rank, collective_timeout, gloo_interface
 from loraprune_ds.zero.params import shard_at_birth
+from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.training_engine import TrainingEngine
 
 
@@ -147,6 +148,7 @@ def build_inference_engine(
     with quiet_stdout():
         model = _sharded_base(pretrained, attn_implementation, dtype, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
+    decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
     engine.eval()
     return engine
 

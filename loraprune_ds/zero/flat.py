@@ -13,9 +13,13 @@ only shapes and the kept indices for that.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
+
+GATHERED_NUMEL = 1 << 23  # elements of LoRA's factors and gradients that are gathered at once: 32 MiB, or one layer's
 
 
 def partition_numel(numel: int, world_size: int) -> int:
@@ -37,6 +41,17 @@ def layer_owner(layer: int, world_size: int) -> int:
 def owner_rounds(layers: int, world_size: int) -> list[range]:
     """Returns rounds of `world_size` layers. A rank owns at most one of a round. So all can work at once."""
     return [range(first, min(first + world_size, layers)) for first in range(0, layers, world_size)]
+
+
+def gather_rounds(sizes: list[int], most: int) -> list[range]:
+    """Returns rounds of consecutive layers. A round has `most` elements, or one layer."""
+    rounds, first, numel = list[range](), 0, 0
+    for layer, size in enumerate(sizes):
+        if layer > first and numel + size > most:
+            rounds.append(range(first, layer))
+            first, numel = layer, 0
+        numel += size
+    return [*rounds, range(first, len(sizes))]
 
 
 @dataclass(frozen=True)
@@ -70,16 +85,16 @@ class AxisCut:
         shape[self.axis] = len(self.keep)
         return tuple(shape)
 
-    def kept_mask(self) -> Tensor:
-        """Returns (size of the axis,) bool."""
-        mask = torch.zeros(self.shape[self.axis], dtype=torch.bool)
-        mask[self.keep] = True
-        return mask
+    @cached_property
+    def counts(self) -> Tensor:
+        """(size of the axis + 1,) int64: how many of `keep` lie before each row or column."""
+        counts = torch.zeros(self.shape[self.axis] + 1, dtype=torch.int64)
+        counts[self.keep + 1] = 1
+        return counts.cumsum_(0)
 
     def kept_before(self, positions: Tensor) -> Tensor:
         """Counts the kept elements before each flat position (int64, same shape). O(1) per position."""
-        counts = torch.zeros(self.shape[self.axis] + 1, dtype=torch.int64)
-        counts[1:] = self.kept_mask().to(torch.int64).cumsum(0)
+        counts = self.counts
         row, column = positions // self.columns, positions % self.columns
         if self.axis == 1:
             return row * len(self.keep) + counts[column]
@@ -122,11 +137,11 @@ def moved_elements(cut: AxisCut, world_size: int) -> Tensor:
 
 
 class ReshardPlan:
-    """Holds what one rank sends and receives when a sharded tensor is cut.
+    """Holds what one rank sends and receives when a sharded tensor is cut. Tensors that are cut alike share it.
 
     Attributes:
-        send: (world_size,) elements for each rank, itself included.
-        receive: (world_size,) elements from each rank, itself included.
+        send: elements for each rank that gets any, itself included, in the order of the ranks.
+        receive: elements from each rank that has any, itself included, in the order of the ranks.
         old, new: (start, end) of the owned shard before and after, each in its own flat order.
         new_partition: elements of a new shard, padding included.
     """
@@ -137,37 +152,36 @@ class ReshardPlan:
         self.old = owned_range(math.prod(cut.shape), world_size, rank)
         self.new = owned_range(math.prod(cut.new_shape), world_size, rank)
         self.new_partition = owners.new_partition
-        self.send: list[int] = owners.sent_by(this)[0].tolist()
-        self.receive: list[int] = owners.received_by(this)[0].tolist()
-        self.moved = sum(self.send) - self.send[rank]  # elements that change owner, leaving this rank
+        self.send = _by_rank(owners.sent_by(this)[0])
+        self.receive = _by_rank(owners.received_by(this)[0])
+        self.moved = sum(self.send.values()) - self.send.get(rank, 0)  # elements that change owner, leaving this rank
+        self._keep = cut.keep  # on the device of the last shard
 
     def take(self, shard: Tensor) -> Tensor:
         """Returns the kept elements of this rank's old shard, in flat order: (sum(send),). Never reads padding."""
         start, end = self.old
         columns, position = self.cut.columns, start
         parts: list[Tensor] = []
-        mask, keep = self.cut.kept_mask().to(shard.device), self.cut.keep.to(shard.device)
-
-        def part_of_row(stop: int) -> Tensor:
+        self._keep = self._keep.to(shard.device)
+        while position < end:
             row, first = divmod(position, columns)
-            part = shard[position - start : stop - start]
-            if self.cut.axis == 0:
-                return part if mask[row] else part[:0]
-            return part[mask[first : first + stop - position]]
-
-        if position < end and position % columns:  # the shard starts inside a row
-            stop = min(end, (position // columns + 1) * columns)
-            parts.append(part_of_row(stop))
-            position = stop
-        if whole := (end - position) // columns:
-            row = position // columns
-            block = shard[position - start : position - start + whole * columns].view(whole, columns)
-            kept = block[mask[row : row + whole]] if self.cut.axis == 0 else block.index_select(1, keep)
-            parts.append(kept.reshape(-1))
-            position += whole * columns
-        if position < end:  # and ends inside another
-            parts.append(part_of_row(end))
+            rows = max(1, (end - position) // columns) if first == 0 else 1  # the shard may begin and end inside a row
+            width = min(columns - first, end - position)
+            block = shard[position - start : position - start + rows * width].view(rows, width)
+            kept = self._kept_within(row, row + rows) if self.cut.axis == 0 else self._kept_within(first, first + width)
+            parts.append(block.index_select(self.cut.axis, kept).reshape(-1))
+            position += rows * width
         return torch.cat(parts) if parts else shard[:0]
+
+    def _kept_within(self, first: int, end: int) -> Tensor:
+        """Returns the kept of the rows (or columns) [first, end), counted from `first`."""
+        counts = self.cut.counts
+        return self._keep[int(counts[first]) : int(counts[end])] - first
+
+
+def _by_rank(counts: Tensor) -> dict[int, int]:
+    numbers = cast(list[int], counts.tolist())
+    return {rank: count for rank, count in enumerate(numbers) if count}
 
 
 def _overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,14 @@ class OptimizerState:
         """
         slot = self._slot(parameter)
         return self._flat(slot.group, key).narrow(0, slot.offset, parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Returns this rank's (padded) shard of the averaged gradient, between the last backward and the update.
+
+        DeepSpeed's own call waits for the device at each parameter. Here it has waited: the end of a backward does.
+        """
+        shards = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        return shards[cast(Any, parameter).ds_id].float()
 
     @torch.no_grad()
     def rebuild(self) -> None:

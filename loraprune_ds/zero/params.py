@@ -52,13 +52,9 @@ def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Paramete
     init._convert_to_deepspeed_param(parameter)
     free_param(parameter)
     # It goes where DeepSpeed would put it. That is the host under parameter offload, else this rank's device.
-    _install(parameter, _at(shard, init.remote_device, pinned=init.pin_memory), tuple(shape))
+    shard = shard.to(init.remote_device)
+    _install(parameter, accelerator().pin_memory(shard) if init.pin_memory else shard, tuple(shape))
     return parameter
-
-
-def _at(shard: Tensor, device: Any, *, pinned: bool) -> Tensor:
-    shard = shard.detach().to(device)
-    return accelerator().pin_memory(shard) if pinned else shard
 
 
 def pad(shard: Tensor, numel: int, world_size: int) -> Tensor:
@@ -73,7 +69,20 @@ def install_shard(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]
     The new shard goes where the old one was. No module may be using the parameter, and it must not be gathered.
     """
     old: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-    _install(parameter, _at(shard, old.device, pinned=old.is_pinned()), shape)
+    if old.is_pinned():
+        shard = into_pinned(old, shard)
+    _install(parameter, shard.detach().to(old.device), shape)
+
+
+def into_pinned(old: Tensor, shard: Tensor) -> Tensor:
+    """Puts a shard into the pinned block of the one before it. If a smaller block is enough, it gets one.
+
+    Pinning takes long. torch rounds blocks up to a power of two. So most cuts would get a block of the same size.
+    """
+    block = old.untyped_storage().nbytes()
+    if (shard.nbytes - 1).bit_length() < (block - 1).bit_length():
+        return accelerator().pin_memory(shard.detach().to(old.device))
+    return old.detach()[: len(shard)].copy_(shard.detach())
 
 
 def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:

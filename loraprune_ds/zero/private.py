@@ -63,10 +63,17 @@ OPTIMIZER_ATTRIBUTES = (
 )
 OFFLOAD_METHODS = ("mark_persistent_parameters", "get_param_coordinator")
 OFFLOAD_ATTRIBUTES = ("param_numel_persistence_threshold", "model_persistence_threshold", "persistent_parameters")
-COORDINATOR_METHODS = ("is_invalid_trace", "_invalidate_trace")
+_MANGLED = "_PartitionedParameterCoordinator__"
+COORDINATOR_METHODS = ("is_invalid_trace", "_invalidate_trace", _MANGLED + "params_to_release")
+COORDINATOR_ATTRIBUTES = (
+    _MANGLED + "submodule_order",
+    _MANGLED + "most_recent_step_id_param_fetched_for",
+    _MANGLED + "max_reuse_dist_in_numel",
+)
 GROUPS_FUNCTIONS = ("_get_zero_param_intra_parallel_group",)
 INIT_METHODS = ("_convert_to_deepspeed_param",)
 PARAMETER_ATTRIBUTES = (
+    "ds_id",
     "ds_shape",
     "ds_numel",
     "ds_tensor",
@@ -94,9 +101,10 @@ ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (
         DeepSpeedZeroOptimizer_Stage3,
         "_setup_for_real_optimizer",
         "DeepSpeedZeroOptimizer_Stage3",
-        ("grad_partitions_flat_buffer",),
+        ("grad_partitions_flat_buffer", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"),
     ),
     (DeepSpeedZeRoOffload, "__init__", "DeepSpeedZeRoOffload", OFFLOAD_ATTRIBUTES),
+    (PartitionedParameterCoordinator, "__init__", "PartitionedParameterCoordinator", COORDINATOR_ATTRIBUTES),
     (DeepSpeedEngine, "__init__", "DeepSpeedEngine", ENGINE_COUNTERS),
     (DynamicLossScaler, "__init__", "DynamicLossScaler", ("dynamic",)),
     (DynamicLossScaler, "update_scale", "DynamicLossScaler", LOSS_SCALE_FIELDS),

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from loraprune_ds.zero.flat import ReshardPlan
 
 
 @dataclass(frozen=True)
 class Item:
-    """Holds a flat shard (padding allowed) and the cut of the tensor it belongs to."""
+    """Holds a flat shard (padding allowed) and the plan of the tensor it belongs to."""
 
     shard: Tensor
-    cut: AxisCut
+    plan: ReshardPlan
 
 
 @torch.no_grad()
@@ -31,10 +31,13 @@ def reshard(items: list[Item], comm: Communicator) -> list[Tensor]:
         return []
     if len({(item.shard.dtype, item.shard.device) for item in items}) > 1:
         raise ValueError("reshard takes shards of one dtype on one device")
-    plans = [ReshardPlan(item.cut, comm.world_size, comm.rank) for item in items]
-    outgoing = _by_destination([plan.take(item.shard) for plan, item in zip(plans, items, strict=True)], plans)
-    send = [sum(plan.send[r] for plan in plans) for r in range(comm.world_size)]
-    receive = [sum(plan.receive[r] for plan in plans) for r in range(comm.world_size)]
+    plans = [item.plan for item in items]
+    outgoing = _by_destination(items)
+    send, receive = [0] * comm.world_size, [0] * comm.world_size
+    for plan in plans:
+        for counts, total in ((plan.send, send), (plan.receive, receive)):
+            for rank, count in counts.items():
+                total[rank] += count
     incoming = comm.all_to_all(outgoing, send, receive)
     del outgoing
     return _by_item(incoming, plans)
@@ -49,20 +52,23 @@ def reshard_each_dtype(items: list[Item], comm: Communicator) -> list[Tensor]:
     return [new[i] for i in range(len(items))]
 
 
-def _by_destination(kept: list[Tensor], plans: list[ReshardPlan]) -> Tensor:
+def _by_destination(items: list[Item]) -> Tensor:
     """Orders what every item keeps by destination rank, then by item, in one buffer."""
-    split = [shard.split(plan.send) for shard, plan in zip(kept, plans, strict=True)]
-    return torch.cat([parts[rank] for rank in range(len(plans[0].send)) for parts in split])
+    parts: list[tuple[int, Tensor]] = []
+    for item in items:
+        parts += zip(item.plan.send, item.plan.take(item.shard).split(list(item.plan.send.values())), strict=True)
+    parts.sort(key=lambda part: part[0])  # which leaves the items of a rank in order
+    return torch.cat([items[0].shard[:0], *(part for _, part in parts)])
 
 
 def _by_item(incoming: Tensor, plans: list[ReshardPlan]) -> list[Tensor]:
-    """Fills the padded new shards from a buffer ordered by source rank, then by item."""
-    shards = [incoming.new_zeros(plan.new_partition) for plan in plans]
-    filled, position = [0] * len(plans), 0
-    for source in range(len(plans[0].receive)):
-        for i, plan in enumerate(plans):
-            count = plan.receive[source]
-            shards[i][filled[i] : filled[i] + count] = incoming[position : position + count]
-            filled[i] += count
-            position += count
-    return shards
+    """Makes the padded new shards from a buffer ordered by source rank, then by item."""
+    order = sorted((source, i) for i, plan in enumerate(plans) for source in plan.receive)
+    arrived = incoming.split([plans[i].receive[source] for source, i in order])
+    parts: list[list[Tensor]] = [[] for _ in plans]
+    for (_, i), part in zip(order, arrived, strict=True):
+        parts[i].append(part)
+    return [
+        torch.cat([*own, incoming.new_zeros(plan.new_partition - sum(plan.receive.values()))])
+        for plan, own in zip(plans, parts, strict=True)
+    ]

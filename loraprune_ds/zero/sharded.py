@@ -1,10 +1,10 @@
 """The model under pruning as ZeRO-3 holds it. Every rank has a shard of every tensor, which is cut in place."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 from torch import Tensor, nn
 
 from loraprune_ds.faults import fail_point
@@ -17,10 +17,11 @@ from loraprune_ds.pruning.prunable_model import ComputeTensor, LinearId, LoraFac
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
-from loraprune_ds.zero.flat import layer_owner
+from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner
 from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, owned_flat
+from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.replace import replace_tensors
 from loraprune_ds.zero.reshard import Item, reshard
 
@@ -46,26 +47,33 @@ class ShardedModel:
         self.comm = Communicator()
         self.world_size, self.rank, self.device = self.comm.world_size, self.comm.rank, self.comm.device
         self.layers = decoder_layers(module)
+        self._state = OptimizerState(zero_optimizer, [p for p in module.parameters() if p.requires_grad])
+        self._releases = decide_releases(zero_optimizer.parameter_offload.get_param_coordinator())
         self._empty_partition_cache = empty_partition_cache
 
-    def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
-        """Gathers the averaged LoRA gradients of a layer on every rank, by one all-gather.
+    @torch.no_grad()
+    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
+        """Gathers the averaged LoRA gradients of all layers on every rank, several layers by one all-gather.
 
-        ZeRO-3 has reduce-scattered them at the accumulation boundary. The masters and gradients of the layer's A and B
-        travel in one buffer. fp16 gradients are divided by the loss scale.
+        ZeRO-3 has reduce-scattered them at the accumulation boundary. The masters and gradients of A and B travel in
+        one buffer. fp16 gradients are divided by the loss scale.
         """
-        modules = [lora_linear(self.layers[layer], linear) for linear in self.shape.linears]
-        parameters = [weight for module in modules for weight in lora_weights(module)]
-        with torch.no_grad():
-            masters = [_local(safe_get_local_fp32_param(p)) for p in parameters]
-            gradients = [unscale(_local(safe_get_local_grad(p)), self.loss_scale) for p in parameters]
-            whole = self._gather(masters + gradients, parameters + parameters)
-        count, factors = len(parameters), {}
-        for i, (linear, module) in enumerate(zip(self.shape.linears, modules, strict=True)):
-            a, b = 2 * i, 2 * i + 1
-            scaling = module.scaling[ADAPTER]
-            factors[linear.name] = LoraFactors(whole[a], whole[b], whole[count + a], whole[count + b], scaling)
-        return factors
+        linears = self.shape.linears
+        modules = [[lora_linear(layer, linear) for linear in linears] for layer in self.layers]
+        parameters = [[weight for module in layer for weight in lora_weights(module)] for layer in modules]
+        sizes = [2 * sum(math.prod(full_shape(p)) for p in layer) for layer in parameters]
+        for layers in gather_rounds(sizes, GATHERED_NUMEL):
+            of_round = [p for layer in layers for p in parameters[layer]]
+            masters = [self._state.shard(p, "master") for p in of_round]
+            gradients = [unscale(self._state.gradient(p), self.loss_scale) for p in of_round]
+            whole = self._gather(masters + gradients, of_round + of_round)
+            weights, weight_gradients = iter(whole[: len(of_round)]), iter(whole[len(of_round) :])
+            for layer in layers:
+                factors = {}
+                for linear, module in zip(linears, modules[layer], strict=True):
+                    a_and_b = (next(weights), next(weights), next(weight_gradients), next(weight_gradients))
+                    factors[linear.name] = LoraFactors(*a_and_b, scaling=module.scaling[ADAPTER])
+                yield factors
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         weight = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer).weight
@@ -103,13 +111,12 @@ class ShardedModel:
         """
         before = self.comm.bytes_sent
         self._empty_partition_cache()
-        state = self.optimizer_state()
         for i, layer_keep in enumerate(keep):
-            self._cut_layer(i, layer_keep, state)
+            self._cut_layer(i, layer_keep)
             empty_host_cache()  # else offloaded weights grow with a cut: shards of the old sizes do not come again
             fail_point("cut.layer")
         self.shape = self.shape.after(keep)
-        state.rebuild()
+        self._state.rebuild()
         fail_point("cut.rebuilt")
         self._refresh_zero()
         empty_host_cache()
@@ -118,16 +125,19 @@ class ShardedModel:
 
     def optimizer_state(self) -> OptimizerState:
         """Returns this rank's masters and moments of all LoRA factors."""
-        return OptimizerState(self.zero_optimizer, [p for p in self.module.parameters() if p.requires_grad])
+        return self._state
+
+    def gradient_sum(self) -> Tensor:
+        """Returns the sum of this rank's shards of averaged LoRA gradients. It is not finite if one of them is not."""
+        return self.zero_optimizer.grad_partitions_flat_buffer.sum()
 
     def nonfinite_layer(self) -> int | None:
         """Finds the first layer with an inf or NaN in this rank's shards of averaged LoRA gradients."""
-        flat = self.zero_optimizer.grad_partitions_flat_buffer
-        if torch.isfinite(flat.sum()):  # one pass when all is well, which is always
+        if torch.isfinite(self.gradient_sum()):  # one pass when all is well
             return None
         linears = self.shape.linears
         weights = [[w for linear in linears for w in lora_weights(lora_linear(layer, linear))] for layer in self.layers]
-        return first_nonfinite([torch.cat([_local(safe_get_local_grad(w)) for w in layer]) for layer in weights])
+        return first_nonfinite([torch.cat([self._state.gradient(w) for w in layer]) for layer in weights])
 
     def nonfinite_weights(self) -> int | None:
         """Finds the first layer with an inf or NaN in this rank's shards of weights, frozen or LoRA."""
@@ -156,20 +166,24 @@ class ShardedModel:
             position += len(shard)
         return whole
 
-    def _cut_layer(self, index: int, keep: LayerKeep, state: OptimizerState) -> None:
-        layer = self.layers[index]
-        cuts = parameter_cuts(layer, self.shape, index, keep)
+    def _cut_layer(self, index: int, keep: LayerKeep) -> None:
+        layer, state = self.layers[index], self._state
+        cuts = parameter_cuts(layer, self.shape, index, keep, self.comm)
         if not cuts:
             return
-        carried = [(p, cut, key) for p, cut in cuts if p.requires_grad for key in state.keys()]
-        state_shards = reshard([Item(state.shard(p, key).to(self.device), cut) for p, cut, key in carried], self.comm)
+        carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
+        state_shards = reshard([Item(state.shard(p, key).to(self.device), plan) for p, plan, key in carried], self.comm)
         cut_parameters(cuts, self.comm)
         set_sizes(layer, self.shape, index, keep)
         for (parameter, _, key), shard in zip(carried, state_shards, strict=True):
             state.shard(parameter, key).copy_(shard)
 
     def _refresh_zero(self) -> None:
-        """Renews what else DeepSpeed derived from the old sizes: persistent parameters and the fetch trace."""
+        """Renews what else DeepSpeed derived from the old sizes.
+
+        The record of the modules' order stays. A cut changes neither the modules nor their parameters, only sizes. In
+        every pass DeepSpeed compares the record with what runs, module by module. So a wrong one could not stay.
+        """
         offload = self.zero_optimizer.parameter_offload
         for parameter in self.module.parameters():
             cast(Any, parameter).ds_persist = False
@@ -177,9 +191,4 @@ class ShardedModel:
             offload.param_numel_persistence_threshold, offload.model_persistence_threshold
         )
         offload.persistent_parameters = self.zero_optimizer.persistent_parameters = persistent
-        self.forget_trace()
-
-
-def _local(shard: Tensor | None) -> Tensor:
-    assert shard is not None, "LoRA state is read between the boundary backward and the optimizer's step"
-    return shard.detach().float().reshape(-1)
+        self._releases.sizes_changed()

@@ -46,7 +46,7 @@ RUNS = [
     *((family, "lora", 0) for family in ("llama", *EQUAL)),
     *((family, "magnitude", 0) for family in ("llama", "phi3")),
     ("phi3", "lora", 0),
-    *(("llama", "lora", seed) for seed in SEEDS[1:]),
+    *((family, "lora", seed) for family in ("llama", "phi3") for seed in SEEDS[1:]),
 ]
 
 

@@ -26,7 +26,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "warmup_fraction": 0.25,
         "cooldown_fraction": 0.0,
         "criterion": "gradient",
-        "gradient_every": 3,
+        "score_every": 3,
         "compensate": "least_squares",
     },
     "train": {
@@ -127,7 +127,7 @@ def test_recovery_has_a_learning_rate_of_its_own(straight: Path) -> None:
 
 def test_biases_that_make_up_for_a_cut_are_exported(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
     """Checks a model that had no biases. It stops between cuts, resumes, and exports a stock Llama with biases."""
-    prune = {**SECTIONS["prune"], "compensate": "bias", "criterion": "lora", "gradient_every": 1}
+    prune = {**SECTIONS["prune"], "compensate": "bias", "criterion": "lora", "score_every": 1}
     sections = {**SECTIONS, "prune": prune}
     sections["train"] = {"steps": STEPS}
     path = write_run(tmp_path, **sections)

@@ -22,7 +22,7 @@ from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner, agree
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import engine, sharded
-from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.zero.flat import GATHERED_NUMEL, owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
@@ -65,7 +65,7 @@ def after_backward(job: Job, step: int = 1) -> Trainer:
     return trainer
 
 
-def score_shards_and_whole(job: Job, corrupt: bool = False) -> dict[str, Any]:
+def score_shards_and_whole(job: Job, corrupt: bool = False, gathered_numel: int = GATHERED_NUMEL) -> dict[str, Any]:
     """Scores the owned shards and records the collectives. Adds all that the oracle needs to score the whole."""
     trainer = after_backward(job, step=2)
     model = trainer.model
@@ -76,9 +76,9 @@ def score_shards_and_whole(job: Job, corrupt: bool = False) -> dict[str, Any]:
     if corrupt and model.rank == model.world_size - 1:
         shard = model.owned_weight(1, LLAMA_LINEARS[1]).flat
         shard[len(shard) // 2] += 0.5
-    with recorded_collectives() as calls:
-        scores = score_groups(model, "lora", "none", 2)
-    factors = [model.lora_factors(i) for i in range(len(model.layers))]
+    with recorded_collectives() as calls, patch.object(sharded, "GATHERED_NUMEL", gathered_numel):
+        scores = score_groups(model, "lora", 2).by_layer("none")
+    factors = list(model.lora_factors())
     return {
         "scores": [as_pair(s) for s in scores],
         "calls": calls,
@@ -185,8 +185,8 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
             safe_set_local_grad(parameter, pad(shard, gradients[name].numel(), model.world_size))
     names = [[n for n, p in named.items() if p is w] for w in _lora_in_order(trainer)]
     whole: dict[str, Tensor] = {}
-    for i in range(len(model.layers)):
-        for factors in model.lora_factors(i).values():
+    for layer in model.lora_factors():
+        for factors in layer.values():
             whole |= {names[len(whole)][0]: factors.grad_A}
             whole |= {names[len(whole)][0]: factors.grad_B}
     trainer.pruner.score(1)
@@ -240,7 +240,7 @@ def poisoned(job: Job, where: str) -> str:
     elif where == "gradient":
         exchange = trainer._exchange
 
-        def poison_then_exchange(loss: float) -> Any:
+        def poison_then_exchange(loss: Tensor) -> Any:
             if trainer.model.rank == trainer.model.world_size - 1:
                 weight = _lora_in_order(trainer)[2 * 14 + 1]  # layer 2, q_proj, B
                 zero = trainer.model.zero_optimizer
@@ -251,11 +251,10 @@ def poisoned(job: Job, where: str) -> str:
 
         trainer._exchange = poison_then_exchange  # type: ignore[method-assign]
     else:
-        trainer.pruner.score = lambda step: score_groups(  # type: ignore[method-assign]
-            cast(PrunableModel, _PoisonedScores(trainer.model)), "lora", "none", step
-        )
+        trainer.pruner.model = cast(PrunableModel, _PoisonedScores(trainer.model))
     try:
         trainer.step(1)
+        trainer.cut(1)
     except RunError as error:
         return str(error)
     return "no error"

@@ -207,10 +207,10 @@ def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
     trainer._teacher = teacher
     batch = trainer.order.batch(0)
     supervised = int((samples.labels[batch][:, 1:] != -100).sum())
-    loss = trainer._accumulate(1, batch, supervised) / supervised
+    loss = float(trainer._accumulate(1, batch, supervised)) / supervised
     gradients = {}
-    for i in range(len(model.layers)):
-        for name, factors in model.lora_factors(i).items():
+    for i, layer in enumerate(model.lora_factors()):
+        for name, factors in layer.items():
             gradients[f"layers.{i}.{name}.lora_A"] = factors.grad_A
             gradients[f"layers.{i}.{name}.lora_B"] = factors.grad_B
     return {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
-from loraprune_ds.zero.flat import partition_numel
+from loraprune_ds.zero.flat import GATHERED_NUMEL, partition_numel
 from tests.numerics import cutting
 from tests.numerics.driver import Job, write_adapter
 from tests.oracle.formula import group_scores
@@ -15,6 +15,7 @@ from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 6, 3, 8, 42, 61
+LAYER_LORA = 4 * ((2 * HEADS + 2 * KV_HEADS) * HEAD_DIM + 3 * FFN + 7 * HIDDEN)  # elements at rank 4
 KEPT_HEADS, KEPT_CHANNELS = [0, 2], [c for c in range(FFN) if c % 3]
 
 
@@ -70,14 +71,19 @@ def test_a_corrupted_shard_shows_in_the_scores(ranks: RankPool, job: Job) -> Non
     assert worst_difference(ranks.run(3, cutting.score_shards_and_whole, job, True)[0]) > 1e-4
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_scoring_gathers_lora_and_no_frozen_weight(ranks: RankPool, job: Job, world_size: int) -> None:
-    for result in ranks.run(world_size, cutting.score_shards_and_whole, job):
+@pytest.mark.parametrize(
+    ("world_size", "at_once", "rounds"),
+    [(2, GATHERED_NUMEL, 1), (3, GATHERED_NUMEL, 1), (2, 1, 4), (2, 2 * 2 * LAYER_LORA, 2)],
+)
+def test_scoring_gathers_lora_and_no_frozen_weight(
+    ranks: RankPool, job: Job, world_size: int, at_once: int, rounds: int
+) -> None:
+    for result in ranks.run(world_size, cutting.score_shards_and_whole, job, False, at_once):
         gathers = [n for name, n in result["calls"] if name == "all_gather_into_tensor"]
         reduces = [n for name, n in result["calls"] if name == "all_reduce"]
         assert {name for name, _ in result["calls"]} == {"all_gather_into_tensor", "all_reduce"}
         assert sum(gathers) == 2 * result["lora_shards"]  # masters and gradients, nothing else
-        assert len(gathers) == 4  # one per layer
+        assert len(gathers) == rounds  # of four layers, as many at once as fit, and at least one
         assert reduces == [4 * (4 * KV_HEADS + 3 * FFN)]  # every module's groups, once
 
 

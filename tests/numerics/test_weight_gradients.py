@@ -86,7 +86,7 @@ def test_training_does_not_notice(ranks: RankPool, job: Job) -> None:
 
 
 def test_only_every_kth_step_pays(ranks: RankPool, job: Job) -> None:
-    sparse = Job(**{**vars(job), "prune": {**job.prune, "gradient_every": 2}})
+    sparse = Job(**{**vars(job), "prune": {**job.prune, "score_every": 2}})
     result = ranks.run(2, quality_settings.gradient_scores, sparse)[0]
     assert result["shards"][0] > 0
     assert result["shards"][1] == 0

@@ -1,5 +1,6 @@
 """A made-up model whose weights are split over simulated ranks in one process, every padding poisoned with NaN."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +54,9 @@ class SplitModel:
     total: Tensor | None = None
     partial: Tensor | None = None
 
-    def lora_factors(self, layer: int) -> dict[str, LoraFactors]:
-        return {name: LoraFactors(*t[1:], scaling=self.scaling) for name, t in self.layers[layer].items()}
+    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
+        for layer in self.layers:
+            yield {name: LoraFactors(*t[1:], scaling=self.scaling) for name, t in layer.items()}
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         return owned_shard(self.layers[layer][linear.name][0], self.world_size, self.rank)
@@ -77,7 +79,9 @@ def scores_over_ranks(
 
     def score(rank: int, total: Tensor | None) -> tuple[SplitModel, list[LayerScores]]:
         model: Any = SplitModel(shape, layers, scaling, world_size, rank, total)
-        return model, score_groups(model, criterion, normalization, step=1)
+        sums = score_groups(model, criterion, step=1)
+        sums.check()
+        return model, sums.by_layer(normalization)
 
     total = torch.zeros((), dtype=torch.float64)
     for rank in range(world_size):

@@ -142,7 +142,7 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("prune: {warmup_fraction: 1}", "prune.warmup_fraction"),
         ("prune: {warmup_fraction: 0.5, cooldown_fraction: 0.5}", "prune.warmup_fraction + prune.cooldown_fraction"),
         ("prune: {joint_budget: true}", "prune.joint_budget"),
-        ("prune: {gradient_every: 0}", "prune.gradient_every"),
+        ("prune: {score_every: 0}", "prune.score_every"),
         ("prune: {compensate: mean}", "prune.compensate"),
         ("prune: {compensate_steps: 0}", "prune.compensate_steps"),
         ("prune: {compensate_decay: 1}", "prune.compensate_decay"),
@@ -212,10 +212,18 @@ def test_a_copy_with_changes_is_checked() -> None:
         dataclasses.replace(TrainConfig(steps=1), epochs=1.0)
 
 
+def test_an_earlier_name_of_a_key_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: out\nprune: {gradient_every: 4}\ntrain: {steps: 1}\n")
+    assert load_config(path).prune.score_every == 4
+    assert load_config(path, ["prune.criterion=gradient"]).prune.score_every == 4
+    message = "prune.gradient_every is an earlier name of prune.score_every; give one of them"
+    assert refused(tmp_path, "output_dir: out\nprune: {gradient_every: 4, score_every: 4}\n") == message
+
+
 @pytest.mark.parametrize(
     ("yaml_text", "key", "needed"),
     [
-        ("prune: {gradient_every: 2}", "prune.gradient_every", "prune.criterion: gradient"),
         ("prune: {compensate_steps: 3}", "prune.compensate_steps", "prune.compensate"),
         ("prune: {compensate_decay: 0.9}", "prune.compensate_decay", "prune.compensate"),
         (

@@ -216,6 +216,13 @@ def test_hpz_over_unequal_groups_is_refused(tmp_path: Path, size: int) -> None:
     assert message.startswith(f"zero_optimization.zero_hpz_partition_size is {size}, which does not divide 3 ranks")
 
 
+def test_deepspeeds_throughput_timer_is_off_unless_the_json_turns_it_on(tmp_path: Path) -> None:
+    """It waits for the device at every forward pass."""
+    assert resolve(tmp_path, zero3())["timers"]["throughput"] == {"enabled": False}
+    on = {"timers": {"throughput": {"enabled": True}}}
+    assert resolve(tmp_path, zero3() | on)["timers"]["throughput"] == {"enabled": True}
+
+
 def test_an_auto_that_nobody_owns_is_named(tmp_path: Path) -> None:
     message = refused(tmp_path, zero3(stage3_max_live_parameters="auto"))
     assert message == (
@@ -230,8 +237,9 @@ def test_an_auto_that_nobody_owns_is_named(tmp_path: Path) -> None:
         (zero3(stage3_prefetch_bucket=5), "zero_optimization.stage3_prefetch_bucket: Extra inputs are not permitted"),
         (zero3(reduce_bucket_size=-1), "zero_optimization.reduce_bucket_size: Input should be greater than 0"),
         (zero3() | {"fp16": {"loss_scal": 2}}, "fp16.loss_scal: Extra inputs are not permitted, got 2"),
+        (zero3() | {"timers": {"throughput": {"on": True}}}, "timers.throughput.on: Extra inputs are not permitted"),
     ],
-    ids=["mistyped", "negative", "mistyped fp16"],
+    ids=["mistyped", "negative", "mistyped fp16", "mistyped timer"],
 )
 def test_what_deepspeed_does_not_know_is_found_at_once(tmp_path: Path, raw: dict[str, Any], message: str) -> None:
     assert refused(tmp_path, raw).startswith(message)

@@ -106,7 +106,7 @@ def test_a_config_of_an_earlier_version_lacks_keys_that_have_their_defaults(conf
     in_state("stopped")(config)
     path = Path(config.output_dir) / "config.yaml"
     raw = yaml.safe_load(path.read_text())
-    del raw["prune"]["gradient_every"], raw["train"]["distill_weight"]
+    del raw["prune"]["score_every"], raw["train"]["distill_weight"]
     path.write_text(yaml.safe_dump(raw))
     assert inspect_output(config, "auto") == Start("resume")
     path.write_text(yaml.safe_dump(raw | {"of_a_later_version": 1}))

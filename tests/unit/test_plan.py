@@ -305,7 +305,7 @@ def test_the_true_gradient_costs_arithmetic_on_the_steps_that_score() -> None:
     plain = request(Cluster(1, 2), steps=40, global_batch_size=16)
     tokens = 16 * 64 / 2
     lora, always = pruning(plain), pruning(plain, criterion="gradient")
-    seldom = pruning(plain, criterion="gradient", gradient_every=10)
+    seldom = pruning(plain, criterion="gradient", score_every=10)
     numel = SMALL.linear_numel()
     formed, spared = 2 * numel * tokens, 4 * plain.config.lora.r * numel / 2  # no estimate of it is made
     added = (always.step.compute - lora.step.compute) * plain.cluster.flops * 1e12

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.zero.flat import AxisCut
+from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.reshard import Item, reshard, reshard_each_dtype
 
 
@@ -23,7 +23,7 @@ COMM: Any = OneRank()
 
 def item(rows: int, dtype: torch.dtype) -> Item:
     shard = torch.arange(rows * 3).to(dtype)
-    return Item(shard, AxisCut((rows, 3), 0, torch.arange(1, rows)))
+    return Item(shard, ReshardPlan(AxisCut((rows, 3), 0, torch.arange(1, rows)), 1, 0))
 
 
 def test_two_dtypes_in_one_buffer_are_refused() -> None:

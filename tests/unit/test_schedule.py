@@ -118,7 +118,7 @@ def test_a_run_too_short_to_cut_is_refused() -> None:
 
 @pytest.mark.parametrize(("every", "scored"), [(1, list(range(1, 10))), (4, [1, 4, 5, 7, 9]), (99, [1, 4, 7, 9])])
 def test_scores_every_kth_step_and_before_each_cut(every: int, scored: list[int]) -> None:
-    schedule = make_schedule(PruneConfig(prune_every=3, criterion="gradient", gradient_every=every), 10)
+    schedule = make_schedule(PruneConfig(prune_every=3, criterion="gradient", score_every=every), 10)
     assert schedule.cut_steps() == [4, 7, 9]
     assert [step for step in range(1, 11) if schedule.is_scored(step)] == scored
 

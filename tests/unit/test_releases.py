@@ -1,0 +1,101 @@
+"""Weights are freed exactly as DeepSpeed would free them, and the decision costs the same at any depth."""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.partition_parameters import _init_external_params
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import set_z3_leaf_module
+from torch import nn
+
+from loraprune_ds.zero import releases
+from loraprune_ds.zero.releases import Releases
+
+FREE_AS_DEEPSPEED: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # type: ignore[attr-defined]
+
+
+class Fed(nn.Module):
+    """A module with some parameters of its own, and perhaps one of another module."""
+
+    def __init__(self, draw: random.Random, ids: Iterator[int], children: int = 0) -> None:
+        super().__init__()
+        for name in range(draw.randrange(3)):
+            parameter: Any = nn.Parameter(torch.empty(0))
+            parameter.ds_id, parameter.ds_numel = next(ids), draw.randrange(1, 50)
+            parameter.ds_persist = parameter.ds_numel < 8
+            self.register_parameter(str(name), parameter)
+        for child in range(children):
+            self.add_module(f"child{child}", Fed(draw, ids))
+        _init_external_params(self)
+
+
+def live_coordinator(draw: random.Random, leaves: bool, reach: int) -> tuple[Any, list[nn.Module]]:
+    """Makes a coordinator in the middle of a recorded pass. Only what decides about releases is there."""
+    ids = iter(range(1000))
+    blocks = [Fed(draw, ids, children=draw.randrange(4)) for _ in range(6)]
+    for block in blocks:
+        set_z3_leaf_module(block, leaves and draw.random() < 0.5)
+    modules = [module for block in blocks for module in block.modules()]
+    owners = [module for module in modules if list(module.parameters(recurse=False))]
+    other = next(draw.choice(owners).parameters(recurse=False))  # as a tied embedding is of the head
+    modules[-1]._external_params[id(other)] = other  # type: ignore[operator]
+    record = modules + modules[::-1]
+    coordinator: Any = object.__new__(PartitionedParameterCoordinator)
+    coordinator._PartitionedParameterCoordinator__submodule_order = tuple(record)
+    coordinator._PartitionedParameterCoordinator__max_reuse_dist_in_numel = reach
+    fetched: dict[Any, int] = defaultdict(lambda: -1)
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            fetched[parameter] = draw.randrange(-1, len(record))
+    coordinator._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for = fetched
+    coordinator.is_complete_trace = lambda: True
+    return coordinator, record
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("reach", [0, 40, 200, 10**9])
+def test_every_decision_is_that_of_deepspeed(leaves: bool, reach: int) -> None:
+    freed = 0
+    for seed in range(20):
+        coordinator, record = live_coordinator(random.Random(seed), leaves, reach)
+        decide = Releases(coordinator)
+        for position, module in enumerate(record):
+            expected = FREE_AS_DEEPSPEED(coordinator, module, position + 1)
+            assert decide(module, position + 1) == expected
+            freed += len(expected)
+    assert freed > 20
+
+
+def test_a_decision_is_remembered_and_a_new_one_knows_the_new_sizes() -> None:
+    coordinator, record = live_coordinator(random.Random(3), False, 60)
+    decide, again = Releases(coordinator), Releases(coordinator)
+    first = [set(decide(module, position + 1)) for position, module in enumerate(record)]
+    _ = again(record[0], 1)
+    for module in record:
+        for parameter in module.parameters(recurse=False):
+            parameter.ds_numel = 1  # type: ignore[attr-defined]
+    assert [decide(module, position + 1) for position, module in enumerate(record)] == first
+    again.sizes_changed()
+    for position, module in enumerate(record[1:], 1):
+        assert again(module, position + 1) == FREE_AS_DEEPSPEED(coordinator, module, position + 1)
+
+
+def test_the_record_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator, record = live_coordinator(random.Random(1), False, 10**9)
+    read = 0
+    original = releases.iter_params
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal read
+        read += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(releases, "iter_params", counting)
+    decide = Releases(coordinator)
+    for position, module in enumerate(record):
+        decide(module, position + 1)
+    assert read == 2 * len(record)  # each module for its own decision, and once for the table
