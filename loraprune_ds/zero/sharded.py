@@ -77,7 +77,7 @@ class ShardedModel:
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         weight = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer).weight
-        flat, start = owned_flat(weight, self.world_size, self.rank)
+        flat, start = owned_flat(weight)
         return OwnedShard(flat.to(self.device), start, cast(tuple[int, int], full_shape(weight)))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
