@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.files import read_json
-from tests.hf.results import load
-from tests.hf.trainers import PLAIN, Setup, resume_without_the_callback, stop_early, train_alone, train_with_callback
+from tests.hf.trainers import Setup, resume_without_the_callback, stop_early, train_alone, train_with_callback
 from tests.numerics.driver import Job, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
@@ -92,40 +91,16 @@ def test_a_resume_across_a_cut_changes_no_bit(ranks: RankPool, job: Job, plain: 
     assert ([cut["step"] for cut in report["prune_steps"]], report["resumed_from"]) == ([3, 5, 7], [4])
 
 
-def test_a_resume_goes_on_from_refitted_weights_beside_lora_in_fp32(ranks: RankPool, job: Job, tmp_path: Path) -> None:
-    weights = train_and_resume(ranks, replace(job, prune=REFIT, dtype="bfloat16"), tmp_path, Setup(fresh=True))
-    found = {("lora_" in name, tensor.dtype) for name, tensor in weights.items()}
-    assert found == {(False, torch.bfloat16), (True, torch.float32)}
-
-
-def test_modules_to_save_train_and_are_saved(ranks: RankPool, job: Job, tmp_path: Path) -> None:
-    wholes = ("embed_tokens", "lm_head")
-    weights = train_and_resume(ranks, job, tmp_path, Setup(fresh=True, modules_to_save=wholes))
-    dense, base, merged = (load(folder) for folder in (job.folder, tmp_path / "a/base", tmp_path / "a/model"))
-    for name in wholes:
-        trained = next(tensor for key, tensor in weights.items() if f"{name}.modules_to_save" in key)
-        began, of_base, of_merged = (model.get_parameter(whole_name(name)) for model in (dense, base, merged))
-        assert not torch.equal(trained, began)
-        assert torch.equal(of_merged, trained)
-        assert torch.equal(of_base, began)
-
-
-def whole_name(module: str) -> str:
-    return f"{module}.weight" if module == "lm_head" else f"model.{module}.weight"
-
-
-def train_and_resume(ranks: RankPool, job: Job, folder: Path, setup: Setup) -> dict[str, Tensor]:
-    """Trains six steps and cuts after 2, 4 and 5, once with a break after 3. Returns the weights at the end."""
-    job = replace(job, batches=job.batches[:6])
+def test_a_resume_goes_on_from_refitted_weights_and_moments(ranks: RankPool, job: Job, tmp_path: Path) -> None:
+    job = replace(job, prune=REFIT, batches=job.batches[:6])  # cuts after 2, 4 and 5
     saves = {"save_strategy": "steps", "save_steps": 3}
-    run = Run(*ranks.run(2, train_with_callback, job, folder / "a", saves, None, setup)[0], folder / "a")
-    resume_and_compare(ranks, job, run, folder / "b", 3, setup)
-    return run.weights
+    run = Run(*ranks.run(2, train_with_callback, job, tmp_path / "a", saves)[0], tmp_path / "a")
+    resume_and_compare(ranks, job, run, tmp_path / "b", 3)
 
 
-def resume_and_compare(ranks: RankPool, job: Job, run: Run, out: Path, step: int = 4, setup: Setup = PLAIN) -> None:
+def resume_and_compare(ranks: RankPool, job: Job, run: Run, out: Path, step: int = 4) -> None:
     checkpoint = str(run.out / f"checkpoint-{step}")
-    again, resumed = ranks.run(2, train_with_callback, job, out, {}, checkpoint, setup)[0]
+    again, resumed = ranks.run(2, train_with_callback, job, out, {}, checkpoint)[0]
     assert course(again) == course(run.rows[step:])
     assert run.rows[step - 1]["kept"] != run.rows[-1]["kept"]
     assert_equal_bits(resumed, run.weights)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -69,14 +69,10 @@ class Setup:
         reference: an adapter `ref` beside the trained one. Each loss is preceded by its forward pass without a
             gradient, as in DPO and GRPO.
         reentrant: how activation checkpointing recomputes. None: there is none.
-        fresh: LoRA is drawn anew, and stays in fp32 beside a base of another dtype.
-        modules_to_save: what trains whole beside fresh LoRA.
     """
 
     reference: bool = False
     reentrant: bool | None = None
-    fresh: bool = False
-    modules_to_save: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         if self.reentrant is None:
@@ -153,10 +149,6 @@ def load_model(job: Job, setup: Setup = PLAIN) -> PeftModel:
     model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.dtype))
     if setup.reentrant is not None:
         model.enable_input_require_grads()
-    if setup.fresh:
-        torch.manual_seed(0)
-        whole = list(setup.modules_to_save) or None
-        return get_peft_model(model, LoraConfig(r=4, target_modules=linear_names(model), modules_to_save=whole))
     model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=False)
     if setup.reference:
         model.add_adapter("ref", LoraConfig(r=2, target_modules=linear_names(model.get_base_model())))
@@ -243,9 +235,6 @@ def train_with_callback(
             callbacks=[callback, watch],
         )
         trainer.train(resume_from_checkpoint=checkpoint and callback.resume(trainer.model, checkpoint))
-        if setup.modules_to_save:
-            callback.save_model(out / "model")
-            callback.save_base(out / "base")
         model = callback.pruning.training.model
         return watch.rows, {name: gather_everywhere(model, p) for name, p in model.module.named_parameters()}
 

@@ -486,8 +486,8 @@ def test_the_largest_micro_batch_that_fits_is_proposed() -> None:
     between = tight(4, (needs[4] + needs[8]) / 2e6)
     found = make_plan(request(between, micro_batch_size=1))
     assert largest_micro_batch(found) == 4
-    assert "--set train.micro_batch_size=4 fits: 256 tokens, 4 a step" in plan_table(found, [], 4)
-    assert "a pass has 64 tokens (1 x 64), a step 16 of them" in plan_table(found, [], 4)
+    assert "--set train.micro_batch_size=4 fits: 256 tokens, 4 a step" in plan_table(found, [], largest=4)
+    assert "a pass has 64 tokens (1 x 64), a step 16 of them" in plan_table(found, [], largest=4)
     assert plan_json(found, [], largest=4)["micro_batch"] == {
         "size": 1,
         "largest_that_fits": 4,
