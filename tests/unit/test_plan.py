@@ -163,11 +163,12 @@ def test_pinned_blocks_are_rounded_up_to_powers_of_two() -> None:
     assert plain["lora_gradients_for_the_step"] == plain["lora_gradients"]
 
 
-def test_checkpointing_trades_memory_for_gathers_and_arithmetic() -> None:
+def test_checkpointing_trades_memory_for_arithmetic() -> None:
     plain, checkpointed = (make_plan(request(Cluster(1, 4), gradient_checkpointing=on)) for on in (False, True))
     held = [plan.stages[1].phases["training"]["activations"] for plan in (plain, checkpointed)]
     assert held[1] < held[0] / 2
-    assert checkpointed.step.sent["weights"] > plain.step.sent["weights"]
+    # A layer that is gathered as one is there for its backward pass when it is computed again.
+    assert checkpointed.step.sent["weights"] == plain.step.sent["weights"]
     assert checkpointed.step.compute > plain.step.compute
 
 
