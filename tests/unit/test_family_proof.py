@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import FAMILIES, Family, Kind
 from loraprune_ds.model.per_kind import LayerKeep
@@ -133,7 +133,7 @@ def test_uniform_export_is_a_stock_model(family: str, counts: tuple[int, int], t
 def test_biases_that_make_up_for_a_cut(family: str, tmp_path: Path) -> None:
     """They are added to a model without any, are cut and exported with it, and are there when it is opened again."""
     tiny_model(family).save_pretrained(tmp_path / "dense")
-    pretrained = open_for_pruning(tmp_path / "dense", PruneConfig(compensate="bias"))
+    pretrained = open_for_pruning(tmp_path / "dense", RunConfig("unused", prune=PruneConfig(compensate="bias")))
     assert pretrained.absent == {name for name in pretrained.shape.parameters() if name.endswith("_proj.bias")} != set()
     assert all(map(pretrained.shape.has_bias, pretrained.shape.linears))
 
