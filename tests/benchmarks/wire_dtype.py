@@ -10,7 +10,7 @@ without this autograd forms them in bf16. The result goes to tests/benchmarks/re
 import argparse
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,20 +119,20 @@ def main() -> None:
         if name.endswith(INPUTS):
             module.register_forward_pre_hook(lambda _, given, name=name: moments.add(name, _second_moment(given[0])))
     weights = {name: module.weight.detach() for name, module in linears.items()}
-    gradients, found, halves = Ranks(), {}, list[Sums]()
+    gradients, found, first_half = Ranks(), dict[str, Any](), Sums()
     for rank, ids in enumerate(windows(max(arguments.ranks)), start=1):
         model(input_ids=ids, labels=ids).loss.backward()
         for name, module in linears.items():
-            gradients.add(name, module.weight.grad)
+            gradients.add(name, cast(Tensor, module.weight.grad))
             module.weight.grad = None
         if rank == max(arguments.ranks) // 2:
-            halves = [{name: total.clone() for name, total in gradients.exact.items()}]
+            first_half = {name: total.clone() for name, total in gradients.exact.items()}
         if rank in arguments.ranks:
             exact = channel_scores(gradients.exact, weights)
             found[str(rank)] = compare(exact, channel_scores(gradients.rounded, weights))
             print(rank, found[str(rank)], flush=True)
-    second = {name: gradients.exact[name] - first for name, first in halves[0].items()}
-    other_data = compare(channel_scores(halves[0], weights), channel_scores(second, weights))
+    second = {name: gradients.exact[name] - first for name, first in first_half.items()}
+    other_data = compare(channel_scores(first_half, weights), channel_scores(second, weights))
     moment = refit_errors(weights, moments, kept(channel_scores(gradients.exact, weights)))
     facts = {"window": WINDOW, "ridge": RIDGE, "versions": versions(), "hardware": hardware("cpu")}
     write_json(RESULT, {"gradient": found, "other_data": other_data, "down_proj_refit": moment, **facts})
