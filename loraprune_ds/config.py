@@ -7,35 +7,34 @@ import dataclasses
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
+from loraprune_ds.config_data import DataConfig
+from loraprune_ds.config_types import (
+    NUMBER,
+    STRICT,
+    AtLeast0,
+    Count,
+    CountOr0,
+    Fraction,
+    LearningRate,
+    Part,
+    Positive,
+    Size,
+    Window,
+)
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.units import Amount, read_amount
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-DataFormat = Literal["text", "instruction", "chat"]
 Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "none"]
 Compensation = Literal["none", "bias", "least_squares"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-
-# YAML 1.1 reads `1e-4` as a string. Stands last in a type, or the type's JSON schema would lack the bounds.
-NUMBER = BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)
-Positive = Annotated[float, Field(gt=0), NUMBER]
-AtLeast0 = Annotated[float, Field(ge=0), NUMBER]
-Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
-Part = Annotated[float, Field(gt=0, lt=1), NUMBER]
-LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
-Count = Annotated[int, Field(ge=1)]
-CountOr0 = Annotated[int, Field(ge=0)]
-Window = Annotated[int, Field(ge=2)]
-Size = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
-
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -59,27 +58,6 @@ class LoraConfig:
     r: Count = 8
     lora_alpha: Positive = 16
     lora_dropout: Fraction = 0.05
-
-
-@dataclass(frozen=True, config=STRICT)
-class DataConfig:
-    """Names the texts to tune on and those to hold out.
-
-    `path`: `embedded` (Python's own help topics), a file or a glob of `.txt`, `.json`, `.jsonl`, or a `datasets` name.
-    """
-
-    path: str = "embedded"
-    name: str | None = None  # configuration of a `datasets` dataset
-    split: str = "train"
-    format: DataFormat = "text"  # text: documents packed to windows. Of others the loss takes answers only
-    text_field: str = "text"
-    prompt_field: str = "instruction"
-    input_field: str | None = "input"
-    response_field: str = "response"
-    window: Window = 512  # tokens of one sample
-    held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
-    held_out_fraction: Part = 0.1
-    max_samples: Count | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -185,6 +163,7 @@ class TrainConfig:
     adam_beta2: Fraction = 0.999
     adam_epsilon: Positive = 1e-8
     max_grad_norm: AtLeast0 = 1.0  # 0: no clipping
+    group_by_length: bool = False  # a step's samples of like length share a micro-batch, with less padding
     gradient_checkpointing: bool = False
     # w of the loss (1 - w) * cross-entropy + w * KL(dense model || model). 0: off
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
@@ -277,6 +256,20 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        at_once = self.recorded_at_once if self.train.distill_weight else self.train.micro_batch_size
+        flash = self.model.attn_implementation.startswith("flash_attention")
+        require(
+            not (self.data.packing and flash and at_once > 1),
+            f"data.packing with model.attn_implementation {self.model.attn_implementation} needs "
+            "train.micro_batch_size 1, and evaluate.batch_size 1 if train.distill_weight is set",
+        )
+        padded = {source.format for source in self.data.sources} != {"text"}
+        require(
+            not self.train.group_by_length or padded,
+            "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
+        )
 
     @property
     def recorded_at_once(self) -> int:

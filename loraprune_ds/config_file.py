@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -128,10 +128,18 @@ def _build(cls: type, raw: Any, prefix: str = "") -> Any:
         if isinstance(f.type, type) and dataclasses.is_dataclass(f.type) and f.name in values:
             value = values[f.name]
             values[f.name] = _build(f.type, {} if value is None else value, f"{prefix}{f.name}.")
+        elif (item := _entry_class(f.type)) and isinstance(values.get(f.name), list):
+            values[f.name] = [_build(item, v, f"{prefix}{f.name}[{i}].") for i, v in enumerate(values[f.name])]
     try:
         return cls(**values)
     except ValidationError as error:
         raise UserError(_describe(error, cls, prefix)) from None
+
+
+def _entry_class(kind: Any) -> type | None:
+    """Returns the dataclass whose list a key may hold, if there is one."""
+    items = [item for choice in get_args(kind) if get_origin(choice) is list for item in get_args(choice)]
+    return next(filter(dataclasses.is_dataclass, items), None)
 
 
 def _describe(error: ValidationError, cls: type, prefix: str) -> str:

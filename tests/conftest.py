@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 
 from tests.ranks import RankPool
 
+TOKENS = tempfile.TemporaryDirectory(prefix="tokens-", ignore_cleanup_errors=True)  # of all tests, child processes too
 # Before anything imports torch or DeepSpeed: both read these at import.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ |= {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",  # no test may depend on the hub
+    "HF_DATASETS_CACHE": TOKENS.name,
     "TOKENIZERS_PARALLELISM": "false",
     # DeepSpeed's just-in-time build takes the first ninja on PATH, and another ninja's build is not up to date to it.
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),

@@ -126,7 +126,8 @@ def model_name(config: ModelConfig) -> str:
 
 def _data_name(config: DataConfig) -> str:
     """Names the data without the folders of this machine."""
-    return "Python's help topics (pydoc_data)" if config.path == EMBEDDED else Path(config.path).name
+    paths = [source.path for source in config.sources]
+    return " + ".join("Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name for path in paths)
 
 
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:

@@ -150,16 +150,20 @@ class TokenLosses:
         labels: Tensor | None = None,
         distillation: Distillation | Recording | None = None,
         supervised: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **settings: Any,
     ) -> Any:
         """Returns losses (batch, window - 1) fp32 for labels (batch, window). Without labels it is the stock forward.
 
+        A text begins where `position_ids` (batch, window) do not go on. Attention does not reach beyond it.
+
         With a `Recording` it returns the fields of a teacher for the supervised tokens (distillation.py).
         """
         if labels is None:
+            settings["position_ids"] = position_ids
             return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
-        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.lm_head(hidden, labels, distillation, supervised)
+        decoded = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return self.lm_head(decoded.last_hidden_state, labels, distillation, supervised)
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:

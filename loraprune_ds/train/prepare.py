@@ -24,7 +24,7 @@ from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.data.sources import fetch_dataset
+from loraprune_ds.train.data.sources import fetch_datasets
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, device_name
@@ -59,10 +59,11 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
         UserError: something cannot be used. All ranks raise the same line.
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
-    # One rank per node downloads or converts. The others find the results in the node's cache.
     ranks_per_node = comm.ranks_per_node()
+    # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
         waiting.all_or_raise(lambda: _fetch(config) if is_first_on_node else None)
+        waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None)
         prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node))
     digests = comm.gather_objects(prepared.samples.digest())
     if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
@@ -83,7 +84,7 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
 
 def _fetch(config: RunConfig) -> None:
     locate_model(config.model)
-    fetch_dataset(config.data)
+    fetch_datasets(config.data)
 
 
 def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepared:
@@ -97,7 +98,8 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     start = window_start(tokenizer, pretrained.shape.family)
     global_batch_size, vocab_size = config.train.global_batch_size, pretrained.shape.vocab_size
     loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, start=start)
-    order = SampleOrder(len(loaded.samples), global_batch_size, config.seed)
+    lengths = loaded.samples.lengths() if config.train.group_by_length else None
+    order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
     pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
     config.train.check_warmup(pruning_steps)
     return Prepared(

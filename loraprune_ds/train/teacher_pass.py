@@ -165,8 +165,8 @@ def _file_content(
     parts = []
     for i in range(passes):
         indices = batches[i if i < len(batches) else 0]
-        input_ids, labels = (t[indices].long().to(device) for t in (samples.input_ids, samples.labels))
-        fields = engine.infer(input_ids=input_ids, labels=labels, distillation=Recording(teacher.plan.top_k))
+        inputs = {name: tensor.to(device) for name, tensor in samples.inputs(indices).items()}
+        fields = engine.infer(**inputs, distillation=Recording(teacher.plan.top_k))
         if i < len(batches):
             parts.append({name: _as_on_disk(tensor) for name, tensor in fields.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -152,14 +152,11 @@ class Trainer:
 
     def _inputs(self, indices: Tensor) -> dict[str, Any]:
         """Returns what the model gets of these samples. Nothing of it waits for the device."""
-        device, labels = self.model.device, self.samples.labels[indices].long()
-        inputs: dict[str, Any] = {
-            "input_ids": to_device(self.samples.input_ids[indices].long()),
-            "labels": to_device(labels),
-            "supervised": to_device(supervised_positions(labels)),
-        }
+        inputs: dict[str, Any] = self.samples.inputs(indices)
+        inputs["supervised"] = supervised_positions(inputs["labels"])
+        inputs = {name: to_device(tensor) for name, tensor in inputs.items()}
         if self._teacher is not None:
-            inputs["distillation"] = self._teacher.distillation(indices, device)
+            inputs["distillation"] = self._teacher.distillation(indices, self.model.device)
         return inputs
 
     def _exchange(self, loss: Tensor) -> _RankReports:

@@ -18,8 +18,7 @@ from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.data.samples import Ragged, Samples
-from loraprune_ds.train.data.tokens import PADDING_ID
+from loraprune_ds.train.data.samples import PADDING_ID, Ragged, Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.ds_config import resolve_ds_config

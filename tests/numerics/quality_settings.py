@@ -15,8 +15,7 @@ from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.step import all_groups
-from loraprune_ds.train.data.samples import Ragged
-from loraprune_ds.train.data.tokens import PADDING_ID
+from loraprune_ds.train.data.samples import PADDING_ID, Ragged
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import make_teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher

@@ -10,6 +10,10 @@ import datasets
 import torch.distributed
 
 from loraprune_ds.config import RunConfig
+from loraprune_ds.config_data import DataSource
+from loraprune_ds.errors import UserError
+from loraprune_ds.train.data import loading
+from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.prepare import prepare
 from loraprune_ds.zero.comm import Communicator
 from tests.integration.resuming import config_for, write_run
@@ -61,3 +65,34 @@ def test_one_rank_of_a_node_asks_for_the_data_set_before_the_others(ranks: RankP
     config = config_for(write_run(tmp_path), tmp_path / "out", "data.path=someone/data")
     ranks.run(2, prepare_slowly, config, tmp_path / "log")
     assert (tmp_path / "log").read_text().splitlines()[:2] == ["asks 0", "has 0"]
+
+
+def prepare_counting_reads(config: RunConfig, log: Path) -> str:
+    """Prepares on two ranks of one node. Logs which rank reads the data. Returns the error, if there is one."""
+    comm = Communicator()
+
+    def read(source: DataSource) -> Any:
+        with log.open("a") as file:
+            file.write(f"{comm.rank}\n")
+        return read_rows(source)
+
+    with patch.object(loading, "read_rows", read):
+        try:
+            prepare(config, comm, is_first_on_node=comm.rank == 0)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_one_rank_of_a_node_makes_the_tokens_and_the_others_find_them(ranks: RankPool, tmp_path: Path) -> None:
+    config = config_for(write_run(tmp_path), tmp_path / "out", f"data.held_out_fraction={0.2 + time.time() % 0.01}")
+    assert ranks.run(2, prepare_counting_reads, config, tmp_path / "log") == ["", ""]
+    assert (tmp_path / "log").read_text() == "0\n"
+
+
+def test_the_others_do_not_wait_for_tokens_that_cannot_be_made(ranks: RankPool, tmp_path: Path) -> None:
+    config = config_for(write_run(tmp_path), tmp_path / "out", "data.format=instruction")
+    errors = ranks.run(2, prepare_counting_reads, config, tmp_path / "log")
+    assert errors[0] == errors[1]
+    assert "data.format instruction needs .json" in errors[0]
+    assert (tmp_path / "log").read_text() == "0\n"

@@ -15,7 +15,8 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.train.data.chat import Chat, ChatTemplate, read_chat, tokenize_chats
-from loraprune_ds.train.data.loading import LoadedData, load_samples
+from loraprune_ds.train.data.loading import load_samples
+from loraprune_ds.train.data.samples import LoadedData
 from tests.unit.test_data import numbers
 from tests.unit.test_data_load import write_json
 
@@ -100,6 +101,14 @@ def test_a_completion_is_learnt_where_trl_learns_it(template: str) -> None:
     length = common_prefix_length(of_prompt, whole)  # as SFTTrainer's completion_mask
     assert ids == whole
     assert labels == [IGNORE_INDEX] * length + whole[length:]
+
+
+def test_qwen3_can_learn_one_answer_of_a_conversation() -> None:
+    """Its template takes the thinking out of earlier turns, so a prefix of a conversation is not a prefix."""
+    tokenizer = tokenizer_with(trl_templates.qwen3_chat_template)
+    assert learnt(Chat(TALKS[1]), tokenizer) == "<think>\n\n</think>\n\ntwo<|im_end|>\n"
+    with pytest.raises(UserError, match="its first 2 of 4 messages alone become"):
+        labels_of(Chat(TALKS[0]), tokenizer)
 
 
 def test_the_newline_of_the_header_is_the_prompts_though_trl_learns_it_with_qwen2_5() -> None:

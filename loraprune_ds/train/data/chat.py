@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from loraprune_ds.config_data import DataSource
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.train.data.tokens import TokenizedRow, in_batches, mask_outside
 
@@ -34,7 +35,7 @@ class Chat:
     context: int = 0
 
 
-def chat_fields(known: Iterable[str], path: str) -> list[str]:
+def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
     """Returns the fields that conversations are read from.
 
     Raises:
@@ -44,8 +45,8 @@ def chat_fields(known: Iterable[str], path: str) -> list[str]:
     found = next((fields for fields in CHAT_FIELDS if present.issuperset(fields)), None)
     if found is None:
         raise UserError(
-            f"data.format chat: {path} has no field messages, nor conversations, nor prompt and completion; it has "
-            + ", ".join(sorted(present))
+            f"{source.section}.format chat: {source.path} has no field messages, nor conversations, nor prompt and "
+            f"completion; it has {', '.join(sorted(present))}"
         )
     return [*found, *present.intersection([TOOLS])]
 

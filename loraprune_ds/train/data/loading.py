@@ -2,28 +2,24 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.config import DataConfig
+from loraprune_ds.config_data import DataConfig, DataSource
 from loraprune_ds.errors import UserError
+from loraprune_ds.train.data.cache import cached
 from loraprune_ds.train.data.chat import ChatTemplate, read_chat, tokenize_chats
-from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.data.sources import JSON_SUFFIXES, TextRow, TextRows, local_files, read_rows, read_text_file
+from loraprune_ds.train.data.order import mix
+from loraprune_ds.train.data.packing import pack_samples
+from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples
+from loraprune_ds.train.data.sources import JSON_SUFFIXES, TextRow, TextRows, files_of, read_rows, read_text_file
 from loraprune_ds.train.data.tokens import Instruction, collect_rows, make_instruction, mask_prompts, pack_documents
 
 LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie
-
-
-@dataclass(frozen=True)
-class LoadedData:
-    """Holds the samples to tune on, and a text for perplexity that tuning never sees."""
-
-    samples: Samples
-    held_out: str
 
 
 def load_samples(
@@ -46,34 +42,58 @@ def load_samples(
     """
     if config.max_samples is not None and config.max_samples < minimum:
         raise UserError(f"data.max_samples {config.max_samples} is below train.global_batch_size {minimum}")
-    if config.format == "chat":
+    if any(source.format == "chat" for source in config.sources):
         ChatTemplate(tokenizer)  # before anything is read
+    loaded = cached(config, tokenizer, start, lambda: _make(config, tokenizer, start))
+    _check_samples(loaded, config, minimum, vocab_size)
+    return loaded
+
+
+def _make(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None) -> LoadedData:
     held_out_text = _read_held_out(config, tokenizer)
-    tuning, held_out = _hold_out(read_rows(config), config)
-    samples = _make_samples(tuning, tokenizer, config, start)
-    _check_samples(samples, config, minimum, vocab_size)
-    if held_out_text is None:
-        held_out_text = _join_text(held_out, config, tokenizer)
-    return LoadedData(samples, held_out_text)
+    parts, held_out_texts = [], []
+    for source in config.sources:
+        tuning, held_out = _hold_out(read_rows(source), source, config)
+        samples = _make_samples(tuning, tokenizer, source, config, start)
+        parts.append(pack_samples(samples) if config.packing else samples)
+        held_out_texts.append(_join_text(held_out, source, tokenizer))
+    text = "\n\n".join(held_out_texts) if held_out_text is None else held_out_text
+    return LoadedData(join_samples(parts), text, _epoch(config.sources, parts))
+
+
+def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return None
+    for source, part in zip(sources, parts, strict=True):
+        if not len(part):
+            raise UserError(f"{source.section}.path: {source.path} gives no sample, and so it can have no weight")
+    return mix([len(part) for part in parts], weights)
 
 
 def _make_samples(
-    rows: Iterable[TextRow], tokenizer: PreTrainedTokenizerBase, config: DataConfig, start: int | None
+    rows: Iterable[TextRow],
+    tokenizer: PreTrainedTokenizerBase,
+    source: DataSource,
+    config: DataConfig,
+    start: int | None,
 ) -> Samples:
-    if config.format == "text":
-        documents = (_text_of(row, config.text_field) for row in rows)
+    if source.format == "text":
+        documents = (_text_of(row, source.text_field) for row in rows)
         return pack_documents(documents, tokenizer, config.window, config.max_samples, start)
-    if config.format == "chat":
+    if source.format == "chat":
         return collect_rows(tokenize_chats(map(read_chat, rows), tokenizer), config.window, config.max_samples)
-    instructions = (_instruction_of(row, config) for row in rows)
+    instructions = (_instruction_of(row, source) for row in rows)
     return mask_prompts(instructions, tokenizer, config.window, config.max_samples)
 
 
-def _check_samples(samples: Samples, config: DataConfig, minimum: int, vocab_size: int) -> None:
-    if len(samples) < minimum:
+def _check_samples(loaded: LoadedData, config: DataConfig, minimum: int, vocab_size: int) -> None:
+    samples = loaded.samples
+    if loaded.epoch_length < minimum:
         raise UserError(
-            f"data.path {config.path} is too short: {len(samples)} samples of {config.window} tokens (data.window); "
-            f"one global batch needs {minimum} (train.global_batch_size)"
+            f"data.path {' + '.join(source.path for source in config.sources)} is too short: {loaded.epoch_length} "
+            f"samples of {config.window} tokens (data.window); one global batch needs {minimum} "
+            "(train.global_batch_size)"
             + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
         )
     if (largest := samples.largest_id()) >= vocab_size:
@@ -85,14 +105,15 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> st
     if config.held_out is None:
         return None
     path = Path(config.held_out).expanduser()
-    if path.resolve() in [file.resolve() for file in local_files(config.path) or []]:
+    if path.resolve() in [file.resolve() for source in config.sources for file in files_of(source) or []]:
         raise UserError(f"data.held_out: {config.held_out} is tuned on too, as a part of data.path")
     if path.suffix not in JSON_SUFFIXES:
         return read_text_file(path)
-    return _join_text(read_rows(replace(config, path=str(path))), config, tokenizer)
+    (source,) = replace(config, path=str(path)).sources
+    return _join_text(read_rows(source), source, tokenizer)
 
 
-def _hold_out(rows: TextRows, config: DataConfig) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
+def _hold_out(rows: TextRows, source: DataSource, config: DataConfig) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
     """Splits rows into those to tune on and those to hold out, which are spread evenly.
 
     Documents differ a lot in length. So the fraction is one of their characters, not of their number. If there are too
@@ -100,21 +121,18 @@ def _hold_out(rows: TextRows, config: DataConfig) -> tuple[Iterable[TextRow], It
     """
     if config.held_out is not None:
         return rows, ()
-    fraction = config.held_out_fraction
-    if config.format == "text":
-        chosen = _spread((len(_text_of(row, config.text_field)) for row in rows), fraction)
-    else:
-        chosen = _spread(repeat(1, len(rows)), fraction)
-    if chosen:
+    fraction, is_text = config.held_out_fraction, source.format == "text"
+    sizes = (len(_text_of(row, source.text_field)) for row in rows) if is_text else repeat(1, len(rows))
+    if chosen := _spread(sizes, fraction):
         left_out = set(chosen)
         return (row for i, row in enumerate(rows) if i not in left_out), (rows[i] for i in chosen)
-    if config.format != "text":
+    if not is_text:
         raise UserError(
-            f"data.held_out_fraction {fraction} of the {len(rows)} {config.format}s in {config.path} is none; raise it "
+            f"data.held_out_fraction {fraction} of the {len(rows)} {source.format}s in {source.path} is none; raise it "
             "or give data.held_out"
         )
-    parts = [_split_tail(_text_of(row, config.text_field), fraction) for row in rows]
-    return [{config.text_field: head} for head, _ in parts], [{config.text_field: tail} for _, tail in parts]
+    parts = [_split_tail(_text_of(row, source.text_field), fraction) for row in rows]
+    return [{source.text_field: head} for head, _ in parts], [{source.text_field: tail} for _, tail in parts]
 
 
 def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
@@ -139,23 +157,23 @@ def _split_tail(text: str, fraction: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _join_text(rows: Iterable[TextRow], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    if config.format == "chat":
+def _join_text(rows: Iterable[TextRow], source: DataSource, tokenizer: PreTrainedTokenizerBase) -> str:
+    if source.format == "chat":
         template = ChatTemplate(tokenizer)
         return "\n\n".join(template.render(read_chat(row)) for row in rows)
-    return "\n\n".join(_whole_text_of(row, config) for row in rows)
+    return "\n\n".join(_whole_text_of(row, source) for row in rows)
 
 
-def _whole_text_of(row: TextRow, config: DataConfig) -> str:
-    if config.format == "text":
-        return _text_of(row, config.text_field)
-    instruction = _instruction_of(row, config)
+def _whole_text_of(row: TextRow, source: DataSource) -> str:
+    if source.format == "text":
+        return _text_of(row, source.text_field)
+    instruction = _instruction_of(row, source)
     return instruction.prompt + instruction.response
 
 
-def _instruction_of(row: TextRow, config: DataConfig) -> Instruction:
-    about = "" if config.input_field is None else _text_of(row, config.input_field)
-    return make_instruction(_text_of(row, config.prompt_field), about, _text_of(row, config.response_field))
+def _instruction_of(row: TextRow, source: DataSource) -> Instruction:
+    about = "" if source.input_field is None else _text_of(row, source.input_field)
+    return make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
 
 
 def _text_of(row: TextRow, field: str) -> str:

@@ -5,6 +5,7 @@ on where it stopped.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,10 +27,23 @@ class SampleOrder:
 
     The permutations of all epochs follow one another. Step s takes the samples [s·G, (s+1)·G) of them, where G is the
     global batch size. The permutation of an epoch depends only on the seed and the epoch.
+
+    Args:
+        num_samples: of an epoch.
+        numbers: (num_samples,) the sample numbers of an epoch, in which some may stand more than once. None: each once.
+        lengths: of all samples. A batch then begins with its longest. None: a batch is not sorted.
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        seed: int,
+        numbers: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> None:
         self.num_samples = num_samples
+        self._numbers, self._lengths = numbers, lengths
         self.global_batch_size = global_batch_size
         self.seed = seed
         self._epoch = -1
@@ -43,7 +57,10 @@ class SampleOrder:
             self._permutation_of(int(epoch))[positions[epochs == epoch] % self.num_samples]
             for epoch in np.unique(epochs)
         ]
-        return torch.from_numpy(np.concatenate(parts))
+        batch = torch.from_numpy(np.concatenate(parts))
+        if self._numbers is not None:
+            batch = self._numbers[batch]
+        return batch if self._lengths is None else batch[self._lengths[batch].argsort(descending=True, stable=True)]
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Returns the whole steps that fit into so many epochs, at least one."""
@@ -54,6 +71,21 @@ class SampleOrder:
             generator = np.random.default_rng([self.seed, epoch])
             self._epoch, self._permutation = epoch, generator.permutation(self.num_samples)
         return self._permutation
+
+
+def mix(counts: Sequence[int], weights: Sequence[float]) -> Tensor:
+    """Returns the sample numbers of an epoch in which sources have these weights.
+
+    Source i has counts[i] samples, numbered behind those of the sources before it. An epoch is as short as it can be
+    with all samples in it. So one source is there once, and the others are repeated.
+    """
+    share = np.asarray(weights) / sum(weights)
+    total = max(np.asarray(counts) / share)
+    firsts = np.cumsum([0, *counts[:-1]])
+    parts = [
+        first + np.arange(round(total * part)) % count for first, count, part in zip(firsts, counts, share, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def rank_micro_batches(indices: Tensor, micro_batch_size: int, rank: int, world_size: int) -> list[Tensor]:

@@ -1,13 +1,17 @@
 """Holds the tuning samples of a run in memory."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 
+PADDING_ID = 0  # every model knows this id, and nothing looks at it
+PADDING = {"input_ids": PADDING_ID, "labels": IGNORE_INDEX, "position_ids": 0}  # behind the end of a row
 WIDTH_MULTIPLE = 8  # matrix products are fastest at widths that tensor cores divide
 
 
@@ -61,15 +65,44 @@ class Samples:
     Attributes:
         input_ids: (N, window) int32 or int64, by row numbers.
         labels: the same shape. They are the ids themselves, and IGNORE_INDEX at prompts and padding. Models shift them.
-        left_out: instructions that became no samples, because nothing of their response lies within the window.
+        left_out: rows that became no samples, because nothing of their answer lies within the window.
+        position_ids: of samples that hold several texts. Each begins at 0 there. None: all hold one.
     """
 
     input_ids: Tensor | Ragged
     labels: Tensor | Ragged
     left_out: int = 0
+    position_ids: Ragged | None = None
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], *, window: int, left_out: int) -> "Samples":
+        """Makes samples of what `tensors` gives."""
+        starts = tensors.get("starts")
+        if starts is None:
+            return cls(tensors["input_ids"], tensors["input_ids"], left_out)
+        rows = {name: Ragged(tensors[name], starts, window, PADDING[name]) for name in PADDING if name in tensors}
+        return cls(**rows, left_out=left_out)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors that hold the samples."""
+        if not isinstance(self.input_ids, Ragged):
+            return {"input_ids": self.input_ids}
+        return {name: rows.values for name, rows in self.rows().items()} | {"starts": self.input_ids.starts}
+
+    def rows(self) -> dict[str, Any]:
+        """Returns what the model gets of samples, by its name there: each Ragged, or a matrix."""
+        return {name: getattr(self, name) for name in PADDING if getattr(self, name) is not None}
+
+    def inputs(self, indices: Tensor) -> dict[str, Tensor]:
+        """Returns what the model gets of these samples: each (len(indices), width) int64."""
+        return {name: rows[indices].long() for name, rows in self.rows().items()}
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def window(self) -> int:
+        return self.input_ids.shape[1]
 
     def count_tokens(self, indices: Tensor) -> int:
         """Counts the tokens of these samples, padding left out."""
@@ -93,6 +126,12 @@ class Samples:
         before[1:] = (self.labels.values != IGNORE_INDEX).cumsum(0)
         return before[starts[1:]] - before[torch.minimum(starts[:-1] + 1, starts[1:])]
 
+    def lengths(self) -> Tensor:
+        """Returns (N,) int64: the tokens of each sample."""
+        if isinstance(self.input_ids, Ragged):
+            return self.input_ids.starts.diff()
+        return torch.full((len(self),), self.window)
+
     def attention_mask(self, indices: Tensor) -> Tensor | None:
         """Returns (len(indices), width) bool, False at padding. None if these samples have no padding."""
         if not isinstance(self.input_ids, Ragged):
@@ -109,8 +148,56 @@ class Samples:
     def digest(self) -> str:
         """Returns the sha256 of all samples, for ranks to compare."""
         digest = hashlib.sha256()
-        for part in (self.input_ids, self.labels):
+        for part in self.rows().values():
             digest.update(repr(tuple(part.shape)).encode())
             for tensor in (part.values, part.starts) if isinstance(part, Ragged) else (part,):
                 digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedData:
+    """Holds the samples to tune on, and a text for perplexity that tuning never sees.
+
+    Attributes:
+        epoch: (n,) int64 sample numbers of an epoch, by the weights of a mixture. None: each sample once.
+    """
+
+    samples: Samples
+    held_out: str
+    epoch: Tensor | None = None
+
+    @property
+    def epoch_length(self) -> int:
+        return len(self.samples if self.epoch is None else self.epoch)
+
+
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """Puts samples one behind the other. Windows of text become rows among others."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [_row_tensors(part) for part in parts]
+    names = {name for each in tensors for name in each} - {"starts"}
+    joined = {
+        name: torch.cat([each[name] if name in each else _positions(each["starts"]) for each in tensors])
+        for name in names
+    }
+    joined["starts"] = starts_of(torch.cat([each["starts"].diff() for each in tensors]))
+    return Samples.of_tensors(joined, window=parts[0].window, left_out=sum(part.left_out for part in parts))
+
+
+def starts_of(lengths: Tensor) -> Tensor:
+    """Returns the starts (N + 1,) of rows of these lengths (N,) that lie end to end."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+
+def _positions(starts: Tensor) -> Tensor:
+    """Returns the position ids of rows that hold one text each."""
+    return (torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(starts.diff())).int()
+
+
+def _row_tensors(samples: Samples) -> dict[str, Tensor]:
+    if isinstance(samples.input_ids, Ragged):
+        return samples.tensors()
+    ids = samples.input_ids.flatten()
+    return {"input_ids": ids, "labels": ids, "starts": torch.arange(len(samples) + 1) * samples.window}

@@ -4,13 +4,16 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loraprune_ds.config import DataConfig
+from loraprune_ds.config_data import DataConfig, DataSource
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.train.data.chat import chat_fields
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -26,36 +29,62 @@ class TextRows(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-def read_rows(config: DataConfig) -> TextRows:
+def read_rows(source: DataSource) -> TextRows:
     """Reads all rows of `data.path`. Each has at least the fields that the config names. A text file is one row.
 
     Raises:
         UserError: nothing is there, a file is empty or not valid JSON (names file and line), or a field is unknown.
     """
-    if config.path == EMBEDDED:
-        if config.format != "text":
-            raise UserError(f"data.format {config.format} needs a data.path; the embedded text is plain text")
-        return [{config.text_field: document} for document in embedded_text()]
-    files = local_files(config.path)
+    if source.path == EMBEDDED:
+        if source.format != "text":
+            raise UserError(
+                f"{source.section}.format {source.format} needs a data.path; the embedded text is plain text"
+            )
+        return [{source.text_field: document} for document in embedded_text()]
+    files = files_of(source)
     if files is None:
-        return _load_dataset(config)
-    rows = [row for file in files for row in _read_rows_of_file(file, config)]
-    _read_fields(config, {field for row in rows for field in row})
+        return _load_dataset(source)
+    rows = [row for file in files for row in _read_rows_of_file(file, source)]
+    _read_fields(source, {field for row in rows for field in row})
     return rows
 
 
-def fetch_dataset(config: DataConfig) -> None:
-    """Downloads a data set into the cache, if `data.path` is the name of one.
+def fetch_datasets(config: DataConfig) -> None:
+    """Downloads the data sets into the cache that `data.path` names.
 
     Raises:
-        UserError: the data set cannot be had, is empty, or lacks a field.
+        UserError: a data set cannot be had, is empty, or lacks a field.
     """
-    if config.path != EMBEDDED and local_files(config.path) is None:
-        _load_dataset(config)
+    for source in config.sources:
+        if source.path != EMBEDDED and files_of(source) is None:
+            _load_dataset(source)
 
 
-def local_files(path: str) -> list[Path] | None:
-    """Finds the files that `data.path` names: a file, a glob, or all files of a folder, sorted.
+def source_identity(source: DataSource) -> object:
+    """Returns what changes when the rows of a source change.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if source.path == EMBEDDED:
+        return embedded_text()
+    files = files_of(source)
+    return _load_dataset(source)._fingerprint if files is None else list(map(file_identity, files))
+
+
+def file_identity(path: Path) -> object:
+    """Returns what changes when a file changes."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
+
+
+def files_of(source: DataSource) -> list[Path] | None:
+    """Finds the files of a source, as `local_files`."""
+    return local_files(source.path, f"{source.section}.path")
+
+
+def local_files(path: str, key: str = "data.path") -> list[Path] | None:
+    """Finds the files that `path`, the value of `key`, names: a file, a glob, or all files of a folder, sorted.
 
     Returns:
         None if it is no local path.
@@ -66,14 +95,14 @@ def local_files(path: str) -> list[Path] | None:
     local = Path(path).expanduser()
     if local.is_file():
         if local.suffix not in SUFFIXES:
-            raise UserError(f"data.path: {path} must be one of {', '.join(SUFFIXES)}")
+            raise UserError(f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
         return [local]
     if local.is_dir():
-        return _readable(local.rglob("*"), f"data.path: folder {path}")
+        return _readable(local.rglob("*"), f"{key}: folder {path}")
     if any(wildcard in path for wildcard in "*?["):
-        return _readable(map(Path, glob(str(local), recursive=True)), f"data.path: {path}")
+        return _readable(map(Path, glob(str(local), recursive=True)), f"{key}: {path}")
     if local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~")):
-        raise UserError(f"data.path: {path} does not exist")
+        raise UserError(f"{key}: {path} does not exist")
     return None
 
 
@@ -94,14 +123,16 @@ def read_text_file(path: Path) -> str:
     return text
 
 
-def _text_fields(config: DataConfig) -> dict[str, str]:
+def _text_fields(source: DataSource) -> dict[str, str]:
     """Maps the fields of text that a row must have to the keys of the config that name them."""
-    if config.format == "chat":
+    if source.format == "chat":
         return {}
-    if config.format == "text":
-        return {config.text_field: "data.text_field"}
-    fields = {config.prompt_field: "data.prompt_field", config.response_field: "data.response_field"}
-    return fields if config.input_field is None else fields | {config.input_field: "data.input_field"}
+    if source.format == "text":
+        keys = {source.text_field: "text_field"}
+    else:
+        keys = {source.prompt_field: "prompt_field", source.response_field: "response_field"}
+        keys |= {} if source.input_field is None else {source.input_field: "input_field"}
+    return {field: f"{source.section}.{key}" for field, key in keys.items()}
 
 
 def _readable(paths: Iterable[Path], where: str) -> list[Path]:
@@ -115,26 +146,26 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
 
 
-def _read_rows_of_file(path: Path, config: DataConfig) -> list[dict[str, Any]]:
+def _read_rows_of_file(path: Path, source: DataSource) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
-        return _read_json_lines(path, config)
+        return _read_json_lines(path, source)
     text = read_text_file(path)
     if path.suffix == ".json":
         value = _parse_json(text, path, 1)
         if not isinstance(value, list) or not value:
             raise UserError(f"{path} must hold a list of objects (one object per line goes into a .jsonl file)")
-        return [_as_row(item, f"{path}, item {i}", config) for i, item in enumerate(value)]
-    if config.format != "text":
-        raise UserError(f"data.format {config.format} needs .json or .jsonl files; {path} is plain text")
-    return [{config.text_field: text}]
+        return [_as_row(item, f"{path}, item {i}", source) for i, item in enumerate(value)]
+    if source.format != "text":
+        raise UserError(f"{source.section}.format {source.format} needs .json or .jsonl files; {path} is plain text")
+    return [{source.text_field: text}]
 
 
-def _read_json_lines(path: Path, config: DataConfig) -> list[dict[str, Any]]:
+def _read_json_lines(path: Path, source: DataSource) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig") as lines:
             numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
             rows = [
-                _as_row(_parse_json(line, path, number), f"{path}, line {number}", config) for number, line in numbered
+                _as_row(_parse_json(line, path, number), f"{path}, line {number}", source) for number, line in numbered
             ]
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
@@ -151,37 +182,39 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
         raise UserError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}") from None
 
 
-def _as_row(value: Any, where: str, config: DataConfig) -> dict[str, Any]:
+def _as_row(value: Any, where: str, source: DataSource) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, got {type(value).__name__}")
-    for field in _text_fields(config):
+    for field in _text_fields(source):
         if not isinstance(value.get(field), str | None):  # rows of real data have gaps
             raise UserError(f"{where}: field {field!r} must be text; got {value[field]!r:.80}")
     return value
 
 
-def _read_fields(config: DataConfig, known: set[str]) -> list[str]:
+def _read_fields(source: DataSource, known: set[str]) -> list[str]:
     """Returns the fields that are read, of those that are known."""
-    if config.format == "chat":
-        return chat_fields(known, config.path)
-    fields = _text_fields(config)
+    if source.format == "chat":
+        return chat_fields(known, source)
+    fields = _text_fields(source)
     for field, key in fields.items():
         if field not in known:
-            hint = " (null: there is none)" if key == "data.input_field" else ""
-            raise UserError(f"{key}: {config.path} has no field {field!r}{hint}; it has {', '.join(sorted(known))}")
+            hint = " (null: there is none)" if key.endswith(".input_field") else ""
+            raise UserError(f"{key}: {source.path} has no field {field!r}{hint}; it has {', '.join(sorted(known))}")
     return list(fields)
 
 
-def _load_dataset(config: DataConfig) -> TextRows:
+def _load_dataset(source: DataSource) -> "Dataset":
     from datasets import Dataset, load_dataset  # takes seconds, and files do not need it
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = load_dataset(config.path, config.name, split=config.split)
+        dataset = load_dataset(source.path, source.name, split=source.split)
     except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:  # RuntimeError: the data set is a script
         reason = first_line(error)
-        raise UserError(f"data.path: no file {config.path}, and not available as a dataset: {reason}") from None
+        raise UserError(
+            f"{source.section}.path: no file {source.path}, and not available as a dataset: {reason}"
+        ) from None
     assert isinstance(dataset, Dataset)
     if not len(dataset):
-        raise UserError(f"data.path: {config.path} has no rows in split {config.split}")
-    return dataset.select_columns(_read_fields(config, set(dataset.column_names)))
+        raise UserError(f"{source.section}.path: {source.path} has no rows in split {source.split}")
+    return dataset.select_columns(_read_fields(source, set(dataset.column_names)))

@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import begin_with
-from loraprune_ds.train.data.samples import Ragged, Samples
+from loraprune_ds.train.data.samples import Samples
 
-PADDING_ID = 0  # every model knows this id, and nothing looks at it
 TEXTS_AT_ONCE = 1000  # that are tokenised in one call
 PROMPT = "Answer the request.\n\n### Request\n{prompt}\n\n### Answer\n"
 PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}\n\n### Text\n{input}\n\n### Answer\n"
@@ -87,12 +86,12 @@ def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | N
         starts.append(len(ids))
         if len(starts) - 1 == max_samples:
             break
-    offsets = torch.from_numpy(np.asarray(starts, dtype=np.int64))
-    return Samples(
-        input_ids=Ragged(torch.from_numpy(np.asarray(ids, dtype=np.int32)), offsets, window, PADDING_ID),
-        labels=Ragged(torch.from_numpy(np.asarray(labels, dtype=np.int32)), offsets, window, IGNORE_INDEX),
-        left_out=left_out,
-    )
+    tensors = {
+        "input_ids": torch.from_numpy(np.asarray(ids, dtype=np.int32)),
+        "labels": torch.from_numpy(np.asarray(labels, dtype=np.int32)),
+        "starts": torch.from_numpy(np.asarray(starts, dtype=np.int64)),
+    }
+    return Samples.of_tensors(tensors, window=window, left_out=left_out)
 
 
 def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[int]:

@@ -1,0 +1,118 @@
+"""Pushes an export to the hub, with what was measured as the `model-index` of its card.
+
+The token is the hub's own: `HF_TOKEN`, or that of `hf auth login`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, get_token
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import validate_repo_id
+
+from loraprune_ds.checkpoint.run_folder import REPORT_FILE
+from loraprune_ds.errors import UserError, first_line, require
+from loraprune_ds.export.model_card import CARD_FILE
+from loraprune_ds.files import read_json
+from loraprune_ds.model.hub import HUB_ERRORS
+
+TASK = "text-generation"
+
+
+def check_push(repo: str, results: Sequence[Path]) -> None:
+    """Checks a push before the export is made.
+
+    Raises:
+        UserError: the name cannot be one, there is no token, or a file holds no result.
+    """
+    try:
+        validate_repo_id(repo)
+    except ValueError as error:
+        raise UserError(f"--push-to-hub {repo}: {first_line(error)}") from None
+    require(repo.count("/") == 1, f"--push-to-hub {repo}: give it as OWNER/NAME")
+    require(get_token() is not None, "--push-to-hub needs a token: set HF_TOKEN, or run `hf auth login`")
+    for path in results:
+        require({"perplexity", "tasks", "dense"} <= read_json(path).keys(), f"{path} is not from launch/evaluate.py")
+
+
+def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private: bool) -> str:
+    """Puts the results into the export's card and uploads it. Returns the address.
+
+    Args:
+        run: folder of the run, whose report has perplexities. Another folder has none.
+        results: files that launch/evaluate.py --json has written. They come after those of the run.
+
+    Raises:
+        UserError: the hub refuses, or cannot be reached.
+    """
+    api = HfApi()
+    write_model_index(folder / CARD_FILE, repo.rpartition("/")[2], run, results)
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a pruned model")
+    except HUB_ERRORS as error:
+        raise UserError(f"--push-to-hub {repo}: {first_line(error)}") from None
+    return str(url)
+
+
+def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[Path]) -> None:
+    """Writes what was measured into a card's `model-index`: the pruned model, and the dense one beside it."""
+    pruned, dense = list[EvalResult](), list[EvalResult]()
+    if (run / REPORT_FILE).is_file():
+        report = read_json(run / REPORT_FILE)
+        pruned += _of_run(report, "pruned")
+        dense += _of_run(report, "dense")
+    for path in results:
+        result = read_json(path)
+        pruned += _of_evaluation(result, result)
+        dense += _of_evaluation(result, result["dense"] or {})
+    card = ModelCard.load(card_file)
+    index = [
+        entry for key, found in ((name, pruned), (f"{name}, dense", dense)) if found for entry in _index(key, found)
+    ]
+    card.data["model-index"] = index or None
+    card.save(card_file)
+
+
+def _index(name: str, results: list[EvalResult]) -> Iterable[Any]:
+    return eval_results_to_model_index(name, results)
+
+
+def _of_run(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
+    """Yields the perplexity of a run's held-out text."""
+    value, config = report["perplexity"][which], report["config"]
+    data = config.get("data", {})
+    if value is not None:
+        text = Path(data.get("held_out") or data.get("path", "held-out text")).name
+        yield _perplexity(value, text, config.get("evaluate", {}).get("window"))
+
+
+def _of_evaluation(result: dict[str, Any], model: dict[str, Any]) -> Iterator[EvalResult]:
+    """Yields the perplexity and the tasks that launch/evaluate.py has measured of a model."""
+    if model.get("perplexity") is not None:
+        yield _perplexity(model["perplexity"], result["text"]["name"], result["protocol"]["window"])
+    for task, metrics in ((model.get("tasks") or {}).get("results") or {}).items():
+        for metric, value in metrics.items():
+            name, _, variant = metric.partition(",")
+            if variant and not name.endswith("_stderr") and isinstance(value, int | float):
+                yield EvalResult(
+                    task_type=TASK,
+                    dataset_type=task,
+                    dataset_name=task,
+                    metric_type=name,
+                    metric_value=value,
+                    metric_name=f"{name} ({variant}), lm-eval",
+                )
+
+
+def _perplexity(value: float, text: str, window: int | None) -> EvalResult:
+    how = f", windows of {window} tokens" if window else ""
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=text,
+        dataset_name=text,
+        metric_type="perplexity",
+        metric_value=round(value, 4),
+        metric_name=f"perplexity{how}",
+    )

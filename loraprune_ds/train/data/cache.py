@@ -1,0 +1,79 @@
+"""Keeps tokenised data on disk, so that one rank of a node makes it once and all others map the same memory.
+
+<datasets' cache>/loraprune_ds/<digest>/samples.safetensors   ids and labels
+                                        held_out.txt          the text for perplexity
+
+The folder is that of `datasets`: HF_DATASETS_CACHE, or `datasets` in HF_HOME. The digest is that of all that the
+samples depend on: data, settings, tokenizer with its chat template, and the code here.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from loraprune_ds.config_data import DataConfig
+from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.train.data.samples import LoadedData, Samples
+from loraprune_ds.train.data.sources import file_identity, source_identity
+from loraprune_ds.whole import make_once
+
+SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
+HALVES = "surrogatepass"  # JSON may hold halves of characters
+
+
+def cached(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None, make: Callable[[], LoadedData]
+) -> LoadedData:
+    """Returns what `make` returns for these settings, from the disk if it was made before.
+
+    Raises:
+        UserError: as `make`, or the cache cannot be written or read.
+    """
+    folder = _cache_folder() / _digest(config, tokenizer, start)
+    try:
+        if not folder.exists():
+            make_once(folder, lambda made: _write(make(), made))
+        return _read(folder)
+    except (OSError, SafetensorError) as error:  # the second, too, where the disk is full
+        raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
+
+
+def _cache_folder() -> Path:
+    datasets = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
+    return Path(datasets).expanduser() / "loraprune_ds"
+
+
+def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None) -> str:
+    sources = [source_identity(source) for source in config.sources]
+    held_out = [Path(path).expanduser() for path in (config.held_out,) if path]
+    files = [file_identity(path) for path in held_out if path.exists()]
+    digest = hashlib.sha256(repr((dataclasses.asdict(config), sources, files, start)).encode())
+    with TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted([*Path(scratch).rglob("*.*"), *Path(__file__).parent.glob("*.py")]):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _write(data: LoadedData, folder: Path) -> None:
+    tensors = data.samples.tensors() | ({} if data.epoch is None else {"epoch": data.epoch})
+    numbers = {"window": str(data.samples.window), "left_out": str(data.samples.left_out)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SAMPLES_FILE, numbers)
+    (folder / HELD_OUT_FILE).write_bytes(data.held_out.encode(errors=HALVES))
+
+
+def _read(folder: Path) -> LoadedData:
+    with safe_open(folder / SAMPLES_FILE, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # they map the file
+        numbers = {name: int(value) for name, value in file.metadata().items()}
+    held_out = (folder / HELD_OUT_FILE).read_bytes().decode(errors=HALVES)
+    epoch = tensors.pop("epoch", None)
+    return LoadedData(Samples.of_tensors(tensors, **numbers), held_out, epoch)

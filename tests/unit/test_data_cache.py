@@ -1,0 +1,109 @@
+"""Tokens are made once, mapped by all who need them, and made again when anything changes that they depend on."""
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from loraprune_ds.config import DataConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.train.data import loading
+from loraprune_ds.train.data.cache import cached
+from loraprune_ds.train.data.loading import load_samples
+from loraprune_ds.train.data.samples import LoadedData, Ragged, Samples
+from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
+from tests.unit.test_data_tokens import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "loraprune_ds"
+
+
+def load(path: Path, tokenizer: Any = TOKENIZER, start: int | None = None, **settings: Any) -> LoadedData:
+    config = DataConfig(**({"path": str(path), "window": 16} | settings))
+    return load_samples(config, tokenizer, minimum=1, vocab_size=100, start=start)
+
+
+def reads(path: Path, *arguments: Any, **settings: Any) -> bool:
+    """Tells if the data is read again."""
+    with patch.object(loading, "read_rows", wraps=loading.read_rows) as read_rows:
+        load(path, *arguments, **settings)
+    return read_rows.called
+
+
+@pytest.mark.parametrize("form", ["text", "instruction"])
+def test_what_is_found_is_what_was_made(form: str, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "data.jsonl", documents(40) if form == "text" else INSTRUCTIONS)
+    config = DataConfig(path=str(path), window=40, format=form, held_out_fraction=0.2)  # pyright: ignore[reportArgumentType]
+    made = loading._make(config, TOKENIZER, None)
+    load(path, window=40, format=form, held_out_fraction=0.2)
+    with patch.object(loading, "read_rows"):  # a call would fail
+        found = load(path, window=40, format=form, held_out_fraction=0.2)
+    assert found.samples.digest() == made.samples.digest()
+    assert (found.held_out, found.samples.left_out) == (made.held_out, made.samples.left_out)
+    assert type(found.samples.input_ids) is type(made.samples.input_ids)
+    assert torch.equal(found.samples.supervised_counts(), made.samples.supervised_counts())
+
+
+def test_the_tokens_are_mapped_and_not_read(tmp_path: Path, cache: Path) -> None:
+    found = load(write_json(tmp_path / "data.jsonl", documents(40)))
+    (file,) = cache.glob("*/samples.safetensors")
+    assert any(line.endswith(f"{file}\n") for line in Path("/proc/self/maps").open())
+    assert len(found.samples) > 0
+
+
+def test_line_ends_and_halves_of_characters_in_the_held_out_text_are_kept(tmp_path: Path) -> None:
+    text = "a\r\nb\rc\n\ud83d"
+    data = LoadedData(Samples(torch.ones(2, 4).int(), torch.ones(2, 4).int()), text)
+    for _ in range(2):
+        assert cached(DataConfig(), TOKENIZER, None, lambda: data).held_out == text
+
+
+def test_all_that_the_tokens_depend_on_makes_them_again(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "data.jsonl", documents(40))
+    assert reads(path)
+    assert not reads(path)
+    assert reads(path, window=8)
+    assert reads(path, max_samples=3)
+    assert reads(path, TOKENIZER, 1)
+    assert reads(path, make_tokenizer(template="<s> $A"))
+    with_template = make_tokenizer()
+    with_template.chat_template = "{{ messages }}"
+    assert reads(path, with_template)
+    held_out = tmp_path / "held_out.txt"
+    for i in (1, 2):
+        held_out.write_text("w1")
+        os.utime(held_out, (i, i))
+        assert reads(path, held_out=str(held_out))
+    os.utime(path, (1, 1))
+    assert reads(path)
+    path.write_text(path.read_text() + '{"text": "w1"}\n')
+    os.utime(path, (1, 1))
+    assert reads(path)
+    assert not reads(path)
+
+
+def test_data_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(UserError, match="has no field 'body'"):
+        load(write_json(tmp_path / "data.jsonl", documents(40)), text_field="body")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, cache: Path) -> None:
+    cache.parent.write_text("a file")
+    with pytest.raises(UserError, match=r"the tokens of data\.path cannot be kept in .*: \[Errno") as caught:
+        load(write_json(tmp_path / "data.jsonl", documents(40)))
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_of_no_token_are_kept(cache: Path) -> None:
+    empty = Ragged(torch.zeros(0).int(), torch.zeros(1).long(), 8, 0)
+    data = cached(DataConfig(), TOKENIZER, None, lambda: LoadedData(Samples(empty, empty), ""))
+    assert len(data.samples) == 0

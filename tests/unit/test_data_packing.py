@@ -1,0 +1,141 @@
+"""Several samples in one window: what each of them gives to the loss is what it gives alone. And batches by length."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+
+from loraprune_ds.config_file import config_from_dict
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.distillation import Recording
+from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
+from loraprune_ds.train.data.order import SampleOrder
+from loraprune_ds.train.data.packing import best_fit, pack_samples
+from loraprune_ds.train.data.samples import Samples, join_samples, starts_of
+from tests.families import TINY, tiny_model
+from tests.unit.test_data import numbers
+
+WINDOW = 24
+LENGTHS = [5, 17, 9, 24, 3, 11, 7, 2]
+# The same sums in another order, and a softmax over masked scores: 6e-8 a term, of some hundred terms.
+TOLERANCE = 2e-5
+
+
+def make_samples() -> Samples:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 97, (sum(LENGTHS),), generator=generator).int()
+    labels = ids.masked_fill(torch.rand(len(ids), generator=generator) < 0.4, IGNORE_INDEX)
+    tensors = {"input_ids": ids, "labels": labels, "starts": starts_of(torch.tensor(LENGTHS))}
+    return Samples.of_tensors(tensors, window=WINDOW, left_out=1)
+
+
+SAMPLES, PACKS = make_samples(), best_fit(LENGTHS, WINDOW)
+PACKED = pack_samples(SAMPLES)
+
+
+def everything(samples: Samples) -> dict[str, Tensor]:
+    return samples.inputs(numbers(*range(len(samples))))
+
+
+def test_every_sample_is_in_one_pack_and_no_pack_is_longer_than_the_window() -> None:
+    lengths = torch.randint(1, 101, (2000,), generator=torch.Generator().manual_seed(1)).tolist()
+    packs = best_fit(lengths, 100)
+    assert sorted(sample for pack in packs for sample in pack) == list(range(2000))
+    assert max(sum(lengths[sample] for sample in pack) for pack in packs) <= 100
+    assert len(packs) <= 1.02 * sum(lengths) / 100
+    assert best_fit([10, 10, 10], 10) == [[0], [1], [2]]
+    assert best_fit([], 10) == []
+
+
+def test_a_pack_holds_its_samples_one_behind_the_other() -> None:
+    inputs, alone = everything(PACKED), everything(SAMPLES)
+    assert (len(PACKED), PACKED.left_out) == (len(PACKS), 1)
+    for row, pack in enumerate(PACKS):
+        assert inputs["position_ids"][row][: sum(LENGTHS[i] for i in pack)].tolist() == [
+            position for i in pack for position in range(LENGTHS[i])
+        ]
+        ids = torch.cat([alone["input_ids"][i, : LENGTHS[i]] for i in pack])
+        assert inputs["input_ids"][row, : len(ids)].equal(ids)
+    assert PACKED.supervised_counts().sum() == SAMPLES.supervised_counts().sum()
+    assert PACKED.count_tokens(numbers(*range(len(PACKED)))) == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", TINY)
+def test_losses_of_packed_samples_are_those_of_samples_alone(family: str, attention: str) -> None:
+    if attention == "sdpa" and TINY[family].get("attn_logit_softcapping"):
+        pytest.skip("sdpa cannot cap scores; such a family gets eager")
+    model = with_token_losses(tiny_model(family, attn_implementation=attention), 5)
+    with torch.no_grad():
+        alone = torch.stack([model(**SAMPLES.inputs(numbers(i))).sum() for i in range(len(SAMPLES))])
+        packed = model(**everything(PACKED)).sum(1)
+        crossing = model(**{k: v for k, v in everything(PACKED).items() if k != "position_ids"}).sum(1)
+    expected = torch.stack([alone[pack].sum() for pack in PACKS])
+    assert ((packed - expected).abs() / expected).max() < TOLERANCE
+    assert ((crossing - expected).abs() / expected).max() > 50 * TOLERANCE  # this test can fail
+
+
+def test_gradients_of_packed_samples_are_those_of_samples_alone() -> None:
+    gradients = []
+    for samples in (SAMPLES, PACKED):
+        model = with_token_losses(tiny_model("llama"), None)
+        model.lm_head.weight.requires_grad_(False)
+        model(**everything(samples)).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any("q_proj" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).abs().max() < TOLERANCE * gradient.abs().max(), name
+
+
+def test_what_a_teacher_records_of_packed_samples_is_what_it_records_of_samples_alone() -> None:
+    model = with_token_losses(tiny_model("llama"), None)
+    with torch.no_grad():
+        packed = model(**everything(PACKED), distillation=Recording(None))["hidden"]
+        order = numbers(*(i for pack in PACKS for i in pack))
+        alone = [model(**SAMPLES.inputs(i[None]), distillation=Recording(None))["hidden"] for i in order]
+    assert len(packed) == PACKED.supervised_counts().sum()
+    assert (packed - torch.cat(alone)).abs().max() < TOLERANCE * packed.abs().max()
+
+
+def test_flash_attention_finds_the_samples_by_their_positions() -> None:
+    for row, pack in enumerate(PACKS):
+        positions = PACKED.inputs(numbers(row))["position_ids"]
+        (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions)
+        assert starts[: len(pack) + 1].tolist() == starts_of(torch.tensor([LENGTHS[i] for i in pack])).tolist()
+        assert int(longest) == max(LENGTHS[i] for i in pack)
+
+
+def test_windows_of_text_beside_packs_are_one_text_each() -> None:
+    text = torch.arange(2 * WINDOW).int().view(2, WINDOW)
+    both = everything(join_samples([pack_samples(Samples(text, text)), PACKED]))
+    assert both["position_ids"][:2].tolist() == [list(range(WINDOW))] * 2
+    assert both["position_ids"][2:].equal(everything(PACKED)["position_ids"])
+    assert both["input_ids"][:2].equal(text.long())
+
+
+def test_a_batch_by_length_has_the_same_samples_the_longest_first() -> None:
+    lengths = SAMPLES.lengths()
+    plain, sorted_ = SampleOrder(8, 4, 3), SampleOrder(8, 4, 3, lengths=lengths)
+    for step in range(5):
+        assert sorted(plain.batch(step).tolist()) == sorted(sorted_.batch(step).tolist())
+        assert lengths[sorted_.batch(step)].tolist() == sorted(lengths[plain.batch(step)].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"packing": True}}, "data.packing has no effect on data.format text"),
+        ({"train": {"steps": 1, "group_by_length": True}}, "train.group_by_length has no effect on data.format text"),
+        (
+            {
+                "data": {"path": "a", "format": "chat", "packing": True},
+                "model": {"attn_implementation": "flash_attention_2"},
+            },
+            "data.packing with model.attn_implementation flash_attention_2 needs train.micro_batch_size 1",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_line(sections: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        config_from_dict({"output_dir": "out"} | sections)
+    assert "\n" not in str(caught.value)
