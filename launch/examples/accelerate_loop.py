@@ -2,36 +2,29 @@
 
 import sys
 
-import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.hf.live import linear_names
 from loraprune_ds.hf.pruning import Pruning
 
-name, data, out, steps, ds_config = sys.argv[1:]
-accelerator = Accelerator(gradient_accumulation_steps=2, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config))
+name, data, out, ds_config = sys.argv[1:]
+accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config))
 tokenizer = AutoTokenizer.from_pretrained(name)
-lora = LoraConfig(r=8, target_modules=linear_names(name), task_type="CAUSAL_LM")
-model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), lora)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), LoraConfig(target_modules="all-linear"))
+optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 rows = load_dataset("json", data_files=data, split="train").map(lambda row: tokenizer(row["text"][:64]))
 loader = DataLoader(rows.with_format("torch", ["input_ids"]), batch_size=1)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-
-pruning = Pruning.attach(model, optimizer, PruneConfig(ratio=0.3, prune_every=2), int(steps))
-batches = iter(loader)
-for _ in range(int(steps)):
+pruning = Pruning.attach(model, optimizer, PruneConfig(ratio=0.3, prune_every=2), steps=len(loader))
+for batch in loader:
     pruning.begin_step()
-    for _ in range(2):
-        with accelerator.accumulate(model):
-            ids = next(batches)["input_ids"]
-            accelerator.backward(model(input_ids=ids, labels=ids).loss)
-            optimizer.step()
+    accelerator.backward(model(**batch, labels=batch["input_ids"]).loss)
+    optimizer.step()
     pruning.end_step()
 pruning.save_model(f"{out}/model", tokenizer)
 pruning.save_base(f"{out}/base", tokenizer=tokenizer)

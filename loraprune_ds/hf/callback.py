@@ -23,7 +23,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.foreign import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
-RESUME = "call trainer.train(resume_from_checkpoint=pruning.resume(trainer.model, folder))"
+RESUME = "call trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))"
 
 
 class LoraPruneCallback(TrainerCallback):
@@ -43,6 +43,7 @@ class LoraPruneCallback(TrainerCallback):
         self._pruning: Pruning | None = None
         self._checkpoint: PruningCheckpoint | None = None
         self._tokenizer: Any = None
+        self._output_dir = "."
         self._guard: RemovableHandle | None = None
 
     @property
@@ -66,12 +67,12 @@ class LoraPruneCallback(TrainerCallback):
         """The fraction of the dense decoder-layer linear parameters that is gone."""
         return self.pruning.reached
 
-    def resume(self, model: Any, folder: str | Path) -> str | None:
+    def resume(self, model: Any, folder: str | Path | None = None) -> str | None:
         """Cuts the dense model to a checkpoint. Call it before `trainer.train(resume_from_checkpoint=...)`. Collective.
 
         Args:
             model: `trainer.model`, dense and with LoRA.
-            folder: a checkpoint, or the Trainer's `output_dir`, of which the newest whole checkpoint counts.
+            folder: a checkpoint, or one with checkpoints, of which the newest whole one counts. None: the `output_dir`.
 
         Returns:
             The checkpoint, for `resume_from_checkpoint`. None if there is none yet.
@@ -79,7 +80,8 @@ class LoraPruneCallback(TrainerCallback):
         Raises:
             UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
         """
-        self._checkpoint = cut_to_checkpoint(model, Path(folder), self.config, Communicator())
+        found = self._output_dir if folder is None else folder
+        self._checkpoint = cut_to_checkpoint(model, Path(found), self.config, Communicator())
         return None if self._checkpoint is None else str(self._checkpoint.folder)
 
     def save_model(self, folder: str | Path) -> None:
@@ -103,6 +105,7 @@ class LoraPruneCallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watches for a checkpoint that is loaded without `resume`. DeepSpeed would fail at its sizes, not say why."""
+        self._output_dir = str(args.output_dir)
         if isinstance(model := kwargs.get("model"), nn.Module):
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
 

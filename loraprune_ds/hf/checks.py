@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from loraprune_ds.config import PruneConfig
@@ -77,11 +78,28 @@ def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> Non
                     f"prune.compensate: bias: layer {index} {linear.name} has none; load the model with "
                     "attention_bias=True, mlp_bias=True",
                 )
-    wrapped = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
-    require(
-        not (wrapped and shape.tie_word_embeddings),
-        "modules_to_save with tied embeddings: the exported model would lose one of the two",
-    )
+    _check_others(model, shape)
+
+
+def _check_others(model: PeftModel, shape: ModelShape) -> None:
+    """Checks what trains beside the LoRA of the linears: it must be exported, and a cut must not change it."""
+    pruned = {id(layer.get_submodule(linear.name)) for layer in decoder_layers(model) for linear in shape.linears}
+    cut_along = tuple(f".{companion.name.rpartition('.')[0]}" for companion in shape.family.companions)
+    for name, module in model.named_modules():
+        name = name.removeprefix("base_model.model.")
+        require(
+            not isinstance(module, BaseTunerLayer) or id(module) in pruned,
+            f"{name} has LoRA, but only the linears of the decoder layers may: an export would lose it. Use "
+            "target_modules=linear_names(model), and modules_to_save for what should train whole",
+        )
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        require(isinstance(module, ModulesToSaveWrapper), f"{name}: trainable_token_indices are not supported")
+        require(not name.endswith(cut_along), f"modules_to_save: a cut makes {name} smaller, so it cannot train whole")
+        require(
+            not shape.tie_word_embeddings,
+            "modules_to_save with tied embeddings: the exported model would lose one of the two",
+        )
 
 
 def _is_compiled(model: nn.Module) -> bool:

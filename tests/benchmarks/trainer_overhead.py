@@ -1,10 +1,11 @@
 """Measures what the callback adds to a step of transformers' Trainer, with the package's own trainer beside it.
 
-    python -m tests.benchmarks.trainer_overhead [--rounds 3] [--steps 5]
+    python -m tests.benchmarks.trainer_overhead [--rounds 2] [--steps 5]
 
-Each round trains SmolLM2-135M three times on two CPU ranks: with Trainer alone, with the callback, and with our own
-trainer. So the noise of a shared machine falls on all alike. Every step scores and none cuts. The first step of a
-training is a warm-up and does not count. Medians go to tests/benchmarks/results/trainer_overhead.json.
+Each round trains six layers of SmolLM2-135M's widths three times on two CPU ranks, in fp32: with Trainer alone, with
+the callback, and with our own trainer. So the noise of a shared machine falls on all alike. Every step scores and none
+cuts. The first step of a training is a warm-up and does not count. Medians go to
+tests/benchmarks/results/trainer_overhead.json.
 """
 
 import argparse
@@ -20,14 +21,22 @@ from transformers import TrainerCallback
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.files import write_json
 from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.report.provenance import hardware, versions
 from tests.hf.trainers import InOrder, Rows, arguments, fresh_accelerate, load_model
 from tests.numerics.driver import Job, build, write_adapter
-from tests.oracle.models import make_batches, make_lora
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
 RESULT = Path(__file__).parent / "results" / "trainer_overhead.json"
+SIZES: dict[str, Any] = {
+    "heads": 9,
+    "kv_heads": 3,
+    "head_dim": 64,
+    "hidden": 576,
+    "ffn": 1536,
+    "layers": 6,
+    "vocab": 997,
+}
 PRUNE = {"ratio": 0.3, "prune_every": 1000, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
 
 
@@ -72,15 +81,16 @@ def measure(job: Job, out: Path, rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
-    folder, pool = embedded_model_dir(), RankPool()
+    pool = RankPool()
     with tempfile.TemporaryDirectory() as out:
+        folder = make_tiny_llama(Path(out) / "model", **SIZES, seed=3)
         lora = make_lora(folder, r=8, seed=1, size=0.03)
         adapter = write_adapter(Path(out) / "adapter", lora, r=8, alpha=16)
-        batches = make_batches(steps=options.steps, samples=8, tokens=64, vocab=49152, seed=2, masked=False)
-        job = Job(folder, adapter, batches, PRUNE, dtype="bfloat16", lora_r=8, lora_alpha=16, learning_rate=1e-4)
+        batches = make_batches(steps=options.steps, samples=8, tokens=128, vocab=SIZES["vocab"], seed=2, masked=False)
+        job = Job(folder, adapter, batches, PRUNE, lora_r=8, lora_alpha=16, learning_rate=1e-4)
         times = pool.run(2, measure, job, Path(out), options.rounds, timeout=3600)[0]
     pool.close()
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -90,6 +100,7 @@ def main() -> None:
         "own_over_trainer": median["own"] / median["trainer"],
         "all_seconds": times,
         "rounds": options.rounds,
+        "model": SIZES,
         "tokens_per_step": torch.numel(batches[0][0]),
         "world_size": 2,
         "prune": PRUNE,

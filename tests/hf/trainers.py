@@ -6,26 +6,31 @@ import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl.trainer.utils import use_adapter
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.callback import LoraPruneCallback
+from loraprune_ds.hf.live import linear_names
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, gather_everywhere
 from tests.unit.shapes_and_scores import repository
+
+KINDS = ("heads", "channels")
 
 
 @contextmanager
@@ -56,11 +61,46 @@ class Rows(Dataset):
         return {"input_ids": ids, "labels": self.labels[i], "attention_mask": torch.ones_like(ids)}
 
 
+@dataclass(frozen=True)
+class Setup:
+    """Says what a user's Trainer has besides the callback.
+
+    Attributes:
+        reference: an adapter `ref` beside the trained one. Each loss is preceded by its forward pass without a
+            gradient, as in DPO and GRPO.
+        reentrant: how activation checkpointing recomputes. None: there is none.
+    """
+
+    reference: bool = False
+    reentrant: bool | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        if self.reentrant is None:
+            return {}
+        return {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": self.reentrant}}
+
+
+PLAIN = Setup()
+
+
 class InOrder(Trainer):
     """Reads the samples in the order of our own trainer's tests."""
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
+
+
+def kept_groups(kept: list[LayerKeep]) -> list[tuple[list[int], ...]]:
+    return [tuple(keep[kind].tolist() for kind in KINDS) for keep in kept]
+
+
+class BesideReference(InOrder):
+    """Computes with the adapter `ref` before each loss."""
+
+    def compute_loss(self, model: Any, inputs: Any, *more: Any, **keywords: Any) -> Any:
+        with torch.no_grad(), use_adapter(cast(PeftModel, self.model), "ref"):
+            model(input_ids=inputs["input_ids"])
+        return super().compute_loss(model, inputs, *more, **keywords)
 
 
 class Watch(TrainerCallback):
@@ -77,9 +117,9 @@ class Watch(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._recording.close()
         gathered = sum(numel for name, numel in self._calls if name == "all_gather_into_tensor")
-        kept = self.callback.pruning.training.pruner.kept_of_dense
-        groups = [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in kept]
-        self.rows.append({"kept": groups, "gathered": gathered})
+        training = self.callback.pruning.training
+        kept, tokens = training.pruner.kept_of_dense, training.history.steps[-1].tokens
+        self.rows.append({"kept": kept_groups(kept), "tokens": tokens, "gathered": gathered})
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         if logs and "loss" in logs:
@@ -105,9 +145,14 @@ def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
     )
 
 
-def load_model(job: Job, **more: Any) -> PeftModel:
-    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.dtype))
-    return PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=False, **more)
+def load_model(job: Job, setup: Setup = PLAIN) -> PeftModel:
+    model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.dtype))
+    if setup.reentrant is not None:
+        model.enable_input_require_grads()
+    model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=False)
+    if setup.reference:
+        model.add_adapter("ref", LoraConfig(r=2, target_modules=linear_names(model.get_base_model())))
+    return model
 
 
 def stop_early(job: Job, out: Path) -> list[str]:
@@ -127,28 +172,38 @@ def stop_early(job: Job, out: Path) -> list[str]:
     return messages
 
 
-def cut_gap(scores: LayerScores, before: LayerKeep, after: LayerKeep) -> float:
-    """Returns the relative gap between the last group that stays in a layer and the first that goes. 1 if all stay."""
-    gaps = [1.0]
-    for kind, values in scores.items():
-        stays = torch.isin(before[kind], after[kind])
-        if not stays.all():
-            line = float(values[stays].min())
-            gaps.append((line - float(values[~stays].max())) / line)
-    return min(gaps)
+def train_alone(job: Job, follows: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """Trains with the package's own trainer.
 
-
-def train_alone(job: Job) -> list[dict[str, Any]]:
-    """Trains with the package's own trainer."""
+    Args:
+        follows: rows of another training. Each cut keeps its groups, and the row lists where our own choice differs:
+            layer, kind, number of groups, and by how much our scores of the two choices differ, relative to the line.
+    """
     trainer = build(job)
-    rows = []
+    pruner, rows = trainer.pruner, list[dict[str, Any]]()
+    rank = pruner._rank
+
+    def follow(scores: list[LayerScores], target: float) -> list[LayerKeep]:
+        chosen, theirs = rank(scores, target), follows[len(rows)]["kept"] if follows else []
+        for layer, groups in enumerate(theirs):
+            for kind, kept in zip(KINDS, groups, strict=True):
+                of, own = scores[layer][kind], chosen[layer][kind]
+                other = torch.isin(pruner.kept_of_dense[layer][kind], torch.tensor(kept)).nonzero().flatten()
+                assert len(own) == len(other), (layer, kind)
+                here, there = own[~torch.isin(own, other)], other[~torch.isin(other, own)]
+                if len(here):
+                    gap = float((of[here].max() - of[there].min()) / of[own].min())
+                    differences.append({"layer": layer, "kind": kind, "groups": len(here), "gap": gap})
+                chosen[layer] = LayerKeep({**chosen[layer], kind: other})
+        return chosen
+
+    pruner._rank = follow
     for step in range(1, len(job.batches) + 1):
+        differences: list[dict[str, Any]] = []
         record = trainer.step(step)
-        before, scores = trainer.pruner.kept_of_dense, trainer.pruner.average.scores or []
         trainer.cut(step)
-        kept = [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in trainer.pruner.kept_of_dense]
-        gap = min(map(cut_gap, scores, before, trainer.pruner.kept_of_dense))
-        rows.append({"loss": record.loss, "norm": record.grad_norm, "kept": kept, "gap": gap})
+        row = {"loss": record.loss, "norm": record.grad_norm, "tokens": record.tokens, "differences": differences}
+        rows.append(row | {"kept": kept_groups(pruner.kept_of_dense)})
     return rows
 
 
@@ -165,15 +220,16 @@ def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor
 
 
 def train_with_callback(
-    job: Job, out: Path, more: dict[str, Any], checkpoint: str | None = None
+    job: Job, out: Path, more: dict[str, Any], checkpoint: str | None = None, setup: Setup = PLAIN
 ) -> tuple[list[Any], dict[str, Any]]:
     """Trains to the end, from the start or from a checkpoint. Returns the rows, and all weights of the model."""
     with fresh_accelerate():
         callback = LoraPruneCallback(PruneConfig(**job.prune))
         watch = Watch(callback)
-        trainer = InOrder(
-            model=load_model(job),
-            args=arguments(job, out, **more),
+        args = arguments(job, out, **more, **setup.arguments())  # the model is born sharded then
+        trainer = (BesideReference if setup.reference else InOrder)(
+            model=load_model(job, setup),
+            args=args,
             train_dataset=Rows(job),
             eval_dataset=Rows(job),
             callbacks=[callback, watch],

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
+from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, TrainerState
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
@@ -60,6 +60,8 @@ def test_a_linear_without_lora_is_named() -> None:
         ({"use_dora": True}, "layer 0 self_attn.q_proj: DoraLinearVariant is not plain LoRA"),
         ({"bias": "all"}, "adapter default: bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save with tied embeddings"),
+        ({"trainable_token_indices": [1]}, "model.embed_tokens: trainable_token_indices are not supported"),
+        ({"target_modules": [*ALL, "lm_head"]}, "lm_head has LoRA, but only the linears"),
     ],
 )
 def test_other_adapters_are_named(more: dict[str, Any], words: str) -> None:
@@ -150,7 +152,7 @@ def test_a_static_cache_of_the_model_is_refused() -> None:
 def test_an_optimizer_without_zero_3_is_refused() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(UserError, match=r"needs DeepSpeed ZeRO-3 .* the optimizer is AdamW"):
-        find_zero_optimizer(SimpleNamespace(optimizer=optimizer) and optimizer)
+        find_zero_optimizer(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +191,60 @@ def test_gradients_in_bf16_are_warned_of(caplog: pytest.LogCaptureFixture) -> No
         warn_of_rounded_gradients({torch.float32, torch.bfloat16})
     assert "averaged in bfloat16, float32" in caplog.messages[0]
     assert '"communication_data_type": "fp32"' in caplog.messages[0]
+
+
+# All of it is asked before the first step
+
+
+def refused_start(monkeypatch: pytest.MonkeyPatch, model: PeftModel, inner: Any, **args: Any) -> str:
+    """Begins a training as a Trainer does, over a stand-in for ZeRO-3's optimizer. Returns the refusal."""
+    for module in ("callback", "pruning"):
+        monkeypatch.setattr(f"loraprune_ds.hf.{module}.find_zero_optimizer", lambda zero: zero)
+    state, zero = TrainerState(max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="the shards' ranks")
+    with pytest.raises(UserError) as caught:
+        LoraPruneCallback(PruneConfig()).on_train_begin(
+            cast(Any, SimpleNamespace(output_dir="unused", report_to=[], **args)),
+            state,
+            cast(Any, None),
+            model=model,
+            optimizer=zero,
+        )
+    return str(caught.value)
+
+
+def adam() -> torch.optim.Optimizer:
+    return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+
+
+def test_a_training_begins_with_all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvme = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=nvme))
+    fewer = adapted(target_modules=[name for name in ALL if name != "up_proj"])
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    assert "load_best_model_at_end=True" in refused_start(monkeypatch, adapted(), adam(), load_best_model_at_end=True)
+    assert "weights on NVMe" in refused_start(monkeypatch, adapted(), adam(), deepspeed_plugin=plugin)
+    assert "layer 0 mlp.up_proj has no LoRA" in refused_start(monkeypatch, fewer, adam())
+    assert "the optimizer state of SGD" in refused_start(monkeypatch, adapted(), sgd)
+
+
+def test_shards_on_some_of_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraprune_ds.zero.foreign.dist.get_world_size", lambda group=None: 2 if group else 4)
+    assert "ZeRO-3 shards over 2 of 4 ranks" in refused_start(monkeypatch, adapted(), adam())
+
+
+def test_a_schedule_of_other_steps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraprune_ds.hf.callback.find_zero_optimizer", lambda optimizer: optimizer)
+    callback, state = LoraPruneCallback(PruneConfig()), TrainerState(global_step=3, max_steps=10)
+    callback._checkpoint = cast(Any, SimpleNamespace(state=SimpleNamespace(step=3, steps=20)))
+    with pytest.raises(UserError, match="schedule is of 20 steps, not of 10"):
+        callback.on_train_begin(cast(Any, SimpleNamespace()), state, cast(Any, None), model=adapted(), optimizer=None)
+
+
+def test_what_a_cut_makes_smaller_cannot_train_whole() -> None:
+    config = Olmo2Config(**SIZES, num_attention_heads=4, num_key_value_heads=2)
+    lora = LoraConfig(r=2, target_modules=ALL, modules_to_save=["q_norm"])
+    model = cast(PeftModel, get_peft_model(Olmo2ForCausalLM(config), lora))
+    assert "a cut makes model.layers.0.self_attn.q_norm smaller" in refusal(model)
 
 
 # Checkpoints
