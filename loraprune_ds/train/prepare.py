@@ -60,8 +60,8 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
         UserError: something cannot be used. All ranks raise the same line.
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
-    # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     ranks_per_node = comm.ranks_per_node()
+    # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
         waiting.all_or_raise(lambda: _fetch(config) if is_first_on_node else None)
         waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None)
