@@ -32,7 +32,7 @@ def simulate(model: str, multiple: int) -> dict[str, Any]:
     limits = make_limits(config, read_shape(model))
     schedule = make_schedule(config, STEPS, limits)
     cuts = schedule.cut_steps()
-    widths = [uniform_counts(limits, schedule.target(step), config.ratio) for step in cuts]
+    widths = [uniform_counts(limits, schedule.target(step), schedule.ratio) for step in cuts]
     lasts = [later - step for step, later in itertools.pairwise([*cuts, STEPS])]  # steps that each width trains for
     odd = sum(steps for steps, width in zip(lasts, widths, strict=True) if width["channels"] % 8)
     return {

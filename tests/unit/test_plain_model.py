@@ -127,7 +127,7 @@ def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
 def test_uniform_heads_for_the_schedules_end(gqa: Tiny) -> None:
     """Each cut is in proportion to the final counts: its own target alone would round to other ones."""
     run = gqa.plain().run(gqa.batches)
-    limits, ratio = run.pruner.limits, run.prune.ratio
+    limits, ratio = run.pruner.limits, run.pruner.schedule.ratio
     on_the_way = [uniform_counts(limits, cut.target, ratio) for cut in run.cuts]
     assert [cut.keep[0].shape for cut in run.cuts] == on_the_way
     assert on_the_way != [uniform_counts(limits, cut.target, cut.target) for cut in run.cuts]

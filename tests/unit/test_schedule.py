@@ -77,12 +77,12 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, 
     if ranking == "global":
         assert cuts[-1] == schedule.end
         return
-    counts = [uniform_counts(limits, schedule.target(step), config.ratio) for step in (0, *cuts)]
+    counts = [uniform_counts(limits, schedule.target(step), schedule.ratio) for step in (0, *cuts)]
     assert all(now != before for before, now in pairwise(counts))
-    assert counts[-1] == uniform_counts(limits, config.ratio, config.ratio)
+    assert counts[-1] == uniform_counts(limits, schedule.ratio, schedule.ratio)
     assert all(layer["channels"] % 128 == 0 for layer in counts)
     due = [step for step in range(schedule.start + 1, schedule.end + 1) if (step - schedule.start) % 10 == 0]
-    widths = {uniform_counts(limits, schedule.target(step), config.ratio) for step in due[::50]}
+    widths = {uniform_counts(limits, schedule.target(step), schedule.ratio) for step in due[::50]}
     assert widths <= set(counts)  # no width of the schedule is left out
 
 
