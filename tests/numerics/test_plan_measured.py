@@ -13,7 +13,7 @@ from loraprune_ds.model.adapters import WHOLE_LAYER
 from loraprune_ds.plan.traffic import IN_GROUP
 from tests.families import TINY, families, tiny_model
 from tests.oracle.models import make_tiny_llama
-from tests.plan_cases import Case, run_beside_plan, saved_activations
+from tests.plan_cases import Case, run_beside_plan, run_with_second_copy, saved_activations
 from tests.ranks import RankPool
 
 
@@ -49,6 +49,19 @@ def test_ranks_hold_and_send_what_was_planned(
 ) -> None:
     deepspeed = limited_config(tmp_path) if limited else "ds_configs/zero3.json"
     check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, checkpointing=checkpointing, evaluates=evaluates))
+
+
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (4, 2)])
+def test_with_hpz_gathers_of_copies_stay_in_a_node(
+    ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, micro_batches: int
+) -> None:
+    path, shipped = tmp_path / "hpz.json", Path("ds_configs/zero3_multinode_hpz.json").read_text()
+    path.write_text(shipped.replace('hpz_partition_size": "auto"', 'hpz_partition_size": 2'))
+    case = Case(folder, deepspeed=str(path), micro_batches=micro_batches, per_node=2)
+    for row in ranks.run(world_size, run_with_second_copy, case):
+        check_row(row, several=True)
+        for step in row["steps"][1::2]:  # the others are the first ones at a shape
+            assert step[IN_GROUP]["counted"] > step["weights"]["counted"]
 
 
 # In bf16 a CPU keeps the mean and deviation of a LayerNorm in bf16, a GPU and the meta device in fp32.
