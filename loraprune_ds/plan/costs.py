@@ -71,7 +71,7 @@ def step_cost(request: Request, passes: Passes, kind: StepKind) -> StepCost:
     return StepCost(
         sent,
         compute=operations / (cluster.flops * 1e12),
-        host=request.micro_batches * passes.training.entered * cluster.host_microseconds / 1e6,
+        host=request.micro_batches * passes.training.called * cluster.host_microseconds / 1e6,
         **network_cost(request, sent),
     )
 

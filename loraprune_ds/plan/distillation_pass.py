@@ -60,7 +60,7 @@ class DistillationPass:
         return StepCost(
             sent,
             compute=per_token * (self.batches * self.batch.tokens) / (cluster.flops * 1e12),
-            host=self.batches * self.evaluation.entered * cluster.host_microseconds / 1e6,
+            host=self.batches * self.evaluation.called * cluster.host_microseconds / 1e6,
             **network_cost(request, sent),
         )
 

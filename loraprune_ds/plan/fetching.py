@@ -23,14 +23,14 @@ class PassTraffic:
     """Holds the bytes that one pass gathered.
 
     Attributes:
-        entered: modules that the pass entered, forward, backward and recomputed. This one counts no bytes.
+        called: modules of the decoder layers that the pass calls, forward, backward and recomputed. No bytes.
         sent: own shards, once for each other rank.
         sent_in_group: own pieces of the second copy, once for each other rank of hpZ's group.
         peak_live: most at once beyond the shards, in gathered parameters and buffers.
         largest_gather: of one collective, with padding. What is gathered at once takes a collective for each dtype.
     """
 
-    entered: int = 0
+    called: int = 0
     sent: int = 0
     sent_in_group: int = 0
     peak_live: int = 0
@@ -98,7 +98,6 @@ class Fetcher:
 
     def _enter(self, visit: Visit) -> None:
         module = visit.module
-        self._traffic.entered += 1
         if not self._follows:
             self._record.append(module)
         if visit.phase == "backward":

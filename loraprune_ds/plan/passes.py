@@ -62,6 +62,7 @@ class Network:
 
     Attributes:
         parameters: by the names of the weight files. LoRA factors are "{linear}.lora_A" and "{linear}.lora_B".
+        modules: of all decoder layers, those without parameters included.
     """
 
     def __init__(self, source: dict[str, Any], shape: ModelShape, lora_rank: int, element_size: int) -> None:
@@ -73,13 +74,14 @@ class Network:
         self._fetched: dict[str, list[Parameter]] = {}
         for name, parameter in self.parameters.items():
             if not name.startswith(LAYER):
-                self._fetched[name.rpartition(".")[0]] = [parameter]
+                self._fetched.setdefault(name.rpartition(".")[0], []).append(parameter)
         self._fetched.setdefault("lm_head", self._fetched["model.embed_tokens"])  # tied
         for module, names in _fetched_in_layer(*self._traced).items():
             for layer in range(self._depth):
                 prefix = f"{LAYER}{layer}"
                 self._fetched[prefix + module] = [self.parameters[prefix + name] for name in names]
         self._modules: dict[str, Module] = {}
+        self.modules = self._depth * _modules_in_layer(*self._traced)
 
     def resize(self, shape: ModelShape) -> None:
         """Takes the sizes after a cut. The parameters stay the same objects, as on the engine."""
@@ -132,6 +134,13 @@ def _fetched_in_layer(source: str, shape: ModelShape) -> dict[str, list[str]]:
         plain = [name.replace(".base_layer", "").removesuffix(f".{ADAPTER}.weight") for name in own]
         fetched[prefix] = sorted(plain, key=lambda name: ".lora_" in name)
     return fetched
+
+
+@cache
+def _modules_in_layer(source: str, shape: ModelShape) -> int:
+    """Counts the modules of a decoder layer that are called, itself included."""
+    modules = decoder_layers(build_modules(json.loads(source), shape))[0].modules()
+    return sum(not isinstance(module, (nn.ModuleDict, nn.ParameterDict)) for module in modules)
 
 
 @cache

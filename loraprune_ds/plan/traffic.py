@@ -87,8 +87,8 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
         trained = [_first_of_a_step(fetcher, training) for _ in range(3)]  # makes a record, then follows it
         later = fetcher.run(training) if has_copies else trained[-1]
         peak = max(traffic.peak_live for traffic in (*trained, later))
-        first = replace(trained[-1], peak_live=peak)
-        found.append(Passes(shape, evaluated, first, later))
+        first = replace(trained[-1], peak_live=peak, called=(2 + checkpointing) * network.modules)
+        found.append(Passes(shape, replace(evaluated, called=network.modules), first, later))
     return found
 
 

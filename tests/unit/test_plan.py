@@ -502,7 +502,7 @@ def test_the_host_works_for_every_module_of_every_pass() -> None:
     one, four = (make_plan(request(Cluster(1, 4), micro_batch_size=size)) for size in (16, 4))
     assert four.step.host == pytest.approx(4 * one.step.host)
     again = make_plan(request(Cluster(1, 4), micro_batch_size=16, gradient_checkpointing=True))
-    assert 1.4 < again.step.host / one.step.host < 1.6  # three passes over the layers instead of two
+    assert again.step.host == pytest.approx(1.5 * one.step.host)  # three passes over the layers instead of two
     assert one.step.hidden >= one.step.host
     free = make_plan(request(Cluster(1, 4, host_microseconds=0), micro_batch_size=16))
     assert one.step.exposed - free.step.exposed == pytest.approx(one.step.host)
@@ -549,17 +549,17 @@ def test_the_shipped_config_comes_with_the_name() -> None:
     assert len(found.shape.layers) == 80
 
 
-def test_int8_weights_take_a_byte_and_a_scale_per_32() -> None:
+def test_int8_weights_take_a_byte_and_a_scale_per_64() -> None:
     dense = request(Cluster(1, 2))
     int8 = changed(dense, model={"frozen": "int8"})
     linears = SMALL.linear_numel()
     rest = SMALL.total_numel() - linears
     weights = split_state(int8, int8.shape)[0]["weights"]
-    assert 2 * weights == linears + 2 * linears // 32 + 2 * rest  # nothing is padded
+    assert 2 * weights == linears + 2 * linears // 64 + 2 * rest  # nothing is padded
     plans = [make_plan(one) for one in (dense, int8)]
     assert [plan.stages[-1].name for plan in plans] == ["after the last cut", "exported"]
     saved = plans[0].step.sent["weights"] - plans[1].step.sent["weights"]
-    assert saved == dense.micro_batches * linears * 15 // 32  # a rank sends half of the linears, once
+    assert saved == dense.micro_batches * linears * 31 // 64  # a rank sends half of the linears, once
     training = plans[1].stages[1].phases["training"]
     assert training["dequantised_linear"] == 2 * SMALL.hidden_size * 1376
     assert "with bfloat16: small fits" in plan_table(plans[1], [], plans[0])

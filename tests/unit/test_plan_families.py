@@ -13,7 +13,7 @@ def test_a_pass_meets_every_parameter_of_every_layer(family: str) -> None:
     source = tiny_config(family).to_dict()
     network = Network(source, shape_from_config(source, family), lora_rank=2, element_size=2)
     visits = network.training_pass(checkpointing=True)
-    for phase in ("forward", "backward", "recompute"):
+    for phase in ("forward", "backward"):
         met = {p.name for visit in visits if visit.phase == phase and visit.enters for p in visit.module.parameters}
-        expected = network.parameters if phase != "recompute" else {n for n in network.parameters if ".layers." in n}
-        assert met == set(expected), phase
+        ends_before_it = phase == "backward" and "lm_head.weight" in network.parameters  # an embedding that is not tied
+        assert met == set(network.parameters) - ({"model.embed_tokens.weight"} if ends_before_it else set()), phase
