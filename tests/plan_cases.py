@@ -148,8 +148,9 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)][position]
-            group = ds_comm.get_world_size(kwargs.get("group"))
-            if group < world_size:
+            members = kwargs.get("group")
+            group = ds_comm.get_world_size(members)
+            if members is not None and members is groups._ZERO_PARAM_INTRA_PARALLEL_GROUP:
                 assert name == "all_gather_into_tensor", f"{name} of a part of the ranks"
                 sent[IN_GROUP] += given.numel() * (group - 1) * given.element_size()
             else:

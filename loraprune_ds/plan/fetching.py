@@ -64,6 +64,7 @@ class Fetcher:
         self._open: dict[Module, None] = {}  # in backward, in the order of their beginning
         self._live = 0
         self._second: dict[Parameter, int] = {}  # elements of the whole parameter when its second copy was made
+        self._lora_has_second = limits.copy_ranks > 1  # from the engine's start to the first update
 
     def run(self, visits: Iterable[Visit]) -> PassTraffic:
         """Runs one micro-batch, with or without a backward pass."""
@@ -94,6 +95,7 @@ class Fetcher:
 
     def end_step(self) -> None:
         """Follows an optimizer step, which ends the second copies of what it updates."""
+        self._lora_has_second = False
         self._second = {parameter: numel for parameter, numel in self._second.items() if not parameter.trainable}
 
     def _enter(self, visit: Visit) -> None:
@@ -171,7 +173,7 @@ class Fetcher:
 
     def _gather(self, parameters: list[Parameter]) -> None:
         """Starts a collective in hpZ's group for those that have a second copy, and one of all ranks for the others."""
-        copied = [p for p in parameters if self._second.get(p) == p.numel]
+        copied = [p for p in parameters if self._second.get(p) == p.numel or (p.trainable and self._lora_has_second)]
         others = [p for p in parameters if p not in copied]
         self._traffic.sent_in_group += self._start(copied, self.limits.copy_ranks)
         self._traffic.sent += self._start(others, self.world_size)
