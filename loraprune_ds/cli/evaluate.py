@@ -32,11 +32,11 @@ from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
-from loraprune_ds.evaluate.serving import SERVERS
+from loraprune_ds.evaluate.serving import SERVERS, ServeSettings, find_server
 from loraprune_ds.zero.environment import collective_timeout
 
 if TYPE_CHECKING:
-    from loraprune_ds.evaluate.serving import Served, ServedModel, ServeSettings
+    from loraprune_ds.evaluate.serving import Served, ServedModel
     from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.zero.comm import Communicator
 
@@ -102,6 +102,7 @@ def keep_stdout() -> TextIO:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
     collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
+    serving = serve_settings(arguments)
     if not arguments.verbose:
         silence_evaluation()
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
@@ -120,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with merged(given, comm, is_first_on_node=is_first) as paths:
         with comm.patient() as waiting:
             waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-        settings = comm.all_or_raise(lambda: make_settings(arguments))
+        settings = comm.all_or_raise(lambda: make_settings(arguments, serving))
         measurements = evaluate(paths, settings, comm, show_progress)
         served = serve(paths, settings.serve, arguments.gguf) if settings.serve else [None] * len(paths)
     named = [replace(m, path=path, served=s) for m, path, s in zip(measurements, given, served, strict=True)]
@@ -171,7 +172,7 @@ def find_or_merge(path: str, out: Path) -> str:
     return path
 
 
-def make_settings(arguments: argparse.Namespace) -> "EvaluationSettings":
+def make_settings(arguments: argparse.Namespace, serving: ServeSettings | None) -> "EvaluationSettings":
     from loraprune_ds.evaluate.perplexity import PerplexityProtocol
     from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.evaluate.speed import SpeedSettings
@@ -186,14 +187,13 @@ def make_settings(arguments: argparse.Namespace) -> "EvaluationSettings":
         batch_size=arguments.batch_size,
         tasks=tasks if names else None,
         speed=SpeedSettings() if arguments.speed else None,
-        serve=serve_settings(arguments),
+        serve=serving,
         sharded=arguments.sharded,
     )
 
 
-def serve_settings(arguments: argparse.Namespace) -> "ServeSettings | None":
-    from loraprune_ds.evaluate.serving import ServeSettings, find_server
-
+def serve_settings(arguments: argparse.Namespace) -> ServeSettings | None:
+    """Checks the server, before anything that takes long."""
     if arguments.serve is None:
         require(arguments.serve_python is None, "--serve-python has no effect without --serve")
         return None
@@ -201,7 +201,7 @@ def serve_settings(arguments: argparse.Namespace) -> "ServeSettings | None":
     return ServeSettings(arguments.serve, find_server(arguments.serve, arguments.serve_python))
 
 
-def serve(paths: list[str], settings: "ServeSettings", precision: str) -> "list[Served]":
+def serve(paths: list[str], settings: ServeSettings, precision: str) -> "list[Served]":
     """Measures the models in a server. llama.cpp gets GGUF files, which are gone afterwards."""
     from loraprune_ds.evaluate.serving import measure_serving
 
