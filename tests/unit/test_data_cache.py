@@ -95,8 +95,9 @@ def test_new_tokens_replace_those_that_nobody_read_for_a_month(tmp_path: Path, c
     path = write_json(tmp_path / "data.jsonl", documents(40))
 
     def age(days: float) -> None:
+        then = time.time() - 86_400 * days
         for folder in cache.iterdir():
-            os.utime(folder, (time.time() - 86_400 * days,) * 2)
+            os.utime(folder, (then, then))
 
     load(path)
     (cache / "mine").mkdir()
