@@ -56,6 +56,8 @@ TINY: dict[str, dict[str, Any]] = {
     "starcoder2": {},
     "arcee": WIDE,
     "nemotron": WIDE,
+    "mixtral": WIDE | {"intermediate_size": 7, "num_local_experts": 23, "num_experts_per_tok": 3},
+    "qwen3_moe": WIDE | {"moe_intermediate_size": 7, "num_experts": 23, "num_experts_per_tok": 3},
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from loraprune_ds.model.classes import causal_lm_class, config_class
-from loraprune_ds.model.family import COUNT_FIELDS, PRUNED, family_name
+from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 
@@ -125,7 +125,7 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
 
 
 def _layer_sizes(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
-    counts = {COUNT_FIELDS[kind]: count for kind, count in layer.items()}
+    counts = {shape.family.count_field(kind): count for kind, count in layer.items()}
     return {"num_attention_heads": shape.query_heads(layer), **counts}
 
 

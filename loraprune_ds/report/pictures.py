@@ -20,7 +20,11 @@ STYLE: Any = PLOT_STYLE | {"axes.titlepad": 8, "axes.grid.axis": "y"}
 # Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
 # The title and colour of a kind.
-PANELS: dict[Kind, tuple[str, str]] = {"heads": ("Key-value heads", BLUE), "channels": ("MLP channels", ORANGE)}
+PANELS: dict[Kind, tuple[str, str]] = {
+    "heads": ("Key-value heads", BLUE),
+    "channels": ("MLP channels", ORANGE),
+    "experts": ("Experts", ORANGE),
+}
 
 
 def draw_kept_groups(path: Path, dense: ModelShape, pruned: ModelShape) -> None:
