@@ -125,7 +125,8 @@ def cut_and_export(network: Network, folder: Path, *counts: tuple[int, int]) -> 
 
 def load(folder: Path, **settings: Any) -> PreTrainedModel:
     """Loads an export as its users do. Eager attention is that of the models above."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager", **settings).eval()
+    settings = {"attn_implementation": "eager", "experts_implementation": "eager"} | settings
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings).eval()
 
 
 @torch.no_grad()

@@ -89,7 +89,9 @@ def _is_refused(config: dict[str, Any]) -> bool:
 
 
 def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:
-    config = {key: value for key, value in source.items() if key not in DROPPED}
+    mixture = shape.family.mixture
+    dropped = DROPPED | ({mixture.new_count} if mixture else set())
+    config = {key: value for key, value in source.items() if key not in dropped}
     config |= _sizes(shape) | _rope(source, family_name(shape.model_type)) | _family_options(source, shape, model_type)
     config |= {
         "architectures": [causal_lm_class(model_type).__name__],

@@ -102,10 +102,17 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Names the fields of config.json about experts: how many there are, and how wide one is."""
+    """Names the fields of config.json about experts.
+
+    Attributes:
+        count: how many there are.
+        size: how wide one is.
+        new_count: the name under which transformers 5 writes `count`. It reads both.
+    """
 
     count: str
     size: str
+    new_count: str = "num_local_experts"
 
 
 @dataclass(frozen=True)

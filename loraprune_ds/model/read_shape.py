@@ -28,7 +28,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     try:
         num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
         given = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
-        per_layer = {int(k): v for k, v in given.items()}
+        config, per_layer = _old_names(config, family), {int(k): _old_names(v, family) for k, v in given.items()}
         defaults = config_class(config["model_type"])
         sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
@@ -113,6 +113,14 @@ def _layer_sizes(config: dict[str, Any], defaults: Any, family: Family) -> tuple
     heads = config.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None)) or queries
     counts = config | {"num_key_value_heads": heads}
     return queries, LayerShape((kind, int(counts[family.count_field(kind)])) for kind in family.kinds)
+
+
+def _old_names(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Gives the count of experts the name that both versions of transformers read."""
+    mixture = family.mixture
+    if mixture is None or mixture.new_count not in config:
+        return config
+    return config | {mixture.count: config[mixture.new_count]}
 
 
 def _expert_sizes(config: dict[str, Any], family: Family) -> tuple[int, int]:
