@@ -1,15 +1,14 @@
 """A pretrained model on disk, checked by its headers and read in parts. So nobody holds a whole model."""
 
 import math
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
@@ -21,8 +20,8 @@ from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.read_shape import shape_from_config, with_biases
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config, text_tensors
+from loraprune_ds.model.weight_headers import read_headers
 
-WEIGHT_FILES = "model-*-of-*.safetensors"
 HEAD = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq", HEAD)  # the first is computed anew. A tied head is the embedding
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names. An 8-bit weight means nothing without its scales
@@ -179,7 +178,7 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
     given = read_json(folder / "config.json")
     config = text_config(given, where)
     shape = replace(shape_from_config(config, where), int8=int8 and given.items() >= STORED_INT8.items())
-    headers = _read_headers(folder)
+    headers = read_headers(folder)
     stored = text_tensors(headers, where) if config is not given else {name: name for name in headers}
     on_disk = shape.stored()
     renamed = {names[0]: name for name, names in on_disk.items() if len(names) == 1}
@@ -272,44 +271,3 @@ def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -
         for name, whole in pretrained.pieces.items()
     }
     return replace(pretrained, config=config, shape=shape, slices=slices, pieces=pieces)
-
-
-def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
-    """Returns tensor name -> (shape, dtype, file). Opening a file checks that its length matches its header."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index} has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-    else:
-        names = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name != "adapter_model.safetensors"]
-    if not names:
-        raise UserError(f"{folder} has no safetensors files")
-    headers: dict[str, tuple[tuple[int, ...], str, Path]] = {}
-    for path in (folder / name for name in names):
-        if not path.is_file():
-            raise UserError(f"{path} is missing; {index.name} names it")
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{path} cannot be read: permission denied")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    view = file.get_slice(name)
-                    if name in headers:
-                        raise UserError(f"{path}: {name} is in {headers[name][2].name}, too")
-                    headers[name] = tuple(view.get_shape()), view.get_dtype(), path
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-    check_no_surplus(folder, WEIGHT_FILES, names, index.name)
-    return headers
-
-
-def check_no_surplus(folder: Path, pattern: str, names: Collection[str], index: str) -> None:
-    """Checks that the index of a folder's weight files names all of them.
-
-    Raises:
-        UserError: a file that looks like a weight file is none of `names`.
-    """
-    if surplus := sorted(path for path in folder.glob(pattern) if path.name not in names):
-        raise UserError(f"{surplus[0]} is one weight file too many; {index} does not name it")

@@ -118,9 +118,7 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     config = (tmp_path / "config.json").read_text()
     assert '"num_local_experts": 4' in config
     (tmp_path / "config.json").write_text(config.replace('"num_local_experts": 4', '"num_experts": 5'))
-    with pytest.raises(
-        UserError, match=r"mlp\.gate\.weight has shape \[4, 60\]; config\.json says \[5, 60\]"
-    ):
+    with pytest.raises(UserError, match=r"mlp\.gate\.weight has shape \[4, 60\]; config\.json says \[5, 60\]"):
         open_pretrained(tmp_path)
 
 
