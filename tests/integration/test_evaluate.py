@@ -18,8 +18,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.evaluate import find_or_merge
 from loraprune_ds.checkpoint.run_folder import Status, write_status
+from loraprune_ds.cli.evaluate import find_or_merge
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.source import find_source
