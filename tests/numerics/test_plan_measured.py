@@ -69,7 +69,7 @@ LAYER_NORM = ("olmo", "starcoder2", "nemotron")
 
 
 # Norms per head; four norms and capped scores; fused weights; biases, no gate, LayerNorm.
-@pytest.mark.parametrize("family", families("qwen3", "gemma2", "phi3", "starcoder2"))
+@pytest.mark.parametrize("family", families("qwen3", "gemma2", "phi3", "starcoder2", "mixtral"))
 def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool, tmp_path: Path, family: str) -> None:
     folder, longer = (save_tiny(tmp_path / str(layers), family, layers) for layers in (3, 4))
     check_ranks(ranks, 2, Case(folder, deepspeed=limited_config(tmp_path), checkpointing=family in ("qwen3", "phi3")))
