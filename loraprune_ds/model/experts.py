@@ -10,6 +10,7 @@ So an expert is a block of rows in each of them, and a cut of experts is a cut a
 LoRA on such tensors (`target_parameters`) has a B whose columns belong to experts in turn.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -64,6 +65,10 @@ class ExpertLora(LoraLinear):
         return torch.bmm(*blocks).flatten(0, 1) * self.scaling[adapter]
 
 
+# Sees each output of an expert: (outputs, its weight, the expert, the token), one row for each choice.
+Observe = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
 class Experts(nn.Module):
     """Stands in for the experts of a decoder layer, as transformers calls them."""
 
@@ -71,6 +76,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up, self.down = ExpertStack(stock.gate_up_proj), ExpertStack(stock.down_proj)
         self.act_fn = stock.act_fn
+        self.observe: Observe | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Computes each token's chosen experts.
@@ -85,6 +91,8 @@ class Experts(nn.Module):
         counts = tokens_per_expert(chosen, self._experts)
         gate, up = self.gate_up(hidden_states[order // top_k_index.shape[1]], counts).chunk(2, dim=-1)
         by_expert = self.down(self.act_fn(gate) * up, counts)  # (tokens · k, hidden_size)
+        if self.observe is not None:
+            self.observe(by_expert, top_k_weights.flatten()[order], chosen[order], order // top_k_index.shape[1])
         by_token = by_expert[order.argsort()].unflatten(0, top_k_index.shape)
         return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)
 
@@ -101,6 +109,11 @@ def stack_experts(model: nn.Module) -> None:
             weight = getattr(child, "gate_up_proj", None)
             if isinstance(weight, nn.Parameter) and weight.ndim == 3:
                 setattr(module, name, Experts(child))
+
+
+def find_experts(layer: nn.Module) -> Experts:
+    """Returns the experts of a decoder layer."""
+    return next(module for module in layer.modules() if isinstance(module, Experts))
 
 
 def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:

@@ -229,6 +229,8 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
 def _check_mixture(config: RunConfig, shape: ModelShape, where: str) -> None:
     """Refuses the settings that stacks of experts do not have."""
     if shape.family.mixture is None:
+        if config.prune.criterion == "reap":
+            raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
         return
     for name, value, refused in (
         ("model.frozen", config.model.frozen, ("int8",)),

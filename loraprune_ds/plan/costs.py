@@ -145,5 +145,5 @@ def _scoring_flops(request: Request, shape: ModelShape, tokens: float) -> float:
     if criterion == "fisher":
         layers = range(len(shape.layers))
         return 3 * tokens * sum(shape.inputs_per_token(i, linear) for i in layers for linear in shape.input_linears)
-    per_weight = {"random": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
+    per_weight = {"random": 0, "reap": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
     return (2 * numel * tokens if criterion == "gradient" else 0) + per_weight * numel / request.world_size

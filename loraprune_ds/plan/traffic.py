@@ -127,7 +127,7 @@ def scoring_sent(request: Request, shape: ModelShape, rank: int | None = None) -
     if request.world_size == 1 or criterion == "random":
         return 0
     sums = 8 * score_count(request, shape)
-    if criterion == "fisher":
+    if criterion in ("fisher", "reap"):
         return sums
     lora = 2 * request.lora_shards(shape) * (request.world_size - 1) * 4
     return lora + sums + scales_sent(request, shape, rank)
@@ -146,7 +146,10 @@ def scales_sent(request: Request, shape: ModelShape, rank: int | None = None) ->
 
 def score_count(request: Request, shape: ModelShape) -> int:
     """Counts the scores of a step. Each part of a linear has one per group."""
-    linears = shape.input_linears if request.config.prune.criterion == "fisher" else shape.linears
+    criterion = request.config.prune.criterion
+    if criterion == "reap":  # sums of norms, and counts of tokens
+        return 2 * sum(layer["experts"] for layer in shape.layers)
+    linears = shape.input_linears if criterion == "fisher" else shape.linears
     return sum(layer[part.kind] for layer in shape.layers for linear in linears for part in linear.parts)
 
 

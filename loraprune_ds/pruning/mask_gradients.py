@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
+from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 from loraprune_ds.pruning.taps import BackwardRecorder, Tap, hook_inputs
 
@@ -41,6 +42,10 @@ class MaskGradients(BackwardRecorder):
         super().__init__()
         self._model = model
         self._linear_ids = hook_inputs(model, range(len(model.shape.layers)), self._tap)
+
+    def scores(self, step: int) -> GroupSums:
+        """Returns the sums over all ranks, by one all-reduce."""
+        return add_over_ranks(self._model, self._model.shape.input_linears, self.sums(), step)
 
     def sums(self) -> list[Tensor]:
         """Returns this rank's part of Σ_t s_tg², (groups,) float64.

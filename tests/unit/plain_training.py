@@ -83,7 +83,8 @@ class PlainRun:
         self.optimizer.zero_grad()
         supervised, total = int((batch[1][:, 1:] != -100).sum()), 0.0
         for ids, targets in zip(*(t.split(self.micro_batch_size) for t in batch), strict=True):
-            predictions = self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            with self.pruner.record_forward(None):
+                predictions = self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
             loss = cross_entropy(predictions, targets[:, 1:].flatten(), reduction="sum") / supervised
             loss.backward()
             total += loss.item()

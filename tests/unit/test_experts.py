@@ -17,6 +17,7 @@ from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
+from loraprune_ds.pruning.expert_norms import ExpertNorms
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
@@ -175,7 +176,7 @@ def test_what_stacks_do_not_have_is_refused_by_name(section: str, key: str, valu
         open_for_pruning(tmp_path, config)
 
 
-@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher"])
+@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher", "reap"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path: Path) -> None:
     """Their last linear is zero, and so is what LoRA adds at the first step."""
@@ -228,3 +229,33 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
         assert grad is not None
         wanted = torch.stack([part.square().sum() for part in grad.split(counts[i])])
         torch.testing.assert_close(sums[2 * i + 1].float(), wanted)  # attention, then experts, of each layer
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> None:
+    """Every expert computes every token here. What the router did not choose does not count, nor does padding."""
+    network, stacks = dense(family), list(merged_stacks(dense(family)).values())
+    recorder = ExpertNorms(cast(Any, PlainModel(network.model, network.shape)))
+    routed: list[Any] = []
+    for layer in decoder_layers(network.model):
+        layer.get_submodule("mlp").register_forward_pre_hook(lambda module, inputs: routed.append(inputs[0]))
+        layer.get_submodule("mlp.gate").register_forward_hook(lambda module, inputs, output: routed.append(output))
+    real = torch.ones_like(PROMPT, dtype=torch.bool)
+    real[1, 10:] = False
+    with recorder.record():
+        for _ in range(2):  # as two micro-batches
+            with recorder.record_forward(real):
+                network.model(input_ids=PROMPT, use_cache=False)
+        network.model(input_ids=PROMPT, use_cache=False)  # nobody looks
+        found = recorder.scores(1).by_layer("none")
+    for i, layer in enumerate(found):
+        hidden, (_, weights, chosen) = routed[2 * i].flatten(0, 1), routed[2 * i + 1]
+        gate_up, down = stacks[2 * i][0], stacks[2 * i + 1][0]
+        wanted = torch.zeros(23)
+        for e in range(23):
+            gate, up = (hidden @ gate_up[e].T).chunk(2, 1)
+            norms = (torch.nn.functional.silu(gate) * up @ down[e].T).norm(dim=1)
+            picked = (chosen == e) & real.flatten()[:, None]
+            wanted[e] = (norms[:, None] * weights)[picked].sum() / picked.sum().clamp(min=1)
+        torch.testing.assert_close(layer["experts"].float(), wanted)
+        assert not layer["heads"].any()
