@@ -3,6 +3,7 @@
 %(prog)s MODEL --text FILE --window 128 --max-windows 160 --dtype float32 --json
 %(prog)s runs/quickstart --dense embedded --dataset wikitext2 --window 2048 --speed
 %(prog)s MODEL --tasks paper
+%(prog)s runs/quickstart --dense embedded --serve llama.cpp --serve-python path/to/venv/bin/python
 deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sharded     (or torchrun)
 deepspeed --module loraprune_ds.cli.evaluate MODEL --text FILE --sharded            (without a checkout)
 
@@ -29,11 +30,13 @@ from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
+from loraprune_ds.evaluate.serving import SERVERS, ServeSettings, find_server
 from loraprune_ds.zero.environment import collective_timeout
 
 if TYPE_CHECKING:
+    from loraprune_ds.evaluate.serving import Served, ServedModel
     from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.zero.comm import Communicator
 
@@ -60,6 +63,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
     parser.add_argument("--limit", type=int, metavar="N", help="documents per task, to try things")
     parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
+    parser.add_argument("--serve", choices=SERVERS, help="prefill and decode tokens per second in this server")
+    parser.add_argument("--serve-python", metavar="PYTHON", help="of the environment that has the server")
+    parser.add_argument("--gguf", choices=("f16", "q8_0"), default="f16", help="file for llama.cpp (default: f16)")
     parser.add_argument("--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--verbose", action="store_true", help="let the libraries speak")
@@ -96,6 +102,7 @@ def keep_stdout() -> TextIO:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
     collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
+    serving = serve_settings(arguments)
     if not arguments.verbose:
         silence_evaluation()
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
@@ -114,9 +121,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with merged(given, comm, is_first_on_node=is_first) as paths:
         with comm.patient() as waiting:
             waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-        settings = comm.all_or_raise(lambda: make_settings(arguments))
+        settings = comm.all_or_raise(lambda: make_settings(arguments, serving))
         measurements = evaluate(paths, settings, comm, show_progress)
-    named = [replace(measurement, path=path) for measurement, path in zip(measurements, given, strict=True)]
+        served = serve(paths, settings.serve, arguments.gguf) if settings.serve else [None] * len(paths)
+    named = [replace(m, path=path, served=s) for m, path, s in zip(measurements, given, served, strict=True)]
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(named, settings, comm.world_size, provenance)
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
@@ -164,7 +172,7 @@ def find_or_merge(path: str, out: Path) -> str:
     return path
 
 
-def make_settings(arguments: argparse.Namespace) -> "EvaluationSettings":
+def make_settings(arguments: argparse.Namespace, serving: ServeSettings | None) -> "EvaluationSettings":
     from loraprune_ds.evaluate.perplexity import PerplexityProtocol
     from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.evaluate.speed import SpeedSettings
@@ -179,8 +187,45 @@ def make_settings(arguments: argparse.Namespace) -> "EvaluationSettings":
         batch_size=arguments.batch_size,
         tasks=tasks if names else None,
         speed=SpeedSettings() if arguments.speed else None,
+        serve=serving,
         sharded=arguments.sharded,
     )
+
+
+def serve_settings(arguments: argparse.Namespace) -> ServeSettings | None:
+    """Checks the server, before anything that takes long."""
+    if arguments.serve is None:
+        require(arguments.serve_python is None, "--serve-python has no effect without --serve")
+        return None
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "--serve measures on one rank; start it without a launcher")
+    return ServeSettings(arguments.serve, find_server(arguments.serve, arguments.serve_python))
+
+
+def serve(paths: list[str], settings: ServeSettings, precision: str) -> "list[Served]":
+    """Measures the models in a server. llama.cpp gets GGUF files, which are gone afterwards."""
+    from loraprune_ds.evaluate.serving import measure_serving
+
+    with TemporaryDirectory(prefix="serve-") as scratch:
+        form = "hf" if settings.server == "vllm" else f"gguf-{precision}"
+        return measure_serving(
+            [served_model(path, form, Path(scratch, str(i))) for i, path in enumerate(paths)], settings
+        )
+
+
+def served_model(path: str, form: str, out: Path) -> "ServedModel":
+    """Finds or writes what a server loads."""
+    from loraprune_ds.evaluate.models import find_model
+    from loraprune_ds.evaluate.serving import ServedModel
+    from loraprune_ds.export.formats import export
+    from loraprune_ds.export.source import find_source
+
+    found = find_model(path)
+    require(not found.adapter, f"{path}: --serve cannot merge an adapter; merge it into its base model first")
+    config, folder = found.pretrained.config, found.pretrained.folder
+    if form != "hf":
+        export(find_source(folder), form, out)
+        (folder,) = out.glob("*.gguf")
+    return ServedModel(folder, form, config["vocab_size"], "auto_map" in config)
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
@@ -189,7 +234,7 @@ def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None
         raise UserError("--split is a part of --dataset; --text is read whole")
     if arguments.text:
         return read_text(arguments.text)
-    if not arguments.dataset and (arguments.tasks or arguments.speed):
+    if not arguments.dataset and (arguments.tasks or arguments.speed or arguments.serve):
         return None
     return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
 

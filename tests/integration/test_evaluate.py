@@ -349,6 +349,11 @@ BAD: dict[str, tuple[Spoil, str]] = {
         lambda m, h: [m / "dense", "--text", m / "text.txt", "--window", "1024"],
         "{made}/dense reads at most 512 tokens (max_position_embeddings), not 1024",
     ),
+    "serve without": (lambda m, h: [m / "dense", "--serve-python", "python3"], "--serve-python has no effect without"),
+    "serve nowhere": (
+        lambda m, h: [m / "dense", "--serve", "vllm", "--serve-python", "nowhere"],
+        "--serve-python: nowhere is no program",
+    ),
     "sharded tasks": (lambda m, h: [m / "dense", "--tasks", "piqa", "--sharded"], "--sharded measures perplexity only"),
     "sharded adapter": (
         lambda m, h: [m / "apart/adapter", "--text", m / "text.txt", "--sharded"],
