@@ -58,6 +58,21 @@ def refuse_mixture(family: Family, where: str) -> None:
     require(family.mixture is None, f"{where}: mixtures of experts are pruned by launch/run.py, not by the callback")
 
 
+def check_one_dtype(model: nn.Module) -> None:
+    """Checks what DeepSpeed asserts without a word: all that trains in a model that is born sharded has one dtype.
+
+    Raises:
+        UserError: LoRA is in fp32, as PEFT makes it by default, and `modules_to_save` are in less.
+    """
+    born_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+    require(
+        not born_sharded or len(dtypes) < 2,
+        f"what trains is in {' and '.join(dtypes)}, and ZeRO-3 keeps it in one buffer; "
+        "give get_peft_model autocast_adapter_dtype=False",
+    )
+
+
 def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> None:
     """Checks that the LoRA of a live model serves the criterion, and that a cut fits all that stands beside it.
 
