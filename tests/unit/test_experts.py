@@ -19,6 +19,7 @@ from loraprune_ds.export.expert_adapter import as_in_peft
 from loraprune_ds.export.lora import _adapter_config, merge_lora
 from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.expert_norms import ExpertNorms
@@ -286,3 +287,18 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         found = loaded(input_ids=PROMPT, use_cache=False).logits
     assert difference(found, network.logits()) < TOLERANCE
+
+
+def test_the_load_of_the_router_is_counted() -> None:
+    network, routed = dense("mixtral"), list[Tensor]()
+    layers = decoder_layers(network.model)
+    for layer in layers:
+        layer.get_submodule("mlp.gate").register_forward_hook(lambda module, inputs, output: routed.append(output[2]))
+    with RouterLoad(layers, passes=2) as load:
+        for _ in range(3):
+            network.logits()
+    found = load.sums(lambda counts: counts, torch.device("cpu"))
+    assert found == [[2 * int((routed[i] == e).sum()) for e in range(23)] for i in range(2)]
+    network.logits()
+    assert load.sums(lambda counts: counts, torch.device("cpu")) == found
+    assert RouterLoad(decoder_layers(dense("llama").model), 1).sums(lambda counts: counts, torch.device("cpu")) == []
