@@ -1,20 +1,25 @@
 """Stacks of experts against transformers' own experts: outputs, gradients, files, cuts, scores and merges."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from loraprune_ds.config import PruneConfig, RunConfig
+from loraprune_ds.config import LoraConfig, PruneConfig, RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.lora import merge_lora
+from loraprune_ds.export.expert_adapter import as_in_peft
+from loraprune_ds.export.lora import _adapter_config, merge_lora
 from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.expert_norms import ExpertNorms
@@ -259,3 +264,41 @@ def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> Non
             wanted[e] = (norms[:, None] * weights)[picked].sum() / picked.sum().clamp(min=1)
         torch.testing.assert_close(layer["experts"].float(), wanted)
         assert not layer["heads"].any()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
+    network = dense(family)
+    tensors = {
+        f"base_model.model.model.layers.{i}.{name}.weight": factor
+        for i, layer in enumerate(decoder_layers(network.model))
+        for name, factor in as_in_peft(
+            {
+                f"{linear.name}.lora_{which}": factor.detach()
+                for linear in network.shape.linears
+                for which, factor in zip("AB", lora_weights(lora_linear(layer, linear)), strict=True)
+            }
+        ).items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = _adapter_config(LoraConfig(r=3), network.shape)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(tiny_model(family), str(tmp_path)).eval()
+    with torch.no_grad():
+        found = loaded(input_ids=PROMPT, use_cache=False).logits
+    assert difference(found, network.logits()) < TOLERANCE
+
+
+def test_the_load_of_the_router_is_counted() -> None:
+    network, routed = dense("mixtral"), list[Tensor]()
+    layers = decoder_layers(network.model)
+    for layer in layers:
+        layer.get_submodule("mlp.gate").register_forward_hook(lambda module, inputs, output: routed.append(output[2]))
+    with RouterLoad(layers, passes=2) as load:
+        for _ in range(3):
+            network.logits()
+    found = load.sums(lambda counts: counts, torch.device("cpu"))
+    assert found == [[2 * int((routed[i] == e).sum()) for e in range(23)] for i in range(2)]
+    network.logits()
+    assert load.sums(lambda counts: counts, torch.device("cpu")) == found
+    assert RouterLoad(decoder_layers(dense("llama").model), 1).sums(lambda counts: counts, torch.device("cpu")) == []
