@@ -21,6 +21,7 @@ from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.expert_norms import ExpertNorms
 from loraprune_ds.pruning.limits import make_limits
@@ -30,9 +31,10 @@ from tests.families import tiny_model
 from tests.family_cuts import PROMPT, Network, dense, difference, draw, reopened
 from tests.oracle.models import make_batches
 from tests.plain_model import PlainModel
+from tests.published import MIXTURES
 from tests.unit.plain_training import PlainRun
 
-MIXTURES = ("mixtral", "qwen3_moe")
+KINDS = ("mixtral", "qwen3_moe")
 TOLERANCE = 1e-5  # sums in another order, some 1e-7 each; a wrong expert moves the logits by about 1
 
 
@@ -51,7 +53,7 @@ def merged_stacks(network: Network) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     return stacks
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_outputs_and_gradients_are_those_of_stock_experts(family: str) -> None:
     network, stock = dense(family), tiny_model(family)
     stacks = merged_stacks(network)
@@ -85,7 +87,7 @@ def saved(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: Path) -> None:
     """Each expert has its own matrices there. Any flat part of a stack comes from several of them."""
     stock, pretrained = saved(family, tmp_path), open_pretrained(tmp_path)
@@ -104,7 +106,7 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
         assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_cut_model_is_read_from_the_dense_files(family: str, tmp_path: Path) -> None:
     """As a resumed run does. It is what the live cut leaves, bit by bit."""
     saved(family, tmp_path)
@@ -160,7 +162,7 @@ def test_a_stack_merges_expert_by_expert() -> None:
         torch.testing.assert_close(found[rows], whole[rows] + 2.0 * lora.B[rows] @ lora.A[of_a])
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
     shape = dense(family).shape
     config = PruneConfig(ratio=0.5, protected_first=0, protected_last=0, channel_multiple=1)
@@ -182,7 +184,7 @@ def test_what_stacks_do_not_have_is_refused_by_name(section: str, key: str, valu
 
 
 @pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher", "reap"])
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path: Path) -> None:
     """Their last linear is zero, and so is what LoRA adds at the first step."""
     useless = {0: [1, 5, 6, 20], 1: [0, 2, 11, 22]}
@@ -208,7 +210,7 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
         assert len(gone) == 5
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) -> None:
     """A mask is put on every token and expert, and autograd gives its gradient."""
     network, masks = dense(family), dict[int, Tensor]()
@@ -236,7 +238,7 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
         torch.testing.assert_close(sums[2 * i + 1].float(), wanted)  # attention, then experts, of each layer
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> None:
     """Every expert computes every token here. What the router did not choose does not count, nor does padding."""
     network, stacks = dense(family), list(merged_stacks(dense(family)).values())
@@ -266,7 +268,7 @@ def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> Non
         assert not layer["heads"].any()
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     network = dense(family)
     tensors = {
@@ -302,3 +304,12 @@ def test_the_load_of_the_router_is_counted() -> None:
     network.logits()
     assert load.sums(lambda counts: counts, torch.device("cpu")) == found
     assert RouterLoad(decoder_layers(dense("llama").model), 1).sums(lambda counts: counts, torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_published_mixtures_have_the_parameters_that_are_published(name: str) -> None:
+    source, billions, active = MIXTURES[name]
+    shape = shape_from_config(source, name)
+    total = shape.total_numel()
+    assert total / 1e9 == pytest.approx(billions, rel=0.003)
+    assert (total - shape.linear_numel() + shape.active_numel()) / 1e9 == pytest.approx(active, rel=0.02)
