@@ -1,81 +1,14 @@
-"""Converts the result of a run to the format of the tool that will read it.
+"""Converts the result of a run: `python launch/export.py runs/mine --format gguf-q8_0`.
 
-launch/export.py runs/quickstart --format gguf-q8_0
-launch/export.py runs/quickstart --push-to-hub OWNER/NAME --results evaluation.json        (private, unless --public)
-launch/export.py runs/quickstart/checkpoints/step-20 --format adapter     (a run that goes on, or was stopped)
-
-hf         Hugging Face model, LoRA merged
-adapter    the pruned base and its PEFT adapter, for further tuning
-gguf-f16   llama.cpp, 16 bit
-gguf-q8_0  llama.cpp, 8 bit
+The code is in loraprune_ds/cli/export.py, which `loraprune-ds export` runs as well.
 """
 
-import argparse
-import os
 import sys
-from pathlib import Path
 
 try:
-    from loraprune_ds.command import Parser, tell
-    from loraprune_ds.errors import UserError, require
+    from loraprune_ds.cli.export import main
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder of a run, of one of its checkpoints, or of a merged model")
-    parser.add_argument(
-        "--format",
-        default="hf",
-        choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"),
-        help="a Hugging Face model (the default), base and LoRA apart, or a file for llama.cpp",
-    )
-    parser.add_argument("--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)")
-    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result, to a private repository")
-    parser.add_argument("--public", action="store_true", help="make that repository public, if it is new")
-    parser.add_argument(
-        "--results",
-        nargs="+",
-        default=[],
-        type=Path,
-        metavar="JSON",
-        help="what launch/evaluate.py --json printed about it, for the card on the hub",
-    )
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Returns the exit code: 0, or 2 for what cannot be exported."""
-    try:
-        convert(parse_arguments())
-    except UserError as error:
-        tell(error)
-        return error.exit_code
-    return 0
-
-
-def convert(arguments: argparse.Namespace) -> None:
-    """Writes the export. Prints notes and one line about the result."""
-    source: Path = arguments.source
-    out: Path = arguments.out or Path(f"{source.resolve().name}-{arguments.format}")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # These imports take seconds. The arguments are checked first.
-    from loraprune_ds.export.formats import export
-    from loraprune_ds.export.hub import check_push, push
-    from loraprune_ds.export.source import find_source
-
-    repo: str | None = arguments.push_to_hub
-    require(repo is not None or not arguments.public, "--public has no effect without --push-to-hub")
-    require(repo is not None or not arguments.results, "--results has no effect without --push-to-hub")
-    if repo is not None:
-        check_push(repo, arguments.results)
-    for remark in export(find_source(source), arguments.format, out):
-        print(f"note: {remark}")
-    print(f"{arguments.format}: {out}")
-    if repo is not None:
-        print(f"hub: {push(out, repo, source, arguments.results, private=not arguments.public)}")
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -32,7 +32,7 @@ class Unfit(Exception):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--nodes", required=True, nargs="+", metavar="NAME", help="all, in Slurm's order")
     parser.add_argument("--port", required=True, type=int, help="free on the first node")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="of the run; need not exist")

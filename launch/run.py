@@ -1,140 +1,15 @@
-"""Prunes a decoder model while it fine-tunes. One YAML is one run.
+"""Prunes a decoder model while it fine-tunes: `deepspeed launch/run.py --config launch/configs/llama-7b.yaml`.
 
-deepspeed launch/run.py --config launch/configs/llama-7b.yaml
-deepspeed --quiet --num_accelerators 2 launch/run.py --config launch/configs/quickstart.yaml     (on a CPU)
+The code is in loraprune_ds/cli/run.py, which `loraprune-ds run` runs as well.
 """
 
-import argparse
-import gc
-import os
 import sys
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 try:
-    from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
-    from loraprune_ds.config import LoggingConfig, RunConfig
-    from loraprune_ds.config_file import config_from_dict, config_value, read_config
-    from loraprune_ds.errors import UserError
-    from loraprune_ds.zero.environment import collective_timeout, deterministic_kernels, longest_silence
+    from loraprune_ds.cli.run import main
+    from loraprune_ds.command import leave, leave_on_error
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
-
-STOPPED_EXIT_CODE = 85  # asked to stop, and saved
-INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped at once
-
-if TYPE_CHECKING:
-    from loraprune_ds.train.output import Start
-    from loraprune_ds.zero.comm import Communicator
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a value, e.g. --set prune.ratio=0.3; may be repeated",
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="auto|PATH",
-        help="go on from the newest good checkpoint of output_dir, or of a run or step folder",
-    )
-    parser.add_argument(
-        "--show", metavar="KEY", help="print this value of the config, for example output_dir, and leave"
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Returns the exit code: 0 finished, 1 failed, 2 unusable input, 85 stopped on request, 130 interrupted twice."""
-    adopt_srun_ranks()
-    rank = int(os.environ.get("RANK", "0"))
-    joined = False
-    try:
-        arguments = parse_arguments()
-        given = read_config(arguments.config, arguments.set)
-        config = config_from_dict(given)
-        config = replace(config, output_dir=os.path.expanduser(config.output_dir))
-        if arguments.show is not None:
-            print(config_value(config, arguments.show))
-            return 0
-        # Heavy imports come after the config is checked: a typo should not cost ten seconds.
-        from loraprune_ds.train.output import inspect_output, keep_saved_values
-
-        config = keep_saved_values(config, given, arguments.resume)
-        start = inspect_output(config, arguments.resume)
-        if start.kind != "finished":
-            if config.train.deterministic:
-                os.environ |= deterministic_kernels()
-            comm = join_ranks(config.logging)
-            joined = True
-            if not prune(config, comm, start):
-                return STOPPED_EXIT_CODE
-        if rank == 0:
-            if start.kind == "finished":
-                print(f"{config.output_dir} holds this run, finished:")
-            print_summary(Path(config.output_dir))
-    except UserError as error:
-        tell(error, agreed=joined)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED_EXIT_CODE
-    return 0
-
-
-def join_ranks(logging: LoggingConfig) -> "Communicator":
-    """Returns the ranks of this run, after all have imported what they need. Collective."""
-    collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
-    longest_silence(os.environ)
-    if not logging.verbose:
-        silence_run()
-    try:
-        import loraprune_ds.train.run  # noqa: F401  # a missing package is an error before other ranks wait
-        from loraprune_ds.zero.engine import start_ranks
-    except ImportError as error:  # also of DeepSpeed's private modules
-        raise UserError(
-            f"{error}; install the versions that pyproject.toml names, as launch/quickstart.sh does"
-        ) from None
-    return start_ranks()
-
-
-def prune(config: RunConfig, comm: "Communicator", start: "Start") -> bool:
-    """Carries out the run on all ranks. Returns False if it was asked to stop. Collective."""
-    from loraprune_ds.train.run import run
-    from loraprune_ds.train.watch import Watch
-    from loraprune_ds.zero.engine import stop_ranks
-
-    gc.freeze()  # the imports left no garbage, and DeepSpeed collects twice per cut over all objects
-    watch = Watch(comm, longest_silence(os.environ))
-    try:
-        finished = run(config, comm, start)
-    finally:
-        watch.close()
-    stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
-    return finished
-
-
-def silence_run() -> None:
-    """Silences the libraries, so that only the run itself speaks."""
-    silence_libraries()
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from loraprune_ds.zero.engine import quiet_deepspeed
-
-    quiet_deepspeed()
-
-
-def print_summary(folder: Path) -> None:
-    from loraprune_ds.report.report import read_report
-    from loraprune_ds.report.summary import summary_table
-
-    print(summary_table(read_report(folder), folder))
-
 
 if __name__ == "__main__":
     leave_on_error()

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import NoReturn
 
@@ -17,7 +17,21 @@ GRACE = 5.0  # seconds that the other ranks stay after an error
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that tells wrong arguments like any other wrong input: by one rank, in one line."""
+    """A parser that tells wrong arguments like any other wrong input: by one rank, in one line.
+
+    Its help shows the command as it was typed, such as `launch/plan.py` or `loraprune-ds plan`.
+    """
+
+    def __init__(
+        self, description: str | None, parents: Sequence[argparse.ArgumentParser] = (), *, add_help: bool = True
+    ) -> None:
+        super().__init__(
+            sys.argv[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=parents,
+            add_help=add_help,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

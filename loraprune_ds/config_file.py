@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line, require
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_configs/, in a checkout and in a wheel
 # Defaults that have moved since. A run that was saved by an earlier version and says nothing has these.
 EARLIER_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"channel_multiple": 1}}
 RENAMED = {"prune.": {"gradient_every": "score_every"}}  # by section, keys of earlier versions and their names of now
@@ -46,7 +46,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     Raises:
         UserError: no such file, not YAML or not a mapping, or an override has another form.
     """
-    path = Path(path)
+    path = find_shipped(path)
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
         raise UserError(f"config file {path} {what}")
@@ -61,6 +61,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     for override in overrides:
         apply_override(raw, override)
     return raw
+
+
+def find_shipped(path: str | Path) -> Path:
+    """Finds a file as given, or else among those that come with the package. So these serve from any directory."""
+    given = Path(path).expanduser()
+    shipped = SHIPPED / given
+    return shipped if shipped.is_file() and not given.exists() else given
 
 
 def config_value(config: RunConfig, dotted: str) -> Any:

@@ -11,6 +11,7 @@ from loraprune_ds.evaluate.compare import ComparedModel
 from loraprune_ds.evaluate.drawing import (
     BLUE,
     GREEN,
+    LOG_FROM,
     ORANGE,
     PLOT_STYLE,
     PURPLE,
@@ -18,6 +19,7 @@ from loraprune_ds.evaluate.drawing import (
     TEXT,
     VERMILION,
     label_point,
+    make_logarithmic,
     save_picture,
 )
 
@@ -28,7 +30,6 @@ COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
 LABEL_OPTIONS: Any = {"color": TEXT, "fontsize": 9}
-LOG_FROM = 4.0  # the axis is logarithmic if the largest perplexity is that many times the smallest
 LABEL_GAP = 13.0  # points from label to label: more than a line of text
 
 
@@ -130,7 +131,7 @@ def _draw_panel(axes: "Axes", panel: _Panel, styles: dict[str | None, tuple[str,
     axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
     values = [point.y for point in points] + baselines
     if not panel.higher_is_better and max(values) > LOG_FROM * min(values):
-        _make_logarithmic(axes)
+        make_logarithmic(axes)
     axes.set_xlim(-1.5, max(2.0, *(point.x for point in points)) * 1.08)
     axes.margins(y=0.14)
     for baseline in baselines:
@@ -146,15 +147,6 @@ def _draw_panel(axes: "Axes", panel: _Panel, styles: dict[str | None, tuple[str,
 def _far_apart(xs: Sequence[float]) -> bool:
     """Tells if all neighbours among ascending values differ by at least half a percent point."""
     return all(after - before >= 0.5 for before, after in pairwise(xs))
-
-
-def _make_logarithmic(axes: "Axes") -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label_points(axes: "Axes", labels: Sequence[tuple[_Point, str]], panel: _Panel) -> None:

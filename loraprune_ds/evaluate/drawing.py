@@ -1,5 +1,6 @@
 """The style that all pictures share: colours, labels and the file that is written."""
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,53 @@ PLOT_STYLE: Any = {  # matplotlib's own type lists all keys, and exists only onc
     "ytick.color": TEXT,
     "legend.frameon": False,
 }
+
+LOG_FROM = 4.0  # an axis of perplexities is logarithmic if the largest is that many times the smallest
+# Where a label may stand beside its point: distances in points of a font, then directions and the end that lies there.
+DISTANCES = (8, 15, 24, 36)
+DIRECTIONS = ((1, -1, "left"), (1, 1, "left"), (1, 0, "left"), (-1, -1, "right"), (-1, 1, "right"), (-1, 0, "right"))
+
+
+def make_logarithmic(axes: "Axes") -> None:
+    """Makes the y axis logarithmic, with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def label_beside(axes: "Axes", text: str, at: tuple[float, float], **options: Any) -> None:
+    """Writes `text` beside the point `at`, at the nearest place without a curve or another label.
+
+    The figure must be laid out (`draw_without_rendering`), with all its curves.
+    """
+    places = [(text, at, (d * x, d * y), side, options) for d, (x, y, side) in product(DISTANCES, DIRECTIONS)]
+    if not any(_fits(axes, *place) for place in places):
+        label_point(axes, *places[0][:4], **options)
+
+
+def _fits(
+    axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float, float], side: str, options: dict[str, Any]
+) -> bool:
+    """Writes a label and takes it back if it lies on something or reaches out of the axes."""
+    taken = [label.get_window_extent() for label in axes.texts]
+    label_point(axes, text, at, offset, side, **options)
+    label = axes.texts[-1]
+    box, inside = label.get_window_extent(), axes.get_window_extent()
+    curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
+    if (
+        inside.containsx(box.x0)
+        and inside.containsx(box.x1)
+        and inside.containsy(box.y0)
+        and inside.containsy(box.y1)
+        and not box.count_overlaps(taken)
+        and not any(curve.intersects_bbox(box, filled=False) for curve in curves)
+    ):
+        return True
+    label.remove()
+    return False
 
 
 def label_point(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from loraprune_ds.evaluate.cost import ModelCost, count_cost
 from loraprune_ds.evaluate.models import FoundModel, load_model
 from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity
+from loraprune_ds.evaluate.serving import Served
 from loraprune_ds.evaluate.settings import EvaluationSettings, PreparedModel, prepare_models
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.zeroshot import run_tasks
@@ -41,6 +42,7 @@ class Measurement:
     perplexity: Perplexity | None
     tasks: dict[str, Any] | None
     speed: Speed | None
+    served: Served | None = None
 
 
 @dataclass(frozen=True)

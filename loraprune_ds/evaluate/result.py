@@ -1,7 +1,7 @@
 """The result of an evaluation: as JSON, which launch/compare.py reads again, and as a table for people."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,6 +31,7 @@ def make_result(
         "world_size": world_size,
         "sharded": settings.sharded,
         "speed_plan": settings.speed and asdict(settings.speed),
+        "serve_plan": settings.serve and asdict(settings.serve),
         **provenance,
     }
 
@@ -44,7 +45,8 @@ def _model_entries(model: Measurement) -> dict[str, Any]:
 def result_table(result: dict[str, Any]) -> str:
     """Builds plain text of at most about 100 columns. The dense model, if there is one, stands to the left."""
     models = [model for model in (result["dense"], result) if model]
-    rows = [*_size_rows(models), *_quality_rows(models), *_task_rows(models), *_speed_rows(models)]
+    parts = (_size_rows, _quality_rows, _task_rows, _speed_rows, _served_rows)
+    rows = [row for part in parts for row in part(models)]
     names = ["dense", "model"] if len(models) > 1 else ["model"]
     lines = [f"{name:<6} {_title(model)}" for name, model in zip(names, models, strict=True)]
     cells = [(name, *values, remark) for name, values, remark in [("", names, ""), *rows]]
@@ -117,13 +119,26 @@ def _speed_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
     speeds = [model["speed"] for model in models]
     if speeds[0] is None:
         return
-    for name, key in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
-        values = [speed[key] for speed in speeds]
-        ratio = f"{values[1] / values[0]:.2f} times as fast" if len(values) > 1 else ""
-        yield f"{name}, tokens/s", [f"{value:,.1f}" for value in values], ratio
+    yield from _rate_rows(speeds, ("prefill", "decode"))
     if speeds[0]["peak_bytes"] is not None:
         peaks = [speed["peak_bytes"] / 1e6 for speed in speeds]
         yield "peak memory beyond weights, MB", [f"{peak:,.1f}" for peak in peaks], _less(peaks)
+
+
+def _served_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
+    served = [model["served"] for model in models]
+    if served[0] is None:
+        return
+    yield f"in {served[0]['server']} {served[0]['version']}", [one["form"] for one in served], ""
+    yield from _rate_rows(served, ("prefill", "decode", "batch"))
+
+
+def _rate_rows(speeds: list[dict[str, Any]], names: Sequence[str]) -> Iterable[Row]:
+    for name in names:
+        values = [speed[f"{name}_tokens_per_second"] for speed in speeds]
+        if None not in values:
+            ratio = f"{values[1] / values[0]:.2f} times as fast" if len(values) > 1 else ""
+            yield f"{name}, tokens/s", [f"{value:,.1f}" for value in values], ratio
 
 
 def _less(values: list[Any]) -> str:

@@ -10,6 +10,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.evaluation_text import EvaluationText
 from loraprune_ds.evaluate.models import FoundModel, choose_dtype, find_model
 from loraprune_ds.evaluate.perplexity import Batch, PerplexityProtocol, make_batches
+from loraprune_ds.evaluate.serving import ServeSettings
 from loraprune_ds.evaluate.speed import SpeedSettings
 from loraprune_ds.evaluate.zeroshot import TaskSettings, check_tasks
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
@@ -26,7 +27,7 @@ class EvaluationSettings:
         text: None: no perplexity.
         dtype: None: each model's own.
         batch_size: windows or requests of a task at once on each rank. None: about TOKENS_PER_BATCH.
-        tasks, speed: None: not measured.
+        tasks, speed, serve: None: not measured.
         sharded: ZeRO-3 spreads the weights over the ranks, for models that fit no single device.
     """
 
@@ -36,13 +37,14 @@ class EvaluationSettings:
     batch_size: int | None = None
     tasks: TaskSettings | None = None
     speed: SpeedSettings | None = None
+    serve: ServeSettings | None = None
     sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1; got {self.batch_size}")
-        if self.sharded and (self.tasks or self.speed):
-            raise UserError("--sharded measures perplexity only; --tasks and --speed need the whole model on a rank")
+        if self.sharded and (self.tasks or self.speed or self.serve):
+            raise UserError("--sharded measures perplexity only; --tasks, --speed and --serve need the whole model")
 
     @property
     def actual_batch_size(self) -> int:
@@ -95,8 +97,7 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
 def _check_positions(found: FoundModel, settings: EvaluationSettings) -> None:
     most = found.pretrained.config.get("max_position_embeddings")
     lengths = [settings.protocol.window] if settings.text else []
-    if settings.speed:
-        lengths.append(settings.speed.prompt + settings.speed.generated)
+    lengths += [plan.prompt + plan.generated for plan in (settings.speed, settings.serve) if plan]
     for length in lengths:
         if most and length > most:
             raise UserError(f"{found.path} reads at most {most} tokens (max_position_embeddings), not {length}")

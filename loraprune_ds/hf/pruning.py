@@ -38,7 +38,7 @@ from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import find_ratio
-from loraprune_ds.report.records import CutRecord, Sink, StepRecord, cut_record
+from loraprune_ds.report.records import CutRecord, Sink, StepRecord, cut_record, show_pictures
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.foreign import (
     before_each_update,
@@ -209,10 +209,12 @@ class Pruning:
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
         """Writes report, kept groups, metrics and pictures, as a run of ours has them. Collective.
 
+        Reporters get the pictures, too.
+
         Args:
             settings: more entries of the report's config.
         """
-        write_results(self.training, Path(folder), settings or {})
+        show_pictures(self._sinks, write_results(self.training, Path(folder), settings or {}))
 
     def close(self) -> None:
         """Lets go of the model and its optimizer. Warns if not all cuts were made."""

@@ -15,14 +15,18 @@ from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.memory import peak_bytes
 
 
-def write_results(training: PrunedTraining, folder: Path, settings: dict[str, Any]) -> None:
+def write_results(training: PrunedTraining, folder: Path, settings: dict[str, Any]) -> list[Path]:
     """Writes all results into `folder`. Collective.
+
+    Returns:
+        The pictures.
 
     Args:
         settings: more entries of the report's `config`.
     """
     peaks = training.model.comm.gather_objects(peak_bytes())
     training.model.comm.on_rank_0(lambda: _write(training, folder, settings, peaks))
+    return [folder / KEPT_GROUPS_PICTURE, folder / TRAINING_PICTURE]
 
 
 def _write(training: PrunedTraining, folder: Path, settings: dict[str, Any], peaks: list[int]) -> None:
@@ -36,5 +40,5 @@ def _write(training: PrunedTraining, folder: Path, settings: dict[str, Any], pea
     write_kept_groups(folder, outcome.kept_of_dense, dense)
     write_history(folder / METRICS_FILE, training.history)
     write_report(folder, report)
-    draw_kept_groups(folder / KEPT_GROUPS_PICTURE, dense, pruned)
+    draw_kept_groups(folder / KEPT_GROUPS_PICTURE, dense, outcome.kept_of_dense)
     draw_training(folder / TRAINING_PICTURE, training.history)

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import CHECKOUT, apply_override, config_from_dict, load_config
+from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.attention import attn_implementation
@@ -171,7 +171,7 @@ def make_request(
         UserError: something cannot be used. The line is that of a run.
     """
     if config_path is None and model in LLAMA:
-        config_path = str(CHECKOUT / "launch" / "configs" / f"{model}.yaml")
+        config_path = str(SHIPPED / "launch" / "configs" / f"{model}.yaml")
     if config_path is None and model is None:
         raise UserError("give a model or --config")
     if config_path is not None:

@@ -171,5 +171,10 @@ class TensorBoardLog:
         if not isinstance(record, StepRecord):
             self._writer.flush()  # rare and worth seeing at once
 
+    def picture(self, path: Path) -> None:
+        from matplotlib.image import imread
+
+        self._writer.add_image(path.stem, imread(path), dataformats="HWC")
+
     def close(self) -> None:
         self._writer.close()

@@ -1,56 +1,121 @@
-"""Draws the two pictures of a run: what every layer kept, and how training went."""
+"""Draws the two pictures of a run: which groups every layer kept, and how training went."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, VERMILION, label_point, save_picture
+from loraprune_ds.evaluate.drawing import (
+    BLUE,
+    GREEN,
+    LOG_FROM,
+    ORANGE,
+    PLOT_STYLE,
+    TEXT,
+    VERMILION,
+    label_beside,
+    make_logarithmic,
+    save_picture,
+)
 from loraprune_ds.model.family import Kind
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.report.records import CutRecord, EvaluationRecord, History
+from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, History, StepRecord
 from loraprune_ds.units import format_perplexity
 
 if TYPE_CHECKING:  # takes a second to import, so only where a picture is drawn
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    Groups = np.ndarray[Any, np.dtype[np.int64]]
 
 PALE, CUT = "#DDDDDD", "#C4C4C4"
 STYLE: Any = PLOT_STYLE | {"axes.titlepad": 8, "axes.grid.axis": "y"}
 # Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
+LEGEND_ABOVE: Any = {
+    "loc": "lower right",
+    "bbox_to_anchor": (1, 1),
+    "ncols": 3,
+    "borderaxespad": 0.2,
+    "handlelength": 1.6,
+}
+MOST_CELLS = 384  # of a strip: more would be narrower than a pixel or two
+MOST_CELLS_APART = 64  # which have a gap between them
+MOST_NUMBERED = 48  # layers whose counts are written down
+# Evaluations on the way need no words.
+NAMES: dict[EvaluationName, str] = {"dense": "dense", "after_last_cut": "after the last cut", "pruned": "exported"}
 # The title and colour of a kind.
 PANELS: dict[Kind, tuple[str, str]] = {"heads": ("Key-value heads", BLUE), "channels": ("MLP channels", ORANGE)}
 
 
-def draw_kept_groups(path: Path, dense: ModelShape, pruned: ModelShape) -> None:
-    """Draws the groups of each kind that every layer kept, as bars before what it had. A protected layer is full."""
+def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -> None:
+    """Draws which groups of each kind every layer kept, as a strip per layer, and beside it how many."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 5.2), layout="constrained")
-        panels = figure.subplots(len(dense.kinds), 1, sharex=True)
-        layers = range(len(dense.layers))
-        for axes, kind in zip(panels, dense.kinds, strict=True):
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        height = min(max(0.115 * len(dense.layers), 1.4), 9.0)
+        figure = Figure(figsize=(11, 1.3 + height), layout="constrained")
+        most = {kind: max(layer[kind] for layer in dense.layers) for kind in dense.kinds}
+        widths = [width for kind in dense.kinds for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)]
+        axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
+        for kind, strips, counts in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
+            had, have = [layer[kind] for layer in dense.layers], [len(keep[kind]) for keep in kept]
             title, colour = PANELS[kind]
-            had, kept = ([layer[kind] for layer in shape.layers] for shape in (dense, pruned))
-            axes.bar(layers, had, width=0.8, color=PALE, label="dense model")
-            axes.bar(layers, kept, width=0.8, color=colour, label="kept")
-            axes.set_title(f"{title}: {sum(kept):,} of {sum(had):,} kept ({100 * sum(kept) / sum(had):.0f} %)")
-            axes.set_ylabel(f"{kind} per layer")
-            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-            axes.yaxis.set_major_formatter("{x:,.0f}")
-            axes.margins(x=0.01)
-            _legend_above(axes)
-        panels[-1].set_xlabel("decoder layer")
-        panels[-1].xaxis.set_major_locator(MaxNLocator(16, integer=True))
+            _draw_strips(strips, [keep[kind].numpy() for keep in kept], had, colour)
+            strips.set_title(f"{title}: {sum(have):,} of {sum(had):,} kept ({100 * sum(have) / sum(had):.0f} %)")
+            _draw_counts(counts, had, have, colour)
+        axes[0].set_ylabel("decoder layer")
+        axes[0].set_ylim(len(dense.layers) - 0.5, -0.5)
+        axes[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
         _save(figure, path)
 
 
+def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], colour: str) -> None:
+    """Draws a row per layer and a cell per group. Groups share a cell where there are too many to be told apart."""
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    most = max(had)
+    together = math.ceil(most / MOST_CELLS)
+    cells = math.ceil(most / together)
+    share = np.full((len(had), cells), np.nan)  # of the groups of a cell, the part that stayed
+    for row, groups, count in zip(share, kept, had, strict=True):
+        cell = np.arange(count) // together
+        there = np.bincount(cell, minlength=cells)
+        np.divide(np.bincount(cell[groups], minlength=cells), there, out=row, where=there > 0)
+    shades = LinearSegmentedColormap.from_list("kept", [PALE, colour])
+    extent = (-0.5, cells * together - 0.5, len(had) - 0.5, -0.5)
+    axes.imshow(share, cmap=shades, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
+    axes.hlines(np.arange(1, len(had)) - 0.5, -0.5, most - 0.5, color="white", lw=0.8)
+    if most <= MOST_CELLS_APART:
+        axes.vlines(np.arange(1, most) - 0.5, -0.5, len(had) - 0.5, color="white", lw=0.8)
+    axes.set_xlim(-0.5, most - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("number in the dense model, grey is removed" + f", one shade for {together}" * (together > 1))
+
+
+def _draw_counts(axes: "Axes", had: Sequence[int], have: Sequence[int], colour: str) -> None:
+    """Draws how many groups each layer kept, as bars before what it had, with numbers where there is room."""
+    layers = range(len(had))
+    axes.barh(layers, had, height=0.8, color=PALE)
+    bars = axes.barh(layers, have, height=0.8, color=colour)
+    if len(had) <= MOST_NUMBERED:
+        axes.bar_label(bars, [f" {count:,}" for count in have], fontsize=7, color=TEXT, padding=1)
+    axes.set_xlim(0, 1.3 * max(had))  # room for the numbers
+    axes.set_xticks([])
+    axes.set_xlabel("number kept")
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(left=False)
+
+
 def draw_training(path: Path, history: History) -> None:
-    """Draws loss, held-out perplexities, sparsity, seconds and bytes per rank over the steps, with the cuts marked."""
+    """Draws loss, perplexity over what is removed, sparsity, seconds and bytes per rank. The cuts are marked."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -58,9 +123,10 @@ def draw_training(path: Path, history: History) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 8.2), layout=ConstrainedLayoutEngine(h_pad=0.09))
         grid = figure.add_gridspec(3, 2, height_ratios=(1.5, 1, 1))
-        loss = figure.add_subplot(grid[0, :])
+        measured = [e for e in history.evaluations if math.isfinite(e.perplexity)]
+        loss = figure.add_subplot(grid[0, 0] if measured else grid[0, :])
         sparsity, seconds, weights, memory = (figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(4))
-        _draw_loss(loss, history)
+        _draw_loss(loss, history.steps, measured)
         _draw_sparsity(sparsity, history)
         _draw_seconds(seconds, history)
         steps = [s.step for s in history.steps]
@@ -71,40 +137,45 @@ def draw_training(path: Path, history: History) -> None:
             axes.set_xlim(0, max([1, *steps]))
             axes.locator_params(axis="x", integer=True)
         loss.plot([], [], color=CUT, lw=0.8, label="cut")
-        _legend_above(loss)
-        for axes in (weights, memory):
+        loss.legend(**LEGEND_ABOVE)
+        for axes in (loss, weights, memory):
             axes.set_xlabel("step")
+        if measured:
+            _draw_perplexity(figure.add_subplot(grid[0, 1]), history.cuts, measured)
         _save(figure, path)
 
 
-def _draw_loss(axes: "Axes", history: History) -> None:
-    """Draws the loss, and held-out perplexities on the same axis by their logarithm, which is a loss too."""
-    known = [s for s in history.steps if math.isfinite(s.loss)]  # somebody else's trainer tells not every step's
+def _draw_loss(axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[EvaluationRecord]) -> None:
+    """Draws the loss, and the logarithm of held-out perplexities, which is a loss too."""
+    known = [s for s in steps if math.isfinite(s.loss)]  # somebody else's trainer tells not every step's
     axes.plot([s.step for s in known], [s.loss for s in known], color=BLUE, lw=1.2, label="training")
-    held_out = [e for e in history.evaluations if math.isfinite(e.perplexity)]
-    points = [e.step for e in held_out], [math.log(e.perplexity) for e in held_out]
-    label = "held-out text, with its perplexity"
-    axes.plot(*points, color=VERMILION, ls="", marker="o", markersize=5, zorder=4, label=label, **UNCLIPPED)
-    for evaluation in held_out:
-        _label_perplexity(axes, evaluation)
+    if measured:
+        points = [e.step for e in measured], [math.log(e.perplexity) for e in measured]
+        dots: Any = {"color": VERMILION, "ls": "", "marker": "o", "markersize": 5, "zorder": 4, **UNCLIPPED}
+        axes.plot(*points, label="held-out text", **dots)
     axes.set_title("Loss")
     axes.set_ylabel("nats per token")
-    axes.margins(y=0.12)
+    axes.margins(y=0.08)
 
 
-def _label_perplexity(axes: "Axes", evaluation: EvaluationRecord) -> None:
-    """Writes a perplexity beside its point, on the side where the axes go on. Evaluations on the way need no words."""
-    placement = {
-        "dense": ("dense", (2, 10), "left"),
-        "after_last_cut": ("after the last cut", (0, 14), "right"),
-        "pruned": ("exported", (0, -13), "right"),
-    }
-    if evaluation.name not in placement:
-        return
-    name, offset, alignment = placement[evaluation.name]
-    text = f"{format_perplexity(evaluation.perplexity)} {name}"
-    point = (evaluation.step, math.log(evaluation.perplexity))
-    label_point(axes, text, point, offset, alignment, color=VERMILION, in_layout=False)
+def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence[EvaluationRecord]) -> None:
+    """Draws held-out perplexity over the fraction that is gone, in the order in which it was measured."""
+    removed = [100 * max((c.reached for c in cuts if c.step <= e.step), default=0.0) for e in measured]
+    values = [e.perplexity for e in measured]
+    axes.plot(removed, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
+    if max(values) > LOG_FROM * min(values):
+        make_logarithmic(axes)
+    axes.margins(y=0.2)
+    axes.set_xlim(-0.05 * max(*removed, 1), 1.6 * max(*removed, 1))  # room for the labels of the last points
+    axes.set_title("Perplexity, held-out text")
+    axes.set_xlabel("% of the decoder's linear layers removed")
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # settles where the points are
+    for x, evaluation in zip(removed, measured, strict=True):
+        if name := NAMES.get(evaluation.name):
+            text = f"{format_perplexity(evaluation.perplexity)} {name}"
+            label_beside(axes, text, (x, evaluation.perplexity), color=VERMILION, in_layout=False)
 
 
 def _draw_sparsity(axes: "Axes", history: History) -> None:
@@ -116,7 +187,7 @@ def _draw_sparsity(axes: "Axes", history: History) -> None:
     axes.set_title("Decoder linear layers")
     axes.set_ylabel("% removed")
     axes.set_ylim(0)
-    _legend_above(axes)
+    axes.legend(**LEGEND_ABOVE)
 
 
 def _draw_seconds(axes: "Axes", history: History) -> None:
@@ -144,10 +215,6 @@ def _mark_cuts(axes: "Axes", cuts: Sequence[CutRecord]) -> None:
     width = min(0.8, 24 / max(len(cuts), 1))
     for cut in cuts:
         axes.axvline(cut.step, color=CUT, lw=width, zorder=0)
-
-
-def _legend_above(axes: "Axes") -> None:
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2, handlelength=1.6)
 
 
 def _save(figure: "Figure", path: Path) -> None:

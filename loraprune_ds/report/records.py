@@ -1,9 +1,10 @@
 """Describes the events of a run as three kinds of records. All that people look at is made from them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -123,6 +124,21 @@ class Sink(Protocol):
     def write(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class PictureSink(Protocol):
+    """Takes pictures, too."""
+
+    def picture(self, path: Path) -> None: ...
+
+
+def show_pictures(sinks: Iterable[Sink], paths: Sequence[Path]) -> None:
+    """Sends pictures to all sinks that take them."""
+    for sink in sinks:
+        if isinstance(sink, PictureSink):
+            for path in paths:
+                sink.picture(path)
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,17 @@ class Service:
 
     Attributes:
         start: opens a run, by its folder and settings.
-        is_open: tells if a run is open.
+        find_run: finds the run that is open, if one is.
         log: takes values and their step.
-        picture: takes a file.
+        picture: takes a file, for a run that may have ended since.
         finish: closes the run.
         error: dotted name of what its functions raise.
     """
 
     start: Callable[[Any, Path, dict[str, Any]], object]
-    is_open: Callable[[Any], bool]
+    find_run: Callable[[Any], Any]
     log: Callable[[Any, dict[str, float], int], object]
-    picture: Callable[[Any, Path], object]
+    picture: Callable[[Any, Path, Any], object]
     finish: Callable[[Any], object]
     error: str
 
@@ -64,14 +64,14 @@ def _log(module: Any, values: dict[str, float], step: int) -> None:
     module.log(values | {STEP_AXIS: step})
 
 
-def _picture(module: Any, path: Path) -> None:
+def _picture(module: Any, path: Path, run: Any) -> None:
     module.log({path.stem: module.Image(str(path))})
 
 
 SERVICES = {
     "wandb": Service(
         start=_start_wandb,
-        is_open=lambda wandb: getattr(wandb, "run", wandb) is not None,  # None where it is switched off
+        find_run=lambda wandb: getattr(wandb, "run", wandb),  # None where it is switched off
         log=_log,
         picture=_picture,
         finish=lambda wandb: wandb.finish(),
@@ -79,7 +79,7 @@ SERVICES = {
     ),
     "trackio": Service(
         start=_start_trackio,
-        is_open=lambda trackio: True,
+        find_run=lambda trackio: trackio,
         log=_log,
         picture=_picture,
         finish=lambda trackio: trackio.finish(),
@@ -87,9 +87,9 @@ SERVICES = {
     ),
     "mlflow": Service(
         start=_start_mlflow,
-        is_open=lambda mlflow: mlflow.active_run() is not None,
+        find_run=lambda mlflow: mlflow.active_run(),
         log=lambda mlflow, values, step: mlflow.log_metrics(values, step=step),
-        picture=lambda mlflow, path: mlflow.log_artifact(str(path)),
+        picture=lambda mlflow, path, run: mlflow.log_artifact(str(path), run_id=run.info.run_id),
         finish=lambda mlflow: mlflow.end_run(),
         error="mlflow.exceptions.MlflowException",
     ),
@@ -108,15 +108,22 @@ def check_installed(report_to: Iterable[str]) -> None:
 
 
 class ModuleLog:
-    """Logs to the run that somebody else has opened."""
+    """Logs to the run that somebody else has opened. Pictures go to the last one that was open."""
 
     def __init__(self, name: str, curves: Curves = scalars) -> None:
         self._name, self._service, self._curves = name, SERVICES[name], curves
+        self._run: Any = None
 
     def write(self, record: Record) -> None:
         module: Any = sys.modules.get(self._name)  # whoever opened the run has imported it
-        if module is not None and self._service.is_open(module):
+        if module is not None and (run := self._service.find_run(module)) is not None:
+            self._run = run
             self._service.log(module, self._curves(record), record.step)
+
+    def picture(self, path: Path) -> None:
+        """Sends a picture. The Trainer has ended MLflow's run before."""
+        if self._run is not None:
+            self._service.picture(sys.modules[self._name], path, self._run)
 
     def close(self) -> None: ...
 
@@ -135,6 +142,7 @@ class ReportedRun(ModuleLog):
         self._error: type[Exception] = getattr(importlib.import_module(where), error)
         try:
             self._service.start(self._module, folder, settings)
+            self._run = self._service.find_run(self._module)
         except (self._error, OSError) as error:
             raise RankError(f"logging.report_to {name}: {first_line(error)}") from None
 
@@ -142,8 +150,7 @@ class ReportedRun(ModuleLog):
         self._try(lambda: super(ReportedRun, self).write(record))
 
     def picture(self, path: Path) -> None:
-        """Sends a picture."""
-        self._try(lambda: self._service.picture(self._module, path))
+        self._try(lambda: super(ReportedRun, self).picture(path))
 
     def close(self) -> None:
         self._try(lambda: self._service.finish(self._module))

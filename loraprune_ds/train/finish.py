@@ -45,7 +45,7 @@ def finish(config: RunConfig, prepared: Prepared, outcome: Outcome, context: Run
     recorder.write(_evaluate_exported(config, prepared, comm))
     peaks = comm.gather_objects(peak_bytes())
     comm.on_rank_0(lambda: _publish(config, prepared, outcome, peaks, recorder.history))
-    recorder.show_pictures(Path(config.output_dir) / name for name in (TRAINING_PICTURE, KEPT_GROUPS_PICTURE))
+    recorder.show_pictures([Path(config.output_dir) / name for name in (TRAINING_PICTURE, KEPT_GROUPS_PICTURE)])
     return True
 
 
@@ -91,7 +91,7 @@ def _publish(config: RunConfig, prepared: Prepared, outcome: Outcome, peaks: lis
     write_kept_groups(folder, outcome.kept_of_dense, dense)
     write_report(folder, make_report(config.to_dict(), history, dense, outcome, peaks, device_name()))
     fail_point("finish.reported")
-    draw_kept_groups(folder / KEPT_GROUPS_PICTURE, dense, outcome.pruned)
+    draw_kept_groups(folder / KEPT_GROUPS_PICTURE, dense, outcome.kept_of_dense)
     draw_training(folder / TRAINING_PICTURE, history)
     shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)  # no step needs it any more
 

@@ -1,7 +1,7 @@
 """Passes a run's records on: to the history for the report, metrics.jsonl, TensorBoard and the progress display."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
@@ -9,7 +9,16 @@ from loraprune_ds.checkpoint.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.files import write_text
 from loraprune_ds.report.metrics import MetricsLog, TensorBoardLog, read_metrics
-from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, Record, Sink, StepRecord, history_from
+from loraprune_ds.report.records import (
+    CutRecord,
+    EvaluationRecord,
+    History,
+    Record,
+    Sink,
+    StepRecord,
+    history_from,
+    show_pictures,
+)
 from loraprune_ds.report.reporters import SERVICES, ReportedRun
 from loraprune_ds.train.progress import Progress
 
@@ -41,7 +50,6 @@ class Recorder:
         self._sinks: list[Sink] = []
         self._progress: Progress | None = None
         self._metrics: MetricsLog | None = None
-        self._reporters: list[ReportedRun] = []
         if not active:
             return
         self._metrics = metrics = MetricsLog(folder / METRICS_FILE)
@@ -59,8 +67,7 @@ class Recorder:
             self._progress = Progress(steps, first=first)
             self._sinks.append(self._progress)
         for name in (name for name in SERVICES if name in report_to):
-            self._reporters.append(ReportedRun(name, folder, config.to_dict(), self.warn))
-        self._sinks += self._reporters
+            self._sinks.append(ReportedRun(name, folder, config.to_dict(), self.warn))
 
     def write(self, record: Record) -> None:
         """Writes a record to the history and all sinks."""
@@ -86,11 +93,9 @@ class Recorder:
         elif self._metrics is not None:
             sys.stderr.write(line + "\n")
 
-    def show_pictures(self, paths: Iterable[Path]) -> None:
-        """Sends pictures to the reporters that are not folders of this run."""
-        for path in paths:
-            for reporter in self._reporters:
-                reporter.picture(path)
+    def show_pictures(self, paths: Sequence[Path]) -> None:
+        """Sends pictures to the sinks that take them."""
+        show_pictures(self._sinks, paths)
 
     def flush(self) -> None:
         """Forces metrics.jsonl to the disk."""

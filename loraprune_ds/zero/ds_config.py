@@ -11,7 +11,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import CHECKOUT
+from loraprune_ds.config_file import find_shipped
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import ModelShape
@@ -79,15 +79,14 @@ NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
 
 def find_ds_config(path: str) -> Path:
-    """Finds `deepspeed` as given, or else below the checkout. So the shipped ds_configs/ serve from any directory.
+    """Finds `deepspeed` as given, or else among the shipped ones.
 
     Raises:
         UserError: it is in neither place.
     """
-    given = Path(path).expanduser()
-    found = next((candidate for candidate in (given, CHECKOUT / given) if candidate.is_file()), None)
-    if found is None:
-        raise UserError(f"deepspeed: {path} {'is not a file' if given.exists() else 'does not exist'}")
+    found = find_shipped(path)
+    if not found.is_file():
+        raise UserError(f"deepspeed: {path} {'is not a file' if found.exists() else 'does not exist'}")
     return found
 
 

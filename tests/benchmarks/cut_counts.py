@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.config_file import CHECKOUT, load_config
+from loraprune_ds.config_file import SHIPPED, load_config
 from loraprune_ds.files import write_json
 from loraprune_ds.plan.request import read_shape
 from loraprune_ds.pruning.limits import make_limits
@@ -28,7 +28,7 @@ SECONDS_OF_A_CUT = (2.0, 5.0)  # host time on a GPU machine, estimated
 
 def simulate(model: str, multiple: int) -> dict[str, Any]:
     """Follows the schedule of one shipped config with another multiple."""
-    config = replace(load_config(CHECKOUT / "launch" / "configs" / f"{model}.yaml").prune, channel_multiple=multiple)
+    config = replace(load_config(SHIPPED / "launch" / "configs" / f"{model}.yaml").prune, channel_multiple=multiple)
     limits = make_limits(config, read_shape(model))
     schedule = make_schedule(config, STEPS, limits)
     cuts = schedule.cut_steps()

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.files import read_json
-from tests.hf.trainers import Setup, resume_without_the_callback, stop_early, train_alone, train_with_callback
+from loraprune_ds.report.metrics import read_metrics
+from loraprune_ds.report.records import history_from
+from tests.hf.results import LINEARS, kept_indices, load, weight
+from tests.hf.trainers import (
+    PLAIN,
+    Setup,
+    resume_without_the_callback,
+    stop_early,
+    train_alone,
+    train_with_callback,
+)
 from tests.numerics.driver import Job, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
@@ -18,6 +28,7 @@ from tests.ranks import RankPool
 PRUNE = {"ratio": 0.4, "prune_every": 2, "cooldown_fraction": 0.3, "channel_multiple": 1}  # cuts after 3, 5 and 7
 REFIT = PRUNE | {"criterion": "gradient", "ranking": "global", "compensate": "least_squares"}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
+COPY = "modules_to_save.default"  # where PEFT keeps the copy that trains
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +80,10 @@ def test_the_callback_cuts_as_our_own_trainer(ranks: RankPool, job: Job, plain: 
     report = read_json(plain.out / "report.json")
     assert [cut["step"] for cut in report["prune_steps"]] == [3, 5, 7]
     assert report["params"]["pruned"] < report["params"]["dense"]
+    steps = history_from(read_metrics(plain.out / "metrics.jsonl")).steps
+    assert [step.loss for step in steps] == [row["loss"] for row in plain.rows]
+    shrunk = [before.step for before, after in pairwise(steps) if after.weight_bytes < before.weight_bytes]
+    assert shrunk == [3, 5, 7]
     names = {path.name for path in plain.out.iterdir()}
     assert names >= {"kept_groups.json", "kept_groups.png", "training.png", "metrics.jsonl"}
 
@@ -98,12 +113,37 @@ def test_a_resume_goes_on_from_refitted_weights_and_moments(ranks: RankPool, job
     resume_and_compare(ranks, job, run, tmp_path / "b", 3)
 
 
-def resume_and_compare(ranks: RankPool, job: Job, run: Run, out: Path, step: int = 4) -> None:
+def resume_and_compare(ranks: RankPool, job: Job, run: Run, out: Path, step: int = 4, setup: Setup = PLAIN) -> None:
     checkpoint = str(run.out / f"checkpoint-{step}")
-    again, resumed = ranks.run(2, train_with_callback, job, out, {}, checkpoint)[0]
+    again, resumed = ranks.run(2, train_with_callback, job, out, {}, checkpoint, setup)[0]
     assert course(again) == course(run.rows[step:])
     assert run.rows[step - 1]["kept"] != run.rows[-1]["kept"]
     assert_equal_bits(resumed, run.weights)
+
+
+@pytest.mark.parametrize(
+    "setup", [Setup(fp32_lora=True), Setup(whole=("embed_tokens", "lm_head"))], ids=["fp32 LoRA", "modules_to_save"]
+)
+def test_what_trains_beside_a_bf16_base_goes_through_cuts_and_a_resume(
+    ranks: RankPool, job: Job, tmp_path: Path, setup: Setup
+) -> None:
+    job = replace(job, dtype="bfloat16", batches=job.batches[:6])  # cuts after 2, 4 and 5
+    out, saves = tmp_path / "a", {"save_strategy": "steps", "save_steps": 3}
+    run = Run(*ranks.run(2, train_with_callback, job, out, saves, None, setup)[0], out)
+    resume_and_compare(ranks, job, run, tmp_path / "b", 3, setup)
+    dense = load(job.folder, "bfloat16")
+    kept, trained = kept_indices(out, dense), torch.float32 if setup.fp32_lora else torch.bfloat16
+    assert {tensor.dtype for name, tensor in run.weights.items() if ".lora_" in name} == {trained}
+    for i, rows in enumerate(kept):
+        for name, (kind, axis) in LINEARS.items():
+            live = run.weights[f"base_model.model.model.layers.{i}.{name}.base_layer.weight"]
+            assert torch.equal(weight(dense, i, name).index_select(axis, rows[kind]), live), (i, name)
+    for name in setup.whole:
+        path = next(path for path, _ in dense.named_modules() if path.endswith(name))
+        at_first, learned = dense.get_parameter(f"{path}.weight"), run.weights[f"base_model.model.{path}.{COPY}.weight"]
+        assert not torch.equal(learned, at_first), name
+        assert torch.equal(load(out / "base", "bfloat16").get_parameter(f"{path}.weight"), at_first), name
+        assert torch.equal(load(out / "model", "bfloat16").get_parameter(f"{path}.weight"), learned), name
 
 
 def test_an_evaluation_between_cuts_changes_nothing(ranks: RankPool, job: Job, plain: Run, tmp_path: Path) -> None:
@@ -116,8 +156,9 @@ def test_an_evaluation_between_cuts_changes_nothing(ranks: RankPool, job: Job, p
 
 def test_stopping_early_and_half_gradients_are_warned_of(ranks: RankPool, job: Job, tmp_path: Path) -> None:
     first, second = ranks.run(2, stop_early, replace(job, dtype="bfloat16"), tmp_path)
-    assert len(first) == 1
-    assert first[0].startswith("training stopped at step 2, before the last cut at step 14: 0.0 % of 40.0 %")
+    rounded, stopped = first
+    assert rounded.startswith("gradients are averaged in bfloat16")
+    assert stopped.startswith("training stopped at step 2, before the last cut at step 14: 0.0 % of 40.0 %")
     assert second == []  # one rank says it
 
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -69,10 +69,14 @@ class Setup:
         reference: an adapter `ref` beside the trained one. Each loss is preceded by its forward pass without a
             gradient, as in DPO and GRPO.
         reentrant: how activation checkpointing recomputes. None: there is none.
+        fp32_lora: LoRA is in fp32 beside a base of less, as PEFT makes it by default.
+        whole: modules that train whole beside LoRA, by PEFT's `modules_to_save`.
     """
 
     reference: bool = False
     reentrant: bool | None = None
+    fp32_lora: bool = False
+    whole: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         if self.reentrant is None:
@@ -131,7 +135,6 @@ def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out),
         use_cpu=True,
-        deepspeed=read_json(Path("ds_configs/zero3.json")),
         per_device_train_batch_size=job.micro_batch_size,
         gradient_accumulation_steps=size // job.micro_batch_size // world_size,
         learning_rate=job.learning_rate,
@@ -141,22 +144,39 @@ def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
         logging_steps=1,
         bf16=job.dtype == "bfloat16",
         disable_tqdm=True,
-        **{"max_steps": len(job.batches), "save_strategy": "no", "report_to": "none", **more},
+        **{
+            "deepspeed": deepspeed_config(),
+            "max_steps": len(job.batches),
+            "save_strategy": "no",
+            "report_to": "none",
+            **more,
+        },
     )
+
+
+def deepspeed_config(*, fp32_gradients: bool = True) -> dict[str, Any]:
+    """Returns the shipped config, or what is left of it if gradients travel and add up in the model's dtype."""
+    config = read_json(Path("ds_configs/zero3.json"))
+    rounded = {"communication_data_type", "data_types"}
+    return config if fp32_gradients else {key: value for key, value in config.items() if key not in rounded}
 
 
 def load_model(job: Job, setup: Setup = PLAIN) -> PeftModel:
     model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.dtype))
     if setup.reentrant is not None:
         model.enable_input_require_grads()
-    model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=False)
+    if setup.whole:
+        torch.manual_seed(job.seed)
+        config: Any = LoraConfig.from_pretrained(str(job.adapter), modules_to_save=list(setup.whole))
+        return cast(PeftModel, get_peft_model(model, config, autocast_adapter_dtype=setup.fp32_lora))
+    model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=setup.fp32_lora)
     if setup.reference:
         model.add_adapter("ref", LoraConfig(r=2, target_modules=linear_names(model.get_base_model())))
     return model
 
 
 def stop_early(job: Job, out: Path) -> list[str]:
-    """Makes fewer steps than the schedule is made for. Returns the warnings."""
+    """Makes fewer steps than the schedule is made for, with gradients in the model's dtype. Returns the warnings."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -165,7 +185,7 @@ def stop_early(job: Job, out: Path) -> list[str]:
     try:
         with fresh_accelerate():
             callback = LoraPruneCallback(PruneConfig(**job.prune), steps=20)
-            args = arguments(job, out, max_steps=2)
+            args = arguments(job, out, max_steps=2, deepspeed=deepspeed_config(fp32_gradients=False))
             InOrder(model=load_model(job), args=args, train_dataset=Rows(job), callbacks=[callback]).train()
     finally:
         logger.removeHandler(handler)
@@ -235,6 +255,9 @@ def train_with_callback(
             callbacks=[callback, watch],
         )
         trainer.train(resume_from_checkpoint=checkpoint and callback.resume(trainer.model, checkpoint))
+        if setup.whole:
+            callback.save_model(out / "model")
+            callback.save_base(out / "base")
         model = callback.pruning.training.model
         return watch.rows, {name: gather_everywhere(model, p) for name, p in model.module.named_parameters()}
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.evaluate import find_or_merge
 from loraprune_ds.checkpoint.run_folder import Status, write_status
+from loraprune_ds.cli.evaluate import find_or_merge
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.source import find_source
@@ -348,6 +348,11 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "long window": (
         lambda m, h: [m / "dense", "--text", m / "text.txt", "--window", "1024"],
         "{made}/dense reads at most 512 tokens (max_position_embeddings), not 1024",
+    ),
+    "serve without": (lambda m, h: [m / "dense", "--serve-python", "python3"], "--serve-python has no effect without"),
+    "serve nowhere": (
+        lambda m, h: [m / "dense", "--serve", "vllm", "--serve-python", "nowhere"],
+        "--serve-python: nowhere is no program",
     ),
     "sharded tasks": (lambda m, h: [m / "dense", "--tasks", "piqa", "--sharded"], "--sharded measures perplexity only"),
     "sharded adapter": (

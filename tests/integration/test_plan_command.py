@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import main
+from loraprune_ds.cli.plan import main
 
 ROOT = Path(__file__).parents[2]
 

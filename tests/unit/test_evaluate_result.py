@@ -13,6 +13,7 @@ from loraprune_ds.evaluate.evaluation import Measurement
 from loraprune_ds.evaluate.evaluation_text import EvaluationText
 from loraprune_ds.evaluate.perplexity import Perplexity, PerplexityProtocol
 from loraprune_ds.evaluate.result import make_result, result_table
+from loraprune_ds.evaluate.serving import Served
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Speed, SpeedSettings
 from loraprune_ds.evaluate.zeroshot import TaskSettings
@@ -98,6 +99,18 @@ def test_side_by_side_the_dense_model_is_to_the_left() -> None:
     assert found["mean acc"] == ["0.6250"] * 2
 
 
+def test_what_a_server_measured_has_its_rows() -> None:
+    served = [Served("llama.cpp", "0.3.36", "gguf-q8_0", 100.0 * k, 10.0 * k, None) for k in (1, 2)]
+    models = [replace(PRUNED, speed=None, served=served[1]), replace(DENSE, speed=None, served=served[0])]
+    result = make_result(models, SETTINGS, 1, {})
+    assert result["dense"]["served"]["prefill_tokens_per_second"] == 100.0
+    found = rows(result_table(result))
+    assert found["in llama.cpp 0.3.36"] == ["gguf-q8_0", "gguf-q8_0"]
+    assert found["prefill, tokens/s"] == ["100.0", "200.0", "2.00 times as fast"]
+    assert found["decode, tokens/s"] == ["10.0", "20.0", "2.00 times as fast"]
+    assert "batch, tokens/s" not in found
+
+
 def test_what_was_not_measured_has_no_row() -> None:
     bare = replace(PRUNED, perplexity=None, tasks=None, speed=None, removed_fraction=None)
     table = result_table(make_result([bare], EvaluationSettings(PerplexityProtocol()), 1, {}))
@@ -142,7 +155,7 @@ def test_an_object_without_a_text_says_so() -> None:
         (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
         (
             lambda: EvaluationSettings(PerplexityProtocol(), tasks=TaskSettings(("piqa",)), sharded=True),
-            "--sharded measures perplexity only; --tasks and --speed need the whole model on a rank",
+            "--sharded measures perplexity only; --tasks, --speed and --serve need the whole model",
         ),
     ],
 )

@@ -1,6 +1,5 @@
 """What cannot be pruned inside somebody else's trainer is refused in one line, before the first step."""
 
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.hf import checkpoint
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model, warn_of_rounded_gradients
 from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape
@@ -245,62 +243,6 @@ def test_what_a_cut_makes_smaller_cannot_train_whole() -> None:
     lora = LoraConfig(r=2, target_modules=ALL, modules_to_save=["q_norm"])
     model = cast(PeftModel, get_peft_model(Olmo2ForCausalLM(config), lora))
     assert "a cut makes model.layers.0.self_attn.q_norm smaller" in refusal(model)
-
-
-# Checkpoints
-
-
-def saved(folder: Path, **changes: Any) -> Path:
-    """Writes the state of a checkpoint whose tensors do not matter."""
-    state = {
-        "step": 5,
-        "steps": 10,
-        "world_size": 2,
-        "seed": 0,
-        "prune": {"ratio": 0.5},
-        "dense": [],
-        "kept": [],
-        "updates_since_cut": 0,
-        "moment_tokens": 0.0,
-        "shape": None,
-        "resumed_from": [],
-        "format": 1,
-    }
-    (folder / "pruning").mkdir(parents=True)
-    (folder / "pruning/state.json").write_text(json.dumps(state | changes))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"world_size": 3}, "was saved by 3 ranks"),
-        ({"prune": {"ratio": 0.4}}, "other settings: ratio"),
-        ({"format": 2}, "has format 2"),
-        ({"surplus": 1}, "is damaged"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    comm = cast(Any, SimpleNamespace(world_size=2, rank=0))
-    with pytest.raises(UserError, match=words):
-        checkpoint._read(saved(tmp_path, **changes), PruneConfig(), comm)
-
-
-def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
-    assert checkpoint._find(tmp_path / "nothing") is None
-    saved(tmp_path / "checkpoint-3")
-    saved(tmp_path / "checkpoint-12")
-    (tmp_path / "checkpoint-20").mkdir()  # the save was cut short
-    assert checkpoint._find(tmp_path) == tmp_path / "checkpoint-12"
-    assert checkpoint._find(tmp_path / "checkpoint-3") == tmp_path / "checkpoint-3"
-
-
-def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3/trainer_state.json").write_text("{}")
-    for folder in (tmp_path, tmp_path / "checkpoint-3"):
-        with pytest.raises(UserError, match="saved without pruning"):
-            checkpoint._find(folder)
 
 
 def test_a_resumed_training_needs_a_resumed_callback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ LAYERS = (
     ("evaluate", "export", "plan"),
     ("report",),
     ("train", "hf"),
+    ("cli",),
     ("launch",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -143,6 +144,7 @@ def test_a_wrong_import_is_a_fault() -> None:
         ("errors", "from loraprune_ds.config import RunConfig"),
         ("export", "from loraprune_ds.evaluate.perplexity import perplexity"),
         ("train", "from launch.run import main"),
+        ("cli", "from launch.run import main"),
         ("train", "import deepspeed"),
         ("launch", "from deepspeed import comm"),
     ]:

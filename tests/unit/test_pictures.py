@@ -1,17 +1,21 @@
-"""The pictures show the records: curves, bars and labels are read back from the figure."""
+"""The pictures show the records: curves, strips, bars and labels are read back from the figure."""
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report import pictures
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
-from tests.unit.run_records import DENSE, PRUNED, small_run, step_record
+from tests.unit.run_records import DENSE, cut_record, small_run, step_record
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib only warns when a layout collapses
 
@@ -39,44 +43,72 @@ def curve(axes: Any, label: str) -> tuple[list[float], list[float]]:
     return list(line.get_xdata()), list(line.get_ydata())
 
 
-def test_kept_groups_has_a_bar_per_layer_and_kind(tmp_path: Path, figures: list[Any]) -> None:
-    draw_kept_groups(tmp_path / "run" / "kept_groups.png", DENSE, PRUNED)
+def kept_of(shape: ModelShape, counts: Sequence[tuple[int, int]]) -> list[LayerKeep]:
+    """The last groups of each layer."""
+    return [
+        LayerKeep(heads=torch.arange(layer["heads"] - heads, layer["heads"]), channels=torch.arange(channels))
+        for layer, (heads, channels) in zip(shape.layers, counts, strict=True)
+    ]
+
+
+def test_kept_groups_has_a_strip_per_layer_and_kind(tmp_path: Path, figures: list[Any]) -> None:
+    draw_kept_groups(tmp_path / "run" / "kept_groups.png", DENSE, kept_of(DENSE, [(4, 96), (2, 40), (3, 50)]))
     assert is_png(tmp_path / "run" / "kept_groups.png")
-    heads, channels = figures[0].axes
-    for axes, had, kept in ((heads, [4, 4, 4], [4, 2, 3]), (channels, [96, 96, 96], [96, 40, 50])):
+    heads, head_counts, channels, channel_counts = figures[0].axes
+    assert heads.get_images()[0].get_array().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
+    strips = channels.get_images()[0].get_array()
+    assert strips.shape == (3, 96)
+    assert strips[1].tolist() == [1] * 40 + [0] * 56
+    for axes, had, kept in ((head_counts, [4, 4, 4], [4, 2, 3]), (channel_counts, [96, 96, 96], [96, 40, 50])):
         dense_bars, kept_bars = axes.containers
-        assert [bar.get_height() for bar in dense_bars] == had
-        assert [bar.get_height() for bar in kept_bars] == kept
+        assert [bar.get_width() for bar in dense_bars] == had
+        assert [bar.get_width() for bar in kept_bars] == kept
+        assert [text.get_text().strip() for text in axes.texts] == [str(count) for count in kept]
     assert heads.get_title("left") == "Key-value heads: 9 of 12 kept (75 %)"
 
 
-def test_eighty_layers_keep_their_bars_apart(tmp_path: Path, figures: list[Any]) -> None:
+def test_many_channels_share_a_cell_that_has_the_part_kept(tmp_path: Path, figures: list[Any]) -> None:
+    dense = DENSE.with_layers((LayerShape(heads=4, channels=1000),) * 2)
+    draw_kept_groups(tmp_path / "kept_groups.png", dense, kept_of(dense, [(4, 1000), (2, 500)]))
+    whole, half = figures[0].axes[2].get_images()[0].get_array()
+    assert len(whole) == 334  # 3 to a cell, and the last one alone
+    assert whole.tolist() == [1] * 334
+    assert half.tolist() == [1] * 166 + [pytest.approx(2 / 3)] + [0] * 167
+
+
+def test_layers_of_two_widths_leave_the_rest_of_a_strip_empty(tmp_path: Path, figures: list[Any]) -> None:
+    """A pruned model that was pruned again."""
+    dense = DENSE.with_layers((LayerShape(heads=4, channels=6), LayerShape(heads=2, channels=4)))
+    draw_kept_groups(tmp_path / "kept_groups.png", dense, kept_of(dense, [(4, 6), (1, 3)]))
+    strips = figures[0].axes[2].get_images()[0].get_array()
+    assert np.array_equal(np.ma.filled(strips[1], math.nan), [1, 1, 1, 0, math.nan, math.nan], equal_nan=True)
+
+
+def test_eighty_layers_keep_their_strips_apart(tmp_path: Path, figures: list[Any]) -> None:
     dense = DENSE.with_layers((LayerShape(heads=64, channels=22016),) * 80)
-    draw_kept_groups(
-        tmp_path / "kept_groups.png", dense, dense.with_layers((LayerShape(heads=30, channels=9000),) * 80)
-    )
-    axes = figures[0].axes[1]
-    first, second = (bar.get_window_extent() for bar in axes.containers[1][:2])
-    assert first.width >= 3  # pixels
-    assert second.x0 - first.x1 >= 1
-    labels = [tick.get_window_extent() for tick in axes.get_xticklabels() if tick.get_text()]
-    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(labels))
+    draw_kept_groups(tmp_path / "kept_groups.png", dense, kept_of(dense, [(30, 9000)] * 80))
+    for axes in figures[0].axes[:3:2]:
+        assert axes.get_window_extent().height / 80 >= 5  # pixels
+        labels = [tick.get_window_extent() for tick in axes.get_xticklabels() if tick.get_text()]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(labels))
 
 
 def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list[Any]) -> None:
     draw_training(tmp_path / "training.png", small_run())
     assert is_png(tmp_path / "training.png")
-    loss, sparsity, seconds, weights, memory = figures[0].axes
+    loss, sparsity, seconds, weights, memory, perplexity = figures[0].axes
     assert curve(loss, "training") == (list(range(1, 11)), [3.0] * 10)
     perplexities = [51.59, 103.2, 80.0, 74.23]
-    assert curve(loss, "held-out text, with its perplexity") == ([0, 6, 8, 10], [math.log(p) for p in perplexities])
-    assert [t.get_text() for t in loss.texts] == ["51.59 dense", "103.20 after the last cut", "74.23 exported"]
+    assert curve(loss, "held-out text") == ([0, 6, 8, 10], [math.log(p) for p in perplexities])
+    (line,) = perplexity.get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 29.7, 29.7, 29.7], perplexities)
+    assert [t.get_text() for t in perplexity.texts] == ["51.59 dense", "103.20 after the last cut", "74.23 exported"]
     assert curve(sparsity, "target")[0] == [4, 6]
     assert list(seconds.get_lines()[0].get_xdata()) == list(range(2, 11))  # without the warm-up
     assert weights.get_ylabel() == "MB"
     assert memory.get_ylabel() == "GB"
     assert memory.get_lines()[0].get_ydata()[0] == pytest.approx(5.1, abs=1e-6)  # the fullest rank
-    for axes in figures[0].axes:
+    for axes in figures[0].axes[:5]:
         cuts = [
             line.get_xdata()[0]
             for line in axes.get_lines()
@@ -85,10 +117,49 @@ def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list
         assert cuts == [4, 6]
 
 
+# Perplexities after each of 10 cuts, from the dense model's on. Then that of the exported model.
+COURSES = {
+    "rising": [22.6 + 0.3 * i for i in range(11)] + [25.4],
+    "falling": [30.0 - i for i in range(11)] + [19.0],
+    "a dip": [22.6, 21, 21, 21, 22, 23, 24, 25, 26, 27, 29, 25],
+    "a peak": [22.6, 40, 60, 55, 40, 35, 33, 32, 31, 30.5, 30.2, 30.1],
+    "steep": [5.68 * 1.8**i for i in range(11)] + [300],
+    "flat": [10.0] * 12,
+}
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_no_label_lies_on_a_curve_or_another_label(
+    course: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    dense, *on_the_way, last_cut, exported = COURSES[course]
+    names = [(0, "dense", dense), *((i, "step", p) for i, p in enumerate(on_the_way, start=1))]
+    evaluations = [EvaluationRecord(step, name, p, 1, 1) for step, name, p in names]  # type: ignore[arg-type]
+    evaluations += [
+        EvaluationRecord(10, "after_last_cut", last_cut, 1, 1),
+        EvaluationRecord(12, "pruned", exported, 1, 1),
+    ]
+    cuts = [cut_record(i, before=2, after=1, reached=0.03 * i) for i in range(1, 11)]
+    history = History([step_record(i) for i in range(1, 13)], cuts, evaluations)
+    draw_training(tmp_path / "training.png", history)
+    figures[0].draw_without_rendering()
+    axes = figures[0].axes[5]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 3
+    for line in axes.get_lines():
+        path = line.get_transform().transform_path(line.get_path())
+        assert not any(path.intersects_bbox(box, filled=False) for box in boxes)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    inside = axes.get_window_extent()
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
+
+
 def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
     """Nothing happened yet; one step with a lost loss and a model that fell apart."""
     odd = History(steps=[step_record(1, loss=math.nan)], evaluations=[EvaluationRecord(1, "pruned", math.inf, 1, 1)])
     for name, history in (("empty", History()), ("odd", odd)):
         draw_training(tmp_path / f"{name}.png", history)
         assert is_png(tmp_path / f"{name}.png")
-        assert len(figures[-1].axes[0].texts) == 0  # an infinite perplexity has no place on the axis
+        assert len(figures[-1].axes) == 5  # an infinite perplexity has no place on an axis

@@ -1,5 +1,6 @@
 """The parts of tests/benchmarks/quality.py that a wrong table could come from."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from tests.benchmarks.quality import basis_of, parse_arguments, trial_name
 from tests.benchmarks.quality_settings import SETTINGS, select
 from tests.benchmarks.quality_table import LINES, PANELS, draw, rows_of, table
 from tests.oracle.models import make_tiny_llama
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def test_repeated_heads_compute_the_same(tmp_path: Path) -> None:
@@ -63,13 +66,31 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
         select([], ["best"])
 
 
-@pytest.mark.parametrize(("recipe", "setting"), [("tuned", "fisher-refit"), ("general", "all-three-global")])
+RECIPES = {"tuned": "fisher-refit", "general": "all-three-global", "stock": "gqa-all-three-stock"}
+
+
+@pytest.mark.parametrize(("recipe", "setting"), RECIPES.items())
 def test_a_recipe_is_what_was_measured(recipe: str, setting: str) -> None:
     shipped = load_config(f"launch/configs/recipe-{recipe}.yaml")
     measured = load_config("launch/configs/quickstart.yaml", SETTINGS[setting].overrides)
     for section in ("lora", "prune", "train", "evaluate", "deepspeed"):
         assert getattr(shipped, section) == getattr(measured, section), section
     assert (shipped.model.dtype, shipped.data.window) == (measured.model.dtype, measured.data.window)
+
+
+def test_the_table_of_recipes_has_what_was_measured() -> None:
+    measured = {row["setting"]: row for row in json.loads((RESULTS / "quality.json").read_text())["rows"]}
+    text = (RESULTS.parents[2] / "launch/configs/README.md").read_text()
+    files = {f"recipe-{recipe}.yaml`:": setting for recipe, setting in RECIPES.items()}
+    for file, setting in (files | {"quickstart.yaml` with": "plain"}).items():
+        (row,) = [line for line in text.splitlines() if line.startswith("|") and file in line]
+        found = measured[setting]
+        means = [found[text]["mean"] for text in ("validation", "test", "other")]
+        assert "{:.1f} / {:.1f} / {:.0f} | {} |".format(*means, len(found["seeds"])) in row, setting
+    protected = measured["gqa-all-three"]
+    means = [protected[text]["mean"] for text in ("validation", "test", "other")]
+    assert "{:.1f} / {:.1f} / {:.0f} (two seeds)".format(*means) in text
+    assert len(protected["seeds"]) == 2
 
 
 def test_the_picture_draws_settings_that_exist() -> None:

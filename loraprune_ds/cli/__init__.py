@@ -1,0 +1,1 @@
+"""The commands, for the scripts in launch/ and for `loraprune-ds`."""

@@ -1,0 +1,52 @@
+"""Puts results side by side: one table, and one picture of quality against the true removed fraction.
+
+%(prog)s runs/lora runs/magnitude pruned.json --picture comparison.png
+
+RUN is the folder of a finished run or what launch/evaluate.py --json printed. The latter has a removed fraction if it
+was measured with --dense or is of a run.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from loraprune_ds.command import Parser, tell
+from loraprune_ds.errors import UserError
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("results", metavar="RUN", nargs="+", type=Path)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw a picture too (.png, .pdf or .svg)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 2 for unusable input."""
+    try:
+        compare(parse_arguments())
+    except UserError as error:
+        tell(error)
+        return error.exit_code
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from loraprune_ds.evaluate.compare import comparison_table, read_results
+    from loraprune_ds.evaluate.compare_picture import draw_comparison
+
+    if arguments.picture and arguments.picture.suffix not in PICTURES:
+        raise UserError(f"--picture {arguments.picture}: its name must end in {', '.join(PICTURES)}")
+    models = read_results(arguments.results)
+    if arguments.picture:
+        draw_comparison(arguments.picture, models)
+        print(f"picture: {arguments.picture}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"results": [asdict(model) for model in models]}, indent=2, allow_nan=False))
+    else:
+        print(comparison_table(models), end="")

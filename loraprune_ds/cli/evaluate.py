@@ -1,0 +1,267 @@
+"""Measures a model: perplexity, zero-shot tasks, parameters, MACs, speed and memory, alone or beside a dense one.
+
+%(prog)s MODEL --text FILE --window 128 --max-windows 160 --dtype float32 --json
+%(prog)s runs/quickstart --dense embedded --dataset wikitext2 --window 2048 --speed
+%(prog)s MODEL --tasks paper
+%(prog)s runs/quickstart --dense embedded --serve llama.cpp --serve-python path/to/venv/bin/python
+deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sharded     (or torchrun)
+deepspeed --module loraprune_ds.cli.evaluate MODEL --text FILE --sharded            (without a checkout)
+
+MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, or `embedded`. It can also be the folder
+of a run or of one of its checkpoints. Of an unfinished run the newest good checkpoint is taken.
+
+Perplexity: the text is tokenised once, with the special tokens that the tokenizer adds at its start. It is split into
+windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. With
+--sliding S a window begins every S tokens and predicts only what no earlier window held. So every token but the first
+is predicted once. Both numbers are the same on any number of ranks. For a Gemma each window begins with BOS, which
+takes the place of the window's first token.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TextIO, get_args
+
+from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
+from loraprune_ds.config import Dtype
+from loraprune_ds.errors import UserError, require
+from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
+from loraprune_ds.evaluate.serving import SERVERS, ServeSettings, find_server
+from loraprune_ds.zero.environment import collective_timeout
+
+if TYPE_CHECKING:
+    from loraprune_ds.evaluate.serving import Served, ServedModel
+    from loraprune_ds.evaluate.settings import EvaluationSettings
+    from loraprune_ds.zero.comm import Communicator
+
+DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--dense", metavar="MODEL", help="measure this one too, side by side")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", type=Path, metavar="FILE", help="perplexity on a UTF-8 file")
+    text.add_argument(
+        "--dataset", choices=DATASETS, help=f"perplexity on a test set by name (default: {DEFAULT_DATASET})"
+    )
+    parser.add_argument("--split", help=f"of --dataset (default: {DEFAULT_SPLIT})")
+    parser.add_argument("--window", type=int, default=128, metavar="TOKENS", help="default: 128")
+    parser.add_argument("--sliding", type=int, metavar="STRIDE", help="sliding windows, one every STRIDE tokens")
+    parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="default: the model's own")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="windows at once (default: about 2,048 tokens)")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, files, or `paper`")
+    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents per task, to try things")
+    parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
+    parser.add_argument("--serve", choices=SERVERS, help="prefill and decode tokens per second in this server")
+    parser.add_argument("--serve-python", metavar="PYTHON", help="of the environment that has the server")
+    parser.add_argument("--gguf", choices=("f16", "q8_0"), default="f16", help="file for llama.cpp (default: f16)")
+    parser.add_argument("--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--verbose", action="store_true", help="let the libraries speak")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 2 for unusable input."""
+    adopt_srun_ranks()
+    try:
+        arguments = parse_arguments()
+        stdout = keep_stdout()
+        result = measure(arguments)
+    except UserError as error:
+        tell(error, agreed=False)  # lm-eval can fail on one rank alone
+        return error.exit_code
+    if is_rank_0():
+        write_result(result, stdout, as_json=arguments.json)
+    return 0
+
+
+def is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def keep_stdout() -> TextIO:
+    """Returns the standard output, for the result alone. From now on other prints, also from C, go to stderr."""
+    result_file = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return result_file
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Carries out the evaluation on all ranks. Collective."""
+    collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
+    serving = serve_settings(arguments)
+    if not arguments.verbose:
+        silence_evaluation()
+    # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
+    from loraprune_ds.evaluate.evaluation import evaluate
+    from loraprune_ds.evaluate.result import make_result
+    from loraprune_ds.report.provenance import hardware, versions
+    from loraprune_ds.zero.device import device_name
+    from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
+
+    if not arguments.verbose:
+        quiet_deepspeed()
+    comm = start_ranks()
+    # One rank per node downloads, converts or merges. The others then find the result in the node's cache.
+    is_first = os.environ["LOCAL_RANK"] == "0"
+    given = [arguments.model, *([arguments.dense] if arguments.dense else [])]
+    with merged(given, comm, is_first_on_node=is_first) as paths:
+        with comm.patient() as waiting:
+            waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
+        settings = comm.all_or_raise(lambda: make_settings(arguments, serving))
+        measurements = evaluate(paths, settings, comm, show_progress)
+        served = serve(paths, settings.serve, arguments.gguf) if settings.serve else [None] * len(paths)
+    named = [replace(m, path=path, served=s) for m, path, s in zip(measurements, given, served, strict=True)]
+    provenance = {"versions": versions(), "hardware": hardware(device_name())}
+    result = make_result(named, settings, comm.world_size, provenance)
+    stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
+    return result
+
+
+@contextmanager
+def merged(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) -> Iterator[list[str]]:
+    """Finds all models and merges those that a run has not merged yet. Their folders are gone afterwards. Collective.
+
+    Yields:
+        The paths of the models to load.
+    """
+    with ExitStack() as stack:
+        scratch = None
+        if is_first_on_node:
+            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="evaluate-")))
+        with comm.patient() as waiting:
+            found = waiting.all_or_raise(
+                lambda: [find_or_merge(path, scratch / str(i)) for i, path in enumerate(paths)] if scratch else None
+            )
+        # The ranks of a node follow its first one.
+        yield next(names for names in reversed(comm.gather_objects(found)[: comm.rank + 1]) if names)
+
+
+def find_or_merge(path: str, out: Path) -> str:
+    """Returns the path of a model to load: `out` for a checkpoint or an unfinished run, else `path` itself."""
+    from loraprune_ds.checkpoint.run_folder import STATUS_FILE
+    from loraprune_ds.checkpoint.state import STATE_FILE
+    from loraprune_ds.evaluate.models import find_model
+    from loraprune_ds.export.formats import NoRoom, export
+    from loraprune_ds.export.source import find_source
+
+    if any((Path(path) / name).is_file() for name in (STATUS_FILE, STATE_FILE)):
+        source = find_source(Path(path))
+        if source.model is None:
+            try:
+                remarks = export(source, "hf", out)
+            except NoRoom as error:
+                raise UserError(f"{path} is to be merged first: {error}; TMPDIR names another folder") from None
+            for remark in remarks:
+                print(f"note: {path}: {remark}", file=sys.stderr)
+            return str(out)
+    find_model(path)
+    return path
+
+
+def make_settings(arguments: argparse.Namespace, serving: ServeSettings | None) -> "EvaluationSettings":
+    from loraprune_ds.evaluate.perplexity import PerplexityProtocol
+    from loraprune_ds.evaluate.settings import EvaluationSettings
+    from loraprune_ds.evaluate.speed import SpeedSettings
+    from loraprune_ds.evaluate.zeroshot import TaskSettings
+
+    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
+    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
+    return EvaluationSettings(
+        PerplexityProtocol(arguments.window, arguments.sliding, arguments.max_windows),
+        text=read_evaluation_text(arguments),
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        tasks=tasks if names else None,
+        speed=SpeedSettings() if arguments.speed else None,
+        serve=serving,
+        sharded=arguments.sharded,
+    )
+
+
+def serve_settings(arguments: argparse.Namespace) -> ServeSettings | None:
+    """Checks the server, before anything that takes long."""
+    if arguments.serve is None:
+        require(arguments.serve_python is None, "--serve-python has no effect without --serve")
+        return None
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "--serve measures on one rank; start it without a launcher")
+    return ServeSettings(arguments.serve, find_server(arguments.serve, arguments.serve_python))
+
+
+def serve(paths: list[str], settings: ServeSettings, precision: str) -> "list[Served]":
+    """Measures the models in a server. llama.cpp gets GGUF files, which are gone afterwards."""
+    from loraprune_ds.evaluate.serving import measure_serving
+
+    with TemporaryDirectory(prefix="serve-") as scratch:
+        form = "hf" if settings.server == "vllm" else f"gguf-{precision}"
+        return measure_serving(
+            [served_model(path, form, Path(scratch, str(i))) for i, path in enumerate(paths)], settings
+        )
+
+
+def served_model(path: str, form: str, out: Path) -> "ServedModel":
+    """Finds or writes what a server loads."""
+    from loraprune_ds.evaluate.models import find_model
+    from loraprune_ds.evaluate.serving import ServedModel
+    from loraprune_ds.export.formats import export
+    from loraprune_ds.export.source import find_source
+
+    found = find_model(path)
+    require(not found.adapter, f"{path}: --serve cannot merge an adapter; merge it into its base model first")
+    config, folder = found.pretrained.config, found.pretrained.folder
+    if form != "hf":
+        export(find_source(folder), form, out)
+        (folder,) = out.glob("*.gguf")
+    return ServedModel(folder, form, config["vocab_size"], "auto_map" in config)
+
+
+def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
+    """Reads the text that the user names. Without a name it is WikiText-2, or none beside other measurements."""
+    if arguments.text and arguments.split:
+        raise UserError("--split is a part of --dataset; --text is read whole")
+    if arguments.text:
+        return read_text(arguments.text)
+    if not arguments.dataset and (arguments.tasks or arguments.speed or arguments.serve):
+        return None
+    return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
+
+
+def show_progress(rounds: Iterable[int]) -> Iterable[int]:
+    """Draws a bar on the terminal of rank 0."""
+    from tqdm import tqdm
+
+    return tqdm(rounds, desc="perplexity", unit="batch", leave=False, disable=None if is_rank_0() else True)
+
+
+def silence_evaluation() -> None:
+    """Silences the libraries. Their bars stay on a terminal."""
+    silence_libraries()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def write_result(result: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
+    from loraprune_ds.evaluate.result import result_table
+    from loraprune_ds.files import finite
+
+    with out:
+        out.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if as_json else result_table(result))
+
+
+if __name__ == "__main__":
+    leave_on_error()
+    leave(main())

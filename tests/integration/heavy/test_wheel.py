@@ -1,0 +1,39 @@
+"""The quickstart from the wheel, in a folder without the checkout. See tests/run_heavy.sh."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.integration.launching import read_json, write_text
+from tests.integration.wheel import build_wheel, install_wheel, without_checkout
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"),
+]
+
+
+def test_the_quickstart_runs_from_the_wheel(tmp_path: Path) -> None:
+    programs = install_wheel(build_wheel(tmp_path), tmp_path / "environment")
+    home = tmp_path / "elsewhere"
+    home.mkdir()
+
+    def start(*arguments: str) -> str:
+        command = [str(programs / "loraprune-ds"), *arguments]
+        done = subprocess.run(command, cwd=home, env=without_checkout(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    start("run", "--ranks", "2", "--config", "launch/configs/quickstart.yaml")
+    report = read_json(home / "runs/quickstart/report.json")
+    assert report["versions"]["commit"] is None  # it came from the wheel
+    text = write_text(home / "text.txt", 20_000)
+    measured = json.loads(start("evaluate", "runs/quickstart", "--text", str(text), "--json"))
+    assert 1 < measured["perplexity"] < 100
+    assert "runs/quickstart" in start("compare", "runs/quickstart")
+    start("export", "runs/quickstart", "--format", "gguf-q8_0")
+    assert list(home.glob("quickstart-gguf-q8_0/*.gguf"))

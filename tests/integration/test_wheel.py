@@ -1,0 +1,82 @@
+"""The wheel holds all it needs, and its commands work in a folder that has nothing to do with the checkout."""
+
+import subprocess
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from tests.integration.launching import ROOT, Ended
+from tests.integration.wheel import build_wheel, install_wheel, without_checkout
+
+COMMANDS = ("run", "plan", "evaluate", "export", "compare")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def programs(wheel: Path) -> Path:
+    return install_wheel(wheel, wheel.parent / "environment")
+
+
+def start(programs: Path, folder: Path, *arguments: str) -> Ended:
+    command = [str(programs / "loraprune-ds"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=without_checkout(), capture_output=True, text=True, timeout=120)
+    return Ended(done.returncode, done.stdout, done.stderr, 0.0)
+
+
+def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
+    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "loraprune_ds").rglob("*.py")}
+    given = {path.relative_to(ROOT).as_posix() for pattern in ("launch/configs/*.yaml", "ds_configs/*.json")
+             for path in ROOT.glob(pattern)}  # fmt: skip
+    files = set(ZipFile(wheel).namelist())
+    assert "loraprune_ds/model/modeling_pruned.py" in code
+    assert len(given) > 15
+    assert code | {f"loraprune_ds/shipped/{name}" for name in given} <= files
+    others = {name for name in files if not name.startswith("loraprune_ds")}
+    assert others == set()
+
+
+def test_each_command_tells_its_options(programs: Path, tmp_path: Path) -> None:
+    listed = start(programs, tmp_path, "--help")
+    assert listed.code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in listed.out
+        told = start(programs, tmp_path, name, "--help")
+        assert told.code == 0, told.everything
+        assert told.out.startswith(f"usage: loraprune-ds {name} "), told.everything
+
+
+def test_plan_finds_the_shipped_files(programs: Path, tmp_path: Path) -> None:
+    planned = start(programs, tmp_path, "plan", "llama-7b", "--gpus-per-node", "8", "--gpu-memory", "80")
+    assert planned.code == 0, planned.everything
+    assert "llama-7b" in planned.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_takes_a_shipped_config(programs: Path, tmp_path: Path) -> None:
+    quickstart = ("run", "--ranks", "2", "--config", "launch/configs/quickstart.yaml")
+    shown = start(programs, tmp_path, *quickstart, "--set", "prune.ratio=0.4", "--show", "prune.ratio")
+    assert (shown.code, shown.out) == (0, "0.4\n"), shown.everything
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["prune"], "there is no command prune; there are run, plan, evaluate, export, compare"),
+        (["run", "--ranks", "2"], "the following arguments are required: --config"),
+        (["run", "--ranks", "0", "--config", "q.yaml"], "--ranks must be at least 1; got 0"),
+        (["run", "--config", "launch/configs/gone.yaml"], "config file launch/configs/gone.yaml does not exist"),
+        (["run", "--config", "launch/configs/quickstart.yaml", "--set", "prune.ratio=2"], "prune.ratio must be in "),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_rank_starts(
+    arguments: list[str], line: str, programs: Path, tmp_path: Path
+) -> None:
+    ended = start(programs, tmp_path, *arguments)
+    assert ended.code == 2, ended.everything
+    assert ended.err.startswith(f"error: {line}")
+    assert ended.err.count("\n") == 1

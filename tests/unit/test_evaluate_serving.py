@@ -1,0 +1,129 @@
+"""Models take turns in the user's server, which here is a fake package in another Python."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.serving import ServedModel, ServeSettings, find_server, measure_serving
+
+LLAMA_CPP = """
+import os
+__version__ = "1.2"
+
+class Llama:
+    def __init__(self, path, **options):
+        self.name = os.path.basename(path)
+        if self.name == "broken.gguf":
+            raise ValueError("Failed to load model")
+        print("what a server prints")
+        self.say(f"context {options['n_ctx']}")
+
+    def say(self, text):
+        with open(os.environ["SAID"], "a") as file:
+            file.write(f"{self.name}: {text}\\n")
+
+    def reset(self):
+        self.say("reset")
+
+    def eval(self, tokens):
+        if self.name == "dying.gguf":
+            os._exit(3)
+        self.say(f"eval {len(tokens)}")
+
+    def sample(self, temp):
+        return 7
+"""
+VLLM = """
+import os
+__version__ = "0.9"
+
+class SamplingParams:
+    def __init__(self, **options):
+        self.__dict__ |= options
+
+class LLM:
+    def __init__(self, model, trust_remote_code, enable_prefix_caching, **options):
+        assert not enable_prefix_caching
+        self.model, self.trust = model, trust_remote_code
+
+    def generate(self, prompts, parameters, use_tqdm):
+        with open(os.environ["SAID"], "a") as file:
+            tokens = {len(prompt["prompt_token_ids"]) for prompt in prompts}
+            assert parameters.max_tokens == parameters.min_tokens and parameters.ignore_eos
+            file.write(f"{len(prompts)} of {tokens} write {parameters.max_tokens}, trust {self.trust}\\n")
+"""
+
+
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Returns a Python that has both servers. They write down what they are asked."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "llama_cpp.py").write_text(LLAMA_CPP)
+    (packages / "vllm.py").write_text(VLLM)
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("SAID", str(tmp_path / "said"))
+    return str(program)
+
+
+def gguf(name: str) -> ServedModel:
+    return ServedModel(Path(f"{name}.gguf"), "gguf-f16", 50)
+
+
+def test_models_take_turns_in_llama_cpp(python: str, tmp_path: Path) -> None:
+    settings = ServeSettings("llama.cpp", python, prompt=5, generated=2, rounds=1)
+    dense, pruned = measure_serving([gguf("dense"), gguf("pruned")], settings)
+    said = (tmp_path / "said").read_text().splitlines()
+    assert sorted(said[:2]) == ["dense.gguf: context 8", "pruned.gguf: context 8"]
+    turn = ["reset", "eval 5", "eval 1", "eval 1"]
+    assert said[2:] == [f"{name}.gguf: {call}" for name in ("dense", "pruned", "dense", "pruned") for call in turn]
+    assert (dense.version, dense.form, dense.batch_tokens_per_second) == ("1.2", "gguf-f16", None)
+    assert pruned.prefill_tokens_per_second > 0
+    assert pruned.decode_tokens_per_second > 0
+
+
+def test_vllm_answers_one_and_a_batch(python: str, tmp_path: Path) -> None:
+    settings = ServeSettings("vllm", python, prompt=5, generated=2, rounds=1, batch=3)
+    (served,) = measure_serving([ServedModel(tmp_path, "hf", 50, trust_remote_code=True)], settings)
+    turn = ["1 of {5} write 1, trust True", "1 of {5} write 3, trust True", "3 of {5} write 2, trust True"]
+    assert (tmp_path / "said").read_text().splitlines() == turn * 2
+    assert served.batch_tokens_per_second is not None
+
+
+def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loraprune_ds.evaluate import serving
+
+    seconds = iter([9.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(serving._Worker, "play", lambda self: {"prefill": (s := next(seconds)), "decode": s / 2})
+    settings = ServeSettings("llama.cpp", python, prompt=10, generated=4, rounds=3)
+    (served,) = measure_serving([gguf("dense")], settings)
+    assert (served.prefill_tokens_per_second, served.decode_tokens_per_second) == (5.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("broken", "^llama.cpp cannot serve broken.gguf: ValueError: Failed to load model$"),
+        ("dying", "^llama.cpp cannot serve dying.gguf: what a server prints$"),
+    ],
+)
+def test_a_server_that_ends_is_one_line(name: str, line: str, python: str) -> None:
+    with pytest.raises(UserError, match=line):
+        measure_serving([gguf(name)], ServeSettings("llama.cpp", python, prompt=5, generated=2, rounds=1))
+
+
+def test_a_python_without_the_server_is_named(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PYTHON", raising=False)
+    with pytest.raises(UserError, match=r"^--serve vllm needs --serve-python, or VLLM_PYTHON: a Python with vllm$"):
+        find_server("vllm", None)
+    with pytest.raises(UserError, match=r"^--serve-python: nowhere/python is no program$"):
+        find_server("vllm", "nowhere/python")
+    with pytest.raises(UserError, match=r"^--serve llama.cpp: .* has no llama_cpp$"):
+        find_server("llama.cpp", sys.executable)
+    assert find_server("llama.cpp", python) == python
+    monkeypatch.setenv("VLLM_PYTHON", python)
+    assert find_server("vllm", None) == python

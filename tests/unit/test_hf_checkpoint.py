@@ -1,0 +1,76 @@
+"""A checkpoint of pruning beside a Trainer's: the newest whole one is found. What does not fit is named in one line."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from loraprune_ds.checkpoint import layout
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.hf import checkpoint
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    """Writes the state of a checkpoint whose tensors do not matter."""
+    state = {
+        "step": 5,
+        "steps": 10,
+        "world_size": 2,
+        "seed": 0,
+        "prune": {"ratio": 0.5},
+        "dense": [],
+        "kept": [],
+        "updates_since_cut": 0,
+        "moment_tokens": 0.0,
+        "shape": None,
+        "resumed_from": [],
+        "format": 1,
+    }
+    (folder / "pruning").mkdir(parents=True)
+    (folder / "pruning/state.json").write_text(json.dumps(state | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"world_size": 3}, "was saved by 3 ranks"),
+        ({"prune": {"ratio": 0.4}}, "other settings: ratio"),
+        ({"format": 2}, "has format 2"),
+        ({"surplus": 1}, "is damaged"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    comm = cast(Any, SimpleNamespace(world_size=2, rank=0))
+    with pytest.raises(UserError, match=words):
+        checkpoint._read(saved(tmp_path, **changes), PruneConfig(), comm)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    comm, folder = cast(Any, SimpleNamespace(world_size=2, rank=0)), saved(tmp_path) / "pruning"
+    state = folder / "state.json"
+    layout.write_manifest(folder, {state.name: {"sha256": layout.sha256(state), "bytes": state.stat().st_size}})
+    assert checkpoint._read(tmp_path, PruneConfig(), comm).step == 5
+    state.write_text(state.read_text() + "\n")
+    with pytest.raises(UserError, match=r"state\.json is damaged: its checksum differs"):
+        checkpoint._read(tmp_path, PruneConfig(), comm)
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    assert checkpoint._find(tmp_path / "nothing") is None
+    saved(tmp_path / "checkpoint-3")
+    saved(tmp_path / "checkpoint-12")
+    (tmp_path / "checkpoint-20").mkdir()  # the save was cut short
+    assert checkpoint._find(tmp_path) == tmp_path / "checkpoint-12"
+    assert checkpoint._find(tmp_path / "checkpoint-3") == tmp_path / "checkpoint-3"
+
+
+def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3/trainer_state.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        with pytest.raises(UserError, match="saved without pruning"):
+            checkpoint._find(folder)
