@@ -1,5 +1,7 @@
 """A linear with LoRA as one operation: PEFT's own linear with the same parameters is the oracle, in fp64."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -26,10 +28,8 @@ def pair(*, bias: bool, int8: bool, dtype: torch.dtype = torch.float64) -> tuple
         for name, tensor in tensors.items():
             getattr(base, name).data = tensor
         dense.weight.data = form_of(base).join(tensors)
-    ours, theirs = (
-        kind(linear, "default", config=CONFIG, r=CONFIG.r, lora_alpha=CONFIG.lora_alpha)
-        for kind, linear in ((OneProduct, base), (LoraLinear, dense))
-    )
+    settings: Any = {"config": CONFIG, "r": CONFIG.r, "lora_alpha": CONFIG.lora_alpha}
+    ours, theirs = OneProduct(base, "default", **settings), LoraLinear(dense, "default", **settings)
     for factor, other in zip(factors(ours), factors(theirs), strict=True):
         factor.data = torch.randn_like(factor, dtype=dtype)
         other.data = factor.data.clone()
