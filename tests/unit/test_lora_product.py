@@ -83,5 +83,6 @@ def test_keeps_the_input_the_mask_and_a_narrow_product() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         ours.train()(x)
     parameters = {parameter.data_ptr() for parameter in ours.parameters()}
+    assert kept[0].data_ptr() == x.data_ptr()  # no copy: neighbours keep the same
     shapes = [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in parameters]
     assert shapes == [(2, 5, IN), (2, 5, IN), (2, 5, CONFIG.r)]
