@@ -30,7 +30,7 @@ from loraprune_ds.units import Amount, read_amount
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
-Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
+Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "reap", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "none"]
 Compensation = Literal["none", "bias", "least_squares"]
@@ -76,7 +76,7 @@ class PruneConfig:
     head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
-    normalize: Normalization | None = None  # of a module's scores. None: none for fisher and global, else l2
+    normalize: Normalization | None = None  # of a module's scores. None: none for fisher, reap and global, else l2
     joint_budget: bool = False  # global only: heads and channels compete per parameter
     moving_average: Fraction = 0.9
     prune_every: Count = 10
@@ -142,9 +142,10 @@ class PruneConfig:
     def normalization(self) -> Normalization:
         """Returns the normalization in force: unit norms per module for `uniform`, raw sums for `global`.
 
-        `fisher` has raw sums in both. Its scores estimate a change of the loss, so they compare as they are.
+        `fisher` and `reap` have raw sums in both. Their scores compare as they are.
         """
-        return self.normalize or ("l2" if self.ranking == "uniform" and self.criterion != "fisher" else "none")
+        as_they_are = self.ranking == "global" or self.criterion in ("fisher", "reap")
+        return self.normalize or ("none" if as_they_are else "l2")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -56,6 +56,8 @@ TINY: dict[str, dict[str, Any]] = {
     "starcoder2": {},
     "arcee": WIDE,
     "nemotron": WIDE,
+    "mixtral": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
+    "qwen3_moe": WIDE | {"moe_intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3},
 }
 
 
@@ -89,7 +91,9 @@ def tiny_model(
 ) -> PreTrainedModel:
     """Builds a tiny model with random weights, in evaluation mode. All norms and biases differ from their defaults."""
     config = tiny_config(family, **changes)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attn_implementation, experts_implementation="eager"
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -15,21 +15,23 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.classes import build_on_meta, decoder_layers
+from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.weight_files import write_index, write_weight_file
+from loraprune_ds.model.weight_files import as_stored, write_index, write_weight_file
 from tests.export_cases import model_card
 from tests.families import SIZES, tiny_model
 from tests.plain_model import PlainModel
 
 PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
-FEW, MANY = (3, 13), (4, 14)  # groups that stay of 5 heads and 23 channels. 6 query heads divide hidden_size, 8 do not
+# Groups that stay of 5 heads and 23 channels or experts. 6 query heads divide hidden_size, 8 do not.
+FEW, MANY = (3, 13), (4, 14)
 # A norm over the whole width adds epsilon to a mean over more elements before a cut than after it. So it must be tiny.
-WIDE_NORMS = [name for name, family in FAMILIES.items() if family.companions]
+WIDE_NORMS = [name for name, family in FAMILIES.items() if family.companions and not family.mixture]
 TINY_EPSILON: dict[str, Any] = {"rms_norm_eps": 1e-12}
 
 
@@ -55,6 +57,7 @@ class Network:
 def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Network:
     """Wraps a model. No factor of its LoRA is zero."""
     shape = shape_from_config(config, where)
+    stack_experts(model)
     wrapped = add_lora(model, shape, LoraConfig(r=3), seed=1).eval()
     generator = torch.Generator().manual_seed(2)
     for layer in decoder_layers(wrapped):
@@ -81,8 +84,8 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
 
     layers = zip(shape.layers, counts, strict=True)
     return [
-        LayerKeep(heads=some(now["heads"], heads), channels=some(now["channels"], channels))
-        for now, (heads, channels) in layers
+        LayerKeep((kind, some(now[kind], kept)) for kind, kept in zip(shape.kinds, wanted, strict=True))
+        for now, wanted in layers
     ]
 
 
@@ -110,9 +113,10 @@ def cut_and_export(network: Network, folder: Path, *counts: tuple[int, int]) -> 
     before = network.shape
     network.cut(draw(before, *counts))
     merged: Any = network.model.merge_and_unload()
+    tensors = as_stored(dict(merged.named_parameters()), network.shape.stored())
     exported = export_config(network.config, network.shape, "float32")
     staging = begin(folder)
-    write_index(staging, [write_weight_file(staging, 0, 1, dict(merged.named_parameters()))])
+    write_index(staging, [write_weight_file(staging, 0, 1, tensors)])
     finish_folder(staging, exported, staging, model_card(before, network.shape))
     publish(folder)
     with torch.no_grad():
@@ -121,7 +125,8 @@ def cut_and_export(network: Network, folder: Path, *counts: tuple[int, int]) -> 
 
 def load(folder: Path, **settings: Any) -> PreTrainedModel:
     """Loads an export as its users do. Eager attention is that of the models above."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager", **settings).eval()
+    settings = {"attn_implementation": "eager", "experts_implementation": "eager"} | settings
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings).eval()
 
 
 @torch.no_grad()

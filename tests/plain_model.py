@@ -21,7 +21,7 @@ from loraprune_ds.model.adapters import (
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import Linear
 from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import ModelShape, lora_cuts
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeTensor, LinearId, LoraFactors, OwnedShard
 
 
@@ -87,8 +87,8 @@ class PlainModel:
                 self._select(base_parameter(layer, name), axis, kept)
             for linear in self.shape.cut_linears(i, layer_keep):
                 module, kept = lora_linear(layer, linear), self.shape.kept_indices(i, linear.parts, layer_keep)
-                factor = lora_weights(module)[1 - linear.axis]  # A has the inputs, B the outputs
-                self._select(factor, linear.axis, kept)
+                for which, axis, stays in lora_cuts(linear, module.r[ADAPTER], kept, layer_keep):
+                    self._select(lora_weights(module)[which], axis, stays)
                 set_features(module, *cast(nn.Linear, module.base_layer).weight.shape)
             set_runtime_counts(layer, self.shape, layer_keep.shape)
         self.shape = self.shape.after(keep)

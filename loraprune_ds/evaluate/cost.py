@@ -10,7 +10,7 @@ class Macs:
     """Holds multiply-accumulates per token of a forward pass, without norms, rotations and activations.
 
     Attributes:
-        linear: of the decoder layers' linears: one per parameter.
+        linear: of the decoder layers' linears: one per parameter, without experts that a token does not choose.
         attention: of scores and weighted sum: sum over layers of 2 · query heads · head_dim · mean_context.
         head: vocabulary · hidden size. An embedding is looked up and multiplies nothing.
         total: linear + attention + head.
@@ -46,11 +46,11 @@ def count_cost(shape: ModelShape, window: int, sliding_window: int | None, eleme
     """Counts the costs on windows of `window` tokens. `sliding_window` is the limit of the model's attention."""
     context = mean_context(window, sliding_window)
     kv_width = sum(layer["heads"] for layer in shape.layers) * shape.head_dim
-    linear, head = shape.linear_numel(), shape.vocab_size * shape.hidden_size
+    linear, head = shape.active_numel(), shape.vocab_size * shape.hidden_size
     attention = 2 * kv_width * shape.queries_per_group * context
     return ModelCost(
         parameters=shape.total_numel(),
-        linear_parameters=linear,
+        linear_parameters=shape.linear_numel(),
         weight_bytes=shape.total_numel() * element_size,
         kv_bytes_per_token=2 * kv_width * element_size,
         macs_per_token=Macs(linear, attention, head, linear + attention + head, context),

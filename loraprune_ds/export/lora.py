@@ -16,7 +16,7 @@ from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDE
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
+from loraprune_ds.model.weight_files import as_stored, weight_file_count, write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 
 MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
@@ -29,10 +29,14 @@ def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, d
 
     Args:
         weight: (out_features, in_features).
-        lora_a: (r, in_features), preferably the fp32 master.
+        lora_a: (r, in_features), preferably the fp32 master. A stack of experts has one below the other.
         lora_b: (out_features, r), the same.
         scaling: lora_alpha / r.
     """
+    experts = len(lora_a) // lora_b.shape[1]
+    if experts > 1:
+        blocks = zip(*(tensor.chunk(experts) for tensor in (weight, lora_a, lora_b)), strict=True)
+        return torch.cat([merge_lora(w, a, b, scaling, dtype) for w, a, b in blocks])
     merged = torch.empty_like(weight, dtype=dtype)
     a, rows_at_once = lora_a.float(), max(1, MERGE_BLOCK // weight.shape[1])
     for start in range(0, len(weight), rows_at_once):
@@ -77,10 +81,11 @@ def _write_model(unmerged: UnmergedModel, folder: Path, change: Change) -> None:
     """Writes the model layer by layer. No more than one layer is in memory."""
     layers = len(unmerged.shape.layers)
     count = weight_file_count(layers)
-    entries = []
+    stored, entries = unmerged.shape.stored(), []
     for k in range(count):
         tensors = _read_weight_file(unmerged.base, k, DTYPES[unmerged.config.model.dtype])
-        entries.append(write_weight_file(folder, k, count, change(k, tensors) if k < layers else tensors))
+        changed = change(k, tensors) if k < layers else tensors
+        entries.append(write_weight_file(folder, k, count, as_stored(changed, stored)))
     write_index(folder, entries)
     state = unmerged.checkpoint.state
     card = card_of_run(

@@ -23,7 +23,7 @@ tags:
 
 # {base_model}, pruned
 
-A structurally pruned, smaller dense model: attention heads and MLP channels were removed while LoRA was tuned. Made
+A structurally pruned, smaller model: attention heads and {others} were removed while LoRA was tuned. Made
 with loraprune_ds. The licence of {base_model} applies.
 
 | | dense | pruned | removed |
@@ -38,7 +38,7 @@ with loraprune_ds. The licence of {base_model} applies.
 - Head size: {head_dim}
 - In llama.cpp: {llama_cpp}
 
-| layers | query heads | key-value heads | MLP channels |
+| layers | query heads | key-value heads | {others} |
 |---|---|---|---|
 {layers}
 
@@ -150,6 +150,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         ranking=card.ranking,
         dtype=exported.config["dtype"],
         head_dim=pruned.head_dim,
+        others="experts" if pruned.family.mixture else "MLP channels",
         llama_cpp=_llama_cpp(pruned),
         layers="\n".join(_layer_rows(pruned)),
         loader=exported.loader,
@@ -185,5 +186,5 @@ def _layer_rows(shape: ModelShape) -> list[str]:
     for layer, run in groupby(range(len(shape.layers)), key=lambda i: shape.layers[i]):
         first, *rest = run
         span = f"{first}–{rest[-1]}" if rest else f"{first}"
-        rows.append(f"| {span} | {shape.query_heads(layer)} | {layer['heads']} | {layer['channels']} |")
+        rows.append(f"| {span} | {shape.query_heads(layer)} | {layer['heads']} | {layer[shape.kinds[-1]]} |")
     return rows

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, cut_to_checkpoint
-from loraprune_ds.hf.checks import check_arguments
+from loraprune_ds.hf.checks import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.hf.reporters import find_reporters
 from loraprune_ds.report.records import CutRecord
@@ -104,9 +104,10 @@ class LoraPruneCallback(TrainerCallback):
         self.pruning.save_base(folder, adapter, self._tokenizer)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Watches for a checkpoint that is loaded without `resume`. DeepSpeed would fail at its sizes, not say why."""
+        """Checks and watches for what DeepSpeed would fail at, not saying why: a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
         if isinstance(model := kwargs.get("model"), nn.Module):
+            check_one_dtype(model)
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
 
     def on_train_begin(

@@ -15,6 +15,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.adapters import ADAPTER, base_parameter, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.family import Family
 from loraprune_ds.model.shapes import ModelShape
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,26 @@ def check_arguments(args: Any, model: nn.Module) -> None:
     )
 
 
+def refuse_mixture(family: Family, where: str) -> None:
+    """Refuses experts. Their stacks and the LoRA on them are made where a run builds the model."""
+    require(family.mixture is None, f"{where}: mixtures of experts are pruned by launch/run.py, not by the callback")
+
+
+def check_one_dtype(model: nn.Module) -> None:
+    """Checks what DeepSpeed asserts without a word: all that trains in a model that is born sharded has one dtype.
+
+    Raises:
+        UserError: LoRA is in fp32, as PEFT makes it by default, and `modules_to_save` are in less.
+    """
+    born_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+    require(
+        not born_sharded or len(dtypes) < 2,
+        f"what trains is in {' and '.join(dtypes)}, and ZeRO-3 keeps it in one buffer; "
+        "give get_peft_model autocast_adapter_dtype=False",
+    )
+
+
 def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> None:
     """Checks that the LoRA of a live model serves the criterion, and that a cut fits all that stands beside it.
 
@@ -61,6 +82,7 @@ def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> Non
     Raises:
         UserError: it does not. The line names the layer and linear, or PEFT's setting.
     """
+    refuse_mixture(shape.family, shape.model_type)
     require(not _is_compiled(model), "a model that torch.compile has taken keeps the sizes from before a cut")
     base = cast(Any, model.get_base_model())
     quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
+from loraprune_ds.hf.checks import refuse_mixture
 from loraprune_ds.model.adapters import base_parameter, last_names
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
@@ -31,7 +32,9 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     """
     config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(model)
     where = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
-    return last_names(find_family(config.model_type, where).linears)
+    family = find_family(config.model_type, where)
+    refuse_mixture(family, where)
+    return last_names(family.linears)
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
+from loraprune_ds.model.experts import ExpertLora, ExpertStack
 from loraprune_ds.model.family import Linear
 from loraprune_ds.model.lora_product import OneProduct
 from loraprune_ds.model.per_kind import LayerShape
@@ -45,7 +46,7 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         bias="none",
         task_type="CAUSAL_LM",
     )
-    peft_config._register_custom_module({nn.Linear: OneProduct})
+    peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: OneProduct})
     wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     for parameter in (p for p in wrapped.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(model.dtype)  # beside an int8 weight PEFT leaves it in fp32
@@ -135,9 +136,9 @@ def _tensor_shapes(shape: ModelShape, r: int) -> dict[str, list[int]]:
     shapes = {}
     for layer in range(len(shape.layers)):
         for linear in shape.linears:
-            out_features, in_features = shape.linear_shape(layer, linear)
+            a, b = shape.lora_shapes(layer, linear, r)
             prefix = f"base_model.model.model.layers.{layer}.{linear.name}"
-            shapes |= {f"{prefix}.lora_A.weight": [r, in_features], f"{prefix}.lora_B.weight": [out_features, r]}
+            shapes |= {f"{prefix}.lora_A.weight": list(a), f"{prefix}.lora_B.weight": list(b)}
     return shapes
 
 
@@ -222,3 +223,5 @@ def set_features(module: LoraLinear, out_features: int, in_features: int) -> Non
     for adapter in module.lora_A:
         lora_a, lora_b = (cast(nn.Linear, factors[adapter]) for factors in (module.lora_A, module.lora_B))
         lora_a.in_features, lora_b.out_features = in_features, out_features
+        if isinstance(module, ExpertLora):
+            lora_a.out_features = cast(ExpertStack, module.base_layer).experts * lora_b.in_features

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.modeling_pruned import pruned_classes
 
@@ -40,12 +41,17 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
 
 
 def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:
-    """Builds the modules with every parameter on the meta device: shapes only, no memory. Buffers are real."""
+    """Builds the modules with every parameter on the meta device: shapes only, no memory. Buffers are real.
+
+    Experts are stacks of ours (experts.py).
+    """
     made = config_object(config)
     made.use_cache = False
     made._attn_implementation = attn_implementation
     with parameters_on_meta():
-        return causal_lm_class(config["model_type"])(made)
+        model = causal_lm_class(config["model_type"])(made)
+        stack_experts(model)
+    return model
 
 
 @contextmanager

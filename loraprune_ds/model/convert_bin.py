@@ -25,8 +25,8 @@ from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
-from loraprune_ds.model.pretrained import check_no_surplus
 from loraprune_ds.model.weight_files import write_index, write_weight_file
+from loraprune_ds.model.weight_headers import check_no_surplus
 from loraprune_ds.whole import make_once, user_cache
 
 INDEX = "pytorch_model.bin.index.json"

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from loraprune_ds.model.classes import causal_lm_class, config_class
-from loraprune_ds.model.family import COUNT_FIELDS, PRUNED, family_name
+from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 
@@ -89,7 +89,9 @@ def _is_refused(config: dict[str, Any]) -> bool:
 
 
 def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:
-    config = {key: value for key, value in source.items() if key not in DROPPED}
+    mixture = shape.family.mixture
+    dropped = DROPPED | ({mixture.new_count} if mixture else set())
+    config = {key: value for key, value in source.items() if key not in dropped}
     config |= _sizes(shape) | _rope(source, family_name(shape.model_type)) | _family_options(source, shape, model_type)
     config |= {
         "architectures": [causal_lm_class(model_type).__name__],
@@ -125,7 +127,7 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
 
 
 def _layer_sizes(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
-    counts = {COUNT_FIELDS[kind]: count for kind, count in layer.items()}
+    counts = {shape.family.count_field(kind): count for kind, count in layer.items()}
     return {"num_attention_heads": shape.query_heads(layer), **counts}
 
 

@@ -3,6 +3,7 @@
 A decoder layer has groups of several kinds. All of a group leaves together.
   heads     one key-value head with all the query heads that read it. Under MHA it is one head.
   channels  one MLP channel.
+  experts   one expert of a mixture, whole (experts.py).
 
 Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another. Each group is
 `width` rows (or columns) wide. That covers separate weights, fused ones (q|k|v, gate|up), biases and norms. All other
@@ -21,8 +22,9 @@ from loraprune_ds.errors import UserError
 Kind = str
 # The field of config.json that counts the groups of a kind.
 COUNT_FIELDS: dict[Kind, str] = {"heads": "num_key_value_heads", "channels": "intermediate_size"}
-# Rows of one group: head_dim times the query heads of a group, head_dim, the query heads of a group, or 1.
-Width = Literal["queries", "head", "query_count", "one"]
+# Rows of one group: head_dim times the query heads of a group, head_dim, the query heads of a group, 1, hidden_size,
+# the channels of an expert, or those of its gate and up projections together.
+Width = Literal["queries", "head", "query_count", "one", "hidden", "expert", "gate_up"]
 PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
 
 
@@ -42,24 +44,45 @@ class Linear:
         name: path inside the decoder layer, as in the weight files.
         axis: the axis of weight (out_features, in_features) that a cut makes smaller.
         parts: what lies along that axis. All parts of a linear are of one kind.
+        across: what lies along the other axis.
+        stored: of a stack, what lies on disk for one expert, one after another: names with {} for its number. A stack
+            has the linears of all experts of a layer, one below the other (experts.py). Empty: it is one linear.
     """
 
     name: str
     axis: Literal[0, 1]
     parts: tuple[Part, ...]
+    across: Width = "hidden"
+    stored: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Kind:
         """The kind of its groups."""
         return self.parts[0].kind
 
+    @property
+    def is_stack(self) -> bool:
+        return bool(self.stored)
+
+    @property
+    def reads_groups(self) -> bool:
+        """True if its inputs belong to groups. To mask these inputs is to mask the groups."""
+        return self.axis == 1 or self.across == "expert"
+
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes a parameter without LoRA that loses rows with the groups: the weight of a norm over all heads."""
+    """Describes a parameter without LoRA that loses rows with the groups: a norm over all heads, or a router.
+
+    Attributes:
+        across: what lies along the second axis. None: it is a vector.
+        stored: its name on disk, if it has another there.
+    """
 
     name: str
     parts: tuple[Part, ...]
+    across: Width | None = None
+    stored: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,21 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Names the fields of config.json about experts.
+
+    Attributes:
+        count: how many there are.
+        size: how wide one is.
+        new_count: the name under which transformers 5 writes `count`. It reads both.
+    """
+
+    count: str
+    size: str
+    new_count: str = "num_local_experts"
+
+
+@dataclass(frozen=True)
 class Family:
     """Describes a family of decoder-only models.
 
@@ -90,6 +128,7 @@ class Family:
         logit_divisor: config field with a divisor of the logits.
         attention_softcap: config field with a cap on attention scores. Only the eager implementation has it.
         windows_begin_with_bos: the model predicts badly without BOS, so a window in the middle of a text has it, too.
+        mixture: its MLPs are mixtures of experts.
     """
 
     linears: tuple[Linear, ...]
@@ -100,6 +139,7 @@ class Family:
     logit_divisor: str | None = None
     attention_softcap: str | None = None
     windows_begin_with_bos: bool = False
+    mixture: Mixture | None = None
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -108,6 +148,10 @@ class Family:
         The last is the finest. It makes up for what whole groups of the others cannot.
         """
         return tuple(dict.fromkeys(linear.kind for linear in self.linears))
+
+    def count_field(self, kind: Kind) -> str:
+        """Returns the field of config.json that counts the groups of a kind."""
+        return self.mixture.count if self.mixture and kind == "experts" else COUNT_FIELDS[kind]
 
 
 QUERIES, KEYS, CHANNELS = Part("heads", "queries"), Part("heads", "head"), Part("channels")
@@ -127,6 +171,7 @@ ATTENTION = (
     _rows("self_attn.v_proj", KEYS),
     _columns("self_attn.o_proj", QUERIES),
 )
+GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
 GATED = (_rows("mlp.gate_proj", CHANNELS), _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS))
 FUSED_GATED = (_rows("mlp.gate_up_proj", CHANNELS, CHANNELS), _columns("mlp.down_proj", CHANNELS))
 # A norm over the whole projected width. Its weight is sliced, so a cut there is not quite equal to a mask: what is left
@@ -137,6 +182,18 @@ WIDE_NORMS = (
 )
 
 MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
+
+
+def _mixture(block: str, gate: str, up: str, down: str, mixture: Mixture) -> Family:
+    """Describes a family whose MLPs all are mixtures of gated experts. All names are those on disk."""
+    stored_gate, stored_up, stored_down = (f"{block}.experts.{{}}.{name}.weight" for name in (gate, up, down))
+    router = Companion("mlp.gate.weight", (Part("experts"),), "hidden", f"{block}.gate.weight")
+    stacks = (
+        Linear("mlp.experts.gate_up", 0, (Part("experts", "gate_up"),), "hidden", (stored_gate, stored_up)),
+        Linear("mlp.experts.down", 0, (Part("experts", "hidden"),), "expert", (stored_down,)),
+    )
+    return Family((*ATTENTION, *stacks), (router,), mixture=mixture)
+
 
 LLAMA_LINEARS = ATTENTION + GATED
 LLAMA = Family(LLAMA_LINEARS, runtime=(MLP_WIDTH,))
@@ -161,6 +218,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("glm", "glm4"), Family(ATTENTION + FUSED_GATED)),
     "starcoder2": Family((*ATTENTION, _rows("mlp.c_fc", CHANNELS), _columns("mlp.c_proj", CHANNELS))),
     **dict.fromkeys(("nemotron", "arcee"), UNGATED),
+    "mixtral": _mixture("block_sparse_moe", "w1", "w3", "w2", Mixture("num_local_experts", "intermediate_size")),
+    "qwen3_moe": _mixture("mlp", *GATED_NAMES, Mixture("num_experts", "moe_intermediate_size")),
 }
 
 

@@ -15,5 +15,5 @@ def needed_flops_per_token(shape: ModelShape, window: float) -> float:
     a window on average (PaLM, arXiv 2204.02311, appendix B). Scoring does not count, nor what is computed twice.
     LoRA's own products are below 1 % and do not count either.
     """
-    frozen = shape.linear_numel() + shape.vocab_size * shape.hidden_size  # the head is one more linear
+    frozen = shape.active_numel() + shape.vocab_size * shape.hidden_size  # the head is one more linear
     return 4 * frozen + 6 * attention_product(shape, window) / 2

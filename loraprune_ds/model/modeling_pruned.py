@@ -93,7 +93,19 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
             rebuild_layers(self.model, config)
             self.post_init()
 
+    share_conversions(family, PrunedConfig.model_type)
     return PrunedConfig, PrunedModel, PrunedForCausalLM
+
+
+def share_conversions(family: str, model_type: str) -> None:
+    """Has transformers 5 read weight files as those of the family. There experts are stacked as they are read."""
+    try:
+        from transformers import conversion_mapping
+    except ImportError:  # transformers 4 has them apart, as the files do
+        return
+    known = conversion_mapping.get_checkpoint_conversion_mapping(family)
+    if known is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(model_type, known, overwrite=True)
 
 
 PrunedConfig, PrunedModel, PrunedForCausalLM = pruned_classes(FAMILY)

@@ -1,15 +1,14 @@
 """A pretrained model on disk, checked by its headers and read in parts. So nobody holds a whole model."""
 
 import math
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
@@ -21,8 +20,8 @@ from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.read_shape import shape_from_config, with_biases
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config, text_tensors
+from loraprune_ds.model.weight_headers import read_headers
 
-WEIGHT_FILES = "model-*-of-*.safetensors"
 HEAD = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq", HEAD)  # the first is computed anew. A tied head is the embedding
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names. An 8-bit weight means nothing without its scales
@@ -42,6 +41,17 @@ class Slice(NamedTuple):
     keep: Tensor
 
 
+class Pieces(NamedTuple):
+    """Names the tensors on disk that one tensor consists of, one below the other. All are matrices of `shape`."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def keep_rows(self, rows: Tensor) -> "Pieces":
+        """Returns those that hold some rows of the tensor. A piece stays whole or goes."""
+        return self._replace(names=tuple(self.names[i] for i in (rows // self.shape[0]).unique().tolist()))
+
+
 @dataclass(frozen=True)
 class PretrainedModel:
     """Holds a model of a family in family.py.
@@ -54,6 +64,7 @@ class PretrainedModel:
         stored: tensor name -> its name in the file, if it has another there (`text_part.py`).
         absent: names of tensors that no file holds and that are zero (`open_for_pruning`).
         slices: tensor name -> the part of it that belongs to the model, if not all (`cut_to`).
+        pieces: name of a stack of experts -> the tensors on disk that it consists of, which `files` names instead.
     """
 
     folder: Path
@@ -63,6 +74,7 @@ class PretrainedModel:
     stored: Mapping[str, str] = field(default_factory=dict[str, str])
     absent: frozenset[str] = frozenset()
     slices: Mapping[str, Slice] = field(default_factory=dict)
+    pieces: Mapping[str, Pieces] = field(default_factory=dict)
 
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Returns the elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
@@ -71,6 +83,8 @@ class PretrainedModel:
         """
         if name in self.absent:
             return torch.zeros(end - start, dtype=dtype)
+        if name in self.pieces:
+            return self._read_pieces(self.pieces[name], start, end, dtype)
         shard = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
             view = file.get_slice(self.stored.get(name, name))
@@ -89,6 +103,13 @@ class PretrainedModel:
                 low, high = max(start, origin), min(end, origin + len(values))
                 shard[low - start : high - start] = values[low - origin : high - origin].to(dtype)
         return shard
+
+    def _read_pieces(self, pieces: Pieces, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        numel, parts = math.prod(pieces.shape), [torch.empty(0, dtype=dtype)]
+        for i in range(start // numel, -(-end // numel) if end > start else 0):
+            low, high = max(start - i * numel, 0), min(end - i * numel, numel)
+            parts.append(self.read_flat(pieces.names[i], low, high, dtype))
+        return torch.cat(parts)
 
     def read_held(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """As `read_flat`, but of a tensor that the ranks hold (`ModelShape.held`).
@@ -157,13 +178,19 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
     given = read_json(folder / "config.json")
     config = text_config(given, where)
     shape = replace(shape_from_config(config, where), int8=int8 and given.items() >= STORED_INT8.items())
-    headers = _read_headers(folder)
+    headers = read_headers(folder)
     stored = text_tensors(headers, where) if config is not given else {name: name for name in headers}
+    on_disk = shape.stored()
+    renamed = {names[0]: name for name, names in on_disk.items() if len(names) == 1}
+    stored = {renamed.get(name, name): in_file for name, in_file in stored.items()}
     headers = {name: headers[in_file] for name, in_file in stored.items()}
     if config is not given and HEAD in headers and shape.tie_word_embeddings:
         config = config | {"tie_word_embeddings": False}  # as transformers, which then does not tie the two
         shape = shape_from_config(config, where)
     files, expected = {}, shape.held(None, 2)
+    pieces = {name: _pieces(names, expected[name].shape) for name, names in on_disk.items() if len(names) > 1}
+    for name, (names, size) in pieces.items():
+        expected |= dict.fromkeys(names, expected.pop(name)._replace(shape=size))
     for name, held in expected.items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
@@ -177,7 +204,11 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
     if shape.int8:  # which transformers need not know
         config = {key: value for key, value in config.items() if key not in STORED_INT8}
-    return PretrainedModel(folder, config, shape, files, stored)
+    return PretrainedModel(folder, config, shape, files, stored, pieces=pieces)
+
+
+def _pieces(names: tuple[str, ...], shape: tuple[int, ...]) -> Pieces:
+    return Pieces(names, (shape[0] // len(names), *shape[1:]))
 
 
 def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
@@ -190,8 +221,24 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
     """
     int8 = config.model.frozen == "int8"
     pretrained = open_pretrained(folder, int8=int8)
+    _check_mixture(config, pretrained.shape, str(folder))
     held = replace(pretrained, shape=replace(pretrained.shape, int8=int8))
     return _with_biases(held) if config.prune.compensate == "bias" else held
+
+
+def _check_mixture(config: RunConfig, shape: ModelShape, where: str) -> None:
+    """Refuses the settings that stacks of experts do not have."""
+    if shape.family.mixture is None:
+        if config.prune.criterion == "reap":
+            raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
+        return
+    for name, value, refused in (
+        ("model.frozen", config.model.frozen, ("int8",)),
+        ("prune.criterion", config.prune.criterion, ("gradient",)),
+        ("prune.compensate", config.prune.compensate, ("bias", "least_squares")),
+    ):
+        if value in refused:
+            raise UserError(f"{name}: {value} is not supported for mixtures of experts, which {where} has")
 
 
 def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
@@ -221,45 +268,8 @@ def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -
         for name, axis, kept in dense.layer_cuts(i, layer_keep)
     }
     shape = replace(shape_from_config(config, str(pretrained.folder)), int8=dense.int8)
-    return replace(pretrained, config=config, shape=shape, slices=slices)
-
-
-def _read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
-    """Returns tensor name -> (shape, dtype, file). Opening a file checks that its length matches its header."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index} has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-    else:
-        names = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name != "adapter_model.safetensors"]
-    if not names:
-        raise UserError(f"{folder} has no safetensors files")
-    headers: dict[str, tuple[tuple[int, ...], str, Path]] = {}
-    for path in (folder / name for name in names):
-        if not path.is_file():
-            raise UserError(f"{path} is missing; {index.name} names it")
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{path} cannot be read: permission denied")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    view = file.get_slice(name)
-                    if name in headers:
-                        raise UserError(f"{path}: {name} is in {headers[name][2].name}, too")
-                    headers[name] = tuple(view.get_shape()), view.get_dtype(), path
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-    check_no_surplus(folder, WEIGHT_FILES, names, index.name)
-    return headers
-
-
-def check_no_surplus(folder: Path, pattern: str, names: Collection[str], index: str) -> None:
-    """Checks that the index of a folder's weight files names all of them.
-
-    Raises:
-        UserError: a file that looks like a weight file is none of `names`.
-    """
-    if surplus := sorted(path for path in folder.glob(pattern) if path.name not in names):
-        raise UserError(f"{surplus[0]} is one weight file too many; {index} does not name it")
+    pieces = {
+        name: whole.keep_rows(slices.pop(name).keep) if name in slices else whole
+        for name, whole in pretrained.pieces.items()
+    }
+    return replace(pretrained, config=config, shape=shape, slices=slices, pieces=pieces)

@@ -6,12 +6,13 @@ from typing import Any, cast
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import build_on_meta, config_class, refused_in_one_line
-from loraprune_ds.model.family import COUNT_FIELDS, Family, Kind, find_family
+from loraprune_ds.model.family import Family, find_family
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
-REFUSED = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank", "linear_num_key_heads")
+EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+REFUSED = ("kv_lora_rank", "linear_num_key_heads")
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
@@ -23,16 +24,17 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
             names `where`, the folder or hub id.
     """
     config = text_config(config, where)
-    kinds = _find_family(config, where).kinds
+    family = _find_family(config, where)
     try:
         num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
         given = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
-        per_layer = {int(k): v for k, v in given.items()}
+        config, per_layer = _old_names(config, family), {int(k): _old_names(v, family) for k, v in given.items()}
         defaults = config_class(config["model_type"])
-        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, kinds) for i in range(num_layers)]
+        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
         head_dim = config.get("head_dim", getattr(defaults, "head_dim", None))
         head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
+        expert_size, per_token = _expert_sizes(config, family)
     except KeyError as error:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
@@ -49,6 +51,8 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         vocab_size=vocab_size,
         tie_word_embeddings="lm_head.weight" not in parameters,
         layers=tuple(layer for _, layer in sizes),
+        expert_size=expert_size,
+        experts_per_token=per_token,
     )
     return _add_parameters(shape, parameters, where)
 
@@ -85,7 +89,8 @@ def _find_family(config: dict[str, Any], where: str) -> Family:
     family = find_family(
         config.get("model_type"), where, f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
     )
-    if found := next((key for key in REFUSED if config.get(key)), None):
+    refused = REFUSED if family.mixture else (*EXPERT_FIELDS, *REFUSED)
+    if found := next((key for key in refused if config.get(key)), None):
         raise UserError(f"{where}: config.json has {found}: such layers are not supported")
     return family
 
@@ -102,12 +107,27 @@ def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int)
         raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
 
 
-def _layer_sizes(config: dict[str, Any], defaults: Any, kinds: tuple[Kind, ...]) -> tuple[int, LayerShape]:
+def _layer_sizes(config: dict[str, Any], defaults: Any, family: Family) -> tuple[int, LayerShape]:
     """Returns the query heads of a layer, and its groups. Each query head has its own key-value head by default."""
     queries = int(config["num_attention_heads"])
     heads = config.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None)) or queries
     counts = config | {"num_key_value_heads": heads}
-    return queries, LayerShape((kind, int(counts[COUNT_FIELDS[kind]])) for kind in kinds)
+    return queries, LayerShape((kind, int(counts[family.count_field(kind)])) for kind in family.kinds)
+
+
+def _old_names(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Gives the count of experts the name that both versions of transformers read."""
+    mixture = family.mixture
+    if mixture is None or mixture.new_count not in config:
+        return config
+    return config | {mixture.count: config[mixture.new_count]}
+
+
+def _expert_sizes(config: dict[str, Any], family: Family) -> tuple[int, int]:
+    """Returns the channels of an expert, and the experts that a token chooses. 0 without experts."""
+    if family.mixture is None:
+        return 0, 0
+    return int(config[family.mixture.size]), int(config["num_experts_per_tok"])
 
 
 def _add_parameters(shape: ModelShape, found: Mapping[str, tuple[int, ...]], where: str) -> ModelShape:

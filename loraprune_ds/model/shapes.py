@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES, Family, Kind, Linear, Part, Width, family_name
-from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8
+from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8, Matrix
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 
 
@@ -21,6 +21,8 @@ class ModelShape:
         biases: names of the linears that have a bias, the same in every layer.
         layer_others: names inside a decoder layer and shapes of what no cut makes smaller, such as norms.
         ends: full names and shapes of the parameters outside the layers: embedding, final norm, untied head.
+        expert_size: channels of one expert, if the MLPs are mixtures of experts.
+        experts_per_token: that the router chooses.
         int8: the weights of the linears are held as int8 with scales (frozen.py). In files they may be as they are.
     """
 
@@ -34,6 +36,8 @@ class ModelShape:
     biases: frozenset[str] = frozenset()
     layer_others: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]], hash=False)
     ends: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]], hash=False)
+    expert_size: int = 0
+    experts_per_token: int = 0
     int8: bool = False
 
     @property
@@ -52,8 +56,8 @@ class ModelShape:
 
     @property
     def input_linears(self) -> tuple[Linear, ...]:
-        """The linears that lose inputs in a cut, such as o_proj and down_proj."""
-        return tuple(linear for linear in self.linears if linear.axis == 1)
+        """The linears whose inputs belong to groups, such as o_proj and down_proj."""
+        return tuple(linear for linear in self.linears if linear.reads_groups)
 
     def width(self, width: Width) -> int:
         """Returns the rows that `width` stands for."""
@@ -62,6 +66,9 @@ class ModelShape:
             "head": self.head_dim,
             "query_count": self.queries_per_group,
             "one": 1,
+            "hidden": self.hidden_size,
+            "expert": self.expert_size,
+            "gate_up": 2 * self.expert_size,
         }
         return per_width[width]
 
@@ -87,8 +94,14 @@ class ModelShape:
 
     def linear_shape(self, layer: int, linear: Linear) -> tuple[int, int]:
         """Returns (out_features, in_features) of a linear at this layer's current width."""
-        width = sum(self.part_sizes(layer, linear.parts))
-        return (width, self.hidden_size) if linear.axis == 0 else (self.hidden_size, width)
+        width, across = sum(self.part_sizes(layer, linear.parts)), self.width(linear.across)
+        return (width, across) if linear.axis == 0 else (across, width)
+
+    def lora_shapes(self, layer: int, linear: Linear, lora_rank: int) -> tuple[Matrix, Matrix]:
+        """Returns the shapes of A (r, in_features) and B (out_features, r). In a stack each expert has its own A."""
+        out_features, in_features = self.linear_shape(layer, linear)
+        experts = self.layers[layer][linear.kind] if linear.is_stack else 1
+        return (experts * lora_rank, in_features), (out_features, lora_rank)
 
     def form(self, linear: Linear) -> Form:
         """Returns the form in which a rank holds the weight of this linear."""
@@ -103,12 +116,12 @@ class ModelShape:
         return [numel for i in range(len(self.layers)) for numel in self.layer_lora_sizes(i, lora_rank)]
 
     def layer_lora_sizes(self, layer: int, lora_rank: int) -> list[int]:
-        """Returns those of one layer. Each linear has A (r, in_features), then B (out_features, r)."""
-        return [lora_rank * width for linear in self.linears for width in reversed(self.linear_shape(layer, linear))]
+        """Returns those of one layer. Each linear has A, then B."""
+        return [math.prod(shape) for linear in self.linears for shape in self.lora_shapes(layer, linear, lora_rank)]
 
     def group_numel(self, kind: Kind) -> int:
         """Counts the linear parameters that leave with one group, without biases."""
-        return sum(self.group_width(linear) * self.hidden_size for linear in self.linears if linear.kind == kind)
+        return sum(self.group_width(x) * self.width(x.across) for x in self.linears if x.kind == kind)
 
     def layer_numel(self, layer: int) -> int:
         """Counts the linear parameters of one decoder layer. `prune.ratio` is a fraction of these."""
@@ -117,6 +130,19 @@ class ModelShape:
     def linear_numel(self) -> int:
         """Counts the linear parameters of all decoder layers."""
         return sum(self.layer_numel(i) for i in range(len(self.layers)))
+
+    def active_numel(self) -> int:
+        """Counts the linear parameters that one token meets: of experts only those that it chooses."""
+        idle = sum(layer["experts"] - self.experts_per_token for layer in self.layers) if self.family.mixture else 0
+        return self.linear_numel() - idle * self.group_numel("experts")
+
+    def inputs_per_token(self, layer: int, linear: Linear) -> int:
+        """Counts the numbers that enter a linear for one token, which may choose several experts."""
+        return self.linear_shape(layer, linear)[1] * (self.experts_per_token if linear.is_stack else 1)
+
+    def mlp_width(self, layer: LayerShape) -> int:
+        """Counts the channels that one token meets in the MLP of such a layer."""
+        return self.experts_per_token * self.expert_size if self.family.mixture else layer["channels"]
 
     def linear_bytes(self, element_size: int) -> int:
         """Counts the bytes that hold the linear parameters of all decoder layers, without biases."""
@@ -146,8 +172,25 @@ class ModelShape:
             if self.has_bias(linear):
                 shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
         for companion in self.family.companions:
-            shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)),)
+            second = () if companion.across is None else (self.width(companion.across),)
+            shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)), *second)
         return shapes | {f"{prefix}{name}": size for name, size in self.layer_others.items()}
+
+    def stored(self) -> dict[str, tuple[str, ...]]:
+        """Names the tensors on disk that hold a parameter, where there are several or one of another name.
+
+        Their rows lie one below the other in the parameter. All have the same number of rows.
+        """
+        stored: dict[str, tuple[str, ...]] = {}
+        for i, counts in enumerate(self.layers):
+            prefix = f"model.layers.{i}."
+            for linear in (x for x in self.linears if x.is_stack):
+                names = (name.format(expert) for expert in range(counts[linear.kind]) for name in linear.stored)
+                stored[f"{prefix}{linear.name}.weight"] = tuple(prefix + name for name in names)
+            for companion in self.family.companions:
+                if companion.stored:
+                    stored[prefix + companion.name] = (prefix + companion.stored,)
+        return stored
 
     def held(self, layer: int | None, element_size: int) -> dict[str, Held]:
         """Returns what ZeRO-3 shards of the frozen parameters of one layer, or of all, by name.
@@ -208,6 +251,17 @@ class ModelShape:
     def is_uniform(self) -> bool:
         """True if every layer has the same counts, so that a stock model class can hold it."""
         return len(set(self.layers)) == 1
+
+
+def lora_cuts(linear: Linear, lora_rank: int, kept: Tensor, keep: LayerKeep) -> list[tuple[int, int, Tensor]]:
+    """Lists what gets smaller of LoRA: 0 for A or 1 for B, the axis, and the rows (or columns) that stay along it.
+
+    Args:
+        kept: the rows (or columns) of the linear that stay.
+    """
+    if linear.is_stack:
+        return [(0, 0, group_indices(keep[linear.kind], lora_rank)), (1, 0, kept)]
+    return [(1 - linear.axis, linear.axis, kept)]  # A has the inputs, B the outputs
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:

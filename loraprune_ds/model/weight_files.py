@@ -33,6 +33,19 @@ def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
+def as_stored(tensors: Mapping[str, Tensor], stored: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Returns tensors as they are on disk. A stack of experts is one matrix for each there.
+
+    Args:
+        stored: `ModelShape.stored`.
+    """
+    on_disk: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        names = stored.get(name, (name,))
+        on_disk |= zip(names, tensor.split(len(tensor) // len(names)) if len(names) > 1 else [tensor], strict=True)
+    return on_disk
+
+
 def write_index(folder: Path, entries: list[dict[str, int]]) -> None:
     """Writes model.safetensors.index.json. `entries[k]` is what `write_weight_file` returned for file k."""
     weight_map: dict[str, str] = {}

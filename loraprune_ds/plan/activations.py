@@ -138,7 +138,7 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     It is in the MLP or in eager attention. That has masked scores, fp32 probabilities, and their copy.
     """
     e = batch.element_size
-    mlp = max(4 * e * batch.tokens * layer["channels"] for layer in shape.layers)
+    mlp = max(4 * e * batch.tokens * shape.mlp_width(layer) for layer in shape.layers)
     scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
     return max(mlp, scores) + batch.causal_mask
 
@@ -164,5 +164,5 @@ def _backward_temporaries(shape: ModelShape, layer: LayerShape, batch: PlannedBa
     three fp32 tensors. Eager attention has fp32 gradients of probabilities and scores.
     """
     t, e, h = batch.tokens, batch.element_size, shape.hidden_size
-    widest = max(4 * e * t * layer["channels"], 12 * t * h, 8 * batch.probabilities(shape, layer))
+    widest = max(4 * e * t * shape.mlp_width(layer), 12 * t * h, 8 * batch.probabilities(shape, layer))
     return 2 * e * t * h + widest

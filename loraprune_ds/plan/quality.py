@@ -111,7 +111,7 @@ def squared_gradients(request: Request, shape: ModelShape) -> int:
         return 0
     train, layers = request.config.train, range(len(shape.layers))
     tokens = train.micro_batch_size * request.config.data.window
-    widths = [[shape.linear_shape(i, linear)[1] for linear in shape.input_linears] for i in layers]
+    widths = [[shape.inputs_per_token(i, linear) for linear in shape.input_linears] for i in layers]
     of_layers = [request.element_size * tokens * sum(layer) for layer in widths]
     kept = max(of_layers) if train.gradient_checkpointing else sum(of_layers)
     blocks = 3 * 4 * min(tokens * max(map(max, widths)), DEVICE_BLOCK_NUMEL)

@@ -168,7 +168,7 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in quality.linear_sizes(shape))
     parts = sum(len(linear.parts) for linear in shape.linears)
     groups = sum(parts * max(layer.values()) for layer in shape.layers)
-    if request.config.prune.criterion == "fisher":  # the vectors alone
+    if request.config.prune.criterion in ("fisher", "reap"):  # the vectors alone
         return {"score_sums": 8 * groups}
     return {
         "lora_factors": 2 * 4 * (shards + shards * request.world_size + whole),

@@ -11,7 +11,7 @@ import torch
 
 from loraprune_ds.model.frozen import Int8
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import ModelShape, lora_cuts
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.passes import Network, Visit
@@ -127,7 +127,7 @@ def scoring_sent(request: Request, shape: ModelShape, rank: int | None = None) -
     if request.world_size == 1 or criterion == "random":
         return 0
     sums = 8 * score_count(request, shape)
-    if criterion == "fisher":
+    if criterion in ("fisher", "reap"):
         return sums
     lora = 2 * request.lora_shards(shape) * (request.world_size - 1) * 4
     return lora + sums + scales_sent(request, shape, rank)
@@ -146,7 +146,10 @@ def scales_sent(request: Request, shape: ModelShape, rank: int | None = None) ->
 
 def score_count(request: Request, shape: ModelShape) -> int:
     """Counts the scores of a step. Each part of a linear has one per group."""
-    linears = shape.input_linears if request.config.prune.criterion == "fisher" else shape.linears
+    criterion = request.config.prune.criterion
+    if criterion == "reap":  # sums of norms, and counts of tokens
+        return 2 * sum(layer["experts"] for layer in shape.layers)
+    linears = shape.input_linears if criterion == "fisher" else shape.linears
     return sum(layer[part.kind] for layer in shape.layers for linear in linears for part in linear.parts)
 
 
@@ -159,9 +162,9 @@ def layer_cuts(
     """
     cuts, layer = list[tuple[AxisCut, int]](), shape.held(index, element_size)
     for linear in shape.cut_linears(index, keep):
-        kept, (rows, columns) = shape.kept_indices(index, linear.parts, keep), shape.linear_shape(index, linear)
-        factor = (rows, lora_rank) if linear.axis == 0 else (lora_rank, columns)
-        cuts.append((AxisCut(factor, linear.axis, kept), element_size + 12))
+        kept, factors = shape.kept_indices(index, linear.parts, keep), shape.lora_shapes(index, linear, lora_rank)
+        for which, axis, stays in lora_cuts(linear, lora_rank, kept, keep):
+            cuts.append((AxisCut(factors[which], axis, stays), element_size + 12))
     for name, axis, kept in shape.layer_cuts(index, keep):
         held = layer[f"model.layers.{index}.{name}"]
         cuts.append((AxisCut(held.shape, axis, kept), held.element_size))

@@ -6,7 +6,7 @@ Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); 
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import cast
 
@@ -110,6 +110,19 @@ def score_shard(
         else:
             total += sums
     return total
+
+
+def split_experts(shard: OwnedShard, factors: LoraFactors) -> Iterator[tuple[OwnedShard, LoraFactors]]:
+    """Yields what this rank owns of the linear of each expert of a stack. Any other linear is one."""
+    experts = len(factors.A) // factors.B.shape[1]
+    rows, columns = shard.shape[0] // experts, shard.shape[1]
+    split = (tensor.chunk(experts) for tensor in (factors.A, factors.B, factors.grad_A, factors.grad_B))
+    for i, of_expert in enumerate(zip(*split, strict=True)):
+        origin = shard.start - i * rows * columns  # of the shard, counted from the first element of the expert
+        low = min(max(origin, 0), rows * columns)
+        high = max(low, min(origin + len(shard.flat), rows * columns))
+        owned = OwnedShard(shard.flat[low - origin : high - origin], low, (rows, columns), shard.decode)
+        yield owned, LoraFactors(*of_expert, scaling=factors.scaling)
 
 
 def _whole_rows(flat: Tensor, head: int, tail: int, columns: int) -> Tensor:

@@ -15,7 +15,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.model.family import Kind, Linear
 from loraprune_ds.model.per_kind import LayerKeep, LayerTensors
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.weight_gradients import WeightGradients
 
@@ -95,7 +95,12 @@ def score_groups(
         for linear in shape.linears:
             shard = model.owned_weight(layer, linear)
             given = () if gradients is None else (gradients.owned(layer, linear),)
-            sums = score_shard(shard, factors[linear.name], element_criterion, linear.axis, *given)
+            sums = torch.cat(
+                [
+                    score_shard(owned, of_expert, element_criterion, linear.axis, *given)
+                    for owned, of_expert in split_experts(shard, factors[linear.name])
+                ]
+            )
             parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
             for part, rows in zip(linear.parts, parts, strict=True):
                 partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)

@@ -114,7 +114,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
-    least = {"heads": config.min_heads, "channels": config.min_channels}
+    least = {"heads": config.min_heads, "channels": config.min_channels, "experts": max(1, dense.experts_per_token)}
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
@@ -130,6 +130,8 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     if config.ranking == "uniform" and len({dense.layers[i] for i in limits.open_layers}) > 1:
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
     numel = _open_numel(limits, dense.layers)
+    if dense.family.mixture:  # heads are few there, and stay
+        numel = {kind: part if kind == "experts" else 0 for kind, part in numel.items()}
     return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
 
 
@@ -143,14 +145,14 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
     servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
     for i, layer in enumerate(dense.layers):
         for kind, count in layer.items():
-            if count % servers:
+            if kind != "experts" and count % servers:
                 raise UserError(f"prune.tensor_parallel {servers} does not divide the {count} {kind} of layer {i}")
-        if i not in protected and layer["channels"] < multiple:
+        if i not in protected and layer.get("channels", multiple) < multiple:
             keys = f"prune.channel_multiple {config.channel_multiple}"
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
             has = f"layer {i} has {layer['channels']}"
             raise UserError(f"{keys} needs at least {multiple} channels, and {has}; choose a smaller one")
-    return {kind: multiple if kind == "channels" else servers for kind in dense.kinds}
+    return {kind: {"heads": servers, "channels": multiple}.get(kind, 1) for kind in dense.kinds}
 
 
 def _round_up(count: int, multiple: int) -> int:
@@ -173,6 +175,7 @@ def _shares(head_ratio: float, min_heads: int, limits: Limits) -> dict[Kind, flo
     dense, numel = limits.dense, _open_numel(limits, limits.dense.layers)
     heads, channels = numel["heads"], sum(numel.values()) - numel["heads"]
     most_heads, most_channels = _most_heads_and_channels(limits)
+    rest = " and ".join(kind for kind in dense.kinds if kind != "heads")
     leaving, of_heads = limits.ratio * dense.linear_numel(), head_ratio * heads
     half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: as near as whole heads come
     if of_heads > most_heads + half_a_step:
@@ -183,7 +186,7 @@ def _shares(head_ratio: float, min_heads: int, limits: Limits) -> dict[Kind, flo
     if not of_heads <= leaving <= of_heads + most_channels + half_a_step:
         raise UserError(
             f"prune.head_ratio {head_ratio} with prune.ratio {limits.ratio} would take "
-            f"{(leaving - of_heads) / channels:.1%} of the channels, of which {most_channels / channels:.1%} may go"
+            f"{(leaving - of_heads) / channels:.1%} of the {rest}, of which {most_channels / channels:.1%} may go"
         )
     share = of_heads / leaving
     return {kind: share if kind == "heads" else (1 - share) * (part / channels) for kind, part in numel.items()}

@@ -10,6 +10,8 @@ of the loss (Kwon et al., arXiv 2204.00656, section 4; for heads Michel et al., 
 channels compare without norms.
 
 The backward pass of LoRA forms ∂L/∂x anyway. Nothing of W or LoRA is read.
+
+All inputs of an expert's last linear belong to it. So its mask is one on its output. t are the tokens that chose it.
 """
 
 # torch does not type every method:
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
+from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 from loraprune_ds.pruning.taps import BackwardRecorder, Tap, hook_inputs
 
@@ -40,6 +43,10 @@ class MaskGradients(BackwardRecorder):
         self._model = model
         self._linear_ids = hook_inputs(model, range(len(model.shape.layers)), self._tap)
 
+    def scores(self, step: int) -> GroupSums:
+        """Returns the sums over all ranks, by one all-reduce."""
+        return add_over_ranks(self._model, self._model.shape.input_linears, self.sums(), step)
+
     def sums(self) -> list[Tensor]:
         """Returns this rank's part of Σ_t s_tg², (groups,) float64.
 
@@ -49,14 +56,18 @@ class MaskGradients(BackwardRecorder):
         scale = self._model.world_size * self._model.loss_scale
         return [self._recorded[linear_id] / scale**2 for linear_id in self._linear_ids]
 
-    def _tap(self, linear_id: LinearId, inputs: Tensor) -> Tensor | None:
+    def _tap(self, linear_id: LinearId, inputs: Tensor, counts: list[int] | None = None) -> Tensor | None:
         if not self._active:
             return None
-        return cast(Tensor, Tap.apply(inputs, inputs, partial(self._receive, linear_id)))
+        return cast(Tensor, Tap.apply(inputs, inputs, partial(self._receive, linear_id, counts)))
 
-    def _receive(self, linear_id: LinearId, gradient: Tensor, inputs: Tensor) -> None:
-        width = self._model.shape.group_width(linear_id.linear)
-        self._add(linear_id, squared_gradients(inputs, gradient, width).double())
+    def _receive(self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor) -> None:
+        if counts is None:
+            squares = squared_gradients(inputs, gradient, self._model.shape.group_width(linear_id.linear))
+        else:
+            of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
+            squares = torch.cat([squared_gradients(x, g, x.shape[1]) for x, g in of_experts])
+        self._add(linear_id, squares.double())
 
 
 def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:
@@ -73,6 +84,6 @@ def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:
     for x, g in zip(inputs.split(tokens), gradient.split(tokens), strict=True):
         product = x.float().mul_(g.float()) if x.dtype != torch.float32 else x * g
         if width > 1:
-            product = product.view(len(product), -1, width).sum(2)
+            product = product.unflatten(1, (-1, width)).sum(2)
         squares[: len(product)].addcmul_(product, product)
     return squares.sum(0)

@@ -23,6 +23,7 @@ class LoraFactors:
 
     All are fp32. The gradients are neither clipped nor scaled.
     Shapes: A and grad_A (r, in_features); B and grad_B (out_features, r). `scaling` is lora_alpha / r.
+    Of a stack of experts all have those of the experts one below the other.
     """
 
     A: Tensor

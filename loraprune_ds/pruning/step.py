@@ -43,11 +43,11 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.compensate import Compensator
+from loraprune_ds.pruning.expert_norms import ExpertNorms
 from loraprune_ds.pruning.importance import (
     GroupSums,
     LayerScores,
     MovingAverage,
-    add_over_ranks,
     random_scores,
     score_groups,
 )
@@ -111,6 +111,7 @@ class Pruner:
         self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
         self.gradients = WeightGradients(model) if config.criterion == "gradient" else None
         self.masks = MaskGradients(model) if config.criterion == "fisher" else None
+        self.norms = ExpertNorms(model) if config.criterion == "reap" else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
 
@@ -120,7 +121,7 @@ class Pruner:
         with ExitStack() as recordings:
             if self.compensator is not None:
                 recordings.enter_context(self.compensator.record_step(step))
-            for recorder in (self.gradients, self.masks):
+            for recorder in (self.gradients, self.masks, self.norms):
                 if recorder is not None and self.schedule.is_scored(step):
                     recordings.enter_context(recorder.record())
             yield
@@ -131,7 +132,8 @@ class Pruner:
         Args:
             attention_mask: (batch, window) bool, False at padding; None if there is no padding.
         """
-        return nullcontext() if self.compensator is None else self.compensator.record_forward(attention_mask)
+        recorder = self.compensator or self.norms
+        return nullcontext() if recorder is None else recorder.record_forward(attention_mask)
 
     def score(self, step: int) -> None:
         """Scores all groups by this step's gradients, if the schedule says so, and updates the moving average.
@@ -146,10 +148,8 @@ class Pruner:
             now = [scores.select(keep) for scores, keep in zip(self._random, self.kept_of_dense, strict=True)]
             self.average.update(now)
             return
-        if self.masks is not None:
-            sums = add_over_ranks(model, model.shape.input_linears, self.masks.sums(), step)
-        else:
-            sums = score_groups(model, criterion, step, self.gradients)
+        recorder = self.masks or self.norms
+        sums = recorder.scores(step) if recorder else score_groups(model, criterion, step, self.gradients)
         self.average.update(sums.by_layer(self.config.normalization))
         self._unchecked = sums
 

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 
-# (linear, its input) -> what the linear computes with instead. None leaves the input as it is.
-SeeInput = Callable[[LinearId, Tensor], Tensor | None]
+# (linear, its input; of a stack also the tokens of each expert) -> what the linear computes with instead. None leaves
+# the input as it is.
+SeeInput = Callable[..., Tensor | None]
 
 
 def hook_inputs(model: PrunableModel, layers: Iterable[int], see: SeeInput) -> list[LinearId]:
-    """Hooks what enters the linears of these layers that lose inputs, such as o_proj and down_proj.
+    """Hooks what enters the linears of these layers whose inputs belong to groups, such as o_proj and down_proj.
 
     Args:
-        see: is called in every forward pass, with an input (batch, window, in_features).
+        see: is called in every forward pass, with an input (batch, window, in_features). That of a stack of experts is
+            (tokens, in_features), in the order of the experts.
 
     Returns:
         The hooked linears, in the order of a forward pass.
@@ -27,7 +29,7 @@ def hook_inputs(model: PrunableModel, layers: Iterable[int], see: SeeInput) -> l
     linear_ids = [LinearId(i, linear) for i in layers for linear in model.shape.input_linears]
 
     def hook(linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        changed = see(linear_id, inputs[0])
+        changed = see(linear_id, *inputs)
         return None if changed is None else (changed, *inputs[1:])
 
     for linear_id in linear_ids:

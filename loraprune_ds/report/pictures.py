@@ -47,7 +47,11 @@ MOST_NUMBERED = 48  # layers whose counts are written down
 # Evaluations on the way need no words.
 NAMES: dict[EvaluationName, str] = {"dense": "dense", "after_last_cut": "after the last cut", "pruned": "exported"}
 # The title and colour of a kind.
-PANELS: dict[Kind, tuple[str, str]] = {"heads": ("Key-value heads", BLUE), "channels": ("MLP channels", ORANGE)}
+PANELS: dict[Kind, tuple[str, str]] = {
+    "heads": ("Key-value heads", BLUE),
+    "channels": ("MLP channels", ORANGE),
+    "experts": ("Experts", ORANGE),
+}
 
 
 def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -> None:

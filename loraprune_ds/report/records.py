@@ -54,7 +54,7 @@ class CutRecord:
         removed_fraction: of all parameters of the model.
         bytes_sent: by all ranks together.
         weight_bytes_before, weight_bytes_after: (world_size,).
-        heads, channels: how many every layer keeps, in key-value heads and MLP channels: (num_layers,).
+        heads, channels, experts: how many every layer keeps: (num_layers,). Empty for a kind that the family lacks.
     """
 
     step: int
@@ -65,8 +65,9 @@ class CutRecord:
     bytes_sent: int
     weight_bytes_before: list[int]
     weight_bytes_after: list[int]
-    heads: list[int]
-    channels: list[int]
+    heads: list[int] = field(default_factory=list)
+    channels: list[int] = field(default_factory=list)
+    experts: list[int] = field(default_factory=list)
 
 
 def cut_record(
@@ -83,8 +84,7 @@ def cut_record(
         bytes_sent=sum(model.gather_values(cut.bytes_sent)),
         weight_bytes_before=weight_bytes_before,
         weight_bytes_after=weight_bytes_after,
-        heads=[layer["heads"] for layer in shape.layers],
-        channels=[layer["channels"] for layer in shape.layers],
+        **{kind: [layer[kind] for layer in shape.layers] for kind in shape.kinds},
     )
 
 

@@ -14,7 +14,7 @@ from loraprune_ds.model.adapters import (
 )
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import ModelShape, lora_cuts
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range
 from loraprune_ds.zero.params import ReadFlat, full_shape, install_shard, overwrite_shard, pad
@@ -36,15 +36,17 @@ def parameter_cuts(
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
     for name, axis, kept in shape.layer_cuts(index, keep):
-        parameters = [base_parameter(layer, name)]
-        if name in linears:
-            module = lora_linear(layer, linears[name])
-            # A reference of DPO or GRPO may stand beside the trained adapter.
-            parameters += [lora_weights(module, adapter)[1 - axis] for adapter in module.lora_A]
-        for parameter in parameters:
-            key = (full_shape(parameter), axis, id(kept))
+        found = [(base_parameter(layer, name), axis, kept)]
+        if linear := linears.get(name):
+            module = lora_linear(layer, linear)
+            for adapter in module.lora_A:  # a reference of DPO or GRPO may stand beside the trained one
+                factors = lora_weights(module, adapter)
+                cut = lora_cuts(linear, module.r[adapter], kept, keep)
+                found += [(factors[which], along, stays) for which, along, stays in cut]
+        for parameter, along, stays in found:
+            key = (full_shape(parameter), along, id(stays))
             if key not in plans:
-                plans[key] = ReshardPlan(AxisCut(full_shape(parameter), axis, kept), comm.world_size, comm.rank)
+                plans[key] = ReshardPlan(AxisCut(full_shape(parameter), along, stays), comm.world_size, comm.rank)
             cuts.append((parameter, plans[key]))
     return cuts
 

@@ -18,6 +18,7 @@ from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.weight_files import (
     INDEX_FILE,
+    as_stored,
     weight_file_count,
     weight_file_name,
     write_index,
@@ -118,7 +119,7 @@ def _file_tensors(
     else:
         causal_lm = cast(Any, model.module).get_base_model()
         tensors, others = {}, collect_ends(causal_lm, model.shape, owner, model.comm, trained)
-    return tensors | {name: tensor.to(dtype) for name, tensor in others.items()}
+    return as_stored(tensors | {name: tensor.to(dtype) for name, tensor in others.items()}, model.shape.stored())
 
 
 def _layer_tensors(model: ShardedModel, layer: int, owner: int, tensors_of: TensorsOf) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ SECTIONS = {
 }
 
 
-@pytest.mark.parametrize("family", families("qwen2", "phi3", "olmo2"))
+@pytest.mark.parametrize("family", families("qwen2", "phi3", "olmo2", "mixtral"))
 def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, family: str) -> None:
     config = write_run(tmp_path, **SECTIONS)
     source = tmp_path / family

@@ -59,8 +59,8 @@ class Outcome:
     """Holds what one run did. Tensors are whole, gathered on every rank."""
 
     losses: list[float] = field(default_factory=list)
-    averages: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
-    kept: list[list[tuple[list[int], list[int]]]] = field(default_factory=list)
+    averages: list[list[tuple[Tensor, ...]]] = field(default_factory=list)
+    kept: list[list[tuple[list[int], ...]]] = field(default_factory=list)
     cut_steps: list[int] = field(default_factory=list)
     masters: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -155,7 +155,7 @@ def run_steps(trainer: Trainer, job: Job) -> Outcome:
         outcome.averages.append([as_pair(scores) for scores in pruner.average.scores or []])
         if trainer.cut(step):
             outcome.cut_steps.append(step)
-        outcome.kept.append([(keep["heads"].tolist(), keep["channels"].tolist()) for keep in pruner.kept_of_dense])
+        outcome.kept.append([tuple(x.tolist() for x in keep.values()) for keep in pruner.kept_of_dense])
         outcome.state_bytes.append((storage_bytes(state_tensors(model)), expected_bytes(job, model)))
     collect_into(outcome, model)
     return outcome
@@ -174,8 +174,9 @@ def expected_bytes(job: Job, model: ShardedModel) -> int:
     return sum(terms.values())
 
 
-def as_pair(scores: LayerScores) -> tuple[Tensor, Tensor]:
-    return scores["heads"].clone(), scores["channels"].clone()
+def as_pair(scores: LayerScores) -> tuple[Tensor, ...]:
+    """Returns the scores of each kind. Most families have two."""
+    return tuple(values.clone() for values in scores.values())
 
 
 def collect_into(outcome: Outcome, model: ShardedModel) -> None:

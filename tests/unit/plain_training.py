@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import LoraConfig, PruneConfig
 from loraprune_ds.model.adapters import add_lora
+from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
@@ -28,6 +29,7 @@ def build_model(folder: Path, lora: dict[str, Tensor], *, alpha: float, dtype: t
     base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     rank = next(iter(lora.values())).shape[0]
     shape = open_pretrained(folder).shape
+    stack_experts(base)
     model = add_lora(base, shape, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0), seed=0)
     named = dict(model.named_parameters())
     with torch.no_grad():
@@ -51,7 +53,7 @@ class PlainRun:
     micro_batch_size: int = 3
     dtype: torch.dtype = torch.float32
     losses: list[float] = field(default_factory=list)
-    averages: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    averages: list[list[tuple[Tensor, ...]]] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class PlainRun:
             self.backward(batch)
             self.pruner.score(step)
         assert self.pruner.average.scores is not None
-        self.averages.append([(s["heads"].clone(), s["channels"].clone()) for s in self.pruner.average.scores])
+        self.averages.append([tuple(s.clone() for s in layer.values()) for layer in self.pruner.average.scores])
         if self.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm)
         self.optimizer.step()
@@ -81,7 +83,8 @@ class PlainRun:
         self.optimizer.zero_grad()
         supervised, total = int((batch[1][:, 1:] != -100).sum()), 0.0
         for ids, targets in zip(*(t.split(self.micro_batch_size) for t in batch), strict=True):
-            predictions = self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            with self.pruner.record_forward(None):
+                predictions = self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
             loss = cross_entropy(predictions, targets[:, 1:].flatten(), reduction="sum") / supervised
             loss.backward()
             total += loss.item()
@@ -92,8 +95,8 @@ class PlainRun:
             self.step(step, batch)
         return self
 
-    def kept(self) -> list[tuple[list[int], list[int]]]:
-        return [(keep["heads"].tolist(), keep["channels"].tolist()) for keep in self.pruner.kept_of_dense]
+    def kept(self) -> list[tuple[list[int], ...]]:
+        return [tuple(groups.tolist() for groups in keep.values()) for keep in self.pruner.kept_of_dense]
 
     def logits(self, input_ids: Tensor) -> Tensor:
         with torch.no_grad():

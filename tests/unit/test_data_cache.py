@@ -1,6 +1,7 @@
 """Tokens are made once, mapped by all who need them, and made again when anything changes that they depend on."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -88,6 +89,31 @@ def test_all_that_the_tokens_depend_on_makes_them_again(tmp_path: Path) -> None:
     os.utime(path, (1, 1))
     assert reads(path)
     assert not reads(path)
+
+
+def test_new_tokens_replace_those_that_nobody_read_for_a_month(tmp_path: Path, cache: Path) -> None:
+    path = write_json(tmp_path / "data.jsonl", documents(40))
+
+    def age(days: float) -> None:
+        then = time.time() - 86_400 * days
+        for folder in cache.iterdir():
+            os.utime(folder, (then, then))
+
+    load(path)
+    (cache / "mine").mkdir()
+    age(31)
+    assert not reads(path)  # and so used again
+    age_of_use = (next(cache.glob("*/samples.safetensors")).parent).stat().st_mtime
+    assert time.time() - age_of_use < 3600
+    load(path, window=8)
+    assert len(list(cache.glob("*/samples.safetensors"))) == 2
+    age(31)
+    load(path, window=9)
+    assert len(list(cache.glob("*/samples.safetensors"))) == 1
+    assert (cache / "mine").is_dir()
+    age(29)
+    load(path, window=10)
+    assert len(list(cache.glob("*/samples.safetensors"))) == 2
 
 
 def test_data_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:

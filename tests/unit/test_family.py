@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import build_on_meta
+from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.family import CHANNELS, FAMILIES, KEYS, PRUNED, QUERIES, Family, Linear
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
@@ -16,8 +17,8 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL
 from tests.families import SIZES, TINY, tiny_config
 
-DENSE = LayerShape(heads=SIZES["num_key_value_heads"], channels=SIZES["intermediate_size"])
-FEWER = LayerShape(heads=3, channels=11)  # 6 query heads divide hidden_size 60, which some stock classes ask for
+# Counts of each kind. 6 query heads divide hidden_size 60, which some stock classes ask for.
+DENSE, FEWER = (SIZES["num_key_value_heads"], SIZES["intermediate_size"]), (3, 11)
 LAYERS = SIZES["num_hidden_layers"]
 WITHOUT_PLAN = {"hunyuan_v1_dense"}  # transformers names no axes for it
 
@@ -30,21 +31,27 @@ def read(family: str, **changes: Any) -> ModelShape:
     return shape_from_config(config_json(family, **changes), "somewhere")
 
 
-def sizes_of(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
+def layer_of(shape: ModelShape, counts: tuple[int, int]) -> LayerShape:
+    return LayerShape(zip(shape.kinds, counts, strict=True))
+
+
+def sizes_of(counts: tuple[int, int], shape: ModelShape) -> dict[str, int]:
     """Returns what config.json says of such a layer. An export always names head_dim."""
-    queries = layer["heads"] * shape.queries_per_group
-    counts = {
-        "num_attention_heads": queries,
-        "num_key_value_heads": layer["heads"],
-        "intermediate_size": layer["channels"],
+    heads, others = counts
+    mixture = shape.family.mixture
+    sizes = {
+        "num_attention_heads": heads * shape.queries_per_group,
+        "num_key_value_heads": heads,
+        mixture.count if mixture else "intermediate_size": others,
     }
-    return counts | {"head_dim": shape.head_dim}
+    return sizes | {"head_dim": shape.head_dim}
 
 
 def stock_parameters(family: str, **changes: Any) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of the stock model, built without any of our code."""
+    """Returns names and shapes of the stock model. Only experts are stacked by our code."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    stack_experts(model)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -58,7 +65,7 @@ def test_every_family_has_a_tiny_model() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_explains_the_stock_model(family: str) -> None:
     shape = read(family)
-    assert shape.layers == (DENSE,) * LAYERS
+    assert shape.layers == (layer_of(shape, DENSE),) * LAYERS
     assert shape.queries_per_group == 2
     assert shape.parameters() == stock_parameters(family)
 
@@ -66,7 +73,8 @@ def test_the_table_explains_the_stock_model(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_explains_a_stock_model_with_other_counts(family: str) -> None:
     """Finds a tensor of which the table does not know that a cut makes it smaller."""
-    shape = read(family).with_layers((FEWER,) * LAYERS)
+    shape = read(family)
+    shape = shape.with_layers((layer_of(shape, FEWER),) * LAYERS)
     assert shape.parameters() == stock_parameters(family, **sizes_of(FEWER, shape))
 
 
@@ -76,7 +84,7 @@ def test_the_table_explains_layers_that_differ(family: str) -> None:
     config = config_json(family) | {"model_type": PRUNED + family, "head_dim": shape.head_dim}
     config["per_layer_config"] = {"1": {k: v for k, v in sizes_of(FEWER, shape).items() if k != "head_dim"}}
     pruned = shape_from_config(config, "somewhere")
-    assert pruned.layers == (DENSE, FEWER)
+    assert pruned.layers == (layer_of(shape, DENSE), layer_of(shape, FEWER))
     stock, fewer = stock_parameters(family), stock_parameters(family, **sizes_of(FEWER, shape))
     stock |= {name: size for name, size in fewer.items() if name.startswith("model.layers.1.")}
     assert pruned.parameters() == stock
@@ -91,7 +99,8 @@ def test_axes_are_those_of_transformers_own_plan(family: str) -> None:
     theirs = {name: 0 if "colwise" in how else 1 if "rowwise" in how else None for name, how in named.items()}
     both = axes.keys() & theirs.keys()
     assert {name: axes[name] for name in both} == {name: theirs[name] for name in both}
-    assert both == axes.keys() or family in WITHOUT_PLAN
+    stacks = {linear.name for linear in FAMILIES[family].linears if linear.is_stack}  # named otherwise there
+    assert both == axes.keys() - stacks or family in WITHOUT_PLAN
 
 
 # Modules without weights
@@ -169,7 +178,7 @@ def test_a_norm_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyP
 # Models of other kinds
 
 OTHERS = {
-    "mixtures of experts": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"),
+    "mixtures of experts": ("qwen2_moe", "olmoe", "gpt_oss"),
     "latent attention": ("deepseek_v2", "deepseek_v3"),
     "hybrids": ("qwen3_5_text", "qwen3_next", "jamba"),
     "shared key-value layers": ("gemma3n_text",),

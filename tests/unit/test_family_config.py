@@ -14,7 +14,10 @@ from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from tests.families import SIZES, tiny_config
 
-COUNTS = {"num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "per_layer_config"}
+COUNTS = {
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "per_layer_config"),
+    *("intermediate_size", "num_local_experts", "num_experts"),
+}
 # The last two stand in files of old models and say nothing of the network.
 ABOUT_FILES = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "model_type"),
@@ -38,7 +41,8 @@ def published(family: str, **rope: Any) -> dict[str, Any]:
 
 
 def export(config: dict[str, Any], counts: list[tuple[int, int]]) -> dict[str, Any]:
-    shape = shape_from_config(config, "source").with_layers(tuple(LayerShape(heads=h, channels=c) for h, c in counts))
+    dense = shape_from_config(config, "source")
+    shape = dense.with_layers(tuple(LayerShape(zip(dense.kinds, layer, strict=True)) for layer in counts))
     return export_config(config, shape, "bfloat16").config
 
 

@@ -20,7 +20,7 @@ README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
 HEADER = (
     "families",
     "heads leave from",
-    "channels leave from",
+    "channels or experts leave from",
     "equal layers are stored as",
     "GGUF",
     "vLLM",
@@ -47,7 +47,7 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
         stored = "a stock model if its heads divide hidden_size, else with the modelling file"
     else:
         stored = "a stock model"
-    kinds = smaller(family, "heads"), smaller(family, "channels")
+    kinds = smaller(family, "heads"), smaller(family, family.kinds[-1])
     vllm = "any layers" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else "no"
     return *kinds, stored, gguf(name), vllm, "; ".join(notes(name, family))
 
@@ -67,7 +67,9 @@ def smaller(family: Family, kind: Kind) -> str:
 
 def notes(name: str, family: Family) -> list[str]:
     found = []
-    if family.companions:
+    if family.mixture:
+        found.append("whole [experts](experts.md) leave")
+    elif family.companions:
         found.append("its norms run over all heads, so a cut is not quite equal to a mask")
     if family.attention_softcap:
         found.append("eager attention, as sdpa cannot cap its scores")

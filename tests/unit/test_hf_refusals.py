@@ -71,6 +71,20 @@ def test_modules_to_save_beside_an_untied_head_pass() -> None:
     check_model(model, base_shape(model), PruneConfig())
 
 
+def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
+    lora: dict[str, Any] = {"target_modules": ALL, "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base().bfloat16(), LoraConfig(r=2, **lora))
+    begin = LoraPruneCallback(PruneConfig()).on_init_end
+    args, state, control = cast(Any, SimpleNamespace(output_dir="unused")), TrainerState(), cast(Any, None)
+    begin(args, state, control, model=model)  # DeepSpeed casts what is not born sharded
+    for parameter in model.parameters():
+        cast(Any, parameter).ds_id = 0
+    with pytest.raises(UserError, match=r"is in bfloat16 and float32, .* autocast_adapter_dtype=False"):
+        begin(args, state, control, model=model)
+    model.requires_grad_(False)
+    begin(args, state, control, model=model)
+
+
 def test_trained_biases_of_lora_are_refused() -> None:
     assert "lora_bias" in refusal(adapted(base(attention_bias=True, mlp_bias=True), lora_bias=True))
 

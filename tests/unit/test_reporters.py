@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,7 +142,8 @@ def report(name: str, folder: Path, **environment: str) -> None:
         pytest.skip(f"{name} is not installed")
     folder.mkdir()
     Figure().savefig(folder / "training.png")
-    places = {"HOME": str(folder), "PYTHONPATH": str(repository()), "PATH": "/usr/bin:/bin"}
+    found = os.pathsep.join([str(repository()), os.environ.get("PYTHONPATH", "")])  # the packages may lie elsewhere
+    places = {"HOME": str(folder), "PYTHONPATH": found, "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, "-c", REPORT, name, str(folder)],
         env=places | environment,

@@ -4,13 +4,18 @@
                                         held_out.txt          the text for perplexity
 
 The folder is that of `datasets`: HF_DATASETS_CACHE, or `datasets` in HF_HOME. The digest is that of all that the
-samples depend on: data, settings, tokenizer with its chat template, and the code here.
+samples depend on: data, settings, tokenizer with its chat template, and the code here. Whoever makes new tokens removes
+those that no run has read for a month. A run that maps them keeps them.
 """
 
 import dataclasses
 import hashlib
 import os
+import re
+import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +31,8 @@ from loraprune_ds.train.data.sources import file_identity, source_identity
 from loraprune_ds.whole import make_once
 
 SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
+DIGEST = re.compile("[0-9a-f]{32}")
+KEPT_SECONDS = 30 * 86_400
 HALVES = "surrogatepass"  # JSON may hold halves of characters
 
 
@@ -41,9 +48,20 @@ def cached(
     try:
         if not folder.exists():
             make_once(folder, lambda made: _write(make(), made))
+            _remove_old(folder.parent)
+        with suppress(OSError):  # it may be somebody else's
+            os.utime(folder)  # its last use
         return _read(folder)
     except (OSError, SafetensorError) as error:  # the second, too, where the disk is full
         raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
+
+
+def _remove_old(cache: Path) -> None:
+    """Removes tokens that were not used for long. Other folders stay."""
+    for folder in cache.iterdir():
+        with suppress(FileNotFoundError):  # another rank of another run was faster
+            if DIGEST.fullmatch(folder.name) and folder.stat().st_mtime < time.time() - KEPT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cache_folder() -> Path:

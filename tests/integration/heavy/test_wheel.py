@@ -34,6 +34,6 @@ def test_the_quickstart_runs_from_the_wheel(tmp_path: Path) -> None:
     text = write_text(home / "text.txt", 20_000)
     measured = json.loads(start("evaluate", "runs/quickstart", "--text", str(text), "--json"))
     assert 1 < measured["perplexity"] < 100
-    assert "runs/quickstart" in start("compare", "runs/quickstart")
+    assert "\nquickstart " in start("compare", "runs/quickstart")
     start("export", "runs/quickstart", "--format", "gguf-q8_0")
     assert list(home.glob("quickstart-gguf-q8_0/*.gguf"))

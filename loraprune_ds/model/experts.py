@@ -1,0 +1,175 @@
+"""The experts of a decoder layer as two stacks of linears, with LoRA for each expert.
+
+transformers holds the experts of a layer in two tensors of three dimensions. Here they are matrices: the weights of
+expert 0, below them those of expert 1, and so on.
+
+    gate_up  (experts · 2 · expert_size, hidden_size)   A (experts · r, hidden_size)   B (experts · 2 · expert_size, r)
+    down     (experts · hidden_size, expert_size)       A (experts · r, expert_size)   B (experts · hidden_size, r)
+
+So an expert is a block of rows in each of them, and a cut of experts is a cut along axis 0 like any other. PEFT's own
+LoRA on such tensors (`target_parameters`) has a B whose columns belong to experts in turn.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+
+class ExpertStack(nn.Linear):
+    """Holds one linear of every expert: `weight` (experts * rows, in_features)."""
+
+    def __init__(self, stacked: Tensor) -> None:
+        """Takes what transformers has: (experts, rows, in_features)."""
+        nn.Module.__init__(self)
+        experts, self.rows, self.in_features = stacked.shape
+        self.out_features = experts * self.rows
+        self.weight = nn.Parameter(stacked.detach().flatten(0, 1), requires_grad=False)
+        self.register_parameter("bias", None)
+
+    @property
+    def experts(self) -> int:
+        return self.out_features // self.rows
+
+    def forward(self, input: Tensor, counts: list[int]) -> Tensor:
+        """Maps tokens in the order of their experts. `counts`: how many each expert has."""
+        return multiply(input, self.weight, counts)
+
+
+class ExpertLora(LoraLinear):
+    """PEFT's LoRA on a stack. Each expert has factors of its own."""
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+        experts = cast(ExpertStack, self.get_base_layer()).experts
+        self.lora_A[adapter_name] = nn.Linear(cast(int, self.in_features), experts * r, bias=False)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]
+        result = self.base_layer(x, counts)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            a, b = (cast(Tensor, factors[name].weight) for factors in (self.lora_A, self.lora_B))
+            inside = multiply(self.lora_dropout[name](x), a, counts)
+            result = result + multiply(inside, b, counts) * self.scaling[name]
+        return result
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Returns what merging adds to the stack."""
+        a, b = (cast(Tensor, factors[adapter].weight) for factors in (self.lora_A, self.lora_B))
+        blocks = (factor.unflatten(0, (len(a) // b.shape[1], -1)) for factor in (b, a))
+        return torch.bmm(*blocks).flatten(0, 1) * self.scaling[adapter]
+
+
+# Sees each output of an expert: (outputs, its weight, the expert, the token), one row for each choice.
+Observe = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+class Experts(nn.Module):
+    """Stands in for the experts of a decoder layer, as transformers calls them."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.gate_up, self.down = ExpertStack(stock.gate_up_proj), ExpertStack(stock.down_proj)
+        self.act_fn = stock.act_fn
+        self.observe: Observe | None = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Computes each token's chosen experts.
+
+        Args:
+            hidden_states: (tokens, hidden_size).
+            top_k_index: (tokens, k) the chosen experts.
+            top_k_weights: (tokens, k) their weights.
+        """
+        chosen = top_k_index.flatten()  # (tokens · k,)
+        order = chosen.argsort(stable=True)
+        counts = tokens_per_expert(chosen, self._experts)
+        gate, up = self.gate_up(hidden_states[order // top_k_index.shape[1]], counts).chunk(2, dim=-1)
+        by_expert = self.down(self.act_fn(gate) * up, counts)  # (tokens · k, hidden_size)
+        if self.observe is not None:
+            self.observe(by_expert, top_k_weights.flatten()[order], chosen[order], order // top_k_index.shape[1])
+        by_token = by_expert[order.argsort()].unflatten(0, top_k_index.shape)
+        return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)
+
+    @property
+    def _experts(self) -> int:
+        stack: Any = self.gate_up
+        return getattr(stack, "base_layer", stack).experts
+
+
+def stack_experts(model: nn.Module) -> None:
+    """Replaces the experts of all decoder layers."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            weight = getattr(child, "gate_up_proj", None)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 3:
+                setattr(module, name, Experts(child))
+
+
+def find_experts(layer: nn.Module) -> Experts:
+    """Returns the experts of a decoder layer."""
+    return next(module for module in layer.modules() if isinstance(module, Experts))
+
+
+def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
+    """Counts how often each expert was chosen. It waits for the device.
+
+    On the meta device nobody chooses. There all get alike, as the planner assumes.
+    """
+    if chosen.is_meta:
+        return [len(chosen) * (i + 1) // experts - len(chosen) * i // experts for i in range(experts)]
+    return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
+
+
+def multiply(x: Tensor, stack: Tensor, counts: list[int]) -> Tensor:
+    """Maps the tokens of each expert by its own block of rows.
+
+    Args:
+        x: (tokens, in_features), in the order of the experts.
+        stack: (experts * rows, in_features).
+        counts: tokens of each expert.
+
+    Returns:
+        (tokens, rows).
+    """
+    return _Product.apply(x, stack, counts)  # type: ignore[return-value]
+
+
+class _Product(torch.autograd.Function):
+    """Maps each block of tokens by a block of rows. autograd keeps the parameter, which ZeRO-3 frees and gathers.
+
+    It would keep a view of every block otherwise, and with it the gathered weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x, stack)
+        ctx.counts = counts
+        rows = len(stack) // len(counts)
+        y = x.new_empty(len(x), rows)
+        for tokens, out, weight in zip(x.split(counts), y.split(counts), stack.split(rows), strict=True):
+            if len(tokens):
+                torch.mm(tokens, weight.t(), out=out)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, stack = ctx.saved_tensors
+        of_input, of_stack = ctx.needs_input_grad[:2]
+        rows = len(stack) // len(ctx.counts)
+        gx = torch.empty_like(x) if of_input else None
+        gw = torch.empty_like(stack) if of_stack else None
+        pieces = zip(x.split(ctx.counts), gradient.split(ctx.counts), strict=True)
+        for i, (tokens, out) in enumerate(pieces):
+            start, block = sum(ctx.counts[:i]), slice(i * rows, (i + 1) * rows)
+            if gx is not None and len(tokens):
+                torch.mm(out, stack[block], out=gx[start : start + len(tokens)])
+            if gw is not None:
+                torch.mm(out.t(), tokens, out=gw[block])
+        return gx, gw, None

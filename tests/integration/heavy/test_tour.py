@@ -1,0 +1,110 @@
+"""The tour of a user: chats, a run, its report, wandb, an export, an answer of llama.cpp.
+
+The commands are those of README.md and the pages that it links. Only model, size and folder are other ones. See
+tests/run_heavy.sh.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from tests.integration.launching import ROOT, Ended, read_json, run_to_end
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.timeout(2400),
+    pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"),
+]
+
+FIRST, CONFIGS, EXPORT = (
+    ROOT / name for name in ("README.md", "launch/configs/README.md", "loraprune_ds/export/README.md")
+)
+STEPS = 4
+
+
+def documented(page: Path, words: str) -> list[str]:
+    """Returns the one command of a page that has these words, without its remark."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = {line for block in blocks for line in block.splitlines() if words in line}
+    (line,) = lines
+    return shlex.split(line, comments=True)
+
+
+def snippet(page: Path, words: str) -> str:
+    """Returns the one piece of Python of a page that has these words."""
+    (found,) = [code for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S) if words in code]
+    return found
+
+
+def write_chats(path: Path) -> None:
+    """Writes conversations about Python, from Python's own help."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is {topic}?"}, {"role": "assistant", "content": text[:900]}]}
+        for topic, text in sorted(topics.items())
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_the_tour(tmp_path: Path) -> None:
+    write_chats(tmp_path / "chats.jsonl")
+    for name in ("launch", "ds_configs", "loraprune_ds"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    packages = os.environ.get("REPORTERS_PATH", "")
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.defpath}",
+        "PYTHONPATH": f"{ROOT}:{packages}",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+    }
+
+    def start(command: list[str], others: Mapping[str, str] = {}) -> Ended:
+        words = [others.get(word, word) for word in command]
+        ended = run_to_end(words, cwd=tmp_path, environment=environment, timeout=1500)
+        assert ended.code == 0, ended.everything
+        return ended
+
+    # Chats, as launch/configs/README.md has it, with the quickstart's config and a run of a minute.
+    command = documented(CONFIGS, "data.format=chat")
+    assert command[0] == "deepspeed"
+    command[1:1] = ["--quiet", "--num_accelerators", "2"]
+    small = [f"train.steps={STEPS}", "train.micro_batch_size=2", "prune.prune_every=2", "evaluate.max_windows=8"]
+    small += ["output_dir=runs/mine", "data.window=256", "evaluate.every=2", "prune.channel_multiple=64"]
+    small += ["logging.report_to=[wandb]"] if packages else []
+    command += [word for setting in small for word in ("--set", setting)]
+    start(command, {"launch/configs/qwen3-8b.yaml": "launch/configs/quickstart.yaml"})
+
+    run = tmp_path / "runs/mine"
+    report = read_json(run / "report.json")
+    assert report["config"]["data"]["format"] == "chat"
+    assert report["params"]["removed_fraction"] > 0.2
+    assert (run / "training.png").is_file()
+    assert (run / "kept_groups.png").is_file()
+    if packages:
+        (written,) = (run / "wandb").glob("offline-run-*/*.wandb")
+        assert b"cut/reached" in written.read_bytes()
+
+    compared = start(documented(FIRST, "launch/compare.py"), {"runs/a": "runs/mine", "runs/b": "runs/mine"})
+    assert "mine" in compared.out
+    assert (tmp_path / "compare.png").is_file()
+
+    # From README.md to the page about servers, and to an answer.
+    assert f"({EXPORT.relative_to(ROOT)})" in FIRST.read_text()
+    start(documented(FIRST, "--format gguf-q8_0"))
+    python = os.environ["LLAMA_CPP_PYTHON"]
+    answer = subprocess.run(
+        [python, "-c", snippet(EXPORT, "llama_cpp")], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert len(answer.stdout.split()) > 3
+
+    command = documented(EXPORT, "--serve llama.cpp")
+    timed = start(command, {"path/to/venv/bin/python": python})
+    assert "decode, tokens/s" in timed.out
