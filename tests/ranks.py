@@ -15,6 +15,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -53,7 +54,7 @@ def start_deepspeed(rank: int, world_size: int, folder: Path) -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     # Otherwise it compiles an all-reduce that only its inference uses: half a minute, in a cache that all checkouts
     # share, where a build cut short by a killed worker leaves a lock that every later one waits for.
-    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
     deepspeed.init_distributed(
         dist_backend="gloo",
         auto_mpi_discovery=False,

@@ -10,8 +10,9 @@ So an expert is a block of rows in each of them, and a cut of experts is a cut a
 LoRA on such tensors (`target_parameters`) has a B whose columns belong to experts in turn.
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -76,7 +77,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up, self.down = ExpertStack(stock.gate_up_proj), ExpertStack(stock.down_proj)
         self.act_fn = stock.act_fn
-        self.observe: Observe | None = None
+        self.observers: list[Observe] = []
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Computes each token's chosen experts.
@@ -88,16 +89,16 @@ class Experts(nn.Module):
         """
         chosen = top_k_index.flatten()  # (tokens · k,)
         order = chosen.argsort(stable=True)
-        counts = tokens_per_expert(chosen, self._experts)
+        counts = tokens_per_expert(chosen, self.experts)
         gate, up = self.gate_up(hidden_states[order // top_k_index.shape[1]], counts).chunk(2, dim=-1)
         by_expert = self.down(self.act_fn(gate) * up, counts)  # (tokens · k, hidden_size)
-        if self.observe is not None:
-            self.observe(by_expert, top_k_weights.flatten()[order], chosen[order], order // top_k_index.shape[1])
+        for observe in self.observers:
+            observe(by_expert, top_k_weights.flatten()[order], chosen[order], order // top_k_index.shape[1])
         by_token = by_expert[order.argsort()].unflatten(0, top_k_index.shape)
         return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)
 
     @property
-    def _experts(self) -> int:
+    def experts(self) -> int:
         stack: Any = self.gate_up
         return getattr(stack, "base_layer", stack).experts
 
@@ -114,6 +115,39 @@ def stack_experts(model: nn.Module) -> None:
 def find_experts(layer: nn.Module) -> Experts:
     """Returns the experts of a decoder layer."""
     return next(module for module in layer.modules() if isinstance(module, Experts))
+
+
+class RouterLoad:
+    """Counts how often each expert of every layer is chosen in the first passes while it is open."""
+
+    def __init__(self, layers: Iterable[nn.Module], passes: int) -> None:
+        self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Experts)]
+        self._passes = passes
+        self._found: list[list[Tensor]] = [[] for _ in self._experts]
+
+    def __enter__(self) -> Self:
+        for i, experts in enumerate(self._experts):
+            experts.observers.append(partial(self._see, i, experts.experts))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for experts in self._experts:
+            experts.observers.pop()
+
+    def _see(self, i: int, experts: int, outputs: Tensor, weights: Tensor, chosen: Tensor, tokens: Tensor) -> None:
+        if len(self._found[i]) < self._passes:
+            self._found[i].append(torch.bincount(chosen, minlength=experts))
+
+    def sums(self, add_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> list[list[int]]:
+        """Returns the counts of all ranks, by layer and expert. Empty without experts. Collective."""
+        if not self._experts:
+            return []
+        sizes = [experts.experts for experts in self._experts]
+        counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        for part, found in zip(counts.split(sizes), self._found, strict=True):
+            for of_pass in found:
+                part += of_pass
+        return [cast(list[int], part.tolist()) for part in torch.split(add_over_ranks(counts), sizes)]
 
 
 def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:

@@ -136,6 +136,15 @@ class ModelShape:
         idle = sum(layer["experts"] - self.experts_per_token for layer in self.layers) if self.family.mixture else 0
         return self.linear_numel() - idle * self.group_numel("experts")
 
+    def active_lora(self, lora_rank: int) -> float:
+        """Counts the elements of LoRA that one token meets."""
+        return sum(
+            math.prod(size) * (self.experts_per_token / layer["experts"] if linear.is_stack else 1)
+            for i, layer in enumerate(self.layers)
+            for linear in self.linears
+            for size in self.lora_shapes(i, linear, lora_rank)
+        )
+
     def inputs_per_token(self, layer: int, linear: Linear) -> int:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
         return self.linear_shape(layer, linear)[1] * (self.experts_per_token if linear.is_stack else 1)

@@ -31,7 +31,7 @@ class ExpertNorms:
         self._active = False
         self._attention_mask: Tensor | None = None
         for i, layer in enumerate(model.layers):
-            find_experts(layer).observe = partial(self._see, i)
+            find_experts(layer).observers.append(partial(self._see, i))
 
     @contextmanager
     def record(self) -> Generator[None]:

@@ -105,6 +105,7 @@ class EvaluationRecord:
         name: the model that was measured. "pruned" is the exported model, read back.
         tokens: how many were predicted.
         windows: how many were measured.
+        expert_choices: how often each expert of every layer was chosen. Empty without experts.
     """
 
     step: int
@@ -112,6 +113,7 @@ class EvaluationRecord:
     perplexity: float
     tokens: int
     windows: int
+    expert_choices: list[list[int]] = field(default_factory=list)
 
 
 Record = StepRecord | CutRecord | EvaluationRecord
@@ -151,7 +153,12 @@ class History:
 
     def perplexity(self, name: EvaluationName) -> float | None:
         """Returns the latest perplexity of that name. None if it was not measured."""
-        return next((e.perplexity for e in reversed(self.evaluations) if e.name == name), None)
+        found = self.evaluation(name)
+        return None if found is None else found.perplexity
+
+    def evaluation(self, name: EvaluationName) -> EvaluationRecord | None:
+        """Returns the latest of that name. None if it was not measured."""
+        return next((e for e in reversed(self.evaluations) if e.name == name), None)
 
 
 def history_from(metrics: Iterable[dict[str, Any]]) -> History:

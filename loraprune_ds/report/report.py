@@ -58,6 +58,7 @@ def make_report(
         "target": outcome.target,
         "serving": _serving(outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
+        "router_load": _router_load(history),
         "world_size": len(peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
         "prune_steps": [_prune_step(cut) for cut in history.cuts],
@@ -91,16 +92,34 @@ def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     """Tells what a server can do with the result.
 
-    `tensor_parallel` are the numbers of GPUs that divide the key-value heads and channels of every layer.
+    `tensor_parallel` are the numbers of GPUs that divide the key-value heads and channels of every layer. Experts are
+    divided by their channels.
     `quantisation_groups` are the group sizes that divide the inputs of every linear.
     """
-    together = math.gcd(*(count for layer in pruned.layers for count in layer.values()))
+    divided = [count for layer in pruned.layers for kind, count in layer.items() if kind != "experts"]
+    together = math.gcd(pruned.expert_size, *divided)  # 0 without experts, which every number divides
     layers = range(len(pruned.layers))
     inputs = math.gcd(*(pruned.linear_shape(i, linear)[1] for i in layers for linear in pruned.linears))
     return {
         "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
     }
+
+
+def _router_load(history: History) -> dict[str, Any] | None:
+    """Tells how evenly the router spread the held-out text. None without experts.
+
+    `choices` are by layer and expert. `largest_share` is that of the most chosen expert of a layer, times their number:
+    1 if all are chosen alike.
+    """
+    found: dict[str, Any] = {}
+    for name in ("dense", "after_last_cut"):
+        evaluation = history.evaluation(name)
+        if evaluation is not None and evaluation.expert_choices:
+            choices = evaluation.expert_choices
+            shares = [max(layer) * len(layer) / max(1, sum(layer)) for layer in choices]
+            found[name] = {"choices": choices, "largest_share": shares}
+    return found or None
 
 
 def _prune_step(cut: CutRecord) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from loraprune_ds.checkpoint.state import RunTotals
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
 from loraprune_ds.files import finite
+from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
@@ -134,7 +135,11 @@ class TrainingLoop:
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
         windows, batch_size = self.prepared.windows, self.config.evaluate.batch_size
-        record = measure_held_out(self.engine.infer, windows, batch_size, self.model.comm, step=step, name=name)
+        model = self.model
+        own_passes = range(model.rank, -(-len(windows) // batch_size), model.world_size)  # any other is a repetition
+        with RouterLoad(model.layers, len(own_passes)) as load:
+            record = measure_held_out(self.engine.infer, windows, batch_size, model.comm, step=step, name=name)
+        record = replace(record, expert_choices=load.sums(model.sum_over_ranks, model.device))
         self.recorder.write(record)
         measured = "perplexity_dense" if name == "dense" else "perplexity"
         self._totals = replace(self._totals, **{measured: finite(record.perplexity)})

@@ -92,6 +92,7 @@ def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat)
         shape: of the model now.
         read_flat: as `PretrainedModel.read_flat`.
     """
+    comm = Communicator()
     for index, layer in enumerate(decoder_layers(module)):
         for linear in shape.linears:
             for name in (f"{linear.name}.weight", f"{linear.name}.bias"):
@@ -100,10 +101,9 @@ def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat)
                 if parameter is None:
                     continue
                 if hasattr(parameter, "ds_tensor"):
-                    ranks, rank = parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank
-                    start, end = owned_range(parameter.ds_numel, ranks, rank)
+                    start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
                     flat = read_flat(full_name, start, end, parameter.dtype)
-                    overwrite_shard(parameter, pad(flat, parameter.ds_numel, ranks))
+                    overwrite_shard(parameter, pad(flat, parameter.ds_numel, comm.world_size))
                 else:
                     flat = read_flat(full_name, 0, parameter.numel(), parameter.dtype)
                     parameter.copy_(flat.view_as(parameter))

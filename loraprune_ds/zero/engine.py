@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,7 +82,7 @@ def _skip_shared_memory_op() -> None:
     That would cost half a minute and a compiler. It would need 70 MB of /dev/shm per rank. Killed midway, it would
     leave a lock that every later start waits for.
     """
-    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
 
 
 def stop_ranks() -> None:

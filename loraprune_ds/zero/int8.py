@@ -21,7 +21,7 @@ def decode_int8(form: Int8, scale: Any, shape: Matrix, comm: Communicator) -> Ca
         shape: of the weight.
     """
     plan, columns = ScalePlan(form, shape, comm.world_size), form.scale_shape(shape)[1]
-    flat, start = owned_flat(scale)
+    flat, start = owned_flat(scale, comm.world_size, comm.rank)
     parts = [flat[max(0, low - start) : max(0, high - start)] for low, high in plan.needed.tolist()]
     send, receive = plan.sent[comm.rank].tolist(), plan.sent[:, comm.rank].tolist()
     scales = comm.all_to_all(torch.cat(parts).to(comm.device), send, receive).view(-1, columns)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, free_param
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus as ShardStatus
 from deepspeed.utils import groups
@@ -31,7 +32,8 @@ def shard_at_birth(
     # With hpZ the first Init makes the group of a node. It is the process's, so a second Init must not make it again.
     node_group = groups._get_zero_param_intra_parallel_group()
     init = Init(config_dict_or_path=ds_config, enabled=True, zero_param_parallel_group=node_group)
-    init._enable_mem_efficient_linear()  # else autograd keeps a view of each gathered weight until its backward
+    with init:  # has autograd keep no view of a gathered weight until its backward. That stays so after it
+        pass
     sharded: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
         for name, parameter in list(module._parameters.items()):
@@ -95,7 +97,7 @@ def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> 
     state.ds_tensor = tensor
     state.ds_shape = torch.Size(shape)
     state.ds_numel = math.prod(shape)
-    state.ds_numel_aligned = shard.numel() * state.ds_zero_partition_world_size
+    state.ds_numel_aligned = shard.numel() * dist.get_world_size(state.ds_process_group)
     state.ds_secondary_tensor = None
     parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
@@ -107,10 +109,10 @@ def overwrite_shard(parameter: nn.Parameter, shard: Tensor) -> None:
     state.ds_secondary_tensor = None  # hpZ's copy is of the old values. The next gather makes it anew
 
 
-def owned_flat(parameter: Tensor) -> tuple[Tensor, int]:
+def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, int]:
     """Returns this rank's elements without padding, and their start in the flat tensor. A view of the shard."""
     state: Any = parameter
-    start, end = owned_range(state.ds_numel, state.ds_zero_partition_world_size, state.ds_zero_partition_rank)
+    start, end = owned_range(state.ds_numel, world_size, rank)
     return state.ds_tensor.detach()[: end - start], start
 
 

@@ -30,6 +30,7 @@ OPTIMIZER_METHODS = (
     "step",
     "empty_partition_cache",
 )
+_RELEASE = (deepspeed.__version_major__, deepspeed.__version_minor__)
 # Lists that describe the flat buffers. They are emptied before the optimizer lays these out anew.
 FLAT_LISTS = (
     "fp16_groups",
@@ -41,8 +42,8 @@ FLAT_LISTS = (
     "fp32_partitioned_groups_flat",
     "next_swappable_fp32_partitioned_groups",
     "groups_padding",
-    "sub_group_process_groups",
-    "sub_group_partition_counts",
+    # Before 0.19 all sub-groups share one group of ranks, and there are no such lists.
+    *(("sub_group_process_groups", "sub_group_partition_counts") if _RELEASE >= (0, 19) else ()),
 )
 OPTIMIZER_ATTRIBUTES = (
     *FLAT_LISTS,
@@ -70,7 +71,7 @@ COORDINATOR_ATTRIBUTES = (
     _MANGLED + "max_reuse_dist_in_numel",
 )
 GROUPS_FUNCTIONS = ("_get_zero_param_intra_parallel_group",)
-INIT_METHODS = ("_convert_to_deepspeed_param", "_enable_mem_efficient_linear")
+INIT_METHODS = ("_convert_to_deepspeed_param",)
 PARAMETER_ATTRIBUTES = (
     "ds_id",
     "ds_shape",
@@ -80,8 +81,7 @@ PARAMETER_ATTRIBUTES = (
     "ds_persist",
     "ds_active_sub_modules",
     "ds_secondary_tensor",
-    "ds_zero_partition_world_size",
-    "ds_zero_partition_rank",
+    "ds_process_group",
 )
 
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps")

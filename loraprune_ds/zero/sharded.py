@@ -80,7 +80,7 @@ class ShardedModel:
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         base = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer)
-        flat, start = owned_flat(base.weight)
+        flat, start = owned_flat(base.weight, self.world_size, self.rank)
         shape, form = cast(tuple[int, int], full_shape(base.weight)), form_of(base)
         if isinstance(form, Dense):
             return OwnedShard(flat.to(self.device), start, shape)

@@ -38,8 +38,7 @@ def owned_shard(weight: Tensor, world_size: int, rank: int) -> OwnedShard:
     padded = torch.cat([weight.reshape(-1), weight.new_full((size * world_size - weight.numel(),), float("nan"))])
     parameter: Any = torch.empty(0)
     parameter.ds_numel, parameter.ds_tensor = weight.numel(), padded[rank * size : (rank + 1) * size]
-    parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank = world_size, rank
-    flat, start = owned_flat(parameter)
+    flat, start = owned_flat(parameter, world_size, rank)
     return OwnedShard(flat, start, (weight.shape[0], weight.shape[1]))
 
 

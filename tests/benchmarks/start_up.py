@@ -1,0 +1,91 @@
+"""Measures what the tokens of a run cost at its first start and at the next ones.
+
+    python -m tests.benchmarks.start_up [--rows 10000]
+
+Rows of instructions and of chats, about as long as LaMini's, are made of Python's help topics and tokenised for
+SmolLM2. The first start makes the tokens. The second one, in a process of its own, finds and maps them. CPU seconds of
+one process are measured, so other work on the machine counts little. The result goes to
+tests/benchmarks/results/start_up.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from loraprune_ds.files import write_json
+from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
+
+RESULT = Path(__file__).parent / "results" / "start_up.json"
+WORDS = (18, 60)  # of a request and its answer
+
+
+def write_rows(path: Path, form: str, rows: int) -> Path:
+    """Writes so many rows as JSONL."""
+    words, draw = " ".join(embedded_text()).split(), random.Random(0)
+
+    def piece(length: int) -> str:
+        begin = draw.randrange(len(words) - length)
+        return " ".join(words[begin : begin + length])
+
+    with path.open("w") as file:
+        for _ in range(rows):
+            request, answer = (piece(length) for length in WORDS)
+            row: dict[str, Any] = {"instruction": request, "response": answer}
+            if form == "chat":
+                row = {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def load(path: str, form: str) -> None:
+    """Loads the samples as a rank does, and prints what it took."""
+    from loraprune_ds.config import DataConfig
+    from loraprune_ds.model.tokenizer import load_tokenizer
+    from loraprune_ds.train.data.loading import load_samples
+
+    fields: dict[str, Any] = {"input_field": None} if form == "instruction" else {}
+    config = DataConfig(path=path, format=form, window=512, **fields)  # pyright: ignore[reportArgumentType]
+    tokenizer = load_tokenizer(embedded_model_dir())
+    began = time.perf_counter(), time.process_time()
+    loaded = load_samples(config, tokenizer, minimum=1, vocab_size=len(tokenizer))
+    seconds, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "samples": len(loaded.samples)}))
+
+
+def start(path: Path, form: str, cache: Path) -> dict[str, Any]:
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "tests.benchmarks.start_up", "--load", str(path), form]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000])
+    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        load(*arguments.load)
+        return
+    from loraprune_ds.report.provenance import hardware, versions
+
+    measured = []
+    for form in ("instruction", "chat"):
+        for rows in arguments.rows:
+            with TemporaryDirectory() as scratch:
+                path = write_rows(Path(scratch, "rows.jsonl"), form, rows)
+                first, second = (start(path, form, Path(scratch, "cache")) for _ in range(2))
+            measured.append({"format": form, "rows": rows, "first": first, "second": second})
+            print(measured[-1])
+    write_json(RESULT, {"rows": measured, "versions": versions(), "hardware": hardware("cpu")})
+
+
+if __name__ == "__main__":
+    main()
