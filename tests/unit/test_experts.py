@@ -204,3 +204,27 @@ def test_published_mixtures_have_the_parameters_that_are_published(name: str) ->
     total = shape.total_numel()
     assert total / 1e9 == pytest.approx(billions, rel=0.003)
     assert (total - shape.linear_numel() + shape.active_numel()) / 1e9 == pytest.approx(active, rel=0.02)
+
+
+def test_dense_layers_among_sparse_ones_are_refused() -> None:
+    config = tiny_model("qwen3_moe").config.to_dict() | {"mlp_only_layers": [1]}
+    with pytest.raises(UserError, match=r"where: model\.layers\.1\.mlp\.\w+\.weight has shape"):
+        shape_from_config(config, "where")
+
+
+def test_noise_in_the_router_is_refused(tmp_path: Path) -> None:
+    saved("mixtral", tmp_path, router_jitter_noise=0.1)
+    with pytest.raises(UserError, match=r"config\.json has router_jitter_noise"):
+        open_for_pruning(tmp_path, RunConfig("unused"))
+
+
+def test_servers_divide_the_channels_of_an_expert() -> None:
+    shape = dense("mixtral").shape  # 8 channels, 5 heads
+    with pytest.raises(UserError, match=r"prune\.tensor_parallel 5 does not divide the 8 channels of an expert"):
+        make_limits(PruneConfig(tensor_parallel=5, protected_first=0, protected_last=0), shape)
+
+
+def test_reap_without_experts_is_refused(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    with pytest.raises(UserError, match=r"prune\.criterion: reap scores experts, which .* lacks"):
+        open_for_pruning(tmp_path, RunConfig("unused", prune=PruneConfig(criterion="reap")))
