@@ -33,7 +33,7 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": WIDE,
     "smollm3": {"no_rope_layers": [1, 0]},
-    "seed_oss": WIDE,
+    "seed_oss": WIDE | {"attention_dropout": 0.0, "residual_dropout": 0.0},  # else both are random while it trains
     "olmo": {"clip_qkv": 0.1},
     "exaone4": BOTH,
     "ernie4_5": WIDE,
@@ -100,6 +100,8 @@ def tiny_model(
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
                 parameter.add_(noise * 0.3)
+                if family == "nemotron" and name.endswith("norm.weight"):
+                    parameter.sub_(1)  # the norm adds one, and its weights begin with one all the same
             else:
                 parameter.copy_(noise * (0.5 if "embed" in name else 0.25))
     return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`

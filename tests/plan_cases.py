@@ -322,12 +322,11 @@ def saved_activations(case: Case) -> dict[str, int]:
     shape = request.shape
     dropout = case.dropout > 0
     layers = [
-        saved_by_layer(request.source, shape, x, batch, lora_rank=8, dropout=dropout, fused_dropout=False)
-        for x in shape.layers
+        saved_by_layer(request.source, shape, i, batch, lora_rank=8, dropout=dropout) for i in range(len(shape.layers))
     ]
     return {
         "counted": sum(kept.values()),
         "layers": sum(layers),
-        "one_layer": layers[0],
+        "last_layer": layers[-1],
         "logits": logits(shape, batch, None),
     }

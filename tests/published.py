@@ -62,3 +62,23 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
         27.0,
     ),
 }
+
+QWEN_3_MOE: dict[str, Any] = QWEN_3 | {
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "num_key_value_heads": 8,
+    "vocab_size": 32_000,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+# config.json, and parameters in billions as published: all, and those that a token meets.
+MIXTURES: dict[str, tuple[dict[str, Any], float, float]] = {
+    "Mixtral-8x7B": (MIXTRAL | _sizes(4096, 14336, 32, 32), 46.7, 12.9),
+    "Qwen3-30B-A3B": (QWEN_3_MOE | _sizes(2048, 6144, 48, 32) | {"moe_intermediate_size": 768}, 30.5, 3.3),
+    "Qwen3-235B-A22B": (QWEN_3_MOE | _sizes(4096, 12288, 94, 64) | {"moe_intermediate_size": 1536}, 235, 22),
+}

@@ -13,8 +13,10 @@ from loraprune_ds.model.shapes import ModelShape
 class Int8Linear(nn.Linear):
     """Stands in for a linear: `weight` (out_features, in_features) int8, `weight_scale` in the dtype of the bias.
 
-    PEFT wraps it like any linear, because it is one.
+    PEFT wraps it like any linear, because it is one. A training pass goes through lora_product.py instead.
     """
+
+    weight_scale: nn.Parameter
 
     def __init__(self, linear: nn.Linear, form: Int8) -> None:
         nn.Module.__init__(self)
@@ -29,30 +31,7 @@ class Int8Linear(nn.Linear):
         self.register_parameter("bias", linear.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Product.apply(input, self.weight, self.weight_scale, self.bias, self.form.axis)  # type: ignore[return-value]
-
-
-class _Product(torch.autograd.Function):
-    """Maps x to x·Wᵀ + b. W is made for the product alone, in the forward pass and again in the backward pass.
-
-    autograd keeps the parameters, which ZeRO-3 frees and gathers.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.axis = axis
-        columns = dequantise(weight, scale, axis).t()
-        if bias is None:
-            return x.matmul(columns)
-        return torch.addmm(bias, x, columns) if x.dim() == 2 else x.matmul(columns).add_(bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
-        weight, scale = ctx.saved_tensors
-        needed = ctx.needs_input_grad[0]
-        return gradient.matmul(dequantise(weight, scale, ctx.axis)) if needed else None, None, None, None, None
+        return nn.functional.linear(input, dequantise(self.weight, self.weight_scale, self.form.axis), self.bias)
 
 
 def hold_frozen(model: nn.Module, shape: ModelShape) -> None:

@@ -221,14 +221,15 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
     """
     int8 = config.model.frozen == "int8"
     pretrained = open_pretrained(folder, int8=int8)
-    _check_mixture(config, pretrained.shape, str(folder))
+    _check_mixture(config, pretrained)
     held = replace(pretrained, shape=replace(pretrained.shape, int8=int8))
     return _with_biases(held) if config.prune.compensate == "bias" else held
 
 
-def _check_mixture(config: RunConfig, shape: ModelShape, where: str) -> None:
-    """Refuses the settings that stacks of experts do not have."""
-    if shape.family.mixture is None:
+def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:
+    """Refuses the settings that stacks of experts do not have, and a criterion that needs experts."""
+    where = str(pretrained.folder)
+    if pretrained.shape.family.mixture is None:
         if config.prune.criterion == "reap":
             raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
         return
@@ -239,6 +240,8 @@ def _check_mixture(config: RunConfig, shape: ModelShape, where: str) -> None:
     ):
         if value in refused:
             raise UserError(f"{name}: {value} is not supported for mixtures of experts, which {where} has")
+    if pretrained.config.get("router_jitter_noise"):
+        raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 
 def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:

@@ -16,7 +16,7 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.modules import as_under_zero3, build_modules, fuse_dropout, ids
+from loraprune_ds.plan.modules import build_modules, ids, one_layer
 
 
 @dataclass(frozen=True)
@@ -56,40 +56,28 @@ class PlannedBatch:
 
 
 def saved_by_layer(
-    source: dict[str, Any],
-    shape: ModelShape,
-    layer: LayerShape,
-    batch: PlannedBatch,
-    *,
-    lora_rank: int,
-    dropout: bool,
-    fused_dropout: bool = True,
+    source: dict[str, Any], shape: ModelShape, index: int, batch: PlannedBatch, *, lora_rank: int, dropout: bool
 ) -> int:
     """Returns the bytes that one decoder layer keeps without checkpointing. They are counted on the meta device.
 
     Args:
         source: config.json of the dense model.
-        fused_dropout: a mask has one byte per element, as on GPUs. Else it is as large as what it masks.
     """
-    one = shape.with_layers((layer,))
-    return _saved_by_layer(json.dumps(source), one, batch, lora_rank, dropout, fused_dropout)
+    one = shape.with_layers((shape.layers[index],))
+    return _saved_by_layer(json.dumps(one_layer(source, index)), one, batch, lora_rank, dropout)
 
 
 @cache
-def _saved_by_layer(
-    source: str, shape: ModelShape, batch: PlannedBatch, lora_rank: int, dropout: bool, fused_dropout: bool
-) -> int:
+def _saved_by_layer(source: str, shape: ModelShape, batch: PlannedBatch, lora_rank: int, dropout: bool) -> int:
     model = build_modules(
         json.loads(source), shape, lora_rank=lora_rank, dropout=dropout, eager=batch.eager, dtype=batch.dtype
     )
-    if dropout and fused_dropout:
-        fuse_dropout(model)
     causal_lm: Any = model.get_base_model()
     causal_lm.enable_input_require_grads()  # as every layer's but the first
     inside = _KeptInside(decoder_layers(model)[0])
     tokens = ids(batch.samples, batch.window)
-    with as_under_zero3():  # with a mask, else transformers looks at the ids for padding
-        causal_lm.model(input_ids=tokens, attention_mask=tokens.bool(), use_cache=False)
+    # With a mask, else transformers looks at the ids for padding.
+    causal_lm.model(input_ids=tokens, attention_mask=tokens.bool(), use_cache=False)
     return inside.bytes_without([*model.parameters()])
 
 
@@ -135,8 +123,9 @@ def activations(
 ) -> int:
     """Returns the most bytes at once during a micro-batch, without logits."""
     t, e = batch.tokens, batch.element_size
-    of = {x: saved_by_layer(source, shape, x, batch, lora_rank=lora_rank, dropout=dropout) for x in set(shape.layers)}
-    layers = [of[layer] for layer in shape.layers]
+    layers = [
+        saved_by_layer(source, shape, i, batch, lora_rank=lora_rank, dropout=dropout) for i in range(len(shape.layers))
+    ]
     kept = len(layers) * e * t * shape.hidden_size + max(layers) if checkpointing else sum(layers)
     temporaries = max(_backward_temporaries(shape, layer, batch) for layer in shape.layers)
     rotary_angles = 2 * e * batch.window * shape.head_dim

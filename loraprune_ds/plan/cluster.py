@@ -37,7 +37,7 @@ class Cluster:
     host_bandwidth: float = _option(25.0, "GB/s between GPU and host memory")
     flops: float = _option(125.0, "TFLOP/s that a GPU sustains in matrix products")  # in the model's dtype, no peak
     flops64: float = _option(10.0, "TFLOP/s that a GPU sustains in matrix products in float64, for a refit")
-    host_microseconds: float = _option(80.0, "microseconds of a process per module of a layer that a pass calls")
+    host_microseconds: float = _option(250.0, "microseconds of a process per module of a layer that a pass calls")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -4,18 +4,15 @@ The planner reads off it in which order the modules run (passes.py) and what aut
 knows no family's layer by itself.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraprune_ds.config import LoraConfig
-from loraprune_ds.model.adapters import ADAPTER, add_lora
+from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.int8_linear import hold_frozen
@@ -57,22 +54,11 @@ def ids(samples: int, window: int) -> Tensor:
     return torch.zeros(samples, window, dtype=torch.int64, device="meta")
 
 
-def fuse_dropout(model: nn.Module) -> None:
-    """Lets dropout keep a mask of one byte per element, as on GPUs. On CPU ranks it has the model's dtype."""
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.lora_dropout[ADAPTER] = _FusedDropout()
-
-
-@contextmanager
-def as_under_zero3() -> Iterator[None]:
-    """Replaces torch's linear by one that keeps its input for the backward pass, as DeepSpeed's does."""
-    stock = nn.functional.linear
-    nn.functional.linear = _Linear.apply  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        nn.functional.linear = stock
+def one_layer(source: dict[str, Any], index: int) -> dict[str, Any]:
+    """Returns config.json of a model that has one layer of `source` alone, with what lists say of it."""
+    depth = int(source["num_hidden_layers"])
+    own = {key: value[index : index + 1] for key, value in source.items() if _is_list(value, depth)}
+    return source | own | {"num_hidden_layers": 1}
 
 
 def _is_list(value: Any, length: int) -> bool:
@@ -86,40 +72,30 @@ class _Head(nn.Module):
         return hidden.view_as(hidden)
 
 
-class _FusedDropout(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, 0.5, train=True)[0]
-
-
-class _Linear(torch.autograd.Function):
-    """Maps like `nn.functional.linear`. A frozen weight does not spare it the input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None, None
-
-
 class _FusedAttention(torch.autograd.Function):
-    """Keeps queries, keys, values, output and the fp32 log-sum-exp. All are (batch, heads, window, ...)."""
+    """Keeps what it is given, the output and the fp32 log-sum-exp. All are (batch, heads, window, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         out = torch.empty_like(queries)  # in memory as the queries, as on GPUs
-        ctx.save_for_backward(queries, keys, values, out, torch.empty_like(queries[..., 0], dtype=torch.float32))
+        ctx.save_for_backward(queries, keys, values, mask, out, torch.empty_like(queries[..., 0], dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(given) for given in ctx.saved_tensors[:3])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(given) for given in ctx.saved_tensors[:3]), None
 
 
 def _fused_attention(
     module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    return _FusedAttention.apply(queries, keys, values).transpose(1, 2).contiguous(), None  # type: ignore[attr-defined]
+    """Keeps what sdpa does. Where a sliding window is narrower than the text, that takes a mask in the dtype of the
+    queries, of every layer anew. With a mask, every query head has keys and values of its own.
+    """
+    sliding, window = settings.get("sliding_window"), queries.shape[-2]
+    bias = None
+    if sliding is not None and sliding <= window:
+        keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+        bias = queries.new_empty(len(queries), 1, window, window)
+    out: Any = _FusedAttention.apply(queries, keys, values, bias)
+    return out.transpose(1, 2).contiguous(), None

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from loraprune_ds.model.adapters import ADAPTER, differentiate_input, gathered_whole
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.lora_product import OneProduct
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.modules import build_modules, ids
 
@@ -138,9 +139,10 @@ def _fetched_in_layer(source: str, shape: ModelShape) -> dict[str, list[str]]:
 
 @cache
 def _modules_in_layer(source: str, shape: ModelShape) -> int:
-    """Counts the modules of a decoder layer that are called, itself included."""
-    modules = decoder_layers(build_modules(json.loads(source), shape))[0].modules()
-    return sum(not isinstance(module, (nn.ModuleDict, nn.ParameterDict)) for module in modules)
+    """Counts the modules of a decoder layer that are called, itself included. LoRA's are one with their linear."""
+    layer = decoder_layers(build_modules(json.loads(source), shape))[0]
+    inside = {child for module in layer.modules() if isinstance(module, OneProduct) for child in module.modules()}
+    return sum(isinstance(module, OneProduct) or module not in inside for module in layer.modules())
 
 
 @cache

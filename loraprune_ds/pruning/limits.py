@@ -143,6 +143,10 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
             a protected layer keeps.
     """
     servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
+    if dense.expert_size % servers:
+        raise UserError(
+            f"prune.tensor_parallel {servers} does not divide the {dense.expert_size} channels of an expert"
+        )
     for i, layer in enumerate(dense.layers):
         for kind, count in layer.items():
             if kind != "experts" and count % servers:

@@ -142,12 +142,13 @@ def group_channels(sizes: Tensor) -> list[Tensor]:
     groups: list[Tensor] = []
     for _ in range(10):
         near = points @ centres.T  # (channels, experts)
+        wanted = cast(list[list[float]], near.tolist())
         order = (near.max(1).values - near.mean(1)).argsort(descending=True)  # those that care most choose first
         groups, room = [], [each] * EXPERTS
         of_expert: list[list[int]] = [[] for _ in range(EXPERTS)]
         for channel in cast(list[int], order.tolist()):
             free = [e for e in range(EXPERTS) if room[e]]
-            best = max(free, key=lambda e: float(near[channel, e]))
+            best = max(free, key=wanted[channel].__getitem__)
             of_expert[best].append(channel)
             room[best] -= 1
         groups = [torch.tensor(sorted(channels)) for channels in of_expert]

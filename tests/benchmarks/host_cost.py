@@ -9,7 +9,8 @@ and PEFT stand beside, without any pruning. What is measured on two CPU ranks, o
 * a step per decoder layer and micro-batch, forward and backward, as the difference of two depths
 * the second step, in which DeepSpeed decides which weights to free, in plain steps
 * a cut and the step after it, in plain steps
-* the exchange of a cut with the shapes of LLaMA-65B on one of 8, 64 and 512 ranks. The other ranks are simulated
+* the exchange of a cut with the shapes of LLaMA-65B on one of 8, 64 and 512 ranks, with copies and without. The other
+  ranks are simulated
 
 The result goes to tests/benchmarks/results/host_cost.json.
 """
@@ -56,7 +57,7 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
     if "cut" in deep:
         row |= {key: deep[key] for key in ("scored", "cut", "after_the_cut", "small")}
         row["cut_and_step_after_over_plain"] = (deep["cut"] + deep["after_the_cut"] - deep["small"]) / deep["plain"]
-        row["exchange_of_65b"] = found["exchange"]
+        row |= {f"{key}_of_65b": value for key, value in found.items() if key.startswith("exchange")}
     return row
 
 

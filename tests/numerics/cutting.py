@@ -11,11 +11,13 @@ import torch
 import torch.distributed
 from deepspeed import comm as ds_comm
 from deepspeed.utils import safe_set_local_grad
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.lora_product import OneProduct
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -142,7 +144,10 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
 
 
 def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """Makes one cut of a model whose LoRA is fp32 beside a base of half precision, as PEFT makes it by itself."""
+    """Makes one cut of a model whose LoRA is fp32 beside a base of half precision, as PEFT makes it by itself.
+
+    The linears compute as PEFT's, which cast what they are given. Such a model is live in somebody else's trainer.
+    """
 
     def add_fp32_lora(*given: Any) -> Any:
         model = add_lora(*given)
@@ -150,7 +155,7 @@ def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> 
             parameter.data = parameter.data.float()
         return model
 
-    with patch.object(engine, "add_lora", add_fp32_lora):
+    with patch.object(engine, "add_lora", add_fp32_lora), patch.object(OneProduct, "forward", LoraLinear.forward):
         return cut_once(job, heads, channels)
 
 

@@ -77,7 +77,7 @@ def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool,
     three, four = (ranks.run(1, saved_activations, Case(x, dtype=dtype))[0] for x in (folder, longer))
     # Only floats are counted. The plan has three indices of the experts' tokens besides.
     indices = 3 * 8 * 16 * TINY[family].get("num_experts_per_tok", 0)
-    assert four["counted"] - three["counted"] == four["one_layer"] - indices
+    assert four["counted"] - three["counted"] == four["last_layer"] - indices
 
 
 def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_path: Path) -> None:
@@ -166,4 +166,4 @@ def test_autograd_keeps_what_the_formula_says_of_a_layer(
     sizes = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 61, "vocab": 97, "seed": 1, "biases": True}
     longer = make_tiny_llama(tmp_path / "longer", layers=4, dtype="bfloat16", **sizes)  # type: ignore[arg-type]
     three, four = (ranks.run(1, saved_activations, Case(x, dropout=dropout))[0] for x in (folder, longer))
-    assert four["counted"] - three["counted"] == four["one_layer"]
+    assert four["counted"] - three["counted"] == four["last_layer"]

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -21,18 +21,14 @@ from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained
-from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
-from loraprune_ds.pruning.expert_norms import ExpertNorms
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import make_limits
-from loraprune_ds.pruning.mask_gradients import MaskGradients
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import LoraFactors
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, Network, dense, difference, draw, reopened
-from tests.oracle.models import make_batches
-from tests.plain_model import PlainModel
-from tests.unit.plain_training import PlainRun
+from tests.published import MIXTURES
 
-MIXTURES = ("mixtral", "qwen3_moe")
+KINDS = ("mixtral", "qwen3_moe")
 TOLERANCE = 1e-5  # sums in another order, some 1e-7 each; a wrong expert moves the logits by about 1
 
 
@@ -51,7 +47,7 @@ def merged_stacks(network: Network) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     return stacks
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_outputs_and_gradients_are_those_of_stock_experts(family: str) -> None:
     network, stock = dense(family), tiny_model(family)
     stacks = merged_stacks(network)
@@ -85,7 +81,7 @@ def saved(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: Path) -> None:
     """Each expert has its own matrices there. Any flat part of a stack comes from several of them."""
     stock, pretrained = saved(family, tmp_path), open_pretrained(tmp_path)
@@ -104,7 +100,7 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
         assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_cut_model_is_read_from_the_dense_files(family: str, tmp_path: Path) -> None:
     """As a resumed run does. It is what the live cut leaves, bit by bit."""
     saved(family, tmp_path)
@@ -134,24 +130,6 @@ def factors(experts: int, rows: int, columns: int, r: int) -> LoraFactors:
     return LoraFactors(*(torch.randn(size, generator=generator) for size in sizes), scaling=2.0)
 
 
-def test_shards_of_a_stack_score_as_the_experts_do() -> None:
-    experts, rows, columns, r = 5, 6, 7, 3
-    whole, lora = torch.randn(experts * rows, columns, generator=torch.Generator().manual_seed(3)), factors(5, 6, 7, 3)
-    wanted = []
-    for e in range(experts):
-        a, ga = (f.view(experts, r, columns)[e] for f in (lora.A, lora.grad_A))
-        b, gb = (f.view(experts, rows, r)[e] for f in (lora.B, lora.grad_B))
-        weight = whole.view(experts, rows, columns)[e] + 2.0 * b @ a
-        wanted.append(((gb @ a + b @ ga - gb @ ga) * weight).abs().sum(1))
-    for world_size in (1, 2, 3, 4):
-        total, flat = torch.zeros(experts * rows, dtype=torch.float64), whole.flatten()
-        size = -(-len(flat) // world_size)
-        for start in range(0, len(flat), size):
-            shard = OwnedShard(flat[start : start + size], start, (experts * rows, columns))
-            total += torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f in split_experts(shard, lora)])
-        torch.testing.assert_close(total.float(), torch.cat(wanted))
-
-
 def test_a_stack_merges_expert_by_expert() -> None:
     lora, whole = factors(5, 6, 7, 3), torch.randn(30, 7, generator=torch.Generator().manual_seed(3))
     found = merge_lora(whole, lora.A, lora.B, 2.0, torch.float32)
@@ -160,7 +138,7 @@ def test_a_stack_merges_expert_by_expert() -> None:
         torch.testing.assert_close(found[rows], whole[rows] + 2.0 * lora.B[rows] @ lora.A[of_a])
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
     shape = dense(family).shape
     config = PruneConfig(ratio=0.5, protected_first=0, protected_last=0, channel_multiple=1)
@@ -181,92 +159,7 @@ def test_what_stacks_do_not_have_is_refused_by_name(section: str, key: str, valu
         open_for_pruning(tmp_path, config)
 
 
-@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher", "reap"])
-@pytest.mark.parametrize("family", MIXTURES)
-def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path: Path) -> None:
-    """Their last linear is zero, and so is what LoRA adds at the first step."""
-    useless = {0: [1, 5, 6, 20], 1: [0, 2, 11, 22]}
-    model = tiny_model(family)
-    with torch.no_grad():
-        for i, experts in useless.items():
-            model.get_parameter(f"model.layers.{i}.mlp.experts.down_proj")[experts] = 0
-    model.save_pretrained(tmp_path)
-    shape = open_pretrained(tmp_path).shape
-    lora: dict[str, Tensor] = {}
-    for i in range(len(shape.layers)):
-        for linear in shape.linears:
-            a, b = shape.lora_shapes(i, linear, 2)
-            lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
-            lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
-    prune: dict[str, Any] = {"ratio": 4 / 23 * 0.75, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
-    config = PruneConfig(**prune, protected_first=0, protected_last=0, criterion=cast(Any, criterion))
-    run = PlainRun(tmp_path, lora, config, 1)
-    run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))
-    for i, experts in useless.items():
-        gone = set(range(23)) - set(run.pruner.kept_of_dense[i]["experts"].tolist())
-        assert set(experts) <= gone
-        assert len(gone) == 5
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) -> None:
-    """A mask is put on every token and expert, and autograd gives its gradient."""
-    network, masks = dense(family), dict[int, Tensor]()
-    recorder = MaskGradients(cast(Any, PlainModel(network.model, network.shape)))
-
-    def masked(layer: int) -> Any:
-        def hook(module: Any, inputs: tuple[Tensor, list[int]], output: Tensor) -> Tensor:
-            masks[layer] = torch.ones(len(output), 1, requires_grad=True)
-            return output * masks[layer]
-
-        return hook
-
-    counts = []
-    for i, layer in enumerate(decoder_layers(network.model)):
-        down = layer.get_submodule("mlp.experts.down")
-        down.register_forward_hook(masked(i))
-        down.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[1]))
-    with recorder.record():
-        network.model(input_ids=PROMPT, use_cache=False).logits.square().mean().backward()
-        sums = recorder.sums()
-    for i in range(len(network.shape.layers)):
-        grad = masks[i].grad
-        assert grad is not None
-        wanted = torch.stack([part.square().sum() for part in grad.split(counts[i])])
-        torch.testing.assert_close(sums[2 * i + 1].float(), wanted)  # attention, then experts, of each layer
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> None:
-    """Every expert computes every token here. What the router did not choose does not count, nor does padding."""
-    network, stacks = dense(family), list(merged_stacks(dense(family)).values())
-    recorder = ExpertNorms(cast(Any, PlainModel(network.model, network.shape)))
-    routed: list[Any] = []
-    for layer in decoder_layers(network.model):
-        layer.get_submodule("mlp").register_forward_pre_hook(lambda module, inputs: routed.append(inputs[0]))
-        layer.get_submodule("mlp.gate").register_forward_hook(lambda module, inputs, output: routed.append(output))
-    real = torch.ones_like(PROMPT, dtype=torch.bool)
-    real[1, 10:] = False
-    with recorder.record():
-        for _ in range(2):  # as two micro-batches
-            with recorder.record_forward(real):
-                network.model(input_ids=PROMPT, use_cache=False)
-        network.model(input_ids=PROMPT, use_cache=False)  # nobody looks
-        found = recorder.scores(1).by_layer("none")
-    for i, layer in enumerate(found):
-        hidden, (_, weights, chosen) = routed[2 * i].flatten(0, 1), routed[2 * i + 1]
-        gate_up, down = stacks[2 * i][0], stacks[2 * i + 1][0]
-        wanted = torch.zeros(23)
-        for e in range(23):
-            gate, up = (hidden @ gate_up[e].T).chunk(2, 1)
-            norms = (torch.nn.functional.silu(gate) * up @ down[e].T).norm(dim=1)
-            picked = (chosen == e) & real.flatten()[:, None]
-            wanted[e] = (norms[:, None] * weights)[picked].sum() / picked.sum().clamp(min=1)
-        torch.testing.assert_close(layer["experts"].float(), wanted)
-        assert not layer["heads"].any()
-
-
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", KINDS)
 def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     network = dense(family)
     tensors = {
@@ -302,3 +195,36 @@ def test_the_load_of_the_router_is_counted() -> None:
     network.logits()
     assert load.sums(lambda counts: counts, torch.device("cpu")) == found
     assert RouterLoad(decoder_layers(dense("llama").model), 1).sums(lambda counts: counts, torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_published_mixtures_have_the_parameters_that_are_published(name: str) -> None:
+    source, billions, active = MIXTURES[name]
+    shape = shape_from_config(source, name)
+    total = shape.total_numel()
+    assert total / 1e9 == pytest.approx(billions, rel=0.003)
+    assert (total - shape.linear_numel() + shape.active_numel()) / 1e9 == pytest.approx(active, rel=0.02)
+
+
+def test_dense_layers_among_sparse_ones_are_refused() -> None:
+    config = tiny_model("qwen3_moe").config.to_dict() | {"mlp_only_layers": [1]}
+    with pytest.raises(UserError, match=r"where: model\.layers\.1\.mlp\.\w+\.weight has shape"):
+        shape_from_config(config, "where")
+
+
+def test_noise_in_the_router_is_refused(tmp_path: Path) -> None:
+    saved("mixtral", tmp_path, router_jitter_noise=0.1)
+    with pytest.raises(UserError, match=r"config\.json has router_jitter_noise"):
+        open_for_pruning(tmp_path, RunConfig("unused"))
+
+
+def test_servers_divide_the_channels_of_an_expert() -> None:
+    shape = dense("mixtral").shape  # 8 channels, 5 heads
+    with pytest.raises(UserError, match=r"prune\.tensor_parallel 5 does not divide the 8 channels of an expert"):
+        make_limits(PruneConfig(tensor_parallel=5, protected_first=0, protected_last=0), shape)
+
+
+def test_reap_without_experts_is_refused(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    with pytest.raises(UserError, match=r"prune\.criterion: reap scores experts, which .* lacks"):
+        open_for_pruning(tmp_path, RunConfig("unused", prune=PruneConfig(criterion="reap")))

@@ -11,6 +11,7 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.hf import checkpoint
+from loraprune_ds.pruning.step import PrunerState
 
 
 def saved(folder: Path, **changes: Any) -> Path:
@@ -74,3 +75,18 @@ def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "checkpoint-3"):
         with pytest.raises(UserError, match="saved without pruning"):
             checkpoint._find(folder)
+
+
+def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A cut may come before the next score, with `score_every`."""
+    monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: None)
+    monkeypatch.setattr(checkpoint, "read_metrics", lambda path: [])
+    given: list[PrunerState] = []
+    pruner = SimpleNamespace(restore=lambda state, read: given.append(state))
+    state = cast(Any, SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5, resumed_from=[2]))
+    training = cast(Any, SimpleNamespace(pruner=pruner))
+    checkpoint.PruningCheckpoint(tmp_path, state, cast(Any, SimpleNamespace(kinds=()))).restore(training)
+    assert (given[0].updates_since_cut, given[0].moment_tokens) == (3, 7.0)
+    assert (training.step, training.resumed_from) == (5, [2, 5])

@@ -15,6 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model, warn_of_rounded_gradients
 from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape
+from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.foreign import find_zero_optimizer, share_model
@@ -45,6 +46,16 @@ def test_plain_lora_on_all_linears_passes() -> None:
     check_model(model, base_shape(model), PruneConfig())
     assert live_shape(model) == base_shape(model)
     assert base_dtype(model, base_shape(model)) == "float32"
+
+
+def test_a_cut_tells_all_adapters_their_sizes() -> None:
+    model = adapted()
+    model.add_adapter("ref", LoraConfig(r=4, target_modules=ALL, task_type="CAUSAL_LM"))
+    module = cast(Any, model.get_base_model()).model.layers[0].mlp.up_proj
+    set_features(module, 20, 12)
+    for adapter in ("default", "ref"):
+        assert (module.lora_B[adapter].out_features, module.lora_A[adapter].in_features) == (20, 12)
+    assert (module.out_features, module.base_layer.in_features) == (20, 12)
 
 
 def test_a_linear_without_lora_is_named() -> None:

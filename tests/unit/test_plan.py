@@ -200,7 +200,7 @@ def test_eager_attention_keeps_its_probabilities(dtype: torch.dtype, key_heads: 
     shape = shape_from_config(source, "tiny")
     batches = [PlannedBatch(2, 32, dtype.itemsize, eager) for eager in (True, False)]
     planned = [
-        sum(saved_by_layer(source, shape, layer, batch, lora_rank=8, dropout=False) for layer in shape.layers)
+        sum(saved_by_layer(source, shape, i, batch, lora_rank=8, dropout=False) for i in range(len(shape.layers)))
         for batch in batches
     ]
     counted = [saved_by_autograd(attention, dtype, key_heads) for attention in ("eager", "sdpa")]

@@ -25,7 +25,7 @@ def ask(question: dict[str, Any], dtype: str, new_tokens: int) -> dict[str, Any]
         enforce_eager=True,
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in question["prompts"]]
-    greedy = SamplingParams(temperature=0, max_tokens=new_tokens, min_tokens=new_tokens, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     texts = [list(result.outputs[0].token_ids) for result in model.generate(prompts, greedy)]
     scored = model.generate(prompts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1))
     logprobs = []

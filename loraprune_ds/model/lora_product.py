@@ -1,0 +1,79 @@
+"""A linear with LoRA as one operation of autograd.
+
+PEFT makes five modules and a dozen operations of it. For narrow layers, that is most of what a step costs the host.
+Here the modules are PEFT's, with their names and parameters. Only the forward pass is another.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from loraprune_ds.model.frozen import Form
+from loraprune_ds.model.int8_linear import form_of
+
+
+class OneProduct(LoraLinear):
+    """Computes what PEFT's linear does with one adapter."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = cast(nn.Linear, self.base_layer)
+        if self.disable_adapters:
+            return base(x)
+        (adapter,) = self.active_adapters
+        a, b = (cast(nn.Linear, factors[adapter]).weight for factors in (self.lora_A, self.lora_B))
+        dropout = self.lora_dropout[adapter]
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        form = form_of(base)
+        held = (getattr(base, name) for name in form.tensors)
+        return _Product.apply(x, a, b, self.scaling[adapter], p, base.bias, form, *held)  # type: ignore[return-value]
+
+
+class _Product(torch.autograd.Function):
+    """Maps x to x·Wᵀ + bias + s · drop(x)·Aᵀ·Bᵀ, to the bits of PEFT's result. Has gradients for x, A and B.
+
+    autograd keeps x (its neighbours do, too), the mask of dropout and the narrow drop(x)·Aᵀ. It keeps the parameters
+    themselves, which ZeRO-3 frees and gathers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, s: float, p: float, bias: Tensor | None, form: Form, *held: Tensor
+    ) -> Tensor:
+        mask = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p) if p else None
+        narrow = _masked(x, mask) @ a.t()
+        ctx.save_for_backward(x, mask, narrow, a, b, *held)
+        ctx.s, ctx.form = s, form
+        out = x @ _weight(form, held).t()
+        if bias is not None:
+            out += bias
+        return (narrow @ b.t()).mul_(s).add_(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mask, narrow, a, b, *held = ctx.saved_tensors
+        of_out = _rows(gradient)
+        of_narrow = (of_out @ b).mul_(ctx.s)
+        of_a = of_narrow.t() @ _rows(_masked(x, mask))
+        of_b = (of_out.t() @ _rows(narrow)).mul_(ctx.s)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = of_out @ _weight(ctx.form, held)
+            of_x = of_x.addmm(of_narrow, a) if mask is None else of_x.addcmul_(of_narrow @ a, _rows(mask))
+            of_x = of_x.view(x.shape)
+        return of_x, of_a, of_b, *[None] * (4 + len(held))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _weight(form: Form, held: Sequence[Tensor]) -> Tensor:
+    return form.join(dict(zip(form.tensors, held, strict=True)))

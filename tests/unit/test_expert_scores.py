@@ -1,0 +1,125 @@
+"""The scores of experts: of shards as of the whole, by masks as autograd has them, and by REAP's formula."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
+from loraprune_ds.pruning.expert_norms import ExpertNorms
+from loraprune_ds.pruning.mask_gradients import MaskGradients
+from loraprune_ds.pruning.prunable_model import OwnedShard
+from tests.families import tiny_model
+from tests.family_cuts import PROMPT, dense
+from tests.oracle.models import make_batches
+from tests.plain_model import PlainModel
+from tests.unit.plain_training import PlainRun
+from tests.unit.test_experts import KINDS, factors, merged_stacks
+
+
+def test_shards_of_a_stack_score_as_the_experts_do() -> None:
+    experts, rows, columns, r = 5, 6, 7, 3
+    whole, lora = torch.randn(experts * rows, columns, generator=torch.Generator().manual_seed(3)), factors(5, 6, 7, 3)
+    wanted = []
+    for e in range(experts):
+        a, ga = (f.view(experts, r, columns)[e] for f in (lora.A, lora.grad_A))
+        b, gb = (f.view(experts, rows, r)[e] for f in (lora.B, lora.grad_B))
+        weight = whole.view(experts, rows, columns)[e] + 2.0 * b @ a
+        wanted.append(((gb @ a + b @ ga - gb @ ga) * weight).abs().sum(1))
+    for world_size in (1, 2, 3, 4):
+        total, flat = torch.zeros(experts * rows, dtype=torch.float64), whole.flatten()
+        size = -(-len(flat) // world_size)
+        for start in range(0, len(flat), size):
+            shard = OwnedShard(flat[start : start + size], start, (experts * rows, columns))
+            total += torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f in split_experts(shard, lora)])
+        torch.testing.assert_close(total.float(), torch.cat(wanted))
+
+
+@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher", "reap"])
+@pytest.mark.parametrize("family", KINDS)
+def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path: Path) -> None:
+    """Their last linear is zero, and so is what LoRA adds at the first step."""
+    useless = {0: [1, 5, 6, 20], 1: [0, 2, 11, 22]}
+    model = tiny_model(family)
+    with torch.no_grad():
+        for i, experts in useless.items():
+            model.get_parameter(f"model.layers.{i}.mlp.experts.down_proj")[experts] = 0
+    model.save_pretrained(tmp_path)
+    shape = open_pretrained(tmp_path).shape
+    lora: dict[str, Tensor] = {}
+    for i in range(len(shape.layers)):
+        for linear in shape.linears:
+            a, b = shape.lora_shapes(i, linear, 2)
+            lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
+            lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
+    prune: dict[str, Any] = {"ratio": 4 / 23 * 0.75, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
+    config = PruneConfig(**prune, protected_first=0, protected_last=0, criterion=cast(Any, criterion))
+    run = PlainRun(tmp_path, lora, config, 1)
+    run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))
+    for i, experts in useless.items():
+        gone = set(range(23)) - set(run.pruner.kept_of_dense[i]["experts"].tolist())
+        assert set(experts) <= gone
+        assert len(gone) == 5
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) -> None:
+    """A mask is put on every token and expert, and autograd gives its gradient."""
+    network, masks = dense(family), dict[int, Tensor]()
+    recorder = MaskGradients(cast(Any, PlainModel(network.model, network.shape)))
+
+    def masked(layer: int) -> Any:
+        def hook(module: Any, inputs: tuple[Tensor, list[int]], output: Tensor) -> Tensor:
+            masks[layer] = torch.ones(len(output), 1, requires_grad=True)
+            return output * masks[layer]
+
+        return hook
+
+    counts = []
+    for i, layer in enumerate(decoder_layers(network.model)):
+        down = layer.get_submodule("mlp.experts.down")
+        down.register_forward_hook(masked(i))
+        down.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[1]))
+    with recorder.record():
+        network.model(input_ids=PROMPT, use_cache=False).logits.square().mean().backward()
+        sums = recorder.sums()
+    for i in range(len(network.shape.layers)):
+        grad = masks[i].grad
+        assert grad is not None
+        wanted = torch.stack([part.square().sum() for part in grad.split(counts[i])])
+        torch.testing.assert_close(sums[2 * i + 1].float(), wanted)  # attention, then experts, of each layer
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> None:
+    """Every expert computes every token here. What the router did not choose does not count, nor does padding."""
+    network, stacks = dense(family), list(merged_stacks(dense(family)).values())
+    recorder = ExpertNorms(cast(Any, PlainModel(network.model, network.shape)))
+    routed: list[Any] = []
+    for layer in decoder_layers(network.model):
+        layer.get_submodule("mlp").register_forward_pre_hook(lambda module, inputs: routed.append(inputs[0]))
+        layer.get_submodule("mlp.gate").register_forward_hook(lambda module, inputs, output: routed.append(output))
+    real = torch.ones_like(PROMPT, dtype=torch.bool)
+    real[1, 10:] = False
+    with recorder.record():
+        for _ in range(2):  # as two micro-batches
+            with recorder.record_forward(real):
+                network.model(input_ids=PROMPT, use_cache=False)
+        network.model(input_ids=PROMPT, use_cache=False)  # nobody looks
+        found = recorder.scores(1).by_layer("none")
+    for i, layer in enumerate(found):
+        hidden, (_, weights, chosen) = routed[2 * i].flatten(0, 1), routed[2 * i + 1]
+        gate_up, down = stacks[2 * i][0], stacks[2 * i + 1][0]
+        wanted = torch.zeros(23)
+        for e in range(23):
+            gate, up = (hidden @ gate_up[e].T).chunk(2, 1)
+            norms = (torch.nn.functional.silu(gate) * up @ down[e].T).norm(dim=1)
+            picked = (chosen == e) & real.flatten()[:, None]
+            wanted[e] = (norms[:, None] * weights)[picked].sum() / picked.sum().clamp(min=1)
+        torch.testing.assert_close(layer["experts"].float(), wanted)
+        assert not layer["heads"].any()
