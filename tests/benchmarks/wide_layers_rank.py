@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def train_and_export(
     return {
         "losses": losses,
         "loss_trained": trained,
-        "layers_at_the_end": [asdict(layer) for layer in model.shape.layers],
+        "layers_at_the_end": [dict(layer) for layer in model.shape.layers],
     }
 
 
