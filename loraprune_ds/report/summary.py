@@ -24,9 +24,9 @@ from loraprune_ds.units import (
 )
 
 RESULT_FILES = (
-    (MODEL_FOLDER, "Hugging Face model, smaller and dense, LoRA merged in"),
+    (MODEL_FOLDER, "Hugging Face model, smaller, LoRA merged in"),
     (REPORT_FILE, "these numbers and more, with versions and config"),
-    (KEPT_GROUPS_FILE, "the heads and channels that every layer kept"),
+    (KEPT_GROUPS_FILE, "the groups that every layer kept"),
     (KEPT_GROUPS_PICTURE, "the same as a picture"),
     (TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
     (METRICS_FILE, "every step, cut and evaluation"),
