@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a bare machine to a pruned model: sets up .venv, then cuts SmolLM2-135M while it fine-tunes. It uses all GPUs, or
-# 2 CPU ranks if there are none. The results are in runs/quickstart/. A second start shows them.
+# 2 CPU ranks if there are none. The results are in runs/quickstart/. A second start shows them, and goes on with a run
+# that was stopped.
 #
 #   bash launch/quickstart.sh [--fresh] [arguments of launch/run.py, such as --set train.steps=40]
 #
@@ -69,4 +70,4 @@ if $fresh; then
   folder=$(python launch/run.py --config "$CONFIG" "${arguments[@]}" --show output_dir)
   if [[ -e $folder/status.json || -d $folder/checkpoints ]]; then rm -rf "$folder"; fi
 fi
-exec "${launcher[@]}" --master_port "$port" launch/run.py --config "$CONFIG" "${arguments[@]}"
+exec "${launcher[@]}" --master_port "$port" launch/run.py --config "$CONFIG" --resume auto "${arguments[@]}"
