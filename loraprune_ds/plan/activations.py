@@ -16,7 +16,7 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.modules import build_modules, ids, one_layer
+from loraprune_ds.plan.modules import build_modules, ids, with_layers
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def saved_by_layer(
         source: config.json of the dense model.
     """
     one = shape.with_layers((shape.layers[index],))
-    return _saved_by_layer(json.dumps(one_layer(source, index)), one, batch, lora_rank, dropout)
+    return _saved_by_layer(json.dumps(with_layers(source, index, 1)), one, batch, lora_rank, dropout)
 
 
 @cache

@@ -34,12 +34,10 @@ def build_modules(
     """Builds the model of a training run at `shape`, in training mode.
 
     Args:
-        source: config.json of the dense model. It may have more layers than `shape`.
+        source: config.json of the dense model. It may have more layers than `shape`. The first ones count.
         eager: attention is transformers' own. Else it keeps what a fused kernel keeps.
     """
-    depth = int(source["num_hidden_layers"])
-    per_layer = {key: value[: len(shape.layers)] for key, value in source.items() if _is_list(value, depth)}
-    config = export_config(source | per_layer, shape, "bfloat16").config
+    config = export_config(with_layers(source, 0, len(shape.layers)), shape, "bfloat16").config
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     model = with_token_losses(build_on_meta(config, "eager" if eager else FUSED), None)
     hold_frozen(model, shape)
@@ -54,15 +52,12 @@ def ids(samples: int, window: int) -> Tensor:
     return torch.zeros(samples, window, dtype=torch.int64, device="meta")
 
 
-def one_layer(source: dict[str, Any], index: int) -> dict[str, Any]:
-    """Returns config.json of a model that has one layer of `source` alone, with what lists say of it."""
+def with_layers(source: dict[str, Any], first: int, count: int) -> dict[str, Any]:
+    """Returns config.json of a model that has some layers of `source` alone, with what lists say of them."""
     depth = int(source["num_hidden_layers"])
-    own = {key: value[index : index + 1] for key, value in source.items() if _is_list(value, depth)}
-    return source | own | {"num_hidden_layers": 1}
-
-
-def _is_list(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length
+    lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
+    own = {key: value[first : first + count] for key, value in lists.items()}
+    return source | own | {"num_hidden_layers": count}
 
 
 class _Head(nn.Module):
