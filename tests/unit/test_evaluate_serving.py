@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from loraprune_ds.cli.evaluate import served_model
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.serving import ServedModel, ServeSettings, find_server, measure_serving
+from tests.families import tiny_model
 
 LLAMA_CPP = """
 import os
@@ -44,15 +46,15 @@ class SamplingParams:
         self.__dict__ |= options
 
 class LLM:
-    def __init__(self, model, trust_remote_code, enable_prefix_caching, **options):
+    def __init__(self, model, trust_remote_code, model_impl, enable_prefix_caching, **options):
         assert not enable_prefix_caching
-        self.model, self.trust = model, trust_remote_code
+        self.model, self.loaded = model, f"{model_impl}, trust {trust_remote_code}"
 
     def generate(self, prompts, parameters, use_tqdm):
         with open(os.environ["SAID"], "a") as file:
             tokens = {len(prompt["prompt_token_ids"]) for prompt in prompts}
             assert parameters.max_tokens == parameters.min_tokens and parameters.ignore_eos
-            file.write(f"{len(prompts)} of {tokens} write {parameters.max_tokens}, trust {self.trust}\\n")
+            file.write(f"{len(prompts)} of {tokens} write {parameters.max_tokens}, {self.loaded}\\n")
 """
 
 
@@ -75,7 +77,7 @@ def gguf(name: str) -> ServedModel:
 
 
 def test_models_take_turns_in_llama_cpp(python: str, tmp_path: Path) -> None:
-    settings = ServeSettings("llama.cpp", python, prompt=5, generated=2, rounds=1)
+    settings = ServeSettings(server="llama.cpp", python=python, prompt=5, generated=2, rounds=1)
     dense, pruned = measure_serving([gguf("dense"), gguf("pruned")], settings)
     said = (tmp_path / "said").read_text().splitlines()
     assert sorted(said[:2]) == ["dense.gguf: context 8", "pruned.gguf: context 8"]
@@ -87,11 +89,17 @@ def test_models_take_turns_in_llama_cpp(python: str, tmp_path: Path) -> None:
 
 
 def test_vllm_answers_one_and_a_batch(python: str, tmp_path: Path) -> None:
-    settings = ServeSettings("vllm", python, prompt=5, generated=2, rounds=1, batch=3)
-    (served,) = measure_serving([ServedModel(tmp_path, "hf", 50, trust_remote_code=True)], settings)
-    turn = ["1 of {5} write 1, trust True", "1 of {5} write 3, trust True", "3 of {5} write 2, trust True"]
-    assert (tmp_path / "said").read_text().splitlines() == turn * 2
+    settings = ServeSettings(server="vllm", python=python, prompt=5, generated=2, rounds=1, batch=3)
+    (served,) = measure_serving([ServedModel(tmp_path, "hf", 50, True, "transformers")], settings)
+    turn = ["1 of {5} write 1", "1 of {5} write 3", "3 of {5} write 2"]
+    assert (tmp_path / "said").read_text().splitlines() == [f"{said}, transformers, trust True" for said in turn] * 2
     assert served.batch_tokens_per_second is not None
+
+
+@pytest.mark.parametrize(("family", "model_impl"), [("llama", "auto"), ("qwen2", "transformers")])
+def test_vllm_gets_the_implementation_that_fits_the_family(family: str, model_impl: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    assert served_model(str(tmp_path), "hf", tmp_path) == ServedModel(tmp_path, "hf", 97, model_impl=model_impl)
 
 
 def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +107,7 @@ def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.Mo
 
     seconds = iter([9.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(serving._Worker, "play", lambda self: {"prefill": (s := next(seconds)), "decode": s / 2})
-    settings = ServeSettings("llama.cpp", python, prompt=10, generated=4, rounds=3)
+    settings = ServeSettings(server="llama.cpp", python=python, prompt=10, generated=4, rounds=3)
     (served,) = measure_serving([gguf("dense")], settings)
     assert (served.prefill_tokens_per_second, served.decode_tokens_per_second) == (5.0, 4.0)
 
@@ -113,7 +121,7 @@ def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.Mo
 )
 def test_a_server_that_ends_is_one_line(name: str, line: str, python: str) -> None:
     with pytest.raises(UserError, match=line):
-        measure_serving([gguf(name)], ServeSettings("llama.cpp", python, prompt=5, generated=2, rounds=1))
+        measure_serving([gguf(name)], ServeSettings(server="llama.cpp", python=python, prompt=5, generated=2, rounds=1))
 
 
 def test_a_python_without_the_server_is_named(python: str, monkeypatch: pytest.MonkeyPatch) -> None:

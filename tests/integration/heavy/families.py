@@ -18,10 +18,8 @@ SIZES: dict[str, Any] = {
     "head_dim": 16,
 }
 KEPT = (2, 96)
-# Those whose layers of one size vLLM serves, as test_vllm.py shows, and by which implementation. vLLM's own class for
-# Qwen2 takes hidden_size // query heads for head_dim. Its own class for Cohere2 gives other logits.
-DENSE = [name for name, family in FAMILIES.items() if not family.mixture]
-VLLM: dict[str, str] = dict.fromkeys(DENSE, "auto") | dict.fromkeys(("qwen2", "cohere2"), "transformers")
+# Those whose layers of one size vLLM serves, as test_vllm.py shows, and by which implementation.
+VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if not family.mixture}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 # Depths and settings in which what is special of a family shows.
 SPECIAL: dict[str, dict[str, Any]] = {
