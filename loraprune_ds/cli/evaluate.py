@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     for field in ROUND:
         about = f"of --speed and --serve (default: {field.default})"
         parser.add_argument(f"--{field.name}", type=int, metavar="N", default=argparse.SUPPRESS, help=about)
-    parser.add_argument("--gguf", choices=("f16", "q8_0"), default="f16", help="file for llama.cpp (default: f16)")
+    parser.add_argument("--gguf", choices=("f16", "q8_0"), help="file for llama.cpp (default: f16)")
     parser.add_argument("--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--verbose", action="store_true", help="let the libraries speak")
@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
         settings = comm.all_or_raise(lambda: make_settings(arguments, *speeds))
         measurements = evaluate(paths, settings, comm, show_progress)
-        served = serve(paths, settings.serve, arguments.gguf) if settings.serve else [None] * len(paths)
+        served = serve(paths, settings.serve, arguments.gguf or "f16") if settings.serve else [None] * len(paths)
     named = [replace(m, path=path, served=s) for m, path, s in zip(measurements, given, served, strict=True)]
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(named, settings, comm.world_size, provenance)
@@ -203,6 +203,7 @@ def speed_settings(arguments: argparse.Namespace) -> tuple[SpeedSettings | None,
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
     wanted = arguments.speed or arguments.serve is not None
     require(wanted or not rounds, "--prompt, --generated and --rounds have no effect without --speed or --serve")
+    require(arguments.gguf is None or arguments.serve == "llama.cpp", "--gguf has no effect without --serve llama.cpp")
     speed = SpeedSettings(**rounds) if arguments.speed else None
     if arguments.serve is None:
         require(arguments.serve_python is None, "--serve-python has no effect without --serve")

@@ -354,6 +354,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
         lambda m, h: [m / "dense", "--rounds", "2"],
         "--prompt, --generated and --rounds have no effect",
     ),
+    "gguf for vllm": (
+        lambda m, h: [m / "dense", "--serve", "vllm", "--gguf", "f16"],
+        "--gguf has no effect without --serve llama.cpp",
+    ),
     "no rounds": (lambda m, h: [m / "dense", "--speed", "--rounds", "0"], "--rounds must be at least 1; got 0"),
     "serve nowhere": (
         lambda m, h: [m / "dense", "--serve", "vllm", "--serve-python", "nowhere"],
