@@ -1,4 +1,4 @@
-"""What `prune.target` counts, beside what llama.cpp and vLLM hold of a pruned SmolLM2. See tests/run_heavy.sh.
+"""Compares what `prune.target` counts with what llama.cpp and vLLM hold of a pruned SmolLM2. See tests/run_heavy.sh.
 
 llama.cpp reports the buffers of its weights and its KV cache. vLLM reports its weights on GPUs alone. On a CPU they are
 the parameters that it has made, before it packs them for its kernels. The tokens of its KV cache it reports everywhere.
