@@ -45,8 +45,10 @@ class Linear:
         axis: the axis of weight (out_features, in_features) that a cut makes smaller.
         parts: what lies along that axis. All parts of a linear are of one kind.
         across: what lies along the other axis.
-        stored: of a stack, what lies on disk for one expert, one after another: names with {} for its number. A stack
-            has the linears of all experts of a layer, one below the other (experts.py). Empty: it is one linear.
+        stored: of a stack, what lies on disk for one expert, one after another: names with {} for its number. A name
+            without {} is one tensor of three dimensions, of all experts. A stack has the linears of all experts of a
+            layer, one below the other (experts.py). Empty: it is one linear.
+        transposed: of a stack, the rows of an expert are its inputs.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Linear:
     parts: tuple[Part, ...]
     across: Width = "hidden"
     stored: tuple[str, ...] = ()
+    transposed: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -67,7 +70,12 @@ class Linear:
     @property
     def reads_groups(self) -> bool:
         """True if its inputs belong to groups. To mask these inputs is to mask the groups."""
-        return self.axis == 1 or self.across == "expert"
+        return self.axis == 1 or (self.is_stack and self.expert_inputs == "expert")
+
+    @property
+    def expert_inputs(self) -> Width:
+        """What one expert of a stack reads."""
+        return self.parts[0].width if self.transposed else self.across
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class Family:
         softcap: config field with the cap c of c · tanh(logits / c), if the family has one.
         logit_scale: config field with the factor on the logits.
         logit_divisor: config field with a divisor of the logits.
-        attention_softcap: config field with a cap on attention scores. Only the eager implementation has it.
+        eager_only: what attention has that sdpa lacks.
         windows_begin_with_bos: the model predicts badly without BOS, so a window in the middle of a text has it, too.
         mixture: its MLPs are mixtures of experts.
     """
@@ -137,7 +145,7 @@ class Family:
     softcap: str | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
-    attention_softcap: str | None = None
+    eager_only: str | None = None
     windows_begin_with_bos: bool = False
     mixture: Mixture | None = None
 
@@ -154,7 +162,7 @@ class Family:
         return self.mixture.count if self.mixture and kind == "experts" else COUNT_FIELDS[kind]
 
 
-QUERIES, KEYS, CHANNELS = Part("heads", "queries"), Part("heads", "head"), Part("channels")
+QUERIES, KEYS, CHANNELS, EXPERTS = Part("heads", "queries"), Part("heads", "head"), Part("channels"), Part("experts")
 
 
 def _rows(name: str, *parts: Part) -> Linear:
@@ -187,12 +195,30 @@ MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
 def _mixture(block: str, gate: str, up: str, down: str, mixture: Mixture) -> Family:
     """Describes a family whose MLPs all are mixtures of gated experts. All names are those on disk."""
     stored_gate, stored_up, stored_down = (f"{block}.experts.{{}}.{name}.weight" for name in (gate, up, down))
-    router = Companion("mlp.gate.weight", (Part("experts"),), "hidden", f"{block}.gate.weight")
+    router = Companion("mlp.gate.weight", (EXPERTS,), "hidden", f"{block}.gate.weight")
     stacks = (
         Linear("mlp.experts.gate_up", 0, (Part("experts", "gate_up"),), "hidden", (stored_gate, stored_up)),
         Linear("mlp.experts.down", 0, (Part("experts", "hidden"),), "expert", (stored_down,)),
     )
     return Family((*ATTENTION, *stacks), (router,), mixture=mixture)
+
+
+GPT_OSS = Family(
+    (
+        *ATTENTION,
+        Linear("mlp.experts.gate_up", 0, (Part("experts", "hidden"),), "gate_up", ("mlp.experts.gate_up_proj",), True),
+        Linear("mlp.experts.down", 0, (Part("experts", "expert"),), "hidden", ("mlp.experts.down_proj",), True),
+    ),
+    companions=(
+        Companion("self_attn.sinks", (Part("heads", "query_count"),)),
+        Companion("mlp.router.weight", (EXPERTS,), "hidden"),
+        Companion("mlp.router.bias", (EXPERTS,)),
+        Companion("mlp.experts.gate_up_proj_bias", (EXPERTS,), "gate_up"),
+        Companion("mlp.experts.down_proj_bias", (EXPERTS,), "hidden"),
+    ),
+    eager_only="attention sinks",
+    mixture=Mixture("num_local_experts", "intermediate_size"),
+)
 
 
 LLAMA_LINEARS = ATTENTION + GATED
@@ -203,7 +229,7 @@ LLAMA_LIKE = "llama mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss ol
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(LLAMA_LIKE.split(), LLAMA),
     "gemma": GEMMA,
-    "gemma2": replace(GEMMA, softcap="final_logit_softcapping", attention_softcap="attn_logit_softcapping"),
+    "gemma2": replace(GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)"),
     "gemma3_text": replace(GEMMA, softcap="final_logit_softcapping"),
     "granite": replace(LLAMA, logit_divisor="logits_scaling"),
     "cohere2": replace(LLAMA, logit_scale="logit_scale"),
@@ -219,6 +245,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family((*ATTENTION, _rows("mlp.c_fc", CHANNELS), _columns("mlp.c_proj", CHANNELS))),
     **dict.fromkeys(("nemotron", "arcee"), UNGATED),
     "mixtral": _mixture("block_sparse_moe", "w1", "w3", "w2", Mixture("num_local_experts", "intermediate_size")),
+    "gpt_oss": GPT_OSS,
     "qwen3_moe": _mixture("mlp", *GATED_NAMES, Mixture("num_experts", "moe_intermediate_size")),
 }
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +11,21 @@ from torch import Tensor
 from loraprune_ds.model.family import FAMILIES, Family, Kind, Linear, Part, Width, family_name
 from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8, Matrix
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+
+
+class Pieces(NamedTuple):
+    """Names the tensors on disk that one parameter consists of, one below the other. All are of `shape`.
+
+    A single one may have three dimensions.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def keep_rows(self, rows: Tensor) -> "Pieces":
+        """Returns those that hold some rows of the parameter. A piece stays whole or goes."""
+        kept = sorted(set(cast(list[int], (rows // self.shape[0]).tolist())))
+        return self._replace(names=tuple(self.names[i] for i in kept))
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ class ModelShape:
         return (width, across) if linear.axis == 0 else (across, width)
 
     def lora_shapes(self, layer: int, linear: Linear, lora_rank: int) -> tuple[Matrix, Matrix]:
-        """Returns the shapes of A (r, in_features) and B (out_features, r). In a stack each expert has its own A."""
+        """Returns the shapes of A (r, in_features) and B (out_features, r). In a stack each expert has its own."""
         out_features, in_features = self.linear_shape(layer, linear)
         experts = self.layers[layer][linear.kind] if linear.is_stack else 1
         return (experts * lora_rank, in_features), (out_features, lora_rank)
@@ -147,7 +163,9 @@ class ModelShape:
 
     def inputs_per_token(self, layer: int, linear: Linear) -> int:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
-        return self.linear_shape(layer, linear)[1] * (self.experts_per_token if linear.is_stack else 1)
+        if linear.is_stack:
+            return self.experts_per_token * self.width(linear.expert_inputs)
+        return self.linear_shape(layer, linear)[1]
 
     def mlp_width(self, layer: LayerShape) -> int:
         """Counts the channels that one token meets in the MLP of such a layer."""
@@ -185,20 +203,18 @@ class ModelShape:
             shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)), *second)
         return shapes | {f"{prefix}{name}": size for name, size in self.layer_others.items()}
 
-    def stored(self) -> dict[str, tuple[str, ...]]:
-        """Names the tensors on disk that hold a parameter, where there are several or one of another name.
-
-        Their rows lie one below the other in the parameter. All have the same number of rows.
-        """
-        stored: dict[str, tuple[str, ...]] = {}
-        for i, counts in enumerate(self.layers):
-            prefix = f"model.layers.{i}."
+    def stored(self) -> dict[str, Pieces]:
+        """Returns the tensors on disk that hold a parameter, where it is not one of the same name and shape."""
+        stored: dict[str, Pieces] = {}
+        for i in range(len(self.layers)):
+            prefix, shapes = f"model.layers.{i}.", self.layer_parameters(i)
             for linear in (x for x in self.linears if x.is_stack):
-                names = (name.format(expert) for expert in range(counts[linear.kind]) for name in linear.stored)
-                stored[f"{prefix}{linear.name}.weight"] = tuple(prefix + name for name in names)
+                name = f"{prefix}{linear.name}.weight"
+                stored[name] = _pieces(prefix, linear, self.layers[i][linear.kind], shapes[name])
             for companion in self.family.companions:
                 if companion.stored:
-                    stored[prefix + companion.name] = (prefix + companion.stored,)
+                    name = prefix + companion.name
+                    stored[name] = Pieces((prefix + companion.stored,), shapes[name])
         return stored
 
     def held(self, layer: int | None, element_size: int) -> dict[str, Held]:
@@ -260,6 +276,14 @@ class ModelShape:
     def is_uniform(self) -> bool:
         """True if every layer has the same counts, so that a stock model class can hold it."""
         return len(set(self.layers)) == 1
+
+
+def _pieces(prefix: str, stack: Linear, experts: int, shape: tuple[int, ...]) -> Pieces:
+    rows, columns = shape
+    if any("{}" in name for name in stack.stored):
+        names = tuple(prefix + name.format(expert) for expert in range(experts) for name in stack.stored)
+        return Pieces(names, (rows // len(names), columns))
+    return Pieces(tuple(prefix + name for name in stack.stored), (experts, rows // experts, columns))
 
 
 def lora_cuts(linear: Linear, lora_rank: int, kept: Tensor, keep: LayerKeep) -> list[tuple[int, int, Tensor]]:

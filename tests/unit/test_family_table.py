@@ -61,8 +61,9 @@ def gguf(name: str) -> str:
 def smaller(family: Family, kind: Kind) -> str:
     """Names the modules that a cut of such groups makes smaller."""
     linears = [linear.name for linear in family.linears if linear.kind == kind]
-    norms = [norm.name.removesuffix(".weight") for norm in family.companions if norm.parts[0].kind == kind]
-    return ", ".join(path.rpartition(".")[2] for path in linears + norms)
+    others = [other.name for other in family.companions if other.parts[0].kind == kind]
+    others = [name.removesuffix(".weight").removesuffix(".bias") for name in others]
+    return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linears + others))
 
 
 def notes(name: str, family: Family) -> list[str]:
@@ -71,8 +72,8 @@ def notes(name: str, family: Family) -> list[str]:
         found.append("whole [experts](experts.md) leave")
     elif family.companions:
         found.append("its norms run over all heads, so a cut is not quite equal to a mask")
-    if family.attention_softcap:
-        found.append("eager attention, as sdpa cannot cap its scores")
+    if family.eager_only:
+        found.append(f"eager attention, as sdpa lacks {family.eager_only}")
     if family.windows_begin_with_bos:
         found.append("perplexity windows begin with BOS")
     if name == "phi3":
