@@ -35,6 +35,12 @@ YARN: dict[str, Any] = {
         "original_max_position_embeddings": 16,
     }
 }
+SCALED = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
 # Fields of config.json beside SIZES. The caps and factors are such that a model without them is clearly another one.
 TINY: dict[str, dict[str, Any]] = {
     "llama": WIDE,
@@ -52,12 +58,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma": WIDE,
     "gemma2": GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 1.5},
     "gemma3_text": GEMMA | {"final_logit_softcapping": 10.0},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.3,
-        "residual_multiplier": 0.4,
-        "logits_scaling": 3.0,
-    },
+    "granite": SCALED,
     "cohere2": WIDE | BOTH | {"logit_scale": 0.3},
     "olmo2": {},
     "olmo3": BOTH,
@@ -68,8 +69,16 @@ TINY: dict[str, dict[str, Any]] = {
     "arcee": WIDE,
     "nemotron": WIDE,
     "mixtral": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
-    "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "qwen3_moe": WIDE | {"moe_intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3},
+    "qwen2_moe": {
+        "moe_intermediate_size": 8,
+        "num_experts": 23,
+        "num_experts_per_tok": 3,
+        "shared_expert_intermediate_size": 11,
+    },
+    "olmoe": {"intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3, "clip_qkv": 0.5},
+    "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
+    "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
 
 

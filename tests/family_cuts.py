@@ -88,8 +88,12 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
         return torch.randperm(total, generator=generator)[:kept].sort().values
 
     layers = zip(shape.layers, counts, strict=True)
+    fixed = shape.family.fixed
     return [
-        LayerKeep((kind, some(now[kind], kept)) for kind, kept in zip(shape.kinds, wanted, strict=True))
+        LayerKeep(
+            (kind, some(now[kind], now[kind] if kind in fixed else kept))
+            for kind, kept in zip(shape.kinds, wanted, strict=True)
+        )
         for now, wanted in layers
     ]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family_row import Linear
 
 
 class InPeft(NamedTuple):

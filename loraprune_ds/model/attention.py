@@ -4,7 +4,7 @@ import torch
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import require
-from loraprune_ds.model.family import Family
+from loraprune_ds.model.family_row import Family
 
 
 def attn_implementation(asked: str, family: Family) -> str:

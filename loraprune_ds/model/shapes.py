@@ -3,29 +3,15 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import FAMILIES, Family, Kind, Linear, Part, Width, family_name
+from loraprune_ds.model.family import FAMILIES, family_name
+from loraprune_ds.model.family_row import Family, Kind, Linear, Part, Width
 from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8, Matrix
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
-
-
-class Pieces(NamedTuple):
-    """Names the tensors on disk that one parameter consists of, one below the other. All are of `shape`.
-
-    A single one may have three dimensions.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-
-    def keep_rows(self, rows: Tensor) -> "Pieces":
-        """Returns those that hold some rows of the parameter. A piece stays whole or goes."""
-        kept = sorted(set(cast(list[int], (rows // self.shape[0]).tolist())))
-        return self._replace(names=tuple(self.names[i] for i in kept))
+from loraprune_ds.model.pieces import Pieces, pieces_of
 
 
 @dataclass(frozen=True)
@@ -210,7 +196,7 @@ class ModelShape:
             prefix, shapes = f"model.layers.{i}.", self.layer_parameters(i)
             for linear in (x for x in self.linears if x.is_stack):
                 name = f"{prefix}{linear.name}.weight"
-                stored[name] = _pieces(prefix, linear, self.layers[i][linear.kind], shapes[name])
+                stored[name] = pieces_of(prefix, linear, self.layers[i][linear.kind], shapes[name])
             for companion in self.family.companions:
                 if companion.stored:
                     name = prefix + companion.name
@@ -276,14 +262,6 @@ class ModelShape:
     def is_uniform(self) -> bool:
         """True if every layer has the same counts, so that a stock model class can hold it."""
         return len(set(self.layers)) == 1
-
-
-def _pieces(prefix: str, stack: Linear, experts: int, shape: tuple[int, ...]) -> Pieces:
-    rows, columns = shape
-    if any("{}" in name for name in stack.stored):
-        names = tuple(prefix + name.format(expert) for expert in range(experts) for name in stack.stored)
-        return Pieces(names, (rows // len(names), columns))
-    return Pieces(tuple(prefix + name for name in stack.stored), (experts, rows // experts, columns))
 
 
 def lora_cuts(linear: Linear, lora_rank: int, kept: Tensor, keep: LayerKeep) -> list[tuple[int, int, Tensor]]:

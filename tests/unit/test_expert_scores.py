@@ -67,7 +67,8 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
             a, b = shape.lora_shapes(i, linear, 2)
             lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
             lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
-    prune: dict[str, Any] = {"ratio": 4 / 23 * 0.75, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
+    ratio = 5 * len(shape.layers) * shape.group_numel("experts") / shape.linear_numel()
+    prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
     config = PruneConfig(**prune, protected_first=0, protected_last=0, criterion=cast(Any, criterion))
     run = PlainRun(tmp_path, lora, config, 1)
     run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))

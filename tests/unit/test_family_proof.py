@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import FAMILIES, Family, Kind
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.shapes import ModelShape
