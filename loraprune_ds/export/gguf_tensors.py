@@ -22,7 +22,7 @@ from loraprune_ds.model.shapes import ModelShape
 Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]
 MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}
-ROUTER = ".ffn_gate_inp"
+ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 
 
@@ -87,7 +87,8 @@ def plan_tensors(
                 raise UserError(
                     f"{where}: llama.cpp's {MODEL_ARCH_NAMES[arch]} has no place for {part}; {FORMATS_LEFT}"
                 )
-            part_size = part_size[1:] if part_size[0] == 1 else part_size  # the gate of a shared expert is a vector
+            if SHARED_GATE in name:  # a vector there
+                part_size = part_size[1:]
             module = part.rpartition(".")[0]
             inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
             tensors.append(
