@@ -1,10 +1,10 @@
-"""Measures the time of scoring, of a cut and of a smaller model. Two engines share the ranks.
+"""Measures the time of scoring, of a cut, of a smaller model and of int8 weights. Three engines share the ranks.
 
     deepspeed --quiet --num_accelerators 2 tests/benchmarks/step_time.py [--steps 8] [--model FOLDER]
 
-One engine holds the dense model. The other holds it cut to 50 % of its decoder-layer linear parameters. Each round runs
-a plain ZeRO-3 LoRA step, the same step with scoring, and a plain step of the cut model. So the noise of a shared
-machine falls on all alike. The result has medians, and ratios of medians. It goes to
+One engine holds the dense model. Another holds it cut to 50 % of its decoder-layer linear parameters. The third holds
+the dense model with int8 weights. Each round runs a plain ZeRO-3 LoRA step, the same step with scoring, and a plain step
+of both others. So the noise of a shared machine falls on all alike. The result has medians, and ratios of medians. It goes to
 tests/benchmarks/results/step_time.json.
 """
 
@@ -80,16 +80,19 @@ def main() -> None:
     comm = start_ranks()
     prepared = prepare(config, comm, is_first_on_node=comm.rank == 0)
     dense, small = Timed(config, prepared), Timed(config, prepared)
+    config_int8 = replace(config, model=replace(config.model, frozen="int8"))
+    int8 = Timed(config_int8, prepare(config_int8, comm, is_first_on_node=comm.rank == 0))
     small.timed_step(scoring=True)
     cut = small.pruner.schedule
     small.pruner.schedule = replace(cut, start=0, end=1)  # all of it in one cut: the largest there is
     record = small.cut(1)
     assert record is not None
-    times: dict[str, list[float]] = {"plain": [], "scoring": [], "pruned": []}
+    times: dict[str, list[float]] = {"plain": [], "scoring": [], "pruned": [], "int8": []}
     for _ in range(arguments.steps + 1):
         times["plain"].append(dense.timed_step(scoring=False))
         times["scoring"].append(dense.timed_step(scoring=True))
         times["pruned"].append(small.timed_step(scoring=False))
+        times["int8"].append(int8.timed_step(scoring=False))
     result = summarise({name: values[1:] for name, values in times.items()}, config, dense, small, record.seconds)
     if comm.rank == 0:
         RESULT.parent.mkdir(exist_ok=True)
@@ -109,6 +112,7 @@ def summarise(
         "scoring_over_plain": median["scoring"] / median["plain"],
         "pruned_over_dense": median["pruned"] / median["plain"],
         "pruned_over_dense_flops": flops[1] / flops[0],
+        "int8_over_plain": median["int8"] / median["plain"],
         "cut_seconds": cut_seconds,
         "cut_over_step": cut_seconds / median["plain"],
         "weight_bytes_per_rank": {"dense": dense.weight_bytes, "pruned": small.weight_bytes},
@@ -128,6 +132,7 @@ def show(result: dict[str, Any]) -> None:
         f"step of the model cut by 50 %   {seconds['pruned']:.2f} s  {result['pruned_over_dense']:.3f} x "
         f"(by FLOPs {result['pruned_over_dense_flops']:.3f})"
     )
+    print(f"plain step with int8 weights    {seconds['int8']:.2f} s  {result['int8_over_plain']:.3f} x")
     print(f"the cut itself                  {result['cut_seconds']:.2f} s  {result['cut_over_step']:.2f} steps")
     print(f"result: {RESULT}")
 
