@@ -3,9 +3,9 @@
     deepspeed --quiet --num_accelerators 2 tests/benchmarks/step_time.py [--steps 8] [--model FOLDER]
 
 One engine holds the dense model. Another holds it cut to 50 % of its decoder-layer linear parameters. The third holds
-the dense model with int8 weights. Each round runs a plain ZeRO-3 LoRA step, the same step with scoring, and a plain step
-of both others. So the noise of a shared machine falls on all alike. The result has medians, and ratios of medians. It goes to
-tests/benchmarks/results/step_time.json.
+the dense model with int8 weights. Each round runs a plain ZeRO-3 LoRA step, the same step with scoring, and a plain
+step of both others. So the noise of a shared machine falls on all alike. The result has medians, and ratios of medians.
+It goes to tests/benchmarks/results/step_time.json.
 """
 
 import argparse
