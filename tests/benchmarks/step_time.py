@@ -93,7 +93,9 @@ def main() -> None:
         times["scoring"].append(dense.timed_step(scoring=True))
         times["pruned"].append(small.timed_step(scoring=False))
         times["int8"].append(int8.timed_step(scoring=False))
-    result = summarise({name: values[1:] for name, values in times.items()}, config, dense, small, record.seconds)
+    after_cut = times["pruned"][0]  # the first step that the smaller model makes
+    timed = {name: values[1:] for name, values in times.items()}
+    result = summarise(timed, config, dense, small, record.seconds, after_cut)
     if comm.rank == 0:
         RESULT.parent.mkdir(exist_ok=True)
         write_json(RESULT, result)
@@ -102,7 +104,12 @@ def main() -> None:
 
 
 def summarise(
-    times: dict[str, list[float]], config: RunConfig, dense: Timed, small: Timed, cut_seconds: float
+    times: dict[str, list[float]],
+    config: RunConfig,
+    dense: Timed,
+    small: Timed,
+    cut_seconds: float,
+    after_cut_seconds: float,
 ) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in times.items()}
     flops = [flops_per_token(t.model.shape, config.data.window) for t in (dense, small)]
@@ -115,6 +122,8 @@ def summarise(
         "int8_over_plain": median["int8"] / median["plain"],
         "cut_seconds": cut_seconds,
         "cut_over_step": cut_seconds / median["plain"],
+        "step_after_cut_seconds": after_cut_seconds,
+        "cut_and_step_after_over_step": (cut_seconds + after_cut_seconds - median["pruned"]) / median["plain"],
         "weight_bytes_per_rank": {"dense": dense.weight_bytes, "pruned": small.weight_bytes},
         "tokens_per_step": config.train.global_batch_size * config.data.window,
         "world_size": dense.model.world_size,
@@ -134,6 +143,7 @@ def show(result: dict[str, Any]) -> None:
     )
     print(f"plain step with int8 weights    {seconds['int8']:.2f} s  {result['int8_over_plain']:.3f} x")
     print(f"the cut itself                  {result['cut_seconds']:.2f} s  {result['cut_over_step']:.2f} steps")
+    print(f"and the step after it           {result['cut_and_step_after_over_step']:.2f} steps in all")
     print(f"result: {RESULT}")
 
 
