@@ -84,6 +84,7 @@ def _settings() -> list[Setting]:
         _short("fisher", "fisher-refit-distillation", FISHER, REFIT, DISTILL),
         _short("fisher", "fisher-refit-distillation-global", FISHER, REFIT, DISTILL, GLOBAL),
         _short("fisher", "fisher-refit-stock", FISHER, REFIT, *STOCK),
+        _short("fisher", "magnitude", "prune.criterion=magnitude"),
     ]
     int8 = [
         _short("int8", "plain-int8", INT8),
