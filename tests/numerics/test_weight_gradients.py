@@ -15,6 +15,9 @@ from tests.ranks import RankPool
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 25, 5, 4, 25, 61, 3  # MLP weights do not divide by 2 or 3
 # Both sides compute gradients and sums of fp32 numbers, in another order. The scores are sums of positive terms.
 TOLERANCE = 1e-5
+# In bf16 each rank forms its gradient alike, alone or not. But a sum over ranks is rounded to 2^-9 of itself, once per
+# rank. A score adds up hundreds of such numbers, so their errors mostly cancel.
+BF16_TOLERANCE = 2.0**-9
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,17 @@ def test_scores_are_those_of_autograd(
             for x, y in zip(other["scores"], result["scores"], strict=True)
             for a, b in zip(x, y, strict=True)
         )
+
+
+def test_bf16_sends_half_and_scores_as_one_rank(ranks: RankPool, job: Job) -> None:
+    half = Job(**{**vars(job), "dtype": "bfloat16"})
+    (alone,), (two, _), (three, *_) = (ranks.run(n, quality_settings.gradient_scores, half) for n in (1, 2, 3))
+    for result in (two, three):
+        for found, expected in zip(result["scores"], alone["scores"], strict=True):
+            for a, b in zip(found, expected, strict=True):
+                assert ((a - b).abs() / b.abs()).max() < BF16_TOLERANCE
+    whole = ranks.run(2, quality_settings.gradient_scores, job)[0]
+    assert 2 * two["sent"] == whole["sent"] > 0
 
 
 def test_training_does_not_notice(ranks: RankPool, job: Job) -> None:
