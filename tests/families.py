@@ -24,6 +24,23 @@ WIDE = {"head_dim": 10}  # not hidden_size / num_attention_heads, which is 6
 WINDOW = {"sliding_window": 8}
 BOTH = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
 GEMMA = WIDE | BOTH | {"query_pre_attn_scalar": 10}
+YARN: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150_000.0,
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 16,
+    }
+}
+SCALED = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
 # Fields of config.json beside SIZES. The caps and factors are such that a model without them is clearly another one.
 TINY: dict[str, dict[str, Any]] = {
     "llama": WIDE,
@@ -41,12 +58,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma": WIDE,
     "gemma2": GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 1.5},
     "gemma3_text": GEMMA | {"final_logit_softcapping": 10.0},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.3,
-        "residual_multiplier": 0.4,
-        "logits_scaling": 3.0,
-    },
+    "granite": SCALED,
     "cohere2": WIDE | BOTH | {"logit_scale": 0.3},
     "olmo2": {},
     "olmo3": BOTH,
@@ -58,6 +70,15 @@ TINY: dict[str, dict[str, Any]] = {
     "nemotron": WIDE,
     "mixtral": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "qwen3_moe": WIDE | {"moe_intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3},
+    "qwen2_moe": {
+        "moe_intermediate_size": 8,
+        "num_experts": 23,
+        "num_experts_per_tok": 3,
+        "shared_expert_intermediate_size": 11,
+    },
+    "olmoe": {"intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3, "clip_qkv": 0.5},
+    "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
+    "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
 
 
@@ -91,9 +112,11 @@ def tiny_model(
 ) -> PreTrainedModel:
     """Builds a tiny model with random weights, in evaluation mode. All norms and biases differ from their defaults."""
     config = tiny_config(family, **changes)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, attn_implementation=attn_implementation, experts_implementation="eager"
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # GPT-OSS draws its sinks
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attn_implementation, experts_implementation="eager"
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

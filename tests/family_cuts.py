@@ -75,6 +75,11 @@ def source_config(model: PreTrainedModel) -> dict[str, Any]:
     return json.loads(model.config.to_json_string(use_diff=False))
 
 
+def find_router(layer: nn.Module) -> Any:
+    """Returns the module of a decoder layer that chooses experts."""
+    return next(module for module in layer.modules() if hasattr(module, "top_k") and hasattr(module, "weight"))
+
+
 def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
     """Draws the groups that stay in each layer."""
     generator = torch.Generator().manual_seed(3)
@@ -83,8 +88,12 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
         return torch.randperm(total, generator=generator)[:kept].sort().values
 
     layers = zip(shape.layers, counts, strict=True)
+    fixed = shape.family.fixed
     return [
-        LayerKeep((kind, some(now[kind], kept)) for kind, kept in zip(shape.kinds, wanted, strict=True))
+        LayerKeep(
+            (kind, some(now[kind], now[kind] if kind in fixed else kept))
+            for kind, kept in zip(shape.kinds, wanted, strict=True)
+        )
         for now, wanted in layers
     ]
 

@@ -19,7 +19,7 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape, lora_cuts
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeTensor, LinearId, LoraFactors, OwnedShard

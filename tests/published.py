@@ -76,9 +76,57 @@ MIXTRAL: dict[str, Any] = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
-# config.json, and parameters in billions as published: all, and those that a token meets.
+GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 201_088,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 150_000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "sliding_window": 128,
+}
+QWEN_2_MOE: dict[str, Any] = {
+    "model_type": "qwen2_moe",
+    "num_key_value_heads": 16,
+    "vocab_size": 151_936,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+}
+OLMOE: dict[str, Any] = {
+    "model_type": "olmoe",
+    "num_key_value_heads": 16,
+    "vocab_size": 50_304,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+GRANITE_MOE: dict[str, Any] = {
+    "model_type": "granitemoe",
+    "num_key_value_heads": 8,
+    "vocab_size": 49_155,
+    "num_local_experts": 40,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": True,
+}
+# config.json, and parameters in billions as published: all, and those that a token meets. GPT-OSS publishes the latter
+# without the embedding, which is added here.
 MIXTURES: dict[str, tuple[dict[str, Any], float, float]] = {
     "Mixtral-8x7B": (MIXTRAL | _sizes(4096, 14336, 32, 32), 46.7, 12.9),
     "Qwen3-30B-A3B": (QWEN_3_MOE | _sizes(2048, 6144, 48, 32) | {"moe_intermediate_size": 768}, 30.5, 3.3),
+    "Qwen1.5-MoE-A2.7B": (QWEN_2_MOE | _sizes(2048, 5632, 24, 16), 14.3, 2.7),
+    "OLMoE-1B-7B": (OLMOE | _sizes(2048, 1024, 16, 16), 6.92, 1.28),
+    "granite-3.0-3b-a800m": (GRANITE_MOE | _sizes(1536, 512, 32, 24), 3.3, 0.88),
+    "gpt-oss-20b": (GPT_OSS | _sizes(2880, 2880, 24, 64) | {"num_local_experts": 32}, 20.91, 3.61 + 0.58),
+    "gpt-oss-120b": (GPT_OSS | _sizes(2880, 2880, 36, 64) | {"num_local_experts": 128}, 116.83, 5.13 + 0.58),
     "Qwen3-235B-A22B": (QWEN_3_MOE | _sizes(4096, 12288, 94, 64) | {"moe_intermediate_size": 1536}, 235, 22),
 }

@@ -16,7 +16,7 @@ from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSou
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import saved_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import Kind
+from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.step import PrunerState

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.model.family import Kind
+from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 

@@ -1,29 +1,42 @@
 """LoRA on experts as PEFT has it on transformers' tensors of all experts of a layer (`target_parameters`).
 
 A is the same there: (experts · r, in_features). B is (out_features, r · experts), and its columns belong to the experts
-in turn. PEFT wraps down_proj around gate_up_proj, so the latter is the `base_layer`.
+in turn. PEFT wraps down_proj around gate_up_proj, so the latter is the `base_layer`. Of a transposed stack the two
+factors change their places, as PEFT's A always has the inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
-# Stack of a run -> (where PEFT keeps its LoRA, the tensor of transformers). Both are paths inside a decoder layer.
-IN_PEFT = {
-    "mlp.experts.gate_up": ("mlp.experts.base_layer", "mlp.experts.gate_up_proj"),
-    "mlp.experts.down": ("mlp.experts", "mlp.experts.down_proj"),
-}
+from loraprune_ds.model.family_row import Linear
 
 
-def as_in_peft(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+class InPeft(NamedTuple):
+    """Names the paths of a stack inside a decoder layer: of PEFT's LoRA, and of the tensor of transformers."""
+
+    lora: str
+    tensor: str
+
+
+def in_peft(stack: Linear) -> InPeft:
+    """Tells where PEFT has a stack of a run."""
+    experts, _, last = stack.name.rpartition(".")
+    return InPeft(experts if last == "down" else f"{experts}.base_layer", f"{stack.name}_proj")
+
+
+def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[Linear]) -> dict[str, Tensor]:
     """Renames and reorders the LoRA of a decoder layer ("{linear}.lora_A"). Plain linears stay as they are."""
     found: dict[str, Tensor] = {}
-    for name, factor in lora.items():
-        linear, _, which = name.rpartition(".")
-        path = IN_PEFT[linear][0] if linear in IN_PEFT else linear
-        if linear in IN_PEFT and which == "lora_B":
-            lora_rank = factor.shape[1]
-            experts = len(lora[f"{linear}.lora_A"]) // lora_rank
-            factor = factor.view(experts, -1, lora_rank).permute(1, 2, 0).flatten(1)
-        found[f"{path}.{which}"] = factor.contiguous()
+    for linear in linears:
+        a, b = (lora[f"{linear.name}.lora_{which}"] for which in "AB")
+        path = linear.name
+        if linear.is_stack:
+            path, lora_rank = in_peft(linear).lora, b.shape[1]
+            of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(0, (len(a) // lora_rank, -1))
+            if linear.transposed:
+                of_a, of_b = of_b.transpose(1, 2), of_a.transpose(1, 2)
+            a, b = of_a.flatten(0, 1), of_b.permute(1, 2, 0).flatten(1)
+        found |= {f"{path}.lora_A": a.contiguous(), f"{path}.lora_B": b.contiguous()}
     return found

@@ -87,13 +87,17 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 def _add_sizes(writer: GGUFWriter, shape: ModelShape) -> None:
     heads = [layer["heads"] for layer in shape.layers]
     queries = [shape.query_heads(layer) for layer in shape.layers]
-    channels = [layer["channels"] for layer in shape.layers]
+    channels = [shape.expert_size or layer["channels"] for layer in shape.layers]
     writer.add_block_count(len(shape.layers))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
     writer.add_head_count(queries[0] if shape.is_uniform else queries)
     writer.add_head_count_kv(heads[0] if shape.is_uniform else heads)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
+    if shape.expert_size:
+        writer.add_expert_count(shape.layers[0]["experts"])
+        writer.add_expert_used_count(shape.experts_per_token)
+        writer.add_expert_feed_forward_length(shape.expert_size)
     # Without these llama.cpp takes hidden_size / heads, which is wrong after a cut.
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
@@ -124,6 +128,10 @@ def _add_rope(
     if rope_type == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(full["factor"])
+    if rope_type == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(full["factor"])
+        writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
     return llama3_factors(full, head_dim) if rope_type == "llama3" else None
 
 

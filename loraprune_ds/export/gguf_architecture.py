@@ -42,6 +42,9 @@ class Architecture:
         window_period: each layer of this number attends to all tokens, the others within a sliding window. 0: no such
             window.
         rope_period: each layer of this number has no rotary embedding. 0: all have one.
+        square: linears that it takes for hidden_size x hidden_size, so that no heads may have left.
+        only: config field -> the value that its code computes with.
+        in_turn: the outputs of an expert's gate and up lie in turn in transformers.
         scaled: the tensor that carries the factor between the two attention scales, if config.json has a scale.
         odd_depth: with so many layers llama.cpp divides scores by sqrt(hidden_size // query heads). Else it divides
             them by sqrt(head_dim).
@@ -57,6 +60,9 @@ class Architecture:
     norm_offset: float = 0.0
     window_period: int = 0
     rope_period: int = 0
+    square: tuple[str, ...] = ()
+    only: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    in_turn: bool = False
     scaled: str | None = None
     odd_depth: int = 0
 
@@ -93,6 +99,29 @@ GEMMA = Architecture(MODEL_ARCH.GEMMA, activation="gelu_pytorch_tanh", norm_offs
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "mixtral": replace(LLAMA, unequal=None),
+    "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True}),
+    "qwen2_moe": Architecture(
+        MODEL_ARCH.QWEN2MOE,
+        biases=QKV,
+        numbers={"shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"},
+        square=("self_attn.q_proj",),
+        only={"norm_topk_prob": False},
+    ),
+    "olmoe": Architecture(
+        MODEL_ARCH.OLMOE,
+        square=("self_attn.q_proj", "self_attn.k_proj"),
+        only={"norm_topk_prob": False, "clip_qkv": None},
+    ),
+    "granitemoe": Architecture(MODEL_ARCH.GRANITE_MOE, neighbours=True, numbers=GRANITE_NUMBERS),
+    "gpt_oss": Architecture(
+        MODEL_ARCH.GPT_OSS,
+        biases=QKV | {"self_attn.o_proj"},
+        ropes=("default", "yarn"),
+        window_period=2,
+        only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        in_turn=True,
+    ),
     "granite": Architecture(MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, neighbours=True, rope_period=4),
     "seed_oss": Architecture(MODEL_ARCH.SEED_OSS, biases=QKV),
@@ -157,6 +186,10 @@ def _missing(found: Architecture, config: Any, shape: ModelShape) -> list[str]:
         missing.append(f"hidden_act {activation!r}")
     split = {part for name in shape.biases for part in PARTS.get(name, (name,))}
     missing += [f"the bias of {name}" for name in sorted(split - found.biases)]
+    outputs = {x.name: shape.linear_shape(0, x)[0] for x in shape.linears if x.name in found.square}
+    missing += [f"{name} with {rows} outputs" for name, rows in outputs.items() if rows != shape.hidden_size]
+    given = {key: getattr(config, key, value) for key, value in found.only.items()}
+    missing += [f"{key} {value!r}" for key, value in given.items() if value != found.only[key]]
     if found.window_period and config.layer_types != _layer_types(len(shape.layers), found.window_period):
         missing.append("this order of layer_types")
     if found.rope_period and config.no_rope_layers != _ropes(len(shape.layers), found.rope_period):

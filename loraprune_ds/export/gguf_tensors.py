@@ -1,8 +1,9 @@
 """The tensors of a GGUF file: their names, and their values as llama.cpp wants them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,13 +13,16 @@ from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_architecture import PARTS, Architecture
+from loraprune_ds.export.gguf_experts import OfExperts, expert_parts
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
+from loraprune_ds.model.pieces import Pieces
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 
 Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]
 MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}
+ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 
 
@@ -32,6 +36,7 @@ class GgufTensor:
         shape: (out_features, in_features) or (n,).
         type: how it is stored.
         start: its first element in the row-major flat view of the source. A fused linear comes as several tensors.
+        of_experts: where it is in the source, if it is one of all experts of a layer.
         heads: query or key heads whose rows must be put in llama.cpp's order. 0 for all other tensors.
         offset, factor: values are stored as (value + offset) · factor.
     """
@@ -41,14 +46,19 @@ class GgufTensor:
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     start: int = 0
+    of_experts: OfExperts | None = None
     heads: int = 0
     offset: float = 0.0
     factor: float = 1.0
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         block, block_bytes = GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // block * block_bytes
+        return self.numel // block * block_bytes
 
 
 def plan_tensors(
@@ -67,13 +77,18 @@ def plan_tensors(
     arch = architecture.of(shape)
     names = get_tensor_name_map(arch, len(shape.layers))
     tensors = []
+    stored = shape.stored()
     for source, size in shape.parameters().items():
-        for part, start, part_size in _parts(source, size, shape):
+        for part, start, part_size, of_experts in _parts(source, size, shape, architecture):
+            if part == source:
+                part = _on_disk(source, stored)
             name = names.get_name(part, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise UserError(
                     f"{where}: llama.cpp's {MODEL_ARCH_NAMES[arch]} has no place for {part}; {FORMATS_LEFT}"
                 )
+            if SHARED_GATE in name:  # a vector there
+                part_size = part_size[1:]
             module = part.rpartition(".")[0]
             inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
             tensors.append(
@@ -81,8 +96,9 @@ def plan_tensors(
                     source,
                     name,
                     part_size,
-                    _type(part_size, precision),
+                    _type(name, part_size, precision),
                     start=start,
+                    of_experts=of_experts,
                     heads=part_size[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
                     offset=architecture.norm_offset if inner.endswith("norm") else 0.0,
                     factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
@@ -91,18 +107,26 @@ def plan_tensors(
     return tensors
 
 
-def _parts(source: str, size: tuple[int, ...], shape: ModelShape) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Splits a fused tensor. Yields of each part its name, its first element in the whole, and its shape."""
+def _parts(
+    source: str, size: tuple[int, ...], shape: ModelShape, architecture: Architecture
+) -> Iterator[tuple[str, int, tuple[int, ...], OfExperts | None]]:
+    """Splits a fused tensor. Yields of each part its name, its first element in the whole, and its shape.
+
+    Of experts it yields where they are in the whole besides.
+    """
+    if source.startswith("model.layers.") and (parts := list(expert_parts(source, size, shape, architecture.in_turn))):
+        yield from ((name, 0, part_size, of_experts) for name, part_size, of_experts in parts)
+        return
     linears = {linear.name: linear for linear in shape.linears}
     for fused, parts in PARTS.items():
         if fused in linears and f".{fused}." in source:
             start = 0
             layer = int(source.split(".")[2])
             for part, rows in zip(parts, shape.part_sizes(layer, linears[fused].parts), strict=True):
-                yield source.replace(fused, part), start, (rows, *size[1:])
+                yield source.replace(fused, part), start, (rows, *size[1:]), None
                 start += math.prod((rows, *size[1:]))
             return
-    yield source, 0, size
+    yield source, 0, size, None
 
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
@@ -111,8 +135,9 @@ def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
     Raises:
         UserError: a value is beyond what its type can hold. The line names file and tensor.
     """
-    end = tensor.start + math.prod(tensor.shape)
-    values = pretrained.read_flat(tensor.source, tensor.start, end, torch.float32).view(tensor.shape).numpy()
+    read = partial(pretrained.read_flat, tensor.source, dtype=torch.float32)
+    flat = tensor.of_experts.read(read) if tensor.of_experts else read(tensor.start, tensor.start + tensor.numel)
+    values = flat.view(tensor.shape).numpy()
     if tensor.heads:
         values = permute(values, tensor.heads)
     if (tensor.offset, tensor.factor) != (0.0, 1.0):
@@ -133,9 +158,16 @@ def permute(rows: Array, heads: int) -> Array:
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
 
 
-def _type(size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
-    if len(size) == 1:
+def _on_disk(source: str, stored: Mapping[str, Pieces]) -> str:
+    """Returns the name in weight files, which gguf-py knows. Sinks are a weight there."""
+    name = stored[source].names[0] if source in stored else source
+    return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+
+
+def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
+    """Returns how a tensor is stored. Routers and the biases of experts stay fp32, like all vectors."""
+    if len(size) == 1 or ROUTER in name or name.endswith(".bias"):
         return GGMLQuantizationType.F32
     wanted = MATRIX_TYPES[precision]
     block, _ = GGML_QUANT_SIZES[wanted]
-    return wanted if size[1] % block == 0 else GGMLQuantizationType.F16
+    return wanted if size[-1] % block == 0 else GGMLQuantizationType.F16

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.config import Dtype, LoraConfig
-from loraprune_ds.export.expert_adapter import IN_PEFT, as_in_peft
+from loraprune_ds.export.expert_adapter import as_in_peft, in_peft
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.export.source import UnmergedModel
@@ -116,7 +116,7 @@ def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     tensors = {
         f"base_model.model.model.layers.{layer}.{name}.weight": tensor
         for layer in range(len(unmerged.shape.layers))
-        for name, tensor in as_in_peft(unmerged.lora(layer)).items()
+        for name, tensor in as_in_peft(unmerged.lora(layer), unmerged.shape.linears).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = json.dumps(_adapter_config(unmerged.config.lora, unmerged.shape), indent=2)
@@ -124,9 +124,9 @@ def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
-    stacks = [linear.name for linear in shape.linears if linear.is_stack]
+    stacks = [linear for linear in shape.linears if linear.is_stack]
     # PEFT has no dropout on tensors that are no modules.
-    of_experts = {"target_parameters": [IN_PEFT[name][1] for name in stacks], "lora_dropout": 0.0}
+    of_experts = {"target_parameters": [in_peft(stack).tensor for stack in stacks], "lora_dropout": 0.0}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -15,7 +15,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.adapters import ADAPTER, base_parameter, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import Family
+from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.shapes import ModelShape
 
 log = logging.getLogger(__name__)

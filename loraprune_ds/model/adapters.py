@@ -20,7 +20,7 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.experts import ExpertLora, ExpertStack
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.lora_product import OneProduct
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape

@@ -4,16 +4,16 @@ import torch
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import require
-from loraprune_ds.model.family import Family
+from loraprune_ds.model.family_row import Family
 
 
 def attn_implementation(asked: str, family: Family) -> str:
     """Returns `asked`, the value of `model.attn_implementation`, or what has to stand in for it.
 
-    The default is sdpa. torch's kernels under it cannot cap attention scores. Old versions of transformers drop the cap
-    there and say nothing. New ones refuse the model. So such a family gets eager attention.
+    The default is sdpa. torch's kernels under it can neither cap attention scores nor add sinks. Old versions of
+    transformers drop a cap and say nothing. New ones refuse the model. So such a family gets eager attention.
     """
-    return "eager" if asked == "sdpa" and family.attention_softcap is not None else asked
+    return "eager" if asked == "sdpa" and family.eager_only is not None else asked
 
 
 def check_flash_attention(config: ModelConfig) -> None:
@@ -33,7 +33,4 @@ def describe_attention(asked: str, family: Family) -> str | None:
     used = attn_implementation(asked, family)
     if used == asked:
         return None
-    return (
-        f"model.attn_implementation: {used} instead of {asked}, which cannot cap attention scores "
-        f"({family.attention_softcap})"
-    )
+    return f"model.attn_implementation: {used} instead of {asked}, which lacks {family.eager_only}"

@@ -6,6 +6,9 @@ expert 0, below them those of expert 1, and so on.
     gate_up  (experts · 2 · expert_size, hidden_size)   A (experts · r, hidden_size)   B (experts · 2 · expert_size, r)
     down     (experts · hidden_size, expert_size)       A (experts · r, expert_size)   B (experts · hidden_size, r)
 
+GPT-OSS stores each expert's matrices transposed. Then a block has the rows (inputs) and columns (outputs) of the file.
+LoRA's A and B are factors of that block all the same, so only the products know of it.
+
 So an expert is a block of rows in each of them, and a cut of experts is a cut along axis 0 like any other. PEFT's own
 LoRA on such tensors (`target_parameters`) has a B whose columns belong to experts in turn.
 """
@@ -20,11 +23,16 @@ from torch import Tensor, nn
 
 
 class ExpertStack(nn.Linear):
-    """Holds one linear of every expert: `weight` (experts * rows, in_features)."""
+    """Holds one linear of every expert: `weight` (experts * rows, columns)."""
 
-    def __init__(self, stacked: Tensor) -> None:
-        """Takes what transformers has: (experts, rows, in_features)."""
+    def __init__(self, stacked: Tensor, transposed: bool) -> None:
+        """Takes what transformers has: (experts, rows, columns).
+
+        Args:
+            transposed: rows belong to inputs, and columns to outputs.
+        """
         nn.Module.__init__(self)
+        self.transposed = transposed
         experts, self.rows, self.in_features = stacked.shape
         self.out_features = experts * self.rows
         self.weight = nn.Parameter(stacked.detach().flatten(0, 1), requires_grad=False)
@@ -36,7 +44,7 @@ class ExpertStack(nn.Linear):
 
     def forward(self, input: Tensor, counts: list[int]) -> Tensor:
         """Maps tokens in the order of their experts. `counts`: how many each expert has."""
-        return multiply(input, self.weight, counts)
+        return multiply(input, self.weight, counts, self.transposed)
 
 
 class ExpertLora(LoraLinear):
@@ -53,10 +61,12 @@ class ExpertLora(LoraLinear):
         result = self.base_layer(x, counts)
         if self.disable_adapters:
             return result
+        transposed = cast(ExpertStack, self.base_layer).transposed
         for name in self.active_adapters:
             a, b = (cast(Tensor, factors[name].weight) for factors in (self.lora_A, self.lora_B))
-            inside = multiply(self.lora_dropout[name](x), a, counts)
-            result = result + multiply(inside, b, counts) * self.scaling[name]
+            first, second = (b, a) if transposed else (a, b)
+            inside = multiply(self.lora_dropout[name](x), first, counts, transposed)
+            result = result + multiply(inside, second, counts, transposed) * self.scaling[name]
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -66,6 +76,7 @@ class ExpertLora(LoraLinear):
         return torch.bmm(*blocks).flatten(0, 1) * self.scaling[adapter]
 
 
+BIASES = ("gate_up_proj_bias", "down_proj_bias")  # (experts, outputs), where the stock class has them
 # Sees each output of an expert: (outputs, its weight, the expert, the token), one row for each choice.
 Observe = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -75,8 +86,11 @@ class Experts(nn.Module):
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
-        self.gate_up, self.down = ExpertStack(stock.gate_up_proj), ExpertStack(stock.down_proj)
-        self.act_fn = stock.act_fn
+        self.gate_up, self.down = (ExpertStack(x, stock.is_transposed) for x in (stock.gate_up_proj, stock.down_proj))
+        for name in BIASES:
+            bias = getattr(stock, name, None)
+            self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self._apply_gate: Callable[[Tensor], Tensor] = stock._apply_gate
         self.observers: list[Observe] = []
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -90,12 +104,18 @@ class Experts(nn.Module):
         chosen = top_k_index.flatten()  # (tokens · k,)
         order = chosen.argsort(stable=True)
         counts = tokens_per_expert(chosen, self.experts)
-        gate, up = self.gate_up(hidden_states[order // top_k_index.shape[1]], counts).chunk(2, dim=-1)
-        by_expert = self.down(self.act_fn(gate) * up, counts)  # (tokens · k, hidden_size)
+        of_choice = chosen[order]
+        gate_up = self._add(0, self.gate_up(hidden_states[order // top_k_index.shape[1]], counts), of_choice)
+        by_expert = self._add(1, self.down(self._apply_gate(gate_up), counts), of_choice)  # (tokens · k, hidden_size)
         for observe in self.observers:
-            observe(by_expert, top_k_weights.flatten()[order], chosen[order], order // top_k_index.shape[1])
+            observe(by_expert, top_k_weights.flatten()[order], of_choice, order // top_k_index.shape[1])
         by_token = by_expert[order.argsort()].unflatten(0, top_k_index.shape)
         return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)
+
+    def _add(self, which: int, outputs: Tensor, experts: Tensor) -> Tensor:
+        """Adds the bias of each row's expert, if there are any."""
+        bias = cast(Tensor | None, getattr(self, BIASES[which]))
+        return outputs if bias is None else outputs + bias[experts]
 
     @property
     def experts(self) -> int:
@@ -160,18 +180,19 @@ def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
-def multiply(x: Tensor, stack: Tensor, counts: list[int]) -> Tensor:
+def multiply(x: Tensor, stack: Tensor, counts: list[int], transposed: bool = False) -> Tensor:
     """Maps the tokens of each expert by its own block of rows.
 
     Args:
-        x: (tokens, in_features), in the order of the experts.
-        stack: (experts * rows, in_features).
+        x: (tokens, inputs), in the order of the experts.
+        stack: (experts * outputs, inputs).
         counts: tokens of each expert.
+        transposed: the stack is (experts * inputs, outputs).
 
     Returns:
-        (tokens, rows).
+        (tokens, outputs).
     """
-    return _Product.apply(x, stack, counts)  # type: ignore[return-value]
+    return _Product.apply(x, stack, counts, transposed)  # type: ignore[return-value]
 
 
 class _Product(torch.autograd.Function):
@@ -181,19 +202,19 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stack: Tensor, counts: list[int], transposed: bool) -> Tensor:
         ctx.save_for_backward(x, stack)
-        ctx.counts = counts
+        ctx.counts, ctx.transposed = counts, transposed
         rows = len(stack) // len(counts)
-        y = x.new_empty(len(x), rows)
+        y = x.new_empty(len(x), stack.shape[1] if transposed else rows)
         for tokens, out, weight in zip(x.split(counts), y.split(counts), stack.split(rows), strict=True):
             if len(tokens):
-                torch.mm(tokens, weight.t(), out=out)
+                torch.mm(tokens, weight if transposed else weight.t(), out=out)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, stack = ctx.saved_tensors
         of_input, of_stack = ctx.needs_input_grad[:2]
         rows = len(stack) // len(ctx.counts)
@@ -203,7 +224,9 @@ class _Product(torch.autograd.Function):
         for i, (tokens, out) in enumerate(pieces):
             start, block = sum(ctx.counts[:i]), slice(i * rows, (i + 1) * rows)
             if gx is not None and len(tokens):
-                torch.mm(out, stack[block], out=gx[start : start + len(tokens)])
+                weight = stack[block].t() if ctx.transposed else stack[block]
+                torch.mm(out, weight, out=gx[start : start + len(tokens)])
             if gw is not None:
-                torch.mm(out.t(), tokens, out=gw[block])
-        return gx, gw, None
+                left, right = (tokens, out) if ctx.transposed else (out, tokens)
+                torch.mm(left.t(), right, out=gw[block])
+        return gx, gw, None, None

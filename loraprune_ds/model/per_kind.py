@@ -5,7 +5,7 @@ from typing import Self, TypeVar
 
 from torch import Tensor
 
-from loraprune_ds.model.family import Kind
+from loraprune_ds.model.family_row import Kind
 
 T = TypeVar("T")
 

@@ -15,17 +15,23 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite
+from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Held, Int8, Matrix, NotFinite
 from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.pieces import Pieces
 from loraprune_ds.model.read_shape import shape_from_config, with_biases
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config, text_tensors
-from loraprune_ds.model.weight_headers import read_headers
+from loraprune_ds.model.weight_headers import Headers, read_headers
 
 HEAD = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq", HEAD)  # the first is computed anew. A tied head is the embedding
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names. An 8-bit weight means nothing without its scales
 INTEGER_TYPES = ("I8",)
+MXFP4 = "_blocks"  # how names of 4-bit experts end
+DEQUANTISE = (
+    "dequantise it first: AutoModelForCausalLM.from_pretrained(folder, dtype='bfloat16', "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(other_folder)"
+)
 # In the config.json of a checkpoint's frozen weights that are held, and written, as int8 with scales.
 STORED_INT8 = {"quantization_config": {"quant_method": "loraprune_ds_int8", "block": BLOCK}}
 
@@ -39,17 +45,6 @@ class Slice(NamedTuple):
 
     axis: int
     keep: Tensor
-
-
-class Pieces(NamedTuple):
-    """Names the tensors on disk that one tensor consists of, one below the other. All are matrices of `shape`."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-
-    def keep_rows(self, rows: Tensor) -> "Pieces":
-        """Returns those that hold some rows of the tensor. A piece stays whole or goes."""
-        return self._replace(names=tuple(self.names[i] for i in (rows // self.shape[0]).unique().tolist()))
 
 
 @dataclass(frozen=True)
@@ -88,14 +83,13 @@ class PretrainedModel:
         shard = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
             view = file.get_slice(self.stored.get(name, name))
-            on_disk = view.get_shape()
-            kept = self.slices.get(name, Slice(0, torch.arange(on_disk[0])))
-            width = on_disk[1] if len(on_disk) == 2 else 1
+            *on_disk, width = view.get_shape() if len(view.get_shape()) > 1 else (*view.get_shape(), 1)
+            kept = self.slices.get(name, Slice(0, torch.arange(math.prod(on_disk))))
             columns = len(kept.keep) if kept.axis == 1 else width
             first, last = start // columns, -(-end // columns)
             rows = kept.keep[first:last] if kept.axis == 0 else torch.arange(first, last)
             for at, block in _blocks(rows, max(1, READ_CHUNK // width)):
-                values = view[int(block[0]) : int(block[-1]) + 1]
+                values = _rows(view, int(block[0]), int(block[-1]) + 1)
                 if len(block) < len(values):
                     values = values[block - block[0]]
                 values = (values[:, kept.keep] if kept.axis == 1 else values).reshape(-1)
@@ -155,6 +149,15 @@ class PretrainedModel:
         }
 
 
+def _rows(view: Any, start: int, end: int) -> Tensor:
+    """Reads some rows of a tensor on disk. In one of three dimensions those of each matrix follow the last one's."""
+    *matrices, height, _ = (1, *view.get_shape())
+    if len(matrices) < 2:
+        return view[start:end]
+    blocks = range(start // height, -(-end // height))
+    return torch.cat([view[i, max(start - i * height, 0) : min(end - i * height, height)] for i in blocks])
+
+
 def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
     """Splits ascending rows into blocks that span less than `span`. Yields each with the position of its first row."""
     at = 0
@@ -181,34 +184,38 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
     headers = read_headers(folder)
     stored = text_tensors(headers, where) if config is not given else {name: name for name in headers}
     on_disk = shape.stored()
-    renamed = {names[0]: name for name, names in on_disk.items() if len(names) == 1}
+    renamed = {whole.names[0]: name for name, whole in on_disk.items() if len(whole.names) == 1}
     stored = {renamed.get(name, name): in_file for name, in_file in stored.items()}
     headers = {name: headers[in_file] for name, in_file in stored.items()}
     if config is not given and HEAD in headers and shape.tie_word_embeddings:
         config = config | {"tie_word_embeddings": False}  # as transformers, which then does not tie the two
         shape = shape_from_config(config, where)
-    files, expected = {}, shape.held(None, 2)
-    pieces = {name: _pieces(names, expected[name].shape) for name, names in on_disk.items() if len(names) > 1}
-    for name, (names, size) in pieces.items():
-        expected |= dict.fromkeys(names, expected.pop(name)._replace(shape=size))
-    for name, held in expected.items():
-        if name not in headers:
-            raise UserError(f"{folder}: tensor {name} is missing")
-        found, dtype, files[name] = headers[name]
-        if found != held.shape:
-            raise UserError(f"{files[name]}: {name} has shape {list(found)}; config.json says {list(held.shape)}")
-        if dtype not in (FLOAT_TYPES if held.element_size > 1 else INTEGER_TYPES):
-            raise UserError(f"{files[name]}: {name} is stored as {dtype}; quantized weights cannot be pruned")
-    for name, (_, _, path) in headers.items():
-        if name not in expected and not name.endswith(IGNORED):
-            raise UserError(f"{path}: {name} has no place in the model that config.json describes")
+    expected = shape.held(None, 2)
+    pieces = {name: whole for name, whole in on_disk.items() if len(whole.names) > 1}
+    for name, (names, size) in on_disk.items():
+        held = expected.pop(name) if name in pieces else expected[name]
+        expected |= dict.fromkeys(names if name in pieces else [name], held._replace(shape=size))
+    _check_tensors(folder, headers, expected)
+    files = {name: headers[name][2] for name in expected}
     if shape.int8:  # which transformers need not know
         config = {key: value for key, value in config.items() if key not in STORED_INT8}
     return PretrainedModel(folder, config, shape, files, stored, pieces=pieces)
 
 
-def _pieces(names: tuple[str, ...], shape: tuple[int, ...]) -> Pieces:
-    return Pieces(names, (shape[0] // len(names), *shape[1:]))
+def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Held]) -> None:
+    if packed := next((name for name in headers if name.endswith(MXFP4)), None):
+        raise UserError(f"{headers[packed][2]}: {packed} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}")
+    for name, held in expected.items():
+        if name not in headers:
+            raise UserError(f"{folder}: tensor {name} is missing")
+        found, dtype, path = headers[name]
+        if found != held.shape:
+            raise UserError(f"{path}: {name} has shape {list(found)}; config.json says {list(held.shape)}")
+        if dtype not in (FLOAT_TYPES if held.element_size > 1 else INTEGER_TYPES):
+            raise UserError(f"{path}: {name} is stored as {dtype}; quantized weights cannot be pruned")
+    for name, (_, _, path) in headers.items():
+        if name not in expected and not name.endswith(IGNORED):
+            raise UserError(f"{path}: {name} has no place in the model that config.json describes")
 
 
 def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:

@@ -6,7 +6,8 @@ from typing import Any, cast
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import build_on_meta, config_class, refused_in_one_line
-from loraprune_ds.model.family import Family, find_family
+from loraprune_ds.model.family import find_family
+from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
@@ -43,6 +44,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
     parameters = _meta_parameters(config, where)
+    _check_experts(where, num_layers, parameters, family)
     shape = ModelShape(
         model_type=config["model_type"],
         hidden_size=hidden,
@@ -95,6 +97,13 @@ def _find_family(config: dict[str, Any], where: str) -> Family:
     return family
 
 
+def _check_experts(where: str, num_layers: int, parameters: Mapping[str, tuple[int, ...]], family: Family) -> None:
+    stacks = [linear.name for linear in family.linears if linear.is_stack]
+    for i in range(num_layers):
+        if any(f"model.layers.{i}.{name}.weight" not in parameters for name in stacks):
+            raise UserError(f"{where}: layer {i} has no experts; dense layers among sparse ones are not supported")
+
+
 def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int) -> None:
     for i, (queries, layer) in enumerate(sizes):
         heads = layer["heads"]
@@ -144,8 +153,8 @@ def _add_parameters(shape: ModelShape, found: Mapping[str, tuple[int, ...]], whe
         ends={name: size for name, size in found.items() if not name.startswith("model.layers.")},
     )
     biases = {f"{name}.bias" for name in shape.biases}
-    vectors = {name: size for name, size in first.items() if len(size) < 2}  # every matrix is in the table
-    shape = replace(shape, layer_others={n: size for n, size in vectors.items() if n not in table | biases})
+    whole = {name: size for name, size in first.items() if len(size) < 2 or name.startswith(shape.family.whole)}
+    shape = replace(shape, layer_others={n: size for n, size in whole.items() if n not in table | biases})
     expected = shape.parameters()
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import FAMILIES, Family, Kind, Linear, Part, Width, family_name
+from loraprune_ds.model.family import FAMILIES, family_name
+from loraprune_ds.model.family_row import Family, Kind, Linear, Part, Width
 from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8, Matrix
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.pieces import Pieces, pieces_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class ModelShape:
         return (width, across) if linear.axis == 0 else (across, width)
 
     def lora_shapes(self, layer: int, linear: Linear, lora_rank: int) -> tuple[Matrix, Matrix]:
-        """Returns the shapes of A (r, in_features) and B (out_features, r). In a stack each expert has its own A."""
+        """Returns the shapes of A (r, in_features) and B (out_features, r). In a stack each expert has its own."""
         out_features, in_features = self.linear_shape(layer, linear)
         experts = self.layers[layer][linear.kind] if linear.is_stack else 1
         return (experts * lora_rank, in_features), (out_features, lora_rank)
@@ -147,7 +149,9 @@ class ModelShape:
 
     def inputs_per_token(self, layer: int, linear: Linear) -> int:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
-        return self.linear_shape(layer, linear)[1] * (self.experts_per_token if linear.is_stack else 1)
+        if linear.is_stack:
+            return self.experts_per_token * self.width(linear.expert_inputs)
+        return self.linear_shape(layer, linear)[1]
 
     def mlp_width(self, layer: LayerShape) -> int:
         """Counts the channels that one token meets in the MLP of such a layer."""
@@ -185,20 +189,18 @@ class ModelShape:
             shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)), *second)
         return shapes | {f"{prefix}{name}": size for name, size in self.layer_others.items()}
 
-    def stored(self) -> dict[str, tuple[str, ...]]:
-        """Names the tensors on disk that hold a parameter, where there are several or one of another name.
-
-        Their rows lie one below the other in the parameter. All have the same number of rows.
-        """
-        stored: dict[str, tuple[str, ...]] = {}
-        for i, counts in enumerate(self.layers):
-            prefix = f"model.layers.{i}."
+    def stored(self) -> dict[str, Pieces]:
+        """Returns the tensors on disk that hold a parameter, where it is not one of the same name and shape."""
+        stored: dict[str, Pieces] = {}
+        for i in range(len(self.layers)):
+            prefix, shapes = f"model.layers.{i}.", self.layer_parameters(i)
             for linear in (x for x in self.linears if x.is_stack):
-                names = (name.format(expert) for expert in range(counts[linear.kind]) for name in linear.stored)
-                stored[f"{prefix}{linear.name}.weight"] = tuple(prefix + name for name in names)
+                name = f"{prefix}{linear.name}.weight"
+                stored[name] = pieces_of(prefix, linear, self.layers[i][linear.kind], shapes[name])
             for companion in self.family.companions:
                 if companion.stored:
-                    stored[prefix + companion.name] = (prefix + companion.stored,)
+                    name = prefix + companion.name
+                    stored[name] = Pieces((prefix + companion.stored,), shapes[name])
         return stored
 
     def held(self, layer: int | None, element_size: int) -> dict[str, Held]:

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTo
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import config_class
-from loraprune_ds.model.family import FAMILIES, PRUNED, Family
+from loraprune_ds.model.family import FAMILIES, PRUNED
+from loraprune_ds.model.family_row import Family
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraprune_ds.model.pieces import Pieces
+
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -33,16 +35,16 @@ def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
-def as_stored(tensors: Mapping[str, Tensor], stored: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """Returns tensors as they are on disk. A stack of experts is one matrix for each there.
+def as_stored(tensors: Mapping[str, Tensor], stored: Mapping[str, Pieces]) -> dict[str, Tensor]:
+    """Returns tensors as they are on disk. A stack of experts is one matrix for each there, or has three dimensions.
 
     Args:
         stored: `ModelShape.stored`.
     """
     on_disk: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        names = stored.get(name, (name,))
-        on_disk |= zip(names, tensor.split(len(tensor) // len(names)) if len(names) > 1 else [tensor], strict=True)
+        names, shape = stored.get(name, Pieces((name,), tensor.shape))
+        on_disk |= zip(names, tensor.reshape(len(names), *shape), strict=True)
     return on_disk
 
 

@@ -10,10 +10,11 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 
 WEIGHT_FILES = "model-*-of-*.safetensors"
+Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 
 
-def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
-    """Returns tensor name -> (shape, dtype, file). Opening a file checks that its length matches its header."""
+def read_headers(folder: Path) -> Headers:
+    """Opens all weight files, which checks that the length of each matches its header."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -24,7 +25,7 @@ def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
         names = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name != "adapter_model.safetensors"]
     if not names:
         raise UserError(f"{folder} has no safetensors files")
-    headers: dict[str, tuple[tuple[int, ...], str, Path]] = {}
+    headers: Headers = {}
     for path in (folder / name for name in names):
         if not path.is_file():
             raise UserError(f"{path} is missing; {index.name} names it")

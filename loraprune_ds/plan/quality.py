@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from loraprune_ds.model.distillation import chunk_size
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.frozen import Form, Int8
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.activations import PlannedBatch

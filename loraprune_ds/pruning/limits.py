@@ -7,7 +7,7 @@ from itertools import product
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import Kind
+from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 
@@ -118,6 +118,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
+        least |= {kind: layer[kind] for kind in dense.family.fixed}
         cut = LayerShape(
             (kind, min(_round_up(least.get(kind, 1), multiples[kind]), count)) for kind, count in layer.items()
         )

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.frozen import DENSE, Form
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape

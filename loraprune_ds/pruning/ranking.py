@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import Kind
+from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.family import Linear
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 from loraprune_ds.pruning.taps import BackwardRecorder, Tap
 

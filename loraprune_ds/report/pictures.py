@@ -17,7 +17,7 @@ from loraprune_ds.evaluate.drawing import (
     make_logarithmic,
     save_picture,
 )
-from loraprune_ds.model.family import Kind
+from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, History, StepRecord

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import FAMILIES, LLAMA_LINEARS, Linear
+from loraprune_ds.model.family import FAMILIES, LLAMA_LINEARS
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
-from loraprune_ds.model.family import LLAMA_LINEARS, Linear
+from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores, score_groups
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard

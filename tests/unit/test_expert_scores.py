@@ -5,21 +5,28 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.experts import find_experts
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.expert_norms import ExpertNorms
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import OwnedShard
 from tests.families import tiny_model
-from tests.family_cuts import PROMPT, dense
+from tests.family_cuts import PROMPT, dense, find_router
 from tests.oracle.models import make_batches
 from tests.plain_model import PlainModel
 from tests.unit.plain_training import PlainRun
 from tests.unit.test_experts import KINDS, factors, merged_stacks
+
+
+def find_stock(model: nn.Module, layer: int) -> Any:
+    """Returns transformers' own experts of a layer."""
+    return next(m for m in decoder_layers(model)[layer].modules() if hasattr(m, "gate_up_proj"))
 
 
 def test_shards_of_a_stack_score_as_the_experts_do() -> None:
@@ -48,7 +55,10 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
     model = tiny_model(family)
     with torch.no_grad():
         for i, experts in useless.items():
-            model.get_parameter(f"model.layers.{i}.mlp.experts.down_proj")[experts] = 0
+            stock = find_stock(model, i)
+            for parameter in (stock.down_proj, getattr(stock, "down_proj_bias", None)):
+                if parameter is not None:
+                    parameter[experts] = 0
     model.save_pretrained(tmp_path)
     shape = open_pretrained(tmp_path).shape
     lora: dict[str, Tensor] = {}
@@ -57,7 +67,8 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
             a, b = shape.lora_shapes(i, linear, 2)
             lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
             lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
-    prune: dict[str, Any] = {"ratio": 4 / 23 * 0.75, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
+    ratio = 5 * len(shape.layers) * shape.group_numel("experts") / shape.linear_numel()
+    prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
     config = PruneConfig(**prune, protected_first=0, protected_last=0, criterion=cast(Any, criterion))
     run = PlainRun(tmp_path, lora, config, 1)
     run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))
@@ -82,7 +93,7 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
 
     counts = []
     for i, layer in enumerate(decoder_layers(network.model)):
-        down = layer.get_submodule("mlp.experts.down")
+        down = find_experts(layer).down
         down.register_forward_hook(masked(i))
         down.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[1]))
     with recorder.record():
@@ -102,8 +113,7 @@ def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> Non
     recorder = ExpertNorms(cast(Any, PlainModel(network.model, network.shape)))
     routed: list[Any] = []
     for layer in decoder_layers(network.model):
-        layer.get_submodule("mlp").register_forward_pre_hook(lambda module, inputs: routed.append(inputs[0]))
-        layer.get_submodule("mlp.gate").register_forward_hook(lambda module, inputs, output: routed.append(output))
+        find_router(layer).register_forward_hook(lambda module, inputs, output: routed.append((inputs[0], output)))
     real = torch.ones_like(PROMPT, dtype=torch.bool)
     real[1, 10:] = False
     with recorder.record():
@@ -113,12 +123,13 @@ def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> Non
         network.model(input_ids=PROMPT, use_cache=False)  # nobody looks
         found = recorder.scores(1).by_layer("none")
     for i, layer in enumerate(found):
-        hidden, (_, weights, chosen) = routed[2 * i].flatten(0, 1), routed[2 * i + 1]
-        gate_up, down = stacks[2 * i][0], stacks[2 * i + 1][0]
+        hidden, (_, weights, chosen) = routed[i]
+        merged = {"gate_up_proj": stacks[2 * i][0], "down_proj": stacks[2 * i + 1][0]}
+        stock = find_stock(tiny_model(family), i)
         wanted = torch.zeros(23)
         for e in range(23):
-            gate, up = (hidden @ gate_up[e].T).chunk(2, 1)
-            norms = (torch.nn.functional.silu(gate) * up @ down[e].T).norm(dim=1)
+            one = torch.full((len(hidden), 1), e), torch.ones(len(hidden), 1)
+            norms = functional_call(stock, merged, (hidden, *one)).norm(dim=1)
             picked = (chosen == e) & real.flatten()[:, None]
             wanted[e] = (norms[:, None] * weights)[picked].sum() / picked.sum().clamp(min=1)
         torch.testing.assert_close(layer["experts"].float(), wanted)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.utils.quantization_config import Mxfp4Config
 
 from loraprune_ds.config import LoraConfig, PruneConfig, RunConfig
 from loraprune_ds.errors import UserError
@@ -20,15 +21,17 @@ from loraprune_ds.export.lora import _adapter_config, merge_lora
 from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import RouterLoad
+from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from tests.families import tiny_model
-from tests.family_cuts import PROMPT, Network, dense, difference, draw, reopened
+from tests.family_cuts import PROMPT, Network, dense, difference, draw, find_router, reopened
 from tests.published import MIXTURES
 
-KINDS = ("mixtral", "qwen3_moe")
+KINDS = tuple(name for name, family in FAMILIES.items() if family.mixture)
+IN_ONE = {"gpt_oss": 4, "granitemoe": 2}  # tensors on disk that hold all experts of a layer
 TOLERANCE = 1e-5  # sums in another order, some 1e-7 each; a wrong expert moves the logits by about 1
 
 
@@ -36,14 +39,14 @@ def merged_stacks(network: Network) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Returns transformers' tensors of W + s·B·A, written once more, with the leaves A and B."""
     stacks = {}
     for i, layer in enumerate(decoder_layers(network.model)):
-        for ours, theirs in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
-            module: Any = layer.get_submodule(f"mlp.experts.{ours}")
+        for linear in (x for x in network.shape.linears if x.is_stack):
+            module: Any = layer.get_submodule(linear.name)
             a, b = (factor.detach().clone().requires_grad_() for factor in lora_weights(module))
             weight, scaling = module.base_layer.weight.detach(), module.scaling["default"]
             experts, r = network.shape.layers[i]["experts"], b.shape[1]
             delta = [b.view(experts, -1, r)[e] @ a.view(experts, r, -1)[e] for e in range(experts)]
             whole = weight.view(experts, -1, weight.shape[1]) + scaling * torch.stack(delta)
-            stacks[f"model.layers.{i}.mlp.experts.{theirs}"] = (whole, a, b)
+            stacks[f"model.layers.{i}.{linear.name}_proj"] = (whole, a, b)
     return stacks
 
 
@@ -85,12 +88,14 @@ def saved(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
 def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: Path) -> None:
     """Each expert has its own matrices there. Any flat part of a stack comes from several of them."""
     stock, pretrained = saved(family, tmp_path), open_pretrained(tmp_path)
-    assert sum(".experts." in name for name in pretrained.files) == 2 * 23 * 3
+    in_one = family in IN_ONE
+    assert sum(".experts." in name for name in pretrained.files) == 2 * (IN_ONE[family] if in_one else 23 * 3)
     with torch.no_grad():
         found = reopened(pretrained)(input_ids=PROMPT, use_cache=False).logits
         assert difference(found, stock(input_ids=PROMPT, use_cache=False).logits) < TOLERANCE
-    name = "model.layers.1.mlp.experts.gate_up.weight"
-    whole = stock.get_parameter("model.layers.1.mlp.experts.gate_up_proj").detach().flatten()
+    stack = next(linear.name for linear in pretrained.shape.linears if linear.is_stack)
+    name = f"model.layers.1.{stack}.weight"
+    whole = stock.get_parameter(f"model.layers.1.{stack}_proj").detach().flatten()
     for world_size in (1, 2, 3, 7, 64):
         step = -(-len(whole) // world_size)
         parts = [
@@ -121,6 +126,19 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     assert '"num_local_experts": 4' in config
     (tmp_path / "config.json").write_text(config.replace('"num_local_experts": 4', '"num_experts": 5'))
     with pytest.raises(UserError, match=r"mlp\.gate\.weight has shape \[4, 60\]; config\.json says \[5, 60\]"):
+        open_pretrained(tmp_path)
+
+
+def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """As GPT-OSS is published. transformers makes a bf16 model of it, which a run takes."""
+    saved("gpt_oss", tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.experts.down_proj"
+    tensors = load_file(file)
+    tensors |= {f"{name}_{part}": torch.zeros(23, 60, 2, dtype=torch.uint8) for part in ("blocks", "scales")}
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert Mxfp4Config(dequantize=True).dequantize
+    with pytest.raises(UserError, match=rf"{name}_blocks is stored as MXFP4.*; dequantise it first: .*Mxfp4Config"):
         open_pretrained(tmp_path)
 
 
@@ -170,7 +188,8 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
                 f"{linear.name}.lora_{which}": factor.detach()
                 for linear in network.shape.linears
                 for which, factor in zip("AB", lora_weights(lora_linear(layer, linear)), strict=True)
-            }
+            },
+            network.shape.linears,
         ).items()
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -186,7 +205,7 @@ def test_the_load_of_the_router_is_counted() -> None:
     network, routed = dense("mixtral"), list[Tensor]()
     layers = decoder_layers(network.model)
     for layer in layers:
-        layer.get_submodule("mlp.gate").register_forward_hook(lambda module, inputs, output: routed.append(output[2]))
+        find_router(layer).register_forward_hook(lambda module, inputs, output: routed.append(output[2]))
     with RouterLoad(layers, passes=2) as load:
         for _ in range(3):
             network.logits()
@@ -208,7 +227,7 @@ def test_published_mixtures_have_the_parameters_that_are_published(name: str) ->
 
 def test_dense_layers_among_sparse_ones_are_refused() -> None:
     config = tiny_model("qwen3_moe").config.to_dict() | {"mlp_only_layers": [1]}
-    with pytest.raises(UserError, match=r"where: model\.layers\.1\.mlp\.\w+\.weight has shape"):
+    with pytest.raises(UserError, match=r"where: layer 1 has no experts; dense layers among sparse ones are not supp"):
         shape_from_config(config, "where")
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import FAMILIES, Family, Kind
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.shapes import ModelShape
@@ -34,6 +35,7 @@ from tests.family_cuts import (
     difference,
     draw,
     export,
+    find_router,
     load,
     logits,
     reopened,
@@ -57,7 +59,7 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
     for i, layer in enumerate(decoder_layers(network.model)):
         for linear in network.shape.input_linears:
             if linear.is_stack:
-                mask_router(layer.get_submodule("mlp.gate"), keep[i]["experts"])
+                mask_router(find_router(layer), keep[i]["experts"])
                 continue
             module: Any = layer.get_submodule(linear.name)
             module.register_forward_pre_hook(
@@ -69,7 +71,7 @@ def mask_router(gate: Any, kept: Tensor) -> None:
     """Computes routers once more, as their papers have them: a softmax over all, whose largest add up to 1."""
 
     def route(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = hidden.flatten(0, -2) @ gate.weight.T
+        logits = hidden.flatten(0, -2) @ gate.weight.T + getattr(gate, "bias", 0)
         others = torch.ones(logits.shape[1], dtype=torch.bool).index_fill(0, kept, False)
         found = logits.masked_fill(others, -torch.inf).softmax(1).topk(gate.top_k)
         weights = (
@@ -186,7 +188,7 @@ def test_export_of_layers_that_differ(family: str, tmp_path: Path) -> None:
     assert_masked_equals_cut(family, again, masked, [NARROW, FEW])
 
 
-UNCAPPED = [name for name, family in FAMILIES.items() if family.attention_softcap is None]
+UNCAPPED = [name for name, family in FAMILIES.items() if family.eager_only is None]
 
 
 def assert_sdpa_is_causal(made: Export) -> None:

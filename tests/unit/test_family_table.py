@@ -10,7 +10,8 @@ import pytest
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
-from loraprune_ds.model.family import FAMILIES, Family, Kind
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from tests.families import heads_divide_hidden, tiny_config
@@ -60,9 +61,12 @@ def gguf(name: str) -> str:
 
 def smaller(family: Family, kind: Kind) -> str:
     """Names the modules that a cut of such groups makes smaller."""
+    if kind in family.fixed:
+        return "nothing"
     linears = [linear.name for linear in family.linears if linear.kind == kind]
-    norms = [norm.name.removesuffix(".weight") for norm in family.companions if norm.parts[0].kind == kind]
-    return ", ".join(path.rpartition(".")[2] for path in linears + norms)
+    others = [other.name for other in family.companions if other.parts[0].kind == kind]
+    others = [name.removesuffix(".weight").removesuffix(".bias") for name in others]
+    return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linears + others))
 
 
 def notes(name: str, family: Family) -> list[str]:
@@ -71,8 +75,12 @@ def notes(name: str, family: Family) -> list[str]:
         found.append("whole [experts](experts.md) leave")
     elif family.companions:
         found.append("its norms run over all heads, so a cut is not quite equal to a mask")
-    if family.attention_softcap:
-        found.append("eager attention, as sdpa cannot cap its scores")
+    if family.whole:
+        found.append("shared experts stay whole, without LoRA")
+    if family.fixed:
+        found.append(f"its class has no field for fewer {' and '.join(family.fixed)}")
+    if family.eager_only:
+        found.append(f"eager attention, as sdpa lacks {family.eager_only}")
     if family.windows_begin_with_bos:
         found.append("perplexity windows begin with BOS")
     if name == "phi3":

@@ -79,6 +79,30 @@ def test_a_fused_linear_comes_apart(convert: Any) -> None:
     np.testing.assert_array_equal(found["blk.1.ffn_up.weight"], fused[channels:])
 
 
+def test_experts_come_apart(convert: Any) -> None:
+    """Gate and up are apart in llama.cpp. GPT-OSS stores their outputs in turn, and its matrices transposed."""
+    reader, sources = convert("mixtral")
+    assert number(reader, "llama.expert_count") == 7
+    assert number(reader, "llama.expert_used_count") == 3
+    found, block = values(reader), "model.layers.1.block_sparse_moe"
+    for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+        wanted = np.stack([sources[f"{block}.experts.{i}.{theirs}.weight"] for i in range(7)])
+        np.testing.assert_array_equal(found[f"blk.1.ffn_{ours}_exps.weight"], wanted.astype(np.float16))
+    np.testing.assert_array_equal(found["blk.1.ffn_gate_inp.weight"], sources[f"{block}.gate.weight"])
+
+    reader, sources = convert("gpt_oss")
+    found, block = values(reader), "model.layers.1.mlp"
+    for ours, start in (("gate", 0), ("up", 1)):
+        wanted = sources[f"{block}.experts.gate_up_proj"][:, :, start::2].swapaxes(1, 2)
+        np.testing.assert_array_equal(found[f"blk.1.ffn_{ours}_exps.weight"], wanted.astype(np.float16))
+        wanted = sources[f"{block}.experts.gate_up_proj_bias"][:, start::2]
+        np.testing.assert_array_equal(found[f"blk.1.ffn_{ours}_exps.bias"], wanted)
+    wanted = sources[f"{block}.experts.down_proj"].swapaxes(1, 2)
+    np.testing.assert_array_equal(found["blk.1.ffn_down_exps.weight"], wanted.astype(np.float16))
+    np.testing.assert_array_equal(found["blk.1.attn_sinks.weight"], sources["model.layers.1.self_attn.sinks"])
+    assert number(reader, "gpt-oss.rope.scaling.type") == "yarn"
+
+
 @pytest.mark.parametrize(("layers", "divisor"), [(7, 16), (62, 24)])
 def test_norms_and_attention_scale_of_gemma3(layers: int, divisor: int, convert: Any) -> None:
     """llama.cpp divides scores by sqrt(head_dim), but by sqrt(hidden_size // query heads) in a Gemma 3 of 62 layers."""
@@ -116,6 +140,9 @@ def test_numbers_of_granite(convert: Any) -> None:
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "rope scaling",
         ),
+        ("qwen3_moe", (), {"norm_topk_prob": False}, "GGUF cannot hold norm_topk_prob False in llama.cpp's qwen3moe"),
+        ("qwen2_moe", ((2, 7), (2, 7)), {}, "GGUF cannot hold self_attn.q_proj with 48 outputs in llama.cpp's qwen2mo"),
+        ("olmoe", (), {"clip_qkv": 0.5}, "GGUF cannot hold clip_qkv 0.5 in llama.cpp's olmoe"),
         ("starcoder2", (), {}, "GGUF is checked in llama.cpp for llama, .* not for starcoder2"),
     ],
 )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family import LLAMA_LINEARS, Linear
+from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning import importance

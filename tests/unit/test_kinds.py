@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.model.family import ATTENTION, FAMILIES, GATED, Family, Linear, Part
+from loraprune_ds.model.family import ATTENTION, FAMILIES, GATED
+from loraprune_ds.model.family_row import Family, Linear, Part
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, PruneConfig, Ranking
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family import LLAMA_LINEARS, Kind
+from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import MovingAverage
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts

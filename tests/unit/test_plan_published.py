@@ -10,6 +10,7 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.plan.request import build_request, read_config
+from tests.benchmarks.mixture_plans import NODE, gathered_bytes, layer_bytes, plan_on
 from tests.published import PUBLISHED
 
 CONFIGS = Path("launch/configs")
@@ -27,6 +28,16 @@ def test_the_run_fits_where_it_is_meant_to(name: str) -> None:
     plan = make_plan(build_request(name, source, shape, load_config(path), Cluster(NODES[meant[1]], 8)))
     assert plan.fits
     assert plan.request.micro_batches == 1
+
+
+@pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "gpt-oss-120b", "Qwen3-235B-A22B"])
+def test_a_mixture_fits_on_a_node_and_gathers_a_layer_at_a_time(name: str) -> None:
+    """A layer that is gathered whole is copied, so it counts twice. Before a small one ends, others are fetched."""
+    plan = plan_on(name, NODE)
+    assert plan.fits
+    layer, fetched = layer_bytes(plan), plan.request.element_size * plan.request.fetch_limits.max_live
+    head = plan.request.element_size * plan.request.shape.vocab_size * plan.request.shape.hidden_size
+    assert gathered_bytes(plan) <= (2.1 * layer if layer > fetched else 2 * layer + fetched + head)
 
 
 @pytest.mark.parametrize("name", ["llama-65b", "llama3.3-70b"])

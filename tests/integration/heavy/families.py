@@ -17,7 +17,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 16,
 }
-KEPT = (2, 96)
+KEPT, KEPT_EXPERTS = (2, 96), (2, 7)
+SQUARE, ALL_HEADS = ("qwen2_moe",), (4, 7)  # llama.cpp takes q_proj for hidden_size x hidden_size
 # Those whose layers of one size vLLM serves, as test_vllm.py shows, and by which implementation. vLLM's own class for
 # Qwen2 takes hidden_size // query heads for head_dim. Its own class for Cohere2 gives other logits.
 DENSE = [name for name, family in FAMILIES.items() if not family.mixture]
@@ -40,13 +41,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.4},
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
+    "qwen3_moe": {"moe_intermediate_size": 64, "norm_topk_prob": True},  # as published
+    "qwen2_moe": {"moe_intermediate_size": 64, "head_dim": 12},
+    "olmoe": {"num_key_value_heads": 8, "head_dim": 12, "clip_qkv": None},
 }
 
 
 def serve(family: str, folder: Path, tokenizer: Path, *counts: tuple[int, int], **changes: Any) -> Export:
     """Writes the export of a cut model, with a tokenizer. Without counts all layers keep KEPT."""
     settings = SIZES | SPECIAL.get(family, {}) | changes
-    made = export(family, folder, *counts or [KEPT] * settings.get("num_hidden_layers", 2), **settings)
+    kept = ALL_HEADS if family in SQUARE else KEPT_EXPERTS if FAMILIES[family].mixture else KEPT
+    made = export(family, folder, *counts or [kept] * settings.get("num_hidden_layers", 2), **settings)
     copy_tokenizer(tokenizer, folder)
     return made
 

@@ -28,6 +28,7 @@ from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES, architecture_name
 from loraprune_ds.export.source import ExportSource
 from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
 from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
@@ -202,14 +203,22 @@ def convert(
 
 
 def reference(item: Compared) -> PreTrainedModel:
-    """Returns the merged model in fp32. Rounds matrices, and what they are multiplied with, as llama.cpp does."""
+    """Returns the merged model in fp32. Rounds matrices, and what they are multiplied with, as llama.cpp does.
+
+    Routers and the gate of a shared expert stay fp32.
+    """
     model = AutoModelForCausalLM.from_pretrained(item.merged, dtype=torch.float32, trust_remote_code=True).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.data = rounded(parameter.data, item.precision)
+    stack_experts(model)
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], item.precision),))
+        if isinstance(module, (nn.Linear, nn.Embedding)) and len(module.weight) > 1:
+            weight = module.weight.data
+            if isinstance(module, ExpertStack) and module.transposed:
+                blocks = weight.view(module.experts, module.rows, -1).transpose(1, 2)
+                weight.copy_(rounded(blocks.contiguous(), item.precision).transpose(1, 2).flatten(0, 1))
+            else:
+                weight.copy_(rounded(weight, item.precision))
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], item.precision), *inputs[1:]))
     return model
 
 
