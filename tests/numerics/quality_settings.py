@@ -116,10 +116,14 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
     }
 
 
-def gradient_scores(job: Job) -> dict[str, Any]:
+def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
     """Makes two steps with the criterion `gradient`.
 
-    Returns the raw scores of the first, what a rank held and sent for them, and LoRA after both.
+    Args:
+        widen: send the gradients in fp32, whatever they are formed in.
+
+    Returns:
+        The raw scores of the first step, what a rank held and sent for them, and LoRA after both.
     """
     trainer = build(job)
     model, gradients = trainer.model, trainer.pruner.gradients
@@ -136,7 +140,7 @@ def gradient_scores(job: Job) -> dict[str, Any]:
     def look_and_scatter(values: Tensor) -> Tensor:
         whole.append(len(values))
         before = model.comm.bytes_sent
-        shard = reduce_scatter(values)
+        shard = reduce_scatter(values.float() if widen else values)
         sent.append(model.comm.bytes_sent - before)
         return shard
 
