@@ -66,7 +66,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         entries = [] if isinstance(self.path, str) else self.path
-        require(self.path != [], "data.path is an empty list")
+        require(self.path != [] and all(source.path for source in self.sources), "data.path, or a path in it, is empty")
         formats = {source.format for source in self.sources}
         require(not self.packing or formats != {"text"}, "data.packing has no effect on data.format text")
         for i, entry in enumerate(entries):

@@ -8,7 +8,7 @@
 # Each tool gets an environment of its own in the checkout, once: llama.cpp in .venv-llama (compiles for ten minutes on
 # two cores), with --vllm also vLLM's CPU build in .venv-vllm (3 GB, three minutes), with --quantise llm-compressor in
 # .venv-quantise. LLAMA_CPP_PYTHON, VLLM_PYTHON and QUANTISE_PYTHON may name a Python that has them already.
-# REPORTERS_PATH may name a folder with wandb, for the tour.
+# The tour needs wandb, which goes into .venv.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
@@ -56,6 +56,9 @@ if [[ ${1:-} == --transformers ]]; then
   export OTHER_TRANSFORMERS=$ROOT/.venv-transformers
   [[ -d $OTHER_TRANSFORMERS/transformers ]] || install_transformers
   exec python -m pytest tests/integration/test_export_fresh_process.py tests/integration/test_family_fresh_process.py
+fi
+if ! has python wandb; then
+  quietly python -m pip install wandb==0.31.0
 fi
 export LLAMA_CPP_PYTHON=${LLAMA_CPP_PYTHON:-$ROOT/.venv-llama/bin/python}
 has "$LLAMA_CPP_PYTHON" llama_cpp || install_llama_cpp

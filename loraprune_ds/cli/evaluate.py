@@ -23,7 +23,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO, get_args
@@ -33,6 +33,7 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
 from loraprune_ds.evaluate.serving import SERVERS, ServeSettings, find_server
+from loraprune_ds.evaluate.speed_settings import SpeedSettings
 from loraprune_ds.zero.environment import collective_timeout
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.zero.comm import Communicator
 
+ROUND = fields(SpeedSettings)  # an option each
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
 
 
@@ -65,7 +67,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
     parser.add_argument("--serve", choices=SERVERS, help="prefill and decode tokens per second in this server")
     parser.add_argument("--serve-python", metavar="PYTHON", help="of the environment that has the server")
-    parser.add_argument("--gguf", choices=("f16", "q8_0"), default="f16", help="file for llama.cpp (default: f16)")
+    for field in ROUND:
+        about = f"of --speed and --serve (default: {field.default})"
+        parser.add_argument(f"--{field.name}", type=int, metavar="N", default=argparse.SUPPRESS, help=about)
+    parser.add_argument("--gguf", choices=("f16", "q8_0"), help="file for llama.cpp (default: f16)")
     parser.add_argument("--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--verbose", action="store_true", help="let the libraries speak")
@@ -102,7 +107,7 @@ def keep_stdout() -> TextIO:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
     collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
-    serving = serve_settings(arguments)
+    speeds = speed_settings(arguments)
     if not arguments.verbose:
         silence_evaluation()
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
@@ -121,9 +126,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with merged(given, comm, is_first_on_node=is_first) as paths:
         with comm.patient() as waiting:
             waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-        settings = comm.all_or_raise(lambda: make_settings(arguments, serving))
+        settings = comm.all_or_raise(lambda: make_settings(arguments, *speeds))
         measurements = evaluate(paths, settings, comm, show_progress)
-        served = serve(paths, settings.serve, arguments.gguf) if settings.serve else [None] * len(paths)
+        served = serve(paths, settings.serve, arguments.gguf or "f16") if settings.serve else [None] * len(paths)
     named = [replace(m, path=path, served=s) for m, path, s in zip(measurements, given, served, strict=True)]
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(named, settings, comm.world_size, provenance)
@@ -172,10 +177,11 @@ def find_or_merge(path: str, out: Path) -> str:
     return path
 
 
-def make_settings(arguments: argparse.Namespace, serving: ServeSettings | None) -> "EvaluationSettings":
+def make_settings(
+    arguments: argparse.Namespace, speed: SpeedSettings | None, serving: ServeSettings | None
+) -> "EvaluationSettings":
     from loraprune_ds.evaluate.perplexity import PerplexityProtocol
     from loraprune_ds.evaluate.settings import EvaluationSettings
-    from loraprune_ds.evaluate.speed import SpeedSettings
     from loraprune_ds.evaluate.zeroshot import TaskSettings
 
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
@@ -186,19 +192,25 @@ def make_settings(arguments: argparse.Namespace, serving: ServeSettings | None) 
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         tasks=tasks if names else None,
-        speed=SpeedSettings() if arguments.speed else None,
+        speed=speed,
         serve=serving,
         sharded=arguments.sharded,
     )
 
 
-def serve_settings(arguments: argparse.Namespace) -> ServeSettings | None:
-    """Checks the server, before anything that takes long."""
+def speed_settings(arguments: argparse.Namespace) -> tuple[SpeedSettings | None, ServeSettings | None]:
+    """Checks what is said about speed here and in a server, before anything that takes long."""
+    rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
+    wanted = arguments.speed or arguments.serve is not None
+    require(wanted or not rounds, "--prompt, --generated and --rounds have no effect without --speed or --serve")
+    require(arguments.gguf is None or arguments.serve == "llama.cpp", "--gguf has no effect without --serve llama.cpp")
+    speed = SpeedSettings(**rounds) if arguments.speed else None
     if arguments.serve is None:
         require(arguments.serve_python is None, "--serve-python has no effect without --serve")
-        return None
+        return speed, None
     require(os.environ.get("WORLD_SIZE", "1") == "1", "--serve measures on one rank; start it without a launcher")
-    return ServeSettings(arguments.serve, find_server(arguments.serve, arguments.serve_python))
+    python = find_server(arguments.serve, arguments.serve_python)
+    return speed, ServeSettings(server=arguments.serve, python=python, **rounds)
 
 
 def serve(paths: list[str], settings: ServeSettings, precision: str) -> "list[Served]":
@@ -225,7 +237,7 @@ def served_model(path: str, form: str, out: Path) -> "ServedModel":
     if form != "hf":
         export(find_source(folder), form, out)
         (folder,) = out.glob("*.gguf")
-    return ServedModel(folder, form, config["vocab_size"], "auto_map" in config)
+    return ServedModel(folder, form, config["vocab_size"], "auto_map" in config, found.pretrained.shape.family.vllm)
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:

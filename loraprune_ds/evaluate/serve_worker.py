@@ -1,6 +1,7 @@
 """Times one model in llama.cpp or vLLM. It runs in the Python that has that server, and knows nothing of this package.
 
-serve_worker.py JOB     JOB is JSON: server, model, prompt, generated, batch, trust_remote_code
+serve_worker.py JOB     JOB is JSON: server, model, prompt, generated, batch, trust_remote_code,
+model_impl
 
 It writes a JSON object when the model is loaded, and one for each line that it reads, with the seconds of a round.
 """
@@ -51,6 +52,7 @@ def load_vllm(job: dict[str, Any]) -> tuple[str, Round]:
     model = vllm.LLM(
         model=job["model"],
         trust_remote_code=job["trust_remote_code"],
+        model_impl=job["model_impl"],
         max_model_len=len(prompt) + generated + 1,
         max_num_seqs=batch,
         enable_prefix_caching=False,  # every round sends the same prompt

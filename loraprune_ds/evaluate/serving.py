@@ -18,6 +18,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any, Literal, NoReturn, get_args
 
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.evaluate.speed_settings import SpeedSettings
 
 Server = Literal["llama.cpp", "vllm"]
 SERVERS: tuple[Server, ...] = get_args(Server)
@@ -26,11 +27,9 @@ PYTHONS = {"llama.cpp": "LLAMA_CPP_PYTHON", "vllm": "VLLM_PYTHON"}  # variables 
 WORKER = Path(__file__).with_name("serve_worker.py")
 
 
-@dataclass(frozen=True)
-class ServeSettings:
-    """Describes a round: one sequence of `prompt` random tokens and `generated` greedy ones, then in vLLM a batch.
-
-    `rounds` follow a warm-up.
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(SpeedSettings):
+    """Describes a round of one sequence, which in vLLM a batch of them follows.
 
     Attributes:
         python: of the environment with the server.
@@ -39,9 +38,6 @@ class ServeSettings:
 
     server: Server
     python: str
-    prompt: int = 512
-    generated: int = 32
-    rounds: int = 5
     batch: int = 8
 
 
@@ -52,12 +48,14 @@ class ServedModel:
     Attributes:
         form: "gguf-f16" for example, or "hf".
         vocabulary: number of tokens.
+        model_impl: vLLM's choice of an implementation.
     """
 
     path: Path
     form: str
     vocabulary: int
     trust_remote_code: bool = False
+    model_impl: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,7 @@ class _Worker:
             "generated": settings.generated,
             "batch": settings.batch,
             "trust_remote_code": model.trust_remote_code,
+            "model_impl": model.model_impl,
         }
         self._errors: IO[bytes] = TemporaryFile()
         self._process = subprocess.Popen(

@@ -11,7 +11,7 @@ from loraprune_ds.evaluate.evaluation_text import EvaluationText
 from loraprune_ds.evaluate.models import FoundModel, choose_dtype, find_model
 from loraprune_ds.evaluate.perplexity import Batch, PerplexityProtocol, make_batches
 from loraprune_ds.evaluate.serving import ServeSettings
-from loraprune_ds.evaluate.speed import SpeedSettings
+from loraprune_ds.evaluate.speed_settings import SpeedSettings
 from loraprune_ds.evaluate.zeroshot import TaskSettings, check_tasks
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.zero.device import check_dtype

@@ -14,19 +14,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from loraprune_ds.evaluate.speed_settings import SpeedSettings
 from loraprune_ds.zero.device import accelerator, is_cpu
 
 # transformers renamed the argument between the versions that pyproject.toml allows.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-
-
-@dataclass(frozen=True)
-class SpeedSettings:
-    """Describes a round: `prompt` random tokens, then `generated` greedy ones. `rounds` follow a warm-up."""
-
-    prompt: int = 512
-    generated: int = 32
-    rounds: int = 5
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,12 @@ UNGATED = Family((*ATTENTION, _rows("mlp.up_proj", CHANNELS), _columns("mlp.down
 LLAMA_LIKE = "llama mistral ministral ministral3 qwen2 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(LLAMA_LIKE.split(), LLAMA),
+    "qwen2": replace(LLAMA, vllm="transformers"),  # vLLM's own class takes hidden_size // query heads for head_dim
     "gemma": GEMMA,
     "gemma2": replace(GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)"),
     "gemma3_text": replace(GEMMA, softcap="final_logit_softcapping"),
     "granite": replace(LLAMA, logit_divisor="logits_scaling"),
-    "cohere2": replace(LLAMA, logit_scale="logit_scale"),
+    "cohere2": replace(LLAMA, logit_scale="logit_scale", vllm="transformers"),  # its own class gives other logits
     **dict.fromkeys(("olmo2", "olmo3"), replace(LLAMA, companions=WIDE_NORMS)),
     "phi3": Family(
         (_rows("self_attn.qkv_proj", QUERIES, KEYS, KEYS), _columns("self_attn.o_proj", QUERIES), *FUSED_GATED),

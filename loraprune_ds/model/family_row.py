@@ -125,6 +125,7 @@ class Family:
         mixture: its MLPs are mixtures of experts.
         whole: how the names of matrices begin that no cut makes smaller. They have no LoRA.
         fixed: kinds of which nothing leaves.
+        vllm: vLLM's `model_impl` for it. "auto" is vLLM's own class, if there is one.
     """
 
     linears: tuple[Linear, ...]
@@ -138,6 +139,7 @@ class Family:
     mixture: Mixture | None = None
     whole: tuple[str, ...] = ()
     fixed: tuple[Kind, ...] = ()
+    vllm: Literal["auto", "transformers"] = "auto"
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

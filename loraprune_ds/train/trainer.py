@@ -89,9 +89,10 @@ class Trainer:
         """Makes an optimizer step, counted from 1: forward and backward passes, scores, update."""
         began = time.perf_counter()
         batch = self.order.batch(step - 1)
-        tokens, supervised = self.samples.count_tokens(batch), self.samples.count_supervised(batch)
+        texts, supervised = self.samples.text_lengths(batch), self.samples.count_supervised(batch)
+        tokens = int(texts.sum())
         learning_rate, sparsity = self.engine.learning_rate, self.pruner.reached()  # before the step changes them
-        flops = tokens * needed_flops_per_token(self.model.shape, tokens / len(batch))
+        flops = tokens * needed_flops_per_token(self.model.shape, int(texts.square().sum()) / tokens)
         with self.pruner.record_step(step):
             reports = self._exchange(self._accumulate(step, batch, supervised))
             skipped = decide(reports.bad_layers, reports.losses, dtype=self._dtype, step=step) == "skip"

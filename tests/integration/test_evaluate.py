@@ -350,6 +350,15 @@ BAD: dict[str, tuple[Spoil, str]] = {
         "{made}/dense reads at most 512 tokens (max_position_embeddings), not 1024",
     ),
     "serve without": (lambda m, h: [m / "dense", "--serve-python", "python3"], "--serve-python has no effect without"),
+    "rounds without": (
+        lambda m, h: [m / "dense", "--rounds", "2"],
+        "--prompt, --generated and --rounds have no effect",
+    ),
+    "gguf for vllm": (
+        lambda m, h: [m / "dense", "--serve", "vllm", "--gguf", "f16"],
+        "--gguf has no effect without --serve llama.cpp",
+    ),
+    "no rounds": (lambda m, h: [m / "dense", "--speed", "--rounds", "0"], "--rounds must be at least 1; got 0"),
     "serve nowhere": (
         lambda m, h: [m / "dense", "--serve", "vllm", "--serve-python", "nowhere"],
         "--serve-python: nowhere is no program",

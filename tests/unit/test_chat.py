@@ -205,6 +205,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     fails(r"a conversation must be a list of messages; got 5", [{"messages": 5}], tmp_path)
     fails(r"a message must have role and content.*; got 'a'", [{"messages": ["a"]}], tmp_path)
     fails(r"a message must have role and content.*; got \{'text'", [{"messages": [{"text": "a"}]}], tmp_path)
+    fails(r"a message must have role .*; got \{'from': \['gpt'\]", [{"messages": [{"from": ["gpt"]}]}], tmp_path)
     fails(r"tools must be a list or its JSON; got 'f'", [good | {"tools": "f"}], tmp_path)
 
 

@@ -57,10 +57,10 @@ def test_count_supervised_counts_predictions_once_per_occurrence_and_no_first_to
     assert Samples(text, text).count_supervised(numbers(0, 2)) == 8
 
 
-def test_count_tokens_leaves_padding_out() -> None:
-    assert masked_samples().count_tokens(numbers(0, 1, 0)) == 10
+def test_padding_is_no_part_of_a_text() -> None:
+    assert masked_samples().text_lengths(numbers(0, 1, 0)).tolist() == [4, 2, 4]
     text = torch.ones(3, 5, dtype=torch.int32)
-    assert Samples(text, text).count_tokens(numbers(0, 2)) == 10
+    assert Samples(text, text).text_lengths(numbers(0, 2)).tolist() == [5, 5]
 
 
 def test_a_digest_sees_every_part_of_the_samples() -> None:

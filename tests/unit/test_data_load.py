@@ -266,6 +266,13 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     assert list(read_rows(DataConfig(path=str(tmp_path / "a.jsonl")).sources[0])) == [{"text": "w1"}]
 
 
+def test_half_of_a_character_is_replaced(tmp_path: Path) -> None:
+    """JSON can hold one, where a text was cut between the two. Tokenizers take none."""
+    (tmp_path / "a.jsonl").write_text(r'{"text": "w1 \ud83d w2 \ude00 \uD83D\uDE00"}' + "\n")
+    (row,) = read_rows(DataConfig(path=str(tmp_path / "a.jsonl")).sources[0])
+    assert row == {"text": "w1 ? w2 ? \N{GRINNING FACE}"}
+
+
 def test_a_path_that_is_not_there_is_one_line_and_no_download(tmp_path: Path) -> None:
     fails(r"missing\.txt does not exist", tmp_path / "missing.txt")
     fails(r"missing\.jsonl does not exist", "missing.jsonl")

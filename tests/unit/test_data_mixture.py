@@ -100,7 +100,8 @@ def test_a_mixture_reads_back_as_itself() -> None:
 
 
 WRONG = {
-    "empty": ([], r"data\.path is an empty list"),
+    "empty": ([], r"data\.path, or a path in it, is empty"),
+    "an empty path": ([{"path": "a"}, {"path": ""}], r"data\.path, or a path in it, is empty"),
     "a path alone": (["a.txt"], r"data\.path\[0\] must be a section of keys, got 'a\.txt'"),
     "no path": ([{"weight": 1}], r"the key data\.path\[0\]\.path is missing"),
     "a weight of 0": ([{"path": "a"}, {"path": "b", "weight": 0}], r"data\.path\[1\]\.weight must be positive; got 0"),

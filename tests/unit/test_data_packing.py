@@ -57,7 +57,18 @@ def test_a_pack_holds_its_samples_one_behind_the_other() -> None:
         ids = torch.cat([alone["input_ids"][i, : LENGTHS[i]] for i in pack])
         assert inputs["input_ids"][row, : len(ids)].equal(ids)
     assert PACKED.supervised_counts().sum() == SAMPLES.supervised_counts().sum()
-    assert PACKED.count_tokens(numbers(*range(len(PACKED)))) == sum(LENGTHS)
+
+
+def test_texts_of_a_pack_are_counted_one_by_one() -> None:
+    """Tokens per second and MFU are counted in them."""
+    assert len(PACKED) < len(SAMPLES)
+    last_first = [*reversed(range(len(PACKED)))]
+    found = PACKED.text_lengths(numbers(*last_first)).tolist()
+    assert found == [LENGTHS[i] for pack in reversed(PACKS) for i in pack]
+    one_token_each = Samples.of_tensors({"input_ids": torch.ones(3).int(), "labels": torch.ones(3).int(),
+                                         "position_ids": torch.zeros(3).int(), "starts": torch.tensor([0, 2, 3])},
+                                        window=4, left_out=0)  # fmt: skip
+    assert one_token_each.text_lengths(numbers(0, 1)).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

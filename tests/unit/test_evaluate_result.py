@@ -15,7 +15,8 @@ from loraprune_ds.evaluate.perplexity import Perplexity, PerplexityProtocol
 from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.serving import Served
 from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.speed import Speed, SpeedSettings
+from loraprune_ds.evaluate.speed import Speed
+from loraprune_ds.evaluate.speed_settings import SpeedSettings
 from loraprune_ds.evaluate.zeroshot import TaskSettings
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config

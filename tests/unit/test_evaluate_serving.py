@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from loraprune_ds.cli.evaluate import served_model
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.serving import ServedModel, ServeSettings, find_server, measure_serving
+from loraprune_ds.evaluate.serving import Served, ServedModel, ServeSettings, find_server, measure_serving
+from loraprune_ds.files import read_json, write_json
+from tests.families import tiny_model
 
 LLAMA_CPP = """
 import os
 __version__ = "1.2"
+assert "RANK" not in os.environ and "of the caller" not in os.environ["PYTHONPATH"]
 
 class Llama:
     def __init__(self, path, **options):
@@ -28,6 +32,7 @@ class Llama:
         self.say("reset")
 
     def eval(self, tokens):
+        assert max(tokens) < 8
         if self.name == "dying.gguf":
             os._exit(3)
         self.say(f"eval {len(tokens)}")
@@ -36,23 +41,26 @@ class Llama:
         return 7
 """
 VLLM = """
-import os
+import os, time
 __version__ = "0.9"
+clock = [0.0]
+time.perf_counter = lambda: clock[0]
 
 class SamplingParams:
     def __init__(self, **options):
         self.__dict__ |= options
 
 class LLM:
-    def __init__(self, model, trust_remote_code, enable_prefix_caching, **options):
+    def __init__(self, model, trust_remote_code, model_impl, enable_prefix_caching, **options):
         assert not enable_prefix_caching
-        self.model, self.trust = model, trust_remote_code
+        self.model, self.loaded = model, f"{model_impl}, trust {trust_remote_code}"
 
     def generate(self, prompts, parameters, use_tqdm):
         with open(os.environ["SAID"], "a") as file:
             tokens = {len(prompt["prompt_token_ids"]) for prompt in prompts}
             assert parameters.max_tokens == parameters.min_tokens and parameters.ignore_eos
-            file.write(f"{len(prompts)} of {tokens} write {parameters.max_tokens}, trust {self.trust}\\n")
+            clock[0] += len(prompts) * (1 + parameters.max_tokens / 2)
+            file.write(f"{len(prompts)} of {tokens} write {parameters.max_tokens}, {self.loaded}\\n")
 """
 
 
@@ -64,19 +72,21 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (packages / "llama_cpp.py").write_text(LLAMA_CPP)
     (packages / "vllm.py").write_text(VLLM)
     program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={packages}:$PYTHONPATH exec {sys.executable} "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("SAID", str(tmp_path / "said"))
+    monkeypatch.setenv("PYTHONPATH", "of the caller")
+    monkeypatch.setenv("RANK", "0")
     return str(program)
 
 
-def gguf(name: str) -> ServedModel:
-    return ServedModel(Path(f"{name}.gguf"), "gguf-f16", 50)
+def gguf(name: str, vocabulary: int = 8) -> ServedModel:
+    return ServedModel(Path(f"{name}.gguf"), "gguf-f16", vocabulary)
 
 
 def test_models_take_turns_in_llama_cpp(python: str, tmp_path: Path) -> None:
-    settings = ServeSettings("llama.cpp", python, prompt=5, generated=2, rounds=1)
-    dense, pruned = measure_serving([gguf("dense"), gguf("pruned")], settings)
+    settings = ServeSettings(server="llama.cpp", python=python, prompt=5, generated=2, rounds=1)
+    dense, pruned = measure_serving([gguf("dense", 50), gguf("pruned")], settings)
     said = (tmp_path / "said").read_text().splitlines()
     assert sorted(said[:2]) == ["dense.gguf: context 8", "pruned.gguf: context 8"]
     turn = ["reset", "eval 5", "eval 1", "eval 1"]
@@ -87,11 +97,21 @@ def test_models_take_turns_in_llama_cpp(python: str, tmp_path: Path) -> None:
 
 
 def test_vllm_answers_one_and_a_batch(python: str, tmp_path: Path) -> None:
-    settings = ServeSettings("vllm", python, prompt=5, generated=2, rounds=1, batch=3)
-    (served,) = measure_serving([ServedModel(tmp_path, "hf", 50, trust_remote_code=True)], settings)
-    turn = ["1 of {5} write 1, trust True", "1 of {5} write 3, trust True", "3 of {5} write 2, trust True"]
-    assert (tmp_path / "said").read_text().splitlines() == turn * 2
-    assert served.batch_tokens_per_second is not None
+    settings = ServeSettings(server="vllm", python=python, prompt=5, generated=2, rounds=1, batch=3)
+    (served,) = measure_serving([ServedModel(tmp_path, "hf", 50, True, "transformers")], settings)
+    turn = ["1 of {5} write 1", "1 of {5} write 3", "3 of {5} write 2"]
+    assert (tmp_path / "said").read_text().splitlines() == [f"{said}, transformers, trust True" for said in turn] * 2
+    # The fake takes a second per prompt and half a second per token.
+    assert served == Served("vllm", "0.9", "hf", 5 / 1.5, 2 / 1.0, 3 * 2 / (3 * 2.0))
+
+
+@pytest.mark.parametrize(("family", "model_impl"), [("llama", "auto"), ("qwen2", "transformers")])
+@pytest.mark.parametrize("remote", [False, True])
+def test_vllm_gets_what_fits_the_model(family: str, model_impl: str, remote: bool, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config | ({"auto_map": {}} if remote else {}))
+    assert served_model(str(tmp_path), "hf", tmp_path) == ServedModel(tmp_path, "hf", 97, remote, model_impl)
 
 
 def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +119,7 @@ def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.Mo
 
     seconds = iter([9.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(serving._Worker, "play", lambda self: {"prefill": (s := next(seconds)), "decode": s / 2})
-    settings = ServeSettings("llama.cpp", python, prompt=10, generated=4, rounds=3)
+    settings = ServeSettings(server="llama.cpp", python=python, prompt=10, generated=4, rounds=3)
     (served,) = measure_serving([gguf("dense")], settings)
     assert (served.prefill_tokens_per_second, served.decode_tokens_per_second) == (5.0, 4.0)
 
@@ -113,7 +133,7 @@ def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.Mo
 )
 def test_a_server_that_ends_is_one_line(name: str, line: str, python: str) -> None:
     with pytest.raises(UserError, match=line):
-        measure_serving([gguf(name)], ServeSettings("llama.cpp", python, prompt=5, generated=2, rounds=1))
+        measure_serving([gguf(name)], ServeSettings(server="llama.cpp", python=python, prompt=5, generated=2, rounds=1))
 
 
 def test_a_python_without_the_server_is_named(python: str, monkeypatch: pytest.MonkeyPatch) -> None:

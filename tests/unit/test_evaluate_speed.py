@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.evaluate import speed
-from loraprune_ds.evaluate.speed import SpeedSettings, measure_speed
+from loraprune_ds.evaluate.speed import measure_speed
+from loraprune_ds.evaluate.speed_settings import SpeedSettings
 from tests.export_cases import CASES, dense_model
 
 

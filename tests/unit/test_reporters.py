@@ -60,7 +60,10 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     return fake
 
 
-def test_a_run_sends_its_config_records_and_pictures(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_a_run_sends_its_config_records_and_pictures(
+    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
     raw = {"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"], "tensorboard": False, "progress": False}}
     config = config_from_dict(raw)
     recorder = Recorder(config, tmp_path, 10, None, active=True)
@@ -71,6 +74,7 @@ def test_a_run_sends_its_config_records_and_pictures(wandb: FakeWandb, tmp_path:
     recorder.close()
     (_, opened), (_, axis), *logged, last = wandb.calls
     assert (opened["config"], opened["name"], axis) == (config.to_dict(), tmp_path.name, STEP_AXIS)
+    assert (opened["project"], opened["dir"]) == ("mine", str(tmp_path))
     values = [value for _, value in logged]
     assert [value[STEP_AXIS] for value in values[:-1]] == [r.step for r in (*history.steps, *history.cuts)]
     assert values[0]["train/loss"] == history.steps[0].loss

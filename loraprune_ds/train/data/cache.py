@@ -33,7 +33,6 @@ from loraprune_ds.whole import make_once
 SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
 DIGEST = re.compile("[0-9a-f]{32}")
 KEPT_SECONDS = 30 * 86_400
-HALVES = "surrogatepass"  # JSON may hold halves of characters
 
 
 def cached(
@@ -85,13 +84,13 @@ def _write(data: LoadedData, folder: Path) -> None:
     tensors = data.samples.tensors() | ({} if data.epoch is None else {"epoch": data.epoch})
     numbers = {"window": str(data.samples.window), "left_out": str(data.samples.left_out)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SAMPLES_FILE, numbers)
-    (folder / HELD_OUT_FILE).write_bytes(data.held_out.encode(errors=HALVES))
+    (folder / HELD_OUT_FILE).write_bytes(data.held_out.encode())
 
 
 def _read(folder: Path) -> LoadedData:
     with safe_open(folder / SAMPLES_FILE, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # they map the file
         numbers = {name: int(value) for name, value in file.metadata().items()}
-    held_out = (folder / HELD_OUT_FILE).read_bytes().decode(errors=HALVES)
+    held_out = (folder / HELD_OUT_FILE).read_bytes().decode()
     epoch = tensors.pop("epoch", None)
     return LoadedData(Samples.of_tensors(tensors, **numbers), held_out, epoch)

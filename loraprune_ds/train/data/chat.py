@@ -84,7 +84,7 @@ def _messages(value: Any, role: str) -> list[Message]:
 
 
 def _message(value: Any) -> Message:
-    if isinstance(value, dict) and "from" in value:
+    if isinstance(value, dict) and isinstance(value.get("from"), str):
         value = {"role": SHAREGPT_ROLES.get(value["from"], value["from"]), "content": value.get("value")}
     if not (isinstance(value, dict) and isinstance(value.get("role"), str)):
         raise UserError(f"a message must have role and content, or from and value; got {value!r:.80}")

@@ -41,14 +41,18 @@ class Ragged:
         return self.shape[0]
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        bounds = zip(self.starts[indices].tolist(), self.starts[indices + 1].tolist(), strict=True)
-        rows = [self.values[start:end] for start, end in bounds]
+        rows = self.rows(indices)
         longest = max(len(row) for row in rows)
         width = min(self.window, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
         padded = torch.full((len(rows), width), self.padding, dtype=self.values.dtype)
         for target, row in zip(padded, rows, strict=True):
             target[: len(row)] = row
         return padded
+
+    def rows(self, indices: Tensor) -> list[Tensor]:
+        """Returns these rows, without padding."""
+        bounds = zip(self.starts[indices].tolist(), self.starts[indices + 1].tolist(), strict=True)
+        return [self.values[start:end] for start, end in bounds]
 
     def lengths(self, indices: Tensor) -> Tensor:
         """Returns (len(indices),) int64: the values of each row, without padding."""
@@ -104,11 +108,14 @@ class Samples:
     def window(self) -> int:
         return self.input_ids.shape[1]
 
-    def count_tokens(self, indices: Tensor) -> int:
-        """Counts the tokens of these samples, padding left out."""
-        if isinstance(self.input_ids, Ragged):
-            return int(self.input_ids.lengths(indices).sum())
-        return len(indices) * self.input_ids.shape[1]
+    def text_lengths(self, indices: Tensor) -> Tensor:
+        """Returns (texts,) int64: the tokens of each text in these samples. Attention does not leave a text."""
+        if not isinstance(self.input_ids, Ragged):
+            return torch.full((len(indices),), self.window)
+        if self.position_ids is None:
+            return self.input_ids.lengths(indices)
+        ends = torch.cat([row.roll(-1) == 0 for row in self.position_ids.rows(indices)])  # where the next one begins
+        return ends.nonzero()[:, 0].diff(prepend=torch.tensor([-1]))
 
     def count_supervised(self, indices: Tensor) -> int:
         """Counts the predictions of these samples that enter the loss.

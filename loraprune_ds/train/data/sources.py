@@ -1,6 +1,7 @@
 """Reads rows of text from files, from a `datasets` name, or from Python's own help, as `data.path` says."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
 SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
+HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # of a pair that stands for one character, or alone
 TextRow = Mapping[str, Any]
 
 
@@ -176,7 +178,10 @@ def _read_json_lines(path: Path, source: DataSource) -> list[dict[str, Any]]:
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if HALF.search(text):  # no tokenizer takes half of a character
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+        return value
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}") from None

@@ -1,4 +1,4 @@
-"""Keeps the result file of the last heavy run: what was compared, the tool, and the differences."""
+"""Keeps the result files of the last heavy run: what was compared, the tool, and the differences."""
 
 import json
 from datetime import UTC, datetime
@@ -7,12 +7,13 @@ from typing import Any
 
 from loraprune_ds.report.provenance import hardware, versions
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "results" / "export_formats.json"
+FILES = Path(__file__).parents[2] / "benchmarks" / "results"
+FILE, MEMORY_FILE = FILES / "export_formats.json", FILES / "server_memory.json"
 
 
-def record(tool: str, version: str, rows: list[dict[str, Any]]) -> None:
-    """Replaces what the file says about one tool."""
-    results = json.loads(FILE.read_text()) if FILE.is_file() else {}
+def record(tool: str, version: str, rows: list[dict[str, Any]], file: Path = FILE) -> None:
+    """Replaces what a file says about one tool."""
+    results = json.loads(file.read_text()) if file.is_file() else {}
     results[tool] = {
         "version": version,
         "date": datetime.now(UTC).date().isoformat(),
@@ -20,5 +21,5 @@ def record(tool: str, version: str, rows: list[dict[str, Any]]) -> None:
         "hardware": hardware("cpu"),
         "rows": rows,
     }
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    FILE.write_text(json.dumps(results, indent=1) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")

@@ -17,4 +17,5 @@ PRUNED = [
         "bfloat16",
     ),
 ]
+STOCK = Case("smollm2_stock", "llama", SIZES, [(2, 896)] * 30, "llama", "bfloat16")  # 39.6 % of the linears are gone
 LONG_TEXT = topics["while"] + topics["numbers"] + topics["import"]

