@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loraprune_ds.model.family import FAMILIES
 from tests.families import TINY, families, tiny_model
 from tests.integration.resuming import config_for, contents, losses, metrics, run_here, write_run
 from tests.ranks import RankPool
@@ -53,6 +54,7 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, f
     assert losses(tmp_path / "out") == pytest.approx(losses(straight), abs=TOLERANCE)
     for out in (straight, tmp_path / "out"):
         check_router_load(out, family)
+        assert (out / "router_load.png").exists() == bool(FAMILIES[family].mixture)
     masters = [name for name in expected.lora if name.endswith(".master")]
     assert masters
     assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in masters) < TOLERANCE
