@@ -162,6 +162,7 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
     config = PruneConfig(ratio=0.5, protected_first=0, protected_last=0, channel_multiple=1)
     limits = make_limits(config, shape)
     assert limits.floor[0]["experts"] == 3
+    assert limits.floor[0]["heads"] == (shape.layers[0]["heads"] if "heads" in shape.family.fixed else 1)
     assert limits.shares == {"heads": 0, "experts": 1}
 
 
@@ -175,6 +176,15 @@ def test_what_stacks_do_not_have_is_refused_by_name(section: str, key: str, valu
     config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
     with pytest.raises(UserError, match=f"{section}.{key}: {value} is not supported for mixtures of experts"):
         open_for_pruning(tmp_path, config)
+
+
+def test_a_family_whose_packed_samples_meet_is_refused(tmp_path: Path) -> None:
+    """GPT-OSS makes its masks without positions. tests/unit/test_data_packing.py shows the others."""
+    saved("gpt_oss", tmp_path)
+    config = RunConfig("unused")
+    with pytest.raises(UserError, match=r"data\.packing is not supported for .*: its class in transformers lets"):
+        open_for_pruning(tmp_path, replace(config, data=replace(config.data, packing=True, format="chat")))
+    open_for_pruning(tmp_path, config)
 
 
 @pytest.mark.parametrize("family", KINDS)
