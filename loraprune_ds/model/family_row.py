@@ -121,6 +121,7 @@ class Family:
         logit_scale: config field with the factor on the logits.
         logit_divisor: config field with a divisor of the logits.
         eager_only: what attention has that sdpa lacks.
+        packs: its class keeps packed samples apart by their positions.
         windows_begin_with_bos: the model predicts badly without BOS, so a window in the middle of a text has it, too.
         mixture: its MLPs are mixtures of experts.
         whole: how the names of matrices begin that no cut makes smaller. They have no LoRA.
@@ -135,6 +136,7 @@ class Family:
     logit_scale: str | None = None
     logit_divisor: str | None = None
     eager_only: str | None = None
+    packs: bool = True
     windows_begin_with_bos: bool = False
     mixture: Mixture | None = None
     whole: tuple[str, ...] = ()

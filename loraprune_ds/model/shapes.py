@@ -147,11 +147,13 @@ class ModelShape:
             for size in self.lora_shapes(i, linear, lora_rank)
         )
 
+    def inputs(self, layer: int, linear: Linear) -> int:
+        """Counts the inputs of a linear, or of one expert's."""
+        return self.width(linear.expert_inputs) if linear.is_stack else self.linear_shape(layer, linear)[1]
+
     def inputs_per_token(self, layer: int, linear: Linear) -> int:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
-        if linear.is_stack:
-            return self.experts_per_token * self.width(linear.expert_inputs)
-        return self.linear_shape(layer, linear)[1]
+        return self.inputs(layer, linear) * (self.experts_per_token if linear.is_stack else 1)
 
     def mlp_width(self, layer: LayerShape) -> int:
         """Counts the channels that one token meets in the MLP of such a layer."""

@@ -8,7 +8,6 @@ Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); 
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -104,7 +103,7 @@ def score_shard(
             flat = importance.view(-1)
             flat[:head] = 0
             flat[len(flat) - tail :] = 0
-        sums = cast(Tensor, torch.linalg.vector_norm(importance, ord=1, dim=1 - axis)).double()
+        sums = importance.abs_().sum(1 - axis).double()  # on a CPU a tenth of vector_norm's time
         if axis == 0:
             total[row:stop] = sums
         else:

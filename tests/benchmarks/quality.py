@@ -32,6 +32,7 @@ from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.quality_table import draw, rows_of, table
+from tests.benchmarks.round_nf4 import rounded_model
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -147,8 +148,10 @@ def carry_out(
     """One run to its end, and its perplexities."""
     print(f"{setting.name}, seed {seed} ...", file=sys.stderr, flush=True)
     model = embedded_model_dir() if arguments.model is None else arguments.model.resolve()
-    if setting.model == "mha":
+    if setting.model != "gqa":
         model = expanded_model(model, arguments.work / "expanded")
+    if setting.model == "nf4":
+        model = rounded_model(model, arguments.work / "nf4")
     folder = arguments.work / "runs" / f"{setting.name}-s{seed}-{digest(basis)}"  # other settings, another run
     settings = [
         f"output_dir={folder}",

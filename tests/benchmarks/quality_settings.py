@@ -26,7 +26,11 @@ RATE, UNTUNED_RATE = "train.learning_rate=4e-3", "train.learning_rate=2e-3"
 
 @dataclass(frozen=True)
 class Setting:
-    """Describes one row of the table. `model`: `mha` (key-value heads repeated) or `gqa` (SmolLM2 as it is)."""
+    """Describes one row of the table.
+
+    Attributes:
+        model: `mha` (key-value heads repeated), `gqa` (SmolLM2 as it is) or `nf4` (`mha`, rounded to 4 bits).
+    """
 
     group: str
     name: str
@@ -79,14 +83,17 @@ def _settings() -> list[Setting]:
         _short("fisher", "fisher-refit-global", FISHER, REFIT, GLOBAL),
         _short("fisher", "fisher-refit-distillation", FISHER, REFIT, DISTILL),
         _short("fisher", "fisher-refit-distillation-global", FISHER, REFIT, DISTILL, GLOBAL),
+        _short("fisher", "fisher-refit-stock", FISHER, REFIT, *STOCK),
     ]
     int8 = [
         _short("int8", "plain-int8", INT8),
         _short("int8", "fisher-refit-int8", FISHER, REFIT, INT8),
+        _short("int8", "fisher-nf4", FISHER, model="nf4"),
     ]
     long = [
         Setting("long", "plain-409600", (*LONG, DEEP, UNTUNED_RATE)),
         Setting("long", "all-three-409600", (*LONG, DEEP, UNTUNED_RATE, *ALL_THREE)),
+        Setting("long", "fisher-refit-409600", (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT)),
     ]
     light = [
         Setting("light", "plain-light", (*SHORT, LIGHT, UNTUNED_RATE)),
@@ -97,6 +104,7 @@ def _settings() -> list[Setting]:
     gqa = [
         _short("gqa", "gqa-plain", model="gqa"),
         _short("gqa", "gqa-all-three", *ALL_THREE, model="gqa"),
+        _short("gqa", "gqa-fisher-refit", FISHER, REFIT, model="gqa"),
         _short("gqa", "gqa-plain-stock", *STOCK, model="gqa"),
         _short("gqa", "gqa-all-three-stock", *ALL_THREE, *STOCK, model="gqa"),
     ]

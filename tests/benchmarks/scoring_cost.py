@@ -1,10 +1,10 @@
 """Measures the CPU seconds that scoring adds to a training step, by criterion.
 
-    python -m tests.benchmarks.scoring_cost [--rounds 20] [--criteria fisher lora gradient] [--ranks 1]
+    python -m tests.benchmarks.scoring_cost [--rounds 20] [--criteria fisher lora gradient] [--ranks 2]
 
-SmolLM2-135M, 1,024 tokens a step. Every second step scores. Each scored step is compared with the mean of the plain
-steps before and after it, so a slow drift cancels. CPU time does not count the waiting for other processes. The
-interval holds 95 % of the means of 10,000 resampled rounds. The result goes to
+SmolLM2-135M, 1,024 tokens a step on each rank. Every second step scores. Each scored step is compared with the mean of
+the plain steps before and after it, so a slow drift cancels. It is the CPU time of rank 0, which does not count the
+waiting for other processes. The interval holds 95 % of the means of 10,000 resampled rounds. The result goes to
 tests/benchmarks/results/scoring_cost.json.
 """
 
@@ -34,13 +34,16 @@ RESULT = Path(__file__).parent / "results" / "scoring_cost.json"
 WARM_UP = 3  # steps that are not timed; DeepSpeed records the order of the modules in the first ones
 
 
-def make_config(criterion: Criterion, rounds: int) -> RunConfig:
+def make_config(criterion: Criterion, rounds: int, ranks: int) -> RunConfig:
     """Builds a config whose only cut would follow the last step."""
+    batch = 8 * ranks
     return RunConfig(
         output_dir="unused",
         data=DataConfig(window=128),
         prune=PruneConfig(prune_every=1, warmup_fraction=0.99, cooldown_fraction=0, criterion=criterion),
-        train=TrainConfig(steps=WARM_UP + 2 * rounds + 2, global_batch_size=8, micro_batch_size=8, learning_rate=1e-4),
+        train=TrainConfig(
+            steps=WARM_UP + 2 * rounds + 2, global_batch_size=batch, micro_batch_size=8, learning_rate=1e-4
+        ),
         evaluate=EvaluateConfig(window=128, max_windows=1),
     )
 
@@ -48,7 +51,7 @@ def make_config(criterion: Criterion, rounds: int) -> RunConfig:
 def rank_main(criterion: Criterion, rounds: int, result: Path) -> None:
     quiet_deepspeed()
     comm = start_ranks()
-    config = make_config(criterion, rounds)
+    config = make_config(criterion, rounds, comm.world_size)
     prepared = prepare(config, comm, is_first_on_node=comm.rank == 0)
     schedule = replace(prepared.schedule, score_every=2)  # the odd steps
     engine = build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
@@ -91,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--criteria", nargs="+", default=["fisher", "lora", "gradient"])
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=2)
     for name in ("--criterion", "--local_rank"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, default=RESULT, help="default: tests/benchmarks/results")

@@ -12,6 +12,7 @@ from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality import basis_of, parse_arguments, trial_name
 from tests.benchmarks.quality_settings import SETTINGS, select
 from tests.benchmarks.quality_table import LINES, PANELS, draw, rows_of, table
+from tests.benchmarks.round_nf4 import BLOCK, LEVELS, round_nf4
 from tests.oracle.models import make_tiny_llama
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -26,6 +27,19 @@ def test_repeated_heads_compute_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         before, after = (model(input_ids=ids).logits for model in models)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [0, 1])
+def test_nf4_rounds_to_the_nearest_level_of_each_block(hidden: int) -> None:
+    weight = torch.randn(2 * BLOCK, 2 * BLOCK, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rounded = round_nf4(weight, hidden)
+    blocks, found = (m.float().movedim(hidden, -1).unflatten(-1, (-1, BLOCK)) for m in (weight, rounded))
+    scale = blocks.abs().amax(-1, keepdim=True)
+    grid = (LEVELS * scale[..., None]).bfloat16().float()
+    assert not (grid - found[..., None]).abs().amin(-1).any()
+    nearest = (LEVELS * scale[..., None] - blocks[..., None]).abs().amin(-1)
+    # A level is rounded to bf16 once: at most 2^-9 of it.
+    assert torch.all((found - blocks).abs() <= nearest + found.abs() / 256)
 
 
 def made_up_run(setting: str, seed: int, test: float) -> dict:
