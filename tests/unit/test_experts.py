@@ -18,7 +18,7 @@ from loraprune_ds.config import LoraConfig, PruneConfig, RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.expert_adapter import as_in_peft
 from loraprune_ds.export.lora import _adapter_config, merge_lora
-from loraprune_ds.model.adapters import lora_linear, lora_weights
+from loraprune_ds.model.adapters import check_adapter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.model.family import FAMILIES
@@ -209,6 +209,8 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         found = loaded(input_ids=PROMPT, use_cache=False).logits
     assert difference(found, network.logits()) < TOLERANCE
+    with pytest.raises(UserError, match=r"LoRA on experts \(target_parameters\) is written, but not read yet"):
+        check_adapter(tmp_path, LoraConfig(r=3), network.shape)
 
 
 def test_the_load_of_the_router_is_counted() -> None:

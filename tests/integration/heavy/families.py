@@ -20,7 +20,8 @@ SIZES: dict[str, Any] = {
 KEPT, KEPT_EXPERTS = (2, 96), (2, 7)
 SQUARE, ALL_HEADS = ("qwen2_moe",), (4, 7)  # llama.cpp takes q_proj for hidden_size x hidden_size
 # Those whose layers of one size vLLM serves, as test_vllm.py shows, and by which implementation.
-VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if not family.mixture}
+NOT_ASKED = ("granitemoe", "gpt_oss")
+VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 # Depths and settings in which what is special of a family shows.
 SPECIAL: dict[str, dict[str, Any]] = {
