@@ -48,6 +48,13 @@ def test_a_second_call_tries_only_what_failed(
     assert lines[-1] == ["training.cuts", "seconds", "2", "3.142"]
 
 
+def test_parts_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, called: list[str]) -> None:
+    assert call(monkeypatch, tmp_path, "--only", "kernels.scoring", "runs.fp16") == 0
+    assert called == ["kernels.scoring", "runs.fp16"]
+    assert call(monkeypatch, tmp_path) == 1
+    assert set(called[2:]) == set(day.PARTS) - {"kernels.scoring", "runs.fp16"}
+
+
 def test_no_part_is_begun_when_the_time_is_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, called: list[str]
 ) -> None:

@@ -68,10 +68,15 @@ def beside_cpu(found: Found) -> None:
         for setting, changes in SETTINGS.items():
             changes = [NO_DROPOUT, *(change.replace("MIXTURE", str(mixture)) for change in changes)]
             runs = [folder / f"{setting} {where}" for where in ("card", "cpu")]
+            devices: list[dict[str, str]] = [{}, {"DS_ACCELERATOR": "cpu"}]
+            started = [
+                _start(config, *changes, f"output_dir={run}", environment=environment)
+                for run, environment in zip(runs, devices, strict=True)
+            ]
             try:
-                _launch(config, *changes, f"output_dir={runs[0]}")
-                _launch(config, *changes, f"output_dir={runs[1]}", environment={"DS_ACCELERATOR": "cpu"})
-            except RuntimeError as error:  # the others may still tell something
+                for process in started:
+                    _end(process)
+            except RuntimeError as error:  # the other settings may still tell something
                 found.row(f"{setting}: failed", 1, 0, error=str(error))
                 continue
             losses = [[step["loss"] for step in _steps(run)] for run in runs]
@@ -142,18 +147,25 @@ def _stop_and_go_on(config: Path, output: Path) -> bool:
     return stopped == 85
 
 
-def _launch(
-    config: Path, *changes: str, stop_in: Path | None = None, environment: Mapping[str, str] | None = None
-) -> int:
+def _launch(config: Path, *changes: str, stop_in: Path | None = None) -> int:
     """Runs launch/run.py on one rank. Asks it to stop once it has begun, if `stop_in` is its folder.
 
     Raises:
         RuntimeError: it failed.
     """
+    process = _start(config, *changes)
+    while stop_in is not None and process.poll() is None and not (stop_in / "STOP").exists():
+        if (stop_in / "status.json").exists() and read_json(stop_in / "status.json")["step"] >= 1:
+            (stop_in / "STOP").touch()
+        time.sleep(0.02)
+    return _end(process)
+
+
+def _start(config: Path, *changes: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     overrides = [word for change in changes if "=" in change for word in ("--set", change)]
     others = [change for change in changes if "=" not in change]
     command = [sys.executable, "launch/run.py", "--config", str(config), *overrides, *others]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         cwd=ROOT,
         env=os.environ | dict(environment or {}),
@@ -161,13 +173,17 @@ def _launch(
         stderr=subprocess.PIPE,
         text=True,
     )
-    while stop_in is not None and process.poll() is None and not (stop_in / "STOP").exists():
-        if (stop_in / "status.json").exists() and read_json(stop_in / "status.json")["step"] >= 1:
-            (stop_in / "STOP").touch()
-        time.sleep(0.02)
+
+
+def _end(process: subprocess.Popen[str]) -> int:
+    """Waits for it and returns its exit code.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     _, err = process.communicate()
     if process.returncode not in (0, 85):
-        raise RuntimeError(f"{' '.join(changes)}: {err[-2000:]}")
+        raise RuntimeError(f"{process.args}: {err[-2000:]}")
     return process.returncode
 
 
