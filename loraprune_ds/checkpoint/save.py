@@ -22,7 +22,6 @@ from loraprune_ds.model.pretrained import STORED_INT8
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.whole import remove, remove_leftovers
-from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_state import collect_lora_state
@@ -54,7 +53,6 @@ def save_step(
     Raises:
         RunError: a rank cannot write. Nothing is published and nothing older is lost.
     """
-    empty_cache()  # torch may hold all that is free, and NCCL asks CUDA for the buffers of these gathers
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))

@@ -10,6 +10,7 @@ from loraprune_ds import whole
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.faults import fail_point
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.write import LocalWrites
 
 
@@ -27,6 +28,7 @@ class Staging:
         self._comm, self._kind = comm, kind
         self._writes = LocalWrites()
         self._sealed: dict[str, dict[str, Any]] = {}
+        empty_cache()  # torch may hold all that is free, and NCCL asks CUDA for the buffers of the gathers to come
         self._writes.do_on_rank_0(comm, self.folder, lambda: whole.begin(target))
 
     def __enter__(self) -> "Staging":

@@ -90,6 +90,8 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
         raise UserError(f"model.adapter {folder} is not a plain LoRA adapter")
     if found.get("bias", "none") != "none" or found.get("rank_pattern") or found.get("alpha_pattern"):
         raise UserError(f"model.adapter {folder}: trained biases and per-module ranks or alphas are not supported")
+    if found.get("target_parameters"):
+        raise UserError(f"model.adapter {folder}: LoRA on experts (target_parameters) is written, but not read yet")
     if found.get("modules_to_save"):
         raise UserError(f"model.adapter {folder}: trained modules beside LoRA (modules_to_save) are not supported")
     for key, expected in (("r", config.r), ("lora_alpha", config.lora_alpha)):

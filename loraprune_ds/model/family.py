@@ -139,6 +139,7 @@ FAMILIES: dict[str, Family] = {
             Companion("mlp.experts.down_proj_bias", (EXPERTS,), "hidden"),
         ),
         eager_only="attention sinks",
+        packs=False,
         mixture=Mixture("num_local_experts", "intermediate_size"),
     ),
 }

@@ -1,4 +1,4 @@
-"""What a row of the table of families says (family.py): a layer's tensors, and what lies along their axes."""
+"""Describes a row of the table of families (family.py): a layer's tensors, and what lies along their axes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -57,7 +57,7 @@ class Linear:
 
     @property
     def expert_inputs(self) -> Width:
-        """What one expert of a stack reads."""
+        """Returns what one expert of a stack reads."""
         return self.parts[0].width if self.transposed else self.across
 
 
@@ -121,6 +121,7 @@ class Family:
         logit_scale: config field with the factor on the logits.
         logit_divisor: config field with a divisor of the logits.
         eager_only: what attention has that sdpa lacks.
+        packs: its class keeps packed samples apart by their positions.
         windows_begin_with_bos: the model predicts badly without BOS, so a window in the middle of a text has it, too.
         mixture: its MLPs are mixtures of experts.
         whole: how the names of matrices begin that no cut makes smaller. They have no LoRA.
@@ -135,6 +136,7 @@ class Family:
     logit_scale: str | None = None
     logit_divisor: str | None = None
     eager_only: str | None = None
+    packs: bool = True
     windows_begin_with_bos: bool = False
     mixture: Mixture | None = None
     whole: tuple[str, ...] = ()

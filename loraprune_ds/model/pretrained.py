@@ -224,11 +224,13 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
     Adds biases if they are to make up for cuts.
 
     Raises:
-        UserError: as `open_pretrained`, or its linears cannot have biases.
+        UserError: as `open_pretrained`, or its linears cannot have biases. Or the run asks for what it does not have.
     """
     int8 = config.model.frozen == "int8"
     pretrained = open_pretrained(folder, int8=int8)
     _check_mixture(config, pretrained)
+    if config.data.packing and not pretrained.shape.family.packs:
+        raise UserError(f"data.packing is not supported for {folder}: its class in transformers lets samples meet")
     held = replace(pretrained, shape=replace(pretrained.shape, int8=int8))
     return _with_biases(held) if config.prune.compensate == "bias" else held
 

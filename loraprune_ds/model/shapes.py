@@ -134,9 +134,10 @@ class ModelShape:
         return sum(self.layer_numel(i) for i in range(len(self.layers)))
 
     def active_numel(self) -> int:
-        """Counts the linear parameters that one token meets: of experts only those that it chooses."""
+        """Counts the linear parameters that one token meets: of experts those that it chooses, and the shared ones."""
         idle = sum(layer["experts"] - self.experts_per_token for layer in self.layers) if self.family.mixture else 0
-        return self.linear_numel() - idle * self.group_numel("experts")
+        shared = len(self.layers) * sum(math.prod(size) for size in self.layer_others.values() if len(size) > 1)
+        return self.linear_numel() + shared - idle * self.group_numel("experts")
 
     def active_lora(self, lora_rank: int) -> float:
         """Counts the elements of LoRA that one token meets."""
@@ -147,11 +148,13 @@ class ModelShape:
             for size in self.lora_shapes(i, linear, lora_rank)
         )
 
+    def inputs(self, layer: int, linear: Linear) -> int:
+        """Counts the inputs of a linear, or of one expert's."""
+        return self.width(linear.expert_inputs) if linear.is_stack else self.linear_shape(layer, linear)[1]
+
     def inputs_per_token(self, layer: int, linear: Linear) -> int:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
-        if linear.is_stack:
-            return self.experts_per_token * self.width(linear.expert_inputs)
-        return self.linear_shape(layer, linear)[1]
+        return self.inputs(layer, linear) * (self.experts_per_token if linear.is_stack else 1)
 
     def mlp_width(self, layer: LayerShape) -> int:
         """Counts the channels that one token meets in the MLP of such a layer."""

@@ -4,7 +4,7 @@ README.md in this folder has the formulas. A setting that is off costs 0.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.family_row import Linear
@@ -13,6 +13,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.request import Request
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
+from loraprune_ds.pruning.input_moments import numel_sent
 from loraprune_ds.zero.flat import layer_owner, partition_numel
 
 
@@ -22,10 +23,15 @@ def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int],
     They belong to o_proj and down_proj of the layers that the rank owns and that may be cut. A moment is a matrix as
     wide as the inputs (`least_squares`). With `second` off it is a vector (`bias`).
     """
-    power, of_ranks = 2 if second else 1, [0] * world_size
+    return _by_owner(shape, world_size, open_layers, lambda n: 4 * n * (n if second else 1))
+
+
+def _by_owner(shape: ModelShape, world_size: int, open_layers: Sequence[int], size: Callable[[int], int]) -> list[int]:
+    """Adds up, by rank, the size of what belongs to the n inputs of each linear that may lose some."""
+    of_ranks = [0] * world_size
     for i in open_layers:
         for linear in shape.input_linears:
-            of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** power
+            of_ranks[layer_owner(i, world_size)] += size(shape.linear_shape(i, linear)[1])
     return of_ranks
 
 
@@ -36,6 +42,11 @@ def moments_by_rank(request: Request, shape: ModelShape) -> list[int]:
     return moment_bytes(shape, request.world_size, layers, second=compensate == "least_squares")
 
 
+def _part_bytes(request: Request, n: int) -> int:
+    """Returns the bytes of a rank's part of a moment of n inputs. Of a matrix it is the half that is sent."""
+    return 4 * (numel_sent(n) if request.config.prune.compensate == "least_squares" else n)
+
+
 def measured_inputs(request: Request, shape: ModelShape) -> int:
     """Returns the bytes while a linear is measured: its inputs in fp32, and this rank's part of the moment."""
     prune, train = request.config.prune, request.config.train
@@ -43,7 +54,7 @@ def measured_inputs(request: Request, shape: ModelShape) -> int:
         return 0
     tokens = train.micro_batch_size * request.config.data.window
     widest = max(shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in shape.input_linears)
-    return 4 * (tokens * widest + (widest * widest if prune.compensate == "least_squares" else widest))
+    return 4 * tokens * widest + _part_bytes(request, widest)
 
 
 def measuring_sent(request: Request, shape: ModelShape, rank: int | None = None) -> int:
@@ -52,19 +63,20 @@ def measuring_sent(request: Request, shape: ModelShape, rank: int | None = None)
     In every micro-batch a rank sends its parts to the owners of other layers. At the end all ranks add up their tokens
     in one int64.
     """
-    of_ranks = moments_by_rank(request, shape)
+    layers = request.limits.open_layers if request.config.prune.compensate != "none" else []
+    of_ranks = _by_owner(shape, request.world_size, layers, lambda n: _part_bytes(request, n))
     own = min(of_ranks) if rank is None else of_ranks[rank]
     token_count = 8 if request.world_size > 1 and any(of_ranks) else 0
     return request.micro_batches * (sum(of_ranks) - own) + token_count
 
 
 def measuring_flops(request: Request, shape: ModelShape) -> float:
-    """Returns the operations per token of a measured step: x·xᵀ of the inputs, or their sum."""
+    """Returns the operations per token of a measured step: half of x·xᵀ of the inputs, or their sum."""
     compensate = request.config.prune.compensate
     if compensate == "none":
         return 0
     widths = [shape.linear_shape(i, linear)[1] for i in request.limits.open_layers for linear in shape.input_linears]
-    return sum(2 * n * n if compensate == "least_squares" else n for n in widths)
+    return sum(2 * numel_sent(n) if compensate == "least_squares" else n for n in widths)
 
 
 def refit_peak(request: Request, before: ModelShape, after: ModelShape) -> int:
@@ -131,18 +143,24 @@ def weight_gradients(request: Request, shape: ModelShape) -> int:
 
 
 def whole_gradient(request: Request, shape: ModelShape) -> int:
-    """Returns the bytes of one linear's whole gradient: in the model's dtype, in fp32, and padded to be sent."""
+    """Returns the bytes of one linear's whole gradient, its padded form, and this rank's shard, as sent and in fp32."""
     if request.config.prune.criterion != "gradient":
         return 0
     widest, world_size = max(rows * columns for rows, columns in linear_sizes(shape)), request.world_size
-    padded = 4 * partition_numel(widest, world_size) * (world_size + 1) if world_size > 1 else 0
-    copy = request.element_size if request.element_size < 4 else 0
-    return (4 + copy) * widest + padded
+    size, e = partition_numel(widest, world_size), _gradient_size(request)
+    padded = e * size * (world_size + 1) if world_size > 1 else 0
+    return e * widest + padded + (4 * size if e < 4 else 0)
+
+
+def _gradient_size(request: Request) -> int:
+    """Returns the bytes of an element of the true gradient as it is formed. fp16 is too narrow for it."""
+    return 4 if request.config.model.dtype == "float16" else request.element_size
 
 
 def gradient_sent(request: Request, shape: ModelShape) -> int:
     """Returns the bytes sent per step that scores: a reduce-scatter of the true gradient per micro-batch."""
-    return request.micro_batches * (request.world_size - 1) * weight_gradients(request, shape)
+    shards = weight_gradients(request, shape) // 4
+    return request.micro_batches * (request.world_size - 1) * shards * _gradient_size(request)
 
 
 def distilled_logits(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:

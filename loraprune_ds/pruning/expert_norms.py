@@ -50,7 +50,8 @@ class ExpertNorms:
         Args:
             attention_mask: (batch, window) bool, False at padding; None if there is no padding.
         """
-        self._active, self._attention_mask = bool(self._sums), attention_mask
+        self._active = bool(self._sums)
+        self._attention_mask = None if attention_mask is None else attention_mask.to(self._model.device)
         try:
             yield
         finally:

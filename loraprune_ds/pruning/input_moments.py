@@ -1,9 +1,10 @@
 """First or second moments of the inputs of the linears that lose inputs, such as o_proj and down_proj.
 
-They are recorded in training's own forward passes.
+They are recorded in training's own forward passes. A second moment is symmetric. So only its blocks on and right of
+the diagonal are computed and sent.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +15,41 @@ from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 from loraprune_ds.pruning.taps import hook_inputs
 
+BLOCK = 1024  # rows of a second moment that are computed at once
+
+
+def blocks(n: int) -> Iterator[tuple[slice, slice]]:
+    """Yields (rows, columns) of an (n, n) matrix: each band of rows from its diagonal on."""
+    return ((slice(i, min(i + BLOCK, n)), slice(i, n)) for i in range(0, n, BLOCK))
+
+
+def numel_sent(n: int) -> int:
+    """Counts the elements of these blocks: about n² / 2."""
+    return sum((rows.stop - rows.start) * (n - rows.start) for rows, _ in blocks(n))
+
+
+def half_of_product(x: Tensor) -> Tensor:
+    """Returns the blocks of xᵀ·x one after the other, flat. x is (tokens, n)."""
+    n = x.shape[1]
+    half, position = x.new_empty(numel_sent(n)), 0
+    for rows, columns in blocks(n):
+        height, width = rows.stop - rows.start, n - rows.start
+        block = half[position : position + height * width].view(height, width)
+        torch.mm(x[:, rows].T, x[:, columns], out=block)
+        position += height * width
+    return half
+
+
+def add_half(total: Tensor, half: Tensor, weight: float) -> None:
+    """Adds weight · (the symmetric matrix whose blocks these are) to `total`, (n, n)."""
+    n, position = len(total), 0
+    for rows, columns in blocks(n):
+        height, width = rows.stop - rows.start, n - rows.start
+        block = half[position : position + height * width].view(height, width)
+        total[rows, columns].add_(block, alpha=weight)
+        total[rows.stop :, rows].add_(block[:, height:].T, alpha=weight)
+        position += height * width
+
 
 class InputMoments:
     """Keeps moving sums over steps, fp32: of x xᵀ (n, n), or without `second` of x (n,), over a step's tokens.
@@ -22,8 +58,8 @@ class InputMoments:
 
     Only `layers` are recorded, as no other can be cut. The sums of a layer are whole on its owner and nowhere else.
     Every rank forms its part for one linear at a time, in the forward pass, and adds it up on the owner at once. So
-    beside its own layers' sums a rank holds one matrix. With n = intermediate_size that is at most
-    4·n²·(ceil(layers / world_size) + 1) bytes, and those of o_proj.
+    beside its own layers' sums a rank holds half a matrix. With n = intermediate_size that is at most
+    4·n²·(ceil(layers / world_size) + 1/2) bytes, and those of o_proj.
 
     Attributes:
         sums: of this rank's layers.
@@ -105,11 +141,14 @@ class InputMoments:
         if linear_id == self._first:
             self._own_tokens += len(rows)
         with tf32_where_exact(x.dtype, x.device):
-            part = rows.T @ rows if self._second else rows.sum(0)
+            part = half_of_product(rows) if self._second else rows.sum(0)
         total = self._model.reduce_to(self._model.owner(linear_id.layer), part)
         if total is None:
             return
-        if linear_id in self.sums:
-            self.sums[linear_id].add_(total, alpha=self._weight)
+        n = x.shape[-1]
+        if linear_id not in self.sums:
+            self.sums[linear_id] = total.new_zeros((n, n) if self._second else n)
+        if self._second:
+            add_half(self.sums[linear_id], total, self._weight)
         else:
-            self.sums[linear_id] = total.mul_(self._weight)
+            self.sums[linear_id].add_(total, alpha=self._weight)

@@ -18,10 +18,10 @@ from loraprune_ds.pruning.taps import BackwardRecorder, Tap
 class WeightGradients(BackwardRecorder):
     """Records the gradient of every frozen linear during one step: fp32, averaged over the global batch.
 
-    The backward pass of a linear forms its gradient gᵀ·x in the model's dtype (fp16: in fp32). It is reduce-scattered
-    in fp32 to the ranks that own W's shards, and added up there over the micro-batches. While a step lasts a rank holds
-    4 bytes per element of its shards. Beside them it holds one linear's gradient at a time: 4 bytes per element, and a
-    copy in the model's dtype.
+    The backward pass of a linear forms its gradient gᵀ·x in the model's dtype (fp16: in fp32). In that dtype it is
+    reduce-scattered to the ranks that own W's shards, as DeepSpeed does by default. In bf16 that rounds a sum once per
+    rank. The shards are added up over the micro-batches in fp32. While a step lasts a rank holds 4 bytes per element of
+    them. Beside them it holds one linear's gradient at a time, and its padded form.
     """
 
     def __init__(self, model: PrunableModel) -> None:
@@ -44,4 +44,4 @@ class WeightGradients(BackwardRecorder):
         if gradient.dtype == torch.float16:  # scaled for LoRA's gradients, which are smaller than W's
             gradient, inputs = gradient.float(), inputs.float()
         whole = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)  # (out_features, in_features)
-        self._add(linear_id, self._model.reduce_scatter(whole.reshape(-1).float()))
+        self._add(linear_id, self._model.reduce_scatter(whole.reshape(-1)).float())

@@ -99,7 +99,7 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     divided = [count for layer in pruned.layers for kind, count in layer.items() if kind != "experts"]
     together = math.gcd(pruned.expert_size, *divided)  # 0 without experts, which every number divides
     layers = range(len(pruned.layers))
-    inputs = math.gcd(*(pruned.linear_shape(i, linear)[1] for i in layers for linear in pruned.linears))
+    inputs = math.gcd(*(pruned.inputs(i, linear) for i in layers for linear in pruned.linears))
     return {
         "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],

@@ -3,7 +3,13 @@
 import shutil
 from pathlib import Path
 
-from loraprune_ds.checkpoint.run_folder import KEPT_GROUPS_PICTURE, MODEL_FOLDER, TEACHER_FOLDER, TRAINING_PICTURE
+from loraprune_ds.checkpoint.run_folder import (
+    KEPT_GROUPS_PICTURE,
+    MODEL_FOLDER,
+    ROUTER_PICTURE,
+    TEACHER_FOLDER,
+    TRAINING_PICTURE,
+)
 from loraprune_ds.config import Dtype, RunConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
@@ -15,6 +21,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
 from loraprune_ds.report.report import Outcome, make_report, write_kept_groups, write_report
+from loraprune_ds.report.router_picture import draw_router_load
 from loraprune_ds.train.loop import RunContext, measure_held_out
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.whole import staging_of
@@ -93,6 +100,7 @@ def _publish(config: RunConfig, prepared: Prepared, outcome: Outcome, peaks: lis
     fail_point("finish.reported")
     draw_kept_groups(folder / KEPT_GROUPS_PICTURE, dense, outcome.kept_of_dense)
     draw_training(folder / TRAINING_PICTURE, history)
+    draw_router_load(folder / ROUTER_PICTURE, dense, outcome.kept_of_dense, history)
     shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)  # no step needs it any more
 
 

@@ -22,7 +22,8 @@ def shard_at_birth(
 ) -> None:
     """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads the shards that it owns from disk.
 
-    No tensor is ever whole on a rank and nothing is broadcast. Tied parameters stay one parameter.
+    No tensor is ever whole on a rank and nothing is broadcast. Tied parameters stay one parameter. Buffers go to the
+    device. DeepSpeed leaves them on the host, and each forward pass would wait for a copy.
 
     Args:
         model: modules with parameters on the meta device.
@@ -45,6 +46,8 @@ def shard_at_birth(
                 shard = pad(read_flat(full_name, start, end, dtype), parameter.numel(), world_size)
                 sharded[id(parameter)] = _zero_parameter(init, parameter.shape, shard)
             module._parameters[name] = sharded[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(init.local_device)
 
 
 def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Parameter:

@@ -55,7 +55,7 @@ CASES = (
     # 5 heads become 3, which do not divide the hidden size. transformers refuses such a llama.
     Case("indivisible", "mistral", {**SIZES, "heads": 5, "kv_heads": 5, "hidden": 40}, launcher="torchrun"),
     Case("mistral", "mistral", {**SIZES, "model_type": "mistral"}, launcher="python", ranks=1, dtype="bfloat16"),
-    Case("global", "pruned_llama", {**SIZES, "biases": True}, dtype="bfloat16", prune=GLOBAL),
+    Case("global", "pruned_llama", {**SIZES, "biases": True}, launcher=None, dtype="bfloat16", prune=GLOBAL),
     Case(
         "again",
         "pruned_llama",

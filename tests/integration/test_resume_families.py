@@ -9,18 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import families, tiny_model
+from loraprune_ds.model.family import FAMILIES
+from tests.families import TINY, families, tiny_model
 from tests.integration.resuming import config_for, contents, losses, metrics, run_here, write_run
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
-STEPS, STOP = 8, 5
+STEPS, STOP, WINDOW = 8, 5, 24
 SECTIONS = {
     "lora": {"lora_dropout": 0.0},
     "prune": {"prune_every": 3},
     "train": {"steps": STEPS},
+    "evaluate": {"window": WINDOW},
     "checkpoint": {"every": None},
 }
+
+
+def check_router_load(out: Path, family: str) -> None:
+    """Each token of the held-out text chose its experts once, whatever rank it was on. Repeated passes do not count."""
+    measured = [record for record in metrics(out, "evaluation") if record["name"] != "pruned"]
+    chosen = TINY[family].get("num_experts_per_tok", 0)
+    assert len(measured) >= 2
+    for record in measured:
+        layers = record["expert_choices"]
+        assert [sum(layer) for layer in layers] == [record["windows"] * WINDOW * chosen] * (2 if chosen else 0)
 
 
 @pytest.mark.parametrize("family", families("qwen2", "phi3", "olmo2", "mixtral"))
@@ -40,6 +52,9 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, f
     found, expected = contents(tmp_path / "out", STEPS), contents(straight, STEPS)
     assert found.kept == expected.kept
     assert losses(tmp_path / "out") == pytest.approx(losses(straight), abs=TOLERANCE)
+    for out in (straight, tmp_path / "out"):
+        check_router_load(out, family)
+        assert (out / "router_load.png").exists() == bool(FAMILIES[family].mixture)
     masters = [name for name in expected.lora if name.endswith(".master")]
     assert masters
     assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in masters) < TOLERANCE

@@ -5,7 +5,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.integration.launching import launch
+from tests.integration.launching import fork_ranks, launch
 from tests.integration.resuming import CUTS, STEPS, losses, write_run
 
 STOP_AFTER = CUTS[1] + 1
@@ -35,7 +35,7 @@ def test_a_stop_file_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_pa
     assert STOP_AFTER <= status["step"] < STEPS
     assert not (out / "STOP").exists()
 
-    refused = launch(["--config", config])
+    (refused,) = fork_ranks(["--config", config], tmp_path)
     assert refused.code == 2, refused.everything
     where = f"stopped at step {status['step']} of {STEPS}"
     assert f"holds an unfinished run ({where}); go on with --resume auto" in refused.err
@@ -46,7 +46,8 @@ def test_a_stop_file_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_pa
     assert f"{out / 'STOP'} was there before this start: removed" in finished.err
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
 
-    assert launch(["--config", config, "--set", f"output_dir={straight}"]).code == 0
+    ended = fork_ranks(["--config", config, "--set", f"output_dir={straight}"], tmp_path, ranks=2, timeout=300)
+    assert ended[0].code == 0, ended[0].everything
     report = json.loads((out / "report.json").read_text())
     assert report["resumed_from"] == [status["step"]]
     assert [cut["step"] for cut in report["prune_steps"]] == CUTS

@@ -24,7 +24,7 @@ from tests.integration.finished_runs import (
     run_all,
     snapshot,
 )
-from tests.integration.launching import launch, read_json
+from tests.integration.launching import fork_ranks, launch, read_json
 
 CUTS = [3, 5]
 # Weights and kernels are the same, in fp32. A sum over 24 x 31 predictions of about 6 nats may be in another order.
@@ -245,19 +245,19 @@ def test_a_second_start_shows_the_finished_run(runs: dict[str, Run]) -> None:
     assert snapshot(run.folder) == before
 
 
-def test_a_start_with_another_config_names_what_differs(runs: dict[str, Run]) -> None:
+def test_a_start_with_another_config_names_what_differs(runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs["uniform"]
     before = snapshot(run.folder)
-    other = launch(["--config", str(run.config), "--set", "lora.r=3"])
+    (other,) = fork_ranks(["--config", str(run.config), "--set", "lora.r=3"], tmp_path)
     assert other.code == 2, other.everything
     assert other.err.count("\n") == 1
     assert other.err.startswith(f"error: output_dir {run.folder} holds another run (lora.r differs)")
     assert snapshot(run.folder) == before
 
 
-def test_how_a_run_is_shown_is_not_part_of_it(runs: dict[str, Run]) -> None:
+def test_how_a_run_is_shown_is_not_part_of_it(runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs["mistral"]
-    again = launch(["--config", str(run.config), "--set", "logging.progress=false"], launcher="python")
+    (again,) = fork_ranks(["--config", str(run.config), "--set", "logging.progress=false"], tmp_path)
     assert again.code == 0, again.everything
     assert "holds this run, finished" in again.out
 

@@ -116,10 +116,14 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
     }
 
 
-def gradient_scores(job: Job) -> dict[str, Any]:
+def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
     """Makes two steps with the criterion `gradient`.
 
-    Returns the raw scores of the first, what a rank held for them, and LoRA after both.
+    Args:
+        widen: send the gradients in fp32, whatever they are formed in.
+
+    Returns:
+        The raw scores of the first step, what a rank held and sent for them, and LoRA after both.
     """
     trainer = build(job)
     model, gradients = trainer.model, trainer.pruner.gradients
@@ -127,6 +131,7 @@ def gradient_scores(job: Job) -> dict[str, Any]:
     score, reduce_scatter = trainer.pruner.score, model.reduce_scatter
     shards: list[int] = []
     whole: list[int] = []
+    sent: list[int] = []
 
     def look_and_score(step: int) -> None:
         shards.append(sum(shard.numel() for shard in gradients._recorded.values()))
@@ -134,7 +139,10 @@ def gradient_scores(job: Job) -> dict[str, Any]:
 
     def look_and_scatter(values: Tensor) -> Tensor:
         whole.append(len(values))
-        return reduce_scatter(values)
+        before = model.comm.bytes_sent
+        shard = reduce_scatter(values.float() if widen else values)
+        sent.append(model.comm.bytes_sent - before)
+        return shard
 
     trainer.pruner.score = look_and_score  # type: ignore[method-assign]
     model.reduce_scatter = look_and_scatter  # type: ignore[method-assign]
@@ -145,7 +153,7 @@ def gradient_scores(job: Job) -> dict[str, Any]:
     named = dict(trainer.model.module.named_parameters())
     assert all(p.grad is None for p in named.values() if not p.requires_grad)
     lora = {name: gather_everywhere(model, p) for name, p in named.items() if p.requires_grad}
-    return {"scores": scores, "shards": shards, "whole": whole, "left": left, "lora": lora}
+    return {"scores": scores, "shards": shards, "whole": whole, "sent": sum(sent), "left": left, "lora": lora}
 
 
 def fisher_scores(job: Job) -> dict[str, Any]:

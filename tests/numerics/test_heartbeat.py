@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.heartbeat import LOOKS, Counts, Heartbeat
+from loraprune_ds.train.watch import GRACE, INTERVAL
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.environment import SILENCE, longest_silence
 from tests.ranks import RankPool
@@ -76,6 +77,11 @@ def test_a_count_that_stands_still_is_found_and_one_late_look_is_not() -> None:
     for _ in range(LOOKS - 1):
         assert counts.look([99, 8]) is None
     assert counts.look([100, 8]) == "rank 1 on b"
+
+
+def test_a_job_ends_within_two_minutes_of_a_loss() -> None:
+    """Rank 0 looks for one look more than it needs, the others hear of it a beat later. Then comes the grace."""
+    assert (LOOKS + 2) * SILENCE / LOOKS + INTERVAL + GRACE < 120
 
 
 @pytest.mark.parametrize("given", ["", "0", "-5", "soon", "1e9", "nan"])

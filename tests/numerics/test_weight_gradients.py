@@ -1,5 +1,6 @@
 """Scores by the true gradient of W on 1, 2 and 3 ZeRO-3 ranks, against autograd on one dense model."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from tests.ranks import RankPool
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 25, 5, 4, 25, 61, 3  # MLP weights do not divide by 2 or 3
 # Both sides compute gradients and sums of fp32 numbers, in another order. The scores are sums of positive terms.
 TOLERANCE = 1e-5
+# A sum over ranks is rounded to bf16, by at most 2^-9 of itself, once for each rank that joins. A score adds up
+# hundreds of such numbers, whose errors mostly cancel.
+BF16_TOLERANCE = 2.0**-9
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,16 @@ def test_scores_are_those_of_autograd(
             for x, y in zip(other["scores"], result["scores"], strict=True)
             for a, b in zip(x, y, strict=True)
         )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_bf16_sends_half_and_hardly_changes_a_score(ranks: RankPool, job: Job, world_size: int) -> None:
+    half = Job(**{**vars(job), "dtype": "bfloat16"})
+    found = ranks.run(world_size, quality_settings.gradient_scores, half)[0]
+    widened = ranks.run(world_size, partial(quality_settings.gradient_scores, widen=True), half)[0]
+    assert 2 * found["sent"] == widened["sent"] > 0
+    a, b = (torch.cat([scores for layer in result["scores"] for scores in layer]) for result in (found, widened))
+    assert 0 < ((a - b).abs() / b).max() < BF16_TOLERANCE
 
 
 def test_training_does_not_notice(ranks: RankPool, job: Job) -> None:

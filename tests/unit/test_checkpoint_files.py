@@ -5,6 +5,8 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from loraprune_ds import whole
-from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint import layout, staging
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.save import drop_old
@@ -269,3 +271,17 @@ def test_shapes_are_numbered_on_from_what_an_older_version_counted(
     assert written == new
     assert named[:2] == [old] * 2
     assert set(named[2:]) == set(new or [old])
+
+
+def test_the_devices_memory_is_given_back_before_the_ranks_gather(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    order: list[str] = []
+
+    def all_or_raise(action: Callable[[], object]) -> object:
+        order.append("collective")
+        return action()
+
+    monkeypatch.setattr(staging, "empty_cache", lambda: order.append("emptied"))
+    staging.Staging(cast(Any, SimpleNamespace(rank=0, all_or_raise=all_or_raise)), tmp_path / "step-1", "step")
+    assert order == ["emptied", "collective"]

@@ -2,27 +2,29 @@
 
 import importlib
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from loraprune_ds.files import read_json
+from loraprune_ds.files import read_json, write_json
 from tests.benchmarks.gpu_day import __main__ as day
+from tests.benchmarks.gpu_day.found import Found
 
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     parts: list[str] = []
 
-    def run_part(part: str, seconds: float) -> dict[str, Any]:
+    def run_part(part: str, path: Path, seconds: float) -> str | None:
         parts.append(part)
         assert 0 < seconds <= 480
-        if part == "training.cuts" and parts.count(part) == 1:
-            return {"error": "Traceback\nOutOfMemoryError: 80 GB\n"}
-        return {"rows": [{"what": "seconds", "planned": 2, "measured": 3.14159}]}
+        assert read_json(path)["error"] == day.CUT_OFF  # which stays, if somebody kills all of it
+        Found(path).row("seconds", 3.14159, 2)
+        return "Traceback\nOutOfMemoryError: 80 GB\n" if (part, parts.count(part)) == ("training.cuts", 1) else None
 
     monkeypatch.setattr(day, "run_part", run_part)
+    monkeypatch.setattr(day, "card_name", lambda: "NVIDIA H100 80GB")
     return parts
 
 
@@ -39,11 +41,18 @@ def test_a_second_call_tries_only_what_failed(
     assert "error: OutOfMemoryError: 80 GB" in capsys.readouterr().out
     assert call(monkeypatch, tmp_path) == 0
     assert called == [*day.PARTS, "training.cuts"]
-    found = read_json(tmp_path / "cpu" / "training.cuts.json")
-    assert found["card"] == "cpu"
+    found = read_json(tmp_path / "NVIDIA-H100-80GB" / "training.cuts.json")
+    assert found["card"] == "NVIDIA H100 80GB"
     assert found["versions"]["torch"]
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("training.cuts ")]
     assert lines[-1] == ["training.cuts", "seconds", "2", "3.142"]
+
+
+def test_parts_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, called: list[str]) -> None:
+    assert call(monkeypatch, tmp_path, "--only", "kernels.scoring", "runs.fp16") == 0
+    assert called == ["kernels.scoring", "runs.fp16"]
+    assert call(monkeypatch, tmp_path) == 1
+    assert set(called[2:]) == set(day.PARTS) - {"kernels.scoring", "runs.fp16"}
 
 
 def test_no_part_is_begun_when_the_time_is_over(
@@ -59,6 +68,38 @@ def test_every_part_exists() -> None:
         assert callable(getattr(importlib.import_module(f"tests.benchmarks.gpu_day.{module}"), function))
 
 
-def test_a_part_that_fails_leaves_its_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = day.run_part("kernels.none", 60)
-    assert found["error"].strip().endswith("(tests/benchmarks/gpu_day/kernels.py)") or "none" in found["error"]
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_json(tmp_path / "part.json", {"card": "cpu"})
+    return tmp_path / "part.json"
+
+
+def test_a_part_that_fails_leaves_its_last_lines(path: Path) -> None:
+    error = day.run_part("kernels.none", path, 60)
+    assert error is not None
+    assert "cannot import name 'none'" in error.splitlines()[-1]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # killed, and not reaped by whoever inherited it
+
+
+@pytest.mark.timeout(60)
+def test_a_part_that_is_cut_off_keeps_its_rows_and_nothing_runs_on(path: Path) -> None:
+    hangs = "import subprocess, time\nfound.row('seconds', 1.5)\nchild = subprocess.Popen(['sleep', '600'])\n"
+    hangs += "found.keep(pid=child.pid)\nprint('a library says this')\ntime.sleep(600)"
+    assert day.run_code(hangs, path, 10) == "no end after 10 s"
+    found = read_json(path)
+    assert found["rows"] == [{"what": "seconds", "planned": None, "measured": 1.5}]
+    while alive(found["pid"]):  # until the test's own time limit
+        time.sleep(0.05)
+    assert any("seconds" in line and "1.5" in line for line in day.table({"a part": found}))
+
+
+def test_this_process_holds_nothing_of_the_card() -> None:
+    assert day.card_name() == "cpu"
+    assert not hasattr(day, "device_name")  # which asks CUDA

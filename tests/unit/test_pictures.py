@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
+from loraprune_ds.evaluate.drawing import BLUE
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report import pictures
@@ -56,6 +58,8 @@ def test_kept_groups_has_a_strip_per_layer_and_kind(tmp_path: Path, figures: lis
     assert is_png(tmp_path / "run" / "kept_groups.png")
     heads, head_counts, channels, channel_counts = figures[0].axes
     assert heads.get_images()[0].get_array().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
+    strip = heads.get_images()[0]
+    assert [to_hex(strip.to_rgba(np.array(share))) for share in (0.0, 1.0)] == [pictures.PALE.lower(), BLUE.lower()]
     strips = channels.get_images()[0].get_array()
     assert strips.shape == (3, 96)
     assert strips[1].tolist() == [1] * 40 + [0] * 56
@@ -104,6 +108,8 @@ def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 29.7, 29.7, 29.7], perplexities)
     assert [t.get_text() for t in perplexity.texts] == ["51.59 dense", "103.20 after the last cut", "74.23 exported"]
     assert curve(sparsity, "target")[0] == [4, 6]
+    styles = [line.get_drawstyle() for axes in (sparsity, weights, memory) for line in axes.get_lines()[:1]]
+    assert styles == ["steps-pre"] * 3  # what a cut changes, the next step has
     assert list(seconds.get_lines()[0].get_xdata()) == list(range(2, 11))  # without the warm-up
     assert weights.get_ylabel() == "MB"
     assert memory.get_ylabel() == "GB"

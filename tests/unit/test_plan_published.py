@@ -9,7 +9,7 @@ from loraprune_ds.config_file import load_config
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.plan import make_plan
-from loraprune_ds.plan.request import build_request, read_config
+from loraprune_ds.plan.request import build_request, make_request, read_config
 from tests.benchmarks.mixture_plans import NODE, gathered_bytes, layer_bytes, plan_on
 from tests.published import PUBLISHED
 
@@ -28,6 +28,16 @@ def test_the_run_fits_where_it_is_meant_to(name: str) -> None:
     plan = make_plan(build_request(name, source, shape, load_config(path), Cluster(NODES[meant[1]], 8)))
     assert plan.fits
     assert plan.request.micro_batches == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "gpus"),
+    [("llama-7b", 1, 8), ("llama-13b", 1, 8), ("llama-30b", 2, 8), ("llama-65b", 4, 8), ("llama-65b-int8", 1, 1)],
+)
+def test_the_llamas_fit_where_they_are_meant_to(name: str, nodes: int, gpus: int) -> None:
+    config, few = str(CONFIGS / f"{name}.yaml"), ["train.epochs=null", "train.steps=100"]  # so there are fewer cuts
+    request = make_request(name.removesuffix("-int8"), Cluster(nodes, gpus), config_path=config, overrides=few)
+    assert make_plan(request).fits
 
 
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "gpt-oss-120b", "Qwen3-235B-A22B"])

@@ -6,11 +6,24 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
+from torch import Tensor
 
 from launch import preflight
-from launch.preflight import Rendezvous, Unfit, check_ranks, check_visible, probe_file
+from launch.preflight import (
+    Rendezvous,
+    Unfit,
+    check_accelerators,
+    check_ranks,
+    check_together,
+    check_visible,
+    probe_file,
+)
+from loraprune_ds.zero import device, probe
 from loraprune_ds.zero.probe import Probe, probe_node
 from tests.integration.launching import ROOT, clean_environment, free_port
 
@@ -60,11 +73,11 @@ def test_the_first_node_cannot_be_reached() -> None:
 
 def test_a_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "VISIBLE_WITHIN", 0.0)
-    with probe_file(tmp_path / "runs" / "mine") as probe:
-        assert probe.parent == tmp_path
-        check_visible(probe, "gpu1")
+    with probe_file(tmp_path / "runs" / "mine") as file:
+        assert file.parent == tmp_path
+        check_visible(file, "gpu1")
     with pytest.raises(Unfit, match=r"output_dir is not shared: it has no .*, which gpu1 has written"):
-        check_visible(probe, "gpu1")
+        check_visible(file, "gpu1")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,6 +116,87 @@ def test_every_rank_takes_part_and_the_speed_is_told(capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert re.fullmatch(r"preflight: all-to-all over 4 ranks by gloo: [\d.e-]+ GB/s to the slowest\n", out)
     assert err == ""
+
+
+class FakeRanks:
+    """Stands for torch.distributed on rank 0 of two. Rank 1 does what it should, but for one thing."""
+
+    def __init__(self, *, wrong: str = "") -> None:
+        self.wrong = wrong
+        self.ReduceOp = SimpleNamespace(MIN="min")
+
+    def all_reduce(self, values: Tensor, op: str = "sum") -> None:
+        if op == "sum":
+            values += 5 if self.wrong == "sum" else 1
+        else:
+            assert op == "min"
+            values.clamp_(max=0.25)  # GB/s of rank 1
+
+    def all_to_all_single(self, received: Tensor, sent: Tensor) -> None:
+        half = len(sent) // 2
+        received[:half] = sent[:half]
+        received[half:] = 7 if self.wrong == "part" else 1
+
+    def barrier(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [("sum", "a sum over all ranks is 5"), ("part", "an all-to-all brought wrong numbers")]
+)
+def test_wrong_numbers_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: str, told: str) -> None:
+    monkeypatch.setattr(probe, "distributed", FakeRanks(wrong=wrong))
+    with pytest.raises(ValueError, match=told):
+        probe._exchange(0, 2, "cpu")
+
+
+def test_the_speed_is_that_of_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "distributed", FakeRanks())
+    assert probe._exchange(0, 2, "cpu") == 0.25
+
+
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """Fakes so many GPUs. Returns those that are computed on."""
+    used: list[int] = []
+
+    def device_name(index: int) -> str:
+        used.append(index)
+        return "cpu"
+
+    gpus = SimpleNamespace(device_count=lambda: count, device_name=device_name)
+    monkeypatch.setattr(device, "accelerator", lambda: gpus)
+    monkeypatch.setattr(device, "is_cpu", lambda: False)
+    return used
+
+
+def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = fake_gpus(monkeypatch, 8)
+    check_accelerators(4)
+    assert used == [0, 1, 2, 3]
+    with pytest.raises(Unfit, match=r"^8 accelerators for 9 ranks$"):
+        check_accelerators(9)
+
+
+def test_a_gpu_that_computes_wrong_numbers_is_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch, 1)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device: 1.5 * ones(*sizes))
+    with pytest.raises(Unfit, match="cpu computes wrong numbers"):
+        check_accelerators(1)
+
+
+def test_each_check_is_made_and_the_first_that_fails_ends_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stages = ["accelerators", "output", "shared", "hosts", "ranks"]
+    for bad in (None, "shared"):
+        asked: list[str] = []
+
+        def agree(stage: str, check: Callable[[], None], bad: str | None = bad, asked: list[str] = asked) -> bool:
+            asked.append(stage)
+            return stage != bad
+
+        fit = check_together(cast(Any, SimpleNamespace(agree=agree)), 2, tmp_path)
+        assert fit == (bad is None)
+        assert asked == stages[: stages.index(bad) + 1 if bad else None]
 
 
 def test_a_rank_that_cannot_take_part_is_named() -> None:

@@ -103,6 +103,12 @@ def test_both_ways_to_ask_agree() -> None:
         assert len(set(cuts)) == len(cuts)
 
 
+def test_nothing_is_scored_after_the_last_cut_that_changes_a_width() -> None:
+    schedule = Schedule(0.5, 0, 10, 5, passed_over=frozenset({10}))
+    assert schedule.last_cut == 5
+    assert not any(schedule.is_scored(step) for step in range(6, 11))
+
+
 def test_no_binary_fraction_moves_a_border() -> None:
     """0.29 · 100 is 28.999999999999996 in floating point."""
     schedule = make_schedule(PruneConfig(warmup_fraction=0.29, cooldown_fraction=0.29), 100)

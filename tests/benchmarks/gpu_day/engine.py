@@ -1,5 +1,6 @@
 """A trainer on random weights and random tokens. Nothing is read from disk."""
 
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.device import accelerator, current_device
+from loraprune_ds.zero.device import accelerator, current_device, is_cpu
 from loraprune_ds.zero.engine import build_training_engine
 from tests.benchmarks.gpu_day.sizes import Sizes
 
@@ -79,9 +80,13 @@ def make_trainer(size: Sizes, request: Request) -> Trainer:
 
 
 def device_bytes() -> dict[str, int]:
-    """Returns what torch has allocated and reserved, and what is in use on the whole card. 0 on a CPU."""
-    if not torch.cuda.is_available():
-        return {"allocated": 0, "reserved": 0, "card": 0}
+    """Returns what this process has in host memory, what torch allocated and reserved, and what the card has in use.
+
+    On a CPU the last three are 0.
+    """
+    host = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    if is_cpu():
+        return {"host": host, "allocated": 0, "reserved": 0, "card": 0}
     free, total = torch.cuda.mem_get_info()
-    held = accelerator()
-    return {"allocated": held.memory_allocated(), "reserved": held.memory_reserved(), "card": total - free}
+    allocated, reserved = accelerator().memory_allocated(), accelerator().memory_reserved()
+    return {"host": host, "allocated": allocated, "reserved": reserved, "card": total - free}

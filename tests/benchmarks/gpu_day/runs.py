@@ -1,58 +1,112 @@
 """Whole runs by their commands: every branch of the code for a GPU, fp16, and two ranks on one card."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.files import read_json
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.report.metrics import read_metrics
 from loraprune_ds.zero.device import is_cpu
+from tests.benchmarks.gpu_day.found import Found
+from tests.families import tiny_model
 from tests.integration.launching import free_port, write_config, write_text
-from tests.oracle.models import make_tiny_llama
+from tests.oracle.models import make_tiny_llama, make_tokenizer
 
 ROOT = Path(__file__).parents[3]
+VOCAB = 97
+OVERLAP = ROOT / "ds_configs" / "zero3_overlap.json"
+# What a run on the card is compared in with the same run on the CPU. Each has other code on the device.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "lora": (),
+    "gradient, global, least_squares": (
+        "prune.criterion=gradient",
+        "prune.ranking=global",
+        "prune.compensate=least_squares",
+    ),
+    "fisher, checkpointing": ("prune.criterion=fisher", "train.gradient_checkpointing=true"),
+    "distillation": ("train.distill_weight=0.5", "train.distill_top_k=8"),
+    "int8": ("model.frozen=int8",),
+    "offload": ("deepspeed=ds_configs/zero3_offload.json",),
+    "experts, reap": ("model.path=MIXTURE", "prune.criterion=reap"),
+}
+DETERMINISTIC = "train.deterministic=true"
+NO_DROPOUT = "lora.lora_dropout=0.0"  # each device draws other masks
 
 
-def whole_run() -> dict[str, Any]:
+def whole_run(found: Found) -> None:
     """Prunes a tiny LLaMA, stops in the middle and goes on: kept groups as without a stop, or nearly."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = _write_run(folder, dtype="bfloat16")
-        _launch(config, "output_dir=" + str(folder / "straight"))
-        (folder / "out").mkdir()
-        stopped = _launch(config, "train.deterministic=true", stop_in=folder / "out")
-        _launch(config, "train.deterministic=true", "--resume", "auto")
-        _launch(config, "train.deterministic=true", f"output_dir={folder / 'again'}")
+        _launch(config, f"output_dir={folder / 'straight'}")
         report = read_json(folder / "straight" / "report.json")
-        kept = [(folder / run / "kept_groups.json").read_bytes() for run in ("straight", "out", "again")]
-    return {
-        "rows": [
-            {"what": "perplexity of the exported model", "measured": report["perplexity"]["pruned"]},
-            {"what": "stopped on request (1: yes)", "planned": 1, "measured": int(stopped == 85)},
-            {"what": "deterministic: same groups after a resume", "planned": 1, "measured": int(kept[1] == kept[2])},
-            {"what": "not deterministic: the same groups", "measured": int(kept[0] == kept[2])},
-        ],
-        "report": {key: report[key] for key in ("perplexity", "seconds_per_step", "resident_bytes", "reserved_bytes")},
-    }
+        found.row("perplexity of the exported model", report["perplexity"]["pruned"])
+        kept = ("perplexity", "seconds_per_step", "resident_bytes", "reserved_bytes")
+        found.keep(report={key: report[key] for key in kept})
+        stopped = _stop_and_go_on(config, folder / "out")
+        found.row("stopped on request (1: yes)", int(stopped), 1)
+        _launch(config, DETERMINISTIC, f"output_dir={folder / 'again'}")
+        straight, resumed, again = (_groups(folder / run) for run in ("straight", "out", "again"))
+        found.row("deterministic: groups that differ after a resume", _different(resumed, again), 0)
+        found.row("not deterministic: groups that differ", _different(straight, again))
 
 
-def fp16() -> dict[str, Any]:
-    """Trains in fp16. DeepSpeed's first loss scale is so high that steps are skipped."""
-    if is_cpu():
-        return {"skipped": "CPUs do not train in fp16"}
+def beside_cpu(found: Found) -> None:
+    """Makes the same runs on the card and on the CPU, in fp32, one setting after the other."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _launch(_write_run(folder, dtype="float16"))
-        lines = [line for line in read_metrics(folder / "out" / "metrics.jsonl") if line["kind"] == "step"]
-    skipped = sum(line["skipped"] for line in lines)
-    return {"rows": [{"what": "steps skipped, of 20", "measured": skipped}], "losses": [line["loss"] for line in lines]}
+        config = _write_run(folder, dtype="float32")
+        mixture = folder / "mixture"
+        tiny_model("mixtral", vocab_size=VOCAB).save_pretrained(mixture)
+        make_tokenizer(VOCAB).save_pretrained(mixture)
+        for setting, changes in SETTINGS.items():
+            changes = [NO_DROPOUT, *(change.replace("MIXTURE", str(mixture)) for change in changes)]
+            runs = [folder / f"{setting} {where}" for where in ("card", "cpu")]
+            devices: list[dict[str, str]] = [{}, {"DS_ACCELERATOR": "cpu"}]
+            started = [
+                _start(config, *changes, f"output_dir={run}", environment=environment)
+                for run, environment in zip(runs, devices, strict=True)
+            ]
+            try:
+                for process in started:
+                    _end(process)
+            except RuntimeError as error:  # the other settings may still tell something
+                found.row(f"{setting}: failed", 1, 0, error=str(error))
+                continue
+            losses = [[step["loss"] for step in _steps(run)] for run in runs]
+            before_a_cut = [abs(a - b) for a, b in zip(*losses, strict=True)][:2]
+            found.row(f"{setting}: largest difference of a loss before a cut", max(before_a_cut), 0, losses=losses)
+            found.row(f"{setting}: groups that differ", _different(*map(_groups, runs)), 0)
 
 
-def two_ranks() -> dict[str, Any]:
+def fp16(found: Found) -> None:
+    """Trains in fp16. The first loss scale is so high that steps are skipped. A stop must not change what follows."""
+    if is_cpu():
+        found.keep(skipped="CPUs do not train in fp16")
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        scaled = read_json(OVERLAP)
+        scaled["fp16"]["initial_scale_power"] = 24
+        write_json(folder / "fp16.json", scaled)
+        config = _write_run(folder, dtype="float16", deepspeed=folder / "fp16.json")
+        _launch(config, DETERMINISTIC, f"output_dir={folder / 'straight'}")
+        straight = _steps(folder / "straight")
+        found.row("steps skipped, of 20", sum(step["skipped"] for step in straight))
+        found.keep(losses=[step["loss"] for step in straight])
+        _stop_and_go_on(config, folder / "out")
+        pairs = zip(straight, _steps(folder / "out"), strict=True)
+        other = sum((a["loss"], a["skipped"]) != (b["loss"], b["skipped"]) for a, b in pairs)
+        found.row("steps that differ after a stop and a resume", other, 0)
+
+
+def two_ranks(found: Found) -> None:
     """Runs two ranks on one card, with gloo in NCCL's place: real gathers, side streams and all-to-alls."""
     common = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
@@ -63,26 +117,34 @@ def two_ranks() -> dict[str, Any]:
         )
         for rank in ("0", "1")
     ]
-    ended = [rank.communicate(timeout=400) for rank in ranks]
+    ended = [rank.communicate() for rank in ranks]  # what hangs ends with this part
     if any(rank.returncode for rank in ranks):
-        return {"error": next(err for _, err in ended if err.strip())[-2000:]}
-    return {"rows": [{"what": "loss after a cut", "measured": float(ended[0][0].split()[-1])}]}
+        raise RuntimeError(next(err for _, err in ended if err.strip())[-2000:])
+    found.row("loss after a cut", float(ended[0][0].split()[-1]))
 
 
-def _write_run(folder: Path, *, dtype: str) -> Path:
+def _write_run(folder: Path, *, dtype: str, deepspeed: Path = OVERLAP) -> Path:
     sizes: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 8, "hidden": 64, "ffn": 256}
-    model = make_tiny_llama(folder / "model", layers=4, vocab=97, seed=1, **sizes)
+    model = make_tiny_llama(folder / "model", layers=4, vocab=VOCAB, seed=1, **sizes)
     config = {
         "output_dir": str(folder / "out"),
-        "deepspeed": "ds_configs/zero3_overlap.json",
+        "deepspeed": str(deepspeed),
         "model": {"path": str(model), "dtype": dtype},
         "data": {"path": str(write_text(folder / "text.txt", 20_000)), "window": 32},
-        "prune": {"ratio": 0.3, "prune_every": 4},
+        "prune": {"ratio": 0.3, "prune_every": 4, "channel_multiple": 8},
         "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
         "evaluate": {"window": 32, "max_windows": 8},
         "logging": {"progress": False, "tensorboard": False, "profile_steps": [3]},
     }
     return write_config(folder / "run.yaml", config)
+
+
+def _stop_and_go_on(config: Path, output: Path) -> bool:
+    """Asks a run to stop once it has begun, then resumes it. Returns whether it stopped."""
+    output.mkdir()
+    stopped = _launch(config, DETERMINISTIC, stop_in=output)
+    _launch(config, DETERMINISTIC, "--resume", "auto")
+    return stopped == 85
 
 
 def _launch(config: Path, *changes: str, stop_in: Path | None = None) -> int:
@@ -91,15 +153,50 @@ def _launch(config: Path, *changes: str, stop_in: Path | None = None) -> int:
     Raises:
         RuntimeError: it failed.
     """
-    overrides = [word for change in changes if "=" in change for word in ("--set", change)]
-    others = [change for change in changes if "=" not in change]
-    command = [sys.executable, "launch/run.py", "--config", str(config), *overrides, *others]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = _start(config, *changes)
     while stop_in is not None and process.poll() is None and not (stop_in / "STOP").exists():
         if (stop_in / "status.json").exists() and read_json(stop_in / "status.json")["step"] >= 1:
             (stop_in / "STOP").touch()
         time.sleep(0.02)
+    return _end(process)
+
+
+def _start(config: Path, *changes: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    overrides = [word for change in changes if "=" in change for word in ("--set", change)]
+    others = [change for change in changes if "=" not in change]
+    command = [sys.executable, "launch/run.py", "--config", str(config), *overrides, *others]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | dict(environment or {}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> int:
+    """Waits for it and returns its exit code.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     _, err = process.communicate()
     if process.returncode not in (0, 85):
-        raise RuntimeError(err[-2000:])
+        raise RuntimeError(f"{process.args}: {err[-2000:]}")
     return process.returncode
+
+
+def _steps(output: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(output / "metrics.jsonl") if line["kind"] == "step"]
+
+
+def _groups(output: Path) -> set[tuple[int, str, int]]:
+    """Reads which groups a run has kept."""
+    layers = json.loads((output / "kept_groups.json").read_text())["layers"]
+    lists = ((i, kind, x) for i, layer in enumerate(layers) for kind, x in layer.items() if isinstance(x, list))
+    return {(i, kind, group) for i, kind, groups in lists for group in groups}
+
+
+def _different(one: set[tuple[int, str, int]], other: set[tuple[int, str, int]]) -> int:
+    return len(one - other)

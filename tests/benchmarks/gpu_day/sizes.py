@@ -21,6 +21,7 @@ class Sizes:
     micro_batches: Sequence[int]
     widths: Sequence[int]  # of the MLP: even and odd ones
     rows: Sequence[int]  # tokens of a product
+    hiddens: Sequence[int]  # hidden sizes of a product
     multiple: int  # of channels, that a cut takes
     cuts: int
 
@@ -41,7 +42,8 @@ class Sizes:
 def sizes(name: str) -> Sizes:
     """Returns those of a name in plan/request.py, or tiny ones without a GPU."""
     if is_cpu():
-        return Sizes(64, 4, 4, 256, 97, 32, (1, 2), (256, 255), (16,), 64, 2)
+        return Sizes(64, 4, 4, 256, 97, 32, (1, 2), (256, 255), (16,), (64,), 64, 2)
     hidden, layers, heads, channels = LLAMA[name]
     widths = (11008, 11007, 11006, 11004, 11000, 10944, 4491, 4480)
-    return Sizes(hidden, layers, heads, channels, 32_000, 512, (1, 4, 16), widths, (700, 2048, 8192), 128, 20)
+    rows, hiddens = (700, 2048, 8192), (4096, 8192)
+    return Sizes(hidden, layers, heads, channels, 32_000, 512, (1, 4, 16), widths, rows, hiddens, 128, 20)

@@ -3,7 +3,10 @@
 import statistics
 import time
 from collections.abc import Callable
+from cProfile import Profile
+from pstats import Stats
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import profile
@@ -15,67 +18,80 @@ from loraprune_ds.report.records import StepRecord
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
-from loraprune_ds.zero.memory import peak_bytes, resident_bytes
+from loraprune_ds.zero.memory import peak_bytes
 from tests.benchmarks.gpu_day.engine import device_bytes, make_request, make_trainer
+from tests.benchmarks.gpu_day.found import Found
 from tests.benchmarks.gpu_day.sizes import Sizes, sizes
 
 OVERLAP = "ds_configs/zero3_overlap.json"  # the default would wait at every fetch, of which one rank needs none
 CRITERIA: tuple[Criterion, ...] = ("lora", "gradient")
 TIMED = 3  # steps, after one that is not
 GB, GIB = 1e9, 1 << 30
+# Where the seconds of a cut may go, as cProfile names them: file and function.
+PHASES = (
+    ("cut.py", "parameter_cuts"),
+    ("flat.py", "take"),
+    ("comm.py", "all_to_all"),
+    ("reshard.py", "_by_item"),
+    ("params.py", "install_shard"),
+    ("optimizer.py", "rebuild"),
+    ("engine.py", "empty_partition_cache"),
+    ("device.py", "empty_host_cache"),
+    ("device.py", "settle_shards"),
+)
 
 
-def steps() -> dict[str, Any]:
+def steps(found: Found) -> None:
     """Times a step by micro-batch: without scoring, with it, and with the true gradient."""
     _start()
-    size, rows, found = sizes("llama-7b"), list[dict[str, Any]](), dict[str, Any]()
+    size = sizes("llama-7b")
     for micro_batch in size.micro_batches:
         for criterion in CRITERIA:
             request = make_request(size, micro_batch, deepspeed=OVERLAP, criterion=criterion)
             trainer, plan = make_trainer(size, request), make_plan(request)
-            score, name = trainer.pruner.score, f"micro-batch {micro_batch}"
+            name = f"micro-batch {micro_batch}"
             if criterion == "lora":
-                trainer.pruner.score = lambda step: None  # type: ignore[method-assign]
-                records = _timed(trainer)
-                found[f"{name}, plain"] = _describe(records) | _profiled(trainer)
-                rows.append(_row(f"{name}, plain: s per step", None, _median(records)))
-                trainer.pruner.score = score  # type: ignore[method-assign]
+                with patch.object(trainer.pruner, "score", lambda step: None):
+                    records = _timed(trainer)
+                    found.row(f"{name}, plain: s per step", _median(records), **_describe(records))
+                    found.row(f"{name}, plain: kernels' part of the time", **_profiled(trainer))
             records = _timed(trainer)
-            found[f"{name}, {criterion}"] = _describe(records)
-            rows.append(_row(f"{name}, {criterion}: s per step", plan.step.exposed, _median(records)))
-            rows.append(_row(f"{name}, {criterion}: peak GiB", plan.stages[1].peak / GIB, peak_bytes() / GIB))
+            name = f"{name}, {criterion}"
+            found.row(f"{name}: s per step", _median(records), plan.step.exposed, **_describe(records))
+            found.row(f"{name}: peak GiB", peak_bytes() / GIB, plan.stages[1].peak / GIB)
             if records[-1].mfu is not None:
-                rows.append(_row(f"{name}, {criterion}: MFU", None, records[-1].mfu))
+                found.row(f"{name}: MFU", records[-1].mfu)
             trainer.engine.release()
-    return {"rows": rows, "details": found}
 
 
-def cuts() -> dict[str, Any]:
+def cuts(found: Found) -> None:
     """Times cuts of a multiple, then of odd widths, and the steps at each width."""
     _start()
     size = sizes("llama-7b")
     request = make_request(size, size.micro_batches[-1], deepspeed=OVERLAP)
     trainer = make_trainer(size, request)
-    rows = [_row("dense: s per step", make_plan(request).step.exposed, _median(_timed(trainer)))]
+    found.row("dense: s per step", _median(_timed(trainer)), make_plan(request).step.exposed)
     aligned = [_cut(trainer, size.multiple) for _ in range(size.cuts)]
-    rows.append(_row("cut of a multiple: s", None, statistics.median(cut["seconds"] for cut in aligned)))
-    rows.append(_row("  of GB that it frees", _freed(trainer, size) / GB, _measured_free(aligned[-1]) / GB))
-    rows.append(_row("at a multiple: s per step", None, _median(_timed(trainer))))
-    odd = [_cut(trainer, channels) for channels in (1, 2, 4)]
-    rows.append(_row("at an odd width: s per step", None, _median(_timed(trainer))))
-    return {"rows": rows, "multiples": aligned, "odd": odd}
+    found.keep(multiples=aligned)
+    found.row("cut of a multiple: s", statistics.median(cut["seconds"] for cut in aligned))
+    found.row("  of GB that it frees", _measured_free(aligned[-1]) / GB, _freed(trainer, size) / GB)
+    found.row("at a multiple: s per step", _median(_timed(trainer)))
+    with Profile() as profiler:
+        odd = [_cut(trainer, 1)]
+    found.keep(phases=_phases(profiler), odd=odd + [_cut(trainer, channels) for channels in (2, 4)])
+    found.row("at an odd width: s per step", _median(_timed(trainer)))
 
 
-def offload() -> dict[str, Any]:
+def offload(found: Found) -> None:
     """Makes steps and cuts with all weights on the host."""
     _start()
     size = sizes("llama-13b")
     request = make_request(size, 1, deepspeed="ds_configs/zero3_offload.json")
     trainer = make_trainer(size, request)
-    rows = [_row("s per step", make_plan(request).step.exposed, _median(_timed(trainer)))]
-    found = [_cut(trainer, size.multiple) for _ in range(min(3, size.cuts))]
-    rows.append(_row("cut: s", None, statistics.median(cut["seconds"] for cut in found)))
-    return {"rows": rows, "cuts": found}
+    found.row("s per step", _median(_timed(trainer)), make_plan(request).step.exposed)
+    made = [_cut(trainer, size.multiple) for _ in range(min(3, size.cuts))]
+    found.row("cut: s", statistics.median(cut["seconds"] for cut in made), cuts=made)
+    found.row("  of GB that it frees on the host", _measured_free(made[-1], "host") / GB, _freed(trainer, size) / GB)
 
 
 def _start() -> None:
@@ -104,27 +120,28 @@ def _describe(records: list[StepRecord]) -> dict[str, Any]:
 
 
 def _profiled(trainer: Trainer) -> dict[str, Any]:
-    """Splits two steps into kernels and the rest, and counts the waits for the device."""
+    """Measures the kernels' part of the time of two steps, and counts the waits for the device."""
     began = time.perf_counter()
     with profile() as profiler:
         for _ in range(2):
             trainer.step(1)
+    seconds = time.perf_counter() - began
     events = profiler.key_averages()
     waits = sum(event.count for event in events if event.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize"))
     kernels = sum(event.self_device_time_total for event in events) / 1e6
-    return {"profiled_seconds": time.perf_counter() - began, "kernel_seconds": kernels, "waits": waits}
+    return {"measured": kernels / seconds, "seconds": seconds, "waits": waits}
 
 
 def _cut(trainer: Trainer, channels: int) -> dict[str, Any]:
     """Takes the last `channels` of every layer."""
-    before = device_bytes() | {"host": resident_bytes()}
+    before = device_bytes()
     keep = [
         LayerKeep(heads=torch.arange(x["heads"]), channels=torch.arange(x["channels"] - channels))
         for x in _layers(trainer)
     ]
     seconds = _seconds(lambda: trainer.model.cut(keep))
     trainer.pruner.average.scores = None
-    return {"seconds": seconds, "before": before, "after": device_bytes() | {"host": resident_bytes()}}
+    return {"seconds": seconds, "before": before, "after": device_bytes()}
 
 
 def _layers(trainer: Trainer) -> Any:
@@ -142,10 +159,17 @@ def _freed(trainer: Trainer, size: Sizes) -> int:
     return 2 * len(shape.layers) * size.multiple * shape.group_numel("channels")  # bf16
 
 
-def _measured_free(cut: dict[str, Any]) -> int:
-    key = "host" if is_cpu() else "allocated"
-    return cut["before"][key] - cut["after"][key]
+def _measured_free(cut: dict[str, Any], where: str | None = None) -> int:
+    where = where or ("host" if is_cpu() else "allocated")
+    return cut["before"][where] - cut["after"][where]
 
 
-def _row(what: str, planned: float | None, measured: float) -> dict[str, Any]:
-    return {"what": what, "planned": planned, "measured": measured}
+def _phases(profiler: Profile) -> dict[str, float]:
+    """Returns the seconds of a cut's parts. Some lie inside others. What a kernel takes shows where the host waits."""
+    stats: dict[tuple[str, int, str], Any] = vars(Stats(profiler))["stats"]
+    return {
+        f"{file}: {function}": sum(
+            numbers[3] for (path, _, name), numbers in stats.items() if path.endswith(file) and name == function
+        )
+        for file, function in PHASES
+    }

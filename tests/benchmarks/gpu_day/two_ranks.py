@@ -8,7 +8,7 @@ from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from tests.benchmarks.gpu_day.engine import make_request, make_trainer
 from tests.benchmarks.gpu_day.sizes import Sizes
 
-SIZE = Sizes(256, 4, 8, 1024, 97, 64, (2,), (), (), 64, 1)
+SIZE = Sizes(256, 4, 8, 1024, 97, 64, (2,), (), (), (), 64, 1)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Compares what `prune.target` counts with what llama.cpp and vLLM hold of a pruned SmolLM2. See tests/run_heavy.sh.
 
-llama.cpp reports the buffers of its weights and its KV cache. vLLM reports its weights on GPUs alone. On a CPU they are
+llama.cpp reports the buffers of its weights and its KV cache. A CPU with AMX would hold most weights once more, packed
+for it, which is switched off here. vLLM reports its weights on GPUs alone. On a CPU they are
 the parameters that it has made, before it packs them for its kernels. The tokens of its KV cache it reports everywhere.
 """
 
@@ -43,6 +44,16 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 LLAMA_CPP = """
 import sys, llama_cpp
+from llama_cpp import llama_cpp as api
+
+defaults = api.llama_model_default_params
+
+def without_repacking():
+    params = defaults()
+    params.use_extra_bufts = False
+    return params
+
+api.llama_model_default_params = without_repacking
 llama_cpp.Llama(sys.argv[1], n_ctx=int(sys.argv[2]), flash_attn=True, n_gpu_layers=0, n_threads=1)
 print(llama_cpp.__version__)
 """

@@ -1,0 +1,191 @@
+"""The whole method with its model on a device of its own. It finds what a GPU would refuse: tensors of two devices."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.model import experts
+from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher
+from loraprune_ds.model.frozen import Int8
+from loraprune_ds.model.int8_linear import Int8Linear
+from loraprune_ds.model.logits import Head, LogitsTransform
+from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.token_loss import supervised_positions, token_losses
+from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from tests.fake_card import CARD, OnCard, fake_card, put, put_module, take
+from tests.families import SIZES, tiny_model
+from tests.numerics.test_families import random_lora
+from tests.oracle.models import make_batches
+from tests.unit.plain_training import Batch, PlainRun
+
+SAMPLES, WINDOW, PADDED = 6, 12, 3  # tokens at the end of every second sample
+REFIT: dict[str, Any] = {"compensate": "least_squares", "compensate_steps": 1}
+BIAS: dict[str, Any] = {"compensate": "bias", "compensate_steps": 1}
+# The device's blocks are larger than a CPU's, so sums are in another order.
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-7}
+
+
+def test_the_card_refuses_what_cuda_refuses() -> None:
+    on_card, on_host = put(torch.ones(3)), torch.ones(3)
+    refused: list[Callable[[], object]] = [
+        lambda: on_card + on_host,
+        lambda: on_host[put(torch.tensor([0]))],
+        lambda: on_card.index_select(0, torch.tensor([0])),
+        lambda: torch.zeros(3, device=CARD) + on_host,
+    ]
+    with fake_card():
+        for act in refused:
+            with pytest.raises(RuntimeError, match="a tensor of the host"):
+                act()
+        assert isinstance(on_card[torch.tensor([0])], OnCard)  # as CUDA has it
+        assert (on_card + torch.tensor(1.0)).sum().item() == 6
+        assert not isinstance(on_card.cpu(), OnCard)
+        assert isinstance(on_host.to(CARD), OnCard)
+        on_host.copy_(2 * on_card)
+    assert on_host.sum() == 6
+
+
+def padded_batch() -> tuple[Batch, Tensor]:
+    """Returns a batch, and where its tokens are none."""
+    (batch,) = make_batches(steps=1, samples=SAMPLES, tokens=WINDOW, vocab=SIZES["vocab_size"], seed=3)
+    mask = torch.ones(SAMPLES, WINDOW, dtype=torch.bool)
+    mask[::2, -PADDED:] = False
+    return (batch[0], batch[1].masked_fill(~mask, -100)), mask
+
+
+def scored_and_refitted(run: PlainRun, *, device: torch.device) -> list[Tensor]:
+    """Makes one step and prepares a cut. Returns scores, and what a refit has changed."""
+    (ids, labels), mask = padded_batch()
+    pruner = run.pruner
+    with pruner.record_step(1):
+        for rows in torch.arange(SAMPLES).split(2):
+            with pruner.record_forward(mask[rows]):  # which stays on the host, as a trainer's does
+                logits = run.model(input_ids=ids[rows].to(device)).logits[:, :-1].flatten(0, 1)
+            wanted = labels[rows][:, 1:].flatten().to(device)
+            torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum").backward()
+        pruner.score(1)
+    assert pruner._unchecked is None or pruner._unchecked.check() is None
+    scores = pruner.average.on_host()
+    assert scores is not None
+    keep = pruner._rank(scores, 0.3)
+    if pruner.compensator is not None:
+        pruner.compensator.compensate(keep, 1)
+    pruner.average.cut(keep)
+    left = [layer[kind] for layer in pruner.average.scores or [] for kind in layer]
+    changed = [p for name, p in run.model.named_parameters() if name.endswith(("base_layer.weight", "base_layer.bias"))]
+    found = [*(layer[kind] for layer in scores for kind in layer), *left, *changed]
+    return [take(tensor).clone() for tensor in found]
+
+
+def send_by_nccl(*given: Any) -> Tensor:
+    """Stands for a collective of one rank. NCCL takes no tensor of the host."""
+    assert isinstance(given[-1], OnCard)
+    return given[-1]
+
+
+def count_tokens(chosen: Tensor, count: int) -> list[int]:
+    """Counts the tokens of each expert. The package does not on the meta device, as nobody chooses there."""
+    return torch.bincount(take(chosen), minlength=count).tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"criterion": "lora", **REFIT}),
+        ("llama", {"criterion": "gradient", "ranking": "global"}),
+        ("llama", {"criterion": "magnitude"}),
+        ("llama", {"criterion": "random"}),
+        ("phi3", {"criterion": "fisher", **REFIT}),
+        ("starcoder2", {"criterion": "lora_squared", **BIAS}),
+        ("qwen3_moe", {"criterion": "reap"}),
+        ("qwen3_moe", {"criterion": "fisher"}),
+        ("mixtral", {"criterion": "lora"}),
+    ],
+)
+def test_scores_and_refits_stay_on_their_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(experts, "tokens_per_expert", count_tokens)
+    tiny_model(family, seed=1).save_pretrained(tmp_path)
+    prune = PruneConfig(
+        ratio=0.3, warmup_fraction=0.0, prune_every=1, protected_first=0, channel_multiple=1, **settings
+    )
+    on_host, on_card = (PlainRun(tmp_path, random_lora(tmp_path), prune, 10) for _ in range(2))
+    expected = scored_and_refitted(on_host, device=torch.device("cpu"))
+    put_module(on_card.model)
+    cast(Any, on_card.prunable).device = CARD
+    for name in ("sum_over_ranks", "reduce_to", "reduce_scatter"):
+        monkeypatch.setattr(on_card.prunable, name, send_by_nccl)
+    with fake_card():
+        found = scored_and_refitted(on_card, device=CARD)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_losses_stay_on_their_device(*, distilled: bool, top_k: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 7, 8, generator=generator), torch.randn(19, 8, generator=generator)
+    labels = torch.randint(19, (2, 7), generator=generator)
+    positions = supervised_positions(labels)
+    teacher: HiddenTeacher | TopTeacher = HiddenTeacher(torch.randn(len(positions), 8, generator=generator))
+    if top_k is not None:
+        log_probs, ids = torch.randn(len(positions), 19, generator=generator).log_softmax(1).topk(top_k)
+        teacher = TopTeacher(log_probs, ids, 1 - log_probs.exp().sum(1))
+
+    def losses(place: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        placed = type(teacher)(**{name: place(tensor) for name, tensor in vars(teacher).items()})
+        distillation = Distillation(placed, 0.5) if distilled else None
+        states = place(hidden).requires_grad_()
+        head = Head(place(weight), LogitsTransform(softcap=4.0))
+        found = token_losses(states, head, place(labels), 3, distillation, place(positions))
+        found.sum().backward()
+        assert states.grad is not None
+        return take(found), take(states.grad)
+
+    expected = losses(lambda tensor: tensor.clone())
+    with fake_card():
+        found = losses(put)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_int8_weights_stay_on_their_device(axis: int) -> None:
+    form, stock = Int8(axis), torch.nn.Linear(96, 70)
+    linear = Int8Linear(stock, form)
+    for name, tensor in form.split(stock.weight.detach(), torch.float32).items():
+        linear._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    expected, rows = linear(x), linear.weight[5:9]
+    decoded = form.decode(rows, 5, linear.weight_scale, 0)
+    put_module(linear)
+    with fake_card():
+        assert torch.equal(take(linear(put(x))), expected)
+        assert torch.equal(take(form.decode(linear.weight[5:9], 5, linear.weight_scale, 0)), decoded)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_shards_are_taken_on_their_device(axis: int) -> None:
+    whole, keep = torch.arange(42.0).view(6, 7), torch.tensor([1, 2, 5])
+    for rank in range(3):
+        plan = ReshardPlan(AxisCut((6, 7), axis, keep), 3, rank)
+        shard = whole.flatten()[rank * 14 : (rank + 1) * 14]
+        with fake_card():
+            found = plan.take(put(shard))
+        assert torch.equal(take(found), ReshardPlan(AxisCut((6, 7), axis, keep), 3, rank).take(shard))
+
+
+def test_groups_that_stay_are_chosen_on_any_device() -> None:
+    keep = LayerKeep(heads=torch.tensor([0, 2]), channels=torch.tensor([1]))
+    scores = LayerKeep(heads=put(torch.arange(3)), channels=put(torch.arange(4)))
+    with fake_card():
+        left = scores.select(keep)
+    assert [take(left[kind]).tolist() for kind in left] == [[0, 2], [1]]
