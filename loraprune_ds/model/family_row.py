@@ -1,4 +1,4 @@
-"""What a row of the table of families says (family.py): a layer's tensors, and what lies along their axes."""
+"""Describes a row of the table of families (family.py): a layer's tensors, and what lies along their axes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -57,7 +57,7 @@ class Linear:
 
     @property
     def expert_inputs(self) -> Width:
-        """What one expert of a stack reads."""
+        """Returns what one expert of a stack reads."""
         return self.parts[0].width if self.transposed else self.across
 
 

@@ -134,9 +134,10 @@ class ModelShape:
         return sum(self.layer_numel(i) for i in range(len(self.layers)))
 
     def active_numel(self) -> int:
-        """Counts the linear parameters that one token meets: of experts only those that it chooses."""
+        """Counts the linear parameters that one token meets: of experts those that it chooses, and the shared ones."""
         idle = sum(layer["experts"] - self.experts_per_token for layer in self.layers) if self.family.mixture else 0
-        return self.linear_numel() - idle * self.group_numel("experts")
+        shared = len(self.layers) * sum(math.prod(size) for size in self.layer_others.values() if len(size) > 1)
+        return self.linear_numel() + shared - idle * self.group_numel("experts")
 
     def active_lora(self, lora_rank: int) -> float:
         """Counts the elements of LoRA that one token meets."""

@@ -89,6 +89,10 @@ def test_other_ranks_report_nothing(wandb: FakeWandb, tmp_path: Path) -> None:
     assert wandb.calls == []
 
 
+def test_what_is_not_set_is_no_parameter() -> None:
+    assert dict(reporters._flat(SETTINGS)) == {"seed": 7, "prune.ratio": 0.3}
+
+
 def test_an_error_ends_the_reports_with_one_warning(wandb: FakeWandb, tmp_path: Path) -> None:
     warnings: list[str] = []
     run = ReportedRun("wandb", tmp_path, SETTINGS, warnings.append)

@@ -18,10 +18,10 @@ SIZES: dict[str, Any] = {
     "head_dim": 16,
 }
 KEPT, KEPT_EXPERTS = (2, 96), (2, 7)
-SQUARE, ALL_HEADS = ("qwen2_moe",), (4, 7)  # llama.cpp takes q_proj for hidden_size x hidden_size
+# llama.cpp takes a qwen2_moe's q_proj for hidden_size x hidden_size, and vLLM that of a granitemoe, too.
+SQUARE, ALL_HEADS = ("qwen2_moe", "granitemoe"), (4, 7)
 # Those whose layers of one size vLLM serves, as test_vllm.py shows, and by which implementation.
-NOT_ASKED = ("granitemoe", "gpt_oss")
-VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED}
+VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items()}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 # Depths and settings in which what is special of a family shows.
 SPECIAL: dict[str, dict[str, Any]] = {
