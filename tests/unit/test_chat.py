@@ -179,12 +179,15 @@ def load(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Loa
 def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_path: Path) -> None:
     rows = [{"messages": [user(f"question {i}"), assistant(f"answer {i}")]} for i in range(19)] + [{"messages": []}]
     tokenizer = tokenizer_with(CHATML)
-    data = load(write_json(tmp_path / "chats.jsonl", rows), tokenizer)
+    path = write_json(tmp_path / "chats.jsonl", rows)
+    data = load(path, tokenizer)
     assert (len(data.samples), data.samples.left_out) == (17, 1)
     assert data.held_out.count("<|im_start|>assistant\nanswer") == 2
     assert "answer 4<" in data.held_out
     texts = tokenizer.batch_decode(data.samples.input_ids[numbers(*range(17))])
     assert not any("answer 4<" in text for text in texts)
+    packed = load(path, tokenizer, packing=True).samples
+    assert len(packed) < 17 == len(packed.text_lengths(numbers(*range(len(packed)))))
 
 
 def test_a_long_conversation_ends_at_the_window(tmp_path: Path) -> None:

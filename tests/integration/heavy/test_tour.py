@@ -108,6 +108,6 @@ def test_the_tour(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert len(answer.stdout.split()) > 3
 
-    command = documented(EXPORT, "--serve llama.cpp")
+    command = [*documented(EXPORT, "--serve llama.cpp"), "--prompt", "64", "--generated", "8", "--rounds", "1"]
     timed = start(command, {"path/to/venv/bin/python": python})
     assert "decode, tokens/s" in timed.out
