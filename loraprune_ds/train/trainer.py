@@ -90,9 +90,9 @@ class Trainer:
         began = time.perf_counter()
         batch = self.order.batch(step - 1)
         texts, supervised = self.samples.text_lengths(batch), self.samples.count_supervised(batch)
-        tokens = int(texts.sum())
+        tokens = sum(texts)
         learning_rate, sparsity = self.engine.learning_rate, self.pruner.reached()  # before the step changes them
-        flops = tokens * needed_flops_per_token(self.model.shape, int(texts.square().sum()) / tokens)
+        flops = tokens * needed_flops_per_token(self.model.shape, sum(length**2 for length in texts) / tokens)
         with self.pruner.record_step(step):
             reports = self._exchange(self._accumulate(step, batch, supervised))
             skipped = decide(reports.bad_layers, reports.losses, dtype=self._dtype, step=step) == "skip"

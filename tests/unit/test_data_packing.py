@@ -64,12 +64,12 @@ def test_texts_of_a_pack_are_counted_one_by_one() -> None:
     """Tokens per second and MFU are counted in them."""
     assert len(PACKED) < len(SAMPLES)
     last_first = [*reversed(range(len(PACKED)))]
-    found = PACKED.text_lengths(numbers(*last_first)).tolist()
+    found = PACKED.text_lengths(numbers(*last_first))
     assert found == [LENGTHS[i] for pack in reversed(PACKS) for i in pack]
     one_token_each = Samples.of_tensors({"input_ids": torch.ones(3).int(), "labels": torch.ones(3).int(),
                                          "position_ids": torch.zeros(3).int(), "starts": torch.tensor([0, 2, 3])},
                                         window=4, left_out=0)  # fmt: skip
-    assert one_token_each.text_lengths(numbers(0, 1)).tolist() == [1, 1, 1]
+    assert one_token_each.text_lengths(numbers(0, 1)) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -20,6 +20,7 @@ TRANSFORMED = {
     "gemma2": LogitsTransform(softcap=8.0),
     "gemma3_text": LogitsTransform(softcap=10.0),
     "granite": LogitsTransform(divisor=3.0),
+    "granitemoe": LogitsTransform(divisor=3.0),
     "cohere2": LogitsTransform(scale=0.3),
 }
 # Both sides are fp32, from the same hidden states. A logit is a sum of 60 products, a softmax one of 97, and a gradient

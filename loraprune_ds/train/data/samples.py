@@ -108,14 +108,14 @@ class Samples:
     def window(self) -> int:
         return self.input_ids.shape[1]
 
-    def text_lengths(self, indices: Tensor) -> Tensor:
-        """Returns (texts,) int64: the tokens of each text in these samples. Attention does not leave a text."""
+    def text_lengths(self, indices: Tensor) -> list[int]:
+        """Counts the tokens of each text in these samples. Attention does not leave a text."""
         if not isinstance(self.input_ids, Ragged):
-            return torch.full((len(indices),), self.window)
+            return [self.window] * len(indices)
         if self.position_ids is None:
-            return self.input_ids.lengths(indices)
+            return self.input_ids.lengths(indices).tolist()
         ends = torch.cat([row.roll(-1) == 0 for row in self.position_ids.rows(indices)])  # where the next one begins
-        return ends.nonzero()[:, 0].diff(prepend=torch.tensor([-1]))
+        return ends.nonzero()[:, 0].diff(prepend=torch.tensor([-1])).tolist()
 
     def count_supervised(self, indices: Tensor) -> int:
         """Counts the predictions of these samples that enter the loss.
