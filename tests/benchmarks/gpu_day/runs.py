@@ -63,7 +63,7 @@ def beside_cpu(found: Found) -> None:
         folder = Path(name)
         config = _write_run(folder, dtype="float32")
         mixture = folder / "mixture"
-        tiny_model("mixtral", vocab_size=VOCAB).save_pretrained(mixture)
+        tiny_model("mixtral", vocab_size=VOCAB, num_hidden_layers=4).save_pretrained(mixture)
         make_tokenizer(VOCAB).save_pretrained(mixture)
         for setting, changes in SETTINGS.items():
             changes = [NO_DROPOUT, *(change.replace("MIXTURE", str(mixture)) for change in changes)]
