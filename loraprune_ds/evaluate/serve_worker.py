@@ -1,7 +1,6 @@
 """Times one model in llama.cpp or vLLM. It runs in the Python that has that server, and knows nothing of this package.
 
-serve_worker.py JOB     JOB is JSON: server, model, prompt, generated, batch, trust_remote_code,
-model_impl
+serve_worker.py JOB     JOB is JSON: server, model, prompt, generated, batch, trust_remote_code, model_impl
 
 It writes a JSON object when the model is loaded, and one for each line that it reads, with the seconds of a round.
 """

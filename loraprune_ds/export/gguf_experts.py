@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
 
 BIAS = "_proj_bias"  # how names of biases end that have a row for each expert
@@ -49,26 +48,21 @@ def expert_parts(
     """
     _, _, layer, inside = source.split(".", 3)
     for stack in (linear for linear in shape.linears if linear.is_stack):
-        experts, last = shape.layers[int(layer)][stack.kind], stack.name.rpartition(".")[2]
+        experts = shape.layers[int(layer)][stack.kind]
         if inside == f"{stack.name}.weight":
-            one = (size[0] // experts, size[1])
-            outputs, inputs = reversed(one) if stack.transposed else one
-            places = _places(stack, outputs, in_turn)
-            for name, take in zip(PARTS[last], places, strict=True):
-                of_experts = OfExperts(experts, one, take, stack.transposed)
-                yield _renamed(layer, name, "weight"), (experts, outputs // len(places), inputs), of_experts
+            what, one, transposed = "weight", (size[0] // experts, size[1]), stack.transposed
         elif inside == f"{stack.name}{BIAS}":
-            places = _places(stack, size[1], in_turn)
-            for name, take in zip(PARTS[last], places, strict=True):
-                of_experts = OfExperts(experts, size[1:], take, transposed=False)
-                yield _renamed(layer, name, "bias"), (experts, size[1] // len(places)), of_experts
+            what, one, transposed = "bias", size[1:], False
+        else:
+            continue
+        outputs, *inputs = reversed(one) if transposed else one
+        parts = PARTS[stack.name.rpartition(".")[2]]
+        for name, take in zip(parts, _places(len(parts), outputs, in_turn), strict=True):
+            part_size = (experts, outputs // len(parts), *inputs)
+            yield f"model.layers.{layer}.{name}.{what}", part_size, OfExperts(experts, one, take, transposed)
 
 
-def _places(stack: Linear, outputs: int, in_turn: bool) -> list[slice]:
-    if len(PARTS[stack.name.rpartition(".")[2]]) == 1:
+def _places(parts: int, outputs: int, in_turn: bool) -> list[slice]:
+    if parts == 1:
         return [slice(None)]
     return [slice(0, None, 2), slice(1, None, 2)] if in_turn else [slice(0, outputs // 2), slice(outputs // 2, None)]
-
-
-def _renamed(layer: str, name: str, what: str) -> str:
-    return f"model.layers.{layer}.{name}.{what}"

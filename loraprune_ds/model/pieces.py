@@ -1,6 +1,9 @@
 """The tensors on disk that one parameter consists of."""
 
-from typing import Any, NamedTuple, cast
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false
+
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +21,7 @@ class Pieces(NamedTuple):
 
     def keep_rows(self, rows: Tensor) -> "Pieces":
         """Returns those that hold some rows of the parameter. A piece stays whole or goes."""
-        kept: list[int] = sorted(set(cast(Any, rows // self.shape[0]).tolist()))
-        return self._replace(names=tuple(self.names[i] for i in kept))
+        return self._replace(names=tuple(self.names[i] for i in (rows // self.shape[0]).unique().tolist()))
 
 
 def pieces_of(prefix: str, stack: Linear, experts: int, shape: tuple[int, ...]) -> Pieces:

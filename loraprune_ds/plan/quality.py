@@ -5,6 +5,7 @@ README.md in this folder has the formulas. A setting that is off costs 0.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from loraprune_ds.model.distillation import chunk_size
 from loraprune_ds.model.family_row import Linear
@@ -37,9 +38,13 @@ def _by_owner(shape: ModelShape, world_size: int, open_layers: Sequence[int], si
 
 def moments_by_rank(request: Request, shape: ModelShape) -> list[int]:
     """Returns the bytes of the input moments, until the last cut."""
-    compensate = request.config.prune.compensate
-    layers = request.limits.open_layers if compensate != "none" else []
-    return moment_bytes(shape, request.world_size, layers, second=compensate == "least_squares")
+    second = request.config.prune.compensate == "least_squares"
+    return moment_bytes(shape, request.world_size, _measured_layers(request), second=second)
+
+
+def _measured_layers(request: Request) -> Sequence[int]:
+    """Returns the layers whose inputs are measured."""
+    return request.limits.open_layers if request.config.prune.compensate != "none" else ()
 
 
 def _part_bytes(request: Request, n: int) -> int:
@@ -63,8 +68,8 @@ def measuring_sent(request: Request, shape: ModelShape, rank: int | None = None)
     In every micro-batch a rank sends its parts to the owners of other layers. At the end all ranks add up their tokens
     in one int64.
     """
-    layers = request.limits.open_layers if request.config.prune.compensate != "none" else []
-    of_ranks = _by_owner(shape, request.world_size, layers, lambda n: _part_bytes(request, n))
+    part_bytes = partial(_part_bytes, request)
+    of_ranks = _by_owner(shape, request.world_size, _measured_layers(request), part_bytes)
     own = min(of_ranks) if rank is None else of_ranks[rank]
     token_count = 8 if request.world_size > 1 and any(of_ranks) else 0
     return request.micro_batches * (sum(of_ranks) - own) + token_count

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,16 +18,19 @@ def expanded_model(source: Path, folder: Path) -> Path:
     kv_heads = config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     repeats = config["num_attention_heads"] // kv_heads
-    staging = folder.with_suffix(".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    (staging / "config.json").write_text(
-        json.dumps(config | {"num_key_value_heads": config["num_attention_heads"]}, indent=2)
-    )
     tensors = load_file(source / "model.safetensors")
     for name, tensor in tensors.items():
         if ".k_proj." in name or ".v_proj." in name:
             tensors[name] = repeat_heads(tensor, kv_heads, head_dim, repeats)
+    return write_changed(source, folder, tensors, config | {"num_key_value_heads": config["num_attention_heads"]})
+
+
+def write_changed(source: Path, folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """Writes a model whole or not at all: these tensors and this config.json, the other files as in `source`."""
+    staging = folder.with_suffix(".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (staging / "config.json").write_text(json.dumps(config, indent=2))
     save_file(tensors, staging / "model.safetensors", {"format": "pt"})
     staging.rename(folder)
     return folder

@@ -5,14 +5,15 @@ its largest value, in bf16. A cut does not touch these blocks. So a model of 4 b
 bf16, as long as nothing but a cut changes its weights.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from loraprune_ds.files import read_json
 from loraprune_ds.model.family import LLAMA_LINEARS
+from tests.benchmarks.expand_heads import write_changed
 
 BLOCK = 64
 LEVELS = torch.tensor(
@@ -29,18 +30,13 @@ def rounded_model(source: Path, folder: Path) -> Path:
     """Writes the model into `folder`, unless it is there."""
     if folder.exists():
         return folder
-    staging = folder.with_suffix(".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging, ignore=shutil.ignore_patterns("*.safetensors"))
     axes = {linear.name: linear.axis for linear in LLAMA_LINEARS}
     tensors = load_file(source / "model.safetensors")
     for name, tensor in tensors.items():
         for linear, axis in axes.items():
             if name.endswith(f".{linear}.weight"):
                 tensors[name] = round_nf4(tensor, hidden=1 - axis)
-    save_file(tensors, staging / "model.safetensors", {"format": "pt"})
-    staging.rename(folder)
-    return folder
+    return write_changed(source, folder, tensors, read_json(source / "config.json"))
 
 
 def round_nf4(weight: Tensor, hidden: int) -> Tensor:

@@ -10,7 +10,6 @@ without this autograd forms them in bf16. The result goes to tests/benchmarks/re
 import argparse
 from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.errors import RunError
 from loraprune_ds.files import write_json
-from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.pruning.compensate import refit
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from loraprune_ds.report.provenance import hardware, versions
@@ -32,7 +31,7 @@ Sums = dict[str, Tensor]
 
 def windows(count: int) -> Tensor:
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model_dir())
-    text = "\n\n".join(topics[topic] for topic in sorted(topics))[: count * WINDOW * 8]  # more than enough
+    text = "\n\n".join(embedded_text())[: count * WINDOW * 8]  # more than enough
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     return ids[: count * WINDOW].view(count, 1, WINDOW)
 

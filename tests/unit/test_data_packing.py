@@ -66,9 +66,9 @@ def test_texts_of_a_pack_are_counted_one_by_one() -> None:
     last_first = [*reversed(range(len(PACKED)))]
     found = PACKED.text_lengths(numbers(*last_first))
     assert found == [LENGTHS[i] for pack in reversed(PACKS) for i in pack]
-    one_token_each = Samples.of_tensors({"input_ids": torch.ones(3).int(), "labels": torch.ones(3).int(),
-                                         "position_ids": torch.zeros(3).int(), "starts": torch.tensor([0, 2, 3])},
-                                        window=4, left_out=0)  # fmt: skip
+    tensors = {name: torch.ones(3).int() for name in ("input_ids", "labels")}
+    tensors |= {"position_ids": torch.zeros(3).int(), "starts": torch.tensor([0, 2, 3])}
+    one_token_each = Samples.of_tensors(tensors, window=4, left_out=0)
     assert one_token_each.text_lengths(numbers(0, 1)) == [1, 1, 1]
 
 

@@ -1,8 +1,8 @@
 """Compares what `prune.target` counts with what llama.cpp and vLLM hold of a pruned SmolLM2. See tests/run_heavy.sh.
 
 llama.cpp reports the buffers of its weights and its KV cache. A CPU with AMX would hold most weights once more, packed
-for it, which is switched off here. vLLM reports its weights on GPUs alone. On a CPU they are
-the parameters that it has made, before it packs them for its kernels. The tokens of its KV cache it reports everywhere.
+for it, which is switched off here. vLLM reports its weights on GPUs alone. On a CPU they are the parameters that it has
+made, before it packs them for its kernels. The tokens of its KV cache it reports everywhere.
 """
 
 import json
