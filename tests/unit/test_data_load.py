@@ -283,7 +283,7 @@ def test_a_path_that_is_not_there_is_one_line_and_no_download(tmp_path: Path) ->
 
 def test_the_held_out_file_is_checked_too(tmp_path: Path) -> None:
     path = write_json(tmp_path / "data.json", documents(20))
-    fails("held.txt does not exist", path, held_out=str(tmp_path / "held.txt"))
+    fails("data.held_out: .*held.txt does not exist", path, held_out=str(tmp_path / "held.txt"))
     (tmp_path / "held.txt").write_text("")
     fails("held.txt is empty", path, held_out=str(tmp_path / "held.txt"))
     (tmp_path / "held.txt").write_text("w1")

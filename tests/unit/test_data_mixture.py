@@ -118,6 +118,12 @@ WRONG = {
 }
 
 
+def test_an_endless_epoch_is_refused(text: str, instructions: str) -> None:
+    entries = [{"path": text, "weight": 1e-9}, {"path": instructions, "format": "instruction", "weight": 2}]
+    with pytest.raises(UserError, match=r"^data\.path: by these weights an epoch has 2e\+09 samples, as each"):
+        load(entries, window=64)
+
+
 @pytest.mark.parametrize(("entries", "message"), WRONG.values(), ids=WRONG)
 def test_a_bad_entry_is_one_line_that_names_it(entries: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
