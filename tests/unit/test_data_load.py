@@ -302,7 +302,10 @@ def test_instructions_need_their_fields_and_enough_rows(tmp_path: Path) -> None:
         r"data\.response_field: .* has no field 'output'; it has input, inst", path, response_field="output", **config
     )
     fails(
-        r"data\.input_field: .* has no field 'context' \(null: there is none\)", path, input_field="context", **config
+        r"data\.input_field: .* has no field 'context' \(data.input_field null: there is none\)",
+        path,
+        input_field="context",
+        **config,
     )
     fails(r"data\.held_out_fraction 0\.1 of the 4 instructions", write_json(path, INSTRUCTIONS[:4]), **config)
     (tmp_path / "a.txt").write_text("w1")

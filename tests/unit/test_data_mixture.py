@@ -136,6 +136,15 @@ def test_a_field_that_an_entry_lacks_is_named_with_the_entry(text: str, instruct
         load([{"path": text}, {"path": instructions}])
 
 
+def test_what_all_entries_lack_stands_beside_the_list(text: str, tmp_path: Path) -> None:
+    """An entry's null means that it is not given."""
+    path = str(write_json(tmp_path / "pairs.jsonl", [{"instruction": "w1", "response": "w2"}] * 20))
+    entries = [{"path": text}, {"path": path, "format": "instruction", "input_field": None}]
+    with pytest.raises(UserError, match=r"data\.path\[1\]\.input_field: .*'input' \(data\.input_field null: there is"):
+        load(entries, window=64)
+    assert load(entries, window=64, input_field=None).epoch_length == 19
+
+
 def test_a_source_without_samples_can_have_no_weight(text: str, tmp_path: Path) -> None:
     short = str(write_json(tmp_path / "short.jsonl", [{"text": "w1"}] * 2))
     entries = [{"path": text, "weight": 1}, {"path": short, "weight": 1}]

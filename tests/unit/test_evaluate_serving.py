@@ -197,7 +197,7 @@ def test_an_evaluation_that_is_ended_ends_its_server(number: signal.Signals, pyt
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(scratch)}
     command = [sys.executable, "-c", EVALUATION, python, str(tmp_path / "model")]
     evaluation = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    pids = list(map(int, _within(60, lambda: said.exists() and said.read_text().split())))
+    pids = list(map(int, _within(60, lambda: said.read_text().split() if said.exists() else [])))
     evaluation.send_signal(number)
     _, errors = evaluation.communicate(timeout=30)
     try:
