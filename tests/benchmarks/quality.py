@@ -96,8 +96,10 @@ def basis_of(setting: Setting | None, texts: dict[str, Path], windows: int) -> d
     Without a setting it is the dense model's basis.
     """
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
-    chosen = {} if setting is None else {"overrides": list(setting.overrides), "model": setting.model}
-    return {**chosen, "texts": digests, "windows": windows}
+    if setting is None:
+        return {"texts": digests, "windows": windows}
+    peer = {"peer": setting.peer} if setting.peer else {}
+    return {"overrides": list(setting.overrides), "model": setting.model, **peer, "texts": digests, "windows": windows}
 
 
 def digest(basis: dict[str, Any]) -> str:
@@ -165,7 +167,8 @@ def carry_out(
         *setting.overrides,
         *([f"train.steps={arguments.steps}", "prune.prune_every=1"] if arguments.steps else []),
     ]
-    command = ["launch/run.py", "--config", "launch/configs/quickstart.yaml", "--resume", "auto"]
+    script = ["tests/benchmarks/peer_run.py", "--peer", setting.peer] if setting.peer else ["launch/run.py"]
+    command = [*script, "--config", "launch/configs/quickstart.yaml", "--resume", "auto"]
     command += [part for value in settings for part in ("--set", value)]
     launch(command, arguments.ranks)
     report = read_json(folder / "report.json")
