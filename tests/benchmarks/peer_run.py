@@ -1,12 +1,13 @@
-"""Runs launch/run.py with another method's score in place of the criterion `magnitude`. quality.py calls it.
+"""Runs launch/run.py with another method's score, or with none. quality.py calls it.
 
 deepspeed --quiet --num_accelerators 1 tests/benchmarks/peer_run.py --peer wanda --config ... --set ...
 
-Both methods score an input j of o_proj or down_proj by the weights that read it and by its size. W' is W + s·B·A. x are
+Two methods score an input j of o_proj or down_proj by the weights that read it and by its size. W' is W + s·B·A. x are
 the inputs of a step. A group's score is the sum over its inputs.
 
-wanda  Σ_i |W'_ij| · ‖x_j‖₂: Wanda-sp, the structured form (Sun et al., arXiv 2306.11695; An et al., arXiv 2312.11983)
-flap   Σ_i W'_ij² · var(x_j): FLAP's metric (An et al., arXiv 2312.11983)
+wanda     Σ_i |W'_ij| · ‖x_j‖₂: Wanda-sp, the structured form (Sun et al., arXiv 2306.11695; An et al., 2312.11983)
+flap      Σ_i W'_ij² · var(x_j): FLAP's metric (An et al., arXiv 2312.11983)
+two-four  cuts nothing, and exports zeros where the source has them (two_four.py)
 
 The texts that this benchmark tunes on have no padding, so every position counts.
 """
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,7 @@ from loraprune_ds.pruning.importance import add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.taps import hook_inputs
+from tests.benchmarks.two_four import CutNothing, merged_where_kept
 
 
 def squared(weight: Tensor, factors: LoraFactors) -> Tensor:
@@ -45,14 +48,14 @@ def variance(tokens: Tensor, total: Tensor, squares: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Peer:
+class Metric:
     """Holds what a method does with each element of W', and with the number, sum and squares of each input."""
 
     element: Callable[[Tensor, LoraFactors], Tensor]
     size: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-PEERS = {"wanda": Peer(magnitude, norm), "flap": Peer(squared, variance)}
+METRICS = {"wanda": Metric(magnitude, norm), "flap": Metric(squared, variance)}
 
 
 class InputSizes:
@@ -85,9 +88,9 @@ class InputSizes:
 class PeerPruner(Pruner):
     """Scores by a peer's formula. All else is the project's."""
 
-    def __init__(self, peer: Peer, model: PrunableModel, *rest: Any) -> None:
+    def __init__(self, metric: Metric, model: PrunableModel, *rest: Any) -> None:
         super().__init__(model, *rest)
-        self.peer, self.sizes = peer, InputSizes(model)
+        self.metric, self.sizes = metric, InputSizes(model)
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
@@ -108,20 +111,23 @@ class PeerPruner(Pruner):
             layer, linear = linear_id
             tokens, sums = self.model.sum_over_ranks(self.sizes.sums[linear_id]).tensor_split([1])
             shard = self.model.owned_weight(layer, linear)
-            columns = score_shard(shard, factors[layer][linear.name], self.peer.element, axis=1)
-            scores = columns * self.peer.size(tokens, *sums.chunk(2))
+            columns = score_shard(shard, factors[layer][linear.name], self.metric.element, axis=1)
+            scores = columns * self.metric.size(tokens, *sums.chunk(2))
             parts.append(scores.view(-1, self.model.shape.group_width(linear)).sum(1))
         return parts
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--peer", choices=list(PEERS), required=True)
+    parser.add_argument("--peer", choices=[*METRICS, "two-four"], required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
-    from loraprune_ds.train import loop
+    from loraprune_ds.train import finish, loop
 
-    cast(Any, loop).Pruner = lambda *rest: PeerPruner(PEERS[given.peer], *rest)
+    if given.peer == "two-four":
+        cast(Any, loop).Pruner, cast(Any, finish).merged_tensors = CutNothing, merged_where_kept
+    else:
+        cast(Any, loop).Pruner = partial(PeerPruner, METRICS[given.peer])
     return run.main()
 
 

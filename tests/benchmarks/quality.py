@@ -33,6 +33,7 @@ from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.quality_table import draw, rows_of, table
 from tests.benchmarks.round_nf4 import rounded_model
+from tests.benchmarks.two_four import sparse_model
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -154,6 +155,8 @@ def carry_out(
         model = expanded_model(model, arguments.work / "expanded")
     if setting.model == "nf4":
         model = rounded_model(model, arguments.work / "nf4")
+    if setting.model == "two-four":
+        model = sparse_model(model, arguments.work / "two-four", texts["tune"])
     folder = arguments.work / "runs" / f"{setting.name}-s{seed}-{digest(basis)}"  # other settings, another run
     settings = [
         f"output_dir={folder}",

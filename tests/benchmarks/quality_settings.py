@@ -29,8 +29,9 @@ class Setting:
     """Describes one row of the table.
 
     Attributes:
-        model: `mha` (key-value heads repeated), `gqa` (SmolLM2 as it is) or `nf4` (`mha`, rounded to 4 bits).
-        peer: whose score takes the place of the criterion `magnitude` (peer_run.py). Empty: none.
+        model: `mha` (key-value heads repeated), `gqa` (SmolLM2 as it is), `nf4` (`mha`, rounded to 4 bits) or
+            `two-four` (`mha`, two of four weights zero).
+        peer: another method (peer_run.py). Empty: the project's.
     """
 
     group: str
@@ -109,6 +110,7 @@ def _settings() -> list[Setting]:
     magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
     peers += [Setting("peers", f"peer-{name}", magnitude, peer=name) for name in ("wanda", "flap")]
+    peers.append(Setting("peers", "two-four", (*SHORT, RATE), model="two-four", peer="two-four"))
     int8 = [
         _short("int8", "plain-int8", INT8),
         _short("int8", "fisher-refit-int8", FISHER, REFIT, INT8),
@@ -146,7 +148,7 @@ GROUPS = {  # in the order of the table
     "fisher": "the same, criterion fisher",
     "fisher-details": "details of fisher with the refit",
     "stock": "the same, no layer protected",
-    "peers": "scores of other methods, without a refit",
+    "peers": "other methods, without a refit",
     "int8": "the same with int8 weights",
     "rates": "the same at other learning rates",
     "details": "details of all three",
