@@ -95,7 +95,7 @@ def _settings() -> list[Setting]:
         "end-0.5": ("prune.cooldown_fraction=0.5",),
         "lr6e-3": ("train.learning_rate=6e-3",),
         "few-heads": ("prune.head_ratio=0.3",),
-        "4-steps": ("prune.compensate_steps=4", "prune.compensate_decay=0.75"),
+        "4-steps": ("prune.compensate_steps=4", "prune.compensate_decay=0.9"),
     }
     details += [
         _short("fisher-details", f"fisher-refit-{name}", FISHER, REFIT, *changes) for name, changes in smaller.items()
