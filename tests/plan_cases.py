@@ -188,8 +188,8 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         shape = trainer.model.shape
         visits = network.training_pass(checkpointing=case.checkpointing)
         first, *others = [fetcher.run(visits) for _ in range(case.micro_batches)]
-        fetcher.end_step()
-        passes = Passes(shape, PassTraffic(), training=first, later=others[-1] if others else first)
+        later = others[-1] if others else first
+        passes = Passes(shape, PassTraffic(), training=first, later=later, update_sent=fetcher.end_step())
         steps.append(_measured_step(step, request, passes, trainer, baseline))
         before, kept_before = shape, trainer.model.comm.bytes_sent
         with Peak() as cutting:

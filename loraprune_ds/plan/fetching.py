@@ -63,6 +63,7 @@ class Fetcher:
         self._recomputed: dict[Module, set[Parameter]] = defaultdict(set)
         self._open: dict[Module, None] = {}  # in backward, in the order of their beginning
         self._live = 0
+        self._traffic = PassTraffic()
         self._second: dict[Parameter, int] = {}  # elements of the whole parameter when its second copy was made
         self._lora_has_second = limits.copy_ranks > 1  # from the engine's start to the first update
 
@@ -93,10 +94,22 @@ class Fetcher:
         for parameter in list(self._here):
             self._release(parameter)
 
-    def end_step(self) -> None:
-        """Follows an optimizer step, which ends the second copies of what it updates."""
+    def end_step(self) -> int:
+        """Follows an optimizer step. It frees everything and gathers again what stays gathered.
+
+        It ends the second copies of what it updates.
+
+        Returns:
+            The bytes sent for it.
+        """
+        self.free_all()
         self._lora_has_second = False
         self._second = {parameter: numel for parameter, numel in self._second.items() if not parameter.trainable}
+        stay = {p for module in self._record for p in module.parameters if self._persists(p)}
+        for parameter in stay:
+            self._here[parameter] = self._copies * parameter.numel * parameter.element_size
+            self._hold(self._here[parameter])
+        return sum(self._shard_bytes(p) for p in stay) * (self.world_size - 1)
 
     def _enter(self, visit: Visit) -> None:
         module = visit.module
@@ -165,6 +178,9 @@ class Fetcher:
         self._released[key] = released
         return released
 
+    def _shard_bytes(self, parameter: Parameter) -> int:
+        return self._copies * partition_numel(parameter.numel, self.world_size) * parameter.element_size
+
     def _persists(self, parameter: Parameter) -> bool:
         return parameter.numel <= self.limits.persistence_threshold
 
@@ -184,7 +200,7 @@ class Fetcher:
             return 0
         pieces: dict[int, int] = defaultdict(int)  # by bytes of an element
         for p in parameters:
-            pieces[p.element_size] += self._copies * partition_numel(p.numel, self.world_size) * p.element_size
+            pieces[p.element_size] += self._shard_bytes(p)
         own = sum(pieces.values()) * (self.world_size // ranks)
         gather = _Gather(set(parameters), own * ranks)
         self._traffic.largest_gather = max(self._traffic.largest_gather, max(pieces.values()) * self.world_size)

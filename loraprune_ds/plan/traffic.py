@@ -28,17 +28,20 @@ class Passes:
         evaluation: a forward pass.
         training: the first micro-batch of a step.
         later: each other one. With hpZ it finds second copies of LoRA.
+        update_sent: bytes to all ranks for the weights that stay gathered. An update has them gathered anew.
     """
 
     shape: ModelShape
     evaluation: PassTraffic
     training: PassTraffic
     later: PassTraffic
+    update_sent: int = 0
 
     def per_step(self, micro_batches: int) -> tuple[int, int]:
         """Returns the bytes that a rank sends in a step (to all ranks, to those of its group of hpZ)."""
         first, later, others = self.training, self.later, micro_batches - 1
-        return first.sent + others * later.sent, first.sent_in_group + others * later.sent_in_group
+        sent = first.sent + others * later.sent + self.update_sent
+        return sent, first.sent_in_group + others * later.sent_in_group
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def simulate_passes(request: Request, shapes: list[ModelShape]) -> list[Passes]:
         later = fetcher.run(training) if has_copies else trained[-1]
         peak = max(traffic.peak_live for traffic in (*trained, later))
         first = replace(trained[-1], peak_live=peak, called=(2 + checkpointing) * network.modules)
-        found.append(Passes(shape, replace(evaluated, called=network.modules), first, later))
+        evaluation_pass = replace(evaluated, called=network.modules)
+        found.append(Passes(shape, evaluation_pass, first, later, fetcher.end_step()))
     return found
 
 

@@ -16,8 +16,8 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
                                               cut the model         (zero/sharded.py, zero/reshard.py)
 
 Words, each with one meaning everywhere:
-    group       what must leave together: one key-value head with its query heads, or one MLP channel
-    kind        of a group: heads or channels. The family says which there are (model/family.py)
+    group       what must leave together: one key-value head with its query heads, one MLP channel, or one expert
+    kind        of a group: heads, channels or experts. The family says which there are (model/family.py)
     dense       the model before any cut
     keep        the groups that stay in this cut, as indices into the groups of now
     kept_of_dense  the groups that are left, as indices into those of the dense model

@@ -4,7 +4,8 @@
     python -m tests.benchmarks.host_cost [--before ../before]
 
 With `--before` another checkout is measured in the same run, by the same script (host_cost_rank.py). Plain DeepSpeed
-and PEFT stand beside, without any pruning. What is measured on two CPU ranks, on the busier one:
+and PEFT stand beside, without any pruning. So does the same network without ZeRO-3, as a limit. What is measured on two
+CPU ranks, on the busier one:
 
 * a step per decoder layer and micro-batch, forward and backward, as the difference of two depths
 * the second step, in which DeepSpeed decides which weights to free, in plain steps
@@ -34,12 +35,12 @@ RESULT = Path(__file__).parent / "results" / "host_cost.json"
 RANKS, DEPTHS = 2, (6, 18)
 
 
-def measure(checkout: Path, models: list[Path], folder: Path, *, plain: bool = False) -> dict[str, Any]:
+def measure(checkout: Path, models: list[Path], folder: Path, run: str = "pruning") -> dict[str, Any]:
     """Returns what `host_cost_rank.py` measures on the packages of `checkout`."""
-    result = folder / f"{checkout.name}-{plain}.json"
+    result = folder / f"{checkout.name}-{run}.json"
     command = [Path(sys.executable).with_name("deepspeed"), "--quiet", f"--master_port={free_port()}"]
     command += [f"--num_accelerators={RANKS}", Path(__file__).with_name("host_cost_rank.py"), "--result", result]
-    command += ["--models", *models, *(["--plain"] if plain else [])]
+    command += ["--models", *models, "--run", run]
     environment = os.environ | {"PYTHONPATH": str(checkout), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run([str(word) for word in command], check=True, cwd=checkout, env=environment)
     return summarise(read_json(result))
@@ -69,7 +70,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = [make_tiny_llama(folder / str(depth), layers=depth, seed=depth, **WIDTHS) for depth in DEPTHS]
-        rows = {"plain DeepSpeed and PEFT": measure(ROOT, models, folder, plain=True)}
+        rows = {"plain DeepSpeed and PEFT": measure(ROOT, models, folder, "plain")}
+        rows["without ZeRO-3"] = measure(ROOT, models, folder, "alone")
         if arguments.before:
             rows["before"] = measure(arguments.before.resolve(), models, folder)
         rows["after"] = measure(ROOT, models, folder)

@@ -16,6 +16,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from loraprune_ds.config import LoraConfig as LoraSettings
+from loraprune_ds.model.adapters import add_lora
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
@@ -80,8 +83,31 @@ def train_plain(model: Path, comm: Communicator) -> dict[str, float]:
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
 
+    return timed(step, comm)
+
+
+def train_alone(model: Path, comm: Communicator) -> dict[str, float]:
+    """Trains the same model without ZeRO-3. A linear with LoRA is one operation, as in our trainer."""
+    config = LoraSettings(r=RANK, lora_dropout=0.0)
+    base = LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    wrapped = add_lora(base, open_pretrained(model).shape, config, seed=0)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
+    ids = torch.randint(base.config.vocab_size, (growth_rank.BATCH // comm.world_size, growth_rank.WINDOW))
+
+    def step() -> None:
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, comm)
+
+
+def timed(step: Callable[[], None], comm: Communicator) -> dict[str, float]:
     seconds = [0.0, *(cpu_seconds(comm, step) for _ in range(CUT))]
     return {"second": seconds[2], "plain": statistics.median(seconds[3:])}
+
+
+RUNS = {"pruning": train, "plain": train_plain, "alone": train_alone}
 
 
 def exchange(world_size: int, device: str) -> float:
@@ -127,16 +153,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, nargs="+", required=True)
     parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--run", choices=RUNS, default="pruning")
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     quiet_deepspeed()
     comm = start_ranks()
     gc.freeze()
-    run = train_plain if arguments.plain else train
-    found: dict[str, Any] = {"depths": [run(model, comm) for model in arguments.models]}
+    found: dict[str, Any] = {"depths": [RUNS[arguments.run](model, comm) for model in arguments.models]}
     if comm.rank == 0:
-        if not arguments.plain:
+        if arguments.run == "pruning":
             for device in ("cpu", "meta") if SHARES_PLANS else ("cpu",):  # before, it needed the values of masks
                 found[f"exchange_on_{device}"] = {ranks: exchange(ranks, device) for ranks in (8, 64, 512)}
         arguments.result.write_text(json.dumps(found))

@@ -33,6 +33,7 @@ from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.quality_table import draw, rows_of, table
 from tests.benchmarks.round_nf4 import rounded_model
+from tests.benchmarks.two_four import sparse_model
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -96,8 +97,10 @@ def basis_of(setting: Setting | None, texts: dict[str, Path], windows: int) -> d
     Without a setting it is the dense model's basis.
     """
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
-    chosen = {} if setting is None else {"overrides": list(setting.overrides), "model": setting.model}
-    return {**chosen, "texts": digests, "windows": windows}
+    if setting is None:
+        return {"texts": digests, "windows": windows}
+    peer = {"peer": setting.peer} if setting.peer else {}
+    return {"overrides": list(setting.overrides), "model": setting.model, **peer, "texts": digests, "windows": windows}
 
 
 def digest(basis: dict[str, Any]) -> str:
@@ -152,6 +155,8 @@ def carry_out(
         model = expanded_model(model, arguments.work / "expanded")
     if setting.model == "nf4":
         model = rounded_model(model, arguments.work / "nf4")
+    if setting.model == "two-four":
+        model = sparse_model(model, arguments.work / "two-four", texts["tune"])
     folder = arguments.work / "runs" / f"{setting.name}-s{seed}-{digest(basis)}"  # other settings, another run
     settings = [
         f"output_dir={folder}",
@@ -165,7 +170,8 @@ def carry_out(
         *setting.overrides,
         *([f"train.steps={arguments.steps}", "prune.prune_every=1"] if arguments.steps else []),
     ]
-    command = ["launch/run.py", "--config", "launch/configs/quickstart.yaml", "--resume", "auto"]
+    script = ["tests/benchmarks/peer_run.py", "--peer", setting.peer] if setting.peer else ["launch/run.py"]
+    command = [*script, "--config", "launch/configs/quickstart.yaml", "--resume", "auto"]
     command += [part for value in settings for part in ("--set", value)]
     launch(command, arguments.ranks)
     report = read_json(folder / "report.json")

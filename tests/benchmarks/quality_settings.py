@@ -20,7 +20,7 @@ STOCK = ("prune.protected_first=0", "prune.protected_last=0")  # every layer ali
 BOTH = ("train.micro_batch_size=8", "lora.lora_dropout=0")
 SHORT = ("train.steps=80", "train.global_batch_size=8", "prune.prune_every=4", *BOTH)
 LONG = ("train.steps=200", "train.global_batch_size=16", "prune.prune_every=10", *BOTH)
-DEEP, LIGHT = "prune.ratio=0.417", "prune.ratio=0.148"
+DEEP, LIGHT, HALF = "prune.ratio=0.417", "prune.ratio=0.148", "prune.ratio=0.5"
 RATE, UNTUNED_RATE = "train.learning_rate=4e-3", "train.learning_rate=2e-3"
 
 
@@ -29,7 +29,9 @@ class Setting:
     """Describes one row of the table.
 
     Attributes:
-        model: `mha` (key-value heads repeated), `gqa` (SmolLM2 as it is) or `nf4` (`mha`, rounded to 4 bits).
+        model: `mha` (key-value heads repeated), `gqa` (SmolLM2 as it is), `nf4` (`mha`, rounded to 4 bits) or
+            `two-four` (`mha`, two of four weights zero).
+        peer: another method (peer_run.py). Empty: the project's.
     """
 
     group: str
@@ -37,6 +39,7 @@ class Setting:
     overrides: tuple[str, ...]
     model: str = "mha"
     one_seed: bool = False  # for choosing, not for comparing
+    peer: str = ""
 
     def seeds(self, wanted: Sequence[int]) -> Sequence[int]:
         return wanted[:1] if self.one_seed else wanted
@@ -84,8 +87,30 @@ def _settings() -> list[Setting]:
         _short("fisher", "fisher-refit-distillation", FISHER, REFIT, DISTILL),
         _short("fisher", "fisher-refit-distillation-global", FISHER, REFIT, DISTILL, GLOBAL),
         _short("fisher", "fisher-refit-stock", FISHER, REFIT, *STOCK),
-        _short("fisher", "magnitude", "prune.criterion=magnitude"),
+        _short("fisher", "fisher-refit-half", FISHER, REFIT, HALF),
     ]
+    smaller = {
+        "rank-32": ("lora.r=32", "lora.lora_alpha=64"),
+        "every-8": ("prune.prune_every=8",),
+        "end-0.5": ("prune.cooldown_fraction=0.5",),
+        "lr6e-3": ("train.learning_rate=6e-3",),
+        "few-heads": ("prune.head_ratio=0.3",),
+        "4-steps": ("prune.compensate_steps=4", "prune.compensate_decay=0.9"),
+    }
+    details += [
+        _short("fisher-details", f"fisher-refit-{name}", FISHER, REFIT, *changes) for name, changes in smaller.items()
+    ]
+    details.append(
+        _short("fisher-details", "fisher-refit-distillation-0.25", FISHER, REFIT, "train.distill_weight=0.25")
+    )
+    stock = [
+        _short("stock", f"fisher-refit-stock-{name}", FISHER, REFIT, *STOCK, *changes)
+        for name, changes in smaller.items()
+    ]
+    magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
+    peers = [Setting("peers", "magnitude", magnitude)]
+    peers += [Setting("peers", f"peer-{name}", magnitude, peer=name) for name in ("wanda", "flap")]
+    peers.append(Setting("peers", "two-four", (*SHORT, RATE), model="two-four", peer="two-four"))
     int8 = [
         _short("int8", "plain-int8", INT8),
         _short("int8", "fisher-refit-int8", FISHER, REFIT, INT8),
@@ -95,6 +120,11 @@ def _settings() -> list[Setting]:
         Setting("long", "plain-409600", (*LONG, DEEP, UNTUNED_RATE)),
         Setting("long", "all-three-409600", (*LONG, DEEP, UNTUNED_RATE, *ALL_THREE)),
         Setting("long", "fisher-refit-409600", (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT)),
+        Setting(
+            "long",
+            "fisher-refit-distillation-global-409600",
+            (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, DISTILL, GLOBAL),
+        ),
     ]
     light = [
         Setting("light", "plain-light", (*SHORT, LIGHT, UNTUNED_RATE)),
@@ -109,13 +139,16 @@ def _settings() -> list[Setting]:
         _short("gqa", "gqa-plain-stock", *STOCK, model="gqa"),
         _short("gqa", "gqa-all-three-stock", *ALL_THREE, *STOCK, model="gqa"),
     ]
-    return [*levers, *fisher, *int8, *rates, *details, *where, *long, *light, *gqa]
+    return [*levers, *fisher, *stock, *peers, *int8, *rates, *details, *where, *long, *light, *gqa]
 
 
 SETTINGS = {setting.name: setting for setting in _settings()}
 GROUPS = {  # in the order of the table
     "levers": "41.7 % removed, 81,920 tokens, learning rate 4e-3",
     "fisher": "the same, criterion fisher",
+    "fisher-details": "details of fisher with the refit",
+    "stock": "the same, no layer protected",
+    "peers": "other methods, without a refit",
     "int8": "the same with int8 weights",
     "rates": "the same at other learning rates",
     "details": "details of all three",

@@ -17,7 +17,7 @@ from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import PADDING_ID, Ragged
 from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.train.teacher import make_teacher, plan_teacher
+from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.memory import storage_bytes
@@ -26,7 +26,7 @@ from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
 INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 CUT_LAYERS = (1, 2)
-HIDDEN_SIZE, FILE_SAMPLES = 25, 5  # the distillation test's model, and its teacher's files
+FILE_SAMPLES = 5  # in a teacher's file
 
 
 @contextmanager
@@ -156,9 +156,15 @@ def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
     return {"scores": scores, "shards": shards, "whole": whole, "sent": sum(sent), "left": left, "lora": lora}
 
 
-def fisher_scores(job: Job) -> dict[str, Any]:
-    """Makes one step with the criterion `fisher`. Returns its scores, and the bytes sent to score."""
+def fisher_scores(job: Job, folder: Path | None = None) -> dict[str, Any]:
+    """Makes one step with the criterion `fisher`. Returns its scores, and the bytes sent to score.
+
+    Args:
+        folder: for a teacher. None: the step does not distil.
+    """
     trainer = build(job)
+    if folder is not None:
+        trainer._teacher, _ = record_outputs(trainer, job, folder, None)
     model, score = trainer.model, trainer.pruner.score
     sent: list[int] = []
 
@@ -193,24 +199,32 @@ def train_and_cut(job: Job) -> dict[str, Tensor]:
     return whole_state(trainer)
 
 
-def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
-    """Makes the teacher pass and the first distilled step. Returns the files' digests and averaged LoRA gradients."""
-    trainer = build(job)
+def record_outputs(trainer: Trainer, job: Job, folder: Path, top_k: int | None) -> tuple[Teacher, list[bool]]:
+    """Makes the teacher pass, stopped inside and taken up. Returns the teacher, and what both parts returned."""
     model, samples = trainer.model, trainer.samples
     train = replace(trainer.config, distill_weight=0.5, distill_top_k=top_k)
-    plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size=HIDDEN_SIZE, element_size=4)
+    hidden_size = model.shape.hidden_size
+    plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size=hidden_size, element_size=4)
     plan = replace(plan, per_file=FILE_SAMPLES)
     out = folder / f"{trainer.model.world_size}-{top_k}"
     teacher = make_teacher(plan, weight=0.5, samples="", source="", dtype=job.dtype, seed=job.seed, folder=out)
     batch_size = max(train.micro_batch_size, 3)  # a file takes two forward passes, the last of them not full
     asked = iter([STOP])
-    passes = []
+    passes: list[bool] = []
     for _ in range(2):
         model.comm.barrier()  # the other ranks' files are there
         to_do = replace(teacher, to_write=teacher.missing())
         passes.append(
             record_teacher(trainer.engine, to_do, samples, batch_size, current_request=lambda: next(asked, NOTHING))
         )
+    return teacher, passes
+
+
+def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
+    """Makes the teacher pass and the first distilled step. Returns the files' digests and averaged LoRA gradients."""
+    trainer = build(job)
+    model, samples = trainer.model, trainer.samples
+    teacher, passes = record_outputs(trainer, job, folder, top_k)
     trainer._teacher = teacher
     batch = trainer.order.batch(0)
     supervised = int((samples.labels[batch][:, 1:] != -100).sum())
@@ -225,5 +239,5 @@ def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
         "loss": sum(model.comm.gather_objects(loss)),
         "gradients": gradients,
         "files": {path.name: sha256(path) for path in sorted(teacher.folder.glob("*.safetensors"))},
-        "bytes": (sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors")), plan.bytes),
+        "bytes": (sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors")), teacher.plan.bytes),
     }

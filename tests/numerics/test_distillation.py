@@ -25,7 +25,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         "heads": 25,
         "kv_heads": 5,
         "head_dim": 4,
-        "hidden": quality_settings.HIDDEN_SIZE,
+        "hidden": 25,
         "ffn": 61,
     }
     model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, biases=True, **sizes)

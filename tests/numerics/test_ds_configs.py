@@ -62,9 +62,9 @@ def test_the_cut_under_test_removes_something(baseline: dict[str, Any]) -> None:
     assert baseline["inference"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [f"ds_configs/{name}.json" for name in OTHERS])
 def test_the_same_bits_as_without(ranks: RankPool, job: Job, baseline: dict[str, Any], name: str) -> None:
-    results = ranks.run(2, run_all, replace(job, deepspeed=f"ds_configs/{name}.json"))
+    results = ranks.run(2, run_all, replace(job, deepspeed=name))
     for when in ("before", "after"):
         assert set(results[0][when]) == set(baseline[when])
         for tensor_name, tensor in baseline[when].items():
@@ -72,6 +72,22 @@ def test_the_same_bits_as_without(ranks: RankPool, job: Job, baseline: dict[str,
     assert results[0]["next_loss"] == baseline["next_loss"]
     assert torch.equal(results[0]["inference"], baseline["inference"])
     assert [r["alive"] for r in results] == [0, 0]
+
+
+def kept_gathered(folder: Path, below: int) -> str:
+    """Writes the shipped config, but for weights of fewer elements, which every rank keeps whole."""
+    text = (ROOT / "ds_configs" / f"{BASELINE}.json").read_text()
+    path = folder / f"below-{below}.json"
+    path.write_text(text.replace('persistence_threshold": 0', f'persistence_threshold": {below}'))
+    return str(path)
+
+
+# LoRA and norms alone; also the linears that the cut makes small enough; all, as DeepSpeed's default has it here.
+@pytest.mark.parametrize("below", [190, 1500, 100_000])
+def test_small_weights_stay_gathered_through_a_cut(
+    ranks: RankPool, job: Job, baseline: dict[str, Any], tmp_path: Path, below: int
+) -> None:
+    test_the_same_bits_as_without(ranks, job, baseline, kept_gathered(tmp_path, below))
 
 
 @pytest.mark.parametrize("compensate", ["least_squares", "bias"])

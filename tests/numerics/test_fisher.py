@@ -1,11 +1,12 @@
 """Scores by `fisher` on 1, 2 and 3 ZeRO-3 ranks, against an explicit mask in one dense model."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, write_adapter
@@ -31,35 +32,65 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(model, adapter, batches, prune)
 
 
-def dense_scores(job: Job) -> list[Tensor]:
-    """Returns heads, then channels, layer by layer. Labels beyond a sample's length do not count."""
+def dense_scores(job: Job, *, distilled: bool = False) -> list[Tensor]:
+    """Returns heads, then channels, layer by layer. Labels beyond a sample's length do not count.
+
+    Args:
+        distilled: half of the loss is the divergence from the model without its adapter.
+    """
     settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
     oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
     ids, labels = job.batches[0]
     if job.lengths is not None:
         labels = labels.masked_fill(torch.arange(labels.shape[1]) >= torch.tensor(job.lengths)[:, None], -100)
+    wanted = labels[:, 1:] != -100
+    with torch.no_grad(), oracle.model.disable_adapter():  # type: ignore[operator]
+        teacher = oracle.model(input_ids=ids, use_cache=False).logits[:, :-1][wanted].log_softmax(1)
 
     def loss() -> Tensor:
-        logits = oracle.model(input_ids=ids, use_cache=False).logits[:, :-1]
-        return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        logits = oracle.model(input_ids=ids, use_cache=False).logits[:, :-1][wanted]
+        supervised = cross_entropy(logits, labels[:, 1:][wanted])
+        divergence = kl_div(logits.log_softmax(1), teacher, log_target=True, reduction="batchmean")
+        return (supervised + divergence) / 2 if distilled else supervised
 
     inputs = (("self_attn.o_proj", KV_HEADS), ("mlp.down_proj", FFN))
     return mask_fisher(loss, [(oracle._wrapper(i, name), count) for i in range(LAYERS) for name, count in inputs])
 
 
+def assert_equal(result: dict[str, Any], expected: list[Tensor]) -> None:
+    found = [scores for pair in result["scores"] for scores in pair]
+    for a, b in zip(found, expected, strict=True):
+        assert ((a - b).abs() / b.abs()).max() < TOLERANCE
+
+
 @pytest.mark.parametrize(
-    ("world_size", "micro", "checkpointing", "lengths"),
-    [(1, 12, False, None), (2, 2, True, LENGTHS), (3, 2, False, None), (3, 1, True, LENGTHS)],
+    ("world_size", "micro", "checkpointing", "lengths", "offload"),
+    [
+        (1, 12, False, None, ""),
+        (2, 2, True, LENGTHS, "_offload"),
+        (3, 2, False, None, "_offload_optimizer"),
+        (3, 1, True, LENGTHS, ""),
+    ],
 )
 def test_scores_are_those_of_an_explicit_mask(
-    ranks: RankPool, job: Job, world_size: int, micro: int, checkpointing: bool, lengths: list[int] | None
+    ranks: RankPool,
+    job: Job,
+    world_size: int,
+    micro: int,
+    checkpointing: bool,
+    lengths: list[int] | None,
+    offload: str,
 ) -> None:
     changes = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing, "lengths": lengths}
-    changed = Job(**{**vars(job), **changes})
+    changed = Job(**{**vars(job), **changes, "deepspeed": f"ds_configs/zero3{offload}.json"})
     expected = dense_scores(changed)
-    results = ranks.run(world_size, quality_settings.fisher_scores, changed)
-    for result in results:
-        found = [scores for pair in result["scores"] for scores in pair]
-        for a, b in zip(found, expected, strict=True):
-            assert ((a - b).abs() / b.abs()).max() < TOLERANCE
+    for result in ranks.run(world_size, quality_settings.fisher_scores, changed):
+        assert_equal(result, expected)
         assert result["sent"] == [8 * LAYERS * (KV_HEADS + FFN) * (world_size > 1)]  # one fp64 number per group
+
+
+def test_scores_of_a_distilled_loss_are_those_of_an_explicit_mask(ranks: RankPool, job: Job, tmp_path: Path) -> None:
+    changed = Job(**{**vars(job), "gradient_checkpointing": True, "lengths": LENGTHS})
+    expected = dense_scores(changed, distilled=True)
+    for result in ranks.run(2, quality_settings.fisher_scores, changed, tmp_path):
+        assert_equal(result, expected)

@@ -106,6 +106,16 @@ def test_ranks_hold_and_send_int8_weights_as_planned(
     check_ranks(ranks, world_size, Case(folder, frozen="int8", deepspeed=limited_config(tmp_path), **options))
 
 
+@pytest.mark.parametrize(("world_size", "below"), [(2, 250), (3, 100_000)])
+def test_weights_that_stay_gathered_are_planned(
+    ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, below: int
+) -> None:
+    text = Path("ds_configs/zero3.json").read_text()
+    path = tmp_path / "below.json"
+    path.write_text(text.replace('persistence_threshold": 0', f'persistence_threshold": {below}'))
+    check_ranks(ranks, world_size, Case(folder, deepspeed=str(path)))
+
+
 def save_tiny(folder: Path, family: str, layers: int) -> Path:
     lists: dict[str, Any] = {
         key: value * (layers // 2) + value[: layers % 2]

@@ -1,0 +1,56 @@
+"""Other methods in tests/benchmarks/peer_run.py and two_four.py, against their formulas."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.pruning.prunable_model import CollectedLinear
+from tests.benchmarks.peer_run import METRICS, PeerPruner
+from tests.benchmarks.two_four import merged_where_kept, two_of_four
+from tests.families import SIZES
+from tests.unit.test_mask_gradients import tiny_run
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_scores_follow_the_formula_of_the_peer(tmp_path: Path, name: str) -> None:
+    run, batch = tiny_run(tmp_path, "llama")
+    known = run.pruner
+    run.pruner = PeerPruner(METRICS[name], cast(Any, run.prunable), known.config, known.schedule, known.limits, 0)
+    seen: dict[tuple[int, str], list[Tensor]] = {}
+
+    def see(key: tuple[int, str], module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.setdefault(key, []).append(inputs[0].detach().flatten(0, 1))
+
+    expected: list[Tensor] = []
+    for i, layer in enumerate(run.prunable.layers):
+        for linear in run.prunable.shape.input_linears:
+            lora_linear(layer, linear).register_forward_pre_hook(partial(see, (i, linear.name)))
+    tensors = {key: value.clone() for key, value in run.tensors().items()}
+    run.step(1, batch)
+    for (i, linear), parts in seen.items():
+        weight, a, b = (tensors[f"layers.{i}.{linear}.{part}"] for part in ("weight", "lora_A", "lora_B"))
+        effective, x = weight + 8 / len(a) * b @ a, torch.cat(parts)
+        columns = {
+            "wanda": effective.abs().sum(0) * x.norm(dim=0),
+            "flap": effective.square().sum(0) * x.var(0, correction=0),
+        }[name]
+        groups = SIZES["num_key_value_heads" if linear == "self_attn.o_proj" else "intermediate_size"]
+        expected.append(columns.view(groups, -1).sum(1))
+    found = [scores for pair in run.averages[0] for scores in pair]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.double(), rtol=1e-5, atol=0)  # elements are scored in fp32
+
+
+def test_two_of_four_weights_stay_and_a_merge_keeps_the_zeros(tmp_path: Path) -> None:
+    weight = torch.tensor([[1.0, -2, 3, 4, 0.5, 8, 1, 2]])
+    norms = torch.tensor([9.0, 1, 1, 1, 1, 1, 7, 1])
+    masked = two_of_four(weight, norms)
+    assert masked.tolist() == [[1, 0, 0, 4, 0, 8, 1, 0]]
+    linear = CollectedLinear({"weight": masked}, None, lora_A=torch.ones(1, 8), lora_B=torch.ones(1, 1), scaling=2.0)
+    merged = merged_where_kept(linear, "float32")
+    assert merged["weight"].tolist() == [[3, 0, 0, 6, 0, 10, 3, 0]]
