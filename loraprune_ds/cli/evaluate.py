@@ -20,17 +20,18 @@ takes the place of the window's first token.
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TextIO, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, get_args
 
 from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import RunError, UserError, require
 from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
 from loraprune_ds.evaluate.serving import SERVERS, ServeSettings, find_server
 from loraprune_ds.evaluate.speed_settings import SpeedSettings
@@ -213,10 +214,25 @@ def speed_settings(arguments: argparse.Namespace) -> tuple[SpeedSettings | None,
     return speed, ServeSettings(server=arguments.serve, python=python, **rounds)
 
 
+class Terminated(RunError):
+    """Is what SIGTERM becomes. So files and servers are gone afterwards."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
 def serve(paths: list[str], settings: ServeSettings, precision: str) -> "list[Served]":
-    """Measures the models in a server. llama.cpp gets GGUF files, which are gone afterwards."""
+    """Measures the models in a server. llama.cpp gets GGUF files, which are gone afterwards.
+
+    Raises:
+        Terminated: SIGTERM came.
+        UserError: a model cannot be served.
+    """
     from loraprune_ds.evaluate.serving import measure_serving
 
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated("ended by SIGTERM")
+
+    signal.signal(signal.SIGTERM, terminate)
     with TemporaryDirectory(prefix="serve-") as scratch:
         form = "hf" if settings.server == "vllm" else f"gguf-{precision}"
         return measure_serving(

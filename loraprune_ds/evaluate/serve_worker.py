@@ -2,14 +2,18 @@
 
 serve_worker.py JOB     JOB is JSON: server, model, prompt, generated, batch, trust_remote_code, model_impl
 
-It writes a JSON object when the model is loaded, and one for each line that it reads, with the seconds of a round.
+It writes a JSON object when the model is loaded, and one for each byte that it reads, with the seconds of a round. When
+nobody can send it a byte any more, it ends at once with all processes of its group, also in the middle of a round.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 Round = Callable[[], dict[str, float]]
@@ -78,14 +82,22 @@ def load_vllm(job: dict[str, Any]) -> tuple[str, Round]:
 LOADERS = {"llama.cpp": load_llama_cpp, "vllm": load_vllm}
 
 
+def pass_on(asked: SimpleQueue[bytes]) -> None:
+    while byte := os.read(0, 1):
+        asked.put(byte)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
+    asked: SimpleQueue[bytes] = SimpleQueue()
+    Thread(target=pass_on, args=(asked,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the server prints, also from C, goes to stderr
     job = json.loads(sys.argv[1])
     version, play = LOADERS[job["server"]](job)
     answers.write(json.dumps({"version": version}) + "\n")
     answers.flush()
-    for _ in sys.stdin:
+    while asked.get():
         answers.write(json.dumps(play()) + "\n")
         answers.flush()
 

@@ -8,10 +8,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -133,13 +134,15 @@ class _Worker:
             stderr=self._errors,
             text=True,
             env=_environment(),
+            start_new_session=True,  # vLLM starts more processes, which end with it
         )
 
     def __enter__(self) -> "_Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._errors.close()
 

@@ -191,14 +191,13 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
         config = config | {"tie_word_embeddings": False}  # as transformers, which then does not tie the two
         shape = shape_from_config(config, where)
     expected = shape.held(None, 2)
-    pieces = {name: whole for name, whole in on_disk.items() if len(whole.names) > 1}
     for name, (names, size) in on_disk.items():
-        held = expected.pop(name) if name in pieces else expected[name]
-        expected |= dict.fromkeys(names if name in pieces else [name], held._replace(shape=size))
+        expected |= dict.fromkeys([renamed.get(each, each) for each in names], expected.pop(name)._replace(shape=size))
     _check_tensors(folder, headers, expected)
     files = {name: headers[name][2] for name in expected}
     if shape.int8:  # which transformers need not know
         config = {key: value for key, value in config.items() if key not in STORED_INT8}
+    pieces = {name: whole for name, whole in on_disk.items() if len(whole.names) > 1}
     return PretrainedModel(folder, config, shape, files, stored, pieces=pieces)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.plan.cluster import MOST_GPUS, Cluster
-from loraprune_ds.plan.plan import Plan, make_plan, plan_stages
+from loraprune_ds.plan.plan import Plan, ShapedCut, make_plan, plan_stages, planned_cuts
 from loraprune_ds.plan.request import Request, changed
 
 PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
@@ -46,13 +46,13 @@ def largest_micro_batch(plan: Plan) -> int | None:
     A larger one has fewer passes per step. So weights are gathered less often, and the host starts fewer kernels.
     """
     batch = plan.request.config.train.global_batch_size // plan.request.world_size
-    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
-    return next((size for size in reversed(sizes) if _fits_with(plan, size)), None)
+    sizes, cuts = [size for size in range(1, batch + 1) if batch % size == 0], planned_cuts(plan.request)
+    return next((size for size in reversed(sizes) if _fits_with(plan, size, cuts)), None)
 
 
-def _fits_with(plan: Plan, micro_batch_size: int) -> bool:
+def _fits_with(plan: Plan, micro_batch_size: int, cuts: list[ShapedCut]) -> bool:
     request = changed(plan.request, train={"micro_batch_size": micro_batch_size})
-    return replace(plan, request=request, stages=plan_stages(request, *plan.passes)).fits
+    return replace(plan, request=request, stages=plan_stages(request, *plan.passes, cuts)).fits
 
 
 def smallest_plan(request: Request, largest: Cluster, most_nodes: int = MOST_NODES) -> Plan | None:

@@ -1,5 +1,6 @@
 """The plan of a run: memory, bytes sent, seconds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from loraprune_ds.plan.traffic import HEAVIEST, PLAIN, Passes, simulate_passes
 
 MOST_CUTS = 24  # that are planned one by one and shown
 MOST_SUMMED = 240  # whose bytes and seconds are computed, to be added up
+ShapedCut = tuple[int, ModelShape, ModelShape]  # its step, the shapes before and after
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Plans the whole run, within seconds for LLaMA-65B."""
-    planned = _planned_cuts(request)
+    planned = planned_cuts(request)
     dense, final = simulate_passes(request, [request.shape, request.shape_at(request.schedule.ratio)])
     teacher = DistillationPass(request, dense.evaluation)
     return Plan(
         request=request,
         passes=(dense, final),
-        stages=plan_stages(request, dense, final),
+        stages=plan_stages(request, dense, final, planned),
         cuts=[_plan_cut(request, *cut) for cut in planned],
         step=step_cost(request, dense, HEAVIEST),
         last_step=step_cost(request, final, PLAIN),
@@ -108,10 +110,9 @@ def make_plan(request: Request) -> Plan:
     )
 
 
-def plan_stages(request: Request, dense: Passes, final: Passes) -> list[Stage]:
+def plan_stages(request: Request, dense: Passes, final: Passes, cuts: Sequence[ShapedCut]) -> list[Stage]:
     """Plans the memory of the run, stage by stage."""
     teacher = DistillationPass(request, dense.evaluation)
-    cuts = _planned_cuts(request)
     return [
         loading_stage(request),
         *([teacher.stage()] if request.config.train.distill_weight else []),
@@ -130,13 +131,13 @@ def _exported(request: Request) -> list[Stage]:
     return [exported_stage(stock, simulate_passes(stock, [stock.shape_at(stock.schedule.ratio)])[0])]
 
 
-def _planned_cuts(request: Request) -> list[tuple[int, ModelShape, ModelShape]]:
-    """Lists (step, shape before, shape after) of the cuts that are planned one by one."""
+def planned_cuts(request: Request) -> list[ShapedCut]:
+    """Lists the cuts that are planned one by one."""
     return list(_cuts(request, MOST_CUTS).values())
 
 
-def _cuts(request: Request, most: int) -> dict[int, tuple[int, ModelShape, ModelShape]]:
-    """Finds (step, shape before, shape after) of all cuts, by number.
+def _cuts(request: Request, most: int) -> dict[int, ShapedCut]:
+    """Finds all cuts, by number.
 
     Of more than `most` cuts it takes so many, evenly spread from the first to the last.
     """

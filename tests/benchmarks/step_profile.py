@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from transformers.models.llama import modeling_llama
 
-from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.files import write_json
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.step import Pruner
@@ -29,7 +29,7 @@ from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.prepare import prepare
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
-from tests.benchmarks.step_time import Timed
+from tests.benchmarks.step_time import Timed, short_run
 
 RESULT = Path(__file__).parent / "results" / "step_profile.json"
 WARM_UP = 4  # steps. DeepSpeed records the order of the modules in the first ones
@@ -125,14 +125,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT, help="default: tests/benchmarks/results")
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
-    config = RunConfig(
-        output_dir="unused",
-        model=ModelConfig(path=arguments.model),
-        data=DataConfig(window=128),
-        prune=PruneConfig(prune_every=1, warmup_fraction=0.9, cooldown_fraction=0),
-        train=TrainConfig(steps=20, global_batch_size=16, micro_batch_size=4, learning_rate=1e-4),
-        evaluate=EvaluateConfig(window=128, max_windows=1),
-    )
+    config = short_run(arguments.model, PruneConfig(prune_every=1, warmup_fraction=0.9, cooldown_fraction=0), 20)
     quiet_deepspeed()
     name_parts()
     comm = start_ranks()

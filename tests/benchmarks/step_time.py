@@ -51,6 +51,18 @@ class Timed(Trainer):
         return time.perf_counter() - began
 
 
+def short_run(model: str, prune: PruneConfig, steps: int) -> RunConfig:
+    """Describes steps of 16 windows of 128 tokens."""
+    return RunConfig(
+        output_dir="unused",
+        model=ModelConfig(path=model),
+        data=DataConfig(window=128),
+        prune=prune,
+        train=TrainConfig(steps=steps, global_batch_size=16, micro_batch_size=4, learning_rate=1e-4),
+        evaluate=EvaluateConfig(window=128, max_windows=1),
+    )
+
+
 def flops_per_token(shape: ModelShape, window: int) -> float:
     """Counts multiply-adds of a forward pass times two.
 
@@ -68,14 +80,8 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
-    config = RunConfig(
-        output_dir="unused",
-        model=ModelConfig(path=arguments.model),
-        data=DataConfig(window=128),
-        prune=PruneConfig(ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0, cooldown_fraction=0),
-        train=TrainConfig(steps=4 * arguments.steps + 8, global_batch_size=16, micro_batch_size=4, learning_rate=1e-4),
-        evaluate=EvaluateConfig(window=128, max_windows=1),
-    )
+    prune = PruneConfig(ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0, cooldown_fraction=0)
+    config = short_run(arguments.model, prune, 4 * arguments.steps + 8)
     quiet_deepspeed()
     comm = start_ranks()
     prepared = prepare(config, comm, is_first_on_node=comm.rank == 0)

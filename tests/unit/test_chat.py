@@ -214,11 +214,23 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
         {"role": "system", "content": "s"}, user("a")]}], tmp_path, GEMMA)  # fmt: skip
     fails(r"refuses a conversation of user", [{"messages": [{"role": "user", "content": 5}]}], tmp_path)
     fails(r"format chat: .*chats\.jsonl has no field messages, nor conv.*; it has text", [{"text": "a"}], tmp_path)
-    fails(r"a conversation must be a list of messages; got 5", [{"messages": 5}], tmp_path)
+    fails(r"row 1 of .*chats\.jsonl: a conversation must be a list of messages; got 5", [{"messages": 5}], tmp_path)
+    fails(r"a conversation must be a list of messages; got 'hello'", [{"messages": "hello"}], tmp_path)
+    fails(r"data\.path: row 2 of .*chats\.jsonl: role 'asistant' is none of system, developer, user, assistant, tool", [
+        good, {"messages": [user("a"), {"role": "asistant", "content": "b"}]}], tmp_path)  # fmt: skip
     fails(r"a message must have role and content.*; got 'a'", [{"messages": ["a"]}], tmp_path)
     fails(r"a message must have role and content.*; got \{'text'", [{"messages": [{"text": "a"}]}], tmp_path)
     fails(r"a message must have role .*; got \{'from': \['gpt'\]", [{"messages": [{"from": ["gpt"]}]}], tmp_path)
     fails(r"tools must be a list or its JSON; got 'f'", [good | {"tools": "f"}], tmp_path)
+
+
+def test_a_template_may_name_more_roles(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "critic", "content": "c"}, *TALKS[1]]}
+    path = write_json(tmp_path / "chats.jsonl", [row] * 20)
+    named = tokenizer_with("{%- if messages[0].role == 'critic' %}{%- endif %}" + CHATML)
+    assert len(load(path, named).samples) == 18
+    with pytest.raises(UserError, match="role 'critic' is none of"):
+        load(path, tokenizer_with(CHATML))
 
 
 def test_a_forgetful_template_is_good_for_one_turn() -> None:

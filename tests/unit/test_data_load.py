@@ -283,7 +283,7 @@ def test_a_path_that_is_not_there_is_one_line_and_no_download(tmp_path: Path) ->
 
 def test_the_held_out_file_is_checked_too(tmp_path: Path) -> None:
     path = write_json(tmp_path / "data.json", documents(20))
-    fails("held.txt does not exist", path, held_out=str(tmp_path / "held.txt"))
+    fails("data.held_out: .*held.txt does not exist", path, held_out=str(tmp_path / "held.txt"))
     (tmp_path / "held.txt").write_text("")
     fails("held.txt is empty", path, held_out=str(tmp_path / "held.txt"))
     (tmp_path / "held.txt").write_text("w1")
@@ -302,7 +302,10 @@ def test_instructions_need_their_fields_and_enough_rows(tmp_path: Path) -> None:
         r"data\.response_field: .* has no field 'output'; it has input, inst", path, response_field="output", **config
     )
     fails(
-        r"data\.input_field: .* has no field 'context' \(null: there is none\)", path, input_field="context", **config
+        r"data\.input_field: .* has no field 'context' \(data.input_field null: there is none\)",
+        path,
+        input_field="context",
+        **config,
     )
     fails(r"data\.held_out_fraction 0\.1 of the 4 instructions", write_json(path, INSTRUCTIONS[:4]), **config)
     (tmp_path / "a.txt").write_text("w1")

@@ -118,6 +118,12 @@ WRONG = {
 }
 
 
+def test_an_endless_epoch_is_refused(text: str, instructions: str) -> None:
+    entries = [{"path": text, "weight": 1e-9}, {"path": instructions, "format": "instruction", "weight": 2}]
+    with pytest.raises(UserError, match=r"^data\.path: by these weights an epoch has 2e\+09 samples, as each"):
+        load(entries, window=64)
+
+
 @pytest.mark.parametrize(("entries", "message"), WRONG.values(), ids=WRONG)
 def test_a_bad_entry_is_one_line_that_names_it(entries: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
@@ -128,6 +134,15 @@ def test_a_bad_entry_is_one_line_that_names_it(entries: list[Any], message: str)
 def test_a_field_that_an_entry_lacks_is_named_with_the_entry(text: str, instructions: str) -> None:
     with pytest.raises(UserError, match=r"data\.path\[1\]\.text_field: .*instructions\.jsonl has no field 'text'"):
         load([{"path": text}, {"path": instructions}])
+
+
+def test_what_all_entries_lack_stands_beside_the_list(text: str, tmp_path: Path) -> None:
+    """An entry's null means that it is not given."""
+    path = str(write_json(tmp_path / "pairs.jsonl", [{"instruction": "w1", "response": "w2"}] * 20))
+    entries = [{"path": text}, {"path": path, "format": "instruction", "input_field": None}]
+    with pytest.raises(UserError, match=r"data\.path\[1\]\.input_field: .*'input' \(data\.input_field null: there is"):
+        load(entries, window=64)
+    assert load(entries, window=64, input_field=None).epoch_length == 19
 
 
 def test_a_source_without_samples_can_have_no_weight(text: str, tmp_path: Path) -> None:

@@ -1,7 +1,14 @@
 """Models take turns in the user's server, which here is a fake package in another Python."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -11,6 +18,7 @@ from loraprune_ds.evaluate.serving import Served, ServedModel, ServeSettings, fi
 from loraprune_ds.files import read_json, write_json
 from tests.families import tiny_model
 
+T = TypeVar("T")
 LLAMA_CPP = """
 import os
 __version__ = "1.2"
@@ -61,6 +69,37 @@ class LLM:
             assert parameters.max_tokens == parameters.min_tokens and parameters.ignore_eos
             clock[0] += len(prompts) * (1 + parameters.max_tokens / 2)
             file.write(f"{len(prompts)} of {tokens} write {parameters.max_tokens}, {self.loaded}\\n")
+"""
+
+# It starts another process, as vLLM does, and both are busy for longer than anyone waits.
+BUSY = """
+import os, subprocess, time
+__version__ = "0.9"
+
+class SamplingParams:
+    def __init__(self, **options):
+        pass
+
+class LLM:
+    def __init__(self, **options):
+        self.engine = subprocess.Popen(["sleep", "300"])
+
+    def generate(self, prompts, parameters, use_tqdm):
+        with open(os.environ["SAID"], "w") as file:
+            file.write(f"{os.getpid()} {self.engine.pid}")
+        time.sleep(300)
+"""
+EVALUATION = """
+import sys
+from loraprune_ds.cli.evaluate import serve
+from loraprune_ds.command import leave, tell
+from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.serving import ServeSettings
+try:
+    serve([sys.argv[2]], ServeSettings(server="vllm", python=sys.argv[1], prompt=5, generated=2, rounds=1), "f16")
+except UserError as error:  # as main() has it
+    tell(error)
+    leave(error.exit_code)
 """
 
 
@@ -147,3 +186,43 @@ def test_a_python_without_the_server_is_named(python: str, monkeypatch: pytest.M
     assert find_server("llama.cpp", python) == python
     monkeypatch.setenv("VLLM_PYTHON", python)
     assert find_server("vllm", None) == python
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_evaluation_that_is_ended_ends_its_server(number: signal.Signals, python: str, tmp_path: Path) -> None:
+    (tmp_path / "packages/vllm.py").write_text(BUSY)
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    scratch, said = tmp_path / "scratch", tmp_path / "said"
+    scratch.mkdir()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(scratch)}
+    command = [sys.executable, "-c", EVALUATION, python, str(tmp_path / "model")]
+    evaluation = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    pids = list(map(int, _within(60, lambda: said.read_text().split() if said.exists() else [])))
+    evaluation.send_signal(number)
+    _, errors = evaluation.communicate(timeout=30)
+    try:
+        assert _within(10, lambda: not any(map(_runs, pids)))
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    if number == signal.SIGTERM:
+        assert (evaluation.returncode, list(scratch.iterdir())) == (143, [])
+        assert errors == "error: ended by SIGTERM\n"
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T:
+    """Returns the first true answer."""
+    end = time.monotonic() + seconds
+    while not (answer := ask()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return answer
+
+
+def _runs(pid: int) -> bool:
+    """Tells if a process is there, and no zombie that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -21,6 +21,7 @@ from loraprune_ds.train.data.tokens import TokenizedRow, in_batches, mask_outsid
 CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))  # the first that a row has counts
 TOOLS = "tools"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # others have the same name there
+ROLES = ("system", "developer", "user", "assistant", "tool")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 Message = dict[str, Any]
 Span = tuple[int, int]  # of characters
@@ -59,7 +60,7 @@ def read_chat(row: Mapping[str, Any]) -> Chat:
     """
     tools = _tools(row.get(TOOLS))
     if "messages" in row or "conversations" in row:
-        return Chat(_messages(row.get("messages") or row.get("conversations"), "user"), tools)
+        return Chat(_messages(row.get("messages") or row.get("conversations")), tools)
     prompt = _messages(row.get("prompt"), "user")
     return Chat(prompt + _messages(row.get("completion"), "assistant"), tools, len(prompt))
 
@@ -75,9 +76,9 @@ def _tools(value: Any) -> list[Any] | None:
     return tools
 
 
-def _messages(value: Any, role: str) -> list[Message]:
-    """Reads a list of messages. A text is one message of `role`, and null is none."""
-    if isinstance(value, str):
+def _messages(value: Any, role: str | None = None) -> list[Message]:
+    """Reads a list of messages. A text is one message of `role` if that is given, and null is none."""
+    if role is not None and isinstance(value, str):
         return [{"role": role, "content": value}]
     require(isinstance(value, list | None), f"a conversation must be a list of messages; got {value!r:.80}")
     return [_message(message) for message in value or ()]
@@ -107,6 +108,17 @@ class ChatTemplate:
             )
         require(bool(tokenizer.is_fast), f"data.format chat needs a fast tokenizer; that of {self.name} is none")
         self._tokenizer = tokenizer
+
+    def check_roles(self, chat: Chat) -> None:
+        """Checks that the roles are common ones, or that the template names them. Most templates take any word.
+
+        Raises:
+            UserError: one is not.
+        """
+        template = self._tokenizer.get_chat_template(tools=chat.tools)
+        for role in {message["role"] for message in chat.messages}.difference(ROLES):
+            named = any(quote + role + quote in template for quote in ("'", '"'))
+            require(named, f"role {role!r} is none of {', '.join(ROLES)}, and the template of {self.name} lacks it")
 
     def render(self, chat: Chat) -> str:
         """Returns the text of a whole conversation."""
@@ -167,6 +179,20 @@ class ChatTemplate:
             ) from None
         texts, spans = rendered
         return texts[0], spans[0] if mark else None
+
+
+def check_chats(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, source: DataSource) -> None:
+    """Reads all conversations of a source, which takes seconds, before they are tokenised, which takes minutes.
+
+    Raises:
+        UserError: one has another form or an unknown role. The line names its row.
+    """
+    template = ChatTemplate(tokenizer)
+    for number, row in enumerate(rows, start=1):
+        try:
+            template.check_roles(read_chat(row))
+        except UserError as error:
+            raise UserError(f"{source.section}.path: row {number} of {source.path}: {error}") from None
 
 
 def tokenize_chats(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedRow]:

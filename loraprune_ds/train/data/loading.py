@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.config_data import DataConfig, DataSource
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.train.data.cache import cached
-from loraprune_ds.train.data.chat import ChatTemplate, read_chat, tokenize_chats
+from loraprune_ds.train.data.chat import ChatTemplate, check_chats, read_chat, tokenize_chats
 from loraprune_ds.train.data.order import mix
 from loraprune_ds.train.data.packing import pack_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples
 from loraprune_ds.train.data.sources import JSON_SUFFIXES, TextRow, TextRows, files_of, read_rows, read_text_file
 from loraprune_ds.train.data.tokens import Instruction, collect_rows, make_instruction, mask_prompts, pack_documents
 
+LONGEST_EPOCH = 1_000_000_000  # samples of a mixture, of 8 bytes each
 LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie
 
 
@@ -53,7 +54,10 @@ def _make(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | N
     held_out_text = _read_held_out(config, tokenizer)
     parts, held_out_texts = [], []
     for source in config.sources:
-        tuning, held_out = _hold_out(read_rows(source), source, config)
+        rows = read_rows(source)
+        if source.format == "chat":
+            check_chats(rows, tokenizer, source)
+        tuning, held_out = _hold_out(rows, source, config)
         samples = _make_samples(tuning, tokenizer, source, config, start)
         parts.append(pack_samples(samples) if config.packing else samples)
         held_out_texts.append(_join_text(held_out, source, tokenizer))
@@ -68,6 +72,12 @@ def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
     for source, part in zip(sources, parts, strict=True):
         if not len(part):
             raise UserError(f"{source.section}.path: {source.path} gives no sample, and so it can have no weight")
+    length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(weights)
+    require(
+        length <= LONGEST_EPOCH,
+        f"data.path: by these weights an epoch has {length:.2g} samples, as each is seen at least once; the most are "
+        f"{LONGEST_EPOCH:.2g}",
+    )
     return mix([len(part) for part in parts], weights)
 
 
@@ -105,6 +115,7 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> st
     if config.held_out is None:
         return None
     path = Path(config.held_out).expanduser()
+    require(path.is_file(), f"data.held_out: {config.held_out} does not exist")
     if path.resolve() in [file.resolve() for source in config.sources for file in files_of(source) or []]:
         raise UserError(f"data.held_out: {config.held_out} is tuned on too, as a part of data.path")
     if path.suffix not in JSON_SUFFIXES:

@@ -203,7 +203,7 @@ def _read_fields(source: DataSource, known: set[str]) -> list[str]:
     fields = _text_fields(source)
     for field, key in fields.items():
         if field not in known:
-            hint = " (null: there is none)" if key.endswith(".input_field") else ""
+            hint = " (data.input_field null: there is none)" if key.endswith(".input_field") else ""
             raise UserError(f"{key}: {source.path} has no field {field!r}{hint}; it has {', '.join(sorted(known))}")
     return list(fields)
 

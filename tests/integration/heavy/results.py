@@ -1,10 +1,10 @@
 """Keeps the result files of the last heavy run: what was compared, the tool, and the differences."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.report.provenance import hardware, versions
 
 FILES = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -13,7 +13,7 @@ FILE, MEMORY_FILE = FILES / "export_formats.json", FILES / "server_memory.json"
 
 def record(tool: str, version: str, rows: list[dict[str, Any]], file: Path = FILE) -> None:
     """Replaces what a file says about one tool."""
-    results = json.loads(file.read_text()) if file.is_file() else {}
+    results = read_json(file) if file.is_file() else {}
     results[tool] = {
         "version": version,
         "date": datetime.now(UTC).date().isoformat(),
@@ -21,5 +21,4 @@ def record(tool: str, version: str, rows: list[dict[str, Any]], file: Path = FIL
         "hardware": hardware("cpu"),
         "rows": rows,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(file, results)
