@@ -12,7 +12,7 @@ LINES = {  # setting -> colour, marker, words of the legend
     "all-three": (VERMILION, "s", "gradient, refit, distillation (all three)"),
     "fisher": (GREEN, "^", "fisher"),
     "fisher-refit": (BLUE, "D", "fisher, refit (recipe tuned)"),
-    "all-three-global": (PURPLE, "v", "all three, global (recipe general)"),
+    "fisher-refit-distillation-global": (PURPLE, "v", "fisher, refit, distillation, global (recipe general)"),
 }
 PANELS = (  # what the axis shows, the suffix of the settings at its other end, its label and ticks
     ("tokens", "-409600", "tokens of training, 41.7 % removed", {81_920: "81,920", 409_600: "409,600"}),

@@ -80,7 +80,7 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
         select([], ["best"])
 
 
-RECIPES = {"tuned": "fisher-refit", "general": "all-three-global", "stock": "fisher-refit-stock"}
+RECIPES = {"tuned": "fisher-refit", "general": "fisher-refit-distillation-global", "stock": "fisher-refit-stock"}
 
 
 @pytest.mark.parametrize(("recipe", "setting"), RECIPES.items())
