@@ -64,4 +64,4 @@ def test_a_qwen2_runs_by_the_implementation_that_the_table_names(tmp_path: Path)
     result = time_in(
         "vllm", tmp_path, "pruned", "--dense", "dense", "--prompt", "32", "--generated", "8", "--rounds", "2"
     )
-    assert result["parameters"] < result["dense"]["parameters"]
+    assert 0 < result["removed_fraction"] < 1
