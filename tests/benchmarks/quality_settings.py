@@ -96,6 +96,7 @@ def _settings() -> list[Setting]:
         "lr6e-3": ("train.learning_rate=6e-3",),
         "few-heads": ("prune.head_ratio=0.3",),
         "4-steps": ("prune.compensate_steps=4", "prune.compensate_decay=0.9"),
+        "decay-0.9": ("prune.compensate_decay=0.9",),
     }
     details += [
         _short("fisher-details", f"fisher-refit-{name}", FISHER, REFIT, *changes) for name, changes in smaller.items()
