@@ -60,9 +60,9 @@ def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Net
     stack_experts(model)
     wrapped = add_lora(model, shape, LoraConfig(r=3), seed=1).eval()
     generator = torch.Generator().manual_seed(2)
-    for layer in decoder_layers(wrapped):
-        for linear in shape.linears:
-            lora_weights(lora_linear(layer, linear))[1].data.normal_(0, 0.1, generator=generator)
+    layers = decoder_layers(wrapped)
+    for i, linear in shape.linear_ids():
+        lora_weights(lora_linear(layers[i], linear))[1].data.normal_(0, 0.1, generator=generator)
     return Network(wrapped, shape, config)
 
 

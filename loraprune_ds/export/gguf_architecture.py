@@ -186,7 +186,7 @@ def _missing(found: Architecture, config: Any, shape: ModelShape) -> list[str]:
         missing.append(f"hidden_act {activation!r}")
     split = {part for name in shape.biases for part in PARTS.get(name, (name,))}
     missing += [f"the bias of {name}" for name in sorted(split - found.biases)]
-    outputs = {x.name: shape.linear_shape(0, x)[0] for x in shape.linears if x.name in found.square}
+    outputs = {x.name: shape.linear_shape(0, x)[0] for x in shape.linears(0) if x.name in found.square}
     missing += [f"{name} with {rows} outputs" for name, rows in outputs.items() if rows != shape.hidden_size]
     given = {key: getattr(config, key, value) for key, value in found.only.items()}
     missing += [f"{key} {value!r}" for key, value in given.items() if value != found.only[key]]

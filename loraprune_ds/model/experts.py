@@ -132,27 +132,29 @@ def stack_experts(model: nn.Module) -> None:
                 setattr(module, name, Experts(child))
 
 
-def find_experts(layer: nn.Module) -> Experts:
-    """Returns the experts of a decoder layer."""
-    return next(module for module in layer.modules() if isinstance(module, Experts))
+def find_experts(layer: nn.Module) -> list[Experts]:
+    """Returns the experts of a decoder layer. Empty if it has none."""
+    return [module for module in layer.modules() if isinstance(module, Experts)]
 
 
 class RouterLoad:
     """Counts how often each expert of every layer is chosen in the first passes while it is open."""
 
     def __init__(self, layers: Iterable[nn.Module], passes: int) -> None:
-        self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Experts)]
+        self._experts = [find_experts(layer) for layer in layers]
         self._passes = passes
         self._found: list[list[Tensor]] = [[] for _ in self._experts]
 
     def __enter__(self) -> Self:
-        for i, experts in enumerate(self._experts):
-            experts.observers.append(partial(self._see, i, experts.experts))
+        for i, of_layer in enumerate(self._experts):
+            for experts in of_layer:
+                experts.observers.append(partial(self._see, i, experts.experts))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for experts in self._experts:
-            experts.observers.pop()
+        for of_layer in self._experts:
+            for experts in of_layer:
+                experts.observers.pop()
 
     def _see(self, i: int, experts: int, outputs: Tensor, weights: Tensor, chosen: Tensor, tokens: Tensor) -> None:
         if len(self._found[i]) < self._passes:
@@ -160,9 +162,9 @@ class RouterLoad:
 
     def sums(self, add_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> list[list[int]]:
         """Returns the counts of all ranks, by layer and expert. Empty without experts. Collective."""
-        if not self._experts:
+        if not any(self._experts):
             return []
-        sizes = [experts.experts for experts in self._experts]
+        sizes = [sum(experts.experts for experts in of_layer) for of_layer in self._experts]
         counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         for part, found in zip(counts.split(sizes), self._found, strict=True):
             for of_pass in found:

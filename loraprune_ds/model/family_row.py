@@ -1,7 +1,7 @@
 """Describes a row of the table of families (family.py): a layer's tensors, and what lies along their axes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = str
 # The field of config.json that counts the groups of a kind.
@@ -62,6 +62,13 @@ class Linear:
 
 
 Linears = tuple[Linear, ...]
+
+
+class LinearId(NamedTuple):
+    """Names one linear of one decoder layer."""
+
+    layer: int
+    linear: Linear
 
 
 @dataclass(frozen=True)

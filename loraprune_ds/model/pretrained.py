@@ -143,8 +143,7 @@ class PretrainedModel:
         shape = self.shape
         return {
             f"model.layers.{i}.{linear.name}.{WEIGHT}": (form, shape.linear_shape(i, linear))
-            for i in range(len(shape.layers))
-            for linear in shape.linears
+            for i, linear in shape.linear_ids()
             if isinstance(form := shape.form(linear), Int8)
         }
 

@@ -1,6 +1,5 @@
 """Reads a model's sizes: its counts from config.json, and every parameter's shape from modules without weights."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -9,7 +8,7 @@ from loraprune_ds.model.classes import build_on_meta, config_class, refused_in_o
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import ModelShape, Sizes
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
 EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -44,7 +43,6 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
     parameters = _meta_parameters(config, where)
-    _check_experts(where, num_layers, parameters, family)
     shape = ModelShape(
         model_type=config["model_type"],
         hidden_size=hidden,
@@ -52,7 +50,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         queries_per_group=sizes[0][0] // sizes[0][1]["heads"],
         vocab_size=vocab_size,
         tie_word_embeddings="lm_head.weight" not in parameters,
-        layers=tuple(layer for _, layer in sizes),
+        layers=_held_layers([layer for _, layer in sizes], parameters, family),
         expert_size=expert_size,
         experts_per_token=per_token,
     )
@@ -67,7 +65,7 @@ def with_biases(config: dict[str, Any], where: str) -> tuple[dict[str, Any], Mod
     """
     config = text_config(config, where) | {"attention_bias": True, "mlp_bias": True}
     shape = shape_from_config(config, where)
-    if not all(map(shape.has_bias, shape.linears)):
+    if not all(shape.has_bias(linear) for _, linear in shape.linear_ids()):
         raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
     return config, shape
 
@@ -97,11 +95,19 @@ def _find_family(config: dict[str, Any], where: str) -> Family:
     return family
 
 
-def _check_experts(where: str, num_layers: int, parameters: Mapping[str, tuple[int, ...]], family: Family) -> None:
-    stacks = [linear.name for linear in family.linears if linear.is_stack]
-    for i in range(num_layers):
-        if any(f"model.layers.{i}.{name}.weight" not in parameters for name in stacks):
-            raise UserError(f"{where}: layer {i} has no experts; dense layers among sparse ones are not supported")
+def _held_layers(sizes: list[LayerShape], parameters: Sizes, family: Family) -> tuple[LayerShape, ...]:
+    """Returns the groups that each layer has. It has those of a kind if it has a linear of that kind.
+
+    Kinds that no layer has are left out.
+    """
+    held = [
+        {x.kind for x in family.linears if f"model.layers.{i}.{x.name}.weight" in parameters} for i in range(len(sizes))
+    ]
+    kinds = [kind for kind in family.kinds if any(kind in own for own in held)]
+    return tuple(
+        LayerShape((kind, layer[kind] if kind in own else 0) for kind in kinds)
+        for layer, own in zip(sizes, held, strict=True)
+    )
 
 
 def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int) -> None:
@@ -139,25 +145,33 @@ def _expert_sizes(config: dict[str, Any], family: Family) -> tuple[int, int]:
     return int(config[family.mixture.size]), int(config["num_experts_per_tok"])
 
 
-def _add_parameters(shape: ModelShape, found: Mapping[str, tuple[int, ...]], where: str) -> ModelShape:
+def _add_parameters(shape: ModelShape, found: Sizes, where: str) -> ModelShape:
     """Adds the biases, and the parameters that no cut makes smaller.
 
     Raises:
         UserError: a tensor has a shape that the family's table does not explain. Or layers differ in what they hold.
     """
-    first = {name.removeprefix("model.layers.0."): size for name, size in found.items() if ".layers.0." in name}
-    table = {name.removeprefix("model.layers.0.") for name in shape.layer_parameters(0)}
     shape = replace(
         shape,
-        biases=frozenset(linear.name for linear in shape.linears if f"{linear.name}.bias" in first),
+        biases=frozenset(x.name for i, x in shape.linear_ids() if f"model.layers.{i}.{x.name}.bias" in found),
         ends={name: size for name, size in found.items() if not name.startswith("model.layers.")},
     )
-    biases = {f"{name}.bias" for name in shape.biases}
-    whole = {name: size for name, size in first.items() if len(size) < 2 or name.startswith(shape.family.whole)}
-    shape = replace(shape, layer_others={n: size for n, size in whole.items() if n not in table | biases})
+    first = {layer.kinds: i for i, layer in reversed([*enumerate(shape.layers)])}
+    shape = replace(shape, layer_others={kinds: _whole(shape, i, found) for kinds, i in first.items()})
     expected = shape.parameters()
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             sizes = [list(some[name]) if name in some else "nothing" for some in (found, expected)]
             raise UserError(f"{where}: {name} has shape {sizes[0]}, where a {shape.model_type} layer has {sizes[1]}")
     return shape
+
+
+def _whole(shape: ModelShape, layer: int, found: Sizes) -> Sizes:
+    """Finds what no cut makes smaller in a layer: vectors, and the matrices that the family names."""
+    prefix, cut = f"model.layers.{layer}.", shape.layer_parameters(layer)
+    inside = {name.removeprefix(prefix): size for name, size in found.items() if name.startswith(prefix)}
+    return {
+        name: size
+        for name, size in inside.items()
+        if (len(size) < 2 or name.startswith(shape.family.whole)) and prefix + name not in cut
+    }

@@ -64,7 +64,7 @@ def saved_by_layer(
         source: config.json of the dense model.
     """
     one = shape.with_layers((shape.layers[index],))
-    return _saved_by_layer(json.dumps(with_layers(source, index, 1)), one, batch, lora_rank, dropout)
+    return _saved_by_layer(json.dumps(with_layers(source, [index])), one, batch, lora_rank, dropout)
 
 
 @cache

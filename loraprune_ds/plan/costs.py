@@ -143,7 +143,6 @@ def _scoring_flops(request: Request, shape: ModelShape, tokens: float) -> float:
     """
     criterion, rank, numel = request.config.prune.criterion, request.config.lora.r, shape.linear_numel()
     if criterion == "fisher":
-        layers = range(len(shape.layers))
-        return 3 * tokens * sum(shape.inputs_per_token(i, linear) for i in layers for linear in shape.input_linears)
+        return 3 * tokens * sum(shape.inputs_per_token(i, linear) for i, linear in shape.input_linear_ids())
     per_weight = {"random": 0, "reap": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
     return (2 * numel * tokens if criterion == "gradient" else 0) + per_weight * numel / request.world_size

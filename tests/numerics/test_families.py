@@ -34,10 +34,9 @@ def random_lora(folder: Path) -> dict[str, Tensor]:
     shape = open_pretrained(folder).shape
     generator = torch.Generator().manual_seed(2)
     lora: dict[str, Tensor] = {}
-    for i in range(len(shape.layers)):
-        for linear in shape.linears:
-            for factor, size in zip("AB", shape.lora_shapes(i, linear, RANK), strict=True):
-                lora[f"layers.{i}.{linear.name}.lora_{factor}"] = torch.randn(size, generator=generator) * 0.2
+    for i, linear in shape.linear_ids():
+        for factor, size in zip("AB", shape.lora_shapes(i, linear, RANK), strict=True):
+            lora[f"layers.{i}.{linear.name}.lora_{factor}"] = torch.randn(size, generator=generator) * 0.2
     return lora
 
 

@@ -62,11 +62,10 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
     model.save_pretrained(tmp_path)
     shape = open_pretrained(tmp_path).shape
     lora: dict[str, Tensor] = {}
-    for i in range(len(shape.layers)):
-        for linear in shape.linears:
-            a, b = shape.lora_shapes(i, linear, 2)
-            lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
-            lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
+    for i, linear in shape.linear_ids():
+        a, b = shape.lora_shapes(i, linear, 2)
+        lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
+        lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
     ratio = 5 * len(shape.layers) * shape.group_numel("experts") / shape.linear_numel()
     prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
     config = PruneConfig(**prune, protected_first=0, protected_last=0, criterion=cast(Any, criterion))
@@ -93,7 +92,7 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
 
     counts = []
     for i, layer in enumerate(decoder_layers(network.model)):
-        down = find_experts(layer).down
+        down = find_experts(layer)[0].down
         down.register_forward_hook(masked(i))
         down.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[1]))
     with recorder.record():

@@ -40,7 +40,7 @@ def merged_stacks(network: Network) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Returns transformers' tensors of W + s·B·A, written once more, with the leaves A and B."""
     stacks = {}
     for i, layer in enumerate(decoder_layers(network.model)):
-        for linear in (x for x in network.shape.linears if x.is_stack):
+        for linear in (x for x in network.shape.linears(i) if x.is_stack):
             module: Any = layer.get_submodule(linear.name)
             a, b = (factor.detach().clone().requires_grad_() for factor in lora_weights(module))
             weight, scaling = module.base_layer.weight.detach(), module.scaling["default"]
@@ -58,7 +58,7 @@ def test_outputs_and_gradients_are_those_of_stock_experts(family: str) -> None:
     attention = {
         f"model.layers.{i}.{linear.name}.weight": lora_linear(layer, linear)
         for i, layer in enumerate(decoder_layers(network.model))
-        for linear in network.shape.linears
+        for linear in network.shape.linears(i)
         if not linear.is_stack
     }
     merged: dict[str, Tensor] = {}
@@ -94,7 +94,7 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
     with torch.no_grad():
         found = reopened(pretrained)(input_ids=PROMPT, use_cache=False).logits
         assert difference(found, stock(input_ids=PROMPT, use_cache=False).logits) < TOLERANCE
-    stack = next(linear.name for linear in pretrained.shape.linears if linear.is_stack)
+    stack = next(linear.name for linear in pretrained.shape.linears(1) if linear.is_stack)
     name = f"model.layers.1.{stack}.weight"
     whole = stock.get_parameter(f"model.layers.1.{stack}_proj").detach().flatten()
     for world_size in (1, 2, 3, 7, 64):
@@ -197,10 +197,10 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
         for name, factor in as_in_peft(
             {
                 f"{linear.name}.lora_{which}": factor.detach()
-                for linear in network.shape.linears
+                for linear in network.shape.linears(i)
                 for which, factor in zip("AB", lora_weights(lora_linear(layer, linear)), strict=True)
             },
-            network.shape.linears,
+            network.shape.linears(i),
         ).items()
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})

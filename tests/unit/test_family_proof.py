@@ -57,7 +57,7 @@ pytestmark = [
 def mask(network: Network, keep: list[LayerKeep]) -> None:
     """Zeroes what the other groups send into the linears that end attention and MLP. No token chooses other experts."""
     for i, layer in enumerate(decoder_layers(network.model)):
-        for linear in network.shape.input_linears:
+        for _, linear in network.shape.input_linear_ids([i]):
             if linear.is_stack:
                 mask_router(find_router(layer), keep[i]["experts"])
                 continue
@@ -155,7 +155,7 @@ def test_biases_that_make_up_for_a_cut(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path / "dense")
     pretrained = open_for_pruning(tmp_path / "dense", RunConfig("unused", prune=PruneConfig(compensate="bias")))
     assert pretrained.absent == {name for name in pretrained.shape.parameters() if name.endswith("_proj.bias")} != set()
-    assert all(map(pretrained.shape.has_bias, pretrained.shape.linears))
+    assert all(pretrained.shape.has_bias(linear) for _, linear in pretrained.shape.linear_ids())
 
     made = export(family, tmp_path / "cut", FEW, MANY, attention_bias=True, mlp_bias=True)
     assert difference(logits(load(made.folder, trust_remote_code=True)), made.logits) < TOLERANCE
