@@ -100,13 +100,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "mixtral": replace(LLAMA, unequal=None),
-    "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True}),
+    "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),
     "qwen2_moe": Architecture(
         MODEL_ARCH.QWEN2MOE,
         biases=QKV,
         numbers={"shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"},
         square=("self_attn.q_proj",),
-        only={"norm_topk_prob": False},
+        only={"norm_topk_prob": False, "mlp_only_layers": []},
     ),
     "olmoe": Architecture(
         MODEL_ARCH.OLMOE,

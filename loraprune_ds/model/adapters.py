@@ -208,12 +208,13 @@ def plain_parameter(module: nn.Module, name: str, *, trained: bool) -> nn.Parame
 
 def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) -> None:
     """Tells a live layer the counts that its forward reads. A config that layers share becomes the layer's own."""
-    for runtime in shape.family.runtime:
+    for runtime in (x for x in shape.family.runtime if x.kind in counts.kinds):
         path, _, last = runtime.module.rpartition(".")
-        owner: Any = layer.get_submodule(path or last)
-        if path:
-            setattr(owner, last, copy.copy(getattr(owner, last)))
-            owner = getattr(owner, last)
+        holder = layer.get_submodule(path)
+        owner: Any = getattr(holder, last)
+        if not isinstance(owner, nn.Module):
+            owner = copy.copy(owner)
+            setattr(holder, last, owner)
         setattr(owner, runtime.attribute, counts[runtime.kind] * shape.width(runtime.width))
 
 

@@ -76,6 +76,7 @@ class ExpertLora(LoraLinear):
         return torch.bmm(*blocks).flatten(0, 1) * self.scaling[adapter]
 
 
+CORRECTION = "e_score_correction_bias"
 BIASES = ("gate_up_proj_bias", "down_proj_bias")  # (experts, outputs), where the stock class has them
 # Sees each output of an expert: (outputs, its weight, the expert, the token), one row for each choice.
 Observe = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -124,8 +125,13 @@ class Experts(nn.Module):
 
 
 def stack_experts(model: nn.Module) -> None:
-    """Replaces the experts of all decoder layers."""
+    """Replaces the experts of all decoder layers. A router's correction becomes a parameter, as a cut makes it smaller.
+
+    transformers has it as a buffer, because DeepSeek trains it by another rule.
+    """
     for module in list(model.modules()):
+        if (correction := module._buffers.pop(CORRECTION, None)) is not None:
+            module.register_parameter(CORRECTION, nn.Parameter(correction, requires_grad=False))
         for name, child in list(module.named_children()):
             weight = getattr(child, "gate_up_proj", None)
             if isinstance(weight, nn.Parameter) and weight.ndim == 3:

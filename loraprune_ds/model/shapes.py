@@ -28,6 +28,10 @@ class ModelShape:
         ends: full names and shapes of the parameters outside the layers: embedding, final norm, untied head.
         expert_size: channels of one expert, if the MLPs are mixtures of experts.
         experts_per_token: that the router chooses.
+        least_experts: fewest that it can choose from.
+        expert_groups: groups of experts that it chooses from. All have as many.
+        absent: names of linears of the family that the model lacks.
+        widths: what the family's `widths` are in this model.
         int8: the weights of the linears are held as int8 with scales (frozen.py). In files they may be as they are.
     """
 
@@ -43,6 +47,10 @@ class ModelShape:
     ends: Sizes = field(default_factory=dict[str, tuple[int, ...]], hash=False)
     expert_size: int = 0
     experts_per_token: int = 0
+    least_experts: int = 0
+    expert_groups: int = 1
+    absent: frozenset[str] = frozenset()
+    widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)
     int8: bool = False
 
     @property
@@ -56,7 +64,8 @@ class ModelShape:
 
     def linears(self, layer: int) -> tuple[Linear, ...]:
         """Returns the LoRA-adapted linears of a decoder layer, in the order of its forward."""
-        return tuple(linear for linear in self.family.linears if linear.kind in self.layers[layer].kinds)
+        kinds = self.layers[layer].kinds
+        return tuple(x for x in self.family.linears if x.kind in kinds and x.name not in self.absent)
 
     def companions(self, layer: int) -> tuple[Companion, ...]:
         """Returns what else gets smaller in a cut of this layer."""
@@ -85,6 +94,7 @@ class ModelShape:
             "hidden": self.hidden_size,
             "expert": self.expert_size,
             "gate_up": 2 * self.expert_size,
+            **self.widths,
         }
         return per_width[width]
 
@@ -137,7 +147,8 @@ class ModelShape:
 
     def group_numel(self, kind: Kind) -> int:
         """Counts the linear parameters that leave with one group, without biases."""
-        return sum(self.group_width(x) * self.width(x.across) for x in self.family.linears if x.kind == kind)
+        linears = (x for x in self.family.linears if x.kind == kind and x.name not in self.absent)
+        return sum(self.group_width(x) * self.width(x.across) for x in linears)
 
     def layer_numel(self, layer: int) -> int:
         """Counts the linear parameters of one decoder layer. `prune.ratio` is a fraction of these."""
@@ -147,21 +158,6 @@ class ModelShape:
         """Counts the linear parameters of all decoder layers."""
         return sum(self.layer_numel(i) for i in range(len(self.layers)))
 
-    def active_numel(self) -> int:
-        """Counts the linear parameters that one token meets: of experts those that it chooses, and the shared ones."""
-        idle = sum(max(0, layer.get("experts", 0) - self.experts_per_token) for layer in self.layers)
-        others = (size for i in range(len(self.layers)) for size in self.others(i).values())
-        shared = sum(math.prod(size) for size in others if len(size) > 1)
-        return self.linear_numel() + shared - idle * self.group_numel("experts")
-
-    def active_lora(self, lora_rank: int) -> float:
-        """Counts the elements of LoRA that one token meets."""
-        return sum(
-            math.prod(size) * (self.experts_per_token / self.layers[i]["experts"] if linear.is_stack else 1)
-            for i, linear in self.linear_ids()
-            for size in self.lora_shapes(i, linear, lora_rank)
-        )
-
     def inputs(self, layer: int, linear: Linear) -> int:
         """Counts the inputs of a linear, or of one expert's."""
         return self.width(linear.expert_inputs) if linear.is_stack else self.linear_shape(layer, linear)[1]
@@ -169,10 +165,6 @@ class ModelShape:
     def inputs_per_token(self, layer: int, linear: Linear) -> int:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
         return self.inputs(layer, linear) * (self.experts_per_token if linear.is_stack else 1)
-
-    def mlp_width(self, layer: LayerShape) -> int:
-        """Counts the channels that one token meets in the MLP of such a layer."""
-        return layer.get("channels") or self.experts_per_token * self.expert_size
 
     def linear_bytes(self, element_size: int) -> int:
         """Counts the bytes that hold the linear parameters of all decoder layers, without biases."""
@@ -235,8 +227,18 @@ class ModelShape:
                 tensors = form.held((rows, columns), element_size)
                 held |= {f"{name.removesuffix(WEIGHT)}{tensor}": value for tensor, value in tensors.items()}
             else:
-                held[name] = Held(shape, element_size)
+                held[name] = Held(shape, 4 if name in self.exact else element_size)
         return held
+
+    @property
+    def exact(self) -> frozenset[str]:
+        """Names of the parameters that are fp32 in every model."""
+        layers = range(len(self.layers))
+        return frozenset(f"model.layers.{i}.{x.name}" for i in layers for x in self.companions(i) if x.exact)
+
+    def parts_of(self, kind: Kind) -> int:
+        """Counts the equal ranges of a layer's groups of which each loses as many."""
+        return self.expert_groups if kind == "experts" else 1
 
     def cut_kinds(self, layer: int, keep: LayerKeep) -> list[Kind]:
         """Returns the kinds of which the layer loses groups."""

@@ -129,8 +129,8 @@ def attention_product(request: Request, shape: ModelShape) -> float:
 def _flops_per_token(request: Request, shape: ModelShape) -> float:
     """Returns the operations of training per token. A multiply-add is two."""
     again = int(request.config.train.gradient_checkpointing)
-    lora = shape.active_lora(request.config.lora.r)
-    linears = (4 + 2 * again) * shape.active_numel() + (6 + 2 * again) * lora
+    lora = flops.active_lora(shape, request.config.lora.r)
+    linears = (4 + 2 * again) * flops.active_numel(shape) + (6 + 2 * again) * lora
     attention = (7 + 2 * again) * attention_product(request, shape)
     return linears + attention + 4 * shape.vocab_size * shape.hidden_size
 

@@ -73,7 +73,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        out = torch.empty_like(queries)  # in memory as the queries, as on GPUs
+        out = torch.empty_like(queries[..., : values.shape[-1]])  # in memory as the queries, as on GPUs
         ctx.save_for_backward(queries, keys, values, mask, out, torch.empty_like(queries[..., 0], dtype=torch.float32))
         return out
 

@@ -119,7 +119,9 @@ def _file_tensors(
     else:
         causal_lm = cast(Any, model.module).get_base_model()
         tensors, others = {}, collect_ends(causal_lm, model.shape, owner, model.comm, trained)
-    return as_stored(tensors | {name: tensor.to(dtype) for name, tensor in others.items()}, model.shape.stored())
+    exact = model.shape.exact
+    others = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in others.items()}
+    return as_stored(tensors | others, model.shape.stored())
 
 
 def _layer_tensors(model: ShardedModel, layer: int, owner: int, tensors_of: TensorsOf) -> dict[str, Tensor]:

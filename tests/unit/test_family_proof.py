@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.per_kind import LayerKeep
@@ -68,16 +69,24 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
 
 
 def mask_router(gate: Any, kept: Tensor) -> None:
-    """Computes routers once more, as their papers have them: a softmax over all, whose largest add up to 1."""
+    """Computes routers once more, as their papers have them: a softmax over all, whose largest add up to 1.
+
+    Or a sigmoid, of which a correction decides which are the largest.
+    """
 
     def route(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden.flatten(0, -2) @ gate.weight.T + getattr(gate, "bias", 0)
         others = torch.ones(logits.shape[1], dtype=torch.bool).index_fill(0, kept, False)
-        found = logits.masked_fill(others, -torch.inf).softmax(1).topk(gate.top_k)
-        weights = (
-            found.values / found.values.sum(1, keepdim=True) if getattr(gate, "norm_topk_prob", True) else found.values
-        )
-        return logits, weights, found.indices
+        if hasattr(gate, CORRECTION):
+            scores = logits.sigmoid()
+            chosen = (scores + gate.e_score_correction_bias).masked_fill(others, -torch.inf).topk(gate.top_k).indices
+        else:
+            scores = logits.masked_fill(others, -torch.inf).softmax(1)
+            chosen = scores.topk(gate.top_k).indices
+        weights = scores.gather(1, chosen)
+        if getattr(gate, "norm_topk_prob", True):
+            weights = weights / weights.sum(1, keepdim=True)
+        return logits, weights * getattr(gate, "routed_scaling_factor", 1.0), chosen
 
     gate.forward = route
 
