@@ -54,6 +54,7 @@ def _start_trackio(trackio: Any, folder: Path, settings: dict[str, Any]) -> None
 
 
 def _start_mlflow(mlflow: Any, folder: Path, settings: dict[str, Any]) -> None:
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take minutes, in which all ranks wait
     if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
         mlflow.set_experiment(PROJECT)
     mlflow.start_run(run_name=folder.name)

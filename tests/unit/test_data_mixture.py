@@ -9,6 +9,7 @@ import torch
 from loraprune_ds.config import DataConfig, RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError
+from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder, mix
 from loraprune_ds.train.data.samples import LoadedData
@@ -118,10 +119,13 @@ WRONG = {
 }
 
 
-def test_an_endless_epoch_is_refused(text: str, instructions: str) -> None:
-    entries = [{"path": text, "weight": 1e-9}, {"path": instructions, "format": "instruction", "weight": 2}]
-    with pytest.raises(UserError, match=r"^data\.path: by these weights an epoch has 2e\+09 samples, as each"):
+def test_an_endless_epoch_is_refused(text: str, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "LONGEST_EPOCH", 1000)
+    entries = [{"path": text, "weight": 0.001}, {"path": instructions, "format": "instruction", "weight": 2}]
+    with pytest.raises(UserError, match=r"^data\.path: by these weights an epoch has 2e\+03 samples, as each is"):
         load(entries, window=64)
+    entries[0]["weight"] = 1
+    assert load(entries, window=64).epoch_length < 1000
 
 
 @pytest.mark.parametrize(("entries", "message"), WRONG.values(), ids=WRONG)

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,6 +183,15 @@ def test_mlflow_writes_a_local_store(tmp_path: Path) -> None:
     assert ratio.read_text() == "0.3"
     assert not list(store.glob("*/*/params/prune.target"))
     assert list(store.glob("*/*/artifacts/training.png"))
+
+
+def test_an_mlflow_server_that_is_not_there_is_told_within_a_minute(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(
+        AssertionError, match=r"RankError: logging\.report_to mlflow: API request to http://127\.0\.0\.1"
+    ):
+        report("mlflow", tmp_path / "run", MLFLOW_TRACKING_URI="http://127.0.0.1:1")
+    assert time.monotonic() - began < 100  # about 15 s and the import. With MLflow's own retries it is 250
 
 
 def test_trackio_writes_a_local_database(tmp_path: Path) -> None:
