@@ -8,6 +8,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from loraprune_ds.model.experts import CORRECTION
+from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import ModelShape
+
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 60,
@@ -75,16 +79,51 @@ TINY: dict[str, dict[str, Any]] = {
         "num_experts": 23,
         "num_experts_per_tok": 3,
         "shared_expert_intermediate_size": 11,
+        "decoder_sparse_step": 2,  # every other layer is dense
+    },
+    "glm4_moe": {
+        "head_dim": 12,  # of which half is rotary
+        "use_qk_norm": True,
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 23,
+        "num_experts_per_tok": 3,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+    },
+    "deepseek_v3": {
+        "num_attention_heads": 5,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 23,
+        "num_experts_per_tok": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
     },
     "olmoe": {"intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3, "clip_qkv": 0.5},
     "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
+MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3")  # their first layer is dense, and the second one sparse
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     """Returns the config of a tiny model of a family, with other fields where `changes` names them."""
     return AutoConfig.for_model(family, **SIZES | TINY[family] | changes)
+
+
+def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape, ...]:
+    """Returns the layers of a model with so many heads, and so many channels or experts, where a layer has any."""
+
+    def other(kind: str, own: int, heads: int, others: int) -> int:
+        return own if kind in shape.family.fixed or own == 0 else heads if kind == "heads" else others
+
+    layers = zip(shape.layers, counts, strict=True)
+    return tuple(LayerShape((kind, other(kind, own, *new)) for kind, own in layer.items()) for layer, new in layers)
 
 
 def families(*in_ci: str) -> list[Any]:
@@ -127,4 +166,7 @@ def tiny_model(
                     parameter.sub_(1)  # the norm adds one, and its weights begin with one all the same
             else:
                 parameter.copy_(noise * (0.5 if "embed" in name else 0.25))
+        for name, buffer in model.named_buffers():
+            if name.endswith(CORRECTION):
+                buffer.normal_(0, 0.03, generator=generator)  # more would leave experts that nobody chooses
     return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`

@@ -24,7 +24,7 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import as_stored, write_index, write_weight_file
 from tests.export_cases import model_card
-from tests.families import SIZES, tiny_model
+from tests.families import SIZES, layers_with, tiny_model
 from tests.plain_model import PlainModel
 
 PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
@@ -60,9 +60,9 @@ def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Net
     stack_experts(model)
     wrapped = add_lora(model, shape, LoraConfig(r=3), seed=1).eval()
     generator = torch.Generator().manual_seed(2)
-    for layer in decoder_layers(wrapped):
-        for linear in shape.linears:
-            lora_weights(lora_linear(layer, linear))[1].data.normal_(0, 0.1, generator=generator)
+    layers = decoder_layers(wrapped)
+    for i, linear in shape.linear_ids():
+        lora_weights(lora_linear(layers[i], linear))[1].data.normal_(0, 0.1, generator=generator)
     return Network(wrapped, shape, config)
 
 
@@ -73,6 +73,11 @@ def dense(family: str, **changes: Any) -> Network:
 
 def source_config(model: PreTrainedModel) -> dict[str, Any]:
     return json.loads(model.config.to_json_string(use_diff=False))
+
+
+def sparse_layers(shape: ModelShape) -> list[int]:
+    """Lists the layers of a mixture that have experts."""
+    return [i for i, layer in enumerate(shape.layers) if layer["experts"]]
 
 
 def find_router(layer: nn.Module) -> Any:
@@ -87,15 +92,8 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
     def some(total: int, kept: int) -> Tensor:
         return torch.randperm(total, generator=generator)[:kept].sort().values
 
-    layers = zip(shape.layers, counts, strict=True)
-    fixed = shape.family.fixed
-    return [
-        LayerKeep(
-            (kind, some(now[kind], now[kind] if kind in fixed else kept))
-            for kind, kept in zip(shape.kinds, wanted, strict=True)
-        )
-        for now, wanted in layers
-    ]
+    layers = zip(shape.layers, layers_with(shape, *counts), strict=True)
+    return [LayerKeep((kind, some(count, wanted[kind])) for kind, count in now.items()) for now, wanted in layers]
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -37,9 +37,9 @@ class PlainModel:
         self.device = next(model.parameters()).device
 
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             factors = {}
-            for linear in self.shape.linears:
+            for linear in self.shape.linears(i):
                 module = lora_linear(layer, linear)
                 a, b = lora_weights(module)
                 assert a.grad is not None, "LoRA is scored after a backward"

@@ -26,7 +26,7 @@ def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[l
 
 def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> list[LayerKeep]:
     """Returns what `keep_to_lists` was given."""
-    return [LayerKeep(zip(kinds, map(torch.tensor, layer), strict=True)) for layer in lists]
+    return [LayerKeep(zip(kinds, map(torch.LongTensor, layer), strict=True)) for layer in lists]
 
 
 def write_scores(staging: "Staging", scores: list[LayerScores] | None) -> None:

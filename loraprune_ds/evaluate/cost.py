@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.shapes import ModelShape
 
 
@@ -45,14 +46,13 @@ class ModelCost:
 def count_cost(shape: ModelShape, window: int, sliding_window: int | None, element_size: int) -> ModelCost:
     """Counts the costs on windows of `window` tokens. `sliding_window` is the limit of the model's attention."""
     context = mean_context(window, sliding_window)
-    kv_width = sum(layer["heads"] for layer in shape.layers) * shape.head_dim
-    linear, head = shape.active_numel(), shape.vocab_size * shape.hidden_size
-    attention = 2 * kv_width * shape.queries_per_group * context
+    linear, head = active_numel(shape), shape.vocab_size * shape.hidden_size
+    attention = attention_product(shape, context)  # two products have as many multiply-adds
     return ModelCost(
         parameters=shape.total_numel(),
         linear_parameters=shape.linear_numel(),
         weight_bytes=shape.total_numel() * element_size,
-        kv_bytes_per_token=2 * kv_width * element_size,
+        kv_bytes_per_token=cached_numel(shape) * element_size,
         macs_per_token=Macs(linear, attention, head, linear + attention + head, context),
     )
 

@@ -100,13 +100,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "mixtral": replace(LLAMA, unequal=None),
-    "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True}),
+    "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),
     "qwen2_moe": Architecture(
         MODEL_ARCH.QWEN2MOE,
         biases=QKV,
         numbers={"shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"},
         square=("self_attn.q_proj",),
-        only={"norm_topk_prob": False},
+        only={"norm_topk_prob": False, "mlp_only_layers": []},
     ),
     "olmoe": Architecture(
         MODEL_ARCH.OLMOE,
@@ -186,7 +186,7 @@ def _missing(found: Architecture, config: Any, shape: ModelShape) -> list[str]:
         missing.append(f"hidden_act {activation!r}")
     split = {part for name in shape.biases for part in PARTS.get(name, (name,))}
     missing += [f"the bias of {name}" for name in sorted(split - found.biases)]
-    outputs = {x.name: shape.linear_shape(0, x)[0] for x in shape.linears if x.name in found.square}
+    outputs = {x.name: shape.linear_shape(0, x)[0] for x in shape.linears(0) if x.name in found.square}
     missing += [f"{name} with {rows} outputs" for name, rows in outputs.items() if rows != shape.hidden_size]
     given = {key: getattr(config, key, value) for key, value in found.only.items()}
     missing += [f"{key} {value!r}" for key, value in given.items() if value != found.only[key]]

@@ -47,7 +47,7 @@ def expert_parts(
         in_turn: the outputs of gate and up lie in turn. Else those of gate come first.
     """
     _, _, layer, inside = source.split(".", 3)
-    for stack in (linear for linear in shape.linears if linear.is_stack):
+    for stack in (linear for linear in shape.linears(int(layer)) if linear.is_stack):
         experts = shape.layers[int(layer)][stack.kind]
         if inside == f"{stack.name}.weight":
             what, one, transposed = "weight", (size[0] // experts, size[1]), stack.transposed

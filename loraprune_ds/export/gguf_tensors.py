@@ -117,7 +117,7 @@ def _parts(
     if source.startswith("model.layers.") and (parts := list(expert_parts(source, size, shape, architecture.in_turn))):
         yield from ((name, 0, part_size, of_experts) for name, part_size, of_experts in parts)
         return
-    linears = {linear.name: linear for linear in shape.linears}
+    linears = {linear.name: linear for linear in shape.family.linears}
     for fused, parts in PARTS.items():
         if fused in linears and f".{fused}." in source:
             start = 0

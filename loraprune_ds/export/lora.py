@@ -59,7 +59,7 @@ def write_merged(unmerged: UnmergedModel, folder: Path) -> None:
 
     def merge(layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         lora = unmerged.lora(layer)
-        for linear in unmerged.shape.linears:
+        for linear in unmerged.shape.linears(layer):
             name = f"model.layers.{layer}.{linear.name}.weight"
             a, b = lora[f"{linear.name}.lora_A"], lora[f"{linear.name}.lora_B"]
             tensors[name] = merge_lora(tensors[name], a, b, scaling, tensors[name].dtype)
@@ -116,7 +116,7 @@ def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     tensors = {
         f"base_model.model.model.layers.{layer}.{name}.weight": tensor
         for layer in range(len(unmerged.shape.layers))
-        for name, tensor in as_in_peft(unmerged.lora(layer), unmerged.shape.linears).items()
+        for name, tensor in as_in_peft(unmerged.lora(layer), unmerged.shape.linears(layer)).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = json.dumps(_adapter_config(unmerged.config.lora, unmerged.shape), indent=2)
@@ -124,9 +124,14 @@ def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
-    stacks = [linear for linear in shape.linears if linear.is_stack]
-    # PEFT has no dropout on tensors that are no modules.
-    of_experts = {"target_parameters": [in_peft(stack).tensor for stack in stacks], "lora_dropout": 0.0}
+    linears = list(dict.fromkeys(linear for _, linear in shape.linear_ids()))
+    stacks, modules = ([x for x in linears if x.is_stack == stacked] for stacked in (True, False))
+    # PEFT has no dropout on tensors that are no modules. A shared expert has names of its own.
+    of_experts = {
+        "target_modules": [linear.name for linear in modules],
+        "target_parameters": [in_peft(stack).tensor for stack in stacks],
+        "lora_dropout": 0.0,
+    }
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -134,7 +139,7 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": last_names(linear for linear in shape.linears if not linear.is_stack),
+        "target_modules": last_names(modules),
         "bias": "none",
         "inference_mode": True,
         **(of_experts if stacks else {}),

@@ -96,7 +96,7 @@ def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> Non
         bias = getattr(peft_config, "bias", "none")
         require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
     for index, layer in enumerate(decoder_layers(model)):
-        for linear in shape.linears:
+        for linear in shape.linears(index):
             _check_linear(layer, linear.name, f"layer {index} {linear.name}", shape)
             if config.compensate == "bias":
                 require(
@@ -109,7 +109,7 @@ def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> Non
 
 def _check_others(model: PeftModel, shape: ModelShape) -> None:
     """Checks what trains beside the LoRA of the linears: it must be exported, and a cut must not change it."""
-    pruned = {id(layer.get_submodule(linear.name)) for layer in decoder_layers(model) for linear in shape.linears}
+    pruned = {id(decoder_layers(model)[i].get_submodule(linear.name)) for i, linear in shape.linear_ids()}
     cut_along = tuple(f".{companion.name.rpartition('.')[0]}" for companion in shape.family.companions)
     for name, module in model.named_modules():
         name = name.removeprefix("base_model.model.")
@@ -138,7 +138,7 @@ def _check_linear(layer: nn.Module, name: str, where: str, shape: ModelShape) ->
         module = layer.get_submodule(name)
     except AttributeError:
         raise UserError(f"{where} does not exist") from None
-    needed = f"target_modules={last_names(shape.linears)}"
+    needed = f"target_modules={last_names(shape.linears(0))}"
     require(hasattr(module, "base_layer"), f"{where} has no LoRA, which the criterion needs on every linear: {needed}")
     require(
         type(module) is LoraLinear and type(module.base_layer) is nn.Linear,

@@ -92,7 +92,7 @@ def _layer_shape(layer: nn.Module, shape: ModelShape) -> LayerShape:
 
 
 def _count(layer: nn.Module, shape: ModelShape, kind: Kind) -> int:
-    linear = next(linear for linear in shape.linears if linear.kind == kind)
+    linear = next(linear for linear in shape.linears(0) if linear.kind == kind)
     weight = base_parameter(layer, f"{linear.name}.weight")
     return full_shape(weight)[linear.axis] // shape.group_width(linear)
 
@@ -103,7 +103,7 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     Raises:
         UserError: it is none that weights are exported in.
     """
-    name = f"{shape.linears[0].name}.weight"
+    name = f"{shape.linears(0)[0].name}.weight"
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
     found = next((key for key, value in DTYPES.items() if value == dtype), None)
     if found is None:

@@ -42,7 +42,7 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         r=config.r,
         lora_alpha=cast(int, config.lora_alpha),  # PEFT types it int and divides it as a float
         lora_dropout=config.lora_dropout,
-        target_modules=[f"model.layers.{i}.{x.name}" for i in range(len(shape.layers)) for x in shape.linears],
+        target_modules=[f"model.layers.{i}.{linear.name}" for i, linear in shape.linear_ids()],
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -102,7 +102,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     targets = found.get("target_modules") or []
     # A pattern says nothing by itself, unlike a list. Its tensors will (check_adapter_tensors).
     named = {str(target).rpartition(".")[2] for target in targets}
-    missing = set() if isinstance(targets, str) else set(last_names(shape.linears)) - named
+    missing = set() if isinstance(targets, str) else set(last_names(x.linear for x in shape.linear_ids())) - named
     if missing:
         raise UserError(
             f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion "
@@ -136,11 +136,10 @@ def check_adapter_tensors(folder: Path, r: int, shape: ModelShape) -> None:
 def _tensor_shapes(shape: ModelShape, r: int) -> dict[str, list[int]]:
     """Returns the shapes by the names in PEFT's adapter_model.safetensors."""
     shapes = {}
-    for layer in range(len(shape.layers)):
-        for linear in shape.linears:
-            a, b = shape.lora_shapes(layer, linear, r)
-            prefix = f"base_model.model.model.layers.{layer}.{linear.name}"
-            shapes |= {f"{prefix}.lora_A.weight": list(a), f"{prefix}.lora_B.weight": list(b)}
+    for layer, linear in shape.linear_ids():
+        a, b = shape.lora_shapes(layer, linear, r)
+        prefix = f"base_model.model.model.layers.{layer}.{linear.name}"
+        shapes |= {f"{prefix}.lora_A.weight": list(a), f"{prefix}.lora_B.weight": list(b)}
     return shapes
 
 
@@ -183,8 +182,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def last_names(linears: Iterable[Linear]) -> list[str]:
-    """Returns the last names of a decoder layer's linears, as PEFT's `target_modules` usually has them."""
-    return [linear.name.rpartition(".")[2] for linear in linears]
+    """Returns the last names of linears, each once, as PEFT's `target_modules` usually has them."""
+    return list(dict.fromkeys(linear.name.rpartition(".")[2] for linear in linears))
 
 
 def base_parameter(layer: nn.Module, name: str) -> nn.Parameter:
@@ -209,12 +208,13 @@ def plain_parameter(module: nn.Module, name: str, *, trained: bool) -> nn.Parame
 
 def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) -> None:
     """Tells a live layer the counts that its forward reads. A config that layers share becomes the layer's own."""
-    for runtime in shape.family.runtime:
+    for runtime in (x for x in shape.family.runtime if x.kind in counts.kinds):
         path, _, last = runtime.module.rpartition(".")
-        owner: Any = layer.get_submodule(path or last)
-        if path:
-            setattr(owner, last, copy.copy(getattr(owner, last)))
-            owner = getattr(owner, last)
+        holder = layer.get_submodule(path)
+        owner: Any = getattr(holder, last)
+        if not isinstance(owner, nn.Module):
+            owner = copy.copy(owner)
+            setattr(holder, last, owner)
         setattr(owner, runtime.attribute, counts[runtime.kind] * shape.width(runtime.width))
 
 

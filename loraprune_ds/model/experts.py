@@ -76,6 +76,7 @@ class ExpertLora(LoraLinear):
         return torch.bmm(*blocks).flatten(0, 1) * self.scaling[adapter]
 
 
+CORRECTION = "e_score_correction_bias"
 BIASES = ("gate_up_proj_bias", "down_proj_bias")  # (experts, outputs), where the stock class has them
 # Sees each output of an expert: (outputs, its weight, the expert, the token), one row for each choice.
 Observe = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -124,35 +125,42 @@ class Experts(nn.Module):
 
 
 def stack_experts(model: nn.Module) -> None:
-    """Replaces the experts of all decoder layers."""
+    """Replaces the experts of all decoder layers. A router's correction becomes a parameter, as a cut makes it smaller.
+
+    transformers has it as a buffer, because DeepSeek trains it by another rule.
+    """
     for module in list(model.modules()):
+        if (correction := module._buffers.pop(CORRECTION, None)) is not None:
+            module.register_parameter(CORRECTION, nn.Parameter(correction, requires_grad=False))
         for name, child in list(module.named_children()):
             weight = getattr(child, "gate_up_proj", None)
             if isinstance(weight, nn.Parameter) and weight.ndim == 3:
                 setattr(module, name, Experts(child))
 
 
-def find_experts(layer: nn.Module) -> Experts:
-    """Returns the experts of a decoder layer."""
-    return next(module for module in layer.modules() if isinstance(module, Experts))
+def find_experts(layer: nn.Module) -> list[Experts]:
+    """Returns the experts of a decoder layer. Empty if it has none."""
+    return [module for module in layer.modules() if isinstance(module, Experts)]
 
 
 class RouterLoad:
     """Counts how often each expert of every layer is chosen in the first passes while it is open."""
 
     def __init__(self, layers: Iterable[nn.Module], passes: int) -> None:
-        self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Experts)]
+        self._experts = [find_experts(layer) for layer in layers]
         self._passes = passes
         self._found: list[list[Tensor]] = [[] for _ in self._experts]
 
     def __enter__(self) -> Self:
-        for i, experts in enumerate(self._experts):
-            experts.observers.append(partial(self._see, i, experts.experts))
+        for i, of_layer in enumerate(self._experts):
+            for experts in of_layer:
+                experts.observers.append(partial(self._see, i, experts.experts))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for experts in self._experts:
-            experts.observers.pop()
+        for of_layer in self._experts:
+            for experts in of_layer:
+                experts.observers.pop()
 
     def _see(self, i: int, experts: int, outputs: Tensor, weights: Tensor, chosen: Tensor, tokens: Tensor) -> None:
         if len(self._found[i]) < self._passes:
@@ -160,9 +168,9 @@ class RouterLoad:
 
     def sums(self, add_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> list[list[int]]:
         """Returns the counts of all ranks, by layer and expert. Empty without experts. Collective."""
-        if not self._experts:
+        if not any(self._experts):
             return []
-        sizes = [experts.experts for experts in self._experts]
+        sizes = [sum(experts.experts for experts in of_layer) for of_layer in self._experts]
         counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         for part, found in zip(counts.split(sizes), self._found, strict=True):
             for of_pass in found:

@@ -121,13 +121,15 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
         "head_dim": shape.head_dim,
         **_layer_sizes(widest, shape),
     }
+    if mixture := shape.family.mixture:
+        sizes |= mixture.dense([i for i, layer in enumerate(shape.layers) if not layer["experts"]])
     if not shape.is_uniform:
         sizes["per_layer_config"] = {str(i): _layer_sizes(layer, shape) for i, layer in enumerate(shape.layers)}
     return sizes
 
 
 def _layer_sizes(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
-    counts = {shape.family.count_field(kind): count for kind, count in layer.items()}
+    counts = {shape.family.count_field(kind): count for kind, count in layer.items() if count}
     return {"num_attention_heads": shape.query_heads(layer), **counts}
 
 

@@ -4,6 +4,8 @@ A decoder layer has groups of several kinds. All of a group leaves together.
   heads     one key-value head with all the query heads that read it. Under MHA it is one head.
   channels  one MLP channel.
   experts   one expert of a mixture, whole (experts.py).
+A layer holds what belongs to the kinds that it has. So a dense layer among sparse ones has heads and no experts. Its
+MLP stays whole and has no LoRA, because PEFT takes linears of these names for those of experts.
 
 Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another. Each group is
 `width` rows (or columns) wide. That covers separate weights, fused ones (q|k|v, gate|up), biases and norms. All other
@@ -15,6 +17,7 @@ COUNT_FIELDS, and parts of that kind in a family.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family_row import Companion, Family, Linear, Linears, Mixture, Part, Runtime, Width
@@ -70,10 +73,36 @@ def _router(name: str, stored: str | None = None) -> Companion:
     return Companion(f"{name}.weight", (EXPERTS,), "hidden", stored)
 
 
+def _listed(dense: list[int]) -> dict[str, Any]:
+    return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def _first(dense: list[int]) -> dict[str, Any]:
+    assert dense == [*range(len(dense))]
+    return {"first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}  # those are no part of the model
+
+
+EXPERT_STACKS = _stacks("mlp.experts", *_each("mlp", "gate_proj", "up_proj", "down_proj"))
+DENSE_MLP = tuple(f"{linear.name}." for linear in GATED)
 QWEN_MOE = Family(
-    (*ATTENTION, *_stacks("mlp.experts", *_each("mlp", "gate_proj", "up_proj", "down_proj"))),
+    (*ATTENTION, *EXPERT_STACKS),
     (_router("mlp.gate"),),
-    mixture=Mixture("num_experts", "moe_intermediate_size"),
+    mixture=Mixture("num_experts", "moe_intermediate_size", dense=_listed),
+    whole=DENSE_MLP,
+)
+GLM_MOE = Family(
+    QWEN_MOE.linears,
+    (_router("mlp.gate"), Companion("mlp.gate.e_score_correction_bias", (EXPERTS,), exact=True)),
+    (Runtime("mlp.gate", "num_experts", "experts"),),
+    mixture=Mixture("n_routed_experts", "moe_intermediate_size", dense=_first, grouped=True),
+    whole=(*DENSE_MLP, "mlp.shared_experts."),
+)
+# Queries and keys of a head are wider than its values. Latent queries, keys and values belong to no head.
+LATENT_ATTENTION = (
+    Linear("self_attn.q_proj", 0, (Part("heads", "query"),), optional=True),
+    Linear("self_attn.q_b_proj", 0, (Part("heads", "query"),), "query_rank", optional=True),
+    Linear("self_attn.kv_b_proj", 0, (Part("heads", "key_and_value"),), "key_value_rank"),
+    _columns("self_attn.o_proj", Part("heads", "value")),
 )
 LLAMA_LINEARS = ATTENTION + GATED
 LLAMA = Family(LLAMA_LINEARS, runtime=(MLP_WIDTH,))
@@ -105,12 +134,27 @@ FAMILIES: dict[str, Family] = {
         mixture=Mixture("num_local_experts", "intermediate_size"),
     ),
     "qwen3_moe": QWEN_MOE,
-    "qwen2_moe": replace(QWEN_MOE, whole=("mlp.shared_expert.", "mlp.shared_expert_gate.")),
+    "qwen2_moe": replace(QWEN_MOE, whole=(*DENSE_MLP, "mlp.shared_expert.", "mlp.shared_expert_gate.")),
+    "glm4_moe": GLM_MOE,
+    "deepseek_v3": replace(
+        GLM_MOE,
+        linears=(*LATENT_ATTENTION, *EXPERT_STACKS),
+        whole=(*GLM_MOE.whole, "self_attn.q_a_proj.", "self_attn.kv_a_proj_with_mqa."),
+        widths={
+            "head": ("qk_rope_head_dim",),
+            "query_rank": ("q_lora_rank",),
+            "key_value_rank": ("kv_lora_rank",),
+            "query": ("qk_nope_head_dim", "qk_rope_head_dim"),
+            "key_and_value": ("qk_nope_head_dim", "v_head_dim"),
+            "value": ("v_head_dim",),
+        },
+    ),
     # Its class computes the width of the norms from hidden_size.
     "olmoe": replace(
         QWEN_MOE,
         companions=(*QWEN_MOE.companions, *WIDE_NORMS),
         mixture=Mixture("num_experts", "intermediate_size"),
+        whole=(),
         fixed=("heads",),
     ),
     "granitemoe": Family(

@@ -1,14 +1,19 @@
 """Describes a row of the table of families (family.py): a layer's tensors, and what lies along their axes."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 Kind = str
 # The field of config.json that counts the groups of a kind.
 COUNT_FIELDS: dict[Kind, str] = {"heads": "num_key_value_heads", "channels": "intermediate_size"}
 # Rows of one group: head_dim times the query heads of a group, head_dim, the query heads of a group, 1, hidden_size,
 # the channels of an expert, or those of its gate and up projections together.
-Width = Literal["queries", "head", "query_count", "one", "hidden", "expert", "gate_up"]
+OfHead = Literal["queries", "head", "query_count"]
+# With latent attention: the latent queries, the latent keys and values, and of a head its query, the key without rotary
+# embedding and the value, the value alone.
+OfLatent = Literal["query_rank", "key_value_rank", "query", "key_and_value", "value"]
+Width = Literal[OfHead, OfLatent, "one", "hidden", "expert", "gate_up"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Linear:
             without {} is one tensor of three dimensions, of all experts. A stack has the linears of all experts of a
             layer, one below the other (experts.py). Empty: it is one linear.
         transposed: of a stack, the rows of an expert are its inputs.
+        optional: some models of the family lack it.
     """
 
     name: str
@@ -40,6 +46,7 @@ class Linear:
     across: Width = "hidden"
     stored: tuple[str, ...] = ()
     transposed: bool = False
+    optional: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -64,6 +71,13 @@ class Linear:
 Linears = tuple[Linear, ...]
 
 
+class LinearId(NamedTuple):
+    """Names one linear of one decoder layer."""
+
+    layer: int
+    linear: Linear
+
+
 @dataclass(frozen=True)
 class Companion:
     """Describes a parameter without LoRA that loses rows with the groups: a norm over all heads, or a router.
@@ -71,12 +85,14 @@ class Companion:
     Attributes:
         across: what lies along the second axis. None: it is a vector.
         stored: its name on disk, if it has another there.
+        exact: it is fp32 in every model.
     """
 
     name: str
     parts: tuple[Part, ...]
     across: Width | None = None
     stored: str | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ class Runtime:
     """Names a count that a forward reads from a module of the layer, so that it must follow a cut.
 
     Attributes:
-        module: path inside the decoder layer.
+        module: path inside the decoder layer, of a module or of its config.
         width: what the module counts per group.
     """
 
@@ -92,6 +108,12 @@ class Runtime:
     attribute: str
     kind: Kind
     width: Width = "one"
+
+
+def no_dense(layers: list[int]) -> dict[str, Any]:
+    """Describes the dense layers of a family that has none."""
+    assert not layers
+    return {}
 
 
 @dataclass(frozen=True)
@@ -102,11 +124,15 @@ class Mixture:
         count: how many there are.
         size: how wide one is.
         new_count: the name under which transformers 5 writes `count`. It reads both.
+        dense: the layers without experts -> the fields that say so.
+        grouped: its router first chooses `topk_group` of `n_group` groups of experts, by the best two of each.
     """
 
     count: str
     size: str
     new_count: str = "num_local_experts"
+    dense: Callable[[list[int]], dict[str, Any]] = no_dense
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +152,7 @@ class Family:
         mixture: its MLPs are mixtures of experts.
         whole: how the names of matrices begin that no cut makes smaller. They have no LoRA.
         fixed: kinds of which nothing leaves.
+        widths: sizes that config.json has fields for. A width is the sum of its fields.
         vllm: vLLM's `model_impl` for it. "auto" is vLLM's own class, if there is one.
     """
 
@@ -141,6 +168,7 @@ class Family:
     mixture: Mixture | None = None
     whole: tuple[str, ...] = ()
     fixed: tuple[Kind, ...] = ()
+    widths: Mapping[Width, tuple[str, ...]] = field(default_factory=dict[Width, tuple[str, ...]])
     vllm: Literal["auto", "transformers"] = "auto"
 
     @property

@@ -1,11 +1,49 @@
 """Counts the arithmetic of LoRA training from sizes alone. A multiply-add is two operations."""
 
+import math
+
 from loraprune_ds.model.shapes import ModelShape
 
 
+def active_numel(shape: ModelShape) -> int:
+    """Counts the linear parameters that one token meets: of experts those that it chooses, and all that stays whole."""
+    idle = sum(max(0, layer.get("experts", 0) - shape.experts_per_token) for layer in shape.layers)
+    others = (size for i in range(len(shape.layers)) for size in shape.others(i).values())
+    whole = sum(math.prod(size) for size in others if len(size) > 1)
+    return shape.linear_numel() + whole - idle * shape.group_numel("experts")
+
+
+def active_lora(shape: ModelShape, lora_rank: int) -> float:
+    """Counts the elements of LoRA that one token meets."""
+    return sum(
+        math.prod(size) * (shape.experts_per_token / shape.layers[i]["experts"] if linear.is_stack else 1)
+        for i, linear in shape.linear_ids()
+        for size in shape.lora_shapes(i, linear, lora_rank)
+    )
+
+
+def mlp_width(shape: ModelShape, layer: int) -> int:
+    """Counts the channels that one token meets at once in the MLP of a layer."""
+    counts, matrices = shape.layers[layer], (size for size in shape.others(layer).values() if len(size) > 1)
+    chosen = shape.experts_per_token * shape.expert_size if counts.get("experts") else 0
+    whole = (rows if columns == shape.hidden_size else columns for rows, columns in matrices)
+    return max(counts.get("channels", 0), chosen, *whole)
+
+
+def cached_numel(shape: ModelShape) -> int:
+    """Counts what a token adds to the KV cache in all layers. Latent attention has one key and value for all heads."""
+    if latent := shape.widths.get("key_value_rank"):
+        return len(shape.layers) * (latent + shape.head_dim)
+    return 2 * sum(layer["heads"] for layer in shape.layers) * shape.head_dim
+
+
 def attention_product(shape: ModelShape, window: float) -> float:
-    """Returns the operations per token of one product of attention in all layers, over all of the window."""
-    return 2 * sum(map(shape.query_heads, shape.layers)) * shape.head_dim * window
+    """Returns the operations per token of one product of attention in all layers, over all of the window.
+
+    With latent attention scores and sums differ. It is their mean.
+    """
+    width = sum(shape.widths.get(of, shape.head_dim) for of in ("query", "value")) / 2
+    return 2 * sum(map(shape.query_heads, shape.layers)) * width * window
 
 
 def needed_flops_per_token(shape: ModelShape, window: float) -> float:
@@ -18,5 +56,5 @@ def needed_flops_per_token(shape: ModelShape, window: float) -> float:
     Args:
         window: the tokens that attention covers. Of unequal texts it is the mean over all tokens.
     """
-    frozen = shape.active_numel() + shape.vocab_size * shape.hidden_size  # the head is one more linear
+    frozen = active_numel(shape) + shape.vocab_size * shape.hidden_size  # the head is one more linear
     return 4 * frozen + 6 * attention_product(shape, window) / 2

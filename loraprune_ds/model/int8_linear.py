@@ -38,11 +38,11 @@ def hold_frozen(model: nn.Module, shape: ModelShape) -> None:
     """Replaces the linears of all decoder layers that `shape` holds as int8. Their parameters have no values yet."""
     if not shape.int8:
         return
-    for layer in decoder_layers(model):
-        for linear in shape.linears:
-            path, _, name = linear.name.rpartition(".")
-            stock: Any = layer.get_submodule(linear.name)
-            setattr(layer.get_submodule(path), name, Int8Linear(stock, Int8(linear.axis)))
+    layers = decoder_layers(model)
+    for i, linear in shape.linear_ids():
+        path, _, name = linear.name.rpartition(".")
+        stock: Any = layers[i].get_submodule(linear.name)
+        setattr(layers[i].get_submodule(path), name, Int8Linear(stock, Int8(linear.axis)))
 
 
 def form_of(linear: nn.Module) -> Form:

@@ -33,7 +33,12 @@ class PerKind(Mapping[Kind, T]):
 
 
 class LayerShape(PerKind[int]):
-    """Holds the counts of groups of one decoder layer, which pruning changes."""
+    """Holds the counts of groups of one decoder layer, which pruning changes. 0 of a kind that this layer lacks."""
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of which the layer has groups. They tell what it holds."""
+        return frozenset(kind for kind, count in self.items() if count)
 
 
 class LayerTensors(PerKind[Tensor]):

@@ -109,7 +109,7 @@ class PretrainedModel:
         """As `read_flat`, but of a tensor that the ranks hold (`ModelShape.held`).
 
         Args:
-            dtype: the model's. int8 weights are int8 all the same.
+            dtype: the model's. int8 weights are int8 all the same, and what is exact is fp32.
 
         Raises:
             UserError: a weight has an inf or NaN, which int8 cannot hold.
@@ -117,7 +117,7 @@ class PretrainedModel:
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
         if weight not in self._int8 or tensor not in Int8.tensors:
-            return self.read_flat(name, start, end, dtype)
+            return self.read_flat(name, start, end, torch.float32 if name in self._exact else dtype)
         if f"{path}.{SCALE}" in self.files:
             return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
         form, shape = self._int8[weight]
@@ -130,7 +130,7 @@ class PretrainedModel:
         """Returns a whole tensor of `ModelShape.parameters`, as the model computes with it."""
         shape = self.shape.parameters()[name]
         if name not in self._int8:
-            return self.read_flat(name, 0, math.prod(shape), dtype).view(shape)
+            return self.read_held(name, 0, math.prod(shape), dtype).view(shape)
         form, matrix = self._int8[name]
         held = {tensor: (name.removesuffix(WEIGHT) + tensor, x.shape) for tensor, x in form.held(matrix, 1).items()}
         return form.join(
@@ -138,13 +138,16 @@ class PretrainedModel:
         )
 
     @cached_property
+    def _exact(self) -> frozenset[str]:
+        return self.shape.exact
+
+    @cached_property
     def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
         """The weights that are held as int8, by name."""
         shape = self.shape
         return {
             f"model.layers.{i}.{linear.name}.{WEIGHT}": (form, shape.linear_shape(i, linear))
-            for i in range(len(shape.layers))
-            for linear in shape.linears
+            for i, linear in shape.linear_ids()
             if isinstance(form := shape.form(linear), Int8)
         }
 
@@ -193,7 +196,9 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
     expected = shape.held(None, 2)
     for name, (names, size) in on_disk.items():
         expected |= dict.fromkeys([renamed.get(each, each) for each in names], expected.pop(name)._replace(shape=size))
-    _check_tensors(folder, headers, expected)
+    further = config.get("num_nextn_predict_layers") or 0  # layers after the last one, which are no part of the model
+    beyond = tuple(f"model.layers.{len(shape.layers) + i}." for i in range(further))
+    _check_tensors(folder, {name: x for name, x in headers.items() if not name.startswith(beyond)}, expected)
     files = {name: headers[name][2] for name in expected}
     if shape.int8:  # which transformers need not know
         config = {key: value for key, value in config.items() if key not in STORED_INT8}

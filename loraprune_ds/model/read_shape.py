@@ -1,15 +1,14 @@
 """Reads a model's sizes: its counts from config.json, and every parameter's shape from modules without weights."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import build_on_meta, config_class, refused_in_one_line
 from loraprune_ds.model.family import find_family
-from loraprune_ds.model.family_row import Family
+from loraprune_ds.model.family_row import Family, Width
 from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import ModelShape, Sizes
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
 EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -33,9 +32,10 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         defaults = config_class(config["model_type"])
         sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
-        head_dim = config.get("head_dim", getattr(defaults, "head_dim", None))
+        widths = _widths(config, defaults, family)
+        head_dim = widths.get("head") or config.get("head_dim", getattr(defaults, "head_dim", None))
         head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
-        expert_size, per_token = _expert_sizes(config, family)
+        of_experts = _expert_sizes(config, defaults, family)
     except KeyError as error:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
@@ -44,7 +44,6 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
     parameters = _meta_parameters(config, where)
-    _check_experts(where, num_layers, parameters, family)
     shape = ModelShape(
         model_type=config["model_type"],
         hidden_size=hidden,
@@ -52,9 +51,12 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         queries_per_group=sizes[0][0] // sizes[0][1]["heads"],
         vocab_size=vocab_size,
         tie_word_embeddings="lm_head.weight" not in parameters,
-        layers=tuple(layer for _, layer in sizes),
-        expert_size=expert_size,
-        experts_per_token=per_token,
+        layers=_held_layers(where, [layer for _, layer in sizes], parameters, family),
+        absent=frozenset(
+            x.name for x in family.linears if x.optional and f"model.layers.0.{x.name}.weight" not in parameters
+        ),
+        widths=widths,
+        **of_experts,
     )
     return _add_parameters(shape, parameters, where)
 
@@ -67,7 +69,7 @@ def with_biases(config: dict[str, Any], where: str) -> tuple[dict[str, Any], Mod
     """
     config = text_config(config, where) | {"attention_bias": True, "mlp_bias": True}
     shape = shape_from_config(config, where)
-    if not all(map(shape.has_bias, shape.linears)):
+    if not all(shape.has_bias(linear) for _, linear in shape.linear_ids()):
         raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
     return config, shape
 
@@ -91,17 +93,28 @@ def _find_family(config: dict[str, Any], where: str) -> Family:
     family = find_family(
         config.get("model_type"), where, f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
     )
-    refused = REFUSED if family.mixture else (*EXPERT_FIELDS, *REFUSED)
+    known = {field for fields in family.widths.values() for field in fields}
+    refused = {*REFUSED, *(() if family.mixture else EXPERT_FIELDS)} - known
     if found := next((key for key in refused if config.get(key)), None):
         raise UserError(f"{where}: config.json has {found}: such layers are not supported")
     return family
 
 
-def _check_experts(where: str, num_layers: int, parameters: Mapping[str, tuple[int, ...]], family: Family) -> None:
-    stacks = [linear.name for linear in family.linears if linear.is_stack]
-    for i in range(num_layers):
-        if any(f"model.layers.{i}.{name}.weight" not in parameters for name in stacks):
-            raise UserError(f"{where}: layer {i} has no experts; dense layers among sparse ones are not supported")
+def _held_layers(where: str, sizes: list[LayerShape], parameters: Sizes, family: Family) -> tuple[LayerShape, ...]:
+    """Returns the groups that each layer has. It has those of a kind if it has a linear of that kind.
+
+    Kinds that no layer has are left out.
+    """
+    held = [
+        {x.kind for x in family.linears if f"model.layers.{i}.{x.name}.weight" in parameters} for i in range(len(sizes))
+    ]
+    kinds = [kind for kind in family.kinds if any(kind in own for own in held)]
+    if family.mixture and "experts" not in kinds:
+        raise UserError(f"{where}: no layer has experts; such a model is saved as one of a dense family")
+    return tuple(
+        LayerShape((kind, layer[kind] if kind in own else 0) for kind in kinds)
+        for layer, own in zip(sizes, held, strict=True)
+    )
 
 
 def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int) -> None:
@@ -132,32 +145,59 @@ def _old_names(config: dict[str, Any], family: Family) -> dict[str, Any]:
     return config | {mixture.count: config[mixture.new_count]}
 
 
-def _expert_sizes(config: dict[str, Any], family: Family) -> tuple[int, int]:
-    """Returns the channels of an expert, and the experts that a token chooses. 0 without experts."""
+def _widths(config: dict[str, Any], defaults: Any, family: Family) -> dict[Width, int]:
+    """Returns the family's own widths. A field that is null counts as 0: what it measures is not there."""
+    return {
+        width: sum(int(config.get(field, getattr(defaults, field)) or 0) for field in fields)
+        for width, fields in family.widths.items()
+    }
+
+
+def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict[str, Any]:
+    """Returns what a `ModelShape` has of experts. Nothing without them."""
     if family.mixture is None:
-        return 0, 0
-    return int(config[family.mixture.size]), int(config["num_experts_per_tok"])
+        return {}
+    groups, chosen = (
+        int(config.get(field, getattr(defaults, field))) if family.mixture.grouped else 1
+        for field in ("n_group", "topk_group")
+    )
+    per_token = int(config["num_experts_per_tok"])
+    of_each = max(2 * family.mixture.grouped, -(-per_token // chosen))  # which the router compares by their best two
+    return {
+        "expert_size": int(config[family.mixture.size]),
+        "experts_per_token": per_token,
+        "least_experts": groups * of_each,
+        "expert_groups": groups,
+    }
 
 
-def _add_parameters(shape: ModelShape, found: Mapping[str, tuple[int, ...]], where: str) -> ModelShape:
+def _add_parameters(shape: ModelShape, found: Sizes, where: str) -> ModelShape:
     """Adds the biases, and the parameters that no cut makes smaller.
 
     Raises:
         UserError: a tensor has a shape that the family's table does not explain. Or layers differ in what they hold.
     """
-    first = {name.removeprefix("model.layers.0."): size for name, size in found.items() if ".layers.0." in name}
-    table = {name.removeprefix("model.layers.0.") for name in shape.layer_parameters(0)}
     shape = replace(
         shape,
-        biases=frozenset(linear.name for linear in shape.linears if f"{linear.name}.bias" in first),
+        biases=frozenset(x.name for i, x in shape.linear_ids() if f"model.layers.{i}.{x.name}.bias" in found),
         ends={name: size for name, size in found.items() if not name.startswith("model.layers.")},
     )
-    biases = {f"{name}.bias" for name in shape.biases}
-    whole = {name: size for name, size in first.items() if len(size) < 2 or name.startswith(shape.family.whole)}
-    shape = replace(shape, layer_others={n: size for n, size in whole.items() if n not in table | biases})
+    first = {layer.kinds: i for i, layer in reversed([*enumerate(shape.layers)])}
+    shape = replace(shape, layer_others={kinds: _whole(shape, i, found) for kinds, i in first.items()})
     expected = shape.parameters()
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             sizes = [list(some[name]) if name in some else "nothing" for some in (found, expected)]
             raise UserError(f"{where}: {name} has shape {sizes[0]}, where a {shape.model_type} layer has {sizes[1]}")
     return shape
+
+
+def _whole(shape: ModelShape, layer: int, found: Sizes) -> Sizes:
+    """Finds what no cut makes smaller in a layer: vectors, and the matrices that the family names."""
+    prefix, cut = f"model.layers.{layer}.", shape.layer_parameters(layer)
+    inside = {name.removeprefix(prefix): size for name, size in found.items() if name.startswith(prefix)}
+    return {
+        name: size
+        for name, size in inside.items()
+        if (len(size) < 2 or name.startswith(shape.family.whole)) and prefix + name not in cut
+    }

@@ -1,17 +1,19 @@
 """The sizes of the network: what a decoder layer holds, how wide it is, and all other parameters."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES, family_name
-from loraprune_ds.model.family_row import Family, Kind, Linear, Part, Width
+from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, LinearId, Part, Width
 from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8, Matrix
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.pieces import Pieces, pieces_of
+
+Sizes = Mapping[str, tuple[int, ...]]  # shapes by name
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,15 @@ class ModelShape:
     Attributes:
         queries_per_group: num_attention_heads / num_key_value_heads, the same in every layer.
         biases: names of the linears that have a bias, the same in every layer.
-        layer_others: names inside a decoder layer and shapes of what no cut makes smaller, such as norms.
+        layer_others: of layers with groups of some kinds, what no cut makes smaller, such as norms. It comes as names
+            inside the layer and shapes.
         ends: full names and shapes of the parameters outside the layers: embedding, final norm, untied head.
         expert_size: channels of one expert, if the MLPs are mixtures of experts.
         experts_per_token: that the router chooses.
+        least_experts: fewest that it can choose from.
+        expert_groups: groups of experts that it chooses from. All have as many.
+        absent: names of linears of the family that the model lacks.
+        widths: what the family's `widths` are in this model.
         int8: the weights of the linears are held as int8 with scales (frozen.py). In files they may be as they are.
     """
 
@@ -36,10 +43,14 @@ class ModelShape:
     tie_word_embeddings: bool
     layers: tuple[LayerShape, ...]
     biases: frozenset[str] = frozenset()
-    layer_others: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]], hash=False)
-    ends: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]], hash=False)
+    layer_others: Mapping[frozenset[Kind], Sizes] = field(default_factory=dict[frozenset[Kind], Sizes], hash=False)
+    ends: Sizes = field(default_factory=dict[str, tuple[int, ...]], hash=False)
     expert_size: int = 0
     experts_per_token: int = 0
+    least_experts: int = 0
+    expert_groups: int = 1
+    absent: frozenset[str] = frozenset()
+    widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)
     int8: bool = False
 
     @property
@@ -49,17 +60,29 @@ class ModelShape:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of groups, in the order of all masks, draws and files."""
-        return self.family.kinds
+        return tuple(kind for kind in self.family.kinds if kind in self.layers[0])
 
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """The LoRA-adapted linears of a decoder layer, in the order of its forward."""
-        return self.family.linears
+    def linears(self, layer: int) -> tuple[Linear, ...]:
+        """Returns the LoRA-adapted linears of a decoder layer, in the order of its forward."""
+        kinds = self.layers[layer].kinds
+        return tuple(x for x in self.family.linears if x.kind in kinds and x.name not in self.absent)
 
-    @property
-    def input_linears(self) -> tuple[Linear, ...]:
-        """The linears whose inputs belong to groups, such as o_proj and down_proj."""
-        return tuple(linear for linear in self.linears if linear.reads_groups)
+    def companions(self, layer: int) -> tuple[Companion, ...]:
+        """Returns what else gets smaller in a cut of this layer."""
+        return tuple(other for other in self.family.companions if other.parts[0].kind in self.layers[layer].kinds)
+
+    def others(self, layer: int) -> Sizes:
+        """Returns what no cut makes smaller in this layer, by name inside it."""
+        return self.layer_others.get(self.layers[layer].kinds, {})
+
+    def linear_ids(self, layers: Iterable[int] | None = None) -> list[LinearId]:
+        """Lists the LoRA-adapted linears of some decoder layers, or of all."""
+        layers = range(len(self.layers)) if layers is None else layers
+        return [LinearId(i, linear) for i in layers for linear in self.linears(i)]
+
+    def input_linear_ids(self, layers: Iterable[int] | None = None) -> list[LinearId]:
+        """Lists those whose inputs belong to groups, such as o_proj and down_proj."""
+        return [linear_id for linear_id in self.linear_ids(layers) if linear_id.linear.reads_groups]
 
     def width(self, width: Width) -> int:
         """Returns the rows that `width` stands for."""
@@ -71,6 +94,7 @@ class ModelShape:
             "hidden": self.hidden_size,
             "expert": self.expert_size,
             "gate_up": 2 * self.expert_size,
+            **self.widths,
         }
         return per_width[width]
 
@@ -119,11 +143,12 @@ class ModelShape:
 
     def layer_lora_sizes(self, layer: int, lora_rank: int) -> list[int]:
         """Returns those of one layer. Each linear has A, then B."""
-        return [math.prod(shape) for linear in self.linears for shape in self.lora_shapes(layer, linear, lora_rank)]
+        return [math.prod(shape) for x in self.linears(layer) for shape in self.lora_shapes(layer, x, lora_rank)]
 
     def group_numel(self, kind: Kind) -> int:
         """Counts the linear parameters that leave with one group, without biases."""
-        return sum(self.group_width(x) * self.width(x.across) for x in self.linears if x.kind == kind)
+        linears = (x for x in self.family.linears if x.kind == kind and x.name not in self.absent)
+        return sum(self.group_width(x) * self.width(x.across) for x in linears)
 
     def layer_numel(self, layer: int) -> int:
         """Counts the linear parameters of one decoder layer. `prune.ratio` is a fraction of these."""
@@ -133,21 +158,6 @@ class ModelShape:
         """Counts the linear parameters of all decoder layers."""
         return sum(self.layer_numel(i) for i in range(len(self.layers)))
 
-    def active_numel(self) -> int:
-        """Counts the linear parameters that one token meets: of experts those that it chooses, and the shared ones."""
-        idle = sum(layer["experts"] - self.experts_per_token for layer in self.layers) if self.family.mixture else 0
-        shared = len(self.layers) * sum(math.prod(size) for size in self.layer_others.values() if len(size) > 1)
-        return self.linear_numel() + shared - idle * self.group_numel("experts")
-
-    def active_lora(self, lora_rank: int) -> float:
-        """Counts the elements of LoRA that one token meets."""
-        return sum(
-            math.prod(size) * (self.experts_per_token / layer["experts"] if linear.is_stack else 1)
-            for i, layer in enumerate(self.layers)
-            for linear in self.linears
-            for size in self.lora_shapes(i, linear, lora_rank)
-        )
-
     def inputs(self, layer: int, linear: Linear) -> int:
         """Counts the inputs of a linear, or of one expert's."""
         return self.width(linear.expert_inputs) if linear.is_stack else self.linear_shape(layer, linear)[1]
@@ -156,13 +166,9 @@ class ModelShape:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
         return self.inputs(layer, linear) * (self.experts_per_token if linear.is_stack else 1)
 
-    def mlp_width(self, layer: LayerShape) -> int:
-        """Counts the channels that one token meets in the MLP of such a layer."""
-        return self.experts_per_token * self.expert_size if self.family.mixture else layer["channels"]
-
     def linear_bytes(self, element_size: int) -> int:
         """Counts the bytes that hold the linear parameters of all decoder layers, without biases."""
-        linears = ((self.form(x), self.linear_shape(i, x)) for i in range(len(self.layers)) for x in self.linears)
+        linears = ((self.form(x), self.linear_shape(i, x)) for i, x in self.linear_ids())
         held = (tensor for form, shape in linears for tensor in form.held(shape, element_size).values())
         return sum(tensor.element_size * math.prod(tensor.shape) for tensor in held)
 
@@ -182,25 +188,25 @@ class ModelShape:
         """Returns those of one decoder layer."""
         prefix = f"model.layers.{layer}."
         shapes: dict[str, tuple[int, ...]] = {}
-        for linear in self.linears:
+        for linear in self.linears(layer):
             out_features, in_features = self.linear_shape(layer, linear)
             shapes[f"{prefix}{linear.name}.weight"] = (out_features, in_features)
             if self.has_bias(linear):
                 shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
-        for companion in self.family.companions:
+        for companion in self.companions(layer):
             second = () if companion.across is None else (self.width(companion.across),)
             shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)), *second)
-        return shapes | {f"{prefix}{name}": size for name, size in self.layer_others.items()}
+        return shapes | {f"{prefix}{name}": size for name, size in self.others(layer).items()}
 
     def stored(self) -> dict[str, Pieces]:
         """Returns the tensors on disk that hold a parameter, where it is not one of the same name and shape."""
         stored: dict[str, Pieces] = {}
         for i in range(len(self.layers)):
             prefix, shapes = f"model.layers.{i}.", self.layer_parameters(i)
-            for linear in (x for x in self.linears if x.is_stack):
+            for linear in (x for x in self.linears(i) if x.is_stack):
                 name = f"{prefix}{linear.name}.weight"
                 stored[name] = pieces_of(prefix, linear, self.layers[i][linear.kind], shapes[name])
-            for companion in self.family.companions:
+            for companion in self.companions(i):
                 if companion.stored:
                     name = prefix + companion.name
                     stored[name] = Pieces((prefix + companion.stored,), shapes[name])
@@ -213,7 +219,7 @@ class ModelShape:
             element_size: of the model's dtype.
         """
         layers = range(len(self.layers)) if layer is None else [layer]
-        forms = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.form(x) for i in layers for x in self.linears}
+        forms = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.form(x) for i in layers for x in self.linears(i)}
         held: dict[str, Held] = {}
         for name, shape in (self.parameters() if layer is None else self.layer_parameters(layer)).items():
             if form := forms.get(name):
@@ -221,8 +227,18 @@ class ModelShape:
                 tensors = form.held((rows, columns), element_size)
                 held |= {f"{name.removesuffix(WEIGHT)}{tensor}": value for tensor, value in tensors.items()}
             else:
-                held[name] = Held(shape, element_size)
+                held[name] = Held(shape, 4 if name in self.exact else element_size)
         return held
+
+    @property
+    def exact(self) -> frozenset[str]:
+        """Names of the parameters that are fp32 in every model."""
+        layers = range(len(self.layers))
+        return frozenset(f"model.layers.{i}.{x.name}" for i in layers for x in self.companions(i) if x.exact)
+
+    def parts_of(self, kind: Kind) -> int:
+        """Counts the equal ranges of a layer's groups of which each loses as many."""
+        return self.expert_groups if kind == "experts" else 1
 
     def cut_kinds(self, layer: int, keep: LayerKeep) -> list[Kind]:
         """Returns the kinds of which the layer loses groups."""
@@ -231,7 +247,7 @@ class ModelShape:
     def cut_linears(self, layer: int, keep: LayerKeep) -> list[Linear]:
         """Returns the linears of a layer that get smaller."""
         kinds = self.cut_kinds(layer, keep)
-        return [linear for linear in self.linears if linear.kind in kinds]
+        return [linear for linear in self.linears(layer) if linear.kind in kinds]
 
     def layer_cuts(self, layer: int, keep: LayerKeep) -> Iterator[tuple[str, int, Tensor]]:
         """Yields all parameters of a layer that get smaller, LoRA apart.
@@ -249,7 +265,7 @@ class ModelShape:
                 yield f"{linear.name}.{tensor}", linear.axis, kept
             if linear.axis == 0 and self.has_bias(linear):
                 yield f"{linear.name}.bias", 0, kept
-        for companion in self.family.companions:
+        for companion in self.companions(layer):
             if companion.parts[0].kind in self.cut_kinds(layer, keep):
                 yield companion.name, 0, self.kept_indices(layer, companion.parts, keep)
 
@@ -263,8 +279,8 @@ class ModelShape:
 
     @property
     def is_uniform(self) -> bool:
-        """True if every layer has the same counts, so that a stock model class can hold it."""
-        return len(set(self.layers)) == 1
+        """True if all layers with groups of a kind have as many, so that a stock model class can hold them."""
+        return all(len({layer[kind] for layer in self.layers} - {0}) == 1 for kind in self.kinds)
 
 
 def lora_cuts(linear: Linear, lora_rank: int, kept: Tensor, keep: LayerKeep) -> list[tuple[int, int, Tensor]]:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.distillation import chunk_size
+from loraprune_ds.model.flops import mlp_width
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.modules import build_modules, ids, with_layers
@@ -64,7 +65,7 @@ def saved_by_layer(
         source: config.json of the dense model.
     """
     one = shape.with_layers((shape.layers[index],))
-    return _saved_by_layer(json.dumps(with_layers(source, index, 1)), one, batch, lora_rank, dropout)
+    return _saved_by_layer(json.dumps(with_layers(source, [index])), one, batch, lora_rank, dropout)
 
 
 @cache
@@ -127,7 +128,7 @@ def activations(
         saved_by_layer(source, shape, i, batch, lora_rank=lora_rank, dropout=dropout) for i in range(len(shape.layers))
     ]
     kept = len(layers) * e * t * shape.hidden_size + max(layers) if checkpointing else sum(layers)
-    temporaries = max(_backward_temporaries(shape, layer, batch) for layer in shape.layers)
+    temporaries = max(_backward_temporaries(shape, i, batch) for i in range(len(shape.layers)))
     rotary_angles = 2 * e * batch.window * shape.head_dim
     return kept + temporaries + rotary_angles + batch.causal_mask + _norm(shape, batch)  # the norm before the head
 
@@ -138,7 +139,7 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     It is in the MLP or in eager attention. That has masked scores, fp32 probabilities, and their copy.
     """
     e = batch.element_size
-    mlp = max(4 * e * batch.tokens * shape.mlp_width(layer) for layer in shape.layers)
+    mlp = max(4 * e * batch.tokens * mlp_width(shape, i) for i in range(len(shape.layers)))
     scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
     return max(mlp, scores) + batch.causal_mask
 
@@ -157,12 +158,12 @@ def _norm(shape: ModelShape, batch: PlannedBatch) -> int:
     return 4 * t * h + 4 * t + batch.element_size * t * h
 
 
-def _backward_temporaries(shape: ModelShape, layer: LayerShape, batch: PlannedBatch) -> int:
+def _backward_temporaries(shape: ModelShape, layer: int, batch: PlannedBatch) -> int:
     """Returns the bytes of gradients at once: of the residual, and at the widest place of a layer.
 
     In the MLP there are four: two of the product (from the weight and from LoRA) and those of its factors. A norm has
     three fp32 tensors. Eager attention has fp32 gradients of probabilities and scores.
     """
     t, e, h = batch.tokens, batch.element_size, shape.hidden_size
-    widest = max(4 * e * t * shape.mlp_width(layer), 12 * t * h, 8 * batch.probabilities(shape, layer))
+    widest = max(4 * e * t * mlp_width(shape, layer), 12 * t * h, 8 * batch.probabilities(shape, shape.layers[layer]))
     return 2 * e * t * h + widest

@@ -129,8 +129,8 @@ def attention_product(request: Request, shape: ModelShape) -> float:
 def _flops_per_token(request: Request, shape: ModelShape) -> float:
     """Returns the operations of training per token. A multiply-add is two."""
     again = int(request.config.train.gradient_checkpointing)
-    lora = shape.active_lora(request.config.lora.r)
-    linears = (4 + 2 * again) * shape.active_numel() + (6 + 2 * again) * lora
+    lora = flops.active_lora(shape, request.config.lora.r)
+    linears = (4 + 2 * again) * flops.active_numel(shape) + (6 + 2 * again) * lora
     attention = (7 + 2 * again) * attention_product(request, shape)
     return linears + attention + 4 * shape.vocab_size * shape.hidden_size
 
@@ -143,7 +143,6 @@ def _scoring_flops(request: Request, shape: ModelShape, tokens: float) -> float:
     """
     criterion, rank, numel = request.config.prune.criterion, request.config.lora.r, shape.linear_numel()
     if criterion == "fisher":
-        layers = range(len(shape.layers))
-        return 3 * tokens * sum(shape.inputs_per_token(i, linear) for i in layers for linear in shape.input_linears)
+        return 3 * tokens * sum(shape.inputs_per_token(i, linear) for i, linear in shape.input_linear_ids())
     per_weight = {"random": 0, "reap": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
     return (2 * numel * tokens if criterion == "gradient" else 0) + per_weight * numel / request.world_size

@@ -4,6 +4,7 @@ The planner reads off it in which order the modules run (passes.py) and what aut
 knows no family's layer by itself.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,10 +35,10 @@ def build_modules(
     """Builds the model of a training run at `shape`, in training mode.
 
     Args:
-        source: config.json of the dense model. It may have more layers than `shape`. The first ones count.
+        source: config.json of the dense model, with the layers of `shape` alone (`with_layers`).
         eager: attention is transformers' own. Else it keeps what a fused kernel keeps.
     """
-    config = export_config(with_layers(source, 0, len(shape.layers)), shape, "bfloat16").config
+    config = export_config(source, shape, "bfloat16").config
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     model = with_token_losses(build_on_meta(config, "eager" if eager else FUSED), None)
     hold_frozen(model, shape)
@@ -52,12 +53,12 @@ def ids(samples: int, window: int) -> Tensor:
     return torch.zeros(samples, window, dtype=torch.int64, device="meta")
 
 
-def with_layers(source: dict[str, Any], first: int, count: int) -> dict[str, Any]:
+def with_layers(source: dict[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """Returns config.json of a model that has some layers of `source` alone, with what lists say of them."""
     depth = int(source["num_hidden_layers"])
     lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
-    own = {key: value[first : first + count] for key, value in lists.items()}
-    return source | own | {"num_hidden_layers": count}
+    own = {key: [value[i] for i in layers] for key, value in lists.items()}
+    return source | own | {"num_hidden_layers": len(layers)}
 
 
 class _Head(nn.Module):
@@ -72,7 +73,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        out = torch.empty_like(queries)  # in memory as the queries, as on GPUs
+        out = torch.empty_like(queries[..., : values.shape[-1]])  # in memory as the queries, as on GPUs
         ctx.save_for_backward(queries, keys, values, mask, out, torch.empty_like(queries[..., 0], dtype=torch.float32))
         return out
 

@@ -22,10 +22,9 @@ from loraprune_ds.model.adapters import ADAPTER, differentiate_input, gathered_w
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.lora_product import OneProduct
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.modules import build_modules, ids
+from loraprune_ds.plan.modules import build_modules, ids, with_layers
 
 Phase = Literal["forward", "backward", "recompute"]
-DEPTH = 2  # of the model that is traced. Every layer but the first is like the second.
 LAYER = "model.layers."
 
 
@@ -68,8 +67,9 @@ class Network:
 
     def __init__(self, source: dict[str, Any], shape: ModelShape, lora_rank: int, element_size: int) -> None:
         self.lora_rank, self.element_size = lora_rank, element_size
-        self._depth = len(shape.layers)
-        self._traced = (json.dumps(source), shape.with_layers(shape.layers[:DEPTH]))
+        layers, self._like = traced_layers(shape)
+        traced = with_layers(source, layers)
+        self._traced = (json.dumps(traced), shape.with_layers(tuple(shape.layers[i] for i in layers)))
         sizes = parameter_sizes(shape, lora_rank, element_size)
         self.parameters = {name: Parameter(name, *size) for name, size in sizes.items()}
         self._fetched: dict[str, list[Parameter]] = {}
@@ -77,12 +77,13 @@ class Network:
             if not name.startswith(LAYER):
                 self._fetched.setdefault(name.rpartition(".")[0], []).append(parameter)
         self._fetched.setdefault("lm_head", self._fetched["model.embed_tokens"])  # tied
-        for module, names in _fetched_in_layer(*self._traced).items():
-            for layer in range(self._depth):
-                prefix = f"{LAYER}{layer}"
+        fetched, called = zip(*_layer_modules(*self._traced), strict=True)
+        for layer, like in enumerate(self._like):
+            prefix = f"{LAYER}{layer}"
+            for module, names in fetched[like].items():
                 self._fetched[prefix + module] = [self.parameters[prefix + name] for name in names]
         self._modules: dict[str, Module] = {}
-        self.modules = self._depth * _modules_in_layer(*self._traced)
+        self.modules = sum(called[like] for like in self._like)
 
     def resize(self, shape: ModelShape) -> None:
         """Takes the sizes after a cut. The parameters stay the same objects, as on the engine."""
@@ -95,7 +96,7 @@ class Network:
 
     def training_pass(self, *, checkpointing: bool) -> list[Visit]:
         """Lists the visits of one micro-batch, forward and backward."""
-        steps = _all_layers(_trace(*self._traced, checkpointing), self._depth)
+        steps = _all_layers(_trace(*self._traced, checkpointing), self._like)
         return [Visit(self._module(step.module), step.phase, step.enters) for step in steps]
 
     def _module(self, name: str) -> Module:
@@ -107,7 +108,7 @@ class Network:
 def parameter_sizes(shape: ModelShape, lora_rank: int, element_size: int) -> dict[str, tuple[int, int]]:
     """Returns (elements, bytes of one) of every parameter and LoRA factor, by name."""
     sizes = {name: (math.prod(held.shape), held.element_size) for name, held in shape.held(None, element_size).items()}
-    linears = [f"{LAYER}{i}.{linear.name}" for i in range(len(shape.layers)) for linear in shape.linears]
+    linears = [f"{LAYER}{i}.{linear.name}" for i, linear in shape.linear_ids()]
     factors = [f"{linear}.{factor}" for linear in linears for factor in ("lora_A", "lora_B")]
     return sizes | {x: (n, element_size) for x, n in zip(factors, shape.lora_sizes(lora_rank), strict=True)}
 
@@ -120,13 +121,29 @@ class _Step(NamedTuple):
     enters: bool
 
 
+def traced_layers(shape: ModelShape) -> tuple[list[int], list[int]]:
+    """Returns the layers that are traced, and for each layer which of them it is like.
+
+    They are the first, and of the others one of each kind. Only those before a first layer have no gradient.
+    """
+    layers = [0, *{layer.kinds: i for i, layer in reversed([*enumerate(shape.layers)][1:])}.values()]
+    layers.sort()
+    kinds = [shape.layers[i].kinds for i in layers]
+    return layers, [0, *(kinds.index(layer.kinds, 1) for layer in shape.layers[1:])]
+
+
 @cache
-def _fetched_in_layer(source: str, shape: ModelShape) -> dict[str, list[str]]:
+def _layer_modules(source: str, shape: ModelShape) -> list[tuple[dict[str, list[str]], int]]:
+    """Returns of each layer the names of the parameters that a module gets, and how many modules are called."""
+    layers = decoder_layers(build_modules(json.loads(source), shape))
+    return [(_fetched_in_layer(layer, shape), _modules_in_layer(layer)) for layer in layers]
+
+
+def _fetched_in_layer(layer: nn.Module, shape: ModelShape) -> dict[str, list[str]]:
     """Returns the names of the parameters that each module of a decoder layer gets, both from the layer on.
 
     They come in the order in which DeepSpeed counts them: LoRA is last.
     """
-    layer = decoder_layers(build_modules(json.loads(source), shape))[0]
     whole = gathered_whole(layer, shape)
     fetched: dict[str, list[str]] = {}
     for module_name, module in layer.named_modules(prefix=""):
@@ -137,10 +154,8 @@ def _fetched_in_layer(source: str, shape: ModelShape) -> dict[str, list[str]]:
     return fetched
 
 
-@cache
-def _modules_in_layer(source: str, shape: ModelShape) -> int:
+def _modules_in_layer(layer: nn.Module) -> int:
     """Counts the modules of a decoder layer that are called, itself included. LoRA's are one with their linear."""
-    layer = decoder_layers(build_modules(json.loads(source), shape))[0]
     inside = {child for module in layer.modules() if isinstance(module, OneProduct) for child in module.modules()}
     return sum(isinstance(module, OneProduct) or module not in inside for module in layer.modules())
 
@@ -215,14 +230,20 @@ class _Tell(torch.autograd.Function):
         return gradients[0], None
 
 
-def _all_layers(steps: list[_Step], depth: int) -> Iterator[_Step]:
-    """Repeats the steps in the second layer for each one after it, in the order of the pass."""
-    second = f"{LAYER}1"
-    for in_second, run in groupby(steps, lambda step: f"{step.module}.".startswith(f"{second}.")):
+def _all_layers(steps: list[_Step], like: list[int]) -> Iterator[_Step]:
+    """Repeats the steps in the traced layers but the first for all layers like them, in the order of the pass."""
+    for repeats, run in groupby(steps, lambda step: _layer(step) > 0):
         part = list(run)
-        if not in_second:
+        if not repeats:
             yield from part
             continue
-        layers = range(1, depth) if part[0].phase == "forward" else reversed(range(1, depth))
+        layers = range(1, len(like)) if part[0].phase == "forward" else reversed(range(1, len(like)))
         for layer in layers:
-            yield from (step._replace(module=step.module.replace(second, f"{LAYER}{layer}", 1)) for step in part)
+            old, new = f"{LAYER}{like[layer]}", f"{LAYER}{layer}"
+            same = (step for step in part if _layer(step) == like[layer])
+            yield from (step._replace(module=step.module.replace(old, new, 1)) for step in same)
+
+
+def _layer(step: _Step) -> int:
+    """Returns the layer that a step is in. 0 if it is in none."""
+    return int(step.module.removeprefix(LAYER).split(".")[0]) if step.module.startswith(LAYER) else 0

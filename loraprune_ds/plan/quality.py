@@ -30,9 +30,8 @@ def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int],
 def _by_owner(shape: ModelShape, world_size: int, open_layers: Sequence[int], size: Callable[[int], int]) -> list[int]:
     """Adds up, by rank, the size of what belongs to the n inputs of each linear that may lose some."""
     of_ranks = [0] * world_size
-    for i in open_layers:
-        for linear in shape.input_linears:
-            of_ranks[layer_owner(i, world_size)] += size(shape.linear_shape(i, linear)[1])
+    for i, linear in shape.input_linear_ids(open_layers):
+        of_ranks[layer_owner(i, world_size)] += size(shape.linear_shape(i, linear)[1])
     return of_ranks
 
 
@@ -58,7 +57,7 @@ def measured_inputs(request: Request, shape: ModelShape) -> int:
     if prune.compensate == "none":
         return 0
     tokens = train.micro_batch_size * request.config.data.window
-    widest = max(shape.linear_shape(i, linear)[1] for i in range(len(shape.layers)) for linear in shape.input_linears)
+    widest = max(shape.linear_shape(i, linear)[1] for i, linear in shape.input_linear_ids())
     return 4 * tokens * widest + _part_bytes(request, widest)
 
 
@@ -80,7 +79,7 @@ def measuring_flops(request: Request, shape: ModelShape) -> float:
     compensate = request.config.prune.compensate
     if compensate == "none":
         return 0
-    widths = [shape.linear_shape(i, linear)[1] for i in request.limits.open_layers for linear in shape.input_linears]
+    widths = [shape.linear_shape(i, linear)[1] for i, linear in shape.input_linear_ids(request.limits.open_layers)]
     return sum(2 * numel_sent(n) if compensate == "least_squares" else n for n in widths)
 
 
@@ -128,7 +127,7 @@ def squared_gradients(request: Request, shape: ModelShape) -> int:
         return 0
     train, layers = request.config.train, range(len(shape.layers))
     tokens = train.micro_batch_size * request.config.data.window
-    widths = [[shape.inputs_per_token(i, linear) for linear in shape.input_linears] for i in layers]
+    widths = [[shape.inputs_per_token(*x) for x in shape.input_linear_ids([i])] for i in layers]
     of_layers = [request.element_size * tokens * sum(layer) for layer in widths]
     kept = max(of_layers) if train.gradient_checkpointing else sum(of_layers)
     blocks = 3 * 4 * min(tokens * max(map(max, widths)), DEVICE_BLOCK_NUMEL)
@@ -137,7 +136,7 @@ def squared_gradients(request: Request, shape: ModelShape) -> int:
 
 def linear_sizes(shape: ModelShape) -> list[tuple[int, int]]:
     """Lists (rows, columns) of every linear of the decoder layers."""
-    return [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in shape.linears]
+    return [shape.linear_shape(i, linear) for i, linear in shape.linear_ids()]
 
 
 def weight_gradients(request: Request, shape: ModelShape) -> int:
@@ -185,11 +184,10 @@ def _refits(request: Request, before: ModelShape, after: ModelShape) -> Iterator
     """Yields (owner, linear, outputs, inputs, kept inputs) of every linear that loses inputs."""
     if request.config.prune.compensate == "none":
         return
-    for i in range(len(before.layers)):
-        for linear in before.input_linears:
-            (outputs, inputs), (_, kept) = before.linear_shape(i, linear), after.linear_shape(i, linear)
-            if kept < inputs:
-                yield layer_owner(i, request.world_size), linear, outputs, inputs, kept
+    for i, linear in before.input_linear_ids():
+        (outputs, inputs), (_, kept) = before.linear_shape(i, linear), after.linear_shape(i, linear)
+        if kept < inputs:
+            yield layer_owner(i, request.world_size), linear, outputs, inputs, kept
 
 
 def _refit_peak(request: Request, form: Form, m: int, n: int, k: int) -> int:

@@ -139,7 +139,7 @@ def scoring_sent(request: Request, shape: ModelShape, rank: int | None = None) -
 
 def scales_sent(request: Request, shape: ModelShape, rank: int | None = None) -> int:
     """Returns the bytes of scales that the neighbours of `rank`, or of the busiest one, need to score int8 weights."""
-    sizes = Counter((shape.form(x), shape.linear_shape(i, x)) for i in range(len(shape.layers)) for x in shape.linears)
+    sizes = Counter((shape.form(x), shape.linear_shape(i, x)) for i, x in shape.linear_ids())
     total = torch.zeros(request.world_size, dtype=torch.int64)
     for (form, size), count in sizes.items():
         if isinstance(form, Int8):
@@ -153,8 +153,8 @@ def score_count(request: Request, shape: ModelShape) -> int:
     criterion = request.config.prune.criterion
     if criterion == "reap":  # sums of norms, and counts of tokens
         return 2 * sum(layer["experts"] for layer in shape.layers)
-    linears = shape.input_linears if criterion == "fisher" else shape.linears
-    return sum(layer[part.kind] for layer in shape.layers for linear in linears for part in linear.parts)
+    linear_ids = shape.input_linear_ids() if criterion == "fisher" else shape.linear_ids()
+    return sum(shape.layers[i][part.kind] for i, linear in linear_ids for part in linear.parts)
 
 
 def layer_cuts(

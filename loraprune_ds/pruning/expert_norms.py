@@ -31,7 +31,8 @@ class ExpertNorms:
         self._active = False
         self._attention_mask: Tensor | None = None
         for i, layer in enumerate(model.layers):
-            find_experts(layer).observers.append(partial(self._see, i))
+            for experts in find_experts(layer):
+                experts.observers.append(partial(self._see, i))
 
     @contextmanager
     def record(self) -> Generator[None]:
@@ -59,13 +60,13 @@ class ExpertNorms:
 
     def scores(self, step: int) -> GroupSums:
         """Returns the means over all ranks, by one all-reduce."""
-        shape, parts = self._model.shape, list[Tensor]()
+        shape, means = self._model.shape, list[Tensor]()
         totals = self._model.sum_over_ranks(torch.cat([sums.flatten() for sums in self._sums]))
-        for layer, both in zip(shape.layers, torch.split(totals, [sums.numel() for sums in self._sums]), strict=True):
+        for both in torch.split(totals, [sums.numel() for sums in self._sums]):
             norms, tokens = both.view(2, -1)
-            means = norms / tokens.clamp(min=1)
-            parts += [means if x.is_stack else means.new_zeros(layer[x.kind]) for x in shape.input_linears]
-        return GroupSums(shape.input_linears, parts, step)
+            means.append(norms / tokens.clamp(min=1))
+        linear_ids = [linear_id for linear_id in shape.input_linear_ids() if linear_id.linear.is_stack]
+        return GroupSums(shape, linear_ids, [means[linear_id.layer] for linear_id in linear_ids], step)
 
     @torch.no_grad()
     def _see(self, layer: int, outputs: Tensor, weights: Tensor, experts: Tensor, tokens: Tensor) -> None:

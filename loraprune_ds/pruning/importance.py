@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family_row import Kind, Linear
+from loraprune_ds.model.family_row import LinearId, Part
 from loraprune_ds.model.per_kind import LayerKeep, LayerTensors
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
@@ -26,28 +26,37 @@ class LayerScores(LayerTensors):
 
 @dataclass(frozen=True)
 class GroupSums:
-    """Holds the scores of all parts of all linears, complete sums over the ranks. They lie on the device.
+    """Holds the scores of all parts of linears, complete sums over the ranks. They lie on the device.
 
     Attributes:
-        linears: those of a layer that have scores.
-        parts: (groups,) float64 of each part of these linears, layer by layer. They are views of one tensor.
+        shape: of the model.
+        linear_ids: the linears that have scores.
+        parts: (groups,) float64 of each part of these linears. They are views of one tensor.
         step: that they are of.
     """
 
-    linears: tuple[Linear, ...]
+    shape: ModelShape
+    linear_ids: Sequence[LinearId]
     parts: Sequence[Tensor]
     step: int
 
     def by_layer(self, normalization: Normalization) -> list[LayerScores]:
         """Adds the scores of a layer's parts to those of its groups.
 
+        Each part has a norm of its own. So a fused linear counts like the separate ones of another family.
+
         Args:
             normalization: `l2` divides a part's scores by their norm before. The released code of LoRAPrune (arXiv
                 2305.18403) does so. `none` adds them as they are.
         """
-        count = sum(len(linear.parts) for linear in self.linears)
-        layers = range(0, len(self.parts), count)
-        return [_add_parts(self.linears, self.parts[first : first + count], normalization) for first in layers]
+        zeros = self.parts[0].new_zeros
+        total = [{kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.layers]
+        for (layer, _, part), score in zip(self._places(), self.parts, strict=True):
+            if normalization == "l2":
+                norm = cast(Tensor, score.norm())
+                score = score / norm.where(norm > 0, 1.0)
+            total[layer][part.kind] = total[layer][part.kind] + score
+        return list(map(LayerScores, total))
 
     def check(self) -> None:
         """Checks that all are finite. It waits for the device.
@@ -57,26 +66,13 @@ class GroupSums:
         """
         if torch.isfinite(torch.cat(list(self.parts)).sum()):
             return
-        names = [linear.name for linear in self.linears for _ in linear.parts]
-        for i, score in enumerate(self.parts):
+        for (layer, name, _), score in zip(self._places(), self.parts, strict=True):
             if not torch.isfinite(score).all():
-                where = f"layer {i // len(names)} {names[i % len(names)]}"
-                raise RunError(f"step {self.step}: the score of {where} is not finite")
+                raise RunError(f"step {self.step}: the score of layer {layer} {name} is not finite")
 
-
-def _add_parts(linears: tuple[Linear, ...], scores: Sequence[Tensor], normalization: Normalization) -> LayerScores:
-    """Adds the scores of all parts of a layer's linears to those of its groups.
-
-    Each part has a norm of its own. So a fused linear counts like the separate ones of another family.
-    """
-    total: dict[Kind, Tensor] = {}
-    parts = [part for linear in linears for part in linear.parts]
-    for part, score in zip(parts, scores, strict=True):
-        if normalization == "l2":
-            norm = cast(Tensor, score.norm())
-            score = score / norm.where(norm > 0, 1.0)
-        total[part.kind] = total[part.kind] + score if part.kind in total else score
-    return LayerScores(total)
+    def _places(self) -> list[tuple[int, str, Part]]:
+        """Lists the layer, the linear's name and the part that the scores are of."""
+        return [(layer, linear.name, part) for layer, linear in self.linear_ids for part in linear.parts]
 
 
 def score_groups(
@@ -92,7 +88,7 @@ def score_groups(
     element_criterion, shape = ELEMENT_CRITERIA[criterion], model.shape
     partial: list[Tensor] = []
     for layer, factors in enumerate(model.lora_factors()):
-        for linear in shape.linears:
+        for linear in shape.linears(layer):
             shard = model.owned_weight(layer, linear)
             given = () if gradients is None else (gradients.owned(layer, linear),)
             sums = torch.cat(
@@ -104,13 +100,13 @@ def score_groups(
             parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
             for part, rows in zip(linear.parts, parts, strict=True):
                 partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)
-    return add_over_ranks(model, shape.linears, partial, step)
+    return add_over_ranks(model, shape.linear_ids(), partial, step)
 
 
-def add_over_ranks(model: PrunableModel, linears: tuple[Linear, ...], partial: list[Tensor], step: int) -> GroupSums:
+def add_over_ranks(model: PrunableModel, linear_ids: Sequence[LinearId], partial: list[Tensor], step: int) -> GroupSums:
     """Adds up this rank's scores of all parts and those of the others, by one all-reduce."""
     totals = model.sum_over_ranks(torch.cat(partial))
-    return GroupSums(linears, torch.split(totals, [len(scores) for scores in partial]), step)
+    return GroupSums(model.shape, linear_ids, torch.split(totals, [len(scores) for scores in partial]), step)
 
 
 def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:

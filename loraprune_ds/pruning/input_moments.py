@@ -123,7 +123,7 @@ class InputMoments:
         for layer in range(len(self._model.layers)):
             if self._model.owner(layer) == self._model.rank:
                 found = read(layer)
-                for linear in self._model.shape.input_linears:
+                for linear in self._model.shape.linears(layer):
                     if linear.name in found:
                         self.sums[LinearId(layer, linear)] = found[linear.name].to(self._model.device)
 

@@ -111,10 +111,12 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
+    if config.ranking == "uniform":  # a dense layer among sparse ones has no experts to give
+        protected |= {i for i, layer in enumerate(dense.layers) if not all(layer.values())}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
-    least = {"heads": config.min_heads, "channels": config.min_channels, "experts": max(1, dense.experts_per_token)}
+    least = {"heads": config.min_heads, "channels": config.min_channels, "experts": max(1, dense.least_experts)}
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
@@ -157,7 +159,7 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
             has = f"layer {i} has {layer['channels']}"
             raise UserError(f"{keys} needs at least {multiple} channels, and {has}; choose a smaller one")
-    return {kind: {"heads": servers, "channels": multiple}.get(kind, 1) for kind in dense.kinds}
+    return {kind: {"heads": servers, "channels": multiple}.get(kind, dense.parts_of(kind)) for kind in dense.kinds}
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -45,7 +45,7 @@ class MaskGradients(BackwardRecorder):
 
     def scores(self, step: int) -> GroupSums:
         """Returns the sums over all ranks, by one all-reduce."""
-        return add_over_ranks(self._model, self._model.shape.input_linears, self.sums(), step)
+        return add_over_ranks(self._model, self._linear_ids, self.sums(), step)
 
     def sums(self) -> list[Tensor]:
         """Returns this rank's part of Σ_t s_tg², (groups,) float64.

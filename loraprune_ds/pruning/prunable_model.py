@@ -6,12 +6,12 @@ zero/sharded.py implements it over the ranks of ZeRO-3. tests/plain_model.py imp
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.family_row import Linear
+from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.model.frozen import DENSE, Form
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
@@ -71,13 +71,6 @@ class CollectedLinear:
     def weight(self) -> Tensor:
         """The weight that the linear computes with."""
         return self.form.join(self.held)
-
-
-class LinearId(NamedTuple):
-    """Names one linear of one decoder layer."""
-
-    layer: int
-    linear: Linear
 
 
 # Computes the new weight or bias of a whole linear, in its shape and dtype. Raises UserError where it cannot.

@@ -40,7 +40,7 @@ def rank_uniform(
     """
     counts = uniform_counts(limits, target, final)
     wanted = [counts if i in limits.open_layers else layer for i, layer in enumerate(current.layers)]
-    return _keep_best(scores, wanted)
+    return _keep_best(scores, wanted, current)
 
 
 def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
@@ -87,15 +87,26 @@ def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) ->
     return min((min(max(c, lowest), highest) for c in (below, below + multiple)), key=lambda c: abs(c - count))
 
 
-def _keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]]) -> list[LayerKeep]:
+def _keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], current: ModelShape) -> list[LayerKeep]:
     """Keeps so many groups of every layer, those with the highest scores. Among equals the lower index stays."""
     return [
         LayerKeep(
-            (kind, values.argsort(descending=True, stable=True)[: wanted[kind]].sort().values)
+            (kind, best_first(values, current.parts_of(kind))[: wanted[kind]].sort().values)
             for kind, values in layer.items()
         )
         for layer, wanted in zip(scores, counts, strict=True)
     ]
+
+
+def best_first(scores: Tensor, parts: int) -> Tensor:
+    """Returns the indices of all groups, the best first. Among equals the lower index comes first.
+
+    Args:
+        parts: equal ranges of the groups. The best of each come first, then the second best of each, and so on.
+    """
+    ranges = scores.view(parts, len(scores) // parts)
+    order = ranges.argsort(descending=True, stable=True) + torch.arange(parts)[:, None] * ranges.shape[1]
+    return order.T.flatten()
 
 
 def rank_global(
@@ -119,7 +130,7 @@ def rank_global(
             removal.take([kind], round(budget * limits.shares[kind]) + removal.gone_beside(kind))
         for kind in (fine, *coarse):  # the coarse ones again, where floors or caps stopped the finest
             removal.take([kind], budget)
-    return _keep_best(scores, removal.left)
+    return _keep_best(scores, removal.left, current)
 
 
 @dataclass
@@ -169,7 +180,8 @@ class _Removal:
                 left = self.left[layer][kind]
                 blocks = self.limits.blocks(layer, kind, left)
                 candidates.extend((layer, kind, groups) for groups in blocks)
-                scores = self.scores[layer][kind].sort().values[-left:]
+                values = self.scores[layer][kind]
+                scores = values[best_first(values, self.current.parts_of(kind))[:left]].flip(0)
                 per_parameter.append(_block_means(scores, blocks) / self.limits.dense.group_numel(kind))
         order = cast(list[int], torch.cat(per_parameter).argsort(stable=True).tolist())
         return [candidates[position] for position in order]

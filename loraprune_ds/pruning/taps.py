@@ -26,7 +26,7 @@ def hook_inputs(model: PrunableModel, layers: Iterable[int], see: SeeInput) -> l
     Returns:
         The hooked linears, in the order of a forward pass.
     """
-    linear_ids = [LinearId(i, linear) for i in layers for linear in model.shape.input_linears]
+    linear_ids = model.shape.input_linear_ids(layers)
 
     def hook(linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = see(linear_id, *inputs)

@@ -9,6 +9,7 @@ from typing import Any
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.flops import cached_numel
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import Limits, limits_without_ratio, reachable, with_ratio
@@ -34,10 +35,10 @@ class ServerMemory:
 
 def server_memory(config: PruneConfig, shape: ModelShape) -> ServerMemory:
     """Adds up weights and KV cache of a model under `prune.target_*`."""
-    linear, heads = shape.linear_numel(), sum(layer["heads"] for layer in shape.layers)
+    linear = shape.linear_numel()
     weights = linear * config.target_weight_bits + (shape.total_numel() - linear) * config.target_embedding_bits
-    values = 2 * heads * shape.head_dim
-    return ServerMemory(weights / 8, values * config.target_kv_bits / 8, config.target_context * config.target_batch)
+    per_token = cached_numel(shape) * config.target_kv_bits / 8
+    return ServerMemory(weights / 8, per_token, config.target_context * config.target_batch)
 
 
 def measure(config: PruneConfig, shape: ModelShape) -> float:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.family_row import Linear
-from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
+from loraprune_ds.model.family_row import Linear, LinearId
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.taps import BackwardRecorder, Tap
 
 
@@ -27,9 +27,9 @@ class WeightGradients(BackwardRecorder):
     def __init__(self, model: PrunableModel) -> None:
         super().__init__()
         self._model = model
-        for i, layer in enumerate(model.layers):
-            for linear in model.shape.linears:
-                lora_linear(layer, linear).register_forward_hook(partial(self._tap, LinearId(i, linear)))
+        for linear_id in model.shape.linear_ids():
+            module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
+            module.register_forward_hook(partial(self._tap, linear_id))
 
     def owned(self, layer: int, linear: Linear) -> Tensor:
         """Returns the gradient of the elements of `PrunableModel.owned_weight`: (elements,) fp32."""

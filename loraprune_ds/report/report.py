@@ -98,8 +98,7 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     """
     divided = [count for layer in pruned.layers for kind, count in layer.items() if kind != "experts"]
     together = math.gcd(pruned.expert_size, *divided)  # 0 without experts, which every number divides
-    layers = range(len(pruned.layers))
-    inputs = math.gcd(*(pruned.inputs(i, linear) for i in layers for linear in pruned.linears))
+    inputs = math.gcd(*(pruned.inputs(i, linear) for i, linear in pruned.linear_ids()))
     return {
         "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
@@ -110,14 +109,14 @@ def _router_load(history: History) -> dict[str, Any] | None:
     """Tells how evenly the router spread the held-out text. None without experts.
 
     `choices` are by layer and expert. `largest_share` is that of the most chosen expert of a layer, times their number:
-    1 if all are chosen alike.
+    1 if all are chosen alike, 0 in a layer without experts.
     """
     found: dict[str, Any] = {}
     for name in ("dense", "after_last_cut"):
         evaluation = history.evaluation(name)
         if evaluation is not None and evaluation.expert_choices:
             choices = evaluation.expert_choices
-            shares = [max(layer) * len(layer) / max(1, sum(layer)) for layer in choices]
+            shares = [max(layer, default=0) * len(layer) / max(1, sum(layer)) for layer in choices]
             found[name] = {"choices": choices, "largest_share": shares}
     return found or None
 

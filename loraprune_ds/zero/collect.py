@@ -29,10 +29,10 @@ def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> Collec
 
 
 def collect_others(
-    layer: nn.Module, shape: ModelShape, owner: int, comm: Communicator, trained: bool
+    layer: nn.Module, shape: ModelShape, index: int, owner: int, comm: Communicator, trained: bool
 ) -> dict[str, Tensor]:
     """Gathers what a decoder layer has beside its linears on rank `owner`, by name inside the layer. Collective."""
-    names = [*shape.layer_others, *(companion.name for companion in shape.family.companions)]
+    names = [*shape.others(index), *(companion.name for companion in shape.companions(index))]
     return _collect_named({name: plain_parameter(layer, name, trained=trained) for name in names}, owner, comm)
 
 

@@ -32,7 +32,7 @@ def parameter_cuts(
         layer: the decoder layer of this index.
         shape: of the model before the cut.
     """
-    linears = {f"{linear.name}.weight": linear for linear in shape.linears}
+    linears = {f"{linear.name}.weight": linear for linear in shape.linears(index)}
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
     for name, axis, kept in shape.layer_cuts(index, keep):
@@ -54,7 +54,7 @@ def parameter_cuts(
 def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> None:
     """Tells the modules of a layer the sizes that they have after the cut. `shape` is from before it."""
     after = shape.with_layers(tuple(keep.shape if i == index else counts for i, counts in enumerate(shape.layers)))
-    for linear in shape.linears:
+    for linear in shape.linears(index):
         set_features(lora_linear(layer, linear), *after.linear_shape(index, linear))
     set_runtime_counts(layer, shape, keep.shape)
 
@@ -94,7 +94,7 @@ def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat)
     """
     comm = Communicator()
     for index, layer in enumerate(decoder_layers(module)):
-        for linear in shape.linears:
+        for linear in shape.linears(index):
             for name in (f"{linear.name}.weight", f"{linear.name}.bias"):
                 parameter: Any = base_parameter(layer, name)
                 full_name = f"model.layers.{index}.{name}"

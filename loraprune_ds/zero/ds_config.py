@@ -155,7 +155,7 @@ def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
 
 
 def _linear_sizes(shape: ModelShape) -> list[int]:
-    shapes = [shape.linear_shape(i, linear) for i in range(len(shape.layers)) for linear in shape.linears]
+    shapes = [shape.linear_shape(i, linear) for i, linear in shape.linear_ids()]
     return [out_features * in_features for out_features, in_features in shapes]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from loraprune_ds.faults import fail_point
@@ -61,8 +62,7 @@ class ShardedModel:
         ZeRO-3 has reduce-scattered them at the accumulation boundary. The masters and gradients of A and B travel in
         one buffer. fp16 gradients are divided by the loss scale.
         """
-        linears = self.shape.linears
-        modules = [[lora_linear(layer, linear) for linear in linears] for layer in self.layers]
+        modules = self._lora_linears()
         parameters = [[weight for module in layer for weight in lora_weights(module)] for layer in modules]
         sizes = [2 * sum(math.prod(full_shape(p)) for p in layer) for layer in parameters]
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
@@ -73,7 +73,7 @@ class ShardedModel:
             weights, weight_gradients = iter(whole[: len(of_round)]), iter(whole[len(of_round) :])
             for layer in layers:
                 factors = {}
-                for linear, module in zip(linears, modules[layer], strict=True):
+                for linear, module in zip(self.shape.linears(layer), modules[layer], strict=True):
                     a_and_b = (next(weights), next(weights), next(weight_gradients), next(weight_gradients))
                     factors[linear.name] = LoraFactors(*a_and_b, scaling=module.scaling[ADAPTER])
                 yield factors
@@ -141,8 +141,7 @@ class ShardedModel:
         """Finds the first layer with an inf or NaN in this rank's shards of averaged LoRA gradients."""
         if torch.isfinite(self.gradient_sum()):  # one pass when all is well
             return None
-        linears = self.shape.linears
-        weights = [[w for linear in linears for w in lora_weights(lora_linear(layer, linear))] for layer in self.layers]
+        weights = [[w for module in layer for w in lora_weights(module)] for layer in self._lora_linears()]
         return first_nonfinite([torch.cat([self._state.gradient(w) for w in layer]) for layer in weights])
 
     def nonfinite_weights(self) -> int | None:
@@ -160,6 +159,9 @@ class ShardedModel:
         coordinator = self.zero_optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
+
+    def _lora_linears(self) -> list[list[LoraLinear]]:
+        return [[lora_linear(layer, x) for x in self.shape.linears(i)] for i, layer in enumerate(self.layers)]
 
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Gathers the fp32 shards of several parameters into whole tensors, coalesced into one all-gather."""

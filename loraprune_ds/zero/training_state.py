@@ -80,7 +80,7 @@ def restore_counters(engine: TrainingEngine, step: int, schedule: dict[str, Any]
 
 def _lora_parameters(model: ShardedModel, layer: int) -> list[tuple[str, nn.Parameter]]:
     named = []
-    for linear in model.shape.linears:
+    for linear in model.shape.linears(layer):
         a, b = lora_weights(lora_linear(model.layers[layer], linear))
         named += [(f"{linear.name}.lora_A", a), (f"{linear.name}.lora_B", b)]
     return named

@@ -114,17 +114,19 @@ def _file_tensors(
         tensors = _layer_tensors(model, k, owner, tensors_of)
         others = {
             f"model.layers.{k}.{name}": tensor
-            for name, tensor in collect_others(model.layers[k], model.shape, owner, model.comm, trained).items()
+            for name, tensor in collect_others(model.layers[k], model.shape, k, owner, model.comm, trained).items()
         }
     else:
         causal_lm = cast(Any, model.module).get_base_model()
         tensors, others = {}, collect_ends(causal_lm, model.shape, owner, model.comm, trained)
-    return as_stored(tensors | {name: tensor.to(dtype) for name, tensor in others.items()}, model.shape.stored())
+    exact = model.shape.exact
+    others = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in others.items()}
+    return as_stored(tensors | others, model.shape.stored())
 
 
 def _layer_tensors(model: ShardedModel, layer: int, owner: int, tensors_of: TensorsOf) -> dict[str, Tensor]:
     tensors = {}
-    for linear in model.shape.linears:
+    for linear in model.shape.linears(layer):
         collected = collect_linear(lora_linear(model.layers[layer], linear), owner, model.comm)
         if collected is not None:
             prefix = f"model.layers.{layer}.{linear.name}."

@@ -99,7 +99,7 @@ class PeerPruner(Pruner):
 
     def score(self, step: int) -> None:
         if self.schedule.is_scored(step):
-            sums = add_over_ranks(self.model, self.model.shape.input_linears, self._scores(), step)
+            sums = add_over_ranks(self.model, self.model.shape.input_linear_ids(), self._scores(), step)
             self.average.update(sums.by_layer("none"))
             self._unchecked = sums
 

@@ -12,7 +12,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from loraprune_ds.pruning.prunable_model import LinearId
 from loraprune_ds.zero import params, replace, training_engine, training_state
 from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.training_state import restore_lora_state
@@ -48,7 +47,7 @@ class Watched:
 def watch(job: Job) -> dict[str, tuple[bool, bool]]:
     trainer, watched = build(job), Watched()
     model = trainer.model
-    ids = [LinearId(1, linear) for linear in model.shape.input_linears]
+    ids = model.shape.input_linear_ids([1])
 
     def zeros(layer: int, name: str, start: int, end: int) -> Tensor:
         return torch.zeros(end - start)

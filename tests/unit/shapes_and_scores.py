@@ -29,7 +29,9 @@ def make_shape(
         vocab_size=50,
         tie_word_embeddings=False,
         layers=tuple(LayerShape(heads=heads, channels=channels) for heads, channels in layers),
-        layer_others={"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)},
+        layer_others={
+            frozenset(KINDS): {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+        },
         ends={
             "model.embed_tokens.weight": (50, hidden),
             "model.norm.weight": (hidden,),

@@ -11,7 +11,6 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.dtypes import tf32_where_exact
 from loraprune_ds.pruning import input_moments, taps
 from loraprune_ds.pruning.input_moments import InputMoments
-from loraprune_ds.pruning.prunable_model import LinearId
 from loraprune_ds.zero import device
 from loraprune_ds.zero.device import check_dtype, empty_host_cache, peak_flops
 from tests.unit.shapes_and_scores import make_shape
@@ -76,7 +75,7 @@ def test_second_moments_ask_with_the_dtype_that_their_inputs_came_in(monkeypatch
     model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)
     moments = InputMoments(model, [0], second=True, decay=0.0)
     inputs: Tensor = torch.randn(1, 5, 4).bfloat16()
-    linear_id = LinearId(0, shape.input_linears[0])
+    linear_id = shape.input_linear_ids()[0]
     with moments.record_forward(None):
         moments._record(linear_id, inputs)
     assert asked == [(torch.bfloat16, "cpu")]

@@ -17,7 +17,7 @@ from loraprune_ds.pruning.expert_norms import ExpertNorms
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import OwnedShard
 from tests.families import tiny_model
-from tests.family_cuts import PROMPT, dense, find_router
+from tests.family_cuts import PROMPT, dense, find_router, sparse_layers
 from tests.oracle.models import make_batches
 from tests.plain_model import PlainModel
 from tests.unit.plain_training import PlainRun
@@ -51,8 +51,8 @@ def test_shards_of_a_stack_score_as_the_experts_do() -> None:
 @pytest.mark.parametrize("family", KINDS)
 def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path: Path) -> None:
     """Their last linear is zero, and so is what LoRA adds at the first step."""
-    useless = {0: [1, 5, 6, 20], 1: [0, 2, 11, 22]}
-    model = tiny_model(family)
+    model, sparse = tiny_model(family), sparse_layers(dense(family).shape)
+    useless = {i: [[1, 5, 6, 20], [0, 2, 11, 22]][i] for i in sparse}
     with torch.no_grad():
         for i, experts in useless.items():
             stock = find_stock(model, i)
@@ -62,12 +62,11 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
     model.save_pretrained(tmp_path)
     shape = open_pretrained(tmp_path).shape
     lora: dict[str, Tensor] = {}
-    for i in range(len(shape.layers)):
-        for linear in shape.linears:
-            a, b = shape.lora_shapes(i, linear, 2)
-            lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
-            lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
-    ratio = 5 * len(shape.layers) * shape.group_numel("experts") / shape.linear_numel()
+    for i, linear in shape.linear_ids():
+        a, b = shape.lora_shapes(i, linear, 2)
+        lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
+        lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
+    ratio = 5 * len(sparse) * shape.group_numel("experts") / shape.linear_numel()
     prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
     config = PruneConfig(**prune, protected_first=0, protected_last=0, criterion=cast(Any, criterion))
     run = PlainRun(tmp_path, lora, config, 1)
@@ -84,36 +83,37 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
     network, masks = dense(family), dict[int, Tensor]()
     recorder = MaskGradients(cast(Any, PlainModel(network.model, network.shape)))
 
+    counts, linear_ids = dict[int, list[int]](), network.shape.input_linear_ids()
+
     def masked(layer: int) -> Any:
         def hook(module: Any, inputs: tuple[Tensor, list[int]], output: Tensor) -> Tensor:
+            counts[layer] = inputs[1]
             masks[layer] = torch.ones(len(output), 1, requires_grad=True)
             return output * masks[layer]
 
         return hook
 
-    counts = []
-    for i, layer in enumerate(decoder_layers(network.model)):
-        down = find_experts(layer).down
-        down.register_forward_hook(masked(i))
-        down.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[1]))
+    for i in sparse_layers(network.shape):
+        find_experts(decoder_layers(network.model)[i])[0].down.register_forward_hook(masked(i))
     with recorder.record():
         network.model(input_ids=PROMPT, use_cache=False).logits.square().mean().backward()
-        sums = recorder.sums()
-    for i in range(len(network.shape.layers)):
+        found = {x.layer: sums for x, sums in zip(linear_ids, recorder.sums(), strict=True) if x.linear.is_stack}
+    for i in counts:
         grad = masks[i].grad
         assert grad is not None
         wanted = torch.stack([part.square().sum() for part in grad.split(counts[i])])
-        torch.testing.assert_close(sums[2 * i + 1].float(), wanted)  # attention, then experts, of each layer
+        torch.testing.assert_close(found[i].float(), wanted)
 
 
 @pytest.mark.parametrize("family", KINDS)
 def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> None:
     """Every expert computes every token here. What the router did not choose does not count, nor does padding."""
-    network, stacks = dense(family), list(merged_stacks(dense(family)).values())
+    network, stacks = dense(family), iter(merged_stacks(dense(family)).values())
     recorder = ExpertNorms(cast(Any, PlainModel(network.model, network.shape)))
     routed: list[Any] = []
-    for layer in decoder_layers(network.model):
-        find_router(layer).register_forward_hook(lambda module, inputs, output: routed.append((inputs[0], output)))
+    for i in sparse_layers(network.shape):
+        router = find_router(decoder_layers(network.model)[i])
+        router.register_forward_hook(lambda module, inputs, output: routed.append((inputs[0].flatten(0, -2), output)))
     real = torch.ones_like(PROMPT, dtype=torch.bool)
     real[1, 10:] = False
     with recorder.record():
@@ -122,9 +122,8 @@ def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> Non
                 network.model(input_ids=PROMPT, use_cache=False)
         network.model(input_ids=PROMPT, use_cache=False)  # nobody looks
         found = recorder.scores(1).by_layer("none")
-    for i, layer in enumerate(found):
-        hidden, (_, weights, chosen) = routed[i]
-        merged = {"gate_up_proj": stacks[2 * i][0], "down_proj": stacks[2 * i + 1][0]}
+    for i, (hidden, (_, weights, chosen)) in zip(sparse_layers(network.shape), routed, strict=False):
+        merged = {"gate_up_proj": next(stacks)[0], "down_proj": next(stacks)[0]}
         stock = find_stock(tiny_model(family), i)
         wanted = torch.zeros(23)
         for e in range(23):
@@ -132,5 +131,5 @@ def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> Non
             norms = functional_call(stock, merged, (hidden, *one)).norm(dim=1)
             picked = (chosen == e) & real.flatten()[:, None]
             wanted[e] = (norms[:, None] * weights)[picked].sum() / picked.sum().clamp(min=1)
-        torch.testing.assert_close(layer["experts"].float(), wanted)
-        assert not layer["heads"].any()
+        torch.testing.assert_close(found[i]["experts"].float(), wanted)
+    assert not any(layer["heads"].any() for layer in found)

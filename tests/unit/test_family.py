@@ -10,18 +10,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.experts import stack_experts
+from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import CHANNELS, FAMILIES, KEYS, PRUNED, QUERIES
 from loraprune_ds.model.family_row import Family, Linear
-from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL
-from tests.families import SIZES, TINY, tiny_config
+from tests.families import SIZES, TINY, layers_with, tiny_config
 
 # Counts of each kind. 6 query heads divide hidden_size 60, which some stock classes ask for.
 DENSE, FEWER = (SIZES["num_key_value_heads"], SIZES["intermediate_size"]), (3, 11)
 LAYERS = SIZES["num_hidden_layers"]
-WITHOUT_PLAN = {"hunyuan_v1_dense", "gpt_oss", "granitemoe"}  # transformers names no axes for it
+WITHOUT_PLAN = {"hunyuan_v1_dense", "gpt_oss", "granitemoe", "deepseek_v3"}  # transformers does not name all axes
 
 
 def config_json(family: str, **changes: Any) -> dict[str, Any]:
@@ -32,23 +32,13 @@ def read(family: str, **changes: Any) -> ModelShape:
     return shape_from_config(config_json(family, **changes), "somewhere")
 
 
-def layer_of(shape: ModelShape, counts: tuple[int, int]) -> LayerShape:
-    fixed, dense = shape.family.fixed, dict(zip(shape.kinds, DENSE, strict=True))
-    return LayerShape(
-        (kind, dense[kind] if kind in fixed else count) for kind, count in zip(shape.kinds, counts, strict=True)
-    )
-
-
 def sizes_of(counts: tuple[int, int], shape: ModelShape) -> dict[str, int]:
     """Returns what config.json says of such a layer. An export always names head_dim."""
-    heads, others = layer_of(shape, counts).values()
-    mixture = shape.family.mixture
-    sizes = {
-        "num_attention_heads": heads * shape.queries_per_group,
-        "num_key_value_heads": heads,
-        mixture.count if mixture else "intermediate_size": others,
-    }
-    return sizes | {"head_dim": shape.head_dim}
+    heads, others = counts
+    heads = DENSE[0] if "heads" in shape.family.fixed else heads
+    counted = {shape.family.count_field(kind): others for kind in shape.kinds if kind != "heads"}
+    queries = {"num_attention_heads": heads * shape.queries_per_group, "num_key_value_heads": heads}
+    return queries | counted | {"head_dim": shape.head_dim}
 
 
 def stock_parameters(family: str, **changes: Any) -> dict[str, tuple[int, ...]]:
@@ -69,8 +59,8 @@ def test_every_family_has_a_tiny_model() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_explains_the_stock_model(family: str) -> None:
     shape = read(family)
-    assert shape.layers == (layer_of(shape, DENSE),) * LAYERS
-    assert shape.queries_per_group == 2
+    assert shape.layers == layers_with(shape, *[DENSE] * LAYERS)
+    assert shape.queries_per_group == (1 if family == "deepseek_v3" else 2)
     assert shape.parameters() == stock_parameters(family)
 
 
@@ -78,7 +68,7 @@ def test_the_table_explains_the_stock_model(family: str) -> None:
 def test_the_table_explains_a_stock_model_with_other_counts(family: str) -> None:
     """Finds a tensor of which the table does not know that a cut makes it smaller."""
     shape = read(family)
-    shape = shape.with_layers((layer_of(shape, FEWER),) * LAYERS)
+    shape = shape.with_layers(layers_with(shape, *[FEWER] * LAYERS))
     assert shape.parameters() == stock_parameters(family, **sizes_of(FEWER, shape))
 
 
@@ -88,7 +78,7 @@ def test_the_table_explains_layers_that_differ(family: str) -> None:
     config = config_json(family) | {"model_type": PRUNED + family, "head_dim": shape.head_dim}
     config["per_layer_config"] = {"1": {k: v for k, v in sizes_of(FEWER, shape).items() if k != "head_dim"}}
     pruned = shape_from_config(config, "somewhere")
-    assert pruned.layers == (layer_of(shape, DENSE), layer_of(shape, FEWER))
+    assert pruned.layers == layers_with(shape, DENSE, FEWER)
     stock, fewer = stock_parameters(family), stock_parameters(family, **sizes_of(FEWER, shape))
     stock |= {name: size for name, size in fewer.items() if name.startswith("model.layers.1.")}
     assert pruned.parameters() == stock
@@ -105,6 +95,31 @@ def test_axes_are_those_of_transformers_own_plan(family: str) -> None:
     assert {name: axes[name] for name in both} == {name: theirs[name] for name in both}
     stacks = {linear.name for linear in FAMILIES[family].linears if linear.is_stack}  # named otherwise there
     assert both == axes.keys() - stacks or family in WITHOUT_PLAN
+
+
+@pytest.mark.parametrize(
+    ("changes", "dense"),
+    [
+        ({"decoder_sparse_step": 1, "mlp_only_layers": []}, []),
+        ({"decoder_sparse_step": 3}, [0, 1, 3, 4]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1, 4]}, [0, 1, 2, 4]),
+    ],
+)
+def test_dense_layers_among_sparse_ones_have_no_experts(changes: dict[str, Any], dense: list[int]) -> None:
+    config = config_json("qwen2_moe", num_hidden_layers=6, **changes)
+    shape = shape_from_config(config, "somewhere")
+    assert [i for i, layer in enumerate(shape.layers) if not layer["experts"]] == dense
+    assert all("mlp.gate_proj.weight" in shape.others(i) for i in dense)
+    assert shape.is_uniform
+    exported = export_config(config, shape, "float32").config
+    assert exported["mlp_only_layers"] == dense
+    assert exported["model_type"] == "qwen2_moe"
+    assert shape_from_config(exported, "an export") == shape
+
+
+def test_a_mixture_without_experts_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^somewhere: no layer has experts"):
+        read("qwen2_moe", mlp_only_layers=[0, 1])
 
 
 # Modules without weights
@@ -124,6 +139,7 @@ def test_modules_on_meta(family: str, tied: bool) -> None:
     shape = shape_from_config(config, "somewhere")
     assert (shape.tie_word_embeddings, "lm_head.weight" in shape.parameters()) == (tied, not tied)
     stock: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family, tie_word_embeddings=tied))
+    stack_experts(stock)
     buffers = dict(model.named_buffers())
     assert buffers.keys() == dict(stock.named_buffers()).keys()
     for name, buffer in stock.named_buffers():
@@ -183,7 +199,7 @@ def test_a_norm_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyP
 
 OTHERS = {
     "mixtures of experts": ("phimoe", "minimax_m2"),
-    "latent attention": ("deepseek_v2", "deepseek_v3"),
+    "latent attention": ("deepseek_v2",),
     "hybrids": ("qwen3_5_text", "qwen3_next", "jamba"),
     "shared key-value layers": ("gemma3n_text",),
     "encoder and decoder": ("t5", "bart"),

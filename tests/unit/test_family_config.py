@@ -10,13 +10,14 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import config_class
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES, UNGATED
-from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from tests.families import SIZES, tiny_config
+from tests.families import SIZES, layers_with, tiny_config
 
 COUNTS = {
     *("num_attention_heads", "num_key_value_heads", "head_dim", "per_layer_config"),
     *("intermediate_size", "num_local_experts", "num_experts"),
+    *("n_routed_experts", "num_nextn_predict_layers"),
+    *("mlp_only_layers", "decoder_sparse_step"),  # two ways to say which layers are dense
 }
 # The last two stand in files of old models and say nothing of the network.
 ABOUT_FILES = {
@@ -42,7 +43,7 @@ def published(family: str, **rope: Any) -> dict[str, Any]:
 
 def export(config: dict[str, Any], counts: list[tuple[int, int]]) -> dict[str, Any]:
     dense = shape_from_config(config, "source")
-    shape = dense.with_layers(tuple(LayerShape(zip(dense.kinds, layer, strict=True)) for layer in counts))
+    shape = dense.with_layers(layers_with(dense, *counts))
     return export_config(config, shape, "bfloat16").config
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.per_kind import LayerKeep
@@ -57,7 +58,7 @@ pytestmark = [
 def mask(network: Network, keep: list[LayerKeep]) -> None:
     """Zeroes what the other groups send into the linears that end attention and MLP. No token chooses other experts."""
     for i, layer in enumerate(decoder_layers(network.model)):
-        for linear in network.shape.input_linears:
+        for _, linear in network.shape.input_linear_ids([i]):
             if linear.is_stack:
                 mask_router(find_router(layer), keep[i]["experts"])
                 continue
@@ -68,16 +69,24 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
 
 
 def mask_router(gate: Any, kept: Tensor) -> None:
-    """Computes routers once more, as their papers have them: a softmax over all, whose largest add up to 1."""
+    """Computes routers once more, as their papers have them: a softmax over all, whose largest add up to 1.
+
+    Or a sigmoid, of which a correction decides which are the largest.
+    """
 
     def route(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden.flatten(0, -2) @ gate.weight.T + getattr(gate, "bias", 0)
         others = torch.ones(logits.shape[1], dtype=torch.bool).index_fill(0, kept, False)
-        found = logits.masked_fill(others, -torch.inf).softmax(1).topk(gate.top_k)
-        weights = (
-            found.values / found.values.sum(1, keepdim=True) if getattr(gate, "norm_topk_prob", True) else found.values
-        )
-        return logits, weights, found.indices
+        if hasattr(gate, CORRECTION):
+            scores = logits.sigmoid()
+            chosen = (scores + gate.e_score_correction_bias).masked_fill(others, -torch.inf).topk(gate.top_k).indices
+        else:
+            scores = logits.masked_fill(others, -torch.inf).softmax(1)
+            chosen = scores.topk(gate.top_k).indices
+        weights = scores.gather(1, chosen)
+        if getattr(gate, "norm_topk_prob", True):
+            weights = weights / weights.sum(1, keepdim=True)
+        return logits, weights * getattr(gate, "routed_scaling_factor", 1.0), chosen
 
     gate.forward = route
 
@@ -155,7 +164,7 @@ def test_biases_that_make_up_for_a_cut(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path / "dense")
     pretrained = open_for_pruning(tmp_path / "dense", RunConfig("unused", prune=PruneConfig(compensate="bias")))
     assert pretrained.absent == {name for name in pretrained.shape.parameters() if name.endswith("_proj.bias")} != set()
-    assert all(map(pretrained.shape.has_bias, pretrained.shape.linears))
+    assert all(pretrained.shape.has_bias(linear) for _, linear in pretrained.shape.linear_ids())
 
     made = export(family, tmp_path / "cut", FEW, MANY, attention_bias=True, mlp_bias=True)
     assert difference(logits(load(made.folder, trust_remote_code=True)), made.logits) < TOLERANCE

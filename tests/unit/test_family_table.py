@@ -41,6 +41,9 @@ def table() -> str:
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
 
 
+WHOLE = {".gate_proj": "dense MLPs", "shared": "shared experts", "_a_proj": "latent projections"}
+
+
 def describe(name: str, family: Family) -> tuple[str, ...]:
     if name == "llama":
         stored = LLAMA_STAND_IN
@@ -75,8 +78,9 @@ def notes(name: str, family: Family) -> list[str]:
         found.append("whole [experts](experts.md) leave")
     elif family.companions:
         found.append("its norms run over all heads, so a cut is not quite equal to a mask")
-    if family.whole:
-        found.append("shared experts stay whole, without LoRA")
+    whole = [words for part, words in WHOLE.items() if any(part in name for name in family.whole)]
+    if whole:
+        found.append(f"{' and '.join(whole)} stay whole, without LoRA")
     if family.fixed:
         found.append(f"its class has no field for fewer {' and '.join(family.fixed)}")
     if family.eager_only:

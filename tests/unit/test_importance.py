@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning import importance
 from loraprune_ds.pruning.criterion import score_shard
-from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores
+from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores
 from tests.oracle import formula
 from tests.unit.shapes_and_scores import make_shape
 from tests.unit.split_model import LayerTensors, random_layer, scores_over_ranks
@@ -110,12 +110,12 @@ def test_magnitude_ignores_the_gradients() -> None:
 # What each part of the definition is worth: without it the comparison above fails.
 
 
-def skip_module(name: str) -> Callable[..., LayerScores]:
-    def add_parts(linears: tuple[Linear, ...], scores: list[Tensor], *args: object, **kwargs: object) -> LayerScores:
-        kept = [s * (linear.name != name) for linear, s in zip(linears, scores, strict=True)]
-        return ADD_PARTS(linears, kept, *args, **kwargs)  # type: ignore[arg-type]
+def skip_module(name: str) -> Callable[..., list[LayerScores]]:
+    def by_layer(self: GroupSums, normalization: Normalization) -> list[LayerScores]:
+        kept = [s * (linear.name != name) for (_, linear), s in zip(self.linear_ids, self.parts, strict=True)]
+        return BY_LAYER(replace(self, parts=kept), normalization)
 
-    return add_parts
+    return by_layer
 
 
 def no_average(self: MovingAverage, now: list[LayerScores]) -> None:
@@ -133,9 +133,9 @@ def average_from_the_first_score(self: MovingAverage, now: list[LayerScores]) ->
     UPDATE(self, now)
 
 
-ADD_PARTS, UPDATE = importance._add_parts, MovingAverage.update
+BY_LAYER, UPDATE = GroupSums.by_layer, MovingAverage.update
 WRONG: dict[str, tuple[object, str, object]] = {
-    **{f"without {linear.name}": (importance, "_add_parts", skip_module(linear.name)) for linear in LLAMA_LINEARS},
+    **{f"without {linear.name}": (GroupSums, "by_layer", skip_module(linear.name)) for linear in LLAMA_LINEARS},
     "without the average": (MovingAverage, "update", no_average),
     "sum instead of average": (MovingAverage, "update", sum_of_all_steps),
     "average not from zero": (MovingAverage, "update", average_from_the_first_score),

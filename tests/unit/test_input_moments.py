@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from loraprune_ds.pruning import input_moments, taps
 from loraprune_ds.pruning.input_moments import InputMoments, add_half, half_of_product, numel_sent
-from loraprune_ds.pruning.prunable_model import LinearId
 from tests.unit.shapes_and_scores import make_shape
 
 
@@ -46,7 +45,7 @@ def test_sums_move_over_steps(monkeypatch: pytest.MonkeyPatch, *, second: bool) 
         sum_over_ranks=lambda values: values,
     )
     moments = InputMoments(model, [0], second=second, decay=0.5)
-    linear_id = LinearId(0, shape.input_linears[0])
+    linear_id = shape.input_linear_ids()[0]
     steps = [[integers(2, 5, 8, seed=s), integers(2, 5, 8, seed=s + 10)] for s in (1, 2, 3)]
     expected, tokens = torch.zeros(8, 8) if second else torch.zeros(8), 0.0
     for number, micro_batches in enumerate(steps):

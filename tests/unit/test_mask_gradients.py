@@ -35,8 +35,8 @@ def tiny_run(folder: Path, family: str, **settings: Any) -> tuple[PlainRun, Batc
 def masked_scores(run: PlainRun, batch: Batch) -> list[Tensor]:
     """Returns the oracle's scores: heads, then channels, layer by layer."""
     masked: list[tuple[nn.Module, int]] = []
-    for layer in run.prunable.layers:
-        attention, mlp = (layer.get_submodule(linear.name) for linear in run.prunable.shape.input_linears)
+    for i, layer in enumerate(run.prunable.layers):
+        attention, mlp = (layer.get_submodule(linear.name) for _, linear in run.prunable.shape.input_linear_ids([i]))
         masked += [(attention, SIZES["num_key_value_heads"]), (mlp, SIZES["intermediate_size"])]
     wanted = batch[1][:, 1:].flatten()
 

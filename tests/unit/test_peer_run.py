@@ -28,7 +28,7 @@ def test_scores_follow_the_formula_of_the_peer(tmp_path: Path, name: str) -> Non
 
     expected: list[Tensor] = []
     for i, layer in enumerate(run.prunable.layers):
-        for linear in run.prunable.shape.input_linears:
+        for _, linear in run.prunable.shape.input_linear_ids([i]):
             lora_linear(layer, linear).register_forward_pre_hook(partial(see, (i, linear.name)))
     tensors = {key: value.clone() for key, value in run.tensors().items()}
     run.step(1, batch)

@@ -572,6 +572,6 @@ def test_of_int8_weights_only_edges_of_scales_are_sent_to_score() -> None:
     for ranks in (1, 2, 3, 8):
         sent = scales_sent(request(Cluster(1, ranks), shape=shape, global_batch_size=48), shape)
         two_rows = 2 * sum(
-            shape.form(x).held(shape.linear_shape(0, x), 2)["weight_scale"].shape[1] for x in shape.linears
+            shape.form(x).held(shape.linear_shape(0, x), 2)["weight_scale"].shape[1] for x in shape.linears(0)
         )
         assert 0 < sent < 2 * len(shape.layers) * two_rows if ranks == 3 else sent == 0

@@ -128,7 +128,7 @@ def test_a_cut_is_that_of_the_multimodal_model(
     )
     hooks = []
     for i, layer in enumerate(layers.children()):
-        for linear in shape.input_linears:
+        for _, linear in shape.input_linear_ids([i]):
             module: Any = layer.get_submodule(linear.name)
             stays = torch.zeros(module.in_features)
             stays[shape.kept_indices(i, linear.parts, keep[i])] = 1

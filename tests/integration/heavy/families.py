@@ -21,7 +21,8 @@ KEPT, KEPT_EXPERTS = (2, 96), (2, 7)
 # llama.cpp takes a qwen2_moe's q_proj for hidden_size x hidden_size, and vLLM that of a granitemoe, too.
 SQUARE, ALL_HEADS = ("qwen2_moe", "granitemoe"), (4, 7)
 # Those whose layers of one size vLLM serves, as test_vllm.py shows, and by which implementation.
-VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items()}
+NOT_ASKED = ("glm4_moe", "deepseek_v3")
+VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 # Depths and settings in which what is special of a family shows.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -41,7 +42,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
     "qwen3_moe": {"moe_intermediate_size": 64, "norm_topk_prob": True},  # as published
-    "qwen2_moe": {"moe_intermediate_size": 64, "head_dim": 12},
+    "qwen2_moe": {"moe_intermediate_size": 64, "head_dim": 12, "decoder_sparse_step": 1},
     "olmoe": {"num_key_value_heads": 8, "head_dim": 12, "clip_qkv": None},
 }
 
