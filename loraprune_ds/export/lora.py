@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.config import Dtype, LoraConfig
-from loraprune_ds.export.expert_adapter import as_in_peft, in_peft
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.export.source import UnmergedModel
-from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names
+from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file
 from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.expert_adapter import as_in_peft, in_peft
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import as_stored, weight_file_count, write_index, write_weight_file
@@ -114,7 +114,7 @@ def _read_weight_file(pretrained: PretrainedModel, k: int, dtype: torch.dtype) -
 def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     """Writes the whole LoRA, which is no larger than one decoder layer. PEFT wants it in one file."""
     tensors = {
-        f"base_model.model.model.layers.{layer}.{name}.weight": tensor
+        name_in_file(layer, name): tensor
         for layer in range(len(unmerged.shape.layers))
         for name, tensor in as_in_peft(unmerged.lora(layer), unmerged.shape.linears(layer)).items()
     }
@@ -139,7 +139,7 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": last_names(modules),
+        "target_modules": last_names(linear.name for linear in modules),
         "bias": "none",
         "inference_mode": True,
         **(of_experts if stacks else {}),

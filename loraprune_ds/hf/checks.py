@@ -138,7 +138,7 @@ def _check_linear(layer: nn.Module, name: str, where: str, shape: ModelShape) ->
         module = layer.get_submodule(name)
     except AttributeError:
         raise UserError(f"{where} does not exist") from None
-    needed = f"target_modules={last_names(shape.linears(0))}"
+    needed = f"target_modules={last_names(x.name for x in shape.linears(0))}"
     require(hasattr(module, "base_layer"), f"{where} has no LoRA, which the criterion needs on every linear: {needed}")
     require(
         type(module) is LoraLinear and type(module.base_layer) is nn.Linear,

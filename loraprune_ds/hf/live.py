@@ -35,7 +35,7 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     where = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
     family = find_family(config.model_type, where)
     refuse_mixture(family, where)
-    return last_names(family.linears)
+    return last_names(linear.name for linear in family.linears)
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:

@@ -13,12 +13,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
+from loraprune_ds.model.expert_adapter import as_in_peft, from_peft, in_peft
 from loraprune_ds.model.experts import ExpertLora, ExpertStack
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.lora_product import OneProduct
@@ -90,8 +91,6 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
         raise UserError(f"model.adapter {folder} is not a plain LoRA adapter")
     if found.get("bias", "none") != "none" or found.get("rank_pattern") or found.get("alpha_pattern"):
         raise UserError(f"model.adapter {folder}: trained biases and per-module ranks or alphas are not supported")
-    if found.get("target_parameters"):
-        raise UserError(f"model.adapter {folder}: LoRA on experts (target_parameters) is written, but not read yet")
     if found.get("modules_to_save"):
         raise UserError(f"model.adapter {folder}: trained modules beside LoRA (modules_to_save) are not supported")
     for key, expected in (("r", config.r), ("lora_alpha", config.lora_alpha)):
@@ -101,8 +100,9 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
             )
     targets = found.get("target_modules") or []
     # A pattern says nothing by itself, unlike a list. Its tensors will (check_adapter_tensors).
-    named = {str(target).rpartition(".")[2] for target in targets}
-    missing = set() if isinstance(targets, str) else set(last_names(x.linear for x in shape.linear_ids())) - named
+    named = last_names([*targets, *(found.get("target_parameters") or [])])
+    needed = last_names(in_peft(x).tensor if x.is_stack else x.name for _, x in shape.linear_ids())
+    missing = set() if isinstance(targets, str) else set(needed) - set(named)
     if missing:
         raise UserError(
             f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion "
@@ -135,20 +135,38 @@ def check_adapter_tensors(folder: Path, r: int, shape: ModelShape) -> None:
 
 def _tensor_shapes(shape: ModelShape, r: int) -> dict[str, list[int]]:
     """Returns the shapes by the names in PEFT's adapter_model.safetensors."""
-    shapes = {}
-    for layer, linear in shape.linear_ids():
-        a, b = shape.lora_shapes(layer, linear, r)
-        prefix = f"base_model.model.model.layers.{layer}.{linear.name}"
-        shapes |= {f"{prefix}.lora_A.weight": list(a), f"{prefix}.lora_B.weight": list(b)}
-    return shapes
+    return {
+        name_in_file(layer, name): list(factor.shape)
+        for layer in range(len(shape.layers))
+        for name, factor in _factors_in_peft(shape, layer, r).items()
+    }
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def _factors_in_peft(shape: ModelShape, layer: int, r: int) -> dict[str, Tensor]:
+    """Returns the factors of a layer as PEFT has them, without content."""
+    factors: dict[str, Tensor] = {}
+    for linear in shape.linears(layer):
+        for which, size in zip("AB", shape.lora_shapes(layer, linear, r), strict=True):
+            factors[f"{linear.name}.lora_{which}"] = torch.empty(size, device="meta")
+    return as_in_peft(factors, shape.linears(layer))
+
+
+def load_adapter(model: PeftModel, folder: Path, shape: ModelShape, r: int) -> None:
     """Copies the weights of a checked adapter into the wrapped model, before ZeRO-3 shards them."""
-    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    saved, own = load_file(folder / "adapter_model.safetensors"), dict[str, Tensor]()
+    for layer in range(len(shape.layers)):
+        factors = {name: saved[name_in_file(layer, name)] for name in _factors_in_peft(shape, layer, r)}
+        factors = from_peft(factors, shape.linears(layer), r)
+        own |= {name_in_file(layer, name): factor for name, factor in factors.items()}
+    result = set_peft_model_state_dict(model, own)
     missing = [name for name in result.missing_keys if "lora_" in name]
     assert not missing, missing
     assert not result.unexpected_keys, result.unexpected_keys
+
+
+def name_in_file(layer: int, name: str) -> str:
+    """Returns the name of a LoRA factor ("{path}.lora_A") in PEFT's adapter_model.safetensors."""
+    return f"base_model.model.model.layers.{layer}.{name}.weight"
 
 
 def lora_linear(layer: nn.Module, linear: Linear) -> LoraLinear:
@@ -181,9 +199,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = False
 
 
-def last_names(linears: Iterable[Linear]) -> list[str]:
-    """Returns the last names of linears, each once, as PEFT's `target_modules` usually has them."""
-    return list(dict.fromkeys(linear.name.rpartition(".")[2] for linear in linears))
+def last_names(names: Iterable[str]) -> list[str]:
+    """Returns the last parts of names, each once, as PEFT's `target_modules` usually has them."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def base_parameter(layer: nn.Module, name: str) -> nn.Parameter:

@@ -136,7 +136,7 @@ def build_training_engine(
         )
         peft_model = add_lora(model, pretrained.shape, config.lora, config.seed)
         if config.model.adapter:
-            load_adapter(peft_model, Path(config.model.adapter).expanduser())
+            load_adapter(peft_model, Path(config.model.adapter).expanduser(), pretrained.shape, config.lora.r)
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         gather_modules_whole(peft_model, pretrained.shape)

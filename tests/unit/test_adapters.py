@@ -133,7 +133,7 @@ def test_an_adapter_is_taken_over(folder: Path, adapter: Path, dtype: torch.dtyp
     check_adapter(adapter, CONFIG, shape)
     check_adapter_tensors(adapter, CONFIG.r, shape)
     model = wrap(folder, dtype=dtype)
-    load_adapter(model, adapter)
+    load_adapter(model, adapter, shape, CONFIG.r)
     saved = load_file(adapter / "adapter_model.safetensors")
     for name, tensor in lora_of(model).items():
         assert tensor.dtype == dtype

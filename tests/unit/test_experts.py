@@ -10,17 +10,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import Mxfp4Config
 
 from loraprune_ds.config import LoraConfig, PruneConfig, RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.expert_adapter import as_in_peft
 from loraprune_ds.export.lora import _adapter_config, merge_lora
-from loraprune_ds.model.adapters import check_adapter, lora_linear, lora_weights
+from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors, load_adapter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.expert_adapter import as_in_peft
 from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.flops import active_numel
@@ -211,8 +211,24 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         found = loaded(input_ids=PROMPT, use_cache=False).logits
     assert difference(found, network.logits()) < TOLERANCE
-    with pytest.raises(UserError, match=r"LoRA on experts \(target_parameters\) is written, but not read yet"):
-        check_adapter(tmp_path, LoraConfig(r=3), network.shape)
+    check_adapter(tmp_path, LoraConfig(r=3), network.shape)
+    check_adapter_tensors(tmp_path, 3, network.shape)
+    again = dense(family)
+    for name, factor in again.model.named_parameters():
+        if "lora_" in name:
+            nn.init.zeros_(factor)
+    load_adapter(again.model, tmp_path, network.shape, 3)
+    assert torch.equal(again.logits(), network.logits())
+
+
+def test_an_adapter_without_lora_on_experts_is_refused(tmp_path: Path) -> None:
+    shape = dense("mixtral").shape
+    config = _adapter_config(LoraConfig(r=3), shape) | {"target_parameters": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match="has no LoRA on down_proj, gate_up_proj; the criterion needs it on all linears"
+    ):
+        check_adapter(tmp_path, LoraConfig(r=3), shape)
 
 
 def test_the_load_of_the_router_is_counted() -> None:

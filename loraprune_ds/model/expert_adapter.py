@@ -40,3 +40,18 @@ def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[Linear]) -> dict[st
             a, b = of_a.flatten(0, 1), of_b.permute(1, 2, 0).flatten(1)
         found |= {f"{path}.lora_A": a.contiguous(), f"{path}.lora_B": b.contiguous()}
     return found
+
+
+def from_peft(lora: Mapping[str, Tensor], linears: Iterable[Linear], lora_rank: int) -> dict[str, Tensor]:
+    """Undoes `as_in_peft`."""
+    found: dict[str, Tensor] = {}
+    for linear in linears:
+        path = in_peft(linear).lora if linear.is_stack else linear.name
+        a, b = (lora[f"{path}.lora_{which}"] for which in "AB")
+        if linear.is_stack:
+            of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(1, (lora_rank, -1)).permute(2, 0, 1)
+            if linear.transposed:
+                of_a, of_b = of_b.transpose(1, 2), of_a.transpose(1, 2)
+            a, b = of_a.flatten(0, 1), of_b.flatten(0, 1)
+        found |= {f"{linear.name}.lora_A": a.contiguous(), f"{linear.name}.lora_B": b.contiguous()}
+    return found
