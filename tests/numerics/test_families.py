@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.model.expert_adapter import as_in_peft
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.families import SIZES, families, tiny_model
@@ -39,6 +40,16 @@ def random_lora(folder: Path) -> dict[str, Tensor]:
         for factor, size in zip("AB", shape.lora_shapes(i, linear, RANK), strict=True):
             lora[f"layers.{i}.{linear.name}.lora_{factor}"] = torch.randn(size, generator=generator) * 0.2
     return lora
+
+
+def in_file(lora: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Returns LoRA as an adapter's file has it. That is another layout for experts."""
+    shape, found = open_pretrained(folder).shape, dict[str, Tensor]()
+    for i in range(len(shape.layers)):
+        prefix = f"layers.{i}."
+        own = {name.removeprefix(prefix): factor for name, factor in lora.items() if name.startswith(prefix)}
+        found |= {f"{prefix}{name}": factor for name, factor in as_in_peft(own, shape.linears(i)).items()}
+    return found
 
 
 def measured(run: PlainRun) -> dict[str, dict[str, Tensor]]:
@@ -67,7 +78,7 @@ def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family:
     folder = tmp_path / "model"
     tiny_model(family, seed=1).save_pretrained(folder)
     lora = random_lora(folder)
-    adapter = write_adapter(tmp_path / "adapter", lora, r=RANK, alpha=ALPHA)
+    adapter = write_adapter(tmp_path / "adapter", in_file(lora, folder), r=RANK, alpha=ALPHA)
     batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=SIZES["vocab_size"], seed=3)
     # Experts alone would go otherwise.
     heads_go = FAMILIES[family].mixture and "heads" not in FAMILIES[family].fixed
