@@ -16,9 +16,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from loraprune_ds.config import LoraConfig as LoraSettings
-from loraprune_ds.model.adapters import add_lora
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
@@ -88,9 +85,12 @@ def train_plain(model: Path, comm: Communicator) -> dict[str, float]:
 
 def train_alone(model: Path, comm: Communicator) -> dict[str, float]:
     """Trains the same model without ZeRO-3. A linear with LoRA is one operation, as in our trainer."""
-    config = LoraSettings(r=RANK, lora_dropout=0.0)
+    from loraprune_ds.config import LoraConfig as Settings
+    from loraprune_ds.model.adapters import add_lora
+    from loraprune_ds.model.pretrained import open_pretrained  # the checkout before has it elsewhere
+
     base = LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    wrapped = add_lora(base, open_pretrained(model).shape, config, seed=0)
+    wrapped = add_lora(base, open_pretrained(model).shape, Settings(r=RANK, lora_dropout=0.0), seed=0)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
     ids = torch.randint(base.config.vocab_size, (growth_rank.BATCH // comm.world_size, growth_rank.WINDOW))
 
