@@ -13,7 +13,8 @@ CPU ranks, on the busier one:
 * the exchange of a cut with the shapes of LLaMA-65B on one of 8, 64 and 512 ranks, with copies and without. The other
   ranks are simulated
 
-All of it is measured in some rounds by turns, and the least CPU seconds count. The result goes to tests/benchmarks/results/host_cost.json.
+All of it is measured in some rounds by turns, and the least CPU seconds count. The result goes to
+tests/benchmarks/results/host_cost.json.
 """
 
 import argparse
