@@ -80,7 +80,11 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
         select([], ["best"])
 
 
-RECIPES = {"tuned": "fisher-refit", "general": "fisher-refit-distillation-global", "stock": "fisher-refit-stock"}
+RECIPES = {
+    "tuned": "fisher-refit-4-steps",
+    "general": "fisher-refit-distillation-global",
+    "stock": "fisher-refit-stock-4-steps",
+}
 
 
 @pytest.mark.parametrize(("recipe", "setting"), RECIPES.items())
