@@ -109,7 +109,8 @@ def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> Non
 
 def _check_others(model: PeftModel, shape: ModelShape) -> None:
     """Checks what trains beside the LoRA of the linears: it must be exported, and a cut must not change it."""
-    pruned = {id(decoder_layers(model)[i].get_submodule(linear.name)) for i, linear in shape.linear_ids()}
+    layers = decoder_layers(model)
+    pruned = {id(layers[i].get_submodule(linear.name)) for i, linear in shape.linear_ids()}
     cut_along = tuple(f".{companion.name.rpartition('.')[0]}" for companion in shape.family.companions)
     for name, module in model.named_modules():
         name = name.removeprefix("base_model.model.")

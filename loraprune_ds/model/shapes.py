@@ -220,14 +220,14 @@ class ModelShape:
         """
         layers = range(len(self.layers)) if layer is None else [layer]
         forms = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.form(x) for i in layers for x in self.linears(i)}
-        held: dict[str, Held] = {}
+        held, exact = dict[str, Held](), self.exact
         for name, shape in (self.parameters() if layer is None else self.layer_parameters(layer)).items():
             if form := forms.get(name):
                 rows, columns = shape
                 tensors = form.held((rows, columns), element_size)
                 held |= {f"{name.removesuffix(WEIGHT)}{tensor}": value for tensor, value in tensors.items()}
             else:
-                held[name] = Held(shape, 4 if name in self.exact else element_size)
+                held[name] = Held(shape, 4 if name in exact else element_size)
         return held
 
     @property

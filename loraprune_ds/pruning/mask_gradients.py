@@ -26,12 +26,12 @@ from torch import Tensor
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
-from loraprune_ds.pruning.taps import BackwardRecorder, Tap, hook_inputs
+from loraprune_ds.pruning.taps import StepRecorder, Tap, hook_inputs
 
 CPU_BLOCK_NUMEL = 1 << 16  # inputs at a time: their fp32 copies and squares stay in a CPU's cache
 
 
-class MaskGradients(BackwardRecorder):
+class MaskGradients(StepRecorder):
     """Records the squared gradient of every group's mask during one step, summed over this rank's tokens.
 
     L is the step's loss: the mean over the global batch. Each token counts by itself. So the sums over all ranks do not

@@ -38,8 +38,8 @@ def hook_inputs(model: PrunableModel, layers: Iterable[int], see: SeeInput) -> l
     return linear_ids
 
 
-class BackwardRecorder:
-    """Records what a step's backward passes show of each linear, added up over the micro-batches."""
+class StepRecorder:
+    """Records what a step's passes show of each linear, added up over the micro-batches."""
 
     def __init__(self) -> None:
         self._recorded: dict[LinearId, Tensor] = {}

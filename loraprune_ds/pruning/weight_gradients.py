@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.taps import BackwardRecorder, Tap
+from loraprune_ds.pruning.taps import StepRecorder, Tap
 
 
-class WeightGradients(BackwardRecorder):
+class WeightGradients(StepRecorder):
     """Records the gradient of every frozen linear during one step: fp32, averaged over the global batch.
 
     The backward pass of a linear forms its gradient gᵀ·x in the model's dtype (fp16: in fp32). In that dtype it is

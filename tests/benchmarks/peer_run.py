@@ -31,7 +31,7 @@ from loraprune_ds.pruning.criterion import effective_weight, magnitude, score_sh
 from loraprune_ds.pruning.importance import add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.taps import hook_inputs
+from loraprune_ds.pruning.taps import StepRecorder, hook_inputs
 from tests.benchmarks.two_four import CutNothing, merged_where_kept
 
 
@@ -58,31 +58,22 @@ class Metric:
 METRICS = {"wanda": Metric(magnitude, norm), "flap": Metric(squared, variance)}
 
 
-class InputSizes:
+class InputSizes(StepRecorder):
     """Adds up the inputs of a step and their squares, float64, over this rank's tokens."""
 
     def __init__(self, model: PrunableModel) -> None:
-        self._active = False
-        self.sums: dict[LinearId, Tensor] = {}  # (1 + 2 · in_features,): tokens, sums, squares
+        super().__init__()
         self.linear_ids = hook_inputs(model, range(len(model.layers)), self._see)
 
-    @contextmanager
-    def record(self) -> Generator[None]:
-        """Records while it is open: around all passes of a step and the use of its results."""
-        self._active = True
-        try:
-            yield
-        finally:
-            self._active = False
-            self.sums.clear()
+    def of(self, linear_id: LinearId) -> Tensor:
+        """Returns (1 + 2 · in_features,): tokens, sums, squares."""
+        return self._recorded[linear_id]
 
     @torch.no_grad()
     def _see(self, linear_id: LinearId, inputs: Tensor) -> None:
-        if not self._active:
-            return
-        x = inputs.detach().flatten(0, -2).double()
-        sums = torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)])
-        self.sums[linear_id] = self.sums[linear_id] + sums if linear_id in self.sums else sums
+        if self._active:
+            x = inputs.detach().flatten(0, -2).double()
+            self._add(linear_id, torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)]))
 
 
 class PeerPruner(Pruner):
@@ -109,7 +100,7 @@ class PeerPruner(Pruner):
         parts: list[Tensor] = []
         for linear_id in self.sizes.linear_ids:
             layer, linear = linear_id
-            tokens, sums = self.model.sum_over_ranks(self.sizes.sums[linear_id]).tensor_split([1])
+            tokens, sums = self.model.sum_over_ranks(self.sizes.of(linear_id)).tensor_split([1])
             shard = self.model.owned_weight(layer, linear)
             columns = score_shard(shard, factors[layer][linear.name], self.metric.element, axis=1)
             scores = columns * self.metric.size(tokens, *sums.chunk(2))
