@@ -9,6 +9,7 @@ DISTILL = "train.distill_weight=0.5"
 GRADIENT = "prune.criterion=gradient"
 FISHER = "prune.criterion=fisher"
 GLOBAL = "prune.ranking=global"
+EVERY_STEP = ("prune.compensate_steps=4", "prune.compensate_decay=0.9")  # measured for the refit
 INT8 = "model.frozen=int8"
 ALL_THREE = (REFIT, DISTILL, GRADIENT)
 ENDS = ("plain", "all-three")
@@ -86,8 +87,9 @@ def _settings() -> list[Setting]:
         _short("fisher", "fisher-refit-global", FISHER, REFIT, GLOBAL),
         _short("fisher", "fisher-refit-distillation", FISHER, REFIT, DISTILL),
         _short("fisher", "fisher-refit-distillation-global", FISHER, REFIT, DISTILL, GLOBAL),
+        _short("fisher", "fisher-refit-distillation-global-4-steps", FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP),
         _short("fisher", "fisher-refit-stock", FISHER, REFIT, *STOCK),
-        _short("fisher", "fisher-refit-half", FISHER, REFIT, HALF),
+        _short("fisher", "fisher-refit-4-steps-half", FISHER, REFIT, *EVERY_STEP, HALF),
     ]
     smaller = {
         "rank-32": ("lora.r=32", "lora.lora_alpha=64"),
@@ -95,7 +97,7 @@ def _settings() -> list[Setting]:
         "end-0.5": ("prune.cooldown_fraction=0.5",),
         "lr6e-3": ("train.learning_rate=6e-3",),
         "few-heads": ("prune.head_ratio=0.3",),
-        "4-steps": ("prune.compensate_steps=4", "prune.compensate_decay=0.9"),
+        "4-steps": EVERY_STEP,
         "decay-0.9": ("prune.compensate_decay=0.9",),
     }
     details += [
@@ -104,9 +106,10 @@ def _settings() -> list[Setting]:
     details.append(
         _short("fisher-details", "fisher-refit-distillation-0.25", FISHER, REFIT, "train.distill_weight=0.25")
     )
-    stock = [
-        _short("stock", f"fisher-refit-stock-{name}", FISHER, REFIT, *STOCK, *changes)
-        for name, changes in smaller.items()
+    stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
+    stock += [
+        _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
+        for name in ("rank-32", "every-8", "end-0.5", "few-heads")
     ]
     magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
@@ -120,7 +123,7 @@ def _settings() -> list[Setting]:
     long = [
         Setting("long", "plain-409600", (*LONG, DEEP, UNTUNED_RATE)),
         Setting("long", "all-three-409600", (*LONG, DEEP, UNTUNED_RATE, *ALL_THREE)),
-        Setting("long", "fisher-refit-409600", (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT)),
+        Setting("long", "fisher-refit-4-steps-409600", (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, *EVERY_STEP)),
         Setting(
             "long",
             "fisher-refit-distillation-global-409600",
@@ -130,13 +133,13 @@ def _settings() -> list[Setting]:
     light = [
         Setting("light", "plain-light", (*SHORT, LIGHT, UNTUNED_RATE)),
         Setting("light", "all-three-light", (*SHORT, LIGHT, UNTUNED_RATE, *ALL_THREE)),
-        Setting("light", "fisher-refit-light", (*SHORT, LIGHT, UNTUNED_RATE, FISHER, REFIT)),
+        Setting("light", "fisher-refit-4-steps-light", (*SHORT, LIGHT, UNTUNED_RATE, FISHER, REFIT, *EVERY_STEP)),
         Setting("light", "all-three-light-409600", (*LONG, LIGHT, UNTUNED_RATE, *ALL_THREE)),
     ]
     gqa = [
         _short("gqa", "gqa-plain", model="gqa"),
         _short("gqa", "gqa-all-three", *ALL_THREE, model="gqa"),
-        _short("gqa", "gqa-fisher-refit", FISHER, REFIT, model="gqa"),
+        _short("gqa", "gqa-fisher-refit-4-steps", FISHER, REFIT, *EVERY_STEP, model="gqa"),
         _short("gqa", "gqa-plain-stock", *STOCK, model="gqa"),
         _short("gqa", "gqa-all-three-stock", *ALL_THREE, *STOCK, model="gqa"),
     ]
