@@ -35,7 +35,7 @@ class LoraFactors:
 
 def in_fp32(rows: Tensor, first: int) -> Tensor:
     """Decodes rows of a weight that is held as it is."""
-    return rows.float()
+    return rows.to(torch.float32, copy=True)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class OwnedShard:
     """Holds the flat elements [start, start + len(flat)) of a row-major weight of `shape`, which this rank owns.
 
     Attributes:
-        decode: (some rows as they are held, number of the first) -> these rows of the weight, fp32.
+        decode: (some rows as they are held, number of the first) -> a new tensor with these rows of the weight, fp32.
     """
 
     flat: Tensor
