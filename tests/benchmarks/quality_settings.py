@@ -97,15 +97,16 @@ def _settings() -> list[Setting]:
         "end-0.5": ("prune.cooldown_fraction=0.5",),
         "lr6e-3": ("train.learning_rate=6e-3",),
         "few-heads": ("prune.head_ratio=0.3",),
-        "4-steps": EVERY_STEP,
-        "decay-0.9": ("prune.compensate_decay=0.9",),
+        "distillation-0.25": ("train.distill_weight=0.25",),
     }
     details += [
-        _short("fisher-details", f"fisher-refit-{name}", FISHER, REFIT, *changes) for name, changes in smaller.items()
+        _short("fisher-details", "fisher-refit-4-steps", FISHER, REFIT, *EVERY_STEP),
+        _short("fisher-details", "fisher-refit-decay-0.9", FISHER, REFIT, EVERY_STEP[1]),
     ]
-    details.append(
-        _short("fisher-details", "fisher-refit-distillation-0.25", FISHER, REFIT, "train.distill_weight=0.25")
-    )
+    details += [
+        _short("fisher-details", f"fisher-refit-4-steps-{name}", FISHER, REFIT, *EVERY_STEP, *changes)
+        for name, changes in smaller.items()
+    ]
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
         _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
