@@ -32,7 +32,7 @@ class Setting:
     Attributes:
         model: `mha` (key-value heads repeated), `gqa` (SmolLM2 as it is), `nf4` (`mha`, rounded to 4 bits) or
             `two-four` (`mha`, two of four weights zero).
-        peer: another method (peer_run.py). Empty: the project's.
+        peer: another method, or a lever (peer_run.py). Empty: the project's.
     """
 
     group: str
@@ -46,8 +46,8 @@ class Setting:
         return wanted[:1] if self.one_seed else wanted
 
 
-def _short(group: str, name: str, *changes: str, model: str = "mha", one_seed: bool = False) -> Setting:
-    return Setting(group, name, (*SHORT, DEEP, RATE, *changes), model, one_seed)
+def _short(group: str, name: str, *changes: str, model: str = "mha", one_seed: bool = False, peer: str = "") -> Setting:
+    return Setting(group, name, (*SHORT, DEEP, RATE, *changes), model, one_seed, peer)
 
 
 def _settings() -> list[Setting]:
@@ -106,6 +106,12 @@ def _settings() -> list[Setting]:
     details += [
         _short("fisher-details", f"fisher-refit-4-steps-{name}", FISHER, REFIT, *EVERY_STEP, *changes)
         for name, changes in smaller.items()
+    ]
+    details.append(_short("fisher-details", "fisher-refit-4-steps-norms", FISHER, REFIT, *EVERY_STEP, peer="norms"))
+    general = (FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP)
+    details += [
+        _short("fisher-details", "general-0.25", *general, "train.distill_weight=0.25"),
+        _short("fisher-details", "general-temperature-2", *general, peer="temperature-2"),
     ]
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
