@@ -103,6 +103,7 @@ def _settings() -> list[Setting]:
         _short("fisher-details", "fisher-refit-4-steps", FISHER, REFIT, *EVERY_STEP),
         _short("fisher-details", "fisher-refit-decay-0.9", FISHER, REFIT, EVERY_STEP[1]),
         _short("quick", "fisher-refit-20480", FISHER, REFIT, *EVERY_STEP, "train.steps=20", "prune.prune_every=1"),
+        _short("quick", "fisher-refit-10240", FISHER, REFIT, *EVERY_STEP, "train.steps=10", "prune.prune_every=1"),
     ]
     details += [
         _short("fisher-details", f"fisher-refit-4-steps-{name}", FISHER, REFIT, *EVERY_STEP, *changes)
@@ -159,7 +160,7 @@ GROUPS = {  # in the order of the table
     "levers": "41.7 % removed, 81,920 tokens, learning rate 4e-3",
     "fisher": "the same, criterion fisher",
     "fisher-details": "details of fisher with the refit",
-    "quick": "the same, 20,480 tokens",
+    "quick": "a few steps, with a cut after each",
     "stock": "the same, no layer protected",
     "peers": "other methods, without a refit",
     "int8": "the same with int8 weights",
