@@ -97,6 +97,7 @@ def _settings() -> list[Setting]:
         "end-0.5": ("prune.cooldown_fraction=0.5",),
         "lr6e-3": ("train.learning_rate=6e-3",),
         "few-heads": ("prune.head_ratio=0.3",),
+        "many-heads": ("prune.head_ratio=0.45",),
         "distillation-0.25": ("train.distill_weight=0.25",),
     }
     details += [
@@ -118,7 +119,7 @@ def _settings() -> list[Setting]:
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
         _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
-        for name in ("rank-32", "every-8", "end-0.5", "few-heads")
+        for name in ("rank-32", "every-8", "end-0.5", "few-heads", "many-heads")
     ]
     magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
