@@ -97,7 +97,7 @@ def _settings() -> list[Setting]:
         "end-0.5": ("prune.cooldown_fraction=0.5",),
         "lr6e-3": ("train.learning_rate=6e-3",),
         "few-heads": ("prune.head_ratio=0.3",),
-        "many-heads": ("prune.head_ratio=0.45",),
+        "many-heads": ("prune.head_ratio=0.56",),
         "distillation-0.25": ("train.distill_weight=0.25",),
     }
     details += [
