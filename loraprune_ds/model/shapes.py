@@ -131,7 +131,8 @@ class ModelShape:
 
     def form(self, linear: Linear) -> Form:
         """Returns the form in which a rank holds the weight of this linear."""
-        return Int8(linear.axis) if self.int8 else DENSE
+        form = Int8(1, self.hidden_size) if linear.rows_are_hidden else Int8(0)
+        return form if self.int8 else DENSE
 
     def has_bias(self, linear: Linear) -> bool:
         """Tells if this linear has one, in every layer."""
@@ -261,8 +262,8 @@ class ModelShape:
             if linear.parts not in indices:
                 indices[linear.parts] = self.kept_indices(layer, linear.parts, keep)
             kept = indices[linear.parts]
-            for tensor in self.form(linear).tensors:
-                yield f"{linear.name}.{tensor}", linear.axis, kept
+            for tensor, stays in self.form(linear).kept(linear.axis, kept).items():
+                yield f"{linear.name}.{tensor}", linear.axis, stays
             if linear.axis == 0 and self.has_bias(linear):
                 yield f"{linear.name}.bias", 0, kept
         for companion in self.companions(layer):

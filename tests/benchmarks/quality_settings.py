@@ -32,7 +32,7 @@ class Setting:
     Attributes:
         model: `mha` (key-value heads repeated), `gqa` (SmolLM2 as it is), `nf4` (`mha`, rounded to 4 bits) or
             `two-four` (`mha`, two of four weights zero).
-        peer: another method (peer_run.py). Empty: the project's.
+        peer: another method, or a lever (peer_run.py). Empty: the project's.
     """
 
     group: str
@@ -46,8 +46,8 @@ class Setting:
         return wanted[:1] if self.one_seed else wanted
 
 
-def _short(group: str, name: str, *changes: str, model: str = "mha", one_seed: bool = False) -> Setting:
-    return Setting(group, name, (*SHORT, DEEP, RATE, *changes), model, one_seed)
+def _short(group: str, name: str, *changes: str, model: str = "mha", one_seed: bool = False, peer: str = "") -> Setting:
+    return Setting(group, name, (*SHORT, DEEP, RATE, *changes), model, one_seed, peer)
 
 
 def _settings() -> list[Setting]:
@@ -97,19 +97,29 @@ def _settings() -> list[Setting]:
         "end-0.5": ("prune.cooldown_fraction=0.5",),
         "lr6e-3": ("train.learning_rate=6e-3",),
         "few-heads": ("prune.head_ratio=0.3",),
-        "4-steps": EVERY_STEP,
-        "decay-0.9": ("prune.compensate_decay=0.9",),
+        "many-heads": ("prune.head_ratio=0.56",),
+        "distillation-0.25": ("train.distill_weight=0.25",),
     }
     details += [
-        _short("fisher-details", f"fisher-refit-{name}", FISHER, REFIT, *changes) for name, changes in smaller.items()
+        _short("fisher-details", "fisher-refit-4-steps", FISHER, REFIT, *EVERY_STEP),
+        _short("fisher-details", "fisher-refit-decay-0.9", FISHER, REFIT, EVERY_STEP[1]),
+        _short("quick", "fisher-refit-20480", FISHER, REFIT, *EVERY_STEP, "train.steps=20", "prune.prune_every=1"),
+        _short("quick", "fisher-refit-10240", FISHER, REFIT, *EVERY_STEP, "train.steps=10", "prune.prune_every=1"),
     ]
-    details.append(
-        _short("fisher-details", "fisher-refit-distillation-0.25", FISHER, REFIT, "train.distill_weight=0.25")
-    )
+    details += [
+        _short("fisher-details", f"fisher-refit-4-steps-{name}", FISHER, REFIT, *EVERY_STEP, *changes)
+        for name, changes in smaller.items()
+    ]
+    details.append(_short("fisher-details", "fisher-refit-4-steps-norms", FISHER, REFIT, *EVERY_STEP, peer="norms"))
+    general = (FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP)
+    details += [
+        _short("fisher-details", "general-0.25", *general, "train.distill_weight=0.25"),
+        _short("fisher-details", "general-temperature-2", *general, peer="temperature-2"),
+    ]
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
         _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
-        for name in ("rank-32", "every-8", "end-0.5", "few-heads")
+        for name in ("rank-32", "every-8", "end-0.5", "few-heads", "many-heads")
     ]
     magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
@@ -151,6 +161,7 @@ GROUPS = {  # in the order of the table
     "levers": "41.7 % removed, 81,920 tokens, learning rate 4e-3",
     "fisher": "the same, criterion fisher",
     "fisher-details": "details of fisher with the refit",
+    "quick": "a few steps, with a cut after each",
     "stock": "the same, no layer protected",
     "peers": "other methods, without a refit",
     "int8": "the same with int8 weights",
