@@ -90,11 +90,11 @@ def score_groups(
     for layer, factors in enumerate(model.lora_factors()):
         for linear in shape.linears(layer):
             shard = model.owned_weight(layer, linear)
-            given = () if gradients is None else (gradients.owned(layer, linear),)
+            given = None if gradients is None else gradients.owned(layer, linear)
             sums = torch.cat(
                 [
-                    score_shard(owned, of_expert, element_criterion, linear.axis, *given)
-                    for owned, of_expert in split_experts(shard, factors[linear.name])
+                    score_shard(owned, of_expert, element_criterion, linear.axis, of_gradient)
+                    for owned, of_expert, of_gradient in split_experts(shard, factors[linear.name], given)
                 ]
             )
             parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
