@@ -120,7 +120,8 @@ def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape
     """Returns the layers of a model with so many heads, and so many channels or experts, where a layer has any."""
 
     def other(kind: str, own: int, heads: int, others: int) -> int:
-        return own if kind in shape.family.fixed or own == 0 else heads if kind == "heads" else others
+        whole = kind not in shape.kinds or kind in shape.family.fixed or own == 0
+        return own if whole else heads if kind == "heads" else others
 
     layers = zip(shape.layers, counts, strict=True)
     return tuple(LayerShape((kind, other(kind, own, *new)) for kind, own in layer.items()) for layer, new in layers)

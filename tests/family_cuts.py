@@ -93,7 +93,7 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
         return torch.randperm(total, generator=generator)[:kept].sort().values
 
     layers = zip(shape.layers, layers_with(shape, *counts), strict=True)
-    return [LayerKeep((kind, some(count, wanted[kind])) for kind, count in now.items()) for now, wanted in layers]
+    return [LayerKeep((kind, some(now[kind], wanted[kind])) for kind in shape.kinds) for now, wanted in layers]
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, Int8, NotFinite
 from loraprune_ds.model.int8_linear import Int8Linear, form_of
@@ -134,9 +135,9 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(fam
         dense.shape.after(keep).held(None, 2),
     )
     cuts = {
-        f"model.layers.{i}.{name}": AxisCut(held[f"model.layers.{i}.{name}"].shape, axis, kept)
+        f"model.layers.{i}.{name}": AxisCut(held[f"model.layers.{i}.{name}"].shape, *kept)
         for i, layer_keep in enumerate(keep)
-        for name, axis, kept in dense.shape.layer_cuts(i, layer_keep)
+        for name, kept in layer_cuts(dense.shape, i, layer_keep)
     }
     assert {name.rpartition(".")[2] for name in cuts} >= {WEIGHT, SCALE}
     for name, cut in cuts.items():
