@@ -1,6 +1,7 @@
 """The sizes of the network: what a decoder layer holds, how wide it is, and all other parameters."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -113,13 +114,11 @@ class ModelShape:
 
     def part_sizes(self, layer: int, parts: tuple[Part, ...]) -> list[int]:
         """Returns the rows (or columns) of each part at this layer's current width."""
-        counts = self.layers[layer]
-        return [counts[part.kind] * self.width(part.width, counts) for part in parts]
+        return [self.layers[layer][part.kind] * self.width(part.width, self.layers[layer]) for part in parts]
 
     def scored_kinds(self, linear: Linear) -> tuple[Kind, ...]:
         """Returns the kind of each vector of scores that a linear gives. A stack scores each line of a channel."""
-        channels = linear.channels if self.thins_experts else None
-        lines = channels.lines.of_channel if channels else 0
+        lines = linear.channels.lines.of_channel if self.thins_experts and linear.channels else 0
         return (*(part.kind for part in linear.parts), *("expert_channels",) * lines)
 
     def query_heads(self, layer: LayerShape) -> int:
@@ -128,16 +127,15 @@ class ModelShape:
 
     def kept_indices(self, layer: int, parts: tuple[Part, ...], keep: LayerKeep) -> Tensor:
         """Returns the rows (or columns) that stay along the axis of these parts, ascending int64."""
-        offset, kept, counts = 0, list[Tensor](), self.layers[layer]
+        offset, kept = 0, list[Tensor]()
         for part, size in zip(parts, self.part_sizes(layer, parts), strict=True):
-            kept.append(offset + group_indices(keep[part.kind], self.width(part.width, counts)))
+            kept.append(offset + group_indices(keep[part.kind], self.width(part.width)))
             offset += size
         return torch.cat(kept)
 
     def linear_shape(self, layer: int, linear: Linear) -> tuple[int, int]:
         """Returns (out_features, in_features) of a linear at this layer's current width."""
-        across = self.width(linear.across, self.layers[layer])
-        width = sum(self.part_sizes(layer, linear.parts))
+        width, across = sum(self.part_sizes(layer, linear.parts)), self.width(linear.across, self.layers[layer])
         return (width, across) if linear.axis == 0 else (across, width)
 
     def lora_shapes(self, layer: int, linear: Linear, lora_rank: int) -> tuple[Matrix, Matrix]:
@@ -163,13 +161,11 @@ class ModelShape:
         return [math.prod(shape) for x in self.linears(layer) for shape in self.lora_shapes(layer, x, lora_rank)]
 
     @cached_property
-    def _numel_of_one(self) -> dict[tuple[Kind, ...], int]:
+    def _numel_of_one(self) -> Mapping[tuple[Kind, ...], int]:
         """The linear parameters of a layer with one group of each kind, by the kinds whose counts they grow with."""
-        found: dict[tuple[Kind, ...], int] = {}
-        one = {"expert_channels": 1}
+        found, one = Counter[tuple[Kind, ...]](), {"expert_channels": 1}
         for x in (x for x in self.family.linears if x.name not in self.absent):
-            width = sum(self.width(part.width, one) for part in x.parts)
-            found[x.kinds] = found.get(x.kinds, 0) + width * self.width(x.across, one)
+            found[x.kinds] += sum(self.width(part.width, one) for part in x.parts) * self.width(x.across, one)
         return found
 
     def numel_of(self, counts: Mapping[Kind, int]) -> int:
@@ -199,8 +195,8 @@ class ModelShape:
 
     def inputs(self, layer: int, linear: Linear) -> int:
         """Counts the inputs of a linear, or of one expert's."""
-        counts = self.layers[layer]
-        return self.width(linear.expert_inputs, counts) if linear.is_stack else self.linear_shape(layer, linear)[1]
+        stack = linear.is_stack
+        return self.width(linear.expert_inputs, self.layers[layer]) if stack else self.linear_shape(layer, linear)[1]
 
     def inputs_per_token(self, layer: int, linear: Linear) -> int:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
@@ -282,8 +278,7 @@ class ModelShape:
 
     def cut_kinds(self, layer: int, keep: LayerKeep) -> list[Kind]:
         """Returns the kinds of which the layer loses groups."""
-        groups = self.layers[layer].groups
-        return [kind for kind in self.kinds if len(keep[kind]) < groups[kind]]
+        return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer].groups[kind]]
 
     def cut_linears(self, layer: int, keep: LayerKeep) -> list[Linear]:
         """Returns the linears of a layer that get smaller."""
