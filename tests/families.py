@@ -117,11 +117,14 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 
 def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape, ...]:
-    """Returns the layers of a model with so many heads, and so many channels or experts, where a layer has any."""
+    """Returns the layers of a model with so many heads, and so many channels or experts, where a layer has any.
+
+    Experts that lose channels, too, lose three.
+    """
 
     def other(kind: str, own: int, heads: int, others: int) -> int:
         whole = kind not in shape.kinds or kind in shape.family.fixed or own == 0
-        return own if whole else heads if kind == "heads" else others
+        return own if whole else {"heads": heads, "expert_channels": own - 3}.get(kind, others)
 
     layers = zip(shape.layers, counts, strict=True)
     return tuple(LayerShape((kind, other(kind, own, *new)) for kind, own in layer.items()) for layer, new in layers)

@@ -158,9 +158,7 @@ def _check_channel_share(config: PruneConfig, dense: ModelShape) -> None:
     if dense.family.mixture is None:
         raise UserError(f"prune.channel_share is about channels of experts, which a {model} lacks")
     if "expert_channels" in dense.family.fixed:
-        raise UserError(
-            f"prune.channel_share: the shared experts of a {model} are as wide as all others, and stay whole"
-        )
+        raise UserError(f"prune.channel_share: a {model} has shared experts, as wide as all others, which stay whole")
     if config.criterion == "reap":
         raise UserError("prune.channel_share needs scores of channels, and prune.criterion: reap has those of experts")
 

@@ -72,12 +72,13 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
     share = {kind: layer[kind] - wanted * limits.shares[kind] / dense.group_numel(kind, layer) for kind in coarse}
     options: list[tuple[float, float, LayerShape]] = []
     multiple = limits.multiples[fine]
+    near = limits.step_numel(fine, layer) / 2
     for narrowest in limits.narrowest(first):
         channel = dense.group_numel(fine, narrowest)
         exact = layer[fine] - (wanted - limits.lost(first, {**narrowest, fine: layer[fine]})) / channel
         channels = _nearest_multiple(exact, narrowest[fine], layer[fine], multiple)
         counts = LayerShape({**narrowest, fine: channels})
-        distance = max(abs(limits.lost(first, counts) - wanted), multiple * channel / 2)
+        distance = max(abs(limits.lost(first, counts) - wanted), near)
         options.append((distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts))
     return min(options, key=lambda option: option[:2])[-1]
 
@@ -143,8 +144,10 @@ def rank_global(
         *coarse, fine = current.kinds
         for kind in coarse:
             removal.take([kind], round(budget * limits.shares[kind]) + removal.gone_beside(kind))
-        for kind in (fine, *coarse):  # the coarse ones again, where floors or caps stopped the finest
-            removal.take([kind], budget)
+        removal.take([fine], budget)
+        if budget - sum(removal.lost) > limits.step_numel(fine) / 2:  # floors or caps stopped the finest
+            for kind in coarse:
+                removal.take([kind], budget)
     return _keep_best(scores, removal.left, current)
 
 
