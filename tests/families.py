@@ -132,8 +132,13 @@ def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape
 
 def families(*in_ci: str) -> list[Any]:
     """Returns the parameters of a test of all families. Those that are not named wait for tests/run_heavy.sh."""
+    return [name if name in in_ci else heavy(name) for name in TINY]
+
+
+def heavy(*values: Any) -> Any:
+    """Returns a case that waits for tests/run_heavy.sh."""
     wait = pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh")
-    return [name if name in in_ci else pytest.param(name, marks=[pytest.mark.heavy, wait]) for name in TINY]
+    return pytest.param(*values, marks=[pytest.mark.heavy, wait])
 
 
 def heads_divide_hidden(family: str) -> bool:

@@ -72,6 +72,7 @@ class Case:
     dropout: float = 0.0
     compensate: Compensation = "none"
     criterion: Criterion = "lora"
+    channel_share: float | None = None
     evaluates: bool = False  # before the first step. The plan is not told, as it must change nothing.
 
     def request(self, world_size: int) -> Request:
@@ -90,6 +91,7 @@ class Case:
                 protected_last=0,
                 compensate=self.compensate,
                 criterion=self.criterion,
+                channel_share=self.channel_share,
             ),
             train=TrainConfig(
                 steps=STEPS,
