@@ -232,7 +232,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
     """
     if world_size == 1:
         return 0, 0
-    mask = sum(sum(layer.values()) for layer in shape.layers)
+    mask = sum(layer.groups[kind] for layer in shape.layers for kind in shape.kinds)
     return 5 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
 
 

@@ -6,8 +6,8 @@ No mixture of experts is on PyPI. So one is made of the embedded model. The 1,53
 of 192: channels that are large on the same tokens come together. A router is fitted by least squares to the norms of
 the experts' outputs. Then router and experts are tuned for some steps on the text that the runs train on. Each run goes
 through launch/run.py with quickstart's config. It leaves 6 or 4 experts in every layer, chosen by `lora`, `reap`,
-`fisher` or at random. Or channels of all experts leave, or both. `once` cuts at the last of 4 steps that change nothing. Each run is written to
-results/experts.json at once. A second start runs only what is missing there.
+`fisher` or at random. Or channels of all experts leave, or both. `once` cuts at the last of 4 steps that change
+nothing. Each run is written to results/experts.json at once. A second start runs only what is missing there.
 """
 
 # torch and transformers do not type all that is used here.
@@ -40,7 +40,7 @@ RIDGE = 1e-2
 # (experts that stay, criterion, cut once without training)
 RUNS = [(kept, *how) for kept in (4, 6) for how in (("reap", True), ("random", True), ("lora", True), ("lora", False))]
 RUNS += [(kept, how, False) for kept in (4, 6) for how in ("reap", "random", "fisher")]
-SHARES = (None, 0.5, 1.0)  # of what leaves, taken as channels of the experts: the size of 6 experts, by `lora`
+SHARES = (0.5, 1.0)  # of what leaves, taken as channels of the experts: to the size of 6 whole ones
 
 
 def main() -> None:
@@ -73,13 +73,10 @@ def wanted(model: Path, steps: int) -> dict[str, list[str]]:
         name = f"{kept} of {EXPERTS} experts, {criterion}, {'once' if once else f'{steps} steps'}"
         found[name] = settings(model, kept, criterion, 4 if once else steps, once=once)
     for share in SHARES:
-        by = "no part" if share is None else f"{share:.0%}"
         # 164 of 192 channels in 7 of 8 experts come near, and 144 in all.
-        changes = [] if share is None else [f"prune.channel_share={share}", "prune.channel_multiple=4"]
-        found[f"as 6 of {EXPERTS} experts, {by} as channels, lora, {steps} steps"] = [
-            *settings(model, 6, "lora", steps, once=False),
-            *changes,
-        ]
+        changes = [f"prune.channel_share={share}", "prune.channel_multiple=4"]
+        name = f"as 6 of {EXPERTS} experts, {share:.0%} as channels, lora, {steps} steps"
+        found[name] = [*settings(model, 6, "lora", steps, once=False), *changes]
     return found
 
 
