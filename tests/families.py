@@ -1,6 +1,7 @@
 """Random tiny models of every family of the table: grouped queries, odd counts, and every special field in use."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.model.experts import CORRECTION
+from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 
@@ -108,6 +110,7 @@ TINY: dict[str, dict[str, Any]] = {
     "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
+MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
 MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3")  # their first layer is dense, and the second one sparse
 
 
@@ -130,9 +133,9 @@ def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape
     return tuple(LayerShape((kind, other(kind, own, *new)) for kind, own in layer.items()) for layer, new in layers)
 
 
-def families(*in_ci: str) -> list[Any]:
-    """Returns the parameters of a test of all families. Those that are not named wait for tests/run_heavy.sh."""
-    return [name if name in in_ci else heavy(name) for name in TINY]
+def families(*in_ci: str, of: Iterable[str] = TINY) -> list[Any]:
+    """Returns the parameters of a test of families. Those that are not named wait for tests/run_heavy.sh."""
+    return [name if name in in_ci else heavy(name) for name in of]
 
 
 def heavy(*values: Any) -> Any:

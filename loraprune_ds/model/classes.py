@@ -12,9 +12,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.model.experts import stack_experts
+from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.family import PRUNED, family_name
+from loraprune_ds.model.frozen import Int8
+from loraprune_ds.model.int8_linear import Int8Linear
 from loraprune_ds.model.modeling_pruned import pruned_classes
+from loraprune_ds.model.shapes import ModelShape
 
 
 @cache
@@ -52,6 +55,19 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
         model = causal_lm_class(config["model_type"])(made)
         stack_experts(model)
     return model
+
+
+def hold_frozen(model: nn.Module, shape: ModelShape) -> None:
+    """Has the linears of all decoder layers hold their weights as `shape` says. Those of int8 have no values yet."""
+    layers = decoder_layers(model)
+    for i, linear in shape.linear_ids():
+        if isinstance(form := shape.form(linear), Int8):
+            path, _, name = linear.name.rpartition(".")
+            stock: Any = layers[i].get_submodule(linear.name)
+            if isinstance(stock, ExpertStack):
+                stock.hold(form, stock.weight)
+            else:
+                setattr(layers[i].get_submodule(path), name, Int8Linear(stock, form))
 
 
 @contextmanager

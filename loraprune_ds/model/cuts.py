@@ -21,8 +21,8 @@ def layer_cuts(shape: ModelShape, layer: int, keep: LayerKeep) -> Iterator[tuple
             continue
         if not linear.is_stack:
             alike[linear.axis, linear.parts] = kept
-        for tensor in shape.form(linear).tensors:
-            yield f"{linear.name}.{tensor}", kept
+        for tensor, stays in shape.form(linear).kept(kept.axis, kept.keep).items():
+            yield f"{linear.name}.{tensor}", kept._replace(keep=stays)
         if linear.axis == 0 and shape.has_bias(linear):
             yield f"{linear.name}.bias", kept
     kinds = shape.cut_kinds(layer, keep)

@@ -9,11 +9,12 @@ expert 0, below them those of expert 1, and so on.
 GPT-OSS stores each expert's matrices transposed. Then a block has the rows (inputs) and columns (outputs) of the file.
 LoRA's A and B are factors of that block all the same, so only the products know of it.
 
-So an expert is a block of rows in each of them, and a cut of experts is a cut along axis 0 like any other. PEFT's own
-LoRA on such tensors (`target_parameters`) has a B whose columns belong to experts in turn.
+So an expert is a block of rows in each of them, and a cut of experts is a cut along axis 0 like any other. That holds
+for int8 weights and their scales, too (frozen.py). A product makes the weight of one expert at a time of them. PEFT's
+own LoRA on such tensors (`target_parameters`) has a B whose columns belong to experts in turn.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -21,8 +22,11 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from loraprune_ds.model.frozen import DENSE, Form, join
+from loraprune_ds.model.int8_linear import HeldLinear, held_tensors
 
-class ExpertStack(nn.Linear):
+
+class ExpertStack(HeldLinear):
     """Holds one linear of every expert: `weight` (experts * rows, columns)."""
 
     def __init__(self, stacked: Tensor, transposed: bool) -> None:
@@ -40,7 +44,7 @@ class ExpertStack(nn.Linear):
 
     def forward(self, input: Tensor, counts: list[int]) -> Tensor:
         """Maps tokens in the order of their experts. `counts`: how many each expert has."""
-        return multiply(input, self.weight, counts, self.transposed)
+        return multiply(input, counts, self.transposed, self.form, *held_tensors(self))
 
 
 class ExpertLora(LoraLinear):
@@ -61,8 +65,8 @@ class ExpertLora(LoraLinear):
         for name in self.active_adapters:
             a, b = (cast(Tensor, factors[name].weight) for factors in (self.lora_A, self.lora_B))
             first, second = (b, a) if transposed else (a, b)
-            inside = multiply(self.lora_dropout[name](x), first, counts, transposed)
-            result = result + multiply(inside, second, counts, transposed) * self.scaling[name]
+            inside = multiply(self.lora_dropout[name](x), counts, transposed, DENSE, first)
+            result = result + multiply(inside, counts, transposed, DENSE, second) * self.scaling[name]
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -184,53 +188,75 @@ def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
-def multiply(x: Tensor, stack: Tensor, counts: list[int], transposed: bool = False) -> Tensor:
+def multiply(x: Tensor, counts: list[int], transposed: bool, form: Form, *held: Tensor) -> Tensor:
     """Maps the tokens of each expert by its own block of rows.
 
     Args:
         x: (tokens, inputs), in the order of the experts.
-        stack: (experts * outputs, inputs).
         counts: tokens of each expert.
-        transposed: the stack is (experts * inputs, outputs).
+        transposed: the stack is (experts * inputs, outputs), not (experts * outputs, inputs).
+        form: of the stack.
+        held: the tensors of `form`. A dense one may be trained.
 
     Returns:
         (tokens, outputs).
     """
-    return _Product.apply(x, stack, counts, transposed)  # type: ignore[return-value]
+    return _Product.apply(x, counts, transposed, form, *held)  # type: ignore[return-value]
+
+
+def products(outputs: Tensor, inputs: Tensor, counts: list[int]) -> Tensor:
+    """Returns the sum over an expert's tokens of the products of two rows, one expert below the other.
+
+    Args:
+        outputs, inputs: (tokens, rows) and (tokens, columns), in the order of the experts.
+
+    Returns:
+        (experts * rows, columns).
+    """
+    found = outputs.new_empty(len(counts), outputs.shape[1], inputs.shape[1])
+    for left, right, out in zip(outputs.split(counts), inputs.split(counts), found, strict=True):
+        torch.mm(left.t(), right, out=out)
+    return found.flatten(0, 1)
 
 
 class _Product(torch.autograd.Function):
-    """Maps each block of tokens by a block of rows. autograd keeps the parameter, which ZeRO-3 frees and gathers.
+    """Maps each block of tokens by a block of rows. autograd keeps the parameters, which ZeRO-3 frees and gathers.
 
     It would keep a view of every block otherwise, and with it the gathered weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Tensor, counts: list[int], transposed: bool) -> Tensor:
-        ctx.save_for_backward(x, stack)
-        ctx.counts, ctx.transposed = counts, transposed
-        rows = len(stack) // len(counts)
-        y = x.new_empty(len(x), stack.shape[1] if transposed else rows)
-        for tokens, out, weight in zip(x.split(counts), y.split(counts), stack.split(rows), strict=True):
+    def forward(ctx: Any, x: Tensor, counts: list[int], transposed: bool, form: Form, *held: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *held)
+        ctx.counts, ctx.transposed, ctx.form = counts, transposed, form
+        y = x.new_empty(len(x), held[0].shape[1] if transposed else len(held[0]) // len(counts))
+        for tokens, out, *block in zip(x.split(counts), y.split(counts), *_by_expert(held, counts), strict=True):
             if len(tokens):
-                torch.mm(tokens, weight if transposed else weight.t(), out=out)
+                torch.mm(tokens, _from_inputs(join(form, block), transposed), out=out)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, stack = ctx.saved_tensors
-        of_input, of_stack = ctx.needs_input_grad[:2]
-        rows = len(stack) // len(ctx.counts)
-        gx = torch.empty_like(x) if of_input else None
-        gw = torch.empty_like(stack) if of_stack else None
-        pieces = zip(x.split(ctx.counts), gradient.split(ctx.counts), strict=True)
-        for i, (tokens, out) in enumerate(pieces):
-            start, block = sum(ctx.counts[:i]), slice(i * rows, (i + 1) * rows)
-            if gx is not None and len(tokens):
-                weight = stack[block].t() if ctx.transposed else stack[block]
-                torch.mm(out, weight, out=gx[start : start + len(tokens)])
-            if gw is not None:
-                left, right = (tokens, out) if ctx.transposed else (out, tokens)
-                torch.mm(left.t(), right, out=gw[block])
-        return gx, gw, None, None
+        x, *held = ctx.saved_tensors
+        counts, transposed, form = ctx.counts, ctx.transposed, ctx.form
+        of_x = of_stack = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.empty_like(x)
+            rows = of_x.split(counts)
+            for out, tokens, *block in zip(gradient.split(counts), rows, *_by_expert(held, counts), strict=True):
+                if len(tokens):
+                    torch.mm(out, _from_inputs(join(form, block), transposed).t(), out=tokens)
+        if ctx.needs_input_grad[4]:
+            of_stack = products(x, gradient, counts) if transposed else products(gradient, x, counts)
+        return of_x, None, None, None, of_stack, *[None] * (len(held) - 1)
+
+
+def _by_expert(held: Sequence[Tensor], counts: list[int]) -> list[Tensor]:
+    """Returns (experts, rows, columns) of each tensor that holds a stack."""
+    return [tensor.unflatten(0, (len(counts), -1)) for tensor in held]
+
+
+def _from_inputs(block: Tensor, transposed: bool) -> Tensor:
+    """Returns an expert's weight as (inputs, outputs)."""
+    return block if transposed else block.t()

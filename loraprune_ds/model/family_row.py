@@ -102,6 +102,11 @@ class Linear:
         return self.axis == 1 or (self.is_stack and self.expert_inputs == "expert")
 
     @property
+    def rows_are_hidden(self) -> bool:
+        """True if the rows of the weight, or of each expert's, lie along the hidden axis."""
+        return self.axis == 1 or self.parts[0].width == "hidden"
+
+    @property
     def expert_inputs(self) -> Width:
         """Returns what one expert of a stack reads."""
         return self.parts[0].width if self.transposed else self.across

@@ -1,50 +1,55 @@
-"""A frozen linear whose weight is int8 with scales (frozen.py)."""
-
-from typing import Any
+"""Frozen linears whose weight may be int8 with scales (frozen.py)."""
 
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import DENSE, SCALE, WEIGHT, Form, Int8, dequantise
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.frozen import DENSE, SCALE, WEIGHT, Form, Int8, join
 
 
-class Int8Linear(nn.Linear):
+class HeldLinear(nn.Linear):
+    """Knows the form in which it holds its frozen weight.
+
+    PEFT wraps it like any linear, because it is one.
+    """
+
+    form: Form = DENSE
+
+    def hold(self, form: Int8, like: Tensor) -> None:
+        """Takes the parameters of a form in place of the weight. They have no values yet.
+
+        Args:
+            like: a tensor of the model's dtype, on the device.
+        """
+        shape = (self.out_features, self.in_features)
+        weight, scale = like.new_empty(shape, dtype=torch.int8), like.new_empty(form.scale_shape(shape))
+        self.register_parameter(WEIGHT, nn.Parameter(weight, requires_grad=False))
+        self.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))
+        self.form = form
+
+
+class Int8Linear(HeldLinear):
     """Stands in for a linear: `weight` (out_features, in_features) int8, `weight_scale` in the dtype of the bias.
 
-    PEFT wraps it like any linear, because it is one. A training pass goes through lora_product.py instead.
+    A training pass goes through lora_product.py instead.
     """
 
     weight_scale: nn.Parameter
 
     def __init__(self, linear: nn.Linear, form: Int8) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
-        shape = (self.out_features, self.in_features)
-        weight, scale = (
-            linear.weight.new_empty(shape, dtype=torch.int8),
-            linear.weight.new_empty(form.scale_shape(shape)),
-        )
-        self.register_parameter(WEIGHT, nn.Parameter(weight, requires_grad=False))
-        self.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.hold(form, linear.weight)
         self.register_parameter("bias", linear.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, dequantise(self.weight, self.weight_scale, self.form.axis), self.bias)
-
-
-def hold_frozen(model: nn.Module, shape: ModelShape) -> None:
-    """Replaces the linears of all decoder layers that `shape` holds as int8. Their parameters have no values yet."""
-    if not shape.int8:
-        return
-    layers = decoder_layers(model)
-    for i, linear in shape.linear_ids():
-        path, _, name = linear.name.rpartition(".")
-        stock: Any = layers[i].get_submodule(linear.name)
-        setattr(layers[i].get_submodule(path), name, Int8Linear(stock, Int8(linear.axis)))
+        return nn.functional.linear(input, join(self.form, held_tensors(self)), self.bias)
 
 
 def form_of(linear: nn.Module) -> Form:
     """Returns the form in which a live linear holds its weight."""
-    return linear.form if isinstance(linear, Int8Linear) else DENSE
+    return linear.form if isinstance(linear, HeldLinear) else DENSE
+
+
+def held_tensors(linear: nn.Module) -> list[Tensor]:
+    """Returns the tensors that hold its weight, in the order of `Form.tensors`."""
+    return [getattr(linear, name) for name in form_of(linear).tensors]

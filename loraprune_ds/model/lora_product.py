@@ -4,15 +4,14 @@ PEFT makes five modules and a dozen operations of it. For narrow layers, that is
 Here the modules are PEFT's, with their names and parameters. Only the forward pass is another.
 """
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.frozen import Form
-from loraprune_ds.model.int8_linear import form_of
+from loraprune_ds.model.frozen import Form, join
+from loraprune_ds.model.int8_linear import form_of, held_tensors
 
 
 class OneProduct(LoraLinear):
@@ -26,9 +25,8 @@ class OneProduct(LoraLinear):
         a, b = (cast(nn.Linear, factors[adapter]).weight for factors in (self.lora_A, self.lora_B))
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        form = form_of(base)
-        held = (getattr(base, name) for name in form.tensors)
-        return _Product.apply(x, a, b, self.scaling[adapter], p, base.bias, form, *held)  # type: ignore[return-value]
+        held = held_tensors(base)
+        return _Product.apply(x, a, b, self.scaling[adapter], p, base.bias, form_of(base), *held)  # type: ignore[return-value]
 
 
 class _Product(torch.autograd.Function):
@@ -46,7 +44,7 @@ class _Product(torch.autograd.Function):
         narrow = _masked(x, mask) @ a.t()
         ctx.save_for_backward(x, mask, narrow, a, b, *held)
         ctx.s, ctx.form = s, form
-        out = x @ _weight(form, held).t()
+        out = x @ join(form, held).t()
         if bias is not None:
             out += bias
         return (narrow @ b.t()).mul_(s).add_(out)
@@ -61,7 +59,7 @@ class _Product(torch.autograd.Function):
         of_b = (of_out.t() @ _rows(narrow)).mul_(ctx.s)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = of_out @ _weight(ctx.form, held)
+            of_x = of_out @ join(ctx.form, held)
             of_x = of_x.addmm(of_narrow, a) if mask is None else of_x.addcmul_(of_narrow @ a, _rows(mask))
             of_x = of_x.view(x.shape)
         return of_x, of_a, of_b, *[None] * (4 + len(held))
@@ -73,7 +71,3 @@ def _rows(x: Tensor) -> Tensor:
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
-
-
-def _weight(form: Form, held: Sequence[Tensor]) -> Tensor:
-    return form.join(dict(zip(form.tensors, held, strict=True)))

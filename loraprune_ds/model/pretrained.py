@@ -118,7 +118,10 @@ class PretrainedModel:
         try:
             return form.read(tensor, shape, start, end, partial(self.read_flat, weight, dtype=torch.float32), dtype)
         except NotFinite:
-            raise UserError(f"{self.files[weight]}: {weight} has an inf or NaN, which int8 cannot hold") from None
+            names, size = self.pieces.get(weight, Pieces((weight,), shape))
+            parts = ((x, self.read_flat(x, 0, math.prod(size), torch.float32)) for x in names)
+            bad = next(x for x, values in parts if not torch.isfinite(values).all())
+            raise UserError(f"{self.files[bad]}: {bad} has an inf or NaN, which int8 cannot hold") from None
 
     def read_whole(self, name: str, dtype: torch.dtype) -> Tensor:
         """Returns a whole tensor of `ModelShape.parameters`, as the model computes with it."""
@@ -246,7 +249,6 @@ def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:
             raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
         return
     for name, value, refused in (
-        ("model.frozen", config.model.frozen, ("int8",)),
         ("prune.criterion", config.prune.criterion, ("gradient",)),
         ("prune.compensate", config.prune.compensate, ("bias", "least_squares")),
     ):

@@ -146,7 +146,7 @@ class ModelShape:
 
     def form(self, linear: Linear) -> Form:
         """Returns the form in which a rank holds the weight of this linear."""
-        return Int8(linear.axis) if self.int8 else DENSE
+        return DENSE if not self.int8 else Int8(1, self.hidden_size) if linear.rows_are_hidden else Int8(0)
 
     def has_bias(self, linear: Linear) -> bool:
         """Tells if this linear has one, in every layer."""

@@ -14,9 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import add_lora
-from loraprune_ds.model.classes import build_on_meta
+from loraprune_ds.model.classes import build_on_meta, hold_frozen
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.int8_linear import hold_frozen
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import with_token_losses
 

@@ -139,6 +139,12 @@ def linear_sizes(shape: ModelShape) -> list[tuple[int, int]]:
     return [shape.linear_shape(i, linear) for i, linear in shape.linear_ids()]
 
 
+def matrix_sizes(shape: ModelShape) -> list[tuple[int, int]]:
+    """Lists (rows, columns) of what is multiplied at once: every linear, or one expert's part of a stack."""
+    matrices = [shape.layers[i][linear.kind] if linear.is_stack else 1 for i, linear in shape.linear_ids()]
+    return [(rows // n, columns) for n, (rows, columns) in zip(matrices, linear_sizes(shape), strict=True)]
+
+
 def weight_gradients(request: Request, shape: ModelShape) -> int:
     """Returns the bytes of the true gradient: fp32 shards of all linears."""
     if request.config.prune.criterion != "gradient":

@@ -186,8 +186,8 @@ def _reshard(request: Request, shape: ModelShape) -> int:
 
 
 def _dequantised(request: Request, shape: ModelShape) -> Terms:
-    """Returns the one linear that a pass holds in the model's dtype, if its weights are int8."""
-    largest = max(rows * columns for rows, columns in quality.linear_sizes(shape))
+    """Returns the one linear, or one expert's, that a pass holds in the model's dtype, if its weights are int8."""
+    largest = max(rows * columns for rows, columns in quality.matrix_sizes(shape))
     return _if_any(dequantised_linear=shape.int8 * largest * request.element_size)
 
 

@@ -8,11 +8,12 @@ Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); 
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import Decode, LoraFactors, OwnedShard
 
 # Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU a block of any size
 # costs a dozen kernel launches, and its three fp32 copies may take 100 MB.
@@ -120,8 +121,13 @@ def split_experts(shard: OwnedShard, factors: LoraFactors) -> Iterator[tuple[Own
         origin = shard.start - i * rows * columns  # of the shard, counted from the first element of the expert
         low = min(max(origin, 0), rows * columns)
         high = max(low, min(origin + len(shard.flat), rows * columns))
-        owned = OwnedShard(shard.flat[low - origin : high - origin], low, (rows, columns), shard.decode)
+        decode = partial(_decode_below, shard.decode, i * rows)
+        owned = OwnedShard(shard.flat[low - origin : high - origin], low, (rows, columns), decode)
         yield owned, LoraFactors(*of_expert, scaling=factors.scaling)
+
+
+def _decode_below(decode: Decode, above: int, rows: Tensor, first: int) -> Tensor:
+    return decode(rows, above + first)
 
 
 def _whole_rows(flat: Tensor, head: int, tail: int, columns: int) -> Tensor:

@@ -33,6 +33,10 @@ class LoraFactors:
     scaling: float
 
 
+# (some rows of a weight as they are held, number of the first) -> these rows in fp32
+Decode = Callable[[Tensor, int], Tensor]
+
+
 def in_fp32(rows: Tensor, first: int) -> Tensor:
     """Decodes rows of a weight that is held as it is."""
     return rows.float()
@@ -40,16 +44,12 @@ def in_fp32(rows: Tensor, first: int) -> Tensor:
 
 @dataclass(frozen=True)
 class OwnedShard:
-    """Holds the flat elements [start, start + len(flat)) of a row-major weight of `shape`, which this rank owns.
-
-    Attributes:
-        decode: (some rows as they are held, number of the first) -> these rows of the weight, fp32.
-    """
+    """Holds the flat elements [start, start + len(flat)) of a row-major weight of `shape`, which this rank owns."""
 
     flat: Tensor
     start: int
     shape: tuple[int, int]
-    decode: Callable[[Tensor, int], Tensor] = in_fp32
+    decode: Decode = in_fp32
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.mixture_plans
 
 Their sizes are in `tests/published.py`. No weight is read and nothing runs. The run is the default one with 100 steps,
-gradient checkpointing and `prune.ratio: 0.5`. The result goes to tests/benchmarks/results/mixture_plans.json.
+gradient checkpointing and `prune.ratio: 0.5`, with frozen weights in bf16 and as int8. The result goes to
+tests/benchmarks/results/mixture_plans.json.
 """
 
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.command import silence_libraries
+from loraprune_ds.config import Frozen
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.files import write_json
 from loraprune_ds.model.read_shape import shape_from_config
@@ -32,9 +34,9 @@ MOST_NODES = 64
 MEMORIES = (80, 40)  # GiB of a GPU
 
 
-def plan_on(name: str, cluster: Cluster) -> Plan:
-    source = MIXTURES[name][0]
-    return make_plan(build_request(name, source, shape_from_config(source, name), config_from_dict(RUN), cluster))
+def plan_on(name: str, cluster: Cluster, frozen: Frozen | None = None) -> Plan:
+    source, config = MIXTURES[name][0], config_from_dict(RUN | {"model": {"frozen": frozen}})
+    return make_plan(build_request(name, source, shape_from_config(source, name), config, cluster))
 
 
 def layer_bytes(plan: Plan) -> int:
@@ -49,12 +51,13 @@ def gathered_bytes(plan: Plan) -> int:
     return max(max(x.training.peak_live, x.evaluation.peak_live) for x in plan.passes)
 
 
-def row(name: str) -> dict[str, Any]:
-    plan = plan_on(name, NODE)
+def row(name: str, frozen: Frozen | None) -> dict[str, Any]:
+    plan = plan_on(name, NODE, frozen)
     shape = plan.request.shape
     final = plan.passes[1].shape
     return {
         "model": name,
+        "frozen": frozen,
         "parameters": shape.total_numel(),
         "experts": [shape.layers[0]["experts"], final.layers[len(final.layers) // 2]["experts"]],
         "gib_of_a_layer": layer_bytes(plan) / GIB,
@@ -74,7 +77,8 @@ def _fewest(plan: Plan, memory: int) -> dict[str, float] | None:
 
 def main() -> None:
     silence_libraries()
-    rows = [row(name) for name in ("Qwen3-30B-A3B", "Mixtral-8x7B", "gpt-oss-120b", "Qwen3-235B-A22B")]
+    names = ("Qwen3-30B-A3B", "Mixtral-8x7B", "gpt-oss-120b", "Qwen3-235B-A22B")
+    rows = [row(name, frozen) for name in names for frozen in (None, "int8")]
     write_json(RESULT, {"run": RUN, "rows": rows, "versions": versions()})
     for found in rows:
         print(found)

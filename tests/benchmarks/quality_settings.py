@@ -97,12 +97,14 @@ def _settings() -> list[Setting]:
         "end-0.5": ("prune.cooldown_fraction=0.5",),
         "lr6e-3": ("train.learning_rate=6e-3",),
         "few-heads": ("prune.head_ratio=0.3",),
+        "many-heads": ("prune.head_ratio=0.56",),
         "distillation-0.25": ("train.distill_weight=0.25",),
     }
     details += [
         _short("fisher-details", "fisher-refit-4-steps", FISHER, REFIT, *EVERY_STEP),
         _short("fisher-details", "fisher-refit-decay-0.9", FISHER, REFIT, EVERY_STEP[1]),
         _short("quick", "fisher-refit-20480", FISHER, REFIT, *EVERY_STEP, "train.steps=20", "prune.prune_every=1"),
+        _short("quick", "fisher-refit-10240", FISHER, REFIT, *EVERY_STEP, "train.steps=10", "prune.prune_every=1"),
     ]
     details += [
         _short("fisher-details", f"fisher-refit-4-steps-{name}", FISHER, REFIT, *EVERY_STEP, *changes)
@@ -117,7 +119,7 @@ def _settings() -> list[Setting]:
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
         _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
-        for name in ("rank-32", "every-8", "end-0.5", "few-heads")
+        for name in ("rank-32", "every-8", "end-0.5", "few-heads", "many-heads")
     ]
     magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
@@ -159,7 +161,7 @@ GROUPS = {  # in the order of the table
     "levers": "41.7 % removed, 81,920 tokens, learning rate 4e-3",
     "fisher": "the same, criterion fisher",
     "fisher-details": "details of fisher with the refit",
-    "quick": "the same, 20,480 tokens",
+    "quick": "a few steps, with a cut after each",
     "stock": "the same, no layer protected",
     "peers": "other methods, without a refit",
     "int8": "the same with int8 weights",

@@ -1,5 +1,6 @@
 """A run with int8 weights that is stopped between cuts: what its checkpoint holds, how it goes on, what is exported."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.source import ExportSource, find_source
 from loraprune_ds.model.frozen import SCALE, WEIGHT
+from tests.families import MIXTURES, families, tiny_model
 from tests.integration.resuming import config_for, contents, find_here, losses, metrics, read_state, run_here, write_run
 from tests.ranks import RankPool
 
@@ -58,6 +60,33 @@ def test_a_resumed_run_ends_as_the_run_that_never_stopped(ranks: RankPool, strai
     assert all(torch.equal(found.lora[name], tensor) for name, tensor in expected.lora.items())
     ours = tensors(out / "model")
     assert all(torch.equal(ours[name], tensor) for name, tensor in tensors(straight / "model").items())
+
+
+@pytest.mark.parametrize("family", families("gpt_oss", of=MIXTURES))
+def test_experts_go_on_and_are_exported_as_the_run_would(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    """What a resumed run holds is read from the source, or from a copy of the integers and scales."""
+    copied = family in ("gpt_oss", "qwen3_moe")
+    sections = SECTIONS | {"prune": SECTIONS["prune"] | {"compensate": "none"}, "train": {"steps": STEPS}}
+    given, source = write_run(tmp_path, **sections), tmp_path / family
+    shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
+    tiny_model(family, seed=1).save_pretrained(source)
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    changes = (f"model.path={source}", f"checkpoint.copy_source={copied}")
+    ranks.run(2, run_here, config_for(given, straight, *changes))
+    assert not any(ranks.run(2, run_here, config_for(given, out, *changes), None, STOP_AT))
+    held = (name for name, x in tensors(out / "checkpoints" / "shape-1").items() if x.dtype == torch.int8)
+    assert any("experts" in name for name in held) == copied
+    assert all(ranks.run(2, run_here, config_for(given, out, *changes), "auto"))
+    cuts = [cut["step"] for cut in metrics(straight, "cut")]
+    assert min(cuts) < STOP_AT < max(cuts)
+    assert losses(out) == losses(straight)
+    expected = tensors(straight / "model")
+    export(ExportSource("int8", None, find_source(out).checkpoints), "hf", tmp_path / "merged")
+    for folder in (out / "model", tmp_path / "merged"):
+        found = tensors(folder)
+        assert found.keys() == expected.keys()
+        assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
 def test_a_checkpoint_is_exported_as_the_run_would(straight: Path, tmp_path: Path) -> None:

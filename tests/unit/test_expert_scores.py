@@ -1,5 +1,6 @@
 """The scores of experts: of shards as of the whole, by masks as autograd has them, and by REAP's formula."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +12,14 @@ from torch.func import functional_call
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import find_experts
+from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.expert_norms import ExpertNorms
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import OwnedShard
+from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.zero.int8 import ScalePlan, _decode
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, dense, find_router, sparse_layers
 from tests.oracle.models import make_batches
@@ -45,6 +49,26 @@ def test_shards_of_a_stack_score_as_the_experts_do() -> None:
             shard = OwnedShard(flat[start : start + size], start, (experts * rows, columns))
             total += torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f in split_experts(shard, lora)])
         torch.testing.assert_close(total.float(), torch.cat(wanted))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("form", [Int8(0), Int8(1, 70)], ids=["by rows", "by columns"])
+def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, world_size: int) -> None:
+    shape, lora = (5 * 70, 7), factors(5, 70, 7, 3)
+    held = form.split(torch.randn(shape, generator=torch.Generator().manual_seed(3)), torch.bfloat16)
+    of_weight = form.join(held).flatten()
+
+    def scores(owned: OwnedShard) -> Tensor:
+        return torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f in split_experts(owned, lora)])
+
+    for rank in range(world_size):
+        start, end = owned_range(shape[0] * shape[1], world_size, rank)
+        low, high = ScalePlan(form, shape, world_size).needed[rank].tolist()
+        columns = held[SCALE].shape[1]
+        scales = held[SCALE].flatten()[low:high].view(-1, columns)
+        decode = partial(_decode, form, scales, low // columns)
+        found = scores(OwnedShard(held[WEIGHT].flatten()[start:end], start, shape, decode))
+        assert torch.equal(found, scores(OwnedShard(of_weight[start:end], start, shape)))
 
 
 @pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher", "reap"])

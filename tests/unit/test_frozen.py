@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.cuts import layer_cuts
+from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, Int8, NotFinite
-from loraprune_ds.model.int8_linear import Int8Linear, form_of
+from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, Int8, NotFinite, dequantise
+from loraprune_ds.model.int8_linear import HeldLinear, Int8Linear, form_of
 from loraprune_ds.model.pretrained import cut_to
 from loraprune_ds.zero.flat import AxisCut, owned_range
 from loraprune_ds.zero.int8 import ScalePlan
@@ -23,6 +25,11 @@ from tests.numerics.int8 import open_int8
 
 SHAPES = [(130, 70), (70, 33), (31, 100), (1, 5), (BLOCK, BLOCK)]
 forms = pytest.mark.parametrize("form", [Int8(0), Int8(1)], ids=["rows are cut", "columns are cut"])
+STACKS = [(5 * 70, 33), (4 * BLOCK, 7), (3 * 1, 5), (2 * 130, 3)]
+OF_STACKS = [(Int8(1, rows), shape) for rows, shape in zip((70, BLOCK, 1, 130), STACKS, strict=True)]
+every = pytest.mark.parametrize(
+    ("form", "shape"), [(form, shape) for form in (Int8(0), Int8(1)) for shape in SHAPES] + OF_STACKS
+)
 
 
 def weight_of(shape: tuple[int, int], seed: int = 0) -> Tensor:
@@ -69,8 +76,23 @@ def test_a_cut_along_the_blocks_would_not_commute(form: Int8) -> None:
     assert not torch.equal(cut_first, form.split(weight, torch.bfloat16)[WEIGHT].index_select(other, keep))
 
 
-@forms
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("form", "shape"), OF_STACKS)
+def test_each_expert_has_blocks_of_its_own_and_may_leave(form: Int8, shape: tuple[int, int]) -> None:
+    """Of a stack whose rows lie along the hidden axis. Every other expert stays."""
+    weight, rows = weight_of(shape), form.rows
+    assert rows is not None
+    of_expert = [Int8(1).split(part, torch.bfloat16) for part in weight.split(rows)]
+    whole = form.split(weight, torch.bfloat16)
+    for name in form.tensors:
+        assert torch.equal(whole[name], torch.cat([tensors[name] for tensors in of_expert]))
+    assert whole[SCALE].shape == form.scale_shape(shape)
+    assert torch.equal(form.join(whole), torch.cat([Int8(1).join(tensors) for tensors in of_expert]))
+    keep = torch.arange(shape[0]).view(-1, rows)[::2].flatten()
+    for name, kept in form.kept(0, keep).items():
+        assert torch.equal(whole[name].index_select(0, kept), torch.cat([x[name] for x in of_expert[::2]]))
+
+
+@every
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
 def test_every_rank_reads_its_own_part(
     form: Int8, shape: tuple[int, int], world_size: int, monkeypatch: pytest.MonkeyPatch
@@ -90,8 +112,7 @@ def test_every_rank_reads_its_own_part(
             )
 
 
-@forms
-@pytest.mark.parametrize("shape", SHAPES)
+@every
 @pytest.mark.parametrize("world_size", [1, 3, 7])
 def test_rows_are_decoded_from_the_scales_that_a_rank_needs(
     form: Int8, shape: tuple[int, int], world_size: int
@@ -124,7 +145,7 @@ def test_zeros_and_the_smallest_numbers_have_a_scale() -> None:
     assert torch.isfinite(Int8(0).join(tensors)).all()
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.mixture])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(family: str, tmp_path: Path) -> None:
     tiny_model(family, seed=1).save_pretrained(tmp_path)
     dense = open_int8(tmp_path)
@@ -162,6 +183,16 @@ def test_a_source_that_is_not_finite_is_named(tmp_path: Path) -> None:
         read(BLOCK * 23, hidden * 23)
 
 
+def test_so_is_an_expert_that_is_not_finite(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe", seed=1)
+    model.get_parameter("model.layers.1.mlp.experts.down_proj").data[7, 3, 2] = math.nan
+    model.save_pretrained(tmp_path)
+    pretrained, name = open_int8(tmp_path), "model.layers.1.mlp.experts.down.weight"
+    file, expert = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.7.down_proj.weight"
+    with pytest.raises(UserError, match=f"{file}: {expert} has an inf or NaN, which int8 cannot hold"):
+        pretrained.read_whole(name, torch.bfloat16)
+
+
 @forms
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [(5,), (2, 3)])
@@ -184,13 +215,41 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: 
     assert form_of(linear) == form
 
 
-def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("transposed", "axis"), [(False, 0), (False, 1), (True, 0), (True, 1)])
+def test_a_stack_makes_the_weight_of_one_expert_at_a_time(
+    transposed: bool, axis: Literal[0, 1], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, inputs, outputs, counts = 4, 70, 45, [3, 0, 2, 6]  # nobody chose the second
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    form = Int8(axis, shape[0])
+    held = form.split(weight_of((experts * shape[0], shape[1])), torch.float32)
+    whole = form.join(held).view(experts, *shape)
+    stack = ExpertStack(torch.zeros(experts, *shape), transposed)
+    stack.hold(form, torch.empty(0))
+    stack.weight.data, stack.weight_scale.data = held[WEIGHT], held[SCALE]  # type: ignore[assignment]
+    made: list[tuple[int, ...]] = []
+
+    def seen(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
+        made.append(tuple(weight.shape))
+        return dequantise(weight, scale, axis)
+
+    monkeypatch.setattr("loraprune_ds.model.frozen.dequantise", seen)
+    x = torch.randn(sum(counts), inputs, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found, expected = (of(x, counts) for of in (stack, ExpertStack(whole, transposed)))
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
+    assert made == [shape] * 6
+
+
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(family: str, tmp_path: Path) -> None:
     from loraprune_ds.model.token_loss import build_for_losses
 
-    tiny_model("phi3", seed=1).save_pretrained(tmp_path)
+    tiny_model(family, seed=1).save_pretrained(tmp_path)
     pretrained = open_int8(tmp_path)
     model = build_for_losses(pretrained, "eager")
     found = {name: (tuple(p.shape), p.dtype == torch.int8) for name, p in model.named_parameters()}
     expected = {name: (held.shape, held.element_size == 1) for name, held in pretrained.shape.held(None, 2).items()}
     assert found == expected
-    assert isinstance(decoder_layers(model)[0].get_submodule("self_attn.qkv_proj"), Int8Linear)
+    layers = decoder_layers(model)
+    assert all(isinstance(layers[i].get_submodule(x.name), HeldLinear) for i, x in pretrained.shape.linear_ids())
