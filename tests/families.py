@@ -111,6 +111,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
+THIN = [name for name, family in FAMILIES.items() if family.mixture and "expert_channels" not in family.fixed]
 MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3")  # their first layer is dense, and the second one sparse
 
 

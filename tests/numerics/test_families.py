@@ -17,7 +17,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.expert_adapter import as_in_peft
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import open_pretrained
-from tests.families import SIZES, families, tiny_model
+from tests.families import SIZES, THIN, families, tiny_model
 from tests.numerics.driver import Job, train, write_adapter
 from tests.oracle.models import make_batches
 from tests.ranks import RankPool
@@ -29,7 +29,6 @@ PRUNE: dict[str, Any] = {"ratio": 0.4, "prune_every": 2, "protected_first": 0, "
 # One of each peculiarity: norms per head, biases, capped logits and scores, fused weights with counts of the forward,
 # norms over all heads, two linears in the MLP, scaled logits and one norm per layer, experts with biases and sinks,
 # latent attention and a dense layer before a sparse one.
-THIN = [name for name, family in FAMILIES.items() if family.mixture and "expert_channels" not in family.fixed]
 IN_CI = ("qwen3", "qwen2", "gemma2", "phi3", "olmo2", "starcoder2", "cohere2", "gpt_oss", "deepseek_v3")
 
 

@@ -26,7 +26,7 @@ from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import _from_mask, _to_mask, all_groups
-from tests.families import tiny_model
+from tests.families import THIN, tiny_model
 from tests.family_cuts import (
     FEW,
     MANY,
@@ -49,7 +49,6 @@ from tests.unit.test_expert_scores import find_stock
 from tests.unit.test_experts import saved
 from tests.unit.test_family_proof import TOLERANCE, assert_masked_equals_cut
 
-THIN = [name for name, family in FAMILIES.items() if family.mixture and "expert_channels" not in family.fixed]
 WHOLE = [name for name, family in FAMILIES.items() if family.mixture and "expert_channels" in family.fixed]
 ALL = (5, 23)
 SIZE = 8  # channels of a tiny expert
