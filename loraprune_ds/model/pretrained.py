@@ -248,10 +248,7 @@ def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:
         if config.prune.criterion == "reap":
             raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
         return
-    for name, value, refused in (
-        ("prune.criterion", config.prune.criterion, ("gradient",)),
-        ("prune.compensate", config.prune.compensate, ("bias", "least_squares")),
-    ):
+    for name, value, refused in (("prune.compensate", config.prune.compensate, ("bias", "least_squares")),):
         if value in refused:
             raise UserError(f"{name}: {value} is not supported for mixtures of experts, which {where} has")
     if pretrained.config.get("router_jitter_noise"):

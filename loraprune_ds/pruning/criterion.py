@@ -112,7 +112,9 @@ def score_shard(
     return total
 
 
-def split_experts(shard: OwnedShard, factors: LoraFactors) -> Iterator[tuple[OwnedShard, LoraFactors]]:
+def split_experts(
+    shard: OwnedShard, factors: LoraFactors, weight_gradient: Tensor | None = None
+) -> Iterator[tuple[OwnedShard, LoraFactors, Tensor | None]]:
     """Yields what this rank owns of the linear of each expert of a stack. Any other linear is one."""
     experts = len(factors.A) // factors.B.shape[1]
     rows, columns = shard.shape[0] // experts, shard.shape[1]
@@ -122,8 +124,10 @@ def split_experts(shard: OwnedShard, factors: LoraFactors) -> Iterator[tuple[Own
         low = min(max(origin, 0), rows * columns)
         high = max(low, min(origin + len(shard.flat), rows * columns))
         decode = partial(_decode_below, shard.decode, i * rows)
-        owned = OwnedShard(shard.flat[low - origin : high - origin], low, (rows, columns), decode)
-        yield owned, LoraFactors(*of_expert, scaling=factors.scaling)
+        own = slice(low - origin, high - origin)
+        given = None if weight_gradient is None else weight_gradient[own]
+        owned = OwnedShard(shard.flat[own], low, (rows, columns), decode)
+        yield owned, LoraFactors(*of_expert, scaling=factors.scaling), given
 
 
 def _decode_below(decode: Decode, above: int, rows: Tensor, first: int) -> Tensor:

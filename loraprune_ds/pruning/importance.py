@@ -91,13 +91,13 @@ def score_groups(
     for layer, factors in enumerate(model.lora_factors()):
         for linear in shape.linears(layer):
             shard = model.owned_weight(layer, linear)
-            given = () if gradients is None else (gradients.owned(layer, linear),)
+            given = None if gradients is None else gradients.owned(layer, linear)
             channels = linear.channels if shape.thins_experts else None
             axis = channels.axis if channels else linear.axis
             sums = torch.cat(
                 [
-                    score_shard(owned, of_expert, element_criterion, axis, *given)
-                    for owned, of_expert in split_experts(shard, factors[linear.name])
+                    score_shard(owned, of_expert, element_criterion, axis, of_gradient)
+                    for owned, of_expert, of_gradient in split_experts(shard, factors[linear.name], given)
                 ]
             )
             partial += _by_group(shape, layer, linear, sums)

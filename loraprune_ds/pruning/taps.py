@@ -82,3 +82,14 @@ class Tap(torch.autograd.Function):
         (saved,) = ctx.saved_tensors
         ctx.receive(gradient, saved)
         return gradient, None, None
+
+
+class OutputTap(Tap):
+    """Passes on an output that may be changed in place after it. Classes of OLMo clamp queries, keys and values so."""
+
+    @staticmethod
+    def forward(ctx: Any, passed: Tensor, saved: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(saved)
+        ctx.receive = receive
+        ctx.mark_dirty(passed)  # so autograd does not take it for a view
+        return passed

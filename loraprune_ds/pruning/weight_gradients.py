@@ -1,4 +1,7 @@
-"""The true gradient of the frozen weights: whole for one linear at a time, then sharded like W itself."""
+"""The true gradient of the frozen weights: whole for one linear at a time, then sharded like W itself.
+
+Of a stack of experts it has a block for each expert, from the tokens that chose it. Nobody chose some: theirs is zero.
+"""
 
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false
@@ -10,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.experts import products
 from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.taps import StepRecorder, Tap
+from loraprune_ds.pruning.taps import OutputTap, StepRecorder
 
 
 class WeightGradients(StepRecorder):
@@ -36,12 +40,17 @@ class WeightGradients(StepRecorder):
         return self._recorded[LinearId(layer, linear)] / (self._model.world_size * self._model.loss_scale)
 
     def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        x, *counts = inputs  # a stack has the tokens of each expert, too
         # The output of the whole LoRA layer has the gradient of W's part of it. Unlike that part it needs a gradient in
         # the first layer too, whose input needs none.
-        return cast(Tensor, Tap.apply(output, inputs[0], partial(self._receive, linear_id))) if self._active else None
+        receive = partial(self._receive, linear_id, *counts or [None])
+        return cast(Tensor, OutputTap.apply(output, x, receive)) if self._active else None
 
-    def _receive(self, linear_id: LinearId, gradient: Tensor, inputs: Tensor) -> None:
+    def _receive(self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor) -> None:
         if gradient.dtype == torch.float16:  # scaled for LoRA's gradients, which are smaller than W's
             gradient, inputs = gradient.float(), inputs.float()
-        whole = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)  # (out_features, in_features)
+        rows, columns = (x.flatten(0, -2) for x in (gradient, inputs))
+        if linear_id.linear.transposed:
+            rows, columns = columns, rows
+        whole = products(rows, columns, counts or [len(rows)])  # in the shape of W
         self._add(linear_id, self._model.reduce_scatter(whole.reshape(-1)).float())

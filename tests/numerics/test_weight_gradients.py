@@ -1,14 +1,27 @@
-"""Scores by the true gradient of W on 1, 2 and 3 ZeRO-3 ranks, against autograd on one dense model."""
+"""Scores by the true gradient of W on 1, 2 and 3 ZeRO-3 ranks, against autograd on one dense model.
 
+That of a mixture of experts is transformers' own, into which stock PEFT has merged the adapter.
+"""
+
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from loraprune_ds.config import LoraConfig
+from loraprune_ds.export.lora import _adapter_config
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.plan.quality import linear_sizes
+from tests.families import MIXTURES, families, tiny_model
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, write_adapter
+from tests.numerics.test_families import FACTOR, FLOOR, in_file, random_lora
 from tests.oracle.dense_trainer import CHANNEL_LINEARS, HEAD_LINEARS, INPUT_SHRINKS, DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
@@ -81,6 +94,53 @@ def test_scores_are_those_of_autograd(
             for x, y in zip(other["scores"], result["scores"], strict=True)
             for a, b in zip(x, y, strict=True)
         )
+
+
+def scores_of_merged(job: Job, family: str, dtype: torch.dtype) -> Tensor:
+    """Returns the scores of all groups, layer by layer, from gradients of the stock model with merged weights."""
+    shape = open_pretrained(job.folder).shape
+    loaded = PeftModel.from_pretrained(tiny_model(family, seed=1), str(job.adapter))
+    model: Any = loaded.merge_and_unload().to(dtype)  # type: ignore[operator]
+    model.requires_grad_(True)
+    ids, targets = job.batches[0]
+    predictions = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    cross_entropy(predictions, targets[:, 1:].flatten()).backward()
+    named, scores = dict(model.named_parameters()), list[Tensor]()
+    for i, layer in enumerate(shape.layers):
+        total = {kind: torch.zeros(count, dtype=torch.float64) for kind, count in layer.items()}
+        for linear in shape.linears(i):
+            weight = named[f"model.layers.{i}.{linear.name}{'_proj' if linear.is_stack else '.weight'}"]
+            assert weight.grad is not None
+            importance = (weight * weight.grad).abs().double()
+            if linear.is_stack:
+                total["experts"] += importance.sum((1, 2))
+            else:
+                sums = importance.sum(1 - linear.axis).split(shape.part_sizes(i, linear.parts))
+                for part, of_part in zip(linear.parts, sums, strict=True):
+                    total[part.kind] += of_part.view(-1, shape.width(part.width)).sum(1)
+        scores += total.values()
+    return torch.cat(scores).detach()
+
+
+@pytest.mark.parametrize("family", families("mixtral", "gpt_oss", of=MIXTURES))
+def test_experts_have_the_scores_of_autograd(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    """Their blocks have as many tokens as chose them. The stack of all is reduce-scattered at once."""
+    folder, world_size = tmp_path / "model", {"mixtral": 3, "gpt_oss": 2}.get(family, 1)
+    tiny_model(family, seed=1).save_pretrained(folder)
+    adapter = write_adapter(tmp_path / "adapter", in_file(random_lora(folder), folder), r=4, alpha=8)
+    config = _adapter_config(LoraConfig(r=4, lora_alpha=8), open_pretrained(folder).shape)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    batches = make_batches(steps=4, samples=12, tokens=16, vocab=97, seed=3)
+    prune = {"ratio": 0.2, "criterion": "gradient", "normalize": "none", "moving_average": 0.0, "warmup_fraction": 0.5}
+    experts = Job(folder, adapter, batches, prune | {"protected_first": 0, "protected_last": 0})
+    results = ranks.run(world_size, quality_settings.gradient_scores, experts)
+    found = torch.cat([scores for layer in results[0]["scores"] for scores in layer])
+    exact, rounded = (scores_of_merged(experts, family, dtype) for dtype in (torch.float64, torch.float32))
+    error = FACTOR * (rounded - exact).abs().max() + FLOOR * exact.max()
+    assert error < 1e-4 * exact.max()  # another gradient shows by more than that
+    assert (found - exact).abs().max() < error
+    sizes = [rows * columns for rows, columns in linear_sizes(open_pretrained(folder).shape)]
+    assert sorted(results[0]["whole"]) == sorted(sizes * (len(results[0]["whole"]) // len(sizes)))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -47,7 +47,8 @@ def test_shards_of_a_stack_score_as_the_experts_do() -> None:
         size = -(-len(flat) // world_size)
         for start in range(0, len(flat), size):
             shard = OwnedShard(flat[start : start + size], start, (experts * rows, columns))
-            total += torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f in split_experts(shard, lora)])
+            own = split_experts(shard, lora)
+            total += torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f, _ in own])
         torch.testing.assert_close(total.float(), torch.cat(wanted))
 
 
@@ -59,7 +60,7 @@ def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, 
     of_weight = form.join(held).flatten()
 
     def scores(owned: OwnedShard) -> Tensor:
-        return torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f in split_experts(owned, lora)])
+        return torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f, _ in split_experts(owned, lora)])
 
     for rank in range(world_size):
         start, end = owned_range(shape[0] * shape[1], world_size, rank)
@@ -71,7 +72,7 @@ def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, 
         assert torch.equal(found, scores(OwnedShard(of_weight[start:end], start, shape)))
 
 
-@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher", "reap"])
+@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "gradient", "fisher", "reap"])
 @pytest.mark.parametrize("family", KINDS)
 def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path: Path) -> None:
     """Their last linear is zero, and so is what LoRA adds at the first step."""

@@ -170,7 +170,7 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("prune", "criterion", "gradient"), ("prune", "compensate", "least_squares")],
+    [("prune", "compensate", "least_squares")],
 )
 def test_what_stacks_do_not_have_is_refused_by_name(section: str, key: str, value: str, tmp_path: Path) -> None:
     saved("mixtral", tmp_path)
