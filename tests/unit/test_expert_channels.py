@@ -193,7 +193,7 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_channel(family: str) -> None:
         torch.testing.assert_close(found[i]["experts"].float(), of_experts)
 
 
-@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "fisher"])
+@pytest.mark.parametrize("criterion", ["lora", "fisher", "gradient"])
 @pytest.mark.parametrize("family", THIN)
 def test_channels_that_do_nothing_go_first(family: str, criterion: str, tmp_path: Path) -> None:
     """Each expert has others. What reads them in its last linear is zero, and so is what LoRA adds at first.
