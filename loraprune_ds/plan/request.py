@@ -143,7 +143,7 @@ class Request:
             for kind, share in self.limits.shares.items():  # channels leave those experts that stay
                 numel = sum(cut[i][kind] * dense.group_numel(kind, cut[i]) for i in open_layers)
                 stays = 1 - leaving * share / numel
-                cut = [LayerShape({**layer, kind: max(1, round(layer[kind] * stays))}) for layer in cut]
+                cut = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in cut]
         return dense.with_layers(tuple(cut[i] if i in open_layers else x for i, x in enumerate(dense.layers)))
 
 
