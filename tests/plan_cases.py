@@ -73,6 +73,7 @@ class Case:
     compensate: Compensation = "none"
     criterion: Criterion = "lora"
     channel_share: float | None = None
+    head_ratio: float | None = None
     evaluates: bool = False  # before the first step. The plan is not told, as it must change nothing.
 
     def request(self, world_size: int) -> Request:
@@ -92,6 +93,7 @@ class Case:
                 compensate=self.compensate,
                 criterion=self.criterion,
                 channel_share=self.channel_share,
+                head_ratio=self.head_ratio,
             ),
             train=TrainConfig(
                 steps=STEPS,

@@ -2,6 +2,7 @@
 
 import math
 
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
 
 
@@ -16,13 +17,24 @@ def active_numel(shape: ModelShape) -> int:
     return shape.linear_numel() + whole - idle
 
 
+def met_numel(shape: ModelShape) -> float:
+    """Counts the parameters with LoRA that one token meets on average."""
+    sizes = ((i, linear, math.prod(shape.linear_shape(i, linear))) for i, linear in shape.linear_ids())
+    return sum(numel * _chosen(shape, i, linear) for i, linear, numel in sizes)
+
+
 def active_lora(shape: ModelShape, lora_rank: int) -> float:
     """Counts the elements of LoRA that one token meets."""
     return sum(
-        math.prod(size) * (shape.experts_per_token / shape.layers[i]["experts"] if linear.is_stack else 1)
+        math.prod(size) * _chosen(shape, i, linear)
         for i, linear in shape.linear_ids()
         for size in shape.lora_shapes(i, linear, lora_rank)
     )
+
+
+def _chosen(shape: ModelShape, layer: int, linear: Linear) -> float:
+    """Returns the part of a linear that one token meets."""
+    return shape.experts_per_token / shape.layers[layer]["experts"] if linear.is_stack else 1
 
 
 def mlp_width(shape: ModelShape, layer: int) -> int:

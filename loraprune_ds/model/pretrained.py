@@ -242,15 +242,18 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
 
 
 def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:
-    """Refuses the settings that stacks of experts do not have, and a criterion that needs experts."""
-    where = str(pretrained.folder)
-    if pretrained.shape.family.mixture is None:
-        if config.prune.criterion == "reap":
+    """Refuses what would have no effect on a mixture of experts, and a criterion that needs experts."""
+    where, prune, family = str(pretrained.folder), config.prune, pretrained.shape.family
+    if family.mixture is None:
+        if prune.criterion == "reap":
             raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
         return
-    for name, value, refused in (("prune.compensate", config.prune.compensate, ("bias", "least_squares")),):
-        if value in refused:
-            raise UserError(f"{name}: {value} is not supported for mixtures of experts, which {where} has")
+    heads_leave = (prune.head_ratio or prune.joint_budget) and "heads" not in family.fixed
+    if prune.compensate != "none" and not heads_leave:
+        raise UserError(
+            f"prune.compensate: {prune.compensate} makes up for heads and not for experts, and all heads of {where} "
+            "stay; set prune.head_ratio, or prune.compensate: none"
+        )
     if pretrained.config.get("router_jitter_noise"):
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 

@@ -145,4 +145,5 @@ def _scoring_flops(request: Request, shape: ModelShape, tokens: float) -> float:
     if criterion == "fisher":
         return 3 * tokens * sum(shape.inputs_per_token(i, linear) for i, linear in shape.input_linear_ids())
     per_weight = {"random": 0, "reap": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
-    return (2 * numel * tokens if criterion == "gradient" else 0) + per_weight * numel / request.world_size
+    products = 2 * flops.met_numel(shape) * tokens if criterion == "gradient" else 0
+    return products + per_weight * numel / request.world_size

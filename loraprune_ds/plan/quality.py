@@ -14,7 +14,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.activations import PlannedBatch
 from loraprune_ds.plan.request import Request
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
-from loraprune_ds.pruning.input_moments import numel_sent
+from loraprune_ds.pruning.input_moments import measured_linears, numel_sent
 from loraprune_ds.zero.flat import layer_owner, partition_numel
 
 
@@ -30,7 +30,7 @@ def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int],
 def _by_owner(shape: ModelShape, world_size: int, open_layers: Sequence[int], size: Callable[[int], int]) -> list[int]:
     """Adds up, by rank, the size of what belongs to the n inputs of each linear that may lose some."""
     of_ranks = [0] * world_size
-    for i, linear in shape.input_linear_ids(open_layers):
+    for i, linear in measured_linears(shape, open_layers):
         of_ranks[layer_owner(i, world_size)] += size(shape.linear_shape(i, linear)[1])
     return of_ranks
 
@@ -57,7 +57,7 @@ def measured_inputs(request: Request, shape: ModelShape) -> int:
     if prune.compensate == "none":
         return 0
     tokens = train.micro_batch_size * request.config.data.window
-    widest = max(shape.linear_shape(i, linear)[1] for i, linear in shape.input_linear_ids())
+    widest = max(shape.linear_shape(i, linear)[1] for i, linear in measured_linears(shape))
     return 4 * tokens * widest + _part_bytes(request, widest)
 
 
@@ -79,7 +79,7 @@ def measuring_flops(request: Request, shape: ModelShape) -> float:
     compensate = request.config.prune.compensate
     if compensate == "none":
         return 0
-    widths = [shape.linear_shape(i, linear)[1] for i, linear in shape.input_linear_ids(request.limits.open_layers)]
+    widths = [shape.linear_shape(i, linear)[1] for i, linear in measured_linears(shape, request.limits.open_layers)]
     return sum(2 * numel_sent(n) if compensate == "least_squares" else n for n in widths)
 
 
@@ -190,7 +190,7 @@ def _refits(request: Request, before: ModelShape, after: ModelShape) -> Iterator
     """Yields (owner, linear, outputs, inputs, kept inputs) of every linear that loses inputs."""
     if request.config.prune.compensate == "none":
         return
-    for i, linear in before.input_linear_ids():
+    for i, linear in measured_linears(before):
         (outputs, inputs), (_, kept) = before.linear_shape(i, linear), after.linear_shape(i, linear)
         if kept < inputs:
             yield layer_owner(i, request.world_size), linear, outputs, inputs, kept

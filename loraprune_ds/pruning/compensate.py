@@ -1,5 +1,7 @@
 """Makes up for the inputs that a cut removes, in the linears that lose inputs, such as o_proj and down_proj.
 
+Nothing makes up for experts that leave (model/experts.md). In a mixture it is o_proj that loses heads.
+
 Let W' = W + s·B·A, K the kept and R the removed columns, and x the inputs of a layer.
 
 bias           The mean of what leaves becomes a bias: b += W'[:, R] · mean(x_R). (FLAP, arXiv 2312.11983)
@@ -126,7 +128,7 @@ class Compensator:
             LinearId(i, linear)
             for i in range(len(shape.layers))
             for linear in shape.cut_linears(i, keep[i])
-            if linear.axis == 1
+            if linear.axis == 1  # as `measured_linears`
         ]
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:

@@ -4,7 +4,7 @@ They are recorded in training's own forward passes. A second moment is symmetric
 the diagonal are computed and sent.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,10 +12,16 @@ from torch import Tensor
 
 from loraprune_ds.model.dtypes import tf32_where_exact
 from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 from loraprune_ds.pruning.taps import hook_inputs
 
 BLOCK = 1024  # rows of a second moment that are computed at once
+
+
+def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LinearId]:
+    """Lists the linears of some layers, or of all, that lose inputs. A stack of experts loses whole experts."""
+    return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.axis == 1]
 
 
 def blocks(n: int) -> Iterator[tuple[slice, slice]]:
@@ -76,7 +82,9 @@ class InputMoments:
         self._active = False
         self._attention_mask: Tensor | None = None
         self._own_tokens = 0  # of this rank in this step
-        self._first = hook_inputs(model, layers, self._record)[0]
+        linear_ids = measured_linears(model.shape, layers)
+        self._first = linear_ids[0]
+        hook_inputs(model, linear_ids, self._record)
 
     @contextmanager
     def record_step(self) -> Generator[None]:

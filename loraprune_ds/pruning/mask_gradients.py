@@ -42,7 +42,8 @@ class MaskGradients(StepRecorder):
     def __init__(self, model: PrunableModel) -> None:
         super().__init__()
         self._model = model
-        self._linear_ids = hook_inputs(model, range(len(model.shape.layers)), self._tap)
+        self._linear_ids = model.shape.input_linear_ids()
+        hook_inputs(model, self._linear_ids, self._tap)
 
     def scores(self, step: int) -> GroupSums:
         """Returns the sums over all ranks, by one all-reduce."""

@@ -1,6 +1,6 @@
 """Shows what passes through the linears of the decoder layers, in training's own passes."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,17 +16,13 @@ from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 SeeInput = Callable[..., Tensor | None]
 
 
-def hook_inputs(model: PrunableModel, layers: Iterable[int], see: SeeInput) -> list[LinearId]:
-    """Hooks what enters the linears of these layers whose inputs belong to groups, such as o_proj and down_proj.
+def hook_inputs(model: PrunableModel, linear_ids: Sequence[LinearId], see: SeeInput) -> None:
+    """Hooks what enters some linears.
 
     Args:
         see: is called in every forward pass, with an input (batch, window, in_features). That of a stack of experts is
             (tokens, in_features), in the order of the experts.
-
-    Returns:
-        The hooked linears, in the order of a forward pass.
     """
-    linear_ids = model.shape.input_linear_ids(layers)
 
     def hook(linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = see(linear_id, *inputs)
@@ -35,7 +31,6 @@ def hook_inputs(model: PrunableModel, layers: Iterable[int], see: SeeInput) -> l
     for linear_id in linear_ids:
         module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
         module.register_forward_pre_hook(partial(hook, linear_id))
-    return linear_ids
 
 
 class StepRecorder:

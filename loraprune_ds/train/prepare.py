@@ -147,6 +147,10 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     ]
     if attention := describe_attention(config.model.attn_implementation, dense.family):
         lines.append(attention)
+    if dense.family.mixture and config.prune.compensate != "none":
+        lines.append(
+            f"prune.compensate: {config.prune.compensate} refits o_proj. Nothing makes up for experts that leave"
+        )
     if train.distill_weight and config.model.adapter:
         lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:

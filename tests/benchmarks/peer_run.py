@@ -66,7 +66,8 @@ class InputSizes(StepRecorder):
 
     def __init__(self, model: PrunableModel) -> None:
         super().__init__()
-        self.linear_ids = hook_inputs(model, range(len(model.layers)), self._see)
+        self.linear_ids = model.shape.input_linear_ids()
+        hook_inputs(model, self.linear_ids, self._see)
 
     def of(self, linear_id: LinearId) -> Tensor:
         """Returns (1 + 2 · in_features,): tokens, sums, squares."""

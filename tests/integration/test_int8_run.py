@@ -64,20 +64,21 @@ def test_a_resumed_run_ends_as_the_run_that_never_stopped(ranks: RankPool, strai
 
 @pytest.mark.parametrize("family", families("gpt_oss", of=MIXTURES))
 def test_experts_go_on_and_are_exported_as_the_run_would(ranks: RankPool, tmp_path: Path, family: str) -> None:
-    """What a resumed run holds is read from the source, or from a copy of the integers and scales."""
-    copied = family in ("gpt_oss", "qwen3_moe")
-    sections = SECTIONS | {"prune": SECTIONS["prune"] | {"compensate": "none"}, "train": {"steps": STEPS}}
+    """What a resumed run holds is read from the source, or after a refit of heads from stored integers and scales."""
+    stored = family in ("gpt_oss", "qwen3_moe")
+    prune = SECTIONS["prune"] | ({"head_ratio": 0.4} if stored else {"compensate": "none"})
+    sections = SECTIONS | {"prune": prune, "train": {"steps": STEPS}}
     given, source = write_run(tmp_path, **sections), tmp_path / family
     shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
     tiny_model(family, seed=1).save_pretrained(source)
     straight, out = tmp_path / "straight", tmp_path / "out"
-    changes = (f"model.path={source}", f"checkpoint.copy_source={copied}")
-    ranks.run(2, run_here, config_for(given, straight, *changes))
-    assert not any(ranks.run(2, run_here, config_for(given, out, *changes), None, STOP_AT))
+    changes = f"model.path={source}"
+    ranks.run(2, run_here, config_for(given, straight, changes))
+    assert not any(ranks.run(2, run_here, config_for(given, out, changes), None, STOP_AT))
     held = (name for name, x in tensors(out / "checkpoints" / "shape-1").items() if x.dtype == torch.int8)
-    assert any("experts" in name for name in held) == copied
-    assert all(ranks.run(2, run_here, config_for(given, out, *changes), "auto"))
+    assert any("experts" in name for name in held) == stored
+    assert all(ranks.run(2, run_here, config_for(given, out, changes), "auto"))
     cuts = [cut["step"] for cut in metrics(straight, "cut")]
     assert min(cuts) < STOP_AT < max(cuts)
     assert losses(out) == losses(straight)

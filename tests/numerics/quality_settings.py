@@ -12,7 +12,6 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import PADDING_ID, Ragged
@@ -52,7 +51,7 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
     handles += [
         lora_linear(layer, linear).register_forward_pre_hook(partial(see, f"{i}.{linear.name}"))
         for i, layer in enumerate(trainer.model.layers)
-        for linear in LLAMA_LINEARS
+        for linear in trainer.model.shape.linears(i)
         if linear.name in INPUTS
     ]
     yield seen
@@ -64,7 +63,7 @@ def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str,
     """Gathers weight, bias and LoRA of linears of all layers, by names like "1.mlp.down_proj"."""
     found = {}
     for i, layer in enumerate(trainer.model.layers):
-        for linear in LLAMA_LINEARS:
+        for linear in trainer.model.shape.linears(i):
             if linear.name in names:
                 module = lora_linear(layer, linear)
                 parameters: dict[str, Any] = {
@@ -77,8 +76,12 @@ def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str,
     return found
 
 
-def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """Makes two measured steps, then a refit for a cut of nothing, then one for a cut of layers 1 and 2."""
+def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
+    """Makes two measured steps, then a refit for a cut of nothing, then one for a cut of layers 1 and 2.
+
+    Args:
+        kept: the groups of each kind that stay.
+    """
     trainer = build(job)
     compensator = trainer.pruner.compensator
     assert compensator is not None
@@ -93,7 +96,7 @@ def compensate_once(job: Job, heads: list[int], channels: list[int]) -> dict[str
     everything = all_groups(trainer.model.shape)
     compensator.compensate(everything, 1)
     untouched = whole_layers(trainer)
-    chosen = LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels))
+    chosen = LayerKeep(zip(trainer.model.shape.kinds, map(torch.tensor, kept), strict=True))
     keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
     held = storage_bytes(compensator.moments.sums.values())
     owned = {f"{linear_id.layer}.{linear_id.linear.name}" for linear_id in compensator.moments.sums}

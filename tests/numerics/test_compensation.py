@@ -1,6 +1,7 @@
 """The refit after a cut, on 1, 2 and 3 ZeRO-3 ranks, against torch.linalg.lstsq on the same activations."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.plan.quality import moment_bytes
+from tests.families import tiny_model
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, train, write_adapter
+from tests.numerics.test_families import in_file, random_lora
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
@@ -101,6 +104,30 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
         assert other["moment_bytes"] == planned[rank]
         assert {int(name[0]) for name in other["owned"]} == {i for i in OPEN if i % world_size == rank}
         assert math.isfinite(other["next_loss"])
+
+
+def test_a_mixture_refits_its_heads_alone(ranks: RankPool, tmp_path: Path) -> None:
+    """Experts leave in the same cut. Their inputs are not measured, and nothing of the others changes."""
+    folder = tmp_path / "model"
+    tiny_model("mixtral", seed=1, num_hidden_layers=LAYERS).save_pretrained(folder)
+    adapter = write_adapter(tmp_path / "adapter", in_file(random_lora(folder), folder), r=4, alpha=8)
+    batches = make_batches(steps=6, samples=12, tokens=16, vocab=97, seed=3)
+    prune = {"ratio": 0.2, "head_ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "compensate": "least_squares"}
+    mixture = Job(folder, adapter, batches, prune | {"compensate_steps": 4})
+    experts = [e for e in range(23) if e % 4]
+    results = ranks.run(2, quality_settings.compensate_once, mixture, HEADS, experts)
+    result = results[0]
+    assert result["before"].keys() == {f"{i}.self_attn.o_proj" for i in range(LAYERS)}
+    for name, layer in result["before"].items():
+        after, kept, inputs = result["after"][name], [h * 20 + j for h in HEADS for j in range(20)], None
+        if int(name[0]) in quality_settings.CUT_LAYERS:
+            inputs = weighted_inputs(result, name)
+            assert (after["base_layer"][:, kept] - dense_refit(inputs, layer, kept)).abs().max() < TOLERANCE, name
+            assert own_error(inputs, layer, after, kept) < 0.99 * own_error(inputs, layer, layer, kept), name
+        assert (inputs is None) == torch.equal(layer["base_layer"], after["base_layer"])
+    planned = moment_bytes(open_pretrained(folder).shape, 2, OPEN)
+    assert [other["moment_bytes"] for other in results] == planned
+    assert math.isfinite(result["next_loss"])
 
 
 @pytest.mark.parametrize("compensate", ["least_squares", "bias"])

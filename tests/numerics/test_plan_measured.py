@@ -117,7 +117,7 @@ def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_pa
         ("gemma2", 3, {"criterion": "gradient"}),
         ("qwen2", 3, {"compensate": "least_squares"}),
         ("starcoder2", 2, {"criterion": "fisher"}),
-        ("mixtral", 3, {"checkpointing": True, "criterion": "gradient"}),
+        ("mixtral", 3, {"criterion": "gradient", "compensate": "least_squares", "head_ratio": 0.4}),
     ],
 )
 def test_ranks_hold_and_send_int8_weights_as_planned(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,14 +170,24 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [("prune", "compensate", "least_squares")],
+    ("family", "prune", "reason"),
+    [
+        (
+            "mixtral",
+            {"compensate": "least_squares"},
+            "makes up for heads and not for experts, and all heads of",
+        ),
+        ("olmoe", {"compensate": "least_squares", "head_ratio": 0.2}, "all heads of .* stay; set prune.head_ratio, or"),
+        ("mixtral", {"compensate": "bias", "head_ratio": 0.2}, "needs linears with biases, which a mixtral .* lacks"),
+        ("mixtral", {"compensate": "least_squares", "head_ratio": 0.2}, None),
+    ],
 )
-def test_what_stacks_do_not_have_is_refused_by_name(section: str, key: str, value: str, tmp_path: Path) -> None:
-    saved("mixtral", tmp_path)
-    config = RunConfig("unused")
-    config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
-    with pytest.raises(UserError, match=f"{section}.{key}: {value} is not supported for mixtures of experts"):
+def test_a_refit_without_heads_that_leave_is_refused(
+    family: str, prune: dict[str, Any], reason: str | None, tmp_path: Path
+) -> None:
+    saved(family, tmp_path)
+    config = RunConfig("unused", prune=PruneConfig(**prune))
+    with pytest.raises(UserError, match=f"prune.compensate: .*{reason}") if reason else nullcontext():
         open_for_pruning(tmp_path, config)
 
 
