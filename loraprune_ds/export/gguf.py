@@ -87,17 +87,18 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 def _add_sizes(writer: GGUFWriter, shape: ModelShape) -> None:
     heads = [layer["heads"] for layer in shape.layers]
     queries = [shape.query_heads(layer) for layer in shape.layers]
-    channels = [shape.expert_size or layer["channels"] for layer in shape.layers]
+    of_channels = "expert_channels" if shape.family.mixture else "channels"
+    channels = [layer[of_channels] for layer in shape.layers]
     writer.add_block_count(len(shape.layers))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
     writer.add_head_count(queries[0] if shape.is_uniform else queries)
     writer.add_head_count_kv(heads[0] if shape.is_uniform else heads)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
-    if shape.expert_size:
+    if shape.family.mixture:
         writer.add_expert_count(shape.layers[0]["experts"])
         writer.add_expert_used_count(shape.experts_per_token)
-        writer.add_expert_feed_forward_length(shape.expert_size)
+        writer.add_expert_feed_forward_length(channels[0])
     # Without these llama.cpp takes hidden_size / heads, which is wrong after a cut.
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
