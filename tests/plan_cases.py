@@ -311,7 +311,7 @@ def saved_activations(case: Case) -> dict[str, int]:
         storage = tensor.untyped_storage()
         if (
             storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in parameters}
-            and tensor.is_floating_point()
+            and (tensor.is_floating_point() or tensor.dtype == torch.uint8)  # which is the mask of a dropout
         ):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor

@@ -171,7 +171,7 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
         return {"score_sums": 8 * groups}
     return {
         "lora_factors": 2 * 4 * (shards + shards * request.world_size + whole),
-        "score_blocks": 4 * min(block, DEVICE_BLOCK_NUMEL) * 4,  # of whole rows
+        "score_blocks": 3 * 4 * min(block, DEVICE_BLOCK_NUMEL),  # of whole rows
         "score_sums": 8 * groups,
     }
 

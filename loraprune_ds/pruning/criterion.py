@@ -16,18 +16,18 @@ from torch import Tensor
 from loraprune_ds.pruning.prunable_model import Decode, LoraFactors, OwnedShard
 
 # Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU a block of any size
-# costs a dozen kernel launches, and its three fp32 copies may take 100 MB.
-CPU_BLOCK_NUMEL = 1 << 17
+# costs a dozen kernel launches, and its two fp32 copies may take 64 MiB.
+CPU_BLOCK_NUMEL = 1 << 18
 DEVICE_BLOCK_NUMEL = 1 << 23
 
-# (rows of W in fp32, the LoRA factors of those rows; for `gradient` also the rows of W's gradient)
-# -> element importance up to its sign, same shape as the rows.
+# (rows of W in fp32, which it may overwrite; the LoRA factors of those rows; for `gradient` also the rows of W's
+# gradient) -> element importance up to its sign, same shape as the rows.
 ElementCriterion = Callable[..., Tensor]
 
 
 def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """Returns W + s·B·A, which the network computes with."""
-    return torch.addmm(weight, factors.B, factors.A, alpha=factors.scaling)
+    """Turns W into W + s·B·A, which the network computes with, in place."""
+    return weight.addmm_(factors.B, factors.A, alpha=factors.scaling)
 
 
 def gradient_estimate(factors: LoraFactors) -> Tensor:

@@ -33,13 +33,13 @@ class LoraFactors:
     scaling: float
 
 
-# (some rows of a weight as they are held, number of the first) -> these rows in fp32
+# (some rows of a weight as they are held, number of the first) -> a new tensor with these rows in fp32
 Decode = Callable[[Tensor, int], Tensor]
 
 
 def in_fp32(rows: Tensor, first: int) -> Tensor:
     """Decodes rows of a weight that is held as it is."""
-    return rows.float()
+    return rows.to(torch.float32, copy=True)
 
 
 @dataclass(frozen=True)

@@ -166,13 +166,8 @@ class ShardedModel:
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Gathers the fp32 shards of several parameters into whole tensors, coalesced into one all-gather."""
         gathered = self.comm.all_gather(torch.cat(shards).to(self.device))  # (ranks, sum of shards)
-        whole, position = [], 0
-        for shard, parameter in zip(shards, parameters, strict=True):
-            flat = gathered[:, position : position + len(shard)].reshape(-1)
-            shape = full_shape(parameter)
-            whole.append(flat[: shape[0] * shape[1]].view(shape))
-            position += len(shard)
-        return whole
+        parts, shapes = gathered.split([len(shard) for shard in shards], dim=1), map(full_shape, parameters)
+        return [part.reshape(-1)[: m * n].view(m, n) for part, (m, n) in zip(parts, shapes, strict=True)]
 
     def _cut_layer(self, index: int, keep: LayerKeep) -> None:
         layer, state = self.layers[index], self._state

@@ -1,5 +1,6 @@
 """A linear with LoRA as one operation: PEFT's own linear with the same parameters is the oracle, in fp64."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +11,20 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.frozen import Int8
 from loraprune_ds.model.int8_linear import Int8Linear, form_of
-from loraprune_ds.model.lora_product import OneProduct
+from loraprune_ds.model.lora_product import OneProduct, draw_mask
 
 CONFIG = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.4)
 IN, OUT = 70, 9
+
+
+class SameMask(nn.Dropout):
+    """Is PEFT's dropout with the mask that ours draws."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        mask, kept = draw_mask(input, self.p)
+        return input * mask / kept
 
 
 def pair(*, bias: bool, int8: bool, dtype: torch.dtype = torch.float64) -> tuple[OneProduct, LoraLinear]:
@@ -30,6 +41,7 @@ def pair(*, bias: bool, int8: bool, dtype: torch.dtype = torch.float64) -> tuple
         dense.weight.data = form_of(base).join(tensors)
     settings: Any = {"config": CONFIG, "r": CONFIG.r, "lora_alpha": CONFIG.lora_alpha}
     ours, theirs = OneProduct(base, "default", **settings), LoraLinear(dense, "default", **settings)
+    theirs.lora_dropout["default"] = SameMask(CONFIG.lora_dropout)
     for factor, other in zip(factors(ours), factors(theirs), strict=True):
         factor.data = torch.randn_like(factor, dtype=dtype)
         other.data = factor.data.clone()
@@ -42,7 +54,7 @@ def factors(linear: LoraLinear) -> list[nn.Parameter]:
 
 def run(linear: LoraLinear, x: Tensor) -> list[Tensor]:
     """Returns the output and the gradients of A, B and x, which is (batch, window, in_features)."""
-    torch.manual_seed(2)  # the same dropout
+    torch.manual_seed(2)  # the same mask
     x = x.clone().requires_grad_()
     out = linear(x)
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
@@ -63,10 +75,54 @@ def test_computes_what_peft_computes(bias: bool, int8: bool, training: bool) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_output_has_the_bits_of_pefts(dtype: torch.dtype) -> None:
+def test_without_dropout_the_output_has_the_bits_of_pefts(dtype: torch.dtype) -> None:
     ours, theirs = pair(bias=False, int8=False, dtype=dtype)
+    ours.lora_dropout["default"] = theirs.lora_dropout["default"] = nn.Identity()  # as PEFT has it then
     x = torch.randn(2, 5, IN, dtype=dtype)
     assert torch.equal(run(ours, x)[0], run(theirs, x)[0])
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 1e-4, 1e-6, 1 - 1e-6])
+def test_dropout_has_its_rate_and_its_mean(p: float) -> None:
+    torch.manual_seed(3)
+    x = torch.empty(1001, 999)  # no multiple of the 4 elements of a draw
+    mask, kept = draw_mask(x, p)
+    assert mask.shape == x.shape
+    assert 0 <= kept - (1 - p) < 2**-16
+    of_elements = math.sqrt(kept * (1 - kept) / x.numel())  # the deviation of a mean
+    assert abs(mask.double().mean() - kept) <= 4 * of_elements
+    for i in range(4):  # the place in a draw
+        assert abs(mask.flatten()[i::4].double().mean() - kept) <= 4 * 2 * of_elements
+
+
+def test_elements_are_drawn_apart() -> None:
+    torch.manual_seed(4)
+    centred = draw_mask(torch.empty(1 << 20), 0.3)[0].double() - 0.7
+    for distance in (1, 2, 3, 4, 8, 64, 576):
+        correlation = (centred[distance:] * centred[:-distance]).mean() / (0.3 * 0.7)
+        assert abs(correlation) < 5e-3, distance  # five deviations
+
+
+def test_the_seed_decides_the_mask() -> None:
+    def draw(seed: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        return draw_mask(torch.empty(9, 7), 0.4)[0], torch.rand(3)  # what is drawn after it belongs to the stream
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+
+
+def test_gradients_are_those_of_differences() -> None:
+    ours, _ = pair(bias=True, int8=False)
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+
+    def seeded(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return ours.train()(x)
+
+    assert torch.autograd.gradcheck(seeded, (x, *factors(ours)))
 
 
 def test_without_the_adapter_the_base_computes() -> None:
@@ -84,5 +140,6 @@ def test_keeps_the_input_the_mask_and_a_narrow_product() -> None:
         ours.train()(x)
     parameters = {parameter.data_ptr() for parameter in ours.parameters()}
     assert kept[0].data_ptr() == x.data_ptr()  # no copy: neighbours keep the same
-    shapes = [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in parameters]
-    assert shapes == [(2, 5, IN), (2, 5, IN), (2, 5, CONFIG.r)]
+    found = [(tuple(tensor.shape), tensor.dtype) for tensor in kept if tensor.data_ptr() not in parameters]
+    wide, narrow = (2, 5, IN), (2, 5, CONFIG.r)
+    assert found == [(wide, torch.float64), (wide, torch.uint8), (narrow, torch.float64)]
