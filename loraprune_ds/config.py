@@ -21,6 +21,7 @@ from loraprune_ds.config_types import (
     Fraction,
     LearningRate,
     Part,
+    PartOrAll,
     Positive,
     Size,
     Window,
@@ -74,6 +75,7 @@ class PruneConfig:
     target_embedding_bits: Positive = 16.0  # memory: of embedding, head, norms and biases
     target_kv_bits: Positive = 16.0  # memory: of a value in the KV cache
     head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
+    channel_share: PartOrAll | None = None  # of what experts give, taken as channels of all. None: whole experts alone
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
     normalize: Normalization | None = None  # of a module's scores. None: none for fisher, reap and global, else l2
@@ -86,7 +88,7 @@ class PruneConfig:
     protected_last: CountOr0 = 1
     min_heads: Count = 1  # key-value groups a layer keeps at least
     min_channels: Count = 1
-    max_layer_ratio: Annotated[float, Field(gt=0, le=1), NUMBER] = 1.0  # of its linear parameters that a layer may lose
+    max_layer_ratio: PartOrAll = 1.0  # of its linear parameters that a layer may lose
     channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
     tensor_parallel: Count = 1  # ranks of a server that will share the result. Heads and channels divide by it
     score_every: Count = 1  # steps from one scoring to the next. The step of a cut always scores
@@ -120,10 +122,11 @@ class PruneConfig:
             self.warmup_fraction + self.cooldown_fraction < 1,
             "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
         )
-        require(
-            self.head_ratio is None or not self.joint_budget,
-            "prune.head_ratio and prune.joint_budget exclude each other: in a joint budget the scores decide",
-        )
+        for name in ("head_ratio", "channel_share"):
+            require(
+                getattr(self, name) is None or not self.joint_budget,
+                f"prune.{name} and prune.joint_budget exclude each other: in a joint budget the scores decide",
+            )
         require(
             not (self.joint_budget and self.ranking == "uniform"),
             "prune.joint_budget needs prune.ranking: global (uniform cuts the same counts in every layer)",

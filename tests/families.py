@@ -111,6 +111,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
+THIN = [name for name, family in FAMILIES.items() if family.mixture and "expert_channels" not in family.fixed]
 MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3")  # their first layer is dense, and the second one sparse
 
 
@@ -120,10 +121,14 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 
 def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape, ...]:
-    """Returns the layers of a model with so many heads, and so many channels or experts, where a layer has any."""
+    """Returns the layers of a model with so many heads, and so many channels or experts, where a layer has any.
+
+    Experts that lose channels, too, lose three.
+    """
 
     def other(kind: str, own: int, heads: int, others: int) -> int:
-        return own if kind in shape.family.fixed or own == 0 else heads if kind == "heads" else others
+        whole = kind not in shape.kinds or kind in shape.family.fixed or own == 0
+        return own if whole else {"heads": heads, "expert_channels": own - 3}.get(kind, others)
 
     layers = zip(shape.layers, counts, strict=True)
     return tuple(LayerShape((kind, other(kind, own, *new)) for kind, own in layer.items()) for layer, new in layers)
@@ -131,8 +136,13 @@ def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape
 
 def families(*in_ci: str, of: Iterable[str] = TINY) -> list[Any]:
     """Returns the parameters of a test of families. Those that are not named wait for tests/run_heavy.sh."""
+    return [name if name in in_ci else heavy(name) for name in of]
+
+
+def heavy(*values: Any) -> Any:
+    """Returns a case that waits for tests/run_heavy.sh."""
     wait = pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh")
-    return [name if name in in_ci else pytest.param(name, marks=[pytest.mark.heavy, wait]) for name in of]
+    return pytest.param(*values, marks=[pytest.mark.heavy, wait])
 
 
 def heads_divide_hidden(family: str) -> bool:

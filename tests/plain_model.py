@@ -19,9 +19,11 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.cuts import layer_cuts, lora_cuts
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape, lora_cuts
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.slices import Slice
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeTensor, LinearId, LoraFactors, OwnedShard
 
 
@@ -82,23 +84,35 @@ class PlainModel:
 
     @torch.no_grad()
     def cut(self, keep: list[LayerKeep]) -> int:
+        after = self.shape.after(keep)
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
-            for name, axis, kept in self.shape.layer_cuts(i, layer_keep):
-                self._select(base_parameter(layer, name), axis, kept)
-            for linear in self.shape.cut_linears(i, layer_keep):
-                module, kept = lora_linear(layer, linear), self.shape.kept_indices(i, linear.parts, layer_keep)
-                for which, axis, stays in lora_cuts(linear, module.r[ADAPTER], kept, layer_keep):
-                    self._select(lora_weights(module)[which], axis, stays)
-                set_features(module, *cast(nn.Linear, module.base_layer).weight.shape)
-            set_runtime_counts(layer, self.shape, layer_keep.shape)
-        self.shape = self.shape.after(keep)
+            weights = {f"{linear.name}.weight": linear for linear in self.shape.linears(i)}
+            for name, kept in layer_cuts(self.shape, i, layer_keep):
+                self._select(base_parameter(layer, name), kept)
+                if linear := weights.get(name):
+                    module = lora_linear(layer, linear)
+                    for which, stays in lora_cuts(self.shape, i, linear, module.r[ADAPTER], kept, layer_keep):
+                        self._select(lora_weights(module)[which], stays)
+                    size = cast(nn.Linear, module.base_layer).weight.shape
+                    set_features(module, *size, experts=after.layers[i].get("experts"))
+            set_runtime_counts(layer, self.shape, after.layers[i])
+        self.shape = after
         return 0
 
-    def _select(self, parameter: Tensor, axis: int, rows: Tensor) -> None:
-        rows = rows.to(parameter.device)
-        parameter.data = parameter.data.index_select(axis, rows)
+    def _select(self, parameter: Tensor, kept: Slice) -> None:
+        parameter.data = take(parameter.data, kept)
         parameter.grad = None
         state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
         for key in ("exp_avg", "exp_avg_sq"):
             if key in state:
-                state[key] = state[key].index_select(axis, rows)
+                state[key] = take(state[key], kept)
+
+
+def take(tensor: Tensor, kept: Slice) -> Tensor:
+    """Returns what stays. Each block of rows keeps columns of its own, or goes."""
+    if kept.blocks == 1:
+        return tensor.index_select(kept.axis, kept.keep.to(tensor.device))
+    stays = torch.zeros(kept.blocks, tensor.shape[1], dtype=torch.bool)
+    stays.view(-1)[kept.keep] = True
+    blocks = zip(tensor.chunk(kept.blocks), stays, strict=True)
+    return torch.cat([block[:, columns] for block, columns in blocks if columns.any()])

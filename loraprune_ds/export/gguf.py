@@ -87,8 +87,9 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture) -> None:
     heads = [layer["heads"] for layer in shape.layers]
     queries = [shape.query_heads(layer) for layer in shape.layers]
-    channels = [shape.expert_size or layer["channels"] for layer in shape.layers]
-    if not all(layer.get("experts", 1) for layer in shape.layers):  # these are the channels of a dense layer
+    of_channels = "expert_channels" if shape.family.mixture else "channels"
+    channels = [layer[of_channels] for layer in shape.layers]
+    if not all(channels):  # a dense layer has these instead
         channels = [config.intermediate_size]
     writer.add_block_count(len(shape.layers))
     writer.add_embedding_length(shape.hidden_size)
@@ -97,10 +98,10 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
     latent = shape.widths.get("key_value_rank")  # which all heads share
     writer.add_head_count_kv(1 if latent else heads[0] if shape.is_uniform else heads)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
-    if shape.expert_size:
+    if shape.family.mixture:
         writer.add_expert_count(shape.layers[-1]["experts"])
         writer.add_expert_used_count(shape.experts_per_token)
-        writer.add_expert_feed_forward_length(shape.expert_size)
+        writer.add_expert_feed_forward_length(shape.layers[-1][of_channels])
     if architecture.gating:
         writer.add_expert_gating_func(architecture.gating)
     # Without these llama.cpp takes hidden_size / heads, which is wrong after a cut.

@@ -37,14 +37,10 @@ class ExpertStack(HeldLinear):
         """
         nn.Module.__init__(self)
         self.transposed = transposed
-        experts, self.rows, self.in_features = stacked.shape
-        self.out_features = experts * self.rows
+        self.experts, rows, self.in_features = stacked.shape
+        self.out_features = self.experts * rows
         self.weight = nn.Parameter(stacked.detach().flatten(0, 1), requires_grad=False)
         self.register_parameter("bias", None)
-
-    @property
-    def experts(self) -> int:
-        return self.out_features // self.rows
 
     def forward(self, input: Tensor, counts: list[int]) -> Tensor:
         """Maps tokens in the order of their experts. `counts`: how many each expert has."""

@@ -5,7 +5,7 @@ from typing import Self, TypeVar
 
 from torch import Tensor
 
-from loraprune_ds.model.family_row import Kind
+from loraprune_ds.model.family_row import WITHIN, Kind
 
 T = TypeVar("T")
 
@@ -33,7 +33,15 @@ class PerKind(Mapping[Kind, T]):
 
 
 class LayerShape(PerKind[int]):
-    """Holds the counts of groups of one decoder layer, which pruning changes. 0 of a kind that this layer lacks."""
+    """Holds the counts of groups of one decoder layer, which pruning changes. 0 of a kind that this layer lacks.
+
+    Of a kind that lies within another it is the count within each group of the other: the channels of an expert.
+    """
+
+    @property
+    def groups(self) -> PerKind[int]:
+        """Counts all groups of each kind: the channels of all experts."""
+        return PerKind((kind, count * self.get(WITHIN.get(kind, ""), 1)) for kind, count in self.items())
 
     @property
     def kinds(self) -> frozenset[Kind]:
@@ -42,7 +50,10 @@ class LayerShape(PerKind[int]):
 
 
 class LayerTensors(PerKind[Tensor]):
-    """Holds one value for every group of a decoder layer: (groups,) for each kind."""
+    """Holds one value for every group of a decoder layer: (groups,) for each kind.
+
+    The channels of the first expert come first, then those of the second one, and so on.
+    """
 
     def select(self, keep: "LayerKeep") -> Self:
         """Returns the values of the groups that stay."""
@@ -50,9 +61,16 @@ class LayerTensors(PerKind[Tensor]):
 
 
 class LayerKeep(LayerTensors):
-    """Names the groups that stay in one decoder layer: ascending int64 indices into its current groups."""
+    """Names the groups that stay in one decoder layer: ascending int64 indices into its current groups.
+
+    Every expert that stays keeps as many channels, and the others keep none.
+    """
 
     @property
     def shape(self) -> LayerShape:
-        """The layer's shape after the cut."""
-        return LayerShape((kind, len(groups)) for kind, groups in self.items())
+        """The layer's shape after the cut, of the kinds that are cut."""
+        return LayerShape((kind, len(groups) // max(1, self._holders(kind))) for kind, groups in self.items())
+
+    def _holders(self, kind: Kind) -> int:
+        """Counts the groups that stay of the kind that this one lies within. 1 without such a kind."""
+        return len(self[WITHIN[kind]]) if kind in WITHIN else 1

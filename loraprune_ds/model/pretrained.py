@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,12 +14,14 @@ from torch import Tensor
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
+from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Held, Int8, Matrix, NotFinite
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pieces import Pieces
 from loraprune_ds.model.read_shape import shape_from_config, with_biases
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.slices import Slice
 from loraprune_ds.model.text_part import text_config, text_tensors
 from loraprune_ds.model.weight_headers import Headers, read_headers
 
@@ -34,17 +36,6 @@ DEQUANTISE = (
 )
 # In the config.json of a checkpoint's frozen weights that are held, and written, as int8 with scales.
 STORED_INT8 = {"quantization_config": {"quant_method": "loraprune_ds_int8", "block": BLOCK}}
-
-
-class Slice(NamedTuple):
-    """Names the rows (axis 0) or columns (axis 1) of a tensor on disk that are read.
-
-    Attributes:
-        keep: (kept,) int64, ascending.
-    """
-
-    axis: int
-    keep: Tensor
 
 
 @dataclass(frozen=True)
@@ -85,14 +76,17 @@ class PretrainedModel:
             view = file.get_slice(self.stored.get(name, name))
             *on_disk, width = view.get_shape() if len(view.get_shape()) > 1 else (*view.get_shape(), 1)
             kept = self.slices.get(name, Slice(0, torch.arange(math.prod(on_disk))))
-            columns = len(kept.keep) if kept.axis == 1 else width
+            rows = kept.rows(math.prod(on_disk), width)
+            height = math.prod(on_disk) // kept.blocks
+            columns = len(kept.keep) * height // max(1, len(rows)) if kept.axis == 1 else width
             first, last = start // columns, -(-end // columns)
-            rows = kept.keep[first:last] if kept.axis == 0 else torch.arange(first, last)
-            for at, block in _blocks(rows, max(1, READ_CHUNK // width)):
+            for at, block in _blocks(rows[first:last], max(1, READ_CHUNK // width), height):
                 values = _rows(view, int(block[0]), int(block[-1]) + 1)
                 if len(block) < len(values):
                     values = values[block - block[0]]
-                values = (values[:, kept.keep] if kept.axis == 1 else values).reshape(-1)
+                if kept.axis == 1:
+                    values = values[:, kept.of_block(int(block[0]) // height, width)]
+                values = values.reshape(-1)
                 origin = (first + at) * columns
                 low, high = max(start, origin), min(end, origin + len(values))
                 shard[low - start : high - start] = values[low - origin : high - origin].to(dtype)
@@ -164,11 +158,15 @@ def _rows(view: Any, start: int, end: int) -> Tensor:
     return torch.cat([view[i, max(start - i * height, 0) : min(end - i * height, height)] for i in blocks])
 
 
-def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
-    """Splits ascending rows into blocks that span less than `span`. Yields each with the position of its first row."""
+def _blocks(rows: Tensor, span: int, height: int) -> Iterator[tuple[int, Tensor]]:
+    """Splits ascending rows into blocks that span less than `span`. Yields each with the position of its first row.
+
+    None has rows of two blocks of `height` rows.
+    """
     at = 0
     while at < len(rows):
-        end = int(torch.searchsorted(rows, rows[at] + span))
+        last = min(rows[at] + span, (rows[at] // height + 1) * height)
+        end = int(torch.searchsorted(rows, last))
         yield at, rows[at:end]
         at = end
 
@@ -238,7 +236,8 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
     _check_mixture(config, pretrained)
     if config.data.packing and not pretrained.shape.family.packs:
         raise UserError(f"data.packing is not supported for {folder}: its class in transformers lets samples meet")
-    held = replace(pretrained, shape=replace(pretrained.shape, int8=int8))
+    thins = config.prune.channel_share is not None
+    held = replace(pretrained, shape=replace(pretrained.shape, int8=int8, thins_experts=thins))
     return _with_biases(held) if config.prune.compensate == "bias" else held
 
 
@@ -281,13 +280,15 @@ def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -
         return pretrained
     config = export_config(pretrained.config, left, dtype).config
     slices = {
-        f"model.layers.{i}.{name}": Slice(axis, kept)
+        f"model.layers.{i}.{name}": kept
         for i, layer_keep in enumerate(keep)
-        for name, axis, kept in dense.layer_cuts(i, layer_keep)
+        for name, kept in layer_cuts(dense, i, layer_keep)
     }
-    shape = replace(shape_from_config(config, str(pretrained.folder)), int8=dense.int8)
-    pieces = {
-        name: whole.keep_rows(slices.pop(name).keep) if name in slices else whole
-        for name, whole in pretrained.pieces.items()
-    }
+    shape = replace(
+        shape_from_config(config, str(pretrained.folder)), int8=dense.int8, thins_experts=dense.thins_experts
+    )
+    pieces = dict(pretrained.pieces)
+    for name in pieces.keys() & slices.keys():
+        pieces[name], of_pieces = pieces[name].sliced(slices.pop(name))
+        slices |= of_pieces
     return replace(pretrained, config=config, shape=shape, slices=slices, pieces=pieces)

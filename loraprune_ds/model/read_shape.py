@@ -106,7 +106,8 @@ def _held_layers(where: str, sizes: list[LayerShape], parameters: Sizes, family:
     Kinds that no layer has are left out.
     """
     held = [
-        {x.kind for x in family.linears if f"model.layers.{i}.{x.name}.weight" in parameters} for i in range(len(sizes))
+        {kind for x in family.linears if f"model.layers.{i}.{x.name}.weight" in parameters for kind in x.kinds}
+        for i in range(len(sizes))
     ]
     kinds = [kind for kind in family.kinds if any(kind in own for own in held)]
     if family.mixture and "experts" not in kinds:
@@ -164,7 +165,6 @@ def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict
     per_token = int(config["num_experts_per_tok"])
     of_each = max(2 * family.mixture.grouped, -(-per_token // chosen))  # which the router compares by their best two
     return {
-        "expert_size": int(config[family.mixture.size]),
         "experts_per_token": per_token,
         "least_experts": groups * of_each,
         "expert_groups": groups,

@@ -139,15 +139,11 @@ class Request:
         if self.config.prune.ranking == "uniform":
             cut = [uniform_counts(self.limits, target, self.limits.ratio)] * len(dense.layers)
         else:
-            leaving = target * dense.linear_numel()
-            gone = {
-                kind: leaving * share / sum(dense.layers[i][kind] * dense.group_numel(kind) for i in open_layers)
-                for kind, share in self.limits.shares.items()
-            }
-            cut = [
-                LayerShape((kind, max(1, round(count * (1 - gone[kind])))) for kind, count in layer.items())
-                for layer in dense.layers
-            ]
+            leaving, cut = target * dense.linear_numel(), list(dense.layers)
+            for kind, share in self.limits.shares.items():  # channels leave those experts that stay
+                numel = sum(cut[i][kind] * dense.group_numel(kind, cut[i]) for i in open_layers)
+                stays = 1 - leaving * share / numel
+                cut = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in cut]
         return dense.with_layers(tuple(cut[i] if i in open_layers else x for i, x in enumerate(dense.layers)))
 
 
@@ -201,7 +197,8 @@ def build_request(
         UserError: the run config does not fit the model or the number of ranks.
     """
     train = config.train
-    shape = replace(shape, int8=config.model.frozen == "int8")
+    thins = config.prune.channel_share is not None
+    shape = replace(shape, int8=config.model.frozen == "int8", thins_experts=thins)
     if config.prune.compensate == "bias":
         source, biased = with_biases(source, name)
         shape = biased.with_layers(shape.layers)

@@ -5,13 +5,16 @@ each other rank its shard. An all-reduce sends the vector once.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
-from loraprune_ds.model.frozen import Int8
+from loraprune_ds.model import cuts as tensors
+from loraprune_ds.model.family_row import WITHIN, Kind
+from loraprune_ds.model.frozen import WEIGHT, Int8
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
-from loraprune_ds.model.shapes import ModelShape, lora_cuts
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
 from loraprune_ds.plan.fetching import Fetcher, PassTraffic
 from loraprune_ds.plan.passes import Network, Visit
@@ -154,7 +157,7 @@ def score_count(request: Request, shape: ModelShape) -> int:
     if criterion == "reap":  # sums of norms, and counts of tokens
         return 2 * sum(layer["experts"] for layer in shape.layers)
     linear_ids = shape.input_linear_ids() if criterion == "fisher" else shape.linear_ids()
-    return sum(shape.layers[i][part.kind] for i, linear in linear_ids for part in linear.parts)
+    return sum(shape.layers[i].groups[kind] for i, linear in linear_ids for kind in shape.scored_kinds(linear))
 
 
 def layer_cuts(
@@ -165,13 +168,14 @@ def layer_cuts(
     LoRA counts with its fp32 master and two moments.
     """
     cuts, layer = list[tuple[AxisCut, int]](), shape.held(index, element_size)
-    for linear in shape.cut_linears(index, keep):
-        kept, factors = shape.kept_indices(index, linear.parts, keep), shape.lora_shapes(index, linear, lora_rank)
-        for which, axis, stays in lora_cuts(linear, lora_rank, kept, keep):
-            cuts.append((AxisCut(factors[which], axis, stays), element_size + 12))
-    for name, axis, kept in shape.layer_cuts(index, keep):
+    weights = {f"{linear.name}.{WEIGHT}": linear for linear in shape.linears(index)}
+    for name, kept in tensors.layer_cuts(shape, index, keep):
         held = layer[f"model.layers.{index}.{name}"]
-        cuts.append((AxisCut(held.shape, axis, kept), held.element_size))
+        cuts.append((AxisCut(held.shape, *kept), held.element_size))
+        if linear := weights.get(name):
+            factors = shape.lora_shapes(index, linear, lora_rank)
+            for which, stays in tensors.lora_cuts(shape, index, linear, lora_rank, kept, keep):
+                cuts.append((AxisCut(factors[which], *stays), element_size + 12))
     return cuts
 
 
@@ -195,12 +199,17 @@ def cut_sent(request: Request, before: ModelShape, after: ModelShape) -> int:
     sent = torch.zeros(world_size, dtype=torch.int64)
     for (old, new), layers in Counter(zip(before.layers, after.layers, strict=True)).items():
         if old != new:
-            keep = _random_keep(old, new, generator)
+            keep = _random_keep(before.kinds, old, new, generator)
             cuts = layer_cuts(before, before.layers.index(old), keep, request.config.lora.r, request.element_size)
             sent += layers * moved_bytes(cuts, world_size)
     return int(sent.max()) + quality.refit_sent(request, before, after)
 
 
-def _random_keep(before: LayerShape, after: LayerShape, generator: torch.Generator) -> LayerKeep:
-    chosen = ((kind, torch.randperm(count, generator=generator)[: after[kind]]) for kind, count in before.items())
-    return LayerKeep((kind, groups.sort().values) for kind, groups in chosen)
+def _random_keep(kinds: Iterable[Kind], before: LayerShape, after: LayerShape, generator: torch.Generator) -> LayerKeep:
+    def draw(kind: Kind) -> torch.Tensor:
+        return torch.randperm(before[kind], generator=generator)[: after[kind]].sort().values
+
+    keep = {kind: draw(kind) for kind in kinds if kind not in WITHIN}
+    for kind in (kind for kind in kinds if kind in WITHIN):
+        keep[kind] = torch.cat([holder * before[kind] + draw(kind) for holder in keep[WITHIN[kind]]])
+    return LayerKeep(keep)

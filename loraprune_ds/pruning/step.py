@@ -17,7 +17,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
 
 Words, each with one meaning everywhere:
     group       what must leave together: one key-value head with its query heads, one MLP channel, or one expert
-    kind        of a group: heads, channels or experts. The family says which there are (model/family.py)
+    kind        of a group: heads, channels, experts, expert_channels. The family says which there are (model/family.py)
     dense       the model before any cut
     keep        the groups that stay in this cut, as indices into the groups of now
     kept_of_dense  the groups that are left, as indices into those of the dense model
@@ -235,7 +235,7 @@ def agree(keep: list[LayerKeep], model: PrunableModel, step: int) -> list[LayerK
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:
     """Keeps every group of every layer."""
-    return [LayerKeep((kind, torch.arange(count)) for kind, count in layer.items()) for layer in shape.layers]
+    return [LayerKeep((kind, torch.arange(layer.groups[kind])) for kind in shape.kinds) for layer in shape.layers]
 
 
 def _to_mask(keep: list[LayerKeep], shape: ModelShape) -> Tensor:
@@ -243,13 +243,13 @@ def _to_mask(keep: list[LayerKeep], shape: ModelShape) -> Tensor:
     parts: list[Tensor] = []
     for layer_keep, layer in zip(keep, shape.layers, strict=True):
         for kind in shape.kinds:
-            mask = torch.zeros(layer[kind], dtype=torch.uint8)
+            mask = torch.zeros(layer.groups[kind], dtype=torch.uint8)
             mask[layer_keep[kind]] = 1
             parts.append(mask)
     return torch.cat(parts)
 
 
 def _from_mask(mask: Tensor, shape: ModelShape) -> list[LayerKeep]:
-    sizes = [layer[kind] for layer in shape.layers for kind in shape.kinds]
+    sizes = [layer.groups[kind] for layer in shape.layers for kind in shape.kinds]
     groups = (part.nonzero().flatten() for part in torch.split(mask, sizes))
     return [LayerKeep({kind: next(groups) for kind in shape.kinds}) for _ in shape.layers]

@@ -13,8 +13,9 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape, lora_cuts
+from loraprune_ds.model.cuts import layer_cuts, lora_cuts
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range
 from loraprune_ds.zero.params import ReadFlat, full_shape, install_shard, overwrite_shard, pad
@@ -35,28 +36,30 @@ def parameter_cuts(
     linears = {f"{linear.name}.weight": linear for linear in shape.linears(index)}
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for name, axis, kept in shape.layer_cuts(index, keep):
-        found = [(base_parameter(layer, name), axis, kept)]
+    for name, kept in layer_cuts(shape, index, keep):
+        found = [(base_parameter(layer, name), kept)]
         if linear := linears.get(name):
             module = lora_linear(layer, linear)
             for adapter in module.lora_A:  # a reference of DPO or GRPO may stand beside the trained one
                 factors = lora_weights(module, adapter)
-                cut = lora_cuts(linear, module.r[adapter], kept, keep)
-                found += [(factors[which], along, stays) for which, along, stays in cut]
-        for parameter, along, stays in found:
-            key = (full_shape(parameter), along, id(stays))
+                cut = lora_cuts(shape, index, linear, module.r[adapter], kept, keep)
+                found += [(factors[which], stays) for which, stays in cut]
+        for parameter, stays in found:
+            key = (full_shape(parameter), stays.axis, id(stays.keep))
             if key not in plans:
-                plans[key] = ReshardPlan(AxisCut(full_shape(parameter), along, stays), comm.world_size, comm.rank)
+                plans[key] = ReshardPlan(AxisCut(full_shape(parameter), *stays), comm.world_size, comm.rank)
             cuts.append((parameter, plans[key]))
     return cuts
 
 
 def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> None:
     """Tells the modules of a layer the sizes that they have after the cut. `shape` is from before it."""
-    after = shape.with_layers(tuple(keep.shape if i == index else counts for i, counts in enumerate(shape.layers)))
+    counts = LayerShape({**shape.layers[index], **keep.shape})
+    after = shape.with_layers((*shape.layers[:index], counts, *shape.layers[index + 1 :]))
     for linear in shape.linears(index):
-        set_features(lora_linear(layer, linear), *after.linear_shape(index, linear))
-    set_runtime_counts(layer, shape, keep.shape)
+        module = lora_linear(layer, linear)
+        set_features(module, *after.linear_shape(index, linear), experts=counts.get("experts"))
+    set_runtime_counts(layer, shape, counts)
 
 
 def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:

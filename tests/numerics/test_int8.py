@@ -68,7 +68,8 @@ def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
     tiny_model(family, seed=1, dtype=torch.bfloat16, hidden_size=100, **sizes).save_pretrained(folder)
     adapter = write_adapter(tmp_path / "adapter", in_file(random_lora(folder), folder), r=4, alpha=8)
     batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=97, seed=3)
-    prune = {"ratio": 0.3, "prune_every": 2, "protected_first": 0, "protected_last": 0}
+    prune: dict[str, Any] = {"ratio": 0.3, "prune_every": 2, "protected_first": 0, "protected_last": 0}
+    prune |= {"channel_share": 0.5} if family == "gpt_oss" else {}
     experts = Job(folder, adapter, batches, prune, dtype="bfloat16", frozen="int8")
     meant = int8.write_dequantised(folder, tmp_path / "meant", "bfloat16")
     found = ranks.run(world_size, train, experts)[0]

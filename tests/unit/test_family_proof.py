@@ -60,10 +60,12 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
     """Zeroes what the other groups send into the linears that end attention and MLP. No token chooses other experts."""
     for i, layer in enumerate(decoder_layers(network.model)):
         for _, linear in network.shape.input_linear_ids([i]):
+            module: Any = layer.get_submodule(linear.name)
             if linear.is_stack:
                 mask_router(find_router(layer), keep[i]["experts"])
+                if network.shape.thins_experts:
+                    module.register_forward_pre_hook(times_channels(network.shape, i, keep[i]))
                 continue
-            module: Any = layer.get_submodule(linear.name)
             module.register_forward_pre_hook(
                 times_input(stays(network.shape, i, keep[i], linear.kind, module.in_features))
             )
@@ -98,6 +100,17 @@ def stays(shape: ModelShape, layer: int, keep: LayerKeep, kind: Kind, size: int)
     groups[keep[kind]] = 1
     assert size % len(groups) == 0
     return groups.repeat_interleave(size // len(groups))
+
+
+def times_channels(shape: ModelShape, layer: int, keep: LayerKeep) -> Callable[..., tuple[Tensor, list[int]]]:
+    """Zeroes the other channels of each expert, in the tokens that chose it."""
+    experts, size = shape.layers[layer]["experts"], shape.layers[layer]["expert_channels"]
+    factors = torch.zeros(experts * size).index_fill(0, keep["expert_channels"], 1).view(experts, size)
+
+    def times(module: nn.Module, inputs: tuple[Tensor, list[int]]) -> tuple[Tensor, list[int]]:
+        return inputs[0] * factors.repeat_interleave(torch.tensor(inputs[1]), 0), inputs[1]
+
+    return times
 
 
 def times_input(factors: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:

@@ -51,7 +51,7 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
         stored = "a stock model if its heads divide hidden_size, else with the modelling file"
     else:
         stored = "a stock model"
-    kinds = smaller(family, "heads"), smaller(family, family.kinds[-1])
+    kinds = smaller(family, "heads"), smaller(family, "experts" if family.mixture else "channels")
     vllm = "any layers" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else "no"
     return *kinds, stored, gguf(name), vllm, "; ".join(notes(name, family))
 
@@ -75,14 +75,15 @@ def smaller(family: Family, kind: Kind) -> str:
 def notes(name: str, family: Family) -> list[str]:
     found = []
     if family.mixture:
-        found.append("whole [experts](experts.md) leave")
+        loses = "leave whole" if "expert_channels" in family.fixed else "leave whole, or lose channels"
+        found.append(f"[experts](experts.md) {loses}")
     elif family.companions:
         found.append("its norms run over all heads, so a cut is not quite equal to a mask")
     whole = [words for part, words in WHOLE.items() if any(part in name for name in family.whole)]
     if whole:
         found.append(f"{' and '.join(whole)} stay whole, without LoRA")
-    if family.fixed:
-        found.append(f"its class has no field for fewer {' and '.join(family.fixed)}")
+    if "heads" in family.fixed:
+        found.append("its class has no field for fewer heads")
     if family.eager_only:
         found.append(f"eager attention, as sdpa lacks {family.eager_only}")
     if family.windows_begin_with_bos:

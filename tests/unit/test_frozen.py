@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, Int8, NotFinite, dequantise
 from loraprune_ds.model.int8_linear import HeldLinear, Int8Linear, form_of
 from loraprune_ds.model.pretrained import cut_to
-from loraprune_ds.zero.flat import AxisCut, owned_range
+from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.int8 import ScalePlan
-from tests.families import tiny_model
+from tests.families import THIN, tiny_model
 from tests.family_cuts import FEW, MANY, draw
 from tests.numerics.int8 import open_int8
+from tests.plain_model import take
 
 SHAPES = [(130, 70), (70, 33), (31, 100), (1, 5), (BLOCK, BLOCK)]
 forms = pytest.mark.parametrize("form", [Int8(0), Int8(1)], ids=["rows are cut", "columns are cut"])
@@ -144,10 +146,12 @@ def test_zeros_and_the_smallest_numbers_have_a_scale() -> None:
     assert torch.isfinite(Int8(0).join(tensors)).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "share"), [(name, None) for name in FAMILIES] + [(name, 0.5) for name in THIN])
+def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(
+    family: str, share: float | None, tmp_path: Path
+) -> None:
     tiny_model(family, seed=1).save_pretrained(tmp_path)
-    dense = open_int8(tmp_path)
+    dense = open_int8(tmp_path, channel_share=share)
     keep = draw(dense.shape, FEW, MANY)
     small, held, left = (
         cut_to(dense, keep, "bfloat16"),
@@ -155,15 +159,14 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(fam
         dense.shape.after(keep).held(None, 2),
     )
     cuts = {
-        f"model.layers.{i}.{name}": AxisCut(held[f"model.layers.{i}.{name}"].shape, axis, kept)
+        f"model.layers.{i}.{name}": kept
         for i, layer_keep in enumerate(keep)
-        for name, axis, kept in dense.shape.layer_cuts(i, layer_keep)
+        for name, kept in layer_cuts(dense.shape, i, layer_keep)
     }
     assert {name.rpartition(".")[2] for name in cuts} >= {WEIGHT, SCALE}
     for name, cut in cuts.items():
-        numel = math.prod(cut.shape)
-        whole = dense.read_held(name, 0, numel, torch.bfloat16).view(cut.shape)
-        expected = whole.index_select(cut.axis, cut.keep)
+        size = held[name].shape
+        expected = take(dense.read_held(name, 0, math.prod(size), torch.bfloat16).view(size), cut)
         assert expected.shape == left[name].shape
         for rank in range(3):
             start, end = owned_range(expected.numel(), 3, rank)

@@ -18,6 +18,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.slices import Slice
 from loraprune_ds.pruning.importance import MovingAverage
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts
 from loraprune_ds.pruning.step import agree, all_groups
@@ -149,15 +150,15 @@ def test_the_budgets_are_a_setting(gqa: Tiny, joint: bool, monkeypatch: pytest.M
     assert set(asked) == {joint}
 
 
-def drop_moments(self: PlainModel, parameter: Any, axis: int, rows: Tensor) -> None:
-    SELECT(self, parameter, axis, rows)
+def drop_moments(self: PlainModel, parameter: Any, kept: Slice) -> None:
+    SELECT(self, parameter, kept)
     state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
     for key in {"exp_avg", "exp_avg_sq"} & set(state):
         state[key].zero_()
 
 
-def keep_the_first(self: PlainModel, parameter: Any, axis: int, rows: Tensor) -> None:
-    SELECT(self, parameter, axis, torch.arange(len(rows)))
+def keep_the_first(self: PlainModel, parameter: Any, kept: Slice) -> None:
+    SELECT(self, parameter, kept._replace(keep=torch.arange(len(kept.keep))))
 
 
 def forget_the_update(self: Any, now: Any) -> None:

@@ -17,6 +17,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.ranking import best_first, rank_global, rank_uniform
+from loraprune_ds.pruning.step import all_groups
 from tests.families import tiny_model
 from tests.family_cuts import dense, difference, find_router
 
@@ -72,7 +73,7 @@ def test_every_group_loses_as_many(ranking: Any) -> None:
 def test_a_cut_is_the_router_whose_other_experts_nobody_may_choose() -> None:
     cut, masked = (dense("deepseek_v3", **GROUPS) for _ in range(2))
     kept = torch.tensor([0, 2, 5, 6, 8, 9, 12, 13, 15, 19, 20, 23])
-    whole = [LayerKeep((kind, torch.arange(n)) for kind, n in layer.items()) for layer in cut.shape.layers]
+    whole = all_groups(cut.shape)
     cut.cut([whole[0], LayerKeep({**whole[1], "experts": kept})])
     gone = torch.ones(24, dtype=torch.bool).index_fill(0, kept, False)
     find_router(decoder_layers(masked.model)[1]).e_score_correction_bias.data[gone] = -torch.inf

@@ -217,7 +217,7 @@ def reference(item: Compared) -> PreTrainedModel:
         if isinstance(module, (nn.Linear, nn.Embedding)) and len(module.weight) > 1:
             weight = module.weight.data
             if isinstance(module, ExpertStack) and module.transposed:
-                blocks = weight.view(module.experts, module.rows, -1).transpose(1, 2)
+                blocks = weight.unflatten(0, (module.experts, -1)).transpose(1, 2)
                 weight.copy_(rounded(blocks.contiguous(), item.precision).transpose(1, 2).flatten(0, 1))
             else:
                 weight.copy_(rounded(weight, item.precision))
