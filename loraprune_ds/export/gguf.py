@@ -44,7 +44,7 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     writer.add_file_type(FILE_TYPES[precision])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     remarks = _add_context(writer, config, architecture)
-    _add_sizes(writer, shape)
+    _add_sizes(writer, config, shape, architecture)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for key, method in architecture.numbers.items():
         if (value := getattr(config, key)) is not None:
@@ -84,24 +84,32 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
     return [f"context length {window:,}, the sliding window: llama.cpp attends to all earlier tokens"]
 
 
-def _add_sizes(writer: GGUFWriter, shape: ModelShape) -> None:
+def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture) -> None:
     heads = [layer["heads"] for layer in shape.layers]
     queries = [shape.query_heads(layer) for layer in shape.layers]
     of_channels = "expert_channels" if shape.family.mixture else "channels"
     channels = [layer[of_channels] for layer in shape.layers]
+    if not all(channels):  # a dense layer has these instead
+        channels = [config.intermediate_size]
     writer.add_block_count(len(shape.layers))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
     writer.add_head_count(queries[0] if shape.is_uniform else queries)
-    writer.add_head_count_kv(heads[0] if shape.is_uniform else heads)
+    latent = shape.widths.get("key_value_rank")  # which all heads share
+    writer.add_head_count_kv(1 if latent else heads[0] if shape.is_uniform else heads)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
     if shape.family.mixture:
-        writer.add_expert_count(shape.layers[0]["experts"])
+        writer.add_expert_count(shape.layers[-1]["experts"])
         writer.add_expert_used_count(shape.experts_per_token)
-        writer.add_expert_feed_forward_length(channels[0])
+        writer.add_expert_feed_forward_length(shape.layers[-1][of_channels])
+    if architecture.gating:
+        writer.add_expert_gating_func(architecture.gating)
     # Without these llama.cpp takes hidden_size / heads, which is wrong after a cut.
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
+    writer.add_key_length(latent + shape.head_dim if latent else shape.head_dim)
+    writer.add_value_length(latent or shape.head_dim)
+    if latent:
+        writer.add_key_length_mla(shape.width("query"))
+        writer.add_value_length_mla(shape.width("value"))
 
 
 def _add_rope(
@@ -118,11 +126,13 @@ def _add_rope(
     """
     full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
     rope_type = full["rope_type"]
-    partial = full.get("partial_rotary_factor", 1.0) != 1.0
-    if partial or rope_type not in architecture.ropes or (sliding and sliding["rope_type"] != "default"):
-        what = "a partial rotary embedding" if partial else f"rope scaling {rope_type}"
+    part = full.get("partial_rotary_factor", 1.0)
+    partial = part != 1.0 and not architecture.partial
+    uneven = full.get("mscale") != full.get("mscale_all_dim")
+    if partial or uneven or rope_type not in architecture.ropes or (sliding and sliding["rope_type"] != "default"):
+        what = "a partial rotary embedding" if partial else f"rope scaling {rope_type}{' of its own mscale' * uneven}"
         raise UserError(f"{where}: GGUF cannot hold {what} ({', '.join(architecture.ropes)} it can); {FORMATS_LEFT}")
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * part))
     writer.add_rope_freq_base(full["rope_theta"])
     if sliding:
         writer.add_rope_freq_base_swa(sliding["rope_theta"])
@@ -133,6 +143,8 @@ def _add_rope(
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(full["factor"])
         writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
+        if scale := full.get("mscale_all_dim"):  # of attention
+            writer.add_rope_scaling_yarn_log_mul(0.1 * scale)
     return llama3_factors(full, head_dim) if rope_type == "llama3" else None
 
 

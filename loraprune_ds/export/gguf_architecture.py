@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
+from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
@@ -48,6 +48,9 @@ class Architecture:
         scaled: the tensor that carries the factor between the two attention scales, if config.json has a scale.
         odd_depth: with so many layers llama.cpp divides scores by sqrt(hidden_size // query heads). Else it divides
             them by sqrt(head_dim).
+        partial: it can rotate a part of each head.
+        gating: what its file says of how a router makes weights of scores, if anything.
+        lite: depths at which it takes queries for such that are not latent. Else they must be.
     """
 
     uniform: MODEL_ARCH
@@ -65,6 +68,9 @@ class Architecture:
     in_turn: bool = False
     scaled: str | None = None
     odd_depth: int = 0
+    partial: bool = False
+    gating: ExpertGatingFuncType | None = None
+    lite: tuple[int, ...] = ()
 
     def of(self, shape: ModelShape) -> MODEL_ARCH:
         """Returns the architecture for layers of these sizes. It must be there (`architecture_of`)."""
@@ -94,6 +100,12 @@ GRANITE_NUMBERS = {
     "residual_multiplier": "add_residual_scale",
     "logits_scaling": "add_logit_scale",
 }
+MOE_NUMBERS = {
+    "n_shared_experts": "add_expert_shared_count",
+    "first_k_dense_replace": "add_leading_dense_block_count",
+    "routed_scaling_factor": "add_expert_weights_scale",
+    "norm_topk_prob": "add_expert_weights_norm",
+}
 FINAL_CAP = {"final_logit_softcapping": "add_final_logit_softcapping"}
 GEMMA = Architecture(MODEL_ARCH.GEMMA, activation="gelu_pytorch_tanh", norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
@@ -121,6 +133,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         window_period=2,
         only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         in_turn=True,
+    ),
+    "glm4_moe": Architecture(
+        MODEL_ARCH.GLM4_MOE,
+        biases=QKV,
+        numbers=MOE_NUMBERS,
+        only={"n_group": 1},
+        partial=True,
+        gating=ExpertGatingFuncType.SIGMOID,
+    ),
+    "deepseek_v3": Architecture(
+        MODEL_ARCH.DEEPSEEK2,
+        numbers=MOE_NUMBERS
+        | {"q_lora_rank": "add_q_lora_rank", "kv_lora_rank": "add_kv_lora_rank"}
+        | {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"},
+        ropes=("default", "yarn"),
+        only={"rope_interleave": True, "rms_norm_eps": 1e-6},  # its own norms of latents have that epsilon
+        gating=ExpertGatingFuncType.SIGMOID,
+        lite=(26, 27),
     ),
     "granite": Architecture(MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, neighbours=True, rope_period=4),
@@ -190,6 +220,8 @@ def _missing(found: Architecture, config: Any, shape: ModelShape) -> list[str]:
     missing += [f"{name} with {rows} outputs" for name, rows in outputs.items() if rows != shape.hidden_size]
     given = {key: getattr(config, key, value) for key, value in found.only.items()}
     missing += [f"{key} {value!r}" for key, value in given.items() if value != found.only[key]]
+    if found.lite and (config.q_lora_rank is None or len(shape.layers) in found.lite):
+        missing.append(f"{len(shape.layers)} layers with q_lora_rank {config.q_lora_rank}")
     if found.window_period and config.layer_types != _layer_types(len(shape.layers), found.window_period):
         missing.append("this order of layer_types")
     if found.rope_period and config.no_rope_layers != _ropes(len(shape.layers), found.rope_period):

@@ -13,8 +13,9 @@ from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_architecture import PARTS, Architecture
-from loraprune_ds.export.gguf_experts import OfExperts, expert_parts
+from loraprune_ds.export.gguf_experts import Blocks, expert_parts, latent_parts
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
+from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.pieces import Pieces
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
@@ -36,7 +37,7 @@ class GgufTensor:
         shape: (out_features, in_features) or (n,).
         type: how it is stored.
         start: its first element in the row-major flat view of the source. A fused linear comes as several tensors.
-        of_experts: where it is in the source, if it is one of all experts of a layer.
+        blocks: where it is in the source, if it has a block for each expert or head.
         heads: query or key heads whose rows must be put in llama.cpp's order. 0 for all other tensors.
         offset, factor: values are stored as (value + offset) · factor.
     """
@@ -46,7 +47,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     start: int = 0
-    of_experts: OfExperts | None = None
+    blocks: Blocks | None = None
     heads: int = 0
     offset: float = 0.0
     factor: float = 1.0
@@ -79,7 +80,7 @@ def plan_tensors(
     tensors = []
     stored = shape.stored()
     for source, size in shape.parameters().items():
-        for part, start, part_size, of_experts in _parts(source, size, shape, architecture):
+        for part, start, part_size, blocks in _parts(source, size, shape, architecture):
             if part == source:
                 part = _on_disk(source, stored)
             name = names.get_name(part, try_suffixes=(".weight", ".bias"))
@@ -98,7 +99,7 @@ def plan_tensors(
                     part_size,
                     _type(name, part_size, precision),
                     start=start,
-                    of_experts=of_experts,
+                    blocks=blocks,
                     heads=part_size[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
                     offset=architecture.norm_offset if inner.endswith("norm") else 0.0,
                     factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
@@ -109,14 +110,16 @@ def plan_tensors(
 
 def _parts(
     source: str, size: tuple[int, ...], shape: ModelShape, architecture: Architecture
-) -> Iterator[tuple[str, int, tuple[int, ...], OfExperts | None]]:
+) -> Iterator[tuple[str, int, tuple[int, ...], Blocks | None]]:
     """Splits a fused tensor. Yields of each part its name, its first element in the whole, and its shape.
 
-    Of experts it yields where they are in the whole besides.
+    Of what has blocks it yields where they are in the whole besides.
     """
-    if source.startswith("model.layers.") and (parts := list(expert_parts(source, size, shape, architecture.in_turn))):
-        yield from ((name, 0, part_size, of_experts) for name, part_size, of_experts in parts)
-        return
+    if source.startswith("model.layers."):
+        found = (*expert_parts(source, size, shape, architecture.in_turn), *latent_parts(source, shape))
+        yield from ((name, 0, part_size, blocks) for name, part_size, blocks in found)
+        if found:
+            return
     linears = {linear.name: linear for linear in shape.family.linears}
     for fused, parts in PARTS.items():
         if fused in linears and f".{fused}." in source:
@@ -136,7 +139,7 @@ def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
         UserError: a value is beyond what its type can hold. The line names file and tensor.
     """
     read = partial(pretrained.read_flat, tensor.source, dtype=torch.float32)
-    flat = tensor.of_experts.read(read) if tensor.of_experts else read(tensor.start, tensor.start + tensor.numel)
+    flat = tensor.blocks.read(read) if tensor.blocks else read(tensor.start, tensor.start + tensor.numel)
     values = flat.view(tensor.shape).numpy()
     if tensor.heads:
         values = permute(values, tensor.heads)
@@ -159,8 +162,9 @@ def permute(rows: Array, heads: int) -> Array:
 
 
 def _on_disk(source: str, stored: Mapping[str, Pieces]) -> str:
-    """Returns the name in weight files, which gguf-py knows. Sinks are a weight there."""
+    """Returns the name in weight files, which gguf-py knows. Sinks are a weight there, and a correction is a bias."""
     name = stored[source].names[0] if source in stored else source
+    name = name.replace(CORRECTION, CORRECTION.replace("_bias", ".bias"))
     return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 
 

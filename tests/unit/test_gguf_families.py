@@ -16,8 +16,9 @@ from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import VOCAB
+from tests.families import YARN
 from tests.gguf_cases import byte_level_tokenizer
-from tests.integration.heavy.families import deep, serve
+from tests.integration.heavy.families import GROUPS, deep, serve
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
@@ -103,6 +104,35 @@ def test_experts_come_apart(convert: Any) -> None:
     assert number(reader, "gpt-oss.rope.scaling.type") == "yarn"
 
 
+def test_latent_keys_and_values_come_apart(convert: Any) -> None:
+    """Those that make keys are transposed. The first layer is dense, and the correction of a router is a bias."""
+    reader, sources = convert(
+        "deepseek_v3", rope_parameters=YARN["rope_parameters"] | {"mscale_all_dim": 1.0, "mscale": 1.0}
+    )
+    found, block = values(reader), "model.layers.1"
+    both = sources[f"{block}.self_attn.kv_b_proj.weight"].reshape(2, 16 + 12, 40).astype(np.float16)
+    np.testing.assert_array_equal(found["blk.1.attn_k_b.weight"], both[:, :16].swapaxes(1, 2))
+    np.testing.assert_array_equal(found["blk.1.attn_v_b.weight"], both[:, 16:])
+    np.testing.assert_array_equal(found["blk.1.exp_probs_b.bias"], sources[f"{block}.mlp.gate.e_score_correction_bias"])
+    wanted = {
+        "leading_dense_block_count": 1,
+        "feed_forward_length": 128,
+        "expert_feed_forward_length": 64,
+        "expert_count": 7,
+        "expert_gating_func": 2,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+        "attention.key_length": 40 + 8,
+        "attention.value_length": 40,
+        "attention.key_length_mla": 16 + 8,
+        "attention.value_length_mla": 12,
+        "rope.dimension_count": 8,
+        "rope.scaling.yarn_log_multiplier": pytest.approx(0.1),
+    }
+    assert {key: number(reader, f"deepseek2.{key}") for key in wanted} == wanted
+    assert number(convert("glm4_moe")[0], "glm4moe.rope.dimension_count") == 8
+
+
 @pytest.mark.parametrize(("layers", "divisor"), [(7, 16), (62, 24)])
 def test_norms_and_attention_scale_of_gemma3(layers: int, divisor: int, convert: Any) -> None:
     """llama.cpp divides scores by sqrt(head_dim), but by sqrt(hidden_size // query heads) in a Gemma 3 of 62 layers."""
@@ -143,6 +173,15 @@ def test_numbers_of_granite(convert: Any) -> None:
         ("qwen3_moe", (), {"norm_topk_prob": False}, "GGUF cannot hold norm_topk_prob False in llama.cpp's qwen3moe"),
         ("qwen2_moe", ((2, 7), (2, 7)), {}, "GGUF cannot hold self_attn.q_proj with 48 outputs in llama.cpp's qwen2mo"),
         ("olmoe", (), {"clip_qkv": 0.5}, "GGUF cannot hold clip_qkv 0.5 in llama.cpp's olmoe"),
+        ("glm4_moe", ((2, 8), (2, 8)), GROUPS, "GGUF cannot hold n_group 4 in llama.cpp's glm4moe"),
+        ("deepseek_v3", (), {"q_lora_rank": None}, "GGUF cannot hold 2 layers with q_lora_rank None in llama.cpp's de"),
+        ("deepseek_v3", (), {"num_hidden_layers": 26}, "GGUF cannot hold 26 layers with q_lora_rank 32 in llama.cpp"),
+        (
+            "deepseek_v3",
+            (),
+            {"rope_parameters": YARN["rope_parameters"] | {"mscale": 0.7, "mscale_all_dim": 1.0}},
+            "GGUF cannot hold rope scaling yarn of its own mscale",
+        ),
         ("starcoder2", (), {}, "GGUF is checked in llama.cpp for llama, .* not for starcoder2"),
     ],
 )

@@ -24,6 +24,7 @@ SQUARE, ALL_HEADS = ("qwen2_moe", "granitemoe"), (4, 7)
 NOT_ASKED = ("glm4_moe", "deepseek_v3")
 VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
+GROUPS = {"n_routed_experts": 24, "n_group": 4, "topk_group": 2}  # that a router first chooses from
 # Depths and settings in which what is special of a family shows.
 SPECIAL: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
@@ -43,6 +44,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False},
     "qwen3_moe": {"moe_intermediate_size": 64, "norm_topk_prob": True},  # as published
     "qwen2_moe": {"moe_intermediate_size": 64, "head_dim": 12, "decoder_sparse_step": 1},
+    "glm4_moe": {"moe_intermediate_size": 64, "attention_bias": True},
+    # Rows that Q8_0 cannot hold: llama.cpp multiplies by latent keys and values in another order. At these sizes no
+    # router chooses by a hair. Else rounding in that order chooses another expert, and the text becomes another one.
+    "deepseek_v3": {
+        "moe_intermediate_size": 64,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 40,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    },
     "olmoe": {"num_key_value_heads": 8, "head_dim": 12, "clip_qkv": None},
 }
 

@@ -31,8 +31,9 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
+from tests.families import YARN
 from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
-from tests.integration.heavy.families import deep, serve
+from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.integration.heavy.results import record
 from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED
 
@@ -57,12 +58,15 @@ TINY = [
 
 # llama.cpp wants certain tokens of a model that is named phi3.
 PHI3 = "phi_3"
+AS_PUBLISHED = {"rope_parameters": YARN["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}}
 # Family, groups that layers keep if they differ, and other settings. With 46 or 62 layers llama.cpp takes another
 # attention scale, that of the 27B models.
 FAMILIES: dict[str, tuple[str, list[tuple[int, int]], dict[str, Any]]] = {
     **{PHI3 if family == "phi3" else family: (family, [], {}) for family in ARCHITECTURES},
     "qwen2_layers": ("qwen2", [(2, 96), (3, 77)], {}),
     f"{PHI3}_layers": ("phi3", [(2, 96), (3, 77)], {}),
+    "deepseek_v3_groups": ("deepseek_v3", [(2, 8)] * 2, GROUPS),
+    "deepseek_v3_yarn": ("deepseek_v3", [], AS_PUBLISHED),
     "gemma2_deep": ("gemma2", [], deep(46, 2)),
     "gemma3_deep": ("gemma3_text", [], deep(62, 6)),
 }
