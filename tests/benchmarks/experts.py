@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,11 +73,11 @@ def wanted(model: Path, steps: int) -> dict[str, list[str]]:
     for kept, criterion, once in RUNS:
         name = f"{kept} of {EXPERTS} experts, {criterion}, {'once' if once else f'{steps} steps'}"
         found[name] = settings(model, kept, criterion, 4 if once else steps, once=once)
-    for share in SHARES:
+    for share, once in product(SHARES, (True, False)):
         # 164 of 192 channels in 7 of 8 experts come near, and 144 in all.
         changes = [f"prune.channel_share={share}", "prune.channel_multiple=4"]
-        name = f"as 6 of {EXPERTS} experts, {share:.0%} as channels, lora, {steps} steps"
-        found[name] = [*settings(model, 6, "lora", steps, once=False), *changes]
+        name = f"as 6 of {EXPERTS} experts, {share:.0%} as channels, lora, {'once' if once else f'{steps} steps'}"
+        found[name] = [*settings(model, 6, "lora", 4 if once else steps, once=once), *changes]
     return found
 
 
