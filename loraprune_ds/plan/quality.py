@@ -121,16 +121,18 @@ def refit_flops(request: Request, before: ModelShape, after: ModelShape) -> floa
 def squared_gradients(request: Request, shape: ModelShape) -> int:
     """Returns the bytes while `fisher` scores a linear: three fp32 blocks of its inputs.
 
-    LoRA's dropout replaces the inputs that would be there anyway. With it they are kept, in the model's dtype.
+    A linear's inputs are there anyway. Of a stack of experts dropout replaces them. So they are kept beside, in the
+    model's dtype.
     """
     if request.config.prune.criterion != "fisher":
         return 0
     train, layers = request.config.train, range(len(shape.layers))
     tokens = train.micro_batch_size * request.config.data.window
-    widths = [[shape.inputs_per_token(*x) for x in shape.input_linear_ids([i])] for i in layers]
-    of_layers = [request.element_size * tokens * sum(layer) for layer in widths]
-    kept = max(of_layers) if train.gradient_checkpointing else sum(of_layers)
-    blocks = 3 * 4 * min(tokens * max(map(max, widths)), DEVICE_BLOCK_NUMEL)
+    linear_ids = [shape.input_linear_ids([i]) for i in layers]
+    stacks = [sum(shape.inputs_per_token(*x) for x in layer if x.linear.is_stack) for layer in linear_ids]
+    kept = request.element_size * tokens * (max(stacks) if train.gradient_checkpointing else sum(stacks))
+    widest = max(shape.inputs_per_token(*x) for layer in linear_ids for x in layer)
+    blocks = 3 * 4 * min(tokens * widest, DEVICE_BLOCK_NUMEL)
     return blocks + (kept if request.config.lora.lora_dropout else 0)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from loraprune_ds.model.frozen import Int8
 from loraprune_ds.model.int8_linear import Int8Linear, form_of
 from loraprune_ds.model.lora_product import OneProduct, draw_mask
+from loraprune_ds.pruning.taps import Tap
 
 CONFIG = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.4)
 IN, OUT = 70, 9
@@ -132,12 +133,17 @@ def test_without_the_adapter_the_base_computes() -> None:
     assert torch.equal(ours(x), ours.base_layer(x))
 
 
-def test_keeps_the_input_the_mask_and_a_narrow_product() -> None:
+@pytest.mark.parametrize("tapped", [False, True])
+def test_keeps_the_input_the_mask_and_a_narrow_product(tapped: bool) -> None:
+    """A tap of pruning/taps.py keeps the same input."""
     ours, _ = pair(bias=True, int8=False)
     x = torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        ours.train()(x)
+        seen: Any = Tap.apply(x, x, None) if tapped else x
+        ours.train()(seen)
+    if tapped:
+        assert kept.pop(0).data_ptr() == x.data_ptr()
     parameters = {parameter.data_ptr() for parameter in ours.parameters()}
     assert kept[0].data_ptr() == x.data_ptr()  # no copy: neighbours keep the same
     found = [(tuple(tensor.shape), tensor.dtype) for tensor in kept if tensor.data_ptr() not in parameters]
