@@ -107,7 +107,7 @@ def scores_of_merged(job: Job, family: str, dtype: torch.dtype) -> Tensor:
     cross_entropy(predictions, targets[:, 1:].flatten()).backward()
     named, scores = dict(model.named_parameters()), list[Tensor]()
     for i, layer in enumerate(shape.layers):
-        total = {kind: torch.zeros(count, dtype=torch.float64) for kind, count in layer.items()}
+        total = {kind: torch.zeros(layer[kind], dtype=torch.float64) for kind in shape.kinds}
         for linear in shape.linears(i):
             weight = named[f"model.layers.{i}.{linear.name}{'_proj' if linear.is_stack else '.weight'}"]
             assert weight.grad is not None
