@@ -52,7 +52,7 @@ def sparse_model(source: Path, folder: Path, text: Path) -> Path:
 def input_norms(source: Path, text: Path) -> dict[str, Tensor]:
     """Returns ‖x_j‖₂ over the calibration tokens, (in_features,) fp32 of each linear by its name."""
     windows, tokens = CALIBRATION
-    ids = cast(list[int], AutoTokenizer.from_pretrained(source)(read_text(text))["input_ids"])
+    ids = cast(list[int], AutoTokenizer.from_pretrained(source)(read_text(text).text)["input_ids"])
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
@@ -13,10 +14,14 @@ from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher
 from loraprune_ds.model.logits import Head, LogitsTransform
 from loraprune_ds.pruning.prunable_model import CollectedLinear
+from tests.benchmarks import two_four
 from tests.benchmarks.levers import softened
 from tests.benchmarks.peer_run import METRICS, PeerPruner
 from tests.benchmarks.two_four import merged_where_kept, two_of_four
+from tests.export_cases import VOCAB
 from tests.families import SIZES
+from tests.gguf_cases import byte_level_tokenizer
+from tests.oracle.models import make_tiny_llama
 from tests.unit.test_distillation import TOLERANCE, made_up
 from tests.unit.test_mask_gradients import tiny_run
 
@@ -76,3 +81,19 @@ def test_softened_losses_have_the_gradient_of_their_definition(temperature: floa
     expected.sum().backward()
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(gradient.double(), hidden.grad, rtol=0, atol=TOLERANCE)
+
+
+def test_a_sparse_model_has_two_zeros_in_every_four_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_four, "CALIBRATION", (3, 16))
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 24, "layers": 2, "vocab": VOCAB, "seed": 0}
+    source = make_tiny_llama(tmp_path / "dense", biases=False, **sizes)  # type: ignore[arg-type]
+    byte_level_tokenizer(source, VOCAB)
+    (tmp_path / "text.txt").write_text("It rains and it snows. " * 40)
+    sparse = two_four.sparse_model(source, tmp_path / "sparse", tmp_path / "text.txt")
+    dense, masked = (load_file(folder / "model.safetensors") for folder in (source, sparse))
+    for name, weight in masked.items():
+        if "_proj" in name:
+            assert torch.all((weight.unflatten(1, (-1, 4)) != 0).sum(2) == 2), name
+            assert torch.equal(weight, dense[name] * (weight != 0)), name
+        else:
+            assert torch.equal(weight, dense[name]), name
