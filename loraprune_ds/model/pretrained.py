@@ -249,10 +249,10 @@ def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:
             raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
         return
     heads_leave = (prune.head_ratio or prune.joint_budget) and "heads" not in family.fixed
-    if prune.compensate != "none" and not heads_leave:
+    if prune.compensate == "least_squares" and not heads_leave:
         raise UserError(
-            f"prune.compensate: {prune.compensate} makes up for heads and not for experts, and all heads of {where} "
-            "stay; set prune.head_ratio, or prune.compensate: none"
+            f"prune.compensate: least_squares makes up for heads and not for experts, and all heads of {where} stay; "
+            "set prune.head_ratio, or prune.compensate: none"
         )
     if pretrained.config.get("router_jitter_noise"):
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
