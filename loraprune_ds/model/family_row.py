@@ -97,9 +97,14 @@ class Linear:
         return bool(self.stored)
 
     @property
+    def loses_inputs(self) -> bool:
+        """True if a cut takes its inputs, as those of o_proj and down_proj. A stack of experts does not count."""
+        return self.axis == 1
+
+    @property
     def reads_groups(self) -> bool:
         """True if its inputs belong to groups. To mask these inputs is to mask the groups."""
-        return self.axis == 1 or (self.is_stack and self.expert_inputs == "expert")
+        return self.loses_inputs or (self.is_stack and self.expert_inputs == "expert")
 
     @property
     def rows_are_hidden(self) -> bool:

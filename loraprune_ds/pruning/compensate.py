@@ -128,7 +128,7 @@ class Compensator:
             LinearId(i, linear)
             for i in range(len(shape.layers))
             for linear in shape.cut_linears(i, keep[i])
-            if linear.axis == 1  # as `measured_linears`
+            if linear.loses_inputs
         ]
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:

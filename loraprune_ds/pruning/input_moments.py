@@ -21,7 +21,7 @@ BLOCK = 1024  # rows of a second moment that are computed at once
 
 def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LinearId]:
     """Lists the linears of some layers, or of all, that lose inputs. A stack of experts loses whole experts."""
-    return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.axis == 1]
+    return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
 
 
 def blocks(n: int) -> Iterator[tuple[slice, slice]]:

@@ -15,6 +15,7 @@ from loraprune_ds.config import LoraConfig, PruneConfig
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Cut, Pruner
@@ -22,6 +23,16 @@ from tests.plain_model import PlainModel
 
 Batch = tuple[Tensor, Tensor]
 PREFIX = "base_model.model.model."
+
+
+def fresh_lora(shape: ModelShape, r: int = 2) -> dict[str, Tensor]:
+    """Draws A by the layer. B is zero, so LoRA adds nothing at first."""
+    lora: dict[str, Tensor] = {}
+    for i, linear in shape.linear_ids():
+        a, b = shape.lora_shapes(i, linear, r)
+        lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
+        lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
+    return lora
 
 
 def build_model(folder: Path, lora: dict[str, Tensor], *, alpha: float, dtype: torch.dtype) -> PeftModel:

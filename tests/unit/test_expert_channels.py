@@ -44,7 +44,7 @@ from tests.family_cuts import (
 from tests.oracle.models import make_batches
 from tests.plain_model import PlainModel
 from tests.published import MIXTURES
-from tests.unit.plain_training import PlainRun
+from tests.unit.plain_training import PlainRun, fresh_lora
 from tests.unit.test_expert_scores import find_stock
 from tests.unit.test_experts import saved
 from tests.unit.test_family_proof import TOLERANCE, assert_masked_equals_cut
@@ -213,14 +213,9 @@ def test_channels_that_do_nothing_go_first(family: str, criterion: str, tmp_path
                     stock.gate_up_proj[e][:, [row for c in useless[e].tolist() for row in rows_of(family, c)]] = 0
     model.save_pretrained(tmp_path)
     shape = open_pretrained(tmp_path).shape
-    lora: dict[str, Tensor] = {}
-    for i, linear in shape.linear_ids():
-        a, b = shape.lora_shapes(i, linear, 2)
-        lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
-        lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
     ratio = 3 * len(sparse) * shape.group_numel("expert_channels") / shape.linear_numel()
     at_once: dict[str, Any] = {"prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
-    run = PlainRun(tmp_path, lora, config_of(ratio=ratio, criterion=criterion, **at_once), 1)
+    run = PlainRun(tmp_path, fresh_lora(shape), config_of(ratio=ratio, criterion=criterion, **at_once), 1)
     run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))
     for i in sparse:
         kept = run.pruner.kept_of_dense[i]

@@ -24,7 +24,7 @@ from tests.families import tiny_model
 from tests.family_cuts import PROMPT, dense, find_router, sparse_layers
 from tests.oracle.models import make_batches
 from tests.plain_model import PlainModel
-from tests.unit.plain_training import PlainRun
+from tests.unit.plain_training import PlainRun, fresh_lora
 from tests.unit.test_experts import KINDS, factors, merged_stacks
 
 
@@ -86,15 +86,10 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
                     parameter[experts] = 0
     model.save_pretrained(tmp_path)
     shape = open_pretrained(tmp_path).shape
-    lora: dict[str, Tensor] = {}
-    for i, linear in shape.linear_ids():
-        a, b = shape.lora_shapes(i, linear, 2)
-        lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
-        lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
     ratio = 5 * len(sparse) * shape.group_numel("experts") / shape.linear_numel()
     prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
     config = PruneConfig(**prune, protected_first=0, protected_last=0, criterion=cast(Any, criterion))
-    run = PlainRun(tmp_path, lora, config, 1)
+    run = PlainRun(tmp_path, fresh_lora(shape), config, 1)
     run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))
     for i, experts in useless.items():
         gone = set(range(23)) - set(run.pruner.kept_of_dense[i]["experts"].tolist())
