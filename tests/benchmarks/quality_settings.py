@@ -98,6 +98,7 @@ def _settings() -> list[Setting]:
         "lr6e-3": ("train.learning_rate=6e-3",),
         "few-heads": ("prune.head_ratio=0.3",),
         "many-heads": ("prune.head_ratio=0.56",),
+        "most-heads": ("prune.head_ratio=0.67",),
         "distillation-0.25": ("train.distill_weight=0.25",),
     }
     details += [
@@ -119,7 +120,7 @@ def _settings() -> list[Setting]:
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
         _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
-        for name in ("rank-32", "every-8", "end-0.5", "few-heads", "many-heads")
+        for name in ("rank-32", "every-8", "end-0.5", "few-heads", "many-heads", "most-heads")
     ]
     magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
@@ -136,8 +137,8 @@ def _settings() -> list[Setting]:
         Setting("long", "fisher-refit-4-steps-409600", (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, *EVERY_STEP)),
         Setting(
             "long",
-            "fisher-refit-distillation-global-409600",
-            (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, DISTILL, GLOBAL),
+            "fisher-refit-distillation-global-4-steps-409600",
+            (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP),
         ),
     ]
     light = [
