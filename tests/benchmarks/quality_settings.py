@@ -96,6 +96,7 @@ def _settings() -> list[Setting]:
         "every-8": ("prune.prune_every=8",),
         "end-0.5": ("prune.cooldown_fraction=0.5",),
         "lr6e-3": ("train.learning_rate=6e-3",),
+        "beta2-0.95": ("train.adam_beta2=0.95",),
         "few-heads": ("prune.head_ratio=0.3",),
         "many-heads": ("prune.head_ratio=0.56",),
         "most-heads": ("prune.head_ratio=0.67",),
