@@ -86,10 +86,9 @@ class PlainModel:
     def cut(self, keep: list[LayerKeep]) -> int:
         after = self.shape.after(keep)
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
-            weights = {f"{linear.name}.weight": linear for linear in self.shape.linears(i)}
-            for name, kept in layer_cuts(self.shape, i, layer_keep):
+            for name, kept, linear in layer_cuts(self.shape, i, layer_keep):
                 self._select(base_parameter(layer, name), kept)
-                if linear := weights.get(name):
+                if linear:
                     module = lora_linear(layer, linear)
                     for which, stays in lora_cuts(self.shape, i, linear, module.r[ADAPTER], kept, layer_keep):
                         self._select(lora_weights(module)[which], stays)

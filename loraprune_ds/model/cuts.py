@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 
 from loraprune_ds.model.family_row import Companion, Linear, Part
+from loraprune_ds.model.frozen import WEIGHT
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.slices import Slice, along, stack_slice
 
 
-def layer_cuts(shape: ModelShape, layer: int, keep: LayerKeep) -> Iterator[tuple[str, Slice]]:
-    """Yields all parameters of a layer that get smaller, LoRA apart: the name inside the layer, and what stays.
+def layer_cuts(shape: ModelShape, layer: int, keep: LayerKeep) -> Iterator[tuple[str, Slice, Linear | None]]:
+    """Yields all parameters of a layer that get smaller, LoRA apart.
+
+    Each is its name inside the layer, what stays, and the linear whose weight it is, for `lora_cuts`.
 
     What is cut alike, such as k_proj and v_proj, has one tensor of it. The linears that lose inputs, such as o_proj and
     down_proj, keep their whole bias.
@@ -22,14 +25,14 @@ def layer_cuts(shape: ModelShape, layer: int, keep: LayerKeep) -> Iterator[tuple
         if not linear.is_stack:
             alike[linear.axis, linear.parts] = kept
         for tensor, stays in shape.form(linear).kept(kept.axis, kept.keep).items():
-            yield f"{linear.name}.{tensor}", kept._replace(keep=stays)
+            yield f"{linear.name}.{tensor}", kept._replace(keep=stays), linear if tensor == WEIGHT else None
         if linear.axis == 0 and shape.has_bias(linear):
-            yield f"{linear.name}.bias", kept
+            yield f"{linear.name}.bias", kept, None
     kinds = shape.cut_kinds(layer, keep)
     for companion in shape.companions(layer):
         cut = companion.channels or companion.parts[0].kind in kinds
         if cut and (kept := _slice(shape, layer, companion, keep)):
-            yield companion.name, kept
+            yield companion.name, kept, None
 
 
 def lora_cuts(

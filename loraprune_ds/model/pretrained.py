@@ -282,7 +282,7 @@ def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -
     slices = {
         f"model.layers.{i}.{name}": kept
         for i, layer_keep in enumerate(keep)
-        for name, kept in layer_cuts(dense, i, layer_keep)
+        for name, kept, _ in layer_cuts(dense, i, layer_keep)
     }
     shape = replace(
         shape_from_config(config, str(pretrained.folder)), int8=dense.int8, thins_experts=dense.thins_experts

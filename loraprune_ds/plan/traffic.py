@@ -12,7 +12,7 @@ import torch
 
 from loraprune_ds.model import cuts as tensors
 from loraprune_ds.model.family_row import WITHIN, Kind
-from loraprune_ds.model.frozen import WEIGHT, Int8
+from loraprune_ds.model.frozen import Int8
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan import quality
@@ -168,11 +168,10 @@ def layer_cuts(
     LoRA counts with its fp32 master and two moments.
     """
     cuts, layer = list[tuple[AxisCut, int]](), shape.held(index, element_size)
-    weights = {f"{linear.name}.{WEIGHT}": linear for linear in shape.linears(index)}
-    for name, kept in tensors.layer_cuts(shape, index, keep):
+    for name, kept, linear in tensors.layer_cuts(shape, index, keep):
         held = layer[f"model.layers.{index}.{name}"]
         cuts.append((AxisCut(held.shape, *kept), held.element_size))
-        if linear := weights.get(name):
+        if linear:
             factors = shape.lora_shapes(index, linear, lora_rank)
             for which, stays in tensors.lora_cuts(shape, index, linear, lora_rank, kept, keep):
                 cuts.append((AxisCut(factors[which], *stays), element_size + 12))

@@ -33,12 +33,11 @@ def parameter_cuts(
         layer: the decoder layer of this index.
         shape: of the model before the cut.
     """
-    linears = {f"{linear.name}.weight": linear for linear in shape.linears(index)}
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for name, kept in layer_cuts(shape, index, keep):
+    for name, kept, linear in layer_cuts(shape, index, keep):
         found = [(base_parameter(layer, name), kept)]
-        if linear := linears.get(name):
+        if linear:
             module = lora_linear(layer, linear)
             for adapter in module.lora_A:  # a reference of DPO or GRPO may stand beside the trained one
                 factors = lora_weights(module, adapter)

@@ -161,7 +161,7 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(
     cuts = {
         f"model.layers.{i}.{name}": kept
         for i, layer_keep in enumerate(keep)
-        for name, kept in layer_cuts(dense.shape, i, layer_keep)
+        for name, kept, _ in layer_cuts(dense.shape, i, layer_keep)
     }
     assert {name.rpartition(".")[2] for name in cuts} >= {WEIGHT, SCALE}
     for name, cut in cuts.items():

@@ -43,7 +43,7 @@ def test_equal_counts_are_one_shape_in_any_order() -> None:
 
 def test_a_group_of_the_third_kind_leaves_with_its_rows(shape: ModelShape) -> None:
     keep = LayerKeep(heads=torch.arange(4), experts=torch.tensor([0, 2]), channels=torch.arange(60))
-    cuts = {name: (kept.axis, kept.keep.tolist()) for name, kept in layer_cuts(shape, 0, keep)}
+    cuts = {name: (kept.axis, kept.keep.tolist()) for name, kept, _ in layer_cuts(shape, 0, keep)}
     rows = [0, 1, 2, 3, 8, 9, 10, 11]
     assert cuts == {"moe.up_proj.weight": (0, rows), "moe.down_proj.weight": (1, rows)}
     left = shape.after([keep, *all_groups(shape)[1:]])
