@@ -9,11 +9,11 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import _init_external_params
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils import set_z3_leaf_module
+from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
 from torch import nn
 
 from loraprune_ds.zero import releases
-from loraprune_ds.zero.releases import Releases, fetched_by
+from loraprune_ds.zero.releases import Releases, fetched_by, iter_params, listed_once
 
 FREE_AS_DEEPSPEED: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # type: ignore[attr-defined]
 
@@ -92,6 +92,18 @@ def test_a_module_that_is_gathered_whole_uses_all_inside_it(reach: int) -> None:
             assert decide(module, step) == expected
             freed += len(expected)
     assert freed > 20
+
+
+def test_a_module_that_is_gathered_whole_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, record = live_coordinator(random.Random(5), True, 0)
+    for recurse in (False, True):
+        for module in record:
+            expected = [id(parameter) for parameter in iter_params(module, recurse=recurse)]
+            for _ in range(2):
+                assert [id(parameter) for parameter in listed_once(module, recurse)] == expected
+    whole = next(module for module in record if z3_leaf_module(module) and list(module.parameters()))
+    monkeypatch.setattr(whole, "named_parameters", None)
+    assert list(listed_once(whole, True))
 
 
 def test_a_decision_is_remembered_and_a_new_one_knows_the_new_sizes() -> None:
