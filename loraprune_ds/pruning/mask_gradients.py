@@ -29,7 +29,7 @@ from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 from loraprune_ds.pruning.taps import StepRecorder, Tap, hook_inputs
 
-CPU_BLOCK_NUMEL = 1 << 16  # inputs at a time: their fp32 copies and squares stay in a CPU's cache
+CPU_BLOCK_NUMEL = 1 << 17  # inputs at a time: their fp32 copies and squares stay in a CPU's cache
 
 
 class MaskGradients(StepRecorder):
