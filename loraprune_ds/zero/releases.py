@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import z3_leaf_module
@@ -77,7 +77,8 @@ def listed_once(module: nn.Module, recurse: bool = False) -> Iterator[Any]:
         return iter_params(module, recurse=recurse)
     if LISTED not in module.__dict__:
         module.__dict__[LISTED] = list(module.parameters())
-    return chain(module.__dict__[LISTED], (parameter for _, parameter in module.ds_external_parameters()))
+    external = cast(Any, module).ds_external_parameters()
+    return chain(module.__dict__[LISTED], (parameter for _, parameter in external))
 
 
 class _Uses:
