@@ -231,14 +231,19 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
     Raises:
         UserError: as `open_pretrained`, or its linears cannot have biases. Or the run asks for what it does not have.
     """
-    int8 = config.model.frozen == "int8"
-    pretrained = open_pretrained(folder, int8=int8)
+    pretrained = open_pretrained(folder, int8=config.model.frozen == "int8")
     _check_mixture(config, pretrained)
     if config.data.packing and not pretrained.shape.family.packs:
         raise UserError(f"data.packing is not supported for {folder}: its class in transformers lets samples meet")
+    if config.prune.compensate == "bias":
+        pretrained = _with_biases(pretrained)
+    return replace(pretrained, shape=shape_of_run(pretrained.shape, config))
+
+
+def shape_of_run(shape: ModelShape, config: RunConfig) -> ModelShape:
+    """Returns the shape as a run holds it: in int8 or not, with channels that leave experts or not."""
     thins = config.prune.channel_share is not None
-    held = replace(pretrained, shape=replace(pretrained.shape, int8=int8, thins_experts=thins))
-    return _with_biases(held) if config.prune.compensate == "bias" else held
+    return replace(shape, int8=config.model.frozen == "int8", thins_experts=thins)
 
 
 def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.frozen import Held
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.pretrained import shape_of_run
 from loraprune_ds.model.read_shape import shape_from_config, with_biases
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config
@@ -197,11 +198,10 @@ def build_request(
         UserError: the run config does not fit the model or the number of ranks.
     """
     train = config.train
-    thins = config.prune.channel_share is not None
-    shape = replace(shape, int8=config.model.frozen == "int8", thins_experts=thins)
     if config.prune.compensate == "bias":
         source, biased = with_biases(source, name)
         shape = biased.with_layers(shape.layers)
+    shape = shape_of_run(shape, config)
     check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     if samples is not None and samples < train.global_batch_size:

@@ -4,7 +4,7 @@ Nothing has a tolerance. Both make the same operations on the same numbers.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +87,19 @@ def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
         {"criterion": "gradient", "deepspeed": "ds_configs/zero3_offload.json"},
         {"criterion": "magnitude", "ranking": "global"},
         {"criterion": "fisher", "lora_dropout": 0.1},
+        {"criterion": "lora", "compensate": "bias", "compensate_steps": 2},
         {"criterion": "random", "dtype": "float32"},
     ],
-    ids=lambda changes: changes["criterion"],
+    ids=lambda changes: changes.get("compensate", changes["criterion"]),
 )
 def test_so_do_other_settings(ranks: RankPool, job: Job, tmp_path: Path, changes: dict[str, Any]) -> None:
-    prune = job.prune | {key: changes[key] for key in ("criterion", "ranking") if key in changes}
-    of_job = {key: value for key, value in changes.items() if key not in prune}
+    of_job = {key: changes[key] for key in changes.keys() & {field.name for field in fields(Job)}}
+    prune = job.prune | {key: changes[key] for key in changes.keys() - of_job.keys()}
     changed = replace(job, prune=prune, **of_job)
     meant = int8.write_dequantised(job.folder, tmp_path / "meant", changed.dtype)
     found, expected = (ranks.run(2, train, x)[0] for x in (changed, replace(changed, folder=meant, frozen=None)))
     assert_equal(found, expected)
+    assert all(held == planned for held, planned in found.state_bytes)
 
 
 def test_a_refit_is_quantised_by_the_owner_of_the_layer(ranks: RankPool, job: Job, meant: Path) -> None:
