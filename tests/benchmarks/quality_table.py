@@ -11,12 +11,17 @@ LINES = {  # setting -> colour, marker, words of the legend
     "plain": (ORANGE, "o", "lora (plain)"),
     "all-three": (VERMILION, "s", "gradient, refit, distillation (all three)"),
     "fisher": (GREEN, "^", "fisher"),
-    "fisher-refit": (BLUE, "D", "fisher, refit (recipe tuned)"),
-    "fisher-refit-distillation-global": (PURPLE, "v", "fisher, refit, distillation, global (recipe general)"),
+    "fisher-refit-4-steps": (BLUE, "D", "fisher, refit (recipe tuned)"),
+    "fisher-refit-distillation-global-4-steps": (PURPLE, "v", "fisher, refit, distillation, global (recipe general)"),
 }
-PANELS = (  # what the axis shows, the suffix of the settings at its other end, its label and ticks
-    ("tokens", "-409600", "tokens of training, 41.7 % removed", {81_920: "81,920", 409_600: "409,600"}),
-    ("removed_linear_fraction", "-light", "removed, 81,920 tokens", {0.148: "14.8 %", 0.417: "41.7 %"}),
+PANELS = (  # what the axis shows, the suffixes of the settings elsewhere on it, its label and ticks
+    ("tokens", ("-409600",), "tokens of training, 41.7 % removed", {81_920: "81,920", 409_600: "409,600"}),
+    (
+        "removed_linear_fraction",
+        ("-light", "-half"),
+        "removed, 81,920 tokens",
+        {0.148: "14.8 %", 0.417: "41.7 %", 0.5: "50 %"},
+    ),
 )
 TEXTS_DRAWN = {"test": "WikiText-2 test (dashed: dense)", "other": "other text (dashed: dense)"}
 TICKS = {"test": (25, 30, 40, 50, 60, 80, 100, 150, 200), "other": (25, 50, 100, 200, 400, 800, 1600)}
@@ -76,9 +81,13 @@ def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
         figure = Figure(figsize=(10, 7.2), layout="constrained")
         panels = figure.subplots(2, 2, sharey="row")
         for (text, heading), line in zip(TEXTS_DRAWN.items(), panels, strict=True):
-            for axes, (key, suffix, label, ticks) in zip(line, PANELS, strict=True):
+            for axes, (key, suffixes, label, ticks) in zip(line, PANELS, strict=True):
                 for name, (colour, marker, words) in LINES.items():
-                    points = [row for n in (name, name + suffix) if (row := by_name.get(n)) is not None]
+                    points = [
+                        row
+                        for n in (name, *(name + suffix for suffix in suffixes))
+                        if (row := by_name.get(n)) is not None
+                    ]
                     points.sort(key=lambda row: row[key])
                     axes.errorbar(
                         [row[key] for row in points],
