@@ -108,6 +108,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
         UserError: as `make_limits`, where a ratio does not matter.
     """
     _check_channel_share(config, dense)
+    _check_reap(config)
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
@@ -121,7 +122,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
-        whole = {*dense.family.fixed, *(layer.keys() - {*dense.kinds})}
+        whole = {*dense.family.fixed, *(layer.keys() - {*dense.kinds}), *(["heads"] * (config.criterion == "reap"))}
         cut = LayerShape(
             (kind, count if kind in whole else min(_round_up(least.get(kind, 1), multiples[kind]), count))
             for kind, count in layer.items()
@@ -151,7 +152,7 @@ def _shares_beside_heads(config: PruneConfig, dense: ModelShape) -> dict[Kind, f
 
 
 def _check_channel_share(config: PruneConfig, dense: ModelShape) -> None:
-    """Refuses `prune.channel_share` where channels of experts cannot leave, or have no scores."""
+    """Refuses `prune.channel_share` where channels of experts cannot leave."""
     if config.channel_share is None:
         return
     model = dense.model_type
@@ -159,8 +160,13 @@ def _check_channel_share(config: PruneConfig, dense: ModelShape) -> None:
         raise UserError(f"prune.channel_share is about channels of experts, which a {model} lacks")
     if "expert_channels" in dense.family.fixed:
         raise UserError(f"prune.channel_share: a {model} has shared experts, as wide as all others, which stay whole")
-    if config.criterion == "reap":
-        raise UserError("prune.channel_share needs scores of channels, and prune.criterion: reap has those of experts")
+
+
+def _check_reap(config: PruneConfig) -> None:
+    """Refuses settings that take what `reap` has no scores of."""
+    for key, kind in (("channel_share", "channels"), ("head_ratio", "heads"), ("joint_budget", "heads")):
+        if config.criterion == "reap" and getattr(config, key):
+            raise UserError(f"prune.{key} needs scores of {kind}, and prune.criterion: reap has those of experts")
 
 
 def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:

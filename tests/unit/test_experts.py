@@ -285,3 +285,13 @@ def test_reap_without_experts_is_refused(tmp_path: Path) -> None:
     saved("llama", tmp_path)
     with pytest.raises(UserError, match=r"prune\.criterion: reap scores experts, which .* lacks"):
         open_for_pruning(tmp_path, RunConfig("unused", prune=PruneConfig(criterion="reap")))
+
+
+@pytest.mark.parametrize("asked", [{"head_ratio": 0.4}, {"ranking": "global", "joint_budget": True}], ids=str)
+def test_reap_has_no_scores_of_heads_so_they_stay(asked: dict[str, Any]) -> None:
+    """Without that the last heads of each layer would leave, whatever they do."""
+    shape, prune = dense("mixtral").shape, {"criterion": "reap", "protected_first": 0, "protected_last": 0}
+    with pytest.raises(UserError, match=r"needs scores of heads, and prune\.criterion: reap has those of experts"):
+        make_limits(PruneConfig(**prune, **asked), shape)
+    with pytest.raises(UserError, match=r"prune\.ratio 0\.8 is out of reach: .* at most 0\.5633 can go"):
+        make_limits(PruneConfig(**prune, ratio=0.8), shape)
