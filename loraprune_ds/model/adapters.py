@@ -98,8 +98,8 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     start = str(found.get("init_lora_weights"))
     if start.startswith(STARTS_THAT_CHANGE_W):
         raise UserError(
-            f"model.adapter {folder} began with init_lora_weights {start}, which changes the weights beside it; save it "
-            "with PEFT's path_initial_model_for_weight_conversion, or merge it into its model"
+            f"model.adapter {folder} began with init_lora_weights {start}, which changes the weights beside it; save "
+            "it with PEFT's path_initial_model_for_weight_conversion, or merge it into its model"
         )
     for key, expected in (("r", config.r), ("lora_alpha", config.lora_alpha)):
         if found.get(key) != expected:

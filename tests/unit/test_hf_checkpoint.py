@@ -1,6 +1,7 @@
 """A checkpoint of pruning beside a Trainer's: the newest whole one is found. What does not fit is named in one line."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,7 +22,7 @@ def saved(folder: Path, **changes: Any) -> Path:
         "steps": 10,
         "world_size": 2,
         "seed": 0,
-        "prune": {"ratio": 0.5},
+        "prune": asdict(PruneConfig()),
         "dense": [],
         "kept": [],
         "updates_since_cut": 0,
@@ -39,7 +40,9 @@ def saved(folder: Path, **changes: Any) -> Path:
     ("changes", "words"),
     [
         ({"world_size": 3}, "was saved by 3 ranks"),
-        ({"prune": {"ratio": 0.4}}, "other settings: ratio"),
+        ({"prune": asdict(PruneConfig(ratio=0.4))}, "other settings: ratio"),
+        ({"prune": {"ratio": 0.5, "channel_multiple": 64, "gradient_every": 4}}, "other settings: score_every"),
+        ({"prune": {"ratio": 0.5}}, "other settings: channel_multiple"),  # of a version whose default was 1
         ({"format": 2}, "has format 2"),
         ({"surplus": 1}, "is damaged"),
     ],
