@@ -16,6 +16,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Held, Int8, Matrix, NotFinite
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pieces import Pieces
@@ -232,9 +233,7 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
         UserError: as `open_pretrained`, or its linears cannot have biases. Or the run asks for what it does not have.
     """
     pretrained = open_pretrained(folder, int8=config.model.frozen == "int8")
-    _check_mixture(config, pretrained)
-    if config.data.packing and not pretrained.shape.family.packs:
-        raise UserError(f"data.packing is not supported for {folder}: its class in transformers lets samples meet")
+    check_family(config, pretrained.shape.family, pretrained.config, str(folder))
     if config.prune.compensate == "bias":
         pretrained = _with_biases(pretrained)
     return replace(pretrained, shape=shape_of_run(pretrained.shape, config))
@@ -246,9 +245,15 @@ def shape_of_run(shape: ModelShape, config: RunConfig) -> ModelShape:
     return replace(shape, int8=config.model.frozen == "int8", thins_experts=thins)
 
 
-def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:
-    """Refuses what would have no effect on a mixture of experts, and a criterion that needs experts."""
-    where, prune, family = str(pretrained.folder), config.prune, pretrained.shape.family
+def check_family(config: RunConfig, family: Family, source: dict[str, Any], where: str) -> None:
+    """Checks that a run asks for nothing that this family lacks, or that would have no effect. `source` is config.json.
+
+    Raises:
+        UserError: it does. The line names `where`, the folder or hub id.
+    """
+    prune = config.prune
+    if config.data.packing and not family.packs:
+        raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
     if family.mixture is None:
         if prune.criterion == "reap":
             raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
@@ -259,7 +264,7 @@ def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:
             f"prune.compensate: least_squares makes up for heads and not for experts, and all heads of {where} stay; "
             "set prune.head_ratio, or prune.compensate: none"
         )
-    if pretrained.config.get("router_jitter_noise"):
+    if source.get("router_jitter_noise"):
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 
