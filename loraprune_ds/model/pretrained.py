@@ -16,11 +16,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Held, Int8, Matrix, NotFinite
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pieces import Pieces
-from loraprune_ds.model.read_shape import shape_from_config, with_biases
+from loraprune_ds.model.read_shape import check_family, shape_from_config, shape_of_run, with_biases
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.slices import Slice
 from loraprune_ds.model.text_part import text_config, text_tensors
@@ -237,35 +236,6 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
     if config.prune.compensate == "bias":
         pretrained = _with_biases(pretrained)
     return replace(pretrained, shape=shape_of_run(pretrained.shape, config))
-
-
-def shape_of_run(shape: ModelShape, config: RunConfig) -> ModelShape:
-    """Returns the shape as a run holds it: in int8 or not, with channels that leave experts or not."""
-    thins = config.prune.channel_share is not None
-    return replace(shape, int8=config.model.frozen == "int8", thins_experts=thins)
-
-
-def check_family(config: RunConfig, family: Family, source: dict[str, Any], where: str) -> None:
-    """Checks that a run asks for nothing that this family lacks, or that would have no effect. `source` is config.json.
-
-    Raises:
-        UserError: it does. The line names `where`, the folder or hub id.
-    """
-    prune = config.prune
-    if config.data.packing and not family.packs:
-        raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
-    if family.mixture is None:
-        if prune.criterion == "reap":
-            raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
-        return
-    heads_leave = (prune.head_ratio or prune.joint_budget) and "heads" not in family.fixed
-    if prune.compensate == "least_squares" and not heads_leave:
-        raise UserError(
-            f"prune.compensate: least_squares makes up for heads and not for experts, and all heads of {where} stay; "
-            "set prune.head_ratio, or prune.compensate: none"
-        )
-    if source.get("router_jitter_noise"):
-        raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 
 def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
