@@ -247,13 +247,15 @@ def shape_of_run(shape: ModelShape, config: RunConfig) -> ModelShape:
 
 
 def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:
-    """Refuses what would have no effect on a mixture of experts, and a criterion that needs experts."""
+    """Refuses what would have no effect on a mixture of experts, and a criterion without scores of what leaves."""
     where, prune, family = str(pretrained.folder), config.prune, pretrained.shape.family
     if family.mixture is None:
         if prune.criterion == "reap":
             raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
         return
     heads_leave = (prune.head_ratio or prune.joint_budget) and "heads" not in family.fixed
+    if prune.criterion == "reap" and heads_leave:
+        raise UserError(f"prune.criterion: reap scores no heads of {where}; drop prune.head_ratio and joint_budget")
     if prune.compensate == "least_squares" and not heads_leave:
         raise UserError(
             f"prune.compensate: least_squares makes up for heads and not for experts, and all heads of {where} stay; "
