@@ -95,6 +95,8 @@ def check_family(config: RunConfig, family: Family, source: dict[str, Any], wher
             raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
         return
     heads_leave = (prune.head_ratio or prune.joint_budget) and "heads" not in family.fixed
+    if prune.criterion == "reap" and heads_leave:
+        raise UserError(f"prune.criterion: reap scores no heads of {where}; drop prune.head_ratio and joint_budget")
     if prune.compensate == "least_squares" and not heads_leave:
         raise UserError(
             f"prune.compensate: least_squares makes up for heads and not for experts, and all heads of {where} stay; "

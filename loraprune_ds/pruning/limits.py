@@ -108,7 +108,6 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
         UserError: as `make_limits`, where a ratio does not matter.
     """
     _check_channel_share(config, dense)
-    _check_reap(config)
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
@@ -152,7 +151,7 @@ def _shares_beside_heads(config: PruneConfig, dense: ModelShape) -> dict[Kind, f
 
 
 def _check_channel_share(config: PruneConfig, dense: ModelShape) -> None:
-    """Refuses `prune.channel_share` where channels of experts cannot leave."""
+    """Refuses `prune.channel_share` where channels of experts cannot leave, or have no scores."""
     if config.channel_share is None:
         return
     model = dense.model_type
@@ -160,13 +159,8 @@ def _check_channel_share(config: PruneConfig, dense: ModelShape) -> None:
         raise UserError(f"prune.channel_share is about channels of experts, which a {model} lacks")
     if "expert_channels" in dense.family.fixed:
         raise UserError(f"prune.channel_share: a {model} has shared experts, as wide as all others, which stay whole")
-
-
-def _check_reap(config: PruneConfig) -> None:
-    """Refuses settings that take what `reap` has no scores of."""
-    for key, kind in (("channel_share", "channels"), ("head_ratio", "heads"), ("joint_budget", "heads")):
-        if config.criterion == "reap" and getattr(config, key):
-            raise UserError(f"prune.{key} needs scores of {kind}, and prune.criterion: reap has those of experts")
+    if config.criterion == "reap":
+        raise UserError("prune.channel_share needs scores of channels, and prune.criterion: reap has those of experts")
 
 
 def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
