@@ -263,6 +263,9 @@ def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None
     if arguments.text:
         return read_text(arguments.text)
     if not arguments.dataset and (arguments.tasks or arguments.speed or arguments.serve):
+        for option in ("split", "sliding", "max_windows"):
+            name = f"--{option.replace('_', '-')}"
+            require(getattr(arguments, option) is None, f"{name} has no effect without --dataset or --text")
         return None
     return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
 

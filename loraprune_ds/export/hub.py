@@ -84,7 +84,9 @@ def _of_run(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
     value, config = report["perplexity"][which], report["config"]
     data = config.get("data", {})
     if value is not None:
-        text = Path(data.get("held_out") or data.get("path", "held-out text")).name
+        found = data.get("held_out") or data.get("path", "held-out text")
+        paths = [found] if isinstance(found, str) else [entry["path"] for entry in found]  # of a mixture
+        text = " + ".join(Path(path).name for path in paths)
         yield _perplexity(value, text, config.get("evaluate", {}).get("window"))
 
 

@@ -123,17 +123,12 @@ class LoraPruneCallback(TrainerCallback):
         if state.global_step != (checkpoint.state.step if checkpoint else 0):
             raise UserError(f"training goes on at step {state.global_step}, but pruning does not: {RESUME}")
         plugin = getattr(args, "deepspeed_plugin", None)
-        steps = self.steps or state.max_steps
-        require(
-            checkpoint is None or checkpoint.state.steps == steps,
-            f"the checkpoint's schedule is of {checkpoint and checkpoint.state.steps} steps, not of {steps}",
-        )
         self._tokenizer = kwargs.get("processing_class")
         self._pruning = Pruning.attach(
             model,
             kwargs["optimizer"],
             self.config,
-            steps,
+            self.steps or state.max_steps,
             seed=self.seed,
             checkpoint=checkpoint,
             ds_config=None if plugin is None else plugin.hf_ds_config.config,

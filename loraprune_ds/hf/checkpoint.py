@@ -28,7 +28,8 @@ from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.checkpoint.staging import Staging
 from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.config_file import saved_config
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import base_config, find_peft_model, live_shape
 from loraprune_ds.hf.training import PrunedTraining
@@ -84,6 +85,16 @@ class PruningCheckpoint:
     folder: Path
     state: PruningState
     dense: ModelShape
+
+    def check(self, steps: int, seed: int) -> None:
+        """Checks that a training would cut where and what the one would have that saved this.
+
+        Raises:
+            UserError: its steps or its seed are others.
+        """
+        state = self.state
+        require(state.steps == steps, f"the checkpoint's schedule is of {state.steps} steps, not of {steps}")
+        require(state.seed == seed, f"the checkpoint's seed is {state.seed}, not {seed}")
 
     def restore(self, training: PrunedTraining) -> None:
         """Lets a training whose model has been cut to this checkpoint go on from it."""
@@ -191,7 +202,8 @@ def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
     if state.world_size != comm.world_size:
         raise UserError(f"{folder} was saved by {state.world_size} ranks and DeepSpeed loads it on as many only")
-    if different := [key for key, value in asdict(config).items() if state.prune.get(key, value) != value]:
+    saved = asdict(saved_config({"output_dir": "", "prune": state.prune}).prune)
+    if different := [key for key, value in asdict(config).items() if saved[key] != value]:
         raise UserError(f"{folder} was saved with other settings: {', '.join(different)}")
     for part in (FOLDER, state.shape):
         if part is not None:

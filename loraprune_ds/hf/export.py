@@ -40,9 +40,9 @@ def save_base(training: PrunedTraining, folder: Path, adapter: Path | None, toke
     comm, path = training.model.comm, None if adapter is None else adapter / ADAPTER_FILE
     described = None if path is None else comm.on_rank_0(lambda: read_json(path))
     _write(training, folder, tokenizer, frozen_tensors, trained=False)
-    if path is not None and described is not None:
-        write_json(path, described | {"base_model_name_or_path": str(folder)})
-    comm.barrier()
+    if path is not None:
+        named = {**(described or {}), "base_model_name_or_path": str(folder)}
+        comm.on_rank_0(lambda: write_json(path, named))  # the others must not wait for a rank 0 that cannot write
 
 
 def _write(training: PrunedTraining, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:

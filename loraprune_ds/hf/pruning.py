@@ -111,8 +111,11 @@ class Pruning:
             sinks: get every record, on rank 0.
 
         Raises:
-            UserError: the model, its LoRA, its optimizer or its DeepSpeed config cannot be pruned.
+            UserError: the model, its LoRA, its optimizer or its DeepSpeed config cannot be pruned. Or the checkpoint
+                is of other steps or of another seed.
         """
+        if checkpoint:
+            checkpoint.check(steps, seed)
         zero, peft_model = find_zero_optimizer(optimizer), find_peft_model(model)
         raw = ds_config or getattr(model, "config", None)
         if isinstance(raw, dict):

@@ -29,6 +29,8 @@ from loraprune_ds.model.shapes import ModelShape
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export that keeps the two apart
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_config.json"
+VARIANTS = ("use_dora", "use_rslora", "alora_invocation_tokens")  # each computes something else
+STARTS_THAT_CHANGE_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WHOLE_LAYER = 4096  # the largest hidden_size of which whole layers are gathered: 0.4 GB in bf16 for LLaMA-7B
 
 
@@ -87,12 +89,18 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
         UserError: it cannot. The line names the folder and what does not fit.
     """
     found = read_json(folder / ADAPTER_FILE)
-    if found.get("peft_type") != "LORA" or found.get("use_dora") or found.get("use_rslora"):
+    if found.get("peft_type") != "LORA" or any(map(found.get, VARIANTS)):
         raise UserError(f"model.adapter {folder} is not a plain LoRA adapter")
     if found.get("bias", "none") != "none" or found.get("rank_pattern") or found.get("alpha_pattern"):
         raise UserError(f"model.adapter {folder}: trained biases and per-module ranks or alphas are not supported")
     if found.get("modules_to_save"):
         raise UserError(f"model.adapter {folder}: trained modules beside LoRA (modules_to_save) are not supported")
+    start = str(found.get("init_lora_weights"))
+    if start.startswith(STARTS_THAT_CHANGE_W):
+        raise UserError(
+            f"model.adapter {folder} began with init_lora_weights {start}, which changes the weights beside it; save "
+            "it with PEFT's path_initial_model_for_weight_conversion, or merge it into its model"
+        )
     for key, expected in (("r", config.r), ("lora_alpha", config.lora_alpha)):
         if found.get(key) != expected:
             raise UserError(

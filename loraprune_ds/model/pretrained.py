@@ -19,7 +19,7 @@ from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Held, Int8, Matrix, NotFinite
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pieces import Pieces
-from loraprune_ds.model.read_shape import shape_from_config, with_biases
+from loraprune_ds.model.read_shape import check_family, shape_from_config, shape_of_run, with_biases
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.slices import Slice
 from loraprune_ds.model.text_part import text_config, text_tensors
@@ -232,35 +232,10 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
         UserError: as `open_pretrained`, or its linears cannot have biases. Or the run asks for what it does not have.
     """
     pretrained = open_pretrained(folder, int8=config.model.frozen == "int8")
-    _check_mixture(config, pretrained)
-    if config.data.packing and not pretrained.shape.family.packs:
-        raise UserError(f"data.packing is not supported for {folder}: its class in transformers lets samples meet")
+    check_family(config, pretrained.shape.family, pretrained.config, str(folder))
     if config.prune.compensate == "bias":
         pretrained = _with_biases(pretrained)
     return replace(pretrained, shape=shape_of_run(pretrained.shape, config))
-
-
-def shape_of_run(shape: ModelShape, config: RunConfig) -> ModelShape:
-    """Returns the shape as a run holds it: in int8 or not, with channels that leave experts or not."""
-    thins = config.prune.channel_share is not None
-    return replace(shape, int8=config.model.frozen == "int8", thins_experts=thins)
-
-
-def _check_mixture(config: RunConfig, pretrained: PretrainedModel) -> None:
-    """Refuses what would have no effect on a mixture of experts, and a criterion that needs experts."""
-    where, prune, family = str(pretrained.folder), config.prune, pretrained.shape.family
-    if family.mixture is None:
-        if prune.criterion == "reap":
-            raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
-        return
-    heads_leave = (prune.head_ratio or prune.joint_budget) and "heads" not in family.fixed
-    if prune.compensate == "least_squares" and not heads_leave:
-        raise UserError(
-            f"prune.compensate: least_squares makes up for heads and not for experts, and all heads of {where} stay; "
-            "set prune.head_ratio, or prune.compensate: none"
-        )
-    if pretrained.config.get("router_jitter_noise"):
-        raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 
 def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:

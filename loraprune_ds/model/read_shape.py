@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, cast
 
+from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import build_on_meta, config_class, refused_in_one_line
 from loraprune_ds.model.family import find_family
@@ -72,6 +73,37 @@ def with_biases(config: dict[str, Any], where: str) -> tuple[dict[str, Any], Mod
     if not all(shape.has_bias(linear) for _, linear in shape.linear_ids()):
         raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
     return config, shape
+
+
+def shape_of_run(shape: ModelShape, config: RunConfig) -> ModelShape:
+    """Returns the shape as a run holds it: in int8 or not, with channels that leave experts or not."""
+    thins = config.prune.channel_share is not None
+    return replace(shape, int8=config.model.frozen == "int8", thins_experts=thins)
+
+
+def check_family(config: RunConfig, family: Family, source: dict[str, Any], where: str) -> None:
+    """Checks that a run asks for nothing that this family lacks, or that would have no effect. `source` is config.json.
+
+    Raises:
+        UserError: it does. The line names `where`, the folder or hub id.
+    """
+    prune = config.prune
+    if config.data.packing and not family.packs:
+        raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
+    if family.mixture is None:
+        if prune.criterion == "reap":
+            raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
+        return
+    heads_leave = (prune.head_ratio or prune.joint_budget) and "heads" not in family.fixed
+    if prune.criterion == "reap" and heads_leave:
+        raise UserError(f"prune.criterion: reap scores no heads of {where}; drop prune.head_ratio and joint_budget")
+    if prune.compensate == "least_squares" and not heads_leave:
+        raise UserError(
+            f"prune.compensate: least_squares makes up for heads and not for experts, and all heads of {where} stay; "
+            "set prune.head_ratio, or prune.compensate: none"
+        )
+    if source.get("router_jitter_noise"):
+        raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 
 def _meta_parameters(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:

@@ -19,8 +19,7 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.frozen import Held
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.pretrained import shape_of_run
-from loraprune_ds.model.read_shape import shape_from_config, with_biases
+from loraprune_ds.model.read_shape import check_family, shape_from_config, shape_of_run, with_biases
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config
 from loraprune_ds.plan.activations import PlannedBatch
@@ -198,6 +197,7 @@ def build_request(
         UserError: the run config does not fit the model or the number of ranks.
     """
     train = config.train
+    check_family(config, shape.family, text_config(source, name), name)
     if config.prune.compensate == "bias":
         source, biased = with_biases(source, name)
         shape = biased.with_layers(shape.layers)

@@ -121,7 +121,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
-        whole = {*dense.family.fixed, *(layer.keys() - {*dense.kinds})}
+        whole = {*dense.family.fixed, *(layer.keys() - {*dense.kinds}), *(["heads"] * (config.criterion == "reap"))}
         cut = LayerShape(
             (kind, count if kind in whole else min(_round_up(least.get(kind, 1), multiples[kind]), count))
             for kind, count in layer.items()

@@ -31,7 +31,7 @@ Words, each with one meaning everywhere:
 import hashlib
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -126,14 +126,18 @@ class Pruner:
                     recordings.enter_context(recorder.record())
             yield
 
-    def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
         """Records the inputs of one micro-batch. Open it around its forward pass alone.
 
         Args:
             attention_mask: (batch, window) bool, False at padding; None if there is no padding.
         """
-        recorder = self.compensator or self.norms
-        return nullcontext() if recorder is None else recorder.record_forward(attention_mask)
+        with ExitStack() as recordings:
+            for recorder in (self.compensator, self.norms):
+                if recorder is not None:
+                    recordings.enter_context(recorder.record_forward(attention_mask))
+            yield
 
     def score(self, step: int) -> None:
         """Scores all groups by this step's gradients, if the schedule says so, and updates the moving average.

@@ -115,10 +115,10 @@ def _size_of_uniform(config: PruneConfig, limits: Limits) -> float:
 def _size_of_global(config: PruneConfig, limits: Limits) -> float:
     """Returns the size once each kind gave its share. Which layers gave it makes no difference."""
     dense, leaving = limits.dense, limits.ratio * limits.dense.linear_numel()
-    first, *others = dense.layers
     size = whole = measure(config, dense)
     for kind, share in limits.shares.items():
-        without_one = LayerShape({**first, kind: first[kind] - 1})
-        of_a_group = whole - measure(config, dense.with_layers((without_one, *others)))
-        size -= of_a_group * leaving * share / dense.group_numel(kind)
+        *others, layer = sorted(dense.layers, key=lambda layer: layer[kind])  # some have no experts
+        without_one = LayerShape({**layer, kind: layer[kind] - 1})
+        of_a_group = whole - measure(config, dense.with_layers((*others, without_one)))
+        size -= of_a_group * leaving * share / dense.group_numel(kind, layer)
     return size

@@ -155,6 +155,8 @@ def edit(adapter: Path, **values: Any) -> None:
         ({"peft_type": "IA3"}, "is not a plain LoRA adapter"),
         ({"use_dora": True}, "is not a plain LoRA adapter"),
         ({"use_rslora": True}, "is not a plain LoRA adapter"),
+        ({"alora_invocation_tokens": [1]}, "is not a plain LoRA adapter"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights pissa_niter_4, which changes the weights"),
         ({"bias": "all"}, "trained biases and per-module ranks or alphas are not supported"),
         ({"rank_pattern": {"q_proj": 2}}, "trained biases and per-module ranks or alphas are not supported"),
         ({"alpha_pattern": {"q_proj": 2}}, "trained biases and per-module ranks or alphas are not supported"),

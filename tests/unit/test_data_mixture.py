@@ -95,6 +95,20 @@ def test_an_entry_has_what_it_does_not_give_from_data() -> None:
     assert (second.format, second.split, second.section) == ("text", "test", "data.path[1]")
 
 
+def test_each_source_gives_max_samples(instructions: str) -> None:
+    second = {"path": instructions, "format": "instruction"}
+    found = load_samples(
+        config_of([second, second], window=64, max_samples=5), make_tokenizer(), minimum=8, vocab_size=100
+    )
+    assert len(found.samples) == 10
+
+
+def test_a_held_out_file_of_text_stands_beside_instructions_that_are_packed(instructions: str, tmp_path: Path) -> None:
+    held_out = write_json(tmp_path / "held_out.jsonl", [{"text": "w1 w2 w3"}])
+    entries = [{"path": instructions, "format": "instruction"}]
+    assert load(entries, window=64, packing=True, held_out=str(held_out)).held_out == "w1 w2 w3"
+
+
 def test_a_mixture_reads_back_as_itself() -> None:
     config = RunConfig("out", data=config_of([{"path": "a", "weight": 1.5}]))
     assert config_from_dict(config.to_dict()) == config

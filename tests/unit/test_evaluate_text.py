@@ -1,11 +1,13 @@
 """Files are read as they are, and data sets are joined to the text of their raw files."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 
+from loraprune_ds.cli.evaluate import read_evaluation_text
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.evaluation_text import load_dataset_text, read_text
 
@@ -76,3 +78,14 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert line.startswith("--dataset wikitext2: Salesforce/wikitext, split test, cannot be had")
     assert "--text FILE" in line
     assert "Couldn't reach the Hub (offline)" in line
+
+
+@pytest.mark.parametrize("option", ["split", "sliding", "max_windows"])
+def test_what_says_how_to_read_a_text_needs_one(option: str) -> None:
+    """Beside tasks or speed no text is read, unless one is named."""
+    given = {"text": None, "dataset": None, "split": None, "sliding": None, "max_windows": None}
+    arguments: Any = SimpleNamespace(**given, tasks=["piqa"], speed=False, serve=None)
+    assert read_evaluation_text(arguments) is None
+    setattr(arguments, option, 3)
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} has no effect without --dataset or --text"):
+        read_evaluation_text(arguments)

@@ -144,6 +144,14 @@ def test_an_upload_is_private_and_has_the_measured_numbers(
     assert TOKEN not in card + out + error
 
 
+def test_the_text_of_a_mixture_is_named_by_its_sources(tmp_path: Path) -> None:
+    card, data = tmp_path / "README.md", {"path": [{"path": "some/law.txt"}, {"path": "chats"}], "held_out": None}
+    (tmp_path / "report.json").write_text(json.dumps(REPORT | {"config": {"data": data}}))
+    card.write_text("---\ntags:\n- pruned\n---\n# Small\n")
+    write_model_index(card, "small", tmp_path, [])
+    assert model_index(card.read_text())["small"] == {"law.txt + chats perplexity": 25.25}
+
+
 def test_a_refused_token_is_one_line(
     hub: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

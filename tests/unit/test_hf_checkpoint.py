@@ -1,6 +1,8 @@
 """A checkpoint of pruning beside a Trainer's: the newest whole one is found. What does not fit is named in one line."""
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +12,7 @@ import pytest
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.hf import checkpoint
+from loraprune_ds.hf import checkpoint, export
 from loraprune_ds.pruning.step import PrunerState
 
 
@@ -21,7 +23,7 @@ def saved(folder: Path, **changes: Any) -> Path:
         "steps": 10,
         "world_size": 2,
         "seed": 0,
-        "prune": {"ratio": 0.5},
+        "prune": asdict(PruneConfig()),
         "dense": [],
         "kept": [],
         "updates_since_cut": 0,
@@ -39,7 +41,9 @@ def saved(folder: Path, **changes: Any) -> Path:
     ("changes", "words"),
     [
         ({"world_size": 3}, "was saved by 3 ranks"),
-        ({"prune": {"ratio": 0.4}}, "other settings: ratio"),
+        ({"prune": asdict(PruneConfig(ratio=0.4))}, "other settings: ratio"),
+        ({"prune": {"ratio": 0.5, "channel_multiple": 64, "gradient_every": 4}}, "other settings: score_every"),
+        ({"prune": {"ratio": 0.5}}, "other settings: channel_multiple"),  # of a version whose default was 1
         ({"format": 2}, "has format 2"),
         ({"surplus": 1}, "is damaged"),
     ],
@@ -90,3 +94,28 @@ def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
     checkpoint.PruningCheckpoint(tmp_path, state, cast(Any, SimpleNamespace(kinds=()))).restore(training)
     assert (given[0].updates_since_cut, given[0].moment_tokens) == (3, 7.0)
     assert (training.step, training.resumed_from) == (5, [2, 5])
+
+
+def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    class Comm:
+        def on_rank_0(self, action: Callable[[], Any]) -> Any:
+            try:
+                return action()
+            except OSError as error:
+                told.append(str(error))
+
+        def barrier(self) -> None: ...
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError("no space")
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(export, "write_json", full)
+    monkeypatch.setattr(export, "_write", lambda *args, **kwargs: None)
+    training = cast(Any, SimpleNamespace(model=SimpleNamespace(comm=Comm())))
+    export.save_base(training, tmp_path / "base", tmp_path, None)
+    assert told == ["no space"]

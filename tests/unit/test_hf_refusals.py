@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.hf.callback import LoraPruneCallback
+from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model, warn_of_rounded_gradients
 from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape
+from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
@@ -258,9 +260,18 @@ def test_shards_on_some_of_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_schedule_of_other_steps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraprune_ds.hf.callback.find_zero_optimizer", lambda optimizer: optimizer)
     callback, state = LoraPruneCallback(PruneConfig()), TrainerState(global_step=3, max_steps=10)
-    callback._checkpoint = cast(Any, SimpleNamespace(state=SimpleNamespace(step=3, steps=20)))
+    saved: Any = SimpleNamespace(step=3, steps=20, seed=1)
+    callback._checkpoint = checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None))
     with pytest.raises(UserError, match="schedule is of 20 steps, not of 10"):
-        callback.on_train_begin(cast(Any, SimpleNamespace()), state, cast(Any, None), model=adapted(), optimizer=None)
+        callback.on_train_begin(
+            cast(Any, SimpleNamespace(output_dir="unused", report_to=[])),
+            state,
+            cast(Any, None),
+            model=adapted(),
+            optimizer=None,
+        )
+    with pytest.raises(UserError, match="seed is 1, not 0"):  # in a loop of one's own
+        Pruning.attach(adapted(), None, PruneConfig(criterion="random"), 20, checkpoint=checkpoint)
 
 
 def test_what_a_cut_makes_smaller_cannot_train_whole() -> None:

@@ -28,6 +28,7 @@ from loraprune_ds.plan.printout import notes, plan_json, plan_table
 from loraprune_ds.plan.request import LLAMA, Request, build_request, changed, make_request, read_shape
 from loraprune_ds.plan.traffic import scales_sent, step_kinds
 from loraprune_ds.train.data.order import SampleOrder
+from tests.families import tiny_config
 
 CONFIG = {
     "model_type": "llama",
@@ -239,6 +240,19 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: 
     config = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128).config
     planned = build_request("small", SOURCE, SMALL, config, Cluster(1, 1), samples=samples)
     assert planned.steps == SampleOrder(samples, 128, seed=0).steps_for_epochs(epochs) == steps
+
+
+@pytest.mark.parametrize(
+    ("family", "prune", "message"),
+    [
+        ("llama", {"criterion": "reap"}, "prune.criterion: reap scores experts, which llama lacks"),
+        ("mixtral", {"compensate": "least_squares"}, "least_squares makes up for heads and not for experts"),
+    ],
+)
+def test_what_a_run_of_the_family_refuses_is_not_planned(family: str, prune: dict[str, Any], message: str) -> None:
+    source, config = tiny_config(family).to_dict(), RunConfig("unused", prune=PruneConfig(channel_multiple=1, **prune))
+    with pytest.raises(UserError, match=message):
+        build_request(family, source, shape_from_config(source, family), config, Cluster(1, 1))
 
 
 @pytest.mark.parametrize("steps", [None, 20])

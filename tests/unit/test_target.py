@@ -8,10 +8,12 @@ import torch
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import describe_target, find_ratio, measure, server_memory
+from tests.families import MIXTURES, tiny_config
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
 
 GIB = 2**30
@@ -69,6 +71,15 @@ def test_global_ends_within_one_group_of_so_many_parameters(joint: bool) -> None
         pruned = cut_to(shape, seed, target="1.0M", ranking="global", joint_budget=joint)
         # one multiple, and half of one for heads that channels stood in for: `rank_global`
         assert abs(1e6 - pruned.total_numel()) <= 1.5 * step
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_global_reaches_a_target_of_experts(family: str) -> None:
+    """The first layer of some has no experts."""
+    shape = shape_from_config(tiny_config(family).to_dict(), family)
+    target = round(0.9 * shape.total_numel())
+    reached = cut_to(shape, target=str(target), ranking="global", protected_first=0, protected_last=0).total_numel()
+    assert abs(reached - target) <= shape.group_numel("experts")
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])

@@ -41,8 +41,6 @@ def load_samples(
     Raises:
         UserError: the data cannot be read, does not fit the model, or is shorter than one global batch.
     """
-    if config.max_samples is not None and config.max_samples < minimum:
-        raise UserError(f"data.max_samples {config.max_samples} is below train.global_batch_size {minimum}")
     if any(source.format == "chat" for source in config.sources):
         ChatTemplate(tokenizer)  # before anything is read
     loaded = cached(config, tokenizer, start, lambda: _make(config, tokenizer, start))
@@ -104,6 +102,7 @@ def _check_samples(loaded: LoadedData, config: DataConfig, minimum: int, vocab_s
             f"data.path {' + '.join(source.path for source in config.sources)} is too short: {loaded.epoch_length} "
             f"samples of {config.window} tokens (data.window); one global batch needs {minimum} "
             "(train.global_batch_size)"
+            + ("" if config.max_samples is None else f"; data.max_samples is {config.max_samples}")
             + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
         )
     if (largest := samples.largest_id()) >= vocab_size:
@@ -120,7 +119,7 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> st
         raise UserError(f"data.held_out: {config.held_out} is tuned on too, as a part of data.path")
     if path.suffix not in JSON_SUFFIXES:
         return read_text_file(path)
-    (source,) = replace(config, path=str(path)).sources
+    (source,) = replace(config, path=str(path), packing=False).sources  # whose format may be text
     return _join_text(read_rows(source), source, tokenizer)
 
 
