@@ -13,6 +13,7 @@ from types import ModuleType
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -91,11 +92,12 @@ METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (DeepSpeedZeroOptimizer_Stage3, OPTIMIZER_METHODS),
     (DeepSpeedZeRoOffload, OFFLOAD_METHODS),
     (PartitionedParameterCoordinator, COORDINATOR_METHODS),
+    (partitioned_param_coordinator, ("iter_params",)),
     (Init, INIT_METHODS),
     (groups, GROUPS_FUNCTIONS),
 )
 # Instance attributes exist only on a live engine. The names that a function assigns are in its code object.
-ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (
+ASSIGNED: tuple[tuple[type | ModuleType, str, str, tuple[str, ...]], ...] = (
     (DeepSpeedZeroOptimizer_Stage3, "__init__", "DeepSpeedZeroOptimizer_Stage3", OPTIMIZER_ATTRIBUTES),
     (
         DeepSpeedZeroOptimizer_Stage3,
@@ -108,6 +110,7 @@ ASSIGNED: tuple[tuple[type, str, str, tuple[str, ...]], ...] = (
     (DeepSpeedEngine, "__init__", "DeepSpeedEngine", ENGINE_COUNTERS),
     (DynamicLossScaler, "__init__", "DynamicLossScaler", ("dynamic",)),
     (DynamicLossScaler, "update_scale", "DynamicLossScaler", LOSS_SCALE_FIELDS),
+    (partition_parameters, "_init_external_params", "Module", ("ds_external_parameters",)),
     (Init, "__init__", "Init", ("local_device", "remote_device", "pin_memory")),
     (Init, "_convert_to_deepspeed_param", "Parameter", PARAMETER_ATTRIBUTES),
 )
