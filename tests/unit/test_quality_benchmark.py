@@ -84,7 +84,7 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
 RECIPES = {
     "tuned": "fisher-refit-4-steps",
     "general": "fisher-refit-distillation-global-4-steps",
-    "stock": "fisher-refit-stock-4-steps",
+    "stock": "fisher-refit-stock-4-steps-end-0.5",
 }
 
 
