@@ -118,10 +118,11 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     multiples = _multiples(config, dense, protected)
     least = dict.fromkeys(("channels", "expert_channels"), config.min_channels)
     least |= {"heads": config.min_heads, "experts": max(1, dense.least_experts)}
+    unscored = {"heads"} if config.criterion == "reap" else set[str]()
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
-        whole = {*dense.family.fixed, *(layer.keys() - {*dense.kinds}), *(["heads"] * (config.criterion == "reap"))}
+        whole = {*dense.family.fixed, *unscored, *(layer.keys() - {*dense.kinds})}
         cut = LayerShape(
             (kind, count if kind in whole else min(_round_up(least.get(kind, 1), multiples[kind]), count))
             for kind, count in layer.items()
