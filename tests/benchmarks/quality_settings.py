@@ -123,7 +123,7 @@ def _settings() -> list[Setting]:
         _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
         for name in ("rank-32", "every-8", "end-0.5", "few-heads", "many-heads", "most-heads")
     ]
-    late = ("prune.cooldown_fraction=0.5", "prune.head_ratio=0.56")
+    late = (*smaller["end-0.5"], *smaller["many-heads"])
     stock.append(
         _short("stock", "fisher-refit-stock-4-steps-end-0.5-many-heads", FISHER, REFIT, *STOCK, *EVERY_STEP, *late)
     )
