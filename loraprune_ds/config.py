@@ -171,8 +171,9 @@ class TrainConfig:
     max_grad_norm: AtLeast0 = 1.0  # 0: no clipping
     group_by_length: bool = False  # a step's samples of like length share a micro-batch, with less padding
     gradient_checkpointing: bool = False
-    # w of the loss (1 - w) * cross-entropy + w * KL(dense model || model). 0: off
+    # w and T of the loss (1 - w) * cross-entropy + w * T² * KL(dense model || model), its logits divided by T. w 0: off
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
+    distill_temperature: Positive = 1.0
     distill_top_k: Count | None = None  # of the dense model's logits, kept. None: its final hidden states, exact
     deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
     loss_chunk_tokens: Count | None = None  # tokens whose logits are held at once. None: those of 256 MiB in fp32
@@ -188,6 +189,7 @@ class TrainConfig:
             self.check_warmup(self.steps)
         recovers, distills = self.recovery_steps > 0, self.distill_weight > 0
         _check_effect(self, "train.recovery_learning_rate", recovers, "train.recovery_steps")
+        _check_effect(self, "train.distill_temperature", distills, "train.distill_weight")
         _check_effect(self, "train.distill_top_k", distills, "train.distill_weight")
 
     def check_warmup(self, steps: int) -> None:

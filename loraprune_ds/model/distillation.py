@@ -1,11 +1,13 @@
 """Token losses that pull towards the dense model, chunk by chunk.
 
-A loss is (1 − w) · cross-entropy + w · KL(teacher ‖ student). The teacher is the dense model. Its outputs are kept for
-the supervised tokens of a batch, in the order of the rows. They are one of two:
+A loss is (1 − w) · cross-entropy + w · T² · KL(teacher ‖ student). Within the KL the logits of both are divided by T
+(Hinton et al., arXiv 1503.02531). The teacher is the dense model. Its outputs are kept for the supervised tokens of a
+batch, in the order of the rows. They are one of two:
   hidden states   the final ones. The head is never cut, so it computes exactly the same logits again.
-  top logits      the k largest as log-probabilities. The mass of all others is compared as one event.
-Both give the same gradient by the student's logits: softmax − (1 − w) · label − w · target. With top logits only the
-mass of the rest is known. Then the target spreads it over the rest as the student does.
+  top logits      the k largest, divided by T, as log-probabilities. The mass of all others is compared as one event.
+Both give the same gradient by the student's logits z:
+(1 − w) · (softmax(z) − label) + w · T · (softmax(z / T) − target).
+With top logits only the mass of the rest is known. Then the target spreads it over the rest as the student does.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ class HiddenTeacher:
 
 @dataclass(frozen=True)
 class TopTeacher:
-    """Holds the k largest logits: log_probs (tokens, k) fp32 and ids (tokens, k) int64.
+    """Holds the k largest logits, divided by the temperature: log_probs (tokens, k) fp32 and ids (tokens, k) int64.
 
     rest (tokens,) fp32 is the mass of all other ids.
     """
@@ -45,17 +47,22 @@ class TopTeacher:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Holds what a loss is mixed with. `weight` is w, in (0, 1]."""
+    """Holds what a loss is mixed with. `weight` is w, in (0, 1], and `temperature` is T, above 0."""
 
     teacher: HiddenTeacher | TopTeacher
     weight: float
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Asks for the fields of a teacher instead of losses. `top_k` is None for its hidden states."""
+    """Asks for the fields of a teacher instead of losses. `top_k` is None for its hidden states.
+
+    Those do not depend on the temperature.
+    """
 
     top_k: int | None
+    temperature: float = 1.0
 
 
 def chunk_size(vocab_size: int, given: int | None, *, buffers: int = BUFFERS) -> int:
@@ -101,7 +108,7 @@ def record(hidden: Tensor, head: Head, recording: Recording, chunk_tokens: int |
         return {"hidden": hidden}
     parts = []
     for rows in hidden.split(chunk_size(len(head.weight), chunk_tokens)):
-        log_probs = head.logits(rows).float().log_softmax(1)
+        log_probs = _log_probs(head, rows, recording.temperature)
         values, ids = log_probs.topk(recording.top_k, dim=1)
         parts.append((values, ids, log_probs.exp_().scatter_(1, ids, 0).sum(1)))
     log_probs, ids, rest = (torch.cat(fields) for fields in zip(*parts, strict=True))
@@ -163,28 +170,43 @@ def _chunk_losses(
         labels: (tokens, 1).
         rows: of the teacher.
     """
-    w, transform = distillation.weight, head.transform
+    w, temperature, transform = distillation.weight, distillation.temperature, head.transform
     logits = head.logits(hidden).float()
     log_probs = logits.log_softmax(1)
     # What turns log_probs into logits again. A cap's slope is computed from these, and they are not kept.
     total = None if transform.softcap is None else logits[:, :1] - log_probs[:, :1]
     del logits
-    target, divergence = _target(distillation.teacher, rows, head, log_probs)
-    losses = w * divergence - (1 - w) * log_probs.gather(1, labels)[:, 0]
+    softened = log_probs if temperature == 1 else (log_probs / temperature).log_softmax(1)
+    target, divergence = _target(distillation, rows, head, softened)
+    losses = w * temperature**2 * divergence - (1 - w) * log_probs.gather(1, labels)[:, 0]
     if gradient is not None:
-        slope = (log_probs.exp_() if total is None else log_probs.exp()).sub_(target, alpha=w)
+        slope = log_probs.exp_() if total is None else log_probs.exp()
+        if temperature != 1:  # else both are one
+            slope.mul_(1 - w).add_(softened.exp_(), alpha=w * temperature)
+        slope.sub_(target, alpha=w * temperature)
         slope.scatter_add_(1, labels, torch.full_like(slope[:, :1], w - 1))
         if total is not None:
             transform.uncap_(slope, log_probs.add_(total))
-        del log_probs, target  # before the slope is rounded
+        del log_probs, softened, target  # before the slope is rounded
         gradient.copy_(slope.to(head.weight.dtype) @ head.weight)
     return losses
 
 
-def _target(teacher: HiddenTeacher | TopTeacher, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the target of the student (tokens, vocabulary) and KL(teacher ‖ student) (tokens,), both fp32."""
+def _log_probs(head: Head, hidden: Tensor, temperature: float) -> Tensor:
+    """Returns log softmax(z / T), (tokens, vocabulary) fp32, of logits z."""
+    logits = head.logits(hidden).float()
+    return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(1)
+
+
+def _target(distillation: Distillation, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the target of the student (tokens, vocabulary) and KL(teacher ‖ student) (tokens,), both fp32.
+
+    Args:
+        log_probs: the student's, at the temperature.
+    """
+    teacher = distillation.teacher
     if isinstance(teacher, HiddenTeacher):
-        expected = head.logits(teacher.hidden[rows]).float().log_softmax(1)
+        expected = _log_probs(head, teacher.hidden[rows], distillation.temperature)
         target = expected.exp()
         return target, expected.sub_(log_probs).mul_(target).sum(1)
     known, ids, rest = teacher.log_probs[rows], teacher.ids[rows], teacher.rest[rows]

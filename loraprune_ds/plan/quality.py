@@ -178,12 +178,14 @@ def gradient_sent(request: Request, shape: ModelShape) -> int:
 def distilled_logits(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the bytes of a chunk's logits of student and teacher and the target, in fp32.
 
+    A temperature keeps one more tensor: the student's logits at it, beside the others.
+
     Hidden states before the head, their gradient and the teacher's outputs come on top, for all tokens.
     """
     chunk = chunk_size(shape.vocab_size, request.config.train.loss_chunk_tokens)
     top_k, e = request.config.train.distill_top_k, batch.element_size
     teacher = shape.hidden_size * e if top_k is None else 12 * top_k + 4  # int32 ids become int64
-    per_logit = 12 if top_k is None or e < 4 else 8
+    per_logit = (12 if top_k is None or e < 4 else 8) + (4 if request.config.train.distill_temperature != 1 else 0)
     hidden = 2 * shape.hidden_size * e
     return min(batch.tokens, chunk) * shape.vocab_size * per_logit + batch.tokens * (hidden + teacher)
 

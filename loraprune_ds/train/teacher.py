@@ -24,7 +24,14 @@ from torch import Tensor
 from loraprune_ds.config import TrainConfig
 from loraprune_ds.errors import RankError, one_line
 from loraprune_ds.files import write_json
-from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher, samples_per_file, token_bytes
+from loraprune_ds.model.distillation import (
+    Distillation,
+    HiddenTeacher,
+    Recording,
+    TopTeacher,
+    samples_per_file,
+    token_bytes,
+)
 from loraprune_ds.train.data.order import BatchOrder
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.whole import whole_file
@@ -39,14 +46,14 @@ class TeacherPlan:
     Attributes:
         samples: (needed,) int64 numbers of the samples that the run uses, ascending.
         offsets: (needed + 1,) int64; sample i has the supervised tokens offsets[i] … offsets[i + 1].
-        top_k: how many logits of a token are kept. None: its final hidden state.
+        recording: what of a token is kept.
         token_bytes: on disk, of one supervised token.
         per_file: samples in a file.
     """
 
     samples: Tensor
     offsets: Tensor
-    top_k: int | None
+    recording: Recording
     token_bytes: int
     per_file: int
 
@@ -87,7 +94,8 @@ def plan_teacher(
     counts = samples.supervised_counts()[needed]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     size = token_bytes(config.distill_top_k, hidden_size, element_size)
-    return TeacherPlan(needed, offsets, config.distill_top_k, size, samples_per_file(size * int(counts.max())))
+    recording = Recording(config.distill_top_k, config.distill_temperature)
+    return TeacherPlan(needed, offsets, recording, size, samples_per_file(size * int(counts.max())))
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class Teacher:
     """Reads and writes the files of one run's teacher.
 
     Attributes:
-        weight: w of the loss (1 - w) * cross-entropy + w * KL.
+        weight: w of the loss.
         identity: what the files were made from, as teacher.json has it.
         to_write: numbers of the files that were missing when the teacher was found.
     """
@@ -149,8 +157,10 @@ class Teacher:
         parts = [self._fields(sample) for sample in indices.tolist()]
         fields = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
         if "hidden" in fields:
-            return Distillation(HiddenTeacher(fields["hidden"]), self.weight)
-        return Distillation(TopTeacher(fields["log_probs"], fields["ids"].long(), fields["rest"]), self.weight)
+            teacher = HiddenTeacher(fields["hidden"])
+        else:
+            teacher = TopTeacher(fields["log_probs"], fields["ids"].long(), fields["rest"])
+        return Distillation(teacher, self.weight, self.plan.recording.temperature)
 
     def _fields(self, sample: int) -> dict[str, Tensor]:
         file, first, rows = self.plan.place(sample)
@@ -176,12 +186,14 @@ def make_teacher(
         "samples": samples,
         "source": source,
         "dtype": dtype,
-        "top_k": plan.top_k,
+        "top_k": plan.recording.top_k,
         "seed": seed,
         "needed": len(plan.samples),
         "tokens": int(plan.offsets[-1]),
         "per_file": plan.per_file,
     }
+    if plan.recording.temperature != 1:  # earlier versions did not name it
+        identity["temperature"] = plan.recording.temperature
     return Teacher(folder, plan, weight, identity)
 
 

@@ -16,7 +16,6 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import adapters_off
-from loraprune_ds.model.distillation import Recording
 from loraprune_ds.model.dtypes import DTYPES, held_as
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.output import wait_until_seen
@@ -166,7 +165,7 @@ def _file_content(
     for i in range(passes):
         indices = batches[i if i < len(batches) else 0]
         inputs = {name: tensor.to(device) for name, tensor in samples.inputs(indices).items()}
-        fields = engine.infer(**inputs, distillation=Recording(teacher.plan.top_k))
+        fields = engine.infer(**inputs, distillation=teacher.plan.recording)
         if i < len(batches):
             parts.append({name: _as_on_disk(tensor) for name, tensor in fields.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,4 +1,4 @@
-"""Runs launch/run.py with another method's score, with none, or with a lever that has no setting. quality.py calls it.
+"""Runs launch/run.py with another method's score, with none, or with norms that train, too. quality.py calls it.
 
 deepspeed --quiet --num_accelerators 1 tests/benchmarks/peer_run.py --peer wanda --config ... --set ...
 
@@ -8,8 +8,7 @@ the inputs of a step. A group's score is the sum over its inputs.
 wanda     Σ_i |W'_ij| · ‖x_j‖₂: Wanda-sp, the structured form (Sun et al., arXiv 2306.11695; An et al., 2312.11983)
 flap      Σ_i W'_ij² · var(x_j): FLAP's metric (An et al., arXiv 2312.11983)
 two-four  cuts nothing, and exports zeros where the source has them (two_four.py)
-
-norms and temperature-2 are no peers, but changes of the project's own method (levers.py).
+norms     no peer: the project's own method, but the norms of all layers train, too
 
 The texts that this benchmark tunes on have no padding, so every position counts.
 """
@@ -26,15 +25,16 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from loraprune_ds.command import leave, leave_on_error
+from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.pruning.criterion import effective_weight, magnitude, score_shard
 from loraprune_ds.pruning.importance import add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.taps import StepRecorder, hook_inputs
-from tests.benchmarks.levers import LEVERS, install
 from tests.benchmarks.two_four import CutNothing, merged_where_kept
 
 
@@ -112,15 +112,25 @@ class PeerPruner(Pruner):
         return parts
 
 
+def with_norms(*given: Any) -> PeftModel:
+    """Does what add_lora does. Then norms are trained like LoRA."""
+    model = add_lora(*given)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.requires_grad_()
+    return model
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--peer", choices=[*METRICS, "two-four", *LEVERS], required=True)
+    parser.add_argument("--peer", choices=[*METRICS, "two-four", "norms"], required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
     from loraprune_ds.train import finish, loop
+    from loraprune_ds.zero import engine
 
-    if given.peer in LEVERS:
-        install(given.peer)
+    if given.peer == "norms":
+        cast(Any, engine).add_lora = with_norms
     elif given.peer == "two-four":
         cast(Any, loop).Pruner, cast(Any, finish).merged_tensors = CutNothing, merged_where_kept
     else:

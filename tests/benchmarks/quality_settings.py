@@ -6,6 +6,7 @@ from dataclasses import dataclass
 REFIT = "prune.compensate=least_squares"
 BIAS = "prune.compensate=bias"
 DISTILL = "train.distill_weight=0.5"
+WARM = "train.distill_temperature=2"
 GRADIENT = "prune.criterion=gradient"
 FISHER = "prune.criterion=fisher"
 GLOBAL = "prune.ranking=global"
@@ -116,7 +117,8 @@ def _settings() -> list[Setting]:
     general = (FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP)
     details += [
         _short("fisher-details", "general-0.25", *general, "train.distill_weight=0.25"),
-        _short("fisher-details", "general-temperature-2", *general, peer="temperature-2"),
+        _short("fisher-details", "general-temperature-2", *general, WARM),
+        _short("fisher-details", "general-temperature-4", *general, "train.distill_temperature=4"),
     ]
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
@@ -145,6 +147,7 @@ def _settings() -> list[Setting]:
             "fisher-refit-distillation-global-4-steps-409600",
             (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP),
         ),
+        Setting("long", "general-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *general, WARM)),
     ]
     light = [
         Setting("light", "plain-light", (*SHORT, LIGHT, UNTUNED_RATE)),

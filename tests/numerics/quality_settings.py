@@ -167,7 +167,7 @@ def fisher_scores(job: Job, folder: Path | None = None) -> dict[str, Any]:
     """
     trainer = build(job)
     if folder is not None:
-        trainer._teacher, _ = record_outputs(trainer, job, folder, None)
+        trainer._teacher, _ = record_outputs(trainer, job, folder, None, 1)
     model, score = trainer.model, trainer.pruner.score
     sent: list[int] = []
 
@@ -202,10 +202,12 @@ def train_and_cut(job: Job) -> dict[str, Tensor]:
     return whole_state(trainer)
 
 
-def record_outputs(trainer: Trainer, job: Job, folder: Path, top_k: int | None) -> tuple[Teacher, list[bool]]:
+def record_outputs(
+    trainer: Trainer, job: Job, folder: Path, top_k: int | None, temperature: float
+) -> tuple[Teacher, list[bool]]:
     """Makes the teacher pass, stopped inside and taken up. Returns the teacher, and what both parts returned."""
     model, samples = trainer.model, trainer.samples
-    train = replace(trainer.config, distill_weight=0.5, distill_top_k=top_k)
+    train = replace(trainer.config, distill_weight=0.5, distill_temperature=temperature, distill_top_k=top_k)
     hidden_size = model.shape.hidden_size
     plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size=hidden_size, element_size=4)
     plan = replace(plan, per_file=FILE_SAMPLES)
@@ -223,11 +225,11 @@ def record_outputs(trainer: Trainer, job: Job, folder: Path, top_k: int | None) 
     return teacher, passes
 
 
-def distilled_step(job: Job, folder: Path, top_k: int | None) -> dict[str, Any]:
+def distilled_step(job: Job, folder: Path, top_k: int | None, temperature: float) -> dict[str, Any]:
     """Makes the teacher pass and the first distilled step. Returns the files' digests and averaged LoRA gradients."""
     trainer = build(job)
     model, samples = trainer.model, trainer.samples
-    teacher, passes = record_outputs(trainer, job, folder, top_k)
+    teacher, passes = record_outputs(trainer, job, folder, top_k, temperature)
     trainer._teacher = teacher
     batch = trainer.order.batch(0)
     supervised = int((samples.labels[batch][:, 1:] != -100).sum())

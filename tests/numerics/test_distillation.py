@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, write_adapter
@@ -34,7 +35,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(model, adapter, batches, {"ratio": 0.2, "warmup_fraction": 0.0}, micro_batch_size=2)
 
 
-def dense_step(job: Job, top_k: int | None) -> tuple[float, dict[str, Tensor]]:
+def dense_step(job: Job, top_k: int | None, temperature: float) -> tuple[float, dict[str, Tensor]]:
     """Returns loss and LoRA gradients of the first batch. The teacher is the same model without its adapter."""
     settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
     oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
@@ -46,19 +47,17 @@ def dense_step(job: Job, top_k: int | None) -> tuple[float, dict[str, Tensor]]:
         theirs = oracle.model(input_ids=input_ids, use_cache=False).logits
     ours = oracle.model(input_ids=input_ids, use_cache=False).logits
     wanted = labels[:, 1:] != -100
-    student, teacher = (logits[:, :-1][wanted].log_softmax(1) for logits in (ours, theirs))
+    cross_entropy = F.cross_entropy(ours[:, :-1][wanted], labels[:, 1:][wanted], reduction="sum")
+    student, teacher = ((logits[:, :-1][wanted] / temperature).log_softmax(1) for logits in (ours, theirs))
     if top_k is not None:
         top = teacher.topk(top_k, 1).indices
         mask = torch.ones_like(teacher, dtype=torch.bool).scatter_(1, top, False)
-        cross_entropy = -student.gather(1, labels[:, 1:][wanted][:, None]).sum()
         student, teacher = (
             torch.cat([x.gather(1, top), x.masked_fill(~mask, -torch.inf).logsumexp(1, keepdim=True)], 1)
             for x in (student, teacher)
         )
-    else:
-        cross_entropy = -student.gather(1, labels[:, 1:][wanted][:, None]).sum()
     divergence = (teacher.exp() * (teacher - student)).sum()
-    loss = ((1 - WEIGHT) * cross_entropy + WEIGHT * divergence) / wanted.sum()
+    loss = ((1 - WEIGHT) * cross_entropy + WEIGHT * temperature**2 * divergence) / wanted.sum()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in oracle.copies.items() if parameter.grad is not None}
     return float(loss.detach()), gradients
@@ -68,17 +67,24 @@ LENGTHS = [3 + 5 * i % 14 for i in range(STEPS * SAMPLES)]
 
 
 @pytest.mark.parametrize(
-    ("top_k", "checkpointing", "lengths"), [(None, True, None), (7, False, None), (None, False, LENGTHS)]
+    ("top_k", "temperature", "checkpointing", "lengths"),
+    [(None, 1, True, None), (7, 2, False, None), (None, 2, False, LENGTHS)],
 )
 def test_loss_and_gradients_are_the_dense_ones(
-    ranks: RankPool, job: Job, tmp_path: Path, top_k: int | None, checkpointing: bool, lengths: list[int] | None
+    ranks: RankPool,
+    job: Job,
+    tmp_path: Path,
+    top_k: int | None,
+    temperature: float,
+    checkpointing: bool,
+    lengths: list[int] | None,
 ) -> None:
     """Takes samples of one length and of different ones. Nothing is learned from padding."""
     changed = Job(**{**vars(job), "gradient_checkpointing": checkpointing, "lengths": lengths})
-    loss, gradients = dense_step(changed, top_k)
+    loss, gradients = dense_step(changed, top_k, temperature)
     files = []
     for world_size in (1, 2, 3):
-        result = ranks.run(world_size, quality_settings.distilled_step, changed, tmp_path, top_k)[0]
+        result = ranks.run(world_size, quality_settings.distilled_step, changed, tmp_path, top_k, temperature)[0]
         assert abs(result["loss"] - loss) < TOLERANCE
         assert set(result["gradients"]) == set(gradients)
         for name, gradient in gradients.items():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from loraprune_ds.model import distillation
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, Recording, TopTeacher, distilled_losses, record
@@ -35,10 +36,10 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:
     return logits if (cap := head.transform.softcap) is None else cap * torch.tanh(logits / cap)
 
 
-def dense(student: Tensor, teacher: Tensor, head: Head, labels: Tensor, w: float, k: int | None) -> Tensor:
+def dense(student: Tensor, teacher: Tensor, head: Head, labels: Tensor, w: float, k: int | None, t: float) -> Tensor:
     """Returns (tokens,) fp64 by the definition. With k the other ids are one event."""
-    ours, theirs = (torch.log_softmax(logits_of(hidden, head), 1) for hidden in (student, teacher))
-    cross_entropy = -ours.gather(1, labels[:, None])[:, 0]
+    hard = cross_entropy(logits_of(student, head), labels, reduction="none")
+    ours, theirs = (torch.log_softmax(logits_of(hidden, head) / t, 1) for hidden in (student, teacher))
     if k is None:
         divergence = (theirs.exp() * (theirs - ours)).sum(1)
     else:
@@ -50,24 +51,27 @@ def dense(student: Tensor, teacher: Tensor, head: Head, labels: Tensor, w: float
             return torch.cat([log_probs.gather(1, top), others], 1)
 
         divergence = (events(theirs).exp() * (events(theirs) - events(ours))).sum(1)
-    return (1 - w) * cross_entropy + w * divergence
+    return (1 - w) * hard + w * t**2 * divergence
 
 
-def teacher_of(hidden: Tensor, head: Head, k: int | None) -> HiddenTeacher | TopTeacher:
-    fields = record(hidden, head, Recording(k), chunk_tokens=5)
+def teacher_of(hidden: Tensor, head: Head, k: int | None, temperature: float = 1) -> HiddenTeacher | TopTeacher:
+    fields = record(hidden, head, Recording(k, temperature), chunk_tokens=5)
     return HiddenTeacher(**fields) if k is None else TopTeacher(**fields)
 
 
-def worst_error(w: float, k: int | None, chunk: int | None, transform: LogitsTransform = NONE) -> float:
+def worst_error(
+    w: float, k: int | None, chunk: int | None, transform: LogitsTransform = NONE, temperature: float = 1
+) -> float:
     student, teacher, weight, labels = made_up()
     head = Head(weight, transform)
     weights = torch.linspace(0.1, 1, TOKENS)
     student.requires_grad_()
-    losses = distilled_losses(student, head, labels, Distillation(teacher_of(teacher, head, k), w), chunk)
+    given = Distillation(teacher_of(teacher, head, k, temperature), w, temperature)
+    losses = distilled_losses(student, head, labels, given, chunk)
     (losses * weights).sum().backward()
     assert student.grad is not None
     reference = student.detach().double().requires_grad_()
-    expected = dense(reference, teacher, head, labels, w, k)
+    expected = dense(reference, teacher, head, labels, w, k, temperature)
     (expected * weights).sum().backward()
     assert reference.grad is not None
     return max(float((losses - expected).detach().abs().max()), float((student.grad - reference.grad).abs().max()))
@@ -76,8 +80,16 @@ def worst_error(w: float, k: int | None, chunk: int | None, transform: LogitsTra
 @pytest.mark.parametrize("chunk", [None, 1, 7])
 @pytest.mark.parametrize("k", [None, 1, 5, VOCABULARY - 1])
 @pytest.mark.parametrize("w", [0.3, 1.0])
-def test_loss_and_gradient_are_autograds(w: float, k: int | None, chunk: int | None) -> None:
-    assert max(worst_error(w, k, chunk, transform) for transform in TRANSFORMS) < TOLERANCE
+@pytest.mark.parametrize("temperature", [1, 0.5, 2])
+def test_loss_and_gradient_are_autograds(temperature: float, w: float, k: int | None, chunk: int | None) -> None:
+    """A temperature multiplies the divergence by its square."""
+    tolerance = TOLERANCE * max(1, temperature**2)
+    assert max(worst_error(w, k, chunk, transform, temperature) for transform in TRANSFORMS) < tolerance
+
+
+def test_a_temperature_that_the_teacher_does_not_share_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "_log_probs", lambda head, hidden, _: head.logits(hidden).log_softmax(1))
+    assert min(worst_error(0.5, k, None, temperature=2) for k in (None, 5)) > 1e4 * TOLERANCE
 
 
 @pytest.mark.parametrize("k", [None, 5])
@@ -89,14 +101,16 @@ def test_a_forgotten_part_of_the_transform_is_caught(
     assert max(worst_error(0.5, k, None, transform) for transform in TRANSFORMS) > 1e4 * TOLERANCE
 
 
-def no_rest(teacher: TopTeacher, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+def no_rest(given: Distillation, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    teacher = given.teacher
+    assert isinstance(teacher, TopTeacher)
     known, ids = teacher.log_probs[rows], teacher.ids[rows]
     target = torch.zeros_like(log_probs).scatter_(1, ids, known.exp())
     return target, (known.exp() * (known - log_probs.gather(1, ids))).sum(1)
 
 
-def reversed_divergence(teacher: TopTeacher, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    target, _ = distillation_target(teacher, rows, head, log_probs)
+def reversed_divergence(given: Distillation, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    target, _ = distillation_target(given, rows, head, log_probs)
     return target, (log_probs.exp() * (log_probs - target.log())).sum(1)
 
 

@@ -8,21 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.distillation import Distillation, HiddenTeacher
-from loraprune_ds.model.logits import Head, LogitsTransform
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from tests.benchmarks import two_four
-from tests.benchmarks.levers import softened
 from tests.benchmarks.peer_run import METRICS, PeerPruner
 from tests.benchmarks.two_four import merged_where_kept, two_of_four
 from tests.export_cases import VOCAB
 from tests.families import SIZES
 from tests.gguf_cases import byte_level_tokenizer
 from tests.oracle.models import make_tiny_llama
-from tests.unit.test_distillation import TOLERANCE, made_up
 from tests.unit.test_mask_gradients import tiny_run
 
 
@@ -64,23 +59,6 @@ def test_two_of_four_weights_stay_and_a_merge_keeps_the_zeros(tmp_path: Path) ->
     linear = CollectedLinear({"weight": masked}, None, lora_A=torch.ones(1, 8), lora_B=torch.ones(1, 1), scaling=2.0)
     merged = merged_where_kept(linear, "float32")
     assert merged["weight"].tolist() == [[3, 0, 0, 6, 0, 10, 3, 0]]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_softened_losses_have_the_gradient_of_their_definition(temperature: float) -> None:
-    student, teacher, weight, labels = made_up()
-    head, rows = Head(weight, LogitsTransform()), slice(3, 19)
-    gradient = torch.empty_like(student[rows])
-    distillation = Distillation(HiddenTeacher(teacher), 0.3)
-    found = softened(temperature, student[rows], head, labels[rows, None], distillation, rows, gradient)
-
-    hidden = student[rows].double().requires_grad_()
-    ours, theirs = (x @ weight.double().t() for x in (hidden, teacher[rows].double()))
-    divergence = kl_div((ours / temperature).log_softmax(1), (theirs / temperature).softmax(1), reduction="none").sum(1)
-    expected = 0.7 * cross_entropy(ours, labels[rows], reduction="none") + 0.3 * temperature**2 * divergence
-    expected.sum().backward()
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(gradient.double(), hidden.grad, rtol=0, atol=TOLERANCE)
 
 
 def test_a_sparse_model_has_two_zeros_in_every_four_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

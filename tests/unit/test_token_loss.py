@@ -144,7 +144,7 @@ class _Held(TorchDispatchMode):
         return result
 
 
-def held(transform: LogitsTransform, dtype: torch.dtype, teacher: str | None) -> float:
+def held(transform: LogitsTransform, dtype: torch.dtype, teacher: str | None, temperature: float) -> float:
     """Returns the most bytes at once, per logit of a chunk."""
     tokens, chunk, hidden_size, vocabulary = 64, 16, 2, 4096
     hidden = torch.randn(1, tokens + 1, hidden_size, dtype=dtype).requires_grad_()
@@ -153,8 +153,8 @@ def held(transform: LogitsTransform, dtype: torch.dtype, teacher: str | None) ->
     head = Head(weight, transform)
     distilled = None
     if teacher:
-        made = record(hidden.detach()[0, 1:], head, Recording(4 if teacher == "top" else None))
-        distilled = Distillation(TopTeacher(**made) if teacher == "top" else HiddenTeacher(**made), 0.5)
+        made = record(hidden.detach()[0, 1:], head, Recording(4 if teacher == "top" else None, temperature))
+        distilled = Distillation(TopTeacher(**made) if teacher == "top" else HiddenTeacher(**made), 0.5, temperature)
     with _Held(weight) as most:
         token_losses(hidden, head, labels, chunk, distilled).sum().backward()
     return most.most / (chunk * vocabulary)
@@ -162,21 +162,25 @@ def held(transform: LogitsTransform, dtype: torch.dtype, teacher: str | None) ->
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "teacher", "planned"),
+    ("dtype", "teacher", "temperature", "planned"),
     [
-        (torch.float32, None, 4),
-        (torch.bfloat16, None, 6),
-        (torch.float32, "hidden", 12),
-        (torch.bfloat16, "hidden", 12),
-        (torch.float32, "top", 8),
-        (torch.bfloat16, "top", 12),
+        (torch.float32, None, 1, 4),
+        (torch.bfloat16, None, 1, 6),
+        (torch.float32, "hidden", 1, 12),
+        (torch.bfloat16, "hidden", 1, 12),
+        (torch.float32, "top", 1, 8),
+        (torch.bfloat16, "top", 1, 12),
+        (torch.float32, "hidden", 2, 16),
+        (torch.bfloat16, "hidden", 2, 16),
+        (torch.float32, "top", 2, 12),
+        (torch.bfloat16, "top", 2, 16),
     ],
 )
 def test_no_more_is_held_than_planned(
-    transform: LogitsTransform, dtype: torch.dtype, teacher: str | None, planned: int
+    transform: LogitsTransform, dtype: torch.dtype, teacher: str | None, temperature: float, planned: int
 ) -> None:
     """plan/ counts these bytes for each logit of a chunk. The rest here, such as hidden states, is below 0.2 of one."""
-    assert 4 < held(transform, dtype, teacher) < planned + 0.2
+    assert 4 < held(transform, dtype, teacher, temperature) < planned + 0.2
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
