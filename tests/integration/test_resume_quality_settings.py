@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "recovery_steps": RECOVERY,
         "recovery_learning_rate": 1e-2,
         "distill_weight": 0.5,
+        "distill_temperature": 2,
     },
     "checkpoint": {"every": None},
 }

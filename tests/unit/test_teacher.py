@@ -36,8 +36,8 @@ def config(**settings: Any) -> TrainConfig:
     return TrainConfig(**{"steps": 1, "global_batch_size": 2, "micro_batch_size": 1, "distill_weight": 0.5} | settings)
 
 
-def made(folder: Path, steps: int = 10) -> Teacher:
-    plan = plan_teacher(config(), SAMPLES, SampleOrder(5, 2, 0), steps, hidden_size=HIDDEN, element_size=4)
+def made(folder: Path, steps: int = 10, **settings: Any) -> Teacher:
+    plan = plan_teacher(config(**settings), SAMPLES, SampleOrder(5, 2, 0), steps, hidden_size=HIDDEN, element_size=4)
     return make_teacher(
         replace(plan, per_file=2), weight=0.5, samples="a", source="b", dtype="float32", seed=0, folder=folder
     )
@@ -75,6 +75,16 @@ def test_every_sample_is_found_where_it_was_written(tmp_path: Path) -> None:
     found = teacher.distillation(torch.tensor([2, 0, 4, 1]), CPU).teacher
     assert isinstance(found, HiddenTeacher)
     assert torch.equal(found.hidden, torch.cat([rows[9:10], rows[0:6], rows[6:9]]))
+
+
+def test_a_temperature_belongs_to_a_teacher(tmp_path: Path) -> None:
+    """Without one its description is what earlier versions wrote."""
+    plain, warm = made(tmp_path), made(tmp_path, distill_temperature=2)
+    assert warm.identity == plain.identity | {"temperature": 2}
+    warm.begin()
+    warm.write(0, {"hidden": torch.zeros(9, HIDDEN)})
+    assert warm.distillation(torch.tensor([0]), CPU).temperature == 2
+    assert (warm.belongs(), plain.belongs()) == (True, False)
 
 
 def test_a_damaged_file_is_missing_and_named(tmp_path: Path) -> None:
