@@ -158,11 +158,15 @@ def gather_modules_whole(model: PeftModel, shape: ModelShape) -> None:
 
 
 def build_inference_engine(
-    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any]
+    pretrained: PretrainedModel,
+    attn_implementation: str,
+    dtype: Dtype,
+    ds_config: dict[str, Any],
+    loss_chunk_tokens: int | None = None,
 ) -> Any:
     """Builds the plain sharded model in evaluation mode: an engine without an optimizer. Collective."""
     with quiet_stdout():
-        model = _sharded_base(pretrained, attn_implementation, dtype, ds_config)
+        model = _sharded_base(pretrained, attn_implementation, dtype, ds_config, loss_chunk_tokens)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
     decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
     engine.eval()
@@ -174,7 +178,7 @@ def _sharded_base(
     attn_implementation: str,
     dtype: Dtype,
     ds_config: dict[str, Any],
-    loss_chunk_tokens: int | None = None,
+    loss_chunk_tokens: int | None,
 ) -> Any:
     comm = Communicator()
     model = build_for_losses(pretrained, attn_implementation, loss_chunk_tokens)
