@@ -60,11 +60,12 @@ def _read_run(folder: Path) -> ComparedModel:
     report = read_json(path)
     try:
         config, params, perplexity = report["config"], report["params"], report["perplexity"]
-        held_out = config["data"]["held_out"] or f"a held-out part of {config['data']['path']}"
         return ComparedModel(
             name=folder.name,
             method=describe_method(report),
-            measured_on=_describe(held_out, None, config["evaluate"] | {"stride": None}, config["model"]["dtype"]),
+            measured_on=_describe(
+                _held_out(config["data"]), None, config["evaluate"] | {"stride": None}, config["model"]["dtype"]
+            ),
             parameters=params["pruned"],
             removed_fraction=params["removed_fraction"],
             perplexity=_finite(perplexity["pruned"]),
@@ -72,6 +73,22 @@ def _read_run(folder: Path) -> ComparedModel:
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error!r}") from None
+
+
+def _held_out(data: dict[str, Any]) -> str:
+    """Names the text that a run held out: a file, or a part of its sources."""
+    if data["held_out"]:
+        return data["held_out"]
+    sources = [data] if isinstance(data["path"], str) else [data | _given(entry) for entry in data["path"]]
+    names = [
+        " ".join(source[key] for key in ("path", "name", "split") if source.get(key) and source[key] != "train")
+        for source in sources
+    ]
+    return f"a held-out {100 * data['held_out_fraction']:g} % of {' + '.join(names)}"
+
+
+def _given(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def _read_evaluation(path: Path) -> ComparedModel:

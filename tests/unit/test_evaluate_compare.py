@@ -20,7 +20,7 @@ def run_report(criterion: str, removed: float, perplexity: float | None) -> dict
         "perplexity": {"dense": 18.0, "after_last_cut": 90.0, "pruned": perplexity},
         "config": {
             "model": {"dtype": "bfloat16"},
-            "data": {"path": "embedded", "held_out": None},
+            "data": {"path": "embedded", "name": None, "split": "train", "held_out": None, "held_out_fraction": 0.1},
             "prune": {"criterion": criterion, "ranking": "uniform"},
             "evaluate": {"window": 128, "max_windows": 64, "batch_size": 8, "every": None},
         },
@@ -69,7 +69,7 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
     assert lora == ComparedModel(
         name="lora",
         method="lora, uniform",
-        measured_on="a held-out part of embedded, first 64 windows of 128, bfloat16",
+        measured_on="a held-out 10 % of embedded, first 64 windows of 128, bfloat16",
         parameters=800,
         removed_fraction=0.2,
         perplexity=27.0,
@@ -92,7 +92,7 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
 
 def test_the_table_keeps_apart_what_does_not_compare(paths: list[Path]) -> None:
     assert comparison_table(read_results(paths)).splitlines() == [
-        "perplexity on a held-out part of embedded, first 64 windows of 128, bfloat16",
+        "perplexity on a held-out 10 % of embedded, first 64 windows of 128, bfloat16",
         "result     method              parameters  removed  perplexity  dense  times",
         "lora       lora, uniform              800  20.00 %       27.00  18.00   1.50",
         "magnitude  magnitude, uniform         600  40.00 %       45.00  18.00   2.50",
@@ -101,6 +101,28 @@ def test_the_table_keeps_apart_what_does_not_compare(paths: list[Path]) -> None:
         "result  parameters  removed  perplexity  dense  times  accuracy   dense",
         "b              750  25.00 %       60.00  50.00   1.20    0.6000  0.8000",
     ]
+
+
+def test_other_held_out_texts_have_tables_of_their_own(tmp_path: Path) -> None:
+    """Of two sources, the second has a split of its own."""
+    sources = [{"path": "a", "split": None}, {"path": "b", "split": "test"}]
+    changes = {
+        "plain": {},
+        "part": {"held_out_fraction": 0.25},
+        "file": {"held_out": "c.txt"},
+        "two": {"path": sources},
+    }
+    runs: list[Path] = []
+    for name, changed in changes.items():
+        report = run_report("lora", 0.2, 27.0)
+        report["config"]["data"] |= changed
+        runs.append(write_run(tmp_path / name, report))
+    assert {model.name: str(model.measured_on).partition(",")[0] for model in read_results(runs)} == {
+        "plain": "a held-out 10 % of embedded",
+        "part": "a held-out 25 % of embedded",
+        "file": "c.txt",
+        "two": "a held-out 10 % of a + b test",
+    }
 
 
 def test_a_lost_model_is_in_the_table_and_not_in_the_picture(tmp_path: Path) -> None:
@@ -186,7 +208,7 @@ def test_each_text_and_accuracy_have_their_own_panel(
 ) -> None:
     figure = drawn(read_results(paths), monkeypatch, tmp_path)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "Perplexity on a held-out part of embedded, first 64 windows of 128, bfloat16",
+        "Perplexity on a held-out 10 % of embedded, first 64 windows of 128, bfloat16",
         "Perplexity on wikitext2 test, windows of 128 every 64, float32",
         "Mean accuracy, zero-shot: piqa, boolq",
     ]
