@@ -6,7 +6,7 @@ from dataclasses import dataclass
 REFIT = "prune.compensate=least_squares"
 BIAS = "prune.compensate=bias"
 DISTILL = "train.distill_weight=0.5"
-WARM = "train.distill_temperature=2"
+QUARTER, WARM = "train.distill_weight=0.25", "train.distill_temperature=2"
 GRADIENT = "prune.criterion=gradient"
 FISHER = "prune.criterion=fisher"
 GLOBAL = "prune.ranking=global"
@@ -116,9 +116,13 @@ def _settings() -> list[Setting]:
     details.append(_short("fisher-details", "fisher-refit-4-steps-norms", FISHER, REFIT, *EVERY_STEP, peer="norms"))
     general = (FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP)
     details += [
-        _short("fisher-details", "general-0.25", *general, "train.distill_weight=0.25"),
+        _short("fisher-details", "general-0.25", *general, QUARTER),
         _short("fisher-details", "general-temperature-2", *general, WARM),
         _short("fisher-details", "general-temperature-4", *general, "train.distill_temperature=4"),
+        _short("fisher-details", "general-0.25-temperature-2", *general, QUARTER, WARM),
+        _short("fisher-details", "general-0.25-temperature-4", *general, QUARTER, "train.distill_temperature=4"),
+        _short("fisher-details", "general-0.1-temperature-2", *general, "train.distill_weight=0.1", WARM),
+        _short("fisher-details", "general-0.25-temperature-2-uniform", *general[:3], QUARTER, WARM, *EVERY_STEP),
     ]
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
@@ -147,7 +151,7 @@ def _settings() -> list[Setting]:
             "fisher-refit-distillation-global-4-steps-409600",
             (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP),
         ),
-        Setting("long", "general-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *general, WARM)),
+        Setting("long", "general-0.25-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *general, QUARTER, WARM)),
     ]
     light = [
         Setting("light", "plain-light", (*SHORT, LIGHT, UNTUNED_RATE)),
