@@ -129,10 +129,11 @@ def _settings() -> list[Setting]:
         _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
         for name in ("rank-32", "every-8", "end-0.5", "few-heads", "many-heads", "most-heads")
     ]
-    late = (*smaller["end-0.5"], *smaller["many-heads"])
-    stock.append(
-        _short("stock", "fisher-refit-stock-4-steps-end-0.5-many-heads", FISHER, REFIT, *STOCK, *EVERY_STEP, *late)
-    )
+    late = (FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller["end-0.5"])
+    stock += [
+        _short("stock", f"fisher-refit-stock-4-steps-end-0.5-{name}", *late, *smaller[name])
+        for name in ("many-heads", "few-heads")
+    ]
     magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
     peers += [Setting("peers", f"peer-{name}", magnitude, peer=name) for name in ("wanda", "flap")]
