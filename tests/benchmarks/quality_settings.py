@@ -152,6 +152,7 @@ def _settings() -> list[Setting]:
             "fisher-refit-distillation-global-4-steps-409600",
             (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP),
         ),
+        Setting("long", "general-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *general, WARM)),
         Setting("long", "general-0.25-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *general, QUARTER, WARM)),
     ]
     light = [
