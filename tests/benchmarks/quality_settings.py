@@ -119,11 +119,15 @@ def _settings() -> list[Setting]:
         _short("fisher-details", "general-0.25", *general, QUARTER),
         _short("fisher-details", "general-temperature-2", *general, WARM),
         _short("fisher-details", "general-temperature-4", *general, "train.distill_temperature=4"),
-        _short("fisher-details", "general-0.25-temperature-2", *general, QUARTER, WARM),
-        _short("fisher-details", "general-0.25-temperature-4", *general, QUARTER, "train.distill_temperature=4"),
         _short("fisher-details", "general-0.1-temperature-2", *general, "train.distill_weight=0.1", WARM),
         _short("fisher-details", "general-0.25-temperature-2-uniform", *general[:3], QUARTER, WARM, *EVERY_STEP),
     ]
+    tuned = (*general, QUARTER, WARM)
+    details += [
+        _short("fisher-details", "general-0.25-temperature-2", *tuned),
+        _short("fisher-details", "general-0.25-temperature-2-half", *tuned, HALF),
+    ]
+    details.append(_short("fisher-details", "general-0", FISHER, REFIT, GLOBAL, *EVERY_STEP))
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
         _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
@@ -134,6 +138,7 @@ def _settings() -> list[Setting]:
         _short("stock", f"fisher-refit-stock-4-steps-end-0.5-{name}", *late, *smaller[name])
         for name in ("many-heads", "few-heads")
     ]
+    stock.append(_short("stock", "fisher-refit-stock-4-steps-end-0.5-distillation", *late, QUARTER, WARM))
     magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
     peers += [Setting("peers", f"peer-{name}", magnitude, peer=name) for name in ("wanda", "flap")]
@@ -153,12 +158,12 @@ def _settings() -> list[Setting]:
             (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP),
         ),
         Setting("long", "general-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *general, WARM)),
-        Setting("long", "general-0.25-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *general, QUARTER, WARM)),
+        Setting("long", "general-0.25-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *tuned)),
     ]
     light = [
         Setting("light", "plain-light", (*SHORT, LIGHT, UNTUNED_RATE)),
         Setting("light", "all-three-light", (*SHORT, LIGHT, UNTUNED_RATE, *ALL_THREE)),
-        Setting("light", "fisher-refit-4-steps-light", (*SHORT, LIGHT, UNTUNED_RATE, FISHER, REFIT, *EVERY_STEP)),
+        Setting("light", "general-0.25-temperature-2-light", (*SHORT, LIGHT, UNTUNED_RATE, *tuned)),
         Setting("light", "all-three-light-409600", (*LONG, LIGHT, UNTUNED_RATE, *ALL_THREE)),
     ]
     gqa = [
