@@ -33,7 +33,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
 Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "reap", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
-Normalization = Literal["l2", "none"]
+Normalization = Literal["l2", "step", "none"]
 Compensation = Literal["none", "bias", "least_squares"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -78,7 +78,8 @@ class PruneConfig:
     channel_share: PartOrAll | None = None  # of what experts give, taken as channels of all. None: whole experts alone
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
-    normalize: Normalization | None = None  # of a module's scores. None: none for fisher, reap and global, else l2
+    # l2: of a module's scores. step: of all scores of a step. None: none for fisher, reap and global, else l2
+    normalize: Normalization | None = None
     joint_budget: bool = False  # global only: heads and channels compete per parameter
     moving_average: Fraction = 0.9
     prune_every: Count = 10

@@ -47,7 +47,8 @@ class GroupSums:
 
         Args:
             normalization: `l2` divides a part's scores by their norm before. The released code of LoRAPrune (arXiv
-                2305.18403) does so. `none` adds them as they are.
+                2305.18403) does so. `step` divides all scores by their sum after. So a step with an unusually large
+                gradient counts like any other in the moving average. `none` adds them as they are.
         """
         zeros, shape = self.parts[0].new_zeros, self.shape
         total = [{kind: zeros(layer.groups[kind]) for kind in shape.kinds} for layer in shape.layers]
@@ -56,6 +57,10 @@ class GroupSums:
                 norm = cast(Tensor, score.norm())
                 score = score / norm.where(norm > 0, 1.0)
             total[layer][kind] = total[layer][kind] + score
+        if normalization == "step":
+            of_all = torch.stack([scores.sum() for layer in total for scores in layer.values()]).sum()
+            divisor = of_all.where(of_all > 0, 1.0)
+            total = [{kind: scores / divisor for kind, scores in layer.items()} for layer in total]
         return list(map(LayerScores, total))
 
     def check(self) -> None:

@@ -126,6 +126,7 @@ def _settings() -> list[Setting]:
     details += [
         _short("fisher-details", "general-0.25-temperature-2", *tuned),
         _short("fisher-details", "general-0.25-temperature-2-half", *tuned, HALF),
+        _short("fisher-details", "general-0.25-temperature-2-by-step", *tuned, "prune.normalize=step"),
     ]
     details.append(_short("fisher-details", "general-0", FISHER, REFIT, GLOBAL, *EVERY_STEP))
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]

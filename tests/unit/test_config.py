@@ -183,7 +183,7 @@ def test_a_value_out_of_range_names_the_key(tmp_path: Path, yaml_text: str, key:
     [
         ("seed: 4294967296", "seed must be in [0, 4294967296); got 4294967296"),
         ("model: {dtype: x}", "model.dtype must be one of bfloat16, float16, float32; got 'x'"),
-        ("prune: {normalize: max}", "prune.normalize must be one of l2, none; got 'max'"),
+        ("prune: {normalize: max}", "prune.normalize must be one of l2, step, none; got 'max'"),
         ("prune: {ratio: 2}", "prune.ratio must be in (0, 1); got 2"),
         ("prune: {head_ratio: 1}", "prune.head_ratio must be in [0, 1); got 1"),
         ("prune: {max_layer_ratio: 1.1}", "prune.max_layer_ratio must be in (0, 1]; got 1.1"),
@@ -363,6 +363,7 @@ def test_normalisation_goes_with_the_ranking() -> None:
         ({"ranking": "global"}, "none"),
         ({"ranking": "uniform", "normalize": "none"}, "none"),
         ({"ranking": "global", "normalize": "l2"}, "l2"),
+        ({"ranking": "global", "normalize": "step"}, "step"),
     ]
     for prune, expected in settings:
         assert PruneConfig(**prune).normalization == expected

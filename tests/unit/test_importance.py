@@ -227,6 +227,24 @@ def test_a_module_without_any_score_is_not_divided_by_its_norm() -> None:
     assert_same(run.package(normalization="l2"), run.oracle(normalize=True))
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("factor", [1.0, 50.0, 0.0])
+def test_each_step_counts_alike(world_size: int, factor: float) -> None:
+    """Though the gradients of one step are larger, or zero. Layers still compare: all have one divisor."""
+    run = random_run(SHAPES["layers_differ"])
+    for layer in run.steps[1]:
+        for name, (weight, a, b, grad_a, grad_b) in layer.items():
+            layer[name] = (weight, a, b, factor * grad_a, factor * grad_b)
+    expected = [(0 * heads, 0 * channels) for heads, channels in run.oracle()]
+    for layers in run.steps:
+        now = Run(run.shape, [layers]).oracle(normalize=False)
+        total = sum(float(heads.sum() + channels.sum()) for heads, channels in now) or 1.0
+        expected = [
+            (0.9 * a + 0.1 * c / total, 0.9 * b + 0.1 * d / total) for (a, b), (c, d) in zip(expected, now, strict=True)
+        ]
+    assert_same(run.package(world_size=world_size, normalization="step"), expected)
+
+
 def test_average_is_cut_along_with_the_groups() -> None:
     average = MovingAverage(0.9)
     now = [LayerScores(heads=torch.tensor([1.0, 2, 3]), channels=torch.tensor([4.0, 5]))]
