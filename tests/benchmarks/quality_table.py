@@ -9,10 +9,10 @@ from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, PURPL
 
 LINES = {  # setting -> colour, marker, words of the legend
     "plain": (ORANGE, "o", "lora (plain)"),
-    "all-three": (VERMILION, "s", "gradient, refit, distillation (all three)"),
     "fisher": (GREEN, "^", "fisher"),
     "fisher-refit-4-steps": (BLUE, "D", "fisher, refit (recipe tuned)"),
     "fisher-refit-distillation-global-4-steps": (PURPLE, "v", "fisher, refit, distillation, global (recipe general)"),
+    "general-0.25-temperature-2": (VERMILION, "s", "fisher, refit, 1/4 distillation, global"),
 }
 PANELS = (  # what the axis shows, the suffixes of the settings elsewhere on it, its label and ticks
     ("tokens", ("-409600",), "tokens of training, 41.7 % removed", {81_920: "81,920", 409_600: "409,600"}),
