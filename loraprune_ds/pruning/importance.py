@@ -47,20 +47,13 @@ class GroupSums:
 
         Args:
             normalization: `l2` divides a part's scores by their norm before. The released code of LoRAPrune (arXiv
-                2305.18403) does so. `step` divides all scores by their sum after. So a step with an unusually large
-                gradient counts like any other in the moving average. `none` adds them as they are.
+                2305.18403) does so. `step` divides all by their sum. So a step with an unusually large gradient counts
+                like any other in the moving average. `none` adds them as they are.
         """
         zeros, shape = self.parts[0].new_zeros, self.shape
         total = [{kind: zeros(layer.groups[kind]) for kind in shape.kinds} for layer in shape.layers]
-        for (layer, _, kind), score in zip(self._places(), self.parts, strict=True):
-            if normalization == "l2":
-                norm = cast(Tensor, score.norm())
-                score = score / norm.where(norm > 0, 1.0)
+        for (layer, _, kind), score in zip(self._places(), self._normalized(normalization), strict=True):
             total[layer][kind] = total[layer][kind] + score
-        if normalization == "step":
-            of_all = torch.stack([scores.sum() for layer in total for scores in layer.values()]).sum()
-            divisor = of_all.where(of_all > 0, 1.0)
-            total = [{kind: scores / divisor for kind, scores in layer.items()} for layer in total]
         return list(map(LayerScores, total))
 
     def check(self) -> None:
@@ -69,16 +62,32 @@ class GroupSums:
         Raises:
             RunError: a score is not finite. The message names the layer, the linear and the step.
         """
-        if torch.isfinite(torch.cat(list(self.parts)).sum()):
+        if torch.isfinite(self._sum()):
             return
         for (layer, name, _), score in zip(self._places(), self.parts, strict=True):
             if not torch.isfinite(score).all():
                 raise RunError(f"step {self.step}: the score of layer {layer} {name} is not finite")
 
+    def _normalized(self, normalization: Normalization) -> Sequence[Tensor]:
+        if normalization == "l2":
+            return [_divided(score, cast(Tensor, score.norm())) for score in self.parts]
+        if normalization == "step":
+            of_all = self._sum()
+            return [_divided(score, of_all) for score in self.parts]
+        return self.parts
+
+    def _sum(self) -> Tensor:
+        return torch.cat(list(self.parts)).sum()
+
     def _places(self) -> list[tuple[int, str, Kind]]:
         """Lists the layer, the linear's name and the kind that the scores are of."""
         scored = self.shape.scored_kinds
         return [(layer, linear.name, kind) for layer, linear in self.linear_ids for kind in scored(linear)]
+
+
+def _divided(scores: Tensor, by: Tensor) -> Tensor:
+    """Divides, unless all scores are zero."""
+    return scores / by.where(by > 0, 1.0)
 
 
 def score_groups(

@@ -101,7 +101,7 @@ def _settings() -> list[Setting]:
         "few-heads": ("prune.head_ratio=0.3",),
         "many-heads": ("prune.head_ratio=0.56",),
         "most-heads": ("prune.head_ratio=0.67",),
-        "distillation-0.25": ("train.distill_weight=0.25",),
+        "distillation-0.25": (QUARTER,),
     }
     details += [
         _short("fisher-details", "fisher-refit-4-steps", FISHER, REFIT, *EVERY_STEP),
@@ -115,20 +115,18 @@ def _settings() -> list[Setting]:
     ]
     details.append(_short("fisher-details", "fisher-refit-4-steps-norms", FISHER, REFIT, *EVERY_STEP, peer="norms"))
     general = (FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP)
+    quarter = (*general, QUARTER, WARM)
     details += [
         _short("fisher-details", "general-0.25", *general, QUARTER),
         _short("fisher-details", "general-temperature-2", *general, WARM),
         _short("fisher-details", "general-temperature-4", *general, "train.distill_temperature=4"),
         _short("fisher-details", "general-0.1-temperature-2", *general, "train.distill_weight=0.1", WARM),
-        _short("fisher-details", "general-0.25-temperature-2-uniform", *general[:3], QUARTER, WARM, *EVERY_STEP),
+        _short("fisher-details", "general-0.25-temperature-2-uniform", FISHER, REFIT, QUARTER, WARM, *EVERY_STEP),
+        _short("fisher-details", "general-0", FISHER, REFIT, GLOBAL, *EVERY_STEP),
+        _short("fisher-details", "general-0.25-temperature-2", *quarter),
+        _short("fisher-details", "general-0.25-temperature-2-half", *quarter, HALF),
+        _short("fisher-details", "general-0.25-temperature-2-by-step", *quarter, "prune.normalize=step"),
     ]
-    tuned = (*general, QUARTER, WARM)
-    details += [
-        _short("fisher-details", "general-0.25-temperature-2", *tuned),
-        _short("fisher-details", "general-0.25-temperature-2-half", *tuned, HALF),
-        _short("fisher-details", "general-0.25-temperature-2-by-step", *tuned, "prune.normalize=step"),
-    ]
-    details.append(_short("fisher-details", "general-0", FISHER, REFIT, GLOBAL, *EVERY_STEP))
     stock = [_short("stock", "fisher-refit-stock-4-steps", FISHER, REFIT, *STOCK, *EVERY_STEP)]
     stock += [
         _short("stock", f"fisher-refit-stock-4-steps-{name}", FISHER, REFIT, *STOCK, *EVERY_STEP, *smaller[name])
@@ -159,12 +157,12 @@ def _settings() -> list[Setting]:
             (*LONG, DEEP, UNTUNED_RATE, FISHER, REFIT, DISTILL, GLOBAL, *EVERY_STEP),
         ),
         Setting("long", "general-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *general, WARM)),
-        Setting("long", "general-0.25-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *tuned)),
+        Setting("long", "general-0.25-temperature-2-409600", (*LONG, DEEP, UNTUNED_RATE, *quarter)),
     ]
     light = [
         Setting("light", "plain-light", (*SHORT, LIGHT, UNTUNED_RATE)),
         Setting("light", "all-three-light", (*SHORT, LIGHT, UNTUNED_RATE, *ALL_THREE)),
-        Setting("light", "general-0.25-temperature-2-light", (*SHORT, LIGHT, UNTUNED_RATE, *tuned)),
+        Setting("light", "general-0.25-temperature-2-light", (*SHORT, LIGHT, UNTUNED_RATE, *quarter)),
         Setting("light", "all-three-light-409600", (*LONG, LIGHT, UNTUNED_RATE, *ALL_THREE)),
     ]
     gqa = [

@@ -26,8 +26,8 @@ from tests.unit.plain_training import Batch, PlainRun
 SAMPLES, WINDOW, PADDED = 6, 12, 3  # tokens at the end of every second sample
 REFIT: dict[str, Any] = {"compensate": "least_squares", "compensate_steps": 1}
 BIAS: dict[str, Any] = {"compensate": "bias", "compensate_steps": 1}
-# The device's blocks are larger than a CPU's, so sums are in another order.
 RATIO = 0.2  # which experts alone can give
+# The device's blocks are larger than a CPU's, so sums are in another order.
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-7}
 
 
