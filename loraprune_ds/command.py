@@ -5,7 +5,9 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import time
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -103,11 +105,19 @@ def leave_on_error() -> None:
     them all, but it waits for this one's exit code.
     """
 
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        sys.__excepthook__(kind, error, traceback)
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # torch calls this hook with sys.stderr pointing at a buffer, which would be lost here.
+        os.write(2, _marked("".join(traceback.format_exception(kind, error, trace))).encode())
         leave(1)
 
     sys.excepthook = hook
+
+
+def _marked(text: str) -> str:
+    """Marks each line with the rank, if there are several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return text
+    return textwrap.indent(text, f"[rank {os.environ['RANK']}] ")
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,8 @@
 """Fail-points: places where a test can kill a rank, so that a kill lands where the test wants it.
 
 `LORAPRUNE_FAULT=phase@n:rank:signal` sends the signal when that rank passes the phase for the n-th time. An example
-is `save.before_rename@2:0:9`. Without the variable nothing happens.
+is `save.before_rename@2:0:9`. With `raise` in place of a signal an error is raised. Without the variable nothing
+happens.
 """
 
 import os
@@ -13,12 +14,15 @@ _passed: Counter[str] = Counter()
 
 
 def fail_point(phase: str) -> None:
-    """Sends the signal to this process if the variable names this phase, pass and rank."""
+    """Sends the signal to this process, or raises, if the variable names this phase, pass and rank."""
     if FAULT is None:
         return
     _passed[phase] += 1
-    where, rank, number = FAULT.split(":")
-    if where == f"{phase}@{_passed[phase]}" and rank == os.environ.get("RANK", "0"):
-        sys.stderr.write(f"fail-point {where}: signal {number} to rank {rank}\n")
-        sys.stderr.flush()
-        os.kill(os.getpid(), int(number))
+    where, rank, how = FAULT.split(":")
+    if where != f"{phase}@{_passed[phase]}" or rank != os.environ.get("RANK", "0"):
+        return
+    if how == "raise":
+        raise RuntimeError(f"fail-point {where}")
+    sys.stderr.write(f"fail-point {where}: signal {how} to rank {rank}\n")
+    sys.stderr.flush()
+    os.kill(os.getpid(), int(how))

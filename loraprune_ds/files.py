@@ -21,7 +21,7 @@ def finite(value: Any) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one go. A reader sees the old text or the new one.
 
-    One writer only (rank 0). It is not forced to the disk, as it may be called on every step.
+    It is not forced to the disk, as it may be called on every step.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, lasting=False) as temporary:

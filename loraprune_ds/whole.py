@@ -8,9 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 from loraprune_ds.faults import fail_point
 
+THIS_PROCESS = uuid4().hex[:8]  # two processes that take each other's place must not share a temporary name
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without locks, as Lustre can be
 
 
@@ -25,12 +27,12 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, *, lasting: bool) -> Iterator[Path]:
-    """Yields a temporary path. What is written there replaces `path` in one go. For one writer at a time.
+    """Yields a temporary path. What is written there replaces `path` in one go.
 
     Args:
         lasting: forces it to the disk. Without it a machine that dies may leave an old or an empty file.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{THIS_PROCESS}.tmp")
     yield temporary
     if lasting:
         flush(temporary)
@@ -39,23 +41,27 @@ def whole_file(path: Path, *, lasting: bool) -> Iterator[Path]:
         flush(path.parent)
 
 
-def staging_of(target: Path) -> Path:
-    """Returns the dot-named sibling in which the folder `target` is built."""
-    return target.with_name(f".{target.name}.partial")
+def staging_of(target: Path, mark: str = "") -> Path:
+    """Returns the dot-named sibling in which the folder `target` is built.
+
+    Args:
+        mark: tells it from the one of another process that may build the same folder.
+    """
+    return target.with_name(f".{target.name}{mark and '.'}{mark}.partial")
 
 
-def begin(target: Path) -> Path:
+def begin(target: Path, mark: str = "") -> Path:
     """Makes the empty staging folder of `target`. Replaces what a crashed attempt left."""
-    staging = staging_of(target)
+    staging = staging_of(target, mark)
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     return staging
 
 
-def publish(target: Path) -> None:
+def publish(target: Path, mark: str = "") -> None:
     """Gives a staging folder its name, and makes the name last. Its files must be flushed already."""
-    staging = staging_of(target)
+    staging = staging_of(target, mark)
     flush(staging)
     staging.rename(target)
     flush(target.parent)
@@ -78,6 +84,8 @@ def remove_leftovers(root: Path) -> None:
     """Removes what killed writes and removals have left in `root`."""
     for leftover in (*root.glob(".*.removed"), *root.glob(".*.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in root.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def user_cache() -> Path:

@@ -38,7 +38,7 @@ class Status:
     Attributes:
         error: the one line that a failed run ended with.
         updated: UTC, ISO 8601.
-        mark: drawn anew for every writing. By it a process knows its own words from another's.
+        mark: drawn for every start. By it a run knows its own status from the one of another start.
         job: Slurm's number of the job. By it slurm/job.sh knows if another job has taken the run over.
     """
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 from loraprune_ds import whole
 from loraprune_ds.checkpoint import layout
@@ -24,12 +25,13 @@ class Staging:
     """
 
     def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
-        self.target, self.folder = target, whole.staging_of(target)
+        self._mark = comm.gather_objects(uuid4().hex[:8])[0]
+        self.target, self.folder = target, whole.staging_of(target, self._mark)
         self._comm, self._kind = comm, kind
         self._writes = LocalWrites()
         self._sealed: dict[str, dict[str, Any]] = {}
         empty_cache()  # torch may hold all that is free, and NCCL asks CUDA for the buffers of the gathers to come
-        self._writes.do_on_rank_0(comm, self.folder, lambda: whole.begin(target))
+        self._writes.do_on_rank_0(comm, self.folder, lambda: whole.begin(target, self._mark))
 
     def __enter__(self) -> "Staging":
         return self
@@ -71,5 +73,5 @@ class Staging:
         if self.target.exists():
             whole.remove(self.target)
         fail_point(f"save.{self._kind}_before_rename")
-        whole.publish(self.target)
+        whole.publish(self.target, self._mark)
         fail_point(f"save.{self._kind}_after_rename")

@@ -112,7 +112,7 @@ class Checkpoints:
             self._published = None if checkpoint.state.shape.is_source else checkpoint.state.shape
 
     def save(self, engine: TrainingEngine, step: int, totals: RunTotals) -> None:
-        """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Then removes old ones. Collective.
+        """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Collective.
 
         Raises:
             RunError: a rank cannot write. What was published before is still there.
@@ -121,8 +121,11 @@ class Checkpoints:
         pruner = self.pruner.state()
         moments = None if compensator is None else compensator.moments
         save_step(model, self.root, self._state(engine, pruner, step, totals), pruner.scores, moments)
+
+    def drop_old(self, comm: Communicator, step: int) -> None:
+        """Removes what no later start needs, after `step-{step}` was published. Collective."""
         keep_last = self.config.checkpoint.keep_last
-        LocalWrites().do_on_rank_0(model.comm, self.root, lambda: drop_old(self.root, step, keep_last))
+        LocalWrites().do_on_rank_0(comm, self.root, lambda: drop_old(self.root, step, keep_last))
 
     def _state(self, engine: TrainingEngine, pruner: PrunerState, step: int, totals: RunTotals) -> RunState:
         schedule, loss_scale = counters(engine)

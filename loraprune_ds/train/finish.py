@@ -51,6 +51,7 @@ def finish(config: RunConfig, prepared: Prepared, outcome: Outcome, context: Run
         return False
     recorder.write(_evaluate_exported(config, prepared, comm))
     peaks = comm.gather_objects(peak_bytes())
+    context.check_owner()
     comm.on_rank_0(lambda: _publish(config, prepared, outcome, peaks, recorder.history))
     recorder.show_pictures([Path(config.output_dir) / name for name in (TRAINING_PICTURE, KEPT_GROUPS_PICTURE)])
     return True

@@ -15,10 +15,10 @@ from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
-from loraprune_ds.train.output import RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.profile import profiled
 from loraprune_ds.train.recorder import Recorder
+from loraprune_ds.train.status import RunStatus
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.teacher_pass import describe_pass, record_teacher
@@ -46,6 +46,14 @@ class RunContext:
         self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
         return True
 
+    def check_owner(self) -> None:
+        """Checks that no other process goes on with this run, before something of it is replaced. Collective.
+
+        Raises:
+            RunError: one does. The line is the same on all ranks.
+        """
+        self.comm.on_rank_0(self.status.check_owner)
+
 
 class TrainingLoop:
     """Owns the sharded model while it trains."""
@@ -60,6 +68,7 @@ class TrainingLoop:
     ) -> None:
         self.config, self.prepared = config, prepared
         self.recorder, self.status, self._requests = context.recorder, context.status, context.requests
+        self._context = context
         self.engine = build_engine(config, prepared, checkpoint)
         self.model = self.engine.model
         self.pruner = Pruner(self.model, config.prune, prepared.schedule, prepared.limits, config.seed)
@@ -130,8 +139,11 @@ class TrainingLoop:
         return step == self.prepared.steps or (every is not None and step % every == 0)
 
     def _save(self, step: int) -> None:
+        self._context.check_owner()
         self.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
         self._checkpoints.save(self.engine, step, self._totals)
+        self._context.check_owner()
+        self._checkpoints.drop_old(self.model.comm, step)
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
         windows, batch_size = self.prepared.windows, self.config.evaluate.batch_size

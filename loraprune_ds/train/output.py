@@ -1,4 +1,4 @@
-"""Decides if a run may use its output folder, makes it, and keeps its status.json true."""
+"""Decides if a run may use its output folder, and makes it."""
 
 import os
 import time
@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 import yaml
 
-from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE, Status, read_status, write_status
+from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE, Status, read_status
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import EARLIER_DEFAULTS, saved_config
-from loraprune_ds.errors import RankError, UserError, one_line
+from loraprune_ds.errors import UserError
 from loraprune_ds.files import write_text
+from loraprune_ds.whole import remove_leftovers
 
 if TYPE_CHECKING:  # a start that fails on its config need not wait for DeepSpeed's imports
     from loraprune_ds.zero.comm import Communicator
@@ -171,16 +171,24 @@ def _differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str
             yield name
 
 
-def create_output(config: RunConfig) -> Path:
+def create_output(config: RunConfig, *, is_new: bool = False) -> Path:
     """Makes the folder and writes the resolved config into it.
 
+    Args:
+        is_new: no other start may have written a config there since `inspect_output` looked.
+
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or another start has taken it.
     """
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            (folder / CONFIG_FILE).touch(exist_ok=False)  # of two starts at the same time only one can do this
+        remove_leftovers(folder)
         write_text(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    except FileExistsError:
+        raise UserError(f"output_dir {folder}: another start has just taken it; choose another output_dir") from None
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
     return folder
@@ -216,63 +224,3 @@ def wait_until_seen(is_seen: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-class RunStatus:
-    """Keeps status.json true.
-
-    It says "running" while this is open, and "failed" with the one-line error if an exception passes through.
-    """
-
-    def __init__(self, folder: Path, steps: int, *, first: int, writes: bool) -> None:
-        self.folder = folder
-        self.steps = steps
-        self.step = first
-        self._writes = writes
-        self._written: Status | None = None
-
-    def __enter__(self) -> "RunStatus":
-        self.update(self.step)
-        return self
-
-    def update(self, step: int) -> None:
-        """Writes that so many steps are done.
-
-        Raises:
-            RankError: another process goes on with this run, as a second job or because this process seemed lost.
-        """
-        self.step = step
-        if self._taken_over():
-            raise RankError(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
-        self._write(Status("running", step, self.steps))
-
-    def end(self, state: Literal["finished", "stopped"]) -> None:
-        """Writes the last word of this process."""
-        self._write(Status(state, self.step, self.steps))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None and not self._taken_over():
-            line = one_line(error)
-            with suppress(OSError):  # a full disk must not hide what went wrong
-                self._write(Status("failed", self.step, self.steps, error=line))
-
-    def _write(self, status: Status) -> None:
-        if self._writes:
-            self._written = status
-            write_status(self.folder, status)
-
-    def _taken_over(self) -> bool:
-        """Tells if another process has written since.
-
-        A process on a lost node goes on when the node is found again. By then the run may go on, or be finished, on
-        other nodes.
-        """
-        if not self._writes:  # one rank is enough: a thousand would read the file at every step
-            return False
-        try:
-            found = read_status(self.folder)
-        except UserError:
-            return False
-        return None not in (found, self._written) and found != self._written

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
@@ -16,9 +17,10 @@ from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.finish import finish, write_weights
 from loraprune_ds.train.loop import RunContext, TrainingLoop
-from loraprune_ds.train.output import RunStatus, Start, check_shared, create_output
+from loraprune_ds.train.output import Start, check_shared, create_output
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import Recorder, take_over_metrics
+from loraprune_ds.train.status import RunStatus
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.teacher_pass import find_teacher
@@ -40,7 +42,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
     checkpoint = find_checkpoint(start, config, comm, warnings)
-    comm.on_rank_0(lambda: _open_output(config, checkpoint, warnings))
+    comm.on_rank_0(lambda: _open_output(config, start, checkpoint, warnings))
     check_shared(Path(config.output_dir), comm)
     with _open_context(config, prepared, checkpoint, comm) as context:
         for line in warnings:
@@ -53,9 +55,9 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     return finished
 
 
-def _open_output(config: RunConfig, checkpoint: TrainingCheckpoint | None, warnings: list[str]) -> None:
+def _open_output(config: RunConfig, start: Start, checkpoint: TrainingCheckpoint | None, warnings: list[str]) -> None:
     """Makes `output_dir` ready for this start. On rank 0 only."""
-    folder = create_output(config)
+    folder = create_output(config, is_new=start.kind == "fresh")
     warnings += drop_stale_requests(folder)
     if checkpoint:
         take_over_metrics(checkpoint, folder)
@@ -67,10 +69,11 @@ def _open_context(
 ) -> Iterator[RunContext]:
     """Opens what a run needs while it lasts, and closes it however the run ends."""
     folder, steps, is_rank_0 = Path(config.output_dir), prepared.steps, comm.rank == 0
+    mark = comm.gather_objects(uuid4().hex[:8])[0]
     first = checkpoint.state.step if checkpoint else 0
     with (
         fast_half_products(config.model.dtype),
-        RunStatus(folder, steps, first=first, writes=is_rank_0) as status,
+        RunStatus(folder, steps, first=first, mark=mark, rank=comm.rank, ranks=comm.world_size) as status,
         closing(Recorder(config, folder, steps, checkpoint, active=is_rank_0)) as recorder,
         closing(RequestListener(folder, watches_files=is_rank_0)) as requests,
         _full_disk_in_one_line(folder),
@@ -101,6 +104,7 @@ def _train(
     loop = TrainingLoop(config, prepared, checkpoint, teacher, context)
     if context.stop_requested() or not loop.run() or context.stop_requested():
         return None
+    context.check_owner()
     context.recorder.show("writing the merged model")
     write_weights(loop.model, Path(config.output_dir), config.model.dtype)
     loop.engine.release()  # else it would stand beside the exported model, which is measured next

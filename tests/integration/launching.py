@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -187,7 +187,11 @@ def _be_rank(
     sys.argv = [str(RUN), *arguments]
     if before is not None:
         before()
-    runpy.run_path(str(RUN), run_name="__main__")
+    try:
+        runpy.run_path(str(RUN), run_name="__main__")
+    except Exception:
+        sys.excepthook(*cast(Any, sys.exc_info()))  # as an interpreter would; multiprocessing does not
+        raise
 
 
 def read_json(path: Path) -> Any:

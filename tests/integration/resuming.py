@@ -100,7 +100,7 @@ def state_on_return(config: RunConfig, resume: str, stop_at: int) -> str:
         time.sleep(0.3 if status.state == "stopped" else 0)
         write_status(folder, status)
 
-    with mock.patch("loraprune_ds.train.output.write_status", write_slowly):
+    with mock.patch("loraprune_ds.train.status.write_status", write_slowly):
         run_here(config, resume, stop_at)
     return json.loads((Path(config.output_dir) / "status.json").read_text())["state"]
 

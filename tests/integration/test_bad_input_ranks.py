@@ -1,5 +1,6 @@
 """Checks input that one rank lacks, that only a step shows, or that a launcher could hide. All end, rank 0 tells."""
 
+import os
 import shutil
 import socket
 import time
@@ -77,6 +78,13 @@ def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: P
     assert_refused(again, f"output_dir {tmp_path / 'out'} holds an unfinished run (failed at step 0 of {STEPS})")
 
 
+def read_fault() -> None:
+    """Reads the variable again, which the server that forks the ranks did not have."""
+    from loraprune_ds import faults
+
+    faults.FAULT = os.environ["LORAPRUNE_FAULT"]
+
+
 def run_out_of_memory() -> None:
     """Runs out of memory at the first step.
 
@@ -100,7 +108,19 @@ def test_an_error_nobody_expected_ends_its_rank_without_waiting_for_others(mater
     (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=run_out_of_memory)
     assert ended.code == 1, ended.everything
     assert "OutOfMemoryError: of the device" in ended.err
-    assert read_json(tmp_path / "out" / "status.json")["error"] == "of the device"
+    assert read_json(tmp_path / "out" / "status.json")["error"] == "torch.OutOfMemoryError: of the device"
+
+
+def test_the_first_failing_rank_tells_its_error(material: Path, tmp_path: Path) -> None:
+    """Checks an unexpected error of rank 1. All that rank 0 sees of it is a broken connection."""
+    given = arguments(material, tmp_path)
+    fault = {"LORAPRUNE_FAULT": "backward@2:1:raise"}
+    first, other = fork_ranks(given, tmp_path, ranks=2, environment=lambda rank: fault, before=read_fault)
+    assert (first.code, other.code) == (1, 1), first.everything + other.everything
+    assert other.err.startswith("[rank 1] Traceback (most recent call last):")
+    assert other.err.endswith("[rank 1] RuntimeError: fail-point backward@2\n")
+    status = read_json(tmp_path / "out" / "status.json")
+    assert (status["state"], status["error"]) == ("failed", "rank 1: RuntimeError: fail-point backward@2")
 
 
 RANK_HOOK = """

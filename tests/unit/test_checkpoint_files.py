@@ -283,5 +283,6 @@ def test_the_devices_memory_is_given_back_before_the_ranks_gather(
         return action()
 
     monkeypatch.setattr(staging, "empty_cache", lambda: order.append("emptied"))
-    staging.Staging(cast(Any, SimpleNamespace(rank=0, all_or_raise=all_or_raise)), tmp_path / "step-1", "step")
+    comm = SimpleNamespace(rank=0, all_or_raise=all_or_raise, gather_objects=lambda value: [value])
+    staging.Staging(cast(Any, comm), tmp_path / "step-1", "step")
     assert order == ["emptied", "collective"]

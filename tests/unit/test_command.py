@@ -11,10 +11,11 @@ from loraprune_ds.errors import RankError, UserError
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = """
-import threading, time
+import threading, time, torch
 from loraprune_ds.command import leave_on_error
 
 leave_on_error()
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 threading.Thread(target=time.sleep, args=(60,)).start()  # Python waits for it before it ends
 raise RuntimeError("out of memory")
 """

@@ -9,8 +9,9 @@ import yaml
 
 from loraprune_ds.checkpoint.run_folder import State, Status, read_status, write_status
 from loraprune_ds.config import RunConfig, TrainConfig
-from loraprune_ds.errors import RankError, UserError
-from loraprune_ds.train.output import RunStatus, Start, create_output, inspect_output, keep_saved_values
+from loraprune_ds.errors import RankError, RunError, UserError
+from loraprune_ds.train.output import Start, create_output, inspect_output, keep_saved_values
+from loraprune_ds.train.status import RunStatus
 
 
 @pytest.fixture
@@ -167,73 +168,113 @@ def test_the_config_in_force_is_written(config: RunConfig) -> None:
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config.to_dict()
 
 
-def test_status_follows_the_run_and_keeps_its_error(tmp_path: Path) -> None:
-    def run() -> None:
-        with RunStatus(tmp_path, 10, first=4, writes=True) as status:
-            seen.append(read_status(tmp_path))
-            status.update(5)
-            raise UserError("no\nluck")
+def test_of_two_fresh_starts_at_the_same_time_one_gets_the_folder(config: RunConfig) -> None:
+    assert inspect_output(config, None) == inspect_output(config, None) == Start("fresh")
+    create_output(config, is_new=True)
+    with pytest.raises(UserError, match="another start has just taken it"):
+        create_output(config, is_new=True)
 
-    seen: list[Status | None] = []
-    with pytest.raises(UserError):
+
+def test_a_start_removes_what_a_killed_process_left(config: RunConfig) -> None:
+    folder = create_output(config)
+    (folder / ".status.json.1234.tmp").write_text("{")
+    create_output(config)
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def run_status(folder: Path, *, first: int = 4, mark: str = "a", rank: int = 0, ranks: int = 1) -> RunStatus:
+    return RunStatus(folder, 10, first=first, mark=mark, rank=rank, ranks=ranks)
+
+
+def fail_inside(status: RunStatus, error: BaseException, during: Callable[[], None] = lambda: None) -> None:
+    def run() -> None:
+        with status:
+            during()
+            raise error
+
+    with pytest.raises(type(error)):
         run()
-    first, last = seen[0], read_status(tmp_path)
-    assert first is not None
-    assert last is not None
-    assert (first.state, first.step) == ("running", 4)
+
+
+def last_status(folder: Path) -> Status:
+    found = read_status(folder)
+    assert found is not None
+    return found
+
+
+def test_status_follows_the_run_and_keeps_its_error(tmp_path: Path) -> None:
+    status = run_status(tmp_path)
+    seen: list[Status] = []
+
+    def train() -> None:
+        seen.append(last_status(tmp_path))
+        status.update(5)
+
+    fail_inside(status, UserError("no\nluck"), train)
+    last = last_status(tmp_path)
+    assert (seen[0].state, seen[0].step) == ("running", 4)
     assert (last.state, last.step, last.steps, last.error) == ("failed", 5, 10, "no luck")
 
 
 def test_of_two_jobs_on_one_run_the_first_ends_and_leaves_the_status_alone(tmp_path: Path) -> None:
-    def run() -> None:
-        with RunStatus(tmp_path, 10, first=4, writes=True) as first:
-            first.update(5)
-            with RunStatus(tmp_path, 10, first=4, writes=True) as second:
-                second.update(5)
-                first.update(6)
+    first, second = run_status(tmp_path, mark="a"), run_status(tmp_path, mark="b")
 
-    with pytest.raises(RankError, match="another process has taken over this run"):
-        run()
-    found = read_status(tmp_path)
-    assert found is not None
-    assert (found.state, found.step) == ("failed", 5)  # the second's, which failed here along with the first
+    def be_superseded() -> None:
+        first.update(5)
+        second.__enter__()
+        with pytest.raises(RunError, match="another process has taken over this run"):
+            first.check_owner()
+        with pytest.raises(RankError, match="another process has taken over this run"):
+            first.update(6)
+
+    fail_inside(first, RankError("another process"), be_superseded)
+    found = last_status(tmp_path)
+    assert (found.state, found.step, found.mark) == ("running", 4, "b")
+    second.check_owner()
+    second.update(5)
 
 
 def test_ranks_that_write_no_status_do_not_read_it_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraprune_ds.train.output.read_status", lambda folder: pytest.fail("read at every step"))
+    monkeypatch.setattr("loraprune_ds.train.status.read_status", lambda folder: pytest.fail("read at every step"))
+    with run_status(tmp_path, rank=1, ranks=2) as status:
+        status.update(5)
+        status.end("finished")
+    assert list(tmp_path.iterdir()) == []
 
-    def run() -> None:
-        with RunStatus(tmp_path, 10, first=4, writes=False) as status:
-            status.update(5)
-            raise UserError("the cause")
 
-    with pytest.raises(UserError, match="the cause"):
-        run()
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("out of\nmemory"), "rank 1: RuntimeError: out of memory"),
+        (RankError("step 3: too large"), "step 3: too large"),
+        (UserError("agreed"), None),
+    ],
+)
+def test_what_a_rank_met_alone_is_not_hidden_by_the_broken_connection_of_rank_0(
+    tmp_path: Path, error: Exception, line: str | None
+) -> None:
+    broken = RuntimeError("Connection closed by peer")
+    other = run_status(tmp_path, rank=1, ranks=2)
+    fail_inside(run_status(tmp_path, ranks=2), broken, lambda: fail_inside(other, error))
+    assert last_status(tmp_path).error == (line or "rank 0: RuntimeError: Connection closed by peer")
 
 
 @pytest.mark.parametrize("state", ["running", "finished"])
-def test_a_run_that_went_on_elsewhere_is_not_called_failed(tmp_path: Path, state: State) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_went_on_elsewhere_is_not_called_failed(tmp_path: Path, state: State, rank: int) -> None:
     """By what was left of it on a node that was lost, and fails when it is found again."""
     elsewhere = Status(state, 9, 10)
-
-    def run() -> None:
-        with RunStatus(tmp_path, 10, first=4, writes=True):
-            write_status(tmp_path, elsewhere)
-            raise RuntimeError("Connection closed by peer")
-
-    with pytest.raises(RuntimeError):
-        run()
-    assert read_status(tmp_path) == elsewhere
+    status = run_status(tmp_path, rank=rank, ranks=2)
+    fail_inside(status, RuntimeError("Connection closed by peer"), lambda: write_status(tmp_path, elsewhere))
+    assert last_status(tmp_path) == elsewhere
 
 
 def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    def run() -> None:
-        with RunStatus(tmp_path, 10, first=0, writes=True):
-            monkeypatch.setattr("loraprune_ds.train.output.write_status", full)
-            raise UserError("the cause")
-
-    with pytest.raises(UserError, match="the cause"):
-        run()
+    fail_inside(
+        run_status(tmp_path, first=0),
+        UserError("the cause"),
+        lambda: monkeypatch.setattr("loraprune_ds.train.status.write_status", full),
+    )

@@ -1,0 +1,95 @@
+"""Keeps a run's status.json true, however the run ends."""
+
+from contextlib import suppress
+from pathlib import Path
+from traceback import format_exception_only
+from types import TracebackType
+from typing import Literal
+
+from loraprune_ds.checkpoint.run_folder import State, Status, read_status, write_status
+from loraprune_ds.errors import RankError, RunError, UserError, one_line
+
+
+class RunStatus:
+    """Keeps status.json true.
+
+    Rank 0 writes "running" while this is open, and "failed" with one line if an exception passes through. An error that
+    another rank meets alone is written by that rank. All that rank 0 then sees is a broken connection.
+
+    Args:
+        first: steps that are done already.
+        mark: of this start, the same on all ranks.
+    """
+
+    def __init__(self, folder: Path, steps: int, *, first: int, mark: str, rank: int = 0, ranks: int = 1) -> None:
+        self.folder = folder
+        self.steps = steps
+        self.step = first
+        self._mark, self._rank, self._ranks = mark, rank, ranks
+
+    def __enter__(self) -> "RunStatus":
+        if self._rank == 0:
+            self._write("running")
+        return self
+
+    def update(self, step: int) -> None:
+        """Writes the number of steps done.
+
+        Raises:
+            RankError: another process goes on with this run, as a second job or because this process seemed lost.
+        """
+        self.step = step
+        if self._rank == 0:  # one rank is enough: a thousand would read the file at every step
+            self._check_owner(RankError)
+            self._write("running")
+
+    def check_owner(self) -> None:
+        """Checks that no other process goes on with this run. On rank 0 only.
+
+        A process on a lost node goes on when the node is found again. By then the run may go on, or be finished, on
+        other nodes.
+
+        Raises:
+            RunError: one does.
+        """
+        self._check_owner(RunError)
+
+    def end(self, state: Literal["finished", "stopped"]) -> None:
+        """Writes the last word of this process."""
+        if self._rank == 0:
+            self._write(state)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or (self._rank > 0 and _is_agreed(error)):
+            return
+        found = self._found()
+        if found is None or (found.mark == self._mark and found.state == "running"):  # else another rank told before
+            with suppress(OSError):  # a full disk must not hide what went wrong
+                self._write("failed", self._line(error))
+
+    def _line(self, error: BaseException) -> str:
+        if isinstance(error, UserError):
+            return one_line(error)
+        last = " ".join("".join(format_exception_only(error)).split())
+        return f"rank {self._rank}: {last}" if self._ranks > 1 else last
+
+    def _write(self, state: State, error: str | None = None) -> None:
+        write_status(self.folder, Status(state, self.step, self.steps, error=error, mark=self._mark))
+
+    def _found(self) -> Status | None:
+        try:
+            return read_status(self.folder)
+        except UserError:
+            return None
+
+    def _check_owner(self, error: type[RunError]) -> None:
+        found = self._found()
+        if found is not None and found.mark != self._mark:
+            raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
+
+
+def _is_agreed(error: BaseException) -> bool:
+    """Tells if all ranks raise this error, so that rank 0 can tell it."""
+    return isinstance(error, UserError) and not isinstance(error, RankError)
