@@ -22,7 +22,7 @@ def fail_point(phase: str) -> None:
     if where != f"{phase}@{_passed[phase]}" or rank != os.environ.get("RANK", "0"):
         return
     if how == "raise":
-        raise RuntimeError(f"fail-point {where}")
+        raise RuntimeError(f"fail-point {where}: raised")
     sys.stderr.write(f"fail-point {where}: signal {how} to rank {rank}\n")
     sys.stderr.flush()
     os.kill(os.getpid(), int(how))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.errors import UserError
+from tests.integration.launching import fork_ranks
 
 STEPS, RANKS = 12, 2
 DEADLINE = 600.0  # seconds for one run, on a busy machine
@@ -95,6 +97,18 @@ class Fault:
     suite: str = "plain"
 
 
+def run_to_end(folder: Path, out: Path, *more: str) -> None:
+    """Makes the same run, undisturbed.
+
+    Raises:
+        UserError: it ends with another code than 0.
+    """
+    arguments = ["--config", str(folder.parent / "config.yaml"), "--set", f"output_dir={out}", *more]
+    ended = fork_ranks(arguments, folder, ranks=RANKS, timeout=DEADLINE)
+    if any(rank.code for rank in ended):
+        raise UserError(f"codes {[rank.code for rank in ended]}: {' '.join(rank.err[-300:] for rank in ended)}")
+
+
 # What is done to a running job.
 
 
@@ -130,6 +144,13 @@ def interrupt_twice(job: Job) -> None:
     time.sleep(1.5)
     if job.members():
         os.killpg(job.process.pid, signal.SIGINT)
+
+
+def supersede(job: Job) -> None:
+    """Stops the whole job, takes the run over to its end, and wakes the job."""
+    os.killpg(job.process.pid, signal.SIGSTOP)
+    run_to_end(job.folder, job.out, "--resume", "auto")
+    os.killpg(job.process.pid, signal.SIGCONT)
 
 
 def damage_newest(change: Callable[[bytes], bytes]) -> Strike:
@@ -236,6 +257,18 @@ def plain_faults(random_moments: int) -> list[Fault]:
         Fault("deepspeed runner: SIGTERM", strike=at_step(4, kill(runner, signal.SIGTERM)), line=stopped),
         Fault("launch.py: SIGKILL", strike=at_step(4, kill(f"-m {launcher}", signal.SIGKILL)), line=stopped),
         Fault("launch.py: SIGTERM", strike=at_step(4, kill(f"-m {launcher}", signal.SIGTERM)), line=stopped),
+        Fault(
+            "one rank: unexpected error in backward",
+            "backward@15:1:raise",
+            expected_codes=(1,),
+            line="[rank 1] RuntimeError: fail-point backward@15: raised",
+        ),
+        Fault(
+            "superseded while it stood still, then woken",
+            strike=at_step(4, supersede),
+            expected_codes=(1,),
+            line="another process has taken over this run",
+        ),
         Fault("SIGINT twice to all", strike=at_step(4, interrupt_twice)),
         Fault("one rank: SIGTERM", strike=at_step(4, kill(rank_0, signal.SIGTERM)), line=stopped),
         Fault(

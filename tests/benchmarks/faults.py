@@ -28,8 +28,7 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
 from loraprune_ds.report import provenance
 from loraprune_ds.report.provenance import hardware, versions
-from tests.benchmarks.fault_table import DEADLINE, RANKS, STEPS, Fault, Job, fault_table
-from tests.integration.launching import fork_ranks
+from tests.benchmarks.fault_table import RANKS, STEPS, Fault, Job, fault_table, run_to_end
 from tests.integration.resuming import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -92,18 +91,6 @@ def start(folder: Path, out: Path, point: str | None) -> Job:
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
     return Job(out, log, process, folder)
-
-
-def run_to_end(folder: Path, out: Path, *more: str) -> None:
-    """The same run, undisturbed.
-
-    Raises:
-        UserError: it ends with another code than 0.
-    """
-    arguments = ["--config", str(folder.parent / "config.yaml"), "--set", f"output_dir={out}", *more]
-    ended = fork_ranks(arguments, folder, ranks=RANKS, timeout=DEADLINE)
-    if any(rank.code for rank in ended):
-        raise UserError(f"codes {[rank.code for rank in ended]}: {' '.join(rank.err[-300:] for rank in ended)}")
 
 
 _port = random.Random(os.getpid()).randrange(20_000, 30_000)

@@ -118,9 +118,9 @@ def test_the_first_failing_rank_tells_its_error(material: Path, tmp_path: Path) 
     first, other = fork_ranks(given, tmp_path, ranks=2, environment=lambda rank: fault, before=read_fault)
     assert (first.code, other.code) == (1, 1), first.everything + other.everything
     assert other.err.startswith("[rank 1] Traceback (most recent call last):")
-    assert other.err.endswith("[rank 1] RuntimeError: fail-point backward@2\n")
+    assert other.err.endswith("[rank 1] RuntimeError: fail-point backward@2: raised\n")
     status = read_json(tmp_path / "out" / "status.json")
-    assert (status["state"], status["error"]) == ("failed", "rank 1: RuntimeError: fail-point backward@2")
+    assert (status["state"], status["error"]) == ("failed", "rank 1: RuntimeError: fail-point backward@2: raised")
 
 
 RANK_HOOK = """
