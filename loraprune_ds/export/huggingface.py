@@ -108,16 +108,19 @@ def publish(out: Path) -> None:
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copies tokenizer, chat template and generation settings from folder `source` to folder `out`.
 
-    Code of a tokenizer stays behind, and its name, too. What transformers 5 writes and 4.x cannot load gets its older
-    name, which both read. A sentencepiece file that is alone gets the files made of it as well. From that file alone
-    AutoTokenizer forgets to begin a LLaMA's text with BOS, and splits a Mistral's text in another way than the run did.
+    Code of a tokenizer stays behind, and so does `auto_map`, which names it.
+
+    What transformers 5 writes and 4.x cannot load gets its older name, which both read. A sentencepiece file that is
+    alone gets the files made of it as well. From that file alone AutoTokenizer forgets to begin a LLaMA's text with
+    BOS, and splits a Mistral's text in another way than the run did.
     """
     copy_named(source, out, TOKENIZER_FILES)
-    if (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file():
+    is_alone = (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file()
+    if is_alone:
         load_tokenizer(source).save_pretrained(out)
+    names_code = AUTO_MAP in _read_tokenizer_config(out)  # without that name AutoTokenizer may choose another class
+    if is_alone or (names_code and _has_tokenizer(out)):
         _pin_tokenizer(source, out)
-    if AUTO_MAP in _read_tokenizer_config(out) and _has_tokenizer(out):
-        _pin_tokenizer(source, out)  # without its code's name AutoTokenizer might take another class
     drop_auto_maps(out)
     config = _read_tokenizer_config(out)
     portable = dict(config)

@@ -4,6 +4,8 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from loraprune_ds.cli.serve import served_model
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export as export_format
-from loraprune_ds.export.huggingface import copy_tokenizer
+from loraprune_ds.export.huggingface import begin, copy_tokenizer
 from loraprune_ds.export.source import find_source
 from loraprune_ds.files import read_json, write_json
+from loraprune_ds.hf import export as hf_export
 from loraprune_ds.hf.live import linear_names
+from loraprune_ds.model.folder_files import TOKENIZER_FILES, copy_named
 from loraprune_ds.model.modeling_pruned import __file__ as OUR_FILE
 from loraprune_ds.model.tokenizer import load_tokenizer
-from tests.export_cases import CASES, VOCAB, cut, dense_model, export
+from tests.export_cases import CASES, VOCAB, cut, dense_model, export, exported_config, model_card
 from tests.oracle.models import make_tokenizer
 
 PRUNED = next(case for case in CASES if case.becomes == "pruned_llama" and case.dtype == "float32")
@@ -72,10 +76,10 @@ def test_vllm_gets_our_modelling_file(make: MakeFolder, tmp_path: Path) -> None:
 
 def test_vllm_trusts_no_folder_of_a_stock_model(make: MakeFolder, tmp_path: Path) -> None:
     served = served_model(str(make("stock")), "hf", tmp_path / "served")
-    assert not served.trust_remote_code
     config = AutoConfig.from_pretrained(served.path, trust_remote_code=served.trust_remote_code)
-    assert config.model_type == "llama"
     assert not (tmp_path / "ran").exists()
+    assert config.model_type == "llama"
+    assert not served.trust_remote_code
 
 
 def test_a_tokenizer_that_is_code_is_refused_in_one_line(make: MakeFolder, tmp_path: Path) -> None:
@@ -98,6 +102,27 @@ def test_the_names_of_linears_need_no_code(make: MakeFolder, tmp_path: Path) -> 
     write_json(folder / "config.json", read_json(folder / "config.json") | {"model_type": "theirs"})
     with pytest.raises(UserError, match="model_type 'theirs' is not supported"):
         linear_names(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_export_from_a_trainer_brings_no_code_of_its_tokenizer(
+    make: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a trainer has run the tokenizer's code. Its export must not fail at the end for that."""
+    folder, out = make("pruned"), tmp_path / "out"
+    exported, dense, pruned = exported_config(dense_model(PRUNED), PRUNED)
+    monkeypatch.setattr(hf_export, "base_config", lambda _: exported.config)
+    monkeypatch.setattr(hf_export, "_model_card", lambda _: model_card(dense, pruned))
+    code_for_the_tokenizer(folder)
+    tokenizer = SimpleNamespace(save_pretrained=lambda described: copy_named(folder, Path(described), TOKENIZER_FILES))
+    base = SimpleNamespace(generation_config=None)
+    training: Any = SimpleNamespace(
+        peft_model=SimpleNamespace(get_base_model=lambda: base), model=SimpleNamespace(shape=pruned), dtype="float32"
+    )
+    begin(out)
+    hf_export._finish(training, out, tokenizer)
+    assert "auto_map" not in read_json(out / "tokenizer_config.json")
+    assert load_tokenizer(out)("x").input_ids
     assert not (tmp_path / "ran").exists()
 
 
