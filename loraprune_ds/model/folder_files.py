@@ -1,4 +1,4 @@
-"""The files that a copy of a model's folder takes along. They are known by name, and nothing else is copied."""
+"""The names of the files that a copy of a model's folder contains. Nothing else is copied."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ def copy_named(source: Path, out: Path, patterns: Sequence[str]) -> None:
 
 
 def drop_auto_maps(folder: Path) -> None:
-    """Has the tokenizer and the processors in `folder` name no code. It does not come along."""
+    """Removes `auto_map` from the settings of tokenizer and processors, as their code does not come along."""
     for path in named_files(folder, (TOKENIZER_CONFIG, *PROCESSOR_FILES)):
         settings = read_json(path)
         if settings.pop(AUTO_MAP, None) is not None:
