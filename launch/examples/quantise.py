@@ -43,12 +43,12 @@ def main() -> None:
     from torch.nn import Linear
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", trust_remote_code=False)
     size, window = arguments.group_size, arguments.window
     for width in sorted({module.in_features for module in model.model.layers.modules() if isinstance(module, Linear)}):
         if width % size:
             sys.exit(f"error: --group-size {size} does not divide a width of {width}; try {math.gcd(width, size)}")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     tokens = tokenizer(arguments.text.read_text()).input_ids[: arguments.samples * window]
     windows = [tokens[i : i + window] for i in range(0, len(tokens) - window + 1, window)]
     if not windows:

@@ -20,25 +20,23 @@ takes the place of the window's first token.
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, get_args
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import RunError, UserError, require
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
 from loraprune_ds.evaluate.serving import SERVERS, ServeSettings, find_server
 from loraprune_ds.evaluate.speed_settings import SpeedSettings
 from loraprune_ds.zero.environment import collective_timeout
 
 if TYPE_CHECKING:
-    from loraprune_ds.evaluate.serving import Served, ServedModel
     from loraprune_ds.evaluate.settings import EvaluationSettings
     from loraprune_ds.zero.comm import Communicator
 
@@ -59,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=128, metavar="TOKENS", help="default: 128")
     parser.add_argument("--sliding", type=int, metavar="STRIDE", help="sliding windows, one every STRIDE tokens")
     parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
-    parser.add_argument("--dtype", choices=get_args(Dtype), help="default: the model's own")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="not of --serve (default: the model's own)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows at once (default: about 2,048 tokens)")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, files, or `paper`")
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
@@ -112,6 +110,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.verbose:
         silence_evaluation()
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
+    from loraprune_ds.cli.serve import serve
     from loraprune_ds.evaluate.evaluation import evaluate
     from loraprune_ds.evaluate.result import make_result
     from loraprune_ds.report.provenance import hardware, versions
@@ -209,51 +208,11 @@ def speed_settings(arguments: argparse.Namespace) -> tuple[SpeedSettings | None,
     if arguments.serve is None:
         require(arguments.serve_python is None, "--serve-python has no effect without --serve")
         return speed, None
+    measured = arguments.speed or arguments.tasks or arguments.text or arguments.dataset
+    require(measured or arguments.dtype is None, "--dtype has no effect on --serve; a server takes the model's own")
     require(os.environ.get("WORLD_SIZE", "1") == "1", "--serve measures on one rank; start it without a launcher")
     python = find_server(arguments.serve, arguments.serve_python)
     return speed, ServeSettings(server=arguments.serve, python=python, **rounds)
-
-
-class Terminated(RunError):
-    """Is what SIGTERM becomes. So files and servers are gone afterwards."""
-
-    exit_code = 128 + signal.SIGTERM
-
-
-def serve(paths: list[str], settings: ServeSettings, precision: str) -> "list[Served]":
-    """Measures the models in a server. llama.cpp gets GGUF files, which are gone afterwards.
-
-    Raises:
-        Terminated: SIGTERM came.
-        UserError: a model cannot be served.
-    """
-    from loraprune_ds.evaluate.serving import measure_serving
-
-    def terminate(*_: object) -> NoReturn:
-        raise Terminated("ended by SIGTERM")
-
-    signal.signal(signal.SIGTERM, terminate)
-    with TemporaryDirectory(prefix="serve-") as scratch:
-        form = "hf" if settings.server == "vllm" else f"gguf-{precision}"
-        return measure_serving(
-            [served_model(path, form, Path(scratch, str(i))) for i, path in enumerate(paths)], settings
-        )
-
-
-def served_model(path: str, form: str, out: Path) -> "ServedModel":
-    """Finds or writes what a server loads."""
-    from loraprune_ds.evaluate.models import find_model
-    from loraprune_ds.evaluate.serving import ServedModel
-    from loraprune_ds.export.formats import export
-    from loraprune_ds.export.source import find_source
-
-    found = find_model(path)
-    require(not found.adapter, f"{path}: --serve cannot merge an adapter; merge it into its base model first")
-    config, folder = found.pretrained.config, found.pretrained.folder
-    if form != "hf":
-        export(find_source(folder), form, out)
-        (folder,) = out.glob("*.gguf")
-    return ServedModel(folder, form, config["vocab_size"], "auto_map" in config, found.pretrained.shape.family.vllm)
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:

@@ -11,7 +11,7 @@ from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
-from loraprune_ds.export.huggingface import begin, publish
+from loraprune_ds.export.huggingface import begin, copy_model, publish
 from loraprune_ds.export.lora import write_base_and_adapter, write_merged
 from loraprune_ds.export.model_card import copy_model_card
 from loraprune_ds.export.source import ExportSource, UnmergedModel, open_newest
@@ -75,8 +75,7 @@ def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
         _check_room(unmerged, folder)
         write_merged(unmerged, folder)
         return remarks
-    open_pretrained(source.model)
-    shutil.copytree(source.model, folder, dirs_exist_ok=True)
+    copy_model(open_pretrained(source.model), folder)
     return []
 
 

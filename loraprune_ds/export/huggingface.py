@@ -7,6 +7,7 @@ rank 0  write_index(staging, ...), finish_folder(staging, ...), publish(out)
 
 import json
 import shutil
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,26 @@ from loraprune_ds import whole
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.exported_config import ExportedConfig
-from loraprune_ds.model.family import family_name
+from loraprune_ds.model.exported_config import MODELLING_FILE, ExportedConfig, name_our_code
+from loraprune_ds.model.family import PRUNED, family_name
+from loraprune_ds.model.folder_files import (
+    AUTO_MAP,
+    DOCUMENTS,
+    PROCESSOR_FILES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    copy_named,
+    drop_auto_maps,
+)
 from loraprune_ds.model.modeling_pruned import FAMILY
+from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.text_part import MULTIMODAL
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
+from loraprune_ds.model.weight_files import INDEX_FILE
+from loraprune_ds.model.weight_headers import weight_file_names
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-TOKENIZER_CONFIG = "tokenizer_config.json"
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing else, in transformers 4 and 5
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "tekken.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "generation_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 
 
 def begin(out: Path) -> Path:
@@ -69,16 +67,35 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         write_json(folder / "generation_config.json", ids)
     write_json(folder / "config.json", exported.config)
     if exported.modelling_file:
-        (folder / exported.modelling_file).write_text(_modelling_code(exported), encoding="utf-8")
+        _write_modelling_file(folder, exported.config["model_type"])
     write_model_card(folder, card, exported)
 
 
-def _modelling_code(exported: ExportedConfig) -> str:
-    """Returns the modelling file of one family. A folder says which by a constant of the file."""
-    assert exported.modelling_file is not None
-    code = resources.files("loraprune_ds.model").joinpath(exported.modelling_file).read_text(encoding="utf-8")
-    family = family_name(exported.config["model_type"])
-    return code.replace(f'FAMILY = "{FAMILY}"', f'FAMILY = "{family}"')
+def copy_model(model: PretrainedModel, out: Path, place: Callable[[Path, Path], object] = shutil.copyfile) -> None:
+    """Fills the folder `out` with a model's files of known names. No code comes along but our modelling file.
+
+    Args:
+        place: puts a weight file at another path. It may be a link.
+
+    Raises:
+        UserError: its tokenizer is code of the folder.
+    """
+    for name in weight_file_names(model.folder):
+        place(model.folder / name, out / name)
+    copy_named(model.folder, out, ("config.json", INDEX_FILE, *PROCESSOR_FILES, *DOCUMENTS))
+    copy_tokenizer(model.folder, out)
+    given = read_json(out / "config.json")
+    if (config := name_our_code(given)) != given:
+        write_json(out / "config.json", config)
+    if model.shape.model_type.startswith(PRUNED):
+        _write_modelling_file(out, model.shape.model_type)
+
+
+def _write_modelling_file(folder: Path, model_type: str) -> None:
+    """Writes our modelling file for one family. A constant in it says which."""
+    code = resources.files("loraprune_ds.model").joinpath(MODELLING_FILE).read_text(encoding="utf-8")
+    code = code.replace(f'FAMILY = "{FAMILY}"', f'FAMILY = "{family_name(model_type)}"')
+    (folder / MODELLING_FILE).write_text(code, encoding="utf-8")
 
 
 def publish(out: Path) -> None:
@@ -89,18 +106,22 @@ def publish(out: Path) -> None:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies tokenizer, chat template and generation settings from folder `source` to folder `out` as they are.
+    """Copies tokenizer, chat template and generation settings from folder `source` to folder `out`.
+
+    Code of a tokenizer stays behind, and so does `auto_map`, which names it.
 
     What transformers 5 writes and 4.x cannot load gets its older name, which both read. A sentencepiece file that is
     alone gets the files made of it as well. From that file alone AutoTokenizer forgets to begin a LLaMA's text with
     BOS, and splits a Mistral's text in another way than the run did.
     """
-    for pattern in TOKENIZER_FILES:
-        for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, out / path.name)
-    if (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file():
+    copy_named(source, out, TOKENIZER_FILES)
+    is_alone = (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file()
+    if is_alone:
         load_tokenizer(source).save_pretrained(out)
+    names_code = AUTO_MAP in _read_tokenizer_config(out)  # without that name AutoTokenizer may choose another class
+    if is_alone or (names_code and _has_tokenizer(out)):
         _pin_tokenizer(source, out)
+    drop_auto_maps(out)
     config = _read_tokenizer_config(out)
     portable = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":

@@ -12,6 +12,7 @@ from loraprune_ds.hf.live import base_config, model_name
 from loraprune_ds.hf.training import PrunedTraining
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.folder_files import drop_auto_maps
 from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
 
@@ -62,6 +63,7 @@ def _finish(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
             base.generation_config.save_pretrained(described)
         if tokenizer is not None:
             tokenizer.save_pretrained(described)
+            drop_auto_maps(Path(described))  # the trainer's user may trust a tokenizer's code; an export brings none
         finish_folder(staging_of(folder), exported, Path(described), _model_card(training))
     publish(folder)
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
@@ -31,9 +31,11 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     Raises:
         UserError: its model type is not supported.
     """
-    config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(model)
-    where = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
-    family = find_family(config.model_type, where)
+    if isinstance(model, PreTrainedModel):
+        model_type, where = model.config.model_type, type(model).__name__
+    else:  # AutoConfig would ask on the terminal whether to run code of the folder
+        model_type, where = PreTrainedConfig.get_config_dict(model)[0].get("model_type"), str(model)
+    family = find_family(model_type, where)
     refuse_mixture(family, where)
     return last_names(linear.name for linear in family.linears)
 

@@ -11,7 +11,6 @@ The result is in the user's cache under a digest of the source. It is as large a
 import hashlib
 import logging
 import pickle
-import shutil
 import struct
 import sys
 import zipfile
@@ -24,16 +23,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.files import read_json
+from loraprune_ds.model.folder_files import PROCESSOR_FILES, TOKENIZER_FILES, copy_named, named_files
 from loraprune_ds.model.weight_files import write_index, write_weight_file
-from loraprune_ds.model.weight_headers import check_no_surplus
+from loraprune_ds.model.weight_headers import check_no_surplus, indexed_names
 from loraprune_ds.whole import make_once, user_cache
 
 INDEX = "pytorch_model.bin.index.json"
 BIN_FILES = "pytorch_model-*-of-*.bin"
 FOLDER = "loraprune_ds/converted"
 SINGLE = "pytorch_model.bin"
-KEPT = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer
+KEPT = ("config.json", *TOKENIZER_FILES, *PROCESSOR_FILES)
 WEIGHT_FILE_BYTES = 1 << 28  # of tensors written to one file, unless one alone is larger
 
 log = logging.getLogger(__name__)
@@ -75,10 +74,7 @@ def converted(folder: Path) -> Path:
 def _bin_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         return [folder / SINGLE]
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX} has no weight_map")
-    names = sorted(set(map(str, weight_map.values())))
+    names = indexed_names(folder / INDEX)
     files = [folder / name for name in names]
     for path in files:
         if not path.is_file():
@@ -93,7 +89,7 @@ def _digest(folder: Path, files: list[Path]) -> str:
     torch's files are zip archives. Their directory holds a checksum of every tensor.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in KEPT for path in folder.glob(pattern)):
+    for path in sorted(named_files(folder, (*KEPT, INDEX))):
         digest.update(path.name.encode() + path.read_bytes())
     for path in files:
         digest.update(path.name.encode())
@@ -123,9 +119,7 @@ def _convert(folder: Path, files: list[Path], made: Path) -> None:
         entries.append(write_weight_file(made, i, len(weight_files), tensors))
         del mapped, tensors
     write_index(made, entries)
-    for path in (path for pattern in KEPT for path in folder.glob(pattern)):
-        if path.name != INDEX:
-            shutil.copy(path, made / path.name)
+    copy_named(folder, made, KEPT)
 
 
 def _plan_weight_files(path: Path) -> Iterator[_WeightFile]:

@@ -9,12 +9,18 @@ from huggingface_hub.errors import StrictDataclassError
 
 from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.family import PRUNED, family_name
+from loraprune_ds.model.folder_files import AUTO_MAP
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 
 # Keys about the source's files and its own pruning. They say nothing about this model.
-DROPPED = {"_name_or_path", "auto_map", "per_layer_config", "pretraining_tp", "quantization_config"}
+DROPPED = {"_name_or_path", AUTO_MAP, "per_layer_config", "pretraining_tp", "quantization_config"}
 MODELLING_FILE = "modeling_pruned.py"
+OUR_CLASSES = {
+    "AutoConfig": "PrunedConfig",
+    "AutoModel": "PrunedModel",  # vLLM builds the model through this one
+    "AutoModelForCausalLM": "PrunedForCausalLM",
+}
 # What transformers assumes where config.json is silent. The Llama and Mistral classes differ in these.
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 DEFAULT_SLIDING_WINDOW = 4096  # of MistralConfig
@@ -66,14 +72,18 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
         config = _config_of(source, shape, dtype, model_type)
         if not _is_refused(config):
             return ExportedConfig(config, None, model_type != shape.model_type)
-    config = _config_of(source, shape, dtype, PRUNED + family)
-    module = MODELLING_FILE.removesuffix(".py")
-    config["auto_map"] = {
-        "AutoConfig": f"{module}.PrunedConfig",
-        "AutoModel": f"{module}.PrunedModel",  # vLLM builds the model through this one
-        "AutoModelForCausalLM": f"{module}.PrunedForCausalLM",
-    }
+    config = name_our_code(_config_of(source, shape, dtype, PRUNED + family))
     return ExportedConfig(config, MODELLING_FILE, PRUNED + family != shape.model_type)
+
+
+def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config.json that names no code but our modelling file, and that only where it needs it."""
+    if not str(config["model_type"]).startswith(PRUNED):
+        return {key: value for key, value in config.items() if key != AUTO_MAP}
+    return config | {
+        "architectures": [causal_lm_class(config["model_type"]).__name__],
+        AUTO_MAP: {auto: f"{MODELLING_FILE.removesuffix('.py')}.{name}" for auto, name in OUR_CLASSES.items()},
+    }
 
 
 def _is_refused(config: dict[str, Any]) -> bool:

@@ -12,25 +12,23 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import config_class
 from loraprune_ds.model.family import FAMILIES, PRUNED
 from loraprune_ds.model.family_row import Family
+from loraprune_ds.model.folder_files import AUTO_MAP, TOKENIZER_CONFIG
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer in a local folder. LLaMA's sentencepiece file alone is enough.
+    """Loads the tokenizer in a local folder. LLaMA's sentencepiece file alone is enough. Code of the folder never runs.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or it is code of the folder.
     """
-    # AutoTokenizer looks at config.json. Without this it asks on the terminal whether to run the modelling file there.
-    for family in FAMILIES:
-        AutoConfig.register(PRUNED + family, config_class(PRUNED + family), exist_ok=True)
     sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
     if sentencepiece_only:
         _check_sentencepiece(folder / SENTENCEPIECE_FILE)
     try:
-        tokenizer = _load_llama(folder) if sentencepiece_only else AutoTokenizer.from_pretrained(folder)
+        tokenizer = _load_llama(folder) if sentencepiece_only else _load_auto(folder)
     except UserError:
         raise
     except Exception as error:  # the Rust library under it raises bare Exception
@@ -69,12 +67,26 @@ def _check_sentencepiece(path: Path) -> None:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
+def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
+    for family in FAMILIES:  # AutoTokenizer looks at config.json, and must know the model types there
+        AutoConfig.register(PRUNED + family, config_class(PRUNED + family), exist_ok=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+    raise UserError(
+        f"{folder}: its tokenizer is code of the folder, which is never run; "
+        f"save it as tokenizer.json and remove {AUTO_MAP} from {TOKENIZER_CONFIG}"
+    )
+
+
 def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
     """Builds the tokenizer from tokenizer.model alone.
 
     AutoTokenizer does this too, but then no text starts with BOS. LLaMA's must.
     """
-    path = folder / "tokenizer_config.json"
+    path = folder / TOKENIZER_CONFIG
     given = read_json(path) if path.is_file() else {}
     settings: dict[str, Any] = {"add_bos_token": given.get("add_bos_token") is not False}
     # Early conversions of LLaMA have empty names, on which transformers recurses without end.

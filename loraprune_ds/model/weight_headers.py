@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
+from loraprune_ds.model.weight_files import INDEX_FILE
 
 WEIGHT_FILES = "model-*-of-*.safetensors"
 Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
@@ -15,20 +16,11 @@ Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape,
 
 def read_headers(folder: Path) -> Headers:
     """Opens all weight files, which checks that the length of each matches its header."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index} has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-    else:
-        names = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name != "adapter_model.safetensors"]
-    if not names:
-        raise UserError(f"{folder} has no safetensors files")
+    names = weight_file_names(folder)
     headers: Headers = {}
     for path in (folder / name for name in names):
         if not path.is_file():
-            raise UserError(f"{path} is missing; {index.name} names it")
+            raise UserError(f"{path} is missing; {INDEX_FILE} names it")
         if not os.access(path, os.R_OK):
             raise UserError(f"{path} cannot be read: permission denied")
         try:
@@ -40,8 +32,37 @@ def read_headers(folder: Path) -> Headers:
                     headers[name] = tuple(view.get_shape()), view.get_dtype(), path
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
-    check_no_surplus(folder, WEIGHT_FILES, names, index.name)
+    check_no_surplus(folder, WEIGHT_FILES, names, INDEX_FILE)
     return headers
+
+
+def weight_file_names(folder: Path) -> list[str]:
+    """Lists the weight files of a folder, by its index if it has one.
+
+    Raises:
+        UserError: there is none, or the index is wrong.
+    """
+    if (folder / INDEX_FILE).is_file():
+        return indexed_names(folder / INDEX_FILE)
+    names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors")
+    if not names:
+        raise UserError(f"{folder} has no safetensors files")
+    return names
+
+
+def indexed_names(index: Path) -> list[str]:
+    """Lists the weight files that an index names. They lie beside it.
+
+    Raises:
+        UserError: it names none, or one in another folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map")
+    for tensor, name in weight_map.items():
+        if Path(str(name)).name != str(name):
+            raise UserError(f"{index}: {tensor} is in {name}; only files beside the index are read")
+    return sorted(set(map(str, weight_map.values())))
 
 
 def check_no_surplus(folder: Path, pattern: str, names: Collection[str], index: str) -> None:

@@ -358,9 +358,13 @@ BAD: dict[str, tuple[Spoil, str]] = {
         lambda m, h: [m / "dense", "--serve", "vllm", "--gguf", "f16"],
         "--gguf has no effect without --serve llama.cpp",
     ),
+    "dtype of a server": (
+        lambda m, h: [m / "dense", "--serve", "vllm", "--dtype", "float32"],
+        "--dtype has no effect on --serve; a server takes the model's own",
+    ),
     "no rounds": (lambda m, h: [m / "dense", "--speed", "--rounds", "0"], "--rounds must be at least 1; got 0"),
     "serve nowhere": (
-        lambda m, h: [m / "dense", "--serve", "vllm", "--serve-python", "nowhere"],
+        lambda m, h: [m / "dense", "--serve", "vllm", "--serve-python", "nowhere", "--speed", "--dtype", "float32"],
         "--serve-python: nowhere is no program",
     ),
     "sharded tasks": (lambda m, h: [m / "dense", "--tasks", "piqa", "--sharded"], "--sharded measures perplexity only"),

@@ -175,6 +175,23 @@ def test_what_cannot_be_converted_is_one_line(folder: Path, tensors: dict[str, T
     assert refused(folder) == f"{convert_bin.INDEX} has no weight_map"
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_an_index_reaches_no_other_folder(folder: Path, tensors: dict[str, Tensor], absolute: bool) -> None:
+    outside = folder.parent / "x.bin"
+    torch.save(tensors, outside)
+    named = str(outside) if absolute else "../x.bin"
+    (folder / convert_bin.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, named)}))
+    first = next(iter(tensors))
+    assert refused(folder) == f"{convert_bin.INDEX}: {first} is in {named}; only files beside the index are read"
+
+
+def test_only_known_files_come_along(folder: Path) -> None:
+    for name in ("secrets.json", "id.txt"):
+        (folder / name).write_text("{}")
+    assert {path.suffix for path in converted(folder).iterdir()} == {".json", ".safetensors"}
+    assert not any((converted(folder) / name).exists() for name in ("secrets.json", "id.txt"))
+
+
 def test_a_surplus_file(folder: Path) -> None:
     """Leaves a file of an older download."""
     surplus = folder / "pytorch_model-00003-of-00003.bin"

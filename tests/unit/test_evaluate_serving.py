@@ -12,10 +12,9 @@ from typing import TypeVar
 
 import pytest
 
-from loraprune_ds.cli.evaluate import served_model
+from loraprune_ds.cli.serve import served_model
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.serving import Served, ServedModel, ServeSettings, find_server, measure_serving
-from loraprune_ds.files import read_json, write_json
 from tests.families import tiny_model
 
 T = TypeVar("T")
@@ -91,7 +90,7 @@ class LLM:
 """
 EVALUATION = """
 import sys
-from loraprune_ds.cli.evaluate import serve
+from loraprune_ds.cli.serve import serve
 from loraprune_ds.command import leave, tell
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.serving import ServeSettings
@@ -145,12 +144,9 @@ def test_vllm_answers_one_and_a_batch(python: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "model_impl"), [("llama", "auto"), ("qwen2", "transformers")])
-@pytest.mark.parametrize("remote", [False, True])
-def test_vllm_gets_what_fits_the_model(family: str, model_impl: str, remote: bool, tmp_path: Path) -> None:
+def test_vllm_gets_what_fits_the_model(family: str, model_impl: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path)
-    config = read_json(tmp_path / "config.json")
-    write_json(tmp_path / "config.json", config | ({"auto_map": {}} if remote else {}))
-    assert served_model(str(tmp_path), "hf", tmp_path) == ServedModel(tmp_path, "hf", 97, remote, model_impl)
+    assert served_model(str(tmp_path), "hf", tmp_path) == ServedModel(tmp_path, "hf", 97, False, model_impl)
 
 
 def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,12 +213,28 @@ def test_a_damaged_weight_file(folder: Path) -> None:
         ("{}", "model.safetensors.index.json has no weight_map"),
         ('{"weight_map": ["a"]}', "model.safetensors.index.json has no weight_map"),
         ('{"weight_map": {"a": 7}}', "7 is missing; model.safetensors.index.json names it"),
-        ('{"weight_map": {}}', "FOLDER has no safetensors files"),
+        ('{"weight_map": {}}', "model.safetensors.index.json has no weight_map"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "model.safetensors.index.json: a is in ../x.safetensors; only "),
+        ('{"weight_map": {"a": "/x.safetensors"}}', "model.safetensors.index.json: a is in /x.safetensors; only files"),
     ],
 )
 def test_a_wrong_index(folder: Path, text: str, message: str) -> None:
     split(folder).write_text(text)
     assert refused(folder).startswith(message)
+
+
+def test_an_index_reaches_no_other_folder(folder: Path, tmp_path: Path) -> None:
+    """Puts a whole model beside the folder and has the index name its file in three ways."""
+    names = tensors_of(folder)
+    (folder / "model.safetensors").rename(tmp_path / "x.safetensors")
+    (folder / "within").mkdir()
+    shutil.copy(tmp_path / "x.safetensors", folder / "within")
+    for named in ("../x.safetensors", str(tmp_path / "x.safetensors"), "within/x.safetensors"):
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, named)}))
+        assert (
+            refused(folder) == f"{index.name}: {next(iter(names))} is in {named}; only files beside the index are read"
+        )
 
 
 def test_no_weights(folder: Path) -> None:
