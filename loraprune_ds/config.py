@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs
 
 from loraprune_ds.config_data import DataConfig
 from loraprune_ds.config_types import (
@@ -25,6 +24,7 @@ from loraprune_ds.config_types import (
     Positive,
     Size,
     Window,
+    replace_default,
 )
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.units import Amount, read_amount
@@ -101,11 +101,7 @@ class PruneConfig:
     @model_validator(mode="before")
     @classmethod
     def _target_replaces_default(cls, given: Any) -> Any:
-        """Leaves the ratio out where only a target is given."""
-        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
-        if values.get("target") is None or "ratio" in values:
-            return given
-        return ArgsKwargs((), values | {"ratio": None})
+        return replace_default(given, "ratio", "target")
 
     def __post_init__(self) -> None:
         require(

@@ -1,11 +1,12 @@
 """Describes the data of a run: the `data` section of its YAML."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from loraprune_ds.config_types import STRICT, Count, Part, Positive, Window
+from loraprune_ds.config_types import STRICT, Count, Part, Positive, Window, replace_default
 from loraprune_ds.errors import require
 
 DataFormat = Literal["text", "instruction", "chat"]
@@ -60,11 +61,20 @@ class DataConfig:
     response_field: str = "response"
     window: Window = 512  # tokens of one sample
     held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
-    held_out_fraction: Part = 0.1
+    held_out_fraction: Part | None = 0.1  # that part. None: `held_out` is given
     max_samples: Count | None = None  # of each source
     packing: bool = False  # several instructions or conversations per window, which do not see each other
 
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_replaces_default(cls, given: Any) -> Any:
+        return replace_default(given, "held_out_fraction", "held_out")
+
     def __post_init__(self) -> None:
+        require(
+            (self.held_out is None) != (self.held_out_fraction is None),
+            "give exactly one of data.held_out and data.held_out_fraction; null takes one away",
+        )
         entries = [] if isinstance(self.path, str) else self.path
         require(self.path != [] and all(source.path for source in self.sources), "data.path, or a path in it, is empty")
         formats = {source.format for source in self.sources}

@@ -95,10 +95,15 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
 def saved_config(raw: dict[str, Any]) -> RunConfig:
     """Checks the nested dictionary that a run has saved. Keys that its version lacked have the defaults of then.
 
+    Earlier versions saved a `data.held_out_fraction` that had no effect beside `data.held_out`.
+
     Raises:
         UserError: as `load_config`.
     """
     moved = {section: defaults | (raw.get(section) or {}) for section, defaults in EARLIER_DEFAULTS.items()}
+    data = raw.get("data")
+    if isinstance(data, dict) and data.get("held_out") is not None:
+        moved["data"] = data | {"held_out_fraction": None}
     return config_from_dict(raw | moved)
 
 

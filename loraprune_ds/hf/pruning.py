@@ -119,7 +119,7 @@ class Pruning:
         zero, peft_model = find_zero_optimizer(optimizer), find_peft_model(model)
         raw = ds_config or getattr(model, "config", None)
         if isinstance(raw, dict):
-            check_reshardable("the DeepSpeed config", raw)
+            check_reshardable("the DeepSpeed config", raw, {p.element_size() for p in peft_model.parameters()})
         check_model(peft_model, base_shape(peft_model), config)
         shared = share_model(peft_model, zero, live_shape(peft_model))
         dense = checkpoint.dense if checkpoint else shared.shape

@@ -29,7 +29,11 @@ def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int 
     if "tensorboard" in report_to:
         root = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(output_dir, "runs")
         sinks.append(TensorBoardRun(Path(root).expanduser() / "pruning", resumed_from))
-    return sinks + [ModuleLog(name, curves) for name in SERVICES if name in report_to]
+    return sinks + [ModuleLog(name, _warn, curves) for name in SERVICES if name in report_to]
+
+
+def _warn(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def curves(record: Record) -> dict[str, float]:
@@ -43,7 +47,7 @@ class CutPrinter:
 
     def write(self, record: Record) -> None:
         if isinstance(record, CutRecord):
-            tqdm.write(cut_line(record), file=sys.stderr)
+            _warn(cut_line(record))
 
     def close(self) -> None: ...
 

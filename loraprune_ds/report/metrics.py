@@ -74,7 +74,8 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
     The checkpoint of `last_step` has flushed its lines. Behind them a crash of the machine may have left anything.
 
     Raises:
-        UserError: the file does not exist or a line is damaged. The message names the file and the line.
+        UserError: the file does not exist, a line is damaged, or a step has none. The message names the file and the
+            line or step.
     """
     try:
         lines = _whole_lines(path).splitlines()
@@ -88,7 +89,12 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
             if last_step is None or not values or values[-1]["step"] < last_step:
                 raise
             break
-    return [value for value in values if last_step is None or value["step"] <= last_step]
+    values = [value for value in values if last_step is None or value["step"] <= last_step]
+    steps = {value["step"] for value in values if value["kind"] == "step"}
+    last = max(steps, default=0) if last_step is None else last_step
+    if missing := set(range(1, last + 1)) - steps:
+        raise UserError(f"{path} is damaged: the line of step {min(missing)} is missing")
+    return values
 
 
 def _whole_lines(path: Path) -> str:

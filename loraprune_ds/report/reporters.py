@@ -31,7 +31,6 @@ class Service:
         log: takes values and their step.
         picture: takes a file, for a run that may have ended since.
         finish: closes the run.
-        error: dotted name of what its functions raise.
     """
 
     start: Callable[[Any, Path, dict[str, Any]], object]
@@ -39,7 +38,6 @@ class Service:
     log: Callable[[Any, dict[str, float], int], object]
     picture: Callable[[Any, Path, Any], object]
     finish: Callable[[Any], object]
-    error: str
 
 
 def _start_wandb(wandb: Any, folder: Path, settings: dict[str, Any]) -> None:
@@ -76,7 +74,6 @@ SERVICES = {
         log=_log,
         picture=_picture,
         finish=lambda wandb: wandb.finish(),
-        error="wandb.errors.Error",
     ),
     "trackio": Service(
         start=_start_trackio,
@@ -84,7 +81,6 @@ SERVICES = {
         log=_log,
         picture=_picture,
         finish=lambda trackio: trackio.finish(),
-        error="builtins.RuntimeError",
     ),
     "mlflow": Service(
         start=_start_mlflow,
@@ -92,7 +88,6 @@ SERVICES = {
         log=lambda mlflow, values, step: mlflow.log_metrics(values, step=step),
         picture=lambda mlflow, path, run: mlflow.log_artifact(str(path), run_id=run.info.run_id),
         finish=lambda mlflow: mlflow.end_run(),
-        error="mlflow.exceptions.MlflowException",
     ),
 }
 
@@ -109,61 +104,70 @@ def check_installed(report_to: Iterable[str]) -> None:
 
 
 class ModuleLog:
-    """Logs to the run that somebody else has opened. Pictures go to the last one that was open."""
+    """Logs to the run that somebody else has opened. Pictures go to the last one that was open.
 
-    def __init__(self, name: str, curves: Curves = scalars) -> None:
-        self._name, self._service, self._curves = name, SERVICES[name], curves
+    An error ends the reports, not the run.
+    """
+
+    def __init__(self, name: str, warn: Callable[[str], None], curves: Curves = scalars) -> None:
+        self._name, self._service, self._warn, self._curves = name, SERVICES[name], warn, curves
         self._run: Any = None
+        self._works = True
 
     def write(self, record: Record) -> None:
-        module: Any = sys.modules.get(self._name)  # whoever opened the run has imported it
-        if module is not None and (run := self._service.find_run(module)) is not None:
-            self._run = run
-            self._service.log(module, self._curves(record), record.step)
+        values = self._curves(record)
+        self._try(lambda: self._log(values, record.step))
 
     def picture(self, path: Path) -> None:
         """Sends a picture. The Trainer has ended MLflow's run before."""
         if self._run is not None:
-            self._service.picture(sys.modules[self._name], path, self._run)
+            self._try(lambda: self._service.picture(sys.modules[self._name], path, self._run))
 
     def close(self) -> None: ...
 
+    def _log(self, values: dict[str, float], step: int) -> None:
+        module: Any = sys.modules.get(self._name)  # whoever opened the run has imported it
+        if module is not None and (run := self._service.find_run(module)) is not None:
+            self._run = run
+            self._service.log(module, values, step)
+
+    def _try(self, send: Callable[[], object]) -> None:
+        if self._works and (failure := _failure(send)):
+            self._works = False
+            self._warn(f"report_to {self._name} gets no more: {failure}")
+
 
 class ReportedRun(ModuleLog):
-    """Opens a run of its own, with the settings, and logs to it. An error later on ends the reports, not the run.
+    """Opens a run of its own, with the settings, and logs to it.
 
     Raises:
         RankError: the run cannot be opened.
     """
 
     def __init__(self, name: str, folder: Path, settings: dict[str, Any], warn: Callable[[str], None]) -> None:
-        super().__init__(name)
-        self._module, self._warn, self._works = importlib.import_module(name), warn, True
-        where, _, error = self._service.error.rpartition(".")
-        self._error: type[Exception] = getattr(importlib.import_module(where), error)
-        try:
-            self._service.start(self._module, folder, settings)
-            self._run = self._service.find_run(self._module)
-        except (self._error, OSError) as error:
-            raise RankError(f"logging.report_to {name}: {first_line(error)}") from None
-
-    def write(self, record: Record) -> None:
-        self._try(lambda: super(ReportedRun, self).write(record))
-
-    def picture(self, path: Path) -> None:
-        self._try(lambda: super(ReportedRun, self).picture(path))
+        super().__init__(name, warn)
+        if failure := _failure(lambda: self._open(folder, settings)):
+            raise RankError(f"logging.report_to {name}: {failure}")
 
     def close(self) -> None:
-        self._try(lambda: self._service.finish(self._module))
+        self._try(lambda: self._service.finish(sys.modules[self._name]))
 
-    def _try(self, send: Callable[[], object]) -> None:
-        if not self._works:
-            return
-        try:
-            send()
-        except (self._error, OSError) as error:
-            self._works = False
-            self._warn(f"logging.report_to {self._name} gets no more: {first_line(error)}")
+    def _open(self, folder: Path, settings: dict[str, Any]) -> None:
+        module = importlib.import_module(self._name)
+        self._service.start(module, folder, settings)
+        self._run = self._service.find_run(module)
+
+
+def _failure(call: Callable[[], object]) -> str | None:
+    """Calls a service. Returns its error in one line, or None.
+
+    It may be any error. A service passes on those of the libraries below it: trackio has some of sqlite3 and httpx.
+    """
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001  # no list of their classes would be complete, and none may end a run
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,6 +26,7 @@ from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.data.sources import fetch_datasets
+from loraprune_ds.train.profile import check_profile_steps
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, device_name
@@ -81,6 +82,8 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
     check_installed(config.logging.report_to or ())
+    if config.train.steps is not None:
+        check_profile_steps(config, config.train.steps + config.train.recovery_steps)
 
 
 def _fetch(config: RunConfig) -> None:
@@ -103,12 +106,14 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
     pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
     config.train.check_warmup(pruning_steps)
+    steps = pruning_steps + config.train.recovery_steps
+    check_profile_steps(config, steps)
     return Prepared(
         pretrained=pretrained,
         samples=loaded.samples,
         order=order,
         windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows, start),
-        steps=pruning_steps + config.train.recovery_steps,
+        steps=steps,
         schedule=make_schedule(config.prune, pruning_steps, limits),
         limits=limits,
         ds_config=ds_config,

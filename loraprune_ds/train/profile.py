@@ -7,8 +7,19 @@ from pathlib import Path
 import torch
 
 from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import require
 
 PROFILE_FOLDER = "profile"
+
+
+def check_profile_steps(config: RunConfig, steps: int) -> None:
+    """Checks `logging.profile_steps` against the steps of the run. With epochs, only the data tells these.
+
+    Raises:
+        UserError: one of them will never come.
+    """
+    last = max(config.logging.profile_steps or [0])
+    require(last <= steps, f"logging.profile_steps names step {last}, but the run ends at step {steps}")
 
 
 @contextmanager

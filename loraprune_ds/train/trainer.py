@@ -138,8 +138,8 @@ class Trainer:
         engine, rank, world_size = self.engine, self.model.rank, self.model.world_size
         micro_batches = rank_micro_batches(batch, self.config.micro_batch_size, rank, world_size)
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        for i, indices in enumerate(micro_batches):
-            seed_dropout(self._seed, step, i, rank)
+        for number, indices in micro_batches:
+            seed_dropout(self._seed, step, number)
             with self.pruner.record_forward(self.samples.attention_mask(indices)):
                 loss = engine.forward(**self._inputs(indices)).sum()
             fail_point("forward")
@@ -147,7 +147,7 @@ class Trainer:
             engine.backward(loss * (world_size / supervised))
             fail_point("backward")
             del loss  # a live graph remembers the shapes before a cut
-            if i < len(micro_batches) - 1:
+            if number < micro_batches[-1][0]:
                 engine.end_micro_batch()
         return total
 

@@ -1,6 +1,7 @@
 """DeepSpeed's own JSON. What the run config owns is "auto" there and is filled in here. So no number has two owners."""
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import find_shipped
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
+from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.shapes import ModelShape
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a reduce bucket whole
@@ -39,6 +41,10 @@ REFUSED = {
     ("zero_optimization", "zero_quantized_gradients"): "scores need the LoRA gradients as they are",
     ("zero_optimization", "zenflow"): "ZenFlow is not supported",
     ("zero_optimization", "stage3_module_granularity_threshold"): "modules gathered whole are not supported",
+    ("zero_optimization", "module_granularity_threshold"): "modules gathered whole are not supported",
+    ("bf16", "bf16_master_weights_and_grads"): "LoRA's masters and gradients are fp32",
+    ("bf16", "bf16_optimizer_states"): "Adam's moments are fp32",
+    ("fp16", "fp16_master_weights_and_grads"): "LoRA's masters and gradients are fp32",
     ("prescale_gradients",): "DeepSpeed's ZeRO-3 has no prescaled gradients",
     ("gradient_predivide_factor",): "DeepSpeed's ZeRO-3 has no predivided gradients",
     ("sequence_parallel_size",): "every rank reads whole samples; sequence parallelism is not supported",
@@ -65,6 +71,11 @@ ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
         "weights on NVMe are not in memory when they are cut; use cpu",
     ),
 }
+# Settings that need all weights in one dtype. DeepSpeed takes either name.
+ONE_DTYPE = (
+    ("zero_optimization", "stage3_use_all_reduce_for_fetch_params"),
+    ("zero_optimization", "use_all_reduce_for_fetch_params"),
+)
 HPZ = "zero_hpz_partition_size"
 FLAGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")
 COUNTS = ("steps_per_print",)
@@ -104,7 +115,8 @@ def resolve_ds_config(
     """
     path = Path(path)
     raw = read_json(path, unique_keys=True)
-    check_reshardable(str(path), raw)
+    held = shape.held(None, DTYPES[config.model.dtype].itemsize)
+    check_reshardable(str(path), raw, {tensor.element_size for tensor in held.values()})
     _refuse(str(path), raw, OWNED)
     owned = _owned_values(config, shape, world_size)
     _check_known(path, raw, {keys[0] for keys in owned})
@@ -166,11 +178,12 @@ def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
     return value
 
 
-def check_reshardable(where: str, raw: dict[str, Any]) -> None:
+def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection[int] = ()) -> None:
     """Checks that a DeepSpeed config leaves weights and optimizer state in a form that a cut can reshard.
 
     Args:
         where: the file, or another name of the config.
+        element_sizes: bytes of an element, of all weights that ZeRO-3 shards.
 
     Raises:
         UserError: it is not ZeRO-3, or a setting does not go with a cut.
@@ -183,6 +196,10 @@ def check_reshardable(where: str, raw: dict[str, Any]) -> None:
         if value is not None and value not in allowed:
             raise UserError(f"{where}: {'.'.join(keys)} {value}: {reason}")
     _refuse(where, raw, REFUSED)
+    if len(element_sizes) > 1:
+        sizes = " and ".join(map(str, sorted(element_sizes)))
+        reason = f"an all-reduce fetches weights in one buffer, but these have elements of {sizes} bytes"
+        _refuse(where, raw, dict.fromkeys(ONE_DTYPE, reason))
 
 
 def _refuse(where: str, raw: dict[str, Any], refused: dict[tuple[str, ...], str]) -> None:

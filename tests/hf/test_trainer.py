@@ -16,6 +16,7 @@ from tests.hf.results import LINEARS, kept_indices, load, weight
 from tests.hf.trainers import (
     PLAIN,
     Setup,
+    refusal,
     resume_without_the_callback,
     stop_early,
     train_alone,
@@ -160,6 +161,33 @@ def test_stopping_early_and_half_gradients_are_warned_of(ranks: RankPool, job: J
     assert rounded.startswith("gradients are averaged in bfloat16")
     assert stopped.startswith("training stopped at step 2, before the last cut at step 14: 0.0 % of 40.0 %")
     assert second == []  # one rank says it
+
+
+@pytest.mark.parametrize(
+    ("setup", "section", "settings", "line"),
+    [
+        (
+            Setup(fp32_lora=True),
+            "zero_optimization",
+            {"stage3_use_all_reduce_for_fetch_params": True},
+            "stage3_use_all_reduce_for_fetch_params: an all-reduce fetches weights in one buffer, but these have "
+            "elements of 2 and 4 bytes",
+        ),
+        (
+            PLAIN,
+            "bf16",
+            {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
+            "bf16_master_weights_and_grads: LoRA's masters and gradients are fp32",
+        ),
+    ],
+    ids=["all-reduce beside fp32 LoRA", "bf16 masters"],
+)
+def test_a_deepspeed_config_that_cannot_work_is_one_line(
+    ranks: RankPool, job: Job, tmp_path: Path, setup: Setup, section: str, settings: dict[str, Any], line: str
+) -> None:
+    job = replace(job, dtype="bfloat16")
+    found = ranks.run(2, refusal, job, tmp_path, setup, section, settings)
+    assert found == [f"the DeepSpeed config: {section}.{line}"] * 2
 
 
 def test_a_resume_that_forgets_the_callback_is_refused(ranks: RankPool, job: Job, plain: Run, tmp_path: Path) -> None:

@@ -262,6 +262,21 @@ def train_with_callback(
         return watch.rows, {name: gather_everywhere(model, p) for name, p in model.module.named_parameters()}
 
 
+def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str, Any]) -> str:
+    """Begins a training with more settings in a section of the DeepSpeed config. Returns the error."""
+    config = deepspeed_config()
+    config[section] = config[section] | settings
+    with fresh_accelerate():
+        args = arguments(job, out, deepspeed=config)
+        callback = LoraPruneCallback(PruneConfig(**job.prune))
+        trainer = InOrder(model=load_model(job, setup), args=args, train_dataset=Rows(job), callbacks=[callback])
+        try:
+            trainer.train()
+        except UserError as error:
+            return str(error)
+        return "no error"
+
+
 def resume_without_the_callback(job: Job, out: Path, checkpoint: str) -> str:
     """Goes on from a checkpoint without `resume`. Returns the error."""
     with fresh_accelerate():

@@ -5,6 +5,8 @@ the oracle's own fp32 run differs from its fp64 run. It does so by 2e-6 in score
 of 1e-5 is about five times pure rounding. Masks are compared only across a gap of more than ten tolerances. It lies
 between the last group that stays and the first that goes. What a cut only moves is compared bit by bit.
 
+With dropout both draw the same masks, micro-batch by micro-batch.
+
 Adam's epsilon is 1e-3 here. Some LoRA directions of k_proj have a gradient that is zero but for rounding, since softmax
 ignores a common shift. With 1e-8 Adam would turn that rounding into full-size steps on both sides.
 """
@@ -41,7 +43,13 @@ def base_job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def dense_run(job: Job, outcome: Outcome) -> tuple[DenseTrainer, list[StepRecord]]:
     """Runs the oracle. It is told how many groups to keep but not which."""
-    settings = Settings(lora_alpha=job.lora_alpha, max_grad_norm=job.max_grad_norm, epsilon=job.adam_epsilon)
+    settings = Settings(
+        lora_alpha=job.lora_alpha,
+        max_grad_norm=job.max_grad_norm,
+        epsilon=job.adam_epsilon,
+        dropout=job.lora_dropout,
+        micro_batch_size=job.micro_batch_size if job.lora_dropout else None,
+    )
     trainer = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
     counts = {step: [(len(h), len(c)) for h, c in outcome.kept[step - 1]] for step in outcome.cut_steps}
     return trainer, trainer.run(job.batches, [job.learning_rate] * STEPS, counts)
@@ -60,9 +68,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float(((found.double() - expected.double()).abs() / expected.double().abs().clamp_min(1e-12)).max())
 
 
-@pytest.mark.parametrize(("world_size", "micro"), [(1, 12), (1, 6), (2, 6), (2, 3), (3, 4), (3, 2)])
-def test_training_and_cuts(ranks: RankPool, base_job: Job, world_size: int, micro: int) -> None:
-    job = Job(**{**vars(base_job), "micro_batch_size": micro, "max_grad_norm": 0.5})
+@pytest.mark.parametrize(
+    ("world_size", "micro", "dropout"),
+    [(1, 12, 0.0), (1, 6, 0.05), (2, 6, 0.0), (2, 3, 0.05), (3, 4, 0.0), (3, 2, 0.05)],
+)
+def test_training_and_cuts(ranks: RankPool, base_job: Job, world_size: int, micro: int, dropout: float) -> None:
+    changes = {"micro_batch_size": micro, "max_grad_norm": 0.5, "lora_dropout": dropout}
+    job = Job(**{**vars(base_job), **changes})
     outcomes = ranks.run(world_size, train, job)
     outcome = outcomes[0]
     oracle, records = dense_run(job, outcome)

@@ -6,6 +6,7 @@ Shares no code with the package. Uses stock transformers, PEFT and torch.optim.A
     records = trainer.run(batches, learning_rates, cuts={4: [(1, 20), (2, 17)]})
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,21 @@ class Settings:
     normalize: bool = True
     power: int = 1
     moving_average: float = 0.9
+    dropout: float = 0.0  # before LoRA, drawn anew from `seed`, step and micro-batch
+    seed: int = 0
+
+
+class Dropout(nn.Module):
+    """Drops where a 16-bit number of a 64-bit draw is below p. Draws always, in evaluation mode too."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.threshold = int(p * 2**16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        numbers = drawn.view(torch.int16)[: x.numel()].view_as(x).int() + 2**15
+        return torch.where(numbers < self.threshold, 0.0, x / (1 - self.threshold / 2**16))
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,9 @@ class DenseTrainer:
         rank = lora["layers.0.self_attn.q_proj.lora_A"].shape[0]
         self.scaling = settings.lora_alpha / rank
         self.model = _with_lora(causal_lm, rank, settings.lora_alpha)
+        if settings.dropout:
+            for i, linear in ((i, x) for i in range(len(self.layers)) for x in HEAD_LINEARS + CHANNEL_LINEARS):
+                self._wrapper(i, linear).lora_dropout["default"] = Dropout(settings.dropout)
 
         config = causal_lm.config
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -143,7 +162,8 @@ class DenseTrainer:
         input_ids, labels = batch
         supervised = int((labels[:, 1:] != IGNORED).sum())
         size = self.settings.micro_batch_size or len(input_ids)
-        for ids, targets in zip(input_ids.split(size), labels.split(size), strict=True):
+        for m, (ids, targets) in enumerate(zip(input_ids.split(size), labels.split(size), strict=True)):
+            torch.manual_seed(_dropout_seed(self.settings.seed, self.steps_done + 1, m))
             logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].to(self.master_dtype)
             total = F.cross_entropy(
                 logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
@@ -264,6 +284,11 @@ def _with_lora(model: Any, rank: int, alpha: float) -> nn.Module:
     targets = [linear.split(".")[1] for linear in HEAD_LINEARS + CHANNEL_LINEARS]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)  # pyright: ignore[reportArgumentType]
     return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+
+
+def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """The first 63 bits of a digest."""
+    return int(hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).hexdigest()[:16], 16) >> 1
 
 
 def _gradient(parameter: Tensor) -> Tensor:

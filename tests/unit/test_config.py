@@ -11,7 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_file import config_from_dict, config_value, load_config
+from loraprune_ds.config_data import DataConfig
+from loraprune_ds.config_file import config_from_dict, config_value, load_config, saved_config
 from loraprune_ds.errors import UserError
 from tests.unit.shapes_and_scores import repository
 
@@ -210,6 +211,24 @@ def test_a_copy_with_changes_is_checked() -> None:
         dataclasses.replace(PruneConfig(), ratio=1.0)
     with pytest.raises(UserError, match="exactly one of"):
         dataclasses.replace(TrainConfig(steps=1), epochs=1.0)
+
+
+def test_a_file_and_a_part_of_the_data_are_not_held_out_at_once(tmp_path: Path) -> None:
+    message = "give exactly one of data.held_out and data.held_out_fraction; null takes one away"
+    alone = load(tmp_path, "output_dir: out\ndata: {held_out: text.txt}\n")
+    assert alone.data.held_out_fraction is None
+    with pytest.raises(UserError, match=f"^{message}$"):
+        config_from_dict({"output_dir": "out", "data": {"held_out": "text.txt", "held_out_fraction": 0.1}})
+    assert refused(tmp_path, "output_dir: out\ndata: {held_out_fraction: null}\n") == message
+    part = "output_dir: out\ndata: {held_out_fraction: 0.001}\n"
+    assert load(tmp_path, part).data.held_out_fraction == 0.001
+    assert load(tmp_path, part, "data.held_out=text.txt", "data.held_out_fraction=null") == alone
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.001])
+def test_a_run_of_an_earlier_version_had_both(fraction: float) -> None:
+    saved = saved_config({"output_dir": "out", "data": {"held_out": "text.txt", "held_out_fraction": fraction}})
+    assert saved.data == DataConfig(held_out="text.txt")
 
 
 def test_an_earlier_name_of_a_key_is_still_read(tmp_path: Path) -> None:

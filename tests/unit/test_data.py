@@ -120,9 +120,9 @@ def test_ranks_share_the_same_micro_batches_for_every_number_of_ranks(world_size
     indices = torch.randperm(12)
     parts = [rank_micro_batches(indices, 2, rank, world_size) for rank in range(world_size)]
     assert {len(part) for part in parts} == {6 // world_size}
-    shared = sorted(tuple(micro.tolist()) for part in parts for micro in part)
-    assert shared == sorted(tuple(micro.tolist()) for micro in indices.view(6, 2))
-    assert sum(supervised_in(part) for part in parts) == supervised_in([indices])
+    shared = [(number, micro.tolist()) for part in parts for number, micro in part]
+    assert sorted(shared) == list(enumerate(indices.view(6, 2).tolist()))
+    assert sum(supervised_in([micro for _, micro in part]) for part in parts) == supervised_in([indices])
 
 
 def supervised_in(micro_batches: list[Tensor]) -> int:
@@ -130,17 +130,31 @@ def supervised_in(micro_batches: list[Tensor]) -> int:
     return sum(Samples(labels, labels).count_supervised(indices) for indices in micro_batches)
 
 
-def test_every_rank_step_micro_batch_and_seed_draws_its_own_dropout() -> None:
+def test_every_step_micro_batch_and_seed_draws_its_own_dropout() -> None:
     draws = set()
-    for key in itertools.product((0, 1), (1, 2), (0, 1), (0, 1, 2)):
+    for key in itertools.product((0, 1), (1, 2, 11), (0, 1, 11)):
         seed_dropout(*key)
         draws.add(tuple(torch.rand(4).tolist()))
-    assert len(draws) == 2 * 2 * 2 * 3
+    assert len(draws) == 2 * 3 * 3
+
+
+def test_a_micro_batch_draws_the_same_dropout_on_every_number_of_ranks() -> None:
+    def drawn(world_size: int) -> dict[int, list[float]]:
+        """Returns what the ranks draw in a step, by the first sample of the micro-batch."""
+        found = {}
+        for rank in range(world_size):
+            for number, micro in rank_micro_batches(torch.arange(12), 2, rank, world_size):
+                seed_dropout(3, 5, number)
+                found[int(micro[0])] = torch.rand(4).tolist()
+        return found
+
+    assert drawn(1) == drawn(2) == drawn(3) == drawn(6)
+    assert len(drawn(1)) == 6
 
 
 def test_a_draw_does_not_depend_on_what_was_drawn_before() -> None:
-    seed_dropout(0, 5, 1, 1)
+    seed_dropout(0, 5, 1)
     first = torch.rand(4)
     torch.rand(1000)
-    seed_dropout(0, 5, 1, 1)
+    seed_dropout(0, 5, 1)
     assert torch.equal(torch.rand(4), first)

@@ -1,15 +1,23 @@
 """DeepSpeed's JSON. "auto" is filled in, and what cannot work is refused by name before anything starts."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED, bucket_numel, resolve_ds_config
+from loraprune_ds.model.experts import CORRECTION
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.zero.ds_config import MAX_BUCKET, ONE_DTYPE, OWNED, REFUSED, bucket_numel, resolve_ds_config
+from tests.families import MIXTURES, tiny_config
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, repository
 
 SHIPPED = sorted((repository() / "ds_configs").glob("*.json"))
@@ -17,10 +25,12 @@ SHAPE = make_shape([(4, 40)] * 3)
 CONFIG = RunConfig("out", train=TrainConfig(steps=1, global_batch_size=24, micro_batch_size=2, max_grad_norm=0.5))
 
 
-def resolve(tmp_path: Path, raw: dict[str, Any], config: RunConfig = CONFIG, world_size: int = 3) -> dict[str, Any]:
+def resolve(
+    tmp_path: Path, raw: dict[str, Any], config: RunConfig = CONFIG, world_size: int = 3, shape: ModelShape = SHAPE
+) -> dict[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(raw))
-    return resolve_ds_config(path, config, SHAPE, world_size)
+    return resolve_ds_config(path, config, shape, world_size)
 
 
 def with_dtype(dtype: Dtype) -> RunConfig:
@@ -160,7 +170,7 @@ def place(keys: tuple[str, ...], value: Any) -> dict[str, Any]:
     raw = zero3()
     section = raw
     for key in keys[:-1]:
-        section = section[key]
+        section = section.setdefault(key, {})
     section[keys[-1]] = value
     return raw
 
@@ -203,6 +213,33 @@ def test_a_setting_that_is_off_or_works_is_no_fault(tmp_path: Path, keys: tuple[
 def test_a_kind_of_offload_that_cannot_work(tmp_path: Path, section: str, key: str, value: Any, why: str) -> None:
     raw = zero3(**{section: {"device": "cpu", key: value}})
     assert refused(tmp_path, raw).startswith(f"zero_optimization.{section}.{key} {value}: {why}")
+
+
+@pytest.mark.parametrize("key", [".".join(keys) for keys in ONE_DTYPE])
+@pytest.mark.parametrize(("dtype", "sizes"), [("bfloat16", "1 and 2"), ("float32", "1 and 4")])
+def test_int8_is_not_fetched_by_all_reduce(tmp_path: Path, key: str, dtype: Dtype, sizes: str) -> None:
+    raw = place(tuple(key.split(".")), True)
+    resolve(tmp_path, raw, with_dtype(dtype))
+    with pytest.raises(UserError) as caught:
+        resolve(tmp_path, raw, with_dtype(dtype), shape=replace(SHAPE, int8=True))
+    reason = f"an all-reduce fetches weights in one buffer, but these have elements of {sizes} bytes"
+    assert str(caught.value) == f"{tmp_path / 'ds.json'}: {key}: {reason}"
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_nor_is_a_router_with_an_fp32_correction(tmp_path: Path, family: str) -> None:
+    config = tiny_config(family)
+    shape, raw = shape_from_config(config.to_dict(), family), place(ONE_DTYPE[0], True)
+    with torch.device("meta"):
+        corrected = any(CORRECTION in name for name, _ in AutoModelForCausalLM.from_config(config).named_buffers())
+    resolve(tmp_path, raw, with_dtype("float32"), shape=shape)
+    refuses = pytest.raises(UserError, match=r"elements of 2 and 4 bytes$") if corrected else nullcontext()
+    with refuses:
+        resolve(tmp_path, raw, with_dtype("bfloat16"), shape=shape)
+
+
+def test_all_reduce_is_no_fault_where_it_is_off(tmp_path: Path) -> None:
+    resolve(tmp_path, place(ONE_DTYPE[0], False), shape=replace(SHAPE, int8=True))
 
 
 @pytest.mark.parametrize("size", [1, 3, "3"])

@@ -1,5 +1,6 @@
 """A Trainer's reporters get sparsity, cuts and bytes in the step they happen."""
 
+import sqlite3
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,24 @@ def test_without_an_open_run_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tm
     for sink in sinks:
         sink.write(CUT)
     show_pictures(sinks, [tmp_path / "training.png"])
+
+
+def test_a_reporter_that_fails_does_not_end_the_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def log(_: Any) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    logged: list[Any] = []
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(log=log))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(log=logged.append))
+    sinks = find_reporters(["trackio", "wandb"], str(tmp_path), None)
+    for sink in sinks:
+        sink.write(STEP)
+        sink.write(STEP)
+    assert len(logged) == 2
+    line = "report_to trackio gets no more: OperationalError: database is locked\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_cut_prints_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

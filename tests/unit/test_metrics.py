@@ -97,6 +97,23 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("there", "last_step", "missing"),
+    [([1, 2, 4, 5], None, 3), ([2, 3], None, 1), ([1, 2, 5], 5, 3), ([1, 2], 4, 3), ([], 1, 1)],
+)
+def test_a_missing_step_is_named(tmp_path: Path, there: list[int], last_step: int | None, missing: int) -> None:
+    path = written(tmp_path / "metrics.jsonl", [EvaluationRecord(0, "dense", 9.0, 1, 1), *map(step_record, there)])
+    with pytest.raises(UserError, match=rf"metrics\.jsonl is damaged: the line of step {missing} is missing$"):
+        read_metrics(path, last_step)
+
+
+def test_what_is_missing_behind_the_checkpoint_is_no_fault(tmp_path: Path) -> None:
+    """A crash of the machine may have lost it."""
+    path = written(tmp_path / "metrics.jsonl", [step_record(1), step_record(2), step_record(4)])
+    assert [line["step"] for line in read_metrics(path, 2)] == [1, 2]
+    assert read_metrics(path, 0) == []
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
         read_metrics(tmp_path / "none.jsonl")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -101,7 +102,54 @@ def test_an_error_ends_the_reports_with_one_warning(wandb: FakeWandb, tmp_path: 
     run.write(step_record(1))
     run.write(step_record(2))
     run.close()
-    assert warnings == ["logging.report_to wandb gets no more: no space left"]
+    assert warnings == ["report_to wandb gets no more: Error: no space left"]
+
+
+class FakeTrackio(SimpleNamespace):
+    """Has a database that fails in the calls that are named."""
+
+    def __init__(self, *failing: str) -> None:
+        super().__init__(failing=failing, Image=lambda path: path)
+
+    def init(self, **_: Any) -> None:
+        self.fail("init")
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.fail("picture" if "training" in values else "log")
+
+    def finish(self) -> None:
+        self.fail("finish")
+
+    def fail(self, call: str) -> None:
+        if call in self.failing:
+            raise sqlite3.OperationalError("database is locked\nfor good")
+
+
+@pytest.mark.parametrize("failing", ["log", "picture", "finish"])
+def test_an_error_of_a_library_below_ends_the_reports_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+) -> None:
+    """trackio passes on those of sqlite3."""
+    monkeypatch.setitem(sys.modules, "trackio", FakeTrackio(failing))  # type: ignore[arg-type]
+    warnings: list[str] = []
+    run = ReportedRun("trackio", tmp_path, SETTINGS, warnings.append)
+    run.write(step_record(1))
+    run.picture(tmp_path / "training.png")
+    run.close()
+    assert warnings == ["report_to trackio gets no more: OperationalError: database is locked"]
+
+
+def test_a_service_that_cannot_be_opened_is_one_line_whatever_the_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", FakeTrackio("init"))  # type: ignore[arg-type]
+    with pytest.raises(RankError, match=r"^logging\.report_to trackio: OperationalError: database is locked$"):
+        ReportedRun("trackio", tmp_path, SETTINGS, pytest.fail)
+    (tmp_path / "mlflow.py").write_text("raise AttributeError('numpy has no bool8')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    with pytest.raises(RankError, match=r"^logging\.report_to mlflow: AttributeError: numpy has no bool8$"):
+        ReportedRun("mlflow", tmp_path, SETTINGS, pytest.fail)
 
 
 def test_a_run_that_cannot_be_opened_is_one_line(
@@ -111,7 +159,7 @@ def test_a_run_that_cannot_be_opened_is_one_line(
         raise wandb.Error("api_key not configured (no-tty)\ncall wandb.login")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(RankError, match=r"^logging\.report_to wandb: api_key not configured \(no-tty\)$"):
+    with pytest.raises(RankError, match=r"^logging\.report_to wandb: Error: api_key not configured \(no-tty\)$"):
         ReportedRun("wandb", tmp_path, SETTINGS, pytest.fail)
 
 
@@ -188,7 +236,8 @@ def test_mlflow_writes_a_local_store(tmp_path: Path) -> None:
 def test_an_mlflow_server_that_is_not_there_is_told_within_a_minute(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(
-        AssertionError, match=r"RankError: logging\.report_to mlflow: API request to http://127\.0\.0\.1"
+        AssertionError,
+        match=r"RankError: logging\.report_to mlflow: MlflowException: API request to http://127\.0\.0\.1",
     ):
         report("mlflow", tmp_path / "run", MLFLOW_TRACKING_URI="http://127.0.0.1:1")
     assert time.monotonic() - began < 100  # about 15 s and the import. With MLflow's own retries it is 250
@@ -196,8 +245,6 @@ def test_an_mlflow_server_that_is_not_there_is_told_within_a_minute(tmp_path: Pa
 
 def test_trackio_writes_a_local_database(tmp_path: Path) -> None:
     report("trackio", tmp_path / "run", TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")
-    import sqlite3
-
     (database,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(database) as connection:
         rows = [json.loads(row[0]) for row in connection.execute("select metrics from metrics order by id")]

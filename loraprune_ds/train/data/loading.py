@@ -129,9 +129,9 @@ def _hold_out(rows: TextRows, source: DataSource, config: DataConfig) -> tuple[I
     Documents differ a lot in length. So the fraction is one of their characters, not of their number. If there are too
     few documents for that, the end of each document is held out.
     """
-    if config.held_out is not None:
-        return rows, ()
     fraction, is_text = config.held_out_fraction, source.format == "text"
+    if fraction is None:
+        return rows, ()
     sizes = (len(_text_of(row, source.text_field)) for row in rows) if is_text else repeat(1, len(rows))
     if chosen := _spread(sizes, fraction):
         left_out = set(chosen)

@@ -1,7 +1,7 @@
 """Decides which samples a step sees, which rank takes which of them, and which random numbers it draws.
 
-Everything here depends only on the seed, the step and the rank. So ranks agree without talking, and a resumed run goes
-on where it stopped.
+Everything here depends only on the seed, the step and the micro-batch. So ranks agree without talking, and a resumed
+run goes on where it stopped, on any number of ranks.
 """
 
 import hashlib
@@ -88,19 +88,22 @@ def mix(counts: Sequence[int], weights: Sequence[float]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def rank_micro_batches(indices: Tensor, micro_batch_size: int, rank: int, world_size: int) -> list[Tensor]:
-    """Returns this rank's part of a global batch, as micro-batches of (micro_batch_size,) sample numbers.
+def rank_micro_batches(indices: Tensor, micro_batch_size: int, rank: int, world_size: int) -> list[tuple[int, Tensor]]:
+    """Returns this rank's part of a global batch: micro-batches of (micro_batch_size,) sample numbers, numbered.
 
-    Micro-batch m of the global batch goes to rank m mod world_size. So the micro-batches, and with them the padding,
-    are the same for every number of ranks.
+    Micro-batch m of the global batch goes to rank m mod world_size. So the micro-batches, and with them padding and
+    dropout, are the same for every number of ranks.
     """
-    return list(indices.view(-1, micro_batch_size)[rank::world_size])
+    return list(enumerate(indices.view(-1, micro_batch_size)))[rank::world_size]
 
 
-def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Seeds torch for the dropout of one micro-batch, so that all ranks, steps and micro-batches draw other masks.
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Seeds torch for the dropout of one micro-batch, so that all steps and micro-batches draw other masks.
 
     The seed is set where it is used. A run that goes on later has no state of random numbers to restore.
+
+    Args:
+        micro_batch: its number in the global batch, so that its rank does not matter.
     """
-    digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}/{rank}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
