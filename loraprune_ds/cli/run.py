@@ -16,7 +16,7 @@ from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error
 from loraprune_ds.config import LoggingConfig, RunConfig
 from loraprune_ds.config_file import config_from_dict, config_value, read_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.zero.environment import collective_timeout, deterministic_kernels, longest_silence
+from loraprune_ds.zero.environment import check_ranks, collective_timeout, deterministic_kernels, longest_silence
 
 STOPPED_EXIT_CODE = 85  # asked to stop, and saved
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped at once
@@ -52,7 +52,6 @@ def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
 def main() -> int:
     """Returns the exit code: 0 finished, 1 failed, 2 unusable input, 85 stopped on request, 130 interrupted twice."""
     adopt_srun_ranks()
-    rank = int(os.environ.get("RANK", "0"))
     joined = False
     try:
         arguments = parse_arguments()
@@ -74,7 +73,7 @@ def main() -> int:
             joined = True
             if not prune(config, comm, start):
                 return STOPPED_EXIT_CODE
-        if rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             if start.kind == "finished":
                 print(f"{config.output_dir} holds this run, finished:")
             print_summary(Path(config.output_dir))
@@ -88,7 +87,8 @@ def main() -> int:
 
 def join_ranks(logging: LoggingConfig) -> "Communicator":
     """Returns the ranks of this run, after all have imported what they need. Collective."""
-    collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
+    check_ranks(os.environ)  # what is wrong is an error before DeepSpeed is imported
+    collective_timeout(os.environ)
     longest_silence(os.environ)
     if not logging.verbose:
         silence_run()
