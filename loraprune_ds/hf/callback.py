@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
@@ -44,6 +45,7 @@ class LoraPruneCallback(TrainerCallback):
         self._checkpoint: PruningCheckpoint | None = None
         self._tokenizer: Any = None
         self._output_dir = "."
+        self._save_total_limit: int | None = None
         self._guard: RemovableHandle | None = None
 
     @property
@@ -134,6 +136,8 @@ class LoraPruneCallback(TrainerCallback):
             ds_config=None if plugin is None else plugin.hf_ds_config.config,
             sinks=_sinks(args, state, checkpoint),
         )
+        # The Trainer would remove old checkpoints before `on_save`, while the new one is not whole yet.
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,13 +164,18 @@ class LoraPruneCallback(TrainerCallback):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Completes the Trainer's checkpoint."""
-        self.pruning.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        """Completes the Trainer's checkpoint. Then removes the oldest ones beyond `save_total_limit`."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self.pruning.save(folder)
+        if args.should_save:
+            spared = state.best_model_checkpoint or str(folder)  # by itself the newest one, where files have no times
+            rotate_checkpoints(str(args.output_dir), self._save_total_limit, spared, use_mtime=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Writes the results, and lets go of the engine. The model can still be saved."""
+        args.save_total_limit = self._save_total_limit
         train = {name: getattr(args, name) for name in REPORTED}
         self.pruning.write_results(str(args.output_dir), {"trainer": type(args).__name__, "train": train})
         self.pruning.close()
