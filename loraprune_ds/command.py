@@ -71,8 +71,8 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
     The first rank that leaves makes the launcher end the others. So those wait until rank 0 has spoken. A rank that is
     alive after that tells its error, unless the ranks `agreed` on it.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         _say(f"error: {error}")
         return
     time.sleep(GRACE)

@@ -34,7 +34,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
 from loraprune_ds.evaluate.serving import SERVERS, ServeSettings, find_server
 from loraprune_ds.evaluate.speed_settings import SpeedSettings
-from loraprune_ds.zero.environment import collective_timeout
+from loraprune_ds.zero.environment import check_ranks, collective_timeout
 
 if TYPE_CHECKING:
     from loraprune_ds.evaluate.settings import EvaluationSettings
@@ -105,7 +105,8 @@ def keep_stdout() -> TextIO:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
-    collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
+    check_ranks(os.environ)  # what is wrong is an error before DeepSpeed is imported
+    collective_timeout(os.environ)
     speeds = speed_settings(arguments)
     if not arguments.verbose:
         silence_evaluation()

@@ -16,7 +16,8 @@ from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error
 from loraprune_ds.config import LoggingConfig, RunConfig
 from loraprune_ds.config_file import config_from_dict, config_value, read_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.zero.environment import collective_timeout, deterministic_kernels, longest_silence
+from loraprune_ds.train.launchers import find_launchers
+from loraprune_ds.zero.environment import check_ranks, collective_timeout, deterministic_kernels, longest_silence
 
 STOPPED_EXIT_CODE = 85  # asked to stop, and saved
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped at once
@@ -52,7 +53,7 @@ def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
 def main() -> int:
     """Returns the exit code: 0 finished, 1 failed, 2 unusable input, 85 stopped on request, 130 interrupted twice."""
     adopt_srun_ranks()
-    rank = int(os.environ.get("RANK", "0"))
+    launchers = find_launchers()
     joined = False
     try:
         arguments = parse_arguments()
@@ -72,9 +73,9 @@ def main() -> int:
                 os.environ |= deterministic_kernels()
             comm = join_ranks(config.logging)
             joined = True
-            if not prune(config, comm, start):
+            if not prune(config, comm, start, launchers):
                 return STOPPED_EXIT_CODE
-        if rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             if start.kind == "finished":
                 print(f"{config.output_dir} holds this run, finished:")
             print_summary(Path(config.output_dir))
@@ -88,7 +89,8 @@ def main() -> int:
 
 def join_ranks(logging: LoggingConfig) -> "Communicator":
     """Returns the ranks of this run, after all have imported what they need. Collective."""
-    collective_timeout(os.environ)  # a wrong one is an error before DeepSpeed is imported
+    check_ranks(os.environ)  # what is wrong is an error before DeepSpeed is imported
+    collective_timeout(os.environ)
     longest_silence(os.environ)
     if not logging.verbose:
         silence_run()
@@ -102,14 +104,14 @@ def join_ranks(logging: LoggingConfig) -> "Communicator":
     return start_ranks()
 
 
-def prune(config: RunConfig, comm: "Communicator", start: "Start") -> bool:
+def prune(config: RunConfig, comm: "Communicator", start: "Start", launchers: list[int]) -> bool:
     """Carries out the run on all ranks. Returns False if it was asked to stop. Collective."""
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
     from loraprune_ds.zero.engine import stop_ranks
 
     gc.freeze()  # the imports left no garbage, and DeepSpeed collects twice per cut over all objects
-    watch = Watch(comm, longest_silence(os.environ))
+    watch = Watch(comm, longest_silence(os.environ), launchers)
     try:
         finished = run(config, comm, start)
     finally:

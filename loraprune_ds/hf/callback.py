@@ -11,15 +11,18 @@ from typing import Any, cast
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.hf.checkpoint import PruningCheckpoint, cut_to_checkpoint
+from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.hf.checks import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.hf.reporters import find_reporters
 from loraprune_ds.report.records import CutRecord
+from loraprune_ds.whole import remove
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.foreign import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
@@ -44,6 +47,7 @@ class LoraPruneCallback(TrainerCallback):
         self._checkpoint: PruningCheckpoint | None = None
         self._tokenizer: Any = None
         self._output_dir = "."
+        self._save_total_limit: int | None = None
         self._guard: RemovableHandle | None = None
 
     @property
@@ -106,6 +110,8 @@ class LoraPruneCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Checks and watches for what DeepSpeed would fail at, not saying why: a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
+        if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
+            check_reshardable("the DeepSpeed config", plugin.hf_ds_config.config)  # some fail in DeepSpeed's own start
         if isinstance(model := kwargs.get("model"), nn.Module):
             check_one_dtype(model)
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
@@ -134,6 +140,8 @@ class LoraPruneCallback(TrainerCallback):
             ds_config=None if plugin is None else plugin.hf_ds_config.config,
             sinks=_sinks(args, state, checkpoint),
         )
+        # The Trainer would remove old checkpoints before `on_save`, while the new one is not whole yet.
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,6 +152,9 @@ class LoraPruneCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Cuts, if it is due. The Trainer logs, evaluates and saves after this."""
         self.pruning.end_step()
+        stale = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
+        if args.should_save and stale.exists():
+            remove(stale)  # a training that began again before this step may write over the checkpoint now
 
     def on_log(
         self,
@@ -160,13 +171,18 @@ class LoraPruneCallback(TrainerCallback):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Completes the Trainer's checkpoint."""
-        self.pruning.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        """Completes the Trainer's checkpoint. Then removes the oldest ones beyond `save_total_limit`."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self.pruning.save(folder)
+        if args.should_save:
+            spared = state.best_model_checkpoint or str(folder)  # by itself the newest one, where files have no times
+            rotate_checkpoints(str(args.output_dir), self._save_total_limit, spared, use_mtime=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Writes the results, and lets go of the engine. The model can still be saved."""
+        args.save_total_limit = self._save_total_limit
         train = {name: getattr(args, name) for name in REPORTED}
         self.pruning.write_results(str(args.output_dir), {"trainer": type(args).__name__, "train": train})
         self.pruning.close()

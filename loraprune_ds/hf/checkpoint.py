@@ -8,6 +8,7 @@ is whole.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import saved_config
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.faults import fail_point
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import base_config, find_peft_model, live_shape
 from loraprune_ds.hf.training import PrunedTraining
@@ -39,10 +41,12 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import PrunerState
 from loraprune_ds.report.metrics import read_metrics, write_history
 from loraprune_ds.report.records import history_from
+from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_without_engine, overwrite_linears
 
 FOLDER = "pruning"
+TRAINER_STATE = "trainer_state.json"  # what a Trainer writes last of its own
 FORMAT = 1
 
 
@@ -128,6 +132,7 @@ def save_pruning(training: PrunedTraining, folder: Path) -> None:
         for layer in range(len(model.layers)):
             if moments is not None and model.owner(layer) == model.rank:
                 write_moments(staging, layer, moments.of_layer(layer))
+        fail_point("save.pruning_written")
         staging.publish()
 
 
@@ -182,13 +187,23 @@ def cut_to_checkpoint(
 def _find(folder: Path) -> Path | None:
     if (folder / FOLDER).is_dir():
         return folder
-    if (folder / "trainer_state.json").is_file():
-        raise UserError(f"{folder} has no {FOLDER}/: it was saved without pruning, or the save was cut short")
     steps = layout.numbered(folder, "checkpoint")
     whole = [step for step in steps if (folder / f"checkpoint-{step}" / FOLDER).is_dir()]
-    if steps and not whole:
-        raise UserError(f"no checkpoint in {folder} has {FOLDER}/: they were saved without pruning")
-    return folder / f"checkpoint-{whole[-1]}" if whole else None
+    if whole:
+        return folder / f"checkpoint-{whole[-1]}"
+    if steps:
+        raise UserError(f"no checkpoint in {folder} can be resumed: {_lack(folder / f'checkpoint-{steps[-1]}')}")
+    is_checkpoint = folder.is_dir() and re.fullmatch(r"checkpoint-\d+", folder.name)
+    if is_checkpoint or (folder / TRAINER_STATE).is_file():
+        raise UserError(_lack(folder))
+    return None
+
+
+def _lack(folder: Path) -> str:
+    """Says why a checkpoint has no `pruning/`."""
+    cut_short = staging_of(folder / FOLDER).exists() or not (folder / TRAINER_STATE).is_file()
+    or_without = "" if cut_short else ", or it was saved without LoraPruneCallback"
+    return f"{folder} has no {FOLDER}/: its save was cut short{or_without}"
 
 
 def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:

@@ -9,17 +9,18 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraprune_ds.train.heartbeat import Heartbeat
+from loraprune_ds.train.launchers import is_alive
 
 if TYPE_CHECKING:
     from loraprune_ds.zero.comm import Communicator
 
 INTERVAL = 1.0  # seconds
 GRACE = 15.0  # seconds in which a rank that lost another may end with a traceback of its own
-PARENT = os.getppid()  # read at import, so that a launcher killed while the model loads is noticed too
 
 
 class Watch(threading.Thread):
@@ -27,9 +28,10 @@ class Watch(threading.Thread):
 
     Args:
         silence: seconds after which a rank that gives no sign counts as lost.
+        launchers: process ids, found before the imports. So a launcher that is killed meanwhile is noticed, too.
     """
 
-    def __init__(self, comm: "Communicator", silence: float) -> None:
+    def __init__(self, comm: "Communicator", silence: float, launchers: Sequence[int]) -> None:
         super().__init__(name="watch", daemon=True)
         self._rank = comm.rank
         self._silence = silence
@@ -37,7 +39,7 @@ class Watch(threading.Thread):
         here = _pid_namespace()
         everyone = comm.gather_objects((here, os.getpid()))
         self._others = {r: pid for r, (where, pid) in enumerate(everyone) if where == here and r != comm.rank}
-        self._launchers = [PARENT, *_deepspeed_runner(PARENT)]
+        self._launchers = launchers
         self._closed = threading.Event()
         self._heartbeat = Heartbeat(comm, silence) if comm.world_size > 1 else None
         if self._heartbeat is not None and self._heartbeat.problem and comm.rank == 0:
@@ -54,11 +56,11 @@ class Watch(threading.Thread):
         while not self._closed.wait(INTERVAL):
             if lost := self._lost_elsewhere():
                 self._leave(lost)
-            if not asked and (os.getppid() != PARENT or not all(map(_alive, self._launchers))):
+            if not asked and not all(map(is_alive, self._launchers)):
                 asked = True
                 self._say("the launcher is gone, which is a request to stop")
                 os.kill(os.getpid(), signal.SIGTERM)
-            if gone := [rank for rank, pid in self._others.items() if not _alive(pid)]:
+            if gone := [rank for rank, pid in self._others.items() if not is_alive(pid)]:
                 self._leave(f"rank {gone[0]} is gone")
 
     def _lost_elsewhere(self) -> str | None:
@@ -92,27 +94,3 @@ def _pid_namespace() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return f"unknown {os.getpid()}"
-
-
-def _deepspeed_runner(launcher: int) -> list[int]:
-    """Finds the `deepspeed` command above launch.py, which does not watch it. Empty if something else is there."""
-    try:
-        if b"deepspeed" not in Path(f"/proc/{launcher}/cmdline").read_bytes():
-            return []
-        above = int(_stat(launcher)[1])
-        words = Path(f"/proc/{above}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return []
-    return [above] if any(word.endswith(b"/deepspeed") for word in words[:3]) else []
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return _stat(pid)[0] != "Z"
-    except OSError:
-        return not Path("/proc").is_dir()  # without /proc nobody knows
-
-
-def _stat(pid: int) -> list[str]:
-    """Reads /proc/PID/stat behind the program's name, which may hold anything: state, parent and more."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -31,10 +31,12 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, is_cpu
-from loraprune_ds.zero.environment import check_local_rank, collective_timeout, gloo_interface
+from loraprune_ds.zero.environment import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from loraprune_ds.zero.params import shard_at_birth
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.training_engine import TrainingEngine
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def quiet_deepspeed() -> None:
@@ -47,13 +49,13 @@ def start_ranks() -> Communicator:
     """Joins the process group that the launcher described in the environment. Without a launcher it has one rank.
 
     Raises:
-        UserError: the ranks cannot meet, for example because the port is taken. Or this one does not see its device.
+        UserError: the ranks cannot meet, for example because the port is taken. Or the environment describes no rank,
+            or this one does not see its device.
     """
-    alone = "RANK" not in os.environ
-    for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(key, value)
-    if alone:
-        os.environ.setdefault("MASTER_PORT", "0")
+    check_ranks(os.environ)
+    if "RANK" not in os.environ:
+        os.environ |= ALONE
+    os.environ.setdefault("LOCAL_RANK", "0")
     timeout = collective_timeout(os.environ)
     os.environ |= gloo_interface(os.environ)
     if not is_cpu():

@@ -4,13 +4,37 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 
 # A long write to a slow disk is no reason to end a run. If a rank dies, the launcher ends it.
 MINUTES = 60
 MOST_MINUTES = 525_600
 SILENCE = 80.0  # seconds. With the grace that ranks have to end by themselves, a job ends within two minutes
 INTERFACES = Path("/sys/class/net")
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+HINT = "start deepspeed, torchrun or srun, or unset it"
+
+
+def check_ranks(environment: Mapping[str, str]) -> None:
+    """Checks what the launcher says about this rank. torch would wait for ranks that never come, or end in a traceback.
+
+    Without RANK this is the only rank.
+
+    Raises:
+        UserError: a variable is missing, is no number, or names no rank.
+    """
+    if "RANK" not in environment:
+        size = environment.get("WORLD_SIZE", "1")
+        require(size == "1", f"WORLD_SIZE is {size!r}, but RANK is not set; {HINT}")
+        return
+    for name in LAUNCHED:
+        require(name in environment, f"RANK is {environment['RANK']!r}, but {name} is not set; {HINT}")
+    for name in NUMBERS:
+        value = environment.get(name, "0")
+        require(value.isdecimal(), f"{name} must be a whole number; got {value!r}")
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks are counted from 0")
 
 
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:

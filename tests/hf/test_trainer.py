@@ -16,6 +16,7 @@ from tests.hf.results import LINEARS, kept_indices, load, weight
 from tests.hf.trainers import (
     PLAIN,
     Setup,
+    cut_a_save_short,
     refusal,
     resume_without_the_callback,
     stop_early,
@@ -112,6 +113,18 @@ def test_a_resume_goes_on_from_refitted_weights_and_moments(ranks: RankPool, job
     saves = {"save_strategy": "steps", "save_steps": 3}
     run = Run(*ranks.run(2, train_with_callback, job, tmp_path / "a", saves)[0], tmp_path / "a")
     resume_and_compare(ranks, job, run, tmp_path / "b", 3)
+
+
+def test_a_save_that_is_cut_short_costs_no_older_checkpoint(
+    ranks: RankPool, job: Job, plain: Run, tmp_path: Path
+) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
+    ranks.run(2, cut_a_save_short, job, tmp_path, saves, 8)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    again, resumed = ranks.run(2, train_with_callback, job, tmp_path, saves, str(tmp_path))[0]
+    assert course(again) == course(plain.rows[4:])
+    assert_equal_bits(resumed, plain.weights)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
 def resume_and_compare(ranks: RankPool, job: Job, run: Run, out: Path, step: int = 4, setup: Setup = PLAIN) -> None:

@@ -5,7 +5,7 @@ import os
 import runpy
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.live import linear_names
+from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 from tests.numerics.cutting import recorded_collectives
@@ -275,6 +276,19 @@ def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str,
         except UserError as error:
             return str(error)
         return "no error"
+
+
+def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> None:
+    """Trains until the Trainer has written `checkpoint-{step}` and the callback writes its part."""
+    save = Pruning.save
+
+    def save_or_end(pruning: Pruning, folder: str | Path) -> None:
+        if Path(folder).name == f"checkpoint-{step}":
+            raise KeyboardInterrupt
+        save(pruning, folder)
+
+    with patch.object(Pruning, "save", save_or_end), suppress(KeyboardInterrupt):
+        train_with_callback(job, out, more)
 
 
 def resume_without_the_callback(job: Job, out: Path, checkpoint: str) -> str:

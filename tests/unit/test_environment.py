@@ -1,6 +1,7 @@
 """Ranks take settings from the environment, and these reach the process groups."""
 
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from loraprune_ds import command
 from loraprune_ds.errors import UserError
-from loraprune_ds.zero.environment import check_local_rank, collective_timeout, gloo_interface
+from loraprune_ds.zero.environment import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from tests.integration.launching import ROOT, clean_environment
 from tests.ranks import RankPool
 
@@ -28,18 +30,79 @@ def test_a_wrong_timeout_is_one_line(given: str) -> None:
         collective_timeout({"DEEPSPEED_TIMEOUT": given})
 
 
+ALONE_OF_TWO = "WORLD_SIZE is '2', but RANK is not set; start deepspeed, torchrun or srun, or unset it"
+
+
 @pytest.mark.parametrize(
-    "command", [["launch/run.py", "--config", "launch/configs/quickstart.yaml"], ["launch/evaluate.py", "embedded"]]
+    ("variable", "line"),
+    [
+        ({"DEEPSPEED_TIMEOUT": "soon"}, "DEEPSPEED_TIMEOUT must be whole minutes from 1 to 525600; got 'soon'"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}, ALONE_OF_TWO),
+    ],
 )
-def test_a_wrong_timeout_is_told_before_deepspeed_trips_over_it(command: list[str], tmp_path: Path) -> None:
-    if "--config" in command:
-        command = [*command, "--set", f"output_dir={tmp_path / 'out'}"]
-    environment = clean_environment() | {"DEEPSPEED_TIMEOUT": "soon"}
+@pytest.mark.parametrize(
+    "given", [["launch/run.py", "--config", "launch/configs/quickstart.yaml"], ["launch/evaluate.py", "embedded"]]
+)
+def test_a_wrong_variable_is_told_before_deepspeed_trips_over_it(
+    given: list[str], variable: dict[str, str], line: str, tmp_path: Path
+) -> None:
+    if "--config" in given:
+        given = [*given, "--set", f"output_dir={tmp_path / 'out'}"]
+    environment = clean_environment() | variable
     ended = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *given], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
-    assert ended.returncode == 2
-    assert ended.stderr == "error: DEEPSPEED_TIMEOUT must be whole minutes from 1 to 525600; got 'soon'\n"
+    assert (ended.returncode, ended.stderr) == (2, f"error: {line}\n")
+
+
+RANK_1_OF_2 = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+def test_a_rank_of_a_launcher_and_one_without_pass() -> None:
+    kubeflow = {key: value for key, value in RANK_1_OF_2.items() if key != "LOCAL_RANK"}
+    service = {"MASTER_PORT": "tcp://10.0.0.1:80"}  # what Kubernetes adds for a service called master
+    for environment in (RANK_1_OF_2, kubeflow, {}, {"WORLD_SIZE": "1"}, service):
+        check_ranks(environment)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"RANK": None}, ALONE_OF_TWO),
+        ({"RANK": None, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', but RANK is not set; start deepspeed,"),
+        (
+            {"WORLD_SIZE": None},
+            "RANK is '1', but WORLD_SIZE is not set; start deepspeed, torchrun or srun, or unset it",
+        ),
+        ({"MASTER_ADDR": None}, "RANK is '1', but MASTER_ADDR is not set;"),
+        ({"MASTER_PORT": None}, "RANK is '1', but MASTER_PORT is not set;"),
+        ({"RANK": "one"}, "RANK must be a whole number; got 'one'"),
+        ({"RANK": "-1"}, "RANK must be a whole number; got '-1'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK must be a whole number; got ''"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE must be a whole number; got '2.0'"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:80"}, "MASTER_PORT must be a whole number; got 'tcp://10.0.0.1:80'"),
+        ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2; ranks are counted from 0"),
+    ],
+)
+def test_what_describes_no_rank_is_one_line(
+    change: dict[str, str | None], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraprune_ds.zero.engine import start_ranks
+
+    described = {key: value for key, value in (RANK_1_OF_2 | change).items() if value is not None}
+    for name in RANK_1_OF_2:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in described.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+        start_ranks()
+
+
+def test_a_rank_without_a_number_tells_its_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(command, "GRACE", 0.0)
+    monkeypatch.setenv("RANK", "one")
+    command.tell(UserError("RANK must be a whole number"), agreed=False)
+    assert capsys.readouterr().err == "error on rank one: RANK must be a whole number\n"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +142,7 @@ def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: py
     one_gpu = SimpleNamespace(device_count=lambda: 1, set_device=lambda number: pytest.fail("there is no such device"))
     monkeypatch.setattr(engine, "is_cpu", lambda: False)
     monkeypatch.setattr(engine, "accelerator", lambda: one_gpu)
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in RANK_1_OF_2.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="rank 1 has LOCAL_RANK 1 and sees 1 accelerator;"):
         engine.start_ranks()

@@ -73,12 +73,30 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     assert checkpoint._find(tmp_path / "checkpoint-3") == tmp_path / "checkpoint-3"
 
 
-def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3/trainer_state.json").write_text("{}")
-    for folder in (tmp_path, tmp_path / "checkpoint-3"):
-        with pytest.raises(UserError, match="saved without pruning"):
+@pytest.mark.parametrize(
+    ("left", "reason"),
+    [
+        ([], "its save was cut short"),
+        (["trainer_state.json", ".pruning.partial"], "its save was cut short"),
+        (["trainer_state.json"], "its save was cut short, or it was saved without LoraPruneCallback"),
+    ],
+)
+def test_checkpoints_without_pruning_are_refused(tmp_path: Path, left: list[str], reason: str) -> None:
+    for name in ("checkpoint-3", "checkpoint-12"):
+        (tmp_path / name).mkdir()
+    newest = tmp_path / "checkpoint-12"
+    for name in left:
+        (newest / name).touch()
+    for folder, before in ((newest, ""), (tmp_path, f"no checkpoint in {tmp_path} can be resumed: ")):
+        with pytest.raises(UserError) as caught:
             checkpoint._find(folder)
+        assert str(caught.value) == f"{before}{newest} has no pruning/: {reason}"
+
+
+def test_the_state_of_a_finished_trainer_is_no_checkpoint(tmp_path: Path) -> None:
+    """`trainer.save_state()` writes it beside the checkpoints."""
+    (tmp_path / "trainer_state.json").touch()
+    assert checkpoint._find(saved(tmp_path / "checkpoint-3").parent) == tmp_path / "checkpoint-3"
 
 
 def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,57 +101,3 @@ def test_requests_to_an_earlier_process_are_removed_and_told(tmp_path: Path) -> 
     (tmp_path / STOP_FILE).touch()
     assert drop_stale_requests(tmp_path) == [f"{tmp_path / STOP_FILE} was there before this start: removed"]
     assert list(tmp_path.iterdir()) == []
-
-
-WATCHED = """
-import signal, sys, time
-from loraprune_ds.train import watch
-
-watch.INTERVAL, watch.GRACE = 0.05, float(sys.argv[2])
-
-class Comm:
-    rank, world_size = 1, 1
-    def gather_objects(self, mine):
-        return [(mine[0], int(sys.argv[1]) or mine[1]), mine]
-
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
-watcher = watch.Watch(Comm(), 80)
-print("watching", flush=True)
-time.sleep(20)
-"""
-
-
-def watched(other: int, *, grace: float = 0.2, above: str = "exec", after: str = "") -> subprocess.Popen[str]:
-    """A process with a Watch whose peer is process `other`, below a shell that stands for the launcher."""
-    command = f'{above} "$@"{after}'
-    process = subprocess.Popen(
-        ["sh", "-c", command, "sh", sys.executable, "-c", WATCHED, str(other), str(grace)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "watching\n"
-    return process
-
-
-def test_a_rank_leaves_when_another_of_its_node_is_gone() -> None:
-    peer = subprocess.Popen(["sleep", "60"])
-    process = watched(peer.pid)
-    time.sleep(0.3)
-    assert process.poll() is None
-    peer.kill()  # and not reaped: a zombie is gone too
-    _, err = process.communicate(timeout=10)
-    assert (process.returncode, err) == (1, "rank 1: rank 0 is gone: leaving\n")
-    peer.wait()
-
-
-def test_a_rank_whose_launcher_is_gone_takes_it_as_a_request_to_stop() -> None:
-    launcher = watched(0, above="", after="; exit")  # the shell stays as its parent
-    assert launcher.stdout is not None
-    assert launcher.stderr is not None
-    launcher.kill()
-    launcher.wait()
-    assert launcher.stderr.read() == "rank 1: the launcher is gone, which is a request to stop\n"
-    assert launcher.stdout.read() == ""  # at its end: the rank has left
