@@ -212,15 +212,6 @@ def test_a_copy_with_changes_is_checked() -> None:
         dataclasses.replace(TrainConfig(steps=1), epochs=1.0)
 
 
-def test_an_earlier_name_of_a_key_is_still_read(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("output_dir: out\nprune: {gradient_every: 4}\ntrain: {steps: 1}\n")
-    assert load_config(path).prune.score_every == 4
-    assert load_config(path, ["prune.criterion=gradient"]).prune.score_every == 4
-    message = "prune.gradient_every is an earlier name of prune.score_every; give one of them"
-    assert refused(tmp_path, "output_dir: out\nprune: {gradient_every: 4, score_every: 4}\n") == message
-
-
 @pytest.mark.parametrize(
     ("yaml_text", "key", "needed"),
     [
