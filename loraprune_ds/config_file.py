@@ -12,9 +12,6 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line, require
 
 SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_configs/, in a checkout and in a wheel
-# Defaults that have moved since. A run that was saved by an earlier version and says nothing has these.
-EARLIER_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"channel_multiple": 1}}
-RENAMED = {"prune.": {"gradient_every": "score_every"}}  # by section, keys of earlier versions and their names of now
 TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}  # by pydantic's names
 
 
@@ -92,19 +89,17 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     return _build(RunConfig, raw)
 
 
-def saved_config(raw: dict[str, Any]) -> RunConfig:
-    """Checks the nested dictionary that a run has saved. Keys that its version lacked have the defaults of then.
+def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Returns `saved` with the values of `given` in place of its own, key by key in all sections."""
+    merged = dict(saved)
+    for key, value in given.items():
+        section = saved.get(key)
+        merged[key] = merge(section, value or {}) if isinstance(section, dict) and _is_section(value) else value
+    return merged
 
-    Earlier versions saved a `data.held_out_fraction` that had no effect beside `data.held_out`.
 
-    Raises:
-        UserError: as `load_config`.
-    """
-    moved = {section: defaults | (raw.get(section) or {}) for section, defaults in EARLIER_DEFAULTS.items()}
-    data = raw.get("data")
-    if isinstance(data, dict) and data.get("held_out") is not None:
-        moved["data"] = data | {"held_out_fraction": None}
-    return config_from_dict(raw | moved)
+def _is_section(value: Any) -> bool:
+    return value is None or isinstance(value, dict)  # a section without any keys is None in YAML
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -132,10 +127,6 @@ def _build(cls: type, raw: Any, prefix: str = "") -> Any:
     """Makes a section, or the whole run, of a dictionary. An empty section has its defaults."""
     require(isinstance(raw, dict), f"{prefix.rstrip('.')} must be a section of keys, got {raw!r}")
     values = {str(key): value for key, value in raw.items()}
-    for old, new in RENAMED.get(prefix, {}).items():
-        if old in values:
-            require(new not in values, f"{prefix}{old} is an earlier name of {prefix}{new}; give one of them")
-            values[new] = values.pop(old)
     for f in dataclasses.fields(cls):
         if isinstance(f.type, type) and dataclasses.is_dataclass(f.type) and f.name in values:
             value = values[f.name]

@@ -8,10 +8,32 @@ from typing import Any
 from loraprune_ds.errors import UserError
 from loraprune_ds.whole import flush
 
+# Of all that a run or a callback writes to go on from. What this format wrote resumes in every later version.
+FORMAT = 5
 MANIFEST = "manifest.json"
 SCORES_FILE = "scores.safetensors"
 MOMENTS_FILES = "moments-*.safetensors"  # one for each layer that has some
 CHUNK = 1 << 24
+
+
+class CheckpointMismatch(UserError):
+    """Tells of a whole checkpoint that this start cannot use.
+
+    Unlike a damaged one it is not passed over. A run begun instead would remove it at its first save.
+    """
+
+
+def check_format(found: object, path: Path) -> None:
+    """Checks the format that a file names.
+
+    Raises:
+        CheckpointMismatch: this version cannot read it. The line names the file.
+    """
+    if found != FORMAT:
+        raise CheckpointMismatch(
+            f"{path} has format {found}; this version of loraprune_ds reads format {FORMAT}: "
+            "finish the run with the version that began it, or start it again in another folder"
+        )
 
 
 def step_folder(root: Path, step: int) -> Path:

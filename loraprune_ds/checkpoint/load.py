@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.layout import CheckpointMismatch
 from loraprune_ds.checkpoint.pruner_files import keep_from_lists, read_moments, read_scores
-from loraprune_ds.checkpoint.state import CheckpointMismatch, RunState, ShapeSource, read_state
+from loraprune_ds.checkpoint.state import RunState, ShapeSource, read_state
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import saved_config
+from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.hub import locate_model
@@ -42,7 +42,7 @@ class TrainingCheckpoint:
         if not shape.is_source:
             return self.folder.parent / shape.folder
         source = Path(shape.folder)
-        return source if source.is_dir() else locate_model(saved_config(self.state.config).model)
+        return source if source.is_dir() else locate_model(config_from_dict(self.state.config).model)
 
     def frozen_weights(self, config: RunConfig) -> PretrainedModel:
         """Opens the model without LoRA, cut as it is in this checkpoint.
@@ -58,25 +58,11 @@ class TrainingCheckpoint:
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
         """Returns what the pruner of a model with these kinds of groups goes on from."""
         kept, scores = keep_from_lists(self.state.kept, kinds), read_scores(self.folder, kinds)
-        return PrunerState(kept, scores, self.state.updates_since_cut, self._moment_tokens)
-
-    @property
-    def _holds_sums(self) -> bool:
-        """Tells sums of moments from the means that formats 1 and 2 hold."""
-        return self.state.format > 2
-
-    @cached_property
-    def _moment_tokens(self) -> float:
-        """The tokens that the moments are sums over. A mean is worth a step of this run. 0 if nothing was recorded."""
-        if self._holds_sums:
-            return self.state.moment_tokens
-        has_moments = any(self.folder.glob(layout.MOMENTS_FILES))
-        return self.state.totals.tokens / self.state.step if has_moments else 0.0
+        return PrunerState(kept, scores, self.state.updates_since_cut, self.state.moment_tokens)
 
     def moments(self, layer: int) -> dict[str, Tensor]:
         """Returns the input moments of a layer by linear, as sums over `moment_tokens`; empty if none were recorded."""
-        found = read_moments(self.folder, layer)
-        return found if self._holds_sums else {name: mean * self._moment_tokens for name, mean in found.items()}
+        return read_moments(self.folder, layer)
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """Reads the flat elements [start, end) of a layer's LoRA tensor, and only the rows that hold them."""
@@ -92,7 +78,7 @@ def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -
     """Opens the newest checkpoint under `root` that is whole. The ranks share the reading. Collective.
 
     Raises:
-        CheckpointMismatch: it is whole, but of a newer format or of another source model.
+        CheckpointMismatch: it is whole, but of another format or of another source model.
     """
     for number in reversed(comm.gather_objects(layout.numbered(root, "step"))[0]):
         try:
@@ -104,28 +90,12 @@ def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -
     return None
 
 
-def newest_state(root: Path) -> RunState | None:
-    """Reads the newest state under `root`, unverified. That is enough to see whose run it is.
-
-    Raises:
-        CheckpointMismatch: it is of a newer format.
-    """
-    for number in reversed(layout.numbered(root, "step")):
-        try:
-            return read_state(layout.step_folder(root, number))
-        except CheckpointMismatch:
-            raise
-        except UserError:
-            continue
-    return None
-
-
 def open_training_checkpoint(folder: Path, comm: "Communicator") -> TrainingCheckpoint:
     """Verifies one checkpoint and the shape it names. Collective.
 
     Raises:
         UserError: something is missing or damaged. All ranks raise the same line.
-        CheckpointMismatch: it is of a newer format or of another source model. All ranks raise the same line.
+        CheckpointMismatch: it is of another format or of another source model. All ranks raise the same line.
     """
     return comm.all_or_raise(lambda: check_training_checkpoint(folder, part=comm.rank, parts=comm.world_size))
 
@@ -135,7 +105,7 @@ def check_training_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) ->
 
     Raises:
         UserError: something is missing or damaged.
-        CheckpointMismatch: it is of a newer format or of another source model.
+        CheckpointMismatch: it is of another format or of another source model.
     """
     checkpoint = TrainingCheckpoint(folder, read_state(folder))
     layout.verify(folder, part=part, parts=parts)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from uuid import uuid4
 
+from loraprune_ds.checkpoint.layout import FORMAT, check_format
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json, write_json
 
@@ -23,6 +24,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 TEACHER_FOLDER = "teacher"
 
 State = Literal["running", "stopped", "finished", "failed"]
+KINDS = {"step": int, "steps": int, "error": str | None, "updated": str, "mark": str, "job": str | None}
 
 
 def _now() -> str:
@@ -49,6 +51,7 @@ class Status:
     updated: str = field(default_factory=_now)
     mark: str = field(default_factory=lambda: uuid4().hex[:8])
     job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
+    format: int = FORMAT
 
     def __str__(self) -> str:
         return f"{self.state} at step {self.step} of {self.steps}"
@@ -64,6 +67,7 @@ def read_status(folder: Path) -> Status | None:
 
     Raises:
         UserError: status.json is damaged. The message names it.
+        CheckpointMismatch: the run is of another format.
     """
     path = folder / STATUS_FILE
     if not path.exists():
@@ -71,11 +75,11 @@ def read_status(folder: Path) -> Status | None:
     raw = read_json(path)
     if raw.get("state") not in get_args(State):
         raise UserError(f"{path} is damaged: state is {raw.get('state')!r}, not one of {', '.join(get_args(State))}")
-    for key, kind in (("step", int), ("steps", int), ("updated", str), ("error", str | None)):
+    check_format(raw.get("format", "4 or older"), path)
+    for key, kind in KINDS.items():
         if not isinstance(raw.get(key), kind):
             raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
-    more = (str(raw.get("mark", "")), raw.get("job"))  # which earlier versions did not write
-    return Status(raw["state"], raw["step"], raw["steps"], raw.get("error"), raw["updated"], *more)
+    return Status(**{key: raw.get(key) for key in ("state", "format", *KINDS)})
 
 
 def describe_method(report: dict[str, Any]) -> str:

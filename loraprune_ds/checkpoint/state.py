@@ -5,20 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.checkpoint.layout import FORMAT, CheckpointMismatch, check_format, numbered, step_folder
 from loraprune_ds.errors import UserError
 
-# 1: the frozen weights after a cut were always a folder of their own.
-# 2: input moments were means, not sums with the number of their tokens.
-# 3: frozen weights were never int8.
-FORMAT = 4
 STATE_FILE = "state.json"
-
-
-class CheckpointMismatch(UserError):
-    """Tells of a whole checkpoint that this start cannot use.
-
-    Unlike a damaged one it is not passed over. A run begun instead would remove it at its first save.
-    """
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class RunState:
     """Describes a run after `step` optimizer steps, independent of the number of ranks.
 
     Attributes:
-        tally: tokens read, perplexities measured.
+        totals: tokens read, perplexities measured.
         adam_step: updates that Adam has made. Fewer than `step` if fp16 steps were skipped.
         schedule: state of the learning-rate schedule.
         loss_scale: state of fp16's loss scaler, empty otherwise.
@@ -85,8 +75,7 @@ class RunState:
 
 def state_text(state: RunState) -> str:
     """Returns the text of `state.json`. It has no line breaks: a large model keeps a million groups."""
-    named = {"tally" if name == "totals" else name: value for name, value in asdict(state).items()}
-    return json.dumps(named) + "\n"
+    return json.dumps(asdict(state)) + "\n"
 
 
 def read_state(folder: Path) -> RunState:
@@ -94,7 +83,7 @@ def read_state(folder: Path) -> RunState:
 
     Raises:
         UserError: it is missing or damaged.
-        CheckpointMismatch: it is of a newer format than this version knows.
+        CheckpointMismatch: it is of another format.
     """
     path = folder / STATE_FILE
     try:
@@ -102,12 +91,27 @@ def read_state(folder: Path) -> RunState:
         version = int(raw["format"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is missing or damaged") from None
-    if version > FORMAT:
-        raise CheckpointMismatch(f"{path} has format {version}; this version of loraprune_ds reads up to {FORMAT}")
+    check_format(version, path)
     try:
-        raw["totals"] = RunTotals(**raw.pop("tally"))
+        raw["totals"] = RunTotals(**raw["totals"])
         raw["shape"] = ShapeSource(**raw["shape"])
         raw["kept"] = [[list(groups) for groups in layer] for layer in raw["kept"]]
         return RunState(**raw)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
+
+
+def newest_state(root: Path) -> RunState | None:
+    """Reads the newest state under `root`, unverified. That is enough to see whose run it is.
+
+    Raises:
+        CheckpointMismatch: it is of another format.
+    """
+    for number in reversed(numbered(root, "step")):
+        try:
+            return read_state(step_folder(root, number))
+        except CheckpointMismatch:
+            raise
+        except UserError:
+            continue
+    return None

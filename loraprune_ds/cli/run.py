@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
 from loraprune_ds.config import LoggingConfig, RunConfig
-from loraprune_ds.config_file import config_from_dict, config_value, read_config
+from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.launchers import find_launchers
+from loraprune_ds.train.output import inspect_output, resumed_config
 from loraprune_ds.zero.environment import check_ranks, collective_timeout, deterministic_kernels, longest_silence
 
 STOPPED_EXIT_CODE = 85  # asked to stop, and saved
@@ -58,15 +59,11 @@ def main() -> int:
     try:
         arguments = parse_arguments()
         given = read_config(arguments.config, arguments.set)
-        config = config_from_dict(given)
+        config = resumed_config(given, arguments.resume)
         config = replace(config, output_dir=os.path.expanduser(config.output_dir))
         if arguments.show is not None:
             print(config_value(config, arguments.show))
             return 0
-        # Heavy imports come after the config is checked: a typo should not cost ten seconds.
-        from loraprune_ds.train.output import inspect_output, keep_saved_values
-
-        config = keep_saved_values(config, given, arguments.resume)
         start = inspect_output(config, arguments.resume)
         if start.kind != "finished":
             if config.train.deterministic:

@@ -43,11 +43,10 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     """
     head = ("", "dense", "pruned", "")
     rows = [head, *_parameter_rows(report), *_target_rows(report), _perplexity_row(report), *_cost_rows(report)]
-    serving = report.get("serving")  # reports of earlier versions lack it
     cuts, ranks = len(report["prune_steps"]), report["world_size"]
     title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
     table = aligned(rows, "<>><")
-    return "\n".join([title, "", *table, "", *([_serving_line(serving)] if serving else []), *_results(folder)]) + "\n"
+    return "\n".join([title, "", *table, "", _serving_line(report["serving"]), *_results(folder)]) + "\n"
 
 
 def _serving_line(serving: dict[str, list[int]]) -> str:
@@ -78,8 +77,8 @@ def _parameter_rows(report: dict[str, Any]) -> list[SummaryRow]:
 
 
 def _target_rows(report: dict[str, Any]) -> list[SummaryRow]:
-    """Tells what became of a target. Reports of earlier versions say nothing about one."""
-    target = report.get("target")
+    """Tells what became of a target, if there is one."""
+    target = report["target"]
     if target is None:
         return []
     amount = read_amount(target["asked"], "target")

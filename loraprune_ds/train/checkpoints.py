@@ -8,14 +8,13 @@ from typing import Any
 from loraprune_ds.checkpoint.load import (
     TrainingCheckpoint,
     find_newest,
-    newest_state,
     open_training_checkpoint,
     source_of,
 )
 from loraprune_ds.checkpoint.pruner_files import keep_to_lists
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
-from loraprune_ds.checkpoint.state import STATE_FILE, RunState, RunTotals, ShapeSource
+from loraprune_ds.checkpoint.state import STATE_FILE, RunState, RunTotals, ShapeSource, newest_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import export_config
@@ -105,7 +104,6 @@ class Checkpoints:
         self.resumed_from = [*checkpoint.state.resumed_from, checkpoint.state.step] if checkpoint else []
         self.root = Path(config.output_dir) / CHECKPOINTS_FOLDER
         self._cuts = prepared.schedule.cut_steps()
-        self._resumed = checkpoint.state if checkpoint else None
         # The newest shape folder that this run's steps name. It may have gone back behind others under `root`.
         self._published: ShapeSource | None = None
         if checkpoint and checkpoint.folder.parent.resolve() == self.root.resolve():
@@ -150,9 +148,7 @@ class Checkpoints:
         return source_of(self.prepared.pretrained)
 
     def _cuts_made(self, step: int) -> int:
-        """Counts on from the checkpoint. An older version may have counted cuts that changed no width."""
-        before, start = (self._resumed.cuts, self._resumed.step) if self._resumed else (0, 0)
-        return before + sum(start < cut <= step for cut in self._cuts)
+        return sum(cut <= step for cut in self._cuts)
 
     def _shape(self, model: ShardedModel, step: int) -> ShapeSource:
         """Says where the frozen weights of a step are. Writes them if they are nowhere yet. Collective."""

@@ -2,18 +2,20 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 import yaml
 
+from loraprune_ds.checkpoint.layout import CheckpointMismatch
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE, Status, read_status
+from loraprune_ds.checkpoint.state import newest_state
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import EARLIER_DEFAULTS, saved_config
+from loraprune_ds.config_file import config_from_dict, merge
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import write_text
 from loraprune_ds.whole import remove_leftovers
@@ -40,24 +42,36 @@ class Start:
     path: Path | None = None
 
 
-def keep_saved_values(config: RunConfig, given: Mapping[str, Any], resume: str | None) -> RunConfig:
-    """Returns the config of a run that goes on: with its own values where a default has moved since.
+def resumed_config(given: dict[str, Any], resume: str | None) -> RunConfig:
+    """Returns the config of a run that goes on: what is not given comes from the run itself.
+
+    So a default that moves later changes no run. A fresh start has what is given, and the defaults.
 
     Args:
-        given: the keys that the YAML and `--set` give. These win.
+        given: the keys that the YAML and `--set` give.
         resume: the value of `--resume`: None, "auto" or a path.
+
+    Raises:
+        UserError: as `config_from_dict`.
+        CheckpointMismatch: the run is of another format.
     """
-    folders = [Path(config.output_dir)]
+    saved = _find_saved(given.get("output_dir"), resume)
+    if saved is not None:
+        with suppress(UserError):  # a contradiction between both is another run, which `inspect_output` refuses
+            return config_from_dict(merge(saved, given))
+    return config_from_dict(given)
+
+
+def _find_saved(output_dir: Any, resume: str | None) -> dict[str, Any] | None:
+    """Finds the config of the run that goes on, in its folder or, if a crash has lost it there, in a checkpoint."""
+    folders = [Path(output_dir).expanduser()] if isinstance(output_dir, str) else []
     if resume is not None and resume != "auto":
         folders += [path := Path(resume).resolve(), *path.parents[:2]]  # a run, its checkpoints, or one of them
-    found = next((raw for folder in folders if (raw := _read_run_config(folder))), None)
-    sections: dict[str, Any] = {}
-    with suppress(UserError):  # what no version can read is another run, as is found out next
-        saved = config if found is None else saved_config(found)
-        for section, defaults in EARLIER_DEFAULTS.items():
-            kept = {key: getattr(getattr(saved, section), key) for key in defaults.keys() - (given.get(section) or {})}
-            sections[section] = replace(getattr(config, section), **kept)
-    return replace(config, **sections)
+    for folder in folders:
+        if found := _read_run_config(folder):
+            return found
+    states = (newest_state(folder / CHECKPOINTS_FOLDER) for folder in folders)
+    return next((state.config for state in states if state is not None), None)
 
 
 def inspect_output(config: RunConfig, resume: str | None) -> Start:
@@ -102,6 +116,8 @@ def _read_status(folder: Path, resume: str | None) -> Status | None:
     """Reads status.json. A crash of the machine can leave it empty, but to go on the checkpoints are enough."""
     try:
         return read_status(folder)
+    except CheckpointMismatch:
+        raise
     except UserError as error:
         if resume is None:
             raise UserError(f"{error}; go on with --resume auto, or choose another output_dir") from None
@@ -121,6 +137,7 @@ def _inspect_for_resume(folder: Path, config: RunConfig, path: Path | None) -> S
     holds_run = any((folder / name).exists() for name in (CONFIG_FILE, STATUS_FILE, CHECKPOINTS_FOLDER))
     if not holds_run and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
+    newest_state(folder / CHECKPOINTS_FOLDER)  # one of another format is told as such, not as another run
     if _read_run_config(folder):  # else a crash of the machine has lost it, and every checkpoint holds it too
         _check_same_run(folder, config, MAY_DIFFER)
     if holds_run and path is not None and not path.is_relative_to(folder.resolve()):
@@ -156,7 +173,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]
     The config of an earlier version may lack keys. They have their defaults there.
     """
     with suppress(UserError):  # a key that no version knows is a difference like others
-        old = saved_config(old).to_dict()
+        old = config_from_dict(old).to_dict()
     return list(_differences(old, new, ignored, ""))
 
 

@@ -191,9 +191,8 @@ def make_teacher(
         "needed": len(plan.samples),
         "tokens": int(plan.offsets[-1]),
         "per_file": plan.per_file,
+        "temperature": plan.recording.temperature,
     }
-    if plan.recording.temperature != 1:  # earlier versions did not name it
-        identity["temperature"] = plan.recording.temperature
     return Teacher(folder, plan, weight, identity)
 
 

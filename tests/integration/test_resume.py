@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraprune_ds.checkpoint.layout import seal, write_manifest
-from loraprune_ds.checkpoint.state import FORMAT
+from loraprune_ds.checkpoint.layout import FORMAT, seal, write_manifest
 from tests.integration.resuming import (
     CUTS,
     STEPS,
@@ -74,7 +73,7 @@ def test_the_straight_run_is_worth_comparing_with(straight: Path) -> None:
     assert len({tuple(heads) for heads, _ in last.kept}) > 1
     evaluated = {e["name"]: e["perplexity"] for e in metrics(straight, "evaluation")}
     for step in (CUTS[-1], STEPS):
-        assert read_state(straight, step)["tally"] == {
+        assert read_state(straight, step)["totals"] == {
             "tokens": sum(record["tokens"] for record in metrics(straight, "step")[:step]),
             "perplexity_dense": evaluated["dense"],
             "perplexity": evaluated["after_last_cut"] if step == CUTS[-1] else None,
@@ -93,7 +92,7 @@ def test_stopped_before_at_and_after_a_cut(ranks: RankPool, straight: Path, agai
     assert losses(tmp_path / "out") == losses(straight)
     state, never_stopped = (read_state(out, STEPS) for out in (tmp_path / "out", straight))
     assert state["resumed_from"] == STOPS
-    assert state["tally"] == never_stopped["tally"]
+    assert state["totals"] == never_stopped["totals"]
     found, expected = (json.loads((out / "report.json").read_text()) for out in (tmp_path / "out", straight))
     assert found["resumed_from"] == STOPS
     assert found["perplexity"] == expected["perplexity"]
@@ -333,7 +332,7 @@ def test_after_a_power_cut_the_checkpoints_are_enough(
     assert "belongs to a run with other settings: seed" in str(other.error)
 
 
-NEWER = f"format {FORMAT + 1}; this version of loraprune_ds reads up to {FORMAT}"
+NEWER = f"format {FORMAT + 1}; this version of loraprune_ds reads format {FORMAT}"
 
 
 def newer_format(out: Path) -> None:

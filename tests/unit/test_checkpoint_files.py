@@ -1,29 +1,20 @@
 """Folders that appear whole or not at all, whatever a killed process left."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest import mock
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from loraprune_ds import whole
 from loraprune_ds.checkpoint import layout, staging
-from loraprune_ds.checkpoint.load import TrainingCheckpoint
-from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
+from loraprune_ds.checkpoint.layout import FORMAT
 from loraprune_ds.checkpoint.save import drop_old
-from loraprune_ds.checkpoint.state import FORMAT, STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
-from loraprune_ds.config import PruneConfig, RunConfig
+from loraprune_ds.checkpoint.state import STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
 from loraprune_ds.errors import UserError
-from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.train import checkpoints
-from tests.unit.shapes_and_scores import KINDS
 
 
 def make_state(step: int, shape: str) -> RunState:
@@ -210,12 +201,13 @@ def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": FORMAT + 1}, f"has format {FORMAT + 1}; this version of loraprune_ds reads up to {FORMAT}"),
+        ({"format": FORMAT + 1}, f"has format {FORMAT + 1}; this version of loraprune_ds reads format {FORMAT}"),
+        ({"format": FORMAT - 1}, f"has format {FORMAT - 1}; this version of loraprune_ds reads format {FORMAT}"),
         ({"format": None}, "missing or damaged"),
         ({"surprise": 1}, "a field is missing or unknown"),
         ({"kept": 3}, "a field is missing or unknown"),
         ({"shape": {}}, "a field is missing or unknown"),
-        ({"tally": None}, "a field is missing or unknown"),
+        ({"totals": None}, "a field is missing or unknown"),
     ],
 )
 def test_another_state_is_refused_in_one_line(tmp_path: Path, change: dict[str, object], words: str) -> None:
@@ -226,51 +218,6 @@ def test_another_state_is_refused_in_one_line(tmp_path: Path, change: dict[str, 
     assert str(tmp_path / STATE_FILE) in str(caught.value)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_moments_of_older_formats_become_sums_over_the_tokens_of_a_step(tmp_path: Path) -> None:
-    """Formats 1 and 2 held means. Beside the sums of later steps a mean weighs as much as one step of this run."""
-    moments, state = {"self_attn.o_proj": torch.tensor([2.0, -3.0])}, make_state(4, "shape-1")
-    save_file(moments, tmp_path / layout.moments_file(0))
-    new = TrainingCheckpoint(tmp_path, dataclasses.replace(state, moment_tokens=640.0))
-    assert torch.equal(new.moments(0)["self_attn.o_proj"], moments["self_attn.o_proj"])
-    assert new.pruner_state(KINDS).moment_tokens == 640
-    for version in (1, 2):
-        old = TrainingCheckpoint(tmp_path, dataclasses.replace(state, format=version))
-        assert torch.equal(old.moments(0)["self_attn.o_proj"], 1536 * moments["self_attn.o_proj"])
-        assert old.pruner_state(KINDS).moment_tokens == 1536
-    assert old.moments(1) == {}
-
-
-def test_an_older_checkpoint_without_moments_starts_their_average_anew(tmp_path: Path) -> None:
-    for version in (1, 2):
-        old = TrainingCheckpoint(tmp_path, dataclasses.replace(make_state(4, "shape-1"), format=version))
-        assert old.pruner_state(KINDS).moment_tokens == 0
-        assert old.moments(0) == {}
-
-
-@pytest.mark.parametrize(("stopped", "counted", "new"), [(19, 16, ["shape-17"]), (24, 21, [])])
-def test_shapes_are_numbered_on_from_what_an_older_version_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int, counted: int, new: list[str]
-) -> None:
-    """It cut at each step from 4 to 24, even if no width changed. So it has used the numbers that are due by now."""
-    old, written = f"shape-{counted}", list[str]()
-
-    def save_shape(model: object, root: Path, cuts: int, *_: object) -> ShapeSource:
-        written.append(f"shape-{cuts}")
-        return ShapeSource(written[-1], "def", is_source=False)
-
-    monkeypatch.setattr(checkpoints, "save_shape", save_shape)
-    monkeypatch.setattr(checkpoints, "export_config", mock.Mock())
-    config = RunConfig(output_dir=str(tmp_path), prune=PruneConfig(compensate="bias"))
-    schedule = Schedule(0.4, start=3, end=24, every=1, passed_over=frozenset({18, 20, 22, 23, 24}))
-    state = dataclasses.replace(make_state(stopped, old), cuts=counted)
-    saved = TrainingCheckpoint(layout.step_folder(tmp_path / CHECKPOINTS_FOLDER, stopped), state)
-    resumed = checkpoints.Checkpoints(config, mock.Mock(schedule=schedule), mock.Mock(), saved)
-    named = [resumed._shape(mock.Mock(), step).folder for step in range(stopped, 27)]
-    assert written == new
-    assert named[:2] == [old] * 2
-    assert set(named[2:]) == set(new or [old])
 
 
 def test_the_devices_memory_is_given_back_before_the_ranks_gather(

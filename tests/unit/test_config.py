@@ -11,8 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_data import DataConfig
-from loraprune_ds.config_file import config_from_dict, config_value, load_config, saved_config
+from loraprune_ds.config_file import config_from_dict, config_value, load_config
 from loraprune_ds.errors import UserError
 from tests.unit.shapes_and_scores import repository
 
@@ -223,21 +222,6 @@ def test_a_file_and_a_part_of_the_data_are_not_held_out_at_once(tmp_path: Path) 
     part = "output_dir: out\ndata: {held_out_fraction: 0.001}\n"
     assert load(tmp_path, part).data.held_out_fraction == 0.001
     assert load(tmp_path, part, "data.held_out=text.txt", "data.held_out_fraction=null") == alone
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.001])
-def test_a_run_of_an_earlier_version_had_both(fraction: float) -> None:
-    saved = saved_config({"output_dir": "out", "data": {"held_out": "text.txt", "held_out_fraction": fraction}})
-    assert saved.data == DataConfig(held_out="text.txt")
-
-
-def test_an_earlier_name_of_a_key_is_still_read(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("output_dir: out\nprune: {gradient_every: 4}\ntrain: {steps: 1}\n")
-    assert load_config(path).prune.score_every == 4
-    assert load_config(path, ["prune.criterion=gradient"]).prune.score_every == 4
-    message = "prune.gradient_every is an earlier name of prune.score_every; give one of them"
-    assert refused(tmp_path, "output_dir: out\nprune: {gradient_every: 4, score_every: 4}\n") == message
 
 
 @pytest.mark.parametrize(

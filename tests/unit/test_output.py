@@ -1,16 +1,21 @@
 """A start does nothing to the folder it is given before it knows that it is the right one."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from loraprune_ds.checkpoint.layout import FORMAT, CheckpointMismatch
 from loraprune_ds.checkpoint.run_folder import State, Status, read_status, write_status
-from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.checkpoint.state import RunState, RunTotals, ShapeSource, state_text
+from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import RankError, RunError, UserError
-from loraprune_ds.train.output import Start, create_output, inspect_output, keep_saved_values
+from loraprune_ds.files import read_json
+from loraprune_ds.train.output import Start, create_output, inspect_output, resumed_config
 from loraprune_ds.train.status import RunStatus
 
 
@@ -127,26 +132,55 @@ def test_a_path_is_followed_to_where_it_leads(
     assert inspect_output(config, "step-3") == Start("resume", step)
 
 
-@pytest.mark.parametrize("lacks_the_key", [False, True])
-def test_a_run_goes_on_with_the_value_that_it_saved_where_a_default_has_moved(
-    config: RunConfig, tmp_path: Path, lacks_the_key: bool
-) -> None:
-    raw = config.to_dict()
-    raw["prune"]["channel_multiple"] = 1
-    if lacks_the_key:
-        del raw["prune"]["channel_multiple"]
-    (create_output(config) / "config.yaml").write_text(yaml.safe_dump(raw))
-    kept = keep_saved_values(config, {"prune": {"ratio": 0.5}}, "auto")
-    assert (config.prune.channel_multiple, kept.prune.channel_multiple) == (64, 1)
-    assert inspect_output(kept, "auto") == Start("resume")
-    step = Path(config.output_dir) / "checkpoints" / "step-3"
-    elsewhere = dataclasses.replace(config, output_dir=str(tmp_path / "new"))
-    for path in (step, step.parent, step.parent.parent):
-        assert keep_saved_values(elsewhere, {}, str(path)).prune.channel_multiple == 1
-    assert keep_saved_values(elsewhere, {}, None) == elsewhere
-    given = keep_saved_values(config, {"prune": {"channel_multiple": 64}}, "auto")
-    with pytest.raises(UserError, match=r"another run \(prune\.channel_multiple differs\)"):
-        inspect_output(given, "auto")
+def test_what_is_not_given_comes_from_the_run_that_goes_on(config: RunConfig, tmp_path: Path) -> None:
+    saved = dataclasses.replace(config, prune=PruneConfig(ratio=0.3, channel_multiple=1), train=TrainConfig(steps=7))
+    folder, given = create_output(saved), {"output_dir": config.output_dir}
+    assert resumed_config(given, "auto") == resumed_config(given, None) == saved
+    more = resumed_config(given | {"prune": {"ratio": 0.4}, "train": None}, "auto")
+    assert (more.prune.ratio, more.prune.channel_multiple, more.train) == (0.4, 1, saved.train)
+    with pytest.raises(UserError, match=r"another run \(prune\.ratio differs\)"):
+        inspect_output(more, "auto")
+    other = resumed_config(given | {"train": {"epochs": 2}}, "auto")  # steps and epochs contradict each other
+    with pytest.raises(UserError, match=r"another run \(.*train\.steps, train\.epochs.* differs\)"):
+        inspect_output(other, "auto")
+
+    step = folder / "checkpoints" / "step-3"
+    elsewhere = {"output_dir": str(tmp_path / "new")}
+    for path in (step, step.parent, folder):
+        assert resumed_config(elsewhere, str(path)) == dataclasses.replace(saved, **elsewhere)
+    assert resumed_config(elsewhere, None).prune == PruneConfig()
+
+
+def save_state(folder: Path, **changes: Any) -> None:
+    step = folder / "checkpoints" / "step-3"
+    step.mkdir(parents=True)
+    state = RunState(3, RunTotals(), 3, {}, {}, [], 0, 0, ShapeSource("a", "b", True), [], {})
+    (step / "state.json").write_text(state_text(dataclasses.replace(state, **changes)))
+
+
+def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) -> None:
+    saved = dataclasses.replace(config, prune=PruneConfig(ratio=0.3))
+    hit_by_a_power_cut(saved)
+    save_state(Path(config.output_dir), config=saved.to_dict())
+    assert resumed_config({"output_dir": config.output_dir}, "auto") == saved
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+@pytest.mark.parametrize("name", ["status.json", "config.yaml"])
+def test_a_run_of_another_format_is_refused_as_such(config: RunConfig, name: str, resume: str | None) -> None:
+    """Also if its config has keys that are gone, or is lost."""
+    in_state("stopped")(config)
+    folder = Path(config.output_dir)
+    save_state(folder, format=FORMAT - 1)
+    status = read_json(folder / "status.json") | {"format": FORMAT - 1}
+    (folder / "status.json").write_text(json.dumps(status))
+    (folder / "config.yaml").write_text("" if name == "config.yaml" else yaml.safe_dump({"seed": 1, "gone": 2}))
+
+    def start() -> None:
+        inspect_output(resumed_config({"output_dir": config.output_dir}, resume), resume)
+
+    with pytest.raises(CheckpointMismatch, match=f"has format {FORMAT - 1}; this version of loraprune_ds reads format"):
+        start()
 
 
 def test_a_path_may_lie_in_the_run_or_lead_to_another_for_a_new_folder(config: RunConfig, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from loraprune_ds.checkpoint.layout import FORMAT
 from loraprune_ds.checkpoint.run_folder import Status, read_status, write_status
 from loraprune_ds.errors import UserError
 
@@ -31,6 +32,7 @@ def test_writing_replaces_the_file_in_one_go(tmp_path: Path) -> None:
 
 
 GOOD = {"state": "running", "step": 1, "steps": 2, "error": None, "updated": "2026-11-25T01:02:03+00:00"}
+GOOD |= {"mark": "a", "job": None, "format": FORMAT}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,8 @@ GOOD = {"state": "running", "step": 1, "steps": 2, "error": None, "updated": "20
         json.dumps(GOOD | {"state": ["running"]}),
         json.dumps(GOOD | {"step": "1"}),
         json.dumps(GOOD | {"error": 3}),
+        json.dumps(GOOD | {"mark": None}),
+        json.dumps(GOOD | {"format": FORMAT - 1}),
         json.dumps({"state": "running", "step": 1, "steps": 2}),
     ],
 )

@@ -78,7 +78,6 @@ def test_every_sample_is_found_where_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_temperature_belongs_to_a_teacher(tmp_path: Path) -> None:
-    """Without one its description is what earlier versions wrote."""
     plain, warm = made(tmp_path), made(tmp_path, distill_temperature=2)
     assert warm.identity == plain.identity | {"temperature": 2}
     warm.begin()
