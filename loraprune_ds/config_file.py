@@ -15,6 +15,12 @@ SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_config
 # Defaults that have moved since. A run that was saved by an earlier version and says nothing has these.
 EARLIER_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"channel_multiple": 1}}
 RENAMED = {"prune.": {"gradient_every": "score_every"}}  # by section, keys of earlier versions and their names of now
+REMOVED = {  # keys and values of earlier versions, and what they measured
+    "prune.joint_budget": "it measured no better than separate budgets",
+    "prune.channel_share": "channels of all experts cost more perplexity than whole experts of the same size",
+    "prune.compensate=bias": "prune.compensate: least_squares measured better on every text",
+    "prune.criterion=reap": "prune.criterion: lora measured better with the same steps",
+}
 TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}  # by pydantic's names
 
 
@@ -35,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         UserError: no such file, not a mapping, a wrong type or a value out of range. Or an unknown key: the message
-            lists the known ones.
+            lists the known ones. Or one of `REMOVED`: the message says why.
     """
     return config_from_dict(read_config(path, overrides))
 
@@ -154,6 +160,9 @@ def _describe(error: ValidationError, cls: type, prefix: str) -> str:
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
     key = str(first["loc"][0])
+    for gone in (f"{prefix}{key}", f"{prefix}{key}={first['input']}"):
+        if gone in REMOVED:
+            return f"{gone} is gone: {REMOVED[gone]} (tests/benchmarks/README.md)"
     match first["type"]:
         case "unexpected_keyword_argument":
             known = ", ".join(f.name for f in dataclasses.fields(cls))
