@@ -262,7 +262,7 @@ def test_shapes_are_numbered_on_from_what_an_older_version_counted(
 
     monkeypatch.setattr(checkpoints, "save_shape", save_shape)
     monkeypatch.setattr(checkpoints, "export_config", mock.Mock())
-    config = RunConfig(output_dir=str(tmp_path), prune=PruneConfig(compensate="bias"))
+    config = RunConfig(output_dir=str(tmp_path), prune=PruneConfig(compensate="least_squares"))
     schedule = Schedule(0.4, start=3, end=24, every=1, passed_over=frozenset({18, 20, 22, 23, 24}))
     state = dataclasses.replace(make_state(stopped, old), cuts=counted)
     saved = TrainingCheckpoint(layout.step_folder(tmp_path / CHECKPOINTS_FOLDER, stopped), state)
