@@ -223,10 +223,10 @@ def test_an_earlier_name_of_a_key_is_still_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("yaml_text", "key", "needed"),
     [
-        ("prune: {compensate_steps: 3}", "prune.compensate_steps", "prune.compensate"),
-        ("prune: {compensate_decay: 0.9}", "prune.compensate_decay", "prune.compensate"),
+        ("prune: {compensate_steps: 3}", "prune.compensate_steps", "prune.compensate: least_squares"),
+        ("prune: {compensate_decay: 0.9}", "prune.compensate_decay", "prune.compensate: least_squares"),
         (
-            "prune: {compensate: bias, compensate_ridge: 1}",
+            "prune: {compensate_ridge: 1}",
             "prune.compensate_ridge",
             "prune.compensate: least_squares",
         ),

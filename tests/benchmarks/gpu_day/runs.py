@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "distillation": ("train.distill_weight=0.5", "train.distill_top_k=8"),
     "int8": ("model.frozen=int8",),
     "offload": ("deepspeed=ds_configs/zero3_offload.json",),
-    "experts, reap": ("model.path=MIXTURE", "prune.criterion=reap"),
+    "experts": ("model.path=MIXTURE",),
 }
 DETERMINISTIC = "train.deterministic=true"
 NO_DROPOUT = "lora.lora_dropout=0.0"  # each device draws other masks
