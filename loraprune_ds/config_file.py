@@ -158,7 +158,7 @@ def _entry_class(kind: Any) -> type | None:
 def _describe(error: ValidationError, cls: type, prefix: str) -> str:
     """Tells the first problem in one line. A key that is gone goes first, then an unknown one: it may be mistyped."""
     problems = error.errors()
-    named = {f"{prefix}{p['loc'][0]}{value}" for p in problems if p["loc"] for value in ("", f"={p['input']}")}
+    named = {f"{prefix}{p['loc'][0]}{value}" for p in problems for value in ("", f"={p['input']}")}
     if gone := next((name for name in REMOVED if name in named), None):
         return f"{gone} is gone: {REMOVED[gone]} (tests/benchmarks/README.md)"
     first = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
