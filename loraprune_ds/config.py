@@ -228,8 +228,7 @@ class LoggingConfig:
     """Says what a person sees during the run."""
 
     progress: bool = True
-    tensorboard: bool = True
-    report_to: list[Reporter] | None = None  # more that get the records
+    report_to: list[Reporter] | None = None  # that get the records. None: tensorboard
     verbose: bool = False  # DeepSpeed's and transformers' own messages
     profile_steps: list[Count] | None = None  # steps whose torch.profiler trace rank 0 writes into profile/
 

@@ -15,11 +15,13 @@ SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_config
 # Defaults that have moved since. A run that was saved by an earlier version and says nothing has these.
 EARLIER_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"channel_multiple": 1}}
 RENAMED = {"prune.": {"gradient_every": "score_every"}}  # by section, keys of earlier versions and their names of now
-REMOVED = {  # keys and values of earlier versions, and what they measured
-    "prune.joint_budget": "it measured no better than separate budgets",
-    "prune.channel_share": "channels of all experts cost more perplexity than whole experts of the same size",
-    "prune.compensate=bias": "prune.compensate: least_squares measured better on every text",
-    "prune.criterion=reap": "prune.criterion: lora measured better with the same steps",
+SEE = "(tests/benchmarks/README.md)"
+REMOVED = {  # keys and values of earlier versions, and why
+    "prune.joint_budget": f"it measured no better than separate budgets {SEE}",
+    "prune.channel_share": f"channels of all experts cost more perplexity than as many whole ones {SEE}",
+    "prune.compensate=bias": f"prune.compensate: least_squares measured better on every text {SEE}",
+    "prune.criterion=reap": f"prune.criterion: lora measured better with the same steps {SEE}",
+    "logging.tensorboard": "logging.report_to names all that get the records; [] is none",
 }
 TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}  # by pydantic's names
 
@@ -160,7 +162,7 @@ def _describe(error: ValidationError, cls: type, prefix: str) -> str:
     problems = error.errors()
     named = {f"{prefix}{p['loc'][0]}{value}" for p in problems for value in ("", f"={p['input']}")}
     if gone := next((name for name in REMOVED if name in named), None):
-        return f"{gone} is gone: {REMOVED[gone]} (tests/benchmarks/README.md)"
+        return f"{gone} is gone: {REMOVED[gone]}"
     first = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
     key = str(first["loc"][0])
     match first["type"]:

@@ -81,7 +81,7 @@ def settings(model: Path, kept: int, criterion: str, steps: int, *, once: bool) 
     changes = [f"prune.ratio={of_experts / shape.linear_numel()}"]
     changes += [PEER] if criterion == PEER else [f"prune.criterion={criterion}"]
     changes += ["prune.protected_first=0", "prune.protected_last=0", f"train.steps={steps}", "checkpoint.every=null"]
-    changes += ["logging.tensorboard=false"]
+    changes += ["logging.report_to=[]"]
     if once:
         changes += ["prune.prune_every=4", "prune.cooldown_fraction=0.0", "train.learning_rate=1e-12"]
     return changes

@@ -112,7 +112,7 @@ def base_config(work: Path, model: str) -> Settings:
         "train": {"steps": 6, "global_batch_size": 6, "micro_batch_size": 1, "learning_rate": 1e-2},
         "evaluate": {"window": WINDOW, "max_windows": 8, "batch_size": 3},
         "checkpoint": {"every": 4, "keep_last": 9},
-        "logging": {"progress": False, "tensorboard": False},
+        "logging": {"progress": False},
     }
 
 
