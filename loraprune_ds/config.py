@@ -31,10 +31,10 @@ from loraprune_ds.units import Amount, read_amount
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
-Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "reap", "magnitude", "random"]
+Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "step", "none"]
-Compensation = Literal["none", "bias", "least_squares"]
+Compensation = Literal["none", "least_squares"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
@@ -75,12 +75,10 @@ class PruneConfig:
     target_embedding_bits: Positive = 16.0  # memory: of embedding, head, norms and biases
     target_kv_bits: Positive = 16.0  # memory: of a value in the KV cache
     head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
-    channel_share: PartOrAll | None = None  # of what experts give, taken as channels of all. None: whole experts alone
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
-    # l2: of a module's scores. step: of all scores of a step. None: none for fisher, reap and global, else l2
+    # l2: of a module's scores. step: of all scores of a step. None: none for fisher and global, else l2
     normalize: Normalization | None = None
-    joint_budget: bool = False  # global only: heads and channels compete per parameter
     moving_average: Fraction = 0.9
     prune_every: Count = 10
     warmup_fraction: Fraction = 0.1  # of the steps, before the first cut
@@ -96,7 +94,7 @@ class PruneConfig:
     compensate: Compensation = "none"  # for linears losing inputs, such as o_proj and down_proj: pruning/compensate.py
     compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
     compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
-    compensate_ridge: Positive = 0.05  # least_squares: added to the diagonal, as a fraction of the mean squared input
+    compensate_ridge: Positive = 0.05  # added to the diagonal, as a fraction of the mean squared input
 
     @model_validator(mode="before")
     @classmethod
@@ -112,26 +110,12 @@ class PruneConfig:
         for name in ("context", "batch", "weight_bits", "embedding_bits", "kv_bits"):
             _check_effect(self, f"prune.target_{name}", sizes_memory, "a prune.target in bytes, such as 24GiB")
         require(
-            not (self.joint_budget and sizes_memory),
-            "prune.joint_budget and a prune.target in bytes exclude each other: the KV cache follows from the scores",
-        )
-        require(
             self.warmup_fraction + self.cooldown_fraction < 1,
             "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
         )
-        for name in ("head_ratio", "channel_share"):
-            require(
-                getattr(self, name) is None or not self.joint_budget,
-                f"prune.{name} and prune.joint_budget exclude each other: in a joint budget the scores decide",
-            )
-        require(
-            not (self.joint_budget and self.ranking == "uniform"),
-            "prune.joint_budget needs prune.ranking: global (uniform cuts the same counts in every layer)",
-        )
-        compensates, solves = self.compensate != "none", self.compensate == "least_squares"
-        _check_effect(self, "prune.compensate_steps", compensates, "prune.compensate")
-        _check_effect(self, "prune.compensate_decay", compensates, "prune.compensate")
-        _check_effect(self, "prune.compensate_ridge", solves, "prune.compensate: least_squares")
+        compensates = self.compensate != "none"
+        for name in ("steps", "decay", "ridge"):
+            _check_effect(self, f"prune.compensate_{name}", compensates, "prune.compensate: least_squares")
 
     @property
     def target_amount(self) -> Amount | None:
@@ -142,10 +126,10 @@ class PruneConfig:
     def normalization(self) -> Normalization:
         """Returns the normalization in force: unit norms per module for `uniform`, raw sums for `global`.
 
-        `fisher` and `reap` have raw sums in both. Their scores compare as they are.
+        `fisher` has raw sums in both. Its scores compare without norms.
         """
-        as_they_are = self.ranking == "global" or self.criterion in ("fisher", "reap")
-        return self.normalize or ("none" if as_they_are else "l2")
+        raw = self.ranking == "global" or self.criterion == "fisher"
+        return self.normalize or ("none" if raw else "l2")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -240,8 +224,7 @@ class LoggingConfig:
     """Says what a person sees during the run."""
 
     progress: bool = True
-    tensorboard: bool = True
-    report_to: list[Reporter] | None = None  # more that get the records
+    report_to: list[Reporter] | None = None  # that get the records. None: tensorboard
     verbose: bool = False  # DeepSpeed's and transformers' own messages
     profile_steps: list[Count] | None = None  # steps whose torch.profiler trace rank 0 writes into profile/
 

@@ -12,6 +12,15 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line, require
 
 SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_configs/, in a checkout and in a wheel
+SEE = "(tests/benchmarks/README.md)"
+REMOVED = {  # keys and values of earlier versions, and why
+    "prune.joint_budget": f"it measured no better than separate budgets {SEE}",
+    "prune.channel_share": f"channels of all experts cost more perplexity than as many whole ones {SEE}",
+    "prune.compensate=bias": f"prune.compensate: least_squares measured better on every text {SEE}",
+    "prune.criterion=reap": f"prune.criterion: lora measured better with the same steps {SEE}",
+    "prune.gradient_every": "its name is prune.score_every",
+    "logging.tensorboard": "logging.report_to names all that get the records; [] is none",
+}
 TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}  # by pydantic's names
 
 
@@ -32,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         UserError: no such file, not a mapping, a wrong type or a value out of range. Or an unknown key: the message
-            lists the known ones.
+            lists the known ones. Or one of `REMOVED`: the message says why.
     """
     return config_from_dict(read_config(path, overrides))
 
@@ -146,8 +155,11 @@ def _entry_class(kind: Any) -> type | None:
 
 
 def _describe(error: ValidationError, cls: type, prefix: str) -> str:
-    """Tells the first problem in one line. An unknown key goes first: it may be a missing one, mistyped."""
+    """Tells the first problem in one line. A key that is gone goes first, then an unknown one: it may be mistyped."""
     problems = error.errors()
+    named = {f"{prefix}{p['loc'][0]}{value}" for p in problems for value in ("", f"={p['input']}")}
+    if gone := next((name for name in REMOVED if name in named), None):
+        return f"{gone} is gone: {REMOVED[gone]}"
     first = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
     key = str(first["loc"][0])
     match first["type"]:

@@ -111,7 +111,6 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
-THIN = [name for name, family in FAMILIES.items() if family.mixture and "expert_channels" not in family.fixed]
 MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3")  # their first layer is dense, and the second one sparse
 
 
@@ -121,14 +120,10 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 
 def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape, ...]:
-    """Returns the layers of a model with so many heads, and so many channels or experts, where a layer has any.
-
-    Experts that lose channels, too, lose three.
-    """
+    """Returns the layers of a model with so many heads, and so many channels or experts, where a layer has any."""
 
     def other(kind: str, own: int, heads: int, others: int) -> int:
-        whole = kind not in shape.kinds or kind in shape.family.fixed or own == 0
-        return own if whole else {"heads": heads, "expert_channels": own - 3}.get(kind, others)
+        return own if kind in shape.family.fixed or own == 0 else heads if kind == "heads" else others
 
     layers = zip(shape.layers, counts, strict=True)
     return tuple(LayerShape((kind, other(kind, own, *new)) for kind, own in layer.items()) for layer, new in layers)

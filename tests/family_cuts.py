@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,6 @@ def dense(family: str, **changes: Any) -> Network:
     return with_lora(model, source_config(model), family)
 
 
-def thinned(network: Network) -> Network:
-    """Lets experts lose channels, as `prune.channel_share` does."""
-    network.shape = replace(network.shape, thins_experts=True)
-    return network
-
-
 def source_config(model: PreTrainedModel) -> dict[str, Any]:
     return json.loads(model.config.to_json_string(use_diff=False))
 
@@ -98,15 +92,8 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
     def some(total: int, kept: int) -> Tensor:
         return torch.randperm(total, generator=generator)[:kept].sort().values
 
-    keep: list[LayerKeep] = []
-    for now, wanted in zip(shape.layers, layers_with(shape, *counts), strict=True):
-        chosen = {kind: some(now[kind], wanted[kind]) for kind in shape.kinds if kind != "expert_channels"}
-        if shape.thins_experts:  # each expert loses its own
-            size, left = now["expert_channels"], wanted["expert_channels"]
-            of_experts = [e * size + some(size, left) for e in chosen["experts"].tolist()]
-            chosen["expert_channels"] = torch.cat([*of_experts, torch.arange(0)])
-        keep.append(LayerKeep(chosen))
-    return keep
+    layers = zip(shape.layers, layers_with(shape, *counts), strict=True)
+    return [LayerKeep((kind, some(count, wanted[kind])) for kind, count in now.items()) for now, wanted in layers]
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

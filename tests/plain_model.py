@@ -4,7 +4,7 @@ The whole pruning method runs on it unchanged, which is how the method is tested
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -19,12 +19,11 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.cuts import layer_cuts, lora_cuts
+from loraprune_ds.model.cuts import Slice, layer_cuts, lora_cuts
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.slices import Slice
-from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeTensor, LinearId, LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId, LoraFactors, OwnedShard
 
 
 class PlainModel:
@@ -73,14 +72,12 @@ class PlainModel:
         return values
 
     @torch.no_grad()
-    def replace_tensors(
-        self, linear_ids: Sequence[LinearId], what: Literal["weight", "bias"], compute: ComputeTensor
-    ) -> None:
+    def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         for linear_id in linear_ids:
             module = lora_linear(self.layers[linear_id.layer], linear_id.linear)
             base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
             whole = CollectedLinear({"weight": base.weight}, base.bias, a.float(), b.float(), module.scaling[ADAPTER])
-            getattr(base, what).copy_(compute(linear_id, whole))
+            base.weight.copy_(compute(linear_id, whole))
 
     @torch.no_grad()
     def cut(self, keep: list[LayerKeep]) -> int:
@@ -90,10 +87,9 @@ class PlainModel:
                 self._select(base_parameter(layer, name), kept)
                 if linear:
                     module = lora_linear(layer, linear)
-                    for which, stays in lora_cuts(self.shape, i, linear, module.r[ADAPTER], kept, layer_keep):
+                    for which, stays in lora_cuts(linear, module.r[ADAPTER], kept, layer_keep):
                         self._select(lora_weights(module)[which], stays)
-                    size = cast(nn.Linear, module.base_layer).weight.shape
-                    set_features(module, *size, experts=after.layers[i].get("experts"))
+                    set_features(module, *cast(nn.Linear, module.base_layer).weight.shape)
             set_runtime_counts(layer, self.shape, after.layers[i])
         self.shape = after
         return 0
@@ -108,10 +104,4 @@ class PlainModel:
 
 
 def take(tensor: Tensor, kept: Slice) -> Tensor:
-    """Returns what stays. Each block of rows keeps columns of its own, or goes."""
-    if kept.blocks == 1:
-        return tensor.index_select(kept.axis, kept.keep.to(tensor.device))
-    stays = torch.zeros(kept.blocks, tensor.shape[1], dtype=torch.bool)
-    stays.view(-1)[kept.keep] = True
-    blocks = zip(tensor.chunk(kept.blocks), stays, strict=True)
-    return torch.cat([block[:, columns] for block, columns in blocks if columns.any()])
+    return tensor.index_select(kept.axis, kept.keep.to(tensor.device))

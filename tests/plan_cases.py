@@ -72,7 +72,6 @@ class Case:
     dropout: float = 0.0
     compensate: Compensation = "none"
     criterion: Criterion = "lora"
-    channel_share: float | None = None
     head_ratio: float | None = None
     evaluates: bool = False  # before the first step. The plan is not told, as it must change nothing.
 
@@ -92,7 +91,6 @@ class Case:
                 protected_last=0,
                 compensate=self.compensate,
                 criterion=self.criterion,
-                channel_share=self.channel_share,
                 head_ratio=self.head_ratio,
             ),
             train=TrainConfig(
@@ -234,7 +232,7 @@ def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int,
     """
     if world_size == 1:
         return 0, 0
-    mask = sum(layer.groups[kind] for layer in shape.layers for kind in shape.kinds)
+    mask = sum(sum(layer.values()) for layer in shape.layers)
     return 5 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
 
 

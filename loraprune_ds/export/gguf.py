@@ -87,9 +87,8 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture) -> None:
     heads = [layer["heads"] for layer in shape.layers]
     queries = [shape.query_heads(layer) for layer in shape.layers]
-    of_channels = "expert_channels" if shape.family.mixture else "channels"
-    channels = [layer[of_channels] for layer in shape.layers]
-    if not all(channels):  # a dense layer has these instead
+    channels = [layer.get("channels", shape.expert_size) for layer in shape.layers]
+    if any(0 in layer.values() for layer in shape.layers):  # a dense layer has these instead
         channels = [config.intermediate_size]
     writer.add_block_count(len(shape.layers))
     writer.add_embedding_length(shape.hidden_size)
@@ -101,7 +100,7 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
     if shape.family.mixture:
         writer.add_expert_count(shape.layers[-1]["experts"])
         writer.add_expert_used_count(shape.experts_per_token)
-        writer.add_expert_feed_forward_length(shape.layers[-1][of_channels])
+        writer.add_expert_feed_forward_length(shape.expert_size)
     if architecture.gating:
         writer.add_expert_gating_func(architecture.gating)
     # Without these llama.cpp takes hidden_size / heads, which is wrong after a cut.

@@ -150,7 +150,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         ranking=card.ranking,
         dtype=exported.config["dtype"],
         head_dim=pruned.head_dim,
-        others="experts, and channels of each" if pruned.family.mixture else "MLP channels",
+        others="experts" if pruned.family.mixture else "MLP channels",
         llama_cpp=_llama_cpp(pruned),
         layers="\n".join(_layer_rows(pruned)),
         loader=exported.loader,
@@ -186,6 +186,5 @@ def _layer_rows(shape: ModelShape) -> list[str]:
     for layer, run in groupby(range(len(shape.layers)), key=lambda i: shape.layers[i]):
         first, *rest = run
         span = f"{first}–{rest[-1]}" if rest else f"{first}"
-        others = [str(count) for kind, count in layer.items() if kind != "heads"]
-        rows.append(f"| {span} | {shape.query_heads(layer)} | {layer['heads']} | {', '.join(others)} |")
+        rows.append(f"| {span} | {shape.query_heads(layer)} | {layer['heads']} | {layer[shape.kinds[-1]]} |")
     return rows

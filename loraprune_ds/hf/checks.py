@@ -11,9 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.adapters import ADAPTER, base_parameter, last_names, lora_weights
+from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.shapes import ModelShape
@@ -73,7 +72,7 @@ def check_one_dtype(model: nn.Module) -> None:
     )
 
 
-def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> None:
+def check_model(model: PeftModel, shape: ModelShape) -> None:
     """Checks that the LoRA of a live model serves the criterion, and that a cut fits all that stands beside it.
 
     Args:
@@ -98,12 +97,6 @@ def check_model(model: PeftModel, shape: ModelShape, config: PruneConfig) -> Non
     for index, layer in enumerate(decoder_layers(model)):
         for linear in shape.linears(index):
             _check_linear(layer, linear.name, f"layer {index} {linear.name}", shape)
-            if config.compensate == "bias":
-                require(
-                    base_parameter(layer, f"{linear.name}.bias") is not None,
-                    f"prune.compensate: bias: layer {index} {linear.name} has none; load the model with "
-                    "attention_bias=True, mlp_bias=True",
-                )
     _check_others(model, shape)
 
 

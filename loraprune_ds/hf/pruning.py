@@ -120,7 +120,7 @@ class Pruning:
         raw = ds_config or getattr(model, "config", None)
         if isinstance(raw, dict):
             check_reshardable("the DeepSpeed config", raw, {p.element_size() for p in peft_model.parameters()})
-        check_model(peft_model, base_shape(peft_model), config)
+        check_model(peft_model, base_shape(peft_model))
         shared = share_model(peft_model, zero, live_shape(peft_model))
         dense = checkpoint.dense if checkpoint else shared.shape
         limits = make_limits(config, dense, find_ratio(config, dense))

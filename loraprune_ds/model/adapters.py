@@ -244,15 +244,8 @@ def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) 
         setattr(owner, runtime.attribute, counts[runtime.kind] * shape.width(runtime.width))
 
 
-def set_features(module: LoraLinear, out_features: int, in_features: int, *, experts: int | None = None) -> None:
-    """Tells a cut linear and its PEFT wrappers their new sizes. repr, merge and save read them.
-
-    Args:
-        experts: of the layer. Needed for a stack of them.
-    """
-    if isinstance(module, ExpertLora):
-        assert experts is not None
-        cast(ExpertStack, module.base_layer).experts = experts
+def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:
+    """Tells a cut linear and its PEFT wrappers their new sizes. repr, merge and save read them."""
     for holder in (cast(nn.Linear, module.base_layer), module):
         holder.out_features, holder.in_features = out_features, in_features
     for adapter in module.lora_A:

@@ -21,6 +21,7 @@ from typing import Any, Self, cast
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loraprune_ds.model.frozen import DENSE, Form, join
 from loraprune_ds.model.int8_linear import HeldLinear, held_tensors
@@ -37,10 +38,14 @@ class ExpertStack(HeldLinear):
         """
         nn.Module.__init__(self)
         self.transposed = transposed
-        self.experts, rows, self.in_features = stacked.shape
-        self.out_features = self.experts * rows
+        experts, self.rows, self.in_features = stacked.shape
+        self.out_features = experts * self.rows
         self.weight = nn.Parameter(stacked.detach().flatten(0, 1), requires_grad=False)
         self.register_parameter("bias", None)
+
+    @property
+    def experts(self) -> int:
+        return self.out_features // self.rows
 
     def forward(self, input: Tensor, counts: list[int]) -> Tensor:
         """Maps tokens in the order of their experts. `counts`: how many each expert has."""
@@ -78,8 +83,6 @@ class ExpertLora(LoraLinear):
 
 CORRECTION = "e_score_correction_bias"
 BIASES = ("gate_up_proj_bias", "down_proj_bias")  # (experts, outputs), where the stock class has them
-# Sees each output of an expert: (outputs, its weight, the expert, the token), one row for each choice.
-Observe = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 class Experts(nn.Module):
@@ -92,7 +95,6 @@ class Experts(nn.Module):
             bias = getattr(stock, name, None)
             self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self._apply_gate: Callable[[Tensor], Tensor] = stock._apply_gate
-        self.observers: list[Observe] = []
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Computes each token's chosen experts.
@@ -108,8 +110,6 @@ class Experts(nn.Module):
         of_choice = chosen[order]
         gate_up = self._add(0, self.gate_up(hidden_states[order // top_k_index.shape[1]], counts), of_choice)
         by_expert = self._add(1, self.down(self._apply_gate(gate_up), counts), of_choice)  # (tokens · k, hidden_size)
-        for observe in self.observers:
-            observe(by_expert, top_k_weights.flatten()[order], of_choice, order // top_k_index.shape[1])
         by_token = by_expert[order.argsort()].unflatten(0, top_k_index.shape)
         return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)
 
@@ -150,21 +150,21 @@ class RouterLoad:
         self._experts = [find_experts(layer) for layer in layers]
         self._passes = passes
         self._found: list[list[Tensor]] = [[] for _ in self._experts]
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
         for i, of_layer in enumerate(self._experts):
-            for experts in of_layer:
-                experts.observers.append(partial(self._see, i, experts.experts))
+            self._hooks += [experts.register_forward_pre_hook(partial(self._see, i)) for experts in of_layer]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for of_layer in self._experts:
-            for experts in of_layer:
-                experts.observers.pop()
+        for hook in self._hooks:
+            hook.remove()
 
-    def _see(self, i: int, experts: int, outputs: Tensor, weights: Tensor, chosen: Tensor, tokens: Tensor) -> None:
+    def _see(self, i: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        _, chosen, _ = inputs
         if len(self._found[i]) < self._passes:
-            self._found[i].append(torch.bincount(chosen, minlength=experts))
+            self._found[i].append(torch.bincount(chosen.flatten(), minlength=cast(Experts, module).experts))
 
     def sums(self, add_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> list[list[int]]:
         """Returns the counts of all ranks, by layer and expert. Empty without experts. Collective."""

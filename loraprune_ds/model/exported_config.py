@@ -123,12 +123,13 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
 
     The global ones are those of the widest layer. A reader of only these never reserves too little.
     """
+    widest = LayerShape((kind, max(layer[kind] for layer in shape.layers)) for kind in shape.kinds)
     sizes: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": len(shape.layers),
         "head_dim": shape.head_dim,
-        **_layer_sizes(shape.widest, shape),
+        **_layer_sizes(widest, shape),
     }
     if mixture := shape.family.mixture:
         sizes |= mixture.dense([i for i, layer in enumerate(shape.layers) if not layer["experts"]])

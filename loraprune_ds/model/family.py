@@ -4,7 +4,6 @@ A decoder layer has groups of several kinds. All of a group leaves together.
   heads     one key-value head with all the query heads that read it. Under MHA it is one head.
   channels  one MLP channel.
   experts   one expert of a mixture, whole (experts.py).
-  expert_channels  one channel of one expert. All experts of a layer keep as many, each its own.
 A layer holds what belongs to the kinds that it has. So a dense layer among sparse ones has heads and no experts. Its
 MLP stays whole and has no LoRA, because PEFT takes linears of these names for those of experts.
 
@@ -54,26 +53,14 @@ WIDE_NORMS = (
 MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
 
 
-def _stacks(
-    experts: str,
-    gate_up: tuple[str, ...],
-    down: tuple[str, ...],
-    *,
-    transposed: bool = False,
-    both: Width = "gate_up",
-) -> Linears:
-    """Describes the two stacks of gated experts.
-
-    Args:
-        gate_up, down: names on disk (`Linear.stored`).
-        both: how gate and up lie in their stack.
-    """
+def _stacks(experts: str, gate_up: tuple[str, ...], down: tuple[str, ...], *, transposed: bool = False) -> Linears:
+    """Describes the two stacks of gated experts. `gate_up` and `down` are names on disk (`Linear.stored`)."""
 
     def stack(name: str, outputs: Width, inputs: Width, stored: tuple[str, ...]) -> Linear:
         rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
         return Linear(f"{experts}.{name}", 0, (Part("experts", rows),), columns, stored, transposed)
 
-    return stack("gate_up", both, "hidden", gate_up), stack("down", "hidden", "expert", down)
+    return stack("gate_up", "gate_up", "hidden", gate_up), stack("down", "hidden", "expert", down)
 
 
 def _each(block: str, gate: str, up: str, down: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -109,7 +96,6 @@ GLM_MOE = Family(
     (Runtime("mlp.gate", "num_experts", "experts"),),
     mixture=Mixture("n_routed_experts", "moe_intermediate_size", dense=_first, grouped=True),
     whole=(*DENSE_MLP, "mlp.shared_experts."),
-    fixed=("expert_channels",),  # the class computes the width of the shared ones from that of an expert
 )
 # Queries and keys of a head are wider than its values. Latent queries, keys and values belong to no head.
 LATENT_ATTENTION = (
@@ -187,19 +173,13 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(
         (
             *ATTENTION,
-            *_stacks(
-                "mlp.experts",
-                ("mlp.experts.gate_up_proj",),
-                ("mlp.experts.down_proj",),
-                transposed=True,
-                both="gate_up_in_turn",
-            ),
+            *_stacks("mlp.experts", ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",), transposed=True),
         ),
         (
             Companion("self_attn.sinks", (Part("heads", "query_count"),)),
             _router("mlp.router"),
             Companion("mlp.router.bias", (EXPERTS,)),
-            Companion("mlp.experts.gate_up_proj_bias", (EXPERTS,), "gate_up_in_turn"),
+            Companion("mlp.experts.gate_up_proj_bias", (EXPERTS,), "gate_up"),
             Companion("mlp.experts.down_proj_bias", (EXPERTS,), "hidden"),
         ),
         eager_only="attention sinks",

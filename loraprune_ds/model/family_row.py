@@ -7,30 +7,14 @@ from typing import Any, Literal, NamedTuple
 Kind = str
 # The field of config.json that counts the groups of a kind.
 COUNT_FIELDS: dict[Kind, str] = {"heads": "num_key_value_heads", "channels": "intermediate_size"}
-# A kind whose groups lie within those of another. Each of these has as many.
-WITHIN: dict[Kind, Kind] = {"expert_channels": "experts"}
 # Rows of one group: head_dim times the query heads of a group, head_dim, the query heads of a group, 1 or hidden_size.
 OfHead = Literal["queries", "head", "query_count"]
 # With latent attention: the latent queries, the latent keys and values, and of a head its query, the key without rotary
 # embedding and the value, the value alone.
 OfLatent = Literal["query_rank", "key_value_rank", "query", "key_and_value", "value"]
-# Of an expert: its channels, or a line of gate and one of up for each. All of the gate come first, or they alternate.
-OfExpert = Literal["expert", "gate_up", "gate_up_in_turn"]
+# Of an expert: its channels, or those of its gate and up projections together.
+OfExpert = Literal["expert", "gate_up"]
 Width = Literal[OfHead, OfLatent, OfExpert, "one", "hidden"]
-
-
-class Lines(NamedTuple):
-    """Tells how the channels of an expert lie: `sections` ranges of all channels, with `together` lines of each."""
-
-    sections: int
-    together: int
-
-    @property
-    def of_channel(self) -> int:
-        return self.sections * self.together
-
-
-LINES: dict[Width, Lines] = {"expert": Lines(1, 1), "gate_up": Lines(2, 1), "gate_up_in_turn": Lines(1, 2)}
 
 
 @dataclass(frozen=True)
@@ -39,19 +23,6 @@ class Part:
 
     kind: Kind
     width: Width = "one"
-
-
-class ChannelAxis(NamedTuple):
-    """Tells along which axis of a matrix of all experts their channels lie, and how."""
-
-    axis: Literal[0, 1]
-    lines: Lines
-
-
-def _channel_axis(parts: tuple[Part, ...], across: Width | None) -> ChannelAxis | None:
-    if parts[0].width in LINES:
-        return ChannelAxis(0, LINES[parts[0].width])
-    return ChannelAxis(1, LINES[across]) if across in LINES else None
 
 
 @dataclass(frozen=True)
@@ -80,17 +51,8 @@ class Linear:
 
     @property
     def kind(self) -> Kind:
-        """The kind of its groups. A stack has the channels of its experts besides (`kinds`)."""
+        """The kind of its groups."""
         return self.parts[0].kind
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        return (self.kind, "expert_channels") if self.channels else (self.kind,)
-
-    @property
-    def channels(self) -> ChannelAxis | None:
-        """Tells where a stack has the channels of its experts."""
-        return _channel_axis(self.parts, self.across)
 
     @property
     def is_stack(self) -> bool:
@@ -142,11 +104,6 @@ class Companion:
     across: Width | None = None
     stored: str | None = None
     exact: bool = False
-
-    @property
-    def channels(self) -> ChannelAxis | None:
-        """As `Linear.channels`."""
-        return _channel_axis(self.parts, self.across)
 
 
 @dataclass(frozen=True)
@@ -231,9 +188,8 @@ class Family:
 
         The last is the finest. It makes up for what whole groups of the others cannot.
         """
-        return tuple(dict.fromkeys(kind for linear in self.linears for kind in linear.kinds))
+        return tuple(dict.fromkeys(linear.kind for linear in self.linears))
 
     def count_field(self, kind: Kind) -> str:
         """Returns the field of config.json that counts the groups of a kind."""
-        of_experts = {"experts": self.mixture.count, "expert_channels": self.mixture.size} if self.mixture else {}
-        return (of_experts | COUNT_FIELDS)[kind]
+        return self.mixture.count if self.mixture and kind == "experts" else COUNT_FIELDS[kind]

@@ -8,13 +8,10 @@ from loraprune_ds.model.shapes import ModelShape
 
 def active_numel(shape: ModelShape) -> int:
     """Counts the linear parameters that one token meets: of experts those that it chooses, and all that stays whole."""
-    idle = sum(
-        max(0, layer.get("experts", 0) - shape.experts_per_token) * shape.group_numel("experts", layer)
-        for layer in shape.layers
-    )
+    idle = sum(max(0, layer.get("experts", 0) - shape.experts_per_token) for layer in shape.layers)
     others = (size for i in range(len(shape.layers)) for size in shape.others(i).values())
     whole = sum(math.prod(size) for size in others if len(size) > 1)
-    return shape.linear_numel() + whole - idle
+    return shape.linear_numel() + whole - idle * shape.group_numel("experts")
 
 
 def met_numel(shape: ModelShape) -> float:
@@ -40,7 +37,7 @@ def _chosen(shape: ModelShape, layer: int, linear: Linear) -> float:
 def mlp_width(shape: ModelShape, layer: int) -> int:
     """Counts the channels that one token meets at once in the MLP of a layer."""
     counts, matrices = shape.layers[layer], (size for size in shape.others(layer).values() if len(size) > 1)
-    chosen = shape.experts_per_token * counts.get("expert_channels", 0)
+    chosen = shape.experts_per_token * shape.expert_size if counts.get("experts") else 0
     whole = (rows if columns == shape.hidden_size else columns for rows, columns in matrices)
     return max(counts.get("channels", 0), chosen, *whole)
 

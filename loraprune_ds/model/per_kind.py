@@ -5,7 +5,7 @@ from typing import Self, TypeVar
 
 from torch import Tensor
 
-from loraprune_ds.model.family_row import WITHIN, Kind
+from loraprune_ds.model.family_row import Kind
 
 T = TypeVar("T")
 
@@ -33,15 +33,7 @@ class PerKind(Mapping[Kind, T]):
 
 
 class LayerShape(PerKind[int]):
-    """Holds the counts of groups of one decoder layer, which pruning changes. 0 of a kind that this layer lacks.
-
-    Of a kind that lies within another it is the count within each group of the other: the channels of an expert.
-    """
-
-    @property
-    def groups(self) -> PerKind[int]:
-        """Counts all groups of each kind: the channels of all experts."""
-        return PerKind((kind, count * self.get(WITHIN.get(kind, ""), 1)) for kind, count in self.items())
+    """Holds the counts of groups of one decoder layer, which pruning changes. 0 of a kind that this layer lacks."""
 
     @property
     def kinds(self) -> frozenset[Kind]:
@@ -50,10 +42,7 @@ class LayerShape(PerKind[int]):
 
 
 class LayerTensors(PerKind[Tensor]):
-    """Holds one value for every group of a decoder layer: (groups,) for each kind.
-
-    The channels of the first expert come first, then those of the second one, and so on.
-    """
+    """Holds one value for every group of a decoder layer: (groups,) for each kind."""
 
     def select(self, keep: "LayerKeep") -> Self:
         """Returns the values of the groups that stay."""
@@ -61,16 +50,9 @@ class LayerTensors(PerKind[Tensor]):
 
 
 class LayerKeep(LayerTensors):
-    """Names the groups that stay in one decoder layer: ascending int64 indices into its current groups.
-
-    Every expert that stays keeps as many channels, and the others keep none.
-    """
+    """Names the groups that stay in one decoder layer: ascending int64 indices into its current groups."""
 
     @property
     def shape(self) -> LayerShape:
-        """The layer's shape after the cut, of the kinds that are cut."""
-        return LayerShape((kind, len(groups) // max(1, self._holders(kind))) for kind, groups in self.items())
-
-    def _holders(self, kind: Kind) -> int:
-        """Counts the groups that stay of the kind that this one lies within. 1 without such a kind."""
-        return len(self[WITHIN[kind]]) if kind in WITHIN else 1
+        """The layer's shape after the cut."""
+        return LayerShape((kind, len(groups)) for kind, groups in self.items())

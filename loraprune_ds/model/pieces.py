@@ -1,9 +1,13 @@
 """The tensors on disk that one parameter consists of."""
 
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false
+
 from typing import NamedTuple
 
+from torch import Tensor
+
 from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.slices import Slice
 
 
 class Pieces(NamedTuple):
@@ -15,19 +19,9 @@ class Pieces(NamedTuple):
     names: tuple[str, ...]
     shape: tuple[int, ...]
 
-    def sliced(self, kept: Slice) -> tuple["Pieces", dict[str, Slice]]:
-        """Returns the pieces of what stays of the parameter, and what stays of each that is not whole."""
-        rows, columns = self.shape
-        each = len(self.names) // kept.blocks  # in a block of columns
-        own = dict[str, Slice]()
-        for i, name in enumerate(self.names):
-            stays = kept.of_block(i, rows) if kept.axis == 0 else kept.of_block(i // each, columns)
-            if len(stays):
-                own[name] = Slice(kept.axis, stays)
-        shape = list(self.shape)
-        shape[kept.axis] = len(next(iter(own.values())).keep)
-        parts = own if tuple(shape) != self.shape else {}
-        return Pieces(tuple(own), tuple(shape)), parts
+    def keep_rows(self, rows: Tensor) -> "Pieces":
+        """Returns those that hold some rows of the parameter. A piece stays whole or goes."""
+        return self._replace(names=tuple(self.names[i] for i in (rows // self.shape[0]).unique().tolist()))
 
 
 def pieces_of(prefix: str, stack: Linear, experts: int, shape: tuple[int, ...]) -> Pieces:

@@ -14,14 +14,13 @@ from torch import Tensor
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.cuts import layer_cuts
+from loraprune_ds.model.cuts import Slice, layer_cuts
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Held, Int8, Matrix, NotFinite
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pieces import Pieces
-from loraprune_ds.model.read_shape import check_family, shape_from_config, shape_of_run, with_biases
+from loraprune_ds.model.read_shape import check_family, shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.slices import Slice
 from loraprune_ds.model.text_part import text_config, text_tensors
 from loraprune_ds.model.weight_headers import Headers, read_headers
 
@@ -48,7 +47,6 @@ class PretrainedModel:
         shape: the sizes it declares, checked against the tensors on disk.
         files: tensor name -> weight file.
         stored: tensor name -> its name in the file, if it has another there (`text_part.py`).
-        absent: names of tensors that no file holds and that are zero (`open_for_pruning`).
         slices: tensor name -> the part of it that belongs to the model, if not all (`cut_to`).
         pieces: name of a stack of experts -> the tensors on disk that it consists of, which `files` names instead.
     """
@@ -58,7 +56,6 @@ class PretrainedModel:
     shape: ModelShape
     files: dict[str, Path]
     stored: Mapping[str, str] = field(default_factory=dict[str, str])
-    absent: frozenset[str] = frozenset()
     slices: Mapping[str, Slice] = field(default_factory=dict)
     pieces: Mapping[str, Pieces] = field(default_factory=dict)
 
@@ -67,8 +64,6 @@ class PretrainedModel:
 
         Only the rows that contain them are read from disk. Rows that lie between two kept ones are read, too.
         """
-        if name in self.absent:
-            return torch.zeros(end - start, dtype=dtype)
         if name in self.pieces:
             return self._read_pieces(self.pieces[name], start, end, dtype)
         shard = torch.empty(end - start, dtype=dtype)
@@ -76,17 +71,14 @@ class PretrainedModel:
             view = file.get_slice(self.stored.get(name, name))
             *on_disk, width = view.get_shape() if len(view.get_shape()) > 1 else (*view.get_shape(), 1)
             kept = self.slices.get(name, Slice(0, torch.arange(math.prod(on_disk))))
-            rows = kept.rows(math.prod(on_disk), width)
-            height = math.prod(on_disk) // kept.blocks
-            columns = len(kept.keep) * height // max(1, len(rows)) if kept.axis == 1 else width
+            columns = len(kept.keep) if kept.axis == 1 else width
             first, last = start // columns, -(-end // columns)
-            for at, block in _blocks(rows[first:last], max(1, READ_CHUNK // width), height):
+            rows = kept.keep[first:last] if kept.axis == 0 else torch.arange(first, last)
+            for at, block in _blocks(rows, max(1, READ_CHUNK // width)):
                 values = _rows(view, int(block[0]), int(block[-1]) + 1)
                 if len(block) < len(values):
                     values = values[block - block[0]]
-                if kept.axis == 1:
-                    values = values[:, kept.of_block(int(block[0]) // height, width)]
-                values = values.reshape(-1)
+                values = (values[:, kept.keep] if kept.axis == 1 else values).reshape(-1)
                 origin = (first + at) * columns
                 low, high = max(start, origin), min(end, origin + len(values))
                 shard[low - start : high - start] = values[low - origin : high - origin].to(dtype)
@@ -158,15 +150,11 @@ def _rows(view: Any, start: int, end: int) -> Tensor:
     return torch.cat([view[i, max(start - i * height, 0) : min(end - i * height, height)] for i in blocks])
 
 
-def _blocks(rows: Tensor, span: int, height: int) -> Iterator[tuple[int, Tensor]]:
-    """Splits ascending rows into blocks that span less than `span`. Yields each with the position of its first row.
-
-    None has rows of two blocks of `height` rows.
-    """
+def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
+    """Splits ascending rows into blocks that span less than `span`. Yields each with the position of its first row."""
     at = 0
     while at < len(rows):
-        last = min(rows[at] + span, (rows[at] // height + 1) * height)
-        end = int(torch.searchsorted(rows, last))
+        end = int(torch.searchsorted(rows, rows[at] + span))
         yield at, rows[at:end]
         at = end
 
@@ -226,23 +214,13 @@ def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Held])
 def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
     """Opens the model of a run as `open_pretrained`, to be held as `model.frozen` says.
 
-    Adds biases if they are to make up for cuts.
-
     Raises:
-        UserError: as `open_pretrained`, or its linears cannot have biases. Or the run asks for what it does not have.
+        UserError: as `open_pretrained`. Or the run asks for what the model does not have.
     """
-    pretrained = open_pretrained(folder, int8=config.model.frozen == "int8")
+    int8 = config.model.frozen == "int8"
+    pretrained = open_pretrained(folder, int8=int8)
     check_family(config, pretrained.shape.family, pretrained.config, str(folder))
-    if config.prune.compensate == "bias":
-        pretrained = _with_biases(pretrained)
-    return replace(pretrained, shape=shape_of_run(pretrained.shape, config))
-
-
-def _with_biases(pretrained: PretrainedModel) -> PretrainedModel:
-    """Adds biases to all linears of the decoder layers. Those that the model lacks are zero."""
-    config, shape = with_biases(pretrained.config, str(pretrained.folder))
-    absent = frozenset(name for name in shape.parameters() if name not in pretrained.files)
-    return replace(pretrained, config=config, shape=shape, absent=absent)
+    return replace(pretrained, shape=replace(pretrained.shape, int8=int8))
 
 
 def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -> PretrainedModel:
@@ -264,11 +242,9 @@ def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -
         for i, layer_keep in enumerate(keep)
         for name, kept, _ in layer_cuts(dense, i, layer_keep)
     }
-    shape = replace(
-        shape_from_config(config, str(pretrained.folder)), int8=dense.int8, thins_experts=dense.thins_experts
-    )
-    pieces = dict(pretrained.pieces)
-    for name in pieces.keys() & slices.keys():
-        pieces[name], of_pieces = pieces[name].sliced(slices.pop(name))
-        slices |= of_pieces
+    shape = replace(shape_from_config(config, str(pretrained.folder)), int8=dense.int8)
+    pieces = {
+        name: whole.keep_rows(slices.pop(name).keep) if name in slices else whole
+        for name, whole in pretrained.pieces.items()
+    }
     return replace(pretrained, config=config, shape=shape, slices=slices, pieces=pieces)

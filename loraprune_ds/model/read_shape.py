@@ -62,25 +62,6 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     return _add_parameters(shape, parameters, where)
 
 
-def with_biases(config: dict[str, Any], where: str) -> tuple[dict[str, Any], ModelShape]:
-    """Returns config and shape of the same model with biases on all linears, for `prune.compensate: bias`.
-
-    Raises:
-        UserError: as `shape_from_config`, or its class has no such biases.
-    """
-    config = text_config(config, where) | {"attention_bias": True, "mlp_bias": True}
-    shape = shape_from_config(config, where)
-    if not all(shape.has_bias(linear) for _, linear in shape.linear_ids()):
-        raise UserError(f"prune.compensate: bias needs linears with biases, which a {shape.model_type} ({where}) lacks")
-    return config, shape
-
-
-def shape_of_run(shape: ModelShape, config: RunConfig) -> ModelShape:
-    """Returns the shape as a run holds it: in int8 or not, with channels that leave experts or not."""
-    thins = config.prune.channel_share is not None
-    return replace(shape, int8=config.model.frozen == "int8", thins_experts=thins)
-
-
 def check_family(config: RunConfig, family: Family, source: dict[str, Any], where: str) -> None:
     """Checks that a run asks for nothing that this family lacks, or that would have no effect. `source` is config.json.
 
@@ -91,13 +72,9 @@ def check_family(config: RunConfig, family: Family, source: dict[str, Any], wher
     if config.data.packing and not family.packs:
         raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
     if family.mixture is None:
-        if prune.criterion == "reap":
-            raise UserError(f"prune.criterion: reap scores experts, which {where} lacks")
         return
-    heads_leave = (prune.head_ratio or prune.joint_budget) and "heads" not in family.fixed
-    if prune.criterion == "reap" and heads_leave:
-        raise UserError(f"prune.criterion: reap scores no heads of {where}; drop prune.head_ratio and joint_budget")
-    if prune.compensate == "least_squares" and not heads_leave:
+    heads_leave = prune.head_ratio and "heads" not in family.fixed
+    if prune.compensate != "none" and not heads_leave:
         raise UserError(
             f"prune.compensate: least_squares makes up for heads and not for experts, and all heads of {where} stay; "
             "set prune.head_ratio, or prune.compensate: none"
@@ -138,8 +115,7 @@ def _held_layers(where: str, sizes: list[LayerShape], parameters: Sizes, family:
     Kinds that no layer has are left out.
     """
     held = [
-        {kind for x in family.linears if f"model.layers.{i}.{x.name}.weight" in parameters for kind in x.kinds}
-        for i in range(len(sizes))
+        {x.kind for x in family.linears if f"model.layers.{i}.{x.name}.weight" in parameters} for i in range(len(sizes))
     ]
     kinds = [kind for kind in family.kinds if any(kind in own for own in held)]
     if family.mixture and "experts" not in kinds:
@@ -197,6 +173,7 @@ def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict
     per_token = int(config["num_experts_per_tok"])
     of_each = max(2 * family.mixture.grouped, -(-per_token // chosen))  # which the router compares by their best two
     return {
+        "expert_size": int(config[family.mixture.size]),
         "experts_per_token": per_token,
         "least_experts": groups * of_each,
         "expert_groups": groups,

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES, family_name
-from loraprune_ds.model.family_row import LINES, Companion, Family, Kind, Linear, LinearId, Part, Width
+from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, LinearId, Part, Width
 from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8, Matrix
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.pieces import Pieces, pieces_of
-from loraprune_ds.model.slices import group_indices
 
 Sizes = Mapping[str, tuple[int, ...]]  # shapes by name
 
@@ -29,13 +28,13 @@ class ModelShape:
         layer_others: of layers with groups of some kinds, what no cut makes smaller, such as norms. It comes as names
             inside the layer and shapes.
         ends: full names and shapes of the parameters outside the layers: embedding, final norm, untied head.
-        experts_per_token: that the router chooses, if the MLPs are mixtures of experts.
+        expert_size: channels of one expert, if the MLPs are mixtures of experts.
+        experts_per_token: that the router chooses.
         least_experts: fewest that it can choose from.
         expert_groups: groups of experts that it chooses from. All have as many.
         absent: names of linears of the family that the model lacks.
         widths: what the family's `widths` are in this model.
         int8: the weights of the linears are held as int8 with scales (frozen.py). In files they may be as they are.
-        thins_experts: experts lose channels, too. Else these leave with whole experts alone, and have no scores.
     """
 
     model_type: str
@@ -48,13 +47,13 @@ class ModelShape:
     biases: frozenset[str] = frozenset()
     layer_others: Mapping[frozenset[Kind], Sizes] = field(default_factory=dict[frozenset[Kind], Sizes], hash=False)
     ends: Sizes = field(default_factory=dict[str, tuple[int, ...]], hash=False)
+    expert_size: int = 0
     experts_per_token: int = 0
     least_experts: int = 0
     expert_groups: int = 1
     absent: frozenset[str] = frozenset()
     widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)
     int8: bool = False
-    thins_experts: bool = False
 
     @property
     def family(self) -> Family:
@@ -62,14 +61,8 @@ class ModelShape:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of groups that are cut, in the order of all masks, draws and files."""
-        whole = () if self.thins_experts else ("expert_channels",)
-        return tuple(kind for kind in self.family.kinds if kind in self.layers[0] and kind not in whole)
-
-    @property
-    def widest(self) -> LayerShape:
-        """The most groups of each kind that a layer has."""
-        return LayerShape((kind, max(layer[kind] for layer in self.layers)) for kind in self.layers[0])
+        """The kinds of groups, in the order of all masks, draws and files."""
+        return tuple(kind for kind in self.family.kinds if kind in self.layers[0])
 
     def linears(self, layer: int) -> tuple[Linear, ...]:
         """Returns the LoRA-adapted linears of a decoder layer, in the order of its forward."""
@@ -93,17 +86,16 @@ class ModelShape:
         """Lists those whose inputs belong to groups, such as o_proj and down_proj."""
         return [linear_id for linear_id in self.linear_ids(layers) if linear_id.linear.reads_groups]
 
-    def width(self, width: Width, counts: Mapping[Kind, int] | None = None) -> int:
-        """Returns the rows that `width` stands for. Those of experts depend on the layer's counts."""
-        if width in LINES:
-            assert counts is not None, "layers may have experts of different sizes"
-            return counts["expert_channels"] * LINES[width].of_channel
+    def width(self, width: Width) -> int:
+        """Returns the rows that `width` stands for."""
         per_width: dict[Width, int] = {
             "queries": self.head_dim * self.queries_per_group,
             "head": self.head_dim,
             "query_count": self.queries_per_group,
             "one": 1,
             "hidden": self.hidden_size,
+            "expert": self.expert_size,
+            "gate_up": 2 * self.expert_size,
             **self.widths,
         }
         return per_width[width]
@@ -114,12 +106,7 @@ class ModelShape:
 
     def part_sizes(self, layer: int, parts: tuple[Part, ...]) -> list[int]:
         """Returns the rows (or columns) of each part at this layer's current width."""
-        return [self.layers[layer][part.kind] * self.width(part.width, self.layers[layer]) for part in parts]
-
-    def scored_kinds(self, linear: Linear) -> tuple[Kind, ...]:
-        """Returns the kind of each vector of scores that a linear gives. A stack scores each line of a channel."""
-        lines = linear.channels.lines.of_channel if self.thins_experts and linear.channels else 0
-        return (*(part.kind for part in linear.parts), *("expert_channels",) * lines)
+        return [self.layers[layer][part.kind] * self.width(part.width) for part in parts]
 
     def query_heads(self, layer: LayerShape) -> int:
         """Counts the query heads of such a layer."""
@@ -135,7 +122,7 @@ class ModelShape:
 
     def linear_shape(self, layer: int, linear: Linear) -> tuple[int, int]:
         """Returns (out_features, in_features) of a linear at this layer's current width."""
-        width, across = sum(self.part_sizes(layer, linear.parts)), self.width(linear.across, self.layers[layer])
+        width, across = sum(self.part_sizes(layer, linear.parts)), self.width(linear.across)
         return (width, across) if linear.axis == 0 else (across, width)
 
     def lora_shapes(self, layer: int, linear: Linear, lora_rank: int) -> tuple[Matrix, Matrix]:
@@ -161,29 +148,20 @@ class ModelShape:
         return [math.prod(shape) for x in self.linears(layer) for shape in self.lora_shapes(layer, x, lora_rank)]
 
     @cached_property
-    def _numel_of_one(self) -> Mapping[tuple[Kind, ...], int]:
-        """The linear parameters of a layer with one group of each kind, by the kinds whose counts they grow with."""
-        found, one = Counter[tuple[Kind, ...]](), {"expert_channels": 1}
+    def _group_numel(self) -> Mapping[Kind, int]:
+        """The linear parameters of one group of each kind."""
+        found = Counter[Kind]()
         for x in (x for x in self.family.linears if x.name not in self.absent):
-            found[x.kinds] += sum(self.width(part.width, one) for part in x.parts) * self.width(x.across, one)
+            found[x.kind] += self.group_width(x) * self.width(x.across)
         return found
+
+    def group_numel(self, kind: Kind) -> int:
+        """Counts the linear parameters that leave with one group, without biases."""
+        return self._group_numel[kind]
 
     def numel_of(self, counts: Mapping[Kind, int]) -> int:
         """Counts the linear parameters of a layer with so many groups, without biases."""
-        return sum(numel * math.prod(counts.get(k, 0) for k in kinds) for kinds, numel in self._numel_of_one.items())
-
-    def group_numel(self, kind: Kind, counts: Mapping[Kind, int] | None = None) -> int:
-        """Counts the linear parameters that leave with one group, without biases. Of channels: with one per expert.
-
-        Args:
-            counts: of the layer that it leaves. None: those of the widest one.
-        """
-        counts = self.widest if counts is None else counts
-        return sum(
-            numel * math.prod(counts[other] for other in kinds if other != kind)
-            for kinds, numel in self._numel_of_one.items()
-            if kind in kinds
-        )
+        return sum(count * self.group_numel(kind) for kind, count in counts.items())
 
     def layer_numel(self, layer: int) -> int:
         """Counts the linear parameters of one decoder layer. `prune.ratio` is a fraction of these."""
@@ -195,8 +173,7 @@ class ModelShape:
 
     def inputs(self, layer: int, linear: Linear) -> int:
         """Counts the inputs of a linear, or of one expert's."""
-        stack = linear.is_stack
-        return self.width(linear.expert_inputs, self.layers[layer]) if stack else self.linear_shape(layer, linear)[1]
+        return self.width(linear.expert_inputs) if linear.is_stack else self.linear_shape(layer, linear)[1]
 
     def inputs_per_token(self, layer: int, linear: Linear) -> int:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
@@ -230,7 +207,7 @@ class ModelShape:
             if self.has_bias(linear):
                 shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
         for companion in self.companions(layer):
-            second = () if companion.across is None else (self.width(companion.across, self.layers[layer]),)
+            second = () if companion.across is None else (self.width(companion.across),)
             shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)), *second)
         return shapes | {f"{prefix}{name}": size for name, size in self.others(layer).items()}
 
@@ -278,17 +255,16 @@ class ModelShape:
 
     def cut_kinds(self, layer: int, keep: LayerKeep) -> list[Kind]:
         """Returns the kinds of which the layer loses groups."""
-        return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer].groups[kind]]
+        return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer][kind]]
 
     def cut_linears(self, layer: int, keep: LayerKeep) -> list[Linear]:
         """Returns the linears of a layer that get smaller."""
         kinds = self.cut_kinds(layer, keep)
-        return [linear for linear in self.linears(layer) if not {*linear.kinds}.isdisjoint(kinds)]
+        return [linear for linear in self.linears(layer) if linear.kind in kinds]
 
     def after(self, keep: Sequence[LayerKeep]) -> "ModelShape":
         """Returns what a cut leaves of the model."""
-        layers = zip(self.layers, keep, strict=True)
-        return self.with_layers(tuple(LayerShape({**layer, **layer_keep.shape}) for layer, layer_keep in layers))
+        return self.with_layers(tuple(layer_keep.shape for layer_keep in keep))
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":
         """Returns the same model with other widths."""
@@ -297,4 +273,9 @@ class ModelShape:
     @property
     def is_uniform(self) -> bool:
         """True if all layers with groups of a kind have as many, so that a stock model class can hold them."""
-        return all(len({layer[kind] for layer in self.layers} - {0}) == 1 for kind in self.layers[0])
+        return all(len({layer[kind] for layer in self.layers} - {0}) == 1 for kind in self.kinds)
+
+
+def group_indices(groups: Tensor, width: int) -> Tensor:
+    """Returns (len(groups) * width,) int64: the rows or columns of some groups, each `width` wide."""
+    return (groups[:, None] * width + torch.arange(width)).reshape(-1)

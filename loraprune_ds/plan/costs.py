@@ -144,6 +144,6 @@ def _scoring_flops(request: Request, shape: ModelShape, tokens: float) -> float:
     criterion, rank, numel = request.config.prune.criterion, request.config.lora.r, shape.linear_numel()
     if criterion == "fisher":
         return 3 * tokens * sum(shape.inputs_per_token(i, linear) for i, linear in shape.input_linear_ids())
-    per_weight = {"random": 0, "reap": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
+    per_weight = {"random": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
     products = 2 * flops.met_numel(shape) * tokens if criterion == "gradient" else 0
     return products + per_weight * numel / request.world_size

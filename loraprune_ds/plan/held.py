@@ -73,7 +73,7 @@ def checkpoint_terms(request: Request, after_first_cut: ModelShape) -> Terms:
     shape, prune, copies = request.shape, request.config.prune, request.config.checkpoint.copy_source
     terms = {
         "lora_state": 12 * sum(shape.lora_sizes(request.config.lora.r)),
-        "scores": 8 * sum(layer.groups[kind] for layer in shape.layers for kind in shape.kinds),
+        "scores": 8 * sum(sum(layer.values()) for layer in shape.layers),
     }
     if copies or prune.compensate != "none":
         held = (shape if copies else after_first_cut).held(None, request.element_size).values()

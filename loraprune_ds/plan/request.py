@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.frozen import Held
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.read_shape import check_family, shape_from_config, shape_of_run, with_biases
+from loraprune_ds.model.read_shape import check_family, shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config
 from loraprune_ds.plan.activations import PlannedBatch
@@ -140,8 +140,8 @@ class Request:
             cut = [uniform_counts(self.limits, target, self.limits.ratio)] * len(dense.layers)
         else:
             leaving, cut = target * dense.linear_numel(), list(dense.layers)
-            for kind, share in self.limits.shares.items():  # channels leave those experts that stay
-                numel = sum(cut[i][kind] * dense.group_numel(kind, cut[i]) for i in open_layers)
+            for kind, share in self.limits.shares.items():
+                numel = sum(cut[i][kind] for i in open_layers) * dense.group_numel(kind)
                 stays = 1 - leaving * share / numel
                 cut = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in cut]
         return dense.with_layers(tuple(cut[i] if i in open_layers else x for i, x in enumerate(dense.layers)))
@@ -198,10 +198,7 @@ def build_request(
     """
     train = config.train
     check_family(config, shape.family, text_config(source, name), name)
-    if config.prune.compensate == "bias":
-        source, biased = with_biases(source, name)
-        shape = biased.with_layers(shape.layers)
-    shape = shape_of_run(shape, config)
+    shape = replace(shape, int8=config.model.frozen == "int8")
     check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     if samples is not None and samples < train.global_batch_size:

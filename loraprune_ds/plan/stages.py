@@ -166,11 +166,8 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     rounds = gather_rounds([2 * sum(sizes) for sizes in layers], GATHERED_NUMEL)
     shards, whole = (max(sum(map(count, layers[r.start : r.stop])) for r in rounds) for count in (request.shards, sum))
     block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in quality.linear_sizes(shape))
-    groups = sum(
-        len(shape.scored_kinds(linear)) * max(shape.layers[i].groups[kind] for kind in shape.kinds)
-        for i, linear in shape.linear_ids()
-    )
-    if request.config.prune.criterion in ("fisher", "reap"):  # the vectors alone
+    groups = sum(len(linear.parts) * max(shape.layers[i].values()) for i, linear in shape.linear_ids())
+    if request.config.prune.criterion == "fisher":  # the vectors alone
         return {"score_sums": 8 * groups}
     return {
         "lora_factors": 2 * 4 * (shards + shards * request.world_size + whole),

@@ -5,13 +5,11 @@ each other rank its shard. An all-reduce sends the vector once.
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from loraprune_ds.model import cuts as tensors
-from loraprune_ds.model.family_row import WITHIN, Kind
 from loraprune_ds.model.frozen import Int8
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
@@ -134,7 +132,7 @@ def scoring_sent(request: Request, shape: ModelShape, rank: int | None = None) -
     if request.world_size == 1 or criterion == "random":
         return 0
     sums = 8 * score_count(request, shape)
-    if criterion in ("fisher", "reap"):
+    if criterion == "fisher":
         return sums
     lora = 2 * request.lora_shards(shape) * (request.world_size - 1) * 4
     return lora + sums + scales_sent(request, shape, rank)
@@ -153,11 +151,8 @@ def scales_sent(request: Request, shape: ModelShape, rank: int | None = None) ->
 
 def score_count(request: Request, shape: ModelShape) -> int:
     """Counts the scores of a step. Each part of a linear has one per group."""
-    criterion = request.config.prune.criterion
-    if criterion == "reap":  # sums of norms, and counts of tokens
-        return 2 * sum(layer["experts"] for layer in shape.layers)
-    linear_ids = shape.input_linear_ids() if criterion == "fisher" else shape.linear_ids()
-    return sum(shape.layers[i].groups[kind] for i, linear in linear_ids for kind in shape.scored_kinds(linear))
+    linear_ids = shape.input_linear_ids() if request.config.prune.criterion == "fisher" else shape.linear_ids()
+    return sum(shape.layers[i][part.kind] for i, linear in linear_ids for part in linear.parts)
 
 
 def layer_cuts(
@@ -173,7 +168,7 @@ def layer_cuts(
         cuts.append((AxisCut(held.shape, *kept), held.element_size))
         if linear:
             factors = shape.lora_shapes(index, linear, lora_rank)
-            for which, stays in tensors.lora_cuts(shape, index, linear, lora_rank, kept, keep):
+            for which, stays in tensors.lora_cuts(linear, lora_rank, kept, keep):
                 cuts.append((AxisCut(factors[which], *stays), element_size + 12))
     return cuts
 
@@ -198,17 +193,12 @@ def cut_sent(request: Request, before: ModelShape, after: ModelShape) -> int:
     sent = torch.zeros(world_size, dtype=torch.int64)
     for (old, new), layers in Counter(zip(before.layers, after.layers, strict=True)).items():
         if old != new:
-            keep = _random_keep(before.kinds, old, new, generator)
+            keep = _random_keep(old, new, generator)
             cuts = layer_cuts(before, before.layers.index(old), keep, request.config.lora.r, request.element_size)
             sent += layers * moved_bytes(cuts, world_size)
     return int(sent.max()) + quality.refit_sent(request, before, after)
 
 
-def _random_keep(kinds: Iterable[Kind], before: LayerShape, after: LayerShape, generator: torch.Generator) -> LayerKeep:
-    def draw(kind: Kind) -> torch.Tensor:
-        return torch.randperm(before[kind], generator=generator)[: after[kind]].sort().values
-
-    keep = {kind: draw(kind) for kind in kinds if kind not in WITHIN}
-    for kind in (kind for kind in kinds if kind in WITHIN):
-        keep[kind] = torch.cat([holder * before[kind] + draw(kind) for holder in keep[WITHIN[kind]]])
-    return LayerKeep(keep)
+def _random_keep(before: LayerShape, after: LayerShape, generator: torch.Generator) -> LayerKeep:
+    chosen = ((kind, torch.randperm(count, generator=generator)[: after[kind]]) for kind, count in before.items())
+    return LayerKeep((kind, groups.sort().values) for kind, groups in chosen)

@@ -2,13 +2,11 @@
 
 Nothing makes up for experts that leave (model/experts.md). In a mixture it is o_proj that loses heads.
 
-Let W' = W + s·B·A, K the kept and R the removed columns, and x the inputs of a layer.
+Let W' = W + s·B·A, K the kept and R the removed columns, and x the inputs of a layer. The kept columns take over what
+they can predict of the removed ones: W[:, K] += ΔW. Here ΔW is the ridge solution
+W'[:, R] · C[R, K] · (C[K, K] + λ·mean(diag C)·I)⁻¹, and C is the mean of x xᵀ.
 
-bias           The mean of what leaves becomes a bias: b += W'[:, R] · mean(x_R). (FLAP, arXiv 2312.11983)
-least_squares  The kept columns take over what they can predict of it: W[:, K] += ΔW. Here ΔW is the ridge solution
-               W'[:, R] · C[R, K] · (C[K, K] + λ·mean(diag C)·I)⁻¹, and C is the mean of x xᵀ.
-
-ΔW = 0 is one candidate of the ridge problem. So neither setting makes a layer's output worse on the recorded tokens.
+ΔW = 0 is one candidate of the ridge problem. So it makes no layer's output worse on the recorded tokens.
 Rounding to 16 bits could, where inputs share a large common part. An output that would get worse keeps its weights.
 """
 
@@ -28,17 +26,6 @@ from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
-
-
-def mean_output(linear: CollectedLinear, mean: Tensor, kept: Tensor) -> Tensor:
-    """Returns what the removed inputs add to the output on average: (out_features,) fp32.
-
-    Args:
-        mean: (in_features,) mean of the inputs.
-        kept: indices of the inputs that stay.
-    """
-    removed = removed_columns(len(mean), kept)
-    return _effective(linear, removed) @ mean[removed].float()
 
 
 def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
@@ -108,8 +95,7 @@ class Compensator:
         self, model: PrunableModel, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]
     ) -> None:
         self._model, self._config, self._schedule = model, config, schedule
-        self._refits = config.compensate == "least_squares"
-        self.moments = InputMoments(model, open_layers, second=self._refits, decay=config.compensate_decay)
+        self.moments = InputMoments(model, open_layers, config.compensate_decay)
         self._records = False
 
     def record_step(self, step: int) -> AbstractContextManager[None]:
@@ -134,17 +120,12 @@ class Compensator:
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
             moment = self.moments.sums[linear_id]
             kept = shape.kept_indices(linear_id.layer, linear_id.linear.parts, keep[linear_id.layer]).to(moment.device)
-            if not self._refits:
-                assert linear.bias is not None, "a model that is to be compensated by biases is built with them"
-                return (linear.bias.float() + mean_output(linear, moment / self.moments.tokens, kept)).to(
-                    linear.bias.dtype
-                )
             try:
                 return refit(linear, moment, kept, self._config.compensate_ridge)
             except RunError as error:
                 raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.linear.name}: {error}") from None
 
-        self._model.replace_tensors(linear_ids, "weight" if self._refits else "bias", compute)
+        self._model.replace_weights(linear_ids, compute)
         if step == self._schedule.last_cut:
             self.moments.clear()
         else:

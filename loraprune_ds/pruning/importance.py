@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family_row import Kind, Linear, LinearId
+from loraprune_ds.model.family_row import LinearId, Part
 from loraprune_ds.model.per_kind import LayerKeep, LayerTensors
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
@@ -31,7 +31,7 @@ class GroupSums:
     Attributes:
         shape: of the model.
         linear_ids: the linears that have scores.
-        parts: (groups,) float64 of each part of these linears (`ModelShape.scored_kinds`). Views of one tensor.
+        parts: (groups,) float64 of each part of these linears. They are views of one tensor.
         step: that they are of.
     """
 
@@ -50,10 +50,10 @@ class GroupSums:
                 2305.18403) does so. `step` divides all by their sum. So a step with an unusually large gradient counts
                 like any other in the moving average. `none` adds them as they are.
         """
-        zeros, shape = self.parts[0].new_zeros, self.shape
-        total = [{kind: zeros(layer.groups[kind]) for kind in shape.kinds} for layer in shape.layers]
-        for (layer, _, kind), score in zip(self._places(), self._normalized(normalization), strict=True):
-            total[layer][kind] = total[layer][kind] + score
+        zeros = self.parts[0].new_zeros
+        total = [{kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.layers]
+        for (layer, _, part), score in zip(self._places(), self._normalized(normalization), strict=True):
+            total[layer][part.kind] = total[layer][part.kind] + score
         return list(map(LayerScores, total))
 
     def check(self) -> None:
@@ -79,10 +79,9 @@ class GroupSums:
     def _sum(self) -> Tensor:
         return torch.cat(list(self.parts)).sum()
 
-    def _places(self) -> list[tuple[int, str, Kind]]:
-        """Lists the layer, the linear's name and the kind that the scores are of."""
-        scored = self.shape.scored_kinds
-        return [(layer, linear.name, kind) for layer, linear in self.linear_ids for kind in scored(linear)]
+    def _places(self) -> list[tuple[int, str, Part]]:
+        """Lists the layer, the linear's name and the part that the scores are of."""
+        return [(layer, linear.name, part) for layer, linear in self.linear_ids for part in linear.parts]
 
 
 def _divided(scores: Tensor, by: Tensor) -> Tensor:
@@ -106,29 +105,16 @@ def score_groups(
         for linear in shape.linears(layer):
             shard = model.owned_weight(layer, linear)
             given = None if gradients is None else gradients.owned(layer, linear)
-            channels = linear.channels if shape.thins_experts else None
-            axis = channels.axis if channels else linear.axis
             sums = torch.cat(
                 [
-                    score_shard(owned, of_expert, element_criterion, axis, of_gradient)
+                    score_shard(owned, of_expert, element_criterion, linear.axis, of_gradient)
                     for owned, of_expert, of_gradient in split_experts(shard, factors[linear.name], given)
                 ]
             )
-            partial += _by_group(shape, layer, linear, sums)
+            parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
+            for part, rows in zip(linear.parts, parts, strict=True):
+                partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)
     return add_over_ranks(model, shape.linear_ids(), partial, step)
-
-
-def _by_group(shape: ModelShape, layer: int, linear: Linear, sums: Tensor) -> list[Tensor]:
-    """Adds the scores of rows (or columns) to those of groups: (groups,) for each of `ModelShape.scored_kinds`."""
-    counts = shape.layers[layer]
-    if shape.thins_experts and (channels := linear.channels):
-        lines = channels.lines
-        of_lines = sums.view(counts["experts"], lines.sections, counts["expert_channels"], lines.together)
-        by_line = of_lines.permute(1, 3, 0, 2).reshape(lines.of_channel, counts.groups["expert_channels"])
-        return [of_lines.sum((1, 2, 3)), *by_line]
-    parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
-    widths = [shape.width(part.width, counts) for part in linear.parts]
-    return [rows.view(-1, width).sum(1) for rows, width in zip(parts, widths, strict=True)]
 
 
 def add_over_ranks(model: PrunableModel, linear_ids: Sequence[LinearId], partial: list[Tensor], step: int) -> GroupSums:
@@ -142,8 +128,7 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
     scores: list[LayerScores] = []
     for i, layer in enumerate(shape.layers):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        counts = layer.groups
-        draws = {kind: torch.rand(counts[kind], generator=generator, dtype=torch.float64) for kind in shape.kinds}
+        draws = {kind: torch.rand(layer[kind], generator=generator, dtype=torch.float64) for kind in shape.kinds}
         scores.append(LayerScores(draws))
     return scores
 

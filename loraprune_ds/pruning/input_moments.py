@@ -1,4 +1,4 @@
-"""First or second moments of the inputs of the linears that lose inputs, such as o_proj and down_proj.
+"""Second moments of the inputs of the linears that lose inputs, such as o_proj and down_proj.
 
 They are recorded in training's own forward passes. A second moment is symmetric. So only its blocks on and right of
 the diagonal are computed and sent.
@@ -58,7 +58,7 @@ def add_half(total: Tensor, half: Tensor, weight: float) -> None:
 
 
 class InputMoments:
-    """Keeps moving sums over steps, fp32: of x xᵀ (n, n), or without `second` of x (n,), over a step's tokens.
+    """Keeps moving sums over steps, fp32: of x xᵀ (n, n), over a step's tokens.
 
     `tokens` moves in the same way, so sums / tokens is the mean. Of several steps the last one weighs most.
 
@@ -72,11 +72,10 @@ class InputMoments:
         tokens: of all ranks; 0 if nothing was recorded.
     """
 
-    def __init__(self, model: PrunableModel, layers: Sequence[int], *, second: bool, decay: float) -> None:
+    def __init__(self, model: PrunableModel, layers: Sequence[int], decay: float) -> None:
         self.sums: dict[LinearId, Tensor] = {}
         self.tokens = 0.0
         self._model = model
-        self._second = second
         self._decay = decay
         self._weight = 0.0
         self._active = False
@@ -118,8 +117,7 @@ class InputMoments:
                 linear_id = LinearId(layer, linear)
                 if linear_id in self.sums:
                     indices = shape.kept_indices(layer, linear.parts, layer_keep).to(self._model.device)
-                    value = self.sums[linear_id].index_select(0, indices)
-                    self.sums[linear_id] = value.index_select(1, indices) if self._second else value
+                    self.sums[linear_id] = self.sums[linear_id].index_select(0, indices).index_select(1, indices)
 
     def of_layer(self, layer: int) -> dict[str, Tensor]:
         """Returns one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
@@ -149,14 +147,11 @@ class InputMoments:
         if linear_id == self._first:
             self._own_tokens += len(rows)
         with tf32_where_exact(x.dtype, x.device):
-            part = half_of_product(rows) if self._second else rows.sum(0)
+            part = half_of_product(rows)
         total = self._model.reduce_to(self._model.owner(linear_id.layer), part)
         if total is None:
             return
         n = x.shape[-1]
         if linear_id not in self.sums:
-            self.sums[linear_id] = total.new_zeros((n, n) if self._second else n)
-        if self._second:
-            add_half(self.sums[linear_id], total, self._weight)
-        else:
-            self.sums[linear_id].add_(total, alpha=self._weight)
+            self.sums[linear_id] = total.new_zeros(n, n)
+        add_half(self.sums[linear_id], total, self._weight)

@@ -7,7 +7,7 @@ from itertools import product
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family_row import WITHIN, Kind
+from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 
@@ -59,13 +59,12 @@ class Limits:
             shape = LayerShape({**dense, **dict(zip(coarse, counts, strict=True))})
             spare = self.layer_budget[layer] - self.lost(layer, shape)
             if spare >= 0:
-                least = dense[fine] - spare // max(1, self.dense.group_numel(fine, shape))  # 0 in a layer without any
-                least = _round_up(least, self.multiples[fine])
+                least = _round_up(dense[fine] - spare // self.dense.group_numel(fine), self.multiples[fine])
                 yield LayerShape({**shape, fine: min(max(least, floor[fine]), dense[fine])})
 
-    def step_numel(self, kind: Kind, counts: Mapping[Kind, int] | None = None) -> int:
-        """Counts the linear parameters of the fewest groups of a kind that leave together (`group_numel`)."""
-        return self.multiples[kind] * self.dense.group_numel(kind, counts)
+    def step_numel(self, kind: Kind) -> int:
+        """Counts the linear parameters of the fewest groups of a kind that leave together."""
+        return self.multiples[kind] * self.dense.group_numel(kind)
 
     def lost(self, layer: int, counts: Mapping[Kind, int]) -> int:
         """Returns the linear parameters that a layer of these counts has lost."""
@@ -107,7 +106,6 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     Raises:
         UserError: as `make_limits`, where a ratio does not matter.
     """
-    _check_channel_share(config, dense)
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
@@ -116,15 +114,12 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
-    least = dict.fromkeys(("channels", "expert_channels"), config.min_channels)
-    least |= {"heads": config.min_heads, "experts": max(1, dense.least_experts)}
-    unscored = {"heads"} if config.criterion == "reap" else set[str]()
+    least = {"heads": config.min_heads, "channels": config.min_channels, "experts": max(1, dense.least_experts)}
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
-        whole = {*dense.family.fixed, *unscored, *(layer.keys() - {*dense.kinds})}
         cut = LayerShape(
-            (kind, count if kind in whole else min(_round_up(least.get(kind, 1), multiples[kind]), count))
+            (kind, count if kind in dense.family.fixed else min(_round_up(least.get(kind, 1), multiples[kind]), count))
             for kind, count in layer.items()
         )
         floor.append(layer if i in protected else cut)
@@ -135,33 +130,10 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
         raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
     if config.ranking == "uniform" and len({dense.layers[i] for i in limits.open_layers}) > 1:
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
-    shares = {"heads": 0.0} | _shares_beside_heads(config, dense)
-    if not dense.family.mixture:  # where heads are few, and stay
-        numel = {kind: _open_numel(limits, dense.layers, kind) for kind in dense.kinds}
-        shares = {kind: part / max(1, sum(numel.values())) for kind, part in numel.items()}
-    return replace(limits, shares=shares)
-
-
-def _shares_beside_heads(config: PruneConfig, dense: ModelShape) -> dict[Kind, float]:
-    """Returns the other kinds' parts of what they give together."""
-    if dense.family.mixture is None:
-        return {"channels": 1.0}
-    if config.channel_share is None:
-        return {"experts": 1.0}
-    return {"experts": 1 - config.channel_share, "expert_channels": config.channel_share}
-
-
-def _check_channel_share(config: PruneConfig, dense: ModelShape) -> None:
-    """Refuses `prune.channel_share` where channels of experts cannot leave, or have no scores."""
-    if config.channel_share is None:
-        return
-    model = dense.model_type
-    if dense.family.mixture is None:
-        raise UserError(f"prune.channel_share is about channels of experts, which a {model} lacks")
-    if "expert_channels" in dense.family.fixed:
-        raise UserError(f"prune.channel_share: a {model} has shared experts, as wide as all others, which stay whole")
-    if config.criterion == "reap":
-        raise UserError("prune.channel_share needs scores of channels, and prune.criterion: reap has those of experts")
+    numel = {kind: _open_numel(limits, dense.layers, kind) for kind in dense.kinds}
+    if dense.family.mixture:  # heads are few there, and stay
+        numel["heads"] = 0
+    return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
 
 
 def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
@@ -172,18 +144,20 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
             a protected layer keeps.
     """
     servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
-    multiples = {"heads": servers, "channels": multiple, "expert_channels": multiple}
-    cut = {*dense.kinds} & {"channels", "expert_channels"}
+    if dense.expert_size % servers:
+        raise UserError(
+            f"prune.tensor_parallel {servers} does not divide the {dense.expert_size} channels of an expert"
+        )
     for i, layer in enumerate(dense.layers):
         for kind, count in layer.items():
-            what, where = ("channels", f"an expert of layer {i}") if kind in WITHIN else (kind, f"layer {i}")
             if kind != "experts" and count % servers:
-                raise UserError(f"prune.tensor_parallel {servers} does not divide the {count} {what} of {where}")
-            if kind in cut and i not in protected and 0 < count < multiple:
-                keys = f"prune.channel_multiple {config.channel_multiple}"
-                keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
-                has = f"{where} has {count}"
-                raise UserError(f"{keys} needs at least {multiple} channels, and {has}; choose a smaller one")
+                raise UserError(f"prune.tensor_parallel {servers} does not divide the {count} {kind} of layer {i}")
+        if i not in protected and layer.get("channels", multiple) < multiple:
+            keys = f"prune.channel_multiple {config.channel_multiple}"
+            keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
+            has = f"layer {i} has {layer['channels']}"
+            raise UserError(f"{keys} needs at least {multiple} channels, and {has}; choose a smaller one")
+    multiples = {"heads": servers, "channels": multiple}
     return {kind: multiples.get(kind, dense.parts_of(kind)) for kind in dense.kinds}
 
 
@@ -196,7 +170,7 @@ def _open_numel(limits: Limits, layers: Sequence[LayerShape], kind: Kind | None 
     dense, of_open = limits.dense, [layers[i] for i in limits.open_layers]
     if kind is None:
         return sum(map(dense.numel_of, of_open))
-    return sum(layer[kind] * dense.group_numel(kind, layer) for layer in of_open)
+    return sum(layer[kind] for layer in of_open) * dense.group_numel(kind)
 
 
 def _shares(config: PruneConfig, head_ratio: float, limits: Limits) -> dict[Kind, float]:
@@ -223,7 +197,7 @@ def _shares(config: PruneConfig, head_ratio: float, limits: Limits) -> dict[Kind
             f"{(leaving - of_heads) / channels:.1%} of the {rest}, of which {most_channels / channels:.1%} may go"
         )
     share = of_heads / leaving
-    return {"heads": share} | {kind: (1 - share) * part for kind, part in _shares_beside_heads(config, dense).items()}
+    return {"heads": share, dense.kinds[-1]: 1 - share}
 
 
 def _most_heads_and_channels(limits: Limits) -> tuple[int, int]:
@@ -262,7 +236,7 @@ def _half_a_step(limits: Limits) -> float:
     """
     first, fine = limits.open_layers[0], limits.dense.kinds[-1]
     step = min(limits.multiples[fine], limits.dense.layers[first][fine] - limits.floor[first][fine])
-    return len(limits.open_layers) * step * limits.dense.group_numel(fine, limits.dense.layers[first]) / 2
+    return len(limits.open_layers) * step * limits.dense.group_numel(fine) / 2
 
 
 def _most_uniform(limits: Limits) -> int:
@@ -286,5 +260,5 @@ def _ends(limits: Limits, layer: int) -> Iterator[int]:
     for shape in limits.narrowest(layer):
         lost = limits.lost(layer, shape)
         spare = limits.layer_budget[layer] - lost
-        if all(shape[kind] == floor[kind] or limits.step_numel(kind, shape) > spare for kind in coarse):
+        if all(shape[kind] == floor[kind] or limits.step_numel(kind) > spare for kind in coarse):
             yield lost

@@ -12,7 +12,6 @@ channels compare without norms.
 The backward pass of LoRA forms ∂L/∂x anyway. Nothing of W or LoRA is read.
 
 All inputs of an expert's last linear belong to it. So its mask is one on its output. t are the tokens that chose it.
-Each of these inputs is a channel of the expert.
 """
 
 # torch does not type every method:
@@ -47,16 +46,12 @@ class MaskGradients(StepRecorder):
 
     def scores(self, step: int) -> GroupSums:
         """Returns the sums over all ranks, by one all-reduce."""
-        shape, partial = self._model.shape, list[Tensor]()
-        for (layer, linear), sums in zip(self._linear_ids, self.sums(), strict=True):
-            groups = shape.layers[layer].groups
-            partial += sums.split([groups[kind] for kind in shape.scored_kinds(linear)])
-        return add_over_ranks(self._model, self._linear_ids, partial, step)
+        return add_over_ranks(self._model, self._linear_ids, self.sums(), step)
 
     def sums(self) -> list[Tensor]:
         """Returns this rank's part of Σ_t s_tg², (groups,) float64.
 
-        One tensor per linear that loses inputs, layer by layer. Of a stack: of experts, then of their channels.
+        One tensor per linear that loses inputs, layer by layer.
         """
         # ZeRO-3 averages over the ranks, so the loss was multiplied by their number. fp16 has a factor besides.
         scale = self._model.world_size * self._model.loss_scale
@@ -71,9 +66,8 @@ class MaskGradients(StepRecorder):
         if counts is None:
             squares = squared_gradients(inputs, gradient, self._model.shape.group_width(linear_id.linear))
         else:
-            pairs = [*zip(inputs.split(counts), gradient.split(counts), strict=True)]
-            widths = (inputs.shape[1], 1) if self._model.shape.thins_experts else (inputs.shape[1],)
-            squares = torch.cat([squared_gradients(x, g, width) for width in widths for x, g in pairs])
+            of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
+            squares = torch.cat([squared_gradients(x, g, x.shape[1]) for x, g in of_experts])
         self._add(linear_id, squares.double())
 
 

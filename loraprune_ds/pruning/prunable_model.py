@@ -6,7 +6,7 @@ zero/sharded.py implements it over the ranks of ZeRO-3. tests/plain_model.py imp
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,8 @@ class CollectedLinear:
         return self.form.join(self.held)
 
 
-# Computes the new weight or bias of a whole linear, in its shape and dtype. Raises UserError where it cannot.
-ComputeTensor = Callable[[LinearId, CollectedLinear], Tensor]
+# Computes the new weight of a whole linear, in its shape and dtype. Raises UserError where it cannot.
+ComputeWeight = Callable[[LinearId, CollectedLinear], Tensor]
 
 
 class PrunableModel(Protocol):
@@ -123,10 +123,8 @@ class PrunableModel(Protocol):
         """The factor on gradients during a backward: 1 unless fp16. Not collective."""
         ...
 
-    def replace_tensors(
-        self, linear_ids: Sequence[LinearId], what: Literal["weight", "bias"], compute: ComputeTensor
-    ) -> None:
-        """Replaces whole weights or biases. Each is computed on its layer's owner, all owners at the same time."""
+    def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
+        """Replaces whole frozen weights. Each is computed on its layer's owner, all owners at the same time."""
         ...
 
     def cut(self, keep: list[LayerKeep]) -> int:

@@ -14,10 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family_row import WITHIN, Kind
+from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.slices import group_indices
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 
@@ -54,7 +53,7 @@ def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerSha
     dense = limits.dense.layers[limits.open_layers[0]]
     counts = {kind: count - round(part * (count - goal[kind])) for kind, count in dense.items()}
     return LayerShape(
-        (kind, _nearest_multiple(count, goal[kind], dense[kind], limits.multiples.get(kind, 1)))
+        (kind, _nearest_multiple(count, goal[kind], dense[kind], limits.multiples[kind]))
         for kind, count in counts.items()
     )
 
@@ -69,13 +68,12 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
     layer, (*coarse, fine) = dense.layers[first], dense.kinds
     wanted = ratio * dense.linear_numel() / len(limits.open_layers)  # parameters that each open layer loses
     # What would stay of the others if each gave just its share.
-    share = {kind: layer[kind] - wanted * limits.shares[kind] / dense.group_numel(kind, layer) for kind in coarse}
+    share = {kind: layer[kind] - wanted * limits.shares[kind] / dense.group_numel(kind) for kind in coarse}
     options: list[tuple[float, float, LayerShape]] = []
     multiple = limits.multiples[fine]
-    near = limits.step_numel(fine, layer) / 2
+    near = limits.step_numel(fine) / 2
     for narrowest in limits.narrowest(first):
-        channel = dense.group_numel(fine, narrowest)
-        exact = layer[fine] - (wanted - limits.lost(first, {**narrowest, fine: layer[fine]})) / channel
+        exact = layer[fine] - (wanted - limits.lost(first, {**narrowest, fine: layer[fine]})) / dense.group_numel(fine)
         channels = _nearest_multiple(exact, narrowest[fine], layer[fine], multiple)
         counts = LayerShape({**narrowest, fine: channels})
         distance = max(abs(limits.lost(first, counts) - wanted), near)
@@ -91,27 +89,13 @@ def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) ->
 
 def _keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], current: ModelShape) -> list[LayerKeep]:
     """Keeps so many groups of every layer, those with the highest scores. Among equals the lower index stays."""
-    found: list[LayerKeep] = []
-    for layer, wanted in zip(scores, counts, strict=True):
-        groups, keep = LayerShape(wanted).groups, dict[Kind, Tensor]()
-        for kind in current.kinds:
-            keep[kind] = _best_first_within(layer, kind, keep, current)[: groups[kind]].sort().values
-        found.append(LayerKeep(keep))
-    return found
-
-
-def _best_first_within(scores: LayerScores, kind: Kind, keep: Mapping[Kind, Tensor], current: ModelShape) -> Tensor:
-    """Returns the groups of a kind that may stay, the best first. Each expert that stays keeps as many channels.
-
-    Args:
-        keep: the groups that stay of the kinds before it.
-    """
-    values = scores[kind]
-    if kind not in WITHIN:
-        return best_first(values, current.parts_of(kind))
-    holders = WITHIN[kind]
-    inside = group_indices(keep[holders], len(values) // max(1, len(scores[holders])))
-    return inside[best_first(values[inside], max(1, len(keep[holders])))]
+    return [
+        LayerKeep(
+            (kind, best_first(values, current.parts_of(kind))[: wanted[kind]].sort().values)
+            for kind, values in layer.items()
+        )
+        for layer, wanted in zip(scores, counts, strict=True)
+    ]
 
 
 def best_first(scores: Tensor, parts: int) -> Tensor:
@@ -125,29 +109,24 @@ def best_first(scores: Tensor, parts: int) -> Tensor:
     return order.T.flatten()
 
 
-def rank_global(
-    scores: list[LayerScores], current: ModelShape, limits: Limits, target: float, *, joint: bool
-) -> list[LayerKeep]:
+def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, target: float) -> list[LayerKeep]:
     """Removes the least important groups of all open layers until the budget is spent.
 
-    Separate budgets (the default): heads give their share of the target, channels the rest. Joint: all compete by
-    score per parameter. The total stops within one group of the target, or one multiple of them. With separate budgets
-    it may pass it by half a multiple of channels more: those that stood in for a head do not come back.
+    Heads give their share of the target, channels the rest. The total stops within one group of the target, or one
+    multiple of them. It may pass it by half a multiple of channels more: those that stood in for a head do not come
+    back.
 
-    Args, returns: as `rank_uniform`; `joint` as `prune.joint_budget`.
+    Args, returns: as `rank_uniform`.
     """
     removal = _Removal(scores, current, limits)
     budget = round(target * limits.dense.linear_numel())
-    if joint:
-        removal.take(current.kinds, budget)
-    else:
-        *coarse, fine = current.kinds
+    *coarse, fine = current.kinds
+    for kind in coarse:
+        removal.take(kind, round(budget * limits.shares[kind]) + removal.gone_beside(kind))
+    removal.take(fine, budget)
+    if budget - sum(removal.lost) > limits.step_numel(fine) / 2:  # floors or caps stopped the finest
         for kind in coarse:
-            removal.take([kind], round(budget * limits.shares[kind]) + removal.gone_beside(kind))
-        removal.take([fine], budget)
-        if budget - sum(removal.lost) > limits.step_numel(fine) / 2:  # floors or caps stopped the finest
-            for kind in coarse:
-                removal.take([kind], budget)
+            removal.take(kind, budget)
     return _keep_best(scores, removal.left, current)
 
 
@@ -170,46 +149,36 @@ class _Removal:
     def gone_beside(self, kind: Kind) -> int:
         """Returns the parameters of the other kinds that are gone so far, earlier cuts included."""
         layers = zip(self.limits.dense.layers, self.left, strict=True)
-        numel = self.limits.dense.group_numel
-        return sum(self.lost) - sum((dense[kind] - left[kind]) * numel(kind, dense) for dense, left in layers)
+        of_kind = sum(dense[kind] - left[kind] for dense, left in layers) * self.limits.dense.group_numel(kind)
+        return sum(self.lost) - of_kind
 
-    def take(self, kinds: Sequence[Kind], budget: int) -> None:
-        """Removes groups while that brings the parameters gone so far nearer to `budget`."""
-        gone, numel = sum(self.lost), self.limits.dense.group_numel
-        smallest = min(numel(kind, self.left[i]) for kind in kinds for i in self.limits.open_layers)
-        for layer, kind, groups in self._candidates(kinds):
-            if gone + smallest / 2 > budget:
+    def take(self, kind: Kind, budget: int) -> None:
+        """Removes groups of a kind while that brings the parameters gone so far nearer to `budget`."""
+        gone, numel = sum(self.lost), self.limits.dense.group_numel(kind)
+        for layer, groups in self._candidates(kind):
+            if gone + numel / 2 > budget:
                 return
-            size = groups * numel(kind, self.left[layer])
+            size = groups * numel
             if gone + size / 2 <= budget and self.lost[layer] + size <= self.limits.layer_budget[layer]:
                 self.left[layer][kind] -= groups
                 self.lost[layer] += size
                 gone += size
 
-    def _candidates(self, kinds: Sequence[Kind]) -> list[tuple[int, Kind, int]]:
-        """Lists (layer, kind, groups) of all blocks by ascending score per parameter. Equals: the last layer first.
+    def _candidates(self, kind: Kind) -> list[tuple[int, int]]:
+        """Lists (layer, groups) of all blocks of a kind by ascending mean score. Equals: the last layer first.
 
         The blocks of a layer come in the order in which they must leave, as their scores ascend.
         """
-        candidates: list[tuple[int, Kind, int]] = []
-        per_parameter: list[Tensor] = []
+        candidates: list[tuple[int, int]] = []
+        means: list[Tensor] = []
         for layer in reversed(self.limits.open_layers):
-            for kind in kinds:
-                left = LayerShape(self.left[layer])
-                blocks = self.limits.blocks(layer, kind, left[kind])
-                candidates.extend((layer, kind, groups) for groups in blocks)
-                keep = {WITHIN[kind]: self._kept(layer, WITHIN[kind])} if kind in WITHIN else {}
-                best = _best_first_within(self.scores[layer], kind, keep, self.current)[: left.groups[kind]]
-                each = left.groups[kind] // max(1, left[kind])  # groups that one of `left` stands for
-                means = _block_means(self.scores[layer][kind][best].flip(0), [each * block for block in blocks])
-                per_parameter.append(means * each / self.limits.dense.group_numel(kind, left))
-        order = cast(list[int], torch.cat(per_parameter).argsort(stable=True).tolist())
+            left, values = self.left[layer][kind], self.scores[layer][kind]
+            blocks = self.limits.blocks(layer, kind, left)
+            candidates.extend((layer, groups) for groups in blocks)
+            best = best_first(values, self.current.parts_of(kind))[:left]
+            means.append(_block_means(values[best].flip(0), blocks))
+        order = cast(list[int], torch.cat(means).argsort(stable=True).tolist())
         return [candidates[position] for position in order]
-
-    def _kept(self, layer: int, kind: Kind) -> Tensor:
-        """Returns the groups of a kind that stay so far. It lies within no other."""
-        best = best_first(self.scores[layer][kind], self.current.parts_of(kind))
-        return best[: self.left[layer][kind]].sort().values
 
 
 def _block_means(scores: Tensor, blocks: list[int]) -> Tensor:

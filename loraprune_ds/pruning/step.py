@@ -17,7 +17,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
 
 Words, each with one meaning everywhere:
     group       what must leave together: one key-value head with its query heads, one MLP channel, or one expert
-    kind        of a group: heads, channels, experts, expert_channels. The family says which there are (model/family.py)
+    kind        of a group: heads, channels or experts. The family says which there are (model/family.py)
     dense       the model before any cut
     keep        the groups that stay in this cut, as indices into the groups of now
     kept_of_dense  the groups that are left, as indices into those of the dense model
@@ -31,7 +31,7 @@ Words, each with one meaning everywhere:
 import hashlib
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,6 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.compensate import Compensator
-from loraprune_ds.pruning.expert_norms import ExpertNorms
 from loraprune_ds.pruning.importance import (
     GroupSums,
     LayerScores,
@@ -111,7 +110,6 @@ class Pruner:
         self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
         self.gradients = WeightGradients(model) if config.criterion == "gradient" else None
         self.masks = MaskGradients(model) if config.criterion == "fisher" else None
-        self.norms = ExpertNorms(model) if config.criterion == "reap" else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
 
@@ -121,23 +119,18 @@ class Pruner:
         with ExitStack() as recordings:
             if self.compensator is not None:
                 recordings.enter_context(self.compensator.record_step(step))
-            for recorder in (self.gradients, self.masks, self.norms):
+            for recorder in (self.gradients, self.masks):
                 if recorder is not None and self.schedule.is_scored(step):
                     recordings.enter_context(recorder.record())
             yield
 
-    @contextmanager
-    def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
+    def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
         """Records the inputs of one micro-batch. Open it around its forward pass alone.
 
         Args:
             attention_mask: (batch, window) bool, False at padding; None if there is no padding.
         """
-        with ExitStack() as recordings:
-            for recorder in (self.compensator, self.norms):
-                if recorder is not None:
-                    recordings.enter_context(recorder.record_forward(attention_mask))
-            yield
+        return nullcontext() if self.compensator is None else self.compensator.record_forward(attention_mask)
 
     def score(self, step: int) -> None:
         """Scores all groups by this step's gradients, if the schedule says so, and updates the moving average.
@@ -152,8 +145,7 @@ class Pruner:
             now = [scores.select(keep) for scores, keep in zip(self._random, self.kept_of_dense, strict=True)]
             self.average.update(now)
             return
-        recorder = self.masks or self.norms
-        sums = recorder.scores(step) if recorder else score_groups(model, criterion, step, self.gradients)
+        sums = self.masks.scores(step) if self.masks else score_groups(model, criterion, step, self.gradients)
         self.average.update(sums.by_layer(self.config.normalization))
         self._unchecked = sums
 
@@ -220,7 +212,7 @@ class Pruner:
         shape = self.model.shape
         if self.config.ranking == "uniform":
             return rank_uniform(scores, shape, self.limits, target, self.schedule.ratio)
-        return rank_global(scores, shape, self.limits, target, joint=self.config.joint_budget)
+        return rank_global(scores, shape, self.limits, target)
 
 
 def agree(keep: list[LayerKeep], model: PrunableModel, step: int) -> list[LayerKeep]:
@@ -239,7 +231,7 @@ def agree(keep: list[LayerKeep], model: PrunableModel, step: int) -> list[LayerK
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:
     """Keeps every group of every layer."""
-    return [LayerKeep((kind, torch.arange(layer.groups[kind])) for kind in shape.kinds) for layer in shape.layers]
+    return [LayerKeep((kind, torch.arange(count)) for kind, count in layer.items()) for layer in shape.layers]
 
 
 def _to_mask(keep: list[LayerKeep], shape: ModelShape) -> Tensor:
@@ -247,13 +239,13 @@ def _to_mask(keep: list[LayerKeep], shape: ModelShape) -> Tensor:
     parts: list[Tensor] = []
     for layer_keep, layer in zip(keep, shape.layers, strict=True):
         for kind in shape.kinds:
-            mask = torch.zeros(layer.groups[kind], dtype=torch.uint8)
+            mask = torch.zeros(layer[kind], dtype=torch.uint8)
             mask[layer_keep[kind]] = 1
             parts.append(mask)
     return torch.cat(parts)
 
 
 def _from_mask(mask: Tensor, shape: ModelShape) -> list[LayerKeep]:
-    sizes = [layer.groups[kind] for layer in shape.layers for kind in shape.kinds]
+    sizes = [layer[kind] for layer in shape.layers for kind in shape.kinds]
     groups = (part.nonzero().flatten() for part in torch.split(mask, sizes))
     return [LayerKeep({kind: next(groups) for kind in shape.kinds}) for _ in shape.layers]

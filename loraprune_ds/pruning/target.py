@@ -120,5 +120,5 @@ def _size_of_global(config: PruneConfig, limits: Limits) -> float:
         *others, layer = sorted(dense.layers, key=lambda layer: layer[kind])  # some have no experts
         without_one = LayerShape({**layer, kind: layer[kind] - 1})
         of_a_group = whole - measure(config, dense.with_layers((*others, without_one)))
-        size -= of_a_group * leaving * share / dense.group_numel(kind, layer)
+        size -= of_a_group * leaving * share / dense.group_numel(kind)
     return size

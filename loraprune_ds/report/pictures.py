@@ -51,7 +51,6 @@ PANELS: dict[Kind, tuple[str, str]] = {
     "heads": ("Key-value heads", BLUE),
     "channels": ("MLP channels", ORANGE),
     "experts": ("Experts", ORANGE),
-    "expert_channels": ("Channels of experts", ORANGE),
 }
 
 
@@ -64,12 +63,11 @@ def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         height = min(max(0.115 * len(dense.layers), 1.4), 9.0)
         figure = Figure(figsize=(11, 1.3 + height), layout="constrained")
-        groups = [layer.groups for layer in dense.layers]
-        most = {kind: max(layer[kind] for layer in groups) for kind in dense.kinds}
+        most = {kind: max(layer[kind] for layer in dense.layers) for kind in dense.kinds}
         widths = [width for kind in dense.kinds for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)]
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
         for kind, strips, counts in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
-            had, have = [layer[kind] for layer in groups], [len(keep[kind]) for keep in kept]
+            had, have = [layer[kind] for layer in dense.layers], [len(keep[kind]) for keep in kept]
             title, colour = PANELS[kind]
             _draw_strips(strips, [keep[kind].numpy() for keep in kept], had, colour)
             strips.set_title(f"{title}: {sum(have):,} of {sum(had):,} kept ({100 * sum(have) / sum(had):.0f} %)")

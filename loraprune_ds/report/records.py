@@ -55,7 +55,6 @@ class CutRecord:
         bytes_sent: by all ranks together.
         weight_bytes_before, weight_bytes_after: (world_size,).
         heads, channels, experts: how many every layer keeps: (num_layers,). Empty for a kind that the family lacks.
-        expert_channels: the same, of each expert. Empty if experts lose none.
     """
 
     step: int
@@ -69,7 +68,6 @@ class CutRecord:
     heads: list[int] = field(default_factory=list)
     channels: list[int] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
-    expert_channels: list[int] = field(default_factory=list)
 
 
 def cut_record(

@@ -97,7 +97,7 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     `quantisation_groups` are the group sizes that divide the inputs of every linear.
     """
     divided = [count for layer in pruned.layers for kind, count in layer.items() if kind != "experts"]
-    together = math.gcd(*divided)
+    together = math.gcd(pruned.expert_size, *divided)  # 0 without experts, which every number divides
     inputs = math.gcd(*(pruned.inputs(i, linear) for i, linear in pruned.linear_ids()))
     return {
         "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],

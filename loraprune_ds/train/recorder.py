@@ -60,8 +60,8 @@ class Recorder:
             metrics.truncate_to(first)  # what a killed run did after its last checkpoint is done again
             self.history = history_from(read_metrics(folder / METRICS_FILE))
         self._sinks.append(metrics)
-        report_to = logging.report_to or []
-        if logging.tensorboard or "tensorboard" in report_to:
+        report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
+        if "tensorboard" in report_to:
             self._sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if checkpoint else None))
         if logging.progress:
             self._progress = Progress(steps, first=first)

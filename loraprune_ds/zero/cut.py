@@ -14,7 +14,7 @@ from loraprune_ds.model.adapters import (
 )
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.cuts import layer_cuts, lora_cuts
-from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range
@@ -41,7 +41,7 @@ def parameter_cuts(
             module = lora_linear(layer, linear)
             for adapter in module.lora_A:  # a reference of DPO or GRPO may stand beside the trained one
                 factors = lora_weights(module, adapter)
-                cut = lora_cuts(shape, index, linear, module.r[adapter], kept, keep)
+                cut = lora_cuts(linear, module.r[adapter], kept, keep)
                 found += [(factors[which], stays) for which, stays in cut]
         for parameter, stays in found:
             key = (full_shape(parameter), stays.axis, id(stays.keep))
@@ -53,12 +53,10 @@ def parameter_cuts(
 
 def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> None:
     """Tells the modules of a layer the sizes that they have after the cut. `shape` is from before it."""
-    counts = LayerShape({**shape.layers[index], **keep.shape})
-    after = shape.with_layers((*shape.layers[:index], counts, *shape.layers[index + 1 :]))
+    after = shape.with_layers((*shape.layers[:index], keep.shape, *shape.layers[index + 1 :]))
     for linear in shape.linears(index):
-        module = lora_linear(layer, linear)
-        set_features(module, *after.linear_shape(index, linear), experts=counts.get("experts"))
-    set_runtime_counts(layer, shape, counts)
+        set_features(lora_linear(layer, linear), *after.linear_shape(index, linear))
+    set_runtime_counts(layer, shape, keep.shape)
 
 
 def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
@@ -88,7 +86,7 @@ def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKee
 
 @torch.no_grad()
 def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat) -> None:
-    """Reads the frozen linears of all decoder layers anew, into a PEFT model that no engine has taken yet.
+    """Reads the frozen weights of all decoder layers' linears again, into a PEFT model that no engine has taken yet.
 
     Args:
         shape: of the model now.
@@ -97,15 +95,13 @@ def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat)
     comm = Communicator()
     for index, layer in enumerate(decoder_layers(module)):
         for linear in shape.linears(index):
-            for name in (f"{linear.name}.weight", f"{linear.name}.bias"):
-                parameter: Any = base_parameter(layer, name)
-                full_name = f"model.layers.{index}.{name}"
-                if parameter is None:
-                    continue
-                if hasattr(parameter, "ds_tensor"):
-                    start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
-                    flat = read_flat(full_name, start, end, parameter.dtype)
-                    overwrite_shard(parameter, pad(flat, parameter.ds_numel, comm.world_size))
-                else:
-                    flat = read_flat(full_name, 0, parameter.numel(), parameter.dtype)
-                    parameter.copy_(flat.view_as(parameter))
+            name = f"{linear.name}.weight"
+            parameter: Any = base_parameter(layer, name)
+            full_name = f"model.layers.{index}.{name}"
+            if hasattr(parameter, "ds_tensor"):
+                start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
+                flat = read_flat(full_name, start, end, parameter.dtype)
+                overwrite_shard(parameter, pad(flat, parameter.ds_numel, comm.world_size))
+            else:
+                flat = read_flat(full_name, 0, parameter.numel(), parameter.dtype)
+                parameter.copy_(flat.view_as(parameter))

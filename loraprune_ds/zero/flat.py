@@ -58,20 +58,15 @@ def gather_rounds(sizes: list[int], most: int) -> list[range]:
 class AxisCut:
     """Names the rows (axis 0) or columns (axis 1) of a tensor that stay.
 
-    It sees the tensor as (blocks, inside, lines). Of each block some lines stay. A row is a block of one line. All rows
-    are one block of columns, or several that keep columns of their own, as experts do (model/slices.py).
-
     Attributes:
         shape: the tensor's shape before the cut, one or two dimensions.
         axis: the axis that gets smaller. 0 for a vector.
-        keep: (kept,) int64, ascending. Lines are counted through all blocks.
-        blocks_of_columns: on axis 1. Each keeps as many, or none and then no row either.
+        keep: (kept,) int64, ascending.
     """
 
     shape: tuple[int, ...]
     axis: int
     keep: Tensor
-    blocks_of_columns: int = 1
 
     @property
     def rows(self) -> int:
@@ -84,39 +79,27 @@ class AxisCut:
         return self.shape[1] if len(self.shape) == 2 else 1
 
     @property
-    def inside(self) -> int:
-        """The elements of a line: the columns of a row, or the rows of a block."""
-        return self.columns if self.axis == 0 else self.rows // self.blocks_of_columns
-
-    @property
-    def lines(self) -> int:
-        """The lines of a block."""
-        return 1 if self.axis == 0 else self.columns
-
-    @property
     def new_shape(self) -> tuple[int, ...]:
         """After the cut."""
-        shape, left = list(self.shape), 1
-        if self.blocks_of_columns > 1:
-            left = max(1, int((self.counts[:: self.lines].diff() > 0).sum()))
-            shape[0] = left * self.inside
-        shape[self.axis] = len(self.keep) // left
+        shape = list(self.shape)
+        shape[self.axis] = len(self.keep)
         return tuple(shape)
 
     @cached_property
     def counts(self) -> Tensor:
-        """(all lines + 1,) int64: how many of `keep` lie before each."""
-        counts = torch.zeros(self.shape[self.axis] * self.blocks_of_columns + 1, dtype=torch.int64)
+        """(size of the axis + 1,) int64: how many of `keep` lie before each row or column."""
+        counts = torch.zeros(self.shape[self.axis] + 1, dtype=torch.int64)
         counts[self.keep + 1] = 1
         return counts.cumsum_(0)
 
     def kept_before(self, positions: Tensor) -> Tensor:
         """Counts the kept elements before each flat position (int64, same shape). O(1) per position."""
-        counts, lines = self.counts, self.lines
-        block, within = positions // (self.inside * lines), positions % (self.inside * lines)
-        row, line = within // lines, within % lines
-        first, end = counts[block * lines], counts[((block + 1) * lines).clamp(max=len(counts) - 1)]
-        return first * self.inside + row * (end - first) + counts[block * lines + line] - first
+        counts = self.counts
+        row, column = positions // self.columns, positions % self.columns
+        if self.axis == 1:
+            return row * len(self.keep) + counts[column]
+        row_is_kept = counts[(row + 1).clamp(max=self.rows)] - counts[row]
+        return counts[row] * self.columns + column * row_is_kept
 
 
 class Owners:
@@ -184,19 +167,14 @@ class ReshardPlan:
             row, first = divmod(position, columns)
             rows = max(1, (end - position) // columns) if first == 0 else 1  # the shard may begin and end inside a row
             width = min(columns - first, end - position)
-            if self.cut.axis == 0:
-                kept = self._kept_within(row, row + rows)
-            else:
-                rows = min(rows, self.cut.inside - row % self.cut.inside)  # of one block
-                line = row // self.cut.inside * columns + first
-                kept = self._kept_within(line, line + width)
+            kept = self._kept_within(row, row + rows) if self.cut.axis == 0 else self._kept_within(first, first + width)
             block = shard[position - start : position - start + rows * width].view(rows, width)
             parts.append(block.index_select(self.cut.axis, kept).reshape(-1))
             position += rows * width
         return torch.cat(parts) if parts else shard[:0]
 
     def _kept_within(self, first: int, end: int) -> Tensor:
-        """Returns the kept of the lines [first, end), counted from `first`."""
+        """Returns the kept of the rows (or columns) [first, end), counted from `first`."""
         counts = self.cut.counts
         return self._keep[int(counts[first]) : int(counts[end])] - first
 

@@ -1,15 +1,14 @@
-"""Replaces frozen weights or biases. The owner of a layer computes the new ones whole."""
+"""Replaces frozen weights. The owner of a layer computes the new ones whole."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.frozen import WEIGHT
 from loraprune_ds.model.int8_linear import form_of
-from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeTensor, LinearId
+from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId
 from loraprune_ds.zero.collect import collect_linear
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import settle_shards
@@ -18,12 +17,8 @@ from loraprune_ds.zero.params import overwrite_shard
 
 
 @torch.no_grad()
-def replace_tensors(
-    layers: nn.ModuleList,
-    linear_ids: Sequence[LinearId],
-    what: Literal["weight", "bias"],
-    compute: ComputeTensor,
-    comm: Communicator,
+def replace_weights(
+    layers: nn.ModuleList, linear_ids: Sequence[LinearId], compute: ComputeWeight, comm: Communicator
 ) -> None:
     """Gathers every linear on the owner of its layer, computes there, scatters the result. Collective.
 
@@ -48,7 +43,7 @@ def replace_tensors(
         for linear_id in ids_of_round:
             base = cast(nn.Linear, lora_linear(layers[linear_id.layer], linear_id.linear).base_layer)
             owner = layer_owner(linear_id.layer, comm.world_size)
-            tensors = _held_tensors(base, what, results.pop(linear_id, None))
+            tensors = _held_tensors(base, results.pop(linear_id, None))
             for name in list(tensors):
                 _install(getattr(base, name), owner, tensors.pop(name), comm)
     settle_shards()
@@ -62,10 +57,8 @@ def rounds(linear_ids: Sequence[LinearId], world_size: int) -> list[list[LinearI
     return list(grouped.values())
 
 
-def _held_tensors(base: nn.Linear, what: Literal["weight", "bias"], whole: Tensor | None) -> dict[str, Tensor | None]:
-    """Returns what holds a new weight or bias, by name. On the owner with values."""
-    if what != WEIGHT:
-        return {what: whole}
+def _held_tensors(base: nn.Linear, whole: Tensor | None) -> dict[str, Tensor | None]:
+    """Returns what holds a new weight, by name. On the owner with values."""
     form = form_of(base)
     return dict.fromkeys(form.tensors) if whole is None else {**form.split(whole, whole.dtype)}
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -16,7 +16,7 @@ from loraprune_ds.model.frozen import Dense
 from loraprune_ds.model.int8_linear import form_of
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import ComputeTensor, LinearId, LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
@@ -26,7 +26,7 @@ from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, owned_flat
 from loraprune_ds.zero.releases import decide_releases
-from loraprune_ds.zero.replace import replace_tensors
+from loraprune_ds.zero.replace import replace_weights
 from loraprune_ds.zero.reshard import Item, reshard
 
 
@@ -104,11 +104,9 @@ class ShardedModel:
     def reduce_scatter(self, values: Tensor) -> Tensor:
         return self.comm.reduce_scatter(values)
 
-    def replace_tensors(
-        self, linear_ids: Sequence[LinearId], what: Literal["weight", "bias"], compute: ComputeTensor
-    ) -> None:
+    def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         self._empty_partition_cache()
-        replace_tensors(self.layers, linear_ids, what, compute, self.comm)
+        replace_weights(self.layers, linear_ids, compute, self.comm)
 
     def cut(self, keep: list[LayerKeep]) -> int:
         """Cuts one decoder layer at a time, then lays out the optimizer's flat buffers anew.

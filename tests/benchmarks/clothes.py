@@ -39,7 +39,7 @@ SHORT = [
     "train.micro_batch_size=1",
     "evaluate.max_windows=6",
     "checkpoint.every=null",
-    "logging.tensorboard=false",
+    "logging.report_to=[]",
 ]
 # (family, criterion, seed) of every run
 RUNS = [

@@ -61,7 +61,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             "train.global_batch_size=8",
             f"evaluate.max_windows={arguments.windows}",
             "checkpoint.every=null",
-            "logging.tensorboard=false",
+            "logging.report_to=[]",
             *([f"data.path={arguments.text}"] if arguments.text else []),
             *([f"data.held_out={arguments.held_out}"] if arguments.held_out else []),
             *RUNS[name],

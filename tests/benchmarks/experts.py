@@ -5,9 +5,9 @@
 No mixture of experts is on PyPI. So one is made of the embedded model. The 1,536 channels of an MLP become 8 experts
 of 192: channels that are large on the same tokens come together. A router is fitted by least squares to the norms of
 the experts' outputs. Then router and experts are tuned for some steps on the text that the runs train on. Each run goes
-through launch/run.py with quickstart's config. It leaves 6 or 4 experts in every layer, chosen by `lora`, `reap`,
-`fisher` or at random. Or channels of all experts leave, or both. `once` cuts at the last of 4 steps that change
-nothing. Each run is written to results/experts.json at once. A second start runs only what is missing there.
+through launch/run.py with quickstart's config. It leaves 6 or 4 experts in every layer, chosen by `lora`, `fisher`, at
+random, or by REAP's score (peer_run.py). `once` cuts at the last of 4 steps that change nothing. Each run is written to
+results/experts.json at once. A second start runs only what is missing there.
 """
 
 # torch and transformers do not type all that is used here.
@@ -18,7 +18,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +40,7 @@ RIDGE = 1e-2
 # (experts that stay, criterion, cut once without training)
 RUNS = [(kept, *how) for kept in (4, 6) for how in (("reap", True), ("random", True), ("lora", True), ("lora", False))]
 RUNS += [(kept, how, False) for kept in (4, 6) for how in ("reap", "random", "fisher")]
-SHARES = (0.5, 1.0)  # of what leaves, taken as channels of the experts: to the size of 6 whole ones
+PEER = "reap"  # which is no criterion of the package
 
 
 def main() -> None:
@@ -73,20 +72,16 @@ def wanted(model: Path, steps: int) -> dict[str, list[str]]:
     for kept, criterion, once in RUNS:
         name = f"{kept} of {EXPERTS} experts, {criterion}, {'once' if once else f'{steps} steps'}"
         found[name] = settings(model, kept, criterion, 4 if once else steps, once=once)
-    for share, once in product(SHARES, (True, False)):
-        # 164 of 192 channels in 7 of 8 experts come near, and 144 in all.
-        changes = [f"prune.channel_share={share}", "prune.channel_multiple=4"]
-        name = f"as 6 of {EXPERTS} experts, {share:.0%} as channels, lora, {'once' if once else f'{steps} steps'}"
-        found[name] = [*settings(model, 6, "lora", 4 if once else steps, once=once), *changes]
     return found
 
 
 def settings(model: Path, kept: int, criterion: str, steps: int, *, once: bool) -> list[str]:
     shape = shape_from_config(json.loads((model / "config.json").read_text()), "mixture")
     of_experts = (EXPERTS - kept) * len(shape.layers) * shape.group_numel("experts")
-    changes = [f"prune.ratio={of_experts / shape.linear_numel()}", f"prune.criterion={criterion}"]
+    changes = [f"prune.ratio={of_experts / shape.linear_numel()}"]
+    changes += [PEER] if criterion == PEER else [f"prune.criterion={criterion}"]
     changes += ["prune.protected_first=0", "prune.protected_last=0", f"train.steps={steps}", "checkpoint.every=null"]
-    changes += ["logging.tensorboard=false"]
+    changes += ["logging.report_to=[]"]
     if once:
         changes += ["prune.prune_every=4", "prune.cooldown_fraction=0.0", "train.learning_rate=1e-12"]
     return changes
@@ -94,10 +89,11 @@ def settings(model: Path, kept: int, criterion: str, steps: int, *, once: bool) 
 
 def run(model: Path, changes: list[str], ranks: int, out: Path) -> dict[str, Any]:
     command = ["deepspeed", "--quiet", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    command += ["launch/run.py", "--config", "launch/configs/quickstart.yaml"]
+    script = ["tests/benchmarks/peer_run.py", "--peer", PEER] if PEER in changes else ["launch/run.py"]
+    command += [*script, "--config", "launch/configs/quickstart.yaml"]
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         for setting in (f"model.path={model}", f"output_dir={folder}/run", *changes):
-            command += ["--set", setting]
+            command += ["--set", setting] if setting != PEER else []
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         report = json.loads(Path(folder, "run", "report.json").read_text())
     report["config"] |= {"output_dir": "run", "model": report["config"]["model"] | {"path": "mixture"}}

@@ -1,4 +1,6 @@
-"""Runs launch/run.py with another method's score, with none, or with norms that train, too. quality.py calls it.
+"""Runs launch/run.py with another method's score, with none, or with norms that train, too.
+
+quality.py and experts.py call it.
 
 deepspeed --quiet --num_accelerators 1 tests/benchmarks/peer_run.py --peer wanda --config ... --set ...
 
@@ -7,6 +9,8 @@ the inputs of a step. A group's score is the sum over its inputs.
 
 wanda     Σ_i |W'_ij| · ‖x_j‖₂: Wanda-sp, the structured form (Sun et al., arXiv 2306.11695; An et al., 2312.11983)
 flap      Σ_i W'_ij² · var(x_j): FLAP's metric (An et al., arXiv 2312.11983)
+reap      of an expert: the mean of g(t) · ‖f(t)‖₂ over the tokens t that chose it. g is its router weight, f its output
+          (REAP, Lasby et al., arXiv 2510.13999). Heads have no such score: theirs is 0
 two-four  cuts nothing, and exports zeros where the source has them (two_four.py)
 norms     no peer: the project's own method, but the norms of all layers train, too
 
@@ -26,12 +30,13 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraprune_ds.command import leave, leave_on_error
 from loraprune_ds.model.adapters import add_lora
+from loraprune_ds.model.experts import find_experts
 from loraprune_ds.pruning.criterion import effective_weight, magnitude, score_shard
-from loraprune_ds.pruning.importance import add_over_ranks
+from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.taps import StepRecorder, hook_inputs
@@ -64,14 +69,23 @@ METRICS = {"wanda": Metric(magnitude, norm), "flap": Metric(squared, variance)}
 class InputSizes(StepRecorder):
     """Adds up the inputs of a step and their squares, float64, over this rank's tokens."""
 
-    def __init__(self, model: PrunableModel) -> None:
+    def __init__(self, metric: Metric, model: PrunableModel) -> None:
         super().__init__()
-        self.linear_ids = model.shape.input_linear_ids()
-        hook_inputs(model, self.linear_ids, self._see)
+        self._metric, self._model, self._linear_ids = metric, model, model.shape.input_linear_ids()
+        hook_inputs(model, self._linear_ids, self._see)
 
-    def of(self, linear_id: LinearId) -> Tensor:
-        """Returns (1 + 2 · in_features,): tokens, sums, squares."""
-        return self._recorded[linear_id]
+    def scores(self, step: int) -> GroupSums:
+        """Scores this rank's shard of W' by the inputs of all ranks, and adds the scores up over the ranks."""
+        model, factors = self._model, list(self._model.lora_factors())
+        parts: list[Tensor] = []
+        for linear_id in self._linear_ids:
+            layer, linear = linear_id
+            tokens, sums = model.sum_over_ranks(self._recorded[linear_id]).tensor_split([1])
+            shard = model.owned_weight(layer, linear)
+            columns = score_shard(shard, factors[layer][linear.name], self._metric.element, axis=1)
+            scores = columns * self._metric.size(tokens, *sums.chunk(2))
+            parts.append(scores.view(-1, model.shape.group_width(linear)).sum(1))
+        return add_over_ranks(model, self._linear_ids, parts, step)
 
     @torch.no_grad()
     def _see(self, linear_id: LinearId, inputs: Tensor) -> None:
@@ -80,36 +94,60 @@ class InputSizes(StepRecorder):
             self._add(linear_id, torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)]))
 
 
+class ExpertNorms(StepRecorder):
+    """Adds up the weighted norms of every expert's outputs, and its tokens: (2, experts) float64 of this rank."""
+
+    def __init__(self, model: PrunableModel) -> None:
+        super().__init__()
+        self._model = model
+        self._linear_ids = [x for x in model.shape.input_linear_ids() if x.linear.is_stack]
+        for linear_id in self._linear_ids:
+            (experts,) = find_experts(model.layers[linear_id.layer])
+            experts.register_forward_pre_hook(self._route)
+            experts.down.register_forward_hook(partial(self._see, linear_id))
+
+    def scores(self, step: int) -> GroupSums:
+        """Returns the means over the tokens of all ranks."""
+        totals = [self._model.sum_over_ranks(self._recorded[linear_id]) for linear_id in self._linear_ids]
+        means = [norms / tokens.clamp(min=1) for norms, tokens in totals]
+        return GroupSums(self._model.shape, self._linear_ids, means, step)
+
+    def _route(self, module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, chosen, weights = inputs
+        self._weights = weights.detach().flatten()[chosen.flatten().argsort(stable=True)]  # in the order of the experts
+
+    @torch.no_grad()
+    def _see(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Tensor, list[int]], outputs: Tensor) -> None:
+        if self._active:
+            norms = cast(Tensor, outputs.double().norm(dim=1)) * self._weights
+            counts = inputs[1]
+            sums = torch.stack([of_expert.sum() for of_expert in norms.split(counts)])
+            self._add(linear_id, torch.stack([sums, sums.new_tensor(counts)]))
+
+
+PEERS: dict[str, Callable[[PrunableModel], InputSizes | ExpertNorms]] = {
+    **{name: partial(InputSizes, metric) for name, metric in METRICS.items()},
+    "reap": ExpertNorms,
+}
+
+
 class PeerPruner(Pruner):
     """Scores by a peer's formula. All else is the project's."""
 
-    def __init__(self, metric: Metric, model: PrunableModel, *rest: Any) -> None:
+    def __init__(self, peer: str, model: PrunableModel, *rest: Any) -> None:
         super().__init__(model, *rest)
-        self.metric, self.sizes = metric, InputSizes(model)
+        self._recorder = PEERS[peer](model)
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
-        with super().record_step(step), self.sizes.record():
+        with super().record_step(step), self._recorder.record():
             yield
 
     def score(self, step: int) -> None:
         if self.schedule.is_scored(step):
-            sums = add_over_ranks(self.model, self.model.shape.input_linear_ids(), self._scores(), step)
+            sums = self._recorder.scores(step)
             self.average.update(sums.by_layer("none"))
             self._unchecked = sums
-
-    def _scores(self) -> list[Tensor]:
-        """Returns this rank's part of every group's score: its shard of W', and the inputs of all ranks."""
-        factors = list(self.model.lora_factors())
-        parts: list[Tensor] = []
-        for linear_id in self.sizes.linear_ids:
-            layer, linear = linear_id
-            tokens, sums = self.model.sum_over_ranks(self.sizes.of(linear_id)).tensor_split([1])
-            shard = self.model.owned_weight(layer, linear)
-            columns = score_shard(shard, factors[layer][linear.name], self.metric.element, axis=1)
-            scores = columns * self.metric.size(tokens, *sums.chunk(2))
-            parts.append(scores.view(-1, self.model.shape.group_width(linear)).sum(1))
-        return parts
 
 
 def with_norms(*given: Any) -> PeftModel:
@@ -123,7 +161,7 @@ def with_norms(*given: Any) -> PeftModel:
 
 def main() -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--peer", choices=[*METRICS, "two-four", "norms"], required=True)
+    parser.add_argument("--peer", choices=[*PEERS, "two-four", "norms"], required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
     from loraprune_ds.train import finish, loop
@@ -134,7 +172,7 @@ def main() -> int:
     elif given.peer == "two-four":
         cast(Any, loop).Pruner, cast(Any, finish).merged_tensors = CutNothing, merged_where_kept
     else:
-        cast(Any, loop).Pruner = partial(PeerPruner, METRICS[given.peer])
+        cast(Any, loop).Pruner = partial(PeerPruner, given.peer)
     return run.main()
 
 

@@ -166,7 +166,7 @@ def carry_out(
         f"evaluate.max_windows={min(arguments.windows, VALIDATION_WINDOWS)}",
         "checkpoint.every=20",
         "checkpoint.keep_last=1",
-        "logging.tensorboard=false",
+        "logging.report_to=[]",
         *setting.overrides,
         *([f"train.steps={arguments.steps}", "prune.prune_every=1"] if arguments.steps else []),
     ]

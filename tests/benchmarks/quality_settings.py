@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 REFIT = "prune.compensate=least_squares"
-BIAS = "prune.compensate=bias"
 DISTILL = "train.distill_weight=0.5"
 QUARTER, WARM = "train.distill_weight=0.25", "train.distill_temperature=2"
 GRADIENT = "prune.criterion=gradient"
@@ -59,14 +58,14 @@ def _settings() -> list[Setting]:
         "gradient": (GRADIENT,),
         "all-three": ALL_THREE,
     }
-    levers = [_short("levers", name, *changes) for name, changes in {**alone, "bias": (BIAS,)}.items()]
+    levers = [_short("levers", name, *changes) for name, changes in alone.items()]
     rates = [
         _short("rates", f"{name}-lr{rate}", *alone[name], f"train.learning_rate={rate}", one_seed=True)
         for rate, names in {"1e-3": ENDS, "2e-3": alone, "8e-3": ENDS}.items()
         for name in names
     ]
     details = [
-        _short("details", "all-three-every-4th-step", *ALL_THREE, "prune.gradient_every=4"),
+        _short("details", "all-three-every-4th-step", *ALL_THREE, "prune.score_every=4"),
         _short("details", "all-three-top-64", *ALL_THREE, "train.distill_top_k=64"),
         _short("details", "all-three-ridge-0.01", *ALL_THREE, "prune.compensate_ridge=0.01"),
         _short("details", "all-three-recovery", *ALL_THREE, "train.steps=60", "train.recovery_steps=20"),
@@ -77,7 +76,6 @@ def _settings() -> list[Setting]:
         _short("where", "all-three-few-heads", *ALL_THREE, "prune.head_ratio=0.25"),
         _short("where", "all-three-many-heads", *ALL_THREE, "prune.head_ratio=0.75"),
         _short("where", "all-three-global", *ALL_THREE, "prune.ranking=global"),
-        _short("where", "all-three-global-joint", *ALL_THREE, "prune.ranking=global", "prune.joint_budget=true"),
         _short("where", "all-three-global-cap-60", *ALL_THREE, "prune.ranking=global", "prune.max_layer_ratio=0.6"),
     ]
     fisher = [

@@ -74,17 +74,16 @@ ALL_LEVERS: Settings = {
     "train": {"distill_weight": 0.5, "distill_top_k": 16, "recovery_steps": 2},
 }
 HALF: Settings = {"model": {"dtype": "bfloat16"}}
-JOINT = {"prune": {**GLOBAL, "joint_budget": True, "max_layer_ratio": 0.6}, "checkpoint": {"copy_source": True}}
+CAPPED = {"prune": {**GLOBAL, "max_layer_ratio": 0.6}, "checkpoint": {"copy_source": True}}
 CHECKPOINTING: Settings = {
     "prune": {"ratio": 0.25, "protected_first": 1, "protected_last": 1},
     "train": {"gradient_checkpointing": True, "global_batch_size": 12, "micro_batch_size": 2},
 }
 LEVERS: dict[str, tuple[str, Settings]] = {
-    "bias": ("plain", {"prune": {"compensate": "bias"}}),
     "least squares": ("biased", {"prune": {**GLOBAL, "compensate": "least_squares"}}),
     "distillation": ("plain", {"train": {"distill_weight": 0.5}}),
     "head ratio": ("mistral", {"prune": {"head_ratio": 0.3, "channel_multiple": 2}}),
-    "joint budget": ("plain", JOINT),
+    "capped": ("plain", CAPPED),
     "gradient checkpointing, protected": ("biased", CHECKPOINTING),
     "all levers": ("plain", ALL_LEVERS),
     "bf16": ("biased", HALF),
@@ -113,7 +112,7 @@ def base_config(work: Path, model: str) -> Settings:
         "train": {"steps": 6, "global_batch_size": 6, "micro_batch_size": 1, "learning_rate": 1e-2},
         "evaluate": {"window": WINDOW, "max_windows": 8, "batch_size": 3},
         "checkpoint": {"every": 4, "keep_last": 9},
-        "logging": {"progress": False, "tensorboard": False},
+        "logging": {"progress": False},
     }
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
@@ -124,31 +124,3 @@ def test_recovery_has_a_learning_rate_of_its_own(straight: Path) -> None:
     rates = [step["learning_rate"] for step in metrics(straight, "step")]
     assert rates == pytest.approx([5e-3 * (1 - s / STEPS) for s in range(STEPS)] + [1e-2, 5e-3])
     assert metrics(straight, "step")[-1]["sparsity"] == pytest.approx(metrics(straight, "cut")[-1]["reached"])
-
-
-def test_biases_that_make_up_for_a_cut_are_exported(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
-    """Checks a model that had no biases. It stops between cuts, resumes, and exports a stock Llama with biases."""
-    prune = {**SECTIONS["prune"], "compensate": "bias", "criterion": "lora", "score_every": 1}
-    sections = {**SECTIONS, "prune": prune}
-    sections["train"] = {"steps": STEPS}
-    path = write_run(tmp_path, **sections)
-    _without_biases(tmp_path / "source")
-    config = config_for(path, tmp_path / "out")
-    ranks.run(2, run_levers, config, None, STOP_AT)
-    ranks.run(2, run_levers, config, "auto")
-    described = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
-    assert described["attention_bias"] is described["mlp_bias"] is True
-    tensors: dict[str, torch.Tensor] = {}
-    for weight_file in (tmp_path / "out" / "model").glob("*.safetensors"):
-        tensors |= load_file(weight_file)
-    for layer in range(3):
-        assert tensors[f"model.layers.{layer}.mlp.down_proj.bias"].any()
-        assert tensors[f"model.layers.{layer}.self_attn.o_proj.bias"].any()
-        assert not tensors[f"model.layers.{layer}.mlp.up_proj.bias"].any()
-
-
-def _without_biases(folder: Path) -> None:
-    described = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(described | {"attention_bias": False, "mlp_bias": False}))
-    (path,) = folder.glob("*.safetensors")
-    save_file({n: t for n, t in load_file(path).items() if not n.endswith(".bias")}, path, {"format": "pt"})

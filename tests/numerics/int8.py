@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig
+from loraprune_ds.config import ModelConfig, RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family import LLAMA_LINEARS
@@ -21,10 +21,9 @@ from tests.numerics.driver import Job, Outcome, build
 CUT_LAYERS = (1, 2)
 
 
-def open_int8(folder: Path, channel_share: float | None = None) -> PretrainedModel:
+def open_int8(folder: Path) -> PretrainedModel:
     """Opens a model whose linears are to be held as int8."""
-    prune = PruneConfig(channel_share=channel_share)
-    return open_for_pruning(folder, RunConfig(output_dir="unused", model=ModelConfig(frozen="int8"), prune=prune))
+    return open_for_pruning(folder, RunConfig(output_dir="unused", model=ModelConfig(frozen="int8")))
 
 
 def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:
@@ -39,7 +38,7 @@ def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:
 
 def read_left(job: Job, outcome: Outcome) -> dict[str, Tensor]:
     """Reads what the cuts of a run leave of the source, as a resumed run would."""
-    pretrained = open_int8(job.folder, job.prune.get("channel_share"))
+    pretrained = open_int8(job.folder)
     kinds = pretrained.shape.kinds
     keep = [LayerKeep(zip(kinds, map(torch.tensor, kept), strict=True)) for kept in outcome.kept[-1]]
     left, dtype = cut_to(pretrained, keep, job.dtype), DTYPES[job.dtype]

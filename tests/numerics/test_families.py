@@ -17,7 +17,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.expert_adapter import as_in_peft
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import open_pretrained
-from tests.families import SIZES, THIN, families, tiny_model
+from tests.families import SIZES, families, tiny_model
 from tests.numerics.driver import Job, train, write_adapter
 from tests.oracle.models import make_batches
 from tests.ranks import RankPool
@@ -78,15 +78,6 @@ def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family:
     # Experts alone would go otherwise.
     heads_go = FAMILIES[family].mixture and "heads" not in FAMILIES[family].fixed
     check(ranks, tmp_path, family, PRUNE | ({"head_ratio": 0.4} if heads_go else {}))
-
-
-@pytest.mark.parametrize("family", families("gpt_oss", of=THIN))
-def test_sharded_equals_the_stock_model_where_experts_lose_channels(
-    ranks: RankPool, tmp_path: Path, family: str
-) -> None:
-    """Each expert loses its own, beside whole experts and heads. Adam's moments are cut along."""
-    heads = {} if "heads" in FAMILIES[family].fixed else {"head_ratio": 0.2}
-    check(ranks, tmp_path, family, PRUNE | {"channel_share": 0.5, **heads})
 
 
 def check(ranks: RankPool, tmp_path: Path, family: str, prune: dict[str, Any]) -> None:

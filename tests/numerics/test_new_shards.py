@@ -62,7 +62,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
         return {
             "update": watched.after(lambda: trainer.step(1)),
             "cut": watched.after(lambda: trainer.cut(1)),
-            "refit": watched.after(lambda: model.replace_tensors(ids, "weight", lambda _, linear: linear.weight)),
+            "refit": watched.after(lambda: model.replace_weights(ids, lambda _, linear: linear.weight)),
             "restore": watched.after(lambda: restore_lora_state(model, zeros, 1)),
         }
 

@@ -1,7 +1,7 @@
 """The whole method in one process: the package's pruner and a plain-tensor model in a loop with torch's AdamW."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,8 +71,7 @@ class PlainRun:
         self.model = build_model(self.folder, self.lora, alpha=self.alpha, dtype=self.dtype)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=self.learning_rate, eps=self.epsilon, weight_decay=0.0)
-        thins = self.prune.channel_share is not None
-        shape = replace(open_pretrained(self.folder).shape, thins_experts=thins)
+        shape = open_pretrained(self.folder).shape
         self.prunable = PlainModel(self.model, shape, self.optimizer)
         limits = make_limits(self.prune, shape)
         schedule = make_schedule(self.prune, self.steps, limits)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_file import config_from_dict, config_value, load_config
+from loraprune_ds.config_file import REMOVED, config_from_dict, config_value, load_config
 from loraprune_ds.errors import UserError
 from tests.unit.shapes_and_scores import repository
 
@@ -141,7 +141,6 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("prune: {protected_first: -1}", "prune.protected_first"),
         ("prune: {warmup_fraction: 1}", "prune.warmup_fraction"),
         ("prune: {warmup_fraction: 0.5, cooldown_fraction: 0.5}", "prune.warmup_fraction + prune.cooldown_fraction"),
-        ("prune: {joint_budget: true}", "prune.joint_budget"),
         ("prune: {score_every: 0}", "prune.score_every"),
         ("prune: {compensate: mean}", "prune.compensate"),
         ("prune: {compensate_steps: 0}", "prune.compensate_steps"),
@@ -227,10 +226,10 @@ def test_a_file_and_a_part_of_the_data_are_not_held_out_at_once(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("yaml_text", "key", "needed"),
     [
-        ("prune: {compensate_steps: 3}", "prune.compensate_steps", "prune.compensate"),
-        ("prune: {compensate_decay: 0.9}", "prune.compensate_decay", "prune.compensate"),
+        ("prune: {compensate_steps: 3}", "prune.compensate_steps", "prune.compensate: least_squares"),
+        ("prune: {compensate_decay: 0.9}", "prune.compensate_decay", "prune.compensate: least_squares"),
         (
-            "prune: {compensate: bias, compensate_ridge: 1}",
+            "prune: {compensate_ridge: 1}",
             "prune.compensate_ridge",
             "prune.compensate: least_squares",
         ),
@@ -389,8 +388,16 @@ def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> N
         ("target: much", "prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got 'much'"),
         ("target: -4B", "prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got '-4B'"),
         ("target: 4B, target_context: 100", "prune.target_context has no effect without a prune.target in bytes"),
-        ("target: 4GiB, ranking: global, joint_budget: true", "prune.joint_budget and a prune.target in bytes exclude"),
     ],
 )
 def test_a_wrong_target_is_refused(tmp_path: Path, prune: str, message: str) -> None:
     assert refused(tmp_path, f"output_dir: out\nprune: {{{prune}}}\n").startswith(message)
+
+
+@pytest.mark.parametrize("gone", REMOVED)
+def test_what_is_gone_is_refused_with_the_reason(tmp_path: Path, gone: str) -> None:
+    """Whatever else is wrong beside it."""
+    dotted, _, value = gone.partition("=")
+    section, key = dotted.split(".")
+    message = refused(tmp_path, f"output_dir: out\n{section}: {{another: 7, {key}: {value or 'false'}}}\n")
+    assert message == f"{gone} is gone: {REMOVED[gone]}"

@@ -73,7 +73,7 @@ def test_second_moments_ask_with_the_dtype_that_their_inputs_came_in(monkeypatch
     monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
     shape = make_shape([(1, 4)])
     model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)
-    moments = InputMoments(model, [0], second=True, decay=0.0)
+    moments = InputMoments(model, [0], decay=0.0)
     inputs: Tensor = torch.randn(1, 5, 4).bfloat16()
     linear_id = shape.input_linear_ids()[0]
     with moments.record_forward(None):

@@ -1,4 +1,4 @@
-"""The scores of experts: of shards as of the whole, by masks as autograd has them, and by REAP's formula."""
+"""The scores of experts: of shards as of the whole, and by masks as autograd has them."""
 
 from functools import partial
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.classes import decoder_layers
@@ -15,17 +14,16 @@ from loraprune_ds.model.experts import find_experts
 from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
-from loraprune_ds.pruning.expert_norms import ExpertNorms
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.int8 import ScalePlan, _decode
 from tests.families import tiny_model
-from tests.family_cuts import PROMPT, dense, find_router, sparse_layers
+from tests.family_cuts import PROMPT, dense, sparse_layers
 from tests.oracle.models import make_batches
 from tests.plain_model import PlainModel
 from tests.unit.plain_training import PlainRun, fresh_lora
-from tests.unit.test_experts import KINDS, factors, merged_stacks
+from tests.unit.test_experts import KINDS, factors
 
 
 def find_stock(model: nn.Module, layer: int) -> Any:
@@ -72,12 +70,9 @@ def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, 
         assert torch.equal(found, scores(OwnedShard(of_weight[start:end], start, shape)))
 
 
-@pytest.mark.parametrize(
-    ("criterion", "compensate"),
-    [*((x, "none") for x in ("lora", "lora_squared", "gradient", "fisher", "reap")), ("reap", "least_squares")],
-)
+@pytest.mark.parametrize("criterion", ["lora", "lora_squared", "gradient", "fisher"])
 @pytest.mark.parametrize("family", KINDS)
-def test_experts_that_do_nothing_go_first(family: str, criterion: str, compensate: str, tmp_path: Path) -> None:
+def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path: Path) -> None:
     """Their last linear is zero, and so is what LoRA adds at the first step."""
     model, sparse = tiny_model(family), sparse_layers(dense(family).shape)
     useless = {i: [[1, 5, 6, 20], [0, 2, 11, 22]][i] for i in sparse}
@@ -91,7 +86,7 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, compensat
     shape = open_pretrained(tmp_path).shape
     ratio = 5 * len(sparse) * shape.group_numel("experts") / shape.linear_numel()
     prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
-    prune |= {"protected_first": 0, "protected_last": 0, "criterion": criterion, "compensate": compensate}
+    prune |= {"protected_first": 0, "protected_last": 0, "criterion": criterion}
     config = PruneConfig(**prune)
     run = PlainRun(tmp_path, fresh_lora(shape), config, 1)
     run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))
@@ -127,33 +122,3 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
         assert grad is not None
         wanted = torch.stack([part.square().sum() for part in grad.split(counts[i])])
         torch.testing.assert_close(found[i].float(), wanted)
-
-
-@pytest.mark.parametrize("family", KINDS)
-def test_reap_is_the_mean_of_router_weight_times_output_norm(family: str) -> None:
-    """Every expert computes every token here. What the router did not choose does not count, nor does padding."""
-    network, stacks = dense(family), iter(merged_stacks(dense(family)).values())
-    recorder = ExpertNorms(cast(Any, PlainModel(network.model, network.shape)))
-    routed: list[Any] = []
-    for i in sparse_layers(network.shape):
-        router = find_router(decoder_layers(network.model)[i])
-        router.register_forward_hook(lambda module, inputs, output: routed.append((inputs[0].flatten(0, -2), output)))
-    real = torch.ones_like(PROMPT, dtype=torch.bool)
-    real[1, 10:] = False
-    with recorder.record():
-        for _ in range(2):  # as two micro-batches
-            with recorder.record_forward(real):
-                network.model(input_ids=PROMPT, use_cache=False)
-        network.model(input_ids=PROMPT, use_cache=False)  # nobody looks
-        found = recorder.scores(1).by_layer("none")
-    for i, (hidden, (_, weights, chosen)) in zip(sparse_layers(network.shape), routed, strict=False):
-        merged = {"gate_up_proj": next(stacks)[0], "down_proj": next(stacks)[0]}
-        stock = find_stock(tiny_model(family), i)
-        wanted = torch.zeros(23)
-        for e in range(23):
-            one = torch.full((len(hidden), 1), e), torch.ones(len(hidden), 1)
-            norms = functional_call(stock, merged, (hidden, *one)).norm(dim=1)
-            picked = (chosen == e) & real.flatten()[:, None]
-            wanted[e] = (norms[:, None] * weights)[picked].sum() / picked.sum().clamp(min=1)
-        torch.testing.assert_close(found[i]["experts"].float(), wanted)
-    assert not any(layer["heads"].any() for layer in found)

@@ -178,7 +178,6 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
             "makes up for heads and not for experts, and all heads of",
         ),
         ("olmoe", {"compensate": "least_squares", "head_ratio": 0.2}, "all heads of .* stay; set prune.head_ratio, or"),
-        ("mixtral", {"compensate": "bias", "head_ratio": 0.2}, "needs linears with biases, which a mixtral .* lacks"),
         ("mixtral", {"compensate": "least_squares", "head_ratio": 0.2}, None),
     ],
 )
@@ -279,25 +278,3 @@ def test_servers_divide_the_channels_of_an_expert() -> None:
     shape = dense("mixtral").shape  # 8 channels, 5 heads
     with pytest.raises(UserError, match=r"prune\.tensor_parallel 5 does not divide the 8 channels of an expert"):
         make_limits(PruneConfig(tensor_parallel=5, protected_first=0, protected_last=0), shape)
-
-
-def test_reap_without_experts_is_refused(tmp_path: Path) -> None:
-    saved("llama", tmp_path)
-    with pytest.raises(UserError, match=r"prune\.criterion: reap scores experts, which .* lacks"):
-        open_for_pruning(tmp_path, RunConfig("unused", prune=PruneConfig(criterion="reap")))
-
-
-@pytest.mark.parametrize("prune", [{"head_ratio": 0.2}, {"joint_budget": True, "ranking": "global"}], ids=str)
-def test_reap_where_heads_leave_is_refused(prune: dict[str, Any], tmp_path: Path) -> None:
-    """All heads would score 0: in a joint budget they leave first, else by their place."""
-    saved("mixtral", tmp_path)
-    with pytest.raises(UserError, match=r"prune\.criterion: reap scores no heads of .*; drop prune\.head_ratio"):
-        open_for_pruning(tmp_path, RunConfig("unused", prune=PruneConfig(criterion="reap", **prune)))
-    open_for_pruning(tmp_path, RunConfig("unused", prune=PruneConfig(criterion="reap", head_ratio=0.0)))
-
-
-def test_reap_takes_no_heads_where_experts_cannot_give_enough() -> None:
-    """Without scores the last heads of each layer would leave, whatever they do."""
-    prune = PruneConfig(ratio=0.8, criterion="reap", protected_first=0, protected_last=0)
-    with pytest.raises(UserError, match=r"prune\.ratio 0\.8 is out of reach: .* at most 0\.5633 can go"):
-        make_limits(prune, dense("mixtral").shape)

@@ -17,15 +17,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
-from tests.families import heads_divide_hidden, tiny_model
+from tests.families import heads_divide_hidden
 from tests.family_cuts import (
     FEW,
     MANY,
@@ -63,8 +62,6 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
             module: Any = layer.get_submodule(linear.name)
             if linear.is_stack:
                 mask_router(find_router(layer), keep[i]["experts"])
-                if network.shape.thins_experts:
-                    module.register_forward_pre_hook(times_channels(network.shape, i, keep[i]))
                 continue
             module.register_forward_pre_hook(
                 times_input(stays(network.shape, i, keep[i], linear.kind, module.in_features))
@@ -100,17 +97,6 @@ def stays(shape: ModelShape, layer: int, keep: LayerKeep, kind: Kind, size: int)
     groups[keep[kind]] = 1
     assert size % len(groups) == 0
     return groups.repeat_interleave(size // len(groups))
-
-
-def times_channels(shape: ModelShape, layer: int, keep: LayerKeep) -> Callable[..., tuple[Tensor, list[int]]]:
-    """Zeroes the other channels of each expert, in the tokens that chose it."""
-    experts, size = shape.layers[layer]["experts"], shape.layers[layer]["expert_channels"]
-    factors = torch.zeros(experts * size).index_fill(0, keep["expert_channels"], 1).view(experts, size)
-
-    def times(module: nn.Module, inputs: tuple[Tensor, list[int]]) -> tuple[Tensor, list[int]]:
-        return inputs[0] * factors.repeat_interleave(torch.tensor(inputs[1]), 0), inputs[1]
-
-    return times
 
 
 def times_input(factors: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
@@ -173,19 +159,15 @@ def test_uniform_export_is_a_stock_model(family: str, counts: tuple[int, int], t
     assert open_pretrained(made.folder).shape.layers == made.shape.layers
 
 
-# Those whose class can have a bias on every linear, which then may make up for a cut. starcoder2 always has them.
+# Those whose class can have a bias on every linear. starcoder2 always has them.
 @pytest.mark.parametrize("family", ["granite", "smollm3", "arcee", "nemotron"])
-def test_biases_that_make_up_for_a_cut(family: str, tmp_path: Path) -> None:
-    """They are added to a model without any, are cut and exported with it, and are there when it is opened again."""
-    tiny_model(family).save_pretrained(tmp_path / "dense")
-    pretrained = open_for_pruning(tmp_path / "dense", RunConfig("unused", prune=PruneConfig(compensate="bias")))
-    assert pretrained.absent == {name for name in pretrained.shape.parameters() if name.endswith("_proj.bias")} != set()
-    assert all(pretrained.shape.has_bias(linear) for _, linear in pretrained.shape.linear_ids())
-
+def test_a_bias_on_every_linear(family: str, tmp_path: Path) -> None:
+    """It is cut and exported with its linear, and is there when the export is opened."""
     made = export(family, tmp_path / "cut", FEW, MANY, attention_bias=True, mlp_bias=True)
     assert difference(logits(load(made.folder, trust_remote_code=True)), made.logits) < TOLERANCE
-    assert open_pretrained(made.folder).shape.layers == made.shape.layers
-    assert open_pretrained(made.folder).shape.biases == pretrained.shape.biases
+    shape = open_pretrained(made.folder).shape
+    assert shape.layers == made.shape.layers
+    assert all(shape.has_bias(linear) for _, linear in shape.linear_ids())
 
 
 def test_phi_3_with_long_rotary_factors(tmp_path: Path) -> None:

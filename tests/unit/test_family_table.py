@@ -75,15 +75,14 @@ def smaller(family: Family, kind: Kind) -> str:
 def notes(name: str, family: Family) -> list[str]:
     found = []
     if family.mixture:
-        loses = "leave whole" if "expert_channels" in family.fixed else "leave whole, or lose channels"
-        found.append(f"[experts](experts.md) {loses}")
+        found.append("whole [experts](experts.md) leave")
     elif family.companions:
         found.append("its norms run over all heads, so a cut is not quite equal to a mask")
     whole = [words for part, words in WHOLE.items() if any(part in name for name in family.whole)]
     if whole:
         found.append(f"{' and '.join(whole)} stay whole, without LoRA")
-    if "heads" in family.fixed:
-        found.append("its class has no field for fewer heads")
+    if family.fixed:
+        found.append(f"its class has no field for fewer {' and '.join(family.fixed)}")
     if family.eager_only:
         found.append(f"eager attention, as sdpa lacks {family.eager_only}")
     if family.windows_begin_with_bos:

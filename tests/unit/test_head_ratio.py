@@ -43,7 +43,7 @@ def test_uniform_takes_so_many_heads_and_makes_up_with_channels(head_ratio: floa
 def test_global_splits_its_budget_so(head_ratio: float) -> None:
     limits = limits_of(head_ratio=head_ratio, ranking="global")
     scores = random_scores_of(SHAPE, torch.Generator().manual_seed(0))
-    left = SHAPE.after(rank_global(scores, SHAPE, limits, 0.417, joint=False))
+    left = SHAPE.after(rank_global(scores, SHAPE, limits, 0.417))
     assert abs(sum(9 - layer["heads"] for layer in left.layers) - head_ratio * 8 * 9) <= 1
     reached = 1 - left.linear_numel() / SHAPE.linear_numel()
     assert abs(reached - 0.417) < SHAPE.group_numel("channels") / SHAPE.linear_numel()
@@ -73,7 +73,6 @@ def test_the_planner_knows(ranking: Ranking) -> None:
         ),
         ({"head_ratio": 0.8, "min_heads": 6}, "is more of the heads than prune.min_heads 6 lets go: 33.3%"),
         ({"head_ratio": 0.0, "min_channels": 900}, r"take 78\.2% of the channels, of which 41\.4% may go"),
-        ({"head_ratio": 0.5, "joint_budget": True, "ranking": "global"}, "exclude each other"),
     ],
 )
 def test_what_cannot_be_is_refused(prune: dict[str, Any], message: str) -> None:

@@ -35,9 +35,9 @@ def adapted(base_model: LlamaForCausalLM | None = None, **more: Any) -> PeftMode
     return cast(PeftModel, get_peft_model(base_model or base(), config))
 
 
-def refusal(model: PeftModel, **prune: Any) -> str:
+def refusal(model: PeftModel) -> str:
     with pytest.raises(UserError) as caught:
-        check_model(model, base_shape(model), PruneConfig(**prune))
+        check_model(model, base_shape(model))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -45,7 +45,7 @@ def refusal(model: PeftModel, **prune: Any) -> str:
 def test_plain_lora_on_all_linears_passes() -> None:
     model = adapted()
     model.add_adapter("ref", LoraConfig(r=4, target_modules=ALL, task_type="CAUSAL_LM"))
-    check_model(model, base_shape(model), PruneConfig())
+    check_model(model, base_shape(model))
     assert live_shape(model) == base_shape(model)
     assert base_dtype(model, base_shape(model)) == "float32"
 
@@ -81,7 +81,7 @@ def test_other_adapters_are_named(more: dict[str, Any], words: str) -> None:
 
 def test_modules_to_save_beside_an_untied_head_pass() -> None:
     model = adapted(modules_to_save=["lm_head"])
-    check_model(model, base_shape(model), PruneConfig())
+    check_model(model, base_shape(model))
 
 
 def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
@@ -123,12 +123,6 @@ def test_a_compiled_model_is_refused() -> None:
     model = adapted()
     model.compile()
     assert "torch.compile" in refusal(model)
-
-
-def test_biases_that_compensate_must_be_there() -> None:
-    assert "layer 0 self_attn.q_proj has none" in refusal(adapted(), compensate="bias")
-    with_biases = adapted(base(attention_bias=True, mlp_bias=True))
-    check_model(with_biases, base_shape(with_biases), PruneConfig(compensate="bias"))
 
 
 def test_a_base_of_another_dtype_is_refused() -> None:

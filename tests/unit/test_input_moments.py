@@ -31,8 +31,7 @@ def test_little_more_than_half_is_sent_of_wide_moments() -> None:
     assert 0.5 < numel_sent(22016) / 22016**2 < 0.53
 
 
-@pytest.mark.parametrize("second", [False, True])
-def test_sums_move_over_steps(monkeypatch: pytest.MonkeyPatch, *, second: bool) -> None:
+def test_sums_move_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_moments, "BLOCK", 3)
     monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
     shape = make_shape([(1, 4)])
@@ -44,10 +43,10 @@ def test_sums_move_over_steps(monkeypatch: pytest.MonkeyPatch, *, second: bool) 
         reduce_to=lambda owner, part: part,
         sum_over_ranks=lambda values: values,
     )
-    moments = InputMoments(model, [0], second=second, decay=0.5)
+    moments = InputMoments(model, [0], decay=0.5)
     linear_id = shape.input_linear_ids()[0]
     steps = [[integers(2, 5, 8, seed=s), integers(2, 5, 8, seed=s + 10)] for s in (1, 2, 3)]
-    expected, tokens = torch.zeros(8, 8) if second else torch.zeros(8), 0.0
+    expected, tokens = torch.zeros(8, 8), 0.0
     for number, micro_batches in enumerate(steps):
         weight, decay = (1.0, 0.0) if number == 0 else (0.5, 0.5)
         with moments.record_step():
@@ -55,7 +54,7 @@ def test_sums_move_over_steps(monkeypatch: pytest.MonkeyPatch, *, second: bool) 
                 with moments.record_forward(None):
                     moments._record(linear_id, inputs)
         rows = torch.cat(micro_batches).flatten(0, 1)
-        expected = decay * expected + weight * (rows.T @ rows if second else rows.sum(0))
+        expected = decay * expected + weight * (rows.T @ rows)
         tokens = decay * tokens + weight * len(rows)
     assert torch.equal(moments.sums[linear_id], expected)
     assert moments.tokens == tokens

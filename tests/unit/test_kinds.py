@@ -76,16 +76,14 @@ def test_uniform_comes_as_near_as_whole_channels_get(shape: ModelShape) -> None:
     assert abs(gone(left, shape) - 0.5 * shape.linear_numel()) <= 3 * shape.group_numel("channels") / 2
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_global_reaches_the_target(shape: ModelShape, joint: bool) -> None:
+def test_global_reaches_the_target(shape: ModelShape) -> None:
     limits, scores = limits_of(shape), random_scores(shape, 0)
-    left = shape.after(rank_global(scores, shape, limits, 0.5, joint=joint))
+    left = shape.after(rank_global(scores, shape, limits, 0.5))
     assert abs(gone(left, shape) - 0.5 * shape.linear_numel()) <= max(map(shape.group_numel, shape.kinds))
-    if not joint:  # each gives its share, the channels the rest
-        for kind in ("heads", "experts"):
-            of_kind = sum(LAYER[kind] - layer[kind] for layer in left.layers) * shape.group_numel(kind)
-            share = limits.shares[kind] * gone(left, shape)
-            assert abs(of_kind - share) <= shape.group_numel(kind)
+    for kind in ("heads", "experts"):  # each gives its share, the channels the rest
+        of_kind = sum(LAYER[kind] - layer[kind] for layer in left.layers) * shape.group_numel(kind)
+        share = limits.shares[kind] * gone(left, shape)
+        assert abs(of_kind - share) <= shape.group_numel(kind)
 
 
 def test_the_narrowest_shapes_cover_all_counts_of_the_coarse_kinds(shape: ModelShape) -> None:

@@ -133,7 +133,6 @@ def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> P
     return PruneConfig(
         ratio=0.999999,
         ranking=ranking,
-        joint_budget=ranking == "global" and draw.random() < 0.4,
         protected_first=draw.choice([0, 0, 1, 2]),
         protected_last=draw.choice([0, 0, 1]),
         min_heads=draw.choice([1, 1, 2, 4]),
@@ -173,7 +172,7 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
             keep = rank_uniform(scores, shape, limits, most, most)
             step = len(limits.open_layers) * limits.multiples["channels"] * shape.group_numel("channels") / 2
         else:
-            keep = rank_global(scores, shape, limits, most, joint=config.joint_budget)
+            keep = rank_global(scores, shape, limits, most)
             step = max(
                 config.tensor_parallel * shape.group_numel("heads"),
                 limits.multiples["channels"] * shape.group_numel("channels"),

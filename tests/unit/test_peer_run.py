@@ -8,16 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from tests.benchmarks import two_four
-from tests.benchmarks.peer_run import METRICS, PeerPruner
+from tests.benchmarks.peer_run import METRICS, ExpertNorms, PeerPruner
 from tests.benchmarks.two_four import merged_where_kept, two_of_four
 from tests.export_cases import VOCAB
-from tests.families import SIZES
+from tests.families import SIZES, tiny_model
+from tests.family_cuts import dense, find_router
 from tests.gguf_cases import byte_level_tokenizer
 from tests.oracle.models import make_tiny_llama
+from tests.plain_model import PlainModel
+from tests.unit.test_expert_scores import find_stock
+from tests.unit.test_experts import merged_stacks
 from tests.unit.test_mask_gradients import tiny_run
 
 
@@ -25,7 +31,7 @@ from tests.unit.test_mask_gradients import tiny_run
 def test_scores_follow_the_formula_of_the_peer(tmp_path: Path, name: str) -> None:
     run, batch = tiny_run(tmp_path, "llama")
     known = run.pruner
-    run.pruner = PeerPruner(METRICS[name], cast(Any, run.prunable), known.config, known.schedule, known.limits, 0)
+    run.pruner = PeerPruner(name, cast(Any, run.prunable), known.config, known.schedule, known.limits, 0)
     seen: dict[tuple[int, str], list[Tensor]] = {}
 
     def see(key: tuple[int, str], module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -49,6 +55,31 @@ def test_scores_follow_the_formula_of_the_peer(tmp_path: Path, name: str) -> Non
     found = [scores for pair in run.averages[0] for scores in pair]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b.double(), rtol=1e-5, atol=0)  # elements are scored in fp32
+
+
+def test_reap_is_the_mean_of_router_weight_times_output_norm() -> None:
+    """Every expert computes every token here. What the router did not choose does not count."""
+    network, stacks = dense("mixtral"), iter(merged_stacks(dense("mixtral")).values())
+    recorder = ExpertNorms(cast(Any, PlainModel(network.model, network.shape)))
+    routed: list[Any] = []
+    for layer in decoder_layers(network.model):
+        router = find_router(layer)
+        router.register_forward_hook(lambda module, inputs, output: routed.append((inputs[0].flatten(0, -2), output)))
+    with recorder.record():
+        for _ in range(2):  # as two micro-batches
+            network.logits()
+        found = recorder.scores(1).by_layer("none")
+    for i, (hidden, (_, weights, chosen)) in enumerate(routed[:2]):
+        merged = {"gate_up_proj": next(stacks)[0], "down_proj": next(stacks)[0]}
+        stock = find_stock(tiny_model("mixtral"), i)
+        wanted = torch.zeros(23)
+        for e in range(23):
+            one = torch.full((len(hidden), 1), e), torch.ones(len(hidden), 1)
+            norms = functional_call(stock, merged, (hidden, *one)).norm(dim=1)
+            picked = chosen == e
+            wanted[e] = (norms[:, None] * weights)[picked].sum() / picked.sum().clamp(min=1)
+        torch.testing.assert_close(found[i]["experts"].float(), wanted)
+    assert not any(layer["heads"].any() for layer in found)
 
 
 def test_two_of_four_weights_stay_and_a_merge_keeps_the_zeros(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, PruneConfig, Ranking
 from loraprune_ds.errors import RunError
+from loraprune_ds.model.cuts import Slice
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.slices import Slice
 from loraprune_ds.pruning.importance import MovingAverage
-from loraprune_ds.pruning.ranking import rank_global, uniform_counts
+from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.step import agree, all_groups
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
@@ -133,21 +133,6 @@ def test_uniform_heads_for_the_schedules_end(gqa: Tiny) -> None:
     on_the_way = [uniform_counts(limits, cut.target, ratio) for cut in run.cuts]
     assert [cut.keep[0].shape for cut in run.cuts] == on_the_way
     assert on_the_way != [uniform_counts(limits, cut.target, cut.target) for cut in run.cuts]
-
-
-@pytest.mark.parametrize("joint", [False, True])
-def test_the_budgets_are_a_setting(gqa: Tiny, joint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def watched(*args: Any, joint: bool) -> list[LayerKeep]:
-        asked.append(joint)
-        return rank_global(*args, joint=joint)
-
-    monkeypatch.setattr("loraprune_ds.pruning.step.rank_global", watched)
-    gqa.plain(PruneConfig(ratio=0.3, channel_multiple=1, prune_every=4, ranking="global", joint_budget=joint)).run(
-        gqa.batches
-    )
-    assert set(asked) == {joint}
 
 
 def drop_moments(self: PlainModel, parameter: Any, kept: Slice) -> None:

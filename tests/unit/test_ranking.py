@@ -48,18 +48,17 @@ def check_limits(limits: Limits, shape: ModelShape) -> None:
             assert layer[kind] % multiple == 0 or layer[kind] == dense[kind]
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_every_cut_stops_within_one_group_of_its_target(joint: bool) -> None:
+def test_every_cut_stops_within_one_group_of_its_target() -> None:
     """Over four cuts in a row, on layers of any shape, with few enough distinct scores that most are tied."""
-    draw, generator = random.Random(int(joint)), torch.Generator().manual_seed(int(joint))
+    draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     for _ in range(250):
         limits, ratio = random_limits(draw)
         dense = shape = limits.dense
         steps = {kind: multiple * dense.group_numel(kind) for kind, multiple in limits.multiples.items()}
-        allowed = max(steps.values()) + (0 if joint else steps["channels"] / 2)
+        allowed = max(steps.values()) + steps["channels"] / 2
         for fraction in (0.3, 0.7, 0.9, 1.0):
             scores = random_scores_of(shape, generator, levels=draw.choice([None, 4]))
-            shape = shape.after(rank_global(scores, shape, limits, fraction * ratio, joint=joint))
+            shape = shape.after(rank_global(scores, shape, limits, fraction * ratio))
             check_limits(limits, shape)
             assert abs(gone(shape, dense) - fraction * ratio * dense.linear_numel()) <= allowed
 
@@ -67,11 +66,10 @@ def test_every_cut_stops_within_one_group_of_its_target(joint: bool) -> None:
 def test_without_floors_and_caps_it_stops_within_half_a_channel() -> None:
     generator = torch.Generator().manual_seed(2)
     limits = limits_of(SMOLLM2)
-    for joint in (False, True):
-        for target in (0.1, 0.333, 0.5, 0.7):
-            keep = rank_global(random_scores_of(SMOLLM2, generator), SMOLLM2, limits, target, joint=joint)
-            off = gone(SMOLLM2.after(keep), SMOLLM2) - target * SMOLLM2.linear_numel()
-            assert abs(off) <= SMOLLM2.group_numel("channels") / 2 + 0.5
+    for target in (0.1, 0.333, 0.5, 0.7):
+        keep = rank_global(random_scores_of(SMOLLM2, generator), SMOLLM2, limits, target)
+        off = gone(SMOLLM2.after(keep), SMOLLM2) - target * SMOLLM2.linear_numel()
+        assert abs(off) <= SMOLLM2.group_numel("channels") / 2 + 0.5
 
 
 def split_groups(scores: list[LayerScores], keep: list[LayerKeep], kind: str) -> tuple[list[Any], list[Any]]:
@@ -94,22 +92,19 @@ def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(leve
         # A large minimum in every layer, so that no floor stops anything.
         for layer in scores:
             layer["heads"][0] = layer["channels"][0] = 99
-        keep = rank_global(scores, shape, limits, 0.4, joint=False)
+        keep = rank_global(scores, shape, limits, 0.4)
         for kind in shape.kinds:
             goes, stays = split_groups(scores, keep, kind)
             assert max(goes) < min(stays)  # by score, then the higher layer, then the higher index
 
 
-def test_heads_and_channels_have_separate_budgets_unless_joint() -> None:
-    """Scores that would send all heads first: separate budgets give heads no more than their share."""
+def test_heads_and_channels_have_separate_budgets() -> None:
+    """By their scores all heads would go first. They give no more than their share."""
     shape = make_shape([(8, 96)] * 4)
     limits = limits_of(shape)
     cheap_heads = [LayerScores(heads=torch.rand(8) * 1e-6, channels=1 + torch.rand(96)) for _ in range(4)]
-    separate = shape.after(rank_global(cheap_heads, shape, limits, 0.25, joint=False))
-    heads_gone = sum(8 - layer["heads"] for layer in separate.layers)
-    assert heads_gone == 8  # a quarter of 32
-    joint = shape.after(rank_global(cheap_heads, shape, limits, 0.25, joint=True))
-    assert sum(8 - layer["heads"] for layer in joint.layers) > 2 * heads_gone
+    left = shape.after(rank_global(cheap_heads, shape, limits, 0.25))
+    assert sum(8 - layer["heads"] for layer in left.layers) == 8  # a quarter of 32
 
 
 def test_heads_keep_to_their_share_over_several_cuts() -> None:
@@ -117,7 +112,7 @@ def test_heads_keep_to_their_share_over_several_cuts() -> None:
     shape = dense = make_shape([(8, 96)] * 4)
     limits, generator = limits_of(shape), torch.Generator().manual_seed(7)
     for target, heads in ((0.125, 4), (0.25, 8), (0.5, 16)):
-        shape = shape.after(rank_global(random_scores_of(shape, generator), shape, limits, target, joint=False))
+        shape = shape.after(rank_global(random_scores_of(shape, generator), shape, limits, target))
         assert sum(d["heads"] - layer["heads"] for d, layer in zip(dense.layers, shape.layers, strict=True)) == heads
 
 
@@ -130,34 +125,17 @@ def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
         LayerScores(heads=torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), channels=torch.ones(16)),
     ]
     target = 5 * shape.group_numel("heads") / shape.linear_numel()
-    keep = rank_global(scores, shape, limits, target, joint=False)
+    keep = rank_global(scores, shape, limits, target)
     assert [layer["heads"].tolist() for layer in keep] == [[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7]]
-
-
-def test_a_joint_budget_compares_scores_per_parameter() -> None:
-    """A head is worth 16 channels here: with 8 times a channel's score it is the cheaper loss."""
-    shape = make_shape([(4, 64)] * 2, hidden=12, head_dim=12)
-    head, channel = shape.group_numel("heads"), shape.group_numel("channels")
-    assert head == 16 * channel
-    limits = limits_of(shape)
-    target = 2 * head / shape.linear_numel()
-
-    def heads_left(score: float) -> int:
-        scores = [LayerScores(heads=torch.full((4,), score), channels=torch.ones(64)) for _ in range(2)]
-        keep = rank_global(scores, shape, limits, target, joint=True)
-        return sum(layer["heads"] for layer in shape.after(keep).layers)
-
-    assert heads_left(8.0) == 6
-    assert heads_left(24.0) == 8
 
 
 def test_a_cap_spreads_what_one_layer_would_have_lost() -> None:
     shape = make_shape([(4, 60)] * 4)
     worthless = [LayerScores(heads=torch.rand(4) * (i > 0), channels=torch.rand(60) * (i > 0)) for i in range(4)]
-    free = shape.after(rank_global(worthless, shape, limits_of(shape), 0.2, joint=False))
+    free = shape.after(rank_global(worthless, shape, limits_of(shape), 0.2))
     assert shape.layer_numel(0) - free.layer_numel(0) > 0.6 * shape.layer_numel(0)
     limits = limits_of(shape, max_layer_ratio=0.4)
-    capped = shape.after(rank_global(worthless, shape, limits, 0.2, joint=False))
+    capped = shape.after(rank_global(worthless, shape, limits, 0.2))
     assert shape.layer_numel(0) - capped.layer_numel(0) <= 0.4 * shape.layer_numel(0)
     assert gone(capped, shape) == pytest.approx(0.2 * shape.linear_numel(), abs=shape.group_numel("channels"))
 
@@ -169,7 +147,7 @@ def test_floors_stop_a_layer_and_protected_layers_keep_all() -> None:
         for i, random_ in enumerate(random_scores_of(shape, torch.Generator().manual_seed(4)))
     ]
     limits = limits_of(shape, protected_first=1, min_heads=2, min_channels=11)
-    left = shape.after(rank_global(scores, shape, limits, 0.4, joint=False))
+    left = shape.after(rank_global(scores, shape, limits, 0.4))
     assert left.layers[0] == LayerShape(heads=4, channels=60)
     assert left.layers[1] == LayerShape(heads=2, channels=11)
 
@@ -179,7 +157,7 @@ def test_channels_leave_by_multiples_inside_the_budget() -> None:
     shape = make_shape([(4, 173)] * 6, hidden=8)
     limits = limits_of(shape, channel_multiple=64, max_layer_ratio=0.6)
     scores = random_scores_of(shape, torch.Generator().manual_seed(5))
-    left = shape.after(rank_global(scores, shape, limits, 0.4, joint=False))
+    left = shape.after(rank_global(scores, shape, limits, 0.4))
     check_limits(limits, left)
     assert {layer["channels"] for layer in left.layers} <= {64, 128, 173}
     assert abs(gone(left, shape) - 0.4 * shape.linear_numel()) <= 64 * shape.group_numel("channels")
@@ -194,7 +172,7 @@ def test_a_block_of_channels_counts_with_its_mean() -> None:
         LayerScores(heads=torch.ones(1), channels=torch.tensor([1.0, 9, 1, 9, 1, 9, 1, 9])),
     ]
     target = 4 * shape.group_numel("channels") / shape.linear_numel()
-    keep = rank_global(scores, shape, limits, target, joint=False)
+    keep = rank_global(scores, shape, limits, target)
     assert keep[0]["channels"].tolist() == list(range(8))
     assert keep[1]["channels"].tolist() == [1, 3, 5, 7]
 
@@ -208,7 +186,7 @@ def test_later_blocks_count_with_their_mean_too() -> None:
         LayerScores(heads=torch.ones(1), channels=torch.tensor([0.5] * 4 + [5, 5, 5, 5] + [10] * 4)),
     ]
     target = 12 * shape.group_numel("channels") / shape.linear_numel()
-    keep = rank_global(scores, shape, limits, target, joint=False)
+    keep = rank_global(scores, shape, limits, target)
     assert [len(layer["channels"]) for layer in keep] == [4, 8]
 
 
@@ -219,13 +197,13 @@ def test_rounding_never_breaks_a_multiple() -> None:
     target = 45 * shape.group_numel("channels") / shape.linear_numel()
     for value in torch.rand(300, generator=generator, dtype=torch.float64):
         tied = [LayerScores(heads=torch.ones(1), channels=value.expand(173)) for _ in range(2)]
-        left = shape.after(rank_global(tied, shape, limits, target, joint=False))
+        left = shape.after(rank_global(tied, shape, limits, target))
         assert [layer["channels"] for layer in left.layers] == [173, 128]
 
 
 def test_the_same_scores_always_give_the_same_groups() -> None:
     scores = random_scores_of(SMOLLM2, torch.Generator().manual_seed(6), levels=3)
-    first, again = (rank_global(scores, SMOLLM2, limits_of(SMOLLM2), 0.5, joint=True) for _ in range(2))
+    first, again = (rank_global(scores, SMOLLM2, limits_of(SMOLLM2), 0.5) for _ in range(2))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a["heads"], b["heads"])
         assert torch.equal(a["channels"], b["channels"])

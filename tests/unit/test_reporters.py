@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RankError, UserError
 from loraprune_ds.report import reporters
@@ -66,7 +65,7 @@ def test_a_run_sends_its_config_records_and_pictures(
     wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    raw = {"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"], "tensorboard": False, "progress": False}}
+    raw = {"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"], "progress": False}}
     config = config_from_dict(raw)
     recorder = Recorder(config, tmp_path, 10, None, active=True)
     history = small_run()
@@ -83,6 +82,13 @@ def test_a_run_sends_its_config_records_and_pictures(
     assert values[len(history.steps)]["cut/reached"] == history.cuts[0].reached
     assert values[-1] == {"training": f"image of {tmp_path / 'training.png'}"}
     assert last == ("finish", None)
+
+
+@pytest.mark.parametrize(("report_to", "written"), [(None, True), (["tensorboard"], True), ([], False)])
+def test_tensorboard_gets_the_records_by_default(report_to: Any, *, written: bool, tmp_path: Path) -> None:
+    config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": report_to, "progress": False}})
+    Recorder(config, tmp_path, 10, None, active=True).close()
+    assert (tmp_path / "tensorboard").exists() == written
 
 
 def test_other_ranks_report_nothing(wandb: FakeWandb, tmp_path: Path) -> None:
@@ -173,7 +179,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_reporter_is_refused() -> None:
     with pytest.raises(UserError, match=r"^logging\.report_to must be a list of tensorboard, wandb, trackio, mlflow"):
         config_from_dict({"output_dir": "x", "logging": {"report_to": ["comet"]}})
-    assert RunConfig(output_dir="x").logging.tensorboard
 
 
 # What the real packages do, in a process each. They are optional, so these are skipped without them.

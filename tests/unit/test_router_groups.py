@@ -59,7 +59,7 @@ def test_every_group_loses_as_many(ranking: Any) -> None:
     if ranking == "uniform":
         keep = rank_uniform(scores, shape, limits, 0.3, 0.3)
     else:
-        keep = rank_global(scores, shape, limits, 0.3, joint=False)
+        keep = rank_global(scores, shape, limits, 0.3)
     assert not len(keep[0]["experts"])
     for layer_keep, layer in zip(keep[1:], scores[1:], strict=True):
         experts = layer_keep["experts"]

@@ -26,7 +26,7 @@ def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
     scores = random_scores_of(shape, torch.Generator().manual_seed(seed))
     if config.ranking == "uniform":
         return shape.after(rank_uniform(scores, shape, limits, limits.ratio, limits.ratio))
-    return shape.after(rank_global(scores, shape, limits, limits.ratio, joint=config.joint_budget))
+    return shape.after(rank_global(scores, shape, limits, limits.ratio))
 
 
 def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1, of_a_head: float = 0) -> float:
@@ -63,12 +63,11 @@ def test_tensor_parallel_and_head_ratio_hold_with_a_target() -> None:
     assert 0 <= 5e9 - pruned.total_numel() <= uniform_step(LLAMA_7B, prune)
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_global_ends_within_one_group_of_so_many_parameters(joint: bool) -> None:
+def test_global_ends_within_one_group_of_so_many_parameters() -> None:
     shape = make_shape([(8, 512)] * 12, hidden=64, head_dim=16, queries_per_group=2)
     step = max(64 * shape.group_numel("channels"), shape.group_numel("heads"))
     for seed in range(5):
-        pruned = cut_to(shape, seed, target="1.0M", ranking="global", joint_budget=joint)
+        pruned = cut_to(shape, seed, target="1.0M", ranking="global")
         # one multiple, and half of one for heads that channels stood in for: `rank_global`
         assert abs(1e6 - pruned.total_numel()) <= 1.5 * step
 

@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "distillation": ("train.distill_weight=0.5", "train.distill_top_k=8"),
     "int8": ("model.frozen=int8",),
     "offload": ("deepspeed=ds_configs/zero3_offload.json",),
-    "experts, reap": ("model.path=MIXTURE", "prune.criterion=reap"),
+    "experts": ("model.path=MIXTURE",),
 }
 DETERMINISTIC = "train.deterministic=true"
 NO_DROPOUT = "lora.lora_dropout=0.0"  # each device draws other masks
@@ -134,7 +134,7 @@ def _write_run(folder: Path, *, dtype: str, deepspeed: Path = OVERLAP) -> Path:
         "prune": {"ratio": 0.3, "prune_every": 4, "channel_multiple": 8},
         "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
         "evaluate": {"window": 32, "max_windows": 8},
-        "logging": {"progress": False, "tensorboard": False, "profile_steps": [3]},
+        "logging": {"progress": False, "report_to": [], "profile_steps": [3]},
     }
     return write_config(folder / "run.yaml", config)
 
