@@ -1,4 +1,4 @@
-"""Runs launch/run.py with another method's score, with none, or with norms that train, too. quality.py calls it.
+"""Runs launch/run.py with another method's score, or with none. quality.py calls it.
 
 deepspeed --quiet --num_accelerators 1 tests/benchmarks/peer_run.py --peer wanda --config ... --set ...
 
@@ -8,7 +8,6 @@ the inputs of a step. A group's score is the sum over its inputs.
 wanda     Σ_i |W'_ij| · ‖x_j‖₂: Wanda-sp, the structured form (Sun et al., arXiv 2306.11695; An et al., 2312.11983)
 flap      Σ_i W'_ij² · var(x_j): FLAP's metric (An et al., arXiv 2312.11983)
 two-four  cuts nothing, and exports zeros where the source has them (two_four.py)
-norms     no peer: the project's own method, but the norms of all layers train, too
 
 The texts that this benchmark tunes on have no padding, so every position counts.
 """
@@ -25,11 +24,9 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from loraprune_ds.command import leave, leave_on_error
-from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.pruning.criterion import effective_weight, magnitude, score_shard
 from loraprune_ds.pruning.importance import add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
@@ -112,26 +109,14 @@ class PeerPruner(Pruner):
         return parts
 
 
-def with_norms(*given: Any) -> PeftModel:
-    """Does what add_lora does. Then norms are trained like LoRA."""
-    model = add_lora(*given)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.requires_grad_()
-    return model
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--peer", choices=[*METRICS, "two-four", "norms"], required=True)
+    parser.add_argument("--peer", choices=[*METRICS, "two-four"], required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
     from loraprune_ds.train import finish, loop
-    from loraprune_ds.zero import engine
 
-    if given.peer == "norms":
-        cast(Any, engine).add_lora = with_norms
-    elif given.peer == "two-four":
+    if given.peer == "two-four":
         cast(Any, loop).Pruner, cast(Any, finish).merged_tensors = CutNothing, merged_where_kept
     else:
         cast(Any, loop).Pruner = partial(PeerPruner, METRICS[given.peer])
