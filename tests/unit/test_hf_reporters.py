@@ -76,10 +76,3 @@ def test_without_an_open_run_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tm
     for sink in sinks:
         sink.write(CUT)
     show_pictures(sinks, [tmp_path / "training.png"])
-
-
-def test_a_cut_prints_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (printer,) = find_reporters([], str(tmp_path), None)
-    printer.write(STEP)
-    printer.write(CUT)
-    assert capsys.readouterr().err.count("\n") == 1
