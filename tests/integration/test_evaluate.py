@@ -223,16 +223,6 @@ def test_two_ranks_give_the_same_number(made: Made, launcher: str) -> None:
     assert (found["world_size"], found["sharded"]) == (2, bool(sharded))
 
 
-def test_the_table_is_for_people(made: Made) -> None:
-    arguments = [*on_text(made)[:-1], "--sliding", "16", "--batch-size", "2"]
-    ended = evaluate(made, made / "run", "--dense", made / "dense", *arguments)
-    assert ended.code == 0, ended.everything
-    lines = ended.out.splitlines()
-    assert lines[0].startswith("dense  ")
-    assert f"{WINDOWS} windows of {WINDOW} tokens, one every 16, {31 + 20 * 16} predictions" in lines[2]
-    assert any(line.startswith("perplexity ") and line.endswith("times") for line in lines)
-
-
 def test_speed_is_measured_on_both(made: Made, tmp_path: Path) -> None:
     for name in ("dense", "run/model"):  # the tiny ones read 512 tokens at most
         shutil.copytree(made / name, tmp_path / name)
