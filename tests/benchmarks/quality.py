@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +32,7 @@ from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.quality_table import draw, rows_of, table
 from tests.benchmarks.two_four import sparse_model
+from tests.integration.launching import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -193,13 +193,6 @@ def launch(command: list[str], ranks: int) -> None:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launcher = [deepspeed, "--quiet", f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
     subprocess.run([*launcher, *command], cwd=ROOT, check=True, env=environment)
-
-
-def free_port() -> int:
-    """One that no other run on this machine meets at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def perplexity(model: str, text: Path, windows: int) -> float:
