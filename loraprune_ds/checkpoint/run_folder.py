@@ -79,7 +79,8 @@ def read_status(folder: Path) -> Status | None:
     for key, kind in KINDS.items():
         if not isinstance(raw.get(key), kind):
             raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
-    return Status(**{key: raw.get(key) for key in ("state", "format", *KINDS)})
+    values: dict[str, Any] = {key: raw.get(key) for key in ("state", *KINDS)}
+    return Status(**values)
 
 
 def describe_method(report: dict[str, Any]) -> str:

@@ -74,6 +74,8 @@ class LoraPruneCallback(TrainerCallback):
     def resume(self, model: Any, folder: str | Path | None = None) -> str | None:
         """Cuts the dense model to a checkpoint. Call it before `trainer.train(resume_from_checkpoint=...)`. Collective.
 
+        Settings that are not given, and so have their default, come from the checkpoint.
+
         Args:
             model: `trainer.model`, dense and with LoRA.
             folder: a checkpoint, or one with checkpoints, of which the newest whole one counts. None: the `output_dir`.
@@ -86,7 +88,10 @@ class LoraPruneCallback(TrainerCallback):
         """
         found = self._output_dir if folder is None else folder
         self._checkpoint = cut_to_checkpoint(model, Path(found), self.config, Communicator())
-        return None if self._checkpoint is None else str(self._checkpoint.folder)
+        if self._checkpoint is None:
+            return None
+        self.config = self._checkpoint.config
+        return str(self._checkpoint.folder)
 
     def save_model(self, folder: str | Path) -> None:
         """Writes the pruned model with LoRA merged in, after or during training. Collective.

@@ -29,7 +29,6 @@ from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.checkpoint.staging import Staging
 from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.config_file import saved_config
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.faults import fail_point
 from loraprune_ds.files import read_json
@@ -47,7 +46,6 @@ from loraprune_ds.zero.cut import cut_without_engine, overwrite_linears
 
 FOLDER = "pruning"
 TRAINER_STATE = "trainer_state.json"  # what a Trainer writes last of its own
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class PruningState:
     moment_tokens: float
     shape: str | None
     resumed_from: list[int]
-    format: int = FORMAT
+    format: int = layout.FORMAT
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,11 @@ class PruningCheckpoint:
     folder: Path
     state: PruningState
     dense: ModelShape
+
+    @property
+    def config(self) -> PruneConfig:
+        """The settings of the training that saved this."""
+        return PruneConfig(**self.state.prune)
 
     def check(self, steps: int, seed: int) -> None:
         """Checks that a training would cut where and what the one would have that saved this.
@@ -209,16 +212,16 @@ def _lack(folder: Path) -> str:
 def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:
     path = folder / FOLDER / STATE_FILE
     raw = read_json(path)
-    if raw.get("format") != FORMAT:
-        raise UserError(f"{path} has format {raw.get('format')}; this version of loraprune_ds reads {FORMAT}")
+    layout.check_format(raw.get("format"), path)
     try:
         state = PruningState(**raw)
     except TypeError:
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
     if state.world_size != comm.world_size:
         raise UserError(f"{folder} was saved by {state.world_size} ranks and DeepSpeed loads it on as many only")
-    saved = asdict(saved_config({"output_dir": "", "prune": state.prune}).prune)
-    if different := [key for key, value in asdict(config).items() if saved[key] != value]:
+    defaults = asdict(PruneConfig())  # what has its default is not given: it comes from the checkpoint
+    given = {key: value for key, value in asdict(config).items() if value != defaults[key]}
+    if different := [key for key, value in given.items() if state.prune.get(key) != value]:
         raise UserError(f"{folder} was saved with other settings: {', '.join(different)}")
     for part in (FOLDER, state.shape):
         if part is not None:

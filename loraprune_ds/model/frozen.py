@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 WEIGHT, SCALE = "weight", "weight_scale"
-BLOCK = 64  # weights under one scale. 32 gave no lower perplexity (tests/benchmarks/int8_blocks.py)
+BLOCK = 64  # weights under one scale. 32 gave no lower perplexity (tests/benchmarks/README.md)
 LARGEST = 127
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little beyond the shard itself
 

@@ -1,7 +1,7 @@
 """Matrix products of bf16 and fp16 on a CPU that has no instructions for them.
 
 It has only AVX2, for example. torch then uses a plain loop. That is ten to thirty times slower than fp32
-(tests/benchmarks/half_products.py). Through fp32 they are the same products. Either way the sums are fp32 and rounded
+(tests/benchmarks/README.md). Through fp32 they are the same products. Either way the sums are fp32 and rounded
 once, at the end. So results differ only where the order of a sum decides a rounding.
 """
 

@@ -22,7 +22,7 @@ from typing import Any
 from loraprune_ds.evaluate.drawing import PLOT_STYLE
 from loraprune_ds.files import write_json
 from loraprune_ds.report.provenance import hardware, versions
-from tests.benchmarks.watchdog import free_port
+from tests.integration.launching import free_port
 from tests.oracle.models import make_tiny_llama
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,4 @@
-"""Runs launch/run.py with another method's score, with none, or with norms that train, too.
-
-quality.py and experts.py call it.
+"""Runs launch/run.py with another method's score, or with none. quality.py and experts.py call it.
 
 deepspeed --quiet --num_accelerators 1 tests/benchmarks/peer_run.py --peer wanda --config ... --set ...
 
@@ -12,7 +10,6 @@ flap      Σ_i W'_ij² · var(x_j): FLAP's metric (An et al., arXiv 2312.11983)
 reap      of an expert: the mean of g(t) · ‖f(t)‖₂ over the tokens t that chose it. g is its router weight, f its output
           (REAP, Lasby et al., arXiv 2510.13999). Heads have no such score: theirs is 0
 two-four  cuts nothing, and exports zeros where the source has them (two_four.py)
-norms     no peer: the project's own method, but the norms of all layers train, too
 
 The texts that this benchmark tunes on have no padding, so every position counts.
 """
@@ -29,11 +26,9 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune_ds.command import leave, leave_on_error
-from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.experts import find_experts
 from loraprune_ds.pruning.criterion import effective_weight, magnitude, score_shard
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
@@ -150,26 +145,14 @@ class PeerPruner(Pruner):
             self._unchecked = sums
 
 
-def with_norms(*given: Any) -> PeftModel:
-    """Does what add_lora does. Then norms are trained like LoRA."""
-    model = add_lora(*given)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.requires_grad_()
-    return model
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--peer", choices=[*PEERS, "two-four", "norms"], required=True)
+    parser.add_argument("--peer", choices=[*PEERS, "two-four"], required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
     from loraprune_ds.train import finish, loop
-    from loraprune_ds.zero import engine
 
-    if given.peer == "norms":
-        cast(Any, engine).add_lora = with_norms
-    elif given.peer == "two-four":
+    if given.peer == "two-four":
         cast(Any, loop).Pruner, cast(Any, finish).merged_tensors = CutNothing, merged_where_kept
     else:
         cast(Any, loop).Pruner = partial(PeerPruner, given.peer)

@@ -9,10 +9,10 @@ interrupted run goes on from its checkpoint. The table, the picture and that JSO
 `--steps`, `--windows` and `--model` make a trial. A trial has a folder of its own.
 
 A run's `seconds` are those of training steps and cuts on the machine it ran on, so no row compares them. The dense
-model's pass before a distillation is not in them. quality_cost.py measures both side by side.
+model's pass before a distillation is not in them.
 
-Every run is launch/run.py through the deepspeed launcher. A held-out tenth of the tuning text decides all choices,
-above all the learning rate (group `rates`). launch/evaluate.py reads the test text and the other text only after a run.
+Every run is launch/run.py through the deepspeed launcher. A held-out tenth of the tuning text decided all choices,
+above all the learning rate. launch/evaluate.py reads the test text and the other text only after a run.
 The other text is of another kind, by default Python's help topics.
 """
 
@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +31,8 @@ from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.quality_table import draw, rows_of, table
-from tests.benchmarks.round_nf4 import rounded_model
 from tests.benchmarks.two_four import sparse_model
+from tests.integration.launching import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +69,7 @@ def main() -> None:
         take_over(arguments.work)
     if not arguments.list:
         measure_dense(texts, arguments)
-    todo = [(setting, seed) for seed in arguments.seeds for setting in chosen if seed in setting.seeds(arguments.seeds)]
+    todo = [(setting, seed) for seed in arguments.seeds for setting in chosen]
     for setting, seed in todo:
         path, basis = result_path(arguments.work, setting, seed), basis_of(setting, texts, arguments.windows)
         done = path.exists() and read_json(path)["basis"] == basis
@@ -153,8 +152,6 @@ def carry_out(
     model = embedded_model_dir() if arguments.model is None else arguments.model.resolve()
     if setting.model != "gqa":
         model = expanded_model(model, arguments.work / "expanded")
-    if setting.model == "nf4":
-        model = rounded_model(model, arguments.work / "nf4")
     if setting.model == "two-four":
         model = sparse_model(model, arguments.work / "two-four", texts["tune"])
     folder = arguments.work / "runs" / f"{setting.name}-s{seed}-{digest(basis)}"  # other settings, another run
@@ -198,13 +195,6 @@ def launch(command: list[str], ranks: int) -> None:
     subprocess.run([*launcher, *command], cwd=ROOT, check=True, env=environment)
 
 
-def free_port() -> int:
-    """One that no other run on this machine meets at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def perplexity(model: str, text: Path, windows: int) -> float:
     command = [sys.executable, "launch/evaluate.py", model, "--text", str(text.resolve()), "--window", "128"]
     command += ["--max-windows", str(windows), "--json"]
@@ -221,7 +211,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def publish(work: Path, target: Path) -> None:
     """Writes table, picture and JSON from every run in the work folder."""
-    runs = [read_json(path) for path in (work / "results").glob("*.json")]
+    runs = [run for path in (work / "results").glob("*.json") if (run := read_json(path))["setting"] in SETTINGS]
     runs.sort(key=lambda run: (list(SETTINGS).index(run["setting"]), run["seed"]))
     rows = rows_of(runs)
     print(table(rows))

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -12,13 +11,6 @@ from pathlib import Path
 from loraprune_ds.zero.memory import resident_bytes
 
 WATCH_EVERY = 0.01  # seconds
-
-
-def free_port() -> int:
-    """Finds a port for `deepspeed --master_port`. The default is the same for all runs, so two would meet there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def tell(folder: Path, rank: int) -> None:

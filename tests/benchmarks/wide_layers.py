@@ -39,8 +39,9 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
-from tests.benchmarks.watchdog import Watched, free_port, tell, told, watch
+from tests.benchmarks.watchdog import Watched, tell, told, watch
 from tests.benchmarks.wide_layers_rank import STEPS, WINDOW
+from tests.integration.launching import free_port
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "wide_layers.json"

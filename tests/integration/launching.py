@@ -54,6 +54,7 @@ def write_config(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def free_port() -> int:
+    """Finds a port for `deepspeed --master_port`. Two runs would meet at the default one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

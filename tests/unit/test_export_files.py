@@ -178,25 +178,15 @@ def llama_7b() -> tuple[dict[str, object], ModelShape]:
     return config, shape_from_config(config, "7B")
 
 
-def test_card_states_sizes_and_how_to_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_card_has_the_sizes_and_asks_for_trust_where_layers_differ(tmp_path: Path, alike: bool) -> None:
     config, dense = llama_7b()
     wide, narrow = dense.layers[0], LayerShape(heads=16, channels=5504)
-    pruned = dense.with_layers((wide,) * 3 + (narrow,) * 28 + (wide,))
+    pruned = dense.with_layers((narrow if alike else wide,) * 3 + (narrow,) * 28 + (narrow if alike else wide,))
     write_model_card(tmp_path, model_card(dense, pruned), export_config(config, pruned, "bfloat16"))
     text = (tmp_path / "README.md").read_text()
-    assert "| parameters (all, each once) | 6,738,415,616 | 3,905,163,264 | 42.05% |" in text
-    assert "| 43.75% |" in text  # 28 of 32 layers lose half of their linears
-    assert "| perplexity | not measured | 12.35 | |" in text
-    assert "| 0–2 | 32 | 32 | 11008 |\n| 3–30 | 16 | 16 | 5504 |\n| 31 | 32 | 32 | 11008 |" in text
-    assert text.count("trust_remote_code=True)") == 2
-    assert "1,000 optimizer steps" in text
-
-
-def test_card_of_a_stock_model_asks_for_no_trust(tmp_path: Path) -> None:
-    config, dense = llama_7b()
-    pruned = dense.with_layers((LayerShape(heads=16, channels=5504),) * 32)
-    write_model_card(tmp_path, model_card(dense, pruned), export_config(config, pruned, "bfloat16"))
-    assert "trust_remote_code" not in (tmp_path / "README.md").read_text()
+    assert f"{dense.total_numel():,} | {pruned.total_numel():,}" in text
+    assert ("trust_remote_code" in text) == (not alike)
 
 
 def test_cut_reference_has_the_declared_shapes() -> None:

@@ -13,6 +13,7 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.hf import checkpoint, export
+from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.pruning.step import PrunerState
 
 
@@ -23,14 +24,14 @@ def saved(folder: Path, **changes: Any) -> Path:
         "steps": 10,
         "world_size": 2,
         "seed": 0,
-        "prune": asdict(PruneConfig()),
+        "prune": asdict(PruneConfig(ratio=0.4, channel_multiple=1)),
         "dense": [],
         "kept": [],
         "updates_since_cut": 0,
         "moment_tokens": 0.0,
         "shape": None,
         "resumed_from": [],
-        "format": 1,
+        "format": layout.FORMAT,
     }
     (folder / "pruning").mkdir(parents=True)
     (folder / "pruning/state.json").write_text(json.dumps(state | changes))
@@ -41,17 +42,26 @@ def saved(folder: Path, **changes: Any) -> Path:
     ("changes", "words"),
     [
         ({"world_size": 3}, "was saved by 3 ranks"),
-        ({"prune": asdict(PruneConfig(ratio=0.4))}, "other settings: ratio"),
-        ({"prune": {"ratio": 0.5, "channel_multiple": 64, "gradient_every": 4}}, "other settings: score_every"),
-        ({"prune": {"ratio": 0.5}}, "other settings: channel_multiple"),  # of a version whose default was 1
-        ({"format": 2}, "has format 2"),
+        ({"prune": asdict(PruneConfig(ratio=0.3))}, "other settings: ratio"),
+        ({"prune": {"ratio": 0.4, "gone": 4}}, "other settings: channel_multiple"),
+        ({"format": layout.FORMAT - 1}, f"has format {layout.FORMAT - 1}"),
         ({"surplus": 1}, "is damaged"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     comm = cast(Any, SimpleNamespace(world_size=2, rank=0))
     with pytest.raises(UserError, match=words):
-        checkpoint._read(saved(tmp_path, **changes), PruneConfig(), comm)
+        checkpoint._read(saved(tmp_path, **changes), PruneConfig(ratio=0.4, channel_multiple=1), comm)
+
+
+def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    comm, config = cast(Any, SimpleNamespace(world_size=2, rank=0)), PruneConfig(ratio=0.4, channel_multiple=1)
+    folder = saved(tmp_path)
+    state = folder / "pruning/state.json"
+    layout.write_manifest(state.parent, {state.name: layout.seal(state)})
+    for given in (PruneConfig(), PruneConfig(ratio=0.4), config):
+        found = PruningCheckpoint(folder, checkpoint._read(folder, given, comm), cast(Any, None))
+        assert found.config == config
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -95,10 +95,3 @@ def test_a_reporter_that_fails_does_not_end_the_training(
     assert len(logged) == 2
     line = "report_to trackio gets no more: OperationalError: database is locked\n"
     assert capsys.readouterr().err == line
-
-
-def test_a_cut_prints_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (printer,) = find_reporters([], str(tmp_path), None)
-    printer.write(STEP)
-    printer.write(CUT)
-    assert capsys.readouterr().err.count("\n") == 1

@@ -3,11 +3,9 @@
 import io
 import os
 import pty
-from dataclasses import replace
 
 import pytest
 
-from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.train.progress import Progress, TimeLeft
 from tests.unit.run_records import cut_record, step_record
 
@@ -41,28 +39,6 @@ def test_a_log_file_gets_whole_lines_every_few_seconds() -> None:
     assert "\x1b" not in text
     shown = [line.split("/")[0] for line in text.splitlines()]
     assert shown == ["step  1", "step  4", "step  7", "step 10", "step 12"]  # the first, one per 5 s, the last
-
-
-def test_a_step_line_has_all_that_matters() -> None:
-    stream, clock = io.StringIO(), Clock()
-    progress = Progress(100, stream=stream, clock=clock)
-    steps(progress, clock, 1, 1, seconds=2.0)
-    assert stream.getvalue() == ("step   1/100  0:02  loss 3.000  sparsity 0.0 %  2,048 tok/s  mem 5.1 GB\n")
-
-
-def test_cuts_evaluations_and_notes_have_lines_of_their_own() -> None:
-    stream = io.StringIO()
-    progress = Progress(60, stream=stream)
-    progress.show("world size 1: nothing is sharded")
-    progress.write(EvaluationRecord(0, "dense", 51.594, 20320, 160))
-    progress.write(cut_record(12, before=134_500_000, after=101_200_000, reached=0.25))
-    progress.write(step_record(13, skipped=True))
-    assert stream.getvalue().splitlines()[:4] == [
-        "world size 1: nothing is sharded",
-        "step 0  perplexity 51.59 (dense model, 160 windows)",
-        "step 12  cut to 25.0 % (target 25.3 %) in 1.23 s, 3.4 MB sent, weights per rank 134.5 MB → 101.2 MB",
-        "step 13  skipped: the fp16 gradients overflowed, the loss scale goes down",
-    ]
 
 
 def test_a_terminal_gets_one_live_line() -> None:
@@ -105,10 +81,3 @@ def test_time_left_follows_the_latest_steps() -> None:
     assert time_left.seconds(10) == 10  # steps are faster after a cut
     time_left.add_cut(2.0)
     assert time_left.seconds(10) == pytest.approx(15)  # (4 · 1 + 2) / 4 seconds for each
-
-
-def test_a_gpu_shows_utilisation_and_what_its_allocator_holds() -> None:
-    stream = io.StringIO()
-    record = replace(step_record(1), mfu=0.413, reserved_bytes=[6_000_000_000, 5_500_000_000])
-    Progress(10, stream=stream, clock=lambda: 0.0).write(record)
-    assert stream.getvalue().endswith("4,096 tok/s  MFU 41.3 %  mem 5.1 GB of 6.0 GB reserved\n")
