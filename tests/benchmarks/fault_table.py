@@ -84,7 +84,7 @@ class Fault:
     """Describes one fault.
 
     `point` is a fail-point (faults.py in the package). Without one, `strike` acts on the running job. `suite` is the
-    run that is struck, `plain` or `levers`.
+    run that is struck: `plain`, `levers` or `callback`.
     """
 
     name: str
@@ -186,7 +186,13 @@ def _named(name: str, suite: str) -> str:
 
 def fault_table(random_moments: int) -> list[Fault]:
     """Returns all faults. `random` of them strike the plain run at random moments, a fifth as many the `levers` run."""
-    return [*plain_faults(random_moments), *lever_faults(random_moments // 5)]
+    return [*plain_faults(random_moments), *lever_faults(random_moments // 5), *callback_faults()]
+
+
+def callback_faults() -> list[Fault]:
+    kills = [("save, before pruning/ has its name", "save.pruning_before_rename@2:0:9")]
+    kills += [("save, pruning/ written", "save.pruning_written@3:1:9")]
+    return [Fault(f"callback: SIGKILL: {name}", point, suite="callback") for name, point in kills]
 
 
 def lever_faults(random_moments: int) -> list[Fault]:

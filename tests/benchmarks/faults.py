@@ -8,13 +8,12 @@ kept_groups.json, byte for byte. Exit code 1 unless all do.
 
 The model is tiny, on two CPU ranks. Runs without a fault do without the launcher, which halves their time. The
 full-disk case needs a disk of its own, and so root. The suite `levers` strikes a run with all quality settings: refit,
-true gradient, distillation and a recovery phase.
+true gradient, distillation and a recovery phase. The suite `callback` strikes transformers' Trainer with the callback.
 """
 
 import argparse
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -24,33 +23,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
 from loraprune_ds.report import provenance
 from loraprune_ds.report.provenance import hardware, versions
-from tests.benchmarks.fault_table import RANKS, STEPS, Fault, Job, fault_table, run_to_end
-from tests.integration.resuming import write_run
+from tests.benchmarks.fault_suites import EVERY, LEVERS, PLAIN, Suite, make_callback_suite, make_suite, start
+from tests.benchmarks.fault_table import RANKS, Fault, fault_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-EVERY, RECOVERY = 3, 4
-PLAIN: dict[str, dict[str, Any]] = {
-    "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1},
-    "prune": {"channel_multiple": 1, "prune_every": 3},
-    "checkpoint": {"every": EVERY, "keep_last": 2},
-    "evaluate": {"max_windows": 4},
-    "logging": {"progress": True},
-}
-LEVERS = PLAIN | {  # 256 samples: two rounds of files of the dense model's outputs
-    "train": {
-        "steps": STEPS,
-        "recovery_steps": RECOVERY,
-        "global_batch_size": 16,
-        "micro_batch_size": 4,
-        "distill_weight": 0.5,
-    },
-    "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "gradient", "compensate": "least_squares"},
-}
 GONE = 60.0  # seconds in which a job must be gone: the promise
 
 
@@ -76,51 +56,6 @@ class Row:
         return self.hit and self.same_result and self.problem is None and 0 <= self.seconds_until_gone <= GONE
 
 
-def start(folder: Path, out: Path, point: str | None) -> Job:
-    log = folder / "first.log"
-    python = Path(sys.executable).parent
-    command = [str(python / "deepspeed"), "--quiet", f"--num_accelerators={RANKS}", f"--master_port={free_port()}"]
-    command += ["launch/run.py", "--config", str(folder.parent / "config.yaml"), "--set", f"output_dir={out}"]
-    environment = os.environ | {
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{python}:{os.environ['PATH']}",
-    }
-    if point is not None:
-        environment["LORAPRUNE_FAULT"] = point
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
-    return Job(out, log, process, folder)
-
-
-_port = random.Random(os.getpid()).randrange(20_000, 30_000)
-
-
-def free_port() -> int:
-    global _port
-    _port += 1
-    return _port
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Holds a run in a folder of its own, its config, and its end without a fault."""
-
-    folder: Path
-    steps: int
-    config: str
-    expected: bytes
-
-
-def make_suite(folder: Path, sections: dict[str, dict[str, Any]]) -> Suite:
-    straight = folder / "straight"
-    straight.mkdir(parents=True)
-    config = write_run(folder, **sections)
-    run_to_end(straight, straight / "out")
-    steps = STEPS + sections["train"].get("recovery_steps", 0)
-    return Suite(folder, steps, config.read_text(), (straight / "out" / "kept_groups.json").read_bytes())
-
-
 def carry_out(fault: Fault, suite: Suite) -> Row:
     """The run with its fault, then the resumed one."""
     row = Row(fault.name)
@@ -130,7 +65,7 @@ def carry_out(fault: Fault, suite: Suite) -> Row:
     if fault.disk:
         mount_small_disk(out.parent)
     try:
-        _strike(fault, row, folder, out)
+        _strike(fault, row, folder, out, suite)
         _resume(row, folder, out, suite)
     except (TimeoutError, StopIteration, OSError, UserError, AssertionError) as error:
         row.problem = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
@@ -141,8 +76,8 @@ def carry_out(fault: Fault, suite: Suite) -> Row:
     return row
 
 
-def _strike(fault: Fault, row: Row, folder: Path, out: Path) -> None:
-    job = start(folder, out, fault.point)
+def _strike(fault: Fault, row: Row, folder: Path, out: Path, suite: Suite) -> None:
+    job = start(folder, out, suite.command(out), fault.point)
     if fault.point is not None:
         job.wait_until(lambda: "fail-point" in job.text())
         row.hit = f"fail-point {fault.point.split(':')[0]}:" in job.text()
@@ -151,8 +86,7 @@ def _strike(fault: Fault, row: Row, folder: Path, out: Path) -> None:
         row.hit = True
     row.seconds_until_gone = round(job.seconds_until_gone(), 1)
     row.exit_code = job.process.wait()
-    row.step_reached = job.step()
-    row.status = json.loads((out / "status.json").read_text())["state"]
+    row.step_reached, row.status = suite.reached(job)
     said = job.text().replace(str(folder.parents[1]), "faults").replace(sys.prefix, ".venv")
     row.said = [line[-200:] for line in said.splitlines() if re.search(r"^error|gone|fail-point|return code", line)]
     if fault.after is not None:
@@ -164,25 +98,15 @@ def _strike(fault: Fault, row: Row, folder: Path, out: Path) -> None:
 
 
 def _resume(row: Row, folder: Path, out: Path, suite: Suite) -> None:
-    row.resumed_at = newest_good(out)
+    row.resumed_at = suite.newest_good(out)
     row.steps_lost = row.step_reached - (row.resumed_at or 0)
-    run_to_end(folder, out, "--resume", "auto")
+    suite.resume(folder, out)
     row.same_result = (out / "kept_groups.json").read_bytes() == suite.expected
     steps = [line["step"] for line in map(json.loads, (out / "metrics.jsonl").open()) if line["kind"] == "step"]
     if steps != list(range(1, suite.steps + 1)):
         row.problem = f"metrics.jsonl has the steps {steps}"
     if row.steps_lost > EVERY:
         row.problem = f"{row.steps_lost} steps lost"
-
-
-def newest_good(out: Path) -> int | None:
-    for step in reversed(layout.numbered(out / "checkpoints", "step")):
-        try:
-            layout.verify(layout.step_folder(out / "checkpoints", step))
-        except UserError:
-            continue
-        return step
-    return None
 
 
 def mount_small_disk(folder: Path) -> None:
@@ -218,7 +142,11 @@ def main() -> int:
         faults = [fault for fault in faults if not fault.disk]
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         root = Path(name)
-        suites = {"plain": make_suite(root / "plain", PLAIN), "levers": make_suite(root / "levers", LEVERS)}
+        suites = {
+            "plain": make_suite(root / "plain", PLAIN),
+            "levers": make_suite(root / "levers", LEVERS),
+            "callback": make_callback_suite(root / "callback"),
+        }
         print(f"{'':4} {'fault':<62} at resumed  lost   gone  code status")
         facts = {
             "command": "python -m tests.benchmarks.faults",  # the rows say at which commit they were found

@@ -280,6 +280,28 @@ def test_a_resumed_training_needs_a_resumed_callback(monkeypatch: pytest.MonkeyP
         )
 
 
+def test_masters_in_bf16_are_refused_before_deepspeed_starts() -> None:
+    """DeepSpeed's own start fails at an assertion, before the training begins."""
+    config = {"zero_optimization": {"stage": 3}, "bf16": {"bf16_master_weights_and_grads": True}}
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+    args = cast(Any, SimpleNamespace(output_dir="out", deepspeed_plugin=plugin))
+    with pytest.raises(UserError, match="LoRA's masters and gradients are fp32"):
+        LoraPruneCallback(PruneConfig()).on_init_end(args, TrainerState(), cast(Any, None))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_that_is_written_over_does_not_count_as_whole(tmp_path: Path, rank: int) -> None:
+    """It has `pruning/` of the training before, until the new one is there."""
+    for step in (4, 6):
+        (tmp_path / f"checkpoint-{step}" / "pruning").mkdir(parents=True)
+    callback = LoraPruneCallback(PruneConfig())
+    callback._pruning = cast(Any, SimpleNamespace(end_step=lambda: None))
+    args = cast(Any, SimpleNamespace(output_dir=str(tmp_path), should_save=rank == 0))
+    callback.on_step_end(args, TrainerState(global_step=4), cast(Any, None))
+    assert (tmp_path / "checkpoint-4" / "pruning").exists() == (rank == 1)
+    assert (tmp_path / "checkpoint-6" / "pruning").exists()
+
+
 def test_before_the_training_there_is_nothing_to_save() -> None:
     with pytest.raises(UserError, match="training has not begun"):
         LoraPruneCallback(PruneConfig()).save_model("anywhere")
