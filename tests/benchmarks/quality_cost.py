@@ -168,7 +168,7 @@ def one_process_phase(config: RunConfig, prepared: Prepared, *, whole: bool) -> 
     model.train()
     comm, rows = Communicator(), []
     for step in range(prepared.steps):
-        batch = prepared.samples.input_ids[prepared.order.batch(step)].long()
+        batch = prepared.samples.inputs(prepared.order.batch(step))["input_ids"]
         rows.append(measured(comm, lambda batch=batch: _whole_step(model, batch, config.train.micro_batch_size)))
     return {"step": middle(rows[1:])}
 
