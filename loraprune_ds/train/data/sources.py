@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loraprune_ds.config_data import DataConfig, DataSource
+from loraprune_ds.config_data import DataSource
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import file_identity
 from loraprune_ds.model.embedded import embedded_text
@@ -50,17 +50,6 @@ def read_rows(source: DataSource) -> TextRows:
     rows = [row for file in files for row in _read_rows_of_file(file, source)]
     _read_fields(source, {field for row in rows for field in row})
     return rows
-
-
-def fetch_datasets(config: DataConfig) -> None:
-    """Downloads the data sets into the cache that `data.path` names.
-
-    Raises:
-        UserError: a data set cannot be had, is empty, or lacks a field.
-    """
-    for source in config.sources:
-        if source.path != EMBEDDED and files_of(source) is None:
-            _load_dataset(source)
 
 
 def source_identity(source: DataSource) -> object:
