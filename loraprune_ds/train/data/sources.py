@@ -134,7 +134,7 @@ def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
 
 
 def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a file, each with its place. `datasets` would name no line, and turn dates into numbers."""
+    """Yields the rows of a file, each with its place. `datasets` would name no line, and read dates as timestamps."""
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
