@@ -61,3 +61,9 @@ def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")
     return value
+
+
+def file_identity(path: Path) -> object:
+    """Returns what changes when a file changes. It is not read."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns

@@ -124,7 +124,7 @@ def build(request: Request) -> Trainer:
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
     return Trainer(
-        engine, pruner, Samples(ids, ids), InOrder(size), config.train, dtype=config.model.dtype, seed=config.seed
+        engine, pruner, Samples.of_windows(ids), InOrder(size), config.train, dtype=config.model.dtype, seed=config.seed
     )
 
 
@@ -184,7 +184,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
     rows[0]["peak_rss"] = loading.peak - baseline
     for _ in range(2 * case.evaluates):  # DeepSpeed would follow in the second the record of the first
-        trainer.engine.infer(input_ids=trainer.samples.input_ids[torch.arange(1)].long())
+        trainer.engine.infer(input_ids=trainer.samples.inputs(torch.arange(1))["input_ids"])
     steps = []
     for step in range(1, STEPS + 1):
         shape = trainer.model.shape
@@ -316,7 +316,7 @@ def saved_activations(case: Case) -> dict[str, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = trainer.samples.input_ids[torch.arange(case.micro_batch_size)].long()
+    ids = trainer.samples.inputs(torch.arange(case.micro_batch_size))["input_ids"]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.engine.deepspeed(input_ids=ids, labels=ids).sum()
     del loss

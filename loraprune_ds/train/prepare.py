@@ -25,7 +25,6 @@ from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.data.sources import fetch_datasets
 from loraprune_ds.train.profile import check_profile_steps
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
@@ -64,7 +63,6 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     ranks_per_node = comm.ranks_per_node()
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
-        waiting.all_or_raise(lambda: _fetch(config) if is_first_on_node else None)
         waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None)
         prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node))
     digests = comm.gather_objects(prepared.samples.digest())
@@ -84,11 +82,6 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_installed(config.logging.report_to or ())
     if config.train.steps is not None:
         check_profile_steps(config, config.train.steps + config.train.recovery_steps)
-
-
-def _fetch(config: RunConfig) -> None:
-    locate_model(config.model)
-    fetch_datasets(config.data)
 
 
 def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepared:

@@ -106,7 +106,7 @@ def make_mixture(folder: Path, tuned: int) -> None:
     source = embedded_model_dir()
     tokenizer = load_tokenizer(source)
     samples = load_samples(DataConfig(window=128), tokenizer, minimum=BATCH, vocab_size=len(tokenizer)).samples
-    ids = samples.input_ids[torch.randperm(len(samples.input_ids))[: max(CALIBRATION, BATCH * tuned)]].long()
+    ids = samples.inputs(torch.randperm(len(samples))[: max(CALIBRATION, BATCH * tuned)])["input_ids"]
     dense: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     mixture: Any = MixtralForCausalLM(mixtral_config(dense.config))
     missing = mixture.load_state_dict(dense.state_dict(), strict=False).missing_keys

@@ -85,7 +85,7 @@ def build(model: Path, comm: Communicator) -> Trainer:
     pruner = Pruner(engine.model, config.prune, Schedule(0.5, CUT_STEP - 1, CUT_STEP, 1), limits, config.seed)
     ids = torch.randint(pretrained.shape.vocab_size, (CUT_STEP * BATCH, WINDOW))
     return Trainer(
-        engine, pruner, Samples(ids, ids), Consecutive(), config.train, dtype=config.model.dtype, seed=config.seed
+        engine, pruner, Samples.of_windows(ids), Consecutive(), config.train, dtype=config.model.dtype, seed=config.seed
     )
 
 

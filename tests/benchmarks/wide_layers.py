@@ -61,7 +61,7 @@ SIZES = {
     "tiny": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704},
 }
 SLACK = 700_000_000  # bytes: linears fetched ahead of the layer in use, activations, what gloo and the allocator keep
-BIN_LIMIT = 1_200_000_000  # bytes: the group being written and the largest tensor, twice
+BIN_LIMIT = 300_000_000  # bytes: no tensor. What is mapped does not count
 GB = 1e9
 
 

@@ -141,7 +141,7 @@ def train_and_export(
     model = engine.model
     limits = make_limits(config.prune, pretrained.shape)
     pruner = Pruner(engine.model, config.prune, FixedSchedule(0.5, 0, max(CUTS), 1), limits, config.seed)
-    samples, order = Samples(ids, ids), Consecutive(comm.world_size)
+    samples, order = Samples.of_windows(ids), Consecutive(comm.world_size)
     trainer = Trainer(engine, pruner, samples, order, config.train, dtype=config.model.dtype, seed=config.seed)
     losses = train(trainer, phases)
     described = export_config(pretrained.config, model.shape, "bfloat16").config

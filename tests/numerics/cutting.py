@@ -63,7 +63,7 @@ def after_backward(job: Job, step: int = 1) -> Trainer:
     for done in range(1, step):
         trainer.step(done)
     batch = trainer.order.batch(step - 1)
-    trainer._accumulate(step, batch, int((trainer.samples.labels[batch][:, 1:] != -100).sum()))
+    trainer._accumulate(step, batch, int((trainer.samples.inputs(batch)["labels"][:, 1:] != -100).sum()))
     return trainer
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.pretrained import open_for_pruning
-from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.plan.held import state_terms
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.data.samples import PADDING_ID, Ragged, Samples
+from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.ds_config import resolve_ds_config
@@ -129,16 +128,12 @@ def build(job: Job) -> Trainer:
 def make_samples(job: Job) -> Samples:
     input_ids, labels = (torch.cat(parts) for parts in zip(*job.batches, strict=True))
     if job.lengths is None:
-        return Samples(input_ids, labels)
-    starts = torch.tensor([0, *job.lengths]).cumsum(0)
+        return Samples.of_windows(input_ids, labels)
     ids, wanted = (
         torch.cat([row[:length] for row, length in zip(rows, job.lengths, strict=True)]) for rows in (input_ids, labels)
     )
-    window = input_ids.shape[1]
-    return Samples(
-        Ragged(ids.where(ids != PADDING_ID, PADDING_ID + 1), starts, window, PADDING_ID),
-        Ragged(wanted, starts, window, IGNORE_INDEX),
-    )
+    columns = {"input_ids": ids.where(ids != PADDING_ID, PADDING_ID + 1), "labels": wanted}
+    return Samples(columns, starts_of(torch.tensor(job.lengths)), input_ids.shape[1])
 
 
 def train(job: Job) -> Outcome:

@@ -14,7 +14,7 @@ from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.step import all_groups
-from loraprune_ds.train.data.samples import PADDING_ID, Ragged
+from loraprune_ds.train.data.samples import PADDING_ID
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher
@@ -39,7 +39,7 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
 
     def see_ids(module: Any, args: tuple[Any, ...], fields: dict[str, Tensor]) -> None:
         ids = fields["input_ids"]
-        padded = isinstance(trainer.samples.input_ids, Ragged)
+        padded = int(trainer.samples.lengths().min()) < trainer.samples.window
         attention_mask[:] = [ids != PADDING_ID if padded else torch.ones_like(ids).bool()]
 
     def see(key: str, module: Any, inputs: tuple[Any, ...]) -> None:
@@ -232,7 +232,7 @@ def distilled_step(job: Job, folder: Path, top_k: int | None, temperature: float
     teacher, passes = record_outputs(trainer, job, folder, top_k, temperature)
     trainer._teacher = teacher
     batch = trainer.order.batch(0)
-    supervised = int((samples.labels[batch][:, 1:] != -100).sum())
+    supervised = int((samples.inputs(batch)["labels"][:, 1:] != -100).sum())
     loss = float(trainer._accumulate(1, batch, supervised)) / supervised
     gradients = {}
     for i, layer in enumerate(model.lora_factors()):

@@ -184,7 +184,7 @@ def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_pa
     assert (len(data.samples), data.samples.left_out) == (17, 1)
     assert data.held_out.count("<|im_start|>assistant\nanswer") == 2
     assert "answer 4<" in data.held_out
-    texts = tokenizer.batch_decode(data.samples.input_ids[numbers(*range(17))])
+    texts = tokenizer.batch_decode(data.samples.inputs(numbers(*range(17)))["input_ids"])
     assert not any("answer 4<" in text for text in texts)
     packed = load(path, tokenizer, packing=True).samples
     assert len(packed) < 17 == len(packed.text_lengths(numbers(*range(len(packed)))))
@@ -193,8 +193,9 @@ def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_pa
 def test_a_long_conversation_ends_at_the_window(tmp_path: Path) -> None:
     path = write_json(tmp_path / "chats.jsonl", [{"messages": [user("a"), assistant("word " * 100)]}] * 10)
     samples = load(path, tokenizer_with(CHATML), window=16).samples
-    assert samples.input_ids[numbers(0)].shape == (1, 16)
-    assert load(path, tokenizer_with(CHATML), window=20, max_samples=3).samples.input_ids.shape == (3, 20)
+    assert samples.inputs(numbers(0))["input_ids"].shape == (1, 16)
+    samples = load(path, tokenizer_with(CHATML), window=20, max_samples=3).samples
+    assert samples.lengths().tolist() == [20] * 3
 
 
 # What can be wrong

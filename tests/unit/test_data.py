@@ -8,22 +8,20 @@ from torch import Tensor
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.train.data.order import SampleOrder, rank_micro_batches, seed_dropout
-from loraprune_ds.train.data.samples import Ragged, Samples
-
-PADDING = 0
+from loraprune_ds.train.data.samples import Samples, starts_of
 
 
-def ragged(rows: list[list[int]], window: int, padding: int = PADDING) -> Ragged:
-    starts = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-    values = torch.tensor([value for row in rows for value in row], dtype=torch.int32)
-    return Ragged(values, starts, window, padding)
+def ragged(ids: list[list[int]], window: int, labels: list[list[int]] | None = None) -> Samples:
+    rows = {"input_ids": ids, "labels": ids if labels is None else labels}
+    columns = {name: torch.tensor([value for row in each for value in row]).int() for name, each in rows.items()}
+    return Samples(columns, starts_of(torch.tensor([len(row) for row in ids])), window)
 
 
 def masked_samples() -> Samples:
     """Three samples with 2, 1 and 2 predictions that count."""
     ids = [[5, 6, 7, 8], [5, 9], [4, 5, 6]]
     labels = [[-100, -100, 7, 8], [-100, 9], [4, 5, 6]]  # nothing predicts the 4
-    return Samples(ragged(ids, 16), ragged(labels, 16, IGNORE_INDEX))
+    return ragged(ids, 16, labels)
 
 
 def numbers(*indices: int) -> Tensor:
@@ -32,21 +30,16 @@ def numbers(*indices: int) -> Tensor:
 
 def test_ragged_rows_are_padded_to_the_longest_of_a_batch_in_steps_of_8() -> None:
     rows = ragged([list(range(1, 10)), [1, 2], [3]], window=16)
-    assert (len(rows), rows.shape) == (3, (3, 16))
-    assert rows[numbers(2, 1)].tolist() == [[3] + [0] * 7, [1, 2] + [0] * 6]
-    assert rows[numbers(0)].shape == (1, 16)
-    assert rows[numbers(0)].dtype == torch.int32
+    assert len(rows) == 3
+    inputs = rows.inputs(numbers(2, 1))
+    assert inputs["input_ids"].tolist() == [[3] + [0] * 7, [1, 2] + [0] * 6]
+    assert inputs["labels"].tolist() == [[3] + [-100] * 7, [1, 2] + [-100] * 6]
+    assert rows.inputs(numbers(0))["input_ids"].shape == (1, 16)
 
 
 def test_a_window_that_is_no_multiple_of_8_is_never_exceeded() -> None:
     rows = ragged([list(range(1, 10))], window=10)
-    assert rows[numbers(0, 0)].tolist() == [[*range(1, 10), 0]] * 2
-
-
-def test_labels_and_ids_of_a_batch_have_one_shape() -> None:
-    samples = masked_samples()
-    assert samples.labels[numbers(1, 0)].tolist() == [[-100, 9] + [-100] * 6, [-100, -100, 7, 8] + [-100] * 4]
-    assert samples.input_ids[numbers(1, 0)].tolist() == [[5, 9] + [0] * 6, [5, 6, 7, 8] + [0] * 4]
+    assert rows.inputs(numbers(0, 0))["input_ids"].tolist() == [[*range(1, 10), 0]] * 2
 
 
 def test_count_supervised_counts_predictions_once_per_occurrence_and_no_first_token() -> None:
@@ -54,29 +47,30 @@ def test_count_supervised_counts_predictions_once_per_occurrence_and_no_first_to
     assert [samples.count_supervised(numbers(i)) for i in range(3)] == [2, 1, 2]
     assert samples.count_supervised(numbers(0, 1, 2, 0)) == 7
     text = torch.ones(3, 5, dtype=torch.int32)
-    assert Samples(text, text).count_supervised(numbers(0, 2)) == 8
+    assert Samples.of_windows(text).count_supervised(numbers(0, 2)) == 8
 
 
 def test_padding_is_no_part_of_a_text() -> None:
     assert masked_samples().text_lengths(numbers(0, 1, 0)) == [4, 2, 4]
     text = torch.ones(3, 5, dtype=torch.int32)
-    assert Samples(text, text).text_lengths(numbers(0, 2)) == [5, 5]
+    assert Samples.of_windows(text).text_lengths(numbers(0, 2)) == [5, 5]
 
 
 def test_a_digest_sees_every_part_of_the_samples() -> None:
     ids, labels = [[1, 2, 3], [4]], [[-100, 2, 3], [4]]
     variants = [
-        Samples(ragged(ids, 8), ragged(labels, 8)),
-        Samples(ragged([[1, 2, 3], [5]], 8), ragged(labels, 8)),
-        Samples(ragged(ids, 8), ragged([[-100, -100, 3], [4]], 8)),
-        Samples(ragged([[1, 2], [3, 4]], 8), ragged([[-100, 2], [3, 4]], 8)),
-        Samples(ragged(ids, 9), ragged(labels, 9)),
-        Samples(torch.arange(6).view(2, 3), torch.arange(6).view(2, 3)),
-        Samples(torch.arange(6).view(3, 2), torch.arange(6).view(3, 2)),
+        ragged(ids, 8, labels),
+        ragged([[1, 2, 3], [5]], 8, labels),
+        ragged(ids, 8, [[-100, -100, 3], [4]]),
+        ragged([[1, 2], [3, 4]], 8, [[-100, 2], [3, 4]]),
+        ragged(ids, 9, labels),
+        Samples.of_windows(torch.arange(6).view(2, 3)),
+        Samples.of_windows(torch.arange(6).view(3, 2)),
     ]
     digests = [samples.digest() for samples in variants]
     assert len(set(digests)) == len(variants)
-    assert variants[0].digest() == Samples(ragged(ids, 8), ragged(labels, 8)).digest()
+    first = ragged(ids, 8, labels)
+    assert digests[0] == Samples(dict(reversed(first.columns.items())), first.starts, first.window).digest()
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(10, 4), (12, 4), (7, 7), (3, 8), (1, 1)])
@@ -127,7 +121,7 @@ def test_ranks_share_the_same_micro_batches_for_every_number_of_ranks(world_size
 
 def supervised_in(micro_batches: list[Tensor]) -> int:
     labels = torch.where(torch.rand(12, 9, generator=torch.Generator().manual_seed(0)) < 0.5, IGNORE_INDEX, 1)
-    return sum(Samples(labels, labels).count_supervised(indices) for indices in micro_batches)
+    return sum(Samples.of_windows(labels).count_supervised(indices) for indices in micro_batches)
 
 
 def test_every_step_micro_batch_and_seed_draws_its_own_dropout() -> None:

@@ -1,7 +1,6 @@
 """Tokens are made once, mapped by all who need them, and made again when anything changes that they depend on."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +13,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.cache import cached
 from loraprune_ds.train.data.loading import load_samples
-from loraprune_ds.train.data.samples import LoadedData, Ragged, Samples
+from loraprune_ds.train.data.samples import LoadedData, Samples
 from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
 from tests.unit.test_data_tokens import make_tokenizer
 
@@ -49,8 +48,8 @@ def test_what_is_found_is_what_was_made(form: str, tmp_path: Path) -> None:
         found = load(path, window=40, format=form, held_out_fraction=0.2)
     assert found.samples.digest() == made.samples.digest()
     assert (found.held_out, found.samples.left_out) == (made.held_out, made.samples.left_out)
-    assert type(found.samples.input_ids) is type(made.samples.input_ids)
-    assert torch.equal(found.samples.supervised_counts(), made.samples.supervised_counts())
+    shared = found.samples.columns["labels"] is found.samples.columns["input_ids"]
+    assert shared == (form == "text")  # and so is there once
 
 
 def test_the_tokens_are_mapped_and_not_read(tmp_path: Path, cache: Path) -> None:
@@ -62,7 +61,7 @@ def test_the_tokens_are_mapped_and_not_read(tmp_path: Path, cache: Path) -> None
 
 def test_line_ends_in_the_held_out_text_are_kept(tmp_path: Path) -> None:
     text = "a\r\nb\rc\n"
-    data = LoadedData(Samples(torch.ones(2, 4).int(), torch.ones(2, 4).int()), text)
+    data = LoadedData(Samples.of_windows(torch.ones(2, 4).int()), text)
     for _ in range(2):
         assert cached(DataConfig(), TOKENIZER, None, lambda: data).held_out == text
 
@@ -91,31 +90,6 @@ def test_all_that_the_tokens_depend_on_makes_them_again(tmp_path: Path) -> None:
     assert not reads(path)
 
 
-def test_new_tokens_replace_those_that_nobody_read_for_a_month(tmp_path: Path, cache: Path) -> None:
-    path = write_json(tmp_path / "data.jsonl", documents(40))
-
-    def age(days: float) -> None:
-        then = time.time() - 86_400 * days
-        for folder in cache.iterdir():
-            os.utime(folder, (then, then))
-
-    load(path)
-    (cache / "mine").mkdir()
-    age(31)
-    assert not reads(path)  # and so used again
-    age_of_use = (next(cache.glob("*/samples.safetensors")).parent).stat().st_mtime
-    assert time.time() - age_of_use < 3600
-    load(path, window=8)
-    assert len(list(cache.glob("*/samples.safetensors"))) == 2
-    age(31)
-    load(path, window=9)
-    assert len(list(cache.glob("*/samples.safetensors"))) == 1
-    assert (cache / "mine").is_dir()
-    age(29)
-    load(path, window=10)
-    assert len(list(cache.glob("*/samples.safetensors"))) == 2
-
-
 def test_data_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(UserError, match="has no field 'body'"):
         load(write_json(tmp_path / "data.jsonl", documents(40)), text_field="body")
@@ -130,6 +104,6 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, cache: Path)
 
 
 def test_rows_of_no_token_are_kept(cache: Path) -> None:
-    empty = Ragged(torch.zeros(0).int(), torch.zeros(1).long(), 8, 0)
-    data = cached(DataConfig(), TOKENIZER, None, lambda: LoadedData(Samples(empty, empty), ""))
+    empty = Samples.of_windows(torch.zeros(0, 8).int())
+    data = cached(DataConfig(), TOKENIZER, None, lambda: LoadedData(empty, ""))
     assert len(data.samples) == 0

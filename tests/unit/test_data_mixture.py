@@ -37,7 +37,7 @@ def instructions(tmp_path: Path) -> str:
 
 
 def rows(data: LoadedData) -> list[list[int]]:
-    return [data.samples.input_ids[numbers(i)][0].tolist() for i in range(len(data.samples))]
+    return [data.samples.inputs(numbers(i))["input_ids"][0].tolist() for i in range(len(data.samples))]
 
 
 def test_the_sources_of_a_mixture_give_what_they_give_alone(text: str, instructions: str) -> None:

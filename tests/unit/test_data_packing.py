@@ -26,8 +26,7 @@ def make_samples() -> Samples:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 97, (sum(LENGTHS),), generator=generator).int()
     labels = ids.masked_fill(torch.rand(len(ids), generator=generator) < 0.4, IGNORE_INDEX)
-    tensors = {"input_ids": ids, "labels": labels, "starts": starts_of(torch.tensor(LENGTHS))}
-    return Samples.of_tensors(tensors, window=WINDOW, left_out=1)
+    return Samples({"input_ids": ids, "labels": labels}, starts_of(torch.tensor(LENGTHS)), WINDOW, left_out=1)
 
 
 SAMPLES, PACKS = make_samples(), best_fit(LENGTHS, WINDOW)
@@ -66,9 +65,8 @@ def test_texts_of_a_pack_are_counted_one_by_one() -> None:
     last_first = [*reversed(range(len(PACKED)))]
     found = PACKED.text_lengths(numbers(*last_first))
     assert found == [LENGTHS[i] for pack in reversed(PACKS) for i in pack]
-    tensors = {name: torch.ones(3).int() for name in ("input_ids", "labels")}
-    tensors |= {"position_ids": torch.zeros(3).int(), "starts": torch.tensor([0, 2, 3])}
-    one_token_each = Samples.of_tensors(tensors, window=4, left_out=0)
+    columns = {name: torch.zeros(3).int() for name in ("input_ids", "labels", "position_ids")}
+    one_token_each = Samples(columns, torch.tensor([0, 2, 3]), window=4)
     assert one_token_each.text_lengths(numbers(0, 1)) == [1, 1, 1]
 
 
@@ -119,7 +117,7 @@ def test_flash_attention_finds_the_samples_by_their_positions() -> None:
 
 def test_windows_of_text_beside_packs_are_one_text_each() -> None:
     text = torch.arange(2 * WINDOW).int().view(2, WINDOW)
-    both = everything(join_samples([pack_samples(Samples(text, text)), PACKED]))
+    both = everything(join_samples([Samples.of_windows(text), PACKED]))
     assert both["position_ids"][:2].tolist() == [list(range(WINDOW))] * 2
     assert both["position_ids"][2:].equal(everything(PACKED)["position_ids"])
     assert both["input_ids"][:2].equal(text.long())

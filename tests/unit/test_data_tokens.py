@@ -5,8 +5,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.train.data.samples import Ragged, Samples
-from loraprune_ds.train.data.tokens import TEXTS_AT_ONCE, Instruction, make_instruction, mask_prompts, pack_documents
+from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.data.tokens import (
+    TEXTS_AT_ONCE,
+    Instruction,
+    collect_rows,
+    make_instruction,
+    pack_documents,
+    tokenize_instructions,
+)
 from tests.unit.test_data import numbers
 
 BOS, EOS = 1, 2
@@ -27,7 +34,8 @@ def words(first: int, last: int) -> str:
 
 def rows(samples: Samples) -> tuple[list[list[int]], list[list[int]]]:
     everything = numbers(*range(len(samples)))
-    return samples.input_ids[everything].tolist(), samples.labels[everything].tolist()
+    inputs = samples.inputs(everything)
+    return inputs["input_ids"].tolist(), inputs["labels"].tolist()
 
 
 PACKED = {
@@ -78,8 +86,11 @@ def test_text_shorter_than_a_window_gives_no_sample() -> None:
     assert len(pack_documents([], make_tokenizer(), 4, 2)) == 0
 
 
-def instructions(*pairs: tuple[str, str]) -> list[Instruction]:
-    return [Instruction(prompt, response) for prompt, response in pairs]
+def mask_prompts(
+    pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, window: int, max_samples: int | None = None
+) -> Samples:
+    instructions = [Instruction(prompt, response) for prompt, response in pairs]
+    return collect_rows(tokenize_instructions(instructions, tokenizer), window, max_samples)
 
 
 MASKED = {
@@ -95,7 +106,7 @@ def test_the_prompt_is_masked_and_the_response_ends_with_one_eos(
     template: str, eos: str | None, prompt: list[int], response: list[int]
 ) -> None:
     tokenizer = make_tokenizer(template=template, eos=eos)
-    samples = mask_prompts(instructions((words(1, 2), words(3, 4))), tokenizer, 8, None)
+    samples = mask_prompts([(words(1, 2), words(3, 4))], tokenizer, 8)
     padding = 8 - len(prompt + response)
     ids, labels = rows(samples)
     assert ids == [prompt + response + [0] * padding]
@@ -113,22 +124,21 @@ def test_a_long_response_is_cut_at_the_window_and_a_sample_without_response_is_l
         ("", "w1"),  # nor has it a second
         (words(1, 7), words(8, 8)),
     ]
-    samples = mask_prompts(instructions(*pairs), make_tokenizer(eos=None), 8, None)
+    samples = mask_prompts(pairs, make_tokenizer(eos=None), 8)
     assert [samples.count_supervised(numbers(i)) for i in range(len(samples))] == [2, 2, 1]
     assert rows(samples)[0][0] == [11, 12, 13, 14, 15, 16, 17, 18]
     assert samples.left_out == 4
 
 
 def test_masked_samples_cost_their_tokens_and_not_their_window() -> None:
-    samples = mask_prompts(instructions(*[(words(1, 2), words(3, 4))] * 100), make_tokenizer(), 512, None)
-    assert isinstance(samples.input_ids, Ragged)
-    assert samples.input_ids.values.numel() == 500
-    assert samples.input_ids[numbers(0, 99)].shape == (2, 8)
+    samples = mask_prompts([(words(1, 2), words(3, 4))] * 100, make_tokenizer(), 512)
+    assert len(samples.columns["input_ids"]) == 500
+    assert samples.inputs(numbers(0, 99))["input_ids"].shape == (2, 8)
 
 
 def test_max_samples_counts_samples_that_are_kept() -> None:
     pairs = [(words(1, 2), ""), (words(1, 2), "w3"), (words(1, 2), "w4"), (words(1, 2), "w5")]
-    samples = mask_prompts(instructions(*pairs), make_tokenizer(), 8, 2)
+    samples = mask_prompts(pairs, make_tokenizer(), 8, 2)
     assert [row[2] for row in rows(samples)[0]] == [13, 14]
 
 
@@ -138,5 +148,5 @@ def test_a_prompt_may_hold_braces_and_headings_and_its_mask_ends_where_the_respo
     example = make_instruction(prompt, "", "w5 ### Answer w6")
     assert prompt in example.prompt
     assert make_instruction(prompt, "{input} w9", "w5").prompt.count("{input} w9") == 1
-    _, labels = rows(mask_prompts([example], tokenizer, 64, None))
+    _, labels = rows(mask_prompts([(example.prompt, example.response)], tokenizer, 64))
     assert [label for label in labels[0] if label != IGNORE_INDEX] == [15, 0, 0, 16, EOS]

@@ -12,7 +12,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.model.distillation import HiddenTeacher
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.train.data.order import SampleOrder
-from loraprune_ds.train.data.samples import Ragged, Samples
+from loraprune_ds.train.data.samples import Samples, starts_of
 from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
 
 HIDDEN = 3
@@ -20,13 +20,12 @@ CPU = torch.device("cpu")
 
 
 def ragged_samples(lengths: list[int], prompts: list[int]) -> Samples:
-    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    starts = starts_of(torch.tensor(lengths))
     ids = torch.arange(1, int(starts[-1]) + 1, dtype=torch.int32)
     labels = ids.clone()
     for start, prompt in zip(starts.tolist(), prompts, strict=False):
         labels[start : start + prompt] = IGNORE_INDEX
-    window = max(lengths)
-    return Samples(Ragged(ids, starts, window, 0), Ragged(labels, starts, window, IGNORE_INDEX))
+    return Samples({"input_ids": ids, "labels": labels}, starts, max(lengths))
 
 
 SAMPLES = ragged_samples([9, 4, 12, 2, 7], [3, 0, 11, 1, 7])
@@ -45,12 +44,12 @@ def made(folder: Path, steps: int = 10, **settings: Any) -> Teacher:
 
 def test_supervised_tokens_and_padding_of_ragged_samples() -> None:
     everything = torch.arange(5)
-    labels = SAMPLES.labels[everything]
+    labels = SAMPLES.inputs(everything)["labels"]
     assert SAMPLES.supervised_counts().tolist() == (labels[:, 1:] != IGNORE_INDEX).sum(1).tolist() == [6, 3, 1, 1, 0]
     attention_mask = SAMPLES.attention_mask(everything)
     assert attention_mask is not None
-    assert torch.equal(attention_mask, SAMPLES.input_ids[everything] != 0)
-    assert Samples(labels, labels).attention_mask(everything) is None
+    assert torch.equal(attention_mask, SAMPLES.inputs(everything)["input_ids"] != 0)
+    assert Samples.of_windows(labels).attention_mask(everything) is None
 
 
 def test_only_samples_of_the_run_are_planned() -> None:

@@ -17,7 +17,13 @@ from loraprune_ds.train.data.order import mix
 from loraprune_ds.train.data.packing import pack_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples
 from loraprune_ds.train.data.sources import JSON_SUFFIXES, TextRow, TextRows, files_of, read_rows, read_text_file
-from loraprune_ds.train.data.tokens import Instruction, collect_rows, make_instruction, mask_prompts, pack_documents
+from loraprune_ds.train.data.tokens import (
+    Instruction,
+    collect_rows,
+    make_instruction,
+    pack_documents,
+    tokenize_instructions,
+)
 
 LONGEST_EPOCH = 1_000_000_000  # samples of a mixture, of 8 bytes each
 LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie
@@ -57,7 +63,7 @@ def _make(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | N
             check_chats(rows, tokenizer, source)
         tuning, held_out = _hold_out(rows, source, config)
         samples = _make_samples(tuning, tokenizer, source, config, start)
-        parts.append(pack_samples(samples) if config.packing else samples)
+        parts.append(pack_samples(samples) if config.packing and source.format != "text" else samples)
         held_out_texts.append(_join_text(held_out, source, tokenizer))
     text = "\n\n".join(held_out_texts) if held_out_text is None else held_out_text
     return LoadedData(join_samples(parts), text, _epoch(config.sources, parts))
@@ -90,9 +96,10 @@ def _make_samples(
         documents = (_text_of(row, source.text_field) for row in rows)
         return pack_documents(documents, tokenizer, config.window, config.max_samples, start)
     if source.format == "chat":
-        return collect_rows(tokenize_chats(map(read_chat, rows), tokenizer), config.window, config.max_samples)
-    instructions = (_instruction_of(row, source) for row in rows)
-    return mask_prompts(instructions, tokenizer, config.window, config.max_samples)
+        tokenized = tokenize_chats(map(read_chat, rows), tokenizer)
+    else:
+        tokenized = tokenize_instructions((_instruction_of(row, source) for row in rows), tokenizer)
+    return collect_rows(tokenized, config.window, config.max_samples)
 
 
 def _check_samples(loaded: LoadedData, config: DataConfig, minimum: int, vocab_size: int) -> None:

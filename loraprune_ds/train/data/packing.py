@@ -5,28 +5,23 @@ from bisect import bisect_left, insort
 import torch
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.train.data.samples import Ragged, Samples, starts_of
+from loraprune_ds.train.data.samples import Samples, positions_of, starts_of
 
 
 def pack_samples(samples: Samples) -> Samples:
-    """Puts the samples into as few windows as best-fit finds. Windows of text stay what they are.
+    """Puts the samples into as few windows as best-fit finds.
 
     The first token of a sample is not learnt, as the last one of another stands before it.
     """
-    if not isinstance(samples.input_ids, Ragged):
-        return samples
-    packs = best_fit(samples.input_ids.starts.diff().tolist(), samples.window)
+    packs = best_fit(samples.lengths().tolist(), samples.window)
     members = torch.tensor([sample for pack in packs for sample in pack], dtype=torch.int64)
-    starts = samples.input_ids.starts
-    begins = starts_of(starts.diff()[members])  # of the members, in the packs
-    lengths = begins.diff()
-    positions = torch.arange(int(begins[-1])) - begins[:-1].repeat_interleave(lengths)
-    taken = starts[members].repeat_interleave(lengths) + positions
-    rows = {name: rows.values[taken] for name, rows in samples.rows().items()}
-    rows["labels"][begins[:-1]] = IGNORE_INDEX
-    ends = begins[torch.tensor([len(pack) for pack in packs], dtype=torch.int64).cumsum(0)]
-    tensors = rows | {"position_ids": positions.int(), "starts": torch.cat([begins[:1], ends])}
-    return Samples.of_tensors(tensors, window=samples.window, left_out=samples.left_out)
+    lengths = samples.lengths()[members]
+    begins, positions = starts_of(lengths), positions_of(lengths)  # of the members, in the packs
+    taken = samples.starts[members].repeat_interleave(lengths) + positions
+    columns = {name: column[taken] for name, column in samples.columns.items()} | {"position_ids": positions}
+    columns["labels"][begins[:-1]] = IGNORE_INDEX
+    ends = torch.tensor([len(pack) for pack in packs], dtype=torch.int64).cumsum(0)
+    return Samples(columns, torch.cat([begins[:1], begins[ends]]), samples.window, samples.left_out)
 
 
 def best_fit(lengths: list[int], window: int) -> list[list[int]]:

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loraprune_ds.config_data import DataConfig, DataSource
-from loraprune_ds.errors import UserError, first_line
+from loraprune_ds.config_data import DataSource
+from loraprune_ds.errors import UserError, first_line, require
+from loraprune_ds.files import file_identity
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.train.data.chat import chat_fields
@@ -51,17 +52,6 @@ def read_rows(source: DataSource) -> TextRows:
     return rows
 
 
-def fetch_datasets(config: DataConfig) -> None:
-    """Downloads the data sets into the cache that `data.path` names.
-
-    Raises:
-        UserError: a data set cannot be had, is empty, or lacks a field.
-    """
-    for source in config.sources:
-        if source.path != EMBEDDED and files_of(source) is None:
-            _load_dataset(source)
-
-
 def source_identity(source: DataSource) -> object:
     """Returns what changes when the rows of a source change.
 
@@ -74,38 +64,31 @@ def source_identity(source: DataSource) -> object:
     return _load_dataset(source)._fingerprint if files is None else list(map(file_identity, files))
 
 
-def file_identity(path: Path) -> object:
-    """Returns what changes when a file changes."""
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
-
-
 def files_of(source: DataSource) -> list[Path] | None:
-    """Finds the files of a source, as `local_files`."""
-    return local_files(source.path, f"{source.section}.path")
-
-
-def local_files(path: str, key: str = "data.path") -> list[Path] | None:
-    """Finds the files that `path`, the value of `key`, names: a file, a glob, or all files of a folder, sorted.
+    """Finds the files of a source: a file, a glob, or all files of a folder, sorted.
 
     Returns:
-        None if it is no local path.
+        None if its path is no local one.
 
     Raises:
         UserError: it looks like a path, but nothing is there.
     """
+    path, key = source.path, f"{source.section}.path"
     local = Path(path).expanduser()
     if local.is_file():
-        if local.suffix not in SUFFIXES:
-            raise UserError(f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
+        require(local.suffix in SUFFIXES, f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
         return [local]
     if local.is_dir():
-        return _readable(local.rglob("*"), f"{key}: folder {path}")
-    if any(wildcard in path for wildcard in "*?["):
-        return _readable(map(Path, glob(str(local), recursive=True)), f"{key}: {path}")
-    if local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~")):
-        raise UserError(f"{key}: {path} does not exist")
-    return None
+        where, found = f"folder {path}", local.rglob("*")
+    elif any(wildcard in path for wildcard in "*?["):
+        where, found = path, map(Path, glob(str(local), recursive=True))
+    else:
+        is_path = local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~"))
+        require(not is_path, f"{key}: {path} does not exist")
+        return None
+    files = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
+    require(bool(files), f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
+    return files
 
 
 def read_text_file(path: Path) -> str:
@@ -137,43 +120,37 @@ def _text_fields(source: DataSource) -> dict[str, str]:
     return {field: f"{source.section}.{key}" for field, key in keys.items()}
 
 
-def _readable(paths: Iterable[Path], where: str) -> list[Path]:
-    files = sorted(path for path in paths if path.suffix in SUFFIXES and path.is_file())
-    if not files:
-        raise UserError(f"{where} matches no {', '.join(SUFFIXES)} file")
-    return files
-
-
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
 
 
-def _read_rows_of_file(path: Path, source: DataSource) -> list[dict[str, Any]]:
-    if path.suffix == ".jsonl":
-        return _read_json_lines(path, source)
-    text = read_text_file(path)
-    if path.suffix == ".json":
-        value = _parse_json(text, path, 1)
-        if not isinstance(value, list) or not value:
-            raise UserError(f"{path} must hold a list of objects (one object per line goes into a .jsonl file)")
-        return [_as_row(item, f"{path}, item {i}", source) for i, item in enumerate(value)]
-    if source.format != "text":
-        raise UserError(f"{source.section}.format {source.format} needs .json or .jsonl files; {path} is plain text")
-    return [{source.text_field: text}]
-
-
-def _read_json_lines(path: Path, source: DataSource) -> list[dict[str, Any]]:
+def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-            rows = [
-                _as_row(_parse_json(line, path, number), f"{path}, line {number}", source) for number, line in numbered
-            ]
+        rows = [_as_row(value, where, source) for where, value in _values(path, source)]
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
-    if not rows:
-        raise UserError(f"{path} is empty")
+    require(bool(rows), f"{path} is empty")
     return rows
+
+
+def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a file, each with its place. `datasets` would name no line, and read dates as timestamps."""
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", _parse_json(line, path, number)
+        return
+    text = read_text_file(path)
+    if path.suffix == ".json":
+        items = _parse_json(text, path, 1)
+        if not isinstance(items, list) or not items:
+            raise UserError(f"{path} must hold a list of objects (one object per line goes into a .jsonl file)")
+        yield from ((f"{path}, item {i}", item) for i, item in enumerate(items))
+    elif source.format == "text":
+        yield str(path), {source.text_field: text}
+    else:
+        raise UserError(f"{source.section}.format {source.format} needs .json or .jsonl files; {path} is plain text")
 
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
@@ -187,7 +164,7 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
         raise UserError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}") from None
 
 
-def _as_row(value: Any, where: str, source: DataSource) -> dict[str, Any]:
+def _as_row(value: Any, where: str, source: DataSource) -> TextRow:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, got {type(value).__name__}")
     for field in _text_fields(source):

@@ -58,18 +58,7 @@ def pack_documents(
             break
     count = len(stream) // window if max_samples is None else min(max_samples, len(stream) // window)
     ids = torch.from_numpy(np.asarray(stream[: count * window], dtype=np.int32))
-    windows = begin_with(ids.view(count, window), start)
-    return Samples(input_ids=windows, labels=windows)
-
-
-def mask_prompts(
-    instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase, window: int, max_samples: int | None
-) -> Samples:
-    """Makes one sample of each instruction: the prompt, which is not predicted, the response and EOS.
-
-    Prompt and response are tokenised apart, so the mask ends exactly between them.
-    """
-    return collect_rows(_tokenize_instructions(instructions, tokenizer), window, max_samples)
+    return Samples.of_windows(begin_with(ids.view(count, window), start))
 
 
 def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | None) -> Samples:
@@ -86,12 +75,11 @@ def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | N
         starts.append(len(ids))
         if len(starts) - 1 == max_samples:
             break
-    tensors = {
+    columns = {
         "input_ids": torch.from_numpy(np.asarray(ids, dtype=np.int32)),
         "labels": torch.from_numpy(np.asarray(labels, dtype=np.int32)),
-        "starts": torch.from_numpy(np.asarray(starts, dtype=np.int64)),
     }
-    return Samples.of_tensors(tensors, window=window, left_out=left_out)
+    return Samples(columns, torch.from_numpy(np.asarray(starts, dtype=np.int64)), window, left_out)
 
 
 def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[int]:
@@ -110,9 +98,13 @@ def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: 
     return labels
 
 
-def _tokenize_instructions(
+def tokenize_instructions(
     instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[TokenizedRow]:
+    """Makes ids and labels of instructions: the prompt, which is not learnt, the response and EOS.
+
+    Prompt and response are tokenised apart, so the mask ends exactly between them.
+    """
     eos = _eos(tokenizer)
     for batch in in_batches(instructions):
         prompts = _ids([instruction.prompt for instruction in batch], tokenizer, special=True)

@@ -75,7 +75,13 @@ def make_trainer(size: Sizes, request: Request) -> Trainer:
     batch = config.train.global_batch_size
     ids = torch.randint(3, size.vocab, (batch, size.window), generator=torch.Generator().manual_seed(0))
     return Trainer(
-        engine, pruner, Samples(ids, ids), SameBatch(batch), config.train, dtype=config.model.dtype, seed=config.seed
+        engine,
+        pruner,
+        Samples.of_windows(ids),
+        SameBatch(batch),
+        config.train,
+        dtype=config.model.dtype,
+        seed=config.seed,
     )
 
 
