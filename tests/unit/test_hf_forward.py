@@ -154,7 +154,7 @@ def test_the_callback_passes_on_its_schedule_and_seed(monkeypatch: pytest.Monkey
         Pruning, "attach", lambda model, optimizer, config, steps, **more: given.update(more, steps=steps)
     )
     callback = LoraPruneCallback(PruneConfig(criterion="random"), steps=7, seed=3)
-    args = SimpleNamespace(report_to=[], output_dir="unused")
+    args = SimpleNamespace(report_to=[], output_dir="unused", save_total_limit=None)
     state = SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=False)
     callback.on_train_begin(cast(Any, args), cast(Any, state), cast(Any, None), model=adapted(), optimizer=None)
     assert (given["steps"], given["seed"]) == (7, 3)
