@@ -1,4 +1,7 @@
-"""Runs real ranks beside their plan: what is held, what is sent, and what autograd keeps."""
+"""Runs real ranks beside their plan: what is held, what is sent, and what autograd keeps.
+
+State is planned to the byte, and so are activations. What a pass gathers and sends is planned as a bound.
+"""
 
 import gc
 from collections import defaultdict
@@ -25,31 +28,23 @@ from loraprune_ds.config import (
     RunConfig,
     TrainConfig,
 )
-from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
+from loraprune_ds.model import cuts as tensors
+from loraprune_ds.model.config_json import read_config
+from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.pretrained import open_for_pruning
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan import quality
-from loraprune_ds.plan.activations import logits, saved_by_layer
+from loraprune_ds.plan.activations import logits, saved_in_layer
 from loraprune_ds.plan.cluster import Cluster
-from loraprune_ds.plan.fetching import Fetcher, PassTraffic
+from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.held import split_state
-from loraprune_ds.plan.passes import Network
 from loraprune_ds.plan.request import Request, build_request
-from loraprune_ds.plan.stages import Stage, cut_stage, training_stage
-from loraprune_ds.plan.traffic import (
-    IN_GROUP,
-    Passes,
-    StepKind,
-    layer_cuts,
-    moved_bytes,
-    scales_sent,
-    score_count,
-    scoring_sent,
-    step_sent,
-)
+from loraprune_ds.plan.stages import training_stage
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.engine import build_training_engine
+from loraprune_ds.zero.flat import AxisCut, moved_elements
 from loraprune_ds.zero.memory import resident_bytes, second_copies, state_tensors, storage_bytes
 from tests.benchmarks.peak import Peak
 
@@ -73,7 +68,6 @@ class Case:
     compensate: Compensation = "none"
     criterion: Criterion = "lora"
     head_ratio: float | None = None
-    evaluates: bool = False  # before the first step. The plan is not told, as it must change nothing.
 
     def request(self, world_size: int) -> Request:
         config = RunConfig(
@@ -100,10 +94,9 @@ class Case:
                 gradient_checkpointing=self.checkpointing,
             ),
         )
-        pretrained = open_pretrained(self.folder)
-        per_node = self.per_node or world_size
-        where = Cluster(nodes=world_size // per_node, gpus_per_node=per_node)
-        return build_request(str(self.folder), pretrained.config, pretrained.shape, config, where)
+        name, per_node = str(self.folder), self.per_node or world_size
+        source, where = read_config(name), Cluster(nodes=world_size // per_node, gpus_per_node=per_node)
+        return build_request(name, source, shape_from_config(source, name), config, where)
 
 
 @dataclass(frozen=True)
@@ -176,45 +169,53 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     baseline = resident_bytes()
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     request = case.request(world_size)
-    with Peak() as loading:
-        trainer = build(request)
-        gc.collect()
-    network = Network(request.source, request.shape, request.config.lora.r, request.element_size)
-    fetcher = Fetcher(request.fetch_limits, world_size)
-    rows = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)]
-    rows[0]["peak_rss"] = loading.peak - baseline
-    for _ in range(2 * case.evaluates):  # DeepSpeed would follow in the second the record of the first
-        trainer.engine.infer(input_ids=trainer.samples.inputs(torch.arange(1))["input_ids"])
-    steps = []
+    trainer = build(request)
+    rows, steps = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)], list[dict[str, Any]]()
     for step in range(1, STEPS + 1):
-        shape = trainer.model.shape
-        visits = network.training_pass(checkpointing=case.checkpointing)
-        first, *others = [fetcher.run(visits) for _ in range(case.micro_batches)]
-        later = others[-1] if others else first
-        passes = Passes(shape, PassTraffic(), training=first, later=later, update_sent=fetcher.end_step())
-        steps.append(_measured_step(step, request, passes, trainer, baseline))
-        before, kept_before = shape, trainer.model.comm.bytes_sent
+        steps.append(_measured_step(step, request, trainer, baseline))
+        before, sent_before = trainer.model.shape, trainer.model.comm.bytes_sent
         with Peak() as cutting:
             record = trainer.cut(step)
         if record is None:
             continue
+        after, sent = trainer.model.shape, trainer.model.comm.bytes_sent - sent_before
+        sent -= agreement_bytes(before, world_size, rank)[1]
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
         cuts = [layer_cuts(before, i, k, request.config.lora.r, request.element_size) for i, k in enumerate(keep)]
-        cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != trainer.model.shape.layers[i]]
-        moved = sum(int(moved_bytes(c, world_size)[rank]) for c in cut_layers)
-        planned = (moved if world_size > 1 else 0) + agreement_bytes(before, world_size, rank)[1]
-        planned += quality.refit_sent(request, before, trainer.model.shape, rank)
-        network.resize(trainer.model.shape)
-        fetcher.free_all()
+        cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != after.layers[i]]
+        moved = sum(int(moved_bytes(c, world_size)[rank]) for c in cut_layers) if world_size > 1 else 0
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
-        planned_stage = cut_stage("", request, before, trainer.model.shape)
         rows[-1] |= {
-            "sent": {"planned": planned, "counted": trainer.model.comm.bytes_sent - kept_before},
+            "sent": {"most": cut_cost(request, before, after).sent["cut"], "moved": moved, "counted": sent},
             "peak_rss": cutting.peak - baseline,
-            "extra_rss": cutting.extra,
-            "extra_planned": planned_stage.peak - planned_stage.resident,
         }
     return {"rank": rank, "states": rows, "steps": steps}
+
+
+def layer_cuts(
+    shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int, element_size: int
+) -> list[tuple[AxisCut, int]]:
+    """Lists (cut, bytes of an element) of every tensor that `ShardedModel` cuts in a layer.
+
+    LoRA counts with its fp32 master and two moments.
+    """
+    cuts, layer = list[tuple[AxisCut, int]](), shape.held(index, element_size)
+    for name, kept, linear in tensors.layer_cuts(shape, index, keep):
+        held = layer[f"model.layers.{index}.{name}"]
+        cuts.append((AxisCut(held.shape, *kept), held.element_size))
+        if linear:
+            factors = shape.lora_shapes(index, linear, lora_rank)
+            for which, stays in tensors.lora_cuts(linear, lora_rank, kept, keep):
+                cuts.append((AxisCut(factors[which], *stays), element_size + 12))
+    return cuts
+
+
+def moved_bytes(cuts: list[tuple[AxisCut, int]], world_size: int) -> Tensor:
+    """Returns the (world_size,) bytes that every rank sends for such cuts."""
+    total = torch.zeros(world_size, dtype=torch.int64)
+    for cut, element_size in cuts:
+        total += moved_elements(cut, world_size) * element_size
+    return total
 
 
 def run_with_second_copy(case: Case) -> dict[str, Any]:
@@ -248,30 +249,21 @@ def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, 
     }
 
 
-def _measured_step(step: int, request: Request, passes: Passes, trainer: Trainer, baseline: int) -> dict[str, Any]:
-    shape, traffic = passes.shape, passes.training
-    world_size, rank = request.cluster.world_size, trainer.model.rank
+def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int) -> dict[str, Any]:
+    shape, world_size, rank = trainer.model.shape, request.world_size, trainer.model.rank
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
     scores, own = step <= request.schedule.last_cut, comm.bytes_sent - before
-    planned = step_sent(request, passes, StepKind(scores, scores))
-    if scores:
-        planned["input_moments"] = quality.measuring_sent(request, shape, rank)
-        planned["scoring"] = scoring_sent(request, shape, rank)
-    not_gathered = planned["weight_gradients"] + planned["input_moments"]
-    if scores and world_size > 1:
-        not_gathered += 8 * score_count(request, shape)
-        not_gathered += 0 if request.config.prune.criterion == "fisher" else scales_sent(request, shape, rank)
+    planned = step_sent(request, shape, (scores, scores))
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
-    stage = training_stage("", request, passes, scores=scores)
+    lora_scored = scores and request.config.prune.criterion in ("lora", "gradient", "magnitude")
+    of_lora = 8 * request.lora_shards(shape) * (world_size - 1) if lora_scored else 0
+    agreed = agreement_bytes(shape, world_size, rank)[0]
     return {
         "step": step,
-        "weights": {
-            "planned": planned["weights"],
-            "counted": sent["all_gather_into_tensor"] - (own - not_gathered),
-        },
-        IN_GROUP: {"planned": planned[IN_GROUP], "counted": sent[IN_GROUP]},
+        "weights": {"most": planned["weights"], "counted": sent["all_gather_into_tensor"] - of_lora - agreed},
+        IN_GROUP: {"most": planned[IN_GROUP], "counted": sent[IN_GROUP]},
         "second_copy": {
             "planned": split_state(request, shape)[0].get("second_copy", 0),
             "counted": storage_bytes(second_copies(trainer.model.module)),
@@ -280,23 +272,19 @@ def _measured_step(step: int, request: Request, passes: Passes, trainer: Trainer
             "planned": planned["lora_gradients"],
             "counted": sent["reduce_scatter_tensor"] - planned["weight_gradients"],
         },
-        "pruning": {"planned": pruning + agreement_bytes(shape, world_size, rank)[0], "counted": own},
-        "unplanned": {name: sent[name] for name in ("broadcast",)},
-        "resident_planned": stage.resident,
-        "peak_planned": planned_peak(stage, traffic, request),
+        "pruning": {"planned": pruning, "counted": own - agreed},
+        "resident_planned": training_stage("", request, shape, scores=scores).resident,
+        "peak_planned": planned_peak(request, shape, scores=scores),
         "peak_rss": peak.peak - baseline,
-        "moments": stage.phases,
         "rss": resident_bytes() - baseline,
     }
 
 
-def planned_peak(stage: Stage, traffic: PassTraffic, request: Request) -> int:
-    """Returns the peak of a step, without evaluation and export. On CPU ranks gloo copies what it gathers."""
-    copied = traffic.largest_gather if request.cluster.world_size > 1 else 0
-    moments = {
-        name: sum(terms.values()) + (copied if name == "training" else 0) for name, terms in stage.phases.items()
-    }
-    return stage.resident + max(held for name, held in moments.items() if name not in ("evaluation", "export"))
+def planned_peak(request: Request, shape: ModelShape, *, scores: bool) -> int:
+    """Returns the peak of a step, without evaluation and export."""
+    stage = training_stage("", request, shape, scores=scores)
+    phases = (sum(terms.values()) for name, terms in stage.phases.items() if name not in ("evaluation", "export"))
+    return stage.resident + max(phases)
 
 
 def saved_activations(case: Case) -> dict[str, int]:
@@ -320,12 +308,8 @@ def saved_activations(case: Case) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.engine.deepspeed(input_ids=ids, labels=ids).sum()
     del loss
-    batch = request.batch(case.micro_batch_size, case.window)
-    shape = request.shape
-    dropout = case.dropout > 0
-    layers = [
-        saved_by_layer(request.source, shape, i, batch, lora_rank=8, dropout=dropout) for i in range(len(shape.layers))
-    ]
+    batch, shape = request.batch(case.micro_batch_size, case.window), request.shape
+    layers = [saved_in_layer(request, shape, i, batch) for i in range(len(shape.layers))]
     return {
         "counted": sum(kept.values()),
         "layers": sum(layers),

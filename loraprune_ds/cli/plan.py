@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from loraprune_ds.command import Parser, silence_libraries, tell
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.plan.cluster import Cluster
 
 DOES_NOT_FIT_EXIT_CODE = 3
@@ -63,13 +63,13 @@ def main() -> int:
 
 
 def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
+    gib = arguments.server_memory
+    require(gib is None or 0 < gib < float("inf"), f"--server-memory must be a number above 0; got {gib}")
     silence_libraries()
     # Seconds of imports, after good arguments.
-    from loraprune_ds.plan.advice import MOST_NODES, largest_micro_batch, other_form, search, suggestions
-    from loraprune_ds.plan.plan import make_plan
-    from loraprune_ds.plan.printout import plan_json, plan_table, verdict
+    from loraprune_ds.plan.plan import MOST_NODES, largest_micro_batch, make_plan, search, suggestions
+    from loraprune_ds.plan.printout import plan_json, plan_table, suggestion_rows, verdict
     from loraprune_ds.plan.request import make_request
-    from loraprune_ds.plan.serving import serving_rows, servings
 
     request = make_request(
         arguments.model,
@@ -78,20 +78,19 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
         overrides=arguments.set,
         samples=arguments.samples,
     )
-    reason, other = "", None
+    most, reason = getattr(arguments, "nodes", MOST_NODES), ""
     if arguments.smallest:
-        nodes = getattr(arguments, "nodes", MOST_NODES)
-        found, reason = search(request, cluster, nodes)
-        other, _ = search(other_form(request), cluster, nodes)
+        found, reason = search(request, cluster, most)
     else:
         found = make_plan(request)
     suggested, largest = ([], largest_micro_batch(found)) if found.fits else (suggestions(found), None)
-    served = [] if arguments.server_memory is None else servings(found.request, arguments.server_memory)
     if arguments.json:
-        said = plan_json(found, suggested, served, other, largest=largest)
-        print(json.dumps(said, indent=2, allow_nan=False))
+        facts = plan_json(found, gib) | {"suggestions": suggested, "largest_micro_batch": largest}
+        print(json.dumps(facts, indent=2, allow_nan=False))
     else:
-        print("\n".join([plan_table(found, suggested, other, largest), *serving_rows(served)]))
+        print("\n".join([plan_table(found, gib), *suggestion_rows(suggested)]))
+        if largest:
+            print(f"the largest micro-batch that fits, with the same result: --set train.micro_batch_size={largest}")
     if not found.fits:
         tell(UserError(reason or verdict(found)))
         return DOES_NOT_FIT_EXIT_CODE

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import require
 
 GIB = 1 << 30
 # On 8 H100 of one machine NCCL held 1.06 GB before the first all-to-all and 4.34 GB after it (NVIDIA/nccl #1685). To a
@@ -17,7 +17,6 @@ MOST_GPUS = 1 << 20  # beyond any machine there is: a number typed wrong
 
 
 def _option(default: float | None, meaning: str) -> Any:
-    """Builds a field that is an option of launch/plan.py. The default None is computed."""
     return dataclasses.field(default=default, metadata={"help": meaning})
 
 
@@ -35,24 +34,18 @@ class Cluster:
     intra_bandwidth: float = _option(300.0, "GB/s a GPU receives from GPUs of its machine")
     inter_bandwidth: float = _option(25.0, "GB/s a machine receives from the others")  # all its network cards together
     host_bandwidth: float = _option(25.0, "GB/s between GPU and host memory")
-    flops: float = _option(125.0, "TFLOP/s that a GPU sustains in matrix products")  # in the model's dtype, no peak
-    flops64: float = _option(10.0, "TFLOP/s that a GPU sustains in matrix products in float64, for a refit")
-    host_microseconds: float = _option(250.0, "microseconds of a process per module of a layer that a pass calls")
+    flops: float = _option(312.0, "TFLOP/s of a GPU in matrix products of the model's dtype, as its maker says")
+    utilisation: float = _option(0.4, "fraction of these that a run reaches")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            may_be_zero = name in ("reserve", "nccl", "host_reserve", "host_microseconds")
-            if value is None:
-                continue
-            if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
-                raise UserError(f"--{name.replace('_', '-')} must be a number above 0; got {value}")
-        if self.world_size > MOST_GPUS:
-            raise UserError(
-                f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node} is more than {MOST_GPUS} GPUs"
-            )
-        if self.gpu_bytes <= 0:
-            held = f"--reserve {self.reserve}" + (f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else "")
-            raise UserError(f"--gpu-memory {self.gpu_memory} leaves nothing beside {held}")
+            may_be_zero = name in ("reserve", "nccl", "host_reserve")
+            good = value is None or (math.isfinite(value) and value >= 0 and (value > 0 or may_be_zero))
+            require(good, f"--{name.replace('_', '-')} must be a number above 0; got {value}")
+        gpus = f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node}"
+        require(self.world_size <= MOST_GPUS, f"{gpus} is more than {MOST_GPUS} GPUs")
+        held = f"--reserve {self.reserve}" + (f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else "")
+        require(self.gpu_bytes > 0, f"--gpu-memory {self.gpu_memory} leaves nothing beside {held}")
 
     @property
     def world_size(self) -> int:
@@ -65,7 +58,7 @@ class Cluster:
 
     @property
     def nccl_bytes(self) -> int:
-        """Returns what NCCL takes of a GPU beside torch: for its rings, and for every other rank."""
+        """Returns what NCCL takes of a GPU: for its rings, and for every other rank."""
         if self.nccl is not None or self.world_size == 1:
             return int((self.nccl or 0) * GIB)
         near, far = self.gpus_per_node - 1, self.world_size - self.gpus_per_node
@@ -76,28 +69,15 @@ class Cluster:
         """Returns the limit of a node."""
         return int(self.host_memory * GIB)
 
-    def between_nodes(self, per_rank: int, ranks: int | None = None) -> int:
-        """Returns how many of the bytes that a rank sends evenly to the others go to other nodes.
+    def between_nodes(self, per_rank: float, ranks: int) -> float:
+        """Returns the bytes to other nodes, of those that a rank sends evenly to so many ranks, taken node by node."""
+        return per_rank * max(0, ranks - self.gpus_per_node) / max(1, ranks - 1)
 
-        Args:
-            ranks: that take part, node by node; None for all.
+    def seconds_to_receive(self, per_rank: float, ranks: int) -> float:
+        """Returns the time in which every rank receives `per_rank` bytes, the same for all of so many ranks.
+
+        A byte from another node enters a node once for all its GPUs. The slower link counts: the GPU's own or the
+        network of its node. Latencies are not counted.
         """
-        return round(per_rank * self._foreign(ranks or self.world_size))
-
-    def _foreign(self, ranks: int) -> float:
-        """Returns the fraction of the other ranks that are on other nodes."""
-        return max(0, ranks - self.gpus_per_node) / max(1, ranks - 1)
-
-    def seconds_to_receive(self, per_rank: float, *, same_for_all: bool, ranks: int | None = None) -> float:
-        """Returns the time in which every rank receives `per_rank` bytes.
-
-        They come evenly from all others. Bytes from other nodes share the network of the node. The slower link counts:
-        the GPU's own or that network. Latencies are not counted.
-
-        Args:
-            same_for_all: all ranks receive the same bytes (all-gather). A byte then enters a node once for all its
-                GPUs. A reduce-scatter takes as long.
-            ranks: that take part, node by node; None for all.
-        """
-        per_node = per_rank * self._foreign(ranks or self.world_size) * (1 if same_for_all else self.gpus_per_node)
+        per_node = self.between_nodes(per_rank, ranks)
         return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))

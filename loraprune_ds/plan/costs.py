@@ -1,149 +1,141 @@
-"""Bytes and seconds of a step, a cut, and the whole run.
-
-Seconds are estimates: operations and bytes over the rates of the cluster. No kernel reaches one rate at every size.
-Latencies are not counted. Some communication hides behind the arithmetic, but nobody knows how much. So a step has a
-lower and an upper end.
-"""
+"""Bytes sent (at most) and seconds (an estimate) of a step, a cut and the whole run. README.md has the formulas."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from loraprune_ds.model import flops
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan import quality
+from loraprune_ds.plan.held import held_bytes, passes_of_weights
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.traffic import IN_GROUP, Passes, StepKind, cut_sent, step_kinds, step_sent
+from loraprune_ds.plan.stages import teacher_pass
+from loraprune_ds.pruning.input_moments import measured_linears, numel_sent
+
+IN_GROUP = "weights_in_group"  # to the ranks of the own group of hpZ. All else goes to all ranks
+StepKind = tuple[bool, bool]  # it scores; it measures inputs (`prune.compensate`)
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """Holds the bytes that a rank sends, by term, and seconds.
-
-    Attributes:
-        between_nodes: the bytes of `sent` that go to ranks of other nodes.
-        host: seconds in which a rank's process enters modules and starts kernels.
-        host_copies: seconds of copies from host memory, under parameter offload.
-    """
+class Cost:
+    """Holds the bytes that a rank sends, by term, those of them that go to other nodes, and seconds."""
 
     sent: dict[str, int]
-    between_nodes: int
+    between_nodes: float
     compute: float
     communication: float
-    host: float
-    host_copies: float
+    host_copies: float  # of offloaded weights
 
     @property
-    def hidden(self) -> float:
-        """Returns the seconds if everything overlaps."""
-        return max(self.compute, self.communication, self.host, self.host_copies)
-
-    @property
-    def exposed(self) -> float:
-        """Returns the seconds if nothing overlaps."""
-        return self.compute + self.communication + self.host + self.host_copies
-
-    @property
-    def total(self) -> np.ndarray:
-        """Returns the fields of a `Total`, to be added up."""
-        return np.array([self.hidden, self.exposed, sum(self.sent.values())])
+    def total(self) -> "Total":
+        seconds = (self.compute, self.communication, self.host_copies)
+        return Total(max(seconds), sum(seconds), sum(self.sent.values()))
 
 
 class Total(NamedTuple):
-    """Holds the sums of `StepCost.hidden`, `StepCost.exposed`, and bytes sent."""
+    """Holds seconds if everything overlaps, seconds if nothing does, and bytes sent."""
 
-    hidden: float
-    exposed: float
+    at_least: float
+    at_most: float
     sent: float
 
 
-def step_cost(request: Request, passes: Passes, kind: StepKind) -> StepCost:
+def step_cost(request: Request, shape: ModelShape, kind: StepKind) -> Cost:
     """Returns the cost of one optimizer step."""
-    cluster, shape = request.cluster, passes.shape
     tokens = request.config.train.global_batch_size * request.config.data.window / request.world_size
-    operations = _flops_per_token(request, shape) * tokens
-    if kind.scores:
-        operations += _scoring_flops(request, shape, tokens)
-    if kind.measures:
-        operations += quality.measuring_flops(request, shape) * tokens
-    sent = step_sent(request, passes, kind)
-    return StepCost(
-        sent,
-        compute=operations / (cluster.flops * 1e12),
-        host=request.micro_batches * passes.training.called * cluster.host_microseconds / 1e6,
-        **network_cost(request, sent),
-    )
+    return _cost(request, step_sent(request, shape, kind), tokens * _flops_per_token(request, shape, kind))
 
 
-def network_cost(request: Request, sent: dict[str, int]) -> dict[str, Any]:
-    """Returns the fields of a `StepCost` that follow from the bytes sent."""
-    cluster, group = request.cluster, request.fetch_limits.copy_ranks
-    in_group = sent.get(IN_GROUP, 0)
-    to_all = sum(sent.values()) - in_group
-    shards = sent["weights"] / max(1, request.world_size - 1) + in_group / max(1, group - 1)
-    copied = shards if request.offloads("param") else 0
+def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, int]:
+    """Returns the bytes that a rank sends in one optimizer step, by term."""
+    others, micro, criterion = request.world_size - 1, request.micro_batches, request.config.prune.criterion
+    lora, scoring, moments, (scores, measures) = request.lora_shards(shape), 0, 0, kind
+    if scores and others and criterion != "random":
+        linears = shape.input_linear_ids() if criterion == "fisher" else shape.linear_ids()
+        scoring = 8 * sum(shape.layers[i][part.kind] for i, linear in linears for part in linear.parts)
+        scoring += 0 if criterion == "fisher" else 8 * lora * others
+    if measures and others and request.measured_layers:
+        measured = measured_linears(shape, request.measured_layers)
+        moments = 8 + 4 * micro * sum(numel_sent(shape.linear_shape(i, x)[1]) for i, x in measured)
     return {
-        "between_nodes": cluster.between_nodes(to_all) + cluster.between_nodes(in_group, group),
-        "communication": cluster.seconds_to_receive(to_all, same_for_all=True)
-        + cluster.seconds_to_receive(in_group, same_for_all=True, ranks=group),
-        "host_copies": copied / (cluster.host_bandwidth * 1e9),
+        **_gathers(request, shape, passes_of_weights(request, shape) * micro),
+        "lora_gradients": 4 * micro * lora * others,
+        "scoring": scoring,
+        "weight_gradients": scores * micro * others * request.gradient_shards(shape) * request.gradient_size,
+        "input_moments": moments,
     }
 
 
-def all_steps(request: Request, dense: Passes, final: Passes) -> np.ndarray:
-    """Returns the total of all steps, each by its kind.
+def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
+    """Returns the cost of a cut: a rank sends at most its shards of the layers that get smaller, with LoRA's state.
 
-    Steps before the first cut have the dense shape, those after the last cut the final one. Between them costs change
-    in proportion to the part that is gone.
+    With `prune.compensate` the linears that lose inputs also go to their owners, and come back.
     """
-    schedule, kinds, total = request.schedule, step_kinds(request), np.zeros(3)
-    costs = {kind: [step_cost(request, passes, kind).total for passes in (dense, final)] for kind in set(kinds)}
-    for before, kind in enumerate(kinds):
-        first, last = costs[kind]
-        gone = schedule.target(before) / schedule.ratio
-        total += first * (1 - gone) + last * gone
+    cut = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
+    lora = sum(request.shards(before.layer_lora_sizes(i, request.config.lora.r)) for i in cut)
+    sent = sum(request.held_shards(request.held(before, i)) for i in cut) + (12 + request.element_size) * lora
+    for i, x in measured_linears(before, request.measured_layers):
+        sent += 2 * held_bytes(before.form(x).held(before.linear_shape(i, x), request.element_size).values())
+    return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
+
+
+def teacher_cost(request: Request) -> Cost:
+    """Returns the cost of the dense model's pass, without LoRA. Only top logits need the head."""
+    shape, (batch, batches, _) = request.shape, teacher_pass(request)
+    head = 0 if request.config.train.distill_top_k is None else 2 * shape.vocab_size * shape.hidden_size
+    per_token = 2 * flops.active_numel(shape) + 2 * _attention_product(request, shape) + head
+    return _cost(request, _gathers(request, shape, batches, lora=False), per_token * batches * batch.tokens)
+
+
+def all_steps(request: Request, final: ModelShape) -> Total:
+    """Adds up all steps, each of its kind. Between the dense and the final shape a cost falls with what is gone."""
+    prune, schedule, total = request.config.prune, request.schedule, Total(0, 0, 0)
+    kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
+    known = {kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds}
+    for n in range(1, request.steps + 1):
+        measures = prune.compensate != "none" and schedule.precedes_cut(n, prune.compensate_steps)
+        gone = schedule.target(n - 1) / schedule.ratio
+        first, last = known[schedule.is_scored(n), measures]
+        total = Total(*(t + x * (1 - gone) + y * gone for t, x, y in zip(total, first, last, strict=True)))
     return total
 
 
-def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> tuple[int, float]:
-    """Returns (bytes that the busiest rank sends, seconds).
-
-    A refit adds its solving. Under offload the weights go to the GPU and back.
-    """
-    cluster, sent = request.cluster, cut_sent(request, before, after)
-    copied = 2 * before.linear_bytes(request.element_size) / cluster.world_size if request.offloads("param") else 0
-    solving = quality.refit_flops(request, before, after) / (cluster.flops64 * 1e12)
-    receiving = cluster.seconds_to_receive(sent, same_for_all=False)
-    return sent, receiving + copied / (cluster.host_bandwidth * 1e9) + solving
-
-
-def attention_product(request: Request, shape: ModelShape) -> float:
-    """Returns the operations per token of one product of attention in all layers.
-
-    It covers half a window on average, with `eager` all of it.
-    """
-    return flops.attention_product(shape, request.config.data.window) / (1 if request.eager else 2)
+def _gathers(request: Request, shape: ModelShape, passes: int, *, lora: bool = True) -> dict[str, int]:
+    """Returns the bytes of so many passes that gather all weights. Of hpZ's copies LoRA's are new in every step."""
+    others, group = request.world_size - 1, request.fetch_limits.copy_ranks
+    factors = lora * request.element_size * request.lora_shards(shape)
+    shards = request.held_shards(request.held(shape)) + factors
+    if group == 1:
+        return {"weights": passes * shards * others, IN_GROUP: 0}
+    in_group = (passes * shards - factors) * (group - 1) * (request.world_size // group)
+    return {"weights": factors * others, IN_GROUP: in_group}
 
 
-def _flops_per_token(request: Request, shape: ModelShape) -> float:
-    """Returns the operations of training per token. A multiply-add is two."""
-    again = int(request.config.train.gradient_checkpointing)
-    lora = flops.active_lora(shape, request.config.lora.r)
-    linears = (4 + 2 * again) * flops.active_numel(shape) + (6 + 2 * again) * lora
-    attention = (7 + 2 * again) * attention_product(request, shape)
-    return linears + attention + 4 * shape.vocab_size * shape.hidden_size
+def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
+    cluster, size, group = request.cluster, request.world_size, request.fetch_limits.copy_ranks
+    in_group = sent.get(IN_GROUP, 0)
+    to_all = sum(sent.values()) - in_group
+    shards = sent.get("weights", 0) / max(1, size - 1) + in_group / max(1, group - 1)
+    return Cost(
+        sent,
+        between_nodes=cluster.between_nodes(to_all, size) + cluster.between_nodes(in_group, group),
+        compute=operations / (cluster.flops * cluster.utilisation * 1e12),
+        communication=cluster.seconds_to_receive(to_all, size) + cluster.seconds_to_receive(in_group, group),
+        host_copies=shards / (cluster.host_bandwidth * 1e9) if request.offloads("param") else 0,
+    )
 
 
-def _scoring_flops(request: Request, shape: ModelShape, tokens: float) -> float:
-    """Returns the operations of one rank for its weights.
+def _attention_product(request: Request, shape: ModelShape) -> float:
+    """Returns the operations per token of one product of attention: over half a window on average, `eager` over all."""
+    return flops.attention_product(shape, request.config.data.window) / (1 if request.batch(1, 1).eager else 2)
 
-    They form B·A. An estimate of the gradient takes twice the rank besides. The true gradient takes one more product
-    with the inputs of each token. `fisher` takes three operations per token and input that a linear may lose.
-    """
-    criterion, rank, numel = request.config.prune.criterion, request.config.lora.r, shape.linear_numel()
-    if criterion == "fisher":
-        return 3 * tokens * sum(shape.inputs_per_token(i, linear) for i, linear in shape.input_linear_ids())
-    per_weight = {"random": 0, "magnitude": 2 * rank, "gradient": 2 * rank}.get(criterion, 6 * rank)
-    products = 2 * flops.met_numel(shape) * tokens if criterion == "gradient" else 0
-    return products + per_weight * numel / request.world_size
+
+def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> float:
+    """Returns the operations of a step per token. A multiply-add is two."""
+    again, r = request.config.train.gradient_checkpointing, request.config.lora.r
+    per_token = (4 + 2 * again) * flops.active_numel(shape) + (6 + 2 * again) * flops.active_lora(shape, r)
+    per_token += (7 + 2 * again) * _attention_product(request, shape) + 4 * shape.vocab_size * shape.hidden_size
+    if kind[0] and request.config.prune.criterion == "gradient":
+        per_token += 2 * flops.met_numel(shape)
+    if kind[1]:
+        measured = measured_linears(shape, request.measured_layers)
+        per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in measured)
+    return per_token

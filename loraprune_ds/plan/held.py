@@ -1,97 +1,110 @@
-"""Bytes of a rank's state between two steps, and of a checkpoint."""
+"""Bytes of a rank's state between two steps (exact), and of what a pass gathers (a bound)."""
 
 import math
+from collections.abc import Iterable, Sequence
 
+from loraprune_ds.model.adapters import WHOLE_LAYER
+from loraprune_ds.model.frozen import Held
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan import quality
 from loraprune_ds.plan.request import Request
-from loraprune_ds.zero.flat import partition_numel
+from loraprune_ds.pruning.input_moments import measured_linears
+from loraprune_ds.zero.flat import layer_owner
+from loraprune_ds.zero.memory import state_terms
 
 Terms = dict[str, int]  # bytes by name
-
-
-def state_terms(
-    shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
-) -> Terms:
-    """Returns the bytes of what `zero.memory.state_tensors` yields, by part.
-
-    A shard of n elements has ceil(n / world_size) of them. A LoRA factor also has an fp32 master (in an fp32 run too)
-    and an fp32 gradient. Once the optimizer has stepped there are two fp32 moments. The reduce bucket is fp32.
-    """
-    held = shape.held(None, element_size).values()
-    frozen = sum(x.element_size * partition_numel(math.prod(x.shape), world_size) for x in held)
-    lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
-    return {
-        "weights": frozen,
-        "lora": lora * element_size,
-        "lora_masters": lora * 4,
-        "lora_moments": lora * 8 if stepped else 0,
-        "lora_gradients": lora * 4,
-        "reduce_bucket": bucket_numel * 4,
-    }
 
 
 def split_state(
     request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False, passed: bool = True
 ) -> tuple[Terms, Terms]:
-    """Returns the terms (on the GPU, in host memory).
+    """Returns the terms (on the GPU, in host memory), once a step, a pass was made at this shape.
 
-    Args:
-        stepped: the optimizer has made a step.
-        passed: a pass was made at this shape. Until then there is no second copy of the weights (hpZ).
-        measures: input moments are kept if `prune.compensate` asks for them.
+    Until then there are no moments of LoRA, and no second copy of the weights (hpZ). With `measures` input moments are
+    kept if `prune.compensate` asks for them.
     """
-    terms = state_terms(
-        shape,
-        request.config.lora.r,
-        world_size=request.world_size,
-        element_size=request.element_size,
-        bucket_numel=request.bucket_numel,
-        stepped=stepped,
-    )
-    if passed and (copies := request.second_copies(shape.held(None, request.element_size).values())):
+    size, e, bucket = request.world_size, request.element_size, request.zero["reduce_bucket_size"]
+    r, held = request.config.lora.r, request.held(shape)
+    terms = state_terms(shape, r, world_size=size, element_size=e, bucket_numel=int(bucket), stepped=stepped)
+    if passed and (copies := request.second_copies(held)):
         terms["second_copy"] = copies
     away = ["weights", "lora", "second_copy"] if request.offloads("param") else []
-    if request.offloads("optimizer"):
-        away += ["lora_masters", "lora_moments", "lora_gradients"]
+    away += ["lora_masters", "lora_moments", "lora_gradients"] if request.offloads("optimizer") else []
     host = {name: terms.pop(name) for name in list(terms) if name in away}
+    blocks = list[int]()  # of page-locked memory, which torch rounds up to powers of two
     if request.offloads("optimizer"):
         host["lora_gradients_for_the_step"] = host["lora_gradients"]  # DeepSpeed's CPU optimizer has its own
-    if blocks := _pinned_blocks(request, shape, host):
+        blocks += 2 * [host["lora_gradients"]] if request.offloads("optimizer", pinned=True) else []
+    if request.offloads("param", pinned=True):  # frozen shards one by one, LoRA's in a buffer
+        second = [request.second_copies([x]) for x in held] if "second_copy" in host else []
+        blocks += [host["lora"], *(request.held_shards([x]) for x in held), *second]
+    if blocks:
         host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
-    if measures and (moments := max(quality.moments_by_rank(request, shape))):
-        terms["input_moments"] = moments
+    if measures and request.measured_layers:
+        terms["input_moments"] = max(moment_bytes(shape, size, request.measured_layers))
     return terms, host
 
 
-def checkpoint_terms(request: Request, after_first_cut: ModelShape) -> Terms:
-    """Returns the most bytes of a checkpoint on the shared disk, without JSON and headers.
+def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int]) -> list[int]:
+    """Returns the bytes of the fp32 input moments of `prune.compensate`, by rank.
 
-    LoRA, scores and moments are largest before the first cut. `checkpoint.copy_source` writes the dense weights.
-    `prune.compensate` writes them from the first cut on. Else they are slices of the source.
+    They belong to o_proj and down_proj of the layers that the rank owns and that may be cut. A moment is a matrix as
+    wide as the inputs.
     """
-    shape, prune, copies = request.shape, request.config.prune, request.config.checkpoint.copy_source
-    terms = {
-        "lora_state": 12 * sum(shape.lora_sizes(request.config.lora.r)),
-        "scores": 8 * sum(sum(layer.values()) for layer in shape.layers),
-    }
-    if copies or prune.compensate != "none":
-        held = (shape if copies else after_first_cut).held(None, request.element_size).values()
-        terms["weights"] = sum(x.element_size * math.prod(x.shape) for x in held)
-    if prune.compensate != "none":
-        terms["input_moments"] = sum(quality.moments_by_rank(request, shape))
-    return terms
+    of_ranks = [0] * world_size
+    for i, linear in measured_linears(shape, open_layers):
+        of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** 2
+    return of_ranks
 
 
-def _pinned_blocks(request: Request, shape: ModelShape, host: Terms) -> list[int]:
-    """Lists the bytes of each page-locked block, before torch rounds it up to a power of two."""
-    blocks = []
-    if request.pins("param"):  # frozen shards one by one, LoRA's in a buffer
-        held = shape.held(None, request.element_size).values()
-        blocks += [request.held_shards([x]) for x in held]
-        blocks.append(host["lora"])
-        if "second_copy" in host:
-            blocks += [request.second_copies([x]) for x in held]
-    if request.pins("optimizer"):
-        blocks += 2 * [host["lora_gradients"]]
-    return blocks
+def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True) -> int:
+    """Returns the most bytes that a pass gathers at once, buffers included. Without a backward nothing comes early.
+
+    DeepSpeed fetches ahead up to `stage3_max_live_parameters`, but nothing ahead of a module that is larger. What
+    arrives, that module or a prefetch bucket, is copied out of its buffer. int8 weights are dequantised after that.
+    Linears that are gathered one by one stay while their layer is computed again.
+    """
+    (numel, whole), (layer, largest, linear) = _whole(request, shape), _largest(request, shape)
+    if request.world_size == 1 and not request.offloads("param"):
+        return linear  # a parameter's data is its only shard
+    limits = request.fetch_limits.max_live, request.fetch_limits.prefetch_bucket
+    live, prefetched = (round(count * trains * whole / numel) for count in limits)
+    if largest > live:
+        live = prefetched = 0
+    stays = layer if trains and shape.hidden_size > WHOLE_LAYER else 0
+    return min(max(live, stays) + largest + max(largest, prefetched, linear), whole + max(prefetched, linear))
+
+
+def passes_of_weights(request: Request, shape: ModelShape) -> int:
+    """Returns how often a micro-batch gathers the model. A model that may stay whole is gathered once."""
+    if _whole(request, shape)[0] <= min(request.fetch_limits.max_live, request.fetch_limits.max_reuse_distance):
+        return 1
+    again = request.config.train.gradient_checkpointing and shape.hidden_size > WHOLE_LAYER
+    return 3 if again else 2  # a layer that is gathered whole is there when it is computed again
+
+
+def held_bytes(held: Iterable[Held]) -> int:
+    """Counts the bytes of such tensors as a whole."""
+    return sum(x.element_size * math.prod(x.shape) for x in held)
+
+
+def _whole(request: Request, shape: ModelShape) -> tuple[int, int]:
+    """Returns (elements, bytes) of the whole model with LoRA."""
+    held, lora = request.held(shape), sum(shape.lora_sizes(request.config.lora.r))
+    return sum(math.prod(x.shape) for x in held) + lora, held_bytes(held) + lora * request.element_size
+
+
+def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
+    """Returns the bytes of the largest decoder layer, of the most that is gathered as one, and of a dequantised linear.
+
+    The first two are with LoRA. Of a stack one expert is dequantised at a time. Without int8 weights none is.
+    """
+    e, r, ends = request.element_size, request.config.lora.r, [math.prod(size) for size in shape.ends.values()]
+    one_of_each = list({layer: i for i, layer in enumerate(shape.layers)}.values())
+    layer = max(held_bytes(request.held(shape, i)) + e * sum(shape.layer_lora_sizes(i, r)) for i in one_of_each)
+    largest, dequantised = e * max(ends), 0
+    for i, x in shape.linear_ids(one_of_each):
+        size, lora = shape.linear_shape(i, x), sum(map(math.prod, shape.lora_shapes(i, x, r)))
+        largest = max(largest, held_bytes(shape.form(x).held(size, e).values()) + e * lora)
+        matrices = shape.layers[i][x.kind] if x.is_stack else 1
+        dequantised = max(dequantised, shape.int8 * e * math.prod(size) // matrices)
+    return layer, max(layer, e * max(ends)) if shape.hidden_size <= WHOLE_LAYER else largest, dequantised

@@ -1,67 +1,36 @@
-"""The plan of a run: memory, bytes sent, seconds."""
+"""The plan of a run: memory, bytes sent, seconds, and what to change."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-
+from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.cluster import GIB
-from loraprune_ds.plan.costs import StepCost, Total, all_steps, cut_cost, step_cost
-from loraprune_ds.plan.distillation_pass import DistillationPass
-from loraprune_ds.plan.held import checkpoint_terms, split_state
+from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
+from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost, teacher_cost
+from loraprune_ds.plan.held import held_bytes, moment_bytes
 from loraprune_ds.plan.request import Request, changed
-from loraprune_ds.plan.stages import Stage, cut_stage, exported_stage, loading_stage, training_stage
-from loraprune_ds.plan.traffic import HEAVIEST, PLAIN, Passes, simulate_passes
+from loraprune_ds.plan.stages import Stage, plan_stages, teacher_pass
 
-MOST_CUTS = 24  # that are planned one by one and shown
-MOST_SUMMED = 240  # whose bytes and seconds are computed, to be added up
-ShapedCut = tuple[int, ModelShape, ModelShape]  # its step, the shapes before and after
-
-
-@dataclass(frozen=True)
-class PlannedCut:
-    """Describes a cut.
-
-    Attributes:
-        target: the fraction that is gone after it.
-        state_before, state_after: bytes of a rank.
-        bytes_sent: by the busiest rank.
-    """
-
-    step: int
-    target: float
-    parameters: int
-    state_before: int
-    state_after: int
-    bytes_sent: int
-    seconds: float
+MOST_NODES = 512  # that --smallest tries without --nodes
+ONE, AGAIN = {"micro_batch_size": 1}, {"gradient_checkpointing": True}
+PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds the needs of a run, whether it fits or not.
-
-    Attributes:
-        passes: what ZeRO-3 gathers at the dense and at the final shape.
-        stages: in the order of the run.
-        step: an optimizer step before the first cut. It scores and measures all it can.
-        last_step: one after the last cut.
-        in_all: all steps, all cuts, the dense model's pass. Evaluations, loading and saving are not counted.
-        checkpoint: bytes of one on the shared disk, by term.
-        teacher, teacher_bytes: the dense model's pass for a distillation, and its bytes on the shared disk.
-    """
+    """Holds the needs of a run, whether it fits or not. The last two are bytes on the shared disk, at most."""
 
     request: Request
-    passes: tuple[Passes, Passes]
+    final: ModelShape
     stages: list[Stage]
-    cuts: list[PlannedCut]
-    step: StepCost
-    last_step: StepCost
+    step: Cost  # before the first cut, scoring and measuring all it can
+    last_step: Cost
+    first_cut: Cost
+    teacher: Cost  # the dense model's pass for a distillation
     in_all: Total
-    checkpoint: dict[str, int]
-    teacher: StepCost
     teacher_bytes: int
+    checkpoint_bytes: int
 
     @property
     def peak_stage(self) -> Stage:
@@ -69,103 +38,112 @@ class Plan:
 
     @property
     def device_bytes(self) -> int:
-        """Returns the most that a rank holds on its GPU."""
         return self.peak_stage.peak
 
     @property
     def host_bytes(self) -> int:
         """Returns the most that a node's ranks hold in host memory."""
-        cluster = self.request.cluster
-        return cluster.gpus_per_node * (int(cluster.host_reserve * GIB) + max(x.host_peak for x in self.stages))
+        cluster, held = self.request.cluster, max(sum(stage.host.values()) for stage in self.stages)
+        return cluster.gpus_per_node * (int(cluster.host_reserve * GIB) + held)
 
     @property
     def fits_device(self) -> bool:
         return self.device_bytes <= self.request.cluster.gpu_bytes
 
     @property
-    def fits_host(self) -> bool:
-        return self.host_bytes <= self.request.cluster.host_bytes
-
-    @property
     def fits(self) -> bool:
-        return self.fits_device and self.fits_host
+        return self.fits_device and self.host_bytes <= self.request.cluster.host_bytes
 
 
 def make_plan(request: Request) -> Plan:
-    """Plans the whole run, within seconds for LLaMA-65B."""
-    planned = planned_cuts(request)
-    dense, final = simulate_passes(request, [request.shape, request.shape_at(request.schedule.ratio)])
-    teacher = DistillationPass(request, dense.evaluation)
+    """Plans the whole run. Every cut counts as the first, which is the dearest."""
+    cuts, dense = request.schedule.cut_steps(), request.shape
+    after, final = (request.shape_at(request.schedule.target(step)) for step in (cuts[0], cuts[-1]))
+    cut, teacher = cut_cost(request, dense, after), teacher_cost(request)
+    saved = 12 * sum(dense.lora_sizes(request.config.lora.r))  # LoRA with its state. Weights are slices of the source
+    if request.config.checkpoint.copy_source or request.measured_layers:  # or not: a refit has others
+        saved += held_bytes(request.held(dense)) + sum(moment_bytes(dense, request.world_size, request.measured_layers))
+    parts = zip(all_steps(request, final), cut.total, teacher.total, strict=True)
     return Plan(
         request=request,
-        passes=(dense, final),
-        stages=plan_stages(request, dense, final, planned),
-        cuts=[_plan_cut(request, *cut) for cut in planned],
-        step=step_cost(request, dense, HEAVIEST),
-        last_step=step_cost(request, final, PLAIN),
-        in_all=Total(*(all_steps(request, dense, final) + _all_cuts(request) + teacher.cost().total).tolist()),
-        checkpoint=checkpoint_terms(request, after_first_cut=planned[0][-1]),
-        teacher=teacher.cost(),
-        teacher_bytes=teacher.disk_bytes,
+        final=final,
+        stages=plan_stages(request, after, final),
+        step=step_cost(request, dense, (True, True)),
+        last_step=step_cost(request, final, (False, False)),
+        first_cut=cut,
+        teacher=teacher,
+        in_all=Total(*(steps + len(cuts) * one + recorded for steps, one, recorded in parts)),
+        teacher_bytes=teacher_pass(request)[-1],
+        checkpoint_bytes=saved,
     )
 
 
-def plan_stages(request: Request, dense: Passes, final: Passes, cuts: Sequence[ShapedCut]) -> list[Stage]:
-    """Plans the memory of the run, stage by stage."""
-    teacher = DistillationPass(request, dense.evaluation)
-    return [
-        loading_stage(request),
-        *([teacher.stage()] if request.config.train.distill_weight else []),
-        training_stage("dense", request, dense),
-        *(cut_stage(f"cut at step {step}", request, before, after) for step, before, after in cuts),
-        training_stage("after the last cut", request, final, scores=False),
-        *_exported(request),
-    ]
+def suggestions(plan: Plan) -> list[dict[str, Any]]:
+    """Plans each change that saves memory alone, then all together, then more GPUs."""
+    request, together, plans = plan.request, dict[str, dict[str, Any]](), list[tuple[str, str, Plan]]()
+    for name, setting, section, values in _changes(request):
+        plans.append((name, setting, make_plan(changed(request, None, **{section: values}))))
+        together.setdefault(section, {}).update(values)
+    if len(plans) > 1:
+        plans.append(("all of the above", "", make_plan(changed(request, None, **together))))
+    smallest, reason = search(request, request.cluster, MOST_NODES)
+    if not reason:
+        where = smallest.request.cluster
+        plans.append(("more GPUs", f"--nodes {where.nodes} --gpus-per-node {where.gpus_per_node}", smallest))
+    keys = ("change", "setting", "device_bytes", "host_bytes", "fits")
+    return [dict(zip(keys, (*x, plan.device_bytes, plan.host_bytes, plan.fits), strict=True)) for *x, plan in plans]
 
 
-def _exported(request: Request) -> list[Stage]:
-    """Plans the evaluation of the exported model. Without int8 weights it needs less than the one that was trained."""
-    if not request.shape.int8:
-        return []
-    stock = changed(request, model={"frozen": None})
-    return [exported_stage(stock, simulate_passes(stock, [stock.shape_at(stock.schedule.ratio)])[0])]
+def largest_micro_batch(plan: Plan) -> int | None:
+    """Finds the largest `train.micro_batch_size` that fits. It has the fewest passes per step, with the same result."""
+    batch = plan.request.config.train.global_batch_size // plan.request.world_size
+    sizes = (size for size in range(batch, 0, -1) if batch % size == 0)
+    return next((n for n in sizes if make_plan(changed(plan.request, train={"micro_batch_size": n})).fits), None)
 
 
-def planned_cuts(request: Request) -> list[ShapedCut]:
-    """Lists the cuts that are planned one by one."""
-    return list(_cuts(request, MOST_CUTS).values())
+def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, str]:
+    """Returns the plan on the fewest GPUs. If none fits: on the most that were tried, and a line for the user.
 
-
-def _cuts(request: Request, most: int) -> dict[int, ShapedCut]:
-    """Finds all cuts, by number.
-
-    Of more than `most` cuts it takes so many, evenly spread from the first to the last.
+    It tries the GPUs of one node like that of `largest`, then whole nodes, of those that can split the global batch.
     """
-    steps = request.schedule.cut_steps()
-    numbers = range(len(steps))
-    if len(steps) > most:
-        numbers = [round(i * (len(steps) - 1) / (most - 1)) for i in range(most)]
-    shapes = [[request.shape_at(request.schedule.target(step)) for step in ([0, *steps][n], steps[n])] for n in numbers]
-    return {n: (steps[n], before, after) for n, (before, after) in zip(numbers, shapes, strict=True)}
-
-
-def _plan_cut(request: Request, step: int, before: ModelShape, after: ModelShape) -> PlannedCut:
-    state_before, state_after = (split_state(request, shape, measures=True)[0] for shape in (before, after))
-    sent, seconds = cut_cost(request, before, after)
-    return PlannedCut(
-        step=step,
-        target=request.schedule.target(step),
-        parameters=after.total_numel(),
-        state_before=sum(state_before.values()),
-        state_after=sum(state_after.values()),
-        bytes_sent=sent,
-        seconds=seconds,
+    plan = None
+    for tried in _splittable(request, largest, most_nodes):
+        plan = make_plan(tried)
+        if plan.fits:
+            return plan, ""
+    return plan or make_plan(request), (
+        f"{request.model} fits on no cluster of up to {most_nodes} x {largest.gpus_per_node} GPUs of "
+        f"{largest.gpu_memory:g} GiB with {largest.host_memory:g} GiB of host memory per node, of those that can split "
+        f"train.global_batch_size {request.config.train.global_batch_size}"
     )
 
 
-def _all_cuts(request: Request) -> np.ndarray:
-    """Returns the total of all cuts. Bytes and seconds of those between two known ones are interpolated."""
-    cuts, numbers = _cuts(request, MOST_SUMMED), range(len(request.schedule.cut_steps()))
-    costs = [cut_cost(request, before, after) for _, before, after in cuts.values()]
-    sent, seconds = (float(np.interp(numbers, list(cuts), values).sum()) for values in zip(*costs, strict=True))
-    return np.array([seconds, seconds, sent])
+def _splittable(request: Request, cluster: Cluster, most_nodes: int) -> Iterator[Request]:
+    most, passes = cluster.gpus_per_node, request.micro_batches * request.world_size  # of all ranks in a step
+    sizes = [(1, gpus) for gpus in range(1, most + 1)]
+    sizes += [(nodes, most) for nodes in range(2, min(most_nodes, MOST_GPUS // most) + 1)]
+    for nodes, gpus in sizes:
+        if passes % (nodes * gpus) == 0:
+            try:
+                yield changed(request, replace(cluster, nodes=nodes, gpus_per_node=gpus))
+            except UserError:
+                continue  # hpZ has no such groups
+
+
+def _changes(request: Request) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Lists what would save memory and is not set yet: (change, setting, section of the run config, its values)."""
+    train, optimizer, both = request.config.train, {"offload_optimizer": PINNED}, {"offload_param": PINNED}
+    layer = max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
+    live = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
+    few = ", ".join(f"{key} {value}" for key, value in live.items()) + " in the DeepSpeed JSON"
+    again, int8 = "train.gradient_checkpointing", request.config.model.frozen
+    away, files = not request.offloads("param"), "--set deepspeed=ds_configs/zero3_offload"
+    changes: list[tuple[bool, str, str, str, dict[str, Any]]] = [
+        (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", "train", ONE),
+        (not train.gradient_checkpointing, "activation checkpointing", f"--set {again}=true", "train", AGAIN),
+        (int8 is None, "int8 weights", "--set model.frozen=int8", "model", {"frozen": "int8"}),
+        (request.fetch_limits.max_live > layer, "fewer gathered weights", few, "deepspeed", live),
+        (not request.offloads("optimizer"), "optimizer on the host", f"{files}_optimizer.json", "deepspeed", optimizer),
+        (away, "optimizer and weights on the host", f"{files}.json", "deepspeed", optimizer | both),
+    ]
+    return [(name, setting, section, values) for wanted, name, setting, section, values in changes if wanted]

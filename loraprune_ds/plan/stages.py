@@ -1,194 +1,178 @@
 """Bytes of a rank over the whole run, term by term. README.md in this folder has the formulas."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
-from loraprune_ds.model.frozen import READ_CHUNK, Held
+from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
+from loraprune_ds.model.frozen import Held
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan import quality
-from loraprune_ds.plan.activations import PlannedBatch, activations, forward_temporaries, logits
-from loraprune_ds.plan.fetching import PassTraffic
-from loraprune_ds.plan.held import Terms, split_state
-from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.traffic import Passes
+from loraprune_ds.plan.activations import activations, forward_temporaries, logits
+from loraprune_ds.plan.held import Terms, gathered_weights, split_state
+from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
-from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds
+from loraprune_ds.pruning.input_moments import measured_linears, numel_sent
+from loraprune_ds.zero.flat import GATHERED_NUMEL
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Holds the bytes of a rank at one stage of the run.
-
-    Attributes:
-        state: on the GPU between two steps, by term.
-        phases: on top for a while, by phase and term. Phases do not overlap.
-        host: in host memory, by term.
-    """
+    """Holds the bytes of a rank: on the GPU between two steps, in phases that do not overlap, and in host memory."""
 
     name: str
     state: Terms
     phases: dict[str, Terms]
-    host: Terms = field(default_factory=dict)
-    is_cut: bool = False
+    host: Terms
 
     @property
     def resident(self) -> int:
-        """Returns the bytes on the GPU between two steps."""
         return sum(self.state.values())
 
     @property
     def peak(self) -> int:
-        """Returns the bytes on the GPU in the worst phase."""
         return self.resident + sum(self.phases[self.peak_phase].values())
 
     @property
     def peak_phase(self) -> str:
-        """Names the worst phase."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
-    @property
-    def host_peak(self) -> int:
-        return sum(self.host.values())
+
+def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[Stage]:
+    """Plans the memory of the run. Of all cuts the first one has the most. `after` is the shape after it."""
+    dense, cut = training_stage("dense", request, request.shape), _cut(request, request.shape, after)
+    if request.config.train.distill_weight:
+        dense.phases["dense model's pass"] = _recording(request)
+    stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
+    if request.shape.int8:  # what is exported is not. It is evaluated when the run's own model is gone
+        stock = changed(request, model={"frozen": None})
+        shape = stock.shape_at(stock.schedule.ratio)
+        weights = {"weights": stock.held_shards(stock.held(shape))}
+        stages.append(Stage("exported", weights, {"evaluation": _evaluation(stock, shape)}, {}))
+    return stages
 
 
-def loading_stage(request: Request) -> Stage:
-    """Builds the stage from the disk to the engine. LoRA is whole until DeepSpeed shards it."""
-    state, host = split_state(request, request.shape, stepped=False, passed=False)
-    largest = max(request.held_shards([x]) for x in request.shape.held(None, request.element_size).values())
-    reading = largest + (4 if request.shape.int8 else 2) * READ_CHUNK * 4
-    lora = sum(request.shape.lora_sizes(request.config.lora.r))
-    held = {"weights": state.pop("weights")} if "weights" in state else {}
-    phases = {"building": {"lora_whole": lora * request.element_size}, "engine starts": state}
-    return Stage("loading", held, phases, host | {"reading": reading})
-
-
-def training_stage(name: str, request: Request, passes: Passes, *, scores: bool = True) -> Stage:
-    """Builds the stage of steps, evaluations and the export at a shape.
-
-    Args:
-        scores: the steps score, and measure if the run does.
-    """
-    shape, e = passes.shape, request.element_size
+def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
+    """Builds the stage of steps, evaluations and the export at a shape. With `scores` the steps score and measure."""
     state, host = split_state(request, shape, measures=scores)
-    gradients = passing = scoring = Terms()
-    if scores:
-        gradients = _if_any(weight_gradients=quality.weight_gradients(request, shape))
-        passing = _if_any(
-            whole_gradient=quality.whole_gradient(request, shape),
-            squared_gradients=quality.squared_gradients(request, shape),
-            measured_inputs=quality.measured_inputs(request, shape),
-        )
-        scoring = _scoring(request, shape) | gradients
-    copies = _if_any(
-        second_copy_of_lora=request.second_copies(Held((n,), e) for n in shape.lora_sizes(request.config.lora.r))
-    )
-    reduction = 4 * min(request.bucket_numel, sum(shape.lora_sizes(request.config.lora.r)))  # in the order of the ranks
-    stepping = 0 if request.offloads("optimizer") else 2 * request.lora_shards(shape) * 4
-    whole_layer = _whole_layer(shape) * e
+    gradients = {"weight_gradients": 4 * scores * request.gradient_shards(shape)}
+    lora, e = shape.lora_sizes(request.config.lora.r), request.element_size
+    copies = {"second_copy_of_lora": request.second_copies(Held((n,), e) for n in lora)}
+    ends = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    whole_layer = e * max(ends, *(shape.layer_numel(i) for i in range(len(shape.layers))))
+    stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
     phases = {
-        "training": _training(request, shape, passes.training) | gradients | passing | copies,
-        "reducing gradients": {"gradient_reduction": reduction} | gradients | copies,
+        "training": _training(request, shape) | gradients | (_observing(request, shape) if scores else {}) | copies,
         "optimizer step": {"optimizer_temporaries": stepping} | copies,
-        "scoring": scoring | copies,
-        "evaluation": _evaluation(request, shape, passes.evaluation) | copies,
+        "scoring": (_scoring(request, shape) | gradients if scores else {}) | copies,
+        "evaluation": _evaluation(request, shape) | copies,
         "export": {"layer_on_its_writer": 2 * whole_layer},
     }
-    return Stage(name, state, phases, host | {"export": whole_layer})
+    wanted = {phase: {term: n for term, n in terms.items() if n} for phase, terms in phases.items()}
+    return Stage(name, state, wanted, host | {"export": whole_layer})
 
 
-def cut_stage(name: str, request: Request, before: ModelShape, after: ModelShape) -> Stage:
-    """Builds the stage of a cut. All of the old state is still there."""
-    state, host = split_state(request, before, measures=True)
-    new_state, new_host = split_state(request, after)
-    rebuilt = (new_state | new_host)["lora"]  # bucket and gradients go before the new ones come
-    rebuilt += new_state.get("lora_masters", 0) + new_state.get("lora_moments", 0)
-    phases = {
-        "refit": {"refit": quality.refit_peak(request, before, after)},
-        "repartition": {"repartition": _reshard(request, before)},
-        "optimizer rebuilt": {"new_optimizer_buffers": rebuilt},
-    }
-    return Stage(name, state, phases, host, is_cut=True)
+def teacher_pass(request: Request) -> tuple[PlannedBatch, int, int]:
+    """Plans the dense model's pass for `train.distill_weight`: a batch, the batches of a rank, bytes of all files.
 
-
-def exported_stage(request: Request, passes: Passes) -> Stage:
-    """Builds the stage of the exported model, which is evaluated when the run's own is gone. It is never int8.
-
-    Args:
-        request: of a run without int8 weights.
+    If the number of samples is not known, there are as many as the steps use. All tokens count as supervised. A rank
+    makes a file at a time. The one with the most decides.
     """
-    weights = request.held_shards(passes.shape.held(None, request.element_size).values())
-    return Stage(
-        "exported", {"weights": weights}, {"evaluation": _evaluation(request, passes.shape, passes.evaluation)}
-    )
+    config, hidden_size = request.config, request.shape.hidden_size
+    used = request.steps * config.train.global_batch_size if config.train.distill_weight else 0
+    samples = min(used, request.samples or used)
+    token = token_bytes(config.train.distill_top_k, hidden_size, request.element_size)
+    per_file = samples_per_file((config.data.window - 1) * token)
+    at_once = min(config.recorded_at_once, per_file)  # a batch never spans two files
+    batches = -(-samples // (per_file * request.world_size)) * -(-min(samples, per_file) // at_once)
+    return request.batch(at_once, config.data.window), batches, samples * (config.data.window - 1) * token
 
 
-def forward_pass(request: Request, shape: ModelShape, traffic: PassTraffic, batch: PlannedBatch) -> Terms:
-    """Returns the terms of a pass without backward and without the head."""
-    hidden_states = batch.tokens * (3 * batch.element_size + 4) * shape.hidden_size
-    return {
-        "gathered_weights": traffic.peak_live,
-        "activations": hidden_states + forward_temporaries(shape, batch),
-        **_dequantised(request, shape),
-    }
+def _recording(request: Request) -> Terms:
+    """Returns the terms of that pass. Top logits need a chunk's logits in fp32, twice."""
+    train, shape, (batch, _, _) = request.config.train, request.shape, teacher_pass(request)
+    targets = batch.tokens * shape.hidden_size * request.element_size
+    if train.distill_top_k is not None:
+        chunk = min(batch.tokens, chunk_size(shape.vocab_size, train.loss_chunk_tokens))
+        targets = chunk * shape.vocab_size * 8 + batch.tokens * (12 * train.distill_top_k + 4)
+    return _forward_pass(request, shape, batch) | {"targets": targets}
 
 
-def _if_any(**terms: int) -> Terms:
-    """Drops the terms of settings that are off."""
-    return {name: value for name, value in terms.items() if value}
+def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
+    """Builds the stage of a cut. All of the old state is still there.
+
+    Of a layer's shards one leaves, one arrives, one is new. A refit has the whole linear with its LoRA, the system and
+    its factor in float64, its solution, the old and the new weight. It has m outputs. Of its n inputs k stay.
+    """
+    state, host = split_state(request, before, measures=True)
+    refit, e, r = 0, request.element_size, request.config.lora.r
+    for i, linear in measured_linears(before, request.measured_layers):
+        (m, n), k = before.linear_shape(i, linear), after.linear_shape(i, linear)[1]
+        system = 8 * k * k + 12 * k * n + max(12 * k * k, 24 * k * m)
+        refit = max(refit, 2 * e * m * (n + k) + 4 * r * (n + m) + system)
+    shards = max(request.held_shards(request.held(before, i)) for i in range(len(before.layers)))
+    return Stage("the first cut", state, {"refit": {"refit": refit}, "moving": {"repartition": 3 * shards}}, host)
 
 
-def _training(request: Request, shape: ModelShape, traffic: PassTraffic) -> Terms:
-    train, lora = request.config.train, request.config.lora
+def _training(request: Request, shape: ModelShape) -> Terms:
+    """Returns the terms of a micro-batch. `distill_weight` has a chunk's logits of both models and the target in fp32,
+    one more with a temperature, and the dense model's outputs for all tokens.
+    """
+    train, e = request.config.train, request.element_size
     batch = request.batch(train.micro_batch_size, request.config.data.window)
-    held = activations(
-        request.source,
-        shape,
-        batch,
-        lora_rank=lora.r,
-        dropout=lora.lora_dropout > 0,
-        checkpointing=train.gradient_checkpointing,
-    )
     head = logits(shape, batch, train.loss_chunk_tokens)
     if train.distill_weight:
-        head = quality.distilled_logits(request, shape, batch)
-    gathered = {"gathered_weights": traffic.peak_live}
-    return gathered | {"activations": held, "logits": head} | _dequantised(request, shape)
+        chunk, k = min(batch.tokens, chunk_size(shape.vocab_size, train.loss_chunk_tokens)), train.distill_top_k
+        per_logit = (12 if k is None or e == 4 else 8) + (4 if train.distill_temperature != 1 else 0)
+        teacher = shape.hidden_size * e if k is None else 12 * k + 4  # its ids are int64 by now
+        head = chunk * shape.vocab_size * per_logit + batch.tokens * (2 * shape.hidden_size * e + teacher)
+    return {
+        "gathered_weights": gathered_weights(request, shape),
+        "activations": activations(request, shape, batch),
+        "logits": head,
+    }
 
 
-def _evaluation(request: Request, shape: ModelShape, traffic: PassTraffic) -> Terms:
+def _observing(request: Request, shape: ModelShape) -> Terms:
+    """Returns what the passes of a step that scores and measures add.
+
+    `gradient` has one linear's whole gradient, as formed, padded and sent, and its shard. `fisher` has three fp32
+    blocks of a linear's inputs, and where dropout replaces them the inputs of stacks of experts. A measured linear has
+    its inputs in fp32 and the half of a moment that is sent.
+    """
+    config, terms, e = request.config, Terms(), request.gradient_size
+    tokens = config.train.micro_batch_size * config.data.window
+    if config.prune.criterion == "gradient":
+        widest = max(math.prod(shape.linear_shape(i, x)) for i, x in shape.linear_ids())
+        terms["whole_gradient"] = 2 * e * widest + (e + 4) * request.shards([widest])
+    if config.prune.criterion == "fisher":
+        widths = [(x.is_stack, shape.inputs_per_token(i, x)) for i, x in shape.input_linear_ids()]
+        kept = sum(n for is_stack, n in widths if is_stack) if config.lora.lora_dropout else 0
+        blocks = 12 * min(tokens * max(n for _, n in widths), DEVICE_BLOCK_NUMEL)
+        terms["squared_gradients"] = blocks + request.element_size * tokens * kept
+    if request.measured_layers:
+        widest = max(shape.linear_shape(i, x)[1] for i, x in measured_linears(shape))
+        terms["measured_inputs"] = 4 * (tokens * widest + numel_sent(widest))
+    return terms
+
+
+def _forward_pass(request: Request, shape: ModelShape, batch: PlannedBatch) -> Terms:
+    """Returns the terms of a pass without backward and without the head."""
+    hidden_states = batch.tokens * (3 * batch.element_size + 4) * shape.hidden_size
+    gathered = gathered_weights(request, shape, trains=False)
+    return {"gathered_weights": gathered, "activations": hidden_states + forward_temporaries(shape, batch)}
+
+
+def _evaluation(request: Request, shape: ModelShape) -> Terms:
     batch = request.batch(request.config.evaluate.batch_size, request.config.evaluate.window)
-    held = logits(shape, batch, request.config.train.loss_chunk_tokens)
-    return forward_pass(request, shape, traffic, batch) | {"logits": held}
+    head = {"logits": logits(shape, batch, request.config.train.loss_chunk_tokens)}
+    return _forward_pass(request, shape, batch) | head
 
 
 def _scoring(request: Request, shape: ModelShape) -> Terms:
-    """Returns the terms of scoring. LoRA masters and gradients are there as own shards, all shards, whole factors."""
-    layers = [shape.layer_lora_sizes(i, request.config.lora.r) for i in range(len(shape.layers))]
-    rounds = gather_rounds([2 * sum(sizes) for sizes in layers], GATHERED_NUMEL)
-    shards, whole = (max(sum(map(count, layers[r.start : r.stop])) for r in rounds) for count in (request.shards, sum))
-    block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in quality.linear_sizes(shape))
-    groups = sum(len(linear.parts) * max(shape.layers[i].values()) for i, linear in shape.linear_ids())
-    if request.config.prune.criterion == "fisher":  # the vectors alone
-        return {"score_sums": 8 * groups}
-    return {
-        "lora_factors": 2 * 4 * (shards + shards * request.world_size + whole),
-        "score_blocks": 3 * 4 * min(block, DEVICE_BLOCK_NUMEL),  # of whole rows
-        "score_sums": 8 * groups,
-    }
-
-
-def _reshard(request: Request, shape: ModelShape) -> int:
-    """Returns three shards of the widest layer: one leaves, one arrives, one is new."""
-    layers = range(len(shape.layers))
-    return 3 * max(request.held_shards(shape.held(i, request.element_size).values()) for i in layers)
-
-
-def _dequantised(request: Request, shape: ModelShape) -> Terms:
-    """Returns the one linear, or one expert's, that a pass holds in the model's dtype, if its weights are int8."""
-    largest = max(rows * columns for rows, columns in quality.matrix_sizes(shape))
-    return _if_any(dequantised_linear=shape.int8 * largest * request.element_size)
-
-
-def _whole_layer(shape: ModelShape) -> int:
-    """Counts the elements that are written at once: the widest layer, or embedding and head."""
-    ends = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    return max(ends, *(shape.layer_numel(i) for i in range(len(shape.layers))))
+    """Returns the terms of scoring. LoRA masters and gradients of some layers are there as shards and as factors."""
+    if request.config.prune.criterion in ("fisher", "reap"):
+        return {}
+    layers = [sum(shape.layer_lora_sizes(i, request.config.lora.r)) for i in range(len(shape.layers))]
+    at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
+    sizes = {shape.linear_shape(i, x) for i, x in shape.linear_ids()}
+    block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in sizes)  # whole rows
+    return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}

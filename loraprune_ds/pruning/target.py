@@ -3,6 +3,7 @@
 A server holds the weights and the KV cache of all its sequences. Sliding windows count as full attention.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,13 @@ def server_memory(config: PruneConfig, shape: ModelShape) -> ServerMemory:
     weights = linear * config.target_weight_bits + (shape.total_numel() - linear) * config.target_embedding_bits
     per_token = cached_numel(shape) * config.target_kv_bits / 8
     return ServerMemory(weights / 8, per_token, config.target_context * config.target_batch)
+
+
+def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:
+    """Returns the bytes of weights, and the tokens of KV cache for which `memory` has room beside them."""
+    needed = server_memory(config, shape)
+    tokens = max(0, math.floor((memory - needed.weights) / needed.per_token))
+    return {"parameters": shape.total_numel(), "weights": needed.weights, "tokens": tokens}
 
 
 def measure(config: PruneConfig, shape: ModelShape) -> float:

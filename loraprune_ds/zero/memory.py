@@ -1,12 +1,15 @@
-"""Counts the bytes that a rank holds. plan/held.py has the formula for training state."""
+"""Counts the bytes that a rank holds, and has the formula for training state."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.device import accelerator, is_cpu
+from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.sharded import ShardedModel
 
 
@@ -41,6 +44,26 @@ def state_tensors(model: ShardedModel) -> Iterator[Tensor]:
         yield from (v for v in zero.optimizer.state.get(master, {}).values() if v.dim())  # not Adam's step count
     yield zero.grad_partitions_flat_buffer
     yield from (bucket.buffer for bucket in zero.ipg_buckets.values())
+
+
+def state_terms(
+    shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
+) -> dict[str, int]:
+    """Returns the bytes of what `state_tensors` yields, by part.
+
+    A shard of n elements has ceil(n / world_size) of them. A LoRA factor also has an fp32 master (in an fp32 run too)
+    and an fp32 gradient. Once the optimizer has stepped there are two fp32 moments. The reduce bucket is fp32.
+    """
+    held = shape.held(None, element_size).values()
+    lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
+    return {
+        "weights": sum(x.element_size * partition_numel(math.prod(x.shape), world_size) for x in held),
+        "lora": lora * element_size,
+        "lora_masters": lora * 4,
+        "lora_moments": lora * 8 if stepped else 0,
+        "lora_gradients": lora * 4,
+        "reduce_bucket": bucket_numel * 4,
+    }
 
 
 def resident_bytes() -> int:

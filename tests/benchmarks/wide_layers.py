@@ -37,11 +37,15 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import write_index, write_weight_file
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.held import split_state
+from loraprune_ds.plan.request import build_request
 from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
 from tests.benchmarks.watchdog import Watched, tell, told, watch
-from tests.benchmarks.wide_layers_rank import STEPS, WINDOW
+from tests.benchmarks.wide_layers_rank import CUTS, STEPS, WINDOW, make_config
 from tests.integration.launching import free_port
+from tests.plan_cases import planned_peak
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "wide_layers.json"
@@ -150,6 +154,27 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     }
     check(result, shape)
     return result
+
+
+def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Returns (planned, measured) bytes of the largest peak before and after the first cut, as in `plan_measured`."""
+    source = config_json(name)
+    shape = shape_from_config(source, name)
+    write_ds_config(folder / "ds.json", max(torch.Size(s).numel() for s in shape.parameters().values()))
+    config = make_config(folder, RANKS, int8=name.endswith(INT8))
+    request = build_request(name, source, shape, config, Cluster(nodes=1, gpus_per_node=RANKS))
+    gone, found = [0.0, *CUTS.values()], dict[str, tuple[int, int]]()
+    for when, steps in {"before": [1], "after": range(2, STEPS + 1)}.items():
+        both = list[tuple[int, int]]()
+        for step in steps:
+            at = request.shape_at(gone[step - 1]) if step > 1 else request.shape
+            planned = planned_peak(request, at, scores=step <= len(CUTS))
+            state = sum(split_state(request, at, stepped=step > 1)[0].values())
+            for row in (rank["phases"] for rank in ranks):
+                imports, measured = int(row["load"]["before"]), row[f"step {step}"]
+                both.append((planned + int(measured["before"]) - imports - state, int(measured["peak"]) - imports))
+        found[when] = max(p for p, _ in both), max(m for _, m in both)
+    return found
 
 
 def measure_control(folder: Path, limit: int) -> dict[str, Any]:

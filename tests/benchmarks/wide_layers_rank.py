@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.save import save_shape
-from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
@@ -83,6 +83,7 @@ def make_config(folder: Path, ranks: int, *, int8: bool) -> RunConfig:
         output_dir="unused",
         deepspeed=str(folder / "ds.json"),
         model=ModelConfig(path=str(folder / "model"), frozen="int8" if int8 else None),
+        data=DataConfig(window=WINDOW),
         prune=PruneConfig(ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
         train=TrainConfig(
             steps=STEPS, global_batch_size=ranks, micro_batch_size=1, learning_rate=1e-4, gradient_checkpointing=True

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.pretrained import open_for_pruning
-from loraprune_ds.plan.held import state_terms
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
@@ -22,7 +21,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.memory import state_tensors, storage_bytes
+from loraprune_ds.zero.memory import state_tensors, state_terms, storage_bytes
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
 

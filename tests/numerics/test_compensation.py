@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.plan.quality import moment_bytes
+from loraprune_ds.plan.held import moment_bytes
 from tests.families import tiny_model
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, train, write_adapter

@@ -4,6 +4,7 @@ That of a mixture of experts is transformers' own, into which stock PEFT has mer
 """
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from torch.nn.functional import cross_entropy
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.export.lora import _adapter_config
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.plan.quality import linear_sizes
 from tests.families import MIXTURES, families, tiny_model
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, write_adapter
@@ -139,7 +139,8 @@ def test_experts_have_the_scores_of_autograd(ranks: RankPool, tmp_path: Path, fa
     error = FACTOR * (rounded - exact).abs().max() + FLOOR * exact.max()
     assert error < 1e-4 * exact.max()  # another gradient shows by more than that
     assert (found - exact).abs().max() < error
-    sizes = [rows * columns for rows, columns in linear_sizes(open_pretrained(folder).shape)]
+    shape = open_pretrained(folder).shape
+    sizes = [math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids()]
     assert sorted(results[0]["whole"]) == sorted(sizes * (len(results[0]["whole"]) // len(sizes)))
 
 

@@ -9,7 +9,7 @@ import pytest
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.plan.request import read_shape
+from loraprune_ds.model.config_json import read_shape
 from loraprune_ds.pruning import schedule as schedules
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
