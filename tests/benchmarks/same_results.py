@@ -3,7 +3,7 @@
     python -m tests.benchmarks.same_results --reference CHECKOUT [--ranks 1 2 3] [--quickstart] [--work FOLDER]
 
 Two checkouts prune the same tiny random models with launch/run.py, at 1, 2 and 3 ranks on the CPU. Every criterion runs
-with every ranking. Then the quality settings run. All results must have the same bits: kept groups, losses,
+with every ranking. Then the quality settings run, a mixture of experts, int8 weights and a mixture of data. All results must have the same bits: kept groups, losses,
 perplexities, every tensor of every checkpoint, and the exported model. One line per case says `equal` or the first
 difference. The exit code is 1 if anything differs. `--quickstart` adds the shipped quickstart. It takes about five
 minutes per checkout.
@@ -30,6 +30,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.families import tiny_model
 from tests.integration.launching import free_port, run_to_end, write_text
 from tests.oracle.models import make_tiny_llama
 
@@ -45,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "biased": {"seed": 2, "biases": True, "tie": True, "hidden": 60},
     "mistral": {"seed": 3, "model_type": "mistral"},
 }
+EXPERTS = "mixtral"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Settings = dict[str, dict[str, Any]]
 
@@ -67,6 +69,8 @@ class Case:
         return f"{self.name.replace(', ', '-').replace(' ', '_')}-{self.ranks}"
 
 
+HERE = "WORK"  # stands for the work folder in settings
+MIXTURE = [{"path": f"{HERE}/text.txt", "weight": 0.7}, {"path": f"{HERE}/held_out.txt", "weight": 0.3}]
 CRITERIA = ("lora", "lora_squared", "gradient", "magnitude", "random")
 GLOBAL = {"ranking": "global", "ratio": 0.35}
 ALL_LEVERS: Settings = {
@@ -79,7 +83,16 @@ CHECKPOINTING: Settings = {
     "prune": {"ratio": 0.25, "protected_first": 1, "protected_last": 1},
     "train": {"gradient_checkpointing": True, "global_batch_size": 12, "micro_batch_size": 2},
 }
+FISHER: Settings = {"prune": {"criterion": "fisher", "compensate": "least_squares"}}
 LEVERS: dict[str, tuple[str, Settings]] = {
+    "fisher, least squares": ("plain", FISHER),
+    "fisher, least squares, mistral": ("mistral", FISHER),
+    "lora, mistral": ("mistral", {}),
+    "experts": (EXPERTS, {"prune": {"ratio": 0.25}}),
+    "experts, fisher": (EXPERTS, {"prune": {"ratio": 0.25, "criterion": "fisher"}}),
+    "int8": ("plain", {"model": {"frozen": "int8"}}),
+    "int8, fisher, least squares": ("plain", {"model": {"frozen": "int8"}, **FISHER}),
+    "mixture of data": ("plain", {"data": {"path": MIXTURE, "window": WINDOW}}),
     "least squares": ("biased", {"prune": {**GLOBAL, "compensate": "least_squares"}}),
     "distillation": ("plain", {"train": {"distill_weight": 0.5}}),
     "head ratio": ("mistral", {"prune": {"head_ratio": 0.3, "channel_multiple": 2}}),
@@ -122,6 +135,10 @@ def make_inputs(work: Path, reference: Path) -> None:
         return
     for name, options in MODELS.items():
         make_tiny_llama(work / "models" / name, **{**SIZES, **options})
+    shutil.copytree(
+        work / "models" / "plain", work / "models" / EXPERTS, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    tiny_model(EXPERTS, seed=1, vocab_size=SIZES["vocab"]).save_pretrained(work / "models" / EXPERTS)
     write_text(work / "text.txt", 12_000)
     write_text(work / "held_out.txt", 2_000, start=50_000)
     config = json.loads((reference / "ds_configs" / "zero3.json").read_text())
@@ -136,7 +153,8 @@ def config_text(case: Case, work: Path, checkout: Path) -> str:
     config = base_config(work, case.model)
     for section, values in case.settings.items():
         config[section] |= values
-    return yaml.safe_dump({"deepspeed": str(work / "zero3.json"), "output_dir": "given", **config})
+    text = yaml.safe_dump({"deepspeed": str(work / "zero3.json"), "output_dir": "given", **config})
+    return text.replace(f"path: {HERE}", f"path: {work}")
 
 
 def run_case(case: Case, checkout: Path, work: Path, root: Path) -> str | None:
