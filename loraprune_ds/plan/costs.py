@@ -35,7 +35,7 @@ class Total(NamedTuple):
 
     at_least: float
     at_most: float
-    sent: float
+    bytes_sent: float
 
 
 def step_cost(request: Request, shape: ModelShape, kind: StepKind) -> Cost:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from loraprune_ds.errors import UserError
@@ -10,7 +11,7 @@ from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost, teacher_cost
 from loraprune_ds.plan.held import held_bytes, moment_bytes
 from loraprune_ds.plan.request import Request, changed
-from loraprune_ds.plan.stages import Stage, plan_stages, teacher_pass
+from loraprune_ds.plan.stages import Stage, plan_stages
 
 MOST_NODES = 512  # that --smallest tries without --nodes
 ONE, AGAIN = {"micro_batch_size": 1}, {"gradient_checkpointing": True}
@@ -19,18 +20,45 @@ PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds the needs of a run, whether it fits or not. The last two are bytes on the shared disk, at most."""
+    """Holds the memory of a run, whether it fits or not. Bytes sent and seconds are computed when asked for."""
 
     request: Request
+    after: ModelShape  # the first cut
     final: ModelShape
     stages: list[Stage]
-    step: Cost  # before the first cut, scoring and measuring all it can
-    last_step: Cost
-    first_cut: Cost
-    teacher: Cost  # the dense model's pass for a distillation
-    in_all: Total
-    teacher_bytes: int
-    checkpoint_bytes: int
+
+    @cached_property
+    def step(self) -> Cost:
+        """Returns the cost of a step before the first cut that scores and measures."""
+        return step_cost(self.request, self.request.shape, (True, True))
+
+    @cached_property
+    def last_step(self) -> Cost:
+        return step_cost(self.request, self.final, (False, False))
+
+    @cached_property
+    def first_cut(self) -> Cost:
+        return cut_cost(self.request, self.request.shape, self.after)
+
+    @cached_property
+    def teacher(self) -> Cost:
+        """Returns the cost of the dense model's pass for a distillation."""
+        return teacher_cost(self.request)
+
+    @cached_property
+    def in_all(self) -> Total:
+        """Returns the total of the run. Every cut counts as the first, which is the dearest."""
+        cuts, steps = len(self.request.schedule.cut_steps()), all_steps(self.request, self.final)
+        parts = zip(steps, self.first_cut.total, self.teacher.total, strict=True)
+        return Total(*(step + cuts * cut + recorded for step, cut, recorded in parts))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Returns the most bytes of a checkpoint: LoRA with its state, weights that are not the source's, moments."""
+        request, dense, measured = self.request, self.request.shape, self.request.measured_layers
+        weights = held_bytes(request.held(dense)) if request.config.checkpoint.copy_source or measured else 0
+        moments = sum(moment_bytes(dense, request.world_size, measured))
+        return 12 * sum(dense.lora_sizes(request.config.lora.r)) + weights + moments
 
     @property
     def peak_stage(self) -> Stage:
@@ -47,35 +75,16 @@ class Plan:
         return cluster.gpus_per_node * (int(cluster.host_reserve * GIB) + held)
 
     @property
-    def fits_device(self) -> bool:
-        return self.device_bytes <= self.request.cluster.gpu_bytes
-
-    @property
     def fits(self) -> bool:
-        return self.fits_device and self.host_bytes <= self.request.cluster.host_bytes
+        cluster = self.request.cluster
+        return self.device_bytes <= cluster.gpu_bytes and self.host_bytes <= cluster.host_bytes
 
 
 def make_plan(request: Request) -> Plan:
-    """Plans the whole run. Every cut counts as the first, which is the dearest."""
-    cuts, dense = request.schedule.cut_steps(), request.shape
+    """Plans the whole run."""
+    cuts = request.schedule.cut_steps()
     after, final = (request.shape_at(request.schedule.target(step)) for step in (cuts[0], cuts[-1]))
-    cut, teacher = cut_cost(request, dense, after), teacher_cost(request)
-    saved = 12 * sum(dense.lora_sizes(request.config.lora.r))  # LoRA with its state. Weights are slices of the source
-    if request.config.checkpoint.copy_source or request.measured_layers:  # or not: a refit has others
-        saved += held_bytes(request.held(dense)) + sum(moment_bytes(dense, request.world_size, request.measured_layers))
-    parts = zip(all_steps(request, final), cut.total, teacher.total, strict=True)
-    return Plan(
-        request=request,
-        final=final,
-        stages=plan_stages(request, after, final),
-        step=step_cost(request, dense, (True, True)),
-        last_step=step_cost(request, final, (False, False)),
-        first_cut=cut,
-        teacher=teacher,
-        in_all=Total(*(steps + len(cuts) * one + recorded for steps, one, recorded in parts)),
-        teacher_bytes=teacher_pass(request)[-1],
-        checkpoint_bytes=saved,
-    )
+    return Plan(request, after, final, plan_stages(request, after, final))
 
 
 def suggestions(plan: Plan) -> list[dict[str, Any]]:

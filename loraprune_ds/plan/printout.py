@@ -7,6 +7,7 @@ from typing import Any
 from loraprune_ds.model.dtypes import held_as
 from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.plan import Plan
+from loraprune_ds.plan.stages import teacher_pass
 from loraprune_ds.pruning.target import describe_target, on_a_server
 
 COSTS = ("step", "last_step", "first_cut", "teacher")
@@ -28,9 +29,8 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "stages": [asdict(stage) | {"peak": stage.peak, "peak_phase": stage.peak_phase} for stage in plan.stages],
         "costs": {name: asdict(getattr(plan, name)) | getattr(plan, name).total._asdict() for name in COSTS},
         "in_all": plan.in_all._asdict(),
-        "disk_bytes": {"teacher": plan.teacher_bytes, "checkpoint": plan.checkpoint_bytes},
+        "disk_bytes": {"teacher": teacher_pass(request)[-1], "checkpoint": plan.checkpoint_bytes},
         "steps": request.steps,
-        "steps_known": request.steps_known,
         "cuts": len(request.schedule.cut_steps()),
         "ratio": request.schedule.ratio,
         "target": describe_target(request.config.prune, request.shape, plan.final),
@@ -43,15 +43,11 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
 
 
 def verdict(plan: Plan) -> str:
-    """Says in one line whether the run fits, or what does not."""
-    cluster = plan.request.cluster
-    where = f"{cluster.world_size} GPUs of {cluster.gpu_memory:g} GiB"
-    device = f"{_gib(plan.device_bytes)} of {_gib(cluster.gpu_bytes)} GiB per GPU"
+    """Says in one line whether the run fits."""
+    cluster, fits = plan.request.cluster, "fits" if plan.fits else "does not fit"
+    device = f"{_gib(plan.device_bytes)} of {_gib(cluster.gpu_bytes)} GiB per GPU ({plan.peak_stage.name})"
     host = f"{_gib(plan.host_bytes)} of {_gib(cluster.host_bytes)} GiB of host memory per node"
-    if plan.fits:
-        return f"{plan.request.model} fits on {where}: {device}, {host}"
-    needs = f"its ranks need {host}" if plan.fits_device else f"a rank needs {device} ({plan.peak_stage.name})"
-    return f"{plan.request.model} does not fit on {where}: {needs}"
+    return f"{plan.request.model} {fits} on {cluster.world_size} GPUs of {cluster.gpu_memory:g} GiB: {device}, {host}"
 
 
 def notes(plan: Plan) -> list[str]:
@@ -61,7 +57,7 @@ def notes(plan: Plan) -> list[str]:
         known = "--samples N, or --set train.epochs=null --set train.steps=N"
         lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")
     if request.config.prune.ranking == "global":
-        lines.append("ranking global takes from layers as they score; planned as if it took from all alike")
+        lines.append("prune.ranking global is planned as if it took from all layers alike")
     if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch_limits.copy_ranks == 1:
         setting = "--set deepspeed=ds_configs/zero3_multinode_hpz.json"
         lines.append(f"sending takes longer than the arithmetic; with {setting} every node has a copy of the weights")
@@ -118,8 +114,9 @@ def _memory_rows(plan: Plan) -> list[str]:
 
 def _cost_rows(plan: Plan) -> list[str]:
     """Returns a column per kind of step, the cut and the dense model's pass, and the rows of the whole run."""
-    costs = {name: getattr(plan, name) for name in COSTS if name != "teacher" or plan.teacher_bytes}
-    rows, request = [_row("", costs)], plan.request
+    request, recorded = plan.request, teacher_pass(plan.request)[-1]
+    costs = {name: getattr(plan, name) for name in COSTS if name != "teacher" or recorded}
+    rows = [_row("", costs)]
     for term in dict.fromkeys(term for cost in costs.values() for term in cost.sent if cost.sent[term]):
         rows.append(_row(f"GB sent: {term}", (f"{cost.sent.get(term, 0) / 1e9:.3f}" for cost in costs.values())))
     rows.append(_row("GB of it to other nodes", (f"{cost.between_nodes / 1e9:.3f}" for cost in costs.values())))
@@ -129,13 +126,10 @@ def _cost_rows(plan: Plan) -> list[str]:
         rows.append(_row(f"seconds {name}", (f"{getattr(cost.total, name):.2f}" for cost in costs.values())))
     hours = f"{plan.in_all.at_least / 3600:.1f} to {plan.in_all.at_most / 3600:.1f} hours"
     steps = f"{request.steps:,} {'' if request.steps_known else 'ASSUMED '}steps"
-    return [
-        *rows,
-        f"in all: {hours}, {plan.in_all.sent / 1e9:,.0f} GB sent per rank, for {steps}, "
-        f"{len(request.schedule.cut_steps())} cuts",
-        f"on the shared disk: a checkpoint {plan.checkpoint_bytes / 1e9:.1f} GB, the dense model's outputs "
-        f"{plan.teacher_bytes / 1e9:.1f} GB",
-    ]
+    steps += f", {len(request.schedule.cut_steps())} cuts"
+    rows.append(f"in all: {hours}, {plan.in_all.bytes_sent / 1e9:,.0f} GB sent per rank, for {steps}")
+    disk = f"a checkpoint {plan.checkpoint_bytes / 1e9:.1f} GB, the dense model's outputs {recorded / 1e9:.1f} GB"
+    return [*rows, f"on the shared disk: {disk}"]
 
 
 def _row(name: str, cells: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ def test_what_does_not_fit_exits_with_3_and_says_what_to_change(
     assert found["fits"] is False
     assert any(suggestion["fits"] for suggestion in found["suggestions"])
     assert error.count("\n") == 1
-    assert error.startswith("error: llama-7b does not fit on 2 GPUs of 14 GiB: a rank needs ")
+    assert error.startswith("error: llama-7b does not fit on 2 GPUs of 14 GiB: ")
 
 
 def test_the_smallest_cluster_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
