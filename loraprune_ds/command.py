@@ -107,17 +107,20 @@ def leave_on_error() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # torch calls this hook with sys.stderr pointing at a buffer, which would be lost here.
-        os.write(2, _marked("".join(traceback.format_exception(kind, error, trace))).encode())
-        leave(1)
+        text = _marked("".join(traceback.format_exception(kind, error, trace)))
+        try:
+            os.write(2, text.encode(errors="backslashreplace"))
+        finally:  # also if the reader of stderr is gone
+            os._exit(1)
 
     sys.excepthook = hook
 
 
 def _marked(text: str) -> str:
     """Marks each line with the rank, if there are several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return text
-    return textwrap.indent(text, f"[rank {os.environ['RANK']}] ")
+    return textwrap.indent(text, f"[rank {os.environ.get('RANK', '0')}] ")
 
 
 def _say(line: str) -> None:

@@ -12,7 +12,6 @@ from uuid import uuid4
 
 from loraprune_ds.faults import fail_point
 
-THIS_PROCESS = uuid4().hex[:8]  # two processes that take each other's place must not share a temporary name
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without locks, as Lustre can be
 
 
@@ -32,7 +31,7 @@ def whole_file(path: Path, *, lasting: bool) -> Iterator[Path]:
     Args:
         lasting: forces it to the disk. Without it a machine that dies may leave an old or an empty file.
     """
-    temporary = path.with_name(f".{path.name}.{THIS_PROCESS}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # another process may write the same file
     yield temporary
     if lasting:
         flush(temporary)

@@ -77,7 +77,7 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
     start from an older one has left them. What a killed save or removal has left goes, too.
     """
     remove_leftovers(root)
-    steps = layout.numbered(root, "step")
+    steps, shapes = layout.numbered(root, "step"), layout.numbered(root, "shape")
     keep = [number for number in steps if number <= step][-keep_last:]
     for number in steps:
         if number not in keep:
@@ -87,6 +87,6 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
         named = {read_state(layout.step_folder(root, number)).shape.folder for number in keep}
     except UserError:
         return  # a damaged step may name any shape
-    for number in layout.numbered(root, "shape"):
+    for number in shapes:
         if f"shape-{number}" not in named:
             remove(root / f"shape-{number}")

@@ -40,17 +40,20 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing else, in transformers 4 and 5
 
 
-def begin(out: Path) -> Path:
+def begin(out: Path, mark: str = "") -> Path:
     """Makes the empty folder that the export is built in, a dot-named sibling of `out`.
 
     It replaces the one of an attempt that crashed.
+
+    Args:
+        mark: tells it from the one of another process.
 
     Raises:
         UserError: `out` is there already and not an empty folder.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
-    return whole.begin(out)
+    return whole.begin(out, mark)
 
 
 def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: ModelCard) -> None:
@@ -98,11 +101,11 @@ def _write_modelling_file(folder: Path, model_type: str) -> None:
     (folder / MODELLING_FILE).write_text(code, encoding="utf-8")
 
 
-def publish(out: Path) -> None:
+def publish(out: Path, mark: str = "") -> None:
     """Gives the finished export its name, in one step, once it is on the disk."""
-    for path in whole.staging_of(out).rglob("*"):
+    for path in whole.staging_of(out, mark).rglob("*"):
         whole.flush(path)
-    whole.publish(out)
+    whole.publish(out, mark)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

@@ -26,6 +26,7 @@ from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.foreign import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
+LIMIT = "_save_total_limit"  # where the Trainer's arguments keep the user's value while a training lasts
 RESUME = "call trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))"
 
 
@@ -146,7 +147,8 @@ class LoraPruneCallback(TrainerCallback):
             sinks=_sinks(args, state, checkpoint),
         )
         # The Trainer would remove old checkpoints before `on_save`, while the new one is not whole yet.
-        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
+        self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # kept there by a training that failed
+        args.__dict__[LIMIT], args.save_total_limit = self._save_total_limit, None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -157,9 +159,13 @@ class LoraPruneCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Cuts, if it is due. The Trainer logs, evaluates and saves after this."""
         self.pruning.end_step()
-        stale = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
-        if args.should_save and stale.exists():
-            remove(stale)  # a training that began again before this step may write over the checkpoint now
+        _forget_overwritten(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prepares for a checkpoint of the Trainer."""
+        _forget_overwritten(args, state, control)
 
     def on_log(
         self,
@@ -187,7 +193,7 @@ class LoraPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Writes the results, and lets go of the engine. The model can still be saved."""
-        args.save_total_limit = self._save_total_limit
+        args.save_total_limit = args.__dict__.pop(LIMIT)
         train = {name: getattr(args, name) for name in REPORTED}
         self.pruning.write_results(str(args.output_dir), {"trainer": type(args).__name__, "train": train})
         self.pruning.close()
@@ -196,6 +202,13 @@ class LoraPruneCallback(TrainerCallback):
         in_engine = all(hasattr(parameter, "ds_id") for parameter in module.parameters())
         if in_engine and self._checkpoint is None:
             raise UserError(f"a checkpoint is loaded, but pruning does not go on from it: {RESUME}")
+
+
+def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+    """Makes a checkpoint incomplete that the Trainer is about to write over: it is one of an earlier training."""
+    old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
+    if control.should_save and args.should_save and old.exists():
+        remove(old)
 
 
 def _sinks(args: TrainingArguments, state: TrainerState, checkpoint: PruningCheckpoint | None) -> list[Any]:

@@ -40,7 +40,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import PrunerState
 from loraprune_ds.report.metrics import read_metrics, write_history
 from loraprune_ds.report.records import history_from
-from loraprune_ds.whole import staging_of
+from loraprune_ds.whole import remove_leftovers
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_without_engine, overwrite_linears
 
@@ -121,6 +121,8 @@ def save_pruning(training: PrunedTraining, folder: Path) -> None:
         RunError: a rank cannot write.
     """
     model, pruner = training.model, training.pruner
+    if model.rank == 0:
+        remove_leftovers(folder)
     shape, cuts = None, len(training.history.cuts)
     if cuts and training.pruner.config.compensate != "none":
         described = export_config(base_config(training.peft_model), model.shape, training.dtype).config
@@ -204,7 +206,7 @@ def _find(folder: Path) -> Path | None:
 
 def _lack(folder: Path) -> str:
     """Says why a checkpoint has no `pruning/`."""
-    cut_short = staging_of(folder / FOLDER).exists() or not (folder / TRAINER_STATE).is_file()
+    cut_short = any(folder.glob(f".{FOLDER}.*partial")) or not (folder / TRAINER_STATE).is_file()
     or_without = "" if cut_short else ", or it was saved without LoraPruneCallback"
     return f"{folder} has no {FOLDER}/: its save was cut short{or_without}"
 

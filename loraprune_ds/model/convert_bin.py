@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import file_identity
-from loraprune_ds.model.folder_files import PROCESSOR_FILES, TOKENIZER_FILES, named_files
+from loraprune_ds.model.folder_files import DOCUMENTS, PROCESSOR_FILES, TOKENIZER_FILES, named_files
 from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.model.weight_headers import check_no_surplus, indexed_names
 from loraprune_ds.whole import make_once, user_cache
@@ -27,7 +27,7 @@ INDEX = "pytorch_model.bin.index.json"
 BIN_FILES = "pytorch_model-*-of-*.bin"
 FOLDER = "loraprune_ds/converted"
 SINGLE = "pytorch_model.bin"
-KEPT = ("config.json", *TOKENIZER_FILES, *PROCESSOR_FILES)
+KEPT = ("config.json", *TOKENIZER_FILES, *PROCESSOR_FILES, *DOCUMENTS)
 
 log = logging.getLogger(__name__)
 

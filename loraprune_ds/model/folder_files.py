@@ -22,8 +22,9 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-DOCUMENTS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+DOCUMENTS = ("README.md", *(f"{name}{end}" for name in LEGAL for end in ("", ".md", ".txt")))
 AUTO_MAP = "auto_map"  # the key by which a JSON file names classes in the folder's code
 
 

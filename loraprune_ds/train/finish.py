@@ -33,10 +33,14 @@ from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import write_model
 
 
-def write_weights(model: ShardedModel, folder: Path, dtype: Dtype) -> None:
-    """Writes the weights, with LoRA merged in, into the staging folder of `model/`. Collective."""
-    model.comm.on_rank_0(lambda: _begin_model(folder))
-    write_model(model, staging_of(folder / MODEL_FOLDER), dtype, lambda linear: merged_tensors(linear, dtype))
+def write_weights(model: ShardedModel, folder: Path, dtype: Dtype, mark: str) -> None:
+    """Writes the weights, with LoRA merged in, into the staging folder of `model/`. Collective.
+
+    Args:
+        mark: of this start, so that no other process writes into the same folder.
+    """
+    model.comm.on_rank_0(lambda: _begin_model(folder, mark))
+    write_model(model, staging_of(folder / MODEL_FOLDER, mark), dtype, lambda linear: merged_tensors(linear, dtype))
 
 
 def finish(config: RunConfig, prepared: Prepared, outcome: Outcome, context: RunContext) -> bool:
@@ -45,43 +49,40 @@ def finish(config: RunConfig, prepared: Prepared, outcome: Outcome, context: Run
     Returns:
         False if it was asked to stop before anything was published.
     """
-    comm, recorder = context.comm, context.recorder
-    comm.on_rank_0(lambda: _describe_model(config, prepared, outcome.pruned, recorder.history))
+    comm, recorder, mark = context.comm, context.recorder, context.status.mark
+    staging = staging_of(Path(config.output_dir) / MODEL_FOLDER, mark)
+    comm.on_rank_0(lambda: _describe_model(staging, config, prepared, outcome.pruned, recorder.history))
     if context.stop_requested():
         return False
-    recorder.write(_evaluate_exported(config, prepared, comm))
+    recorder.write(_evaluate_exported(staging, config, prepared, comm))
     peaks = comm.gather_objects(peak_bytes())
     context.check_owner()
-    comm.on_rank_0(lambda: _publish(config, prepared, outcome, peaks, recorder.history))
+    comm.on_rank_0(lambda: _publish(mark, config, prepared, outcome, peaks, recorder.history))
     recorder.show_pictures([Path(config.output_dir) / name for name in (TRAINING_PICTURE, KEPT_GROUPS_PICTURE)])
     return True
 
 
-def _begin_model(folder: Path) -> None:
+def _begin_model(folder: Path, mark: str) -> None:
     """Makes the staging folder of `model/`.
 
     A model that is there already belongs to a process that was killed before its report.
     """
     if (folder / MODEL_FOLDER).exists():
         shutil.rmtree(folder / MODEL_FOLDER)
-    begin(folder / MODEL_FOLDER)
+    begin(folder / MODEL_FOLDER, mark)
 
 
-def _staging(config: RunConfig) -> Path:
-    return staging_of(Path(config.output_dir) / MODEL_FOLDER)
-
-
-def _describe_model(config: RunConfig, prepared: Prepared, pruned: ModelShape, history: History) -> None:
+def _describe_model(staging: Path, config: RunConfig, prepared: Prepared, pruned: ModelShape, history: History) -> None:
     """Writes everything of the exported model but its weights."""
     card = _model_card(config, prepared, pruned, history)
-    finish_folder(_staging(config), _exported(config, prepared, pruned), prepared.pretrained.folder, card)
+    finish_folder(staging, _exported(config, prepared, pruned), prepared.pretrained.folder, card)
 
 
-def _evaluate_exported(config: RunConfig, prepared: Prepared, comm: Communicator) -> EvaluationRecord:
+def _evaluate_exported(staging: Path, config: RunConfig, prepared: Prepared, comm: Communicator) -> EvaluationRecord:
     """Measures the exported model, read back from disk as anyone would read it, but sharded. Collective."""
     model = config.model
     # Every rank opens it: if one cannot, output_dir is not shared.
-    pretrained = comm.all_or_raise(lambda: open_pretrained(_staging(config)))
+    pretrained = comm.all_or_raise(lambda: open_pretrained(staging))
     chunk = config.train.loss_chunk_tokens
     engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config, chunk)
     return measure_held_out(
@@ -89,13 +90,15 @@ def _evaluate_exported(config: RunConfig, prepared: Prepared, comm: Communicator
     )
 
 
-def _publish(config: RunConfig, prepared: Prepared, outcome: Outcome, peaks: list[int], history: History) -> None:
+def _publish(
+    mark: str, config: RunConfig, prepared: Prepared, outcome: Outcome, peaks: list[int], history: History
+) -> None:
     """Writes the final model card, gives `model/` its name, and writes report, kept groups and pictures."""
     folder, dense = Path(config.output_dir), prepared.pretrained.shape
     card = _model_card(config, prepared, outcome.pruned, history)
-    write_model_card(_staging(config), card, _exported(config, prepared, outcome.pruned))
+    write_model_card(staging_of(folder / MODEL_FOLDER, mark), card, _exported(config, prepared, outcome.pruned))
     fail_point("finish.before_rename")
-    publish(folder / MODEL_FOLDER)
+    publish(folder / MODEL_FOLDER, mark)
     fail_point("finish.after_rename")
     write_kept_groups(folder, outcome.kept_of_dense, dense)
     write_report(folder, make_report(config.to_dict(), history, dense, outcome, peaks, device_name()))

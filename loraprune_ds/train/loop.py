@@ -42,6 +42,7 @@ class RunContext:
         """
         if self.requests.agree(self.comm) != STOP:
             return False
+        self.check_owner()  # the file may ask the other process
         self.requests.clear(STOP)
         self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
         return True
@@ -117,6 +118,7 @@ class TrainingLoop:
         batch_size, request = self.config.recorded_at_once, self._requests.current
         if record_teacher(self.engine, self._teacher, self.prepared.samples, batch_size, current_request=request):
             return True
+        self._context.check_owner()
         self._requests.clear(STOP)
         self.recorder.show("stopped before the first step; go on with --resume auto")
         return False

@@ -201,14 +201,21 @@ def create_output(config: RunConfig, *, is_new: bool = False) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if is_new:
-            (folder / CONFIG_FILE).touch(exist_ok=False)  # of two starts at the same time only one can do this
+            _take(folder)
         remove_leftovers(folder)
+        remove_leftovers(folder / CHECKPOINTS_FOLDER)
         write_text(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    except FileExistsError:
-        raise UserError(f"output_dir {folder}: another start has just taken it; choose another output_dir") from None
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
     return folder
+
+
+def _take(folder: Path) -> None:
+    """Makes the file that only one of two starts at the same time can make."""
+    try:
+        (folder / CONFIG_FILE).touch(exist_ok=False)
+    except FileExistsError:
+        raise UserError(f"output_dir {folder}: another start has just taken it; choose another output_dir") from None
 
 
 def check_shared(folder: Path, comm: "Communicator") -> None:

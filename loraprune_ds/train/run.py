@@ -11,7 +11,7 @@ import torch
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import RunError
+from loraprune_ds.errors import RankError
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
@@ -50,6 +50,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         context.recorder.show(describe_run(config, prepared, comm.world_size))
         outcome = _train(config, prepared, checkpoint, context)
         finished = outcome is not None and finish(config, prepared, outcome, context)
+        context.check_owner()
         context.status.end("finished" if finished else "stopped")
         comm.barrier()  # the first rank that leaves with another code than 0 makes the launcher end the others
     return finished
@@ -83,13 +84,13 @@ def _open_context(
 
 @contextmanager
 def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Makes one line of a full disk instead of a traceback: rank 0's small files may have no room any more."""
+    """Makes one line of a full disk instead of a traceback: a rank's small files may have no room any more."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunError(f"output_dir {folder} cannot be written: {error.strerror}") from None
+        raise RankError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
 
 
 def _train(
@@ -106,7 +107,7 @@ def _train(
         return None
     context.check_owner()
     context.recorder.show("writing the merged model")
-    write_weights(loop.model, Path(config.output_dir), config.model.dtype)
+    write_weights(loop.model, Path(config.output_dir), config.model.dtype, context.status.mark)
     loop.engine.release()  # else it would stand beside the exported model, which is measured next
     target = describe_target(config.prune, prepared.pretrained.shape, loop.model.shape)
     return Outcome(loop.model.shape, loop.pruner.kept_of_dense, loop.resumed_from, target)

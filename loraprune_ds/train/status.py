@@ -25,7 +25,8 @@ class RunStatus:
         self.folder = folder
         self.steps = steps
         self.step = first
-        self._mark, self._rank, self._ranks = mark, rank, ranks
+        self.mark = mark
+        self._rank, self._ranks = rank, ranks
 
     def __enter__(self) -> "RunStatus":
         if self._rank == 0:
@@ -40,8 +41,9 @@ class RunStatus:
         """
         self.step = step
         if self._rank == 0:  # one rank is enough: a thousand would read the file at every step
-            self._check_owner(RankError)
-            self._write("running")
+            found = self._check_owner(RankError)
+            if found is None or found.state != "failed":  # else another rank has told why it ends
+                self._write("running")
 
     def check_owner(self) -> None:
         """Checks that no other process goes on with this run. On rank 0 only.
@@ -65,7 +67,7 @@ class RunStatus:
         if error is None or (self._rank > 0 and _is_agreed(error)):
             return
         found = self._found()
-        if found is None or (found.mark == self._mark and found.state == "running"):  # else another rank told before
+        if found is None or (found.mark == self.mark and found.state == "running"):  # else another rank told before
             with suppress(OSError):  # a full disk must not hide what went wrong
                 self._write("failed", self._line(error))
 
@@ -76,7 +78,7 @@ class RunStatus:
         return f"rank {self._rank}: {last}" if self._ranks > 1 else last
 
     def _write(self, state: State, error: str | None = None) -> None:
-        write_status(self.folder, Status(state, self.step, self.steps, error=error, mark=self._mark))
+        write_status(self.folder, Status(state, self.step, self.steps, error=error, mark=self.mark))
 
     def _found(self) -> Status | None:
         try:
@@ -84,10 +86,11 @@ class RunStatus:
         except UserError:
             return None
 
-    def _check_owner(self, error: type[RunError]) -> None:
+    def _check_owner(self, error: type[RunError]) -> Status | None:
         found = self._found()
-        if found is not None and found.mark != self._mark:
+        if found is not None and found.mark != self.mark:
             raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
+        return found
 
 
 def _is_agreed(error: BaseException) -> bool:

@@ -40,6 +40,13 @@ def test_what_a_rank_met_alone_it_tells_itself(
     assert capfd.readouterr().err == line
 
 
+def test_an_unexpected_error_ends_the_process_even_if_nothing_reads_its_traceback() -> None:
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED], cwd=ROOT, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(timeout=30) == 1
+
+
 def test_an_unexpected_error_ends_the_process_right_after_its_traceback() -> None:
     ended = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert ended.returncode == 1

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from loraprune_ds import whole
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
@@ -87,7 +88,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     ("left", "reason"),
     [
         ([], "its save was cut short"),
-        (["trainer_state.json", ".pruning.partial"], "its save was cut short"),
+        (["trainer_state.json", whole.staging_of(Path("pruning"), "1a2b").name], "its save was cut short"),
         (["trainer_state.json"], "its save was cut short, or it was saved without LoraPruneCallback"),
     ],
 )

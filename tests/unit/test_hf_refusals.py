@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, TrainerState
+from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, TrainerControl, TrainerState
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
@@ -289,16 +289,16 @@ def test_masters_in_bf16_are_refused_before_deepspeed_starts() -> None:
         LoraPruneCallback(PruneConfig()).on_init_end(args, TrainerState(), cast(Any, None))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_checkpoint_that_is_written_over_does_not_count_as_whole(tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(("rank", "saves"), [(0, True), (0, False), (1, True)])
+def test_a_checkpoint_that_is_written_over_does_not_count_as_whole(tmp_path: Path, rank: int, saves: bool) -> None:
     """It has `pruning/` of the training before, until the new one is there."""
     for step in (4, 6):
         (tmp_path / f"checkpoint-{step}" / "pruning").mkdir(parents=True)
     callback = LoraPruneCallback(PruneConfig())
     callback._pruning = cast(Any, SimpleNamespace(end_step=lambda: None))
     args = cast(Any, SimpleNamespace(output_dir=str(tmp_path), should_save=rank == 0))
-    callback.on_step_end(args, TrainerState(global_step=4), cast(Any, None))
-    assert (tmp_path / "checkpoint-4" / "pruning").exists() == (rank == 1)
+    callback.on_step_end(args, TrainerState(global_step=4), TrainerControl(should_save=saves))
+    assert (tmp_path / "checkpoint-4" / "pruning").exists() == (rank == 1 or not saves)
     assert (tmp_path / "checkpoint-6" / "pruning").exists()
 
 

@@ -212,8 +212,9 @@ def test_of_two_fresh_starts_at_the_same_time_one_gets_the_folder(config: RunCon
 def test_a_start_removes_what_a_killed_process_left(config: RunConfig) -> None:
     folder = create_output(config)
     (folder / ".status.json.1234.tmp").write_text("{")
+    (folder / "checkpoints" / ".step-4.1234.partial").mkdir(parents=True)
     create_output(config)
-    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in folder.rglob("*")) == ["checkpoints", "config.yaml"]
 
 
 def run_status(folder: Path, *, first: int = 4, mark: str = "a", rank: int = 0, ranks: int = 1) -> RunStatus:
@@ -291,6 +292,18 @@ def test_what_a_rank_met_alone_is_not_hidden_by_the_broken_connection_of_rank_0(
     other = run_status(tmp_path, rank=1, ranks=2)
     fail_inside(run_status(tmp_path, ranks=2), broken, lambda: fail_inside(other, error))
     assert last_status(tmp_path).error == (line or "rank 0: RuntimeError: Connection closed by peer")
+
+
+def test_rank_0_does_not_write_over_the_error_of_another_rank(tmp_path: Path) -> None:
+    """It may still be at the end of the step before."""
+    first, other = run_status(tmp_path, ranks=2), run_status(tmp_path, rank=1, ranks=2)
+
+    def end_the_step() -> None:
+        fail_inside(other, RankError("targets-00003 cannot be read"))
+        first.update(5)
+
+    fail_inside(first, RuntimeError("Connection closed by peer"), end_the_step)
+    assert last_status(tmp_path).error == "targets-00003 cannot be read"
 
 
 @pytest.mark.parametrize("state", ["running", "finished"])
