@@ -95,7 +95,7 @@ def _fused_attention(
     module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
     """Keeps what sdpa does. Where a sliding window is narrower than the text, that takes a mask in the dtype of the
-    queries, of every layer anew. With a mask, every query head has keys and values of its own.
+    queries, again for every layer. With a mask, every query head has separate keys and values.
     """
     sliding, window = settings.get("sliding_window"), queries.shape[-2]
     bias = None

@@ -90,7 +90,7 @@ class Request:
 
     @property
     def gradient_size(self) -> int:
-        """Returns the bytes of an element of the true gradient as it is formed. fp16 is too narrow for it."""
+        """Returns the bytes of an element of the true gradient when it is formed. fp16 is too narrow for it."""
         return 4 if self.config.model.dtype == "float16" else self.element_size
 
     @cached_property
