@@ -75,11 +75,10 @@ def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True
 
 
 def passes_of_weights(request: Request, shape: ModelShape) -> int:
-    """Returns how often a micro-batch gathers the model. A model that may stay whole is gathered once."""
-    if _whole(request, shape)[0] <= min(request.fetch_limits.max_live, request.fetch_limits.max_reuse_distance):
-        return 1
+    """Returns how often a micro-batch gathers the model at most. One that may stay whole is there for its backward."""
+    stays = _whole(request, shape)[0] <= min(request.fetch_limits.max_live, request.fetch_limits.max_reuse_distance)
     again = request.config.train.gradient_checkpointing and shape.hidden_size > WHOLE_LAYER
-    return 3 if again else 2  # a layer that is gathered whole is there when it is computed again
+    return (1 if stays else 2) + again  # a layer that is gathered whole is there when it is computed again
 
 
 def held_bytes(held: Iterable[Held]) -> int:

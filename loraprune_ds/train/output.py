@@ -55,7 +55,10 @@ def resumed_config(given: dict[str, Any], resume: str | None) -> RunConfig:
         UserError: as `config_from_dict`.
         CheckpointMismatch: the run is of another format.
     """
-    saved = _find_saved(given.get("output_dir"), resume)
+    try:
+        saved = _find_saved(given.get("output_dir"), resume)
+    except OSError as error:  # a name that is too long, a disk that does not answer
+        raise UserError(f"output_dir {given['output_dir']} cannot be read: {error.strerror}") from None
     if saved is not None:
         with suppress(UserError):  # a contradiction between both is another run, which `inspect_output` refuses
             return config_from_dict(merge(saved, given))
@@ -137,14 +140,14 @@ def _inspect_for_resume(folder: Path, config: RunConfig, path: Path | None) -> S
     holds_run = any((folder / name).exists() for name in (CONFIG_FILE, STATUS_FILE, CHECKPOINTS_FOLDER))
     if not holds_run and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
-    newest_state(folder / CHECKPOINTS_FOLDER)  # one of another format is told as such, not as another run
-    if _read_run_config(folder):  # else a crash of the machine has lost it, and every checkpoint holds it too
-        _check_same_run(folder, config, MAY_DIFFER)
     if holds_run and path is not None and not path.is_relative_to(folder.resolve()):
         raise UserError(
             f"output_dir {folder} holds a run already, so it cannot take up --resume {path}; "
             "go on with --resume auto, or choose another output_dir"
         )
+    newest_state(folder / CHECKPOINTS_FOLDER)  # one of another format is told as such, not as another run
+    if _read_run_config(folder):  # else a crash of the machine has lost it, and every checkpoint holds it too
+        _check_same_run(folder, config, MAY_DIFFER)
     return Start("resume", path)
 
 

@@ -270,9 +270,8 @@ def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str,
     with fresh_accelerate():
         args = arguments(job, out, deepspeed=config)
         callback = LoraPruneCallback(PruneConfig(**job.prune))
-        trainer = InOrder(model=load_model(job, setup), args=args, train_dataset=Rows(job), callbacks=[callback])
         try:
-            trainer.train()
+            InOrder(model=load_model(job, setup), args=args, train_dataset=Rows(job), callbacks=[callback]).train()
         except UserError as error:
             return str(error)
         return "no error"

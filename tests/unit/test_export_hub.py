@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from loraprune_ds.checkpoint.run_folder import Status, write_status
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.hub import check_push, write_model_index
 from tests.export_cases import CASES, dense_model, export
@@ -96,8 +97,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     export(dense_model(CASES[0]), CASES[0], tmp_path, folder / "model")
-    status = {"state": "finished", "step": 3, "steps": 3, "updated": "today", "error": None}
-    (folder / "status.json").write_text(json.dumps(status))
+    write_status(folder, Status("finished", 3, 3))
     (folder / "report.json").write_text(json.dumps(REPORT))
     return folder
 
