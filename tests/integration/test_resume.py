@@ -306,7 +306,7 @@ def test_asked_to_stop_between_the_steps(
     config = config_for(again, out)
     assert ranks.run(2, run_here, config, "auto", None, between) == [False, False]
     assert json.loads((out / "status.json").read_text())["state"] == "stopped"
-    assert {path.name for path in out.glob("*model*")} == files
+    assert {re.sub(r"\.\w{8}\.partial", ".partial", path.name) for path in out.glob("*model*")} == files  # without mark
     assert (out / f"checkpoints/step-{STEPS}").exists() == (between > 1)
     if between == 3:
         assert ranks.run(2, run_here, config, "auto") == [True, True]
