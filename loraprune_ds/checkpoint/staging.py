@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from uuid import uuid4
 
 from loraprune_ds import whole
 from loraprune_ds.checkpoint import layout
@@ -25,7 +24,7 @@ class Staging:
     """
 
     def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
-        self._mark = comm.gather_objects(uuid4().hex[:8])[0]
+        self._mark = comm.draw_mark()
         self.target, self.folder = target, whole.staging_of(target, self._mark)
         self._comm, self._kind = comm, kind
         self._writes = LocalWrites()

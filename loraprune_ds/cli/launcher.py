@@ -5,8 +5,9 @@ import sys
 
 from loraprune_ds.cli import run
 from loraprune_ds.command import Parser, tell
-from loraprune_ds.config_file import config_from_dict, read_config
+from loraprune_ds.config_file import read_config
 from loraprune_ds.errors import UserError
+from loraprune_ds.train.output import resumed_config
 from loraprune_ds.zero.launcher import launcher_command
 
 
@@ -18,7 +19,7 @@ def main() -> int:
         chosen, arguments = own.parse_known_args()
         given = run.parse_arguments(own)
         command = launcher_command(run.__name__, chosen.ranks, os.environ)
-        config_from_dict(read_config(given.config, given.set))  # before launchers and ranks speak about a mistake
+        resumed_config(read_config(given.config, given.set), given.resume)  # before launchers and ranks speak
     except UserError as error:
         tell(error)
         return error.exit_code

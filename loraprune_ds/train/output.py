@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from uuid import uuid4
 
 import yaml
 
@@ -55,10 +54,11 @@ def resumed_config(given: dict[str, Any], resume: str | None) -> RunConfig:
         UserError: as `config_from_dict`.
         CheckpointMismatch: the run is of another format.
     """
+    output_dir = given.get("output_dir")
     try:
-        saved = _find_saved(given.get("output_dir"), resume)
+        saved = _find_saved(output_dir, resume)
     except OSError as error:  # a name that is too long, a disk that does not answer
-        raise UserError(f"output_dir {given['output_dir']} cannot be read: {error.strerror}") from None
+        raise UserError(f"output_dir {output_dir} cannot be read: {error.strerror}") from None
     if saved is not None:
         with suppress(UserError):  # a contradiction between both is another run, which `inspect_output` refuses
             return config_from_dict(merge(saved, given))
@@ -229,7 +229,7 @@ def check_shared(folder: Path, comm: "Communicator") -> None:
     Raises:
         UserError: a rank does not see it, as on another machine. The message names the rank.
     """
-    token = comm.gather_objects(f".shared-{uuid4().hex}")[0]
+    token = f".shared-{comm.draw_mark()}"
     comm.on_rank_0(lambda: (folder / token).touch())
     try:
         comm.all_or_raise(lambda: _wait_for(folder, token))

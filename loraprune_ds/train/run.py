@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 
@@ -70,7 +69,7 @@ def _open_context(
 ) -> Iterator[RunContext]:
     """Opens what a run needs while it lasts, and closes it however the run ends."""
     folder, steps, is_rank_0 = Path(config.output_dir), prepared.steps, comm.rank == 0
-    mark = comm.gather_objects(uuid4().hex[:8])[0]
+    mark = comm.draw_mark()
     first = checkpoint.state.step if checkpoint else 0
     with (
         fast_half_products(config.model.dtype),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 import torch
 from deepspeed import comm as dist
@@ -114,6 +115,10 @@ class Communicator:
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
+
+    def draw_mark(self) -> str:
+        """Returns eight random hexadecimal digits, the same on all ranks. Collective."""
+        return self.gather_objects(uuid4().hex[:8])[0]
 
     def ranks_per_node(self) -> int:
         """Counts the ranks on the node that has the most. Collective."""
