@@ -15,25 +15,25 @@ from torch import Tensor
 
 from loraprune_ds.pruning.prunable_model import Decode, LoraFactors, OwnedShard
 
-# Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU a block of any size
-# costs a dozen kernel launches, and its two fp32 copies may take 64 MiB.
+# Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU fewer blocks need
+# fewer kernel launches, and the two fp32 copies of a block take 64 MiB.
 CPU_BLOCK_NUMEL = 1 << 18
 DEVICE_BLOCK_NUMEL = 1 << 23
 
-# (rows of W in fp32, which it may overwrite; the LoRA factors of those rows; for `gradient` also the rows of W's
-# gradient) -> element importance up to its sign, same shape as the rows.
+# (rows of W in fp32, which it may overwrite; their LoRA factors; for `gradient` also the rows of W's gradient) ->
+# element importance up to its sign, in the shape of the rows.
 ElementCriterion = Callable[..., Tensor]
 
 
 def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """Turns W into W + s·B·A, which the network computes with, in place."""
+    """Turns W into W + s·B·A in place."""
     return weight.addmm_(factors.B, factors.A, alpha=factors.scaling)
 
 
 def gradient_estimate(factors: LoraFactors) -> Tensor:
     """Returns G = gB·A + B·gA − gB·gA, (out_features, in_features) (LoRAPrune, arXiv 2305.18403, eq. 8).
 
-    It is the change of B·A by one unit SGD step on both. It is one product of twice the rank: gB·(A − gA) + B·gA.
+    This is the change of B·A by one unit SGD step on both, as one product of twice the rank: gB·(A − gA) + B·gA.
     """
     return torch.cat([factors.grad_B, factors.B], 1) @ torch.cat([factors.A - factors.grad_A, factors.grad_A])
 
@@ -76,13 +76,14 @@ def score_shard(
 ) -> Tensor:
     """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the whole weight.
 
+    Blocks of rows are scored in fp32 and added up in float64. In the first and last row only the owned elements count,
+    so a row that two ranks share is not counted twice.
+
     Args:
         weight_gradient: of the owned elements, (len(shard.flat),) fp32, padding allowed. For the criterion `gradient`.
 
     Returns:
-        (out_features,) or (in_features,) float64 partial sums. Summed over the ranks they are those of the weight.
-        Blocks of rows are scored in fp32 and added up in float64. In the first and last row only the owned elements
-        count, so a row that two ranks share is not counted twice.
+        (out_features,) or (in_features,) float64. Their sum over the ranks belongs to the whole weight.
     """
     columns = shard.shape[1]
     total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=shard.flat.device)
@@ -115,7 +116,7 @@ def score_shard(
 def split_experts(
     shard: OwnedShard, factors: LoraFactors, weight_gradient: Tensor | None = None
 ) -> Iterator[tuple[OwnedShard, LoraFactors, Tensor | None]]:
-    """Yields what this rank owns of the linear of each expert of a stack. Any other linear is one."""
+    """Yields what this rank owns of each expert's linear. A linear that is not a stack counts as one expert."""
     experts = len(factors.A) // factors.B.shape[1]
     rows, columns = shard.shape[0] // experts, shard.shape[1]
     split = (tensor.chunk(experts) for tensor in (factors.A, factors.B, factors.grad_A, factors.grad_B))
@@ -123,15 +124,14 @@ def split_experts(
         origin = shard.start - i * rows * columns  # of the shard, counted from the first element of the expert
         low = min(max(origin, 0), rows * columns)
         high = max(low, min(origin + len(shard.flat), rows * columns))
-        decode = partial(_decode_below, shard.decode, i * rows)
         own = slice(low - origin, high - origin)
         given = None if weight_gradient is None else weight_gradient[own]
-        owned = OwnedShard(shard.flat[own], low, (rows, columns), decode)
+        owned = OwnedShard(shard.flat[own], low, (rows, columns), partial(_decode_below, shard.decode, i * rows))
         yield owned, LoraFactors(*of_expert, scaling=factors.scaling), given
 
 
-def _decode_below(decode: Decode, above: int, rows: Tensor, first: int) -> Tensor:
-    return decode(rows, above + first)
+def _decode_below(decode: Decode, above: int, held: Tensor, first: int) -> Tensor:
+    return decode(held, above + first)
 
 
 def _whole_rows(flat: Tensor, head: int, tail: int, columns: int) -> Tensor:

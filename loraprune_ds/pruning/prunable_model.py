@@ -19,11 +19,10 @@ from loraprune_ds.model.shapes import ModelShape
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """Holds the LoRA of one linear and its loss gradients, averaged over the global batch.
+    """Holds the LoRA of one linear and its loss gradients in fp32, averaged over the global batch, not clipped.
 
-    All are fp32. The gradients are neither clipped nor scaled.
     Shapes: A and grad_A (r, in_features); B and grad_B (out_features, r). `scaling` is lora_alpha / r.
-    Of a stack of experts all have those of the experts one below the other.
+    For a stack of experts the factors of the experts lie one below the other.
     """
 
     A: Tensor
@@ -38,7 +37,7 @@ Decode = Callable[[Tensor, int], Tensor]
 
 
 def in_fp32(rows: Tensor, first: int) -> Tensor:
-    """Decodes rows of a weight that is held as it is."""
+    """Decodes rows of a weight that is held in the model's dtype."""
     return rows.to(torch.float32, copy=True)
 
 
@@ -54,11 +53,7 @@ class OwnedShard:
 
 @dataclass(frozen=True)
 class CollectedLinear:
-    """Holds a whole linear: frozen weight and bias, and the fp32 masters of its LoRA.
-
-    Attributes:
-        held: the tensors of `form` that hold the weight.
-    """
+    """Holds a whole linear: its frozen weight, as the tensors `held` of `form`, its bias, and its LoRA in fp32."""
 
     held: dict[str, Tensor]
     bias: Tensor | None
@@ -88,49 +83,31 @@ class PrunableModel(Protocol):
 
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         """Yields the LoRA of each layer's linears by name, between a step's last backward and its update."""
-        ...
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         """Returns the shard of the frozen weight that this rank owns. Collective only where the weights are int8."""
-        ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sums a small tensor over all ranks, in place."""
-        ...
 
     def gather_values(self, value: int) -> list[int]:
         """Gathers one 63-bit integer of every rank, in rank order."""
-        ...
-
-    def broadcast(self, values: Tensor) -> Tensor:
-        """Gives every rank the tensor of rank 0."""
-        ...
 
     def owner(self, layer: int) -> int:
         """Returns the rank that holds what is kept whole of a layer. Not collective."""
-        ...
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
         """Sums over all ranks on rank `owner`; None elsewhere. Overwrites `values`."""
-        ...
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """Sums flat tensors as long as a weight over all ranks. Returns the part that this rank owns of that weight."""
-        ...
 
     @property
     def loss_scale(self) -> float:
         """The factor on gradients during a backward: 1 unless fp16. Not collective."""
-        ...
 
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         """Replaces whole frozen weights. Each is computed on its layer's owner, all owners at the same time."""
-        ...
 
     def cut(self, keep: list[LayerKeep]) -> int:
-        """Removes all other groups for real: from weights, biases, LoRA, fp32 masters and Adam moments.
-
-        Returns:
-            Bytes that this rank sent to others.
-        """
-        ...
+        """Removes all other groups from weights, biases, LoRA, masters and Adam moments. Returns the bytes sent."""
