@@ -60,6 +60,7 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -
     step = new.double() - old.double()
     change = step @ moment.index_select(0, kept).index_select(1, kept).double()
     worse = change.sub_(right.T, alpha=2).mul_(step).sum(1) > 0
+    del step, change
     new[worse] = old[worse]
     weight = linear.weight.clone()
     weight[:, kept] = new
