@@ -14,14 +14,13 @@ from loraprune_ds.model.shapes import ModelShape
 
 @dataclass(frozen=True)
 class Limits:
-    """Tells what pruning may take from which layer. Fixed at the start of a run.
+    """Holds what pruning may take from which layer. Fixed at the start of a run.
 
     Attributes:
-        dense: the shape before any cut.
         floor: fewest groups that each layer keeps. A protected layer's floor is its dense count.
-        layer_budget: most linear parameters each layer may lose.
+        layer_budget: most linear parameters that each layer may lose.
         multiples: kept counts of a kind are multiples of this, except dense counts.
-        shares: each kind's part of the parameters that leave, where the kinds do not compete.
+        shares: each kind's part of the parameters that leave.
         ratio: fraction of the dense linear parameters that is gone at the end.
     """
 
@@ -40,7 +39,7 @@ class Limits:
     def blocks(self, layer: int, kind: Kind, count: int) -> list[int]:
         """Returns the sizes of the blocks that leave one after the other, from `count` groups down to the floor.
 
-        A block has as many groups as lead to the next lower multiple.
+        Each block leads to the next lower multiple.
         """
         multiple, floor = self.multiples[kind], self.floor[layer][kind]
         if count <= floor:
@@ -49,9 +48,8 @@ class Limits:
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
     def narrowest(self, layer: int) -> Iterator[LayerShape]:
-        """Yields the narrowest shapes of a layer: the fewest groups of the finest kind beside each count of the others.
-
-        What exceeds the layer's budget without any group of the finest kind is left out.
+        """Yields the narrowest shapes within the layer's budget: the fewest groups of the finest kind for each count
+        of the others.
         """
         dense, floor = self.dense.layers[layer], self.floor[layer]
         *coarse, fine = self.dense.kinds
@@ -63,23 +61,23 @@ class Limits:
                 yield LayerShape({**shape, fine: min(max(least, floor[fine]), dense[fine])})
 
     def step_numel(self, kind: Kind) -> int:
-        """Counts the linear parameters of the fewest groups of a kind that leave together."""
+        """Counts the linear parameters of one multiple of a kind."""
         return self.multiples[kind] * self.dense.group_numel(kind)
 
     def lost(self, layer: int, counts: Mapping[Kind, int]) -> int:
-        """Returns the linear parameters that a layer of these counts has lost."""
+        """Counts the linear parameters that a layer with these counts has lost."""
         return self.dense.numel_of(self.dense.layers[layer]) - self.dense.numel_of(counts)
 
 
 def make_limits(config: PruneConfig, dense: ModelShape, ratio: float | None = None) -> Limits:
-    """Makes the limits of a run: protected layers, minimum widths and the cap per layer.
+    """Makes the limits of a run.
 
     Args:
         ratio: of a config with `prune.target`, from `target.find_ratio`. None: `prune.ratio`.
 
     Raises:
-        UserError: everything is protected. Or `uniform` meets layers of different shapes. Or `prune.head_ratio` cannot
-            go with `prune.ratio`. Or `prune.ratio` is out of reach. The message then states the largest that is not.
+        UserError: everything is protected, layers are too different for `uniform`, `prune.head_ratio` and `prune.ratio`
+            conflict, or `prune.ratio` is out of reach. The message then states the largest ratio.
     """
     ratio = config.ratio if ratio is None else ratio
     assert ratio is not None
@@ -89,11 +87,7 @@ def make_limits(config: PruneConfig, dense: ModelShape, ratio: float | None = No
 
 
 def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
-    """Puts a ratio into limits, and the shares that follow from it.
-
-    Raises:
-        UserError: `prune.head_ratio` cannot go with it.
-    """
+    """Sets the ratio, and the shares that follow from it. Raises UserError if it conflicts with `prune.head_ratio`."""
     limits = replace(limits, ratio=ratio)
     if config.head_ratio is None:
         return limits
@@ -101,11 +95,7 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
 
 
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
-    """Makes what limits are without a ratio. The kinds share alike.
-
-    Raises:
-        UserError: as `make_limits`, where a ratio does not matter.
-    """
+    """Makes the limits that do not depend on the ratio. All kinds lose the same part of their parameters."""
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
@@ -137,17 +127,10 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
 
 
 def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
-    """Returns what the kept counts of each kind divide by.
-
-    Raises:
-        UserError: a layer has fewer channels than that. Or `prune.tensor_parallel` does not divide a dense count, which
-            a protected layer keeps.
-    """
+    """Returns the divisor of the kept counts of each kind. Dense counts must be divisible by the servers too."""
     servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
     if dense.expert_size % servers:
-        raise UserError(
-            f"prune.tensor_parallel {servers} does not divide the {dense.expert_size} channels of an expert"
-        )
+        raise UserError(f"prune.tensor_parallel {servers} does not divide {dense.expert_size} channels of an expert")
     for i, layer in enumerate(dense.layers):
         for kind, count in layer.items():
             if kind != "experts" and count % servers:
@@ -155,8 +138,7 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
         if i not in protected and layer.get("channels", multiple) < multiple:
             keys = f"prune.channel_multiple {config.channel_multiple}"
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
-            has = f"layer {i} has {layer['channels']}"
-            raise UserError(f"{keys} needs at least {multiple} channels, and {has}; choose a smaller one")
+            raise UserError(f"{keys} needs at least {multiple} channels, and layer {i} has {layer['channels']}")
     multiples = {"heads": servers, "channels": multiple}
     return {kind: multiples.get(kind, dense.parts_of(kind)) for kind in dense.kinds}
 
@@ -201,15 +183,23 @@ def _shares(config: PruneConfig, head_ratio: float, limits: Limits) -> dict[Kind
 
 
 def _most_heads_and_channels(limits: Limits) -> tuple[int, int]:
-    """Counts the parameters of the open layers' heads, and of the rest, that the floors let go."""
+    """Counts the parameters of heads, and of other kinds, that the floors of the open layers let go."""
     dense, floor = limits.dense.layers, limits.floor
     heads = _open_numel(limits, dense, "heads") - _open_numel(limits, floor, "heads")
     return heads, _open_numel(limits, dense) - _open_numel(limits, floor) - heads
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
-    """Returns the least and the most parameters that can go, up to a part of a group."""
-    most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
+    """Returns the least and the most parameters that can go, up to a part of a group.
+
+    With `global` a capped layer ends where no further group may go. Scores choose between several such ends, so the one
+    with the smallest loss counts.
+    """
+    if config.ranking == "uniform":
+        first = limits.open_layers[0]
+        most = len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
+    else:
+        most = sum(min(_ends(limits, i)) for i in limits.open_layers)
     if config.head_ratio is None:
         return 0, most
     of_heads = config.head_ratio * _open_numel(limits, limits.dense.layers, "heads")
@@ -217,41 +207,19 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
 
 
 def _check_reachable(config: PruneConfig, limits: Limits) -> None:
-    dense = limits.dense
-    _, most = reachable(config, limits)
-    # A ratio that equals a cap may miss it by a part of a group. Either ranking promises no more than that.
-    a_step = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
-    near = a_step if config.ranking == "global" else _half_a_step(limits)
+    dense, (_, most) = limits.dense, reachable(config, limits)
+    # A ratio that equals a cap may miss it: `global` by a group, `uniform` by half a multiple of channels per layer.
+    if config.ranking == "global":
+        near = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
+    else:
+        first, fine = limits.open_layers[0], dense.kinds[-1]
+        step = min(limits.multiples[fine], dense.layers[first][fine] - limits.floor[first][fine])
+        near = len(limits.open_layers) * step * dense.group_numel(fine) / 2
     if most == 0 or limits.ratio * dense.linear_numel() > most + near:
         raise UserError(
             f"prune.ratio {limits.ratio} is out of reach: with the protected layers, minimum widths and "
             f"prune.max_layer_ratio at most {math.floor(1e4 * most / dense.linear_numel()) / 1e4} can go"
         )
-
-
-def _half_a_step(limits: Limits) -> float:
-    """Returns how far from a target `uniform` may end: half a channel (or multiple) in every layer.
-
-    If a multiple is more than may go, no channel leaves, and that many fewer are the step.
-    """
-    first, fine = limits.open_layers[0], limits.dense.kinds[-1]
-    step = min(limits.multiples[fine], limits.dense.layers[first][fine] - limits.floor[first][fine])
-    return len(limits.open_layers) * step * limits.dense.group_numel(fine) / 2
-
-
-def _most_uniform(limits: Limits) -> int:
-    """Returns the largest loss of equal counts."""
-    first = limits.open_layers[0]
-    return len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
-
-
-def _most_global(limits: Limits) -> int:
-    """Returns the largest loss that `global` reaches with any scores.
-
-    Under a cap a layer ends where no group may go any more. There can be several such ends, and the scores decide
-    between them. So each layer counts with its smallest.
-    """
-    return sum(min(_ends(limits, i)) for i in limits.open_layers)
 
 
 def _ends(limits: Limits, layer: int) -> Iterator[int]:

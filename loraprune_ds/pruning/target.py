@@ -1,4 +1,4 @@
-"""Budgets in place of a ratio: what must go so that the model has so many parameters, or fits a server.
+"""Budgets in place of a ratio: a number of parameters, or the memory of a server.
 
 A server holds the weights and the KV cache of all its sequences. Sliding windows count as full attention.
 """
@@ -19,7 +19,7 @@ from loraprune_ds.pruning.ranking import uniform_goal
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """Counts the bytes that a server holds: weights, and the KV cache of so many tokens of all its sequences."""
+    """Counts the bytes that a server holds: weights, and the KV cache of `tokens` tokens of all its sequences."""
 
     weights: float
     per_token: float
@@ -61,7 +61,7 @@ def find_ratio(config: PruneConfig, dense: ModelShape) -> float | None:
     `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of it.
 
     Raises:
-        UserError: nothing would have to go, or the limits keep more. The line says how much.
+        UserError: the dense model fits already, or the limits keep more than the target.
     """
     amount = config.target_amount
     if amount is None:
@@ -90,7 +90,7 @@ def find_ratio(config: PruneConfig, dense: ModelShape) -> float | None:
 
 
 def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) -> dict[str, Any] | None:
-    """Makes the report's entry about the target. None if the run had a ratio."""
+    """Makes the report's entry about the target, or None without a target."""
     amount = config.target_amount
     if amount is None:
         return None
@@ -103,7 +103,7 @@ def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) 
 
 
 def _least_that_fits(size_at: Callable[[float], float], target: float, low: float, high: float, step: float) -> float:
-    """Finds by halving where sizes fall to the target. `high` fits."""
+    """Finds by halving the ratio where sizes fall to the target. `high` fits."""
     while high - low > step / 2:
         middle = (low + high) / 2
         if size_at(middle) > target:
@@ -114,14 +114,14 @@ def _least_that_fits(size_at: Callable[[float], float], target: float, low: floa
 
 
 def _size_of_uniform(config: PruneConfig, limits: Limits) -> float:
-    """Returns the size at the widths that `uniform` will end with."""
+    """Returns the size at the final widths of `uniform`."""
     goal, open_layers = uniform_goal(limits, limits.ratio), set(limits.open_layers)
     layers = tuple(goal if i in open_layers else layer for i, layer in enumerate(limits.dense.layers))
     return measure(config, limits.dense.with_layers(layers))
 
 
 def _size_of_global(config: PruneConfig, limits: Limits) -> float:
-    """Returns the size once each kind gave its share. Which layers gave it makes no difference."""
+    """Returns the size once each kind has lost its share, from whichever layers."""
     dense, leaving = limits.dense, limits.ratio * limits.dense.linear_numel()
     size = whole = measure(config, dense)
     for kind, share in limits.shares.items():
