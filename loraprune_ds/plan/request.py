@@ -1,4 +1,4 @@
-"""Describes what is planned: model, run, cluster. No weight is loaded."""
+"""Describes the model, run and cluster of a plan. No weight is loaded."""
 
 import math
 from collections.abc import Iterable, Sequence

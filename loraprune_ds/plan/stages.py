@@ -209,7 +209,7 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     return max(mlp, scores) + batch.causal_mask
 
 
-def logits(shape: ModelShape, batch: PlannedBatch, chunk_tokens: int | None) -> int:
+def logits(shape: ModelShape, batch: PlannedBatch, chunk_tokens: int | None = None) -> int:
     """Returns the bytes of a chunk's logits, in the model's dtype and in fp32, and of all tokens' hidden states."""
     chunk = min(batch.tokens, chunk_size(shape.vocab_size, chunk_tokens, buffers=1))
     return chunk * shape.vocab_size * (4 + batch.copy_size) + 2 * batch.tokens * shape.hidden_size * batch.element_size

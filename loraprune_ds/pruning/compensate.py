@@ -1,6 +1,4 @@
-"""Makes up for the inputs that a cut removes, in the linears that lose inputs (o_proj, down_proj).
-
-Experts that leave are not made up for (model/experts.md).
+"""Makes up for the inputs that a cut removes, in the linears that lose inputs (o_proj, down_proj), not for experts.
 
 Let W' = W + s·B·A, K the kept and R the removed columns, and x the inputs of a layer. The kept columns take over what
 they can predict of the removed ones: W[:, K] += ΔW, with the ridge solution
@@ -33,16 +31,10 @@ RIDGE = 0.05  # measured with 0.01 too: tests/benchmarks/README.md
 def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
     """Adds ΔW to the kept columns of the weight: (out_features, in_features), in its own dtype.
 
+    `moment` is C or any multiple of it, `ridge` is λ. Raises RunError if C is zero or holds an inf or NaN.
+
     Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these bytes: system and
     factor 4kn + 20k², right-hand side 8k² + 4kn + 12(n − k)(k + m) + 8km, solution 8k² + 24km, check 12k² + 4kn + 16km.
-
-    Args:
-        moment: C or any multiple of it, (in_features, in_features).
-        kept: indices of the inputs that stay.
-        ridge: λ, added to the diagonal as a fraction of its mean.
-
-    Raises:
-        RunError: C holds an inf or NaN, or is zero.
     """
     removed = removed_columns(len(moment), kept)
     system = moment.index_select(0, kept).index_select(1, kept).double()

@@ -31,9 +31,9 @@ def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
 
 
 def gradient_estimate(factors: LoraFactors) -> Tensor:
-    """Returns G = gB·A + B·gA − gB·gA, (out_features, in_features) (LoRAPrune, arXiv 2305.18403, eq. 8).
+    """Returns G = gB·A + B·gA − gB·gA (LoRAPrune, arXiv 2305.18403, eq. 8): the change of B·A by one unit SGD step.
 
-    This is the change of B·A by one unit SGD step on both, as one product of twice the rank: gB·(A − gA) + B·gA.
+    It is computed as one product of twice the rank: gB·(A − gA) + B·gA.
     """
     return torch.cat([factors.grad_B, factors.B], 1) @ torch.cat([factors.A - factors.grad_A, factors.grad_A])
 
@@ -48,11 +48,6 @@ def lora_squared(weight: Tensor, factors: LoraFactors) -> Tensor:
     return lora(weight, factors).square_()
 
 
-def magnitude(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """Returns |W + s·B·A|. Uses no gradient."""
-    return effective_weight(weight, factors)
-
-
 def gradient(weight: Tensor, factors: LoraFactors, weight_gradient: Tensor) -> Tensor:
     """Returns |gW ⊙ (W + s·B·A)|, which `lora` estimates (LLM-Pruner's first order, arXiv 2305.11627)."""
     return effective_weight(weight, factors).mul_(weight_gradient)
@@ -62,7 +57,7 @@ ELEMENT_CRITERIA: dict[str, ElementCriterion] = {
     "lora": lora,
     "lora_squared": lora_squared,
     "gradient": gradient,
-    "magnitude": magnitude,
+    "magnitude": effective_weight,
 }
 
 
@@ -76,14 +71,9 @@ def score_shard(
 ) -> Tensor:
     """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the whole weight.
 
-    Blocks of rows are scored in fp32 and added up in float64. In the first and last row only the owned elements count,
-    so a row that two ranks share is not counted twice.
-
-    Args:
-        weight_gradient: of the owned elements, (len(shard.flat),) fp32, padding allowed. For the criterion `gradient`.
-
-    Returns:
-        (out_features,) or (in_features,) float64. Their sum over the ranks belongs to the whole weight.
+    Blocks of rows are scored in fp32 and added up in float64: (out_features,) or (in_features,). In the first and last
+    row only the owned elements count, so the sums of the ranks add up to the sums of the weight. `weight_gradient` of
+    the owned elements is (len(shard.flat),) fp32, padding allowed.
     """
     columns = shard.shape[1]
     total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=shard.flat.device)

@@ -26,27 +26,19 @@ class LayerScores(LayerTensors):
 
 @dataclass(frozen=True)
 class GroupSums:
-    """Holds the scores of all parts of linears, summed over the ranks, on the device.
-
-    Attributes:
-        linear_ids: the linears that have scores.
-        parts: (groups,) float64 of each part of these linears. They are views of one tensor.
-    """
+    """Holds the scores of all parts of linears, summed over the ranks, on the device."""
 
     shape: ModelShape
     linear_ids: Sequence[LinearId]
-    parts: Sequence[Tensor]
+    parts: Sequence[Tensor]  # (groups,) float64 of each part of these linears
     step: int
 
     def by_layer(self, normalization: Normalization) -> list[LayerScores]:
         """Adds the scores of a layer's parts to the scores of its groups.
 
-        Parts are normalized one by one, so a fused linear counts like the separate linears of another family.
-
-        Args:
-            normalization: `l2` first divides a part's scores by their norm, as the released code of LoRAPrune does
-                (arXiv 2305.18403). `step` divides all by their sum, so a step with an unusually large gradient weighs
-                the same as others in the moving average. `none` adds them unchanged.
+        `l2` first divides a part's scores by their norm, as the released code of LoRAPrune (arXiv 2305.18403), so a
+        fused linear counts like the separate linears of another family. `step` divides all by their sum, so a step with
+        large gradients weighs the same as others in the moving average. `none` adds them unchanged.
         """
         parts, zeros = self.parts, self.parts[0].new_zeros
         if normalization == "l2":
@@ -84,9 +76,7 @@ def score_groups(
 ) -> GroupSums:
     """Scores all groups from the shards that the ranks own: one all-reduce of O(groups) numbers.
 
-    Args:
-        criterion: a key of `ELEMENT_CRITERIA`.
-        gradients: of the weights, for the criterion `gradient`.
+    `criterion` is a key of `ELEMENT_CRITERIA`, of which `gradient` needs the gradients.
     """
     shape, partial = model.shape, list[Tensor]()
     for layer, factors in enumerate(model.lora_factors()):
@@ -118,10 +108,7 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
 
 
 class MovingAverage:
-    """Keeps S ← λ·S + (1 − λ)·S_now over the steps that score. S starts at zero and is cut with the groups.
-
-    S lies on the device of S_now, so a step that scores does not wait for the device.
-    """
+    """Keeps S ← λ·S + (1 − λ)·S_now over the steps that score, from zero, on the device of S_now."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay

@@ -60,20 +60,15 @@ def add_half(total: Tensor, half: Tensor, weight: float) -> None:
 class InputMoments:
     """Keeps moving sums of x xᵀ over steps, (n, n) fp32, of the `layers` that may be cut.
 
-    `tokens` moves in the same way, so sums / tokens is the mean. The last step weighs most.
-
-    Only the owner of a layer holds its sums. Every rank forms its part for one linear at a time in the forward pass,
-    and the owner adds it immediately. A rank holds at most 4·n²·(ceil(layers / world_size) + 1/2) bytes for
-    n = intermediate_size, and the sums of o_proj.
-
-    Attributes:
-        sums: of this rank's layers.
-        tokens: of all ranks; 0 if nothing was recorded.
+    `tokens` moves in the same way, so sums / tokens is the mean. The last step weighs most. Only the owner of a layer
+    holds its sums: every rank forms its part for one linear at a time in the forward pass, and the owner adds it
+    immediately. A rank holds at most 4·n²·(ceil(layers / world_size) + 1/2) bytes for n = intermediate_size, and the
+    sums of o_proj.
     """
 
     def __init__(self, model: PrunableModel, layers: Sequence[int], decay: float) -> None:
-        self.sums: dict[LinearId, Tensor] = {}
-        self.tokens = 0.0
+        self.sums: dict[LinearId, Tensor] = {}  # of this rank's layers
+        self.tokens = 0.0  # of all ranks
         self._model = model
         self._decay = decay
         self._weight = 0.0

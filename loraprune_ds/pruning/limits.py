@@ -14,33 +14,21 @@ from loraprune_ds.model.shapes import ModelShape
 
 @dataclass(frozen=True)
 class Limits:
-    """Holds what pruning may take from which layer. Fixed at the start of a run.
-
-    Attributes:
-        floor: fewest groups that each layer keeps. A protected layer's floor is its dense count.
-        layer_budget: most linear parameters that each layer may lose.
-        multiples: kept counts of a kind are multiples of this, except dense counts.
-        shares: each kind's part of the parameters that leave.
-        ratio: fraction of the dense linear parameters that is gone at the end.
-    """
+    """Holds the limits on each layer, fixed at the start of a run."""
 
     dense: ModelShape
-    floor: tuple[LayerShape, ...]
-    layer_budget: tuple[int, ...]
-    multiples: Mapping[Kind, int]
-    shares: Mapping[Kind, float]
-    ratio: float
+    floor: tuple[LayerShape, ...]  # fewest groups that each layer keeps: all of a protected layer
+    layer_budget: tuple[int, ...]  # most linear parameters that each layer may lose
+    multiples: Mapping[Kind, int]  # of which kept counts are multiples, unless they are dense counts
+    shares: Mapping[Kind, float]  # each kind's part of the parameters that leave
+    ratio: float  # fraction of the dense linear parameters that is gone at the end
 
     @property
     def open_layers(self) -> list[int]:
-        """The layers that pruning may cut."""
         return [i for i, budget in enumerate(self.layer_budget) if budget > 0]
 
     def blocks(self, layer: int, kind: Kind, count: int) -> list[int]:
-        """Returns the sizes of the blocks that leave one after the other, from `count` groups down to the floor.
-
-        Each block leads to the next lower multiple.
-        """
+        """Returns the sizes of the blocks that lead from `count` groups down to the floor, by multiples."""
         multiple, floor = self.multiples[kind], self.floor[layer][kind]
         if count <= floor:
             return []
@@ -70,10 +58,7 @@ class Limits:
 
 
 def make_limits(config: PruneConfig, dense: ModelShape, ratio: float | None = None) -> Limits:
-    """Makes the limits of a run.
-
-    Args:
-        ratio: of a config with `prune.target`, from `target.find_ratio`. None: `prune.ratio`.
+    """Makes the limits of a run, whose ratio comes from `target.find_ratio` or else is `prune.ratio`.
 
     Raises:
         UserError: everything is protected, layers are too different for `uniform`, `prune.head_ratio` and `prune.ratio`
@@ -156,12 +141,7 @@ def _open_numel(limits: Limits, layers: Sequence[LayerShape], kind: Kind | None 
 
 
 def _shares(head_ratio: float, limits: Limits) -> dict[Kind, float]:
-    """Returns each kind's part of the parameters that leave, with `prune.head_ratio`.
-
-    Raises:
-        UserError: so many heads may not leave. Or the channels would have to give less than nothing beside them, or
-            more than may leave.
-    """
+    """Returns each kind's part of the parameters that leave, with `prune.head_ratio`."""
     dense, heads = limits.dense, _open_numel(limits, limits.dense.layers, "heads")
     channels = _open_numel(limits, dense.layers) - heads
     most_heads, most_channels = _most_heads_and_channels(limits)

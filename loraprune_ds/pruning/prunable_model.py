@@ -21,18 +21,17 @@ from loraprune_ds.model.shapes import ModelShape
 class LoraFactors:
     """Holds the LoRA of one linear and its loss gradients in fp32, averaged over the global batch, not clipped.
 
-    Shapes: A and grad_A (r, in_features); B and grad_B (out_features, r). `scaling` is lora_alpha / r.
     For a stack of experts the factors of the experts lie one below the other.
     """
 
-    A: Tensor
-    B: Tensor
+    A: Tensor  # (r, in_features)
+    B: Tensor  # (out_features, r)
     grad_A: Tensor
     grad_B: Tensor
-    scaling: float
+    scaling: float  # lora_alpha / r
 
 
-# (some rows of a weight as they are held, number of the first) -> a new tensor with these rows in fp32
+# (some rows of a weight in the form that holds them, number of the first) -> a new tensor with these rows in fp32
 Decode = Callable[[Tensor, int], Tensor]
 
 
@@ -94,7 +93,7 @@ class PrunableModel(Protocol):
         """Gathers one 63-bit integer of every rank, in rank order."""
 
     def owner(self, layer: int) -> int:
-        """Returns the rank that holds what is kept whole of a layer. Not collective."""
+        """Returns the rank that holds the whole tensors of a layer. Not collective."""
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
         """Sums over all ranks on rank `owner`; None elsewhere. Overwrites `values`."""

@@ -8,7 +8,6 @@ A target is a fraction of the linear parameters of all decoder layers of the *de
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -26,16 +25,9 @@ def rank_uniform(
 ) -> list[LayerKeep]:
     """Keeps equal counts in every open layer, the best groups of each by its own scores (the paper's ranking).
 
-    The final counts come nearest to `final`, and channels make up for what whole heads cannot. On the way all kinds are
-    cut in proportion, so no count has to grow again.
-
-    Args:
-        scores: of every layer's current groups. Groups with higher scores stay longer.
-        target: fraction of the dense linear parameters that should be gone after this cut.
-        final: the same after the last cut.
-
-    Returns:
-        Per layer, indices into its current groups.
+    The counts come nearest to `target`, the fraction of the dense linear parameters that should be gone after this cut,
+    and in the end to `final`. Channels make up for what whole heads cannot. On the way all kinds are cut in proportion,
+    so no count has to grow again. `scores` and the result belong to the current groups.
     """
     counts = uniform_counts(limits, target, final)
     wanted = [counts if i in limits.open_layers else layer for i, layer in enumerate(current.layers)]
@@ -97,11 +89,7 @@ def _keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], 
 
 
 def best_first(scores: Tensor, parts: int) -> Tensor:
-    """Returns the indices of all groups, the best first.
-
-    Args:
-        parts: equal ranges of the groups. The best of each range come first, then the second best of each, and so on.
-    """
+    """Returns the indices of all groups: first the best of each of `parts` equal ranges, then the second best, …"""
     ranges = scores.view(parts, len(scores) // parts)
     order = ranges.argsort(descending=True, stable=True) + torch.arange(parts)[:, None] * ranges.shape[1]
     return order.T.flatten()
@@ -125,18 +113,13 @@ def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, 
     return _keep_best(scores, removal.left, current)
 
 
-@dataclass
 class _Removal:
     """Takes blocks of groups one by one, least important first, within the limits. It only keeps counts."""
 
-    scores: list[LayerScores]
-    current: ModelShape
-    limits: Limits
-    left: list[dict[Kind, int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.left = [dict(layer) for layer in self.current.layers]
-        self.lost = [self.limits.lost(i, left) for i, left in enumerate(self.left)]
+    def __init__(self, scores: list[LayerScores], current: ModelShape, limits: Limits) -> None:
+        self.scores, self.current, self.limits = scores, current, limits
+        self.left = [dict(layer) for layer in current.layers]
+        self.lost = [limits.lost(i, left) for i, left in enumerate(self.left)]
 
     def gone_beside(self, kind: Kind) -> int:
         """Counts the parameters of the other kinds that are gone so far, earlier cuts included."""

@@ -15,20 +15,14 @@ class Schedule:
     """The cubic schedule (Zhu & Gupta, arXiv 1710.01878): ratio · (1 − (1 − t)³) between warm-up and cool-down.
 
     Steps count from 1. Step s is the s-th optimizer update, and a cut follows it.
-
-    Attributes:
-        start: last step of the warm-up. The target is 0 up to here.
-        end: the last step that may cut, where the target is `ratio`.
-        every, score_every: steps from one cut, or scoring, to the next.
-        passed_over: steps that cut nothing because no width would change.
     """
 
     ratio: float
-    start: int
-    end: int
-    every: int
+    start: int  # the last step of the warm-up
+    end: int  # the last step that may cut, where the target is `ratio`
+    every: int  # steps from one cut to the next
     score_every: int = 1
-    passed_over: frozenset[int] = frozenset()
+    passed_over: frozenset[int] = frozenset()  # steps that cut nothing because no width would change
 
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
@@ -74,10 +68,10 @@ def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
 
 
 def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -> frozenset[int]:
-    """Finds the steps whose cut would change no width.
+    """Finds the steps whose cut would change no width of `uniform`.
 
-    `uniform` knows its widths in advance. The widths of `global` depend on scores: with multiples it waits until each
-    open layer could lose one more on average, so its cuts are as large as with `uniform`. It keeps the last one.
+    The widths of `global` depend on scores. With multiples it waits until each open layer could lose one more on
+    average, and it keeps the last step.
     """
     fine = limits.dense.kinds[-1]
     if config.ranking == "global" and limits.multiples[fine] == 1:

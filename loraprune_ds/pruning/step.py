@@ -2,28 +2,25 @@
 
 What a trainer does in an optimizer step (train/trainer.py), and what the pruner adds to it:
 
-    with pruner.record_step(step):            what the settings need of this step is recorded
+    with pruner.record_step(step):            records what the settings need of this step
         for each micro-batch:
             with pruner.record_forward(mask): loss = engine.forward(...)       (pruning/input_moments.py)
             engine.backward(loss)             ZeRO-3 averages the LoRA gradients over ranks and micro-batches
-        pruner.score(step)                    each rank scores the shard of W that it owns, and one all-reduce adds up
-                                              the scores            (pruning/importance.py, pruning/criterion.py)
+        pruner.score(step)                    each rank scores its shard of W (pruning/importance.py, criterion.py)
     engine.update()                           the optimizer's own step
     pruner.cut(step)                          at a step of the schedule (pruning/schedule.py):
-                                              rank the groups       (pruning/ranking.py, pruning/limits.py)
-                                              compare the masks of all ranks (`agree`, below)
-                                              make up for the loss, if asked to (pruning/compensate.py)
-                                              cut the model         (zero/sharded.py, zero/reshard.py)
+                                              ranks the groups (pruning/ranking.py, pruning/limits.py), compares the
+                                              masks of all ranks, makes up for the loss if asked to
+                                              (pruning/compensate.py), cuts the model (zero/sharded.py)
 
-Words:
-    group       what must leave together: one key-value head with its query heads, one MLP channel, or one expert
-    kind        of a group: heads, channels or experts, as the family has them (model/family.py)
-    dense       the model before any cut
-    keep        the groups that stay in this cut, as indices into the current groups
+    group          removed together: one key-value head with its query heads, one MLP channel, or one expert
+    kind           heads, channels or experts, as the family has them (model/family.py)
+    dense          the model before any cut
+    keep           the groups that stay in this cut, as indices into the current groups
     kept_of_dense  the groups that are left, as indices into the groups of the dense model
-    shard       the part of a flat tensor that one rank owns. To reshard is to exchange shards after a cut
-    owner       the rank that holds what is kept whole of a layer
-    W           the frozen weight of a linear
+    shard          the part of a flat tensor that one rank owns. To reshard is to exchange shards after a cut
+    owner          the rank that holds the whole tensors of a layer, where there are any
+    W              the frozen weight of a linear
 """
 
 import hashlib
@@ -52,36 +49,24 @@ from loraprune_ds.pruning.taps import WeightGradients
 
 @dataclass(frozen=True)
 class Cut:
-    """Describes a cut that was made.
-
-    Attributes:
-        target, reached: the fraction of the dense decoder-layer linear parameters that should be gone, and is.
-        keep: per layer, the groups that stayed, as indices into the groups before this cut.
-        bytes_sent: by this rank to others.
-        seconds: of ranking, agreement, compensation and the cut itself.
-    """
+    """Describes a cut that was made."""
 
     step: int
-    target: float
-    reached: float
+    target: float  # the fraction of the dense decoder-layer linear parameters that should be gone
+    reached: float  # the fraction that is gone
     keep: list[LayerKeep]
-    bytes_sent: int
+    bytes_sent: int  # by this rank
     seconds: float
 
 
 @dataclass(frozen=True)
 class PrunerState:
-    """Holds what a pruner needs to go on later, apart from the input moments, which their owners write.
-
-    Attributes:
-        scores: the moving average per layer; None if nothing was scored yet.
-        moment_tokens: the tokens that the input moments are sums over; 0 if there are none.
-    """
+    """Holds what a pruner needs to go on later, apart from the input moments, which their owners write."""
 
     kept_of_dense: list[LayerKeep]
-    scores: list[LayerScores] | None
+    scores: list[LayerScores] | None  # None: nothing was scored yet
     updates_since_cut: int
-    moment_tokens: float = 0.0
+    moment_tokens: float = 0.0  # that the input moments are sums over
 
 
 class Pruner:
@@ -117,8 +102,7 @@ class Pruner:
     def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
         """Records the inputs of one micro-batch. Open it around its forward pass alone.
 
-        Args:
-            attention_mask: (batch, window) bool, False at padding; None if there is no padding.
+        `attention_mask` is (batch, window) bool, False at padding; None if there is no padding.
         """
         return nullcontext() if self.compensator is None else self.compensator.record_forward(attention_mask)
 
@@ -141,22 +125,17 @@ class Pruner:
         self._unchecked = sums
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:
-        """Cuts the model, if the schedule says so. Call it after each update.
-
-        It first checks the scores of the step, at no cost: the update has waited for the device.
+        """Cuts the model, if the schedule says so. Call it after each update. Returns None if no width changed.
 
         Args:
             scored: False if the step's gradients overflowed in fp16. The next cut then takes over this one's groups.
                 The last cut has no next one and uses the earlier scores.
 
-        Returns:
-            None if nothing was cut: no cut is due, or it would change no width.
-
         Raises:
             RunError: a score is not finite, no score was updated since the last cut, or a rank computed another mask.
         """
         if self._unchecked is not None:
-            self._unchecked.check()
+            self._unchecked.check()  # at no cost here: the update has waited for the device
             self._unchecked = None
         if not self.schedule.is_cut(step) or (not scored and step < self.schedule.last_cut):
             return None
@@ -184,11 +163,7 @@ class Pruner:
         return PrunerState(self.kept_of_dense, self.average.on_host(), self.average.updates_since_cut, tokens)
 
     def restore(self, state: PrunerState, read_moments: Callable[[int], dict[str, Tensor]]) -> None:
-        """Goes on from a saved state, on any number of ranks.
-
-        Args:
-            read_moments: layer -> its input moments by linear, as `InputMoments.of_layer` gave them to its owner.
-        """
+        """Goes on from a saved state, on any number of ranks. `read_moments` as in `InputMoments.restore`."""
         self.kept_of_dense = state.kept_of_dense
         self.average.scores = state.scores
         self.average.updates_since_cut = state.updates_since_cut

@@ -16,13 +16,12 @@ from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.saved_activations import saved_by_layer
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.activations import logits
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.held import gathered_weights, split_state
 from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, search, suggestions
 from loraprune_ds.plan.printout import notes, plan_json, plan_table, suggestion_rows
 from loraprune_ds.plan.request import Request, build_request, changed, make_request
-from loraprune_ds.plan.stages import Stage, teacher_pass
+from loraprune_ds.plan.stages import Stage, logits, teacher_pass
 from loraprune_ds.train.data.order import SampleOrder
 from tests.families import tiny_config
 
