@@ -1,7 +1,7 @@
 """Limits on what pruning may take from a layer: protected layers, minimum widths, a cap per layer."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -73,10 +73,23 @@ def make_limits(config: PruneConfig, dense: ModelShape, ratio: float | None = No
 
 def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     """Sets the ratio, and the shares that follow from it. Raises UserError if it conflicts with `prune.head_ratio`."""
-    limits = replace(limits, ratio=ratio)
-    if config.head_ratio is None:
-        return limits
-    return replace(limits, shares=_shares(config.head_ratio, limits))
+    dense, head_ratio = limits.dense, config.head_ratio
+    if head_ratio is None:
+        return replace(limits, ratio=ratio)
+    numel, removable = _open_numel(limits)
+    heads, most_heads = numel.pop("heads"), removable.pop("heads")
+    others, most_others = sum(numel.values()), sum(removable.values())
+    leaving, of_heads = ratio * dense.linear_numel(), head_ratio * heads
+    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: as near as whole heads come
+    if of_heads > most_heads + half_a_step:
+        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
+    if not of_heads <= leaving <= of_heads + most_others + half_a_step:
+        raise UserError(
+            f"prune.head_ratio {head_ratio} with prune.ratio {ratio} would take {(leaving - of_heads) / others:.1%} of "
+            f"the {' and '.join(numel)}, of which {most_others / others:.1%} may go"
+        )
+    share = of_heads / leaving
+    return replace(limits, ratio=ratio, shares={"heads": share, dense.kinds[-1]: 1 - share})
 
 
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
@@ -89,15 +102,12 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
-    least = {"experts": max(1, dense.least_experts)}
-    floor: list[LayerShape] = []
-    budget: list[int] = []
+    least_experts = max(1, dense.least_experts)
+    least = {kind: _round_up(least_experts if kind == "experts" else 1, n) for kind, n in multiples.items()}
+    floor, budget = list[LayerShape](), list[int]()
     for i, layer in enumerate(dense.layers):
-        cut = LayerShape(
-            (kind, count if kind in dense.family.fixed else min(_round_up(least.get(kind, 1), multiples[kind]), count))
-            for kind, count in layer.items()
-        )
-        floor.append(layer if i in protected else cut)
+        fixed = layer.keys() if i in protected else dense.family.fixed
+        floor.append(LayerShape((kind, n if kind in fixed else min(least[kind], n)) for kind, n in layer.items()))
         # The sliver keeps 0.29 of 100 from being 28.999999999999996.
         budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
     limits = Limits(dense, tuple(floor), tuple(budget), multiples, shares={}, ratio=0.0)
@@ -105,7 +115,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
         raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
     if config.ranking == "uniform" and len({dense.layers[i] for i in limits.open_layers}) > 1:
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
-    numel = {kind: _open_numel(limits, dense.layers, kind) for kind in dense.kinds}
+    numel = _open_numel(limits)[0]
     if dense.family.mixture:  # heads are few there, and stay
         numel["heads"] = 0
     return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
@@ -132,38 +142,14 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _open_numel(limits: Limits, layers: Sequence[LayerShape], kind: Kind | None = None) -> int:
-    """Counts the parameters of a kind, or all, in the open layers."""
-    dense, of_open = limits.dense, [layers[i] for i in limits.open_layers]
-    if kind is None:
-        return sum(map(dense.numel_of, of_open))
-    return sum(layer[kind] for layer in of_open) * dense.group_numel(kind)
-
-
-def _shares(head_ratio: float, limits: Limits) -> dict[Kind, float]:
-    """Returns each kind's part of the parameters that leave, with `prune.head_ratio`."""
-    dense, heads = limits.dense, _open_numel(limits, limits.dense.layers, "heads")
-    channels = _open_numel(limits, dense.layers) - heads
-    most_heads, most_channels = _most_heads_and_channels(limits)
-    rest = " and ".join(kind for kind in dense.kinds if kind != "heads")
-    leaving, of_heads = limits.ratio * dense.linear_numel(), head_ratio * heads
-    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: as near as whole heads come
-    if of_heads > most_heads + half_a_step:
-        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
-    if not of_heads <= leaving <= of_heads + most_channels + half_a_step:
-        raise UserError(
-            f"prune.head_ratio {head_ratio} with prune.ratio {limits.ratio} would take "
-            f"{(leaving - of_heads) / channels:.1%} of the {rest}, of which {most_channels / channels:.1%} may go"
-        )
-    share = of_heads / leaving
-    return {"heads": share, dense.kinds[-1]: 1 - share}
-
-
-def _most_heads_and_channels(limits: Limits) -> tuple[int, int]:
-    """Counts the parameters of heads, and of other kinds, that the floors of the open layers let go."""
-    dense, floor = limits.dense.layers, limits.floor
-    heads = _open_numel(limits, dense, "heads") - _open_numel(limits, floor, "heads")
-    return heads, _open_numel(limits, dense) - _open_numel(limits, floor) - heads
+def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:
+    """Counts the parameters of each kind in the open layers: all of them, and those above the floors."""
+    kinds = [(kind, limits.dense.group_numel(kind)) for kind in limits.dense.kinds]
+    dense, floor = (
+        {kind: numel * sum(layers[i][kind] for i in limits.open_layers) for kind, numel in kinds}
+        for layers in (limits.dense.layers, limits.floor)
+    )
+    return dense, {kind: dense[kind] - floor[kind] for kind in dense}
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
@@ -179,8 +165,9 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
         most = sum(min(_ends(limits, i)) for i in limits.open_layers)
     if config.head_ratio is None:
         return 0, most
-    of_heads = config.head_ratio * _open_numel(limits, limits.dense.layers, "heads")
-    return of_heads, min(most, of_heads + _most_heads_and_channels(limits)[1])
+    numel, removable = _open_numel(limits)
+    of_heads = config.head_ratio * numel["heads"]
+    return of_heads, min(most, of_heads + sum(removable.values()) - removable["heads"])
 
 
 def _check_reachable(config: PruneConfig, limits: Limits) -> None:
@@ -193,10 +180,9 @@ def _check_reachable(config: PruneConfig, limits: Limits) -> None:
         step = min(limits.multiples[fine], dense.layers[first][fine] - limits.floor[first][fine])
         near = len(limits.open_layers) * step * dense.group_numel(fine) / 2
     if most == 0 or limits.ratio * dense.linear_numel() > most + near:
-        raise UserError(
-            f"prune.ratio {limits.ratio} is out of reach: with the protected layers, minimum widths and "
-            f"prune.max_layer_ratio at most {math.floor(1e4 * most / dense.linear_numel()) / 1e4} can go"
-        )
+        largest = math.floor(1e4 * most / dense.linear_numel()) / 1e4
+        cause = f"with the protected layers, minimum widths and prune.max_layer_ratio at most {largest} can go"
+        raise UserError(f"prune.ratio {limits.ratio} is out of reach: {cause}")
 
 
 def _ends(limits: Limits, layer: int) -> Iterator[int]:
