@@ -151,14 +151,3 @@ def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:
         assert gone(shape.after(keep), shape) == pytest.approx(
             0.3 * shape.linear_numel(), abs=1.5 * shape.group_numel("channels")
         )
-
-
-def test_a_pruned_model_goes_on_from_its_own_counts() -> None:
-    """Protected layers may be wider than the open ones, as an earlier run left them."""
-    shape = make_shape([(4, 60), (3, 41), (3, 41), (4, 60)], queries_per_group=2)
-    limits = limits_of(shape, protected_first=1, protected_last=1)
-    keep = rank_uniform(random_scores_of(shape, torch.Generator().manual_seed(3)), shape, limits, 0.2, 0.2)
-    left = shape.after(keep)
-    assert left.layers[0] == left.layers[3] == LayerShape(heads=4, channels=60)
-    assert left.layers[1] == left.layers[2]
-    assert gone(left, shape) == pytest.approx(0.2 * shape.linear_numel(), abs=shape.group_numel("channels"))
