@@ -124,12 +124,13 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
 def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
     """Returns the divisor of the kept counts of each kind. Dense counts must be divisible by the servers too."""
     servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
+    odd = f"prune.tensor_parallel {servers} does not divide the"
     if dense.expert_size % servers:
-        raise UserError(f"prune.tensor_parallel {servers} does not divide {dense.expert_size} channels of an expert")
+        raise UserError(f"{odd} {dense.expert_size} channels of an expert")
     for i, layer in enumerate(dense.layers):
         for kind, count in layer.items():
             if kind != "experts" and count % servers:
-                raise UserError(f"prune.tensor_parallel {servers} does not divide the {count} {kind} of layer {i}")
+                raise UserError(f"{odd} {count} {kind} of layer {i}")
         if i not in protected and layer.get("channels", multiple) < multiple:
             keys = f"prune.channel_multiple {config.channel_multiple}"
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
