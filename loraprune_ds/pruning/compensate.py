@@ -36,13 +36,16 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these bytes: system and
     factor 4kn + 20k², right-hand side 8k² + 4kn + 12(n − k)(k + m) + 8km, solution 8k² + 24km, check 12k² + 4kn + 16km.
     """
-    removed = removed_columns(len(moment), kept)
+    leaves = torch.ones(len(moment), dtype=torch.bool, device=kept.device).index_fill_(0, kept, False)
+    removed = leaves.nonzero().flatten()
     system = moment.index_select(0, kept).index_select(1, kept).double()
     system.diagonal().add_(ridge * moment.diagonal().double().mean())
     factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(system))
     del system
-    # C[K, R] · W'[:, R]ᵀ: (kept, out_features)
-    right = moment.index_select(0, kept).index_select(1, removed).double() @ _effective(linear, removed).double().T
+    effective = linear.weight.index_select(1, removed).float()
+    effective.addmm_(linear.lora_B, linear.lora_A.index_select(1, removed), alpha=linear.scaling)  # W'[:, R]
+    right = moment.index_select(0, kept).index_select(1, removed).double() @ effective.double().T  # (k, m)
+    del effective
     delta = torch.cholesky_solve(right, factor).T
     if info.item() != 0 or not torch.isfinite(delta).all():
         raise RunError("the second moment of its inputs cannot be inverted")
@@ -59,19 +62,6 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     weight = linear.weight.clone()
     weight[:, kept] = new
     return weight
-
-
-def removed_columns(count: int, kept: Tensor) -> Tensor:
-    """Returns the indices of 0 … count − 1 that are not kept, ascending, on the same device."""
-    mask = torch.ones(count, dtype=torch.bool, device=kept.device)
-    mask[kept] = False
-    return mask.nonzero().flatten()
-
-
-def _effective(linear: CollectedLinear, columns: Tensor) -> Tensor:
-    """Returns columns of W + s·B·A, fp32."""
-    weight = linear.weight.index_select(1, columns).float()
-    return torch.addmm(weight, linear.lora_B, linear.lora_A.index_select(1, columns), alpha=linear.scaling)
 
 
 class Compensator:

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from loraprune_ds.pruning.prunable_model import Decode, LoraFactors, OwnedShard
 
@@ -87,7 +88,9 @@ def score_shard(
         low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
         head, tail = low - row * columns, stop * columns - high
         owned = [shard.flat] if weight_gradient is None else [shard.flat, weight_gradient]
-        held, *given = (_whole_rows(flat[low - start : high - start], head, tail, columns) for flat in owned)
+        parts = (flat[low - start : high - start] for flat in owned)
+        # Zeros stand for what the first and the last row lack.
+        held, *given = ((pad(x, (head, tail)) if head or tail else x).view(-1, columns) for x in parts)
         weight = shard.decode(held, row)
         of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
         importance = criterion(weight, of_rows, *given)
@@ -122,9 +125,3 @@ def split_experts(
 
 def _decode_below(decode: Decode, above: int, held: Tensor, first: int) -> Tensor:
     return decode(held, above + first)
-
-
-def _whole_rows(flat: Tensor, head: int, tail: int, columns: int) -> Tensor:
-    """Returns (rows, columns), with zeros for what the first and the last row lack."""
-    whole = torch.nn.functional.pad(flat, (head, tail)) if head or tail else flat
-    return whole.view(-1, columns)
