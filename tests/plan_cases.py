@@ -302,5 +302,5 @@ def saved_activations(case: Case) -> dict[str, int]:
         "counted": sum(kept.values()),
         "layers": sum(layers),
         "last_layer": layers[-1],
-        "logits": logits(shape, batch, None),
+        "logits": logits(shape, batch),
     }

@@ -19,8 +19,7 @@ def split_state(
 ) -> tuple[Terms, Terms]:
     """Returns the terms (on the GPU, in host memory).
 
-    LoRA has moments once it has stepped, and hpZ its second copy of the weights once a pass has gathered them. With
-    `measures` the input moments of `prune.compensate` are kept.
+    LoRA has moments once it has `stepped`, and hpZ a second copy of the weights once a pass has gathered them.
     """
     size, e, bucket = request.world_size, request.element_size, request.zero["reduce_bucket_size"]
     r, held = request.config.lora.r, request.held(shape)
@@ -53,18 +52,13 @@ def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int])
 
 
 def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True) -> int:
-    """Returns the most bytes that a pass gathers at the same time, buffers included.
-
-    With a backward DeepSpeed fetches ahead up to `stage3_max_live_parameters`, but nothing ahead of a larger module.
-    That module or a prefetch bucket is copied out of its buffer, and int8 weights are dequantised after that. Linears
-    that are gathered one by one stay while their layer is computed again.
-    """
+    """Returns the most bytes that a pass gathers at the same time, buffers included."""
     (numel, whole), (layer, largest, linear) = _whole(request, shape), _largest(request, shape)
     if request.world_size == 1 and not request.offloads("param"):
         return linear  # a parameter's data is its only shard
     limits = request.fetch_limits.max_live, request.fetch_limits.prefetch_bucket
     live, prefetched = (round(count * trains * whole / numel) for count in limits)
-    if largest > live:
+    if largest > live:  # DeepSpeed fetches nothing ahead of such a module
         live = prefetched = 0
     stays = layer if trains and shape.hidden_size > WHOLE_LAYER else 0
     return min(max(live, stays) + largest + max(largest, prefetched, linear), whole + max(prefetched, linear))

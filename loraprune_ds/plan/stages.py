@@ -98,11 +98,7 @@ def _recording(request: Request) -> Terms:
 
 
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
-    """Builds the stage of a cut, with the whole state from before it.
-
-    A refit of a linear with m outputs, of whose n inputs k stay, has the whole linear with its LoRA, the system and its
-    factor in float64, the solution, the old and the new weight.
-    """
+    """Builds the stage of a cut, with the whole state from before it."""
     state, host = split_state(request, before, measures=True)
     refit, e, r = 0, request.element_size, request.config.lora.r
     for i, linear in measured_linears(before, request.measured_layers):
@@ -115,11 +111,7 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
 
 
 def _training(request: Request, shape: ModelShape) -> Terms:
-    """Returns the terms of a micro-batch.
-
-    With `distill_weight` a chunk's logits of both models and the target are in fp32, once more with a temperature. The
-    dense model's outputs are there for all tokens.
-    """
+    """Returns the terms of a micro-batch. With `distill_weight` there are logits of both models, and the target."""
     train, e = request.config.train, request.element_size
     batch = request.batch(train.micro_batch_size, request.config.data.window)
     head = logits(shape, batch)
@@ -136,12 +128,7 @@ def _training(request: Request, shape: ModelShape) -> Terms:
 
 
 def _observing(request: Request, shape: ModelShape) -> Terms:
-    """Returns what the passes of a step that scores and measures add.
-
-    `gradient`: one linear's whole gradient, unpadded and padded, and its shard. `fisher`: three fp32 blocks of a
-    linear's inputs, and with dropout the inputs of stacks of experts. Measuring: a linear's inputs in fp32 and half a
-    moment.
-    """
+    """Returns the terms of scoring and measuring in the passes of a step."""
     config, terms, e = request.config, Terms(), request.gradient_size
     tokens = config.train.micro_batch_size * config.data.window
     if config.prune.criterion == "gradient":
@@ -149,6 +136,7 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
         terms["whole_gradient"] = 2 * e * widest + (e + 4) * request.shards([widest])
     if config.prune.criterion == "fisher":
         widths = [(x.is_stack, shape.inputs_per_token(i, x)) for i, x in shape.input_linear_ids()]
+        # Dropout replaces the inputs of a stack of experts, so the originals are kept for it.
         kept = sum(n for is_stack, n in widths if is_stack) if config.lora.lora_dropout else 0
         blocks = 12 * min(tokens * max(n for _, n in widths), DEVICE_BLOCK_NUMEL)
         terms["squared_gradients"] = blocks + request.element_size * tokens * kept
@@ -183,15 +171,12 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
 
 
 def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
-    """Returns the peak of a micro-batch, without logits.
-
-    Gradients are counted for the residual and at the widest place of a layer: four in the MLP, three fp32 tensors in a
-    norm, or the fp32 gradients of eager attention's probabilities and scores.
-    """
+    """Returns the peak of a micro-batch, without logits."""
     t, e, h, indices = batch.tokens, batch.element_size, shape.hidden_size, range(len(shape.layers))
     layers = [saved_in_layer(request, shape, i, batch) for i in indices]
     checkpointed = len(layers) * e * t * h + max(layers)
     kept = checkpointed if request.config.train.gradient_checkpointing else sum(layers)
+    # Gradients of the residual, and at the widest place: in the MLP, in eager attention (fp32), or in a norm (fp32).
     widest = max(max(4 * e * t * mlp_width(shape, i), 8 * batch.probabilities(shape, shape.layers[i])) for i in indices)
     gradients = 2 * e * t * h + max(widest, 12 * t * h)
     rotary_angles, last_norm = 2 * e * batch.window * shape.head_dim, 4 * t * h + 4 * t + e * t * h
@@ -199,19 +184,16 @@ def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int
 
 
 def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
-    """Returns the bytes at the widest place of a pass without backward, in the MLP or in eager attention.
-
-    Eager attention has masked scores, fp32 probabilities, and a copy of them.
-    """
+    """Returns the bytes at the widest place of a pass without backward, in the MLP or in eager attention."""
     e = batch.element_size
     mlp = max(4 * e * batch.tokens * mlp_width(shape, i) for i in range(len(shape.layers)))
     scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
     return max(mlp, scores) + batch.causal_mask
 
 
-def logits(shape: ModelShape, batch: PlannedBatch, chunk_tokens: int | None = None) -> int:
+def logits(shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the bytes of a chunk's logits, in the model's dtype and in fp32, and of all tokens' hidden states."""
-    chunk = min(batch.tokens, chunk_size(shape.vocab_size, chunk_tokens, buffers=1))
+    chunk = min(batch.tokens, chunk_size(shape.vocab_size, buffers=1))
     return chunk * shape.vocab_size * (4 + batch.copy_size) + 2 * batch.tokens * shape.hidden_size * batch.element_size
 
 

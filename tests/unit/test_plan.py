@@ -102,9 +102,9 @@ def test_eager_attention_computes_whole_windows_and_holds_more() -> None:
 
 
 def test_logits_are_bounded_by_their_chunk() -> None:
-    batch = request(Cluster(1, 1)).batch(2, 128)
-    found = [logits(SMALL, batch, chunk) for chunk in (16, 32)]
-    assert found[1] - found[0] == 16 * SMALL.vocab_size * (4 + 2)
+    small, large, larger = (logits(SMALL, request(Cluster(1, 1)).batch(samples, 128)) for samples in (1, 4096, 4097))
+    assert small == 128 * (SMALL.vocab_size * (4 + 2) + 2 * 512 * 2)
+    assert larger - large == 128 * 2 * 512 * 2  # hidden states
 
 
 @pytest.mark.parametrize(
