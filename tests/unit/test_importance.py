@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores
@@ -82,20 +81,6 @@ def test_scores_are_the_oracles_on_any_number_of_ranks(name: str, world_size: in
         found = run.package(world_size=world_size, criterion=criterion, normalization=normalization)
         power = 2 if criterion == "lora_squared" else 1
         assert_same(found, run.oracle(power=power, normalize=normalization == "l2"))
-
-
-def test_grouping_follows_the_key_value_heads() -> None:
-    """A head group is one kv head with the query heads that read it: planted where only one group has any weight."""
-    shape = make_shape([(3, 4)], hidden=6, head_dim=2, queries_per_group=2)
-    layer = random_layer(shape, 0, RANK, torch.Generator().manual_seed(4))
-    for linear in LLAMA_LINEARS:
-        weight, a, b, grad_a, grad_b = layer[linear.name]
-        rows = torch.arange(shape.group_width(linear)) + shape.group_width(linear)  # those of group 1
-        only = torch.zeros_like(weight).index_fill_(linear.axis, rows, 1.0)
-        layer[linear.name] = (weight * only, a, b * 0, grad_a, grad_b)
-    (scores,) = scores_over_ranks(shape, [layer], scaling=SCALING, world_size=2)
-    assert scores["heads"].nonzero().flatten().tolist() == [1]
-    assert scores["channels"].nonzero().flatten().tolist() == [1]
 
 
 @pytest.mark.parametrize(("bad", "name"), [(math.nan, "self_attn.q_proj"), (math.inf, "mlp.down_proj")])
