@@ -145,11 +145,12 @@ def test_a_network_between_nodes_makes_a_step_slower() -> None:
 
 
 def test_an_impossible_cluster_is_refused() -> None:
-    for wrong, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"gpu_memory": float("nan")}, "--gpu-memory must be a number above 0; got nan"),
         ({"gpu_memory": 2.0}, "--gpu-memory 2.0 leaves nothing beside --reserve 3.0"),
         ({"nodes": 10**6, "gpus_per_node": 8}, "is more than 1048576 GPUs"),
-    ):
+    ]
+    for wrong, message in cases:
         with pytest.raises(UserError, match=message):
             Cluster(**wrong)
 
