@@ -9,7 +9,7 @@ import torch
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits, make_limits

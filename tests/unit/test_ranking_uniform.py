@@ -86,8 +86,9 @@ def test_the_papers_model() -> None:
 
 
 def test_where_channels_end_heads_give_more_and_the_other_way_round() -> None:
+    """With 1200 channels left in each layer, heads have to give more than their share."""
     channels_end = replace(limits_of(SMOLLM2), floor=(LayerShape(heads=1, channels=1200),) * 30)
-    assert uniform_goal(channels_end, 0.4) == LayerShape(heads=1, channels=1200)  # heads alone would give 33 % of a layer's 12 %
+    assert uniform_goal(channels_end, 0.4) == LayerShape(heads=1, channels=1200)
     heads_end = limits_of(SMOLLM2, tensor_parallel=3)
     goal = uniform_goal(heads_end, 0.4)
     assert goal["heads"] == 3
