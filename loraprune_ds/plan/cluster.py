@@ -72,9 +72,6 @@ class Cluster:
         return per_rank * max(0, ranks - self.gpus_per_node) / max(1, ranks - 1)
 
     def seconds_to_receive(self, per_rank: float, ranks: int) -> float:
-        """Returns the time in which every rank receives `per_rank` bytes, without latencies.
-
-        A byte from another node enters a node once for all its GPUs. The slower link counts: the GPU's or its node's.
-        """
-        per_node = self.between_nodes(per_rank, ranks)
+        """Returns the time in which every rank receives `per_rank` bytes over the slower link, without latencies."""
+        per_node = self.between_nodes(per_rank, ranks)  # a byte enters a node once for all its GPUs
         return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))

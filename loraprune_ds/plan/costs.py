@@ -65,14 +65,11 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
 
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
-    """Returns the cost of a cut: a rank sends at most its shards of the layers that get smaller, with LoRA's state.
-
-    With `prune.compensate` the refitted linears also go to their owners and come back.
-    """
+    """Returns the cost of a cut: shards of the layers that get smaller with LoRA's state, and refitted linears."""
     cut = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
     lora = sum(request.shards(before.layer_lora_sizes(i, request.config.lora.r)) for i in cut)
     sent = sum(request.held_shards(request.held(before, i)) for i in cut) + (12 + request.element_size) * lora
-    for i, x in measured_linears(before, request.measured_layers):
+    for i, x in measured_linears(before, request.measured_layers):  # to the owner and back
         sent += 2 * held_bytes(before.form(x).held(before.linear_shape(i, x), request.element_size).values())
     return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
 

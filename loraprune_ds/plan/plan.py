@@ -110,10 +110,7 @@ def largest_micro_batch(plan: Plan) -> int | None:
 
 
 def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, str]:
-    """Returns the plan on the fewest GPUs; if none fits, on the most that were tried, and a line for the user.
-
-    It tries 1, 2, … GPUs of a node like `largest`, then whole nodes, where they can split the global batch.
-    """
+    """Returns the plan on the fewest GPUs; if none fits, on the most that were tried, and a line for the user."""
     plan = None
     for tried in _splittable(request, largest, most_nodes):
         plan = make_plan(tried)
@@ -126,6 +123,7 @@ def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, s
 
 
 def _splittable(request: Request, cluster: Cluster, most_nodes: int) -> Iterator[Request]:
+    """Yields the request on 1, 2, … GPUs of a node, then on whole nodes, where they can split the global batch."""
     most, passes = cluster.gpus_per_node, request.micro_batches * request.world_size  # of all ranks in a step
     sizes = [(1, gpus) for gpus in range(1, most + 1)]
     sizes += [(nodes, most) for nodes in range(2, min(most_nodes, MOST_GPUS // most) + 1)]

@@ -32,10 +32,8 @@ def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
 
 
 def gradient_estimate(factors: LoraFactors) -> Tensor:
-    """Returns G = gB·A + B·gA − gB·gA (LoRAPrune, arXiv 2305.18403, eq. 8): the change of B·A by one unit SGD step.
-
-    It is computed as one product of twice the rank: gB·(A − gA) + B·gA.
-    """
+    """Returns G = gB·A + B·gA − gB·gA (LoRAPrune, arXiv 2305.18403, eq. 8): the change of B·A by one unit SGD step."""
+    # gB·(A − gA) + B·gA as one product of twice the rank
     return torch.cat([factors.grad_B, factors.B], 1) @ torch.cat([factors.A - factors.grad_A, factors.grad_A])
 
 

@@ -74,10 +74,7 @@ def _divided(scores: Tensor, by: Tensor) -> Tensor:
 def score_groups(
     model: PrunableModel, criterion: Criterion, step: int, gradients: WeightGradients | None = None
 ) -> GroupSums:
-    """Scores all groups from the shards that the ranks own: one all-reduce of O(groups) numbers.
-
-    `criterion` is a key of `ELEMENT_CRITERIA`, of which `gradient` needs the gradients.
-    """
+    """Scores all groups by one of `ELEMENT_CRITERIA`, from the shards of the ranks: one all-reduce of O(groups)."""
     shape, partial = model.shape, list[Tensor]()
     for layer, factors in enumerate(model.lora_factors()):
         for linear in shape.linears(layer):

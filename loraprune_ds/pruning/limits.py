@@ -60,9 +60,7 @@ class Limits:
 def make_limits(config: PruneConfig, dense: ModelShape, ratio: float | None = None) -> Limits:
     """Makes the limits of a run, whose ratio comes from `target.find_ratio` or else is `prune.ratio`.
 
-    Raises:
-        UserError: everything is protected, layers are too different for `uniform`, `prune.head_ratio` and `prune.ratio`
-            conflict, or `prune.ratio` is out of reach. The message then states the largest ratio.
+    Raises UserError if settings conflict, or if the ratio is out of reach. The message then states the largest ratio.
     """
     ratio = config.ratio if ratio is None else ratio
     assert ratio is not None
@@ -154,15 +152,11 @@ def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
-    """Returns the least and the most parameters that can go, up to a part of a group.
-
-    With `global` a capped layer ends where no further group may go. Scores choose between several such ends, so the one
-    with the smallest loss counts.
-    """
+    """Returns the least and the most parameters that can go, up to a part of a group."""
     if config.ranking == "uniform":
         first = limits.open_layers[0]
         most = len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
-    else:
+    else:  # scores choose between several ends of a capped layer, so the smallest loss counts
         most = sum(min(_ends(limits, i)) for i in limits.open_layers)
     if config.head_ratio is None:
         return 0, most

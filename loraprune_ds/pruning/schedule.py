@@ -70,8 +70,7 @@ def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
 def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -> frozenset[int]:
     """Finds the steps whose cut would change no width of `uniform`.
 
-    The widths of `global` depend on scores. With multiples it waits until each open layer could lose one more on
-    average, and it keeps the last step.
+    With multiples `global` waits until each open layer could lose one more on average, and keeps the last step.
     """
     fine = limits.dense.kinds[-1]
     if config.ranking == "global" and limits.multiples[fine] == 1:

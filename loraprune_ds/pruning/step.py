@@ -100,17 +100,11 @@ class Pruner:
             yield
 
     def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
-        """Records the inputs of one micro-batch. Open it around its forward pass alone.
-
-        `attention_mask` is (batch, window) bool, False at padding; None if there is no padding.
-        """
+        """Records one micro-batch, around its forward pass alone. The mask is (batch, window), False at padding."""
         return nullcontext() if self.compensator is None else self.compensator.record_forward(attention_mask)
 
     def score(self, step: int) -> None:
-        """Scores all groups by this step's gradients and updates the moving average, if the schedule says so.
-
-        Call it between the last backward pass and the update: gradients are averaged then, and not yet clipped.
-        """
+        """Scores all groups, if due. Call it after the last backward, before gradients are clipped."""
         if not self.schedule.is_scored(step):
             return
         fail_point("scoring")

@@ -51,12 +51,9 @@ def measure(config: PruneConfig, shape: ModelShape) -> float:
 
 
 def find_ratio(config: PruneConfig, dense: ModelShape) -> float | None:
-    """Finds the ratio that reaches `prune.target`. Without a target it is `prune.ratio`.
+    """Finds the ratio that reaches `prune.target`, or returns `prune.ratio` where there is no target.
 
     `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of it.
-
-    Raises:
-        UserError: the dense model fits already, or the limits keep more than the target.
     """
     amount = config.target_amount
     if amount is None:
