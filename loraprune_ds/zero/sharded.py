@@ -92,9 +92,6 @@ class ShardedModel:
     def gather_values(self, value: int) -> list[int]:
         return self.comm.all_gather(torch.tensor([value], dtype=torch.int64, device=self.device)).flatten().tolist()
 
-    def broadcast(self, values: Tensor) -> Tensor:
-        return self.comm.broadcast(values.to(self.device)).cpu()
-
     def owner(self, layer: int) -> int:
         return layer_owner(layer, self.world_size)
 
