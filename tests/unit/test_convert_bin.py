@@ -14,9 +14,8 @@ from torch import Tensor
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model import convert_bin, hub
-from loraprune_ds.model.convert_bin import converted, needs_conversion
-from loraprune_ds.model.hub import locate_model
+from loraprune_ds.model import hub
+from loraprune_ds.model.hub import BIN_FILE, BIN_INDEX, converted, locate_model
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.weight_files import write_weight_file
 from tests.oracle.models import make_tiny_llama
@@ -47,7 +46,7 @@ def folder(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
     for file, members in halves.items():
         torch.save({name: tensors[name] for name in members}, folder / file)
     weight_map = {name: file for file, members in halves.items() for name in members}
-    (folder / convert_bin.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -67,20 +66,20 @@ def test_the_same_tensors(folder: Path, tensors: dict[str, Tensor], monkeypatch:
         mapped.extend(name for name in FILES if f"{folder / name}\n" in Path("/proc/self/maps").read_text())
         return write_weight_file(*given)
 
-    monkeypatch.setattr(convert_bin, "write_weight_file", write)
+    monkeypatch.setattr(hub, "write_weight_file", write)
     found = locate_model(ModelConfig(str(folder)))
     assert mapped == list(FILES)  # one at a time
     pretrained = open_pretrained(found)
     assert set(pretrained.files) == set(pretrained.shape.parameters()) == set(tensors)
     assert_same(written(found), tensors)
     assert (found / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    assert not (found / convert_bin.INDEX).exists()
+    assert not (found / BIN_INDEX).exists()
 
 
 def test_one_file_without_an_index(folder: Path, tensors: dict[str, Tensor]) -> None:
-    for name in (*FILES, convert_bin.INDEX):
+    for name in (*FILES, BIN_INDEX):
         (folder / name).unlink()
-    torch.save(tensors, folder / convert_bin.SINGLE)
+    torch.save(tensors, folder / BIN_FILE)
     assert_same(written(converted(folder)), tensors)
 
 
@@ -96,7 +95,7 @@ def test_tensors_that_share_memory(folder: Path, tensors: dict[str, Tensor]) -> 
 
 def test_it_is_done_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = converted(folder)
-    monkeypatch.setattr(convert_bin, "_convert", None)  # not called again
+    monkeypatch.setattr(hub, "_convert", None)  # not called again
     assert converted(folder) == first
 
 
@@ -113,8 +112,8 @@ def test_other_weights_are_another_folder(folder: Path, tensors: dict[str, Tenso
 
 def _convert_in_a_process(folder: Path, results: Any) -> None:
     made = []
-    original = convert_bin._convert
-    convert_bin._convert = lambda *given: (made.append(1), original(*given))  # type: ignore[assignment]
+    original = hub._convert
+    hub._convert = lambda *given: (made.append(1), original(*given))  # type: ignore[assignment]
     results.put((str(converted(folder)), len(made)))
 
 
@@ -140,7 +139,7 @@ def test_nothing_is_left_of_a_conversion_that_failed(folder: Path, cache: Path, 
             raise OSError(28, "No space left on device")
         return {}
 
-    monkeypatch.setattr(convert_bin, "write_weight_file", fail_at_the_second)
+    monkeypatch.setattr(hub, "write_weight_file", fail_at_the_second)
     with pytest.raises(UserError, match=r"cannot be converted to safetensors in .* No space left on device"):
         converted(folder)
     assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
@@ -180,9 +179,9 @@ def test_what_cannot_be_converted_is_one_line(folder: Path, tensors: dict[str, T
     torch.save({**torch.load(folder / FILES[0])}, path)
     assert refused(folder).endswith(f"is in {FILES[0]}, too")
     path.unlink()
-    assert refused(folder) == f"{FILES[1]} is missing; {convert_bin.INDEX} names it"
-    (folder / convert_bin.INDEX).write_text("{}")
-    assert refused(folder) == f"{convert_bin.INDEX} has no weight_map"
+    assert refused(folder) == f"{FILES[1]} is missing; {BIN_INDEX} names it"
+    (folder / BIN_INDEX).write_text("{}")
+    assert refused(folder) == f"{BIN_INDEX} has no weight_map"
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -190,9 +189,9 @@ def test_an_index_reaches_no_other_folder(folder: Path, tensors: dict[str, Tenso
     outside = folder.parent / "x.bin"
     torch.save(tensors, outside)
     named = str(outside) if absolute else "../x.bin"
-    (folder / convert_bin.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, named)}))
+    (folder / BIN_INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, named)}))
     first = next(iter(tensors))
-    assert refused(folder) == f"{convert_bin.INDEX}: {first} is in {named}; only files beside the index are read"
+    assert refused(folder) == f"{BIN_INDEX}: {first} is in {named}; only files beside the index are read"
 
 
 def test_only_known_files_come_along(folder: Path) -> None:
@@ -206,7 +205,7 @@ def test_a_surplus_file(folder: Path) -> None:
     """Leaves a file of an older download."""
     surplus = folder / "pytorch_model-00003-of-00003.bin"
     shutil.copy(folder / FILES[1], surplus)
-    assert refused(folder) == f"{surplus.name} is one weight file too many; {convert_bin.INDEX} does not name it"
+    assert refused(folder) == f"{surplus.name} is one weight file too many; {BIN_INDEX} does not name it"
 
 
 @pytest.mark.parametrize("has_safetensors", [False, True])
@@ -232,9 +231,9 @@ def test_a_hub_model_is_downloaded_in_one_format(
 
 
 def test_safetensors_are_taken_where_there_are_both(folder: Path, tensors: dict[str, Tensor]) -> None:
-    assert needs_conversion(folder)
+    assert hub._needs_conversion(folder)
     (folder / "adapter_model.safetensors").touch()
-    assert needs_conversion(folder)
+    assert hub._needs_conversion(folder)
     (folder / "model.safetensors").touch()
-    assert not needs_conversion(folder)
+    assert not hub._needs_conversion(folder)
     assert locate_model(ModelConfig(str(folder))) == folder

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from loraprune_ds.model import distillation
-from loraprune_ds.model.distillation import Distillation, HiddenTeacher, Recording, TopTeacher, distilled_losses, record
+from loraprune_ds.model.distillation import Distillation, HiddenTeacher, Recording, TopTeacher, record
 from loraprune_ds.model.logits import Head, LogitsTransform
+from loraprune_ds.model.token_loss import chunked_losses
 
 TOKENS, HIDDEN, VOCABULARY = 23, 8, 37
 # fp32 against fp64. Losses are about 4, gradients about 1, each from sums of 37 terms.
@@ -67,7 +68,7 @@ def worst_error(
     weights = torch.linspace(0.1, 1, TOKENS)
     student.requires_grad_()
     given = Distillation(teacher_of(teacher, head, k, temperature), w, temperature)
-    losses = distilled_losses(student, head, labels, given, chunk)
+    losses = chunked_losses(student, head, labels, chunk, given)
     (losses * weights).sum().backward()
     assert student.grad is not None
     reference = student.detach().double().requires_grad_()
@@ -130,7 +131,7 @@ def test_nothing_is_to_be_learned_from_oneself(k: int | None, transform: LogitsT
     head = Head(weight, transform)
     same = Distillation(teacher_of(student, head, k), 1.0)
     student.requires_grad_()
-    losses = distilled_losses(student, head, labels, same)
+    losses = chunked_losses(student, head, labels, None, same)
     losses.sum().backward()
     assert losses.abs().max() < TOLERANCE
     assert student.grad is not None

@@ -14,8 +14,7 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, Int8, NotFinite, dequantise
-from loraprune_ds.model.int8_linear import HeldLinear, Int8Linear, form_of
+from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, HeldLinear, Int8, Int8Linear, NotFinite, dequantise, form_of
 from loraprune_ds.model.pretrained import cut_to
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.int8 import ScalePlan

@@ -9,8 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.frozen import Int8
-from loraprune_ds.model.int8_linear import Int8Linear, form_of
+from loraprune_ds.model.frozen import Int8, Int8Linear, form_of
 from loraprune_ds.model.lora_product import OneProduct, draw_mask
 from loraprune_ds.pruning.taps import Tap
 
