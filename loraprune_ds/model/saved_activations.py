@@ -45,13 +45,7 @@ def saved_by_layer(
 
 @cache
 def _saved(
-    source: str,
-    shape: ModelShape,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    lora_rank: int,
-    dropout: bool,
-    eager: bool,
+    source: str, shape: ModelShape, size: tuple[int, int], dtype: torch.dtype, rank: int, dropout: bool, eager: bool
 ) -> int:
     """Counts the storages that the only layer saves, its input included, the shared rotary angles excluded."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
@@ -59,7 +53,7 @@ def _saved(
     causal_lm: Any = build_on_meta(config, "eager" if eager else FUSED)
     hold_frozen(causal_lm, shape)
     with torch.device("meta"):
-        model = add_lora(causal_lm, shape, LoraConfig(r=lora_rank, lora_dropout=0.5 if dropout else 0.0), seed=0)
+        model = add_lora(causal_lm, shape, LoraConfig(r=rank, lora_dropout=0.5 if dropout else 0.0), seed=0)
     model.to(device="meta", dtype=dtype).train()
     causal_lm.enable_input_require_grads()  # as every layer's but the first
     kept, others = list[Tensor](), list[Tensor](model.parameters())

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,26 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def tensors() -> dict[str, Tensor]:
-    return {}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
-    """Writes two `.bin` files and their index, as transformers saved them. They hold `tensors`."""
+def folder(tmp_path: Path) -> Path:
+    """Writes two `.bin` files and their index, as transformers saved them."""
     folder = make_tiny_llama(tmp_path / "model", seed=1, dtype="bfloat16", **SIZES)
-    tensors |= load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     halves = dict(zip(FILES, (names[::2], names[1::2]), strict=True))
     for file, members in halves.items():
         torch.save({name: tensors[name] for name in members}, folder / file)
-    weight_map = {name: file for file, members in halves.items() for name in members}
-    (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_bin_index(folder, {name: file for file, members in halves.items() for name in members})
     return folder
+
+
+@pytest.fixture
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in FILES for name, tensor in torch.load(folder / file).items()}
+
+
+def write_bin_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def written(folder: Path) -> dict[str, Tensor]:
@@ -91,12 +95,6 @@ def test_tensors_that_share_memory(folder: Path, tensors: dict[str, Tensor]) -> 
     torch.save(tied, folder / FILES[0])
     torch.save(second, folder / FILES[1])
     assert torch.equal(written(converted(folder))["lm_head.weight"], tensors["lm_head.weight"])
-
-
-def test_it_is_done_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = converted(folder)
-    monkeypatch.setattr(hub, "_convert", None)  # not called again
-    assert converted(folder) == first
 
 
 def test_other_weights_are_another_folder(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -157,52 +155,46 @@ class _Code:
         return print, ("a checkpoint must not run code",)
 
 
-def test_what_cannot_be_converted_is_one_line(folder: Path, tensors: dict[str, Tensor], capfd: Any) -> None:
-    path = folder / FILES[1]
-    good = path.read_bytes()
-    path.write_bytes(good[:-200])
-    assert refused(folder).startswith(f"{FILES[1]} ")
-    torch.save(_Code(), path)
-    assert refused(folder) == f"{FILES[1]} holds something other than tensors, or is damaged"
-    damaged_or_old = f"{FILES[1]} is damaged, or older than torch 1.6; load it with torch, and save it again"
-    path.write_bytes(pickle.dumps(_Code()))
-    assert refused(folder) == damaged_or_old
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"data.pkl") + 100] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: path.write_bytes(path.read_bytes()[:-200]), " "),
+    (lambda path: torch.save(_Code(), path), " holds something other than tensors"),
+    (lambda path: path.write_bytes(pickle.dumps(_Code())), " is damaged, or older than torch 1.6;"),
+    (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), " is damaged, or older than torch 1.6;"),
+    (_flip_a_bit, " "),
+    (lambda path: torch.save([1, 2], path), " must hold a dictionary of tensors"),
+    (lambda path: shutil.copy(path.with_name(FILES[0]), path), f": lm_head.weight is in {FILES[0]}, too"),
+    (Path.unlink, f" is missing; {BIN_INDEX} names it"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
+def test_damage_is_one_line(folder: Path, damage: Callable[[Path], object], message: str, capfd: Any) -> None:
+    damage(folder / FILES[1])
+    assert refused(folder).startswith(f"{FILES[1]}{message}")
     assert "must not run" not in capfd.readouterr().out
-    torch.save(tensors, path, _use_new_zipfile_serialization=False)
-    assert refused(folder) == damaged_or_old
-    good_bytes = bytearray(good)
-    good_bytes[good.index(b"data.pkl") + 100] ^= 255
-    path.write_bytes(good_bytes)
-    assert refused(folder).startswith(f"{FILES[1]} ")
-    torch.save([1, 2], path)
-    assert refused(folder) == f"{FILES[1]} must hold a dictionary of tensors"
-    torch.save({**torch.load(folder / FILES[0])}, path)
-    assert refused(folder).endswith(f"is in {FILES[0]}, too")
-    path.unlink()
-    assert refused(folder) == f"{FILES[1]} is missing; {BIN_INDEX} names it"
-    (folder / BIN_INDEX).write_text("{}")
-    assert refused(folder) == f"{BIN_INDEX} has no weight_map"
 
 
-@pytest.mark.parametrize("absolute", [False, True])
-def test_an_index_reaches_no_other_folder(folder: Path, tensors: dict[str, Tensor], absolute: bool) -> None:
-    outside = folder.parent / "x.bin"
-    torch.save(tensors, outside)
-    named = str(outside) if absolute else "../x.bin"
-    (folder / BIN_INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, named)}))
-    first = next(iter(tensors))
-    assert refused(folder) == f"{BIN_INDEX}: {first} is in {named}; only files beside the index are read"
+def test_an_index_reaches_no_other_folder(folder: Path, tensors: dict[str, Tensor]) -> None:
+    torch.save(tensors, outside := folder.parent / "x.bin")
+    for named in (str(outside), "../x.bin"):
+        write_bin_index(folder, dict.fromkeys(tensors, named))
+        assert refused(folder).endswith(f" is in {named}; only files beside the index are read")
 
 
-def test_only_known_files_come_along(folder: Path) -> None:
+def test_only_known_files_are_copied(folder: Path) -> None:
     for name in ("secrets.json", "id.txt"):
         (folder / name).write_text("{}")
     assert {path.suffix for path in converted(folder).iterdir()} == {".json", ".safetensors"}
-    assert not any((converted(folder) / name).exists() for name in ("secrets.json", "id.txt"))
+    assert not (converted(folder) / "secrets.json").exists()
 
 
-def test_a_surplus_file(folder: Path) -> None:
-    """Leaves a file of an older download."""
+def test_a_surplus_file_of_an_older_download(folder: Path) -> None:
     surplus = folder / "pytorch_model-00003-of-00003.bin"
     shutil.copy(folder / FILES[1], surplus)
     assert refused(folder) == f"{surplus.name} is one weight file too many; {BIN_INDEX} does not name it"
@@ -230,10 +222,8 @@ def test_a_hub_model_is_downloaded_in_one_format(
     assert (found == snapshot) == has_safetensors
 
 
-def test_safetensors_are_taken_where_there_are_both(folder: Path, tensors: dict[str, Tensor]) -> None:
-    assert hub._needs_conversion(folder)
-    (folder / "adapter_model.safetensors").touch()
-    assert hub._needs_conversion(folder)
+def test_safetensors_are_preferred(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").touch()  # no weights of the model
+    assert locate_model(ModelConfig(str(folder))) != folder
     (folder / "model.safetensors").touch()
-    assert not hub._needs_conversion(folder)
     assert locate_model(ModelConfig(str(folder))) == folder
