@@ -108,19 +108,16 @@ class _ChunkedLosses(torch.autograd.Function):
 def _cross_entropies(hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None) -> Tensor:
     """Returns the losses (tokens,) of a chunk with labels (tokens, 1), and writes their gradient into `gradient`."""
     keep = gradient is not None and head.transform.softcap is not None  # a cap's slope is computed from its logits
-    logits: Tensor | None = head.logits(hidden)
+    logits = head.logits(hidden)
     probabilities = logits.to(torch.float32, copy=keep)
-    if not keep:
-        logits = None  # before the softmax allocates memory
     largest, label_logits = probabilities.amax(1, keepdim=True), probabilities.gather(1, labels)
     exponentials = probabilities.sub_(largest).exp_()
     total = exponentials.sum(1, keepdim=True)
     exponentials.div_(total)
     if gradient is not None:
         probabilities.scatter_add_(1, labels, torch.full_like(label_logits, -1))
-        if logits is not None:
-            head.transform.uncap_(probabilities, logits)
-            logits = None
+        head.transform.uncap_(probabilities, logits)
+        del logits  # before the gradient is rounded
         gradient.copy_(probabilities.to(head.weight.dtype) @ head.weight)
     return (total.log() + largest - label_logits)[:, 0]
 
