@@ -47,7 +47,7 @@ class Recording:
     temperature: float = 1.0
 
 
-def chunk_size(vocab_size: int, given: int | None, *, buffers: int = BUFFERS) -> int:
+def chunk_size(vocab_size: int, given: int | None = None, *, buffers: int = BUFFERS) -> int:
     """Returns the tokens whose logits are in memory together. By default all buffers have LOGITS_AT_ONCE elements."""
     return given or max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
 

@@ -173,7 +173,7 @@ class TokenLosses:
         return self.lm_head(decoded.last_hidden_state, labels, distillation, supervised)
 
 
-def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:
+def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -> PreTrainedModel:
     """Makes `model(input_ids=…, labels=…)` return token losses. Parameters keep their names."""
     model.lm_head = LossHead(output_head(model), logits_transform(model.config), chunk_tokens)
     stock = type(model)
@@ -181,9 +181,7 @@ def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTr
     return model
 
 
-def build_for_losses(
-    pretrained: PretrainedModel, attention: str, loss_chunk_tokens: int | None = None
-) -> PreTrainedModel:
+def build_for_losses(pretrained: PretrainedModel, attention: str) -> PreTrainedModel:
     """Builds a pretrained model's modules without weights (classes.build_on_meta), with token losses.
 
     Raises:
@@ -191,6 +189,6 @@ def build_for_losses(
     """
     used = attn_implementation(attention, pretrained.shape.family)
     with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
-        model = with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)
+        model = with_token_losses(build_on_meta(pretrained.config, used))
     hold_frozen(model, pretrained.shape)
     return model
