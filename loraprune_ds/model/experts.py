@@ -23,10 +23,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, held_tensors, join
+from loraprune_ds.model.frozen import DENSE, Form, HeldLinear, held_tensors, join
 
 
-class ExpertStack(FrozenLinear):
+class ExpertStack(HeldLinear):
     """Holds one linear of every expert: `weight` (experts * rows, columns)."""
 
     def __init__(self, stacked: Tensor, transposed: bool) -> None:
@@ -187,7 +187,7 @@ def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
-def multiply(x: Tensor, counts: list[int], transposed: bool, form: StorageFormat, *held: Tensor) -> Tensor:
+def multiply(x: Tensor, counts: list[int], transposed: bool, form: Form, *held: Tensor) -> Tensor:
     """Maps the tokens of each expert by its own block of rows.
 
     Args:
@@ -225,7 +225,7 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: list[int], transposed: bool, form: StorageFormat, *held: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, counts: list[int], transposed: bool, form: Form, *held: Tensor) -> Tensor:
         ctx.save_for_backward(x, *held)
         ctx.counts, ctx.transposed, ctx.form = counts, transposed, form
         y = x.new_empty(len(x), held[0].shape[1] if transposed else len(held[0]) // len(counts))

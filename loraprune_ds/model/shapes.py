@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, LinearId, Part, Width
-from loraprune_ds.model.frozen import DENSE, WEIGHT, Int8, Matrix, StorageFormat, StoredTensor
+from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8, Matrix
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.pieces import Pieces, pieces_of
 
@@ -131,7 +131,7 @@ class ModelShape:
         experts = self.layers[layer][linear.kind] if linear.is_stack else 1
         return (experts * lora_rank, in_features), (out_features, lora_rank)
 
-    def form(self, linear: Linear) -> StorageFormat:
+    def form(self, linear: Linear) -> Form:
         """Returns the form in which a rank holds the weight of this linear."""
         return DENSE if not self.int8 else Int8(1, self.hidden_size) if linear.rows_are_hidden else Int8(0)
 
@@ -225,7 +225,7 @@ class ModelShape:
                     stored[name] = Pieces((prefix + companion.stored,), shapes[name])
         return stored
 
-    def held(self, layer: int | None, element_size: int) -> dict[str, StoredTensor]:
+    def held(self, layer: int | None, element_size: int) -> dict[str, Held]:
         """Returns what ZeRO-3 shards of the frozen parameters of one layer, or of all, by name.
 
         Args:
@@ -233,14 +233,14 @@ class ModelShape:
         """
         layers = range(len(self.layers)) if layer is None else [layer]
         forms = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.form(x) for i in layers for x in self.linears(i)}
-        held, exact = dict[str, StoredTensor](), self.exact
+        held, exact = dict[str, Held](), self.exact
         for name, shape in (self.parameters() if layer is None else self.layer_parameters(layer)).items():
             if form := forms.get(name):
                 rows, columns = shape
                 tensors = form.held((rows, columns), element_size)
                 held |= {f"{name.removesuffix(WEIGHT)}{tensor}": value for tensor, value in tensors.items()}
             else:
-                held[name] = StoredTensor(shape, 4 if name in exact else element_size)
+                held[name] = Held(shape, 4 if name in exact else element_size)
         return held
 
     @property

@@ -13,7 +13,7 @@ from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.config_json import LLAMA, read_config
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.model.frozen import StoredTensor
+from loraprune_ds.model.frozen import Held
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import check_family, shape_from_config
 from loraprune_ds.model.shapes import ModelShape
@@ -107,7 +107,7 @@ class Request:
         eager = attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
         return PlannedBatch(samples, window, self.element_size, eager)
 
-    def held(self, shape: ModelShape, layer: int | None = None) -> list[StoredTensor]:
+    def held(self, shape: ModelShape, layer: int | None = None) -> list[Held]:
         """Lists what ZeRO-3 shards of the frozen weights of a layer, or of all."""
         return list(shape.held(layer, self.element_size).values())
 
@@ -119,7 +119,7 @@ class Request:
         """Counts the elements of a rank's shards of such tensors."""
         return sum(partition_numel(numel, self.world_size) for numel in sizes)
 
-    def held_shards(self, held: Iterable[StoredTensor]) -> int:
+    def held_shards(self, held: Iterable[Held]) -> int:
         """Counts the bytes of a rank's shards of such tensors."""
         return sum(x.element_size * partition_numel(math.prod(x.shape), self.world_size) for x in held)
 
@@ -129,7 +129,7 @@ class Request:
             return 0
         return self.shards(math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
 
-    def second_copies(self, held: Iterable[StoredTensor]) -> int:
+    def second_copies(self, held: Iterable[Held]) -> int:
         """Counts the bytes of a rank's pieces of the second copy of such tensors. 0 without hpZ."""
         group = self.fetch_limits.copy_ranks
         return self.held_shards(held) * (self.world_size // group) if group > 1 else 0

@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import ADAPTER, lora_weights, plain_parameter
-from loraprune_ds.model.frozen import storage_format
+from loraprune_ds.model.frozen import form_of
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from loraprune_ds.zero.comm import Communicator
@@ -18,7 +18,7 @@ from loraprune_ds.zero.params import full_shape
 def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> CollectedLinear | None:
     """Gathers one linear of a decoder layer on rank `owner`. Returns None elsewhere. Collective."""
     base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-    form = storage_format(base)
+    form = form_of(base)
     held = {name: collect_tensor(getattr(base, name), owner, comm) for name in form.tensors}
     bias = None if base.bias is None else collect_tensor(base.bias, owner, comm)
     masters = [collect_tensor(p, owner, comm, safe_get_local_fp32_param(p)) for p in (a, b)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.frozen import storage_format
+from loraprune_ds.model.frozen import form_of
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId
 from loraprune_ds.zero.collect import collect_linear
 from loraprune_ds.zero.comm import Communicator
@@ -59,7 +59,7 @@ def rounds(linear_ids: Sequence[LinearId], world_size: int) -> list[list[LinearI
 
 def _held_tensors(base: nn.Linear, whole: Tensor | None) -> dict[str, Tensor | None]:
     """Returns what holds a new weight, by name. On the owner with values."""
-    form = storage_format(base)
+    form = form_of(base)
     return dict.fromkeys(form.tensors) if whole is None else {**form.split(whole, whole.dtype)}
 
 
