@@ -10,7 +10,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
-from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
+from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.attention import check_flash_attention, describe_attention
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import held_as
@@ -117,7 +117,6 @@ def _check_adapter(config: RunConfig, pretrained: PretrainedModel) -> None:
     if config.model.adapter:
         adapter = Path(config.model.adapter).expanduser()
         check_adapter(adapter, config.lora, pretrained.shape)
-        check_adapter_tensors(adapter, config.lora.r, pretrained.shape)
 
 
 def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:

@@ -32,7 +32,7 @@ import torch
 from safetensors import safe_open
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.convert_bin import INDEX, converted
+from loraprune_ds.model.hub import BIN_INDEX, converted
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
@@ -238,7 +238,7 @@ def write_bin(folder: Path) -> None:
         file_name = f"pytorch_model-{part or 'ends'}.bin"
         torch.save(tensors, folder / "bin" / file_name)
         weight_map |= dict.fromkeys(tensors, file_name)
-    (folder / "bin" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "bin" / BIN_INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def convert(folder: Path) -> None:
