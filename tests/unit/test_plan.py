@@ -23,7 +23,7 @@ from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, search,
 from loraprune_ds.plan.printout import notes, plan_json, plan_table, suggestion_rows
 from loraprune_ds.plan.request import Request, build_request, changed, make_request
 from loraprune_ds.plan.stages import Stage, teacher_pass
-from loraprune_ds.train.data.order import SampleOrder
+from loraprune_ds.pruning.schedule import steps_for_epochs
 from tests.families import tiny_config
 
 CONFIG = {
@@ -157,7 +157,7 @@ def test_epochs_need_the_number_of_samples() -> None:
 def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: float, steps: int) -> None:
     config = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128).config
     planned = build_request("small", SOURCE, SMALL, config, Cluster(1, 1), samples=samples)
-    assert planned.steps == SampleOrder(samples, 128, seed=0).steps_for_epochs(epochs) == steps
+    assert planned.steps == steps_for_epochs(epochs, samples, 128) == steps
 
 
 def test_what_a_run_of_the_family_refuses_is_not_planned() -> None:
