@@ -1,6 +1,7 @@
 """`global`: the least important groups of all open layers, to within one group of the target, inside all limits."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,7 +118,7 @@ def test_heads_keep_to_their_share_over_several_cuts() -> None:
 def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
     """Channels end at their floor. Layer 0 has lost its one cheap head by then; its others are dear."""
     shape = make_shape([(8, 16)] * 2, hidden=8, head_dim=2)
-    limits = limits_of(shape, channel_multiple=16)
+    limits = replace(limits_of(shape), floor=(LayerShape(heads=1, channels=16),) * 2)
     scores = [
         LayerScores(heads=torch.tensor([0.0, 90, 91, 92, 93, 94, 95, 96]), channels=torch.ones(16)),
         LayerScores(heads=torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), channels=torch.ones(16)),
