@@ -68,12 +68,12 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
     still alive then prints its error, unless the ranks `agreed` on it.
     """
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        _say(f"error: {error}")
-        return
-    time.sleep(GRACE)
-    if not agreed or isinstance(error, RankError):
-        _say(f"error on rank {rank}: {error}")
+    if rank != "0":
+        time.sleep(GRACE)
+        if agreed and not isinstance(error, RankError):
+            return
+    sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
+    sys.stderr.flush()
 
 
 def silence_libraries() -> None:
@@ -103,21 +103,12 @@ def leave_on_error() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # torch calls this hook with sys.stderr pointing at a buffer, which would be lost here.
-        text = _marked("".join(traceback.format_exception(kind, error, trace)))
+        text = "".join(traceback.format_exception(kind, error, trace))
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            text = textwrap.indent(text, f"[rank {os.environ.get('RANK', '0')}] ")
         try:
             os.write(2, text.encode(errors="backslashreplace"))
         finally:  # also if the reader of stderr is gone
             os._exit(1)
 
     sys.excepthook = hook
-
-
-def _marked(text: str) -> str:
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return text
-    return textwrap.indent(text, f"[rank {os.environ.get('RANK', '0')}] ")
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

@@ -144,12 +144,9 @@ def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     merged = dict(saved)
     for key, value in given.items():
         section = saved.get(key)
-        merged[key] = merge(section, value or {}) if isinstance(section, dict) and _is_section(value) else value
+        is_section = isinstance(section, dict) and isinstance(value, dict | None)  # an empty one is None in YAML
+        merged[key] = merge(section, value or {}) if is_section else value
     return merged
-
-
-def _is_section(value: Any) -> bool:
-    return value is None or isinstance(value, dict)  # a section without any keys is None in YAML
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,15 +102,12 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is not valid JSON") from None
     if not isinstance(value, dict) or value.get("kind") not in RECORD_KINDS or not isinstance(value.get("step"), int):
         raise UserError(f"{where} is damaged: it must hold an object with kind and step")
-    missing = {f.name for f in fields(RECORD_KINDS[value["kind"]]) if _is_required(f)} - value.keys()
-    if missing:
+    # Fields with a default are newer than the first versions.
+    known = fields(RECORD_KINDS[value["kind"]])
+    required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
+    if missing := required - value.keys():
         raise UserError(f"{where} is damaged: {', '.join(sorted(missing))} missing")
     return value
-
-
-def _is_required(record_field: Field[Any]) -> bool:
-    """Fields with a default are newer than the first versions."""
-    return record_field.default is MISSING and record_field.default_factory is MISSING
 
 
 def scalars(record: Record) -> dict[str, float]:

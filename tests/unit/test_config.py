@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_data import NEEDS
@@ -69,72 +68,37 @@ def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
 
 def test_every_number_may_be_a_string(tmp_path: Path) -> None:
     """YAML 1.1 reads 1e-4 as one."""
-    config = load(tmp_path, "output_dir: out\n", "train.learning_rate=1e-4", "train.steps=2", "prune.head_ratio=0.5")
+    config = load(tmp_path, BASE, "train.learning_rate=1e-4", "prune.head_ratio=0.5")
     assert config.train.learning_rate == 1e-4
-    assert (
-        type(load(tmp_path, "output_dir: out\n", "train.steps=2", "train.max_grad_norm=0").train.max_grad_norm) is float
-    )
+    assert type(load(tmp_path, BASE, "train.max_grad_norm=0").train.max_grad_norm) is float
     raw = config.to_dict()
     for section in (section for section in raw.values() if isinstance(section, dict)):
         section |= {key: str(value) for key, value in section.items() if isinstance(value, float)}
     assert load(tmp_path, yaml.safe_dump(raw)) == config
 
 
-WRONG = {  # by key: values that it refuses, in YAML
-    "seed": ("1.5", "-1", "4294967296"),
-    "model": ("embedded",),
-    "model.path": ("7",),
-    "model.dtype": ("x",),
-    "lora.r": ("0",),
-    "lora.lora_alpha": ("0",),
-    "lora.lora_dropout": ("1",),
-    "data.window": ("1",),
-    "data.format": ("csv",),
-    "data.held_out_fraction": ("1",),
-    "data.max_samples": ("0",),
-    "data.packing": ("1",),
-    "prune.ratio": ("0", "1", ".nan"),
-    "prune.head_ratio": ("1",),
-    "prune.criterion": ("taylor",),
-    "prune.ranking": ("local",),
-    "prune.normalize": ("max",),
-    "prune.moving_average": ("1",),
-    "prune.prune_every": ("0",),
-    "prune.channel_multiple": ("0",),
-    "prune.max_layer_ratio": ("0", "1.1"),
-    "prune.protected_first": ("-1",),
-    "prune.protected_last": ("-1",),
-    "prune.warmup_fraction": ("1", "0.9"),
-    "prune.score_every": ("0",),
-    "prune.compensate": ("mean",),
-    "prune.compensate_steps": ("0",),
-    "prune.compensate_decay": ("1",),
-    "train.steps": ("0", "ten", "10.0", "true"),
-    "train.epochs": ("0",),
-    "train.recovery_steps": ("-1",),
-    "train.distill_weight": ("1.5", "-1"),
-    "train.distill_top_k": ("0",),
-    "train.learning_rate": ("0", "101", "fast", "true", "null", "[1]", ".inf"),
-    "train.lr_scheduler": ("step",),
-    "train.warmup_steps": ("-1", "100"),
-    "train.max_grad_norm": ("-1",),
-    "train.adam_epsilon": ("0",),
-    "train.micro_batch_size": ("0",),
-    "train.global_batch_size": ("0", "9"),
-    "evaluate.window": ("1",),
-    "evaluate.max_windows": ("0",),
-    "evaluate.batch_size": ("0",),
-    "evaluate.every": ("0",),
-    "checkpoint.every": ("0",),
-    "checkpoint.keep_last": ("0",),
-    "logging.profile_steps": ("[0]", "x"),
-}
+WRONG = """
+seed=1.5 seed=-1 seed=4294967296 model=embedded model.path=7 model.dtype=x lora.r=0 lora.lora_alpha=0
+lora.lora_dropout=1 data.window=1 data.format=csv data.held_out_fraction=1 data.max_samples=0 data.packing=1
+prune.ratio=0 prune.ratio=1 prune.ratio=.nan prune.head_ratio=1 prune.criterion=taylor prune.ranking=local
+prune.normalize=max prune.moving_average=1 prune.prune_every=0 prune.channel_multiple=0
+prune.max_layer_ratio=0 prune.max_layer_ratio=1.1 prune.protected_first=-1 prune.protected_last=-1
+prune.warmup_fraction=1 prune.warmup_fraction=0.9 prune.score_every=0 prune.compensate=mean
+prune.compensate_steps=0 prune.compensate_decay=1
+train.steps=0 train.steps=ten train.steps=10.0 train.steps=true train.epochs=0 train.recovery_steps=-1
+train.distill_weight=1.5 train.distill_weight=-1 train.distill_top_k=0 train.learning_rate=0
+train.learning_rate=101 train.learning_rate=fast train.learning_rate=true train.learning_rate=null
+train.learning_rate=[1] train.learning_rate=.inf train.lr_scheduler=step train.warmup_steps=-1
+train.warmup_steps=100 train.max_grad_norm=-1 train.adam_epsilon=0 train.micro_batch_size=0
+train.global_batch_size=0 train.global_batch_size=9
+evaluate.window=1 evaluate.max_windows=0 evaluate.batch_size=0 evaluate.every=0 checkpoint.every=0
+checkpoint.keep_last=0 logging.profile_steps=[0] logging.profile_steps=x
+""".split()
 
 
-@pytest.mark.parametrize("key", WRONG)
-def test_a_wrong_value_names_the_key(tmp_path: Path, key: str) -> None:
-    for value in WRONG[key]:
-        assert refused(tmp_path, BASE, f"{key}={value}").startswith(f"{key} ")
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_value_names_the_key(tmp_path: Path, override: str) -> None:
+    assert refused(tmp_path, BASE, override).startswith(f"{override.partition('=')[0]} ")
 
 
 def test_a_value_at_the_edge_of_its_range(tmp_path: Path) -> None:
@@ -142,14 +106,6 @@ def test_a_value_at_the_edge_of_its_range(tmp_path: Path) -> None:
     train = "{steps: 1, learning_rate: 100, max_grad_norm: 0, distill_weight: 1}"
     data = "{window: 2, max_samples: 1}"
     load(tmp_path, f"output_dir: out\nseed: 4294967295\nprune: {prune}\ntrain: {train}\ndata: {data}\n")
-
-
-def test_a_copy_with_changes_is_checked() -> None:
-    assert dataclasses.replace(PruneConfig(), ratio=0.1) == PruneConfig(ratio=0.1)
-    with pytest.raises(ValidationError, match="ratio"):
-        dataclasses.replace(PruneConfig(), ratio=1.0)
-    with pytest.raises(UserError, match="exactly one of"):
-        dataclasses.replace(TrainConfig(steps=1), epochs=1.0)
 
 
 def test_a_file_and_a_part_of_the_data_are_not_held_out_at_once(tmp_path: Path) -> None:
@@ -211,21 +167,17 @@ def test_a_file_that_is_no_config(tmp_path: Path, text: str, message: str) -> No
     assert message in refused(tmp_path, text)
 
 
-def test_a_file_that_is_no_text_or_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_bytes(b"output_dir: \xff\xfe")
-    with pytest.raises(UserError, match=r"run\.yaml is not valid YAML"):
-        load_config(tmp_path / "run.yaml")
-    with pytest.raises(UserError, match=r"^config file .*nowhere\.yaml does not exist$"):
-        load_config(tmp_path / "nowhere.yaml")
-
-
-def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises the file system's error by hand, because root may read everything."""
 
     def refuse(path: Path, **arguments: str) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    (tmp_path / "run.yaml").write_text("output_dir: out")
+    with pytest.raises(UserError, match=r"^config file .*run\.yaml does not exist$"):
+        load_config(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_bytes(b"output_dir: \xff\xfe")
+    with pytest.raises(UserError, match=r"run\.yaml is not valid YAML"):
+        load_config(tmp_path / "run.yaml")
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(UserError, match=r"config file .*run\.yaml cannot be read: Permission denied"):
         load_config(tmp_path / "run.yaml")
@@ -317,7 +269,6 @@ def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> N
     [
         ("target: much", "prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got 'much'"),
         ("target: -4B", "prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got '-4B'"),
-        ("target: 4B, target_context: 100", "prune.target_context has no effect without a prune.target in bytes"),
     ],
 )
 def test_a_wrong_target_is_refused(tmp_path: Path, prune: str, message: str) -> None:
