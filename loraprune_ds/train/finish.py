@@ -18,10 +18,9 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.report.pictures import draw_kept_groups, draw_training
+from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
 from loraprune_ds.report.report import Outcome, make_report, write_kept_groups, write_report
-from loraprune_ds.report.router_picture import draw_router_load
 from loraprune_ds.train.loop import RunContext, measure_held_out
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.whole import staging_of

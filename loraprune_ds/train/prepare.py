@@ -19,7 +19,7 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
-from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
 from loraprune_ds.pruning.target import find_ratio
 from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
@@ -97,7 +97,8 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, start=start)
     lengths = loaded.samples.lengths() if config.train.group_by_length else None
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
-    pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
+    epochs = config.train.epochs or 1
+    pruning_steps = config.train.steps or steps_for_epochs(epochs, loaded.epoch_length, global_batch_size)
     config.train.check_warmup(pruning_steps)
     steps = pruning_steps + config.train.recovery_steps
     check_profile_steps(config, steps)

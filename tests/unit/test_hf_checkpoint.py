@@ -45,6 +45,7 @@ def saved(folder: Path, **changes: Any) -> Path:
         ({"world_size": 3}, "was saved by 3 ranks"),
         ({"prune": asdict(PruneConfig(ratio=0.3))}, "other settings: ratio"),
         ({"prune": {"ratio": 0.4, "gone": 4}}, "other settings: channel_multiple"),
+        ({"prune": {"ratio": 0.4, "min_heads": 2}}, "prune.min_heads 2, which is gone"),
         ({"format": layout.FORMAT - 1}, f"has format {layout.FORMAT - 1}"),
         ({"surplus": 1}, "is damaged"),
     ],
@@ -57,7 +58,8 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[s
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
     comm, config = cast(Any, SimpleNamespace(world_size=2, rank=0)), PruneConfig(ratio=0.4, channel_multiple=1)
-    folder = saved(tmp_path)
+    removed = {"min_heads": 1, "compensate_ridge": 0.05}  # with their old defaults
+    folder = saved(tmp_path, prune=asdict(config) | removed)
     state = folder / "pruning/state.json"
     layout.write_manifest(state.parent, {state.name: layout.seal(state)})
     for given in (PruneConfig(), PruneConfig(ratio=0.4), config):

@@ -18,7 +18,7 @@ from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, search,
 from loraprune_ds.plan.printout import notes, plan_json, plan_table, suggestion_rows
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, logits, teacher_pass
-from loraprune_ds.train.data.order import SampleOrder
+from loraprune_ds.pruning.schedule import steps_for_epochs
 from tests.families import tiny_config
 
 CONFIG = {
@@ -114,7 +114,7 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: 
     unknown = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128)
     assert any("--samples" in note for note in notes(make_plan(unknown)))
     planned = replace_samples(unknown, samples)
-    assert (planned.steps, planned.steps_known) == (SampleOrder(samples, 128, seed=0).steps_for_epochs(epochs), True)
+    assert (planned.steps, planned.steps_known) == (steps_for_epochs(epochs, samples, 128), True)
     assert planned.steps == steps
     with pytest.raises(UserError, match="--samples 5 is less"):
         replace_samples(unknown, 5)
