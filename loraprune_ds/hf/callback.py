@@ -1,4 +1,4 @@
-"""Prunes inside transformers' Trainer and the trainers of TRL. One callback is all that it takes:
+"""Prunes inside transformers' Trainer and the trainers of TRL, by one callback:
 
 trainer = SFTTrainer(..., callbacks=[LoraPruneCallback(PruneConfig(ratio=0.3))])
 """
@@ -53,18 +53,13 @@ class LoraPruneCallback(TrainerCallback):
 
     @property
     def pruning(self) -> Pruning:
-        """Returns what prunes.
-
-        Raises:
-            UserError: training has not begun.
-        """
+        """The pruning of this training. Raises UserError before training has begun."""
         if self._pruning is None:
             raise UserError("LoraPruneCallback: training has not begun")
         return self._pruning
 
     @property
     def cuts(self) -> list[CutRecord]:
-        """The cuts so far."""
         return self.pruning.cuts
 
     @property
@@ -75,14 +70,15 @@ class LoraPruneCallback(TrainerCallback):
     def resume(self, model: Any, folder: str | Path | None = None) -> str | None:
         """Cuts the dense model to a checkpoint. Call it before `trainer.train(resume_from_checkpoint=...)`. Collective.
 
-        Settings that are not given, and so have their default, come from the checkpoint.
+        Settings that have their default come from the checkpoint.
 
         Args:
             model: `trainer.model`, dense and with LoRA.
-            folder: a checkpoint, or one with checkpoints, of which the newest whole one counts. None: the `output_dir`.
+            folder: a checkpoint, or a folder with checkpoints, of which the newest complete one counts. Default: the
+                `output_dir`.
 
         Returns:
-            The checkpoint, for `resume_from_checkpoint`. None if there is none yet.
+            The checkpoint, for `resume_from_checkpoint`. None before the first one.
 
         Raises:
             UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
@@ -106,7 +102,7 @@ class LoraPruneCallback(TrainerCallback):
         """Writes the pruned base without LoRA. Collective.
 
         Args:
-            adapter: folder that `trainer.save_model` has written. Its adapter then names this base.
+            adapter: folder written by `trainer.save_model`. Its adapter then names this base.
 
         Raises:
             UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
@@ -114,7 +110,7 @@ class LoraPruneCallback(TrainerCallback):
         self.pruning.save_base(folder, adapter, self._tokenizer)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Checks and watches for what DeepSpeed would fail at, not saying why: a checkpoint loaded without `resume`."""
+        """Checks what DeepSpeed would fail at without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
         if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
             check_reshardable("the DeepSpeed config", plugin.hf_ds_config.config)  # some fail in DeepSpeed's own start
@@ -150,20 +146,16 @@ class LoraPruneCallback(TrainerCallback):
         self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # kept there by a training that failed
         args.__dict__[LIMIT], args.save_total_limit = self._save_total_limit, None
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Begins an optimizer step."""
         self.pruning.begin_step()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Cuts, if it is due. The Trainer logs, evaluates and saves after this."""
         self.pruning.end_step()
         _forget_overwritten(args, state, control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Prepares for a checkpoint of the Trainer."""
         _forget_overwritten(args, state, control)
 
@@ -175,13 +167,13 @@ class LoraPruneCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Takes the loss into the records. It is a mean over the steps since the last log."""
-        history = self.pruning.training.history
+        """Adds the loss to the records. It is a mean over the steps since the last log."""
+        history = self.pruning.training.recorder.history
         loss = (logs or {}).get("loss", math.nan)
         if history.steps and history.steps[-1].step == state.global_step and math.isfinite(loss):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Completes the Trainer's checkpoint. Then removes the oldest ones beyond `save_total_limit`."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         self.pruning.save(folder)
@@ -189,9 +181,7 @@ class LoraPruneCallback(TrainerCallback):
             spared = state.best_model_checkpoint or str(folder)  # by itself the newest one, where files have no times
             rotate_checkpoints(str(args.output_dir), self._save_total_limit, spared, use_mtime=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Writes the results, and lets go of the engine. The model can still be saved."""
         args.save_total_limit = args.__dict__.pop(LIMIT)
         train = {name: getattr(args, name) for name in REPORTED}
@@ -205,9 +195,13 @@ class LoraPruneCallback(TrainerCallback):
 
 
 def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-    """Makes a checkpoint incomplete that the Trainer is about to write over: it is one of an earlier training."""
+    """Makes a checkpoint of an earlier training incomplete if the Trainer may write over it.
+
+    Whether a step is the best one is known only when the Trainer saves it.
+    """
     old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
-    if control.should_save and args.should_save and old.exists():
+    may_save = control.should_save or args.save_strategy == "best"
+    if may_save and args.should_save and old.exists():
         remove(old)
 
 

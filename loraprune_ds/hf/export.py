@@ -1,19 +1,24 @@
-"""Writes the pruned model out of somebody else's training: merged, or the base that an adapter belongs to."""
+"""Writes what comes out of somebody else's training: the merged model, the base of an adapter, the results."""
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from loraprune_ds.checkpoint.run_folder import METRICS_FILE
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.hf.live import base_config, model_name
-from loraprune_ds.hf.training import PrunedTraining
+from loraprune_ds.hf.live import PrunedTraining, base_config, model_name
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.folder_files import drop_auto_maps
+from loraprune_ds.pruning.target import describe_target
+from loraprune_ds.report.metrics import write_history
+from loraprune_ds.report.report import Outcome
 from loraprune_ds.whole import staging_of
+from loraprune_ds.zero.memory import peak_bytes
 from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
 
 
@@ -27,10 +32,10 @@ def save_merged(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
 
 
 def save_base(training: PrunedTraining, folder: Path, adapter: Path | None, tokenizer: Any) -> None:
-    """Writes the pruned model without LoRA, and has an adapter on disk name it as its base. Collective.
+    """Writes the pruned model without LoRA, and makes an adapter on disk name it as its base. Collective.
 
-    The live adapter cannot name it: PEFT reads the base's config at each save, by the class of the dense model. That
-    class refuses a config whose layers have sizes of their own.
+    The live adapter cannot name it. PEFT reads the base's config at each save by the class of the dense model, which
+    refuses layers of different sizes.
 
     Args:
         adapter: the adapter's folder.
@@ -43,7 +48,27 @@ def save_base(training: PrunedTraining, folder: Path, adapter: Path | None, toke
     _write(training, folder, tokenizer, frozen_tensors, trained=False)
     if path is not None:
         named = {**(described or {}), "base_model_name_or_path": str(folder)}
-        comm.on_rank_0(lambda: write_json(path, named))  # the others must not wait for a rank 0 that cannot write
+        comm.on_rank_0(lambda: write_json(path, named))
+
+
+def save_results(training: PrunedTraining, folder: Path, settings: dict[str, Any]) -> None:
+    """Writes report, kept groups, metrics and pictures. Collective.
+
+    Args:
+        settings: more entries of the report's `config`.
+    """
+    pruner, dense, pruned = training.pruner, training.pruner.limits.dense, training.model.shape
+    model = {"path": model_name(training.peft_model), "dtype": training.dtype}
+    config = {"seed": training.seed, "steps": training.steps, "model": model, "prune": asdict(pruner.config)}
+    target = describe_target(pruner.config, dense, pruned)
+    outcome = Outcome(pruned, pruner.kept_of_dense, training.resumed_from, target)
+    peaks, recorder = training.model.comm.gather_objects(peak_bytes()), training.recorder
+
+    def write() -> None:
+        write_history(folder / METRICS_FILE, recorder.history)
+        recorder.write_results(folder, config | settings, dense, outcome, peaks)
+
+    training.model.comm.on_rank_0(write)
 
 
 def _write(training: PrunedTraining, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
@@ -57,27 +82,24 @@ def _finish(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
     source = base_config(training.peft_model)
     exported = export_config(source, training.model.shape, training.dtype)
     base = cast(Any, training.peft_model.get_base_model())
-    with tempfile.TemporaryDirectory() as described:  # all that a folder of the dense model has beside its weights
+    with tempfile.TemporaryDirectory() as described:  # the files of the dense model next to its weights
         write_json(Path(described) / "config.json", source)
         if base.generation_config is not None:
             base.generation_config.save_pretrained(described)
         if tokenizer is not None:
             tokenizer.save_pretrained(described)
             drop_auto_maps(Path(described))  # the trainer's user may trust a tokenizer's code; an export brings none
-        finish_folder(staging_of(folder), exported, Path(described), _model_card(training))
+        card = ModelCard(
+            base_model=model_name(training.peft_model),
+            dense=training.pruner.limits.dense,
+            pruned=training.model.shape,
+            criterion=training.pruner.config.criterion,
+            ranking=training.pruner.config.ranking,
+            data="data of its own trainer",
+            steps=training.step,
+            perplexity_data="not measured",
+            perplexity_dense=None,
+            perplexity_pruned=None,
+        )
+        finish_folder(staging_of(folder), exported, Path(described), card)
     publish(folder)
-
-
-def _model_card(training: PrunedTraining) -> ModelCard:
-    return ModelCard(
-        base_model=model_name(training.peft_model),
-        dense=training.pruner.limits.dense,
-        pruned=training.model.shape,
-        criterion=training.pruner.config.criterion,
-        ranking=training.pruner.config.ranking,
-        data="data of its own trainer",
-        steps=training.step,
-        perplexity_data="not measured",
-        perplexity_dense=None,
-        perplexity_pruned=None,
-    )

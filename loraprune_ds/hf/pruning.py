@@ -1,6 +1,6 @@
 """Prunes a model while somebody else's loop trains it.
 
-The loop's own calls stay as they are. Around each optimizer step stand two more:
+The loop keeps its own calls. Two more stand around each optimizer step:
 
     pruning = Pruning.attach(model, optimizer, PruneConfig(ratio=0.3), steps=100)
     for batch in batches:
@@ -29,16 +29,16 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, save_pruning
 from loraprune_ds.hf.checks import check_model, warn_of_rounded_gradients
-from loraprune_ds.hf.export import save_base, save_merged
+from loraprune_ds.hf.export import save_base, save_merged, save_results
 from loraprune_ds.hf.forward import ForwardWatch
-from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_shape
-from loraprune_ds.hf.report import write_results
-from loraprune_ds.hf.training import PrunedTraining
+from loraprune_ds.hf.live import PrunedTraining, base_dtype, base_shape, find_peft_model, live_shape
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import find_ratio
-from loraprune_ds.report.records import CutRecord, Sink, StepRecord, cut_record, show_pictures
+from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord
+from loraprune_ds.train.recorder import Recorder
+from loraprune_ds.train.trainer import PruningSteps
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.foreign import (
     before_each_update,
@@ -47,8 +47,7 @@ from loraprune_ds.zero.foreign import (
     reduced_dtypes,
     share_model,
 )
-from loraprune_ds.zero.loss_scale import decide
-from loraprune_ds.zero.memory import gather_weight_bytes, resident_bytes
+from loraprune_ds.zero.memory import resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +57,8 @@ class _Update:
     """Holds what is known of a step right before its update.
 
     Attributes:
-        tokens: that the model has read in training, of all ranks.
-        resident_bytes: memory in use now: (world_size,).
+        tokens: read in training, by all ranks.
+        resident_bytes: memory in use: (world_size,).
         skipped: the gradients overflowed in fp16.
     """
 
@@ -70,16 +69,12 @@ class _Update:
 
 
 class Pruning:
-    """Scores and cuts a model whose training belongs to somebody else.
+    """Scores and cuts a model whose training belongs to somebody else."""
 
-    Attributes:
-        training: what is pruned, and how far it is.
-    """
-
-    def __init__(self, training: PrunedTraining, sinks: Sequence[Sink]) -> None:
+    def __init__(self, training: PrunedTraining) -> None:
         self.training = training
-        self._model, self._pruner, self._sinks = training.model, training.pruner, sinks
-        self._weight_bytes = gather_weight_bytes(self._model)
+        self._model, self._pruner = training.model, training.pruner
+        self._steps = PruningSteps(training.model, training.pruner, training.dtype)
         self._forward = ForwardWatch(training)
         self._recording = ExitStack()
         self._began = 0.0
@@ -103,16 +98,16 @@ class Pruning:
 
         Args:
             model: DeepSpeed's engine, or the PEFT model inside it.
-            optimizer: what `accelerator.prepare` or `deepspeed.initialize` returned.
+            optimizer: returned by `accelerator.prepare` or `deepspeed.initialize`.
             steps: optimizer steps of the whole training. The schedule is a fraction of them.
             seed: of criterion `random`.
-            checkpoint: what `cut_to_checkpoint` returned, to go on from there.
+            checkpoint: returned by `cut_to_checkpoint`, to resume from.
             ds_config: DeepSpeed's JSON, if `model` is not the engine.
             sinks: get every record, on rank 0.
 
         Raises:
             UserError: the model, its LoRA, its optimizer or its DeepSpeed config cannot be pruned. Or the checkpoint
-                is of other steps or of another seed.
+                has other steps or another seed.
         """
         if checkpoint:
             checkpoint.check(steps, seed)
@@ -125,17 +120,17 @@ class Pruning:
         dense = checkpoint.dense if checkpoint else shared.shape
         limits = make_limits(config, dense, find_ratio(config, dense))
         pruner = Pruner(shared, config, make_schedule(config, steps, limits), limits, seed)
-        training = PrunedTraining(peft_model, shared, pruner, base_dtype(peft_model, dense), steps, seed)
+        recorder = Recorder(History(), sinks if shared.rank == 0 else ())
+        training = PrunedTraining(peft_model, shared, pruner, base_dtype(peft_model, dense), steps, seed, recorder)
         if checkpoint:
             checkpoint.restore(training)
         if shared.rank == 0:
             warn_of_rounded_gradients(reduced_dtypes(zero))
-        return cls(training, sinks if shared.rank == 0 else ())
+        return cls(training)
 
     @property
     def cuts(self) -> list[CutRecord]:
-        """The cuts so far."""
-        return self.training.history.cuts
+        return self.training.recorder.history.cuts
 
     @property
     def reached(self) -> float:
@@ -172,18 +167,12 @@ class Pruning:
         self._forward.active, self._update = False, None
         self.training.step = step
         self._record_step(update, loss)
-        before = self._weight_bytes
-        cut = self._pruner.cut(step, scored=not update.skipped)
-        if cut is None:
-            return None
-        self._weight_bytes = gather_weight_bytes(self._model)
-        record = cut_record(cut, self._pruner.limits.dense, self._model, before, self._weight_bytes)
-        self.cuts.append(record)
-        self._tell(record)
-        return record
+        if cut := self._steps.cut(step):
+            self.training.recorder.write(cut)
+        return cut
 
     def save(self, folder: str | Path) -> None:
-        """Writes beside a trainer's checkpoint what `cut_to_checkpoint` needs to go on from it. Collective.
+        """Writes beside a trainer's checkpoint what `cut_to_checkpoint` needs to resume. Collective.
 
         Raises:
             RunError: a rank cannot write.
@@ -202,7 +191,7 @@ class Pruning:
         """Writes the pruned base without LoRA. Collective.
 
         Args:
-            adapter: folder of the adapter that was saved, which then names this base.
+            adapter: folder of the saved adapter, which then names this base.
 
         Raises:
             UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
@@ -210,14 +199,12 @@ class Pruning:
         save_base(self.training, Path(folder), None if adapter is None else Path(adapter), tokenizer)
 
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
-        """Writes report, kept groups, metrics and pictures, as a run of ours has them. Collective.
-
-        Reporters get the pictures, too.
+        """Writes the report, kept groups, metrics and pictures that a run writes. Collective.
 
         Args:
             settings: more entries of the report's config.
         """
-        show_pictures(self._sinks, write_results(self.training, Path(folder), settings or {}))
+        save_results(self.training, Path(folder), settings or {})
 
     def close(self) -> None:
         """Lets go of the model and its optimizer. Warns if not all cuts were made."""
@@ -227,8 +214,7 @@ class Pruning:
             log.warning("training stopped at step %d, before the last cut at step %d: %s", step, end, removed)
         self._take_back()
         self._forward.close()
-        for sink in self._sinks:
-            sink.close()
+        self.training.recorder.close()
 
     def _score(self) -> None:
         """Looks at the averaged gradients of all ranks and scores them, unless they overflowed in fp16. Collective."""
@@ -238,12 +224,9 @@ class Pruning:
         bad_layer = self._model.nonfinite_layer()
         mine = [-1 if bad_layer is None else bad_layer, self._forward.take_tokens(), resident_bytes()]
         rows = self._model.comm.all_gather(torch.tensor(mine, dtype=torch.int64, device=self._model.device)).tolist()
-        bad_layers = [None if row[0] < 0 else row[0] for row in rows]
-        skipped = decide(bad_layers, [], dtype=self.training.dtype, step=step) == "skip"
-        if not skipped:
-            self._pruner.score(step)
+        scored = self._steps.score(step, [None if row[0] < 0 else row[0] for row in rows])
         rate = float(self._model.zero_optimizer.optimizer.param_groups[0]["lr"])
-        self._update = _Update(rate, sum(row[1] for row in rows), [row[2] for row in rows], skipped)
+        self._update = _Update(rate, sum(row[1] for row in rows), [row[2] for row in rows], skipped=not scored)
 
     def _record_step(self, update: _Update, loss: float) -> None:
         seconds = time.perf_counter() - self._began
@@ -256,13 +239,8 @@ class Pruning:
             tokens=update.tokens,
             seconds=seconds,
             tokens_per_second=update.tokens / seconds,
-            weight_bytes=self._weight_bytes,
+            weight_bytes=self._steps.weight_bytes,
             resident_bytes=update.resident_bytes,
             skipped=update.skipped,
         )
-        self.training.history.steps.append(record)
-        self._tell(record)
-
-    def _tell(self, record: StepRecord | CutRecord) -> None:
-        for sink in self._sinks:
-            sink.write(record)
+        self.training.recorder.write(record)

@@ -1,7 +1,7 @@
 """Passes sparsity, cuts and bytes on to the reporters of a Trainer, in the step they happen.
 
-A callback cannot add to the Trainer's own log lines: its reporters have read them before. So each reporter is called
-directly. Names begin with `pruning/`, beside the Trainer's `train/` and `eval/`.
+A callback cannot add to the Trainer's own log lines, because its reporters have read them before. Each reporter is
+called directly. Names begin with `pruning/`, next to the Trainer's `train/` and `eval/`.
 """
 
 import os
@@ -15,16 +15,11 @@ from loraprune_ds.report.metrics import TensorBoardLog, scalars
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog
 
-TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # which the Trainer logs itself
+TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # the Trainer logs them itself
 
 
 def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int | None) -> list[Sink]:
-    """Makes the sinks of a Trainer's `report_to`, and one that prints a line for each cut.
-
-    Args:
-        output_dir: the Trainer's.
-        resumed_from: the step that the training goes on from. None at its first start.
-    """
+    """Makes the sinks of a Trainer's `report_to`, and one that prints a line for each cut."""
     sinks: list[Sink] = [CutPrinter()]
     if "tensorboard" in report_to:
         root = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(output_dir, "runs")
@@ -37,7 +32,6 @@ def _warn(line: str) -> None:
 
 
 def curves(record: Record) -> dict[str, float]:
-    """Returns the curves of a record under the names that reporters get."""
     own = {tag: value for tag, value in scalars(record).items() if tag not in TRAINERS_OWN}
     return {f"pruning/{tag.removeprefix('train/')}": value for tag, value in own.items()}
 
@@ -53,7 +47,7 @@ class CutPrinter:
 
 
 class TensorBoardRun(TensorBoardLog):
-    """Writes a TensorBoard run of its own beside the Trainer's. Two writers in one run hide each other's points."""
+    """Writes a separate TensorBoard run, because two writers in one run hide each other's points."""
 
     curves = staticmethod(curves)
 

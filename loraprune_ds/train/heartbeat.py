@@ -1,9 +1,9 @@
-"""Notices in a thread that a rank of another node is lost. A collective tells it only after an hour.
+"""Notices in a thread that a rank on another node is lost. A collective reports it only after an hour.
 
 Every rank counts up in a store on rank 0. Rank 0 compares the counts and names a rank whose count stands still. The
-others read that name. To them rank 0 is lost if the store stays silent. The thread beats on while its rank saves, cuts
-or reads data, which release Python's lock. The clock is the number of looks, not the time. So a job that Slurm suspends
-as a whole and continues loses no rank.
+others read that name. They take rank 0 as lost if the store stays silent. The thread keeps beating while its rank
+saves, cuts or reads data, which release Python's lock. It counts looks, not seconds, so a job that Slurm suspends and
+continues loses no rank.
 """
 
 import os
@@ -20,7 +20,7 @@ from torch.distributed import (
 if TYPE_CHECKING:
     from loraprune_ds.zero.comm import Communicator
 
-LOOKS = 10  # a count that stands still for so many looks belongs to a lost rank
+LOOKS = 10  # a rank whose count stands still for this many looks is lost
 PATIENCE = timedelta(seconds=30)  # to open the store
 LOST = "lost"
 
@@ -44,14 +44,15 @@ class Heartbeat(threading.Thread):
         self._interval = silence / LOOKS
         self._closed = threading.Event()
         self._rank = comm.rank
-        self._counts = Counts(comm.gather_objects(os.uname().nodename))
+        self._nodes = comm.gather_objects(os.uname().nodename)
+        self._counts, self._still = [0] * len(self._nodes), [0] * len(self._nodes)
         host = os.environ["MASTER_ADDR"]
         self._store = _open_store(host, 0, is_master=True) if comm.rank == 0 else None
         port = comm.gather_objects(0 if self._store is None else self._store.port)[0]
         if comm.rank > 0 and port:
             self._store = _open_store(host, port, is_master=False)
         if self._store is not None:
-            self._beat()
+            self._beat(self._store)
         missing = [rank for rank, contacts in enumerate(comm.gather_objects(self.contacts)) if not contacts]
         self.problem = f"rank {missing[0]} does not reach a store at {host}:{port}" if missing else None
         if not missing:
@@ -61,51 +62,31 @@ class Heartbeat(threading.Thread):
         self._closed.set()
 
     def run(self) -> None:
-        while self.lost is None and not self._closed.wait(self._interval):
-            self._beat()
-
-    def _beat(self) -> None:
         assert self._store is not None
-        try:
-            self._store.add(str(self._rank), 1)
-            if self._rank == 0 and self.is_alive():
-                self._look(self._store)
-            elif self._store.check([LOST]):
-                self.lost = self._store.get(LOST).decode()
-        except DistError:
-            return  # rank 0 is gone, or has ended: whoever still runs notices the silence
-        self.contacts += 1
-
-    def _look(self, store: TCPStore) -> None:
-        counts = store.multi_get([str(rank) for rank in range(self._counts.ranks)])
-        self.lost = self._counts.look([int(count) for count in counts])
-        if self.lost is not None:
-            store.set(LOST, self.lost)
-
-
-class Counts:
-    """Finds the rank whose count stands still.
-
-    Args:
-        nodes: the names of the ranks' nodes, in rank order.
-    """
-
-    def __init__(self, nodes: Sequence[str]) -> None:
-        self._nodes = nodes
-        self._last = [0] * len(nodes)
-        self._still = [0] * len(nodes)
-
-    @property
-    def ranks(self) -> int:
-        return len(self._nodes)
+        while self.lost is None and not self._closed.wait(self._interval):
+            self._beat(self._store)
 
     def look(self, counts: Sequence[int]) -> str | None:
-        """Takes the counts of now. Returns the first rank that has not counted for `LOOKS` looks, and its node."""
-        for rank, (before, now) in enumerate(zip(self._last, counts, strict=True)):
+        """Compares the counts with those of the last look. Returns the first lost rank and its node."""
+        for rank, (before, now) in enumerate(zip(self._counts, counts, strict=True)):
             self._still[rank] = self._still[rank] + 1 if now == before else 0
-        self._last = list(counts)
-        found = next((rank for rank, still in enumerate(self._still) if still >= LOOKS), None)
-        return None if found is None else f"rank {found} on {self._nodes[found]}"
+        self._counts = list(counts)
+        lost = (rank for rank, still in enumerate(self._still) if still >= LOOKS)
+        return next((f"rank {rank} on {self._nodes[rank]}" for rank in lost), None)
+
+    def _beat(self, store: TCPStore) -> None:
+        try:
+            store.add(str(self._rank), 1)
+            if self._rank == 0 and self.is_alive():  # all ranks have counted once
+                counts = store.multi_get([str(rank) for rank in range(len(self._nodes))])
+                self.lost = self.look([int(count) for count in counts])
+                if self.lost is not None:
+                    store.set(LOST, self.lost)
+            elif store.check([LOST]):
+                self.lost = store.get(LOST).decode()
+        except DistError:
+            return  # rank 0 is gone, or has ended: a rank that still runs notices the silence
+        self.contacts += 1
 
 
 def _open_store(host: str, port: int, *, is_master: bool) -> TCPStore | None:

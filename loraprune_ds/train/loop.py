@@ -1,9 +1,12 @@
 """Goes through the steps of a run: train, cut, evaluate, save, and stop when asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
@@ -16,8 +19,7 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.prepare import Prepared
-from loraprune_ds.train.profile import profiled
-from loraprune_ds.train.recorder import Recorder
+from loraprune_ds.train.recorder import RunRecorder
 from loraprune_ds.train.status import RunStatus
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.train.teacher import Teacher
@@ -25,34 +27,33 @@ from loraprune_ds.train.teacher_pass import describe_pass, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 
+PROFILE_FOLDER = "profile"  # traces of single steps, for chrome://tracing or https://ui.perfetto.dev
+
 
 @dataclass(frozen=True)
 class RunContext:
-    """Holds what the parts of a run on one rank share while it lasts."""
+    """Holds the objects that the parts of a run share on one rank."""
 
     requests: RequestListener
     comm: Communicator
-    recorder: Recorder
+    recorder: RunRecorder
     status: RunStatus
 
     def stop_requested(self) -> bool:
-        """Tells if a rank was asked to stop, where no step carries the request and nothing is left to save. Collective.
-
-        Such a request is honoured at once.
-        """
+        """Whether a rank was asked to stop, where no step carries the request. If so, it is honoured. Collective."""
         if self.requests.agree(self.comm) != STOP:
             return False
+        self.stop()
+        return True
+
+    def stop(self) -> None:
+        """Honours a request to stop where nothing is left to save. Collective."""
         self.check_owner()  # the file may ask the other process
         self.requests.clear(STOP)
         self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
-        return True
 
     def check_owner(self) -> None:
-        """Checks that no other process goes on with this run, before something of it is replaced. Collective.
-
-        Raises:
-            RunError: one does. The line is the same on all ranks.
-        """
+        """Raises RunError on all ranks if another process continues this run. Collective."""
         self.comm.on_rank_0(self.status.check_owner)
 
 
@@ -92,7 +93,7 @@ class TrainingLoop:
         self.resumed_from = self._checkpoints.resumed_from
 
     def run(self) -> bool:
-        """Makes all steps that are left. Returns False if it was asked to stop before the end, after a checkpoint."""
+        """Makes all remaining steps. Returns False if it was asked to stop, after a checkpoint."""
         if not self.resumed_from:
             self._evaluate(0, "dense")
         if not self._record_teacher():
@@ -110,7 +111,7 @@ class TrainingLoop:
         return True
 
     def _record_teacher(self) -> bool:
-        """Writes the dense model's outputs, if they are needed. Returns False if it was asked to stop meanwhile."""
+        """Writes the dense model's outputs if they are needed. Returns False if it was asked to stop."""
         if self._teacher is None:
             return True
         if self._teacher.to_write:
@@ -118,9 +119,7 @@ class TrainingLoop:
         batch_size, request = self.config.recorded_at_once, self._requests.current
         if record_teacher(self.engine, self._teacher, self.prepared.samples, batch_size, current_request=request):
             return True
-        self._context.check_owner()
-        self._requests.clear(STOP)
-        self.recorder.show("stopped before the first step; go on with --resume auto")
+        self._context.stop()
         return False
 
     def _step(self, step: int) -> None:
@@ -150,7 +149,7 @@ class TrainingLoop:
     def _evaluate(self, step: int, name: EvaluationName) -> None:
         windows, batch_size = self.prepared.windows, self.config.evaluate.batch_size
         model = self.model
-        own_passes = range(model.rank, -(-len(windows) // batch_size), model.world_size)  # any other is a repetition
+        own_passes = range(model.rank, -(-len(windows) // batch_size), model.world_size)  # others are repetitions
         with RouterLoad(model.layers, len(own_passes)) as load:
             record = measure_held_out(self.engine.infer, windows, batch_size, model.comm, step=step, name=name)
         record = replace(record, expert_choices=load.sums(model.sum_over_ranks, model.device))
@@ -165,7 +164,6 @@ def measure_held_out(
     """Measures held-out perplexity on all ranks. Draws no random numbers and changes no training state. Collective.
 
     Args:
-        infer: makes a forward pass.
         windows: (windows, evaluate.window) token ids.
         batch_size: windows of one forward pass.
     """
@@ -175,3 +173,16 @@ def measure_held_out(
         comm,
     )
     return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
+
+
+@contextmanager
+def profiled(config: RunConfig, step: int, rank: int) -> Iterator[None]:
+    """Profiles this step if `logging.profile_steps` names it. Writes `profile/step-N.json` on rank 0."""
+    if rank != 0 or step not in (config.logging.profile_steps or []):
+        yield
+        return
+    with torch.profiler.profile() as profiler:
+        yield
+    folder = Path(config.output_dir) / PROFILE_FOLDER
+    folder.mkdir(exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"step-{step}.json"))

@@ -1,4 +1,4 @@
-"""Shows a run to people: one live line on a terminal, plain lines in a log file. Rank 0 only."""
+"""Shows a run: one live line on a terminal, plain lines in a log file. Rank 0 only."""
 
 import os
 import sys
@@ -33,24 +33,23 @@ class TimeLeft:
     def add_step(self, seconds: float) -> None:
         if self._warm:
             self._recent.append(seconds)
-        self._warm = True  # the first step compiles, allocates and records: it tells nothing of the others
+        self._warm = True  # the first step compiles, allocates and records
 
     def add_cut(self, seconds: float) -> None:
         if self._recent:
             self._recent[-1] += seconds
 
     def seconds(self, steps_left: int) -> float | None:
-        """Returns None before the second step, when nothing is known."""
         return steps_left * sum(self._recent) / len(self._recent) if self._recent else None
 
 
 class Progress:
-    """Shows steps as they come. Cuts, evaluations and other lines get a line of their own.
+    """Shows steps as they come, and each cut, evaluation and message on its own line.
 
     Args:
         steps: of the whole run.
-        first: steps that an earlier process of a resumed run has done.
-        stream: standard error unless given. A terminal gets the live line, anything else plain lines.
+        first: steps done before a resume.
+        stream: default standard error. A terminal gets the live line, anything else plain lines.
         every_seconds: least time between two step lines that are not on a terminal.
     """
 
@@ -93,7 +92,7 @@ class Progress:
                 self.show(evaluation_line(record))
 
     def show(self, line: str) -> None:
-        """Shows a line of its own, above the live line if there is one."""
+        """Shows a line above the live line."""
         if self._bar is None:
             self._stream.write(line + "\n")
             self._stream.flush()
@@ -101,7 +100,7 @@ class Progress:
             self._bar.write(line, file=self._stream)
 
     def close(self) -> None:
-        """Ends the live line. It stays on the screen as it last was."""
+        """Ends the live line, which stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -140,15 +139,12 @@ class Progress:
 
 
 def _can_show_live_line(stream: TextIO) -> bool:
-    """Tells if the stream is a terminal that has a width.
-
-    The width of `script`'s or a container's terminal may be 0. tqdm would show nothing there.
-    """
+    """Whether the stream is a terminal with a width. tqdm shows nothing where it is 0, as in some containers."""
     if not stream.isatty():
         return False
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
-    except OSError:  # the terminal does not tell its width
+    except OSError:  # an unknown width
         return True
 
 

@@ -1,4 +1,4 @@
-"""Makes the one forward pass of the dense model that a distillation needs, over the samples of a run, on all ranks."""
+"""Makes the forward pass of the dense model over the samples of a run, which a distillation needs, on all ranks."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -31,20 +31,23 @@ from loraprune_ds.zero.write import LocalWrites
 def find_teacher(
     config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
 ) -> Teacher:
-    """Finds the teacher of a run in its own folder, or in that of the run it goes on from. Collective.
+    """Finds the teacher of a run in its own folder, or in the folder of the run it resumes. Collective.
 
     Raises:
         UserError: files are missing though the model is cut already, or they will not fit on the disk.
     """
     possible = comm.all_or_raise(lambda: _possible_teachers(config, prepared, checkpoint))
-    found = [replace(teacher, to_write=_missing_files(teacher, comm)) for teacher in possible]
+    found: list[Teacher] = []
+    for teacher in possible:  # a large run has 100,000 files, so the ranks share the work
+        missing = comm.gather_objects(teacher.missing(comm.rank, comm.world_size))
+        found.append(replace(teacher, to_write=sorted(chain.from_iterable(missing))))
     teacher = next((teacher for teacher in found if not teacher.to_write), found[0])
     comm.all_or_raise(lambda: _check_can_be_written(teacher, Path(config.output_dir), checkpoint))
     return teacher
 
 
 def _possible_teachers(config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> list[Teacher]:
-    """Describes the run's own teacher, then that of the run it goes on from if that has another folder."""
+    """Describes the run's own teacher, then the teacher of the run it resumes if that has another folder."""
     plan = plan_teacher(
         config.train,
         prepared.samples,
@@ -66,11 +69,6 @@ def _possible_teachers(config: RunConfig, prepared: Prepared, checkpoint: Traini
     return [own] if earlier.folder.resolve() == own.folder.resolve() else [own, earlier]
 
 
-def _missing_files(teacher: Teacher, comm: Communicator) -> list[int]:
-    """Finds the missing files. A large run has 100,000 files, so the ranks share the work. Collective."""
-    return sorted(chain.from_iterable(comm.gather_objects(teacher.missing(comm.rank, comm.world_size))))
-
-
 def _check_can_be_written(teacher: Teacher, output: Path, checkpoint: TrainingCheckpoint | None) -> None:
     if not teacher.to_write:
         return
@@ -87,7 +85,7 @@ def _check_can_be_written(teacher: Teacher, output: Path, checkpoint: TrainingCh
 
 
 def describe_pass(teacher: Teacher) -> str:
-    """Says in one line what a teacher pass has to write."""
+    """Describes in one line the files that a teacher pass writes."""
     plan = teacher.plan
     return (
         f"the dense model's outputs for {len(plan.samples)} samples: {format_bytes(plan.bytes)} in {teacher.folder}, "
@@ -103,16 +101,14 @@ def record_teacher(
     *,
     current_request: Callable[[], int] = lambda: NOTHING,
 ) -> bool:
-    """Writes the files that were missing when the teacher was found. Collective.
-
-    Each file is written by one rank, so `world_size` files are written at a time.
+    """Writes the files that were missing when the teacher was found, `world_size` at a time. Collective.
 
     Args:
         batch_size: samples of one forward pass.
-        current_request: tells what somebody asks of this rank now (stop.py).
+        current_request: returns this rank's request (stop.py).
 
     Returns:
-        False if it was asked to stop before the end. The files written so far stay.
+        False if it was asked to stop before the end. The files written by then stay.
 
     Raises:
         RunError: a rank cannot write.
@@ -143,7 +139,7 @@ def _write_files(
     """Writes these files, file i on rank i. Collective.
 
     All ranks make the same number of forward passes, because the model gathers its weights in them. A rank without a
-    file repeats the first one's and writes nothing.
+    file repeats the first rank's passes and writes nothing.
     """
     comm = engine.model.comm
     is_mine = comm.rank < len(files)
@@ -159,7 +155,7 @@ def _write_files(
 def _file_content(
     engine: TrainingEngine, teacher: Teacher, samples: Samples, batch_size: int, file: int, passes: int
 ) -> dict[str, Tensor]:
-    """Computes the fields of a file, for all its supervised tokens. Makes exactly `passes` forward passes."""
+    """Computes the fields of a file for all its supervised tokens, in exactly `passes` forward passes."""
     device, batches = engine.model.device, teacher.plan.members(file).split(batch_size)
     parts = []
     for i in range(passes):
@@ -176,10 +172,7 @@ def _as_on_disk(tensor: Tensor) -> Tensor:
 
 
 def _wait_for_files(teacher: Teacher, comm: Communicator) -> None:
-    """Waits until this rank sees the files that it found missing before.
-
-    Its file system may remember for a while that they were not there.
-    """
+    """Waits for the files that this rank found missing. Its file system may remember that for a while."""
     for file in teacher.to_write:
         if file % comm.world_size == comm.rank and not wait_until_seen(partial(teacher.has, file)):
             raise UserError(f"{teacher.path(file)} was written by another rank and cannot be read by this one")

@@ -1,8 +1,8 @@
-"""Makes one optimizer step on the global batch, with its scores and, when it is due, the cut."""
+"""Makes one optimizer step on the global batch, with its scores and the cut that may follow."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,55 @@ from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import gather_weight_bytes, reserved_bytes, resident_bytes
+from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_engine import TrainingEngine
+
+
+class PruningSteps:
+    """Scores and cuts after each step, for our trainer and for the callback in somebody else's.
+
+    Args:
+        dtype: of the frozen weights.
+
+    Attributes:
+        weight_bytes: of the weights that each rank holds: (world_size,).
+    """
+
+    def __init__(self, model: ShardedModel, pruner: Pruner, dtype: Dtype) -> None:
+        self.weight_bytes = gather_weight_bytes(model)
+        self._model, self._pruner, self._dtype = model, pruner, dtype
+        self._scored = False  # by the last step
+
+    def score(self, step: int, bad_layers: list[int | None], losses: Sequence[float] = ()) -> bool:
+        """Scores the averaged gradients. Returns False if they overflowed in fp16, so the step must be skipped.
+
+        Args:
+            bad_layers, losses: as in `decide`.
+        """
+        self._scored = decide(bad_layers, list(losses), dtype=self._dtype, step=step) == "update"
+        if self._scored:
+            self._pruner.score(step)
+        return self._scored
+
+    def cut(self, step: int) -> CutRecord | None:
+        """Cuts the model if the schedule says so."""
+        before = self.weight_bytes
+        cut = self._pruner.cut(step, scored=self._scored)
+        if cut is None:
+            return None
+        self.weight_bytes = gather_weight_bytes(self._model)
+        return cut_record(cut, self._pruner.limits.dense, self._model, before, self.weight_bytes)
 
 
 @dataclass(frozen=True)
 class _RankReports:
-    """Holds what all ranks say of a step, each list in rank order. One collective brings it, if all is well.
+    """Holds what all ranks report of a step, each list in rank order.
 
     Attributes:
         losses: each rank's part of the sum of token losses.
         bad_layers: the first layer with numbers that are not finite, or None.
-        resident_bytes: memory in use now.
-        reserved_bytes: what the allocators hold. Empty on CPUs.
+        resident_bytes: memory in use.
+        reserved_bytes: memory that the allocators hold. Empty on CPUs.
         request: the largest request of any rank (stop.py).
     """
 
@@ -50,12 +87,11 @@ class Trainer:
     Args:
         dtype: of the frozen weights.
         seed: of the dropout.
-        current_request: tells what somebody asks of this rank now (stop.py).
-        teacher: what is distilled from, if anything.
+        current_request: returns this rank's request (stop.py).
+        teacher: of the distillation, if any.
 
     Attributes:
         requested: the largest request of any rank at the last step.
-        weight_bytes: of the weights that each rank holds: (world_size,).
     """
 
     def __init__(
@@ -77,12 +113,10 @@ class Trainer:
         self.order = order
         self.config = config
         self.requested = NOTHING
-        self.weight_bytes = gather_weight_bytes(self.model)
-        self._dtype: Dtype = dtype
+        self.pruning_steps = PruningSteps(self.model, pruner, dtype)
         self._seed = seed
         self._current_request = current_request
         self._teacher = teacher
-        self._scored = False  # by the last step
         self._peak_flops = peak_flops(device_name(), dtype)
 
     def step(self, step: int) -> StepRecord:
@@ -95,11 +129,9 @@ class Trainer:
         flops = tokens * needed_flops_per_token(self.model.shape, sum(length**2 for length in texts) / tokens)
         with self.pruner.record_step(step):
             reports = self._exchange(self._accumulate(step, batch, supervised))
-            skipped = decide(reports.bad_layers, reports.losses, dtype=self._dtype, step=step) == "skip"
-            if not skipped:
-                self.pruner.score(step)
+            skipped = not self.pruning_steps.score(step, reports.bad_layers, reports.losses)
         grad_norm = self.engine.update(skipped=skipped)
-        self.requested, self._scored = reports.request, not skipped
+        self.requested = reports.request
         seconds = time.perf_counter() - began
         return StepRecord(
             step=step,
@@ -110,7 +142,7 @@ class Trainer:
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
-            weight_bytes=self.weight_bytes,
+            weight_bytes=self.pruning_steps.weight_bytes,
             resident_bytes=reports.resident_bytes,
             skipped=skipped,
             reserved_bytes=reports.reserved_bytes,
@@ -119,21 +151,13 @@ class Trainer:
 
     def cut(self, step: int) -> CutRecord | None:
         """Cuts the model if the schedule says so."""
-        before = self.weight_bytes
-        cut = self.pruner.cut(step, scored=self._scored)
-        if cut is None:
-            return None
-        self.weight_bytes = gather_weight_bytes(self.model)
-        return cut_record(cut, self.pruner.limits.dense, self.model, before, self.weight_bytes)
+        return self.pruning_steps.cut(step)
 
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> Tensor:
-        """Makes the forward and backward passes of this rank's micro-batches.
+        """Makes the passes of this rank's micro-batches. Returns its part of the sum of token losses, in fp64.
 
-        ZeRO-3 averages gradients over the ranks. The loss is scaled by `world_size`, so that they become those of the
-        whole batch.
-
-        Returns:
-            This rank's part of the sum of token losses, on the device, in fp64.
+        ZeRO-3 averages gradients over the ranks. The loss is scaled by `world_size`, so that the average is the
+        gradient of the whole batch.
         """
         engine, rank, world_size = self.engine, self.model.rank, self.model.world_size
         micro_batches = rank_micro_batches(batch, self.config.micro_batch_size, rank, world_size)
@@ -152,7 +176,7 @@ class Trainer:
         return total
 
     def _inputs(self, indices: Tensor) -> dict[str, Any]:
-        """Returns what the model gets of these samples. Nothing of it waits for the device."""
+        """Copies these samples to the device without waiting for it."""
         inputs: dict[str, Any] = self.samples.inputs(indices)
         inputs["supervised"] = supervised_positions(inputs["labels"])
         inputs = {name: to_device(tensor) for name, tensor in inputs.items()}
@@ -161,9 +185,9 @@ class Trainer:
         return inputs
 
     def _exchange(self, loss: Tensor) -> _RankReports:
-        """Tells all ranks how this rank's part of the step went, and hears of theirs. Collective.
+        """Exchanges in one collective how the step went on each rank.
 
-        It waits for the device once. That is the only time in a step, beside DeepSpeed and `settle_shards`.
+        It waits for the device once. Only DeepSpeed and `settle_shards` wait as well in a step.
         """
         on_host = torch.tensor([resident_bytes(), self._current_request(), reserved_bytes()], dtype=torch.float64)
         on_device = torch.stack([loss, self.model.gradient_sum().to(loss)])

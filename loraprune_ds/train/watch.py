@@ -1,8 +1,8 @@
-"""Notices in a thread that the launcher is gone, or another rank. No collective tells it in time.
+"""Notices in a thread that the launcher is gone, or another rank. No collective reports it in time.
 
-The launcher ends the ranks one after the other and gives each 30 s. So ranks that hang in a collective with a dead one
-would stay for minutes. Nobody ends the ranks of a launcher that was killed itself. Without Slurm nobody ends the ranks
-that wait for a lost node (heartbeat.py).
+The launcher ends the ranks one after the other and gives each 30 s, so ranks that hang in a collective with a dead one
+would stay for minutes. A launcher that was killed ends none. Without Slurm, ranks that wait for a lost node wait for
+hours (heartbeat.py).
 """
 
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loraprune_ds.zero.comm import Communicator
 
 INTERVAL = 1.0  # seconds
-GRACE = 15.0  # seconds in which a rank that lost another may end with a traceback of its own
+GRACE = 15.0  # seconds in which a rank that lost another may end with its own traceback
 
 
 class Watch(threading.Thread):
@@ -28,18 +28,16 @@ class Watch(threading.Thread):
 
     Args:
         silence: seconds after which a rank that gives no sign counts as lost.
-        launchers: process ids, found before the imports. So a launcher that is killed meanwhile is noticed, too.
+        launchers: process ids, found before the imports, so a launcher that is killed meanwhile is noticed, too.
     """
 
     def __init__(self, comm: "Communicator", silence: float, launchers: Sequence[int]) -> None:
         super().__init__(name="watch", daemon=True)
-        self._rank = comm.rank
-        self._silence = silence
+        self._rank, self._silence, self._launchers = comm.rank, silence, launchers
         self._silent_for, self._contacts = 0.0, 0
         here = _pid_namespace()
         everyone = comm.gather_objects((here, os.getpid()))
         self._others = {r: pid for r, (where, pid) in enumerate(everyone) if where == here and r != comm.rank}
-        self._launchers = launchers
         self._closed = threading.Event()
         self._heartbeat = Heartbeat(comm, silence) if comm.world_size > 1 else None
         if self._heartbeat is not None and self._heartbeat.problem and comm.rank == 0:
@@ -64,7 +62,7 @@ class Watch(threading.Thread):
                 self._leave(f"rank {gone[0]} is gone")
 
     def _lost_elsewhere(self) -> str | None:
-        """Says which rank gives no sign any more. Each call counts as one interval, however late it comes."""
+        """Names a rank that gives no sign any more. Each call counts as one interval, however late it comes."""
         heartbeat = self._heartbeat
         if heartbeat is None or heartbeat.problem:
             return None

@@ -13,6 +13,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.forward import ForwardWatch
 from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds.report.records import History
+from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.zero.foreign import before_each_update
 from tests.unit.test_hf_refusals import adapted
 
@@ -96,7 +98,7 @@ class Attached:
         self.let_go: list[str] = []
         watch = SimpleNamespace(active=False, take_tokens=lambda: 5, close=lambda: self.let_go.append("forward"))
         monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda _: watch)
-        monkeypatch.setattr("loraprune_ds.hf.pruning.gather_weight_bytes", lambda _: [1])
+        monkeypatch.setattr("loraprune_ds.train.trainer.gather_weight_bytes", lambda _: [1])
         monkeypatch.setattr("loraprune_ds.hf.pruning.gradient_norm", lambda _: 1.0)
         monkeypatch.setattr("loraprune_ds.hf.pruning.before_each_update", self._before_each_update)
         sharded = SimpleNamespace(
@@ -113,9 +115,9 @@ class Attached:
             reached=lambda: 0.0,
             schedule=SimpleNamespace(last_cut=0),
         )
-        history = SimpleNamespace(steps=[], cuts=[])
-        training = SimpleNamespace(model=sharded, pruner=pruner, step=0, dtype="float16", history=history)
-        self.pruning = Pruning(cast(Any, training), ())
+        recorder = Recorder(History(), [])
+        training = SimpleNamespace(model=sharded, pruner=pruner, step=0, dtype="float16", recorder=recorder)
+        self.pruning = Pruning(cast(Any, training))
 
     def _before_each_update(self, _: Any, action: Any) -> Any:
         self.before = action

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RankError, UserError
 from loraprune_ds.report import reporters
+from loraprune_ds.report.records import show_pictures
 from loraprune_ds.report.reporters import STEP_AXIS, ReportedRun, check_installed
-from loraprune_ds.train.recorder import Recorder
+from loraprune_ds.train.recorder import RunRecorder
 from tests.unit.run_records import small_run, step_record
 from tests.unit.shapes_and_scores import repository
 
@@ -67,11 +68,11 @@ def test_a_run_sends_its_config_records_and_pictures(
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     raw = {"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"], "progress": False}}
     config = config_from_dict(raw)
-    recorder = Recorder(config, tmp_path, 10, None, active=True)
+    recorder = RunRecorder(config, tmp_path, 10, None, active=True)
     history = small_run()
     for record in (*history.steps, *history.cuts):
         recorder.write(record)
-    recorder.show_pictures([tmp_path / "training.png"])
+    show_pictures(recorder.sinks, [tmp_path / "training.png"])
     recorder.close()
     (_, opened), (_, axis), *logged, last = wandb.calls
     assert (opened["config"], opened["name"], axis) == (config.to_dict(), tmp_path.name, STEP_AXIS)
@@ -87,13 +88,13 @@ def test_a_run_sends_its_config_records_and_pictures(
 @pytest.mark.parametrize(("report_to", "written"), [(None, True), (["tensorboard"], True), ([], False)])
 def test_tensorboard_gets_the_records_by_default(report_to: Any, *, written: bool, tmp_path: Path) -> None:
     config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": report_to, "progress": False}})
-    Recorder(config, tmp_path, 10, None, active=True).close()
+    RunRecorder(config, tmp_path, 10, None, active=True).close()
     assert (tmp_path / "tensorboard").exists() == written
 
 
 def test_other_ranks_report_nothing(wandb: FakeWandb, tmp_path: Path) -> None:
     config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"]}})
-    Recorder(config, tmp_path, 10, None, active=False).close()
+    RunRecorder(config, tmp_path, 10, None, active=False).close()
     assert wandb.calls == []
 
 
