@@ -37,8 +37,7 @@ class LoraPruneCallback(TrainerCallback):
     folder `pruning/`.
 
     Args:
-        config: what to cut, when, and by which score.
-        steps: optimizer steps that the schedule is a fraction of. None: all that the Trainer makes.
+        steps: optimizer steps that the schedule is a fraction of. Default: all steps of the Trainer.
         seed: of criterion `random`.
     """
 
@@ -74,11 +73,10 @@ class LoraPruneCallback(TrainerCallback):
 
         Args:
             model: `trainer.model`, dense and with LoRA.
-            folder: a checkpoint, or a folder with checkpoints, of which the newest complete one counts. Default: the
-                `output_dir`.
+            folder: a checkpoint, or a folder with some. Default: the `output_dir`.
 
         Returns:
-            The checkpoint, for `resume_from_checkpoint`. None before the first one.
+            The newest complete checkpoint, for `resume_from_checkpoint`. None before the first one.
 
         Raises:
             UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
@@ -91,11 +89,7 @@ class LoraPruneCallback(TrainerCallback):
         return str(self._checkpoint.folder)
 
     def save_model(self, folder: str | Path) -> None:
-        """Writes the pruned model with LoRA merged in, after or during training. Collective.
-
-        Raises:
-            UserError: the folder exists and is not empty.
-        """
+        """Writes the pruned model with LoRA merged in. Collective. Raises UserError if the folder is not empty."""
         self.pruning.save_model(folder, self._tokenizer)
 
     def save_base(self, folder: str | Path, adapter: str | Path | None = None) -> None:
@@ -103,9 +97,6 @@ class LoraPruneCallback(TrainerCallback):
 
         Args:
             adapter: folder written by `trainer.save_model`. Its adapter then names this base.
-
-        Raises:
-            UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
         """
         self.pruning.save_base(folder, adapter, self._tokenizer)
 
@@ -147,16 +138,14 @@ class LoraPruneCallback(TrainerCallback):
         args.__dict__[LIMIT], args.save_total_limit = self._save_total_limit, None
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Begins an optimizer step."""
         self.pruning.begin_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Cuts, if it is due. The Trainer logs, evaluates and saves after this."""
+        """Makes the cut that is due. The Trainer logs, evaluates and saves after this."""
         self.pruning.end_step()
         _forget_overwritten(args, state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Prepares for a checkpoint of the Trainer."""
         _forget_overwritten(args, state, control)
 
     def on_log(
@@ -182,7 +171,7 @@ class LoraPruneCallback(TrainerCallback):
             rotate_checkpoints(str(args.output_dir), self._save_total_limit, spared, use_mtime=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Writes the results, and lets go of the engine. The model can still be saved."""
+        """Writes the results and detaches from the engine. The model can still be saved."""
         args.save_total_limit = args.__dict__.pop(LIMIT)
         train = {name: getattr(args, name) for name in REPORTED}
         self.pruning.write_results(str(args.output_dir), {"trainer": type(args).__name__, "train": train})
@@ -195,12 +184,9 @@ class LoraPruneCallback(TrainerCallback):
 
 
 def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-    """Makes a checkpoint of an earlier training incomplete if the Trainer may write over it.
-
-    Whether a step is the best one is known only when the Trainer saves it.
-    """
+    """Makes a checkpoint of an earlier training incomplete if the Trainer may write over it."""
     old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
-    may_save = control.should_save or args.save_strategy == "best"
+    may_save = control.should_save or args.save_strategy == "best"  # the Trainer decides after its evaluation
     if may_save and args.should_save and old.exists():
         remove(old)
 

@@ -1,4 +1,4 @@
-"""Keeps the pruner's state beside a trainer's checkpoint, and cuts a fresh model to it.
+"""Keeps the pruner's state in a trainer's checkpoint, and cuts a fresh model to it.
 
 checkpoint-120/pruning/    state.json, scores.safetensors, moments-*.safetensors, metrics.jsonl, manifest.json
 checkpoint-120/shape-3/    the frozen weights, if `compensate` has changed them
@@ -49,39 +49,25 @@ TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes itse
 
 @dataclass(frozen=True)
 class PruningState:
-    """Describes pruning after `step` optimizer steps.
-
-    Attributes:
-        steps: of the whole training, which the schedule is made for.
-        world_size: the number of ranks that DeepSpeed's part of the checkpoint belongs to.
-        prune: the `PruneConfig`.
-        dense: per layer, the number of groups of each kind in the dense model.
-        kept: per layer, the kept groups of each kind, as indices into the dense model.
-        shape: name of the folder with the frozen weights. None where they are slices of the dense model.
-    """
+    """Describes pruning after `step` optimizer steps. The schedule is made for `steps`."""
 
     step: int
     steps: int
     world_size: int
     seed: int
-    prune: dict[str, Any]
-    dense: list[list[int]]
-    kept: list[list[list[int]]]
+    prune: dict[str, Any]  # the PruneConfig
+    dense: list[list[int]]  # per layer, the number of groups of each kind
+    kept: list[list[list[int]]]  # per layer, the kept groups of each kind, as indices into the dense model
     updates_since_cut: int
     moment_tokens: float
-    shape: str | None
+    shape: str | None  # folder of the frozen weights. None where they are slices of the dense model
     resumed_from: list[int]
     format: int = layout.FORMAT
 
 
 @dataclass(frozen=True)
 class PruningCheckpoint:
-    """Holds a verified checkpoint that the live model has been cut to.
-
-    Attributes:
-        folder: the trainer's checkpoint.
-        dense: shape of the model before any cut.
-    """
+    """Holds a verified checkpoint that the live model has been cut to. `dense` is its shape before any cut."""
 
     folder: Path
     state: PruningState
@@ -89,7 +75,6 @@ class PruningCheckpoint:
 
     @property
     def config(self) -> PruneConfig:
-        """The settings of the training that saved this."""
         return PruneConfig(**self.state.prune)
 
     def check(self, steps: int, seed: int) -> None:
@@ -110,11 +95,7 @@ class PruningCheckpoint:
 
 
 def save_pruning(training: PrunedTraining, folder: Path) -> None:
-    """Writes `folder`/pruning, and the frozen weights if they are not slices of the dense model. Collective.
-
-    Raises:
-        RunError: a rank cannot write.
-    """
+    """Writes `folder`/pruning, and the frozen weights if they are not slices of the dense model. Collective."""
     model, pruner, history = training.model, training.pruner, training.recorder.history
     if model.rank == 0:
         remove_leftovers(folder)
@@ -151,14 +132,11 @@ def save_pruning(training: PrunedTraining, folder: Path) -> None:
 def cut_to_checkpoint(
     model: nn.Module, folder: Path, config: PruneConfig, comm: Communicator
 ) -> PruningCheckpoint | None:
-    """Gives a dense PEFT model the sizes of a checkpoint, before DeepSpeed takes it. Collective.
+    """Cuts a dense PEFT model to a checkpoint, before DeepSpeed takes it. None without a checkpoint. Collective.
 
     Args:
         model: dense, with LoRA. Its weights may be sharded already.
         folder: a checkpoint, or the folder with a trainer's checkpoints, of which the newest complete one counts.
-
-    Returns:
-        None if the folder has no checkpoint.
 
     Raises:
         UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.

@@ -1,4 +1,4 @@
-"""Refuses what cannot be pruned inside somebody else's trainer, in one line each and before the first step."""
+"""Refuses trainings that cannot be pruned, in one line each and before the first step."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Writes what comes out of somebody else's training: the merged model, the base of an adapter, the results."""
+"""Writes the results of an external training: the merged model, the base of an adapter, report and pictures."""
 
 import tempfile
 from dataclasses import asdict
@@ -23,25 +23,15 @@ from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
 
 
 def save_merged(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
-    """Writes a Hugging Face model with LoRA merged in fp32 and rounded once. Collective.
-
-    Raises:
-        UserError: the folder exists and is not empty.
-    """
+    """Writes a Hugging Face model with LoRA merged in fp32 and rounded once. Collective."""
     _write(training, folder, tokenizer, lambda linear: merged_tensors(linear, training.dtype), trained=True)
 
 
 def save_base(training: PrunedTraining, folder: Path, adapter: Path | None, tokenizer: Any) -> None:
-    """Writes the pruned model without LoRA, and makes an adapter on disk name it as its base. Collective.
+    """Writes the pruned model without LoRA, and makes the adapter in a folder name it as its base. Collective.
 
     The live adapter cannot name it. PEFT reads the base's config at each save by the class of the dense model, which
     refuses layers of different sizes.
-
-    Args:
-        adapter: the adapter's folder.
-
-    Raises:
-        UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
     """
     comm, path = training.model.comm, None if adapter is None else adapter / ADAPTER_FILE
     described = None if path is None else comm.on_rank_0(lambda: read_json(path))
@@ -52,11 +42,7 @@ def save_base(training: PrunedTraining, folder: Path, adapter: Path | None, toke
 
 
 def save_results(training: PrunedTraining, folder: Path, settings: dict[str, Any]) -> None:
-    """Writes report, kept groups, metrics and pictures. Collective.
-
-    Args:
-        settings: more entries of the report's `config`.
-    """
+    """Writes report, kept groups, metrics and pictures. `settings` are more of the report's config. Collective."""
     pruner, dense, pruned = training.pruner, training.pruner.limits.dense, training.model.shape
     model = {"path": model_name(training.peft_model), "dtype": training.dtype}
     config = {"seed": training.seed, "steps": training.steps, "model": model, "prune": asdict(pruner.config)}

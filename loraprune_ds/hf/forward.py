@@ -1,4 +1,4 @@
-"""Watches the forward passes of a model in somebody else's training."""
+"""Watches the forward passes of a model in an external training."""
 
 from contextlib import ExitStack
 from typing import Any, cast

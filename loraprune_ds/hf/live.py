@@ -28,26 +28,16 @@ from loraprune_ds.zero.sharded import ShardedModel
 
 @dataclass
 class PrunedTraining:
-    """Holds somebody else's training that is pruned. Checkpoints, exports and reports are made from it.
-
-    Attributes:
-        peft_model: as its owner knows it.
-        model: the same model, as ZeRO-3 has sharded it.
-        dtype: of the frozen weights.
-        steps: optimizer steps of the whole training.
-        seed: of criterion `random`.
-        step: optimizer steps made.
-        resumed_from: steps at which the training was resumed.
-    """
+    """Holds an external training that is pruned. Checkpoints, exports and reports are made from it."""
 
     peft_model: PeftModel
-    model: ShardedModel
+    model: ShardedModel  # the same model
     pruner: Pruner
-    dtype: Dtype
-    steps: int
+    dtype: Dtype  # of the frozen weights
+    steps: int  # of the whole training
     seed: int
     recorder: Recorder
-    step: int = 0
+    step: int = 0  # the last one that was made
     resumed_from: list[int] = field(default_factory=list)
 
 
@@ -55,10 +45,7 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     """Returns the names of all linears of a decoder layer, for PEFT's `target_modules`.
 
     Args:
-        model: a model, or the folder or hub id of one.
-
-    Raises:
-        UserError: its model type is not supported.
+        model: a model, or its folder or hub id. UserError if its type is not supported.
     """
     if isinstance(model, PreTrainedModel):
         model_type, where = model.config.model_type, type(model).__name__
@@ -80,12 +67,9 @@ def find_peft_model(model: nn.Module) -> PeftModel:
 
 
 def base_config(model: PeftModel) -> dict[str, Any]:
-    """Returns the dense model's config.json, as `save_pretrained` would write it.
-
-    `use_cache` is left out, because trainers switch it off while they train.
-    """
+    """Returns the dense model's config.json, as `save_pretrained` would write it."""
     config = json.loads(cast(Any, model.get_base_model()).config.to_json_string())
-    config.pop("use_cache", None)
+    config.pop("use_cache", None)  # trainers switch it off
     return config
 
 
@@ -96,16 +80,12 @@ def model_name(model: PeftModel) -> str:
 
 
 def base_shape(model: PeftModel) -> ModelShape:
-    """Returns the shape that the model's config declares, which stays the dense one after a cut.
-
-    Raises:
-        UserError: as `shape_from_config`.
-    """
+    """Returns the shape that the model's config declares, which stays the dense one after a cut."""
     return shape_from_config(cast(Any, model.get_base_model()).config.to_dict(), model_name(model))
 
 
 def live_shape(model: PeftModel) -> ModelShape:
-    """Returns the shape of the weights. Raises UserError as `shape_from_config`."""
+    """Returns the shape of the weights."""
     shape = base_shape(model)
     counts = ({kind: _count(layer, shape, kind) for kind in shape.kinds} for layer in decoder_layers(model))
     return shape.with_layers(tuple(map(LayerShape, counts)))

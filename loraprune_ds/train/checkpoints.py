@@ -13,6 +13,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import MAY_DIFFER, Start, differences
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
@@ -28,8 +29,7 @@ def find_checkpoint(
 ) -> TrainingCheckpoint | None:
     """Finds the checkpoint to resume from. None to start at step 0. Collective.
 
-    Args:
-        warnings: gets a line for each checkpoint that cannot be used.
+    `warnings` gets a line for each checkpoint that cannot be used.
 
     Raises:
         UserError: the given path has no good checkpoint, or the checkpoint belongs to another run.
@@ -85,24 +85,18 @@ def build_engine(config: RunConfig, prepared: Prepared, checkpoint: TrainingChec
 class Checkpoints:
     """Writes the checkpoints of one run."""
 
-    def __init__(
-        self, config: RunConfig, prepared: Prepared, pruner: Pruner, checkpoint: TrainingCheckpoint | None
-    ) -> None:
-        self.config, self.prepared, self.pruner = config, prepared, pruner
-        self.resumed_from = [*checkpoint.state.resumed_from, checkpoint.state.step] if checkpoint else []
-        self.root = Path(config.output_dir) / CHECKPOINTS_FOLDER
-        self._cuts = prepared.schedule.cut_steps()
+    def __init__(self, context: RunContext, pruner: Pruner) -> None:
+        self.config, self.prepared, self.pruner = context.config, context.prepared, pruner
+        self.root, checkpoint = context.folder / CHECKPOINTS_FOLDER, context.checkpoint
+        self._resumed_from = context.resumed_from
+        self._cuts = self.prepared.schedule.cut_steps()
         # The newest shape folder of this run's steps. A resume from an older step leaves newer folders in `root`.
         self._published: ShapeSource | None = None
         if checkpoint and checkpoint.folder.parent.resolve() == self.root.resolve():
             self._published = None if checkpoint.state.shape.is_source else checkpoint.state.shape
 
     def save(self, engine: TrainingEngine, step: int, totals: RunTotals) -> None:
-        """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Collective.
-
-        Raises:
-            RunError: a rank cannot write. Older checkpoints are still there.
-        """
+        """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Collective."""
         pruner, compensator = self.pruner.state(), self.pruner.compensator
         schedule, loss_scale = counters(engine)
         state = RunState(
@@ -116,7 +110,7 @@ class Checkpoints:
             moment_tokens=pruner.moment_tokens,
             cuts=self._cuts_made(step),
             shape=self._shape(engine.model, step),
-            resumed_from=self.resumed_from,
+            resumed_from=self._resumed_from,
             config=self.config.to_dict(),
         )
         save_step(engine.model, self.root, state, pruner.scores, compensator and compensator.moments)

@@ -4,65 +4,51 @@ import shutil
 from pathlib import Path
 
 from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, TEACHER_FOLDER
-from loraprune_ds.config import Dtype, RunConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard, card_of_run, write_model_card
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.report.records import EvaluationRecord, History
+from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.report.report import Outcome
-from loraprune_ds.train.loop import RunContext, measure_held_out
-from loraprune_ds.train.prepare import Prepared
+from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.loop import measure_held_out
 from loraprune_ds.whole import staging_of
-from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.memory import peak_bytes
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import write_model
 
 
-def write_weights(model: ShardedModel, folder: Path, dtype: Dtype, mark: str) -> None:
-    """Writes the weights with LoRA merged in, into the staging folder of `model/`. Collective.
-
-    Args:
-        mark: of this start, so no other process writes into the same folder.
-    """
+def write_weights(context: RunContext, model: ShardedModel) -> None:
+    """Writes the weights with LoRA merged in, into the staging folder of `model/`. Collective."""
+    target, mark, dtype = context.folder / MODEL_FOLDER, context.status.mark, context.config.model.dtype
 
     def make_room() -> None:
-        if (folder / MODEL_FOLDER).exists():  # of a process that was killed before its report
-            shutil.rmtree(folder / MODEL_FOLDER)
-        begin(folder / MODEL_FOLDER, mark)
+        if target.exists():  # of a process that was killed before its report
+            shutil.rmtree(target)
+        begin(target, mark)
 
     model.comm.on_rank_0(make_room)
-    write_model(model, staging_of(folder / MODEL_FOLDER, mark), dtype, lambda linear: merged_tensors(linear, dtype))
+    write_model(model, staging_of(target, mark), dtype, lambda linear: merged_tensors(linear, dtype))
 
 
-def finish(config: RunConfig, prepared: Prepared, outcome: Outcome, context: RunContext) -> bool:
-    """Completes the exported model, measures it, and publishes it with the report. Collective.
-
-    Returns:
-        False if it was asked to stop before anything was published.
-    """
-    comm, recorder, folder = context.comm, context.recorder, Path(config.output_dir)
-    mark, dense = context.status.mark, prepared.pretrained
+def finish(context: RunContext, outcome: Outcome) -> bool:
+    """Completes the exported model, measures it, and publishes it with the report. False if asked to stop before."""
+    config, comm, recorder, folder = context.config, context.comm, context.recorder, context.folder
+    mark, dense = context.status.mark, context.prepared.pretrained
     staging = staging_of(folder / MODEL_FOLDER, mark)
     exported = export_config(dense.config, outcome.pruned, config.model.dtype)
-
-    def card() -> ModelCard:
-        return _model_card(config, prepared, outcome.pruned, recorder.history)
-
-    comm.on_rank_0(lambda: finish_folder(staging, exported, dense.folder, card()))
+    comm.on_rank_0(lambda: finish_folder(staging, exported, dense.folder, _model_card(context, outcome)))
     if context.stop_requested():
         return False
-    recorder.write(_evaluate_exported(staging, config, prepared, comm))
+    recorder.write(_evaluate_exported(staging, context))
     peaks = comm.gather_objects(peak_bytes())
     context.check_owner()
 
     def publish_all() -> None:
-        write_model_card(staging, card(), exported)
+        write_model_card(staging, _model_card(context, outcome), exported)
         fail_point("finish.before_rename")
         publish(folder / MODEL_FOLDER, mark)
         fail_point("finish.after_rename")
@@ -73,23 +59,24 @@ def finish(config: RunConfig, prepared: Prepared, outcome: Outcome, context: Run
     return True
 
 
-def _evaluate_exported(staging: Path, config: RunConfig, prepared: Prepared, comm: Communicator) -> EvaluationRecord:
+def _evaluate_exported(staging: Path, context: RunContext) -> EvaluationRecord:
     """Measures the exported model, read back from disk and sharded. Collective."""
-    model = config.model
+    config, prepared, comm = context.config, context.prepared, context.comm
     # Every rank opens it: if one cannot, output_dir is not shared.
     pretrained = comm.all_or_raise(lambda: open_pretrained(staging))
-    chunk = config.train.loss_chunk_tokens
+    model, chunk = config.model, config.train.loss_chunk_tokens
     engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config, chunk)
     batch_size = config.evaluate.batch_size
     return measure_held_out(engine, prepared.windows, batch_size, comm, step=prepared.steps, name="pruned")
 
 
-def _model_card(config: RunConfig, prepared: Prepared, pruned: ModelShape, history: History) -> ModelCard:
+def _model_card(context: RunContext, outcome: Outcome) -> ModelCard:
     """Makes the export's README, with the perplexities known so far."""
+    prepared, history = context.prepared, context.recorder.history
     return card_of_run(
-        config,
+        context.config,
         prepared.pretrained.shape,
-        pruned,
+        outcome.pruned,
         steps=prepared.steps,
         windows=len(prepared.windows),
         perplexity_dense=history.perplexity("dense"),

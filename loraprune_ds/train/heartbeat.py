@@ -67,7 +67,7 @@ class Heartbeat(threading.Thread):
             self._beat(self._store)
 
     def look(self, counts: Sequence[int]) -> str | None:
-        """Compares the counts with those of the last look. Returns the first lost rank and its node."""
+        """Compares the counts with the last look. Returns the first lost rank and its node."""
         for rank, (before, now) in enumerate(zip(self._counts, counts, strict=True)):
             self._still[rank] = self._still[rank] + 1 if now == before else 0
         self._counts = list(counts)

@@ -1,7 +1,7 @@
 """Finds the launcher that started this process as a rank. It imports no torch, because it runs before the imports.
 
-Any other parent may end before the run: the shell of `nohup ... &`, or a process outside of the container. So a parent
-counts by what it runs. RANK proves nothing, because Kubeflow sets it for process 1 of a container.
+Any other parent may end before the run: the shell of `nohup ... &`, or a process outside of the container. A parent
+counts by the program it runs. RANK proves nothing, because Kubeflow sets it for process 1 of a container.
 """
 
 import contextlib

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.state import RunTotals
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
@@ -18,65 +17,31 @@ from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
-from loraprune_ds.train.prepare import Prepared
-from loraprune_ds.train.recorder import RunRecorder
-from loraprune_ds.train.status import RunStatus
-from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
-from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.train.teacher_pass import describe_pass, record_teacher
+from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.stop import NOTHING, STOP
+from loraprune_ds.train.teacher_pass import describe_pass, find_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 
 PROFILE_FOLDER = "profile"  # traces of single steps, for chrome://tracing or https://ui.perfetto.dev
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """Holds the objects that the parts of a run share on one rank."""
-
-    requests: RequestListener
-    comm: Communicator
-    recorder: RunRecorder
-    status: RunStatus
-
-    def stop_requested(self) -> bool:
-        """Whether a rank was asked to stop, where no step carries the request. If so, it is honoured. Collective."""
-        if self.requests.agree(self.comm) != STOP:
-            return False
-        self.stop()
-        return True
-
-    def stop(self) -> None:
-        """Honours a request to stop where nothing is left to save. Collective."""
-        self.check_owner()  # the file may ask the other process
-        self.requests.clear(STOP)
-        self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
-
-    def check_owner(self) -> None:
-        """Raises RunError on all ranks if another process continues this run. Collective."""
-        self.comm.on_rank_0(self.status.check_owner)
-
-
 class TrainingLoop:
     """Owns the sharded model while it trains."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        prepared: Prepared,
-        checkpoint: TrainingCheckpoint | None,
-        teacher: Teacher | None,
-        context: RunContext,
-    ) -> None:
-        self.config, self.prepared = config, prepared
-        self.recorder, self.status, self._requests = context.recorder, context.status, context.requests
+    def __init__(self, context: RunContext) -> None:
         self._context = context
+        self.config, self.prepared, checkpoint = context.config, context.prepared, context.checkpoint
+        self.recorder, self.status, self._requests = context.recorder, context.status, context.requests
+        config, prepared = self.config, self.prepared
+        self._teacher = None
+        if config.train.distill_weight and self.status.step < prepared.steps:  # otherwise its files may be gone
+            self._teacher = find_teacher(context)
         self.engine = build_engine(config, prepared, checkpoint)
         self.model = self.engine.model
         self.pruner = Pruner(self.model, config.prune, prepared.schedule, prepared.limits, config.seed)
         if checkpoint:
             self.pruner.restore(checkpoint.pruner_state(self.model.shape.kinds), checkpoint.moments)
-        self._teacher = teacher
         self._trainer = Trainer(
             self.engine,
             self.pruner,
@@ -86,15 +51,14 @@ class TrainingLoop:
             dtype=config.model.dtype,
             seed=config.seed,
             current_request=self._requests.current,
-            teacher=teacher,
+            teacher=self._teacher,
         )
-        self._checkpoints = Checkpoints(config, prepared, self.pruner, checkpoint)
+        self._checkpoints = Checkpoints(context, self.pruner)
         self._totals = checkpoint.state.totals if checkpoint else RunTotals()
-        self.resumed_from = self._checkpoints.resumed_from
 
     def run(self) -> bool:
         """Makes all remaining steps. Returns False if it was asked to stop, after a checkpoint."""
-        if not self.resumed_from:
+        if not self._context.checkpoint:
             self._evaluate(0, "dense")
         if not self._record_teacher():
             return False
@@ -161,11 +125,10 @@ class TrainingLoop:
 def measure_held_out(
     infer: Callable[..., Any], windows: Tensor, batch_size: int, comm: Communicator, *, step: int, name: EvaluationName
 ) -> EvaluationRecord:
-    """Measures held-out perplexity on all ranks. Draws no random numbers and changes no training state. Collective.
+    """Measures held-out perplexity. Draws no random numbers and changes no training state. Collective.
 
     Args:
         windows: (windows, evaluate.window) token ids.
-        batch_size: windows of one forward pass.
     """
     result = measure_perplexity(
         lambda input_ids, labels: infer(input_ids=input_ids, labels=labels),

@@ -31,14 +31,10 @@ MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size",
 
 @dataclass(frozen=True)
 class Start:
-    """Says how to begin.
-
-    Attributes:
-        path: the run or checkpoint folder that `--resume` named, resolved. None with `auto`.
-    """
+    """Says how to begin."""
 
     kind: Literal["fresh", "finished", "resume"]
-    path: Path | None = None
+    path: Path | None = None  # that `--resume` named, resolved. None with `auto`
 
 
 def resumed_config(given: dict[str, Any], resume: str | None) -> RunConfig:
@@ -51,8 +47,7 @@ def resumed_config(given: dict[str, Any], resume: str | None) -> RunConfig:
         resume: the value of `--resume`: None, "auto" or a path.
 
     Raises:
-        UserError: as `config_from_dict`.
-        CheckpointMismatch: the run is of another format.
+        UserError: as `config_from_dict`. CheckpointMismatch if the run is of another format.
     """
     output_dir = given.get("output_dir")
     with _told_if_unreadable(output_dir):
@@ -82,9 +77,8 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
         resume: the value of `--resume`: None, "auto" or a path.
 
     Raises:
-        UserError: the folder holds an unfinished run and `--resume` was not given, or another run, or no run at all.
-            Or the path to resume from does not exist, or leads elsewhere though `output_dir` holds a run. Or the
-            folder cannot be read or written.
+        UserError: the folder holds another run, no run, or an unfinished one without `--resume`. Or the path to resume
+            from does not exist, or leads elsewhere though `output_dir` holds a run. Or the folder is not accessible.
     """
     folder = Path(config.output_dir)
     with _told_if_unreadable(folder):
@@ -151,7 +145,7 @@ def _check_resume(folder: Path, config: RunConfig, path: Path | None) -> None:
             f"output_dir {folder} holds a run already, so it cannot take up --resume {path}; "
             "go on with --resume auto, or choose another output_dir"
         )
-    newest_state(folder / CHECKPOINTS_FOLDER)  # another format is an error of its own, not another run
+    newest_state(folder / CHECKPOINTS_FOLDER)  # another format has its own error line
     if _read_run_config(folder):  # otherwise a crash of the machine has lost it, and every checkpoint holds it too
         _check_same_run(folder, config, MAY_DIFFER)
 
@@ -196,13 +190,10 @@ def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def create_output(config: RunConfig, *, is_new: bool = False) -> Path:
-    """Makes the folder and writes the resolved config into it.
+    """Makes the folder and writes the resolved config into it. UserError if it cannot be written.
 
     Args:
         is_new: no other start may have written a config there since `inspect_output` looked.
-
-    Raises:
-        UserError: the folder cannot be written, or another start has taken it.
     """
     folder = Path(config.output_dir)
     try:
@@ -220,11 +211,7 @@ def create_output(config: RunConfig, *, is_new: bool = False) -> Path:
 
 
 def check_shared(folder: Path, comm: "Communicator") -> None:
-    """Checks that all ranks see the folder that rank 0 made, because each writes its part of the checkpoints there.
-
-    Raises:
-        UserError: a rank does not see it, as on another machine. The message names the rank.
-    """
+    """Checks that all ranks see the folder that rank 0 made. The error names a rank that does not. Collective."""
     token = folder / f".shared-{comm.draw_mark()}"
 
     def wait() -> None:

@@ -34,30 +34,20 @@ from loraprune_ds.zero.private import check_private_attributes
 
 @dataclass(frozen=True)
 class Prepared:
-    """Holds the checked input of a run.
-
-    Attributes:
-        steps: optimizer steps, including the recovery.
-        windows: (windows, evaluate.window) token ids of the held-out text.
-        ds_config: DeepSpeed's JSON with every "auto" replaced.
-    """
+    """Holds the checked input of a run."""
 
     pretrained: PretrainedModel
     samples: Samples
     order: SampleOrder
-    windows: Tensor
-    steps: int
+    windows: Tensor  # (windows, evaluate.window) token ids of the held-out text
+    steps: int  # including the recovery
     schedule: Schedule
     limits: Limits
-    ds_config: dict[str, Any]
+    ds_config: dict[str, Any]  # with every "auto" replaced
 
 
 def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) -> Prepared:
-    """Checks the whole input on every rank. Collective.
-
-    Raises:
-        UserError: all ranks raise the same line.
-    """
+    """Checks the whole input on every rank. All raise the same UserError. Collective."""
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
     ranks_per_node = comm.ranks_per_node()
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.

@@ -37,12 +37,7 @@ from loraprune_ds.zero.device import device_name
 
 
 class Recorder:
-    """Adds records to a history and passes them on.
-
-    Args:
-        history: the records of the steps before a resume.
-        sinks: get every record. Only rank 0 has any.
-    """
+    """Adds records to a history and passes them on to the sinks, which only rank 0 has."""
 
     def __init__(self, history: History, sinks: Sequence[Sink]) -> None:
         self.history, self.sinks = history, list(sinks)
@@ -61,11 +56,7 @@ class Recorder:
     def write_results(
         self, folder: Path, settings: dict[str, Any], dense: ModelShape, outcome: Outcome, peak_bytes: list[int]
     ) -> None:
-        """Writes report, kept groups and pictures. The sinks get the pictures, too. On rank 0 only.
-
-        Args:
-            settings, peak_bytes: as in `make_report`.
-        """
+        """Writes report, kept groups and pictures, and sends the pictures to the sinks. On rank 0 only."""
         kept, pictures = outcome.kept_of_dense, [folder / TRAINING_PICTURE, folder / KEPT_GROUPS_PICTURE]
         write_kept_groups(folder, kept, dense)
         write_report(folder, make_report(settings, self.history, dense, outcome, peak_bytes, device_name()))
@@ -73,7 +64,11 @@ class Recorder:
         draw_training(pictures[0], self.history)
         draw_kept_groups(pictures[1], dense, kept)
         draw_router_load(folder / ROUTER_PICTURE, dense, kept, self.history)
-        show_pictures(self.sinks, pictures)
+        self.show_pictures(pictures)
+
+    def show_pictures(self, paths: Sequence[Path]) -> None:
+        """Sends pictures to the sinks that take them."""
+        show_pictures(self.sinks, paths)
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -128,11 +123,7 @@ class RunRecorder(Recorder):
 
 
 def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:
-    """Checks the records of the steps before a checkpoint, and copies them if the run resumes in another folder.
-
-    Raises:
-        UserError: they are missing or damaged, so the report would lack them.
-    """
+    """Checks the records of the steps before a checkpoint, and copies them if the run resumes in another folder."""
     earlier, own = checkpoint.folder.parents[1] / METRICS_FILE, folder / METRICS_FILE
     read_metrics(earlier, checkpoint.state.step)
     if earlier.resolve() != own.resolve():

@@ -1,4 +1,4 @@
-"""Carries out a whole run: prepare, train and cut, export, measure what was exported, report."""
+"""Carries out a whole run: prepare, train and cut, export, measure the export, report."""
 
 import errno
 import os
@@ -14,23 +14,20 @@ from loraprune_ds.errors import RankError
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
+from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.finish import finish, write_weights
-from loraprune_ds.train.loop import RunContext, TrainingLoop
+from loraprune_ds.train.loop import TrainingLoop
 from loraprune_ds.train.output import Start, check_shared, create_output
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.status import RunStatus
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
-from loraprune_ds.train.teacher_pass import find_teacher
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.half_products import fast_half_products
 
 
 def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
-    """Carries out a run, or the rest of one, on all ranks. Collective.
-
-    Returns:
-        False if it was asked to stop. It has saved a checkpoint and exported nothing.
+    """Carries out a run, or the rest of one. False if it was asked to stop, after a checkpoint. Collective.
 
     Raises:
         UserError: the input cannot be used. Nothing was written yet.
@@ -46,8 +43,8 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         for line in warnings:
             context.recorder.warn(line)
         context.recorder.show(describe_run(config, prepared, comm.world_size))
-        outcome = _train(config, prepared, checkpoint, context)
-        finished = outcome is not None and finish(config, prepared, outcome, context)
+        outcome = _train(context)
+        finished = outcome is not None and finish(context, outcome)
         context.check_owner()
         context.status.end("finished" if finished else "stopped")
         comm.barrier()  # a rank that leaves first with another code than 0 makes the launcher end the others
@@ -75,7 +72,7 @@ def _open_context(
         closing(RequestListener(folder, watches_files=is_rank_0)) as requests,
         _full_disk_in_one_line(folder),
     ):
-        yield RunContext(requests, comm, recorder, status)
+        yield RunContext(config, prepared, checkpoint, comm, requests, recorder, status)
 
 
 @contextmanager
@@ -89,19 +86,14 @@ def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
         raise RankError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
 
 
-def _train(
-    config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, context: RunContext
-) -> Outcome | None:
+def _train(context: RunContext) -> Outcome | None:
     """Trains and cuts the model, then writes its merged weights. None if it was asked to stop. Collective."""
-    teacher = None
-    if config.train.distill_weight and context.status.step < prepared.steps:  # otherwise its files may be gone
-        teacher = find_teacher(config, prepared, checkpoint, context.comm)
-    loop = TrainingLoop(config, prepared, checkpoint, teacher, context)
+    loop = TrainingLoop(context)
     if context.stop_requested() or not loop.run() or context.stop_requested():
         return None
     context.check_owner()
     context.recorder.show("writing the merged model")
-    write_weights(loop.model, Path(config.output_dir), config.model.dtype, context.status.mark)
+    write_weights(context, loop.model)
     loop.engine.release()  # or it would take memory next to the exported model, which is measured next
-    target = describe_target(config.prune, prepared.pretrained.shape, loop.model.shape)
-    return Outcome(loop.model.shape, loop.pruner.kept_of_dense, loop.resumed_from, target)
+    target = describe_target(context.config.prune, context.prepared.pretrained.shape, loop.model.shape)
+    return Outcome(loop.model.shape, loop.pruner.kept_of_dense, context.resumed_from, target)

@@ -41,20 +41,13 @@ IDENTITY_FILE = "teacher.json"
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """Describes the files of a teacher pass.
+    """Describes the files of a teacher pass."""
 
-    Attributes:
-        samples: (needed,) int64 numbers of the samples that the run uses, ascending.
-        offsets: (needed + 1,) int64; sample i has the supervised tokens offsets[i] … offsets[i + 1].
-        token_bytes: bytes on disk of one supervised token.
-        per_file: samples in a file.
-    """
-
-    samples: Tensor
-    offsets: Tensor
+    samples: Tensor  # (needed,) int64 numbers of the samples that the run uses, ascending
+    offsets: Tensor  # (needed + 1,) int64; sample i has the supervised tokens offsets[i] … offsets[i + 1]
     recording: Recording
-    token_bytes: int
-    per_file: int
+    token_bytes: int  # on disk, of one supervised token
+    per_file: int  # samples
 
     @property
     def files(self) -> int:
@@ -62,7 +55,7 @@ class TeacherPlan:
 
     @property
     def bytes(self) -> int:
-        """The size of all files on disk, without their headers."""
+        """On disk, of all files, without their headers."""
         return int(self.offsets[-1]) * self.token_bytes
 
     def members(self, file: int) -> Tensor:
@@ -94,19 +87,13 @@ def plan_teacher(
 
 @dataclass(frozen=True)
 class Teacher:
-    """Reads and writes the files of one run's teacher.
-
-    Attributes:
-        weight: w of the loss.
-        identity: the content of teacher.json.
-        to_write: numbers of the files that were missing when the teacher was found.
-    """
+    """Reads and writes the files of one run's teacher."""
 
     folder: Path
     plan: TeacherPlan
-    weight: float
-    identity: dict[str, Any]
-    to_write: Sequence[int] = ()
+    weight: float  # of the distillation in the loss
+    identity: dict[str, Any]  # the content of teacher.json
+    to_write: Sequence[int] = ()  # files that were missing when the teacher was found
 
     def path(self, file: int) -> Path:
         return self.folder / f"targets-{file:05d}.safetensors"
@@ -143,11 +130,7 @@ class Teacher:
             save_file({name: tensor.cpu().contiguous() for name, tensor in fields.items()}, temporary)
 
     def distillation(self, indices: Tensor, device: torch.device) -> Distillation:
-        """Reads the teacher's outputs for the supervised tokens of these samples, in their order.
-
-        Raises:
-            RankError: a file is missing or damaged.
-        """
+        """Reads the teacher's outputs for the supervised tokens of these samples, in their order."""
         parts = [self._fields(sample) for sample in indices.tolist()]
         fields = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
         if "hidden" in fields:
@@ -168,13 +151,9 @@ class Teacher:
 def make_teacher(
     plan: TeacherPlan, *, weight: float, samples: str, source: str, dtype: str, seed: int, folder: Path
 ) -> Teacher:
-    """Describes the teacher of a run.
+    """Describes the teacher of a run. `samples` and `source` are digests of the tuning samples and the dense model.
 
-    Args:
-        weight: `train.distill_weight`.
-        samples, source: digests of the tuning samples and of the dense model.
-        dtype: of the dense model, as returned by `held_as`.
-        seed: of the run, which decides the samples.
+    The seed decides the samples that the run uses.
     """
     identity = {
         "samples": samples,

@@ -1,25 +1,23 @@
 """Makes the forward pass of the dense model over the samples of a run, which a distillation needs, on all ranks."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, source_digest
+from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.checkpoint.run_folder import TEACHER_FOLDER
-from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.dtypes import DTYPES, held_as
+from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.output import wait_until_seen
-from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
 from loraprune_ds.units import format_bytes
@@ -28,26 +26,26 @@ from loraprune_ds.zero.training_engine import TrainingEngine
 from loraprune_ds.zero.write import LocalWrites
 
 
-def find_teacher(
-    config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
-) -> Teacher:
+def find_teacher(context: RunContext) -> Teacher:
     """Finds the teacher of a run in its own folder, or in the folder of the run it resumes. Collective.
 
     Raises:
         UserError: files are missing though the model is cut already, or they will not fit on the disk.
     """
-    possible = comm.all_or_raise(lambda: _possible_teachers(config, prepared, checkpoint))
+    comm = context.comm
+    possible = comm.all_or_raise(lambda: _possible_teachers(context))
     found: list[Teacher] = []
     for teacher in possible:  # a large run has 100,000 files, so the ranks share the work
         missing = comm.gather_objects(teacher.missing(comm.rank, comm.world_size))
         found.append(replace(teacher, to_write=sorted(chain.from_iterable(missing))))
     teacher = next((teacher for teacher in found if not teacher.to_write), found[0])
-    comm.all_or_raise(lambda: _check_can_be_written(teacher, Path(config.output_dir), checkpoint))
+    comm.all_or_raise(lambda: _check_can_be_written(teacher, context))
     return teacher
 
 
-def _possible_teachers(config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> list[Teacher]:
+def _possible_teachers(context: RunContext) -> list[Teacher]:
     """Describes the run's own teacher, then the teacher of the run it resumes if that has another folder."""
+    config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
     plan = plan_teacher(
         config.train,
         prepared.samples,
@@ -63,20 +61,20 @@ def _possible_teachers(config: RunConfig, prepared: Prepared, checkpoint: Traini
         source=source_digest(prepared.pretrained),
         dtype=held_as(config.model),
         seed=config.seed,
-        folder=Path(config.output_dir) / TEACHER_FOLDER,
+        folder=context.folder / TEACHER_FOLDER,
     )
     earlier = own if checkpoint is None else replace(own, folder=checkpoint.folder.parents[1] / TEACHER_FOLDER)
     return [own] if earlier.folder.resolve() == own.folder.resolve() else [own, earlier]
 
 
-def _check_can_be_written(teacher: Teacher, output: Path, checkpoint: TrainingCheckpoint | None) -> None:
+def _check_can_be_written(teacher: Teacher, context: RunContext) -> None:
     if not teacher.to_write:
         return
-    if checkpoint is not None and checkpoint.state.cuts:
+    if context.checkpoint is not None and context.checkpoint.state.cuts:
         lost = teacher.path(teacher.to_write[0])
         raise UserError(f"{lost} is missing or damaged, and the model that would write it again is cut already")
     needed = teacher.plan.bytes * len(teacher.to_write) // teacher.plan.files
-    free = shutil.disk_usage(output).free
+    free = shutil.disk_usage(context.folder).free
     if needed > free:
         raise UserError(
             f"train.distill_weight: the outputs of the dense model need {format_bytes(needed)} in {teacher.folder}, "
@@ -109,47 +107,25 @@ def record_teacher(
 
     Returns:
         False if it was asked to stop before the end. The files written by then stay.
-
-    Raises:
-        RunError: a rank cannot write.
     """
-    comm = engine.model.comm
+    comm, missing, writes = engine.model.comm, teacher.to_write, LocalWrites()
     comm.on_rank_0(teacher.begin)
-    if not teacher.to_write:
-        return True
-    writes, missing = LocalWrites(), teacher.to_write
     with adapters_off(engine.model.module):
         for first in range(0, len(missing), comm.world_size):
-            _write_files(engine, teacher, samples, batch_size, missing[first : first + comm.world_size], writes)
+            files = missing[first : first + comm.world_size]  # file i on rank i
+            # All ranks make the same forward passes, which gather the weights. One without a file repeats the first's.
+            file = files[comm.rank] if comm.rank < len(files) else files[0]
+            passes = max(-(-len(teacher.plan.members(number)) // batch_size) for number in files)
+            fields = _file_content(engine, teacher, samples, batch_size, file, passes)
+            if comm.rank < len(files):
+                writes.do(partial(teacher.write, file, fields))
+            fail_point("teacher.file")
+            writes.agree(comm, teacher.folder)
             is_last = first + comm.world_size >= len(missing)
             if max(comm.gather_objects(current_request())) == STOP and not is_last:
                 return False
     comm.all_or_raise(lambda: _wait_for_files(teacher, comm))
     return True
-
-
-def _write_files(
-    engine: TrainingEngine,
-    teacher: Teacher,
-    samples: Samples,
-    batch_size: int,
-    files: Sequence[int],
-    writes: LocalWrites,
-) -> None:
-    """Writes these files, file i on rank i. Collective.
-
-    All ranks make the same number of forward passes, because the model gathers its weights in them. A rank without a
-    file repeats the first rank's passes and writes nothing.
-    """
-    comm = engine.model.comm
-    is_mine = comm.rank < len(files)
-    file = files[comm.rank if is_mine else 0]
-    passes = max(-(-len(teacher.plan.members(number)) // batch_size) for number in files)
-    fields = _file_content(engine, teacher, samples, batch_size, file, passes)
-    if is_mine:
-        writes.do(lambda: teacher.write(file, fields))
-    fail_point("teacher.file")
-    writes.agree(comm, teacher.folder)
 
 
 def _file_content(
@@ -163,12 +139,9 @@ def _file_content(
         inputs = {name: tensor.to(device) for name, tensor in samples.inputs(indices).items()}
         fields = engine.infer(**inputs, distillation=teacher.plan.recording)
         if i < len(batches):
-            parts.append({name: _as_on_disk(tensor) for name, tensor in fields.items()})
+            on_disk = {n: tensor.int() if tensor.dtype == torch.int64 else tensor for n, tensor in fields.items()}
+            parts.append({name: tensor.cpu() for name, tensor in on_disk.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _as_on_disk(tensor: Tensor) -> Tensor:
-    return (tensor.int() if tensor.dtype == torch.int64 else tensor).cpu()
 
 
 def _wait_for_files(teacher: Teacher, comm: Communicator) -> None:

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RankError, UserError
 from loraprune_ds.report import reporters
-from loraprune_ds.report.records import show_pictures
 from loraprune_ds.report.reporters import STEP_AXIS, ReportedRun, check_installed
 from loraprune_ds.train.recorder import RunRecorder
 from tests.unit.run_records import small_run, step_record
@@ -72,7 +71,7 @@ def test_a_run_sends_its_config_records_and_pictures(
     history = small_run()
     for record in (*history.steps, *history.cuts):
         recorder.write(record)
-    show_pictures(recorder.sinks, [tmp_path / "training.png"])
+    recorder.show_pictures([tmp_path / "training.png"])
     recorder.close()
     (_, opened), (_, axis), *logged, last = wandb.calls
     assert (opened["config"], opened["name"], axis) == (config.to_dict(), tmp_path.name, STEP_AXIS)
