@@ -64,9 +64,8 @@ def _evaluate_exported(staging: Path, context: RunContext) -> EvaluationRecord:
     config, prepared, comm = context.config, context.prepared, context.comm
     # Every rank opens it: if one cannot, output_dir is not shared.
     pretrained = comm.all_or_raise(lambda: open_pretrained(staging))
-    model, chunk = config.model, config.train.loss_chunk_tokens
-    engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config, chunk)
-    batch_size = config.evaluate.batch_size
+    model, batch_size = config.model, config.evaluate.batch_size
+    engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config)
     return measure_held_out(engine, prepared.windows, batch_size, comm, step=prepared.steps, name="pruned")
 
 

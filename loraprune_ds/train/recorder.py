@@ -1,6 +1,5 @@
 """Passes records on to the history, metrics.jsonl, the reporters and the progress display, and writes the results."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,10 +80,9 @@ class RunRecorder(Recorder):
     def __init__(
         self, config: RunConfig, folder: Path, steps: int, checkpoint: TrainingCheckpoint | None, *, active: bool
     ) -> None:
-        logging = config.logging
+        super().__init__(History(), [])
         self._progress: Progress | None = None
         self._metrics: MetricsLog | None = None
-        super().__init__(History(), [])
         if not active:
             return
         self._metrics = metrics = MetricsLog(folder / METRICS_FILE)
@@ -95,26 +93,19 @@ class RunRecorder(Recorder):
             metrics.truncate_to(first)  # the steps after a killed run's last checkpoint are made again
             self.history = history_from(read_metrics(folder / METRICS_FILE))
         self.sinks.append(metrics)
-        report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
+        given = config.logging.report_to
+        report_to = ["tensorboard"] if given is None else given
         if "tensorboard" in report_to:
             self.sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if checkpoint else None))
-        if logging.progress:
-            self._progress = Progress(steps, first=first)
-            self.sinks.append(self._progress)
+        self._progress = Progress(steps, first=first)
+        self.sinks.append(self._progress)
         for name in (name for name in SERVICES if name in report_to):
-            self.sinks.append(ReportedRun(name, folder, config.to_dict(), self.warn))
+            self.sinks.append(ReportedRun(name, folder, config.to_dict(), self.show))
 
     def show(self, line: str) -> None:
         """Shows a line next to the progress."""
         if self._progress is not None:
             self._progress.show(line)
-
-    def warn(self, line: str) -> None:
-        """Shows a line even if no progress is shown."""
-        if self._progress is not None:
-            self._progress.show(line)
-        elif self._metrics is not None:
-            sys.stderr.write(line + "\n")
 
     def flush(self) -> None:
         """Forces metrics.jsonl to the disk."""
