@@ -19,7 +19,7 @@ from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpo
 from loraprune_ds.hf.checks import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.hf.reporters import find_reporters
-from loraprune_ds.report.records import CutRecord
+from loraprune_ds.report.records import CutRecord, Sink
 from loraprune_ds.whole import remove
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import check_reshardable
@@ -100,40 +100,44 @@ class LoraPruneCallback(TrainerCallback):
         """
         self.pruning.save_base(folder, adapter, self._tokenizer)
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Checks what DeepSpeed would fail at without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
         if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
             check_reshardable("the DeepSpeed config", plugin.hf_ds_config.config)  # some fail in DeepSpeed's own start
-        if isinstance(model := kwargs.get("model"), nn.Module):
+        if isinstance(model := more.get("model"), nn.Module):
             check_one_dtype(model)
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         """Checks everything, then attaches to the model and its optimizer."""
         require(self._pruning is None, "LoraPruneCallback serves one training; make a new one for the next")
-        model, checkpoint = cast(nn.Module, kwargs["model"]), self._checkpoint
-        find_zero_optimizer(kwargs["optimizer"])
+        model, checkpoint = cast(nn.Module, more["model"]), self._checkpoint
+        find_zero_optimizer(more["optimizer"])
         check_arguments(args, model)
         if self._guard is not None:
             self._guard.remove()
         if state.global_step != (checkpoint.state.step if checkpoint else 0):
             raise UserError(f"training goes on at step {state.global_step}, but pruning does not: {RESUME}")
         plugin = getattr(args, "deepspeed_plugin", None)
-        self._tokenizer = kwargs.get("processing_class")
+        self._tokenizer = more.get("processing_class")
+        sinks: list[Sink] = []
+        if state.is_world_process_zero:
+            resumed_from = checkpoint.state.step if checkpoint else None
+            sinks = find_reporters(args.report_to or (), str(args.output_dir), resumed_from)
         self._pruning = Pruning.attach(
             model,
-            kwargs["optimizer"],
+            more["optimizer"],
             self.config,
             self.steps or state.max_steps,
             seed=self.seed,
             checkpoint=checkpoint,
             ds_config=None if plugin is None else plugin.hf_ds_config.config,
-            sinks=_sinks(args, state, checkpoint),
+            sinks=sinks,
         )
-        # The Trainer would remove old checkpoints before `on_save`, while the new one is not whole yet.
+        # The Trainer would remove old checkpoints before `on_save` has completed the new one.
         self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # kept there by a training that failed
         args.__dict__[LIMIT], args.save_total_limit = self._save_total_limit, None
 
@@ -148,17 +152,10 @@ class LoraPruneCallback(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         _forget_overwritten(args, state, control)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Adds the loss to the records. It is a mean over the steps since the last log."""
         history = self.pruning.training.recorder.history
-        loss = (logs or {}).get("loss", math.nan)
+        loss = (more.get("logs") or {}).get("loss", math.nan)
         if history.steps and history.steps[-1].step == state.global_step and math.isfinite(loss):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))
 
@@ -167,7 +164,7 @@ class LoraPruneCallback(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         self.pruning.save(folder)
         if args.should_save:
-            spared = state.best_model_checkpoint or str(folder)  # by itself the newest one, where files have no times
+            spared = state.best_model_checkpoint or str(folder)  # otherwise the newest, where files have no times
             rotate_checkpoints(str(args.output_dir), self._save_total_limit, spared, use_mtime=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -189,10 +186,3 @@ def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: T
     may_save = control.should_save or args.save_strategy == "best"  # the Trainer decides after its evaluation
     if may_save and args.should_save and old.exists():
         remove(old)
-
-
-def _sinks(args: TrainingArguments, state: TrainerState, checkpoint: PruningCheckpoint | None) -> list[Any]:
-    if not state.is_world_process_zero:
-        return []
-    resumed_from = checkpoint.state.step if checkpoint else None
-    return find_reporters(args.report_to or (), str(args.output_dir), resumed_from)

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.train.heartbeat import LOOKS, Heartbeat
-from loraprune_ds.train.watch import GRACE, INTERVAL
+from loraprune_ds.train.watch import GRACE, INTERVAL, LOOKS, Heartbeat
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.environment import SILENCE, longest_silence
 from tests.ranks import RankPool

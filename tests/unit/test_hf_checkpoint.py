@@ -1,11 +1,11 @@
 """A checkpoint of pruning: the newest complete one is found, and one that does not fit is named in one line."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,7 +15,6 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.hf import checkpoint, export
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
-from loraprune_ds.pruning.step import PrunerState
 
 COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
 CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)
@@ -94,32 +93,22 @@ def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
     """A cut may come before the next score, with `score_every`."""
     monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: None)
     monkeypatch.setattr(checkpoint, "read_metrics", lambda path: [])
-    given: list[PrunerState] = []
-    pruner = SimpleNamespace(restore=lambda state, read: given.append(state))
-    state = cast(Any, SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5, resumed_from=[2]))
-    training = cast(Any, SimpleNamespace(pruner=pruner, recorder=SimpleNamespace()))
-    PruningCheckpoint(tmp_path, state, cast(Any, SimpleNamespace(kinds=()))).restore(training)
-    assert (given[0].updates_since_cut, given[0].moment_tokens) == (3, 7.0)
+    state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5, resumed_from=[2])
+    training = cast(Any, SimpleNamespace(pruner=Mock(), recorder=Mock()))
+    PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=()))).restore(training)
+    given = training.pruner.restore.call_args.args[0]
+    assert (given.updates_since_cut, given.moment_tokens) == (3, 7.0)
     assert (training.step, training.resumed_from) == (5, [2, 5])
 
 
 def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    told: list[str] = []
-
-    def on_rank_0(action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except OSError as error:
-            told.append(str(error))
-
-    def full(path: Path, value: Any) -> None:
-        raise OSError("no space")
-
-    (tmp_path / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr(export, "write_json", full)
-    monkeypatch.setattr(export, "_write", lambda *args, **kwargs: None)
-    comm = SimpleNamespace(on_rank_0=on_rank_0)
-    export.save_base(cast(Any, SimpleNamespace(model=SimpleNamespace(comm=comm))), tmp_path / "base", tmp_path, None)
-    assert told == ["no space"]
+    monkeypatch.setattr(export, "_write", Mock())
+    training = cast(Any, SimpleNamespace(model=Mock()))
+    on_rank_0 = training.model.comm.on_rank_0 = Mock(side_effect=[{"r": 4}, UserError("no space")])
+    with pytest.raises(UserError, match="no space"):
+        export.save_base(training, tmp_path / "base", tmp_path, None)
+    on_rank_0.call_args.args[0]()
+    named = {"r": 4, "base_model_name_or_path": str(tmp_path / "base")}
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == named
