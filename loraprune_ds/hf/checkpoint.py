@@ -158,24 +158,15 @@ def cut_to_checkpoint(
 
 
 def _find(folder: Path) -> Path | None:
-    if (folder / FOLDER).is_dir():
-        return folder
     checkpoints = [folder / f"checkpoint-{step}" for step in layout.numbered(folder, "checkpoint")]
-    if complete := [checkpoint for checkpoint in checkpoints if (checkpoint / FOLDER).is_dir()]:
-        return complete[-1]
-    if checkpoints:
-        raise UserError(f"no checkpoint in {folder} can be resumed: {_lack(checkpoints[-1])}")
+    for checkpoint in (folder, *reversed(checkpoints)):
+        if (checkpoint / FOLDER).is_dir():
+            return checkpoint
     is_checkpoint = folder.is_dir() and re.fullmatch(r"checkpoint-\d+", folder.name)
-    if is_checkpoint or (folder / TRAINER_STATE).is_file():
-        raise UserError(_lack(folder))
+    if checkpoints or is_checkpoint or (folder / TRAINER_STATE).is_file():
+        newest = checkpoints[-1] if checkpoints else folder
+        raise UserError(f"{newest} has no {FOLDER}/: its save was cut short, or it was saved without LoraPruneCallback")
     return None
-
-
-def _lack(folder: Path) -> str:
-    """Says why a checkpoint has no `pruning/`."""
-    cut_short = any(folder.glob(f".{FOLDER}.*partial")) or not (folder / TRAINER_STATE).is_file()
-    or_without = "" if cut_short else ", or it was saved without LoraPruneCallback"
-    return f"{folder} has no {FOLDER}/: its save was cut short{or_without}"
 
 
 def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:

@@ -7,11 +7,9 @@ from typing import Any, cast
 
 from loraprune_ds.checkpoint.run_folder import METRICS_FILE
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
-from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard
-from loraprune_ds.files import read_json, write_json
+from loraprune_ds.files import write_json
 from loraprune_ds.hf.live import PrunedTraining, base_config, model_name
-from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.folder_files import drop_auto_maps
 from loraprune_ds.pruning.target import describe_target
@@ -19,26 +17,7 @@ from loraprune_ds.report.metrics import write_history
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.memory import peak_bytes
-from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
-
-
-def save_merged(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
-    """Writes a Hugging Face model with LoRA merged in fp32 and rounded once. Collective."""
-    _write(training, folder, tokenizer, lambda linear: merged_tensors(linear, training.dtype), trained=True)
-
-
-def save_base(training: PrunedTraining, folder: Path, adapter: Path | None, tokenizer: Any) -> None:
-    """Writes the pruned model without LoRA, and makes the adapter in a folder name it as its base. Collective.
-
-    The live adapter cannot name it. PEFT reads the base's config at each save by the class of the dense model, which
-    refuses layers of different sizes.
-    """
-    comm, path = training.model.comm, None if adapter is None else adapter / ADAPTER_FILE
-    described = None if path is None else comm.on_rank_0(lambda: read_json(path))
-    _write(training, folder, tokenizer, frozen_tensors, trained=False)
-    if path is not None:
-        named = {**(described or {}), "base_model_name_or_path": str(folder)}
-        comm.on_rank_0(lambda: write_json(path, named))
+from loraprune_ds.zero.write import TensorsOf, write_model
 
 
 def save_results(training: PrunedTraining, folder: Path, settings: dict[str, Any]) -> None:
@@ -57,7 +36,10 @@ def save_results(training: PrunedTraining, folder: Path, settings: dict[str, Any
     training.model.comm.on_rank_0(write)
 
 
-def _write(training: PrunedTraining, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
+def write_export(
+    training: PrunedTraining, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool
+) -> None:
+    """Writes a Hugging Face model of the tensors that `tensors_of` makes of each linear. Collective."""
     model = training.model
     model.comm.on_rank_0(lambda: begin(folder))
     write_model(model, staging_of(folder), training.dtype, tensors_of, trained=trained)

@@ -24,11 +24,14 @@ from torch import nn
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.export.lora import merged_tensors
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, save_pruning
 from loraprune_ds.hf.checks import check_model, warn_of_rounded_gradients
-from loraprune_ds.hf.export import save_base, save_merged, save_results
+from loraprune_ds.hf.export import save_results, write_export
 from loraprune_ds.hf.forward import ForwardWatch
 from loraprune_ds.hf.live import PrunedTraining, base_dtype, base_shape, find_peft_model, live_shape
+from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Pruner
@@ -45,6 +48,7 @@ from loraprune_ds.zero.foreign import (
     share_model,
 )
 from loraprune_ds.zero.memory import resident_bytes
+from loraprune_ds.zero.write import frozen_tensors
 
 log = logging.getLogger(__name__)
 
@@ -149,15 +153,24 @@ class Pruning:
 
     def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Writes the pruned model with LoRA merged in. Collective. Raises UserError if the folder is not empty."""
-        save_merged(self.training, Path(folder), tokenizer)
+        dtype = self.training.dtype
+        write_export(self.training, Path(folder), tokenizer, lambda linear: merged_tensors(linear, dtype), trained=True)
 
     def save_base(self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None) -> None:
-        """Writes the pruned base without LoRA. The saved `adapter` then names it as its base. Collective.
+        """Writes the pruned base without LoRA, and makes the adapter on disk name it as its base. Collective.
+
+        The live adapter cannot name it. PEFT reads the base's config at each save by the class of the dense model,
+        which refuses layers of different sizes.
 
         Raises:
             UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
         """
-        save_base(self.training, Path(folder), None if adapter is None else Path(adapter), tokenizer)
+        comm, path = self._model.comm, None if adapter is None else Path(adapter) / ADAPTER_FILE
+        described = None if path is None else comm.on_rank_0(lambda: read_json(path))
+        write_export(self.training, Path(folder), tokenizer, frozen_tensors, trained=False)
+        if path is not None:
+            named = {**(described or {}), "base_model_name_or_path": str(folder)}
+            comm.on_rank_0(lambda: write_json(path, named))
 
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""

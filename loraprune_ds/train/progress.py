@@ -5,6 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from statistics import fmean
 from typing import TextIO
 
 from tqdm import tqdm
@@ -12,35 +13,13 @@ from tqdm import tqdm
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, StepRecord, cut_line
 from loraprune_ds.units import format_bytes, format_clock, format_percent, format_perplexity
 
+LATEST = 10  # steps that the time left is estimated from, because steps get faster with every cut
 EVALUATED = {
     "dense": "dense model",
     "after_last_cut": "right after the last cut",
     "pruned": "exported model",
     "step": "held-out text",
 }
-
-
-class TimeLeft:
-    """Estimates the time left from the latest steps only, because steps get faster with every cut.
-
-    A cut counts as part of the step before it.
-    """
-
-    def __init__(self, window: int = 10) -> None:
-        self._recent: deque[float] = deque(maxlen=window)
-        self._warm = False
-
-    def add_step(self, seconds: float) -> None:
-        if self._warm:
-            self._recent.append(seconds)
-        self._warm = True  # the first step compiles, allocates and records
-
-    def add_cut(self, seconds: float) -> None:
-        if self._recent:
-            self._recent[-1] += seconds
-
-    def seconds(self, steps_left: int) -> float | None:
-        return steps_left * sum(self._recent) / len(self._recent) if self._recent else None
 
 
 class Progress:
@@ -68,7 +47,8 @@ class Progress:
         self._clock = clock
         self._started = clock()
         self._last_line: float | None = None
-        self._time_left = TimeLeft()
+        self._latest = deque[float](maxlen=LATEST)  # seconds of each step with its cut
+        self._is_warm = False
         self._bar: tqdm | None = None
         if _can_show_live_line(self._stream):
             self._bar = tqdm(
@@ -86,7 +66,8 @@ class Progress:
             case StepRecord():
                 self._step(record)
             case CutRecord():
-                self._time_left.add_cut(record.seconds)
+                if self._latest:
+                    self._latest[-1] += record.seconds
                 self.show(cut_line(record))
             case EvaluationRecord():
                 self.show(evaluation_line(record))
@@ -105,7 +86,9 @@ class Progress:
             self._bar.close()
 
     def _step(self, record: StepRecord) -> None:
-        self._time_left.add_step(record.seconds)
+        if self._is_warm:
+            self._latest.append(record.seconds)
+        self._is_warm = True  # the first step compiles, allocates and records
         if record.skipped:
             self.show(f"step {record.step}  skipped: the fp16 gradients overflowed, the loss scale goes down")
         if self._bar is not None:
@@ -122,12 +105,13 @@ class Progress:
         return due
 
     def _step_line(self, record: StepRecord) -> str:
-        left = self._time_left.seconds(self.steps - record.step)
         clock = format_clock(self._clock() - self._started)
+        if self._latest:
+            clock += f", {format_clock((self.steps - record.step) * fmean(self._latest))} left"
         return "  ".join(
             [
                 f"step {record.step:>{len(str(self.steps))}}/{self.steps}",
-                clock if left is None else f"{clock}, {format_clock(left)} left",
+                clock,
                 f"loss {record.loss:.3f}",
                 f"sparsity {format_percent(record.sparsity)}",
                 f"{record.tokens_per_second:,.0f} tok/s",

@@ -3,10 +3,12 @@
 import io
 import os
 import pty
+from dataclasses import replace
 
 import pytest
 
-from loraprune_ds.train.progress import Progress, TimeLeft
+from loraprune_ds.train import progress
+from loraprune_ds.train.progress import Progress
 from tests.unit.run_records import cut_record, step_record
 
 
@@ -54,15 +56,14 @@ def test_a_terminal_without_a_width_gets_whole_lines() -> None:
         assert seen.read(1000).startswith(b"step 1/2  ")
 
 
-def test_time_left_follows_the_latest_steps() -> None:
-    time_left = TimeLeft(window=4)
-    time_left.add_step(30.0)  # the warm-up tells nothing of the steps to come
-    assert time_left.seconds(10) is None
-    for _ in range(4):
-        time_left.add_step(4.0)
-        assert time_left.seconds(10) == 40
-    for _ in range(4):
-        time_left.add_step(1.0)
-    assert time_left.seconds(10) == 10  # steps are faster after a cut
-    time_left.add_cut(2.0)
-    assert time_left.seconds(10) == pytest.approx(15)  # (4 · 1 + 2) / 4 seconds for each
+def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LATEST", 4)
+    shown = Progress(100, stream=(stream := io.StringIO()), every_seconds=0, clock=lambda: 0.0)
+    left = []
+    for step, seconds in enumerate([30, 4, 4, 4, 4, 1, 1, 1, 1], start=1):  # the first one is a warm-up
+        shown.write(step_record(step, seconds=seconds))
+        left.append(stream.getvalue().splitlines()[-1].split("  ")[1])
+    assert left[:2] == ["0:00", "0:00, 6:32 left"]  # 98 steps of 4 s
+    assert left[-1] == "0:00, 1:31 left"
+    shown.write(replace(cut_record(9, before=2000, after=1000, reached=0.2), seconds=4.0))
+    assert shown._step_line(step_record(10)).split("  ")[1] == "0:00, 3:00 left"  # 90 of (4 · 1 + 4) / 4 s
