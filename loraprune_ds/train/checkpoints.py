@@ -130,8 +130,7 @@ class Checkpoints:
     def _shape(self, model: ShardedModel, step: int) -> ShapeSource:
         """Returns the place of a step's frozen weights, and writes them if no folder has them yet. Collective."""
         cuts = self._cuts_made(step)
-        only_sliced = cuts == 0 or self.config.prune.compensate == "none"
-        if only_sliced:
+        if cuts == 0 or self.config.prune.compensate == "none":  # slices of the dense model
             return self._source
         if self._published is not None and self._published.folder == f"shape-{cuts}":
             return self._published

@@ -35,12 +35,8 @@ class RequestListener:
         """Returns NOTHING, SAVE or STOP."""
         if self._signalled:
             return STOP
-        if self._watches_files:
-            if (self._folder / STOP_FILE).exists():
-                return STOP
-            if (self._folder / SAVE_FILE).exists():
-                return SAVE
-        return NOTHING
+        files = ((STOP, STOP_FILE), (SAVE, SAVE_FILE)) if self._watches_files else ()
+        return next((request for request, name in files if (self._folder / name).exists()), NOTHING)
 
     def agree(self, comm: "Communicator") -> int:
         """Returns the largest request of all ranks. Collective."""
