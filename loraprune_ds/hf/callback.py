@@ -4,12 +4,16 @@ trainer = SFTTrainer(..., callbacks=[LoraPruneCallback(PruneConfig(ratio=0.3))])
 """
 
 import math
+import os
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -18,8 +22,9 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.hf.checks import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
-from loraprune_ds.hf.reporters import find_reporters
-from loraprune_ds.report.records import CutRecord, Sink
+from loraprune_ds.report.metrics import TensorBoardLog, scalars
+from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
+from loraprune_ds.report.reporters import SERVICES, ModuleLog
 from loraprune_ds.whole import remove
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import check_reshardable
@@ -27,6 +32,7 @@ from loraprune_ds.zero.foreign import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
 LIMIT = "_save_total_limit"  # where the Trainer's arguments keep the user's value while a training lasts
+TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # the Trainer logs them itself
 RESUME = "call trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))"
 
 
@@ -186,3 +192,44 @@ def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: T
     may_save = control.should_save or args.save_strategy == "best"  # the Trainer decides after its evaluation
     if may_save and args.should_save and old.exists():
         remove(old)
+
+
+def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int | None) -> list[Sink]:
+    """Makes the sinks of a Trainer's `report_to`, and one that prints a line for each cut.
+
+    A callback cannot add to the Trainer's own log lines, because its reporters have read them before.
+    """
+    sinks: list[Sink] = [CutPrinter()]
+    if "tensorboard" in report_to:
+        root = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(output_dir, "runs")
+        sinks.append(TensorBoardRun(Path(root).expanduser() / "pruning", resumed_from))
+    return sinks + [ModuleLog(name, _warn, curves) for name in SERVICES if name in report_to]
+
+
+def _warn(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def curves(record: Record) -> dict[str, float]:
+    own = {tag: value for tag, value in scalars(record).items() if tag not in TRAINERS_OWN}
+    return {f"pruning/{tag.removeprefix('train/')}": value for tag, value in own.items()}
+
+
+class CutPrinter:
+    """Prints a line for each cut, above a Trainer's progress bar."""
+
+    def write(self, record: Record) -> None:
+        if isinstance(record, CutRecord):
+            _warn(cut_line(record))
+
+    def close(self) -> None: ...
+
+
+class TensorBoardRun(TensorBoardLog):
+    """Writes a separate TensorBoard run, because two writers in one run hide each other's points."""
+
+    curves = staticmethod(curves)
+
+    def write(self, record: Record) -> None:
+        super().write(record)
+        self._writer.flush()

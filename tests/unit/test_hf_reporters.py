@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loraprune_ds.hf.reporters import find_reporters
+from loraprune_ds.hf.callback import find_reporters
 from loraprune_ds.report.records import History, Sink
 from loraprune_ds.train.recorder import Recorder
 from tests.unit.run_records import small_run, step_record
