@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -9,21 +10,33 @@ from pathlib import Path
 import torch
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
+from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RankError
+from loraprune_ds.export.huggingface import begin, finish_folder, publish
+from loraprune_ds.export.lora import merged_tensors
+from loraprune_ds.export.model_card import ModelCard, card_of_run, write_model_card
+from loraprune_ds.faults import fail_point
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.target import describe_target
+from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.context import RunContext
-from loraprune_ds.train.finish import finish, write_weights
-from loraprune_ds.train.loop import TrainingLoop
+from loraprune_ds.train.loop import TrainingLoop, measure_held_out
 from loraprune_ds.train.output import Start, check_shared, create_output
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.status import RunStatus
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
+from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.half_products import fast_half_products
+from loraprune_ds.zero.memory import peak_bytes
+from loraprune_ds.zero.sharded import ShardedModel
+from loraprune_ds.zero.write import write_model
 
 
 def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
@@ -44,7 +57,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
             context.recorder.show(line)
         context.recorder.show(describe_run(config, prepared, comm.world_size))
         outcome = _train(context)
-        finished = outcome is not None and finish(context, outcome)
+        finished = outcome is not None and _finish(context, outcome)
         context.check_owner()
         context.status.end("finished" if finished else "stopped")
         comm.barrier()  # a rank that leaves first with another code than 0 makes the launcher end the others
@@ -93,7 +106,69 @@ def _train(context: RunContext) -> Outcome | None:
         return None
     context.check_owner()
     context.recorder.show("writing the merged model")
-    write_weights(context, loop.model)
+    _write_weights(context, loop.model)
     loop.engine.release()  # or it would take memory next to the exported model, which is measured next
     target = describe_target(context.config.prune, context.prepared.pretrained.shape, loop.model.shape)
     return Outcome(loop.model.shape, loop.pruner.kept_of_dense, context.resumed_from, target)
+
+
+def _write_weights(context: RunContext, model: ShardedModel) -> None:
+    """Writes the weights with LoRA merged in, into the staging folder of `model/`. Collective."""
+    target, mark, dtype = context.folder / MODEL_FOLDER, context.status.mark, context.config.model.dtype
+
+    def make_room() -> None:
+        if target.exists():  # of a process that was killed before its report
+            shutil.rmtree(target)
+        begin(target, mark)
+
+    model.comm.on_rank_0(make_room)
+    write_model(model, staging_of(target, mark), dtype, lambda linear: merged_tensors(linear, dtype))
+
+
+def _finish(context: RunContext, outcome: Outcome) -> bool:
+    """Completes the exported model, measures it, and publishes it with the report. False if asked to stop before."""
+    config, comm, recorder, folder = context.config, context.comm, context.recorder, context.folder
+    mark, dense = context.status.mark, context.prepared.pretrained
+    staging = staging_of(folder / MODEL_FOLDER, mark)
+    exported = export_config(dense.config, outcome.pruned, config.model.dtype)
+    comm.on_rank_0(lambda: finish_folder(staging, exported, dense.folder, _model_card(context, outcome)))
+    if context.stop_requested():
+        return False
+    recorder.write(_evaluate_exported(staging, context))
+    peaks = comm.gather_objects(peak_bytes())
+    context.check_owner()
+
+    def publish_all() -> None:
+        write_model_card(staging, _model_card(context, outcome), exported)
+        fail_point("finish.before_rename")
+        publish(folder / MODEL_FOLDER, mark)
+        fail_point("finish.after_rename")
+        recorder.write_results(folder, config.to_dict(), dense.shape, outcome, peaks)
+        shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)  # no step needs it any more
+
+    comm.on_rank_0(publish_all)
+    return True
+
+
+def _evaluate_exported(staging: Path, context: RunContext) -> EvaluationRecord:
+    """Measures the exported model, read back from disk and sharded. Collective."""
+    config, prepared, comm = context.config, context.prepared, context.comm
+    # Every rank opens it: if one cannot, output_dir is not shared.
+    pretrained = comm.all_or_raise(lambda: open_pretrained(staging))
+    model, batch_size = config.model, config.evaluate.batch_size
+    engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config)
+    return measure_held_out(engine, prepared.windows, batch_size, comm, step=prepared.steps, name="pruned")
+
+
+def _model_card(context: RunContext, outcome: Outcome) -> ModelCard:
+    """Makes the export's README, with the perplexities known so far."""
+    prepared, history = context.prepared, context.recorder.history
+    return card_of_run(
+        context.config,
+        prepared.pretrained.shape,
+        outcome.pruned,
+        steps=prepared.steps,
+        windows=len(prepared.windows),
+        perplexity_dense=history.perplexity("dense"),
+        perplexity_pruned=history.perplexity("pruned"),
+    )
