@@ -165,7 +165,7 @@ def test_a_deepspeed_config_may_have_an_optimizer_but_no_quantised_weights() -> 
     config = {"zero_optimization": zero, "optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
     check_reshardable("the DeepSpeed config", config)
     zero["zero_quantized_weights"] = True
-    with pytest.raises(UserError, match="^the DeepSpeed config: .*no flat shards"):
+    with pytest.raises(UserError, match=r"^the DeepSpeed config: .*no flat shards"):
         check_reshardable("the DeepSpeed config", config)
 
 
