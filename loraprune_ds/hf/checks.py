@@ -73,7 +73,9 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
         UserError: the line names the layer and linear, or PEFT's setting.
     """
     refuse_mixture(shape.family, shape.model_type)
-    require(not _is_compiled(model), "a model that torch.compile has taken keeps the sizes from before a cut")
+    optimized: Any = torch._dynamo.OptimizedModule
+    compiled = any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())
+    require(not compiled, "a model that torch.compile has taken keeps the sizes from before a cut")
     base = cast(Any, model.get_base_model())
     quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)
     require(
@@ -111,11 +113,6 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
             not shape.tie_word_embeddings,
             "modules_to_save with tied embeddings: the exported model would lose one of the two",
         )
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    compiled: Any = torch._dynamo.OptimizedModule
-    return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _check_linear(layer: nn.Module, name: str, where: str, shape: ModelShape) -> None:

@@ -26,7 +26,8 @@ class ForwardWatch:
         self._tokens = torch.zeros((), dtype=torch.int64, device=self._model.device)
         self._trained = True  # in the last forward pass
         self._recording = ExitStack()
-        decoder = _parent_of_layers(training.peft_model)
+        layers = decoder_layers(training.peft_model)
+        decoder = next(m for m in training.peft_model.modules() if any(child is layers for child in m.children()))
         self._hooks = [
             training.peft_model.register_forward_pre_hook(self._note_mode, prepend=True),  # before DeepSpeed's own
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -69,8 +70,3 @@ def padding_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, in
     mask, size = kwargs.get("attention_mask"), tuple(inputs.shape[:2])
     is_padding = isinstance(mask, Tensor) and tuple(mask.shape) == size
     return size[0], size[1], cast(Tensor, mask).bool() if is_padding else None
-
-
-def _parent_of_layers(model: nn.Module) -> nn.Module:
-    layers = decoder_layers(model)
-    return next(module for module in model.modules() if any(child is layers for child in module.children()))

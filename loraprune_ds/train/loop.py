@@ -65,7 +65,8 @@ class TrainingLoop:
         for step in range(self.status.step + 1, self.prepared.steps + 1):
             self._step(step)
             request = self._trainer.requested
-            if request != NOTHING or self._save_is_due(step):
+            every = self.config.checkpoint.every or self.prepared.steps
+            if request != NOTHING or step % every == 0 or step == self.prepared.steps:
                 self._save(step)
             self.status.update(step)
             self._requests.clear(request)
@@ -98,10 +99,6 @@ class TrainingLoop:
             self._evaluate(step, "after_last_cut")
         elif every is not None and step % every == 0:
             self._evaluate(step, "step")
-
-    def _save_is_due(self, step: int) -> bool:
-        every = self.config.checkpoint.every
-        return step == self.prepared.steps or (every is not None and step % every == 0)
 
     def _save(self, step: int) -> None:
         self._context.check_owner()

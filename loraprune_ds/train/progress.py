@@ -1,5 +1,6 @@
 """Shows a run: one live line on a terminal, plain lines in a log file. Rank 0 only."""
 
+import math
 import os
 import sys
 import time
@@ -46,7 +47,7 @@ class Progress:
         self._every_seconds = every_seconds
         self._clock = clock
         self._started = clock()
-        self._last_line: float | None = None
+        self._last_line = -math.inf  # when it was shown
         self._latest = deque[float](maxlen=LATEST)  # seconds of each step with its cut
         self._is_warm = False
         self._bar: tqdm | None = None
@@ -94,15 +95,9 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(self._step_line(record), refresh=False)
             self._bar.update(record.step - self._bar.n)
-        elif self._line_is_due(record.step):
+        elif self._clock() - self._last_line >= self._every_seconds or record.step == self.steps:
+            self._last_line = self._clock()
             self.show(self._step_line(record))
-
-    def _line_is_due(self, step: int) -> bool:
-        now = self._clock()
-        due = self._last_line is None or now - self._last_line >= self._every_seconds or step == self.steps
-        if due:
-            self._last_line = now
-        return due
 
     def _step_line(self, record: StepRecord) -> str:
         clock = format_clock(self._clock() - self._started)
