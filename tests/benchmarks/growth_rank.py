@@ -109,7 +109,7 @@ def measure(model: Path, comm: Communicator) -> dict[str, Any]:
     return {
         "step": {key: value / MEASURED for key, value in step_row.items()},
         "cut": cut_row | {"bytes": cut.bytes_sent},
-        "weight_bytes": trainer.weight_bytes[comm.rank],
+        "weight_bytes": trainer.pruning_steps.weight_bytes[comm.rank],
     }
 
 

@@ -23,7 +23,8 @@ LAYERS = (
     ("checkpoint",),
     ("evaluate", "export", "plan"),
     ("report",),
-    ("train", "hf"),
+    ("train",),
+    ("hf",),
     ("cli",),
     ("launch",),
 )

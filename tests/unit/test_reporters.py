@@ -19,7 +19,7 @@ from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RankError, UserError
 from loraprune_ds.report import reporters
 from loraprune_ds.report.reporters import STEP_AXIS, ReportedRun, check_installed
-from loraprune_ds.train.recorder import Recorder
+from loraprune_ds.train.recorder import RunRecorder
 from tests.unit.run_records import small_run, step_record
 from tests.unit.shapes_and_scores import repository
 
@@ -62,7 +62,7 @@ def test_a_run_sends_its_config_records_and_pictures(
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     raw = {"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"]}}
     config = config_from_dict(raw)
-    recorder = Recorder(config, tmp_path, 10, None, active=True)
+    recorder = RunRecorder(config, tmp_path, 10, None, active=True)
     history = small_run()
     for record in (*history.steps, *history.cuts):
         recorder.write(record)
@@ -83,7 +83,7 @@ def test_a_run_sends_its_config_records_and_pictures(
 @pytest.mark.parametrize(("report_to", "written"), [(None, True), (["tensorboard"], True), ([], False)])
 def test_tensorboard_gets_the_records_by_default(report_to: Any, *, written: bool, tmp_path: Path) -> None:
     config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": report_to}})
-    Recorder(config, tmp_path, 10, None, active=True).close()
+    RunRecorder(config, tmp_path, 10, None, active=True).close()
     assert (tmp_path / "tensorboard").exists() == written
 
 
