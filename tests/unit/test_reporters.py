@@ -68,7 +68,7 @@ def test_a_run_sends_its_config_records_and_pictures(
         recorder.write(record)
     recorder.show_pictures([tmp_path / "training.png"])
     recorder.close()
-    Recorder(config, tmp_path, 10, None, active=False).close()  # another rank, which reports nothing
+    RunRecorder(config, tmp_path, 10, None, active=False).close()  # another rank, which reports nothing
     (_, opened), (_, axis), *logged, last = wandb.calls
     assert (opened["config"], opened["name"], axis) == (config.to_dict(), tmp_path.name, STEP_AXIS)
     assert (opened["project"], opened["dir"]) == ("mine", str(tmp_path))
