@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.attention import attn_implementation
-from loraprune_ds.model.classes import build_on_meta, hold_frozen, refused_in_one_line
+from loraprune_ds.model.classes import attn_implementation, build_on_meta, hold_frozen, refused_in_one_line
 from loraprune_ds.model.distillation import Distillation, Recording, distilled_losses, record, rows_at_once
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.pretrained import PretrainedModel

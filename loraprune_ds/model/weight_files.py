@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.model.pieces import Pieces
+from loraprune_ds.model.shapes import Pieces
 
 INDEX_FILE = "model.safetensors.index.json"
 

@@ -13,8 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loraprune_ds.config import Dtype, ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.models import FoundModel, load_model
-from loraprune_ds.model.attention import attn_implementation, check_flash_attention, describe_attention
-from loraprune_ds.model.classes import causal_lm_class
+from loraprune_ds.model.classes import attn_implementation, causal_lm_class, check_flash_attention, describe_attention
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses

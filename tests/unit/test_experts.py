@@ -21,8 +21,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.lora import _adapter_config, merge_lora
 from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors, load_adapter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.expert_adapter import as_in_peft
-from loraprune_ds.model.experts import RouterLoad
+from loraprune_ds.model.experts import RouterLoad, as_in_peft
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.flops import active_numel
 from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained

@@ -167,7 +167,7 @@ def test_a_bias_on_every_linear(family: str, tmp_path: Path) -> None:
     assert difference(logits(load(made.folder, trust_remote_code=True)), made.logits) < TOLERANCE
     shape = open_pretrained(made.folder).shape
     assert shape.layers == made.shape.layers
-    assert all(shape.has_bias(linear) for _, linear in shape.linear_ids())
+    assert all(linear.name in shape.biases for _, linear in shape.linear_ids())
 
 
 def test_phi_3_with_long_rotary_factors(tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.config_json import LLAMA, read_shape
 from loraprune_ds.model.distillation import check_top_k
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.read_shape import LLAMA, read_config, shape_from_config
 from loraprune_ds.model.saved_activations import saved_by_layer
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import GIB, Cluster
@@ -66,7 +65,7 @@ def stage(plan: Plan, name: str) -> Stage:
 
 
 def test_llama_65b_has_its_published_number_of_parameters() -> None:
-    counts = {name: read_shape(name).total_numel() for name in LLAMA}
+    counts = {name: shape_from_config(read_config(name), name).total_numel() for name in LLAMA}
     assert counts["llama-65b"] == 65_285_660_672
     assert counts["llama-7b"] == 6_738_415_616
     assert [round(n / 1e8) / 10 for n in counts.values()] == [6.7, 13.0, 32.5, 65.3]
@@ -246,7 +245,7 @@ def test_nccl_takes_more_with_more_ranks() -> None:
 def test_a_config_json_that_is_none_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        read_shape(str(tmp_path))
+        shape_from_config(read_config(str(tmp_path)), str(tmp_path))
 
 
 def test_an_unknown_model_is_refused() -> None:
