@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -48,7 +49,7 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
 def attn_implementation(asked: str, family: Family) -> str:
     """Returns the attention implementation that a model gets. `asked` is the value of `model.attn_implementation`.
 
-    The default is sdpa. torch's kernels under it can neither cap attention scores nor add sinks. Old versions of
+    The default is sdpa. torch's kernels under it cannot cap attention scores or add sinks. Old versions of
     transformers drop a cap silently. New ones refuse the model. Families that need these get eager attention.
     """
     return "eager" if asked == "sdpa" and family.eager_only is not None else asked
@@ -131,11 +132,5 @@ def parameters_on_meta() -> Iterator[None]:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Returns the decoder layers of a causal LM, wrapped by PEFT or not."""
-    for path in ("base_model.model.model.layers", "model.layers"):
-        try:
-            layers = model.get_submodule(path)
-        except AttributeError:
-            continue
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-    raise AssertionError(f"{type(model).__name__} has no decoder layers")
+    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return causal_lm.model.layers

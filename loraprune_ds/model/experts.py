@@ -1,7 +1,7 @@
 """The experts of a decoder layer as two stacks of linears, with LoRA for each expert.
 
 transformers holds the experts of a layer in two tensors of three dimensions. Here they are matrices: the weights of
-expert 0, below them those of expert 1, and so on.
+expert 0, below them the weights of expert 1, and so on.
 
     gate_up  (experts · 2 · expert_size, hidden_size)   A (experts · r, hidden_size)   B (experts · 2 · expert_size, r)
     down     (experts · hidden_size, expert_size)       A (experts · r, expert_size)   B (experts · hidden_size, r)

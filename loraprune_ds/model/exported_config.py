@@ -16,9 +16,9 @@ from loraprune_ds.model.shapes import ModelShape
 DROPPED = {"_name_or_path", AUTO_MAP, "per_layer_config", "pretraining_tp", "quantization_config"}
 MODELLING_FILE = "modeling_pruned.py"
 OUR_CLASSES = {
-    "AutoConfig": "PrunedConfig",
-    "AutoModel": "PrunedModel",  # vLLM builds the model through this one
-    "AutoModelForCausalLM": "PrunedForCausalLM",
+    "AutoConfig": "modeling_pruned.PrunedConfig",
+    "AutoModel": "modeling_pruned.PrunedModel",  # vLLM builds the model through this one
+    "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM",
 }
 # The defaults of transformers. The Llama and Mistral classes differ in these.
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
@@ -72,10 +72,7 @@ def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
     """Removes foreign code from a config.json, and names our modelling file if it is needed."""
     if not str(config["model_type"]).startswith(PRUNED):
         return {key: value for key, value in config.items() if key != AUTO_MAP}
-    return config | {
-        "architectures": [causal_lm_class(config["model_type"]).__name__],
-        AUTO_MAP: {auto: f"{MODELLING_FILE.removesuffix('.py')}.{name}" for auto, name in OUR_CLASSES.items()},
-    }
+    return config | {"architectures": ["PrunedForCausalLM"], AUTO_MAP: OUR_CLASSES}
 
 
 def _is_refused(config: dict[str, Any]) -> bool:

@@ -1,11 +1,11 @@
-"""The one table that knows model families: what leaves with a group of a decoder layer, and what else is special.
+"""The one table of model families: the parts of a decoder layer that leave with a group, and all peculiarities.
 
 A decoder layer has groups of several kinds. A group leaves as a unit.
   heads     one key-value head with all the query heads that read it. Under MHA it is one head.
   channels  one MLP channel.
   experts   one expert of a mixture (experts.py).
 A dense layer among sparse ones has heads and no experts. Its MLP is never cut and has no LoRA, because PEFT mistakes
-linears of these names for those of experts.
+linears of these names for experts.
 
 Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another. Each group is
 `width` rows (or columns) wide. That covers separate weights, fused ones (q|k|v, gate|up), biases and norms. All other

@@ -66,7 +66,7 @@ def needed_flops_per_token(shape: ModelShape, window: float) -> float:
     products are below 1 % and do not count either.
 
     Args:
-        window: the tokens that attention covers. Of unequal texts it is the mean over all tokens.
+        window: the tokens that attention covers. The mean over all tokens if texts differ.
     """
     frozen = active_numel(shape) + shape.vocab_size * shape.hidden_size  # the head is one more linear
     return 4 * frozen + 6 * attention_product(shape, window) / 2

@@ -55,7 +55,7 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
-    """Reads `config.json` of a supported model, `per_layer_config` included. Of a multimodal one only the text part.
+    """Reads `config.json` of a supported model or of the text part of a multimodal one, with its `per_layer_config`.
 
     Raises:
         UserError: the model type is not supported. A size is missing or impossible. Key-value heads do not divide query
@@ -228,7 +228,7 @@ def _others(shape: ModelShape, layer: int, inside: Sizes) -> Sizes:
 
 
 def _check_explained(shape: ModelShape, parameters: Sizes, where: str) -> None:
-    """Refuses a tensor whose shape is not that of the family's table, and layers that differ in their tensors."""
+    """Refuses tensors that the family's table does not explain, and layers that differ in their tensors."""
     expected = shape.parameters()
     for name in sorted(expected.keys() | parameters.keys()):
         if parameters.get(name) != expected.get(name):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,12 +29,13 @@ class Pieces(NamedTuple):
 
     def keep_rows(self, rows: Tensor) -> "Pieces":
         """Returns the pieces that hold these rows of the parameter. Each piece is kept whole or dropped."""
-        return self._replace(names=tuple(self.names[i] for i in (rows // self.shape[0]).unique().tolist()))
+        kept = cast(list[int], (rows[:: self.shape[0]] // self.shape[0]).tolist())
+        return self._replace(names=tuple(self.names[i] for i in kept))
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Holds all sizes that matter to pruning. Names are those of the Hugging Face config where it has them."""
+    """Holds all sizes that matter to pruning, under the names of the Hugging Face config where it has them."""
 
     model_type: str
     hidden_size: int

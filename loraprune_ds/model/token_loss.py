@@ -185,7 +185,7 @@ def build_for_losses(
     Told the labels, the model gives token losses, `loss_chunk_tokens` at a time.
 
     Args:
-        attention: `model.attn_implementation`. Some families get another one (attention.py).
+        attention: `model.attn_implementation`. Some families get another one (classes.py).
 
     Raises:
         UserError: transformers refuses config.json or this attention implementation, or the head has a bias.
