@@ -171,7 +171,7 @@ def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
 
 
 def multiply(x: Tensor, counts: list[int], transposed: bool, form: Form, *held: Tensor) -> Tensor:
-    """Maps the tokens of each expert, (tokens, inputs) in the order of the experts, by its block of rows.
+    """Maps the tokens (tokens, inputs), in the order of their experts, each by its expert's block of rows.
 
     Args:
         counts: tokens of each expert.
@@ -200,34 +200,30 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, *held)
         ctx.counts, ctx.transposed, ctx.form = counts, transposed, form
         y = x.new_empty(len(x), held[0].shape[1] if transposed else len(held[0]) // len(counts))
-        for tokens, out, *block in zip(x.split(counts), y.split(counts), *_by_expert(held, counts), strict=True):
-            if len(tokens):
-                torch.mm(tokens, _from_inputs(join(form, block), transposed), out=out)
-        return y
+        return _multiply_into(y, x, counts, transposed, form, held)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *held = ctx.saved_tensors
-        counts, transposed, form = ctx.counts, ctx.transposed, ctx.form
         of_x = of_stack = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.empty_like(x)
-            rows = of_x.split(counts)
-            for out, tokens, *block in zip(gradient.split(counts), rows, *_by_expert(held, counts), strict=True):
-                if len(tokens):
-                    torch.mm(out, _from_inputs(join(form, block), transposed).t(), out=tokens)
+            of_x = _multiply_into(torch.empty_like(x), gradient, ctx.counts, not ctx.transposed, ctx.form, held)
         if ctx.needs_input_grad[4]:
-            of_stack = products(x, gradient, counts) if transposed else products(gradient, x, counts)
+            of_stack = products(*((x, gradient) if ctx.transposed else (gradient, x)), ctx.counts)
         return of_x, None, None, None, of_stack, *[None] * (len(held) - 1)
 
 
-def _by_expert(held: Sequence[Tensor], counts: list[int]) -> list[Tensor]:
-    return [tensor.unflatten(0, (len(counts), -1)) for tensor in held]
-
-
-def _from_inputs(block: Tensor, transposed: bool) -> Tensor:
-    return block if transposed else block.t()
+def _multiply_into(
+    out: Tensor, x: Tensor, counts: list[int], transposed: bool, form: Form, held: Sequence[Tensor]
+) -> Tensor:
+    """Maps the tokens of each expert by its block (inputs, outputs) if transposed, or by (outputs, inputs)."""
+    blocks = (tensor.unflatten(0, (len(counts), -1)) for tensor in held)
+    for tokens, result, *block in zip(x.split(counts), out.split(counts), *blocks, strict=True):
+        if len(tokens):
+            weight = join(form, block)
+            torch.mm(tokens, weight if transposed else weight.t(), out=result)
+    return out
 
 
 class InPeft(NamedTuple):

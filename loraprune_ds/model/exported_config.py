@@ -76,13 +76,9 @@ def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_refused(config: dict[str, Any]) -> bool:
-    """Returns whether the stock class refuses these counts.
-
-    Some want a head count that divides hidden_size. Phi-3 computes the length of its long rotary factors from it.
-    """
     try:
         config_object(config)
-    except StrictDataclassError:
+    except StrictDataclassError:  # of the head count. Phi-3 computes the length of its long rotary factors from it
         return True
     return False
 
@@ -130,12 +126,10 @@ def _layer_sizes(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
 
 
 def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
-    """Returns the rotary settings under the names of transformers 4 and of transformers 5.
-
-    4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. 5 prefers a rope_scaling that is not
-    null, and completes it with rope_theta. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings
-    for each kind of layer. 4 can scale only full attention.
-    """
+    """Returns the rotary settings under the names of transformers 4 and of transformers 5."""
+    # 4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. 5 prefers a rope_scaling that is not
+    # null, and completes it with rope_theta. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings
+    # for each kind of layer. 4 can scale only full attention.
     given = source.get("rope_scaling") or source.get("rope_parameters") or {}
     full = dict(given.get("full_attention", given))
     if family not in DEFAULT_POSITIONS and (OLD_ROPE & source.keys() or "rope_theta" not in full):

@@ -56,7 +56,7 @@ MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
 def _stacks(
     experts: str, gate_up: tuple[str, ...], down: tuple[str, ...], *, transposed: bool = False
 ) -> tuple[Linear, ...]:
-    """Describes the two stacks of gated experts. `gate_up` and `down` are names on disk (`Linear.stored`)."""
+    """Returns the two stacks of gated experts. `gate_up` and `down` are names on disk (`Linear.stored`)."""
 
     def stack(name: str, outputs: Width, inputs: Width, stored: tuple[str, ...]) -> Linear:
         rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
@@ -66,7 +66,7 @@ def _stacks(
 
 
 def _each(block: str, gate: str, up: str, down: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the names on disk where each expert has its own linears."""
+    """Returns these names on disk where each expert has separate linears."""
     gate, up, down = (f"{block}.experts.{{}}.{name}.weight" for name in (gate, up, down))
     return (gate, up), (down,)
 
@@ -192,7 +192,6 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_name(model_type: str) -> str:
-    """Returns the family's `model_type` for a stock or a pruned `model_type`."""
     return model_type.removeprefix(PRUNED)
 
 

@@ -14,24 +14,23 @@ def active_numel(shape: ModelShape) -> int:
     return shape.linear_numel() + never_cut - idle * shape.group_numel("experts")
 
 
-def met_numel(shape: ModelShape) -> float:
-    """Counts the parameters with LoRA that one token meets on average."""
-    sizes = ((i, linear, math.prod(shape.linear_shape(i, linear))) for i, linear in shape.linear_ids())
-    return sum(numel * _chosen(shape, i, linear) for i, linear, numel in sizes)
+def met_numel(shape: ModelShape) -> int:
+    """Counts the parameters with LoRA that one token meets."""
+    return sum(_met(shape, i, linear, shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
 
 
-def active_lora(shape: ModelShape, lora_rank: int) -> float:
+def active_lora(shape: ModelShape, lora_rank: int) -> int:
     """Counts the elements of LoRA that one token meets."""
-    return sum(
-        math.prod(size) * _chosen(shape, i, linear)
-        for i, linear in shape.linear_ids()
-        for size in shape.lora_shapes(i, linear, lora_rank)
+    factors = (
+        (i, linear, size) for i, linear in shape.linear_ids() for size in shape.lora_shapes(i, linear, lora_rank)
     )
+    return sum(_met(shape, *factor) for factor in factors)
 
 
-def _chosen(shape: ModelShape, layer: int, linear: Linear) -> float:
-    """Returns the fraction of a linear that one token meets."""
-    return shape.experts_per_token / shape.layers[layer]["experts"] if linear.is_stack else 1
+def _met(shape: ModelShape, layer: int, linear: Linear, size: tuple[int, int]) -> int:
+    """Counts the elements of a tensor that one token meets. A stack has equal parts for all experts."""
+    numel = math.prod(size)
+    return numel // shape.layers[layer]["experts"] * shape.experts_per_token if linear.is_stack else numel
 
 
 def mlp_width(shape: ModelShape, layer: int) -> int:

@@ -17,7 +17,6 @@ FAMILY = "llama"  # the export writes the model_type of the stock model here
 
 
 def layer_config(config: Any, layer: int) -> Any:
-    """Returns the config with the sizes of one layer."""
     per_layer = getattr(config, "per_layer_config", None)
     if per_layer is not None and not isinstance(per_layer, dict):  # transformers 5 resolves the sizes itself
         return per_layer[layer]

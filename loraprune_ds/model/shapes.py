@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Pieces(NamedTuple):
 
     def keep_rows(self, rows: Tensor) -> "Pieces":
         """Returns the pieces that hold these rows of the parameter. Each piece is kept whole or dropped."""
-        kept = cast(list[int], (rows[:: self.shape[0]] // self.shape[0]).tolist())
+        kept: list[int] = cast(Any, rows[:: self.shape[0]] // self.shape[0]).tolist()
         return self._replace(names=tuple(self.names[i] for i in kept))
 
 
@@ -79,7 +79,6 @@ class ModelShape:
         return self.layer_others.get(self.layers[layer].kinds, {})
 
     def linear_ids(self, layers: Iterable[int] | None = None) -> list[LinearId]:
-        """Lists the LoRA-adapted linears of these decoder layers, by default of all."""
         layers = range(len(self.layers)) if layers is None else layers
         return [LinearId(i, linear) for i in layers for linear in self.linears(i)]
 
@@ -106,7 +105,6 @@ class ModelShape:
         return sum(self.width(part.width) for part in linear.parts)
 
     def part_sizes(self, layer: int, parts: tuple[Part, ...]) -> list[int]:
-        """Returns the rows (or columns) of each part at this layer's current width."""
         return [self.layers[layer][part.kind] * self.width(part.width) for part in parts]
 
     def query_heads(self, layer: LayerShape) -> int:
@@ -136,7 +134,6 @@ class ModelShape:
         return DENSE if not self.int8 else Int8(1, self.hidden_size) if linear.rows_are_hidden else Int8(0)
 
     def lora_sizes(self, lora_rank: int) -> list[int]:
-        """Returns the elements of every LoRA factor, layer by layer."""
         return [numel for i in range(len(self.layers)) for numel in self.layer_lora_sizes(i, lora_rank)]
 
     def layer_lora_sizes(self, layer: int, lora_rank: int) -> list[int]:
@@ -163,7 +160,6 @@ class ModelShape:
         return self.numel_of(self.layers[layer])
 
     def linear_numel(self) -> int:
-        """Counts the linear parameters of all decoder layers."""
         return sum(map(self.numel_of, self.layers))
 
     def inputs(self, layer: int, linear: Linear) -> int:
@@ -175,7 +171,6 @@ class ModelShape:
         return self.inputs(layer, linear) * (self.experts_per_token if linear.is_stack else 1)
 
     def total_numel(self) -> int:
-        """Counts all parameters, each once."""
         return sum(math.prod(shape) for shape in self.parameters().values())
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -187,7 +182,6 @@ class ModelShape:
         return shapes | dict(rest)
 
     def layer_parameters(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Returns the parameters of one decoder layer, by full name."""
         prefix = f"model.layers.{layer}."
         shapes: dict[str, tuple[int, ...]] = {}
         for linear in self.linears(layer):
@@ -251,12 +245,10 @@ class ModelShape:
         return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer][kind]]
 
     def cut_linears(self, layer: int, keep: LayerKeep) -> list[Linear]:
-        """Returns the linears of a layer that get smaller."""
         kinds = self.cut_kinds(layer, keep)
         return [linear for linear in self.linears(layer) if linear.kind in kinds]
 
     def after(self, keep: Sequence[LayerKeep]) -> "ModelShape":
-        """Returns the shape after a cut."""
         return self.with_layers(tuple(layer_keep.shape for layer_keep in keep))
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":

@@ -15,7 +15,7 @@ from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.mask_gradients import MaskGradients
-from loraprune_ds.pruning.prunable_model import OwnedShard
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.int8 import ScalePlan, _decode
 from tests.families import tiny_model
@@ -29,6 +29,10 @@ from tests.unit.test_experts import KINDS, factors
 def find_stock(model: nn.Module, layer: int) -> Any:
     """Returns transformers' own experts of a layer."""
     return next(m for m in decoder_layers(model)[layer].modules() if hasattr(m, "gate_up_proj"))
+
+
+def scores(owned: OwnedShard, lora: LoraFactors) -> Tensor:
+    return torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f, _ in split_experts(owned, lora)])
 
 
 def test_shards_of_a_stack_score_as_the_experts_do() -> None:
@@ -45,8 +49,7 @@ def test_shards_of_a_stack_score_as_the_experts_do() -> None:
         size = -(-len(flat) // world_size)
         for start in range(0, len(flat), size):
             shard = OwnedShard(flat[start : start + size], start, (experts * rows, columns))
-            own = split_experts(shard, lora)
-            total += torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f, _ in own])
+            total += scores(shard, lora)
         torch.testing.assert_close(total.float(), torch.cat(wanted))
 
 
@@ -56,18 +59,14 @@ def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, 
     shape, lora = (5 * 70, 7), factors(5, 70, 7, 3)
     held = form.split(torch.randn(shape, generator=torch.Generator().manual_seed(3)), torch.bfloat16)
     of_weight = form.join(held).flatten()
-
-    def scores(owned: OwnedShard) -> Tensor:
-        return torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f, _ in split_experts(owned, lora)])
-
     for rank in range(world_size):
         start, end = owned_range(shape[0] * shape[1], world_size, rank)
         low, high = ScalePlan(form, shape, world_size).needed[rank].tolist()
         columns = held[SCALE].shape[1]
         scales = held[SCALE].flatten()[low:high].view(-1, columns)
         decode = partial(_decode, form, scales, low // columns)
-        found = scores(OwnedShard(held[WEIGHT].flatten()[start:end], start, shape, decode))
-        assert torch.equal(found, scores(OwnedShard(of_weight[start:end], start, shape)))
+        found = scores(OwnedShard(held[WEIGHT].flatten()[start:end], start, shape, decode), lora)
+        assert torch.equal(found, scores(OwnedShard(of_weight[start:end], start, shape), lora))
 
 
 @pytest.mark.parametrize("criterion", ["lora", "lora_squared", "gradient", "fisher"])

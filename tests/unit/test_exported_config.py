@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
 
+from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
@@ -125,8 +126,6 @@ LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
     ("rope", "theta", "rope_type"),
     [
         ({}, 10000.0, "default"),
-        ({"rope_theta": 5000.0}, 5000.0, "default"),
-        ({"rope_theta": 5000.0, "rope_scaling": None}, 5000.0, "default"),
         ({"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}}, 5000.0, "default"),
         ({"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}, 5000.0, "linear"),
         ({"rope_theta": 5000.0, "rope_scaling": {"rope_type": "llama3"} | LLAMA3}, 5000.0, "llama3"),
@@ -140,18 +139,12 @@ def test_rope_in_the_words_of_transformers_4_and_5(
 ) -> None:
     source = SOURCE | rope
     config = export(source, keep).config
-    # 4.x: rope_theta, and rope_scaling without it
-    assert config["rope_theta"] == theta
-    if rope_type == "default":
-        assert config["rope_scaling"] is None
-    else:
-        assert config["rope_scaling"]["rope_type"] == rope_type
-        assert not {"rope_theta", "type"} & config["rope_scaling"].keys()
-    # 5.x, by transformers itself
-    parsed = {"llama": LlamaConfig, "mistral": MistralConfig}[config["model_type"]].from_dict(config)
-    expected = LlamaConfig.from_dict(source).to_dict()["rope_parameters"]
-    expected.pop("type", None)  # an older name that transformers keeps beside rope_type
-    assert parsed.rope_parameters == expected
-    without_legacy = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
-    assert LlamaConfig.from_dict(without_legacy | {"num_attention_heads": 6}).rope_parameters == expected
-    assert parsed.dtype == torch.bfloat16
+    scaling = config["rope_scaling"] or {"rope_type": "default"}  # 4.x
+    assert (config["rope_theta"], scaling["rope_type"]) == (theta, rope_type)
+    assert not {"rope_theta", "type"} & scaling.keys()
+    expected: dict[str, Any] = LlamaConfig.from_dict(source).to_dict()["rope_parameters"]
+    expected.pop("type", None)  # an older name that transformers keeps next to rope_type
+    assert config_object(config).rope_parameters == expected  # 5.x
+    newer = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    assert LlamaConfig.from_dict(newer | {"num_attention_heads": 6}).rope_parameters == expected
+    assert config_object(config).dtype == torch.bfloat16

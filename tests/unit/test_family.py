@@ -135,41 +135,28 @@ def test_modules_on_meta(family: str, tied: bool) -> None:
 
 # Rows that are wrong
 
+WRONG = [
+    ("llama", Linear("self_attn.o_proj", 0, (QUERIES,))),  # wrong axes
+    ("llama", Linear("mlp.up_proj", 1, (CHANNELS,))),
+    ("llama", Linear("self_attn.k_proj", 0, (QUERIES,))),  # wrong width
+    ("llama", Linear("mlp.gate_proj", 0, (KEYS,))),  # wrong kind
+    ("phi3", Linear("self_attn.qkv_proj", 0, (QUERIES, KEYS))),  # a part is missing
+    ("llama", Linear("mlp.more_proj", 0, (CHANNELS,))),  # no such linear
+]
+MISSING = [(family, linear) for family in ("llama", "phi3", "starcoder2") for linear in FAMILIES[family].linears]
 
-def assert_refused(family: str, monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:
-    """Changes a row of the table. The refusal must name the first tensor that it does not explain."""
-    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], **changes))
-    with pytest.raises(UserError, match=rf"^somewhere: model\.layers\.0\.{name}\.weight has shape .*$"):
+
+@pytest.mark.parametrize(
+    ("family", "row", "exists"), [(*case, True) for case in WRONG] + [(*case, False) for case in MISSING], ids=str
+)
+def test_a_wrong_or_missing_row_is_refused_by_name(
+    family: str, row: Linear, exists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {linear.name: linear for linear in FAMILIES[family].linears} | {row.name: row}
+    linears = tuple(linear for linear in rows.values() if exists or linear is not row)
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], linears=linears))
+    with pytest.raises(UserError, match=rf"^somewhere: model\.layers\.0\.{row.name}\.weight has shape .*$"):
         read(family)
-
-
-@pytest.mark.parametrize(
-    ("family", "row"),
-    [
-        ("llama", Linear("self_attn.o_proj", 0, (QUERIES,))),  # wrong axes
-        ("llama", Linear("mlp.up_proj", 1, (CHANNELS,))),
-        ("llama", Linear("self_attn.k_proj", 0, (QUERIES,))),  # wrong width
-        ("llama", Linear("mlp.gate_proj", 0, (KEYS,))),  # wrong kind
-        ("phi3", Linear("self_attn.qkv_proj", 0, (QUERIES, KEYS))),  # a part is missing
-        ("llama", Linear("mlp.more_proj", 0, (CHANNELS,))),  # no such linear
-    ],
-    ids=str,
-)
-def test_a_wrong_row_is_refused_by_name(family: str, row: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = {linear.name: linear for linear in FAMILIES[family].linears}
-    assert_refused(family, monkeypatch, row.name, linears=tuple((right | {row.name: row}).values()))
-
-
-@pytest.mark.parametrize(
-    ("family", "row"), [(family, row) for family in ("llama", "phi3", "starcoder2") for row in FAMILIES[family].linears]
-)
-def test_a_missing_row_is_refused_by_name(family: str, row: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-    linears = tuple(linear for linear in FAMILIES[family].linears if linear is not row)
-    assert_refused(family, monkeypatch, row.name, linears=linears)
-
-
-def test_a_norm_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_refused("llama", monkeypatch, "self_attn.k_norm", companions=FAMILIES["olmo2"].companions)
 
 
 # Models of other kinds

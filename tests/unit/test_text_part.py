@@ -5,12 +5,11 @@ Differences are measured in standard deviations of the logits, as in test_family
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import begin, finish_folder
@@ -21,7 +20,7 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.text_part import LAYOUTS, MULTIMODAL
 from tests.export_cases import model_card
 from tests.families import tiny_config
-from tests.family_cuts import FEW, cut_and_export, difference, draw, logits, reopened, with_lora
+from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora
 from tests.gguf_cases import byte_level_tokenizer
 
 TOLERANCE = 1e-5
@@ -86,12 +85,20 @@ def test_every_one_has_a_tiny_model() -> None:
 
 
 @pytest.mark.parametrize("outer", MULTIMODAL)
-def test_the_text_part_is_read(outer: str, models: dict[str, tuple[Path, PreTrainedModel]]) -> None:
+def test_the_text_part_is_read_cut_and_exported(
+    outer: str, models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
+) -> None:
+    """It has the logits of the multimodal model, and its export is a stock model of the text class."""
     folder, whole = models[outer]
     pretrained = open_pretrained(folder)
     family, _, tied = TOWERS[outer]
     assert (pretrained.shape.model_type, pretrained.shape.tie_word_embeddings) == (family, tied)
-    assert difference(logits(reopened(pretrained)), logits(whole)) < TOLERANCE
+    text = reopened(pretrained)
+    assert difference(logits(text), logits(whole)) < TOLERANCE
+    made = cut_and_export(with_lora(text, pretrained.config, outer), tmp_path / "model", FEW, FEW)
+    stock = load(made.folder)
+    assert stock.config.model_type == family
+    assert difference(logits(stock), made.logits) < TOLERANCE
 
 
 def test_other_names_in_the_files(models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> None:
@@ -100,39 +107,7 @@ def test_other_names_in_the_files(models: dict[str, tuple[Path, PreTrainedModel]
     assert difference(logits(reopened(open_pretrained(newer))), logits(whole)) < TOLERANCE
 
 
-@pytest.mark.parametrize("outer", MULTIMODAL)
-def test_a_cut_is_that_of_the_multimodal_model(
-    outer: str, models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
-) -> None:
-    """LoRA is in the text part alone. Its export is a stock model of the text class."""
-    folder, whole = models[outer]
-    pretrained = open_pretrained(folder)
-    network = with_lora(reopened(pretrained), pretrained.config, outer)
-    for factors in (m for name, m in network.model.named_parameters() if "lora_B" in name):
-        factors.data.zero_()  # so that the multimodal model itself, without LoRA, is the reference
-    counts = (FEW, FEW)
-    keep, shape = draw(network.shape, *counts), network.shape
-    made = cut_and_export(network, tmp_path / "model", *counts)
-    stock = AutoModelForCausalLM.from_pretrained(made.folder, dtype="auto", attn_implementation="eager").eval()
-    assert stock.config.model_type == TOWERS[outer][0]
-    layers = next(
-        m for name, m in whole.named_modules() if name.endswith(("language_model.layers", "text_model.layers"))
-    )
-    hooks = []
-    for i, layer in enumerate(layers.children()):
-        for _, linear in shape.input_linear_ids([i]):
-            module: Any = layer.get_submodule(linear.name)
-            stays = torch.zeros(module.in_features)
-            stays[shape.kept_indices(i, linear.parts, keep[i])] = 1
-            hooks.append(module.register_forward_pre_hook(lambda _, inputs, mask=stays: (inputs[0] * mask,)))
-    masked = logits(whole)
-    for hook in hooks:
-        hook.remove()
-    assert difference(masked, logits(whole)) > 0.1
-    assert difference(logits(stock), masked) < TOLERANCE
-
-
-def test_a_head_of_its_own_that_config_json_calls_tied(
+def test_a_separate_head_that_config_json_calls_tied(
     models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
 ) -> None:
     """transformers keeps both if they differ. Where config.json is silent, the class of mistral3 calls them tied."""
