@@ -86,6 +86,8 @@ def _is_refused(config: dict[str, Any]) -> bool:
 def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:
     mixture = shape.family.mixture
     dropped = DROPPED | ({mixture.new_count} if mixture else set())
+    if model_type == "mistral" and model_type != shape.model_type:
+        dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
     config = {key: value for key, value in source.items() if key not in dropped}
     config |= _sizes(shape) | _rope(source, family_name(shape.model_type)) | _family_options(source, shape, model_type)
     config |= {
@@ -97,9 +99,6 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
         # Without a version AutoTokenizer suspects every mistral model of an old tokenizer bug, and warns.
         "transformers_version": version("transformers"),
     }
-    if model_type == "mistral" and model_type != shape.model_type:  # a Mistral never has these
-        config.pop("attention_bias", None)
-        config.pop("mlp_bias", None)
     return config
 
 

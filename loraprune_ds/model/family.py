@@ -84,6 +84,11 @@ def _first(dense: list[int]) -> dict[str, Any]:
     return {"first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}  # those are no part of the model
 
 
+LOCAL_EXPERTS = Mixture("num_local_experts", "intermediate_size")
+GRANITE_STACKS = _stacks(
+    "block_sparse_moe.experts", ("block_sparse_moe.input_linear.weight",), ("block_sparse_moe.output_linear.weight",)
+)
+GPT_OSS_STACKS = _stacks("mlp.experts", ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",), transposed=True)
 EXPERT_STACKS = _stacks("mlp.experts", *_each("mlp", "gate_proj", "up_proj", "down_proj"))
 DENSE_MLP = tuple(f"{linear.name}." for linear in GATED)
 QWEN_MOE = Family(
@@ -133,7 +138,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         (*ATTENTION, *_stacks("mlp.experts", *_each("block_sparse_moe", "w1", "w3", "w2"))),
         (_router("mlp.gate", "block_sparse_moe.gate.weight"),),
-        mixture=Mixture("num_local_experts", "intermediate_size"),
+        mixture=LOCAL_EXPERTS,
     ),
     "qwen3_moe": QWEN_MOE,
     "qwen2_moe": replace(QWEN_MOE, whole=(*DENSE_MLP, "mlp.shared_expert.", "mlp.shared_expert_gate.")),
@@ -160,23 +165,13 @@ FAMILIES: dict[str, Family] = {
         fixed=("heads",),
     ),
     "granitemoe": Family(
-        (
-            *ATTENTION,
-            *_stacks(
-                "block_sparse_moe.experts",
-                ("block_sparse_moe.input_linear.weight",),
-                ("block_sparse_moe.output_linear.weight",),
-            ),
-        ),
+        (*ATTENTION, *GRANITE_STACKS),
         (_router("block_sparse_moe.router", "block_sparse_moe.router.layer.weight"),),
         logit_divisor="logits_scaling",
-        mixture=Mixture("num_local_experts", "intermediate_size"),
+        mixture=LOCAL_EXPERTS,
     ),
     "gpt_oss": Family(
-        (
-            *ATTENTION,
-            *_stacks("mlp.experts", ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",), transposed=True),
-        ),
+        (*ATTENTION, *GPT_OSS_STACKS),
         (
             Companion("self_attn.sinks", (Part("heads", "query_count"),)),
             _router("mlp.router"),
@@ -186,7 +181,7 @@ FAMILIES: dict[str, Family] = {
         ),
         eager_only="attention sinks",
         packs=False,
-        mixture=Mixture("num_local_experts", "intermediate_size"),
+        mixture=LOCAL_EXPERTS,
     ),
 }
 

@@ -11,14 +11,14 @@ from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, refused_in_one_line
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.family import find_family
+from loraprune_ds.model.family import FAMILIES, find_family
 from loraprune_ds.model.family_row import Family, Width
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape, Sizes
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
-EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERT_FIELDS = {family.mixture.count for family in FAMILIES.values() if family.mixture}
 REFUSED = ("kv_lora_rank", "linear_num_key_heads")
 # LLaMA (arXiv 2302.13971, table 2). Heads have 128 dimensions, and there are 32,000 tokens.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
