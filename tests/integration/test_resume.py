@@ -34,6 +34,7 @@ from tests.integration.resuming import (
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
+REFIT = "prune.compensate=least_squares"
 NO_DROPOUT = ("lora.lora_dropout=0", "checkpoint.every=null")
 STOPS = [CUTS[0] - 1, CUTS[1], CUTS[-1] + 1]  # before a cut, at one, and after one
 
@@ -54,10 +55,10 @@ def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def copied(ranks: RankPool, straight: Path) -> Path:
-    """Makes the same with the frozen weights in folders of their own."""
-    out = straight.parent / "copied"
-    ranks.run(2, run_here, config_for(straight.parent / "config.yaml", out, "checkpoint.copy_source=true"))
+def refitted(ranks: RankPool, straight: Path) -> Path:
+    """Makes a run whose cuts change the frozen weights, so that checkpoints hold them in folders of their own."""
+    out = straight.parent / "refitted"
+    ranks.run(2, run_here, config_for(straight.parent / "config.yaml", out, REFIT))
     return out
 
 
@@ -202,39 +203,38 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         assert word in found.warnings[0]
 
 
-def test_frozen_weights_are_slices_of_the_source_or_copies_with_the_same_outcome(straight: Path, copied: Path) -> None:
+def test_frozen_weights_are_slices_of_the_source_until_a_refit_changes_them(straight: Path, refitted: Path) -> None:
     assert not list((straight / "checkpoints").glob("shape-*"))
-    assert {path.name for path in (copied / "checkpoints").glob("shape-*")} == {
-        f"shape-{i}" for i in range(len(CUTS) + 1)
-    }
+    shapes = {path.name for path in (refitted / "checkpoints").glob("shape-*")}
+    assert shapes == {f"shape-{i + 1}" for i in range(len(CUTS))}
     assert all(read_state(straight, step)["shape"]["is_source"] for step in (1, STEPS))
-    assert_bitwise(contents(copied, STEPS), contents(straight, STEPS))
+    assert [read_state(refitted, step)["shape"]["is_source"] for step in (CUTS[0] - 1, CUTS[0])] == [True, False]
 
 
 def test_a_damaged_shape_spoils_all_steps_that_name_it(
-    ranks: RankPool, copied: Path, again: Path, tmp_path: Path
+    ranks: RankPool, refitted: Path, again: Path, tmp_path: Path
 ) -> None:
-    out = killed_after(copied, 13, tmp_path)
+    out = killed_after(refitted, 13, tmp_path)
     flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
-    found = ranks.run(2, find_here, config_for(again, out), "auto")[1]
+    found = ranks.run(2, find_here, config_for(again, out, REFIT), "auto")[1]
     assert found.step == 11
     assert len(found.warnings) == 2
     assert all("shape-2" in warning for warning in found.warnings)
 
 
 def test_what_a_damaged_checkpoint_is_replaced_with_is_good(
-    ranks: RankPool, straight: Path, copied: Path, again: Path, tmp_path: Path
+    ranks: RankPool, refitted: Path, again: Path, tmp_path: Path
 ) -> None:
     """Resumes from the good checkpoint. Step and shape are written anew, and all later ones go."""
-    out = killed_after(copied, 13, tmp_path)
+    out = killed_after(refitted, 13, tmp_path)
     flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
-    config = config_for(again, out, "checkpoint.every=null", "checkpoint.copy_source=true")
+    config = config_for(again, out, "checkpoint.every=null", REFIT)
     ranks.run(2, run_here, config, "auto", 12)
     assert sorted(path.name for path in (out / "checkpoints").glob("step-1?")) == ["step-10", "step-11", "step-12"]
     assert ranks.run(2, find_here, config, "auto")[0].step == 12
     ranks.run(2, run_here, config, "auto")
-    assert_bitwise(contents(out, STEPS), contents(straight, STEPS))
-    assert losses(out) == losses(straight)
+    assert_bitwise(contents(out, STEPS), contents(refitted, STEPS))
+    assert losses(out) == losses(refitted)
 
 
 @pytest.mark.parametrize(
@@ -246,14 +246,14 @@ def test_what_a_damaged_checkpoint_is_replaced_with_is_good(
     ],
 )
 def test_a_rank_without_room_ends_the_run_and_loses_nothing_older(
-    ranks: RankPool, copied: Path, again: Path, tmp_path: Path, rank: int, name: str, lost: str
+    ranks: RankPool, refitted: Path, again: Path, tmp_path: Path, rank: int, name: str, lost: str
 ) -> None:
-    out = killed_after(copied, 13, tmp_path)
+    out = killed_after(refitted, 13, tmp_path)
     for path in (out / "checkpoints").glob("shape-3"):
         shutil.rmtree(path)
     before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()}
     every = ("checkpoint.every=17",) if lost == "shape-3" else ()
-    config = config_for(again, out, "checkpoint.copy_source=true", *every)
+    config = config_for(again, out, REFIT, *every)
     where = rf"{out}/checkpoints/\.{lost}\.\w+\.partial cannot be written: "
     for line, code in ranks.run(2, run_on_full_disk, config, "auto", rank, name):
         assert re.search(where, line)
@@ -277,16 +277,14 @@ def test_from_another_folder_with_its_records(ranks: RankPool, straight: Path, a
 
 
 def test_from_another_folder_with_its_frozen_weights(
-    ranks: RankPool, straight: Path, copied: Path, again: Path, tmp_path: Path
+    ranks: RankPool, refitted: Path, again: Path, tmp_path: Path
 ) -> None:
-    """Checks that copies of the weights are written anew. The next checkpoint of a run without copies needs none."""
-    for name, changes in {"copies": ("checkpoint.copy_source=true",), "slices": ()}.items():
-        out = tmp_path / name
-        config = config_for(again, out, "checkpoint.every=null", *changes)
-        ranks.run(2, run_here, config, str(copied / "checkpoints/step-18"))
-        assert_bitwise(contents(out, STEPS), contents(straight, STEPS))
-        assert read_state(out, STEPS)["shape"]["is_source"] == (name == "slices")
-        assert (out / "checkpoints/shape-3/manifest.json").exists() == (name == "copies")
+    """Checks that the new folder gets its own copy of the weights."""
+    out = tmp_path / "out"
+    config = config_for(again, out, "checkpoint.every=null", REFIT)
+    ranks.run(2, run_here, config, str(refitted / "checkpoints/step-18"))
+    assert_bitwise(contents(out, STEPS), contents(refitted, STEPS))
+    assert (out / "checkpoints/shape-3/manifest.json").exists()
 
 
 def test_killed_between_model_and_report(ranks: RankPool, straight: Path, again: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.pretrained import open_for_pruning
+from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import make_schedule
@@ -110,12 +111,14 @@ def build(job: Job) -> Trainer:
             lr_scheduler="constant",
             max_grad_norm=job.max_grad_norm,
             gradient_checkpointing=job.gradient_checkpointing,
-            loss_chunk_tokens=job.loss_chunk_tokens,
         ),
     )
     pretrained = open_for_pruning(job.folder, config)
     ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, world_size)
     engine = build_training_engine(config, pretrained, ds_config, len(job.batches))
+    for module in engine.deepspeed.module.modules():
+        if isinstance(module, LossHead):
+            module.chunk_tokens = job.loss_chunk_tokens
     limits = make_limits(config.prune, pretrained.shape)
     schedule = make_schedule(config.prune, len(job.batches), limits)
     pruner = Pruner(engine.model, config.prune, schedule, limits, config.seed)

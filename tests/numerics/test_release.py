@@ -26,7 +26,6 @@ from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
 HEADS, CHANNELS = [0, 2], [c for c in range(45) if c % 3]
-CHUNK = 5  # tokens
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +73,12 @@ def test_nothing_of_a_training_engine_is_left(ranks: RankPool, job: Job, config:
 
 
 def recording(module: Any, live: Callable[[], int], alive: list[int], shards: list[int]) -> Any:
-    """Patches the module's `build_inference_engine`. Records what is alive just before, and the shards it makes.
-
-    The loss of a run's last evaluation must be computed in its chunks.
-    """
+    """Patches the module's `build_inference_engine`. Records what is alive just before, and the shards it makes."""
     build_engine = module.build_inference_engine
 
     def building(*args: Any) -> Any:
         alive.append(live())
         engine = build_engine(*args)
-        assert engine.module.lm_head.chunk_tokens == (CHUNK if module is finish else None)
         shards.append(storage_bytes(weight_tensors(engine)))
         return engine
 
@@ -100,7 +95,7 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
 
 
 def test_a_run_does_not_hold_what_it_trained_beside_what_it_measures(ranks: RankPool, tmp_path: Path) -> None:
-    folder = write_run(tmp_path, train={"steps": 2, "loss_chunk_tokens": CHUNK})
+    folder = write_run(tmp_path, train={"steps": 2})
     config = config_for(folder, tmp_path / "out", "model.dtype=bfloat16")
     ((shards, alive),) = ranks.run(1, bytes_beside_the_export, config)
     assert alive < shards  # the samples. The trained model's shards and LoRA's state are more
