@@ -89,10 +89,10 @@ def wrong_commands(readme: Path, text: str) -> Iterator[str]:
 
 
 def is_module(name: str) -> bool:
-    path = ROOT.joinpath(*name.split("."))
-    if (ROOT / name.split(".")[0]).is_dir():
-        return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
-    return importlib.util.find_spec(name) is not None
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
 
 
 def defined_names(path: Path) -> set[str]:

@@ -22,7 +22,7 @@ from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors, lo
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import RouterLoad, as_in_peft
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.flops import active_numel
+from loraprune_ds.model.flops import active_lora, active_numel, met_numel
 from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import make_limits
@@ -187,18 +187,15 @@ def test_a_run_that_a_mixture_cannot_do_is_refused(
 @pytest.mark.parametrize("family", KINDS)
 def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     network = dense(family)
-    tensors = {
-        f"base_model.model.model.layers.{i}.{name}.weight": factor
-        for i, layer in enumerate(decoder_layers(network.model))
-        for name, factor in as_in_peft(
-            {
-                f"{linear.name}.lora_{which}": factor.detach()
-                for linear in network.shape.linears(i)
-                for which, factor in zip("AB", lora_weights(lora_linear(layer, linear)), strict=True)
-            },
-            network.shape.linears(i),
-        ).items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for i, layer in enumerate(decoder_layers(network.model)):
+        linears = network.shape.linears(i)
+        pairs = ((x.name, lora_weights(lora_linear(layer, x))) for x in linears)
+        own = {
+            f"{name}.lora_{x}": factor.detach() for name, pair in pairs for x, factor in zip("AB", pair, strict=True)
+        }
+        for name, factor in as_in_peft(own, linears).items():
+            tensors[f"base_model.model.model.layers.{i}.{name}.weight"] = factor
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     config = _adapter_config(LoraConfig(r=3), network.shape)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -249,6 +246,13 @@ def test_published_mixtures_have_the_parameters_that_are_published(name: str) ->
     routers = shape.hidden_size * sum(layer["experts"] for layer in shape.layers)
     met = active_numel(shape) + routers + sum(math.prod(size) for size in others.values())
     assert met / 1e9 == pytest.approx(active, rel=0.02)
+
+
+def test_a_token_meets_the_lora_of_its_experts_alone() -> None:
+    shape = dense("mixtral").shape  # 3 of 23 experts are chosen, and every matrix of a layer has LoRA
+    sizes = [(x.is_stack, math.prod(size)) for i, x in shape.linear_ids() for size in shape.lora_shapes(i, x, 2)]
+    assert active_lora(shape, 2) == sum(numel * 3 // 23 if is_stack else numel for is_stack, numel in sizes)
+    assert met_numel(shape) == active_numel(shape) < shape.linear_numel()
 
 
 def test_servers_divide_the_channels_of_an_expert() -> None:

@@ -161,17 +161,6 @@ def test_a_bias_on_every_linear(family: str, tmp_path: Path) -> None:
     assert all(linear.name in shape.biases for _, linear in shape.linear_ids())
 
 
-def test_phi_3_with_long_rotary_factors(tmp_path: Path) -> None:
-    """Its stock class computes their number from hidden_size / heads, so fewer heads need the modelling file."""
-    factors = [1.0, 2.0, 3.0]  # one for each pair of the 6 dimensions of a head
-    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
-    made = export("phi3", tmp_path / "phi3", FEW, FEW, rope_parameters=rope)
-    model = load(made.folder, trust_remote_code=True)
-    assert type(model).__name__ == "PrunedForCausalLM"
-    assert difference(logits(model), made.logits) < TOLERANCE
-    assert open_pretrained(made.folder).shape.layers == made.shape.layers
-
-
 UNCAPPED = [name for name, family in FAMILIES.items() if family.eager_only is None]
 
 

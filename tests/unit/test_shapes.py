@@ -7,13 +7,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.cuts import layer_cuts
+from loraprune_ds.model.family import ATTENTION, FAMILIES, GATED, LLAMA_LINEARS
+from loraprune_ds.model.family_row import Family, Linear, Part
 from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape
+from loraprune_ds.pruning.importance import random_scores
+from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.ranking import rank_global, rank_uniform
+from loraprune_ds.pruning.step import all_groups
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -150,3 +157,61 @@ def test_the_operations_of_a_step_product_by_product() -> None:
     scores_and_values = 2 * 2 * (2 * 24 * 3)  # two layers, two products, 24 query columns over 3 tokens on average
     assert needed_flops_per_token(shape, 6) == 2 * forward + 3 * scores_and_values
     assert needed_flops_per_token(LLAMA_7B, 512) == pytest.approx(4 * 6.5e9, rel=0.05)
+
+
+# A made-up family with a third kind of groups goes through shapes, limits and ranking by its table alone
+
+EXPERTS = (Part("experts", "head"),)
+THREE = Family((*ATTENTION, Linear("moe.up_proj", 0, EXPERTS), Linear("moe.down_proj", 1, EXPERTS), *GATED))
+LAYER = LayerShape(heads=4, experts=6, channels=60)
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> ModelShape:
+    monkeypatch.setitem(FAMILIES, "three", THREE)
+    return ModelShape("three", 16, 4, 2, 50, False, (LAYER,) * 4)
+
+
+def limits_of(shape: ModelShape) -> Limits:
+    config = PruneConfig(ratio=0.5, protected_first=1, protected_last=0, channel_multiple=1)
+    return make_limits(config, shape)
+
+
+def test_kinds_come_in_the_order_of_the_forward_and_counts_in_any_order(three: ModelShape) -> None:
+    assert three.kinds == ("heads", "experts", "channels")
+    assert len({LAYER, LayerShape(channels=60, experts=6, heads=4)}) == 1
+    assert LAYER != LayerShape(heads=4, experts=5, channels=60)
+
+
+def test_a_group_of_the_third_kind_leaves_with_its_rows(three: ModelShape) -> None:
+    keep = LayerKeep(heads=torch.arange(4), experts=torch.tensor([0, 2]), channels=torch.arange(60))
+    cuts = {name: (kept.axis, kept.keep.tolist()) for name, kept, _ in layer_cuts(three, 0, keep)}
+    rows = [0, 1, 2, 3, 8, 9, 10, 11]
+    assert cuts == {"moe.up_proj.weight": (0, rows), "moe.down_proj.weight": (1, rows)}
+    left = three.after([keep, *all_groups(three)[1:]])
+    assert left.layers[0] == LayerShape(heads=4, experts=2, channels=60)
+    assert three.linear_numel() - left.linear_numel() == 4 * three.group_numel("experts") == 4 * 2 * 4 * 16
+
+
+def test_uniform_comes_as_near_as_whole_channels_get(three: ModelShape) -> None:
+    limits, scores = limits_of(three), random_scores(three, 0)
+    left = three.after(rank_uniform(scores, three, limits, 0.5, 0.5))
+    assert left.layers[0] == LAYER  # protected
+    assert len(set(left.layers[1:])) == 1
+    assert all(left.layers[1][kind] < LAYER[kind] for kind in three.kinds)
+    assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= 3 * three.group_numel("channels") / 2
+
+
+def test_global_reaches_the_target(three: ModelShape) -> None:
+    limits, scores = limits_of(three), random_scores(three, 0)
+    left = three.after(rank_global(scores, three, limits, 0.5))
+    assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= max(map(three.group_numel, three.kinds))
+    for kind in ("heads", "experts"):  # each gives its share, the channels the rest
+        of_kind = sum(LAYER[kind] - layer[kind] for layer in left.layers) * three.group_numel(kind)
+        share = limits.shares[kind] * gone(left, three)
+        assert abs(of_kind - share) <= three.group_numel(kind)
+
+
+def test_the_narrowest_shapes_cover_all_counts_of_the_coarse_kinds(three: ModelShape) -> None:
+    narrowest = {tuple(layer.values()) for layer in limits_of(three).narrowest(1)}
+    assert narrowest == {(h, e, 1) for h in range(1, 5) for e in range(1, 7)}
