@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.model.expert_adapter import as_in_peft
+from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.families import SIZES, families, tiny_model
