@@ -8,7 +8,7 @@ from loraprune_ds.command import Parser, tell
 from loraprune_ds.config_file import read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.output import resumed_config
-from loraprune_ds.zero.launcher import launcher_command
+from loraprune_ds.zero.environment import launcher_command
 
 
 def main() -> int:

@@ -47,8 +47,8 @@ from loraprune_ds.zero.foreign import (
     reduced_dtypes,
     share_model,
 )
-from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import gather_weight_bytes, resident_bytes
+from loraprune_ds.zero.optimizer import decide
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
                                               rank the groups       (pruning/ranking.py, pruning/limits.py)
                                               agree on the mask     (`agree`, below)
                                               make up for the loss  (pruning/compensate.py), if asked to
-                                              cut the model         (zero/sharded.py, zero/reshard.py)
+                                              cut the model         (zero/sharded.py, zero/cut.py)
 
 Words, each with one meaning everywhere:
     group       what must leave together: one key-value head with its query heads, one MLP channel, or one expert
