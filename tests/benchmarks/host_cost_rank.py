@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.cut import Item, reshard
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
-from loraprune_ds.zero.reshard import Item, reshard
 from tests.benchmarks import growth_rank
 
 CUT, LAST = 30, 37  # steps are scored up to the cut

@@ -12,9 +12,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from loraprune_ds.zero import params, replace, training_engine, training_state
+from loraprune_ds.zero import collect, params, training_engine
 from loraprune_ds.zero.device import accelerator
-from loraprune_ds.zero.training_state import restore_lora_state
+from loraprune_ds.zero.training_engine import restore_lora_state
 from tests.numerics.driver import Job, build, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
@@ -54,8 +54,8 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
 
     with (
         mock.patch.object(params, "_install", watched.writing(params._install)),
-        mock.patch.object(replace, "overwrite_shard", watched.writing(params.overwrite_shard)),
-        mock.patch.object(training_state, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        mock.patch.object(collect, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        mock.patch.object(training_engine, "overwrite_shard", watched.writing(params.overwrite_shard)),
         mock.patch.object(training_engine, "optimizer_step", watched.writing(training_engine.optimizer_step)),
         mock.patch.object(accelerator(), "synchronize", watched.settle),
     ):

@@ -25,7 +25,7 @@ from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.pruning.ranking import best_first, rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.zero.flat import owned_range
-from loraprune_ds.zero.int8 import ScalePlan, _decode
+from loraprune_ds.zero.params import ScalePlan, decode_rows
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, dense, difference, find_router, sparse_layers
 from tests.oracle.models import make_batches
@@ -72,7 +72,7 @@ def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, 
         low, high = ScalePlan(form, shape, world_size).needed[rank].tolist()
         columns = held[SCALE].shape[1]
         scales = held[SCALE].flatten()[low:high].view(-1, columns)
-        decode = partial(_decode, form, scales, low // columns)
+        decode = partial(decode_rows, form, scales, low // columns)
         found = scores(OwnedShard(held[WEIGHT].flatten()[start:end], start, shape, decode), lora)
         assert torch.equal(found, scores(OwnedShard(of_weight[start:end], start, shape), lora))
 
