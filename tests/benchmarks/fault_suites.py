@@ -14,10 +14,11 @@ from typing import Any
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
 from tests.benchmarks.fault_table import RANKS, STEPS, Job, run_to_end
+from tests.benchmarks.running import ROOT, cpu_environment
 from tests.hf import callback_run
+from tests.integration.launching import on_ranks
 from tests.integration.resuming import write_run
 
-ROOT = Path(__file__).parents[2]
 EVERY, RECOVERY = 3, 4
 PLAIN: dict[str, dict[str, Any]] = {
     "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1},
@@ -27,13 +28,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "logging": {"progress": True},
 }
 LEVERS = PLAIN | {  # 256 samples: two rounds of files of the dense model's outputs
-    "train": {
-        "steps": STEPS,
-        "recovery_steps": RECOVERY,
-        "global_batch_size": 16,
-        "micro_batch_size": 4,
-        "distill_weight": 0.5,
-    },
+    "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5}
+    | {"global_batch_size": 16, "micro_batch_size": 4},
     "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "gradient", "compensate": "least_squares"},
 }
 _ports = itertools.count(random.Random(os.getpid()).randrange(20_000, 30_000))
@@ -42,12 +38,8 @@ _ports = itertools.count(random.Random(os.getpid()).randrange(20_000, 30_000))
 def start(folder: Path, out: Path, command: Sequence[str], point: str | None = None) -> Job:
     """Starts a command on RANKS ranks by the real launcher, to be struck at a fail-point if one is given."""
     log, python = folder / "first.log", Path(sys.executable).parent
-    launcher = [str(python / "deepspeed"), "--quiet", f"--num_accelerators={RANKS}", f"--master_port={next(_ports)}"]
-    environment = os.environ | {
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{python}:{os.environ['PATH']}",
-    }
+    launcher = on_ranks(RANKS, port=next(_ports))
+    environment = cpu_environment(GLOO_SOCKET_IFNAME="lo", PATH=f"{python}:{os.environ['PATH']}")
     if point is not None:
         environment["LORAPRUNE_FAULT"] = point
     with log.open("wb") as file:

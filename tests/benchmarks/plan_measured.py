@@ -36,12 +36,12 @@ from loraprune_ds.model.weight_files import weight_file_count, write_index, writ
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import training_stage
 from loraprune_ds.report.provenance import hardware, versions
+from tests.benchmarks.running import RESULTS, ROOT
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, planned_peak, run_beside_plan
 from tests.ranks import start_deepspeed
 
-ROOT = Path(__file__).parents[2]
-RESULT = Path(__file__).parent / "results" / "plan_measured.json"
+RESULT = RESULTS / "plan_measured.json"
 LOWEST, HIGHEST = 0.97, 1.15  # planned peaks, of the largest measured one
 DEPTHS = {"smollm2": 30, "1b": 22}
 TINY = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "vocab": 97, "seed": 0}

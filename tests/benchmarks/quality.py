@@ -19,7 +19,6 @@ The other text is of another kind, by default Python's help topics.
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +30,9 @@ from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.quality_table import draw, rows_of, table
+from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, run_on_ranks
 from tests.benchmarks.two_four import sparse_model
-from tests.integration.launching import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parent / "results"
 WINDOWS, VALIDATION_WINDOWS = 160, 64
 DENSE = "dense.json"
 
@@ -170,7 +167,7 @@ def carry_out(
     script = ["tests/benchmarks/peer_run.py", "--peer", setting.peer] if setting.peer else ["launch/run.py"]
     command = [*script, "--config", "launch/configs/quickstart.yaml", "--resume", "auto"]
     command += [part for value in settings for part in ("--set", value)]
-    launch(command, arguments.ranks)
+    run_on_ranks(arguments.ranks, *command)
     report = read_json(folder / "report.json")
     measured = {name: perplexity(str(folder), texts[name], arguments.windows) for name in ("test", "other")}
     report["config"] |= {"output_dir": "run"}  # no folder of this machine
@@ -188,17 +185,10 @@ def carry_out(
     }
 
 
-def launch(command: list[str], ranks: int) -> None:
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [deepspeed, "--quiet", f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
-    subprocess.run([*launcher, *command], cwd=ROOT, check=True, env=environment)
-
-
 def perplexity(model: str, text: Path, windows: int) -> float:
     command = [sys.executable, "launch/evaluate.py", model, "--text", str(text.resolve()), "--window", "128"]
     command += ["--max-windows", str(windows), "--json"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"}
+    environment = cpu_environment(OMP_NUM_THREADS="2")
     answer = subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     return float(json.loads(answer.stdout)["perplexity"])
 

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.families import tiny_model
-from tests.integration.launching import free_port, run_to_end, write_text
+from tests.integration.launching import on_ranks, run_to_end, write_text
 from tests.oracle.models import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,9 +162,8 @@ def run_case(case: Case, checkout: Path, work: Path, root: Path) -> str | None:
     out, config = root / case.folder, root / f"{case.folder}.yaml"
     shutil.rmtree(out, ignore_errors=True)
     config.write_text(config_text(case, work, checkout))
-    options = ["--quiet", f"--master_port={free_port()}", f"--num_accelerators={case.ranks}"]
-    command = [str(Path(sys.executable).with_name("deepspeed")), *options]
-    command += [str(checkout / "launch" / "run.py"), "--config", str(config), "--set", f"output_dir={out}"]
+    command = [*on_ranks(case.ranks), str(checkout / "launch" / "run.py"), "--config", str(config)]
+    command += ["--set", f"output_dir={out}"]
     try:
         ended = run_to_end(command, cwd=checkout, environment=CPU | {"PYTHONPATH": str(checkout)}, timeout=TIMEOUT)
     except AssertionError as error:

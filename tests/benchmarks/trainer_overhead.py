@@ -19,15 +19,13 @@ import torch
 from transformers import TrainerCallback
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.files import write_json
 from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.report.provenance import hardware, versions
+from tests.benchmarks.running import record
 from tests.hf.trainers import InOrder, Rows, arguments, fresh_accelerate, load_model
 from tests.numerics.driver import Job, build, write_adapter
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
-RESULT = Path(__file__).parent / "results" / "trainer_overhead.json"
 SIZES: dict[str, Any] = {
     "heads": 9,
     "kv_heads": 3,
@@ -104,11 +102,8 @@ def main() -> None:
         "tokens_per_step": torch.numel(batches[0][0]),
         "world_size": 2,
         "prune": PRUNE,
-        "versions": versions(),
-        "hardware": hardware("cpu"),
     }
-    write_json(RESULT, result)
-    print({key: value for key, value in result.items() if key.endswith("trainer") or key == "seconds_per_step"})
+    record("trainer_overhead", result)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from loraprune_ds.train.output import inspect_output
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.zero.comm import Communicator
+from tests.families import tiny_model
 from tests.oracle.models import make_tiny_llama
 
 STEPS = 20
@@ -65,6 +67,15 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder / "out"), **config}))
     return path
+
+
+def write_family(folder: Path, family: str) -> str:
+    """Writes a tiny model of a family beside the model of `write_run`. Returns the setting that names it."""
+    source = folder / family
+    shutil.copytree(folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(folder / "source" / "tokenizer_config.json", source)
+    tiny_model(family, seed=1).save_pretrained(source)
+    return f"model.path={source}"
 
 
 def config_for(path: Path, out: Path, *changes: str) -> RunConfig:

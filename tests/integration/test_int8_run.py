@@ -1,6 +1,5 @@
 """A run with int8 weights that is stopped between cuts: what its checkpoint holds, how it goes on, what is exported."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,18 @@ from safetensors.torch import load_file
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.source import ExportSource, find_source
 from loraprune_ds.model.frozen import SCALE, WEIGHT
-from tests.families import MIXTURES, families, tiny_model
-from tests.integration.resuming import config_for, contents, find_here, losses, metrics, read_state, run_here, write_run
+from tests.families import MIXTURES, families
+from tests.integration.resuming import (
+    config_for,
+    contents,
+    find_here,
+    losses,
+    metrics,
+    read_state,
+    run_here,
+    write_family,
+    write_run,
+)  # fmt: skip
 from tests.ranks import RankPool
 
 STEPS, CUTS, STOP_AT = 8, [4, 6, 8], 5
@@ -68,12 +77,8 @@ def test_experts_go_on_and_are_exported_as_the_run_would(ranks: RankPool, tmp_pa
     stored = family in ("gpt_oss", "qwen3_moe")
     prune = SECTIONS["prune"] | ({"head_ratio": 0.4} if stored else {"compensate": "none"})
     sections = SECTIONS | {"prune": prune, "train": {"steps": STEPS}}
-    given, source = write_run(tmp_path, **sections), tmp_path / family
-    shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
-    shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
-    tiny_model(family, seed=1).save_pretrained(source)
-    straight, out = tmp_path / "straight", tmp_path / "out"
-    changes = f"model.path={source}"
+    given, straight, out = write_run(tmp_path, **sections), tmp_path / "straight", tmp_path / "out"
+    changes = write_family(tmp_path, family)
     ranks.run(2, run_here, config_for(given, straight, changes))
     assert not any(ranks.run(2, run_here, config_for(given, out, changes), None, STOP_AT))
     held = (name for name, x in tensors(out / "checkpoints" / "shape-1").items() if x.dtype == torch.int8)

@@ -1,7 +1,6 @@
 """Distillation on 1, 2 and 3 ZeRO-3 ranks, against autograd on one dense model and all of its teacher's logits."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.numerics import quality_settings
-from tests.numerics.driver import Job, write_adapter
+from tests.numerics.driver import Job, tiny_job
 from tests.oracle.dense_trainer import DenseTrainer, Settings
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.oracle.models import make_lora
 from tests.ranks import RankPool
 
 WEIGHT, STEPS, SAMPLES = 0.5, 2, 12
@@ -22,17 +21,8 @@ TOLERANCE = 1e-6
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("distillation")
-    sizes: dict[str, Any] = {
-        "heads": 25,
-        "kv_heads": 5,
-        "head_dim": 4,
-        "hidden": 25,
-        "ffn": 61,
-    }
-    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, biases=True, **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=STEPS, samples=SAMPLES, tokens=16, vocab=97, seed=3)
-    return Job(model, adapter, batches, {"ratio": 0.2, "warmup_fraction": 0.0}, micro_batch_size=2)
+    sizes = {"heads": 25, "kv_heads": 5, "head_dim": 4, "hidden": 25, "ffn": 61, "biases": True}
+    return tiny_job(folder, {"ratio": 0.2, "warmup_fraction": 0.0}, steps=STEPS, samples=SAMPLES, model=sizes)
 
 
 def dense_step(job: Job, top_k: int | None, temperature: float) -> tuple[float, dict[str, Tensor]]:

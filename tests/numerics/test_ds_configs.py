@@ -16,8 +16,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine
 from tests.numerics import cutting, quality_settings
-from tests.numerics.driver import Job, write_adapter
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.numerics.driver import Job, tiny_job
 from tests.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +28,8 @@ HEADS, CHANNELS = [0, 2], [c for c in range(45) if c % 3]
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("configs")
-    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 42, "ffn": 45, "biases": True}
-    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=4, samples=8, tokens=12, vocab=97, seed=3)
-    return Job(model, adapter, batches, {"ratio": 0.1, "prune_every": 1}, dtype="bfloat16")
+    prune = {"ratio": 0.1, "prune_every": 1}
+    return tiny_job(folder, prune, steps=4, samples=8, tokens=12, model={"biases": True}, dtype="bfloat16")
 
 
 def run_all(job: Job) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from tests.numerics import quality_settings
-from tests.numerics.driver import Job, write_adapter
+from tests.numerics.driver import Job, tiny_job
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.mask_fisher import mask_fisher
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.oracle.models import make_lora
 from tests.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS, SAMPLES = 15, 5, 4, 45, 61, 2, 12
@@ -25,11 +25,9 @@ LENGTHS = [3 + 5 * i % 14 for i in range(SAMPLES)]
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("fisher")
     sizes: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
-    model = make_tiny_llama(folder / "model", layers=LAYERS, vocab=97, seed=1, biases=True, **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=1, samples=SAMPLES, tokens=16, vocab=97, seed=3)
+    sizes |= {"layers": LAYERS, "biases": True}
     prune = {"ratio": 0.2, "criterion": "fisher", "moving_average": 0.0, "protected_first": 0, "cooldown_fraction": 0.0}
-    return Job(model, adapter, batches, prune)
+    return tiny_job(folder, prune, steps=1, samples=SAMPLES, model=sizes)
 
 
 def dense_scores(job: Job, *, distilled: bool = False) -> list[Tensor]:

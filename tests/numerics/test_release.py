@@ -21,8 +21,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.memory import state_tensors, storage_bytes, weight_tensors
 from tests.integration.resuming import config_for, run_here, write_run
 from tests.numerics import cutting
-from tests.numerics.driver import Job, build, write_adapter
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
 
 HEADS, CHANNELS = [0, 2], [c for c in range(45) if c % 3]
@@ -32,11 +31,8 @@ CHUNK = 5  # tokens
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("release")
-    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 42, "ffn": 45, "biases": True}
-    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=4, samples=8, tokens=12, vocab=97, seed=3)
-    return Job(model, adapter, batches, {"ratio": 0.1, "prune_every": 1}, dtype="bfloat16")
+    prune = {"ratio": 0.1, "prune_every": 1}
+    return tiny_job(folder, prune, steps=4, samples=8, tokens=12, model={"biases": True}, dtype="bfloat16")
 
 
 def live_bytes() -> Callable[[], int]:

@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.numerics.driver import Job, Outcome, train, write_adapter
+from tests.numerics.driver import Job, Outcome, tiny_job, train
 from tests.oracle.dense_trainer import DenseTrainer, Settings, StepRecord
 from tests.oracle.formula import cut_gap
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.oracle.models import make_lora
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
@@ -35,10 +35,7 @@ PRUNE = {"ratio": 0.3, "prune_every": 3}
 @pytest.fixture(scope="module", params=MODELS)
 def base_job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp(request.param)
-    model = make_tiny_llama(folder / "model", layers=4, vocab=97, seed=1, **MODELS[request.param])
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=97, seed=3)
-    return Job(model, adapter, batches, PRUNE)
+    return tiny_job(folder, PRUNE, steps=STEPS, model=MODELS[request.param] | {"layers": 4})
 
 
 def dense_run(job: Job, outcome: Outcome) -> tuple[DenseTrainer, list[StepRecord]]:
@@ -133,10 +130,8 @@ def test_a_seed_decides_the_result_and_its_dropout(ranks: RankPool, base_job: Jo
 
 
 def test_global_ranking_reaches_its_target_on_any_number_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
-    model = make_tiny_llama(tmp_path / "m", layers=4, vocab=97, seed=4, **MODELS["gqa_odd"])
-    adapter = write_adapter(tmp_path / "a", make_lora(model, r=4, seed=5), r=4, alpha=8)
-    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=97, seed=6)
-    job = Job(model, adapter, batches, {**PRUNE, "ranking": "global", "protected_first": 0, "protected_last": 0})
+    prune = {**PRUNE, "ranking": "global", "protected_first": 0, "protected_last": 0}
+    job = tiny_job(tmp_path, prune, steps=STEPS, model=MODELS["gqa_odd"] | {"layers": 4, "seed": 4})
     outcomes = [ranks.run(world_size, train, job)[0] for world_size in (1, 2, 3)]
     assert len({len(h) for h, _ in outcomes[0].kept[-1]} | {len(c) for _, c in outcomes[0].kept[-1]}) > 2
     for outcome in outcomes[1:]:
