@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,8 @@ def whole_run(found: Found) -> None:
         found.row("stopped on request (1: yes)", int(stopped), 1)
         _launch(config, DETERMINISTIC, f"output_dir={folder / 'again'}")
         straight, resumed, again = (_groups(folder / run) for run in ("straight", "out", "again"))
-        found.row("deterministic: groups that differ after a resume", _different(resumed, again), 0)
-        found.row("not deterministic: groups that differ", _different(straight, again))
+        found.row("deterministic: groups that differ after a resume", len(resumed - again), 0)
+        found.row("not deterministic: groups that differ", len(straight - again))
 
 
 def beside_cpu(found: Found) -> None:
@@ -70,7 +69,7 @@ def beside_cpu(found: Found) -> None:
             runs = [folder / f"{setting} {where}" for where in ("card", "cpu")]
             devices: list[dict[str, str]] = [{}, {"DS_ACCELERATOR": "cpu"}]
             started = [
-                _start(config, *changes, f"output_dir={run}", environment=environment)
+                _start(config, *changes, f"output_dir={run}", **environment)
                 for run, environment in zip(runs, devices, strict=True)
             ]
             try:
@@ -82,7 +81,7 @@ def beside_cpu(found: Found) -> None:
             losses = [[step["loss"] for step in _steps(run)] for run in runs]
             before_a_cut = [abs(a - b) for a, b in zip(*losses, strict=True)][:2]
             found.row(f"{setting}: largest difference of a loss before a cut", max(before_a_cut), 0, losses=losses)
-            found.row(f"{setting}: groups that differ", _different(*map(_groups, runs)), 0)
+            found.row(f"{setting}: groups that differ", len(_groups(runs[0]) - _groups(runs[1])), 0)
 
 
 def fp16(found: Found) -> None:
@@ -111,12 +110,8 @@ def two_ranks(found: Found) -> None:
     common = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
     command = [sys.executable, "-m", "tests.benchmarks.gpu_day.two_ranks"]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=common | {"RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": rank}, **pipes) for rank in ("0", "1")]
     ended = [rank.communicate() for rank in ranks]  # what hangs ends with this part
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(next(err for _, err in ended if err.strip())[-2000:])
@@ -148,11 +143,7 @@ def _stop_and_go_on(config: Path, output: Path) -> bool:
 
 
 def _launch(config: Path, *changes: str, stop_in: Path | None = None) -> int:
-    """Runs launch/run.py on one rank. Asks it to stop once it has begun, if `stop_in` is its folder.
-
-    Raises:
-        RuntimeError: it failed.
-    """
+    """Runs launch/run.py on one rank. Asks it to stop once it has begun, if `stop_in` is its folder."""
     process = _start(config, *changes)
     while stop_in is not None and process.poll() is None and not (stop_in / "STOP").exists():
         if (stop_in / "status.json").exists() and read_json(stop_in / "status.json")["step"] >= 1:
@@ -161,18 +152,12 @@ def _launch(config: Path, *changes: str, stop_in: Path | None = None) -> int:
     return _end(process)
 
 
-def _start(config: Path, *changes: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def _start(config: Path, *changes: str, **variables: str) -> subprocess.Popen[str]:
     overrides = [word for change in changes if "=" in change for word in ("--set", change)]
     others = [change for change in changes if "=" not in change]
     command = [sys.executable, "launch/run.py", "--config", str(config), *overrides, *others]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | dict(environment or {}),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, **pipes)
 
 
 def _end(process: subprocess.Popen[str]) -> int:
@@ -196,7 +181,3 @@ def _groups(output: Path) -> set[tuple[int, str, int]]:
     layers = json.loads((output / "kept_groups.json").read_text())["layers"]
     lists = ((i, kind, x) for i, layer in enumerate(layers) for kind, x in layer.items() if isinstance(x, list))
     return {(i, kind, group) for i, kind, groups in lists for group in groups}
-
-
-def _different(one: set[tuple[int, str, int]], other: set[tuple[int, str, int]]) -> int:
-    return len(one - other)

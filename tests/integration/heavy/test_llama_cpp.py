@@ -7,8 +7,6 @@ of sums, f16 tables inside llama.cpp, and values near the middle of two steps. S
 
 import itertools
 import json
-import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +32,8 @@ from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
 from tests.families import YARN
 from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
 from tests.integration.heavy.families import GROUPS, deep, serve
-from tests.integration.heavy.results import record
-from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED
+from tests.integration.heavy.results import ask, python_of, record
+from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED, write
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
@@ -108,36 +106,19 @@ class Compared:
         return f"{self.case}-{self.precision}"
 
     def question(self) -> dict[str, Any]:
-        context = len(self.prompt) + self.new_tokens
-        return {
-            "file": str(self.file),
-            "context": context,
-            "prompt": self.prompt,
-            "new_tokens": self.new_tokens,
-            "texts": self.texts,
-        }
+        question = {name: getattr(self, name) for name in ("prompt", "new_tokens", "texts")}
+        return question | {"file": str(self.file), "context": len(self.prompt) + self.new_tokens}
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Returns a row of the result file per case and precision. llama.cpp reads them in a process of its own."""
-    python = os.environ.get("LLAMA_CPP_PYTHON")
-    if not python:
-        pytest.skip("LLAMA_CPP_PYTHON names no Python with llama-cpp-python: bash tests/run_heavy.sh")
+    python = python_of("LLAMA_CPP_PYTHON")
     root = tmp_path_factory.mktemp("gguf")
     items = [*make_tiny(root), *make_families(root), *make_real(root), *make_broken(root)]
     job = {"questions": {item.name: item.question() for item in items}, "out": str(root / "found.npz")}
     (root / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).with_name("ask_llama_cpp.py")
-    ended = subprocess.run(
-        [python, str(script), str(root / "job.json")],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    ask(python, Path(__file__).with_name("ask_llama_cpp.py"), root / "job.json", cwd=root)
     found = dict(np.load(root / "found.npz"))
     for item in items:
         item.found = {key.split("/")[1]: value for key, value in found.items() if key.startswith(f"{item.name}/")}
@@ -173,13 +154,11 @@ def make_families(root: Path) -> list[Compared]:
 
 
 def make_real(root: Path) -> list[Compared]:
-    source = embedded_model_dir()
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    prompt = AutoTokenizer.from_pretrained(source)(LONG_TEXT).input_ids[:64]
+    prompt = AutoTokenizer.from_pretrained(embedded_model_dir())(LONG_TEXT).input_ids[:64]
     items = []
     for case in REAL:
         (root / case.name).mkdir()
-        export(dense, case, source, root / case.name / "model")
+        write(case, root / case.name / "model")
         items += convert(case.name, "embedded", root / case.name, prompt, NEW_TOKENS, [*TEXTS, LONG_TEXT])
     return items
 

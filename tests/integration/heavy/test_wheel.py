@@ -1,20 +1,14 @@
 """The quickstart from the wheel, with fewer steps, in a folder without the checkout. See tests/run_heavy.sh."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
-import pytest
-
+from tests.integration.heavy.results import TAKES_MINUTES
 from tests.integration.launching import read_json, write_text
 from tests.integration.wheel import build_wheel, install_wheel, without_checkout
 
-pytestmark = [
-    pytest.mark.heavy,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"),
-]
+pytestmark = TAKES_MINUTES
 
 
 def test_the_quickstart_runs_from_the_wheel(tmp_path: Path) -> None:
