@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.integration.launching import Ended, Launcher, fork_ranks, launch, read_json, write_config, write_text
+from tests.integration.resuming import read_tensors
 from tests.oracle.models import make_tiny_llama
 from tests.stranger import ask_stranger
 
@@ -80,16 +80,6 @@ class Run:
     @cached_property
     def after(self) -> dict[str, Tensor]:
         return read_tensors(self.folder / "model")
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Reads all tensors of a checkpoint, by name. A tensor in two files is an error."""
-    tensors: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        found = load_file(path)
-        assert not found.keys() & tensors.keys()
-        tensors |= found
-    return tensors
 
 
 def run_all(root: Path) -> dict[str, Run]:

@@ -172,6 +172,34 @@ def contents(out: Path, step: int) -> Contents:
     return Contents(lora, load_file(scores) if scores.exists() else {}, read_state(out, step)["kept"])
 
 
+def assert_bitwise(found: Contents, expected: Contents) -> None:
+    assert found.kept == expected.kept
+    for ours, theirs in ((found.lora, expected.lora), (found.scores, expected.scores)):
+        assert_equal_tensors(ours, theirs)
+
+
+def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def assert_same_run(out: Path, straight: Path, step: int) -> None:
+    """Checks that two runs have the same losses, last checkpoint of `step` and exported model, bit by bit."""
+    assert losses(out) == losses(straight)
+    assert_bitwise(contents(out, step), contents(straight, step))
+    assert_equal_tensors(read_tensors(out / "model"), read_tensors(straight / "model"))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Reads all tensors of a checkpoint. A tensor in two files is an error."""
+    tensors: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found = load_file(path)
+        assert not found.keys() & tensors.keys()
+        tensors |= found
+    return tensors
+
+
 def read_state(out: Path, step: int) -> dict[str, Any]:
     return json.loads((out / "checkpoints" / f"step-{step}" / "state.json").read_text())
 

@@ -16,7 +16,6 @@ import torch
 from gguf import GGUFReader
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -24,6 +23,7 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.integration.launching import ROOT, Ended, read_json, run_to_end
+from tests.integration.resuming import assert_equal_tensors, read_tensors
 
 EXPORT = ROOT / "launch" / "export.py"
 STEPS = 6
@@ -62,10 +62,6 @@ def exported(source: Path, name: str, out: Path) -> Path:
     assert ended.out.splitlines()[-1] == f"{name}: {out}"
     assert not list(out.parent.glob(".*.partial"))
     return out
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -128,11 +124,7 @@ def test_the_finished_model_is_copied(run: Run, tmp_path: Path) -> None:
 def test_the_last_checkpoint_is_the_finished_model(run: Run, tmp_path: Path) -> None:
     out = exported(run.folder / "checkpoints" / f"step-{STEPS}", "hf", tmp_path / "hf")
     assert read_json(out / "config.json") == read_json(run.model / "config.json")
-    expected = read_tensors(run.model)
-    found = read_tensors(out)
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    assert_equal_tensors(read_tensors(out), read_tensors(run.model))
 
 
 @pytest.fixture

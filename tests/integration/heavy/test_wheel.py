@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.integration.heavy.results import TAKES_MINUTES
 from tests.integration.launching import read_json, write_text
-from tests.integration.wheel import build_wheel, install_wheel, without_checkout
+from tests.integration.test_wheel import build_wheel, install_wheel, without_checkout
 
 pytestmark = TAKES_MINUTES
 
