@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -109,7 +110,8 @@ class CallbackSuite(Suite):
 def make_callback_suite(folder: Path) -> Suite:
     straight = folder / "straight"
     straight.mkdir(parents=True)
-    callback_run.make_material(folder / "material")
+    job = callback_run.make_job(folder / "material")
+    (folder / "material" / "job").write_bytes(pickle.dumps(job))
     suite = CallbackSuite(folder, callback_run.STEPS, Path(callback_run.__file__).read_text(), b"")
     suite.resume(straight, straight / "out")
     expected = (straight / "out" / "kept_groups.json").read_bytes()

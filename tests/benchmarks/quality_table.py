@@ -1,4 +1,4 @@
-"""Shows means and spreads over seeds, as rows, as a table and as a picture of a few settings."""
+"""Shows means and spreads over seeds, as rows and as a picture of a few settings."""
 
 import statistics
 from collections.abc import Sequence
@@ -49,18 +49,6 @@ def _row(runs: list[dict[str, Any]]) -> Row:
 
 def _spread(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "spread": max(values) - min(values)}
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Returns plain text, with the spread over seeds in brackets."""
-    lines = [f"{'setting':<30}{'seeds':>6}{'tokens':>9}{'removed':>9}" + "".join(f"{t:>18}" for t in TEXTS)]
-    for row in rows:
-        perplexities = "".join(f"{row[t]['mean']:>10.2f} ({row[t]['spread']:5.2f})" for t in TEXTS)
-        lines.append(
-            f"{row['setting']:<30}{len(row['seeds']):>6}{row['tokens']:>9,}{row['removed_linear_fraction']:>9.2%}"
-            f"{perplexities}"
-        )
-    return "\n".join(lines)
 
 
 def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:

@@ -1,6 +1,6 @@
 """Runs two layers of LLaMA-65B and 70B widths on two CPU ranks, under an enforced limit of host memory.
 
-    python -m tests.benchmarks.wide_layers [--models 65b 65b-int8 70b bin]
+    python -m tests.benchmarks.wide_layers [--models 65b 65b-int8 70b]
 
 The weights are random, in bf16, with hidden 8192 and vocabulary 512. 65b has 64 heads and ffn 22016. 70b has 64 heads,
 8 key-value heads and ffn 28672. They are written to disk tensor by tensor. Two ranks (`wide_layers_rank.py`) load them
@@ -12,9 +12,8 @@ above its imports. The limit is its shard of the dense model, one whole decoder 
 RLIMIT_DATA would charge mapped files too.) The negative control is the same run, but one rank materialises the full
 weights. It must be killed.
 
-`65b-int8` is the same run with `model.frozen: int8`, to compare with `65b`. `bin` converts a `.bin` checkpoint of the
-65b widths, in a process under such a limit. `tiny` and `tiny-int8` are there to try the script. The result goes to
-tests/benchmarks/results/wide_layers.json.
+`65b-int8` is the same run with `model.frozen: int8`, to compare with `65b`. `tiny` and `tiny-int8` are there to try the
+script. The result goes to tests/benchmarks/results/wide_layers.json.
 """
 
 import argparse
@@ -22,17 +21,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.convert_bin import INDEX, converted
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import write_index, write_weight_file
@@ -41,8 +36,8 @@ from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
+from tests.benchmarks.memory import Watched, told, watch
 from tests.benchmarks.running import RESULTS, ROOT, cpu_environment
-from tests.benchmarks.watchdog import Watched, tell, told, watch
 from tests.benchmarks.wide_layers_rank import CUTS, STEPS, WINDOW, make_config
 from tests.integration.launching import on_ranks
 from tests.plan_cases import planned_peak
@@ -56,9 +51,8 @@ SIZES = {
     "70b": WIDE | {"num_key_value_heads": 8, "intermediate_size": 28672},
     "tiny": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704},
 }
-NAMES = ("65b", "65b-int8", "70b", "tiny", "tiny-int8", "bin")
+NAMES = ("65b", "65b-int8", "70b", "tiny", "tiny-int8")
 SLACK = 700_000_000  # bytes: linears fetched ahead of the layer in use, activations, what gloo and the allocator keep
-BIN_LIMIT = 300_000_000  # bytes: no tensor. What is mapped does not count
 
 
 def config_json(name: str) -> dict[str, Any]:
@@ -186,70 +180,14 @@ def check(result: dict[str, Any], dense: ModelShape) -> None:
         assert result["largest_extra_of_a_cut"] <= 3 * result["local_shard_of_a_layer"]
 
 
-# .bin checkpoints
-
-
-def measure_bin(folder: Path) -> dict[str, Any]:
-    """Converts the widths of 65B, one `.bin` per layer, in a watched process."""
-    command = [sys.executable, __file__, "--folder", str(folder)]
-    subprocess.run([*command, "--part", "write-bin"], check=True, cwd=ROOT, env=cpu_environment())
-    began = time.perf_counter()
-    own_cache = cpu_environment(XDG_CACHE_HOME=str(folder / "cache"))
-    process = subprocess.Popen([*command, "--part", "convert"], cwd=ROOT, env=own_cache)
-    watched = watch(process, folder, BIN_LIMIT)
-    assert (watched.killed, watched.exit_code) == (None, 0), watched
-    files = [path.stat().st_size for path in (folder / "bin").glob("*.bin")]
-    return {
-        "bytes": sum(files),
-        "largest_file": max(files),
-        "limit_above_imports": BIN_LIMIT,
-        "peak_above_imports": watched.peaks["rank-0"],
-        "seconds": time.perf_counter() - began,
-    }
-
-
-def write_bin(folder: Path) -> None:
-    """Writes `.bin` files from the folder's safetensors. Holds a whole layer, so it has its own process."""
-    pretrained, weight_map = open_pretrained(folder / "model"), {}
-    (folder / "bin").mkdir()
-    (folder / "bin" / "config.json").write_text(json.dumps(pretrained.config))
-    for part in ("model.layers.0.", "model.layers.1.", ""):
-        tensors = {}
-        for name, path in pretrained.files.items():
-            if name.startswith(part) and name not in weight_map:
-                with safe_open(path, framework="pt") as file:
-                    tensors[name] = file.get_tensor(name)
-        file_name = f"pytorch_model-{part or 'ends'}.bin"
-        torch.save(tensors, folder / "bin" / file_name)
-        weight_map |= dict.fromkeys(tensors, file_name)
-    (folder / "bin" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-
-
-def convert(folder: Path) -> None:
-    tell(folder, 0)
-    found, expected = open_pretrained(converted(folder / "bin")), open_pretrained(folder / "model")
-    assert found.shape == expected.shape
-    for name in expected.files:
-        shards = (pretrained.read_flat(name, 0, 512, torch.bfloat16) for pretrained in (found, expected))
-        assert torch.equal(*shards), name
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=NAMES, default=["65b", "65b-int8", "70b", "bin"])
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--part", choices=("write-bin", "convert"), help=argparse.SUPPRESS)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=["65b", "65b-int8", "70b"])
     arguments = parser.parse_args()
-    if arguments.part:
-        (write_bin if arguments.part == "write-bin" else convert)(arguments.folder)
-        return
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="wide-layers-") as scratch:
             folder = Path(scratch)
-            write_checkpoint(folder / "model", "65b" if name == "bin" else name)
-            if name == "bin":
-                keep(name, measure_bin(folder))
-                continue
+            write_checkpoint(folder / "model", name)
             found = measure(name, folder)
             if name.startswith("tiny"):
                 continue

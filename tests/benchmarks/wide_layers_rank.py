@@ -27,8 +27,7 @@ from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.write import write_model
-from tests.benchmarks.peak import Peak
-from tests.benchmarks.watchdog import tell
+from tests.benchmarks.memory import Peak, tell
 from tests.numerics.driver import Consecutive, assemble
 
 STEPS, WINDOW = 3, 16
