@@ -33,7 +33,7 @@ def ranks() -> Iterator[RankPool]:
 
 @pytest.fixture
 def fresh_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets transformers forget registered classes. Else a folder's own code gives way to that of an earlier test."""
+    """Makes transformers forget registered classes. Otherwise an earlier test's code would be taken."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 

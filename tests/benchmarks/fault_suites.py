@@ -52,7 +52,7 @@ def start(folder: Path, out: Path, command: Sequence[str], point: str | None = N
 
 @dataclass(frozen=True)
 class Suite:
-    """A run of launch/run.py in a folder of its own, its config, and its end without a fault."""
+    """A run of launch/run.py in its own folder, its config, and its end without a fault."""
 
     folder: Path
     steps: int

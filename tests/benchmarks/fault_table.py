@@ -21,7 +21,7 @@ DEADLINE = 600.0  # seconds for one run, on a busy machine
 
 @dataclass
 class Job:
-    """Holds a run under the launcher, in a session of its own."""
+    """Holds a run under the launcher, in its own session."""
 
     out: Path
     log: Path

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.host_cost [--rounds 3]
 
-Plain DeepSpeed and PEFT stand beside, without any pruning. So does the same network without ZeRO-3, as a limit. What is
+The references are plain DeepSpeed with PEFT, without pruning, and the same network without ZeRO-3. What is
 measured on two CPU ranks, on the busier one:
 
 * a step per decoder layer and micro-batch, forward and backward, as the difference of two depths

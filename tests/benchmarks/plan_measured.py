@@ -117,7 +117,7 @@ def peaks(request: Request, ranks: list[dict[str, Any]]) -> dict[str, tuple[int,
 
 
 def beside(rank: dict[str, Any], step: int, resident: int) -> int:
-    """Returns what a process held beside its state when a step began."""
+    """Returns the bytes that a process held in addition to its state when a step began."""
     if step % 2:
         return int(rank["steps"][step - 1]["rss"]) - resident
     state = rank["states"][step // 2]  # loaded, or after the cut
@@ -147,7 +147,7 @@ def faults(name: str, request: Request, ranks: list[dict[str, Any]]) -> list[str
 
 
 def keep(name: str, request: Request, rows: list[dict[str, Any]]) -> None:
-    """Shows one launch and puts it into the result file, beside those of other calls."""
+    """Shows one launch and adds it to the result file."""
     for when, (planned, measured) in peaks(request, rows).items():
         sizes = f"planned {planned / 1e6:>9.1f} MB  measured {measured / 1e6:>9.1f} MB"
         print(f"{name}, {when} the cut: {sizes}  {planned / measured:.3f}")

@@ -5,9 +5,9 @@
 
 One command makes the whole table, in hours. It reuses results in the work folder and in
 tests/benchmarks/results/quality.json. It makes a run again only if its settings, texts or windows changed. An
-interrupted run goes on from its checkpoint. The table, the picture and that JSON are written anew after every run.
+interrupted run goes on from its checkpoint. The table, the picture and that JSON are written again after every run.
 
-A run's `seconds` are those of training steps and cuts on the machine it ran on, so no row compares them. The dense
+A run's `seconds` are spent in training steps and cuts on the machine it ran on, so no row compares them. The dense
 model's pass before a distillation is not in them.
 
 Every run is launch/run.py through the deepspeed launcher. A held-out tenth of the tuning text decided all choices,
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def basis_of(setting: Setting | None, texts: dict[str, Path]) -> dict[str, Any]:
-    """Returns all that a result depends on beside its seed. Another basis means another result.
+    """Returns all that a result depends on, except its seed. Another basis means another result.
 
     Without a setting it is the dense model's basis.
     """

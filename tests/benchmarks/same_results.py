@@ -1,4 +1,4 @@
-"""Proves that a change of the code changed nothing in what is computed.
+"""Proves that a change of the code changed no result.
 
     python -m tests.benchmarks.same_results --reference CHECKOUT [--ranks 1 2 3] [--quickstart] [--work FOLDER]
 
@@ -199,7 +199,7 @@ def tensor_files(out: Path) -> set[Path]:
 
 
 def differences(old: Path, new: Path) -> Iterator[str]:
-    """Yields what is not the same in two runs, the earliest result first."""
+    """Yields the differences of two runs, the earliest result first."""
     old_facts, new_facts = facts(old), facts(new)
     if old_facts != new_facts:
         yield first_unequal(old_facts, new_facts)

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.start_up [--rows 10000 40000] [--rounds 3]
 
 Rows of instructions and of chats, about as long as LaMini's, are made of Python's help topics and tokenised for
-SmolLM2. The first start makes the tokens. The second one, in a process of its own, finds and maps them. Other work on
-the machine makes even CPU seconds longer. So all take turns in every round, and the round with the fewest CPU seconds
+SmolLM2. The first start makes the tokens. The second one, in another process, finds and maps them. Other work on
+the machine makes even CPU seconds longer. All take turns in every round, and the round with the fewest CPU seconds
 counts. The result goes to tests/benchmarks/results/start_up.json.
 """
 
@@ -46,7 +46,7 @@ def write_rows(path: Path, form: str, rows: int) -> Path:
 
 
 def load(path: str, form: str) -> None:
-    """Loads the samples as a rank does, and prints what it took."""
+    """Loads the samples as a rank does, and prints the seconds."""
     from loraprune_ds.model.tokenizer import load_tokenizer
     from loraprune_ds.train.data import loading
 

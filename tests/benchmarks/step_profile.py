@@ -4,8 +4,8 @@
 
 SmolLM2-135M, 16 windows of 128 tokens a step. torch's profiler watches one scored step of rank 0. An operation counts
 for the innermost part of the step around it, and one of a backward pass for the part of its forward. Matrix products
-count apart, wherever they are. What a part has beside its operations is Python. The profiler itself slows a step down.
-So the seconds of a step without it stand beside. The result goes to tests/benchmarks/results/step_profile.json.
+count apart, wherever they are. The rest of a part is Python. The profiler itself slows a step down, so
+the result has the seconds of a step without it, too. The result goes to tests/benchmarks/results/step_profile.json.
 """
 
 import argparse
@@ -64,7 +64,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 
 def name_parts() -> None:
-    """Has every function of `PARTS` tell the profiler when it runs."""
+    """Wraps every function of `PARTS`, to tell the profiler when it runs."""
     for part, functions in PARTS.items():
         for holder, name in functions:
             setattr(holder, name, _told(getattr(holder, name), PART + part))

@@ -4,7 +4,7 @@
 
 One engine holds the dense model. Another holds it cut to 50 % of its decoder-layer linear parameters. The third holds
 the dense model with int8 weights. Each round runs a plain ZeRO-3 LoRA step, the same step with scoring, and a plain
-step of both others. So the noise of a shared machine falls on all alike. The result has medians, and ratios of medians.
+step of both others. The noise of a shared machine affects all of them. The result has medians, and ratios of medians.
 It goes to tests/benchmarks/results/step_time.json.
 """
 

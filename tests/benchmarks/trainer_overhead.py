@@ -1,9 +1,9 @@
-"""Measures what the callback adds to a step of transformers' Trainer, with the package's own trainer beside it.
+"""Measures what the callback adds to a step of transformers' Trainer, and compares it with the package's own trainer.
 
     python -m tests.benchmarks.trainer_overhead [--rounds 2] [--steps 5]
 
 Each round trains six layers of SmolLM2-135M's widths three times on two CPU ranks, in fp32: with Trainer alone, with
-the callback, and with our own trainer. So the noise of a shared machine falls on all alike. Every step scores and none
+the callback, and with our own trainer. The noise of a shared machine affects all of them. Every step scores and none
 cuts. The first step of a training is a warm-up and does not count. Medians go to
 tests/benchmarks/results/trainer_overhead.json.
 """

@@ -1,8 +1,8 @@
-"""Semi-structured sparsity beside this project's: of four neighbouring weights two are zero.
+"""Semi-structured sparsity, for comparison: of four neighbouring weights two are zero.
 
 Which two is decided once, by Wanda's score |W_ij| · ‖x_j‖₂ (Sun et al., arXiv 2306.11695). Then LoRA trains freely, for
-the steps of any other run. The export merges it and applies the mask again. So half of the weights of the linears are
-zero in the model that is measured. Its shapes stay those of the dense model.
+the steps of any other run. The export merges it and applies the mask again. Half of the weights of the
+linears are zero in the measured model. Its shapes are the dense model's.
 """
 
 # torch does not type every method:
@@ -68,13 +68,13 @@ def input_norms(source: Path, text: Path) -> dict[str, Tensor]:
 
 
 def merged_where_kept(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
-    """Merges LoRA into a linear, and sets to zero again what was."""
+    """Merges LoRA into a linear, and restores its zeros."""
     tensors = merged_tensors(linear, dtype)
     return tensors | {"weight": tensors["weight"] * (linear.weight != 0)}
 
 
 class CutNothing(Pruner):
-    """Leaves the groups as they are. So LoRA only trains."""
+    """Keeps all groups: LoRA only trains."""
 
     def score(self, step: int) -> None:
         pass

@@ -176,7 +176,7 @@ def check(result: dict[str, Any], dense: ModelShape) -> None:
         assert abs(kept / dense.linear_numel() - 0.5) < 0.01, rank["layers_at_the_end"]
         # Merging rounds every weight to bf16 once more, 2**-9 of it.
         assert abs(rank["loss_reloaded"] / rank["loss_trained"] - 1) < 2e-2, rank
-    if dense.hidden_size >= WIDE["hidden_size"]:  # what a process holds besides tensors is nothing beside these
+    if dense.hidden_size >= WIDE["hidden_size"]:  # other memory of a process is small next to these tensors
         assert result["largest_extra_of_a_cut"] <= 3 * result["local_shard_of_a_layer"]
 
 
@@ -197,7 +197,7 @@ def main() -> None:
 
 
 def keep(name: str, found: dict[str, Any]) -> None:
-    """Writes a result beside those of other models, each with its origin."""
+    """Adds the result of a model to the file, with its origin."""
     facts = {"world_size": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions(), "hardware": hardware("cpu")}
     write_json(RESULT, (read_json(RESULT) if RESULT.exists() else {}) | {name: found | facts})
 

@@ -1,4 +1,4 @@
-"""Trains in transformers' Trainer on a launcher's ranks, from the newest checkpoint of its folder on, if there is one.
+"""Trains in transformers' Trainer on a launcher's ranks, from the newest checkpoint of its folder on.
 
 deepspeed --num_accelerators 2 tests/hf/callback_run.py MATERIAL OUT
 

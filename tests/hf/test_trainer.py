@@ -159,7 +159,7 @@ def test_an_evaluation_between_cuts_changes_nothing(ranks: RankPool, job: Job, p
     rows, same = ranks.run(2, train_with_callback, job, tmp_path, evaluated)[0]
     assert course(rows) == course(plain.rows)
     assert_equal_bits(same, plain.weights)
-    assert rows[-1]["gathered"] == plain.rows[-1]["gathered"]  # the order of modules is recorded anew meanwhile
+    assert rows[-1]["gathered"] == plain.rows[-1]["gathered"]  # the order of modules is recorded again meanwhile
 
 
 def test_stopping_early_and_half_gradients_are_warned_of(ranks: RankPool, job: Job, tmp_path: Path) -> None:

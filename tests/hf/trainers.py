@@ -36,7 +36,7 @@ KINDS = ("heads", "channels")
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """Lets accelerate and transformers begin anew in a process that other tests use, too."""
+    """Resets accelerate and transformers in a process that other tests use, too."""
     environment = dict(os.environ)
     try:
         yield
@@ -64,14 +64,14 @@ class Rows(Dataset):
 
 @dataclass(frozen=True)
 class Setup:
-    """Says what a user's Trainer has besides the callback.
+    """Describes a user's Trainer apart from the callback.
 
     Attributes:
-        reference: an adapter `ref` beside the trained one. Each loss is preceded by its forward pass without a
+        reference: a second adapter `ref`. Each loss is preceded by its forward pass without a
             gradient, as in DPO and GRPO.
         reentrant: how activation checkpointing recomputes. None: there is none.
-        fp32_lora: LoRA is in fp32 beside a base of less, as PEFT makes it by default.
-        whole: modules that train whole beside LoRA, by PEFT's `modules_to_save`.
+        fp32_lora: LoRA is in fp32 on a base of less, PEFT's default.
+        whole: modules that also train, whole, by PEFT's `modules_to_save`.
     """
 
     reference: bool = False

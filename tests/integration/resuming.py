@@ -35,7 +35,7 @@ CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Writes a tiny model, text and config into `folder`. `sections` add to those of the config.
+    """Writes a tiny model, text and config into `folder`. `sections` change the config.
 
     Adam's epsilon is 1e-3. tests/numerics/test_sharded_equals_dense.py tells the reason.
     """
@@ -70,7 +70,7 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def write_family(folder: Path, family: str) -> str:
-    """Writes a tiny model of a family beside the model of `write_run`. Returns the setting that names it."""
+    """Writes a tiny model of a family next to the model of `write_run`. Returns the setting that names it."""
     source = folder / family
     shutil.copytree(folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(folder / "source" / "tokenizer_config.json", source)

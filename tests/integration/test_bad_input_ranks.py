@@ -180,7 +180,7 @@ NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_t
 
 
 def log_collectives() -> None:
-    """Has torch.distributed write down what is called, in order."""
+    """Makes torch.distributed write down its calls, in order."""
     for name in (*NAMES, "all_gather_object"):
         _log_calls(name)
 

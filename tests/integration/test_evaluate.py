@@ -261,7 +261,7 @@ def other_tokens(made: Path, here: Path) -> list[Any]:
     return [made / "dense", "--dense", here / "other", "--text", made / "text.txt"]
 
 
-BAD: dict[str, tuple[Spoil, str]] = {  # unit tests have those of single parts
+BAD: dict[str, tuple[Spoil, str]] = {  # unit tests have more
     "no tokenizer": (without_tokenizer, "{here}/model has no tokenizer that can be read"),
     "damaged run": (damaged_run, "{here}/run/model/model-"),
     "unfinished run": (unfinished_run, "{here}/run holds an unfinished run (running at step 2 of 6) without a"),

@@ -1,4 +1,4 @@
-"""A run with int8 weights that is stopped between cuts: what its checkpoint holds, how it goes on, what is exported."""
+"""A run with int8 weights that is stopped between cuts: its checkpoint, how it goes on, its export."""
 
 from pathlib import Path
 from typing import Any

@@ -23,7 +23,7 @@ STARTED = 120.0  # seconds to import and prepare on a busy machine
 
 
 def start_node(node: int, config: Path, hosts: Path, port: int) -> subprocess.Popen[str]:
-    """Starts one launcher with one rank, in a process group of its own."""
+    """Starts one launcher with one rank, in its own process group."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", f"--hostfile={hosts}", "--no_ssh"]
     launcher += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
     return subprocess.Popen(

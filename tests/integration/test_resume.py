@@ -1,6 +1,6 @@
 """Compares a run that was stopped and resumed with the run that never stopped.
 
-At the same world size every number is computed by the same operations in the same order. So everything is compared bit
+At the same world size every number is computed by the same operations in the same order. Everything is compared bit
 by bit. On another number of ranks sums have another order. Then the tolerance is 1e-5, as
 tests/numerics/test_sharded_equals_dense.py explains. Dropout is on, but where micro-batches get another size.
 """
@@ -45,7 +45,7 @@ STOPS = [CUTS[0] - 1, CUTS[1], CUTS[-1] + 1]  # before a cut, at one, and after 
 
 @pytest.fixture(scope="module")
 def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes a run on two ranks that was never stopped. It has a checkpoint of every step, its config beside it."""
+    """Makes a run on two ranks that was never stopped. It has a checkpoint of every step. Its config lies next to it."""
     folder = tmp_path_factory.mktemp("straight")
     ranks.run(2, run_here, config_for(write_run(folder), folder / "out"))
     return folder / "out"

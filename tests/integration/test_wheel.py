@@ -15,7 +15,7 @@ SOURCES = ("pyproject.toml", "loraprune_ds", "launch", "ds_configs")
 
 
 def build_wheel(folder: Path) -> Path:
-    """Builds it from a copy, since a build leaves folders behind. The build tools are those of this Python."""
+    """Builds it from a copy, since a build leaves folders behind. This Python has the build tools."""
     copy = folder / "checkout"
     copy.mkdir()
     for name in SOURCES:
@@ -28,12 +28,12 @@ def build_wheel(folder: Path) -> Path:
 
 
 def install_wheel(wheel: Path, environment: Path) -> Path:
-    """Makes an environment of the wheel, beside the other packages of this Python. Returns its folder of programs."""
+    """Makes an environment with the wheel and the other packages of this Python. Returns its folder of programs."""
     _run(sys.executable, "-m", "venv", "--without-pip", str(environment))
     python = environment / "bin" / "python"
     _run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
     (packages,) = environment.glob("lib/python*/site-packages")
-    # A path in a .pth file comes last, and the .pth files in there are not read. So this checkout stays unknown.
+    # A path in a .pth file comes last, and the .pth files in there are not read. This checkout stays unknown.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
 

@@ -120,7 +120,7 @@ def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[L
 
 
 def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """Makes one cut. Returns the state before and after, what was sent, and how many old shards are alive."""
+    """Makes one cut. Returns the state before and after, the traffic, and how many old shards are alive."""
     trainer = build(job)
     trainer.step(1)
     trainer.step(2)
@@ -144,9 +144,9 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
 
 
 def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """Makes one cut of a model whose LoRA is fp32 beside a base of half precision, as PEFT makes it by itself.
+    """Makes one cut of a model with fp32 LoRA on a base of half precision, PEFT's default.
 
-    The linears compute as PEFT's, which cast what they are given. Such a model is live in somebody else's trainer.
+    The linears compute as PEFT's, which cast what they are given. Such a model is live in other trainers.
     """
 
     def add_fp32_lora(*given: Any) -> Any:
@@ -214,7 +214,7 @@ def _lora_in_order(trainer: Trainer) -> list[Any]:
 
 
 def disagree(job: Job) -> str:
-    """Lets the last rank keep another group. Every rank must say so, and none may hang."""
+    """Makes the last rank keep another group. Every rank must say so, and none may hang."""
     trainer = build(job)
     model = trainer.model
     heads = [0, 1] if model.rank < model.world_size - 1 else [0, 2]

@@ -191,7 +191,7 @@ def make_samples(job: Job) -> Samples:
 
 
 def train(job: Job) -> Outcome:
-    """Makes the whole run. Returns what it left behind."""
+    """Makes the whole run. Returns the outcome."""
     return run_steps(build(job), job)
 
 

@@ -47,7 +47,7 @@ def gathers(trainer: Trainer, step: int) -> list[int]:
 
 
 def train_on_a_kept_record(job: Job) -> dict[str, Any]:
-    """Cuts after each of the first three steps, and has the order recorded anew after the fourth."""
+    """Cuts after each of the first three steps, and makes DeepSpeed record the order again after the fourth."""
     trainer, recordings = build(job), 0
     construct = PartitionedParameterCoordinator.construct_parameter_trace_from_module_trace
 

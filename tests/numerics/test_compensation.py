@@ -50,7 +50,7 @@ def effective(layer: dict[str, Tensor]) -> Tensor:
 
 
 def dense_refit(inputs: Tensor, layer: dict[str, Tensor], kept: list[int]) -> Tensor:
-    """Returns W[:, K] + ΔW by least squares on the inputs themselves. The ridge has rows of its own."""
+    """Returns W[:, K] + ΔW by least squares on the inputs themselves. The ridge has its own rows."""
     removed = [j for j in range(inputs.shape[1]) if j not in kept]
     ridge = math.sqrt(RIDGE * float(inputs.square().sum(0).mean()))
     system = torch.cat([inputs[:, kept], ridge * torch.eye(len(kept), dtype=torch.float64)])

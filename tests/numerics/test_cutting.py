@@ -1,4 +1,4 @@
-"""One scoring and one cut, looked at closely: what is computed, sent, carried and freed."""
+"""One scoring and one cut, looked at closely: results, traffic, carried state, freed memory."""
 
 import math
 from dataclasses import replace
@@ -99,7 +99,7 @@ def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_si
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_lora_in_another_dtype_than_the_base_keeps_it(ranks: RankPool, job: Job, world_size: int) -> None:
-    """Other trainers leave LoRA in fp32 beside a bf16 base. One buffer for both would make all of it fp32."""
+    """Other trainers leave LoRA in fp32 on a bf16 base. One buffer for both would make all of it fp32."""
     mixed = replace(job, dtype="bfloat16")
     results = ranks.run(world_size, cutting.cut_once_with_fp32_lora, mixed, KEPT_HEADS, KEPT_CHANNELS)
     before, after = results[0]["before"], results[0]["after"]
@@ -136,7 +136,7 @@ def test_what_a_cut_leaves_alone_is_not_sent(
     linears = [linear.name for linear in LLAMA_LINEARS if linear.kind == kind]
     of_this_kind = [n for n in results[0]["before"] if ".layers.1." in n and any(linear in n for linear in linears)]
     most = sum(results[0]["before"][name].numel() for name in of_this_kind)
-    assert sum(calls) < 2 * most  # two layers, and nothing of the other kind beside
+    assert sum(calls) < 2 * most  # two layers, and nothing of the other kind
 
 
 def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: list[int] = KEPT_CHANNELS) -> Tensor:

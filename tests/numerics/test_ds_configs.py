@@ -149,7 +149,7 @@ def test_nothing_of_a_training_engine_is_left(ranks: RankPool, job: Job, config:
 
 
 def recording(module: Any, live: Callable[[], int], alive: list[int], shards: list[int]) -> Any:
-    """Patches the module's `build_inference_engine`. Records what is alive just before, and the shards it makes.
+    """Patches the module's `build_inference_engine`. Records the bytes alive just before, and its shards.
 
     The loss of a run's last evaluation must be computed in its chunks.
     """

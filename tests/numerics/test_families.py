@@ -1,4 +1,4 @@
-"""Families beside LLaMA on 1, 2 and 3 real ZeRO-3 ranks, against one dense process that holds the stock model.
+"""Other families than LLaMA on 1, 2 and 3 real ZeRO-3 ranks, against one dense process that holds the stock model.
 
 The dense side (tests/unit/plain_training.py) takes the loss from the stock model's own logits, and torch's AdamW. It
 runs in fp64, and once more in fp32. How far its two runs lie apart is what rounding alone does to such a random model.
@@ -30,7 +30,7 @@ IN_CI = ("qwen3", "qwen2", "gemma2", "phi3", "olmo2", "starcoder2", "cohere2", "
 
 
 def measured(run: PlainRun) -> dict[str, dict[str, Tensor]]:
-    """Returns what is compared, by kind and name, fp64."""
+    """Returns the compared tensors, by kind and name, fp64."""
     masters = {name: tensor.double() for name, tensor in run.tensors().items() if "lora_" in name}
     moments = {f"{name} {i}": m.double() for name, pair in run.moments().items() for i, m in enumerate(pair)}
     averages = run.averages[-1]

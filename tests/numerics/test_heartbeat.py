@@ -31,7 +31,7 @@ SHORT = 1.0  # seconds
 
 
 def fall_silent(silent: int) -> list[str | None]:
-    """Rank `silent` stops to beat. The others look at what they hear of it."""
+    """Rank `silent` stops to beat. The others look."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     comm = Communicator()
     heartbeat = Heartbeat(comm, SHORT)
@@ -129,7 +129,7 @@ def test_a_long_conversion_does_not_time_out(ranks: RankPool) -> None:
 
 
 def prepare_counting_reads(config: RunConfig, log: Path) -> str:
-    """Prepares on two ranks of one node. Logs which rank reads the data. Returns the error, if there is one."""
+    """Prepares on two ranks of one node. Logs which rank reads the data. Returns the error, or ""."""
     comm = Communicator()
 
     def read(source: DataSource) -> Any:

@@ -103,7 +103,7 @@ def test_a_refit_is_quantised_by_the_owner_of_the_layer(ranks: RankPool, job: Jo
     compared = 0
     for name, tensor in expected.items():
         refitted = any(f"layers.{i}." in name for i in int8.CUT_LAYERS) and ("o_proj" in name or "down_proj" in name)
-        if "base_layer.weight" not in name or refitted:  # the others were not quantised anew
+        if "base_layer.weight" not in name or refitted:  # the others were not quantised again
             assert torch.equal(found[name], tensor), name
             compared += refitted and "base_layer" in name
     assert compared == 2 * 2 * 3  # weight, scale and bias

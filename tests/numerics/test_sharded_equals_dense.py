@@ -53,7 +53,7 @@ def dense_run(job: Job, outcome: Outcome) -> tuple[DenseTrainer, list[StepRecord
 
 
 def assert_masks_are_decided(outcome: Outcome, records: list[StepRecord]) -> None:
-    """Checks that rounding could not have swapped two groups. Else equal masks would mean nothing."""
+    """Checks that rounding could not have swapped two groups. Otherwise equal masks would mean nothing."""
     for step in outcome.cut_steps:
         for averages, kept in zip(records[step - 1].averages, outcome.kept[step - 1], strict=True):
             for scores, groups in zip(averages, kept, strict=True):

@@ -2,7 +2,7 @@
 
     python -m tests.slurm.events [--only REGEX] [--out FILE]
 
-Every event must end as said. Its kept groups must be those of a run without Slurm on as many ranks (fp32, no dropout).
+Every event must end as said. Its kept groups must equal a run without Slurm on as many ranks (fp32, no dropout).
 Exit code 1 unless all do. Needs root on Debian. Takes about ten minutes on two idle cores.
 """
 
@@ -42,7 +42,7 @@ def run_two_per_node(lab: Lab, row: Row) -> None:
 
 @event("2 nodes, 2 ranks each, hpZ over the node")
 def run_with_hpz(lab: Lab, row: Row) -> None:
-    """Hierarchical partitioning keeps a copy of the weights on each node. It must not change what is cut."""
+    """Hierarchical partitioning keeps a copy of the weights on each node. It must not change the cut."""
     settings = read_json(ROOT / "ds_configs" / "zero3.json")["zero_optimization"] | {"zero_hpz_partition_size": 2}
     change = deepspeed(lab, "hpz.json", read_json(ROOT / "ds_configs" / "zero3.json") | {"zero_optimization": settings})
     lab.finish(row, lab.submit("hpz", change, RANKS_PER_NODE="2"), "hpz", 4)
@@ -131,7 +131,7 @@ def kill_rank(lab: Lab, row: Row) -> None:
 
 @event("rank killed, REQUEUE_FAILED=1", expected_restarts=(1,))
 def kill_rank_of_patient_job(lab: Lab, row: Row) -> None:
-    """With REQUEUE_FAILED nobody has to come."""
+    """With REQUEUE_FAILED it is requeued by itself."""
     job = started(lab, "failed", SAVED, REQUEUE_FAILED="1")
     os.kill(lab.rank_process("failed", nodes_of(lab, job)[1]), signal.SIGKILL)
     job.wait_until(lambda: job.restarts == 1, "requeued", PATIENCE)
@@ -292,7 +292,7 @@ def main() -> int:
 def write_result(path: Path, rows: Sequence[Row], slurm: str, folder: str) -> None:
     """Writes the result after every event, in the place of older rows of the same name.
 
-    So an interrupted command keeps what it has found.
+    An interrupted command keeps its rows.
     """
     found = {row.event: asdict(row) | {"good": row.good} for row in rows}
     old = {row["event"]: row for row in read_json(path)["rows"]} if path.exists() else {}

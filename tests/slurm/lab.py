@@ -52,7 +52,7 @@ class Row:
 
 
 class Lab:
-    """Runs `config` on a cluster, event after event. Each has an output_dir of its own."""
+    """Runs `config` on a cluster, event after event. Each has its own output_dir."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -66,7 +66,7 @@ class Lab:
         return self.cluster.submit("prune.sbatch", self.config, *arguments, options=tuple(options), variables=variables)
 
     def straight(self, ranks: int, *changes: str) -> bytes:
-        """kept_groups.json of the run without Slurm, on as many ranks."""
+        """kept_groups.json of the run without Slurm, on the same number of ranks."""
         if (ranks, changes) not in self._straight:
             out = self.folder / f"straight-{len(self._straight)}"
             arguments = [word for change in (f"output_dir={out}", *changes) for word in ("--set", change)]

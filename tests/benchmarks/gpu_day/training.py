@@ -1,4 +1,4 @@
-"""Steps, cuts and offload of LLaMA-7B and 13B on random weights: seconds and bytes beside the plan."""
+"""Steps, cuts and offload of LLaMA-7B and 13B on random weights: seconds and bytes next to the plan."""
 
 import statistics
 import time

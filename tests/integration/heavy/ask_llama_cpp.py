@@ -1,6 +1,6 @@
 """Asks llama.cpp about GGUF files. Its Python has llama-cpp-python and nothing of this project.
 
-ask_llama_cpp.py JOB.json     writes what it finds into the .npz file that the job names
+ask_llama_cpp.py JOB.json     writes its findings into the .npz file that the job names
 """
 
 import json

@@ -112,7 +112,7 @@ class Compared:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Returns a row of the result file per case and precision. llama.cpp reads them in a process of its own."""
+    """Returns a row of the result file per case and precision. llama.cpp reads them in its own process."""
     python = python_of("LLAMA_CPP_PYTHON")
     root = tmp_path_factory.mktemp("gguf")
     items = [*make_tiny(root), *make_families(root), *make_real(root), *make_broken(root)]

@@ -1,6 +1,6 @@
 """The tour of a user: chats, a run, its report, wandb, an export, an answer of llama.cpp.
 
-The commands are those of README.md and the pages that it links. Only model, size and folder are other ones. See
+The commands come from README.md and the pages that it links. Only model, size and folder are other ones. See
 tests/run_heavy.sh.
 """
 

@@ -110,7 +110,7 @@ def test_smollm2_is_cut_as_by_our_own_trainer(ranks: RankPool, tmp_path: Path) -
     record("trainer_callback", {"rows": rows})
     assert sum(after["kept"] != before["kept"] for before, after in pairwise([{"kept": None}, *own])) >= 3
     for step, (ours, theirs) in enumerate(zip(own, foreign, strict=True), start=1):
-        # Adam's epsilon of 1e-8 turns rounding of near-zero gradients into full steps. So weights part slowly.
+        # Adam's epsilon of 1e-8 turns rounding of near-zero gradients into full steps. Weights part slowly.
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3), step
         for row in ours["differences"]:
             assert row["gap"] < 1e-3, row  # a tie, as far as such weights tell

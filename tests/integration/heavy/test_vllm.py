@@ -47,7 +47,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Returns a row of the result file for each model. vLLM runs them one after another in a process of its own."""
+    """Returns a row of the result file for each model. vLLM runs them one after another in its own process."""
     python = python_of("VLLM_PYTHON")
     root = tmp_path_factory.mktemp("vllm")
     items = [*make_real(root), *make_families(root)]
