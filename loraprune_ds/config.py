@@ -69,11 +69,8 @@ class PruneConfig:
 
     ratio: Part | None = 0.5  # of all decoder-layer linear parameters, cut at the end. None: `target` decides
     target: Size | None = None  # instead: parameters of the whole model (4.5B) or memory of a server (24GiB)
-    target_context: Count = 4096  # memory: tokens of a sequence in the server's KV cache
-    target_batch: Count = 1  # memory: sequences in the KV cache at once
+    target_context: Count = 4096  # memory: tokens in the server's KV cache, over all its sequences
     target_weight_bits: Positive = 16.0  # memory: bits per parameter of the linears, scales included
-    target_embedding_bits: Positive = 16.0  # memory: of embedding, head, norms and biases
-    target_kv_bits: Positive = 16.0  # memory: of a value in the KV cache
     head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
@@ -85,8 +82,6 @@ class PruneConfig:
     cooldown_fraction: Fraction = 0.1  # of the steps, after the last cut
     protected_first: CountOr0 | None = None  # None: the first 10 % of the layers, at least one
     protected_last: CountOr0 = 1
-    min_heads: Count = 1  # key-value groups a layer keeps at least
-    min_channels: Count = 1
     max_layer_ratio: PartOrAll = 1.0  # of its linear parameters that a layer may lose
     channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
     tensor_parallel: Count = 1  # ranks of a server that will share the result. Heads and channels divide by it
@@ -94,7 +89,6 @@ class PruneConfig:
     compensate: Compensation = "none"  # for linears losing inputs, such as o_proj and down_proj: pruning/compensate.py
     compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
     compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
-    compensate_ridge: Positive = 0.05  # added to the diagonal, as a fraction of the mean squared input
 
     @model_validator(mode="before")
     @classmethod
@@ -107,14 +101,14 @@ class PruneConfig:
             "give exactly one of prune.ratio and prune.target; null takes one away",
         )
         sizes_memory = self.target_amount is not None and self.target_amount.unit == "bytes"
-        for name in ("context", "batch", "weight_bits", "embedding_bits", "kv_bits"):
+        for name in ("context", "weight_bits"):
             _check_effect(self, f"prune.target_{name}", sizes_memory, "a prune.target in bytes, such as 24GiB")
         require(
             self.warmup_fraction + self.cooldown_fraction < 1,
             "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
         )
         compensates = self.compensate != "none"
-        for name in ("steps", "decay", "ridge"):
+        for name in ("steps", "decay"):
             _check_effect(self, f"prune.compensate_{name}", compensates, "prune.compensate: least_squares")
 
     @property
@@ -142,12 +136,8 @@ class TrainConfig:
     epochs: Positive | None = None
     recovery_steps: CountOr0 = 0  # after `steps`, without any cut
     learning_rate: LearningRate = 1e-4
-    recovery_learning_rate: LearningRate | None = None  # at the start of the recovery. None: as learning_rate
     lr_scheduler: Scheduler = "linear"
     warmup_steps: CountOr0 = 0
-    weight_decay: AtLeast0 = 0.0
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
     adam_epsilon: Positive = 1e-8
     max_grad_norm: AtLeast0 = 1.0  # 0: no clipping
     group_by_length: bool = False  # a step's samples of like length share a micro-batch, with less padding
@@ -157,7 +147,6 @@ class TrainConfig:
     distill_temperature: Positive = 1.0
     distill_top_k: Count | None = None  # of the dense model's logits, kept. None: its final hidden states, exact
     deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
-    loss_chunk_tokens: Count | None = None  # tokens whose logits are held at once. None: those of 256 MiB in fp32
 
     def __post_init__(self) -> None:
         require(
@@ -168,8 +157,7 @@ class TrainConfig:
         require((self.steps is None) != (self.epochs is None), "give exactly one of train.steps and train.epochs")
         if self.steps is not None:
             self.check_warmup(self.steps)
-        recovers, distills = self.recovery_steps > 0, self.distill_weight > 0
-        _check_effect(self, "train.recovery_learning_rate", recovers, "train.recovery_steps")
+        distills = self.distill_weight > 0
         _check_effect(self, "train.distill_temperature", distills, "train.distill_weight")
         _check_effect(self, "train.distill_top_k", distills, "train.distill_weight")
 
@@ -216,16 +204,13 @@ class CheckpointConfig:
 
     every: Count | None = 100  # steps. None: only on request and at the end
     keep_last: Count = 2
-    copy_source: bool = False  # copies the frozen weights, instead of naming their folder and digest
 
 
 @dataclass(frozen=True, config=STRICT)
 class LoggingConfig:
     """Says what a person sees during the run."""
 
-    progress: bool = True
     report_to: list[Reporter] | None = None  # that get the records. None: tensorboard
-    verbose: bool = False  # DeepSpeed's and transformers' own messages
     profile_steps: list[Count] | None = None  # steps whose torch.profiler trace rank 0 writes into profile/
 
 

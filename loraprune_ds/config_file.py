@@ -1,7 +1,7 @@
 """Reads YAML and `--set` overrides into the frozen dataclasses of `config.py`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -19,8 +19,41 @@ REMOVED = {  # keys and values of earlier versions, and why
     "prune.compensate=bias": f"prune.compensate: least_squares measured better on every text {SEE}",
     "prune.criterion=reap": f"prune.criterion: lora measured better with the same steps {SEE}",
     "prune.gradient_every": "its name is prune.score_every",
+    "prune.min_heads": "prune.max_layer_ratio is the limit of what a layer may lose",
+    "prune.min_channels": "prune.max_layer_ratio is the limit of what a layer may lose",
+    "prune.compensate_ridge": f"0.05 was right wherever it was measured {SEE}",
+    "prune.target_batch": "prune.target_context counts the tokens of all sequences",
+    "prune.target_embedding_bits": "embedding, head, norms and biases count 16 bits",
+    "prune.target_kv_bits": "a value in the KV cache counts 16 bits",
+    "train.recovery_learning_rate": "the recovery starts at train.learning_rate",
+    "train.weight_decay": "LoRA trains without weight decay",
+    "train.adam_beta1": "it is 0.9",
+    "train.adam_beta2": "it is 0.999",
+    "train.loss_chunk_tokens": "256 MiB of logits are held at once",
+    "checkpoint.copy_source": "loraprune-ds export makes a folder that needs no other",
+    "logging.progress": "a terminal gets a live line, a file plain lines",
     "logging.tensorboard": "logging.report_to names all that get the records; [] is none",
+    "logging.verbose": "DeepSpeed and transformers tell errors only",
 }
+# The values that removed settings had where nobody set them. A run with these is the same run without.
+DEFAULTS_OF_REMOVED: dict[str, Any] = {
+    "prune.min_heads": 1,
+    "prune.min_channels": 1,
+    "prune.compensate_ridge": 0.05,
+    "prune.target_batch": 1,
+    "prune.target_embedding_bits": 16.0,
+    "prune.target_kv_bits": 16.0,
+    "train.recovery_learning_rate": None,
+    "train.weight_decay": 0.0,
+    "train.adam_beta1": 0.9,
+    "train.adam_beta2": 0.999,
+    "train.loss_chunk_tokens": None,
+    "checkpoint.copy_source": False,
+    "logging.progress": True,
+    "logging.verbose": False,
+}
+# Whatever a recorded run had for these, its result is the same without.
+NO_EFFECT_ON_RESULT = ("train.loss_chunk_tokens", "checkpoint.copy_source", "logging.progress", "logging.verbose")
 TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}  # by pydantic's names
 
 
@@ -95,7 +128,35 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     Raises:
         UserError: as `load_config`.
     """
-    return _build(RunConfig, raw)
+    return _build(RunConfig, _without(raw, _is_old_default))
+
+
+def forget_removed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recorded config without the settings that are gone, where the run is the same without them.
+
+    Raises:
+        UserError: one of them had a value that would make it another run.
+    """
+    kept = _without(saved, lambda name, value: name in NO_EFFECT_ON_RESULT or _is_old_default(name, value))
+    for name in DEFAULTS_OF_REMOVED:
+        section, key = name.split(".")
+        if key in (values := kept.get(section) or {}):
+            raise UserError(f"this run has {name} {values[key]!r}, which is gone: {REMOVED[name]}")
+    return kept
+
+
+def _is_old_default(name: str, value: Any) -> bool:
+    return name in DEFAULTS_OF_REMOVED and value == DEFAULTS_OF_REMOVED[name]
+
+
+def _without(raw: dict[str, Any], is_dropped: Callable[[str, Any], bool]) -> dict[str, Any]:
+    """Returns a copy of a config without the values of `section.key` for which `is_dropped`."""
+    return {
+        section: {key: value for key, value in values.items() if not is_dropped(f"{section}.{key}", value)}
+        if isinstance(values, dict)
+        else values
+        for section, values in raw.items()
+    }
 
 
 def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

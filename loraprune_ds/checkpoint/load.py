@@ -14,7 +14,7 @@ from loraprune_ds.checkpoint.layout import CheckpointMismatch
 from loraprune_ds.checkpoint.pruner_files import keep_from_lists, read_moments, read_scores
 from loraprune_ds.checkpoint.state import RunState, ShapeSource, read_state
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict
+from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.hub import locate_model
@@ -42,7 +42,7 @@ class TrainingCheckpoint:
         if not shape.is_source:
             return self.folder.parent / shape.folder
         source = Path(shape.folder)
-        return source if source.is_dir() else locate_model(config_from_dict(self.state.config).model)
+        return source if source.is_dir() else locate_model(config_from_dict(forget_removed(self.state.config)).model)
 
     def frozen_weights(self, config: RunConfig) -> PretrainedModel:
         """Opens the model without LoRA, cut as it is in this checkpoint.

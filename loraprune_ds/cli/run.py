@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
-from loraprune_ds.config import LoggingConfig, RunConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.launchers import find_launchers
@@ -68,7 +68,7 @@ def main() -> int:
         if start.kind != "finished":
             if config.train.deterministic:
                 os.environ |= deterministic_kernels()
-            comm = join_ranks(config.logging)
+            comm = join_ranks()
             joined = True
             if not prune(config, comm, start, launchers):
                 return STOPPED_EXIT_CODE
@@ -84,13 +84,12 @@ def main() -> int:
     return 0
 
 
-def join_ranks(logging: LoggingConfig) -> "Communicator":
+def join_ranks() -> "Communicator":
     """Returns the ranks of this run, after all have imported what they need. Collective."""
     check_ranks(os.environ)  # what is wrong is an error before DeepSpeed is imported
     collective_timeout(os.environ)
     longest_silence(os.environ)
-    if not logging.verbose:
-        silence_run()
+    silence_run()
     try:
         import loraprune_ds.train.run  # noqa: F401  # a missing package is an error before other ranks wait
         from loraprune_ds.zero.engine import start_ranks

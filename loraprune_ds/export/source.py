@@ -10,7 +10,7 @@ from loraprune_ds.checkpoint.layout import layer_file, numbered, step_folder
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, check_training_checkpoint
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, Status, read_status
 from loraprune_ds.checkpoint.state import STATE_FILE
-from loraprune_ds.config_file import config_from_dict
+from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.hub import locate_model
@@ -45,7 +45,7 @@ class UnmergedModel:
 
     def __init__(self, checkpoint: TrainingCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self.config = config_from_dict(checkpoint.state.config)
+        self.config = config_from_dict(forget_removed(checkpoint.state.config))
         self.dense = open_for_pruning(locate_model(self.config.model), self.config)
         self.base = checkpoint.frozen_weights(self.config)
         # The family is the dense model's, even where the smaller one had to be described as another.

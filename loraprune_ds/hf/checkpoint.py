@@ -9,7 +9,7 @@ is whole.
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.checkpoint.staging import Staging
 from loraprune_ds.checkpoint.state import STATE_FILE
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.config_file import forget_removed
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.faults import fail_point
 from loraprune_ds.files import read_json
@@ -217,6 +218,7 @@ def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState
     layout.check_format(raw.get("format"), path)
     try:
         state = PruningState(**raw)
+        state = replace(state, **forget_removed({"prune": state.prune}))
     except TypeError:
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
     if state.world_size != comm.world_size:

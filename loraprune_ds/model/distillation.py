@@ -65,7 +65,7 @@ class Recording:
     temperature: float = 1.0
 
 
-def chunk_size(vocab_size: int, given: int | None, *, buffers: int = BUFFERS) -> int:
+def chunk_size(vocab_size: int, given: int | None = None, *, buffers: int = BUFFERS) -> int:
     """Returns how many tokens' logits are held at once. Without `given` all buffers together have LOGITS_AT_ONCE."""
     return given or max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
 

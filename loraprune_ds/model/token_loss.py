@@ -166,7 +166,7 @@ class TokenLosses:
         return self.lm_head(decoded.last_hidden_state, labels, distillation, supervised)
 
 
-def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTrainedModel:
+def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -> PreTrainedModel:
     """Makes `model(input_ids=…, labels=…)` give token losses. Parameters and their names stay.
 
     Raises:
@@ -178,12 +178,10 @@ def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None) -> PreTr
     return model
 
 
-def build_for_losses(
-    pretrained: PretrainedModel, attention: str, loss_chunk_tokens: int | None = None
-) -> PreTrainedModel:
+def build_for_losses(pretrained: PretrainedModel, attention: str) -> PreTrainedModel:
     """Builds a pretrained model's modules without weights (classes.build_on_meta).
 
-    Told the labels, the model gives token losses, `loss_chunk_tokens` at a time.
+    Told the labels, the model gives token losses.
 
     Args:
         attention: `model.attn_implementation`. Some families get another one (attention.py).
@@ -193,6 +191,6 @@ def build_for_losses(
     """
     used = attn_implementation(attention, pretrained.shape.family)
     with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
-        model = with_token_losses(build_on_meta(pretrained.config, used), loss_chunk_tokens)
+        model = with_token_losses(build_on_meta(pretrained.config, used))
     hold_frozen(model, pretrained.shape)
     return model

@@ -36,7 +36,7 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     return max(mlp, scores) + batch.causal_mask
 
 
-def logits(shape: ModelShape, batch: PlannedBatch, chunk_tokens: int | None) -> int:
+def logits(shape: ModelShape, batch: PlannedBatch, chunk_tokens: int | None = None) -> int:
     """Returns the bytes of a chunk's logits, in the model's dtype and in fp32.
 
     Hidden states before the head and their gradient come on top, for all tokens.

@@ -56,7 +56,7 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """Returns the most bytes of a checkpoint: LoRA with its state, weights that are not the source's, moments."""
         request, dense, measured = self.request, self.request.shape, self.request.measured_layers
-        weights = held_bytes(request.held(dense)) if request.config.checkpoint.copy_source or measured else 0
+        weights = held_bytes(request.held(dense)) if measured else 0
         moments = sum(moment_bytes(dense, request.world_size, measured))
         return 12 * sum(dense.lora_sizes(request.config.lora.r)) + weights + moments
 

@@ -91,7 +91,7 @@ def _recording(request: Request) -> Terms:
     train, shape, (batch, _, _) = request.config.train, request.shape, teacher_pass(request)
     targets = batch.tokens * shape.hidden_size * request.element_size
     if train.distill_top_k is not None:
-        chunk = min(batch.tokens, chunk_size(shape.vocab_size, train.loss_chunk_tokens))
+        chunk = min(batch.tokens, chunk_size(shape.vocab_size))
         targets = chunk * shape.vocab_size * 8 + batch.tokens * (12 * train.distill_top_k + 4)
     return _forward_pass(request, shape, batch) | {"targets": targets}
 
@@ -118,9 +118,9 @@ def _training(request: Request, shape: ModelShape) -> Terms:
     """
     train, e = request.config.train, request.element_size
     batch = request.batch(train.micro_batch_size, request.config.data.window)
-    head = logits(shape, batch, train.loss_chunk_tokens)
+    head = logits(shape, batch)
     if train.distill_weight:
-        chunk, k = min(batch.tokens, chunk_size(shape.vocab_size, train.loss_chunk_tokens)), train.distill_top_k
+        chunk, k = min(batch.tokens, chunk_size(shape.vocab_size)), train.distill_top_k
         per_logit = (12 if k is None or e == 4 else 8) + (4 if train.distill_temperature != 1 else 0)
         teacher = shape.hidden_size * e if k is None else 12 * k + 4  # its ids are int64 by now
         head = chunk * shape.vocab_size * per_logit + batch.tokens * (2 * shape.hidden_size * e + teacher)
@@ -163,7 +163,7 @@ def _forward_pass(request: Request, shape: ModelShape, batch: PlannedBatch) -> T
 
 def _evaluation(request: Request, shape: ModelShape) -> Terms:
     batch = request.batch(request.config.evaluate.batch_size, request.config.evaluate.window)
-    head = {"logits": logits(shape, batch, request.config.train.loss_chunk_tokens)}
+    head = {"logits": logits(shape, batch)}
     return _forward_pass(request, shape, batch) | head
 
 

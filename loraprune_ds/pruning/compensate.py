@@ -27,8 +27,10 @@ from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
 
+RIDGE = 0.05  # measured with 0.01 too: tests/benchmarks/README.md
 
-def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
+
+def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
     """Adds ΔW to the kept columns of the weight: (out_features, in_features), in its own dtype.
 
     Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these, in bytes.
@@ -40,7 +42,7 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -
     Args:
         moment: C or any multiple of it, (in_features, in_features).
         kept: indices of the inputs that stay.
-        ridge: λ.
+        ridge: λ, added to the diagonal as a fraction of its mean.
 
     Raises:
         RunError: C holds an inf or NaN, or is zero.
@@ -121,7 +123,7 @@ class Compensator:
             moment = self.moments.sums[linear_id]
             kept = shape.kept_indices(linear_id.layer, linear_id.linear.parts, keep[linear_id.layer]).to(moment.device)
             try:
-                return refit(linear, moment, kept, self._config.compensate_ridge)
+                return refit(linear, moment, kept)
             except RunError as error:
                 raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.linear.name}: {error}") from None
 

@@ -97,7 +97,7 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     limits = replace(limits, ratio=ratio)
     if config.head_ratio is None:
         return limits
-    return replace(limits, shares=_shares(config, config.head_ratio, limits))
+    return replace(limits, shares=_shares(config.head_ratio, limits))
 
 
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
@@ -114,7 +114,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
-    least = {"heads": config.min_heads, "channels": config.min_channels, "experts": max(1, dense.least_experts)}
+    least = {"experts": max(1, dense.least_experts)}
     floor: list[LayerShape] = []
     budget: list[int] = []
     for i, layer in enumerate(dense.layers):
@@ -173,7 +173,7 @@ def _open_numel(limits: Limits, layers: Sequence[LayerShape], kind: Kind | None 
     return sum(layer[kind] for layer in of_open) * dense.group_numel(kind)
 
 
-def _shares(config: PruneConfig, head_ratio: float, limits: Limits) -> dict[Kind, float]:
+def _shares(head_ratio: float, limits: Limits) -> dict[Kind, float]:
     """Returns each kind's part of the parameters that leave, with `prune.head_ratio`.
 
     Raises:
@@ -187,10 +187,7 @@ def _shares(config: PruneConfig, head_ratio: float, limits: Limits) -> dict[Kind
     leaving, of_heads = limits.ratio * dense.linear_numel(), head_ratio * heads
     half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: as near as whole heads come
     if of_heads > most_heads + half_a_step:
-        raise UserError(
-            f"prune.head_ratio {head_ratio} is more of the heads than prune.min_heads {config.min_heads} lets "
-            f"go: {most_heads / heads:.1%}"
-        )
+        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
     if not of_heads <= leaving <= of_heads + most_channels + half_a_step:
         raise UserError(
             f"prune.head_ratio {head_ratio} with prune.ratio {limits.ratio} would take "

@@ -16,6 +16,8 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import Limits, limits_without_ratio, reachable, with_ratio
 from loraprune_ds.pruning.ranking import uniform_goal
 
+BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
+
 
 @dataclass(frozen=True)
 class ServerMemory:
@@ -37,9 +39,8 @@ class ServerMemory:
 def server_memory(config: PruneConfig, shape: ModelShape) -> ServerMemory:
     """Adds up weights and KV cache of a model under `prune.target_*`."""
     linear = shape.linear_numel()
-    weights = linear * config.target_weight_bits + (shape.total_numel() - linear) * config.target_embedding_bits
-    per_token = cached_numel(shape) * config.target_kv_bits / 8
-    return ServerMemory(weights / 8, per_token, config.target_context * config.target_batch)
+    weights = linear * config.target_weight_bits / 8 + (shape.total_numel() - linear) * BYTES
+    return ServerMemory(weights, BYTES * cached_numel(shape), config.target_context)
 
 
 def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:

@@ -154,7 +154,7 @@ class Checkpoints:
         """Says where the frozen weights of a step are. Writes them if they are nowhere yet. Collective."""
         cuts = self._cuts_made(step)
         only_sliced = cuts == 0 or self.config.prune.compensate == "none"
-        if only_sliced and not self.config.checkpoint.copy_source:
+        if only_sliced:
             return self._source
         if self._published is not None and self._published.folder == f"shape-{cuts}":
             return self._published

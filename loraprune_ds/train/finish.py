@@ -83,8 +83,7 @@ def _evaluate_exported(staging: Path, config: RunConfig, prepared: Prepared, com
     model = config.model
     # Every rank opens it: if one cannot, output_dir is not shared.
     pretrained = comm.all_or_raise(lambda: open_pretrained(staging))
-    chunk = config.train.loss_chunk_tokens
-    engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config, chunk)
+    engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config)
     return measure_held_out(
         engine, prepared.windows, config.evaluate.batch_size, comm, step=prepared.steps, name="pruned"
     )

@@ -14,7 +14,7 @@ from loraprune_ds.checkpoint.layout import CheckpointMismatch
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE, Status, read_status
 from loraprune_ds.checkpoint.state import newest_state
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict, merge
+from loraprune_ds.config_file import config_from_dict, forget_removed, merge
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import write_text
 from loraprune_ds.whole import remove_leftovers
@@ -26,7 +26,7 @@ CONFIG_FILE = "config.yaml"
 NOT_THE_RUN = ("logging", "output_dir")  # a run shown otherwise or elsewhere is the same run
 SHARED_WAIT = 60.0  # seconds; a network file system may remember for half a minute that a file was missing
 # A resumed run may also change how it is saved and how a global batch is split.
-MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size", "train.loss_chunk_tokens")
+MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def resumed_config(given: dict[str, Any], resume: str | None) -> RunConfig:
     except OSError as error:  # a name that is too long, a disk that does not answer
         raise UserError(f"output_dir {output_dir} cannot be read: {error.strerror}") from None
     if saved is not None:
-        with suppress(UserError):  # a contradiction between both is another run, which `inspect_output` refuses
-            return config_from_dict(merge(saved, given))
+        with suppress(UserError):  # what does not go together is another run, which `inspect_output` refuses
+            return config_from_dict(merge(forget_removed(saved), given))
     return config_from_dict(given)
 
 
@@ -174,7 +174,11 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]
     """Finds the dotted keys whose values differ. Sections and keys in `ignored` do not count.
 
     The config of an earlier version may lack keys. They have their defaults there.
+
+    Raises:
+        UserError: as `forget_removed`.
     """
+    old = forget_removed(old)
     with suppress(UserError):  # a key that no version knows is a difference like others
         old = config_from_dict(old).to_dict()
     return list(_differences(old, new, ignored, ""))

@@ -1,6 +1,5 @@
 """Passes a run's records on: to the history for the report, metrics.jsonl, TensorBoard and the progress display."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +44,6 @@ class Recorder:
     def __init__(
         self, config: RunConfig, folder: Path, steps: int, checkpoint: TrainingCheckpoint | None, *, active: bool
     ) -> None:
-        logging = config.logging
         self.history = History()
         self._sinks: list[Sink] = []
         self._progress: Progress | None = None
@@ -60,14 +58,14 @@ class Recorder:
             metrics.truncate_to(first)  # what a killed run did after its last checkpoint is done again
             self.history = history_from(read_metrics(folder / METRICS_FILE))
         self._sinks.append(metrics)
-        report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
+        given = config.logging.report_to
+        report_to = ["tensorboard"] if given is None else given
         if "tensorboard" in report_to:
             self._sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if checkpoint else None))
-        if logging.progress:
-            self._progress = Progress(steps, first=first)
-            self._sinks.append(self._progress)
+        self._progress = Progress(steps, first=first)
+        self._sinks.append(self._progress)
         for name in (name for name in SERVICES if name in report_to):
-            self._sinks.append(ReportedRun(name, folder, config.to_dict(), self.warn))
+            self._sinks.append(ReportedRun(name, folder, config.to_dict(), self.show))
 
     def write(self, record: Record) -> None:
         """Writes a record to the history and all sinks."""
@@ -85,13 +83,6 @@ class Recorder:
         """Shows a line to the people who watch the progress."""
         if self._progress is not None:
             self._progress.show(line)
-
-    def warn(self, line: str) -> None:
-        """Shows a line even if no progress is shown."""
-        if self._progress is not None:
-            self._progress.show(line)
-        elif self._metrics is not None:
-            sys.stderr.write(line + "\n")
 
     def show_pictures(self, paths: Sequence[Path]) -> None:
         """Sends pictures to the sinks that take them."""

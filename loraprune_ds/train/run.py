@@ -45,7 +45,7 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     check_shared(Path(config.output_dir), comm)
     with _open_context(config, prepared, checkpoint, comm) as context:
         for line in warnings:
-            context.recorder.warn(line)
+            context.recorder.show(line)
         context.recorder.show(describe_run(config, prepared, comm.world_size))
         outcome = _train(config, prepared, checkpoint, context)
         finished = outcome is not None and finish(config, prepared, outcome, context)

@@ -112,9 +112,8 @@ def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
     """
     main = steps - config.recovery_steps
     if config.recovery_steps and step >= main:
-        rate = config.recovery_learning_rate or config.learning_rate
-        recovery = replace(config, warmup_steps=0, recovery_steps=0, recovery_learning_rate=None)
-        return rate / config.learning_rate * learning_rate_factor(recovery, config.recovery_steps, step - main)
+        recovery = replace(config, warmup_steps=0, recovery_steps=0)
+        return learning_rate_factor(recovery, config.recovery_steps, step - main)
     steps = main
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -129,13 +128,7 @@ def build_training_engine(
 ) -> TrainingEngine:
     """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
     with quiet_stdout():
-        model = _sharded_base(
-            pretrained,
-            config.model.attn_implementation,
-            config.model.dtype,
-            ds_config,
-            config.train.loss_chunk_tokens,
-        )
+        model = _sharded_base(pretrained, config.model.attn_implementation, config.model.dtype, ds_config)
         peft_model = add_lora(model, pretrained.shape, config.lora, config.seed)
         if config.model.adapter:
             load_adapter(peft_model, Path(config.model.adapter).expanduser(), pretrained.shape, config.lora.r)
@@ -160,15 +153,11 @@ def gather_modules_whole(model: PeftModel, shape: ModelShape) -> None:
 
 
 def build_inference_engine(
-    pretrained: PretrainedModel,
-    attn_implementation: str,
-    dtype: Dtype,
-    ds_config: dict[str, Any],
-    loss_chunk_tokens: int | None = None,
+    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any]
 ) -> Any:
     """Builds the plain sharded model in evaluation mode: an engine without an optimizer. Collective."""
     with quiet_stdout():
-        model = _sharded_base(pretrained, attn_implementation, dtype, ds_config, loss_chunk_tokens)
+        model = _sharded_base(pretrained, attn_implementation, dtype, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
     decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
     engine.eval()
@@ -176,14 +165,10 @@ def build_inference_engine(
 
 
 def _sharded_base(
-    pretrained: PretrainedModel,
-    attn_implementation: str,
-    dtype: Dtype,
-    ds_config: dict[str, Any],
-    loss_chunk_tokens: int | None,
+    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any]
 ) -> Any:
     comm = Communicator()
-    model = build_for_losses(pretrained, attn_implementation, loss_chunk_tokens)
+    model = build_for_losses(pretrained, attn_implementation)
     shard = partial(
         shard_at_birth,
         model,
@@ -201,7 +186,7 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     return AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
+        betas=(0.9, 0.999),
         eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
+        weight_decay=0.0,
     )

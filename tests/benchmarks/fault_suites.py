@@ -26,7 +26,6 @@ PLAIN: dict[str, dict[str, Any]] = {
     "prune": {"channel_multiple": 1, "prune_every": 3},
     "checkpoint": {"every": EVERY, "keep_last": 2},
     "evaluate": {"max_windows": 4},
-    "logging": {"progress": True},
 }
 LEVERS = PLAIN | {  # 256 samples: two rounds of files of the dense model's outputs
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5}

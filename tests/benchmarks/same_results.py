@@ -78,7 +78,7 @@ ALL_LEVERS: Settings = {
     "train": {"distill_weight": 0.5, "distill_top_k": 16, "recovery_steps": 2},
 }
 HALF: Settings = {"model": {"dtype": "bfloat16"}}
-CAPPED = {"prune": {**GLOBAL, "max_layer_ratio": 0.6}, "checkpoint": {"copy_source": True}}
+CAPPED: Settings = {"prune": {**GLOBAL, "max_layer_ratio": 0.6}}
 CHECKPOINTING: Settings = {
     "prune": {"ratio": 0.25, "protected_first": 1, "protected_last": 1},
     "train": {"gradient_checkpointing": True, "global_batch_size": 12, "micro_batch_size": 2},
@@ -125,7 +125,6 @@ def base_config(work: Path, model: str) -> Settings:
         "train": {"steps": 6, "global_batch_size": 6, "micro_batch_size": 1, "learning_rate": 1e-2},
         "evaluate": {"window": WINDOW, "max_windows": 8, "batch_size": 3},
         "checkpoint": {"every": 4, "keep_last": 9},
-        "logging": {"progress": False},
     }
 
 

@@ -28,7 +28,6 @@ def make_material(root: Path) -> Path:
         "prune": {"channel_multiple": 1, "ratio": 0.2, "prune_every": 1},
         "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2},
         "evaluate": {"window": 32, "max_windows": 4},
-        "logging": {"progress": False},
     }
     write_config(root / "run.yaml", content)
     return root

@@ -60,7 +60,7 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
         },
         "evaluate": {"window": 24, "max_windows": 4},
         "checkpoint": {"every": 1, "keep_last": STEPS},
-        "logging": {"progress": False, "report_to": []},
+        "logging": {"report_to": []},
     }
     for section, values in sections.items():
         config[section] |= values

@@ -38,14 +38,14 @@ from tests.integration.resuming import (
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
-NO_SAVES, COPIES = "checkpoint.every=null", "checkpoint.copy_source=true"
+NO_SAVES, REFIT = "checkpoint.every=null", "prune.compensate=least_squares"
 NO_DROPOUT = ("lora.lora_dropout=0", NO_SAVES)
 STOPS = [CUTS[0] - 1, CUTS[1], CUTS[-1] + 1]  # before a cut, at one, and after one
 
 
 @pytest.fixture(scope="module")
 def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes a run on two ranks that was never stopped. It has a checkpoint of every step. Its config lies next to it."""
+    """Makes a run on two ranks that was never stopped. It has a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("straight")
     ranks.run(2, run_here, config_for(write_run(folder), folder / "out"))
     return folder / "out"
@@ -57,9 +57,9 @@ def variant(ranks: RankPool, straight: Path, name: str, *changes: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def copied(ranks: RankPool, straight: Path) -> Path:
-    """Makes the same run with the frozen weights in their own folders."""
-    return variant(ranks, straight, "copied", COPIES)
+def refitted(ranks: RankPool, straight: Path) -> Path:
+    """Makes a run whose cuts change the frozen weights, so that checkpoints hold them in separate folders."""
+    return variant(ranks, straight, "refitted", REFIT)
 
 
 @pytest.fixture(scope="module")
@@ -212,33 +212,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(again: Again, 
         assert word in warning
 
 
-def test_frozen_weights_are_slices_of_the_source_or_copies_with_the_same_outcome(straight: Path, copied: Path) -> None:
+def test_frozen_weights_are_slices_of_the_source_until_a_refit_changes_them(straight: Path, refitted: Path) -> None:
     assert not list((straight / "checkpoints").glob("shape-*"))
-    shapes = {path.name for path in (copied / "checkpoints").glob("shape-*")}
-    assert shapes == {f"shape-{i}" for i in range(len(CUTS) + 1)}
+    shapes = {path.name for path in (refitted / "checkpoints").glob("shape-*")}
+    assert shapes == {f"shape-{i + 1}" for i in range(len(CUTS))}
     assert all(read_state(straight, step)["shape"]["is_source"] for step in (1, STEPS))
-    assert_bitwise(contents(copied, STEPS), contents(straight, STEPS))
+    assert [read_state(refitted, step)["shape"]["is_source"] for step in (CUTS[0] - 1, CUTS[0])] == [True, False]
 
 
-def test_a_damaged_shape_spoils_all_steps_that_name_it(again: Again, copied: Path) -> None:
-    out = again.killed_after(13, copied)
+def test_a_damaged_shape_spoils_all_steps_that_name_it(again: Again, refitted: Path) -> None:
+    out = again.killed_after(13, refitted)
     flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
-    found = again.find(again.config())[1]
+    found = again.find(again.config(REFIT))[1]
     assert found.step == 11
     assert len(found.warnings) == 2
     assert all("shape-2" in warning for warning in found.warnings)
 
 
-def test_what_a_damaged_checkpoint_is_replaced_with_is_good(again: Again, copied: Path) -> None:
+def test_what_a_damaged_checkpoint_is_replaced_with_is_good(again: Again, refitted: Path) -> None:
     """Resumes from the good checkpoint. Step and shape are written again, and all later ones go."""
-    out = again.killed_after(13, copied)
+    out = again.killed_after(13, refitted)
     flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
-    config = again.config(NO_SAVES, COPIES)
+    config = again.config(NO_SAVES, REFIT)
     again.run(config, "auto", 12)
     assert sorted(path.name for path in (out / "checkpoints").glob("step-1?")) == ["step-10", "step-11", "step-12"]
     assert again.find(config)[0].step == 12
     again.run(config, "auto")
-    assert_same_run(out, again.straight, STEPS)
+    assert_same_run(out, refitted, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -250,12 +250,12 @@ def test_what_a_damaged_checkpoint_is_replaced_with_is_good(again: Again, copied
     ],
 )
 def test_a_rank_without_room_ends_the_run_and_loses_nothing_older(
-    again: Again, copied: Path, rank: int, name: str, lost: str
+    again: Again, refitted: Path, rank: int, name: str, lost: str
 ) -> None:
-    out = again.killed_after(13, copied)
+    out = again.killed_after(13, refitted)
     shutil.rmtree(out / "checkpoints/shape-3", ignore_errors=True)
     before = again.files()
-    config = again.config(COPIES, *(["checkpoint.every=17"] if lost == "shape-3" else []))
+    config = again.config(REFIT, *(["checkpoint.every=17"] if lost == "shape-3" else []))
     where = rf"{out}/checkpoints/\.{lost}\.\w+\.partial cannot be written: "
     for line, code in again.ranks.run(2, run_on_full_disk, config, "auto", rank, name):
         assert re.search(where, line)
@@ -275,13 +275,11 @@ def test_from_another_folder_with_its_records(again: Again) -> None:
     assert sorted(again.straight.rglob("*")) == before
 
 
-@pytest.mark.parametrize("changes", [(COPIES,), ()], ids=["copies", "slices"])
-def test_from_another_folder_with_its_frozen_weights(again: Again, copied: Path, changes: tuple[str, ...]) -> None:
-    """Checks that copies of the weights are written again. The next checkpoint of a run without copies needs none."""
-    again.run(again.config(NO_SAVES, *changes), str(copied / "checkpoints/step-18"))
-    assert_bitwise(contents(again.out, STEPS), contents(again.straight, STEPS))
-    assert read_state(again.out, STEPS)["shape"]["is_source"] == (not changes)
-    assert (again.out / "checkpoints/shape-3/manifest.json").exists() == bool(changes)
+def test_from_another_folder_with_its_frozen_weights(again: Again, refitted: Path) -> None:
+    """Checks that the new folder gets its own copy of the weights."""
+    again.run(again.config(NO_SAVES, REFIT), str(refitted / "checkpoints/step-18"))
+    assert_bitwise(contents(again.out, STEPS), contents(refitted, STEPS))
+    assert (again.out / "checkpoints/shape-3/manifest.json").exists()
 
 
 def test_killed_between_model_and_report(again: Again) -> None:

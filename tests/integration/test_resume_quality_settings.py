@@ -39,7 +39,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "train": {
         "steps": STEPS,
         "recovery_steps": RECOVERY,
-        "recovery_learning_rate": 1e-2,
         "distill_weight": 0.5,
         "distill_temperature": 2,
     },

@@ -225,6 +225,6 @@ def test_a_start_with_another_config_names_what_differs(runs: dict[str, Run], tm
 
 def test_how_a_run_is_shown_is_not_part_of_it(runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs["mistral"]
-    (again,) = fork_ranks(["--config", str(run.config), "--set", "logging.progress=false"], tmp_path)
+    (again,) = fork_ranks(["--config", str(run.config), "--set", "logging.report_to=[]"], tmp_path)
     assert again.code == 0, again.everything
     assert "holds this run, finished" in again.out

@@ -13,6 +13,7 @@ from torch import Tensor
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.expert_adapter import as_in_peft
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import Schedule, make_schedule
@@ -159,12 +160,15 @@ def build(job: Job) -> Trainer:
             lr_scheduler="constant",
             max_grad_norm=job.max_grad_norm,
             gradient_checkpointing=job.gradient_checkpointing,
-            loss_chunk_tokens=job.loss_chunk_tokens,
         ),
     )
     pretrained = open_for_pruning(job.folder, config)
     ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, world_size)
-    return assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
+    trainer = assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
+    for module in trainer.engine.deepspeed.module.modules():
+        if isinstance(module, LossHead):
+            module.chunk_tokens = job.loss_chunk_tokens
+    return trainer
 
 
 def assemble(

@@ -111,8 +111,6 @@ def test_quality_settings_find_the_same_bits(ranks: RankPool, job: Job) -> None:
 
 # The memory is free, although DeepSpeed still refers to the engine
 
-CHUNK = 5  # tokens
-
 
 def live_bytes() -> Callable[[], int]:
     """Counts the storages of all tensors that Python has made since this call, garbage included."""
@@ -149,16 +147,12 @@ def test_nothing_of_a_training_engine_is_left(ranks: RankPool, job: Job, config:
 
 
 def recording(module: Any, live: Callable[[], int], alive: list[int], shards: list[int]) -> Any:
-    """Patches the module's `build_inference_engine`. Records the bytes alive just before, and its shards.
-
-    The loss of a run's last evaluation must be computed in its chunks.
-    """
+    """Patches the module's `build_inference_engine`. Records the bytes alive just before, and its shards."""
     build_engine = module.build_inference_engine
 
     def building(*args: Any) -> Any:
         alive.append(live())
         engine = build_engine(*args)
-        assert engine.module.lm_head.chunk_tokens == (CHUNK if module is finish else None)
         shards.append(storage_bytes(weight_tensors(engine)))
         return engine
 
@@ -175,7 +169,7 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
 
 
 def test_a_run_does_not_hold_what_it_trained_beside_what_it_measures(ranks: RankPool, tmp_path: Path) -> None:
-    folder = write_run(tmp_path, train={"steps": 2, "loss_chunk_tokens": CHUNK})
+    folder = write_run(tmp_path, train={"steps": 2})
     config = config_for(folder, tmp_path / "out", "model.dtype=bfloat16")
     ((shards, alive),) = ranks.run(1, bytes_beside_the_export, config)
     assert alive < shards  # the samples. The trained model's shards and LoRA's state are more

@@ -108,7 +108,7 @@ def test_every_number_may_be_a_string(tmp_path: Path) -> None:
         ("train: {steps: 3, learning_rate: [1]}", "train.learning_rate must be of type float; got [1]"),
         ("train: {steps: 3, learning_rate: .inf}", "train.learning_rate must be finite; got inf"),
         ("prune: {ratio: .nan}", "prune.ratio must be finite; got nan"),
-        ("logging: {progress: 1}", "logging.progress must be of type bool; got 1"),
+        ("data: {packing: 1}", "data.packing must be of type bool; got 1"),
         ("model: {path: 7}", "model.path must be of type str; got 7"),
         ("model: embedded", "model must be a section of keys, got 'embedded'"),
         ("seed: 1.5", "seed must be of type int; got 1.5"),
@@ -134,8 +134,6 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("prune: {ranking: local}", "prune.ranking"),
         ("prune: {moving_average: 1}", "prune.moving_average"),
         ("prune: {prune_every: 0}", "prune.prune_every"),
-        ("prune: {min_heads: 0}", "prune.min_heads"),
-        ("prune: {min_channels: 0}", "prune.min_channels"),
         ("prune: {channel_multiple: 0}", "prune.channel_multiple"),
         ("prune: {max_layer_ratio: 0}", "prune.max_layer_ratio"),
         ("prune: {protected_first: -1}", "prune.protected_first"),
@@ -145,10 +143,8 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("prune: {compensate: mean}", "prune.compensate"),
         ("prune: {compensate_steps: 0}", "prune.compensate_steps"),
         ("prune: {compensate_decay: 1}", "prune.compensate_decay"),
-        ("prune: {compensate_ridge: 0}", "prune.compensate_ridge"),
         ("train: {steps: 0}", "train.steps"),
         ("train: {steps: 1, recovery_steps: -1}", "train.recovery_steps"),
-        ("train: {steps: 1, recovery_steps: 1, recovery_learning_rate: 0}", "train.recovery_learning_rate"),
         ("train: {steps: 1, distill_weight: 1.5}", "train.distill_weight"),
         ("train: {steps: 1, distill_top_k: 0}", "train.distill_top_k"),
         ("train: {epochs: 0}", "train.epochs"),
@@ -156,16 +152,12 @@ def test_a_wrong_type_names_the_key(tmp_path: Path, yaml_text: str, message: str
         ("train: {steps: 1, lr_scheduler: step}", "train.lr_scheduler"),
         ("train: {steps: 1, warmup_steps: -1}", "train.warmup_steps"),
         ("train: {steps: 10, warmup_steps: 10}", "train.warmup_steps"),
-        ("train: {steps: 1, weight_decay: -0.1}", "train.weight_decay"),
         ("train: {steps: 1, max_grad_norm: -1}", "train.max_grad_norm"),
-        ("train: {steps: 1, adam_beta1: 1}", "train.adam_beta1"),
-        ("train: {steps: 1, adam_beta2: -0.1}", "train.adam_beta2"),
         ("train: {steps: 1, adam_epsilon: 0}", "train.adam_epsilon"),
         ("train: {steps: 1, micro_batch_size: 0}", "train.micro_batch_size"),
         ("train: {steps: 1, global_batch_size: 10, micro_batch_size: 4}", "train.global_batch_size"),
         ("evaluate: {window: 1}", "evaluate.window"),
         ("train: {steps: 1, global_batch_size: 0}", "train.global_batch_size"),
-        ("train: {steps: 1, loss_chunk_tokens: 0}", "train.loss_chunk_tokens"),
         ("evaluate: {max_windows: 0}", "evaluate.max_windows"),
         ("evaluate: {batch_size: 0}", "evaluate.batch_size"),
         ("evaluate: {every: 0}", "evaluate.every"),
@@ -198,7 +190,7 @@ def test_a_value_out_of_range_is_told_the_range(tmp_path: Path, yaml_text: str, 
 
 def test_a_value_at_the_edge_of_its_range(tmp_path: Path) -> None:
     prune = "{head_ratio: 0, moving_average: 0, max_layer_ratio: 1, protected_first: 0, protected_last: 0}"
-    train = "{steps: 1, learning_rate: 100, weight_decay: 0, max_grad_norm: 0, distill_weight: 1}"
+    train = "{steps: 1, learning_rate: 100, max_grad_norm: 0, distill_weight: 1}"
     data = "{window: 2, max_samples: 1}"
     load(tmp_path, f"output_dir: out\nseed: 4294967295\nprune: {prune}\ntrain: {train}\ndata: {data}\n")
 
@@ -228,13 +220,7 @@ def test_a_file_and_a_part_of_the_data_are_not_held_out_at_once(tmp_path: Path) 
     [
         ("prune: {compensate_steps: 3}", "prune.compensate_steps", "prune.compensate: least_squares"),
         ("prune: {compensate_decay: 0.9}", "prune.compensate_decay", "prune.compensate: least_squares"),
-        (
-            "prune: {compensate_ridge: 1}",
-            "prune.compensate_ridge",
-            "prune.compensate: least_squares",
-        ),
         ("train: {steps: 1, distill_top_k: 8}", "train.distill_top_k", "train.distill_weight"),
-        ("train: {steps: 1, recovery_learning_rate: 1e-4}", "train.recovery_learning_rate", "train.recovery_steps"),
     ],
 )
 def test_a_setting_that_nothing_reads_names_what_is_missing(
@@ -399,5 +385,5 @@ def test_what_is_gone_is_refused_with_the_reason(tmp_path: Path, gone: str) -> N
     """Whatever else is wrong beside it."""
     dotted, _, value = gone.partition("=")
     section, key = dotted.split(".")
-    message = refused(tmp_path, f"output_dir: out\n{section}: {{another: 7, {key}: {value or 'false'}}}\n")
+    message = refused(tmp_path, f"output_dir: out\n{section}: {{another: 7, {key}: {value or 7}}}\n")
     assert message == f"{gone} is gone: {REMOVED[gone]}"

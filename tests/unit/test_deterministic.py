@@ -33,7 +33,7 @@ def test_the_environment_has_it_before_the_ranks_join(
 ) -> None:
     found: dict[str, str | None] = {}
 
-    def join_ranks(logging: Any) -> None:
+    def join_ranks() -> None:
         found.update((name, os.environ.get(name)) for name in NAMES)
         raise Reached("far enough")
 

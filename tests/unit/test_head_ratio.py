@@ -71,8 +71,8 @@ def test_the_planner_knows(ranking: Ranking) -> None:
             {"head_ratio": 0.0, "ratio": 0.75},
             r"prune.head_ratio 0.0 with prune.ratio 0.75 would take 1\d\d",
         ),
-        ({"head_ratio": 0.8, "min_heads": 6}, "is more of the heads than prune.min_heads 6 lets go: 33.3%"),
-        ({"head_ratio": 0.0, "min_channels": 900}, r"take 78\.2% of the channels, of which 41\.4% may go"),
+        ({"head_ratio": 0.9, "tensor_parallel": 3}, "is more of the heads than may go: 66.7%"),
+        ({"head_ratio": 0.0, "channel_multiple": 900}, r"take 78\.2% of the channels, of which 41\.4% may go"),
     ],
 )
 def test_what_cannot_be_is_refused(prune: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ def shape(monkeypatch: pytest.MonkeyPatch) -> ModelShape:
 
 
 def limits_of(shape: ModelShape) -> Limits:
-    config = PruneConfig(ratio=0.5, protected_first=1, protected_last=0, channel_multiple=1, min_heads=1)
+    config = PruneConfig(ratio=0.5, protected_first=1, protected_last=0, channel_multiple=1)
     return make_limits(config, shape)
 
 

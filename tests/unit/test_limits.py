@@ -40,11 +40,11 @@ def test_protection_is_a_setting() -> None:
 
 
 def test_floors_are_multiples_and_never_above_what_is_there() -> None:
-    shape = make_shape([(4, 200), (4, 100), (1, 40)])
+    shape = make_shape([(4, 200), (4, 100), (2, 66)])
     limits = limits_of(
-        shape, ranking="global", protected_first=0, protected_last=0, min_heads=2, min_channels=65, channel_multiple=32
+        shape, ranking="global", protected_first=0, protected_last=0, tensor_parallel=2, channel_multiple=33
     )
-    assert [tuple(layer.values()) for layer in limits.floor] == [(2, 96), (2, 96), (1, 40)]
+    assert [tuple(layer.values()) for layer in limits.floor] == [(2, 66), (2, 66), (2, 66)]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_floors_are_multiples_and_never_above_what_is_there() -> None:
         ((4, 48), {}, "prune.channel_multiple 64 needs at least 64 channels"),
         (
             (4, 128),
-            {"channel_multiple": 96, "tensor_parallel": 4, "min_channels": 5},
+            {"channel_multiple": 96, "tensor_parallel": 4},
             None,
         ),
         (
@@ -95,7 +95,7 @@ def test_a_cap_loses_no_parameter_to_a_binary_fraction() -> None:
 
 
 def test_blocks_lead_down_to_the_floor_by_multiples() -> None:
-    limits = limits_of(make_shape([(4, 173)] * 3), channel_multiple=64, min_channels=60)
+    limits = limits_of(make_shape([(4, 173)] * 3), channel_multiple=64)
     assert limits.blocks(1, "channels", 173) == [45, 64]
     assert limits.blocks(1, "channels", 128) == [64]
     assert limits.blocks(1, "channels", 64) == []
@@ -108,7 +108,7 @@ def test_the_narrowest_shapes_by_trying_them_all() -> None:
     for _ in range(200):
         shape = random_shape(draw, uniform=True)
         multiple, cap = draw.choice([1, 1, 4, 7]), draw.choice([0.2, 0.5, 0.9, 1.0])
-        prune = {"channel_multiple": multiple, "max_layer_ratio": cap, "min_channels": draw.randint(1, 20)}
+        prune = {"channel_multiple": multiple, "max_layer_ratio": cap}
         try:
             limits = limits_of(shape, ratio=1e-9, protected_first=0, protected_last=0, **prune)
         except UserError:
@@ -135,8 +135,6 @@ def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> P
         ranking=ranking,
         protected_first=draw.choice([0, 0, 1, 2]),
         protected_last=draw.choice([0, 0, 1]),
-        min_heads=draw.choice([1, 1, 2, 4]),
-        min_channels=draw.choice([1, 1, 5, 30]),
         max_layer_ratio=draw.choice([0.15, 0.4, 0.5, 0.8, 1.0, 1.0]),
         channel_multiple=draw.choice([1, 1, *(multiple for multiple in (4, 16) if multiple <= narrowest)]),
         tensor_parallel=draw.choice([1, 2]) if pairs else 1,
@@ -186,10 +184,10 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 def test_a_ratio_above_it_is_refused(ranking: Ranking) -> None:
     """Not only the absurd one: anything further off than what either ranking promises to come within."""
-    prune = {"ranking": ranking, "protected_first": 1, "protected_last": 0, "min_channels": 768, "min_heads": 1}
+    prune = {"ranking": ranking, "protected_first": 1, "protected_last": 0}
     most = largest_ratio(PruneConfig(ratio=0.99, channel_multiple=1, **prune), SMOLLM2)
     head, channel = SMOLLM2.group_numel("heads"), SMOLLM2.group_numel("channels")
-    exact = 29 * (2 * head + 768 * channel) / SMOLLM2.linear_numel()
+    exact = 29 * (2 * head + 1535 * channel) / SMOLLM2.linear_numel()
     assert most == pytest.approx(exact, abs=1e-4)
     make_limits(PruneConfig(channel_multiple=1, ratio=most, **prune), SMOLLM2)
     with pytest.raises(UserError, match=re.escape(f"at most {most} can go")):
@@ -206,7 +204,7 @@ def test_a_cap_on_all_layers_can_be_the_ratio() -> None:
 
 def test_channels_that_cannot_go_excuse_no_ratio() -> None:
     """A floor at the width keeps all channels: what the heads alone give is the most."""
-    prune = {"channel_multiple": 1000, "min_channels": 1536, "protected_first": 0, "protected_last": 0}
+    prune = {"channel_multiple": 1536, "protected_first": 0, "protected_last": 0}
     most = 30 * 2 * SMOLLM2.group_numel("heads") / SMOLLM2.linear_numel()
     limits_of(SMOLLM2, ratio=most, **prune)
     with pytest.raises(UserError, match="out of reach"):
@@ -215,7 +213,7 @@ def test_channels_that_cannot_go_excuse_no_ratio() -> None:
 
 def test_nothing_to_cut_is_refused_even_for_a_tiny_ratio() -> None:
     for ranking in ("uniform", "global"):
-        config = PruneConfig(ratio=1e-9, channel_multiple=1, ranking=ranking, min_heads=3, min_channels=1536)
+        config = PruneConfig(ratio=1e-9, channel_multiple=1536, ranking=ranking, tensor_parallel=3)
         with pytest.raises(UserError, match=r"at most 0\.0 can go"):
             make_limits(config, SMOLLM2)
 

@@ -11,7 +11,7 @@ from loraprune_ds.config import TrainConfig
 from loraprune_ds.zero.engine import learning_rate_factor
 from loraprune_ds.zero.loss_scale import optimizer_step
 
-CONFIG = TrainConfig(steps=8, recovery_steps=4, learning_rate=5e-3, recovery_learning_rate=1e-2)
+CONFIG = TrainConfig(steps=8, recovery_steps=4, learning_rate=5e-3)
 
 
 class EngineThatSkips:
@@ -43,4 +43,4 @@ def rates(overflows: set[int]) -> list[float]:
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before")
 def test_skipped_steps_count(overflows: set[int]) -> None:
     assert rates(overflows) == rates(set())
-    assert rates(overflows)[8:] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    assert rates(overflows)[8:] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])

@@ -101,7 +101,7 @@ def test_another_split_of_the_batch_and_another_way_of_saving_are_the_same_run(c
         config,
         train=TrainConfig(steps=100, micro_batch_size=8),
         checkpoint=dataclasses.replace(config.checkpoint, every=7),
-        logging=dataclasses.replace(config.logging, progress=False),
+        logging=dataclasses.replace(config.logging, report_to=[]),
     )
     assert inspect_output(other, "auto") == Start("resume")
     with pytest.raises(UserError, match=r"train\.learning_rate"):
@@ -118,6 +118,38 @@ def test_a_config_of_an_earlier_version_lacks_keys_that_have_their_defaults(conf
     path.write_text(yaml.safe_dump(raw | {"of_a_later_version": 1}))
     with pytest.raises(UserError, match="of_a_later_version"):
         inspect_output(config, "auto")
+
+
+FORMAT_5 = {
+    "prune": {"min_heads": 1, "min_channels": 1, "compensate_ridge": 0.05, "target_batch": 1, "target_kv_bits": 16.0}
+    | {"target_embedding_bits": 16.0},
+    "train": {"recovery_learning_rate": None, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
+    | {"loss_chunk_tokens": 64},
+    "checkpoint": {"copy_source": True},
+    "logging": {"progress": False, "verbose": True},
+}
+
+
+def written_before(config: RunConfig, **sections: dict[str, Any]) -> None:
+    """Leaves a stopped run as the version wrote it that had 14 more settings."""
+    in_state("stopped")(config)
+    path = Path(config.output_dir) / "config.yaml"
+    raw = yaml.safe_load(path.read_text())
+    old = {key: raw[key] | values | sections.get(key, {}) for key, values in FORMAT_5.items()}
+    path.write_text(yaml.safe_dump(raw | old))
+
+
+def test_a_run_with_settings_that_are_gone_goes_on(config: RunConfig) -> None:
+    written_before(config, prune={"ratio": 0.25})
+    resumed = resumed_config({"output_dir": config.output_dir}, "auto")
+    assert resumed == dataclasses.replace(config, prune=PruneConfig(ratio=0.25))
+    assert inspect_output(resumed, "auto") == Start("resume")
+
+
+def test_a_setting_that_is_gone_and_made_another_run_is_told(config: RunConfig) -> None:
+    written_before(config, train={"weight_decay": 0.1})
+    with pytest.raises(UserError, match=r"^this run has train\.weight_decay 0\.1, which is gone: LoRA trains without"):
+        inspect_output(resumed_config({"output_dir": config.output_dir}, "auto"), "auto")
 
 
 def test_a_path_is_followed_to_where_it_leads(

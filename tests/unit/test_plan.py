@@ -16,6 +16,7 @@ from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.saved_activations import saved_by_layer
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.activations import logits
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.held import gathered_weights, split_state
 from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, search, suggestions
@@ -135,8 +136,8 @@ def test_a_run_with_eager_attention_needs_more() -> None:
 
 
 def test_logits_are_bounded_by_their_chunk() -> None:
-    plans = [make_plan(request(Cluster(1, 1), loss_chunk_tokens=chunk)) for chunk in (16, 32)]
-    found = [plan.stages[0].phases["training"]["logits"] for plan in plans]
+    batch = request(Cluster(1, 1)).batch(2, 128)
+    found = [logits(SMALL, batch, chunk) for chunk in (16, 32)]
     assert found[1] - found[0] == 16 * SMALL.vocab_size * (4 + 2)
 
 

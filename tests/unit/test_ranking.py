@@ -26,8 +26,6 @@ def random_limits(draw: random.Random) -> tuple[Limits, float]:
     while True:
         prune = {
             "ratio": draw.uniform(0.02, 0.8),
-            "min_heads": draw.choice([1, 1, 2]),
-            "min_channels": draw.choice([1, 1, 9]),
             "max_layer_ratio": draw.choice([0.4, 0.6, 1.0, 1.0]),
             "channel_multiple": draw.choice([1, 1, 4, 16]),
             "tensor_parallel": draw.choice([1, 1, 1, 2]),
@@ -119,7 +117,7 @@ def test_heads_keep_to_their_share_over_several_cuts() -> None:
 def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
     """Channels end at their floor. Layer 0 has lost its one cheap head by then; its others are dear."""
     shape = make_shape([(8, 16)] * 2, hidden=8, head_dim=2)
-    limits = limits_of(shape, min_channels=16)
+    limits = limits_of(shape, channel_multiple=16)
     scores = [
         LayerScores(heads=torch.tensor([0.0, 90, 91, 92, 93, 94, 95, 96]), channels=torch.ones(16)),
         LayerScores(heads=torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), channels=torch.ones(16)),
@@ -146,10 +144,10 @@ def test_floors_stop_a_layer_and_protected_layers_keep_all() -> None:
         LayerScores(heads=torch.rand(4) * 1e-9, channels=torch.rand(60) * 1e-9) if i in (0, 1) else random_
         for i, random_ in enumerate(random_scores_of(shape, torch.Generator().manual_seed(4)))
     ]
-    limits = limits_of(shape, protected_first=1, min_heads=2, min_channels=11)
+    limits = limits_of(shape, protected_first=1, tensor_parallel=2, channel_multiple=12)
     left = shape.after(rank_global(scores, shape, limits, 0.4))
     assert left.layers[0] == LayerShape(heads=4, channels=60)
-    assert left.layers[1] == LayerShape(heads=2, channels=11)
+    assert left.layers[1] == LayerShape(heads=2, channels=12)
 
 
 def test_channels_leave_by_multiples_inside_the_budget() -> None:
@@ -166,7 +164,7 @@ def test_channels_leave_by_multiples_inside_the_budget() -> None:
 def test_a_block_of_channels_counts_with_its_mean() -> None:
     """Layer 0 has the single worst channel, layer 1 the worst block of four."""
     shape = make_shape([(1, 8), (1, 8)], hidden=4, head_dim=1)
-    limits = limits_of(shape, channel_multiple=4, min_heads=1)
+    limits = limits_of(shape, channel_multiple=4)
     scores = [
         LayerScores(heads=torch.ones(1), channels=torch.tensor([0.0, 9, 9, 9, 9, 9, 9, 9])),
         LayerScores(heads=torch.ones(1), channels=torch.tensor([1.0, 9, 1, 9, 1, 9, 1, 9])),
@@ -180,7 +178,7 @@ def test_a_block_of_channels_counts_with_its_mean() -> None:
 def test_later_blocks_count_with_their_mean_too() -> None:
     """After a block of each layer, layer 0's next is worse by its mean, though it has the best channel."""
     shape = make_shape([(1, 12), (1, 12)], hidden=4, head_dim=1)
-    limits = limits_of(shape, channel_multiple=4, min_heads=1)
+    limits = limits_of(shape, channel_multiple=4)
     scores = [
         LayerScores(heads=torch.ones(1), channels=torch.tensor([0.0] * 4 + [1, 1, 1, 9] + [10] * 4)),
         LayerScores(heads=torch.ones(1), channels=torch.tensor([0.5] * 4 + [5, 5, 5, 5] + [10] * 4)),

@@ -27,8 +27,6 @@ def limits_of(shape: ModelShape, **prune: Any) -> Limits:
 def random_limits(draw: random.Random) -> Limits:
     while True:
         prune = {
-            "min_heads": draw.choice([1, 1, 2]),
-            "min_channels": draw.choice([1, 1, 9]),
             "max_layer_ratio": draw.choice([0.3, 0.6, 1.0, 1.0]),
             "channel_multiple": draw.choice([1, 1, 4, 16]),
             "tensor_parallel": draw.choice([1, 1, 1, 2]),
@@ -87,9 +85,9 @@ def test_the_papers_model() -> None:
 
 
 def test_where_channels_end_heads_give_more_and_the_other_way_round() -> None:
-    channels_end = uniform_goal(limits_of(SMOLLM2, min_channels=1200), 0.4)
+    channels_end = uniform_goal(limits_of(SMOLLM2, channel_multiple=1200), 0.4)
     assert channels_end == LayerShape(heads=1, channels=1200)  # heads alone would give 33 % of a layer's 12 %
-    heads_end = limits_of(SMOLLM2, min_heads=3)
+    heads_end = limits_of(SMOLLM2, tensor_parallel=3)
     goal = uniform_goal(heads_end, 0.4)
     assert goal["heads"] == 3
     assert error(heads_end, goal, 0.4) <= SMOLLM2.group_numel("channels") / 2

@@ -65,7 +65,7 @@ def test_a_run_sends_its_config_records_and_pictures(
     wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    raw = {"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"], "progress": False}}
+    raw = {"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"]}}
     config = config_from_dict(raw)
     recorder = Recorder(config, tmp_path, 10, None, active=True)
     history = small_run()
@@ -86,7 +86,7 @@ def test_a_run_sends_its_config_records_and_pictures(
 
 @pytest.mark.parametrize(("report_to", "written"), [(None, True), (["tensorboard"], True), ([], False)])
 def test_tensorboard_gets_the_records_by_default(report_to: Any, *, written: bool, tmp_path: Path) -> None:
-    config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": report_to, "progress": False}})
+    config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": report_to}})
     Recorder(config, tmp_path, 10, None, active=True).close()
     assert (tmp_path / "tensorboard").exists() == written
 

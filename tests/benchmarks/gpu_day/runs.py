@@ -129,7 +129,7 @@ def _write_run(folder: Path, *, dtype: str, deepspeed: Path = OVERLAP) -> Path:
         "prune": {"ratio": 0.3, "prune_every": 4, "channel_multiple": 8},
         "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
         "evaluate": {"window": 32, "max_windows": 8},
-        "logging": {"progress": False, "report_to": [], "profile_steps": [3]},
+        "logging": {"report_to": [], "profile_steps": [3]},
     }
     return write_config(folder / "run.yaml", config)
 
