@@ -21,9 +21,8 @@ from transformers import TrainerCallback
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.hf.callback import LoraPruneCallback
 from tests.benchmarks.running import record
-from tests.hf.trainers import InOrder, Rows, arguments, fresh_accelerate, load_model
-from tests.numerics.driver import Job, build, write_adapter
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.hf.trainers import arguments, fresh_accelerate, make_trainer
+from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
 
 SIZES: dict[str, Any] = {
@@ -59,7 +58,7 @@ def with_trainer(job: Job, out: Path, *, prunes: bool) -> list[float]:
         if prunes:
             callbacks.append(LoraPruneCallback(PruneConfig(**job.prune), steps=2 * len(job.batches)))
         args = arguments(job, out)
-        InOrder(model=load_model(job), args=args, train_dataset=Rows(job), callbacks=callbacks).train()
+        make_trainer(job, args, *callbacks).train()
         return clock.seconds[1:]
 
 
@@ -84,11 +83,8 @@ def main() -> None:
     options = parser.parse_args()
     pool = RankPool()
     with tempfile.TemporaryDirectory() as out:
-        folder = make_tiny_llama(Path(out) / "model", **SIZES, seed=3)
-        lora = make_lora(folder, r=8, seed=1, size=0.03)
-        adapter = write_adapter(Path(out) / "adapter", lora, r=8, alpha=16)
-        batches = make_batches(steps=options.steps, samples=8, tokens=128, vocab=SIZES["vocab"], seed=2, masked=False)
-        job = Job(folder, adapter, batches, PRUNE, lora_r=8, lora_alpha=16, learning_rate=1e-4)
+        settings = {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-4}
+        job = tiny_job(Path(out), PRUNE, steps=options.steps, samples=8, tokens=128, model=SIZES, **settings)
         times = pool.run(2, measure, job, Path(out), options.rounds, timeout=3600)[0]
     pool.close()
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -99,7 +95,7 @@ def main() -> None:
         "all_seconds": times,
         "rounds": options.rounds,
         "model": SIZES,
-        "tokens_per_step": torch.numel(batches[0][0]),
+        "tokens_per_step": torch.numel(job.batches[0][0]),
         "world_size": 2,
         "prune": PRUNE,
     }

@@ -150,14 +150,12 @@ def fork_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    common = (
-        {} if ranks == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    )
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     processes = []
     began = time.monotonic()
     for rank in range(ranks):
-        own = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        variables = clean_environment() | common | own | environment(rank)
+        of_rank = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        variables = clean_environment() | of_rank | environment(rank)
         outputs = [folder / f"{name}-{rank}" for name in ("stdout", "stderr")]
         given = ([str(script), *arguments], cwd, variables, outputs, before)
         process = context.Process(target=_be_rank, args=given, daemon=True)

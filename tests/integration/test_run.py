@@ -205,8 +205,7 @@ def test_evaluating_every_step_changes_nothing(runs: dict[str, Run]) -> None:
 def test_a_second_start_shows_the_finished_run(runs: dict[str, Run]) -> None:
     run = runs["uniform"]
     before = snapshot(run.folder)
-    again = launch(["--config", str(run.config)])
-    assert again.code == 0, again.everything
+    again = launch(["--config", str(run.config)]).check()
     assert again.out == f"{run.folder} holds this run, finished:\n{run.ended.out}"
     assert again.err == ""
     assert again.seconds < 60
@@ -225,6 +224,5 @@ def test_a_start_with_another_config_names_what_differs(runs: dict[str, Run], tm
 
 def test_how_a_run_is_shown_is_not_part_of_it(runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs["mistral"]
-    (again,) = fork_ranks(["--config", str(run.config), "--set", "logging.report_to=[]"], tmp_path)
-    assert again.code == 0, again.everything
+    again = fork_ranks(["--config", str(run.config), "--set", "logging.report_to=[]"], tmp_path)[0].check()
     assert "holds this run, finished" in again.out

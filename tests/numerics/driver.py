@@ -101,7 +101,8 @@ def tiny_job(
     sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 42, "ffn": 45, "layers": 3}
     sizes |= {"vocab": 97, "seed": 1} | (model or {})
     source = make_tiny_llama(folder / "model", **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(source, r=4, seed=2), r=4, alpha=8)
+    r, alpha = settings.get("lora_r", 4), settings.get("lora_alpha", 8)
+    adapter = write_adapter(folder / "adapter", make_lora(source, r=r, seed=2), r=r, alpha=alpha)
     batches = make_batches(steps=steps, samples=samples, tokens=tokens, vocab=97, seed=3)
     return Job(source, adapter, batches, prune, **settings)
 

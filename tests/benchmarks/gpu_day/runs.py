@@ -14,8 +14,9 @@ from loraprune_ds.report.metrics import read_metrics
 from loraprune_ds.zero.device import is_cpu
 from tests.benchmarks.gpu_day.found import Found
 from tests.families import tiny_model
-from tests.integration.launching import free_port, write_config, write_text
-from tests.oracle.models import make_tiny_llama, make_tokenizer
+from tests.integration.launching import free_port
+from tests.integration.resuming import write_run
+from tests.oracle.models import make_tokenizer
 
 ROOT = Path(__file__).parents[3]
 VOCAB = 97
@@ -119,19 +120,15 @@ def two_ranks(found: Found) -> None:
 
 
 def _write_run(folder: Path, *, dtype: str, deepspeed: Path = OVERLAP) -> Path:
-    sizes: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 8, "hidden": 64, "ffn": 256}
-    model = make_tiny_llama(folder / "model", layers=4, vocab=VOCAB, seed=1, **sizes)
-    config = {
-        "output_dir": str(folder / "out"),
-        "deepspeed": str(deepspeed),
-        "model": {"path": str(model), "dtype": dtype},
-        "data": {"path": str(write_text(folder / "text.txt", 20_000)), "window": 32},
-        "prune": {"ratio": 0.3, "prune_every": 4, "channel_multiple": 8},
-        "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
-        "evaluate": {"window": 32, "max_windows": 8},
-        "logging": {"report_to": [], "profile_steps": [3]},
-    }
-    return write_config(folder / "run.yaml", config)
+    path = write_run(
+        folder,
+        model={"dtype": dtype},
+        prune={"ratio": 0.3, "prune_every": 4, "channel_multiple": 8},
+        train={"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
+        logging={"profile_steps": [3]},
+    )
+    path.write_text(path.read_text() + f"deepspeed: {deepspeed}\n")
+    return path
 
 
 def _stop_and_go_on(config: Path, output: Path) -> bool:
