@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from loraprune_ds.hf.callback import LoraPruneCallback
 from tests.benchmarks.running import record
 from tests.hf.trainers import arguments, fresh_accelerate, make_trainer
 from tests.numerics.driver import Job, build, tiny_job
+from tests.oracle.models import make_batches
 from tests.ranks import RankPool
 
 SIZES: dict[str, Any] = {
@@ -83,8 +85,9 @@ def main() -> None:
     options = parser.parse_args()
     pool = RankPool()
     with tempfile.TemporaryDirectory() as out:
+        batches = make_batches(steps=options.steps, samples=8, tokens=128, vocab=SIZES["vocab"], seed=2, masked=False)
         settings = {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-4}
-        job = tiny_job(Path(out), PRUNE, steps=options.steps, samples=8, tokens=128, model=SIZES, **settings)
+        job = replace(tiny_job(Path(out), PRUNE, steps=1, model=SIZES, **settings), batches=batches)
         times = pool.run(2, measure, job, Path(out), options.rounds, timeout=3600)[0]
     pool.close()
     median = {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -146,9 +146,8 @@ def test_a_stop_file_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_pa
     assert f"{out / 'STOP'} was there before this start: removed" in finished.err
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
 
-    ended = fork_ranks(["--config", config, "--set", f"output_dir={straight}"], tmp_path, ranks=2, timeout=300)[
-        0
-    ].check()
+    undisturbed = ["--config", config, "--set", f"output_dir={straight}"]
+    fork_ranks(undisturbed, tmp_path, ranks=2, timeout=300)[0].check()
     report = json.loads((out / "report.json").read_text())
     assert report["resumed_from"] == [status["step"]]
     assert [cut["step"] for cut in report["prune_steps"]] == CUTS
