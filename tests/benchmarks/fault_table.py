@@ -109,7 +109,7 @@ def run_to_end(folder: Path, out: Path, *more: str) -> None:
         raise UserError(f"codes {[rank.code for rank in ended]}: {' '.join(rank.err[-300:] for rank in ended)}")
 
 
-# What is done to a running job.
+# Strikes on a running job.
 
 
 def at_step(step: int, act: Strike) -> Strike:

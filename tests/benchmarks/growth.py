@@ -57,7 +57,7 @@ PANELS = (
 def counted_bytes(world_size: int) -> Iterator[list[float]]:
     """Counts the bytes this rank sends in the collectives of a step, by any caller.
 
-    A ring sends (world_size - 1) / world_size of what is moved.
+    A ring sends (world_size - 1) / world_size of the moved bytes.
     """
     backend: Any = ds_comm.comm.cdb
     others = (world_size - 1) / world_size

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.host_cost [--rounds 3]
 
-The references are plain DeepSpeed with PEFT, without pruning, and the same network without ZeRO-3. What is
-measured on two CPU ranks, on the busier one:
+The references are plain DeepSpeed with PEFT, without pruning, and the same network without ZeRO-3. On
+two CPU ranks, the busier one counts:
 
 * a step per decoder layer and micro-batch, forward and backward, as the difference of two depths
 * the second step, in which DeepSpeed decides which weights to free, in plain steps
@@ -128,7 +128,7 @@ ROWS = {"plain": "plain DeepSpeed and PEFT", "alone": "without ZeRO-3", "pruning
 
 
 def exchange(world_size: int, device: str) -> float:
-    """Returns the CPU seconds of all layers of LLaMA-65B on rank 1 of so many. A quarter of each goes.
+    """Returns the CPU seconds of all layers of LLaMA-65B on rank 1 of `world_size`. A quarter of each goes.
 
     One layer is timed. Its all-to-alls deliver nothing. On `cpu` most of it is the copying, which a GPU does. On `meta`
     nothing is copied, but torch finds the shapes of the results in Python.

@@ -1,4 +1,4 @@
-"""Samples the memory of this process, or watches that of others under a limit. Mapped files do not count."""
+"""Samples the memory of this process, or watches other processes under a limit. Mapped files do not count."""
 
 import json
 import os

@@ -4,14 +4,14 @@ ranks.
     python -m tests.benchmarks.plan_measured [--models smollm2 1b] [--ranks 1 2 3]
 
 Each launch trains two steps, cuts to 40 %, then trains two more. It has one micro-batch per rank and step, in bf16
-on CPU ranks. Storages are compared to the byte. The largest peaks before and after the cut are compared with what is
-planned.
+on CPU ranks. Storages are compared to the byte. The largest peaks before and after the cut are compared with the
+plan.
 
 Memory is RssAnon + RssShmem, sampled every 5 ms. The baseline is taken off: what the process held after all imports
 and the training of a tiny model. What it holds beside its state when a step begins is no tensor: Python's objects, and
 what kernels and allocator keep. It is added to the plan.
 
-Blocks from 128 KiB are given back to the system when freed, so resident memory shows what is held. glibc would keep
+Blocks from 128 KiB are given back to the system when freed, so resident memory shows the live tensors. glibc would keep
 more, the longer it runs. The result goes to tests/benchmarks/results/plan_measured.json. The run ends with an error
 if a planned number is off.
 """
@@ -90,7 +90,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def cases(model: str, folder: Path) -> Case:
-    """Returns SmolLM2 with the shipped DeepSpeed config. The large one has checkpointing, gathers little at once."""
+    """Returns SmolLM2 with the shipped DeepSpeed config. The large one has checkpointing, gathers little."""
     if model == "smollm2":
         return Case(embedded_model_dir(), window=64)
     limited = read_json(ROOT / "ds_configs" / "zero3.json")
@@ -101,7 +101,7 @@ def cases(model: str, folder: Path) -> Case:
 
 def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
     start_deepspeed(rank, world_size, folder)
-    run_beside_plan(replace(case, folder=folder / "tiny"))  # imports what is imported late
+    run_beside_plan(replace(case, folder=folder / "tiny"))  # makes the late imports
     write_json(folder / f"rank-{rank}.json", run_beside_plan(case))
 
 

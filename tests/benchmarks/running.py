@@ -1,4 +1,4 @@
-"""Starts what a benchmark measures on CPU ranks, and writes down what it found."""
+"""Starts scripts on CPU ranks, and writes results."""
 
 import os
 import subprocess

@@ -28,7 +28,7 @@ FORMS = ("instruction", "chat")
 
 
 def write_rows(path: Path, form: str, rows: int) -> Path:
-    """Writes so many rows as JSONL."""
+    """Writes rows as JSONL."""
     words, draw = " ".join(embedded_text()).split(), random.Random(0)
 
     def piece(length: int) -> str:

@@ -1,4 +1,4 @@
-"""The scripts of launch/examples on two ranks: what they write loads, and agrees with the live model."""
+"""The scripts of launch/examples on two ranks: their results load, and agree with the live model."""
 
 import json
 from pathlib import Path

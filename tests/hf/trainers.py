@@ -156,7 +156,7 @@ def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
 
 
 def deepspeed_config(*, fp32_gradients: bool = True) -> dict[str, Any]:
-    """Returns the shipped config, or what is left of it if gradients travel and add up in the model's dtype."""
+    """Returns the shipped config, or the part in which gradients travel and add up in the model's dtype."""
     config = read_json(Path("ds_configs/zero3.json"))
     rounded = {"communication_data_type", "data_types"}
     return config if fp32_gradients else {key: value for key, value in config.items() if key not in rounded}

@@ -167,7 +167,7 @@ def test_a_device_without_float16(material: Path, tmp_path: Path) -> None:
 
 
 def be_nobody() -> None:
-    """Becomes nobody, because root may write everywhere.
+    """Gives up the rights of root, which may write everywhere.
 
     Access is checked for the real user. Files are opened as the effective user.
     """

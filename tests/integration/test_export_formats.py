@@ -129,7 +129,7 @@ def test_the_last_checkpoint_is_the_finished_model(run: Run, tmp_path: Path) -> 
 
 @pytest.fixture
 def unfinished(run: Run, tmp_path: Path) -> Path:
-    """Makes the run as it was after step 4."""
+    """Takes the run back to step 4."""
     folder = tmp_path / "unfinished"
     shutil.copytree(run.folder, folder)
     shutil.rmtree(folder / "model")

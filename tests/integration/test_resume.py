@@ -140,7 +140,7 @@ def test_stopped_before_at_and_after_a_cut(again: Again) -> None:
 
 
 def test_in_bf16_too(again: Again, tmp_path: Path) -> None:
-    """Checks that the low-precision copies that a step uses are those of the masters."""
+    """Checks that the low-precision copies that a step uses follow the masters."""
     bf16 = ("model.dtype=bfloat16", "prune.ranking=global", NO_SAVES)
     again.run(again.config(*bf16, out=tmp_path / "straight"))
     again.run(again.config(*bf16), None, CUTS[1] + 1)

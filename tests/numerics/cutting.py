@@ -146,7 +146,7 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
 def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
     """Makes one cut of a model with fp32 LoRA on a base of half precision, PEFT's default.
 
-    The linears compute as PEFT's, which cast what they are given. Such a model is live in other trainers.
+    The linears compute as PEFT's, which cast their inputs. Such a model is live in other trainers.
     """
 
     def add_fp32_lora(*given: Any) -> Any:
@@ -179,7 +179,7 @@ def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
 
 
 def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Returns the masks of a cut from given whole gradients. Without any it takes those of these ranks."""
+    """Returns the masks of a cut from given whole gradients. By default it takes these ranks' own gradients."""
     trainer = after_backward(job)
     model = trainer.model
     named = {n: p for n, p in trainer.model.module.named_parameters() if p.requires_grad}

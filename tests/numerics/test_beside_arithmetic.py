@@ -1,4 +1,4 @@
-"""What a step does besides its arithmetic: gathers in a recorded order, waits for the device, counts its FLOPs.
+"""The host's part of a step: gathers in a recorded order, waits for the device, counts FLOPs.
 
 A CPU never waits and has no streams, so the calls that would wait are watched.
 """
@@ -151,7 +151,7 @@ SETTLED = ("zero/training_engine.py:update", "pruning/importance.py:check")  # t
 THEIRS = {
     "transformers/masking_utils.py:find_packed_sequence_indices": 2,  # once per micro-batch: are samples packed?
     "deepspeed/runtime/utils.py:is_invalid_grad_norm": 1,
-    "deepspeed/runtime/zero/stage3.py:step_with_gradscaler": 1,  # clipping. On a device its streams wait besides
+    "deepspeed/runtime/zero/stage3.py:step_with_gradscaler": 1,  # clipping. On a device its streams wait, too
 }
 HOST = (
     "train/data/samples.py",  # ids and labels
@@ -209,7 +209,7 @@ def waits() -> Iterator[list[str]]:
 
 
 def places_of_a_step(job: Job) -> list[str]:
-    """Returns those of the third step, which scores, follows the record of the modules' order and cuts nothing."""
+    """Returns the places of the third step, which scores, follows the record of the modules' order and cuts nothing."""
     trainer = build(job)
     for step in (1, 2):
         trainer.step(step)

@@ -69,14 +69,14 @@ def test_scoring_gathers_lora_and_no_frozen_weight(
         reduces = [n for name, n in result["calls"] if name == "all_reduce"]
         assert {name for name, _ in result["calls"]} == {"all_gather_into_tensor", "all_reduce"}
         assert sum(gathers) == 2 * result["lora_shards"]  # masters and gradients, nothing else
-        assert len(gathers) == rounds  # of four layers, as many at once as fit, and at least one
+        assert len(gathers) == rounds  # of four layers, a round takes those that fit, and at least one
         assert reduces == [4 * (4 * KV_HEADS + 3 * FFN)]  # every module's groups, once
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_size: int, dtype: Any) -> None:
-    """It sends what changes owner and nothing else. The old shards and buffers are freed."""
+    """It sends the elements that change owner. The old shards and buffers are freed."""
     results = ranks.run(world_size, cutting.cut_once, replace(job, dtype=dtype), KEPT_HEADS, KEPT_CHANNELS)
     before, after = results[0]["before"], results[0]["after"]
     assert set(before) == set(after)

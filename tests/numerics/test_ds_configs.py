@@ -115,7 +115,7 @@ def test_quality_settings_find_the_same_bits(ranks: RankPool, job: Job) -> None:
 def live_bytes() -> Callable[[], int]:
     """Counts the storages of all tensors that Python has made since this call, garbage included."""
     gc.collect()
-    gc.freeze()  # what is there already is not seen any more
+    gc.freeze()  # objects made before are not seen any more
     return lambda: storage_bytes(t for t in gc.get_objects() if isinstance(t, Tensor) and t.device.type != "meta")
 
 

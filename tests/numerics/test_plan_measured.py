@@ -65,7 +65,7 @@ def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool,
     check_ranks(ranks, 2, Case(folder, deepspeed=limited_config(tmp_path), checkpointing=family in ("qwen3", "phi3")))
     dtype = "float32" if family in LAYER_NORM else "bfloat16"
     three, four = (ranks.run(1, saved_activations, Case(x, dtype=dtype))[0] for x in (folder, longer))
-    # Only floats are counted. The plan has three indices of the experts' tokens besides.
+    # Only floats are counted. The plan also has three indices of the experts' tokens.
     indices = 3 * 8 * 16 * TINY[family].get("num_experts_per_tok", 0)
     indices += MAXIMA.get(family, 0) + CHOICES.get(family, 0)
     assert four["counted"] - three["counted"] == four["last_layer"] - indices

@@ -108,7 +108,7 @@ one_model = pytest.mark.parametrize("base_job", ["gqa_odd"], indirect=True)
 @one_model
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradient_checkpointing_changes_nothing(ranks: RankPool, base_job: Job, world_size: int) -> None:
-    job = {**vars(base_job), "lora_dropout": 0.1}  # drawn again as it was
+    job = {**vars(base_job), "lora_dropout": 0.1}  # the same draw again
     plain, checkpointed = (
         ranks.run(world_size, train, Job(**{**job, "gradient_checkpointing": on}))[0] for on in (False, True)
     )

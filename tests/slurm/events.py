@@ -117,7 +117,7 @@ def lose(lab: Lab, row: Row, out: str, which: int) -> None:
 
 @event("rank killed", expected_restarts=(1,))
 def kill_rank(lab: Lab, row: Row) -> None:
-    """Ends the job at once. Slurm does not requeue a failed job. A person does."""
+    """Ends the job. Slurm does not requeue a failed job. A person does."""
     job = started(lab, "killed", SAVED)
     began = time.monotonic()
     os.kill(lab.rank_process("killed", nodes_of(lab, job)[1]), signal.SIGKILL)
@@ -251,7 +251,7 @@ def evaluate(lab: Lab, row: Row) -> None:
 
 
 def started(lab: Lab, out: str, step: int, options: Sequence[str] = (), **variables: str) -> Job:
-    """Starts a job of two nodes and waits until it has done so many steps."""
+    """Starts a job of two nodes and waits until it has done `step` steps."""
     job = lab.submit(out, options=options, **variables)
     job.wait_for_step(lab.folder / out, step, PATIENCE)
     return job

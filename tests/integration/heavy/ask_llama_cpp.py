@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-F32 = 0  # of the key-value cache; its usual f16 blurs what is compared here
+F32 = 0  # of the key-value cache; its usual f16 blurs the comparison
 
 
 def ask(question: dict[str, Any]) -> dict[str, np.ndarray]:

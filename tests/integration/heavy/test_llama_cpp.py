@@ -1,7 +1,7 @@
 """Compares GGUF exports in llama.cpp with transformers that rounds alike. See tests/run_heavy.sh.
 
-llama.cpp rounds the weights. On CPUs it also rounds what they are multiplied with. Beside f16 weights it rounds to f16,
-beside q8_0 weights to 8 bits per block of 32. The reference does both. Three causes of differences are left: the order
+llama.cpp rounds the weights. On CPUs it also rounds what they are multiplied with. With f16 weights it rounds to f16,
+with q8_0 weights to 8 bits per block of 32. The reference does both. Three causes of differences are left: the order
 of sums, f16 tables inside llama.cpp, and values near the middle of two steps. Such a value may round the other way.
 """
 
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
 PRECISIONS = ("f16", "q8_0")
 # Root mean square of the logits' differences, as a part of their spread. One value that rounds the other way makes
-# others do so through 30 layers. The dense SmolLM2 shows the size of that in a file that nobody doubts.
+# others do so through 30 layers. The dense SmolLM2 shows the size of that.
 TOLERANCE = {"f16": 0.005, "q8_0": 0.1}
 NEW_TOKENS = 16
 BROKEN = "broken"
@@ -58,7 +58,7 @@ TINY = [
 PHI3 = "phi_3"
 AS_PUBLISHED = {"rope_parameters": YARN["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}}
 # Family, groups that layers keep if they differ, and other settings. With 46 or 62 layers llama.cpp takes another
-# attention scale, that of the 27B models.
+# attention scale, as in the 27B models.
 FAMILIES: dict[str, tuple[str, list[tuple[int, int]], dict[str, Any]]] = {
     **{PHI3 if family == "phi3" else family: (family, [], {}) for family in ARCHITECTURES},
     "qwen2_layers": ("qwen2", [(2, 96), (3, 77)], {}),

@@ -47,7 +47,7 @@ def test_dense_and_pruned_are_timed_in_the_server(server: str, tmp_path: Path) -
 
 
 def test_a_qwen2_runs_by_the_implementation_that_the_table_names(tmp_path: Path) -> None:
-    """vLLM's own class would refuse what is left of its heads."""
+    """vLLM's own class would refuse its number of heads."""
     tokenizer = byte_level_tokenizer(tmp_path / "tokenizer", VOCAB)
     sizes: dict[str, Any] = SIZES | WIDE
     tiny_model("qwen2", **sizes).save_pretrained(tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""The callback in TRL's GRPOTrainer, and on SmolLM2-135M beside our own trainer. Takes minutes."""
+"""The callback in TRL's GRPOTrainer, and, on SmolLM2-135M, compared with our own trainer. Takes minutes."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_smollm2_is_cut_as_by_our_own_trainer(ranks: RankPool, tmp_path: Path) -
     """Our own trainer makes the same cuts, so a tie that falls otherwise does not part the two. It is written down."""
     folder = embedded_model_dir()
     adapter = write_adapter(tmp_path / "adapter", make_lora(folder, r=8, seed=2, size=0.03), r=8, alpha=16)
-    # Of four steps it cuts after the first three.
+    # It cuts after the first three of four steps.
     prune = {"ratio": 0.3, "prune_every": 1, "cooldown_fraction": 0.3, "channel_multiple": 1}
     job = Job(
         folder, adapter, batches(4, 8, 64), prune, max_grad_norm=1.0, learning_rate=1e-3, adam_epsilon=1e-8,

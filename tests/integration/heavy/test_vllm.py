@@ -1,7 +1,7 @@
 """Runs merged exports in vLLM's CPU build.
 
-Uniform exports run as stock models. Per-layer ones run through vLLM's transformers backend. So do families of which
-vLLM has no class of its own.
+Uniform exports run as stock models. Per-layer ones run through vLLM's transformers backend. So do families for which
+vLLM has no class.
 
     bash tests/run_heavy.sh --vllm
 """
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
 NEW_TOKENS = 24
 # vLLM's CPU attention has no heads narrower than 32.
 WIDE = {"hidden_size": 192, "head_dim": 32, "max_position_embeddings": 128}
-# Of these hidden_size is the width of all heads. vLLM's YaRN ends where its factor says: 4 times the original length.
+# Their hidden_size is the width of all heads. vLLM's YaRN ends where its factor says: 4 times the original length.
 WIDER: dict[str, dict[str, Any]] = {
     **{name: {"hidden_size": 256} for name in ("qwen2_moe", "olmoe", "granitemoe")},
     "gpt_oss": {"rope_parameters": YARN["rope_parameters"] | {"original_max_position_embeddings": 32}},
