@@ -156,14 +156,6 @@ def test_launched_a_config_that_only_one_rank_lacks(hook: dict[str, str], materi
     assert ended.err == "error on rank 1: config file run.yaml does not exist\n"
 
 
-def test_launched_data_that_only_one_rank_lacks(
-    hook: dict[str, str], homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path
-) -> None:
-    ended = launch(arguments(material, tmp_path, "data.path=~/text.txt"), environment=hook)
-    assert_refused(ended, "rank 1: data.path: ~/text.txt does not exist")
-    assert not (tmp_path / "out").exists()
-
-
 def test_launched_on_a_port_that_is_taken(material: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))

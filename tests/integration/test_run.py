@@ -220,9 +220,3 @@ def test_a_start_with_another_config_names_what_differs(runs: dict[str, Run], tm
     assert other.err.count("\n") == 1
     assert other.err.startswith(f"error: output_dir {run.folder} holds another run (lora.r differs)")
     assert snapshot(run.folder) == before
-
-
-def test_how_a_run_is_shown_is_not_part_of_it(runs: dict[str, Run], tmp_path: Path) -> None:
-    run = runs["mistral"]
-    again = fork_ranks(["--config", str(run.config), "--set", "logging.report_to=[]"], tmp_path)[0].check()
-    assert "holds this run, finished" in again.out

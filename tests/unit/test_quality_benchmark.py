@@ -7,10 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config_file import load_config
-from tests.benchmarks.expand_heads import expanded_model
-from tests.benchmarks.quality import basis_of, parse_arguments
+from tests.benchmarks.quality import basis_of, parse_arguments, rows_of
 from tests.benchmarks.quality_settings import SETTINGS, select
-from tests.benchmarks.quality_table import rows_of
+from tests.benchmarks.two_four import expanded_model
 from tests.oracle.models import make_tiny_llama
 
 
