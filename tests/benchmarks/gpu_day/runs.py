@@ -110,7 +110,7 @@ def two_ranks(found: Found) -> None:
     """Runs two ranks on one card, with gloo in NCCL's place: real gathers, side streams and all-to-alls."""
     common = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
-    command = [sys.executable, "-m", "tests.benchmarks.gpu_day.two_ranks"]
+    command = [sys.executable, "-c", "from tests.benchmarks.gpu_day import training; training.one_of_two_ranks()"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": rank}, **pipes) for rank in ("0", "1")]
     ended = [rank.communicate() for rank in ranks]  # what hangs ends with this part
