@@ -19,10 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from deepspeed import comm as ds_comm
 from torch import Tensor
 
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
@@ -35,6 +33,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from tests.benchmarks.running import RESULTS, record, run_on_ranks
+from tests.numerics.cutting import watched_collectives
 from tests.numerics.driver import Consecutive, assemble
 from tests.oracle.models import make_tiny_llama
 
@@ -59,23 +58,18 @@ def counted_bytes(world_size: int) -> Iterator[list[float]]:
 
     A ring sends (world_size - 1) / world_size of the moved bytes.
     """
-    backend: Any = ds_comm.comm.cdb
-    others = (world_size - 1) / world_size
-    share = {
-        "all_gather_into_tensor": lambda args: args[0].nbytes * others,  # the output; others send all but 1/world_size
-        "reduce_scatter_tensor": lambda args: args[1].nbytes * others,
-        "all_reduce": lambda args: 2 * args[0].nbytes * others,
+    others, sent = (world_size - 1) / world_size, [0.0]
+    share: dict[str, Callable[[list[Tensor]], float]] = {
+        "all_gather_into_tensor": lambda args: args[0].nbytes,  # the output; others send all but 1/world_size
+        "reduce_scatter_tensor": lambda args: args[1].nbytes,
+        "all_reduce": lambda args: 2 * args[0].nbytes,
     }
-    sent = [0.0]
 
-    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            sent[0] += share[name]([a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
-            return call(*args, **kwargs)
+    def see(name: str, tensors: list[Tensor]) -> None:
+        if name in share:
+            sent[0] += others * share[name](tensors)
 
-        return wrapped
-
-    with patch.multiple(backend, **{name: counting(name, getattr(backend, name)) for name in share}):
+    with watched_collectives(see):
         yield sent
 
 

@@ -29,32 +29,38 @@ from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
-COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "broadcast", "all_to_all_single", "gather", "all_gather")
+COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_to_all_single")
+COLLECTIVES += ("gather", "all_gather")
 
 
 @contextmanager
-def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Yields (name, elements given by this rank) of every collective below DeepSpeed's own front, from any caller."""
+def watched_collectives(see: Callable[[str, list[Tensor]], None]) -> Iterator[None]:
+    """Calls `see` with name and tensors of every collective below DeepSpeed's own front, from any caller."""
     backend: Any = ds_comm.comm.cdb
-    calls: list[tuple[str, int]] = []
-    originals = {name: getattr(backend, name) for name in COLLECTIVES}
 
-    def recording(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def watching(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            given = tensors[1] if name in ("all_gather_into_tensor", "all_to_all_single") else tensors[0]
-            calls.append((name, given.numel()))
+            see(name, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
             return call(*args, **kwargs)
 
         return wrapped
 
-    for name, call in originals.items():
-        setattr(backend, name, recording(name, call))
-    try:
+    with patch.multiple(backend, **{name: watching(name, getattr(backend, name)) for name in COLLECTIVES}):
+        yield
+
+
+@contextmanager
+def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
+    """Yields (name, elements given by this rank) of every collective."""
+    calls: list[tuple[str, int]] = []
+
+    def see(name: str, tensors: list[Tensor]) -> None:
+        if name != "reduce_scatter_tensor":
+            given = tensors[1] if name in ("all_gather_into_tensor", "all_to_all_single") else tensors[0]
+            calls.append((name, given.numel()))
+
+    with watched_collectives(see):
         yield calls
-    finally:
-        for name, call in originals.items():
-            setattr(backend, name, call)
 
 
 def after_backward(job: Job, step: int = 1) -> Trainer:
