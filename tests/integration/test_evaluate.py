@@ -232,73 +232,54 @@ def test_runs_and_evaluations_are_compared(made: Path, tmp_path: Path) -> None:
 
 # Bad input
 
-Spoil = Callable[[Path, Path], list[Any]]
 
-
-def without_tokenizer(made: Path, here: Path) -> list[Any]:
+def drop_tokenizer(made: Path, here: Path) -> None:
     shutil.copytree(made / "dense", here / "model")
     for path in (here / "model").glob("tokenizer*"):
         path.unlink()
-    return [here / "model", "--text", made / "text.txt"]
 
 
-def damaged_run(made: Path, here: Path) -> list[Any]:
+def damage_run(made: Path, here: Path) -> None:
     shutil.copytree(made / "run", here / "run")
     for path in (here / "run" / "model").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-20])
-    return [here / "run"]
 
 
-def unfinished_run(made: Path, here: Path) -> list[Any]:
+def begin_run(made: Path, here: Path) -> None:
     (here / "run").mkdir()
     write_status(here / "run", Status("running", 2, 6))
-    return [here / "run"]
 
 
-def other_tokens(made: Path, here: Path) -> list[Any]:
+def make_other(made: Path, here: Path) -> None:
     sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 4, "hidden": 8, "ffn": 8, "layers": 1}
     make_tiny_llama(here / "other", vocab=40, seed=0, **sizes)
-    return [made / "dense", "--dense", here / "other", "--text", made / "text.txt"]
 
 
-BAD: dict[str, tuple[Spoil, str]] = {  # unit tests have more
-    "no tokenizer": (without_tokenizer, "{here}/model has no tokenizer that can be read"),
-    "damaged run": (damaged_run, "{here}/run/model/model-"),
-    "unfinished run": (unfinished_run, "{here}/run holds an unfinished run (running at step 2 of 6) without a"),
-    "offline": (lambda m, h: [m / "dense", "--dataset", "ptb"], "--dataset ptb: ptb-text-only/ptb_text_only, split"),
-    "other tokens": (other_tokens, "{made}/dense and {here}/other read the text as different tokens"),
-    "split of a text": (
-        lambda m, h: [m / "dense", "--text", m / "text.txt", "--split", "train"],
-        "--split is a part of --dataset; --text is read whole",
-    ),
-    "long window": (
-        lambda m, h: [m / "dense", "--text", m / "text.txt", "--window", "1024"],
-        "{made}/dense reads at most 512 tokens (max_position_embeddings), not 1024",
-    ),
-    "serve without": (lambda m, h: [m / "dense", "--serve-python", "python3"], "--serve-python has no effect without"),
-    "rounds without": (
-        lambda m, h: [m / "dense", "--rounds", "2"],
-        "--prompt, --generated and --rounds have no effect",
-    ),
-    "gguf for vllm": (
-        lambda m, h: [m / "dense", "--serve", "vllm", "--gguf", "f16"],
-        "--gguf has no effect without --serve llama.cpp",
-    ),
-    "dtype of a server": (
-        lambda m, h: [m / "dense", "--serve", "vllm", "--dtype", "float32"],
-        "--dtype has no effect on --serve; a server takes the model's own",
-    ),
-    "sharded adapter": (
-        lambda m, h: [m / "apart/adapter", "--text", m / "text.txt", "--sharded"],
-        "{made}/apart/adapter: --sharded cannot merge an adapter",
-    ),
-}
+TEXT, DENSE = "--text {made}/text.txt", "{made}/dense"
+# Arguments, the error's beginning, and a function that makes what is wrong in {here}. Unit tests have more.
+BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
+    ("{here}/model " + TEXT, "{here}/model has no tokenizer that can be read", drop_tokenizer),
+    ("{here}/run", "{here}/run/model/model-", damage_run),
+    ("{here}/run", "{here}/run holds an unfinished run (running at step 2 of 6) without a", begin_run),
+    (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} and {{here}}/other read the text as different", make_other),
+    (f"{DENSE} --dataset ptb", "--dataset ptb: ptb-text-only/ptb_text_only, split", None),
+    (f"{DENSE} {TEXT} --split train", "--split is a part of --dataset; --text is read whole", None),
+    (f"{DENSE} {TEXT} --window 1024", f"{DENSE} reads at most 512 tokens (max_position_embeddings), not 1024", None),
+    (f"{DENSE} --serve-python python3", "--serve-python has no effect without", None),
+    (f"{DENSE} --rounds 2", "--prompt, --generated and --rounds have no effect", None),
+    (f"{DENSE} --serve vllm --gguf f16", "--gguf has no effect without --serve llama.cpp", None),
+    (f"{DENSE} --serve vllm --dtype float32", "--dtype has no effect on --serve", None),
+    ("{made}/apart/adapter " + TEXT + " --sharded", "{made}/apart/adapter: --sharded cannot merge an adapter", None),
+)
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(made: Path, tmp_path: Path, name: str) -> None:
-    spoil, message = BAD[name]
-    ended = evaluate(made, *spoil(made, tmp_path), "--json")
+@pytest.mark.parametrize(("arguments", "message", "spoil"), BAD)
+def test_bad_input_is_one_line(
+    made: Path, tmp_path: Path, arguments: str, message: str, spoil: Callable[[Path, Path], None] | None
+) -> None:
+    if spoil:
+        spoil(made, tmp_path)
+    ended = evaluate(made, *arguments.format(made=made, here=tmp_path).split(), "--json")
     assert ended.code == 2, ended.everything
     assert ended.out == ""
     (line,) = ended.err.splitlines()
