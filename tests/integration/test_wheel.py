@@ -1,5 +1,7 @@
 """The wheel holds all it needs, and its commands work in a folder that has nothing to do with the checkout."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.integration.launching import ROOT, Ended, clean_environment
+from tests.integration.launching import ROOT, Ended, clean_environment, read_json, write_text
 
 SOURCES = ("pyproject.toml", "loraprune_ds", "launch", "ds_configs")
 
@@ -60,9 +62,9 @@ def programs(wheel: Path) -> Path:
     return install_wheel(wheel, wheel.parent / "environment")
 
 
-def start(programs: Path, folder: Path, *arguments: str) -> Ended:
+def start(programs: Path, folder: Path, *arguments: str, timeout: float = 120) -> Ended:
     command = [str(programs / "loraprune-ds"), *arguments]
-    done = subprocess.run(command, cwd=folder, env=without_checkout(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=without_checkout(), capture_output=True, text=True, timeout=timeout)
     return Ended(done.returncode, done.stdout, done.stderr, 0.0)
 
 
@@ -116,3 +118,23 @@ def test_a_mistake_is_one_line_before_any_rank_starts(
     assert ended.code == 2, ended.everything
     assert ended.err.startswith(f"error: {line}")
     assert ended.err.count("\n") == 1
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh")
+def test_the_quickstart_runs_from_the_wheel(programs: Path, tmp_path: Path) -> None:
+    """Makes fewer steps than the quickstart does."""
+
+    def run(*arguments: str) -> str:
+        return start(programs, tmp_path, *arguments, timeout=1500).check().out
+
+    run("run", "--ranks", "2", "--config", "launch/configs/quickstart.yaml", "--set", "train.steps=12")
+    report = read_json(tmp_path / "runs/quickstart/report.json")
+    assert report["versions"]["commit"] is None  # it came from the wheel
+    text = write_text(tmp_path / "text.txt", 20_000)
+    measured = json.loads(run("evaluate", "runs/quickstart", "--text", str(text), "--json"))
+    assert 1 < measured["perplexity"] < 100
+    assert "\nquickstart " in run("compare", "runs/quickstart")
+    run("export", "runs/quickstart", "--format", "gguf-q8_0")
+    assert list(tmp_path.glob("quickstart-gguf-q8_0/*.gguf"))
