@@ -27,6 +27,7 @@ from loraprune_ds.zero.memory import state_tensors, state_terms, storage_bytes
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
 from tests.families import SIZES, tiny_model
+from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 
 Options = dict[str, Any]
@@ -193,6 +194,31 @@ def make_samples(job: Job) -> Samples:
     )
     columns = {"input_ids": ids.where(ids != PADDING_ID, PADDING_ID + 1), "labels": wanted}
     return Samples(columns, starts_of(torch.tensor(job.lengths)), input_ids.shape[1])
+
+
+def assert_same_outcome(found: Outcome, expected: Outcome) -> None:
+    """Checks that two runs with cuts are the same, bit by bit."""
+    assert len(found.cut_steps) >= 2
+    assert found.losses == expected.losses
+    assert found.kept == expected.kept
+    for x, y in zip(found.averages, expected.averages, strict=True):
+        assert all(torch.equal(a, b) for s, t in zip(x, y, strict=True) for a, b in zip(s, t, strict=True))
+    assert all(torch.equal(found.masters[name], expected.masters[name]) for name in expected.masters)
+
+
+def dense_twin(job: Job, **settings: Any) -> DenseTrainer:
+    """Returns the oracle of a job that `tiny_job` made."""
+    lora = make_lora(job.folder, r=job.lora_r, seed=2)
+    return DenseTrainer(job.folder, lora, Settings(lora_alpha=job.lora_alpha, **settings))
+
+
+def first_batch(job: Job) -> tuple[Tensor, Tensor]:
+    """Returns ids and labels of the first batch. Labels beyond a sample's length do not count."""
+    ids, labels = job.batches[0]
+    if job.lengths is not None:
+        beyond = torch.arange(labels.shape[1]) >= torch.tensor(job.lengths[: len(labels)])[:, None]
+        labels = labels.masked_fill(beyond, -100)
+    return ids, labels
 
 
 def train(job: Job) -> Outcome:

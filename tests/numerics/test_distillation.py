@@ -1,5 +1,6 @@
 """Distillation on 1, 2 and 3 ZeRO-3 ranks, against autograd on one dense model and all of its teacher's logits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.numerics import quality_settings
-from tests.numerics.driver import Job, tiny_job
-from tests.oracle.dense_trainer import DenseTrainer, Settings
-from tests.oracle.models import make_lora
+from tests.numerics.driver import Job, dense_twin, first_batch, tiny_job
 from tests.ranks import RankPool
 
 WEIGHT, STEPS, SAMPLES = 0.5, 2, 12
@@ -27,12 +26,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def dense_step(job: Job, top_k: int | None, temperature: float) -> tuple[float, dict[str, Tensor]]:
     """Returns loss and LoRA gradients of the first batch. The teacher is the same model without its adapter."""
-    settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
-    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
-    input_ids, labels = job.batches[0]
-    if job.lengths is not None:
-        beyond = torch.arange(labels.shape[1]) >= torch.tensor(job.lengths[: len(labels)])[:, None]
-        labels = labels.masked_fill(beyond, -100)
+    oracle, (input_ids, labels) = dense_twin(job, dtype=torch.float64), first_batch(job)
     with torch.no_grad(), oracle.model.disable_adapter():  # type: ignore[operator]
         theirs = oracle.model(input_ids=input_ids, use_cache=False).logits
     ours = oracle.model(input_ids=input_ids, use_cache=False).logits
@@ -70,7 +64,7 @@ def test_loss_and_gradients_are_the_dense_ones(
     lengths: list[int] | None,
 ) -> None:
     """Takes samples of one length and of different ones. Nothing is learned from padding."""
-    changed = Job(**{**vars(job), "gradient_checkpointing": checkpointing, "lengths": lengths})
+    changed = replace(job, gradient_checkpointing=checkpointing, lengths=lengths)
     loss, gradients = dense_step(changed, top_k, temperature)
     files = []
     for world_size in (1, 2, 3):

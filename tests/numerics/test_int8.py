@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.families import MIXED, MIXTURES, TINY, families
 from tests.numerics import int8
-from tests.numerics.driver import Job, Outcome, family_job, tiny_job, train
+from tests.numerics.driver import Job, assert_same_outcome, family_job, tiny_job, train
 from tests.ranks import RankPool
 
 STEPS = 6
@@ -35,21 +35,12 @@ def meant(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return int8.write_dequantised(job.folder, tmp_path_factory.mktemp("int8") / "meant", "bfloat16")
 
 
-def assert_equal(found: Outcome, expected: Outcome) -> None:
-    assert len(found.cut_steps) >= 2
-    assert found.losses == expected.losses
-    assert found.kept == expected.kept
-    for x, y in zip(found.averages, expected.averages, strict=True):
-        assert all(torch.equal(a, b) for s, t in zip(x, y, strict=True) for a, b in zip(s, t, strict=True))
-    assert all(torch.equal(found.masters[name], expected.masters[name]) for name in expected.masters)
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_it_trains_scores_and_cuts_as_the_weights_it_stands_for(
     ranks: RankPool, job: Job, meant: Path, world_size: int
 ) -> None:
     found = ranks.run(world_size, train, job)[0]
-    assert_equal(found, ranks.run(world_size, train, replace(job, folder=meant, frozen=None))[0])
+    assert_same_outcome(found, ranks.run(world_size, train, replace(job, folder=meant, frozen=None))[0])
     left = int8.read_left(job, found)  # the slices of the source that a resumed run reads
     assert left.keys() == found.frozen.keys()
     assert [name for name, tensor in left.items() if not torch.equal(found.frozen[name], tensor)] == []
@@ -66,7 +57,7 @@ def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
     experts, _ = family_job(tmp_path, family, prune, steps=STEPS, model=sizes, dtype="bfloat16", frozen="int8")
     meant = int8.write_dequantised(experts.folder, tmp_path / "meant", "bfloat16")
     found = ranks.run(world_size, train, experts)[0]
-    assert_equal(found, ranks.run(world_size, train, replace(experts, folder=meant, frozen=None))[0])
+    assert_same_outcome(found, ranks.run(world_size, train, replace(experts, folder=meant, frozen=None))[0])
     left = int8.read_left(experts, found)
     assert [name for name, tensor in left.items() if not torch.equal(found.frozen[name], tensor)] == []
     assert sum("experts" in n and x.dtype == torch.int8 for n, x in left.items()) == (2 if family in MIXED else 4)
@@ -90,7 +81,7 @@ def test_so_do_other_settings(ranks: RankPool, job: Job, tmp_path: Path, changes
     changed = replace(job, prune=prune, **of_job)
     meant = int8.write_dequantised(job.folder, tmp_path / "meant", changed.dtype)
     found, expected = (ranks.run(2, train, x)[0] for x in (changed, replace(changed, folder=meant, frozen=None)))
-    assert_equal(found, expected)
+    assert_same_outcome(found, expected)
     assert all(held == planned for held, planned in found.state_bytes)
 
 

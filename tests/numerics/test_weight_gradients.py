@@ -5,6 +5,7 @@ That of a mixture of experts is transformers' own, into which stock PEFT has mer
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ from loraprune_ds.export.lora import _adapter_config
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.families import MIXTURES, families, tiny_model
 from tests.numerics import quality_settings
-from tests.numerics.driver import Job, family_job, tiny_job
+from tests.numerics.driver import Job, dense_twin, family_job, tiny_job
 from tests.numerics.test_families import FACTOR, FLOOR
-from tests.oracle.dense_trainer import CHANNEL_LINEARS, HEAD_LINEARS, INPUT_SHRINKS, DenseTrainer, Settings
-from tests.oracle.models import make_lora
+from tests.oracle.dense_trainer import CHANNEL_LINEARS, HEAD_LINEARS, INPUT_SHRINKS
 from tests.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 25, 5, 4, 25, 61, 3  # MLP weights do not divide by 2 or 3
@@ -45,7 +45,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def dense_scores(job: Job) -> list[tuple[Tensor, Tensor]]:
     """Returns (heads, channels) of every layer by autograd on whole weights, element by element in fp64."""
-    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), Settings(lora_alpha=job.lora_alpha))
+    oracle = dense_twin(job)
     wrappers = {(i, n): oracle._wrapper(i, n) for i in range(LAYERS) for n in HEAD_LINEARS + CHANNEL_LINEARS}
     for wrapper in wrappers.values():
         wrapper.base_layer.weight.requires_grad_(True)
@@ -73,7 +73,7 @@ def _sum(wrappers: dict[tuple[int, str], Any], layer: int, linears: tuple[str, .
 def test_scores_are_those_of_autograd(
     ranks: RankPool, job: Job, world_size: int, micro: int, checkpointing: bool
 ) -> None:
-    changed = Job(**{**vars(job), "micro_batch_size": micro, "gradient_checkpointing": checkpointing})
+    changed = replace(job, micro_batch_size=micro, gradient_checkpointing=checkpointing)
     results = ranks.run(world_size, quality_settings.gradient_scores, changed)
     result = results[0]
     for found, expected in zip(result["scores"], dense_scores(job), strict=True):
@@ -140,7 +140,7 @@ def test_experts_have_the_scores_of_autograd(ranks: RankPool, tmp_path: Path, fa
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_bf16_sends_half_and_hardly_changes_a_score(ranks: RankPool, job: Job, world_size: int) -> None:
-    half = Job(**{**vars(job), "dtype": "bfloat16"})
+    half = replace(job, dtype="bfloat16")
     found = ranks.run(world_size, quality_settings.gradient_scores, half)[0]
     widened = ranks.run(world_size, partial(quality_settings.gradient_scores, widen=True), half)[0]
     assert 2 * found["sent"] == widened["sent"] > 0
@@ -150,12 +150,12 @@ def test_bf16_sends_half_and_hardly_changes_a_score(ranks: RankPool, job: Job, w
 
 def test_training_does_not_notice(ranks: RankPool, job: Job) -> None:
     with_gradients = ranks.run(2, quality_settings.gradient_scores, job)[0]["lora"]
-    without = ranks.run(2, quality_settings.lora_after_two_steps, Job(**{**vars(job), "prune": {"ratio": 0.2}}))[0]
+    without = ranks.run(2, quality_settings.lora_after_two_steps, replace(job, prune={"ratio": 0.2}))[0]
     assert all(torch.equal(with_gradients[name], without[name]) for name in without)
 
 
 def test_only_every_kth_step_pays(ranks: RankPool, job: Job) -> None:
-    sparse = Job(**{**vars(job), "prune": {**job.prune, "score_every": 2}})
+    sparse = replace(job, prune=job.prune | {"score_every": 2})
     result = ranks.run(2, quality_settings.gradient_scores, sparse)[0]
     assert result["shards"][0] > 0
     assert result["shards"][1] == 0
