@@ -23,17 +23,6 @@ os.environ |= {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_tests:
-        return  # and torch need not be imported
-    import torch
-
-    if not torch.cuda.is_available():
-        for item in gpu_tests:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """A pool of DeepSpeed ranks on CPU: `ranks.run(world_size, function, *args)` gives one value per rank."""
@@ -44,7 +33,7 @@ def ranks() -> Iterator[RankPool]:
 
 @pytest.fixture
 def fresh_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets transformers forget registered classes. Else a folder's own code gives way to that of an earlier test."""
+    """Makes transformers forget registered classes. Otherwise an earlier test's code would be taken."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 

@@ -47,7 +47,7 @@ SCALED = {
     "residual_multiplier": 0.4,
     "logits_scaling": 3.0,
 }
-# Fields of config.json beside SIZES. The caps and factors are such that a model without them is clearly another one.
+# More fields of config.json. The caps and factors are such that a model without them is clearly another one.
 TINY: dict[str, dict[str, Any]] = {
     "llama": WIDE,
     "mistral": WIDE | WINDOW,
@@ -120,7 +120,7 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 
 def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape, ...]:
-    """Returns the layers of a model with so many heads, and so many channels or experts, where a layer has any."""
+    """Returns the layers of a model with these numbers of heads, and of channels or experts, where a layer has any."""
 
     def other(kind: str, own: int, heads: int, others: int) -> int:
         return own if kind in shape.family.fixed or own == 0 else heads if kind == "heads" else others
@@ -141,7 +141,7 @@ def heavy(*values: Any) -> Any:
 
 
 def heads_divide_hidden(family: str) -> bool:
-    """Tells if the stock config class wants a head count that divides hidden_size."""
+    """Returns whether the stock config class wants a head count that divides hidden_size."""
     try:
         tiny_config(family, num_attention_heads=8, num_key_value_heads=4)
     except StrictDataclassError:
@@ -176,5 +176,5 @@ def tiny_model(
                 parameter.copy_(noise * (0.5 if "embed" in name else 0.25))
         for name, buffer in model.named_buffers():
             if name.endswith(CORRECTION):
-                buffer.normal_(0, 0.03, generator=generator)  # more would leave experts that nobody chooses
+                buffer.normal_(0, 0.03, generator=generator)  # more would leave experts that no token chooses
     return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`

@@ -1,4 +1,4 @@
-"""Tiny models of every family under LoRA, their cuts by the package, and exports of what is left."""
+"""Tiny models of every family under LoRA, their cuts by the package, and exports."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from tests.plain_model import PlainModel
 PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
 # Groups that stay of 5 heads and 23 channels or experts. 6 query heads divide hidden_size, 8 do not.
 FEW, MANY = (3, 13), (4, 14)
-# A norm over the whole width adds epsilon to a mean over more elements before a cut than after it. So it must be tiny.
+# A norm over the whole width adds epsilon to a mean over more elements before a cut than after it. It must be tiny.
 WIDE_NORMS = [name for name, family in FAMILIES.items() if family.companions and not family.mixture]
 TINY_EPSILON: dict[str, Any] = {"rms_norm_eps": 1e-12}
 
@@ -131,7 +131,7 @@ def cut_and_export(network: Network, folder: Path, *counts: tuple[int, int]) -> 
 
 
 def load(folder: Path, **settings: Any) -> PreTrainedModel:
-    """Loads an export as its users do. Eager attention is that of the models above."""
+    """Loads an export as its users do. The models above have eager attention."""
     settings = {"attn_implementation": "eager", "experts_implementation": "eager"} | settings
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings).eval()
 

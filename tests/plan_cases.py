@@ -44,7 +44,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.engine import build_training_engine
 from loraprune_ds.zero.flat import AxisCut, moved_elements
 from loraprune_ds.zero.memory import resident_bytes, second_copies, state_tensors, storage_bytes
-from tests.benchmarks.peak import Peak
+from tests.benchmarks.memory import Peak
 
 STEPS = 4  # the cut follows the second
 

@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.experts [--steps 24] [--tune 60] [--ranks 2]
 
-No mixture of experts is on PyPI. So one is made of the embedded model. The 1,536 channels of an MLP become 8 experts
+No mixture of experts is on PyPI. One is made of the embedded model. The 1,536 channels of an MLP become 8 experts
 of 192: channels that are large on the same tokens come together. A router is fitted by least squares to the norms of
 the experts' outputs. Then router and experts are tuned for some steps on the text that the runs train on. Each run goes
 through launch/run.py with quickstart's config. It leaves 6 or 4 experts in every layer, chosen by `lora`, `fisher`, at
-random, or by REAP's score (peer_run.py). `once` cuts at the last of 4 steps that change nothing. Each run is written to
-results/experts.json at once. A second start runs only what is missing there.
+random, or by REAP's score (peer_run.py). `once` cuts at the last of 4 steps that change nothing. Finished runs are
+written to results/experts.json. A second start makes only the missing runs.
 """
 
 # torch and transformers do not type all that is used here.
@@ -15,7 +15,6 @@ results/experts.json at once. A second start runs only what is missing there.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -30,10 +29,9 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.train.data.loading import load_samples
-from tests.integration.launching import free_port
+from tests.benchmarks.running import RESULTS, run_on_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULT = Path(__file__).parent / "results" / "experts.json"
+RESULT = RESULTS / "experts.json"
 EXPERTS, CHOSEN = 8, 4
 CALIBRATION, BATCH = 32, 8  # samples
 RIDGE = 1e-2
@@ -61,9 +59,6 @@ def main() -> None:
                 print(f"{name} ...", file=sys.stderr, flush=True)
                 rows[name] = run(model, changes, arguments.ranks, Path(work, "run"))
                 RESULT.write_text(json.dumps({"tuned_steps": arguments.tune, "runs": rows}, indent=1) + "\n")
-    for name, row in rows.items():
-        ppl = row["perplexity"]
-        print(f"{name:40}{ppl['dense']:>10.2f}{ppl['after_last_cut']:>10.2f}{ppl['pruned']:>10.2f}")
 
 
 def wanted(model: Path, steps: int) -> dict[str, list[str]]:
@@ -88,13 +83,12 @@ def settings(model: Path, kept: int, criterion: str, steps: int, *, once: bool) 
 
 
 def run(model: Path, changes: list[str], ranks: int, out: Path) -> dict[str, Any]:
-    command = ["deepspeed", "--quiet", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     script = ["tests/benchmarks/peer_run.py", "--peer", PEER] if PEER in changes else ["launch/run.py"]
-    command += [*script, "--config", "launch/configs/quickstart.yaml"]
+    command = [*script, "--config", "launch/configs/quickstart.yaml"]
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         for setting in (f"model.path={model}", f"output_dir={folder}/run", *changes):
             command += ["--set", setting] if setting != PEER else []
-        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+        run_on_ranks(ranks, *command, stdout=sys.stderr)
         report = json.loads(Path(folder, "run", "report.json").read_text())
     report["config"] |= {"output_dir": "run", "model": report["config"]["model"] | {"path": "mixture"}}
     return {key: report[key] for key in ("perplexity", "params", "versions", "hardware", "config")}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from typing import Any
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
 from tests.benchmarks.fault_table import RANKS, STEPS, Job, run_to_end
+from tests.benchmarks.running import ROOT, cpu_environment
 from tests.hf import callback_run
+from tests.integration.launching import on_ranks
 from tests.integration.resuming import write_run
 
-ROOT = Path(__file__).parents[2]
 EVERY, RECOVERY = 3, 4
 PLAIN: dict[str, dict[str, Any]] = {
     "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1},
@@ -26,13 +28,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "evaluate": {"max_windows": 4},
 }
 LEVERS = PLAIN | {  # 256 samples: two rounds of files of the dense model's outputs
-    "train": {
-        "steps": STEPS,
-        "recovery_steps": RECOVERY,
-        "global_batch_size": 16,
-        "micro_batch_size": 4,
-        "distill_weight": 0.5,
-    },
+    "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5}
+    | {"global_batch_size": 16, "micro_batch_size": 4},
     "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "gradient", "compensate": "least_squares"},
 }
 _ports = itertools.count(random.Random(os.getpid()).randrange(20_000, 30_000))
@@ -41,12 +38,8 @@ _ports = itertools.count(random.Random(os.getpid()).randrange(20_000, 30_000))
 def start(folder: Path, out: Path, command: Sequence[str], point: str | None = None) -> Job:
     """Starts a command on RANKS ranks by the real launcher, to be struck at a fail-point if one is given."""
     log, python = folder / "first.log", Path(sys.executable).parent
-    launcher = [str(python / "deepspeed"), "--quiet", f"--num_accelerators={RANKS}", f"--master_port={next(_ports)}"]
-    environment = os.environ | {
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{python}:{os.environ['PATH']}",
-    }
+    launcher = on_ranks(RANKS, port=next(_ports))
+    environment = cpu_environment(GLOO_SOCKET_IFNAME="lo", PATH=f"{python}:{os.environ['PATH']}")
     if point is not None:
         environment["LORAPRUNE_FAULT"] = point
     with log.open("wb") as file:
@@ -58,7 +51,7 @@ def start(folder: Path, out: Path, command: Sequence[str], point: str | None = N
 
 @dataclass(frozen=True)
 class Suite:
-    """A run of launch/run.py in a folder of its own, its config, and its end without a fault."""
+    """A run of launch/run.py in its own folder, its config, and its end without a fault."""
 
     folder: Path
     steps: int
@@ -116,7 +109,8 @@ class CallbackSuite(Suite):
 def make_callback_suite(folder: Path) -> Suite:
     straight = folder / "straight"
     straight.mkdir(parents=True)
-    callback_run.make_material(folder / "material")
+    job = callback_run.make_job(folder / "material")
+    (folder / "material" / "job").write_bytes(pickle.dumps(job))
     suite = CallbackSuite(folder, callback_run.STEPS, Path(callback_run.__file__).read_text(), b"")
     suite.resume(straight, straight / "out")
     expected = (straight / "out" / "kept_groups.json").read_bytes()

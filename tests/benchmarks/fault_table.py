@@ -21,7 +21,7 @@ DEADLINE = 600.0  # seconds for one run, on a busy machine
 
 @dataclass
 class Job:
-    """Holds a run under the launcher, in a session of its own."""
+    """Holds a run under the launcher, in its own session."""
 
     out: Path
     log: Path
@@ -109,7 +109,7 @@ def run_to_end(folder: Path, out: Path, *more: str) -> None:
         raise UserError(f"codes {[rank.code for rank in ended]}: {' '.join(rank.err[-300:] for rank in ended)}")
 
 
-# What is done to a running job.
+# Strikes on a running job.
 
 
 def at_step(step: int, act: Strike) -> Strike:

@@ -7,7 +7,7 @@ seconds until no process of the job was left. It also tells whether the resumed 
 kept_groups.json, byte for byte. Exit code 1 unless all do.
 
 The model is tiny, on two CPU ranks. Runs without a fault do without the launcher, which halves their time. The
-full-disk case needs a disk of its own, and so root. The suite `levers` strikes a run with all quality settings: refit,
+full-disk case needs its own disk and root. The suite `levers` strikes a run with all quality settings: refit,
 true gradient, distillation and a recovery phase. The suite `callback` strikes transformers' Trainer with the callback.
 """
 

@@ -11,23 +11,35 @@ model at each gather. The result goes to tests/benchmarks/results/growth.json an
 """
 
 import argparse
+import gc
 import json
-import os
-import subprocess
-import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.evaluate.drawing import PLOT_STYLE
-from loraprune_ds.files import write_json
-from loraprune_ds.report.provenance import hardware, versions
-from tests.integration.launching import free_port
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.ds_config import resolve_ds_config
+from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
+from tests.benchmarks.running import RESULTS, record, run_on_ranks
+from tests.numerics.cutting import watched_collectives
+from tests.numerics.driver import Consecutive, assemble
 from tests.oracle.models import make_tiny_llama
 
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results"
 WIDTHS: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 16, "hidden": 128, "ffn": 352, "vocab": 512}
+WARM, MEASURED, WINDOW, BATCH = 2, 2, 32, 4  # DeepSpeed records its fetch trace in the first steps
+CUT_STEP = WARM + MEASURED
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")  # Okabe & Ito
 PANELS = (
     ("step", "bytes", "MB sent per step", 1e6),
@@ -37,15 +49,81 @@ PANELS = (
 )
 
 
-def measure(ranks: int, models: list[Path], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Model -> what each rank measured."""
-    result = folder / f"ranks-{ranks}.json"
-    script = Path(__file__).with_name("growth_rank.py")
-    command = [Path(sys.executable).with_name("deepspeed"), "--quiet", f"--master_port={free_port()}"]
-    command += [f"--num_accelerators={ranks}", script, "--result", result, "--models", *models]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment)
-    return json.loads(result.read_text())
+# On each rank
+
+
+@contextmanager
+def counted_bytes(world_size: int) -> Iterator[list[float]]:
+    """Counts the bytes this rank sends in the collectives of a step, by any caller.
+
+    A ring sends (world_size - 1) / world_size of the moved bytes.
+    """
+    others, sent = (world_size - 1) / world_size, [0.0]
+    share: dict[str, Callable[[list[Tensor]], float]] = {
+        "all_gather_into_tensor": lambda args: args[0].nbytes,  # the output; others send all but 1/world_size
+        "reduce_scatter_tensor": lambda args: args[1].nbytes,
+        "all_reduce": lambda args: 2 * args[0].nbytes,
+    }
+
+    def see(name: str, tensors: list[Tensor]) -> None:
+        if name in share:
+            sent[0] += others * share[name](tensors)
+
+    with watched_collectives(see):
+        yield sent
+
+
+def build(model: Path, comm: Communicator, cut_step: int = CUT_STEP) -> Trainer:
+    config = RunConfig(
+        output_dir="unused",
+        model=ModelConfig(path=str(model)),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
+        train=TrainConfig(steps=cut_step, global_batch_size=BATCH, micro_batch_size=BATCH // comm.world_size),
+    )
+    pretrained = open_pretrained(model)
+    ds_config = resolve_ds_config("ds_configs/zero3.json", config, pretrained.shape, comm.world_size)
+    # No weight stays gathered from forward to backward, as in a model that does not fit. DeepSpeed's own limits are far
+    # above these small widths.
+    ds_config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    ids = torch.randint(pretrained.shape.vocab_size, (cut_step * BATCH, WINDOW))
+    schedule = Schedule(0.5, cut_step - 1, cut_step, 1)
+    return assemble(config, pretrained, ds_config, Samples.of_windows(ids), Consecutive(BATCH), cut_step, schedule)
+
+
+def measure(model: Path, comm: Communicator) -> dict[str, Any]:
+    gc.collect()
+    torch.manual_seed(0)
+    trainer = build(model, comm)
+    for step in range(1, WARM + 1):
+        trainer.step(step)
+    comm.barrier()
+    cpu, wall = time.process_time(), time.perf_counter()
+    with counted_bytes(comm.world_size) as sent:
+        for step in range(WARM + 1, CUT_STEP + 1):
+            trainer.step(step)
+    step_row = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall, "bytes": sent[0]}
+    comm.barrier()
+    cpu, wall = time.process_time(), time.perf_counter()
+    cut = trainer.pruner.cut(CUT_STEP)
+    assert cut is not None
+    cut_row = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+    return {
+        "step": {key: value / MEASURED for key, value in step_row.items()},
+        "cut": cut_row | {"bytes": cut.bytes_sent},
+    }
+
+
+def measure_here(models: list[Path], result: Path) -> None:
+    quiet_deepspeed()
+    comm = start_ranks()
+    gc.freeze()  # DeepSpeed collects garbage twice per cut, over all imports: that does not grow
+    rows = {model.name: comm.gather_objects(measure(model, comm)) for model in models}
+    if comm.rank == 0:
+        result.write_text(json.dumps(rows))
+    stop_ranks()
+
+
+# In the process that starts them
 
 
 def summarise(layers: int, ranks: int, measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -69,8 +147,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             for colour, ranks in zip(COLOURS, sorted({row["ranks"] for row in rows}), strict=False):
                 points = [(row["layers"], row[what][key] / unit) for row in rows if row["ranks"] == ranks]
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, label=f"{ranks} rank{'s' * (ranks > 1)}")
-            axes.set_title(f"{label}, of the busiest rank")
-            axes.set_xlabel("decoder layers")
+            axes.set(title=f"{label}, of the busiest rank", xlabel="decoder layers")
             axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
             axes.set_xticks(sorted({row["layers"] for row in rows}))
@@ -78,41 +155,30 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    print("ranks layers | step: MB sent  CPU s  wall s | cut: MB sent  CPU s  wall s")
-    for row in rows:
-        cells = []
-        for what in ("step", "cut"):
-            found = row[what]
-            wall = f"{found['wall_seconds']:7.2f}" if "wall_seconds" in found else "      -"
-            cells.append(f"{found['bytes'] / 1e6:12.2f} {found['cpu_seconds']:7.2f} {wall}")
-        print(f"{row['ranks']:5d} {row['layers']:6d} | {' | '.join(cells)}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[15, 30, 60])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--models", type=Path, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.models:
+        measure_here(arguments.models, arguments.result)
+        return
     rows = []
     with tempfile.TemporaryDirectory(prefix="growth-") as name:
-        folder = Path(name)
+        folder, found = Path(name), Path(name, "found.json")
         models = [
             make_tiny_llama(folder / str(count), layers=count, seed=1, dtype="bfloat16", **WIDTHS)
             for count in arguments.layers
         ]
         for ranks in arguments.ranks:
-            found = measure(ranks, models, folder)
-            rows += [summarise(count, ranks, found[str(count)]) for count in arguments.layers]
-            record(rows)
-    show(rows)
-
-
-def record(rows: list[dict[str, Any]]) -> None:
-    """Writes the result after every number of ranks. An interrupted command keeps its rows."""
-    facts = {"widths": WIDTHS, "dtype": "bfloat16", "versions": versions(), "hardware": hardware("cpu")}
-    write_json(RESULTS / "growth.json", {"rows": rows, **facts})
-    draw(rows, RESULTS / "growth.png")
+            run_on_ranks(ranks, __file__, "--result", found, "--models", *models)
+            measured = json.loads(found.read_text())
+            rows += [summarise(count, ranks, measured[str(count)]) for count in arguments.layers]
+            record("growth", {"rows": rows, "widths": WIDTHS, "dtype": "bfloat16"})
+            draw(rows, RESULTS / "growth.png")
 
 
 if __name__ == "__main__":

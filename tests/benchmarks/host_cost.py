@@ -1,11 +1,9 @@
 """Measures what a step and a cut cost the host: CPU seconds, on models so narrow that arithmetic hardly counts.
 
-    git worktree add ../before 53542b2
-    python -m tests.benchmarks.host_cost [--before ../before]
+    python -m tests.benchmarks.host_cost [--rounds 3]
 
-With `--before` another checkout is measured in the same run, by the same script (host_cost_rank.py). Plain DeepSpeed
-and PEFT stand beside, without any pruning. So does the same network without ZeRO-3, as a limit. What is measured on two
-CPU ranks, on the busier one:
+The references are plain DeepSpeed with PEFT, without pruning, and the same network without ZeRO-3. On
+two CPU ranks, the busier one counts:
 
 * a step per decoder layer and micro-batch, forward and backward, as the difference of two depths
 * the second step, in which DeepSpeed decides which weights to free, in plain steps
@@ -18,33 +16,167 @@ tests/benchmarks/results/host_cost.json.
 """
 
 import argparse
-import os
-import subprocess
-import sys
+import gc
+import json
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from loraprune_ds.files import read_json, write_json
-from loraprune_ds.report.provenance import hardware, versions
-from tests.benchmarks.growth import WIDTHS
-from tests.integration.launching import free_port
+import deepspeed
+import torch
+from loraprune_ds.zero.reshard import Item, reshard
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from loraprune_ds.config import LoraConfig as Settings
+from loraprune_ds.files import read_json
+from loraprune_ds.model.adapters import add_lora
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
+from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
+from tests.benchmarks.growth import BATCH, WIDTHS, WINDOW, build
+from tests.benchmarks.running import record, run_on_ranks
 from tests.oracle.models import make_tiny_llama
 
-ROOT = Path(__file__).parents[2]
-RESULT = Path(__file__).parent / "results" / "host_cost.json"
 RANKS, DEPTHS = 2, (6, 18)
+CUT, LAST = 30, 37  # steps are scored up to the cut
+HIDDEN, HEADS, HEAD_DIM, FFN, LAYERS, RANK = 8192, 64, 128, 22016, 80, 8  # LLaMA-65B
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def measure(checkout: Path, models: list[Path], folder: Path, run: str) -> dict[str, Any]:
-    """Returns what `host_cost_rank.py` measures on the packages of `checkout`."""
-    result = folder / f"{checkout.name}-{run}.json"
-    command = [Path(sys.executable).with_name("deepspeed"), "--quiet", f"--master_port={free_port()}"]
-    command += [f"--num_accelerators={RANKS}", Path(__file__).with_name("host_cost_rank.py"), "--result", result]
-    command += ["--models", *models, "--run", run]
-    environment = os.environ | {"PYTHONPATH": str(checkout), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    subprocess.run([str(word) for word in command], check=True, cwd=checkout, env=environment)
-    return read_json(result)
+# On each rank
+
+
+class SameBatch:
+    def batch(self, step: int) -> torch.Tensor:
+        return torch.arange(BATCH)
+
+
+def cpu_seconds(comm: Communicator, action: Callable[[], object]) -> float:
+    """Returns the CPU seconds of the busiest rank."""
+    comm.barrier()
+    began = time.process_time()
+    action()
+    return max(comm.gather_objects(time.process_time() - began))
+
+
+def train(model: Path, comm: Communicator) -> dict[str, float]:
+    """Trains with pruning: scored steps, a cut, steps that are not scored."""
+    trainer = build(model, comm, CUT)
+    trainer.order = SameBatch()
+    seconds, cut, score = [0.0], 0.0, trainer.pruner.score
+    for step in range(1, LAST + 1):
+        trainer.pruner.score = score if step in (CUT - 1, CUT) else lambda step: None  # type: ignore[method-assign]
+        seconds.append(cpu_seconds(comm, lambda step=step: trainer.step(step)))
+        if step == CUT:
+            cut = cpu_seconds(comm, lambda: trainer.pruner.cut(CUT))
+    return {
+        "second": seconds[2],
+        "plain": min(seconds[3 : CUT - 1]),
+        "scored": seconds[CUT - 1],
+        "cut": cut,
+        "after_the_cut": seconds[CUT + 1],
+        "small": min(seconds[CUT + 2 :]),
+    }
+
+
+def train_plain(model: Path, comm: Communicator) -> dict[str, float]:
+    """Trains the same model with DeepSpeed and PEFT alone."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    config = {"train_micro_batch_size_per_gpu": BATCH // comm.world_size, "zero_optimization": zero}
+    config |= {"zero_allow_untested_optimizer": True, "bf16": {"enabled": True}}
+    base = LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    lora = LoraConfig(r=RANK, target_modules=TARGETS, lora_dropout=0.0)
+    wrapped = get_peft_model(base, lora, autocast_adapter_dtype=False)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
+    engine, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
+    ids = torch.randint(base.config.vocab_size, (BATCH // comm.world_size, WINDOW))
+
+    def step() -> None:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+
+    return timed(step, comm)
+
+
+def train_alone(model: Path, comm: Communicator) -> dict[str, float]:
+    """Trains the same model without ZeRO-3. A linear with LoRA is one operation, as in our trainer."""
+    base = LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    wrapped = add_lora(base, open_pretrained(model).shape, Settings(r=RANK, lora_dropout=0.0), seed=0)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
+    ids = torch.randint(base.config.vocab_size, (BATCH // comm.world_size, WINDOW))
+
+    def step() -> None:
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, comm)
+
+
+def timed(step: Callable[[], None], comm: Communicator) -> dict[str, float]:
+    seconds = [0.0, *(cpu_seconds(comm, step) for _ in range(CUT))]
+    return {"second": seconds[2], "plain": min(seconds[3:])}
+
+
+RUNS = {"plain": train_plain, "alone": train_alone, "pruning": train}
+ROWS = {"plain": "plain DeepSpeed and PEFT", "alone": "without ZeRO-3", "pruning": "after"}  # "before" was 53542b2
+
+
+def exchange(world_size: int, device: str) -> float:
+    """Returns the CPU seconds of all layers of LLaMA-65B on rank 1 of `world_size`. A quarter of each goes.
+
+    One layer is timed. Its all-to-alls deliver nothing. On `cpu` most of it is the copying, which a GPU does. On `meta`
+    nothing is copied, but torch finds the shapes of the results in Python.
+    """
+    comm: Any = SimpleNamespace(world_size=world_size, rank=1)
+    comm.all_to_all = lambda outgoing, send, receive: outgoing.new_empty(sum(receive))
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randperm(HEADS, generator=generator)[: HEADS * 3 // 4].sort().values
+    rows = (heads[:, None] * HEAD_DIM + torch.arange(HEAD_DIM)).flatten()
+    channels = torch.randperm(FFN, generator=generator)[: FFN * 3 // 4].sort().values
+    tensors: list[tuple[tuple[int, int], int, torch.Tensor]] = []
+    for width, keep, axes in ((HEADS * HEAD_DIM, rows, (0, 0, 0, 1)), (FFN, channels, (0, 0, 1))):
+        for axis in axes:
+            for other in (HIDDEN, RANK, RANK, RANK, RANK):  # the weight, and LoRA's copy, master and moments
+                tensors.append(((width, other) if axis == 0 else (other, width), axis, keep))
+
+    def layer() -> None:
+        plans: dict[Any, ReshardPlan] = {}
+        weights, states = [], []
+        for i, (shape, axis, keep) in enumerate(tensors):
+            is_state = i % 5 > 1
+            numel = partition_numel(shape[0] * shape[1], world_size)
+            shard = torch.empty(numel, dtype=torch.float32 if is_state else torch.bfloat16, device=device)
+            if (shape, axis) not in plans:
+                plans[shape, axis] = ReshardPlan(AxisCut(shape, axis, keep), world_size, 1)
+            (states if is_state else weights).append(Item(shard, plans[shape, axis]))
+        reshard(states, comm)
+        reshard(weights, comm)
+
+    layer()
+    began = time.process_time()
+    layer()
+    return LAYERS * (time.process_time() - began)
+
+
+def measure_here(models: list[Path], result: Path, run: str) -> None:
+    quiet_deepspeed()
+    comm = start_ranks()
+    gc.freeze()
+    found: dict[str, Any] = {"depths": [RUNS[run](model, comm) for model in models]}
+    if comm.rank == 0:
+        for device in ("cpu", "meta") if run == "pruning" else ():
+            found[f"exchange_on_{device}"] = {ranks: exchange(ranks, device) for ranks in (8, 64, 512)}
+        result.write_text(json.dumps(found))
+    stop_ranks()
+
+
+# In the process that starts them
 
 
 def least(rounds: list[Any]) -> Any:
@@ -75,35 +207,26 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, help="another checkout of this repository")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--result", type=Path, default=RESULT, help="default: tests/benchmarks/results")
+    parser.add_argument("--models", type=Path, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.models:
+        measure_here(arguments.models, arguments.result, arguments.run)
+        return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        models = [make_tiny_llama(folder / str(depth), layers=depth, seed=depth, **WIDTHS) for depth in DEPTHS]
-        runs = {"plain DeepSpeed and PEFT": (ROOT, "plain"), "without ZeRO-3": (ROOT, "alone")}
-        if arguments.before:
-            runs["before"] = (arguments.before.resolve(), "pruning")
-        runs["after"] = (ROOT, "pruning")
-        rounds = [
-            {name: measure(checkout, models, folder, run) for name, (checkout, run) in runs.items()}
-            for _ in range(arguments.rounds)
-        ]
-    rows = {name: summarise(found) for name, found in least(rounds).items()}
-    facts = {
-        "ranks": RANKS,
-        "rounds": arguments.rounds,
-        "depths": DEPTHS,
-        "widths": WIDTHS,
-        "hardware": hardware("cpu"),
-        "versions": versions(),
-    }
-    write_json(arguments.result, {"rows": rows} | facts)
-    for name, row in rows.items():
-        print(name)
-        for key, value in row.items():
-            print(f"  {key:<32}{value if isinstance(value, dict) else format(value, '.4f')}")
+        found = Path(name, "found.json")
+        models = [make_tiny_llama(Path(name, str(depth)), layers=depth, seed=depth, **WIDTHS) for depth in DEPTHS]
+
+        def measure(run: str) -> dict[str, Any]:
+            run_on_ranks(RANKS, __file__, "--result", found, "--run", run, "--models", *models)
+            return read_json(found)
+
+        rounds = [{run: measure(run) for run in RUNS} for _ in range(arguments.rounds)]
+    rows = {ROWS[run]: summarise(found) for run, found in least(rounds).items()}
+    record("host_cost", {"rows": rows, "ranks": RANKS, "rounds": arguments.rounds, "depths": DEPTHS, "widths": WIDTHS})
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ ranks.
     python -m tests.benchmarks.plan_measured [--models smollm2 1b] [--ranks 1 2 3]
 
 Each launch trains two steps, cuts to 40 %, then trains two more. It has one micro-batch per rank and step, in bf16
-on CPU ranks. Storages are compared to the byte. The largest peaks before and after the cut are compared with what is
-planned.
+on CPU ranks. Storages are compared to the byte. The largest peaks before and after the cut are compared with the
+plan.
 
 Memory is RssAnon + RssShmem, sampled every 5 ms. The baseline is taken off: what the process held after all imports
 and the training of a tiny model. What it holds beside its state when a step begins is no tensor: Python's objects, and
 what kernels and allocator keep. It is added to the plan.
 
-Blocks from 128 KiB are given back to the system when freed, so resident memory shows what is held. glibc would keep
+Blocks from 128 KiB are given back to the system when freed, so resident memory shows the live tensors. glibc would keep
 more, the longer it runs. The result goes to tests/benchmarks/results/plan_measured.json. The run ends with an error
 if a planned number is off.
 """
@@ -36,12 +36,12 @@ from loraprune_ds.model.weight_files import weight_file_count, write_index, writ
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import training_stage
 from loraprune_ds.report.provenance import hardware, versions
+from tests.benchmarks.running import RESULTS, ROOT
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, planned_peak, run_beside_plan
 from tests.ranks import start_deepspeed
 
-ROOT = Path(__file__).parents[2]
-RESULT = Path(__file__).parent / "results" / "plan_measured.json"
+RESULT = RESULTS / "plan_measured.json"
 LOWEST, HIGHEST = 0.97, 1.15  # planned peaks, of the largest measured one
 DEPTHS = {"smollm2": 30, "1b": 22}
 TINY = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "vocab": 97, "seed": 0}
@@ -90,7 +90,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def cases(model: str, folder: Path) -> Case:
-    """Returns SmolLM2 with the shipped DeepSpeed config. The large one has checkpointing, gathers little at once."""
+    """Returns SmolLM2 with the shipped DeepSpeed config. The large one has checkpointing, gathers little."""
     if model == "smollm2":
         return Case(embedded_model_dir(), window=64)
     limited = read_json(ROOT / "ds_configs" / "zero3.json")
@@ -101,7 +101,7 @@ def cases(model: str, folder: Path) -> Case:
 
 def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
     start_deepspeed(rank, world_size, folder)
-    run_beside_plan(replace(case, folder=folder / "tiny"))  # imports what is imported late
+    run_beside_plan(replace(case, folder=folder / "tiny"))  # makes the late imports
     write_json(folder / f"rank-{rank}.json", run_beside_plan(case))
 
 
@@ -117,7 +117,7 @@ def peaks(request: Request, ranks: list[dict[str, Any]]) -> dict[str, tuple[int,
 
 
 def beside(rank: dict[str, Any], step: int, resident: int) -> int:
-    """Returns what a process held beside its state when a step began."""
+    """Returns the bytes that a process held in addition to its state when a step began."""
     if step % 2:
         return int(rank["steps"][step - 1]["rss"]) - resident
     state = rank["states"][step // 2]  # loaded, or after the cut
@@ -147,7 +147,7 @@ def faults(name: str, request: Request, ranks: list[dict[str, Any]]) -> list[str
 
 
 def keep(name: str, request: Request, rows: list[dict[str, Any]]) -> None:
-    """Shows one launch and puts it into the result file, beside those of other calls."""
+    """Shows one launch and adds it to the result file."""
     for when, (planned, measured) in peaks(request, rows).items():
         sizes = f"planned {planned / 1e6:>9.1f} MB  measured {measured / 1e6:>9.1f} MB"
         print(f"{name}, {when} the cut: {sizes}  {planned / measured:.3f}")

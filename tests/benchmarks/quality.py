@@ -5,10 +5,9 @@
 
 One command makes the whole table, in hours. It reuses results in the work folder and in
 tests/benchmarks/results/quality.json. It makes a run again only if its settings, texts or windows changed. An
-interrupted run goes on from its checkpoint. The table, the picture and that JSON are written anew after every run.
-`--steps`, `--windows` and `--model` make a trial. A trial has a folder of its own.
+interrupted run goes on from its checkpoint. The table, the picture and that JSON are written again after every run.
 
-A run's `seconds` are those of training steps and cuts on the machine it ran on, so no row compares them. The dense
+A run's `seconds` are spent in training steps and cuts on the machine it ran on, so no row compares them. The dense
 model's pass before a distillation is not in them.
 
 Every run is launch/run.py through the deepspeed launcher. A held-out tenth of the tuning text decided all choices,
@@ -19,23 +18,21 @@ The other text is of another kind, by default Python's help topics.
 import argparse
 import hashlib
 import json
-import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, PURPLE, TEXT, VERMILION, save_picture
 from loraprune_ds.evaluate.evaluation_text import read_text
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
-from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
-from tests.benchmarks.quality_table import draw, rows_of, table
-from tests.benchmarks.two_four import sparse_model
-from tests.integration.launching import free_port
+from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, run_on_ranks
+from tests.benchmarks.two_four import expanded_model, sparse_model
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parent / "results"
 WINDOWS, VALIDATION_WINDOWS = 160, 64
 DENSE = "dense.json"
 
@@ -50,56 +47,33 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=1, help="a micro-batch is a whole global batch of 8")
-    parser.add_argument("--model", type=Path, help="another Llama than SmolLM2-135M")
-    parser.add_argument("--steps", type=int, help="a trial of so many steps")
-    parser.add_argument("--windows", type=int, default=WINDOWS, help="of 128 tokens, of each text")
-    parser.add_argument("--list", action="store_true", help="only say what would run")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     chosen = select(arguments.groups, arguments.only)
-    trial = trial_name(arguments)
-    if trial:
-        arguments.work = arguments.work / trial
-    target = arguments.work if trial else RESULTS
     texts = prepare_texts(arguments)
-    if not trial:
-        take_over(arguments.work)
-    if not arguments.list:
-        measure_dense(texts, arguments)
-    todo = [(setting, seed) for seed in arguments.seeds for setting in chosen]
-    for setting, seed in todo:
-        path, basis = result_path(arguments.work, setting, seed), basis_of(setting, texts, arguments.windows)
-        done = path.exists() and read_json(path)["basis"] == basis
-        if arguments.list:
-            print(f"{'done' if done else 'to do':<6} {path.stem}")
-        elif not done:
+    take_over(arguments.work)
+    measure_dense(texts, arguments.work)
+    for setting, seed in ((setting, seed) for seed in arguments.seeds for setting in chosen):
+        path, basis = result_path(arguments.work, setting, seed), basis_of(setting, texts)
+        if not path.exists() or read_json(path)["basis"] != basis:
             write_json(path, carry_out(setting, seed, texts, basis, arguments))
-            publish(arguments.work, target)
-    if not arguments.list:
-        publish(arguments.work, target)
+            publish(arguments.work)
+    publish(arguments.work)
 
 
-def trial_name(arguments: argparse.Namespace) -> str:
-    """Names the folder of a trial: fewer steps, other windows or another model. Empty for the full runs."""
-    parts = [] if arguments.model is None else [arguments.model.resolve().name]
-    parts += [] if arguments.steps is None else [f"{arguments.steps}-steps"]
-    parts += [] if arguments.windows == WINDOWS else [f"{arguments.windows}-windows"]
-    return "-".join(["trial", *parts]) if parts else ""
-
-
-def basis_of(setting: Setting | None, texts: dict[str, Path], windows: int) -> dict[str, Any]:
-    """Returns all that a result depends on beside its seed. Another basis means another result.
+def basis_of(setting: Setting | None, texts: dict[str, Path]) -> dict[str, Any]:
+    """Returns all that a result depends on, except its seed. Another basis means another result.
 
     Without a setting it is the dense model's basis.
     """
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
     if setting is None:
-        return {"texts": digests, "windows": windows}
+        return {"texts": digests, "windows": WINDOWS}
     peer = {"peer": setting.peer} if setting.peer else {}
-    return {"overrides": list(setting.overrides), "model": setting.model, **peer, "texts": digests, "windows": windows}
+    return {"overrides": list(setting.overrides), "model": setting.model, **peer, "texts": digests, "windows": WINDOWS}
 
 
 def digest(basis: dict[str, Any]) -> str:
@@ -131,12 +105,11 @@ def take_over(work: Path) -> None:
                 write_json(path, run)
 
 
-def measure_dense(texts: dict[str, Path], arguments: argparse.Namespace) -> None:
+def measure_dense(texts: dict[str, Path], work: Path) -> None:
     """Measures the dense model on the two texts for the end. Writes into the work folder."""
-    path, basis = arguments.work / DENSE, basis_of(None, texts, arguments.windows)
+    path, basis = work / DENSE, basis_of(None, texts)
     if not path.exists() or read_json(path)["basis"] != basis:
-        model = "embedded" if arguments.model is None else str(arguments.model.resolve())
-        measured = {name: perplexity(model, texts[name], arguments.windows) for name in ("test", "other")}
+        measured = {name: perplexity("embedded", texts[name]) for name in ("test", "other")}
         write_json(path, {"basis": basis, "perplexity": measured})
 
 
@@ -149,7 +122,7 @@ def carry_out(
 ) -> dict[str, Any]:
     """One run to its end, and its perplexities."""
     print(f"{setting.name}, seed {seed} ...", file=sys.stderr, flush=True)
-    model = embedded_model_dir() if arguments.model is None else arguments.model.resolve()
+    model = embedded_model_dir()
     if setting.model != "gqa":
         model = expanded_model(model, arguments.work / "expanded")
     if setting.model == "two-four":
@@ -160,19 +133,18 @@ def carry_out(
         f"seed={seed}",
         f"model.path={model}",
         f"data.path={texts['tune'].resolve()}",
-        f"evaluate.max_windows={min(arguments.windows, VALIDATION_WINDOWS)}",
+        f"evaluate.max_windows={VALIDATION_WINDOWS}",
         "checkpoint.every=20",
         "checkpoint.keep_last=1",
         "logging.report_to=[]",
         *setting.overrides,
-        *([f"train.steps={arguments.steps}", "prune.prune_every=1"] if arguments.steps else []),
     ]
     script = ["tests/benchmarks/peer_run.py", "--peer", setting.peer] if setting.peer else ["launch/run.py"]
     command = [*script, "--config", "launch/configs/quickstart.yaml", "--resume", "auto"]
     command += [part for value in settings for part in ("--set", value)]
-    launch(command, arguments.ranks)
+    run_on_ranks(arguments.ranks, *command)
     report = read_json(folder / "report.json")
-    measured = {name: perplexity(str(folder), texts[name], arguments.windows) for name in ("test", "other")}
+    measured = {name: perplexity(str(folder), texts[name]) for name in ("test", "other")}
     report["config"] |= {"output_dir": "run"}  # no folder of this machine
     report["config"]["model"] |= {"path": setting.model}
     report["config"]["data"] |= {"path": texts["tune"].name}
@@ -188,17 +160,10 @@ def carry_out(
     }
 
 
-def launch(command: list[str], ranks: int) -> None:
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [deepspeed, "--quiet", f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
-    subprocess.run([*launcher, *command], cwd=ROOT, check=True, env=environment)
-
-
-def perplexity(model: str, text: Path, windows: int) -> float:
+def perplexity(model: str, text: Path) -> float:
     command = [sys.executable, "launch/evaluate.py", model, "--text", str(text.resolve()), "--window", "128"]
-    command += ["--max-windows", str(windows), "--json"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"}
+    command += ["--max-windows", str(WINDOWS), "--json"]
+    environment = cpu_environment(OMP_NUM_THREADS="2")
     answer = subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     return float(json.loads(answer.stdout)["perplexity"])
 
@@ -209,15 +174,107 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] in ("step", "cut")]
 
 
-def publish(work: Path, target: Path) -> None:
+def publish(work: Path) -> None:
     """Writes table, picture and JSON from every run in the work folder."""
     runs = [run for path in (work / "results").glob("*.json") if (run := read_json(path))["setting"] in SETTINGS]
     runs.sort(key=lambda run: (list(SETTINGS).index(run["setting"]), run["seed"]))
     rows = rows_of(runs)
-    print(table(rows))
     dense = read_json(work / DENSE)
-    write_json(target / "quality.json", {"dense": dense, "rows": rows, "runs": runs})
-    draw(target / "quality.png", rows, dense["perplexity"])
+    write_json(RESULTS / "quality.json", {"dense": dense, "rows": rows, "runs": runs})
+    draw(RESULTS / "quality.png", rows, dense["perplexity"])
+
+
+# Table and picture
+
+LINES = {  # setting -> colour, marker, words of the legend
+    "plain": (ORANGE, "o", "lora (plain)"),
+    "fisher": (GREEN, "^", "fisher"),
+    "fisher-refit-4-steps": (BLUE, "D", "fisher, refit (recipe tuned)"),
+    "fisher-refit-distillation-global-4-steps": (PURPLE, "v", "fisher, refit, distillation, global (recipe general)"),
+    "general-0.25-temperature-2": (VERMILION, "s", "fisher, refit, 1/4 distillation, global"),
+}
+PANELS = (  # what the axis shows, the suffixes of the settings elsewhere on it, its label and ticks
+    ("tokens", ("-409600",), "tokens of training, 41.7 % removed", {81_920: "81,920", 409_600: "409,600"}),
+    (
+        "removed_linear_fraction",
+        ("-light", "-half"),
+        "removed, 81,920 tokens",
+        {0.148: "14.8 %", 0.417: "41.7 %", 0.5: "50 %"},
+    ),
+)
+TEXTS_DRAWN = {"test": "WikiText-2 test (dashed: dense)", "other": "other text (dashed: dense)"}
+TICKS = {"test": (25, 30, 40, 50, 60, 80, 100, 150, 200), "other": (25, 50, 100, 200, 400, 800, 1600)}
+TEXTS = ("validation", "test", "other")
+Row = dict[str, Any]
+
+
+def rows_of(runs: Sequence[dict[str, Any]]) -> list[Row]:
+    """Builds one row per setting: mean and spread (largest minus smallest) of each perplexity over its seeds."""
+    names = list(dict.fromkeys(run["setting"] for run in runs))
+    return [_row([run for run in runs if run["setting"] == name]) for name in names]
+
+
+def _row(runs: list[dict[str, Any]]) -> Row:
+    params = runs[0]["report"]["params"]
+    return {
+        "setting": runs[0]["setting"],
+        "group": runs[0]["group"],
+        "seeds": [run["seed"] for run in runs],
+        "tokens": runs[0]["tokens"],
+        "removed_linear_fraction": 1 - params["linear_pruned"] / params["linear_dense"],
+        **{text: _spread([run["perplexity"][text] for run in runs]) for text in TEXTS},
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "spread": max(values) - min(values)}
+
+
+def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
+    """Draws few settings: perplexity on both texts against the tokens, and against the removed fraction.
+
+    A point is the mean over the seeds, its bar the spread with the mean in the middle. A setting that was measured at
+    one place only has no line.
+
+    Args:
+        dense: of the dense model, by text: the dashed lines.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.style import context
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    by_name = {row["setting"]: row for row in rows}
+    with context([PLOT_STYLE]):
+        figure = Figure(figsize=(10, 7.2), layout="constrained")
+        panels = figure.subplots(2, 2, sharey="row")
+        for (text, heading), line in zip(TEXTS_DRAWN.items(), panels, strict=True):
+            for axes, (key, suffixes, label, ticks) in zip(line, PANELS, strict=True):
+                for name, (colour, marker, words) in LINES.items():
+                    points = [
+                        row
+                        for n in (name, *(name + suffix for suffix in suffixes))
+                        if (row := by_name.get(n)) is not None
+                    ]
+                    points.sort(key=lambda row: row[key])
+                    axes.errorbar(
+                        [row[key] for row in points],
+                        [row[text]["mean"] for row in points],
+                        yerr=[row[text]["spread"] / 2 for row in points],
+                        color=colour,
+                        marker=marker,
+                        label=words,
+                    )
+                axes.axhline(dense[text], linestyle="--", linewidth=1, color=TEXT)
+                axes.set(xscale="log", yscale="log", title=heading, xlabel=label)
+                axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+                axes.set_xticklabels(list(ticks.values()))
+                axes.yaxis.set_major_locator(FixedLocator(list(TICKS[text])))
+                axes.yaxis.set_major_formatter("{x:g}")
+                for axis in (axes.xaxis, axes.yaxis):
+                    axis.set_minor_locator(NullLocator())
+            line[0].set_ylabel("perplexity, log scale")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        save_picture(figure, path)
 
 
 if __name__ == "__main__":

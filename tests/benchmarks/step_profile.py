@@ -4,15 +4,14 @@
 
 SmolLM2-135M, 16 windows of 128 tokens a step. torch's profiler watches one scored step of rank 0. An operation counts
 for the innermost part of the step around it, and one of a backward pass for the part of its forward. Matrix products
-count apart, wherever they are. What a part has beside its operations is Python. The profiler itself slows a step down.
-So the seconds of a step without it stand beside. The result goes to tests/benchmarks/results/step_profile.json.
+count apart, wherever they are. The rest of a part is Python. The profiler itself slows a step down, so
+the result has the seconds of a step without it, too. The result goes to tests/benchmarks/results/step_profile.json.
 """
 
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +21,14 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from transformers.models.llama import modeling_llama
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.files import write_json
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.prepare import prepare
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
+from tests.benchmarks.running import record
 from tests.benchmarks.step_time import Timed, short_run
 
-RESULT = Path(__file__).parent / "results" / "step_profile.json"
 WARM_UP = 4  # steps. DeepSpeed records the order of the modules in the first ones
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 PART, OTHER = "part: ", "other operations"
@@ -67,7 +64,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 
 def name_parts() -> None:
-    """Has every function of `PARTS` tell the profiler when it runs."""
+    """Wraps every function of `PARTS`, to tell the profiler when it runs."""
     for part, functions in PARTS.items():
         for holder, name in functions:
             setattr(holder, name, _told(getattr(holder, name), PART + part))
@@ -122,7 +119,6 @@ def _part(event: Any, forward_part: dict[int, str | None]) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--result", type=Path, default=RESULT, help="default: tests/benchmarks/results")
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     config = short_run(arguments.model, PruneConfig(prune_every=1, warmup_fraction=0.9, cooldown_fraction=0), 20)
@@ -136,12 +132,8 @@ def main() -> None:
         watched = trainer.timed_step(scoring=True)
     if comm.rank == 0:
         parts = seconds_by_part(profiler.events() or [])
-        facts = {"ranks": comm.world_size, "config": config.to_dict(), "versions": versions()}
         result = {"step_seconds": min(plain), "watched_seconds": watched, "parts": parts}
-        write_json(arguments.result, result | facts | {"hardware": hardware(device_name())})
-        for part, seconds in parts.items():
-            print(f"{part:<60}{seconds:>8.2f} s{seconds / watched:>8.1%}")
-        print(f"{'the step, watched':<60}{watched:>8.2f} s    without the profiler {min(plain):.2f} s")
+        record("step_profile", result | {"ranks": comm.world_size, "config": config.to_dict()}, device_name())
     stop_ranks()
 
 

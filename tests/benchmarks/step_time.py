@@ -4,7 +4,7 @@
 
 One engine holds the dense model. Another holds it cut to 50 % of its decoder-layer linear parameters. The third holds
 the dense model with int8 weights. Each round runs a plain ZeRO-3 LoRA step, the same step with scoring, and a plain
-step of both others. So the noise of a shared machine falls on all alike. The result has medians, and ratios of medians.
+step of both others. The noise of a shared machine affects all of them. The result has medians, and ratios of medians.
 It goes to tests/benchmarks/results/step_time.json.
 """
 
@@ -12,20 +12,16 @@ import argparse
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.files import write_json
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.engine import build_training_engine, quiet_deepspeed, start_ranks, stop_ranks
-
-RESULT = Path(__file__).parent / "results" / "step_time.json"
+from tests.benchmarks.running import record
 
 
 class Timed(Trainer):
@@ -91,8 +87,8 @@ def main() -> None:
     small.timed_step(scoring=True)
     cut = small.pruner.schedule
     small.pruner.schedule = replace(cut, start=0, end=1)  # all of it in one cut: the largest there is
-    record = small.cut(1)
-    assert record is not None
+    cut_record = small.cut(1)
+    assert cut_record is not None
     times: dict[str, list[float]] = {"plain": [], "scoring": [], "pruned": [], "int8": []}
     for _ in range(arguments.steps + 1):
         times["plain"].append(dense.timed_step(scoring=False))
@@ -101,11 +97,9 @@ def main() -> None:
         times["int8"].append(int8.timed_step(scoring=False))
     after_cut = times["pruned"][0]  # the first step that the smaller model makes
     timed = {name: values[1:] for name, values in times.items()}
-    result = summarise(timed, config, dense, small, record.seconds, after_cut)
+    result = summarise(timed, config, dense, small, cut_record.seconds, after_cut)
     if comm.rank == 0:
-        RESULT.parent.mkdir(exist_ok=True)
-        write_json(RESULT, result)
-        show(result)
+        record("step_time", result, device_name())
     stop_ranks()
 
 
@@ -134,23 +128,7 @@ def summarise(
         "tokens_per_step": config.train.global_batch_size * config.data.window,
         "world_size": dense.model.world_size,
         "config": config.to_dict(),
-        "versions": versions(),
-        "hardware": hardware(device_name()),
     }
-
-
-def show(result: dict[str, Any]) -> None:
-    seconds = result["seconds_per_step"]
-    print(f"plain ZeRO-3 LoRA step          {seconds['plain']:.2f} s  ({result['tokens_per_step']} tokens)")
-    print(f"the same with scoring           {seconds['scoring']:.2f} s  {result['scoring_over_plain']:.3f} x")
-    print(
-        f"step of the model cut by 50 %   {seconds['pruned']:.2f} s  {result['pruned_over_dense']:.3f} x "
-        f"(by FLOPs {result['pruned_over_dense_flops']:.3f})"
-    )
-    print(f"plain step with int8 weights    {seconds['int8']:.2f} s  {result['int8_over_plain']:.3f} x")
-    print(f"the cut itself                  {result['cut_seconds']:.2f} s  {result['cut_over_step']:.2f} steps")
-    print(f"and the step after it           {result['cut_and_step_after_over_step']:.2f} steps in all")
-    print(f"result: {RESULT}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Measures what the callback adds to a step of transformers' Trainer, with the package's own trainer beside it.
+"""Measures what the callback adds to a step of transformers' Trainer, and compares it with the package's own trainer.
 
     python -m tests.benchmarks.trainer_overhead [--rounds 2] [--steps 5]
 
 Each round trains six layers of SmolLM2-135M's widths three times on two CPU ranks, in fp32: with Trainer alone, with
-the callback, and with our own trainer. So the noise of a shared machine falls on all alike. Every step scores and none
+the callback, and with our own trainer. The noise of a shared machine affects all of them. Every step scores and none
 cuts. The first step of a training is a warm-up and does not count. Medians go to
 tests/benchmarks/results/trainer_overhead.json.
 """
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,13 @@ import torch
 from transformers import TrainerCallback
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.files import write_json
 from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.report.provenance import hardware, versions
-from tests.hf.trainers import InOrder, Rows, arguments, fresh_accelerate, load_model
-from tests.numerics.driver import Job, build, write_adapter
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.benchmarks.running import record
+from tests.hf.trainers import arguments, fresh_accelerate, make_trainer
+from tests.numerics.driver import Job, build, tiny_job
+from tests.oracle.models import make_batches
 from tests.ranks import RankPool
 
-RESULT = Path(__file__).parent / "results" / "trainer_overhead.json"
 SIZES: dict[str, Any] = {
     "heads": 9,
     "kv_heads": 3,
@@ -61,7 +60,7 @@ def with_trainer(job: Job, out: Path, *, prunes: bool) -> list[float]:
         if prunes:
             callbacks.append(LoraPruneCallback(PruneConfig(**job.prune), steps=2 * len(job.batches)))
         args = arguments(job, out)
-        InOrder(model=load_model(job), args=args, train_dataset=Rows(job), callbacks=callbacks).train()
+        make_trainer(job, args, *callbacks).train()
         return clock.seconds[1:]
 
 
@@ -86,11 +85,9 @@ def main() -> None:
     options = parser.parse_args()
     pool = RankPool()
     with tempfile.TemporaryDirectory() as out:
-        folder = make_tiny_llama(Path(out) / "model", **SIZES, seed=3)
-        lora = make_lora(folder, r=8, seed=1, size=0.03)
-        adapter = write_adapter(Path(out) / "adapter", lora, r=8, alpha=16)
         batches = make_batches(steps=options.steps, samples=8, tokens=128, vocab=SIZES["vocab"], seed=2, masked=False)
-        job = Job(folder, adapter, batches, PRUNE, lora_r=8, lora_alpha=16, learning_rate=1e-4)
+        settings = {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-4}
+        job = replace(tiny_job(Path(out), PRUNE, steps=1, model=SIZES, **settings), batches=batches)
         times = pool.run(2, measure, job, Path(out), options.rounds, timeout=3600)[0]
     pool.close()
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -101,14 +98,11 @@ def main() -> None:
         "all_seconds": times,
         "rounds": options.rounds,
         "model": SIZES,
-        "tokens_per_step": torch.numel(batches[0][0]),
+        "tokens_per_step": torch.numel(job.batches[0][0]),
         "world_size": 2,
         "prune": PRUNE,
-        "versions": versions(),
-        "hardware": hardware("cpu"),
     }
-    write_json(RESULT, result)
-    print({key: value for key, value in result.items() if key.endswith("trainer") or key == "seconds_per_step"})
+    record("trainer_overhead", result)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""Semi-structured sparsity beside this project's: of four neighbouring weights two are zero.
+"""The models that quality.py starts from: with key-value heads repeated, or with two of four weights zero.
 
-Which two is decided once, by Wanda's score |W_ij| · ‖x_j‖₂ (Sun et al., arXiv 2306.11695). Then LoRA trains freely, for
-the steps of any other run. The export merges it and applies the mask again. So half of the weights of the linears are
-zero in the model that is measured. Its shapes stay those of the dense model.
+The latter is semi-structured sparsity, for comparison. Which two stay is decided once, by Wanda's score |W_ij| · ‖x_j‖₂
+(Sun et al., arXiv 2306.11695). Then LoRA trains freely, for the steps of any other run. The export merges it and
+applies the mask again. The shapes stay the dense model's.
 """
 
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false
 
+import json
+import shutil
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,9 +27,40 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from loraprune_ds.pruning.step import Cut, Pruner
-from tests.benchmarks.expand_heads import write_changed
 
 CALIBRATION = (64, 128)  # windows, tokens of each: the first of the tuning text
+
+
+def expanded_model(source: Path, folder: Path) -> Path:
+    """Writes the model into `folder`, unless it is there. It computes the same (SmolLM2: 9 + 9 heads for 9 + 3)."""
+    if folder.exists():
+        return folder
+    config = json.loads((source / "config.json").read_text())
+    kv_heads = config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    repeats = config["num_attention_heads"] // kv_heads
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            tensors[name] = repeat_heads(tensor, kv_heads, head_dim, repeats)
+    return write_changed(source, folder, tensors, config | {"num_key_value_heads": config["num_attention_heads"]})
+
+
+def write_changed(source: Path, folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """Writes a model whole or not at all: these tensors and this config.json, the other files as in `source`."""
+    staging = folder.with_suffix(".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (staging / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, staging / "model.safetensors", {"format": "pt"})
+    staging.rename(folder)
+    return folder
+
+
+def repeat_heads(weight: Tensor, kv_heads: int, head_dim: int, repeats: int) -> Tensor:
+    """Repeats the heads of a weight or a bias: (kv_heads * head_dim, ...) -> (kv_heads * repeats * head_dim, ...)."""
+    heads = weight.view(kv_heads, head_dim, -1)
+    return torch.repeat_interleave(heads, repeats, dim=0).reshape(-1, *weight.shape[1:]).contiguous()
 
 
 def two_of_four(weight: Tensor, norms: Tensor) -> Tensor:
@@ -68,13 +101,13 @@ def input_norms(source: Path, text: Path) -> dict[str, Tensor]:
 
 
 def merged_where_kept(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
-    """Merges LoRA into a linear, and sets to zero again what was."""
+    """Merges LoRA into a linear, and restores its zeros."""
     tensors = merged_tensors(linear, dtype)
     return tensors | {"weight": tensors["weight"] * (linear.weight != 0)}
 
 
 class CutNothing(Pruner):
-    """Leaves the groups as they are. So LoRA only trains."""
+    """Keeps all groups: LoRA only trains."""
 
     def score(self, step: int) -> None:
         pass

@@ -1,6 +1,6 @@
 """Runs two layers of LLaMA-65B and 70B widths on two CPU ranks, under an enforced limit of host memory.
 
-    python -m tests.benchmarks.wide_layers [--models 65b 65b-int8 70b bin]
+    python -m tests.benchmarks.wide_layers [--models 65b 65b-int8 70b]
 
 The weights are random, in bf16, with hidden 8192 and vocabulary 512. 65b has 64 heads and ffn 22016. 70b has 64 heads,
 8 key-value heads and ffn 28672. They are written to disk tensor by tensor. Two ranks (`wide_layers_rank.py`) load them
@@ -12,28 +12,22 @@ above its imports. The limit is its shard of the dense model, one whole decoder 
 RLIMIT_DATA would charge mapped files too.) The negative control is the same run, but one rank materialises the full
 weights. It must be killed.
 
-`65b-int8` is the same run with `model.frozen: int8`, to compare with `65b`. `bin` converts a `.bin` checkpoint of the
-65b widths, in a process under such a limit. `tiny` and `tiny-int8` are there to try the script. The result goes to
-tests/benchmarks/results/wide_layers.json.
+`65b-int8` is the same run with `model.frozen: int8`, to compare with `65b`. `tiny` and `tiny-int8` are there to try the
+script. The result goes to tests/benchmarks/results/wide_layers.json.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.hub import BIN_INDEX, converted
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import write_index, write_weight_file
@@ -42,31 +36,23 @@ from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
-from tests.benchmarks.watchdog import Watched, tell, told, watch
+from tests.benchmarks.memory import Watched, told, watch
+from tests.benchmarks.running import RESULTS, ROOT, cpu_environment
 from tests.benchmarks.wide_layers_rank import CUTS, STEPS, WINDOW, make_config
-from tests.integration.launching import free_port
+from tests.integration.launching import on_ranks
 from tests.plan_cases import planned_peak
 
-ROOT = Path(__file__).parents[2]
-RESULT = Path(__file__).parent / "results" / "wide_layers.json"
+RESULT = RESULTS / "wide_layers.json"
 RANKS, LAYERS, VOCABULARY = 2, 2, 512
 WIDE = {"hidden_size": 8192, "num_attention_heads": 64}
 INT8 = "-int8"  # ends the name of a model whose linears are held as int8
 SIZES = {
     "65b": WIDE | {"num_key_value_heads": 64, "intermediate_size": 22016},
-    "65b-int8": WIDE | {"num_key_value_heads": 64, "intermediate_size": 22016},
     "70b": WIDE | {"num_key_value_heads": 8, "intermediate_size": 28672},
-    "tiny-int8": {
-        "hidden_size": 256,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 704,
-    },
     "tiny": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704},
 }
+NAMES = ("65b", "65b-int8", "70b", "tiny", "tiny-int8")
 SLACK = 700_000_000  # bytes: linears fetched ahead of the layer in use, activations, what gloo and the allocator keep
-BIN_LIMIT = 300_000_000  # bytes: no tensor. What is mapped does not count
-GB = 1e9
 
 
 def config_json(name: str) -> dict[str, Any]:
@@ -80,7 +66,7 @@ def config_json(name: str) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
-    return fixed | {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY} | SIZES[name]
+    return fixed | {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY} | SIZES[name.removesuffix(INT8)]
 
 
 def write_checkpoint(folder: Path, name: str) -> None:
@@ -110,23 +96,15 @@ def write_ds_config(path: Path, largest_linear: int) -> None:
 
 
 def run_ranks(folder: Path, limit: int, *, control: bool, int8: bool = False) -> Watched:
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    script = Path(__file__).with_name("wide_layers_rank.py")
-    command = [deepspeed, "--quiet", f"--master_port={free_port()}", f"--num_accelerators={RANKS}"]
-    command += [script, "--folder", folder, *(["--control"] if control else []), *(["--int8"] if int8 else [])]
+    command = [*on_ranks(RANKS), "tests/benchmarks/wide_layers_rank.py", "--folder", str(folder)]
+    command += ["--control"] * control + ["--int8"] * int8
     output = folder / "output.txt"
     with output.open("wb") as file:
-        process = subprocess.Popen(
-            [str(word) for word in command], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=cpu_environment(), stdout=file, stderr=subprocess.STDOUT)
         watched = watch(process, folder, limit)
     if watched.exit_code and watched.killed is None:
         sys.stderr.write(output.read_text()[-4000:])
     return watched
-
-
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
@@ -198,105 +176,30 @@ def check(result: dict[str, Any], dense: ModelShape) -> None:
         assert abs(kept / dense.linear_numel() - 0.5) < 0.01, rank["layers_at_the_end"]
         # Merging rounds every weight to bf16 once more, 2**-9 of it.
         assert abs(rank["loss_reloaded"] / rank["loss_trained"] - 1) < 2e-2, rank
-    if dense.hidden_size >= WIDE["hidden_size"]:  # what a process holds besides tensors is nothing beside these
+    if dense.hidden_size >= WIDE["hidden_size"]:  # other memory of a process is small next to these tensors
         assert result["largest_extra_of_a_cut"] <= 3 * result["local_shard_of_a_layer"]
-
-
-# .bin checkpoints
-
-
-def measure_bin(folder: Path) -> dict[str, Any]:
-    """Converts the widths of 65B, one `.bin` per layer, in a watched process."""
-    command = [sys.executable, __file__, "--folder", str(folder)]
-    subprocess.run([*command, "--part", "write-bin"], check=True, cwd=ROOT, env=environment())
-    began = time.perf_counter()
-    own_cache = environment(XDG_CACHE_HOME=str(folder / "cache"))
-    process = subprocess.Popen([*command, "--part", "convert"], cwd=ROOT, env=own_cache)
-    watched = watch(process, folder, BIN_LIMIT)
-    assert (watched.killed, watched.exit_code) == (None, 0), watched
-    files = [path.stat().st_size for path in (folder / "bin").glob("*.bin")]
-    return {
-        "bytes": sum(files),
-        "largest_file": max(files),
-        "limit_above_imports": BIN_LIMIT,
-        "peak_above_imports": watched.peaks["rank-0"],
-        "seconds": time.perf_counter() - began,
-    }
-
-
-def write_bin(folder: Path) -> None:
-    """Writes `.bin` files from the folder's safetensors. Holds a whole layer, so it has its own process."""
-    pretrained, weight_map = open_pretrained(folder / "model"), {}
-    (folder / "bin").mkdir()
-    (folder / "bin" / "config.json").write_text(json.dumps(pretrained.config))
-    for part in ("model.layers.0.", "model.layers.1.", ""):
-        tensors = {}
-        for name, path in pretrained.files.items():
-            if name.startswith(part) and name not in weight_map:
-                with safe_open(path, framework="pt") as file:
-                    tensors[name] = file.get_tensor(name)
-        file_name = f"pytorch_model-{part or 'ends'}.bin"
-        torch.save(tensors, folder / "bin" / file_name)
-        weight_map |= dict.fromkeys(tensors, file_name)
-    (folder / "bin" / BIN_INDEX).write_text(json.dumps({"weight_map": weight_map}))
-
-
-def convert(folder: Path) -> None:
-    tell(folder, 0)
-    found, expected = open_pretrained(converted(folder / "bin")), open_pretrained(folder / "model")
-    assert found.shape == expected.shape
-    for name in expected.files:
-        shards = (pretrained.read_flat(name, 0, 512, torch.bfloat16) for pretrained in (found, expected))
-        assert torch.equal(*shards), name
-
-
-def show(name: str, result: dict[str, Any]) -> None:
-    sizes = ", ".join(f"{key.replace('_', ' ')} {value / GB:.2f} GB" for key, value in result["bytes"].items())
-    print(f"{name}: {result['parameters'] / 1e9:.3f} B parameters in {LAYERS} layers; {sizes}")
-    for rank, peak in result["peak_above_imports"].items():
-        print(
-            f"  {rank}: at most {peak / GB:.2f} GB above its imports; limit {result['limit_above_imports'] / GB:.2f} GB"
-        )
-    for key in ("largest_extra_of_a_cut", "largest_extra_of_scoring", "local_shard_of_a_layer"):
-        print(f"  {key.replace('_', ' ')}: {result[key] / GB:.3f} GB")
-    if "control" in result:
-        print(f"  control with the whole model on one rank: {result['control']['killed']} was killed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=(*SIZES, "bin"), default=["65b", "65b-int8", "70b", "bin"])
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--part", choices=("write-bin", "convert"), help=argparse.SUPPRESS)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=["65b", "65b-int8", "70b"])
     arguments = parser.parse_args()
-    if arguments.part:
-        (write_bin if arguments.part == "write-bin" else convert)(arguments.folder)
-        return
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="wide-layers-") as scratch:
             folder = Path(scratch)
-            write_checkpoint(folder / "model", "65b" if name == "bin" else name)
-            if name == "bin":
-                record(name, measure_bin(folder))
-                continue
+            write_checkpoint(folder / "model", name)
             found = measure(name, folder)
-            record(name, found)
-            if not name.startswith("tiny") and not name.endswith(INT8):  # whose whole model would not show
-                record(name, found | {"control": measure_control(folder, found["limit_above_imports"])})
+            if name.startswith("tiny"):
+                continue
+            keep(name, found)
+            if not name.endswith(INT8):  # whose whole model would not show
+                keep(name, found | {"control": measure_control(folder, found["limit_above_imports"])})
 
 
-def record(name: str, found: dict[str, Any]) -> None:
-    """Shows a result and keeps it beside those of other models, each with its origin."""
-    if name == "bin":
-        held = found["peak_above_imports"]
-        print(f"bin: {found['bytes'] / GB:.2f} GB converted with {held / GB:.2f} GB of memory")
-    else:
-        show(name, found)
-    if name.startswith("tiny"):
-        return
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Adds the result of a model to the file, with its origin."""
     facts = {"world_size": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions(), "hardware": hardware("cpu")}
-    others = read_json(RESULT) if RESULT.exists() else {}
-    write_json(RESULT, others | {name: found | facts})
+    write_json(RESULT, (read_json(RESULT) if RESULT.exists() else {}) | {name: found | facts})
 
 
 if __name__ == "__main__":

@@ -19,24 +19,16 @@ from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig,
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
-from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import (
-    build_inference_engine,
-    build_training_engine,
-    quiet_deepspeed,
-    start_ranks,
-    stop_ranks,
-)
+from loraprune_ds.zero.engine import build_inference_engine, quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.write import write_model
-from tests.benchmarks.peak import Peak
-from tests.benchmarks.watchdog import tell
+from tests.benchmarks.memory import Peak, tell
+from tests.numerics.driver import Consecutive, assemble
 
 STEPS, WINDOW = 3, 16
 CUTS = {1: 0.25, 2: 0.5}  # step -> fraction of the decoder's linear parameters that is gone after it
@@ -50,16 +42,6 @@ class FixedSchedule(Schedule):
 
     def is_cut(self, step: int) -> bool:
         return step in CUTS
-
-
-@dataclass(frozen=True)
-class Consecutive:
-    """Returns samples [s * size, (s + 1) * size) as batch s."""
-
-    size: int
-
-    def batch(self, step: int) -> Tensor:
-        return torch.arange(step * self.size, (step + 1) * self.size)
 
 
 @dataclass
@@ -106,7 +88,8 @@ def main() -> None:
     pretrained = open_for_pruning(folder / "model", config)
     ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, comm.world_size)
     hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
-    ids = torch.randint(pretrained.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=seeded())
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(pretrained.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=generator)
     result = train_and_export(folder, config, pretrained, ds_config, ids, phases, comm)
     del hoard
     gc.collect()
@@ -116,10 +99,6 @@ def main() -> None:
     result |= {"phases": phases.rows, "loss_reloaded": evaluate(engine, ids), "device": device_name()}
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
     stop_ranks()
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
 
 
 def materialise(pretrained: PretrainedModel) -> list[Tensor]:
@@ -138,12 +117,9 @@ def train_and_export(
     comm: Communicator,
 ) -> dict[str, Any]:
     """Runs all that needs the training engine, which ends with this call."""
-    engine = phases.measure("load", lambda: build_training_engine(config, pretrained, ds_config, STEPS))
-    model = engine.model
-    limits = make_limits(config.prune, pretrained.shape)
-    pruner = Pruner(engine.model, config.prune, FixedSchedule(0.5, 0, max(CUTS), 1), limits, config.seed)
-    samples, order = Samples.of_windows(ids), Consecutive(comm.world_size)
-    trainer = Trainer(engine, pruner, samples, order, config.train, dtype=config.model.dtype, seed=config.seed)
+    given = (config, pretrained, ds_config, Samples.of_windows(ids), Consecutive(comm.world_size), STEPS)
+    trainer = phases.measure("load", lambda: assemble(*given, FixedSchedule(0.5, 0, max(CUTS), 1)))
+    model = trainer.model
     losses = train(trainer, phases)
     described = export_config(pretrained.config, model.shape, "bfloat16").config
     phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), described, "bfloat16"))
@@ -154,7 +130,7 @@ def train_and_export(
     comm.barrier()
     merged = partial(merged_tensors, dtype="bfloat16")
     phases.measure("export", lambda: write_model(model, exported, "bfloat16", merged))
-    trained = evaluate(engine.deepspeed, ids)
+    trained = evaluate(trainer.engine.deepspeed, ids)
     return {
         "losses": losses,
         "loss_trained": trained,

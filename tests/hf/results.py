@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loraprune_ds.files import read_json
 
+# fp32: merging and the smaller sums round in another order than the live model. Rounding alone gives about 1e-6.
+TOLERANCE = 1e-5
 LINEARS = {
     "self_attn.q_proj": ("queries", 0),
     "self_attn.k_proj": ("heads", 0),
@@ -49,7 +52,7 @@ def kept_indices(out: Path, dense: Any) -> list[dict[str, Tensor]]:
 
 
 def is_slice(base: Any, dense: Any, kept: list[dict[str, Tensor]]) -> bool:
-    """Tells if the linears of a pruned base are slices of the dense model's, bit by bit."""
+    """Returns whether the linears of a pruned base are slices of the dense model's, bit by bit."""
     return all(
         torch.equal(weight(dense, i, name).index_select(axis, rows[kind]), weight(base, i, name))
         for i, rows in enumerate(kept)
@@ -71,3 +74,19 @@ def masked(dense: Any, merged: Any, kept: list[dict[str, Tensor]]) -> Any:
 
 def weight(model: Any, layer: int, name: str) -> nn.Parameter:
     return model.model.layers[layer].get_submodule(name).weight
+
+
+def check_results(model: Path, out: Path, ids: Tensor, live: Tensor, *, has_adapter: bool) -> None:
+    """Compares the folders `base`, `model` and the adapter in `out` with the dense model and the live logits."""
+    dense, base, merged = load(model), load(out / "base"), load(out / "model")
+    kept = kept_indices(out, dense)
+    assert len(read_json(out / "report.json")["prune_steps"]) >= 2
+    assert sum(p.numel() for p in merged.parameters()) < sum(p.numel() for p in dense.parameters())
+    assert is_slice(base, dense, kept)
+    assert relative(logits(merged, ids), live) < TOLERANCE
+    assert relative(logits(masked(dense, merged, kept), ids), logits(merged, ids)) < TOLERANCE
+    if has_adapter:
+        assert read_json(out / "adapter_config.json")["base_model_name_or_path"] == str(out / "base")
+        adapted = PeftModel.from_pretrained(base, out).eval()
+        assert relative(logits(adapted, ids), live) < TOLERANCE
+        assert relative(logits(adapted.merge_and_unload(), ids), live) < TOLERANCE

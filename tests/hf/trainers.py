@@ -36,7 +36,7 @@ KINDS = ("heads", "channels")
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """Lets accelerate and transformers begin anew in a process that other tests use, too."""
+    """Resets accelerate and transformers in a process that other tests use, too."""
     environment = dict(os.environ)
     try:
         yield
@@ -64,14 +64,14 @@ class Rows(Dataset):
 
 @dataclass(frozen=True)
 class Setup:
-    """Says what a user's Trainer has besides the callback.
+    """Describes a user's Trainer apart from the callback.
 
     Attributes:
-        reference: an adapter `ref` beside the trained one. Each loss is preceded by its forward pass without a
+        reference: a second adapter `ref`. Each loss is preceded by its forward pass without a
             gradient, as in DPO and GRPO.
         reentrant: how activation checkpointing recomputes. None: there is none.
-        fp32_lora: LoRA is in fp32 beside a base of less, as PEFT makes it by default.
-        whole: modules that train whole beside LoRA, by PEFT's `modules_to_save`.
+        fp32_lora: LoRA is in fp32 on a base of less, PEFT's default.
+        whole: modules that also train, whole, by PEFT's `modules_to_save`.
     """
 
     reference: bool = False
@@ -156,7 +156,7 @@ def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
 
 
 def deepspeed_config(*, fp32_gradients: bool = True) -> dict[str, Any]:
-    """Returns the shipped config, or what is left of it if gradients travel and add up in the model's dtype."""
+    """Returns the shipped config, or the part in which gradients travel and add up in the model's dtype."""
     config = read_json(Path("ds_configs/zero3.json"))
     rounded = {"communication_data_type", "data_types"}
     return config if fp32_gradients else {key: value for key, value in config.items() if key not in rounded}
@@ -176,6 +176,12 @@ def load_model(job: Job, setup: Setup = PLAIN) -> PeftModel:
     return model
 
 
+def make_trainer(job: Job, args: TrainingArguments, *callbacks: TrainerCallback, setup: Setup = PLAIN) -> Trainer:
+    kind = BesideReference if setup.reference else InOrder
+    rows = Rows(job)
+    return kind(model=load_model(job, setup), args=args, train_dataset=rows, eval_dataset=rows, callbacks=[*callbacks])
+
+
 def stop_early(job: Job, out: Path) -> list[str]:
     """Makes fewer steps than the schedule is made for, with gradients in the model's dtype. Returns the warnings."""
     messages: list[str] = []
@@ -187,7 +193,7 @@ def stop_early(job: Job, out: Path) -> list[str]:
         with fresh_accelerate():
             callback = LoraPruneCallback(PruneConfig(**job.prune), steps=20)
             args = arguments(job, out, max_steps=2, deepspeed=deepspeed_config(fp32_gradients=False))
-            InOrder(model=load_model(job), args=args, train_dataset=Rows(job), callbacks=[callback]).train()
+            make_trainer(job, args, callback).train()
     finally:
         logger.removeHandler(handler)
     return messages
@@ -248,13 +254,7 @@ def train_with_callback(
         callback = LoraPruneCallback(PruneConfig(**job.prune))
         watch = Watch(callback)
         args = arguments(job, out, **more, **setup.arguments())  # the model is born sharded then
-        trainer = (BesideReference if setup.reference else InOrder)(
-            model=load_model(job, setup),
-            args=args,
-            train_dataset=Rows(job),
-            eval_dataset=Rows(job),
-            callbacks=[callback, watch],
-        )
+        trainer = make_trainer(job, args, callback, watch, setup=setup)
         trainer.train(resume_from_checkpoint=checkpoint and callback.resume(trainer.model, checkpoint))
         if setup.whole:
             callback.save_model(out / "model")
@@ -268,10 +268,9 @@ def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str,
     config = deepspeed_config()
     config[section] = config[section] | settings
     with fresh_accelerate():
-        args = arguments(job, out, deepspeed=config)
         callback = LoraPruneCallback(PruneConfig(**job.prune))
         try:
-            InOrder(model=load_model(job, setup), args=args, train_dataset=Rows(job), callbacks=[callback]).train()
+            make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train()
         except UserError as error:
             return str(error)
         return "no error"
@@ -293,10 +292,7 @@ def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> No
 def resume_without_the_callback(job: Job, out: Path, checkpoint: str) -> str:
     """Goes on from a checkpoint without `resume`. Returns the error."""
     with fresh_accelerate():
-        callback = LoraPruneCallback(PruneConfig(**job.prune))
-        trainer = InOrder(
-            model=load_model(job), args=arguments(job, out), train_dataset=Rows(job), callbacks=[callback]
-        )
+        trainer = make_trainer(job, arguments(job, out), LoraPruneCallback(PruneConfig(**job.prune)))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except (UserError, RuntimeError) as error:

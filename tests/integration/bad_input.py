@@ -71,12 +71,6 @@ def truncate(model: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def drop_tensor(model: Path) -> None:
-    tensors = load_file(model / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, model / "model.safetensors")
-
-
 def drop_tokenizer(model: Path) -> None:
     for path in model.glob("tokenizer*"):
         path.unlink()

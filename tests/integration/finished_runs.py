@@ -2,28 +2,18 @@
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.integration.launching import (
-    Ended,
-    Launcher,
-    fork_ranks,
-    launch,
-    read_json,
-    run_to_end,
-    write_config,
-    write_text,
-)
+from tests.integration.launching import Ended, Launcher, fork_ranks, launch, read_json, write_config, write_text
+from tests.integration.resuming import read_tensors
 from tests.oracle.models import make_tiny_llama
-from tests.stranger import WITHOUT_THE_PACKAGE
+from tests.stranger import ask_stranger
 
 VOCAB, LAYERS, HEAD_DIM = 259, 3, 8
 STEPS, WINDOW, WINDOWS = 6, 32, 24
@@ -49,6 +39,7 @@ class Case:
 
 
 GLOBAL = {"ranking": "global", "ratio": 0.35}
+CHECKPOINTING = {"gradient_checkpointing": True}
 CASES = (
     Case("uniform", "llama", {**SIZES, "tie": True}),
     Case("watched", "llama", {**SIZES, "tie": True}, launcher=None, evaluate={"every": 1}),
@@ -56,15 +47,7 @@ CASES = (
     Case("indivisible", "mistral", {**SIZES, "heads": 5, "kv_heads": 5, "hidden": 40}, launcher="torchrun"),
     Case("mistral", "mistral", {**SIZES, "model_type": "mistral"}, launcher="python", ranks=1, dtype="bfloat16"),
     Case("global", "pruned_llama", {**SIZES, "biases": True}, launcher=None, dtype="bfloat16", prune=GLOBAL),
-    Case(
-        "again",
-        "pruned_llama",
-        "global",
-        launcher=None,
-        dtype="bfloat16",
-        prune=GLOBAL,
-        train={"gradient_checkpointing": True},
-    ),
+    Case("again", "pruned_llama", "global", launcher=None, dtype="bfloat16", prune=GLOBAL, train=CHECKPOINTING),
 )
 NAMES = [case.name for case in CASES]
 
@@ -99,16 +82,6 @@ class Run:
         return read_tensors(self.folder / "model")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Reads all tensors of a checkpoint, by name. A tensor in two files is an error."""
-    tensors: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        found = load_file(path)
-        assert not found.keys() & tensors.keys()
-        tensors |= found
-    return tensors
-
-
 def run_all(root: Path) -> dict[str, Run]:
     """All cases, one after the other."""
     write_text(root / "text.txt", 12_000)
@@ -130,9 +103,7 @@ def _start(case: Case, config: Path, root: Path) -> Ended:
     """Starts from another folder than the checkout. Shipped files are found from anywhere."""
     arguments = ["--config", str(config)]
     if case.launcher is None:
-        outputs = root / f"{case.name}_outputs"
-        outputs.mkdir()
-        return fork_ranks(arguments, outputs, ranks=case.ranks, cwd=root, timeout=300)[0]
+        return fork_ranks(arguments, root, ranks=case.ranks, cwd=root, timeout=300)[0]
     return launch(arguments, launcher=case.launcher, ranks=case.ranks, cwd=root)
 
 
@@ -187,22 +158,13 @@ print("RESULT " + json.dumps(result))
 """
 
 
-def ask_stranger(runs: dict[str, Run], root: Path) -> dict[str, dict[str, Any]]:
+def perplexities(runs: dict[str, Run], root: Path) -> dict[str, dict[str, Any]]:
     """Returns held-out perplexity of every case's model before ("<case>_dense") and after, by plain transformers."""
-    models: list[tuple[str, str, bool]] = []
-    for run in runs.values():
-        for name, folder in ((run.case.name, run.folder / "model"), (f"{run.case.name}_dense", run.source)):
-            has_code = any(folder.glob("modeling_*.py"))
-            models.append((name, str(folder), has_code))
-    elsewhere = root / "elsewhere"
-    elsewhere.mkdir()
+    folders = {name: run.folder / "model" for name, run in runs.items()}
+    folders |= {f"{name}_dense": run.source for name, run in runs.items()}
+    models = [(name, str(folder), any(folder.glob("modeling_*.py"))) for name, folder in folders.items()]
     job = {"models": models, "text": str(root / "held_out.txt"), "window": WINDOW, "count": WINDOWS}
-    environment = {"PYTHONPATH": "", "HF_HOME": str(elsewhere), "HF_HUB_OFFLINE": "1"}
-    ended = run_to_end(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE + STRANGER, json.dumps(job)], cwd=elsewhere, environment=environment
-    )
-    assert ended.code == 0, ended.everything
-    return json.loads(ended.out.partition("RESULT ")[2])
+    return json.loads(ask_stranger(STRANGER, json.dumps(job), folder=root).partition("RESULT ")[2])
 
 
 def nearest_rows(rows: Tensor, among: Tensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""Starts launch/run.py as users do, by a launcher. Many short starts use ranks forked after the imports."""
+"""Starts scripts as users do, by a launcher. Many short starts use ranks forked after the imports."""
 
 import json
 import multiprocessing
@@ -26,10 +26,7 @@ Launcher = Literal["deepspeed", "torchrun", "python"]
 
 @dataclass(frozen=True)
 class Ended:
-    """Describes a process that has ended: its output, how long it took, and its exit code.
-
-    The code is minus the signal if one ended it.
-    """
+    """Describes a process that has ended. Its code is minus the signal if a signal ended it."""
 
     code: int | None
     out: str
@@ -39,6 +36,11 @@ class Ended:
     @property
     def everything(self) -> str:
         return f"code {self.code} after {self.seconds:.1f} s\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+    def check(self) -> "Ended":
+        """Fails, with the output, if the process did."""
+        assert self.code == 0, self.everything
+        return self
 
 
 def write_text(path: Path, characters: int, *, start: int = 0) -> Path:
@@ -60,6 +62,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def on_ranks(ranks: int, launcher: Launcher = "deepspeed", port: int | None = None) -> list[str]:
+    """Returns the words of a command that start a script on some ranks of this machine."""
+    port = port or free_port()
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))  # works without .venv activated
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    return {
+        "deepspeed": [deepspeed, "--quiet", f"--num_accelerators={ranks}", f"--master_port={port}"],
+        "torchrun": torchrun,
+        "python": [sys.executable],
+    }[launcher]
+
+
 def launch(
     arguments: Sequence[str],
     *,
@@ -70,30 +84,19 @@ def launch(
     environment: Mapping[str, str] | None = None,
     timeout: float = 300,
 ) -> Ended:
-    """Runs launch/run.py with these arguments to its end. Kills all that is left at the deadline.
-
-    Raises:
-        AssertionError: it did not end in `timeout` seconds.
-    """
-    port = port or free_port()
-    starter = {
-        "deepspeed": [_beside_python("deepspeed"), "--quiet", f"--master_port={port}", f"--num_accelerators={ranks}"],
-        "torchrun": [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--master_port={port}",
-            f"--nproc_per_node={ranks}",
-        ],
-        "python": [sys.executable],
-    }[launcher]
-    return run_to_end([*starter, str(RUN), *arguments], cwd=cwd, environment=environment, timeout=timeout)
+    """Runs launch/run.py with these arguments to its end, as `run_to_end` does."""
+    command = [*on_ranks(ranks, launcher, port), str(RUN), *arguments]
+    return run_to_end(command, cwd=cwd, environment=environment, timeout=timeout)
 
 
 def run_to_end(
     command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 300
 ) -> Ended:
-    """Runs a command in a session of its own, so that all it started can be killed with it."""
+    """Runs a command in its own session. Kills all that it started at the deadline.
+
+    Raises:
+        AssertionError: it did not end in `timeout` seconds.
+    """
     environment = clean_environment() | dict(environment or {})
     began = time.monotonic()
     process = subprocess.Popen(
@@ -116,31 +119,24 @@ def run_to_end(
 
 
 def clean_environment() -> dict[str, str]:
-    """Returns this process's environment, without variables of a launcher or pytest.
-
-    This checkout comes before an installed one.
-    """
+    """Returns this process's environment without variables of a launcher or pytest. Imports come from this checkout."""
     drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in drop and not key.startswith("PYTEST_")}
-    # .venv/bin/deepspeed has to work without .venv activated.
     return kept | {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-
-
-def _beside_python(program: str) -> str:
-    return str(Path(sys.executable).parent / program)
 
 
 def fork_ranks(
     arguments: Sequence[str],
     folder: Path,
     *,
+    script: Path = RUN,
     ranks: int = 1,
     cwd: Path = ROOT,
     environment: Callable[[int], dict[str, str]] = lambda rank: {},
     before: Callable[[], None] | None = None,
     timeout: float = 60,
 ) -> list[Ended]:
-    """Runs launch/run.py on `ranks` ranks. A server that has the imports forks each: a second, not ten.
+    """Runs a script on `ranks` ranks. A server that has the imports forks each: a second, not ten.
 
     No launcher watches them. Every rank has to end by itself.
 
@@ -154,16 +150,15 @@ def fork_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    common = (
-        {} if ranks == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    )
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     processes = []
     began = time.monotonic()
     for rank in range(ranks):
-        own = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        variables = clean_environment() | common | own | environment(rank)
+        of_rank = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        variables = clean_environment() | of_rank | environment(rank)
         outputs = [folder / f"{name}-{rank}" for name in ("stdout", "stderr")]
-        process = context.Process(target=_be_rank, args=(list(arguments), cwd, variables, outputs, before), daemon=True)
+        given = ([str(script), *arguments], cwd, variables, outputs, before)
+        process = context.Process(target=_be_rank, args=given, daemon=True)
         process.start()
         processes.append((process, outputs))
     ended = []
@@ -177,7 +172,7 @@ def fork_ranks(
 
 
 def _be_rank(
-    arguments: list[str], cwd: Path, environment: dict[str, str], outputs: list[Path], before: Callable[[], None] | None
+    command: list[str], cwd: Path, environment: dict[str, str], outputs: list[Path], before: Callable[[], None] | None
 ) -> None:
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -185,11 +180,11 @@ def _be_rank(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.argv = [str(RUN), *arguments]
+    sys.argv = command
     if before is not None:
         before()
     try:
-        runpy.run_path(str(RUN), run_name="__main__")
+        runpy.run_path(command[0], run_name="__main__")
     except Exception:
         sys.excepthook(*cast(Any, sys.exc_info()))  # as an interpreter would; multiprocessing does not
         raise
@@ -197,27 +192,3 @@ def _be_rank(
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def run_with_checkpoints(root: Path, model: Path, *, steps: int) -> None:
-    """Makes a finished global run of `model` in `root`/run, tuned on `root`/text.txt, with its checkpoints."""
-    config = {
-        "output_dir": str(root / "run"),
-        "model": {"path": str(model), "dtype": "float32"},
-        "lora": {"r": 4, "lora_dropout": 0.0},
-        "data": {"path": str(write_text(root / "text.txt", 6_000)), "window": 32, "held_out_fraction": 0.2},
-        "prune": {
-            "channel_multiple": 1,
-            "ratio": 0.35,
-            "ranking": "global",
-            "prune_every": 2,
-            "protected_first": 0,
-            "protected_last": 0,
-        }
-        | {"warmup_fraction": 0.2, "cooldown_fraction": 0.2},
-        "train": {"steps": steps, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
-        "evaluate": {"window": 32, "max_windows": 4},
-        "checkpoint": {"every": 4},
-    }
-    ended = launch(["--config", str(write_config(root / "run.yaml", config))], launcher="python", ranks=1, cwd=root)
-    assert ended.code == 0, ended.everything

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from loraprune_ds.train.output import inspect_output
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.zero.comm import Communicator
+from tests.families import tiny_model
 from tests.oracle.models import make_tiny_llama
 
 STEPS = 20
@@ -33,7 +35,7 @@ CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Writes a tiny model, text and config into `folder`. `sections` add to those of the config.
+    """Writes a tiny model, text and config into `folder`. `sections` change the config.
 
     Adam's epsilon is 1e-3. tests/numerics/test_sharded_equals_dense.py tells the reason.
     """
@@ -65,6 +67,15 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder / "out"), **config}))
     return path
+
+
+def write_family(folder: Path, family: str) -> str:
+    """Writes a tiny model of a family next to the model of `write_run`. Returns the setting that names it."""
+    source = folder / family
+    shutil.copytree(folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(folder / "source" / "tokenizer_config.json", source)
+    tiny_model(family, seed=1).save_pretrained(source)
+    return f"model.path={source}"
 
 
 def config_for(path: Path, out: Path, *changes: str) -> RunConfig:
@@ -159,6 +170,34 @@ def contents(out: Path, step: int) -> Contents:
     }
     scores = folder / "scores.safetensors"
     return Contents(lora, load_file(scores) if scores.exists() else {}, read_state(out, step)["kept"])
+
+
+def assert_bitwise(found: Contents, expected: Contents) -> None:
+    assert found.kept == expected.kept
+    for ours, theirs in ((found.lora, expected.lora), (found.scores, expected.scores)):
+        assert_equal_tensors(ours, theirs)
+
+
+def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def assert_same_run(out: Path, straight: Path, step: int) -> None:
+    """Checks that two runs have the same losses, last checkpoint of `step` and exported model, bit by bit."""
+    assert losses(out) == losses(straight)
+    assert_bitwise(contents(out, step), contents(straight, step))
+    assert_equal_tensors(read_tensors(out / "model"), read_tensors(straight / "model"))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Reads all tensors of a checkpoint. A tensor in two files is an error."""
+    tensors: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found = load_file(path)
+        assert not found.keys() & tensors.keys()
+        tensors |= found
+    return tensors
 
 
 def read_state(out: Path, step: int) -> dict[str, Any]:

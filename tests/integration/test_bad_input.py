@@ -17,7 +17,6 @@ from tests.integration.bad_input import (
     arguments,
     assert_refused,
     copy_of_model,
-    drop_tensor,
     drop_tokenizer,
     ds_config,
     edit_config,
@@ -53,35 +52,22 @@ class Wrong:
 MODEL, DS = "model.path={here}/model", "deepspeed={here}/ds.json"
 WRONG = (
     Wrong("unknown key", "prune.rato=0.5", ("unknown key prune.rato", "ratio")),
-    Wrong("unknown section", "prun.ratio=0.5", ("unknown key prun", "prune")),
-    Wrong("mistyped value", "train.steps=ten", ("train.steps", "int", "ten")),
-    Wrong("ratio of 1", "prune.ratio=1.0", ("prune.ratio", "(0, 1)")),
     Wrong("unreachable ratio", "prune.ratio=0.9", ("prune.ratio 0.9 is out of reach", "at most 0.2625")),
-    Wrong("unknown criterion", "prune.criterion=taylor", ("prune.criterion", "magnitude", "taylor")),
     Wrong("no such model", "model.path={here}/model", ("model.path", "does not exist")),
-    Wrong("model is no checkpoint", "model.path={here}", ("config.json does not exist",)),
     Wrong("model on no hub", "model.path=nobody/nothing", ("model.path", "nobody/nothing", "hub")),
     Wrong("gpt2", MODEL, ("'gpt2'", " llama, ", " mistral, "), copy_of_model(edit_config(model_type="gpt2"))),
     Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate)),
-    Wrong("missing tensor", MODEL, ("model.layers.1.mlp.up_proj.weight is missing",), copy_of_model(drop_tensor)),
-    Wrong("wrong width", MODEL, ("has shape", "[50, 32]"), copy_of_model(edit_config(intermediate_size=50))),
     Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
-    Wrong("no adapter at home", "model.adapter=~/nowhere", ("/nowhere/adapter_config.json does not exist",)),
     Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
     Wrong("top k", "train.distill_weight=0.5 train.distill_top_k=300", ("distill_top_k 300", "vocabulary of 259")),
     Wrong("no data", "data.path={here}/text.txt", ("data.path", "does not exist")),
-    Wrong("data in another format", "data.path={here}/x.pdf", (".txt, .json, .jsonl",), file_at("x.pdf", "%PDF")),
-    Wrong("broken JSON", "data.path={here}/x.jsonl", ("x.jsonl, line 2",), file_at("x.jsonl", '{"text": "a"}\n{"te')),
     Wrong(
         "text too short",
         "data.path={here}/short.txt",
         ("short.txt is too short", "one global batch needs 4"),
         file_at("short.txt", "Only a few words here, and that is all. " * 3),
     ),
-    Wrong("micro-batches", "train.micro_batch_size=3", ("train.global_batch_size (4)", "micro_batch_size (3)")),
-    Wrong("ranks", "train.global_batch_size=6", ("over 2 ranks", "world sizes that fit: 1, 3"), ranks=2),
     Wrong("ranks, no download", "train.global_batch_size=6 model.path=nobody/nothing", ("over 2 ranks",), ranks=2),
-    Wrong("profile", "logging.profile_steps=[1,99] model.path=nobody/nothing", ("profile_steps names step 99", "ends")),
     Wrong(
         "profile of epochs",
         "logging.profile_steps=[99] train.steps=null train.epochs=0.1",
@@ -89,26 +75,20 @@ WRONG = (
     ),
     Wrong("LoRA rank", "lora.r=4096", ("lora.r 4096", "hidden_size 32")),
     Wrong("window", "data.window=4096", ("data.window 4096", "512 positions")),
-    Wrong("evaluation window", "evaluate.window=513", ("evaluate.window 513", "512 positions")),
     Wrong("attention", "model.attn_implementation=flash", ("cannot build this model", "attn_implementation flash")),
     Wrong("activation", MODEL, ("config.json", "KeyError: 'zelu'"), copy_of_model(edit_config(hidden_act="zelu"))),
     Wrong("no ds_config", DS, ("deepspeed: ", "ds.json does not exist")),
-    Wrong("ds_config is no JSON", DS, ("ds.json is not valid JSON",), file_at("ds.json", "{'stage': 3}")),
     Wrong("not ZeRO-3", DS, ("zero_optimization.stage must be 3",), ds_config(zero_optimization={"stage": 2})),
-    Wrong("fights the run", DS, ("train_batch_size is 64", "makes it 4"), ds_config(train_batch_size=64)),
     Wrong(
         "int8 by all-reduce",
         f"{DS} model.frozen=int8",
         ("ds.json: zero_optimization.stage3_use_all_reduce_for_fetch_params", "1 and "),
         ds_config(zero_optimization={"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}),
     ),
-    Wrong("owns an optimizer", DS, ("optimizer", "train.learning_rate"), ds_config(optimizer={"type": "Adam"})),
-    Wrong("output_dir is a file", "seed=1", ("output_dir", "out is not a folder"), file_at("out", "")),
     Wrong("output_dir in a file", "output_dir={here}/file/out", ("file is not a folder",), file_at("file", "")),
     Wrong("endless output_dir", "output_dir={here}/" + 300 * "x", ("output_dir", "cannot be read: File name too long")),
     Wrong("read-only output_dir", "output_dir=/proc/out", ("output_dir /proc/out cannot be written",)),
     Wrong("other files in output_dir", "seed=1", ("not empty and holds no run",), file_at("out/thesis.tex", "x")),
-    Wrong("damaged status", "seed=1", ("status.json", "not valid JSON"), file_at("out/status.json", "{")),
 )
 
 
@@ -135,7 +115,6 @@ def test_wrong_input_is_one_line_before_anything_is_written(wrong: Wrong, materi
         ([], ("--config",)),
         (["--config", "{good}", "--set", "prune.ratio"], ("--set takes key=value", "prune.ratio")),
         (["--config", "{good}", "--epochs", "3"], ("unrecognized arguments: --epochs 3",)),
-        (["--config", "{good}.yml"], ("config file", "run.yaml.yml does not exist")),
         (["--config", "{here}"], ("config file",)),
         (["--config", "{good}"], ("output_dir is missing",)),
     ],
@@ -188,7 +167,7 @@ def test_a_device_without_float16(material: Path, tmp_path: Path) -> None:
 
 
 def be_nobody() -> None:
-    """Becomes nobody, because root may write everywhere.
+    """Gives up the rights of root, which may write everywhere.
 
     Access is checked for the real user. Files are opened as the effective user.
     """

@@ -6,12 +6,14 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model, make_material, poison
-from tests.integration.launching import ROOT, fork_ranks, launch, read_json, write_text
+from tests.integration.launching import ROOT, fork_ranks, launch, read_json, write_config, write_text
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,6 @@ def run_out_of_memory() -> None:
     Leaving the process group waits, as with NCCL while another rank waits in a collective. The code of the interpreter
     after that does not matter here: a forked rank has its own.
     """
-    import torch
-
     from loraprune_ds.train.trainer import Trainer
 
     mock.patch.object(Trainer, "step", side_effect=torch.OutOfMemoryError("of the device")).start()
@@ -156,14 +156,6 @@ def test_launched_a_config_that_only_one_rank_lacks(hook: dict[str, str], materi
     assert ended.err == "error on rank 1: config file run.yaml does not exist\n"
 
 
-def test_launched_data_that_only_one_rank_lacks(
-    hook: dict[str, str], homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path
-) -> None:
-    ended = launch(arguments(material, tmp_path, "data.path=~/text.txt"), environment=hook)
-    assert_refused(ended, "rank 1: data.path: ~/text.txt does not exist")
-    assert not (tmp_path / "out").exists()
-
-
 def test_launched_on_a_port_that_is_taken(material: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -171,3 +163,44 @@ def test_launched_on_a_port_that_is_taken(material: Path, tmp_path: Path) -> Non
         port = taken.getsockname()[1]
         ended = launch(arguments(material, tmp_path), port=port)
     assert_refused(ended, f"the ranks cannot meet at 127.0.0.1:{port}", "--master_port")
+
+
+# What every first collective needs is made before any input is looked at
+
+LOG = "COLLECTIVE_LOG"
+NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "gather")
+
+
+def log_collectives() -> None:
+    """Makes torch.distributed write down its calls, in order."""
+    for name in (*NAMES, "all_gather_object"):
+        _log_calls(name)
+
+
+def _log_calls(name: str) -> None:
+    original = getattr(torch.distributed, name)
+
+    def logged(*args: Any, **kwargs: Any) -> Any:
+        with open(os.environ[LOG], "a") as log:
+            log.write(name + "\n")
+        return original(*args, **kwargs)
+
+    setattr(torch.distributed, name, logged)
+
+
+def test_all_kinds_of_collectives_run_before_the_input_is_looked_at(tmp_path: Path) -> None:
+    config = {"output_dir": "out", "train": {"steps": 1, "global_batch_size": 3, "micro_batch_size": 1}}
+    arguments = ["--config", str(write_config(tmp_path / "run.yaml", config))]
+    logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+    ended = fork_ranks(
+        arguments,
+        tmp_path,
+        ranks=2,
+        cwd=tmp_path,
+        environment=lambda rank: {LOG: str(logs[rank])},
+        before=log_collectives,
+    )
+    assert [rank.code for rank in ended] == [2, 2], ended[0].everything  # 3 samples cannot be split over 2 ranks
+    for log in logs:
+        called = log.read_text().split()
+        assert called[: called.index("all_gather_object")] == list(NAMES)

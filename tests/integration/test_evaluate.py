@@ -3,13 +3,10 @@
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
-import runpy
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,42 +20,20 @@ from loraprune_ds.cli.evaluate import find_or_merge
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.source import find_source
-from tests.integration.launching import (
-    PRELOADED,
-    ROOT,
-    Ended,
-    clean_environment,
-    free_port,
-    read_json,
-    run_to_end,
-    run_with_checkpoints,
-)
+from tests.integration.launching import ROOT, Ended, Launcher, fork_ranks, on_ranks, read_json, run_to_end
 from tests.oracle.models import make_tiny_llama
 
 EVALUATE, COMPARE = ROOT / "launch" / "evaluate.py", ROOT / "launch" / "compare.py"
-VOCAB, WINDOW, WINDOWS, STEPS = 259, 32, 21, 6
+WINDOW, WINDOWS = 32, 21
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 
-@dataclass(frozen=True)
-class Made:
-    """Names dense/, its finished run/ with checkpoints of steps 4 and 6, apart/ (LoRA apart), text.txt and tasks/."""
-
-    root: Path
-
-    def __truediv__(self, name: str) -> Path:
-        return self.root / name
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    root = tmp_path_factory.mktemp("evaluate")
-    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 64, "layers": 3}
-    dense = make_tiny_llama(root / "dense", vocab=VOCAB, seed=3, tie=True, biases=True, **sizes)
-    run_with_checkpoints(root, dense, steps=STEPS)
-    export(find_source(root / "run"), "adapter", root / "apart")
-    write_tasks(root / "tasks")
-    return Made(root)
+def made(finished: Path) -> Path:
+    """Returns a folder with a model dense/, its finished run/, apart/ (LoRA apart), text.txt and tasks/."""
+    export(find_source(finished / "run"), "adapter", finished / "apart")
+    write_tasks(finished / "tasks")
+    return finished
 
 
 def write_tasks(folder: Path) -> None:
@@ -83,38 +58,14 @@ def write_tasks(folder: Path) -> None:
     )
 
 
-def evaluate(made: Made, *arguments: str | Path, ranks: int = 1, timeout: float = 180) -> Ended:
-    """Returns the end of rank 0. A server that has the imports forks the ranks: a second, not ten."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    common = (
-        {} if ranks == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    )
-    processes = []
-    for rank in range(ranks):
-        own = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        outputs = [made / f"{name}-{rank}" for name in ("stdout", "stderr")]
-        setting = (list(map(str, arguments)), clean_environment() | common | own, outputs)
-        processes.append(context.Process(target=_be_evaluate, args=setting))
-        processes[-1].start()
-    for process in processes:
-        process.join(timeout)
-        process.kill()
-    out, err = (path.read_text() for path in (made / "stdout-0", made / "stderr-0"))
-    ended = Ended(processes[0].exitcode, out, err, 0.0)
-    assert all(process.exitcode is not None for process in processes), ended.everything
-    return ended
+def evaluate(made: Path, *arguments: str | Path, ranks: int = 1) -> Ended:
+    """Returns the end of rank 0."""
+    words = list(map(str, arguments))
+    return fork_ranks(words, made, script=EVALUATE, ranks=ranks, before=make_noise, timeout=180)[0]
 
 
-def _be_evaluate(arguments: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
-    for number, path in enumerate(outputs, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.argv = [str(EVALUATE), *arguments]
+def make_noise() -> None:
     torch.nn.functional.cross_entropy = _noisy(torch.nn.functional.cross_entropy)
-    runpy.run_path(str(EVALUATE), run_name="__main__")
 
 
 def _noisy(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,8 +81,7 @@ def _noisy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def answer(ended: Ended) -> dict[str, Any]:
     """Returns the one object on stdout of an evaluation that went well."""
-    assert ended.code == 0, ended.everything
-    return json.loads(ended.out)
+    return json.loads(ended.check().out)
 
 
 def straightforward(folder: Path, text: Path) -> float:
@@ -147,18 +97,18 @@ def straightforward(folder: Path, text: Path) -> float:
     return math.exp(math.fsum(losses) / len(losses))
 
 
-def on_text(made: Made) -> list[str]:
+def on_text(made: Path) -> list[str]:
     return ["--text", str(made / "text.txt"), "--window", str(WINDOW), "--max-windows", str(WINDOWS), "--json"]
 
 
 @pytest.mark.parametrize("name", ["dense", "run/model"])
-def test_perplexity_is_the_straightforward_one(made: Made, name: str) -> None:
+def test_perplexity_is_the_straightforward_one(made: Path, name: str) -> None:
     found = answer(evaluate(made, made / name, *on_text(made), "--dtype", "float32"))
     assert found["perplexity"] == pytest.approx(straightforward(made / name, made / "text.txt"), rel=1e-6)
     assert (found["tokens"], found["windows"]) == (WINDOWS * (WINDOW - 1), WINDOWS)
 
 
-def test_a_run_is_its_model_and_knows_what_it_lost(made: Made) -> None:
+def test_a_run_is_its_model_and_knows_what_it_lost(made: Path) -> None:
     found = answer(evaluate(made, made / "run", *on_text(made), "--dense", made / "dense"))
     assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-6)
     assert found["dense"]["perplexity"] == pytest.approx(straightforward(made / "dense", made / "text.txt"), rel=1e-6)
@@ -168,7 +118,7 @@ def test_a_run_is_its_model_and_knows_what_it_lost(made: Made) -> None:
     assert (found["kind"], found["method"], found["dtype"]) == ("run", "lora, global", "float32")
 
 
-def test_an_adapter_is_merged_on_the_fly(made: Made) -> None:
+def test_an_adapter_is_merged_on_the_fly(made: Path) -> None:
     """Merges LoRA into the pruned base. That equals the model of the two merged on disk."""
     found = answer(evaluate(made, made / "apart" / "adapter", *on_text(made)))
     assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-5)
@@ -178,7 +128,7 @@ def test_an_adapter_is_merged_on_the_fly(made: Made) -> None:
     assert abs(found["perplexity"] / base["perplexity"] - 1) > 1e-2
 
 
-def test_a_checkpoint_and_the_unfinished_run_it_belongs_to(made: Made, tmp_path: Path) -> None:
+def test_a_checkpoint_and_the_unfinished_run_it_belongs_to(made: Path, tmp_path: Path) -> None:
     checkpoint = made / "run" / "checkpoints" / "step-4"
     export(find_source(checkpoint), "hf", tmp_path / "merged")
     expected = straightforward(tmp_path / "merged", made / "text.txt")
@@ -197,7 +147,7 @@ def test_a_checkpoint_and_the_unfinished_run_it_belongs_to(made: Made, tmp_path:
 
 
 def test_no_room_to_merge_is_told_before_anything_is_written(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     checkpoint = made / "run" / "checkpoints" / "step-4"
@@ -210,20 +160,16 @@ def test_no_room_to_merge_is_told_before_anything_is_written(
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_two_ranks_give_the_same_number(made: Made, launcher: str) -> None:
+def test_two_ranks_give_the_same_number(made: Path, launcher: Launcher) -> None:
     """Evaluates a whole model under one launcher, a sharded one under the other. Rank 0 alone writes."""
     sharded = ["--sharded"] if launcher == "torchrun" else []
-    start = {
-        "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_accelerators=2"],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"],
-    }[launcher]
-    command = [*start, f"--master_port={free_port()}", str(EVALUATE), str(made / "run"), *on_text(made), *sharded]
+    command = [*on_ranks(2, launcher), str(EVALUATE), str(made / "run"), *on_text(made), *sharded]
     found = answer(run_to_end([*command, "--batch-size", "4"], cwd=ROOT))
     assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-6)
     assert (found["world_size"], found["sharded"]) == (2, bool(sharded))
 
 
-def test_speed_is_measured_on_both(made: Made, tmp_path: Path) -> None:
+def test_speed_is_measured_on_both(made: Path, tmp_path: Path) -> None:
     for name in ("dense", "run/model"):  # the tiny ones read 512 tokens at most
         shutil.copytree(made / name, tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text()) | {"max_position_embeddings": 1024}
@@ -249,15 +195,14 @@ for folder in folders:
 
 
 @needs_lm_eval
-def test_tasks_are_what_lm_eval_by_hand_gives(made: Made) -> None:
+def test_tasks_are_what_lm_eval_by_hand_gives(made: Path) -> None:
     """Uses the tokenizer and settings that lm-eval chooses for a folder, dense or pruned."""
     tasks = ["tiny_choice", "tiny_prose"]
     arguments = ["--tasks", *tasks, "--include-path", made / "tasks", "--json"]
     found = answer(evaluate(made, made / "run", "--dense", made / "dense", *arguments))
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(made / "home")}
     job = json.dumps([[str(made / "run" / "model"), str(made / "dense")], tasks, str(made / "tasks")])
-    by_hand = run_to_end([sys.executable, "-c", BY_HAND, job], cwd=made.root, environment=offline, timeout=300)
-    assert by_hand.code == 0, by_hand.everything
+    by_hand = run_to_end([sys.executable, "-c", BY_HAND, job], cwd=made, environment=offline, timeout=300).check()
     pruned, dense = (json.loads(part.splitlines()[0]) for part in by_hand.out.split("RESULT ")[1:])
     assert found["tasks"]["results"] == pruned
     assert found["dense"]["tasks"]["results"] == dense
@@ -273,12 +218,11 @@ def test_tasks_are_what_lm_eval_by_hand_gives(made: Made) -> None:
     )
 
 
-def test_runs_and_evaluations_are_compared(made: Made, tmp_path: Path) -> None:
+def test_runs_and_evaluations_are_compared(made: Path, tmp_path: Path) -> None:
     answered = evaluate(made, made / "run", *on_text(made), "--dense", made / "dense")
     (tmp_path / "again.json").write_text(answered.out)
     command = [sys.executable, str(COMPARE), str(made / "run"), str(tmp_path / "again.json")]
-    ended = run_to_end([*command, "--picture", str(tmp_path / "picture.png")], cwd=ROOT)
-    assert ended.code == 0, ended.everything
+    ended = run_to_end([*command, "--picture", str(tmp_path / "picture.png")], cwd=ROOT).check()
     assert {line.split()[0] for line in ended.out.splitlines() if line} == {"perplexity", "result", "run", "again"}
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     found = json.loads(run_to_end([*command, "--json"], cwd=ROOT).out)["results"]
@@ -288,84 +232,62 @@ def test_runs_and_evaluations_are_compared(made: Made, tmp_path: Path) -> None:
 
 # Bad input
 
-Spoil = Callable[[Made, Path], list[Any]]
 
-
-def without_tokenizer(made: Made, here: Path) -> list[Any]:
+def drop_tokenizer(made: Path, here: Path) -> None:
     shutil.copytree(made / "dense", here / "model")
     for path in (here / "model").glob("tokenizer*"):
         path.unlink()
-    return [here / "model", "--text", made / "text.txt"]
 
 
-def damaged_run(made: Made, here: Path) -> list[Any]:
+def damage_run(made: Path, here: Path) -> None:
     shutil.copytree(made / "run", here / "run")
     for path in (here / "run" / "model").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-20])
-    return [here / "run"]
 
 
-def unfinished_run(made: Made, here: Path) -> list[Any]:
+def begin_run(made: Path, here: Path) -> None:
     (here / "run").mkdir()
     write_status(here / "run", Status("running", 2, 6))
-    return [here / "run"]
 
 
-def other_tokens(made: Made, here: Path) -> list[Any]:
+def make_other(made: Path, here: Path) -> None:
     sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 4, "hidden": 8, "ffn": 8, "layers": 1}
     make_tiny_llama(here / "other", vocab=40, seed=0, **sizes)
-    return [made / "dense", "--dense", here / "other", "--text", made / "text.txt"]
 
 
-BAD: dict[str, tuple[Spoil, str]] = {  # unit tests have those of single parts
-    "no tokenizer": (without_tokenizer, "{here}/model has no tokenizer that can be read"),
-    "damaged run": (damaged_run, "{here}/run/model/model-"),
-    "unfinished run": (unfinished_run, "{here}/run holds an unfinished run (running at step 2 of 6) without a"),
-    "offline": (lambda m, h: [m / "dense", "--dataset", "ptb"], "--dataset ptb: ptb-text-only/ptb_text_only, split"),
-    "other tokens": (other_tokens, "{made}/dense and {here}/other read the text as different tokens"),
-    "split of a text": (
-        lambda m, h: [m / "dense", "--text", m / "text.txt", "--split", "train"],
-        "--split is a part of --dataset; --text is read whole",
-    ),
-    "long window": (
-        lambda m, h: [m / "dense", "--text", m / "text.txt", "--window", "1024"],
-        "{made}/dense reads at most 512 tokens (max_position_embeddings), not 1024",
-    ),
-    "serve without": (lambda m, h: [m / "dense", "--serve-python", "python3"], "--serve-python has no effect without"),
-    "rounds without": (
-        lambda m, h: [m / "dense", "--rounds", "2"],
-        "--prompt, --generated and --rounds have no effect",
-    ),
-    "gguf for vllm": (
-        lambda m, h: [m / "dense", "--serve", "vllm", "--gguf", "f16"],
-        "--gguf has no effect without --serve llama.cpp",
-    ),
-    "dtype of a server": (
-        lambda m, h: [m / "dense", "--serve", "vllm", "--dtype", "float32"],
-        "--dtype has no effect on --serve; a server takes the model's own",
-    ),
-    "no rounds": (lambda m, h: [m / "dense", "--speed", "--rounds", "0"], "--rounds must be at least 1; got 0"),
-    "sharded adapter": (
-        lambda m, h: [m / "apart/adapter", "--text", m / "text.txt", "--sharded"],
-        "{made}/apart/adapter: --sharded cannot merge an adapter",
-    ),
-    "mistyped option": (lambda m, h: [m / "dense", "--windo", "x"], "argument --window: invalid int value: 'x'"),
-}
+TEXT, DENSE = "--text {made}/text.txt", "{made}/dense"
+# Arguments, the error's beginning, and a function that makes what is wrong in {here}. Unit tests have more.
+BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
+    ("{here}/model " + TEXT, "{here}/model has no tokenizer that can be read", drop_tokenizer),
+    ("{here}/run", "{here}/run/model/model-", damage_run),
+    ("{here}/run", "{here}/run holds an unfinished run (running at step 2 of 6) without a", begin_run),
+    (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} and {{here}}/other read the text as different", make_other),
+    (f"{DENSE} --dataset ptb", "--dataset ptb: ptb-text-only/ptb_text_only, split", None),
+    (f"{DENSE} {TEXT} --split train", "--split is a part of --dataset; --text is read whole", None),
+    (f"{DENSE} {TEXT} --window 1024", f"{DENSE} reads at most 512 tokens (max_position_embeddings), not 1024", None),
+    (f"{DENSE} --serve-python python3", "--serve-python has no effect without", None),
+    (f"{DENSE} --rounds 2", "--prompt, --generated and --rounds have no effect", None),
+    (f"{DENSE} --serve vllm --gguf f16", "--gguf has no effect without --serve llama.cpp", None),
+    (f"{DENSE} --serve vllm --dtype float32", "--dtype has no effect on --serve", None),
+    ("{made}/apart/adapter " + TEXT + " --sharded", "{made}/apart/adapter: --sharded cannot merge an adapter", None),
+)
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(made: Made, tmp_path: Path, name: str) -> None:
-    spoil, message = BAD[name]
-    ended = evaluate(made, *spoil(made, tmp_path), "--json")
+@pytest.mark.parametrize(("arguments", "message", "spoil"), BAD)
+def test_bad_input_is_one_line(
+    made: Path, tmp_path: Path, arguments: str, message: str, spoil: Callable[[Path, Path], None] | None
+) -> None:
+    if spoil:
+        spoil(made, tmp_path)
+    ended = evaluate(made, *arguments.format(made=made, here=tmp_path).split(), "--json")
     assert ended.code == 2, ended.everything
     assert ended.out == ""
     (line,) = ended.err.splitlines()
-    assert line.startswith("error: " + message.format(here=tmp_path, made=made.root))
+    assert line.startswith("error: " + message.format(here=tmp_path, made=made))
 
 
-def test_bad_input_on_two_ranks_is_one_line_of_rank_0(made: Made) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    ended = run_to_end([*command, str(EVALUATE), str(made / "nothing"), *on_text(made)], cwd=ROOT)
-    assert ended.code != 0
-    assert ended.out == ""
-    assert ended.err.count(f"error: folder {made / 'nothing'} does not exist") == 1
+def test_bad_input_on_two_ranks_is_one_line_of_rank_0(made: Path) -> None:
+    words = [str(made / "nothing"), *on_text(made)]
+    first, other = fork_ranks(words, made, script=EVALUATE, ranks=2, timeout=180)
+    assert (first.code, first.out, first.err) == (2, "", f"error: folder {made / 'nothing'} does not exist\n")
+    assert (other.code, other.out, other.err) == (2, "", "")

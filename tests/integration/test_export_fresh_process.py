@@ -1,9 +1,6 @@
 """Gives exported models to a stranger: a process that has transformers but not this package."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +16,8 @@ from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export
 from tests.gguf_cases import sentencepiece_tokenizer
 from tests.integration.heavy.results import record
-from tests.stranger import WITHOUT_THE_PACKAGE
+from tests.stranger import OTHER_TRANSFORMERS, ask_stranger
 
-OTHER_TRANSFORMERS = os.environ.get("OTHER_TRANSFORMERS")  # a folder with another version (tests/run_heavy.sh)
 NEW_TOKENS = 8
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB  # longer than the sliding window of 5
 # Weights and kernels are the same, so in practice the difference is 0. One ulp of a logit of 4 is 5e-7.
@@ -109,8 +105,6 @@ def make_source(folder: Path, model: PreTrainedModel) -> Path:
 
 
 def run_stranger(exports: list[Exported], root: Path) -> None:
-    elsewhere = root / "elsewhere"
-    elsewhere.mkdir()
     save_file({"prompt": PROMPT.contiguous()}, root / "prompt.safetensors")
     job = {
         "prompt": str(root / "prompt.safetensors"),
@@ -119,21 +113,7 @@ def run_stranger(exports: list[Exported], root: Path) -> None:
         "texts": TEXTS,
         "new_tokens": NEW_TOKENS,
     }
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere / "hf")}
-    if OTHER_TRANSFORMERS:
-        environment["PYTHONPATH"] = OTHER_TRANSFORMERS
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE + STRANGER, json.dumps(job)],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900 if OTHER_TRANSFORMERS else 300,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    ask_stranger(STRANGER, json.dumps(job), folder=root)
 
 
 @pytest.fixture(params=CASES, ids=str)

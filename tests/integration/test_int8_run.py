@@ -1,18 +1,27 @@
-"""A run with int8 weights that is stopped between cuts: what its checkpoint holds, how it goes on, what is exported."""
+"""A run with int8 weights that is stopped between cuts: its checkpoint, how it goes on, its export."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.source import ExportSource, find_source
 from loraprune_ds.model.frozen import SCALE, WEIGHT
-from tests.families import MIXTURES, families, tiny_model
-from tests.integration.resuming import config_for, contents, find_here, losses, metrics, read_state, run_here, write_run
+from tests.families import MIXTURES, families
+from tests.integration.resuming import (
+    assert_equal_tensors,
+    assert_same_run,
+    config_for,
+    find_here,
+    metrics,
+    read_state,
+    read_tensors,
+    run_here,
+    write_family,
+    write_run,
+)  # fmt: skip
 from tests.ranks import RankPool
 
 STEPS, CUTS, STOP_AT = 8, [4, 6, 8], 5
@@ -37,14 +46,10 @@ def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
 def test_a_resumed_run_ends_as_the_run_that_never_stopped(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
     out, given = tmp_path / "out", straight.parent / "config.yaml"
     assert not any(ranks.run(2, run_here, config_for(given, out), None, STOP_AT))
-    stored = tensors(out / "checkpoints" / "shape-1")
+    stored = read_tensors(out / "checkpoints" / "shape-1")
     linears = [name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)]
     assert len(linears) == 3 * 7
     assert all(stored[name + WEIGHT].dtype == torch.int8 for name in linears)
@@ -54,12 +59,7 @@ def test_a_resumed_run_ends_as_the_run_that_never_stopped(ranks: RankPool, strai
     assert all(ranks.run(2, run_here, config_for(given, out), "auto"))
 
     assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
-    assert losses(out) == losses(straight)
-    found, expected = contents(out, STEPS), contents(straight, STEPS)
-    assert found.kept == expected.kept
-    assert all(torch.equal(found.lora[name], tensor) for name, tensor in expected.lora.items())
-    ours = tensors(out / "model")
-    assert all(torch.equal(ours[name], tensor) for name, tensor in tensors(straight / "model").items())
+    assert_same_run(out, straight, STEPS)
 
 
 @pytest.mark.parametrize("family", families("gpt_oss", of=MIXTURES))
@@ -68,33 +68,23 @@ def test_experts_go_on_and_are_exported_as_the_run_would(ranks: RankPool, tmp_pa
     stored = family in ("gpt_oss", "qwen3_moe")
     prune = SECTIONS["prune"] | ({"head_ratio": 0.4} if stored else {"compensate": "none"})
     sections = SECTIONS | {"prune": prune, "train": {"steps": STEPS}}
-    given, source = write_run(tmp_path, **sections), tmp_path / family
-    shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
-    shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
-    tiny_model(family, seed=1).save_pretrained(source)
-    straight, out = tmp_path / "straight", tmp_path / "out"
-    changes = f"model.path={source}"
+    given, straight, out = write_run(tmp_path, **sections), tmp_path / "straight", tmp_path / "out"
+    changes = write_family(tmp_path, family)
     ranks.run(2, run_here, config_for(given, straight, changes))
     assert not any(ranks.run(2, run_here, config_for(given, out, changes), None, STOP_AT))
-    held = (name for name, x in tensors(out / "checkpoints" / "shape-1").items() if x.dtype == torch.int8)
+    held = (name for name, x in read_tensors(out / "checkpoints" / "shape-1").items() if x.dtype == torch.int8)
     assert any("experts" in name for name in held) == stored
     assert all(ranks.run(2, run_here, config_for(given, out, changes), "auto"))
     cuts = [cut["step"] for cut in metrics(straight, "cut")]
     assert min(cuts) < STOP_AT < max(cuts)
-    assert losses(out) == losses(straight)
-    expected = tensors(straight / "model")
+    assert_same_run(out, straight, STEPS)
     export(ExportSource("int8", None, find_source(out).checkpoints), "hf", tmp_path / "merged")
-    for folder in (out / "model", tmp_path / "merged"):
-        found = tensors(folder)
-        assert found.keys() == expected.keys()
-        assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    assert_equal_tensors(read_tensors(tmp_path / "merged"), read_tensors(straight / "model"))
 
 
 def test_a_checkpoint_is_exported_as_the_run_would(straight: Path, tmp_path: Path) -> None:
     checkpoints = find_source(straight).checkpoints
     export(ExportSource("int8", None, checkpoints), "hf", tmp_path / "merged")
-    found, expected = tensors(tmp_path / "merged"), tensors(straight / "model")
-    assert found.keys() == expected.keys()
-    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    assert_equal_tensors(read_tensors(tmp_path / "merged"), read_tensors(straight / "model"))
     export(ExportSource("int8", None, checkpoints), "adapter", tmp_path / "apart")
-    assert {tensor.dtype for tensor in tensors(tmp_path / "apart" / "base").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "apart" / "base").values()} == {torch.bfloat16}

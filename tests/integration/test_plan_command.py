@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,18 @@ import pytest
 from loraprune_ds.cli.plan import main
 
 ROOT = Path(__file__).parents[2]
+Plan = Callable[[str], int]
 
 
-def plan(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["launch/plan.py", *arguments])
-    return main()
+
+    def run(arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["launch/plan.py", *arguments.split()])
+        return main()
+
+    return run
 
 
 def test_the_example_of_the_readme() -> None:
@@ -34,12 +41,8 @@ def test_the_example_of_the_readme() -> None:
     assert done.stderr == ""
 
 
-def test_what_does_not_fit_exits_with_3_and_says_what_to_change(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("llama-7b", "--gpus-per-node", "2", "--gpu-memory", "14", "--nccl", "1")
-    arguments += ("--set", "prune.prune_every=100")
-    assert plan(monkeypatch, *arguments, "--json") == 3
+def test_what_does_not_fit_exits_with_3_and_says_what_to_change(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("llama-7b --gpus-per-node 2 --gpu-memory 14 --nccl 1 --set prune.prune_every=100 --json") == 3
     out, error = capsys.readouterr()
     found = json.loads(out)
     assert found["fits"] is False
@@ -48,18 +51,9 @@ def test_what_does_not_fit_exits_with_3_and_says_what_to_change(
     assert error.startswith("error: llama-7b does not fit on 2 GPUs of 14 GiB: ")
 
 
-def test_the_smallest_cluster_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (
-        "llama-7b",
-        "--gpu-memory",
-        "24",
-        "--smallest",
-        "--set",
-        "train.steps=100",
-        "--set",
-        "train.epochs=null",
-    )
-    assert plan(monkeypatch, *arguments, "--set", "prune.prune_every=100") == 0
+def test_the_smallest_cluster_as_a_table(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = "--set train.steps=100 --set train.epochs=null --set prune.prune_every=100"
+    assert plan(f"llama-7b --gpu-memory 24 --smallest {steps}") == 0
     out = capsys.readouterr().out
     assert "llama-7b fits on " in out
     assert "--samples" not in out  # the steps are known
@@ -67,24 +61,10 @@ def test_the_smallest_cluster_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys
     assert "not counted: " in out
 
 
-@pytest.mark.parametrize(("nodes", "most"), [(["--nodes", "2"], 2), ([], 512)])
-def test_no_cluster_is_large_enough(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nodes: list[str], most: int
-) -> None:
-    arguments = (
-        "embedded",
-        "--smallest",
-        "--gpus-per-node",
-        "4",
-        "--gpu-memory",
-        "3.01",
-        "--reserve",
-        "3",
-        "--nccl",
-        "0",
-        *nodes,
-    )
-    assert plan(monkeypatch, *arguments, "--json") == 3
+@pytest.mark.parametrize(("nodes", "most"), [("--nodes 2", 2), ("", 512)])
+def test_no_cluster_is_large_enough(plan: Plan, capsys: pytest.CaptureFixture[str], nodes: str, most: int) -> None:
+    memory = "--gpu-memory 3.01 --reserve 3 --nccl 0"
+    assert plan(f"embedded --smallest --gpus-per-node 4 {memory} {nodes} --json") == 3
     out, error = capsys.readouterr()
     found = json.loads(out)
     assert found["fits"] is False
@@ -96,71 +76,48 @@ def test_no_cluster_is_large_enough(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["llama-65b", "--nodes", "0"], "--nodes must be a number above 0; got 0"),
-        (["llama-65b", "--nodes", "many"], "argument --nodes: invalid int value: 'many'"),
-        (["llama-65b", "--gpu-memory", "inf"], "--gpu-memory must be a number above 0; got inf"),
-        (
-            ["llama-65b", "--nodes", "3"],
-            "train.global_batch_size 128 in micro-batches of 4 cannot be split over 24 ranks",
-        ),
-        (["llama-65b", "--set", "prune.ratio=2"], "prune.ratio must be less than 1; got 2"),
-        (["llama-65b", "--samples", "0"], "--samples 0 is less than train.global_batch_size 128"),
-        (["llama-65b", "--smallest", "--nodes", "0"], "--nodes must be a number above 0; got 0"),
-        (["./nowhere"], "model ./nowhere does not exist; give a folder, a hub id, or one of llama-7b"),
-        ([], "give a model or --config"),
-        (["embedded", "--server-memory", "0"], "--server-memory must be a number above 0; got 0.0"),
-        (["llama-7b", "--set", "prune.target=4B"], "give exactly one of prune.ratio and prune.target; null takes one"),
-        (["embedded", "--set", "prune.target=4GX"], "prune.target must be parameters, such as 4.5B, or memory, such"),
+        ("llama-65b --nodes many", "argument --nodes: invalid int value: 'many'"),
+        ("llama-65b --gpu-memory inf", "--gpu-memory must be a number above 0; got inf"),
+        ("llama-65b --nodes 3", "train.global_batch_size 128 in micro-batches of 4 cannot be split over 24 ranks"),
+        ("llama-65b --set prune.ratio=2", "prune.ratio must be less than 1; got 2"),
+        ("llama-65b --samples 0", "--samples 0 is less than train.global_batch_size 128"),
+        ("llama-65b --smallest --nodes 0", "--nodes must be a number above 0; got 0"),
+        ("./nowhere", "model ./nowhere does not exist"),
+        ("", "give a model or --config"),
+        ("embedded --server-memory 0", "--server-memory must be a number above 0; got 0.0"),
+        ("embedded --set prune.target=4GX", "prune.target must be parameters, such as 4.5B, or memory"),
     ],
 )
-def test_bad_input_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert plan(monkeypatch, *arguments) == 2
+def test_bad_input_is_one_line(plan: Plan, capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
+    assert plan(arguments) == 2
     out, error = capsys.readouterr()
     assert out == ""
     assert error.count("\n") == 1
     assert error.startswith(f"error: {message}")
 
 
-def test_a_server_gets_what_fits_beside_the_weights(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_gets_what_fits_beside_the_weights(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     """SmolLM2-135M: 134,515,008 parameters, 3 key-value heads of 64 in 30 layers."""
-    arguments = (
-        "embedded",
-        "--gpus-per-node",
-        "1",
-        "--set",
-        "prune.target=0.3GiB",
-        "--set",
-        "prune.target_context=8192",
-    )
-    assert plan(monkeypatch, *arguments, "--server-memory", "0.5", "--json") == 0
+    target = "--set prune.target=0.3GiB --set prune.target_context=8192"
+    assert plan(f"embedded --gpus-per-node 1 {target} --server-memory 0.5 --json") == 0
     found = json.loads(capsys.readouterr().out)
     dense, pruned = found["serving"]
     assert (dense["parameters"], dense["weights"]) == (134_515_008, 2 * 134_515_008)
     assert dense["tokens"] == (2**29 - 2 * 134_515_008) // (2 * 30 * 3 * 64 * 2)
     assert pruned["parameters"] == found["parameters_after"]
     assert 0.29 * 2**30 < found["target"]["reached"] <= 0.3 * 2**30
-    assert plan(monkeypatch, *arguments, "--server-memory", "0.5") == 0
-    out = capsys.readouterr().out
-    assert "prune.target 0.3GiB: 0." in out
-    assert f"on the server, dense: 0.25 GiB of weights, {dense['tokens']:,} tokens of KV cache" in out
 
 
-def test_the_search_takes_hpz_with_the_nodes_it_tries(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("embedded", "--smallest", "--gpus-per-node", "2", "--gpu-memory", "7", "--nccl", "0", "--json")
-    arguments += ("--set", "lora.r=1024", "--set", "train.micro_batch_size=1")  # LoRA's state falls with the ranks
-    assert plan(monkeypatch, *arguments, "--set", "deepspeed=ds_configs/zero3_multinode_hpz.json") == 0
+def test_the_search_takes_hpz_with_the_nodes_it_tries(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = "--set lora.r=1024 --set train.micro_batch_size=1"  # LoRA's state falls with the ranks
+    settings += " --set deepspeed=ds_configs/zero3_multinode_hpz.json"
+    assert plan(f"embedded --smallest --gpus-per-node 2 --gpu-memory 7 --nccl 0 --json {settings}") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["cluster"]["nodes"] > 1
     assert found["deepspeed"]["zero_optimization"]["zero_hpz_partition_size"] == 2
     assert found["costs"]["step"]["sent"]["weights_in_group"] > 0
 
 
-def test_the_formulas_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(monkeypatch, "--explain") == 0
+def test_the_formulas_can_be_read(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--explain") == 0
     assert "`gathered_weights`" in capsys.readouterr().out

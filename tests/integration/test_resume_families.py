@@ -4,14 +4,13 @@ What a checkpoint holds follows the family's table: biases, fused linears, and n
 tolerance and its reason are those of test_resume.py.
 """
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from loraprune_ds.model.family import FAMILIES
-from tests.families import MIXED, TINY, families, tiny_model
-from tests.integration.resuming import config_for, contents, losses, metrics, run_here, write_run
+from tests.families import MIXED, TINY, families
+from tests.integration.resuming import config_for, contents, losses, metrics, run_here, write_family, write_run
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
@@ -38,11 +37,7 @@ def check_router_load(out: Path, family: str) -> None:
 @pytest.mark.parametrize("family", families("qwen2", "phi3", "olmo2", "mixtral"))
 def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, family: str) -> None:
     config = write_run(tmp_path, **SECTIONS)
-    source = tmp_path / family
-    shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
-    shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
-    tiny_model(family, seed=1).save_pretrained(source)
-    changed, straight = f"model.path={source}", tmp_path / "straight"
+    changed, straight = write_family(tmp_path, family), tmp_path / "straight"
     ranks.run(2, run_here, config_for(config, straight, changed))
     ranks.run(2, run_here, config_for(config, tmp_path / "out", changed), None, STOP)
     ranks.run(3, run_here, config_for(config, tmp_path / "out", changed), "auto")

@@ -10,12 +10,19 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
-from tests.integration.resuming import config_for, contents, losses, metrics, read_state, run_here, write_run
+from tests.integration.resuming import (
+    assert_same_run,
+    config_for,
+    contents,
+    losses,
+    metrics,
+    read_state,
+    run_here,
+    write_run,
+)
 from tests.ranks import RankPool
 
 STEPS, RECOVERY, CUTS, STOP_AT = 8, 2, [4, 6, 8], 5
@@ -80,13 +87,7 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     total = STEPS + RECOVERY
     assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
     assert read_state(tmp_path / "out", total)["resumed_from"] == [STOP_AT]
-    assert losses(tmp_path / "out") == losses(straight)
-    found, expected = contents(tmp_path / "out", total), contents(straight, total)
-    assert found.kept == expected.kept
-    assert all(torch.equal(found.lora[name], tensor) for name, tensor in expected.lora.items())
-    for path in (straight / "model").glob("*.safetensors"):
-        ours = load_file(tmp_path / "out" / "model" / path.name)
-        assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(path).items()), path.name
+    assert_same_run(tmp_path / "out", straight, total)
     assert not list((straight / "checkpoints" / f"step-{total}").glob("moments-*"))  # no cut is left that needs them
     assert not (straight / "teacher").exists()
 
@@ -119,7 +120,7 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, t
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "here"), abs=1e-5)
 
 
-def test_the_recovery_starts_at_the_learning_rate_again(straight: Path) -> None:
+def test_recovery_starts_at_the_learning_rate_again(straight: Path) -> None:
     rates = [step["learning_rate"] for step in metrics(straight, "step")]
     assert rates == pytest.approx([5e-3 * (1 - s / STEPS) for s in range(STEPS)] + [5e-3, 2.5e-3])
     assert metrics(straight, "step")[-1]["sparsity"] == pytest.approx(metrics(straight, "cut")[-1]["reached"])

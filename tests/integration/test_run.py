@@ -5,25 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from tests.integration.finished_runs import (
-    CASES,
-    HEAD_DIM,
-    LAYERS,
-    NAMES,
-    STEPS,
-    WINDOWS,
-    Run,
-    ask_stranger,
-    nearest_rows,
-    run_all,
-    snapshot,
-)
+from tests.integration import finished_runs
+from tests.integration.finished_runs import HEAD_DIM, LAYERS, NAMES, STEPS, WINDOWS, Run, nearest_rows, snapshot
 from tests.integration.launching import fork_ranks, launch, read_json
 
 CUTS = [3, 5]
@@ -31,18 +19,8 @@ CUTS = [3, 5]
 SAME = 1e-5
 # In bf16 sums over windows in another batch shape round differently, 8 bits at a time.
 SAME_BF16 = 5e-3
-RESULTS = {
-    "checkpoints",
-    "config.yaml",
-    "kept_groups.json",
-    "kept_groups.png",
-    "metrics.jsonl",
-    "model",
-    "report.json",
-    "status.json",
-    "tensorboard",
-    "training.png",
-}
+RESULTS = {"checkpoints", "model", "tensorboard", "metrics.jsonl", "config.yaml"}
+RESULTS |= {"kept_groups.json", "kept_groups.png", "report.json", "status.json", "training.png"}
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +30,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Run]:
-    return run_all(root)
+    return finished_runs.run_all(root)
 
 
 @pytest.fixture(scope="module")
 def stranger(runs: dict[str, Run], root: Path) -> dict[str, dict[str, Any]]:
-    return ask_stranger(runs, root)
+    return finished_runs.perplexities(runs, root)
 
 
 @pytest.fixture(params=NAMES)
@@ -92,10 +70,8 @@ def test_the_terminal_shows_the_run_once_and_nothing_of_the_libraries(run: Run) 
 
 def test_report_holds_what_was_asked_for(run: Run) -> None:
     report = run.report
-    assert report["world_size"] == run.case.ranks
-    assert report["steps"] == STEPS
-    assert report["seed"] == 0
-    assert report["resumed_from"] == []
+    found = [report[key] for key in ("world_size", "steps", "seed", "resumed_from")]
+    assert found == [run.case.ranks, STEPS, 0, []]
     assert set(report["versions"]) >= {"torch", "deepspeed", "transformers", "peft"}
     assert len(report["peak_memory_bytes"]) == run.case.ranks
     assert all(10_000_000 < peak < 10_000_000_000 for peak in report["peak_memory_bytes"])
@@ -114,7 +90,7 @@ def test_parameters_are_those_of_the_files(run: Run) -> None:
 def test_kept_groups_are_the_rows_of_the_source_that_the_model_has(run: Run) -> None:
     """Matches rows of the exported model with rows of the source.
 
-    Random rows are far apart, and a few steps of LoRA move them little. So each row tells its origin.
+    Random rows are far apart, and a few steps of LoRA move them little. Each row tells its origin.
     """
     layers = read_json(run.folder / "kept_groups.json")["layers"]
     assert len(layers) == LAYERS
@@ -212,14 +188,6 @@ def test_metrics_and_tensorboard_tell_the_same_story(run: Run) -> None:
     assert f"weight_bytes/rank_{run.case.ranks - 1}" in events.Tags()["scalars"]
 
 
-def test_pictures_show_something(run: Run) -> None:
-    for name in ("kept_groups.png", "training.png"):
-        picture = matplotlib.image.imread(run.folder / name)
-        assert picture.shape[0] > 200
-        assert picture.shape[1] > 200
-        assert len({tuple(pixel) for pixel in picture[::7, ::7, :3].reshape(-1, 3).tolist()}) > 5
-
-
 def test_evaluating_every_step_changes_nothing(runs: dict[str, Run]) -> None:
     """Compares two processes with one seed and dropout. Training is bitwise the same, evaluated or not."""
     plain, watched = runs["uniform"], runs["watched"]
@@ -237,8 +205,7 @@ def test_evaluating_every_step_changes_nothing(runs: dict[str, Run]) -> None:
 def test_a_second_start_shows_the_finished_run(runs: dict[str, Run]) -> None:
     run = runs["uniform"]
     before = snapshot(run.folder)
-    again = launch(["--config", str(run.config)])
-    assert again.code == 0, again.everything
+    again = launch(["--config", str(run.config)]).check()
     assert again.out == f"{run.folder} holds this run, finished:\n{run.ended.out}"
     assert again.err == ""
     assert again.seconds < 60
@@ -253,15 +220,3 @@ def test_a_start_with_another_config_names_what_differs(runs: dict[str, Run], tm
     assert other.err.count("\n") == 1
     assert other.err.startswith(f"error: output_dir {run.folder} holds another run (lora.r differs)")
     assert snapshot(run.folder) == before
-
-
-def test_how_a_run_is_shown_is_not_part_of_it(runs: dict[str, Run], tmp_path: Path) -> None:
-    run = runs["mistral"]
-    (again,) = fork_ranks(["--config", str(run.config), "--set", "logging.report_to=[]"], tmp_path)
-    assert again.code == 0, again.everything
-    assert "holds this run, finished" in again.out
-
-
-def test_cases_cover_what_they_are_for() -> None:
-    assert {case.launcher for case in CASES} >= {"deepspeed", "torchrun", "python"}
-    assert {case.ranks for case in CASES} == {1, 2}

@@ -29,32 +29,38 @@ from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
-COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "broadcast", "all_to_all_single", "gather", "all_gather")
+COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_to_all_single")
+COLLECTIVES += ("gather", "all_gather")
 
 
 @contextmanager
-def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Yields (name, elements given by this rank) of every collective below DeepSpeed's own front, from any caller."""
+def watched_collectives(see: Callable[[str, list[Tensor]], None]) -> Iterator[None]:
+    """Calls `see` with name and tensors of every collective below DeepSpeed's own front, from any caller."""
     backend: Any = ds_comm.comm.cdb
-    calls: list[tuple[str, int]] = []
-    originals = {name: getattr(backend, name) for name in COLLECTIVES}
 
-    def recording(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def watching(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            given = tensors[1] if name in ("all_gather_into_tensor", "all_to_all_single") else tensors[0]
-            calls.append((name, given.numel()))
+            see(name, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
             return call(*args, **kwargs)
 
         return wrapped
 
-    for name, call in originals.items():
-        setattr(backend, name, recording(name, call))
-    try:
+    with patch.multiple(backend, **{name: watching(name, getattr(backend, name)) for name in COLLECTIVES}):
+        yield
+
+
+@contextmanager
+def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
+    """Yields (name, elements given by this rank) of every collective."""
+    calls: list[tuple[str, int]] = []
+
+    def see(name: str, tensors: list[Tensor]) -> None:
+        if name != "reduce_scatter_tensor":
+            given = tensors[1] if name in ("all_gather_into_tensor", "all_to_all_single") else tensors[0]
+            calls.append((name, given.numel()))
+
+    with watched_collectives(see):
         yield calls
-    finally:
-        for name, call in originals.items():
-            setattr(backend, name, call)
 
 
 def after_backward(job: Job, step: int = 1) -> Trainer:
@@ -120,7 +126,7 @@ def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[L
 
 
 def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """Makes one cut. Returns the state before and after, what was sent, and how many old shards are alive."""
+    """Makes one cut. Returns the state before and after, the traffic, and how many old shards are alive."""
     trainer = build(job)
     trainer.step(1)
     trainer.step(2)
@@ -144,9 +150,9 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
 
 
 def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """Makes one cut of a model whose LoRA is fp32 beside a base of half precision, as PEFT makes it by itself.
+    """Makes one cut of a model with fp32 LoRA on a base of half precision, PEFT's default.
 
-    The linears compute as PEFT's, which cast what they are given. Such a model is live in somebody else's trainer.
+    The linears compute as PEFT's, which cast their inputs. Such a model is live in other trainers.
     """
 
     def add_fp32_lora(*given: Any) -> Any:
@@ -179,7 +185,7 @@ def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
 
 
 def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Returns the masks of a cut from given whole gradients. Without any it takes those of these ranks."""
+    """Returns the masks of a cut from given whole gradients. By default it takes these ranks' own gradients."""
     trainer = after_backward(job)
     model = trainer.model
     named = {n: p for n, p in trainer.model.module.named_parameters() if p.requires_grad}
@@ -214,7 +220,7 @@ def _lora_in_order(trainer: Trainer) -> list[Any]:
 
 
 def disagree(job: Job) -> str:
-    """Lets the last rank keep another group. Every rank must say so, and none may hang."""
+    """Makes the last rank keep another group. Every rank must say so, and none may hang."""
     trainer = build(job)
     model = trainer.model
     heads = [0, 1] if model.rank < model.world_size - 1 else [0, 2]

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loraprune_ds.model.expert_adapter import as_in_peft
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.pretrained import open_for_pruning
+from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
-from loraprune_ds.pruning.schedule import make_schedule
+from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.trainer import Trainer
@@ -25,7 +26,11 @@ from loraprune_ds.zero.engine import build_training_engine
 from loraprune_ds.zero.memory import state_tensors, state_terms, storage_bytes
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
+from tests.families import SIZES, tiny_model
+from tests.oracle.dense_trainer import DenseTrainer, Settings
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 
+Options = dict[str, Any]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -89,6 +94,52 @@ def write_adapter(folder: Path, lora: dict[str, Tensor], *, r: int, alpha: float
     return folder
 
 
+def tiny_job(
+    folder: Path, prune: Options, *, steps: int, samples: int = 12, tokens: int = 16,
+    model: Options | None = None, **settings: Any,
+) -> Job:  # fmt: skip
+    """Writes a tiny LLaMA and an adapter that matters. `model` goes to `make_tiny_llama`, `settings` to the job."""
+    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 42, "ffn": 45, "layers": 3}
+    sizes |= {"vocab": 97, "seed": 1} | (model or {})
+    source = make_tiny_llama(folder / "model", **sizes)
+    r, alpha = settings.get("lora_r", 4), settings.get("lora_alpha", 8)
+    adapter = write_adapter(folder / "adapter", make_lora(source, r=r, seed=2), r=r, alpha=alpha)
+    batches = make_batches(steps=steps, samples=samples, tokens=tokens, vocab=97, seed=3)
+    return Job(source, adapter, batches, prune, **settings)
+
+
+def family_job(
+    folder: Path, family: str, prune: Options, *, steps: int, model: Options | None = None, **settings: Any
+) -> tuple[Job, dict[str, Tensor]]:
+    """Writes a tiny model of a family with an adapter. Returns the job, and LoRA by the oracle's names."""
+    source = folder / "model"
+    tiny_model(family, seed=1, **model or {}).save_pretrained(source)
+    lora = random_lora(source)
+    adapter = write_adapter(folder / "adapter", in_file(lora, source), r=4, alpha=8)
+    batches = make_batches(steps=steps, samples=12, tokens=16, vocab=SIZES["vocab_size"], seed=3)
+    return Job(source, adapter, batches, prune, **settings), lora
+
+
+def random_lora(folder: Path) -> dict[str, Tensor]:
+    shape = open_pretrained(folder).shape
+    generator = torch.Generator().manual_seed(2)
+    lora: dict[str, Tensor] = {}
+    for i, linear in shape.linear_ids():
+        for factor, size in zip("AB", shape.lora_shapes(i, linear, 4), strict=True):
+            lora[f"layers.{i}.{linear.name}.lora_{factor}"] = torch.randn(size, generator=generator) * 0.2
+    return lora
+
+
+def in_file(lora: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Returns LoRA as an adapter's file stores it, which is another layout for experts."""
+    shape, found = open_pretrained(folder).shape, dict[str, Tensor]()
+    for i in range(len(shape.layers)):
+        prefix = f"layers.{i}."
+        own = {name.removeprefix(prefix): factor for name, factor in lora.items() if name.startswith(prefix)}
+        found |= {f"{prefix}{name}": factor for name, factor in as_in_peft(own, shape.linears(i)).items()}
+    return found
+
+
 def build(job: Job) -> Trainer:
     """Builds the package's trainer over a fresh engine."""
     gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
@@ -115,16 +166,23 @@ def build(job: Job) -> Trainer:
     )
     pretrained = open_for_pruning(job.folder, config)
     ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, world_size)
-    engine = build_training_engine(config, pretrained, ds_config, len(job.batches))
-    for module in engine.deepspeed.module.modules():
+    trainer = assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
+    for module in trainer.engine.deepspeed.module.modules():
         if isinstance(module, LossHead):
             module.chunk_tokens = job.loss_chunk_tokens
+    return trainer
+
+
+def assemble(
+    config: RunConfig, pretrained: PretrainedModel, ds_config: dict[str, Any], samples: Samples, order: Any, steps: int,
+    schedule: Schedule | None = None,
+) -> Trainer:  # fmt: skip
+    """Puts a trainer together over a fresh engine."""
+    engine = build_training_engine(config, pretrained, ds_config, steps)
     limits = make_limits(config.prune, pretrained.shape)
-    schedule = make_schedule(config.prune, len(job.batches), limits)
+    schedule = schedule or make_schedule(config.prune, steps, limits)
     pruner = Pruner(engine.model, config.prune, schedule, limits, config.seed)
-    return Trainer(
-        engine, pruner, make_samples(job), Consecutive(size), config.train, dtype=config.model.dtype, seed=config.seed
-    )
+    return Trainer(engine, pruner, samples, order, config.train, dtype=config.model.dtype, seed=config.seed)
 
 
 def make_samples(job: Job) -> Samples:
@@ -138,8 +196,33 @@ def make_samples(job: Job) -> Samples:
     return Samples(columns, starts_of(torch.tensor(job.lengths)), input_ids.shape[1])
 
 
+def assert_same_outcome(found: Outcome, expected: Outcome) -> None:
+    """Checks that two runs with cuts are the same, bit by bit."""
+    assert len(found.cut_steps) >= 2
+    assert found.losses == expected.losses
+    assert found.kept == expected.kept
+    for x, y in zip(found.averages, expected.averages, strict=True):
+        assert all(torch.equal(a, b) for s, t in zip(x, y, strict=True) for a, b in zip(s, t, strict=True))
+    assert all(torch.equal(found.masters[name], expected.masters[name]) for name in expected.masters)
+
+
+def dense_twin(job: Job, **settings: Any) -> DenseTrainer:
+    """Returns the oracle of a job that `tiny_job` made."""
+    lora = make_lora(job.folder, r=job.lora_r, seed=2)
+    return DenseTrainer(job.folder, lora, Settings(lora_alpha=job.lora_alpha, **settings))
+
+
+def first_batch(job: Job) -> tuple[Tensor, Tensor]:
+    """Returns ids and labels of the first batch. Labels beyond a sample's length do not count."""
+    ids, labels = job.batches[0]
+    if job.lengths is not None:
+        beyond = torch.arange(labels.shape[1]) >= torch.tensor(job.lengths[: len(labels)])[:, None]
+        labels = labels.masked_fill(beyond, -100)
+    return ids, labels
+
+
 def train(job: Job) -> Outcome:
-    """Makes the whole run. Returns what it left behind."""
+    """Makes the whole run. Returns the outcome."""
     return run_steps(build(job), job)
 
 

@@ -1,19 +1,17 @@
 """Logits in chunks of a few tokens, with activations computed twice, change no loss, no score and no perplexity.
 
 `test_sharded_equals_dense.py` holds the package against an oracle that computes all logits at once with torch's
-cross_entropy. There a chunk holds the whole batch. Products of other heights add up in another order, 6e-8 a term. So
-the tolerance here is that test's.
+cross_entropy. There a chunk holds the whole batch. Products of other heights add up in another order, 6e-8 a term. The
+tolerance here is that test's.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
-from tests.numerics.driver import Job, Outcome, build, run_steps, write_adapter
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.numerics.driver import Job, Outcome, build, run_steps, tiny_job
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
@@ -22,12 +20,8 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("chunks")
-    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 45, "tie": request.param}
-    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=3, samples=12, tokens=16, vocab=97, seed=3)
     prune = {"ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "cooldown_fraction": 0.3}
-    return Job(model, adapter, batches, prune, max_grad_norm=0.5)
+    return tiny_job(folder, prune, steps=3, model={"tie": request.param}, max_grad_norm=0.5)
 
 
 def train_and_measure(job: Job) -> tuple[Outcome, float]:

@@ -1,6 +1,7 @@
 """The refit after a cut, on 1, 2 and 3 ZeRO-3 ranks, against torch.linalg.lstsq on the same activations."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,8 @@ from torch import Tensor
 
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.plan.held import moment_bytes
-from tests.families import tiny_model
 from tests.numerics import quality_settings
-from tests.numerics.driver import Job, train, write_adapter
-from tests.numerics.test_families import in_file, random_lora
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.numerics.driver import Job, family_job, tiny_job, train
 from tests.ranks import RankPool
 
 LAYERS, KV_HEADS, QUERIES, HEAD_DIM, HIDDEN, FFN = 5, 5, 5, 4, 25, 61  # MLP weights do not divide by 2 or 3
@@ -29,23 +27,11 @@ OPEN = range(1, LAYERS - 1)  # the first layer and the last are protected, and n
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("compensation")
-    sizes: dict[str, Any] = {
-        "heads": KV_HEADS * QUERIES,
-        "kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "hidden": HIDDEN,
-        "ffn": FFN,
-    }
-    model = make_tiny_llama(folder / "model", layers=LAYERS, vocab=97, seed=1, biases=True, **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=6, samples=12, tokens=16, vocab=97, seed=3)
+    sizes = {"heads": KV_HEADS * QUERIES, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
+    sizes |= {"layers": LAYERS, "biases": True}
     prune = {"ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "compensate": "least_squares"}
     prune["compensate_steps"] = 4  # from the first step on: the first cut follows the fourth
-    return Job(model, adapter, batches, prune, micro_batch_size=2)
-
-
-def variant(job: Job, **changes: object) -> Job:
-    return Job(**{**vars(job), **changes})
+    return tiny_job(folder, prune, steps=6, model=sizes)
 
 
 def kept_columns(name: str) -> list[int]:
@@ -64,7 +50,7 @@ def effective(layer: dict[str, Tensor]) -> Tensor:
 
 
 def dense_refit(inputs: Tensor, layer: dict[str, Tensor], kept: list[int]) -> Tensor:
-    """Returns W[:, K] + ΔW by least squares on the inputs themselves. The ridge has rows of its own."""
+    """Returns W[:, K] + ΔW by least squares on the inputs themselves. The ridge has its own rows."""
     removed = [j for j in range(inputs.shape[1]) if j not in kept]
     ridge = math.sqrt(RIDGE * float(inputs.square().sum(0).mean()))
     system = torch.cat([inputs[:, kept], ridge * torch.eye(len(kept), dtype=torch.float64)])
@@ -107,12 +93,9 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
 
 def test_a_mixture_refits_its_heads_alone(ranks: RankPool, tmp_path: Path) -> None:
     """Experts leave in the same cut. Their inputs are not measured, and nothing of the others changes."""
-    folder = tmp_path / "model"
-    tiny_model("mixtral", seed=1, num_hidden_layers=LAYERS).save_pretrained(folder)
-    adapter = write_adapter(tmp_path / "adapter", in_file(random_lora(folder), folder), r=4, alpha=8)
-    batches = make_batches(steps=6, samples=12, tokens=16, vocab=97, seed=3)
     prune = {"ratio": 0.2, "head_ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "compensate": "least_squares"}
-    mixture = Job(folder, adapter, batches, prune | {"compensate_steps": 4})
+    prune["compensate_steps"] = 4
+    mixture, _ = family_job(tmp_path, "mixtral", prune, steps=6, model={"num_hidden_layers": LAYERS})
     experts = [e for e in range(23) if e % 4]
     results = ranks.run(2, quality_settings.compensate_once, mixture, HEADS, experts)
     result = results[0]
@@ -124,14 +107,14 @@ def test_a_mixture_refits_its_heads_alone(ranks: RankPool, tmp_path: Path) -> No
             assert (after["base_layer"][:, kept] - dense_refit(inputs, layer, kept)).abs().max() < TOLERANCE, name
             assert own_error(inputs, layer, after, kept) < 0.99 * own_error(inputs, layer, layer, kept), name
         assert (inputs is None) == torch.equal(layer["base_layer"], after["base_layer"])
-    planned = moment_bytes(open_pretrained(folder).shape, 2, OPEN)
+    planned = moment_bytes(open_pretrained(mixture.folder).shape, 2, OPEN)
     assert [other["moment_bytes"] for other in results] == planned
     assert math.isfinite(result["next_loss"])
 
 
 def test_padding_is_not_measured(ranks: RankPool, job: Job) -> None:
     lengths = [3 + 5 * i % 14 for i in range(6 * 12)]
-    results = ranks.run(2, quality_settings.compensate_once, variant(job, lengths=lengths), HEADS, CHANNELS)
+    results = ranks.run(2, quality_settings.compensate_once, replace(job, lengths=lengths), HEADS, CHANNELS)
     for name in (name for name in results[0]["before"] if int(name[0]) in OPEN):
         steps = [step[name].double() for step in results[0]["steps"]]
         assert [len(step) for step in steps] == [sum(lengths[:12]), sum(lengths[12:24])]
@@ -146,7 +129,7 @@ def test_padding_is_not_measured(ranks: RankPool, job: Job) -> None:
 
 def test_activation_checkpointing_measures_every_token_once(ranks: RankPool, job: Job) -> None:
     plain, checkpointed = (
-        ranks.run(2, quality_settings.compensate_once, variant(job, gradient_checkpointing=on), HEADS, CHANNELS)[0]
+        ranks.run(2, quality_settings.compensate_once, replace(job, gradient_checkpointing=on), HEADS, CHANNELS)[0]
         for on in (False, True)
     )
     assert plain["moments"].keys() == checkpointed["moments"].keys()
@@ -157,7 +140,7 @@ def test_whole_runs_agree_on_any_number_of_ranks(ranks: RankPool, job: Job) -> N
     """Carries moments across several cuts. fp32 sums are in another order, as in test_sharded_equals_dense."""
     first, *others = (ranks.run(world_size, train, job)[0] for world_size in (1, 3))
     uncompensated = {key: value for key, value in job.prune.items() if not key.startswith("compensate")}
-    plain = ranks.run(1, train, variant(job, prune=uncompensated))[0]
+    plain = ranks.run(1, train, replace(job, prune=uncompensated))[0]
     assert len(first.cut_steps) >= 2
     assert abs(first.losses[-1] - plain.losses[-1]) > 1e-3, "the refit must have an effect"
     for other in others:

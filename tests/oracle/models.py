@@ -42,7 +42,7 @@ def make_tiny_llama(
 ) -> Path:
     """Saves a random model and its tokenizer as a Hugging Face folder and returns the folder.
 
-    The weights keep the size of what flows through them. So logits spread by about 2 and every group matters.
+    The weights keep the size of what flows through them. Logits spread by about 2 and every group matters.
     transformers' own initialisation is so small that all tokens are equally likely.
     """
     sizes = {

@@ -77,7 +77,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """Describes a job. `number` is that of a job, or of an array and its task (5_20)."""
+    """Describes a job. `number` names a job, or an array and its task (5_20)."""
 
     cluster: Cluster
     number: str

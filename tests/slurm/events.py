@@ -2,7 +2,7 @@
 
     python -m tests.slurm.events [--only REGEX] [--out FILE]
 
-Every event must end as said. Its kept groups must be those of a run without Slurm on as many ranks (fp32, no dropout).
+Every event must end as said. Its kept groups must equal a run without Slurm on as many ranks (fp32, no dropout).
 Exit code 1 unless all do. Needs root on Debian. Takes about ten minutes on two idle cores.
 """
 
@@ -23,42 +23,47 @@ from loraprune_ds.report.provenance import hardware, versions
 from tests.integration.finished_runs import snapshot
 from tests.integration.launching import read_json
 from tests.slurm.cluster import FOR_GOOD, ROOT, Job, obstacle, running_cluster
-from tests.slurm.lab import PATIENCE, RUN, Event, Lab, Row, carry_out, said
+from tests.slurm.lab import EVENTS, PATIENCE, RUN, Lab, Row, carry_out, event, said
 
 NODES = 3  # one more than a job takes, for the one that is lost
 RESULTS = ROOT / "tests" / "benchmarks" / "results" / "slurm.json"
 SAVED = 5  # a step after which a checkpoint is there
 
 
+@event("2 nodes, 1 rank each")
 def run_plain(lab: Lab, row: Row) -> None:
     lab.finish(row, lab.submit("plain"), "plain")
 
 
+@event("2 nodes, 2 ranks each")
 def run_two_per_node(lab: Lab, row: Row) -> None:
-    lab.finish(row, lab.submit("two", ranks_per_node=2), "two", 4)
+    lab.finish(row, lab.submit("two", RANKS_PER_NODE="2"), "two", 4)
 
 
+@event("2 nodes, 2 ranks each, hpZ over the node")
 def run_with_hpz(lab: Lab, row: Row) -> None:
-    """Hierarchical partitioning: a copy of the weights on each node. It must not change what is cut."""
-    settings = read_json(ROOT / "ds_configs" / "zero3.json")
-    settings["zero_optimization"]["zero_hpz_partition_size"] = 2
-    path = lab.folder / "hpz.json"
-    path.write_text(json.dumps(settings))
-    lab.finish(row, lab.submit("hpz", ranks_per_node=2, changes=[f"deepspeed={path}"]), "hpz", 4)
+    """Hierarchical partitioning keeps a copy of the weights on each node. It must not change the cut."""
+    settings = read_json(ROOT / "ds_configs" / "zero3.json")["zero_optimization"] | {"zero_hpz_partition_size": 2}
+    change = deepspeed(lab, "hpz.json", read_json(ROOT / "ds_configs" / "zero3.json") | {"zero_optimization": settings})
+    lab.finish(row, lab.submit("hpz", change, RANKS_PER_NODE="2"), "hpz", 4)
 
 
+@event("2 nodes, 2 ranks each, MiCS", expected="FAILED")
 def refuse_mics(lab: Lab, row: Row) -> None:
-    row.expected = "FAILED"
-    path = lab.folder / "mics.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}))
-    job = lab.submit("mics", ranks_per_node=2, changes=[f"deepspeed={path}"])
+    change = deepspeed(lab, "mics.json", {"zero_optimization": {"stage": 3, "mics_shard_size": 2}})
+    job = lab.submit("mics", change, RANKS_PER_NODE="2")
     lab.finish(row, job, "mics")
     row.remarks = said(job.log(), "mics_shard_size")
     assert row.remarks, job.log()
 
 
+def deepspeed(lab: Lab, name: str, content: dict[str, Any]) -> str:
+    (lab.folder / name).write_text(json.dumps(content))
+    return f"deepspeed={lab.folder / name}"
+
+
+@event("preempted by a job of higher priority", expected_restarts=(1,))
 def preempt(lab: Lab, row: Row) -> None:
-    row.expected_restarts = (1,)
     job = started(lab, "preempted", 2)
     lab.cluster.execute(
         "sbatch", f"--nodes={NODES}", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=sleep 1"
@@ -66,9 +71,9 @@ def preempt(lab: Lab, row: Row) -> None:
     lab.finish(row, job, "preempted")
 
 
+@event("time limit", expected_restarts=(1,))
 def reach_time_limit(lab: Lab, row: Row) -> None:
     """Holds a rank still until Slurm warns, so that even a fast machine does not finish before."""
-    row.expected_restarts = (1,)
     job = started(lab, "limited", 2, options=["--signal=B:USR1@60"])
     rank = lab.rank_process("limited", nodes_of(lab, job)[1])
     os.kill(rank, signal.SIGSTOP)
@@ -82,18 +87,20 @@ def reach_time_limit(lab: Lab, row: Row) -> None:
     row.remarks = said(job.log(), "got USR1", "the time is over")
 
 
+# Slurm now and then takes another node for down as well, for a moment.
+@event("node lost", expected_restarts=(1, 2))
 def lose_node(lab: Lab, row: Row) -> None:
-    """Unplugs the node's network cable. It stays so until the job has ended on the others."""
     lose(lab, row, "lost", 1)
 
 
+@event("first node lost", expected_restarts=(1, 2))
 def lose_first_node(lab: Lab, row: Row) -> None:
     """The one with rank 0 and the batch script."""
     lose(lab, row, "lost-first", 0)
 
 
 def lose(lab: Lab, row: Row, out: str, which: int) -> None:
-    row.expected_restarts = (1, 2)  # Slurm now and then takes another node for down as well, for a moment
+    """Unplugs a node's network cable. It stays so until the job has ended on the others."""
     job = started(lab, out, SAVED)
     lost = int(nodes_of(lab, job)[which].removeprefix("node"))
     lab.cluster.cut(lost)
@@ -108,8 +115,9 @@ def lose(lab: Lab, row: Row, out: str, which: int) -> None:
         row.problem = f"changed by what came back with the lost node: {sorted({name for name, _ in changed})}"
 
 
+@event("rank killed", expected_restarts=(1,))
 def kill_rank(lab: Lab, row: Row) -> None:
-    """Ends the job at once. Slurm does not requeue a failed job. A person does."""
+    """Ends the job. Slurm does not requeue a failed job. A person does."""
     job = started(lab, "killed", SAVED)
     began = time.monotonic()
     os.kill(lab.rank_process("killed", nodes_of(lab, job)[1]), signal.SIGKILL)
@@ -117,30 +125,29 @@ def kill_rank(lab: Lab, row: Row) -> None:
     row.remarks = [f"{state} {time.monotonic() - began - FOR_GOOD:.1f} s after the kill; then scontrol requeue"]
     assert state == "FAILED", job.log()
     assert job.restarts == 0
-    row.expected_restarts = (1,)
     requeue(lab, job, 1)
     lab.finish(row, job, "killed")
 
 
+@event("rank killed, REQUEUE_FAILED=1", expected_restarts=(1,))
 def kill_rank_of_patient_job(lab: Lab, row: Row) -> None:
-    """With REQUEUE_FAILED nobody has to come."""
-    row.expected_restarts = (1,)
-    job = started(lab, "failed", SAVED, variables={"REQUEUE_FAILED": "1"})
+    """With REQUEUE_FAILED it is requeued by itself."""
+    job = started(lab, "failed", SAVED, REQUEUE_FAILED="1")
     os.kill(lab.rank_process("failed", nodes_of(lab, job)[1]), signal.SIGKILL)
     job.wait_until(lambda: job.restarts == 1, "requeued", PATIENCE)
     lab.finish(row, job, "failed")
     row.remarks = said(job.log(), "a rank failed")
 
 
+@event("scontrol requeue", expected_restarts=(1,))
 def requeue_from_outside(lab: Lab, row: Row) -> None:
-    row.expected_restarts = (1,)
     job = started(lab, "requeued", 2)
     requeue(lab, job, 1)
     lab.finish(row, job, "requeued")
 
 
+@event("finished, then scontrol requeue", expected_restarts=(1,))
 def requeue_finished(lab: Lab, row: Row) -> None:
-    row.expected_restarts = (1,)
     job = lab.submit("plain")  # finished by an event before, or by this one
     assert job.wait_for_end(PATIENCE) == "COMPLETED", job.log()
     before = snapshot(lab.folder / "plain")
@@ -150,9 +157,9 @@ def requeue_finished(lab: Lab, row: Row) -> None:
         row.problem = "output_dir has changed"
 
 
+@event("requeued more often than MAX_RESTARTS", expected="FAILED", expected_restarts=(1,))
 def restart_too_often(lab: Lab, row: Row) -> None:
-    row.expected, row.expected_restarts = "FAILED", (1,)
-    job = lab.submit("given-up", variables={"MAX_RESTARTS": "0"})
+    job = lab.submit("given-up", MAX_RESTARTS="0")
     job.wait_until(lambda: "given-up" in job.log(), "started", PATIENCE)
     requeue(lab, job, 1)
     lab.finish(row, job, "given-up")
@@ -160,9 +167,9 @@ def restart_too_often(lab: Lab, row: Row) -> None:
     assert row.remarks
 
 
+@event("a node with another file system", expected="FAILED")
 def meet_bad_node(lab: Lab, row: Row) -> None:
     """Puts the place of output_dir on another file system on one node."""
-    row.expected = "FAILED"
     shared = lab.folder / "shared"
     shared.mkdir()
     on_node = ["srun", "--quiet", "--nodelist=node2"]
@@ -176,6 +183,7 @@ def meet_bad_node(lab: Lab, row: Row) -> None:
     assert any(line.startswith("preflight: node2: output_dir is not shared") for line in row.remarks), job.log()
 
 
+@event("srun, one process per rank, 2 x 2")
 def start_by_srun(lab: Lab, row: Row) -> None:
     """Starts one process per rank from the login node, without a launcher."""
     out = lab.folder / "srun"
@@ -183,6 +191,7 @@ def start_by_srun(lab: Lab, row: Row) -> None:
     run_on_login_node(lab, row, out, command, 4)
 
 
+@event("deepspeed --hostfile over pdsh")
 def start_by_pdsh(lab: Lab, row: Row) -> None:
     """DeepSpeed's own way over ssh, without Slurm."""
     out = lab.folder / "pdsh"
@@ -204,10 +213,12 @@ def run_on_login_node(lab: Lab, row: Row, out: Path, command: Sequence[str], ran
     return log
 
 
+@event("sweep of three ratios, at once")
 def sweep_at_once(lab: Lab, row: Row) -> None:
     sweep(lab, row, "parallel", "20,35,50")
 
 
+@event("sweep of three ratios, one after the other")
 def sweep_in_turn(lab: Lab, row: Row) -> None:
     sweep(lab, row, "serial", "20,35,50%1")
 
@@ -229,6 +240,7 @@ def sweep(lab: Lab, row: Row, out: str, array: str) -> None:
         row.remarks.append(f"ratio 0.{ratio}: perplexity {report['perplexity']['pruned']:.2f}")
 
 
+@event("evaluate.sbatch on 2 nodes")
 def evaluate(lab: Lab, row: Row) -> None:
     """The dense model, spread over two nodes."""
     arguments = (lab.folder / "source", "--text", lab.folder / "text.txt", "--window", "24", "--max-windows", "4")
@@ -238,32 +250,9 @@ def evaluate(lab: Lab, row: Row) -> None:
     assert row.remarks, job.log()
 
 
-EVENTS: dict[str, Event] = {
-    "2 nodes, 1 rank each": run_plain,
-    "2 nodes, 2 ranks each": run_two_per_node,
-    "2 nodes, 2 ranks each, hpZ over the node": run_with_hpz,
-    "2 nodes, 2 ranks each, MiCS": refuse_mics,
-    "preempted by a job of higher priority": preempt,
-    "time limit": reach_time_limit,
-    "node lost": lose_node,
-    "first node lost": lose_first_node,
-    "rank killed": kill_rank,
-    "rank killed, REQUEUE_FAILED=1": kill_rank_of_patient_job,
-    "scontrol requeue": requeue_from_outside,
-    "finished, then scontrol requeue": requeue_finished,
-    "requeued more often than MAX_RESTARTS": restart_too_often,
-    "a node with another file system": meet_bad_node,
-    "srun, one process per rank, 2 x 2": start_by_srun,
-    "deepspeed --hostfile over pdsh": start_by_pdsh,
-    "sweep of three ratios, at once": sweep_at_once,
-    "sweep of three ratios, one after the other": sweep_in_turn,
-    "evaluate.sbatch on 2 nodes": evaluate,
-}
-
-
-def started(lab: Lab, out: str, step: int, options: Sequence[str] = (), variables: dict[str, str] | None = None) -> Job:
-    """Starts a job of two nodes and waits until it has done so many steps."""
-    job = lab.submit(out, options=options, variables=variables)
+def started(lab: Lab, out: str, step: int, options: Sequence[str] = (), **variables: str) -> Job:
+    """Starts a job of two nodes and waits until it has done `step` steps."""
+    job = lab.submit(out, options=options, **variables)
     job.wait_for_step(lab.folder / out, step, PATIENCE)
     return job
 
@@ -285,7 +274,6 @@ def main() -> int:
     if why := obstacle():
         print(f"no Slurm cluster can run here: {why}", file=sys.stderr)
         return 1
-    chosen = {name: event for name, event in EVENTS.items() if re.search(arguments.only, name)}
     with (
         tempfile.TemporaryDirectory(prefix="slurm-events-") as folder,
         running_cluster(Path(folder), nodes=NODES) as cluster,
@@ -293,8 +281,8 @@ def main() -> int:
         lab = Lab(cluster)
         slurm = cluster.execute("sinfo", "--version").strip()
         rows = []
-        for name, event in chosen.items():
-            rows.append(carry_out(lab, name, event))
+        for name in (name for name in EVENTS if re.search(arguments.only, name)):
+            rows.append(carry_out(lab, name))
             write_result(arguments.out, rows, slurm, folder)
     good = sum(row.good for row in rows)
     print(f"{good} of {len(rows)} as promised; in {arguments.out}")
@@ -304,7 +292,7 @@ def main() -> int:
 def write_result(path: Path, rows: Sequence[Row], slurm: str, folder: str) -> None:
     """Writes the result after every event, in the place of older rows of the same name.
 
-    So an interrupted command keeps what it has found.
+    An interrupted command keeps its rows.
     """
     found = {row.event: asdict(row) | {"good": row.good} for row in rows}
     old = {row["event"]: row for row in read_json(path)["rows"]} if path.exists() else {}

@@ -52,7 +52,7 @@ class Row:
 
 
 class Lab:
-    """Runs `config` on a cluster, event after event. Each has an output_dir of its own."""
+    """Runs `config` on a cluster, event after event. Each has its own output_dir."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -60,27 +60,18 @@ class Lab:
         self.config = write_run(self.folder, **RUN)
         self._straight: dict[tuple[int, tuple[str, ...]], bytes] = {}
 
-    def submit(
-        self,
-        out: str,
-        *,
-        ranks_per_node: int = 1,
-        options: Sequence[str] = (),
-        changes: Sequence[str] = (),
-        variables: dict[str, str] | None = None,
-    ) -> Job:
-        """slurm/prune.sbatch with output_dir `out`."""
+    def submit(self, out: str, *changes: str, options: Sequence[str] = (), **variables: str) -> Job:
+        """Submits slurm/prune.sbatch with output_dir `out` and environment variables."""
         arguments = [word for change in (f"output_dir={self.folder / out}", *changes) for word in ("--set", change)]
-        variables = {"RANKS_PER_NODE": str(ranks_per_node)} | (variables or {})
         return self.cluster.submit("prune.sbatch", self.config, *arguments, options=tuple(options), variables=variables)
 
     def straight(self, ranks: int, *changes: str) -> bytes:
-        """kept_groups.json of the run without Slurm, on as many ranks."""
+        """kept_groups.json of the run without Slurm, on the same number of ranks."""
         if (ranks, changes) not in self._straight:
             out = self.folder / f"straight-{len(self._straight)}"
             arguments = [word for change in (f"output_dir={out}", *changes) for word in ("--set", change)]
             ended = fork_ranks(["--config", str(self.config), *arguments], self.folder, ranks=ranks, timeout=PATIENCE)
-            assert ended[0].code == 0, ended[0].everything
+            ended[0].check()
             self._straight[ranks, changes] = (out / "kept_groups.json").read_bytes()
         return self._straight[ranks, changes]
 
@@ -124,15 +115,27 @@ def said(log: str, *words: str) -> list[str]:
     return [line[-200:] for line in log.splitlines() if any(word in line for word in words)]
 
 
-Event = Callable[[Lab, Row], None]
+Strike = Callable[[Lab, Row], None]
+EVENTS: dict[str, tuple[Strike, dict[str, Any]]] = {}
 
 
-def carry_out(lab: Lab, name: str, event: Event) -> Row:
-    """Carries out the event. Its failure becomes the row's `problem`."""
-    row = Row(name)
+def event(name: str, **expected: Any) -> Callable[[Strike], Strike]:
+    """Adds an event to the table, with the fields of its row that say how it must end."""
+
+    def add(strike: Strike) -> Strike:
+        EVENTS[name] = (strike, expected)
+        return strike
+
+    return add
+
+
+def carry_out(lab: Lab, name: str) -> Row:
+    """Carries out an event. Its failure becomes the row's `problem`."""
+    strike, expected = EVENTS[name]
+    row = Row(name, **expected)
     began = time.monotonic()
     try:
-        event(lab, row)
+        strike(lab, row)
     except (AssertionError, OSError, subprocess.SubprocessError) as error:
         row.problem = str(error)[-3000:]
     row.seconds = round(time.monotonic() - began, 1)

@@ -56,8 +56,7 @@ def jobs(cluster: Cluster) -> Jobs:
     assert urgent.wait_for_end(TIMEOUT) == "COMPLETED", urgent.log()
     assert patient.wait_for_end(TIMEOUT) == "COMPLETED", patient.log()
     arguments = ["--config", str(config), "--set", f"output_dir={folder / 'straight'}"]
-    straight = fork_ranks(arguments, folder, ranks=2, timeout=TIMEOUT)
-    assert straight[0].code == 0, straight[0].everything
+    fork_ranks(arguments, folder, ranks=2, timeout=TIMEOUT)[0].check()
     return Jobs(urgent, patient, folder)
 
 

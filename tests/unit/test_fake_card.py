@@ -17,7 +17,7 @@ from loraprune_ds.model.token_loss import supervised_positions, token_losses
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 from tests.fake_card import CARD, OnCard, fake_card, put, put_module, take
 from tests.families import SIZES, tiny_model
-from tests.numerics.test_families import random_lora
+from tests.numerics.driver import random_lora
 from tests.oracle.models import make_batches
 from tests.unit.plain_training import Batch, PlainRun
 

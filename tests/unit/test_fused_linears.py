@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.config import Criterion, PruneConfig
-from tests.numerics.test_families import random_lora
+from tests.numerics.driver import random_lora
 from tests.oracle.models import make_batches, make_tiny_llama
 from tests.unit.plain_training import PlainRun
 

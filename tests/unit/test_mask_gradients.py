@@ -12,7 +12,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.pruning import mask_gradients
 from loraprune_ds.pruning.mask_gradients import squared_gradients
 from tests.families import SIZES, tiny_model
-from tests.numerics.test_families import random_lora
+from tests.numerics.driver import random_lora
 from tests.oracle.mask_fisher import mask_fisher
 from tests.oracle.models import make_batches
 from tests.unit.plain_training import Batch, PlainRun

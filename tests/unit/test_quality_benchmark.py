@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config_file import load_config
-from tests.benchmarks.expand_heads import expanded_model
 from tests.benchmarks.quality import basis_of, parse_arguments
 from tests.benchmarks.quality_settings import SETTINGS, select
+from tests.benchmarks.two_four import expanded_model
 from tests.oracle.models import make_tiny_llama
 
 
@@ -55,13 +55,12 @@ def test_a_recipe_is_what_was_measured(recipe: str, setting: str) -> None:
     assert (shipped.model.dtype, shipped.data.window) == (measured.model.dtype, measured.data.window)
 
 
-def test_a_result_of_other_settings_texts_or_windows_is_not_taken_for_this_one(tmp_path: Path) -> None:
+def test_a_result_of_other_settings_or_texts_is_not_taken_for_this_one(tmp_path: Path) -> None:
     texts = {"tune": tmp_path / "tune.txt", "test": tmp_path / "test.txt"}
     for path in texts.values():
         path.write_text("words")
-    found = [basis_of(SETTINGS[name], texts, 160) for name in ("plain", "refit", "gqa-plain")]
-    found.append(basis_of(SETTINGS["plain"], texts, 5))
-    again = basis_of(SETTINGS["plain"], texts, 160)
+    found = [basis_of(SETTINGS[name], texts) for name in ("plain", "refit", "gqa-plain")]
+    again = basis_of(SETTINGS["plain"], texts)
     texts["tune"].write_text("other words")
-    found.append(basis_of(SETTINGS["plain"], texts, 160))
-    assert [basis == again for basis in found] == [True, False, False, False, False]
+    found.append(basis_of(SETTINGS["plain"], texts))
+    assert [basis == again for basis in found] == [True, False, False, False]

@@ -1,4 +1,4 @@
-"""Runs the parts of tests/gpu.sh, one process each, and shows what they found."""
+"""Runs the parts of tests/gpu.sh, one process each, and shows their rows."""
 
 import argparse
 import os
@@ -69,14 +69,14 @@ def main() -> int:
 
 
 def card_name() -> str:
-    """Names the device. A process of its own asks, so that this one holds nothing of the card."""
+    """Names the device. Another process asks, so that this one holds nothing of the card."""
     code = "from loraprune_ds.zero.device import device_name; print(device_name())"
     asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return asked.stdout.splitlines()[-1]
 
 
 def run_part(part: str, path: Path, seconds: float) -> str | None:
-    """Runs one part in a process of its own, which adds what it finds to `path`.
+    """Runs one part in its own process, which adds its rows to `path`.
 
     Returns:
         None, or what went wrong: its last lines. Nothing that it started is left then.

@@ -12,12 +12,11 @@ from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import Request, build_request
-from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, current_device, is_cpu
-from loraprune_ds.zero.engine import build_training_engine
 from tests.benchmarks.gpu_day.sizes import Sizes
+from tests.numerics.driver import assemble
 
 STEPS = 1000  # more than any part makes
 
@@ -60,29 +59,18 @@ def make_request(
             gradient_checkpointing=True,
         ),
     )
-    source = size.config_json()
-    return build_request(
-        "random", source, shape_from_config(source, "random"), config, Cluster(nodes=1, gpus_per_node=ranks)
-    )
+    source, cluster = size.config_json(), Cluster(nodes=1, gpus_per_node=ranks)
+    return build_request("random", source, shape_from_config(source, "random"), config, cluster)
 
 
 def make_trainer(size: Sizes, request: Request) -> Trainer:
     """Builds an engine with a trainer. The ranks have been started."""
     config = request.config
     model = RandomModel(Path("random"), size.config_json(), request.shape, {})
-    engine = build_training_engine(config, model, request.ds_config, STEPS)
-    pruner = Pruner(engine.model, config.prune, request.schedule, request.limits, config.seed)
     batch = config.train.global_batch_size
     ids = torch.randint(3, size.vocab, (batch, size.window), generator=torch.Generator().manual_seed(0))
-    return Trainer(
-        engine,
-        pruner,
-        Samples.of_windows(ids),
-        SameBatch(batch),
-        config.train,
-        dtype=config.model.dtype,
-        seed=config.seed,
-    )
+    samples = Samples.of_windows(ids)
+    return assemble(config, model, request.ds_config, samples, SameBatch(batch), STEPS, request.schedule)
 
 
 def device_bytes() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Keeps what a part finds. Each row is on the disk as soon as it is known. So a part that is cut off loses none."""
+"""Keeps what a part finds. Each row is written immediately. A part that is cut off loses none."""
 
 from pathlib import Path
 from typing import Any

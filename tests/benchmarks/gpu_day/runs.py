@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from loraprune_ds.report.metrics import read_metrics
 from loraprune_ds.zero.device import is_cpu
 from tests.benchmarks.gpu_day.found import Found
 from tests.families import tiny_model
-from tests.integration.launching import free_port, write_config, write_text
-from tests.oracle.models import make_tiny_llama, make_tokenizer
+from tests.integration.launching import free_port
+from tests.integration.resuming import write_run
+from tests.oracle.models import make_tokenizer
 
 ROOT = Path(__file__).parents[3]
 VOCAB = 97
@@ -53,8 +53,8 @@ def whole_run(found: Found) -> None:
         found.row("stopped on request (1: yes)", int(stopped), 1)
         _launch(config, DETERMINISTIC, f"output_dir={folder / 'again'}")
         straight, resumed, again = (_groups(folder / run) for run in ("straight", "out", "again"))
-        found.row("deterministic: groups that differ after a resume", _different(resumed, again), 0)
-        found.row("not deterministic: groups that differ", _different(straight, again))
+        found.row("deterministic: groups that differ after a resume", len(resumed - again), 0)
+        found.row("not deterministic: groups that differ", len(straight - again))
 
 
 def beside_cpu(found: Found) -> None:
@@ -70,7 +70,7 @@ def beside_cpu(found: Found) -> None:
             runs = [folder / f"{setting} {where}" for where in ("card", "cpu")]
             devices: list[dict[str, str]] = [{}, {"DS_ACCELERATOR": "cpu"}]
             started = [
-                _start(config, *changes, f"output_dir={run}", environment=environment)
+                _start(config, *changes, f"output_dir={run}", **environment)
                 for run, environment in zip(runs, devices, strict=True)
             ]
             try:
@@ -82,7 +82,7 @@ def beside_cpu(found: Found) -> None:
             losses = [[step["loss"] for step in _steps(run)] for run in runs]
             before_a_cut = [abs(a - b) for a, b in zip(*losses, strict=True)][:2]
             found.row(f"{setting}: largest difference of a loss before a cut", max(before_a_cut), 0, losses=losses)
-            found.row(f"{setting}: groups that differ", _different(*map(_groups, runs)), 0)
+            found.row(f"{setting}: groups that differ", len(_groups(runs[0]) - _groups(runs[1])), 0)
 
 
 def fp16(found: Found) -> None:
@@ -110,13 +110,9 @@ def two_ranks(found: Found) -> None:
     """Runs two ranks on one card, with gloo in NCCL's place: real gathers, side streams and all-to-alls."""
     common = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
-    command = [sys.executable, "-m", "tests.benchmarks.gpu_day.two_ranks"]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=common | {"RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
+    command = [sys.executable, "-c", "from tests.benchmarks.gpu_day import training; training.one_of_two_ranks()"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": rank}, **pipes) for rank in ("0", "1")]
     ended = [rank.communicate() for rank in ranks]  # what hangs ends with this part
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(next(err for _, err in ended if err.strip())[-2000:])
@@ -124,19 +120,15 @@ def two_ranks(found: Found) -> None:
 
 
 def _write_run(folder: Path, *, dtype: str, deepspeed: Path = OVERLAP) -> Path:
-    sizes: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 8, "hidden": 64, "ffn": 256}
-    model = make_tiny_llama(folder / "model", layers=4, vocab=VOCAB, seed=1, **sizes)
-    config = {
-        "output_dir": str(folder / "out"),
-        "deepspeed": str(deepspeed),
-        "model": {"path": str(model), "dtype": dtype},
-        "data": {"path": str(write_text(folder / "text.txt", 20_000)), "window": 32},
-        "prune": {"ratio": 0.3, "prune_every": 4, "channel_multiple": 8},
-        "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
-        "evaluate": {"window": 32, "max_windows": 8},
-        "logging": {"report_to": [], "profile_steps": [3]},
-    }
-    return write_config(folder / "run.yaml", config)
+    path = write_run(
+        folder,
+        model={"dtype": dtype},
+        prune={"ratio": 0.3, "prune_every": 4, "channel_multiple": 8},
+        train={"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
+        logging={"profile_steps": [3]},
+    )
+    path.write_text(path.read_text() + f"deepspeed: {deepspeed}\n")
+    return path
 
 
 def _stop_and_go_on(config: Path, output: Path) -> bool:
@@ -148,11 +140,7 @@ def _stop_and_go_on(config: Path, output: Path) -> bool:
 
 
 def _launch(config: Path, *changes: str, stop_in: Path | None = None) -> int:
-    """Runs launch/run.py on one rank. Asks it to stop once it has begun, if `stop_in` is its folder.
-
-    Raises:
-        RuntimeError: it failed.
-    """
+    """Runs launch/run.py on one rank. Asks it to stop once it has begun, if `stop_in` is its folder."""
     process = _start(config, *changes)
     while stop_in is not None and process.poll() is None and not (stop_in / "STOP").exists():
         if (stop_in / "status.json").exists() and read_json(stop_in / "status.json")["step"] >= 1:
@@ -161,18 +149,12 @@ def _launch(config: Path, *changes: str, stop_in: Path | None = None) -> int:
     return _end(process)
 
 
-def _start(config: Path, *changes: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def _start(config: Path, *changes: str, **variables: str) -> subprocess.Popen[str]:
     overrides = [word for change in changes if "=" in change for word in ("--set", change)]
     others = [change for change in changes if "=" not in change]
     command = [sys.executable, "launch/run.py", "--config", str(config), *overrides, *others]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | dict(environment or {}),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, **pipes)
 
 
 def _end(process: subprocess.Popen[str]) -> int:
@@ -196,7 +178,3 @@ def _groups(output: Path) -> set[tuple[int, str, int]]:
     layers = json.loads((output / "kept_groups.json").read_text())["layers"]
     lists = ((i, kind, x) for i, layer in enumerate(layers) for kind, x in layer.items() if isinstance(x, list))
     return {(i, kind, group) for i, kind, groups in lists for group in groups}
-
-
-def _different(one: set[tuple[int, str, int]], other: set[tuple[int, str, int]]) -> int:
-    return len(one - other)

@@ -40,7 +40,7 @@ class Sizes:
 
 
 def sizes(name: str) -> Sizes:
-    """Returns those of a name in plan/request.py, or tiny ones without a GPU."""
+    """Returns the sizes of a named model, or tiny ones without a GPU."""
     if is_cpu():
         return Sizes(64, 4, 4, 256, 97, 32, (1, 2), (256, 255), (16,), (64,), 64, 2)
     hidden, layers, heads, channels = LLAMA[name]

@@ -1,4 +1,4 @@
-"""Steps, cuts and offload of LLaMA-7B and 13B on random weights: seconds and bytes beside the plan."""
+"""Steps, cuts and offload of LLaMA-7B and 13B on random weights: seconds and bytes next to the plan."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.report.records import StepRecord
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, is_cpu
-from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
+from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.memory import peak_bytes
 from tests.benchmarks.gpu_day.engine import device_bytes, make_request, make_trainer
 from tests.benchmarks.gpu_day.found import Found
@@ -27,6 +27,7 @@ OVERLAP = "ds_configs/zero3_overlap.json"  # the default would wait at every fet
 CRITERIA: tuple[Criterion, ...] = ("lora", "gradient")
 TIMED = 3  # steps, after one that is not
 GB, GIB = 1e9, 1 << 30
+SMALL = Sizes(256, 4, 8, 1024, 97, 64, (2,), (), (), (), 64, 1)  # of two ranks on one card
 # Where the seconds of a cut may go, as cProfile names them: file and function.
 PHASES = (
     ("cut.py", "parameter_cuts"),
@@ -92,6 +93,22 @@ def offload(found: Found) -> None:
     made = [_cut(trainer, size.multiple) for _ in range(min(3, size.cuts))]
     found.row("cut: s", statistics.median(cut["seconds"] for cut in made), cuts=made)
     found.row("  of GB that it frees on the host", _measured_free(made[-1], "host") / GB, _freed(trainer, size) / GB)
+
+
+def one_of_two_ranks() -> None:
+    """Runs one rank of `runs.two_ranks`. Prints the loss after a cut."""
+    if not is_cpu():
+        accelerator().communication_backend_name = lambda: "gloo"  # NCCL takes no two ranks on one card
+    quiet_deepspeed()
+    comm = start_ranks()
+    trainer = make_trainer(SMALL, make_request(SMALL, 2, deepspeed=OVERLAP, ranks=2))
+    trainer.step(1)
+    trainer.model.cut([LayerKeep(heads=torch.arange(6), channels=torch.arange(960)) for _ in range(SMALL.layers)])
+    trainer.pruner.average.scores = None
+    loss = trainer.step(2).loss
+    if comm.rank == 0:
+        print(loss, flush=True)
+    stop_ranks()
 
 
 def _start() -> None:

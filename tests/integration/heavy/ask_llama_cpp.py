@@ -1,6 +1,6 @@
 """Asks llama.cpp about GGUF files. Its Python has llama-cpp-python and nothing of this project.
 
-ask_llama_cpp.py JOB.json     writes what it finds into the .npz file that the job names
+ask_llama_cpp.py JOB.json     writes its findings into the .npz file that the job names
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-F32 = 0  # of the key-value cache; its usual f16 blurs what is compared here
+F32 = 0  # of the key-value cache; its usual f16 blurs the comparison
 
 
 def ask(question: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Asks vLLM about Hugging Face folders. Its Python has vLLM and nothing of this project.
 
-ask_vllm.py JOB.json     writes what it finds into the .json file that the job names
+ask_vllm.py JOB.json     writes its findings into the .json file that the job names
 """
 
 import gc

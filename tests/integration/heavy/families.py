@@ -25,7 +25,7 @@ NOT_ASKED = ("deepseek_v3",)  # vLLM 0.32 computes even an uncut one otherwise o
 VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 GROUPS = {"n_routed_experts": 24, "n_group": 4, "topk_group": 2}  # that a router first chooses from
-# Depths and settings in which what is special of a family shows.
+# Depths and settings that show a family's peculiarities.
 SPECIAL: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
     "seed_oss": {"attention_bias": True},
@@ -71,6 +71,6 @@ def serve(family: str, folder: Path, tokenizer: Path, *counts: tuple[int, int], 
 
 
 def deep(layers: int, period: int) -> dict[str, Any]:
-    """Returns the settings of a model of so many layers. Each of number `period` attends to all tokens."""
+    """Returns the settings of a deep model. Each of number `period` attends to all tokens."""
     types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
     return {"num_hidden_layers": layers, "layer_types": types}

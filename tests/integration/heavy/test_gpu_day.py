@@ -4,16 +4,11 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.benchmarks.gpu_day.__main__ import PARTS
+from tests.integration.heavy.results import TAKES_MINUTES
 from tests.integration.launching import ROOT, read_json
 
-pytestmark = [
-    pytest.mark.heavy,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"),
-]
+pytestmark = TAKES_MINUTES
 
 
 def test_every_part_has_a_result(tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
 """Compares GGUF exports in llama.cpp with transformers that rounds alike. See tests/run_heavy.sh.
 
-llama.cpp rounds the weights. On CPUs it also rounds what they are multiplied with. Beside f16 weights it rounds to f16,
-beside q8_0 weights to 8 bits per block of 32. The reference does both. Three causes of differences are left: the order
+llama.cpp rounds the weights. On CPUs it also rounds what they are multiplied with. With f16 weights it rounds to f16,
+with q8_0 weights to 8 bits per block of 32. The reference does both. Three causes of differences are left: the order
 of sums, f16 tables inside llama.cpp, and values near the middle of two steps. Such a value may round the other way.
 """
 
 import itertools
 import json
-import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,14 +32,14 @@ from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
 from tests.families import YARN
 from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
 from tests.integration.heavy.families import GROUPS, deep, serve
-from tests.integration.heavy.results import record
-from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED
+from tests.integration.heavy.results import ask, python_of, record
+from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED, write
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
 PRECISIONS = ("f16", "q8_0")
 # Root mean square of the logits' differences, as a part of their spread. One value that rounds the other way makes
-# others do so through 30 layers. The dense SmolLM2 shows the size of that in a file that nobody doubts.
+# others do so through 30 layers. The dense SmolLM2 shows the size of that.
 TOLERANCE = {"f16": 0.005, "q8_0": 0.1}
 NEW_TOKENS = 16
 BROKEN = "broken"
@@ -60,7 +58,7 @@ TINY = [
 PHI3 = "phi_3"
 AS_PUBLISHED = {"rope_parameters": YARN["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}}
 # Family, groups that layers keep if they differ, and other settings. With 46 or 62 layers llama.cpp takes another
-# attention scale, that of the 27B models.
+# attention scale, as in the 27B models.
 FAMILIES: dict[str, tuple[str, list[tuple[int, int]], dict[str, Any]]] = {
     **{PHI3 if family == "phi3" else family: (family, [], {}) for family in ARCHITECTURES},
     "qwen2_layers": ("qwen2", [(2, 96), (3, 77)], {}),
@@ -108,36 +106,19 @@ class Compared:
         return f"{self.case}-{self.precision}"
 
     def question(self) -> dict[str, Any]:
-        context = len(self.prompt) + self.new_tokens
-        return {
-            "file": str(self.file),
-            "context": context,
-            "prompt": self.prompt,
-            "new_tokens": self.new_tokens,
-            "texts": self.texts,
-        }
+        question = {name: getattr(self, name) for name in ("prompt", "new_tokens", "texts")}
+        return question | {"file": str(self.file), "context": len(self.prompt) + self.new_tokens}
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Returns a row of the result file per case and precision. llama.cpp reads them in a process of its own."""
-    python = os.environ.get("LLAMA_CPP_PYTHON")
-    if not python:
-        pytest.skip("LLAMA_CPP_PYTHON names no Python with llama-cpp-python: bash tests/run_heavy.sh")
+    """Returns a row of the result file per case and precision. llama.cpp reads them in its own process."""
+    python = python_of("LLAMA_CPP_PYTHON")
     root = tmp_path_factory.mktemp("gguf")
     items = [*make_tiny(root), *make_families(root), *make_real(root), *make_broken(root)]
     job = {"questions": {item.name: item.question() for item in items}, "out": str(root / "found.npz")}
     (root / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).with_name("ask_llama_cpp.py")
-    ended = subprocess.run(
-        [python, str(script), str(root / "job.json")],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    ask(python, Path(__file__).with_name("ask_llama_cpp.py"), root / "job.json", cwd=root)
     found = dict(np.load(root / "found.npz"))
     for item in items:
         item.found = {key.split("/")[1]: value for key, value in found.items() if key.startswith(f"{item.name}/")}
@@ -173,13 +154,11 @@ def make_families(root: Path) -> list[Compared]:
 
 
 def make_real(root: Path) -> list[Compared]:
-    source = embedded_model_dir()
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    prompt = AutoTokenizer.from_pretrained(source)(LONG_TEXT).input_ids[:64]
+    prompt = AutoTokenizer.from_pretrained(embedded_model_dir())(LONG_TEXT).input_ids[:64]
     items = []
     for case in REAL:
         (root / case.name).mkdir()
-        export(dense, case, source, root / case.name / "model")
+        write(case, root / case.name / "model")
         items += convert(case.name, "embedded", root / case.name, prompt, NEW_TOKENS, [*TEXTS, LONG_TEXT])
     return items
 

