@@ -27,7 +27,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from loraprune_ds.zero.reshard import Item, reshard
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -36,6 +35,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.cut import Item, reshard
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
 from tests.benchmarks.growth import BATCH, WIDTHS, WINDOW, build
