@@ -88,8 +88,8 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     start = str(found.get("init_lora_weights"))
     targets = found.get("target_modules") or []
     named = last_names([*targets, *(found.get("target_parameters") or [])])
-    needed = {in_peft(x).tensor if x.is_stack else x.name.rpartition(".")[2] for _, x in shape.linear_ids()}
-    missing = sorted(needed - set(named))
+    needed = last_names(in_peft(x).tensor if x.is_stack else x.name for _, x in shape.linear_ids())
+    missing = sorted(set(needed) - set(named))
     refusals = {
         "is not a plain LoRA adapter": found.get("peft_type") != "LORA" or any(map(found.get, VARIANTS)),
         "trains biases, which is not supported": found.get("bias", "none") != "none",
