@@ -1,4 +1,4 @@
-"""Quantises a pruned model to 4 bits per weight, for vLLM: llm-compressor's GPTQ, in an environment of its own.
+"""Quantises a pruned model to 4 bits per weight, for vLLM: llm-compressor's GPTQ, in a separate environment.
 
 python launch/examples/quantise.py runs/mine/model text.txt mine-w4a16 --group-size 64
 """

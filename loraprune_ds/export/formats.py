@@ -14,7 +14,7 @@ from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, copy_model, publish
 from loraprune_ds.export.lora import write_base_and_adapter, write_merged
 from loraprune_ds.export.model_card import copy_model_card
-from loraprune_ds.export.source import ExportSource, UnmergedModel, open_newest
+from loraprune_ds.export.source import ExportSource, open_newest
 from loraprune_ds.model.adapters import BASE_FOLDER
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained
@@ -44,18 +44,17 @@ print(model("The import statement", max_tokens=32, temperature=0)["choices"][0][
 
 
 class NoRoom(UserError):
-    """Tells that a result does not fit on the disk."""
+    """The result does not fit on the disk."""
 
 
 def export(source: ExportSource, name: str, out: Path) -> list[str]:
     """Writes format `name` of `FORMATS` into the new folder `out`, which appears whole or not at all.
 
     Returns:
-        Lines that a person should know about the result.
+        Remarks for the user.
 
     Raises:
-        UserError: `out` is there already or cannot be written, or this result cannot have this format. The line then
-            says which formats it can have.
+        UserError: `out` exists or cannot be written, or this format cannot hold the result.
     """
     try:
         staging = begin(out)
@@ -72,7 +71,10 @@ def export(source: ExportSource, name: str, out: Path) -> list[str]:
 def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
     if source.model is None:
         unmerged, remarks = open_newest(source.checkpoints)
-        _check_room(unmerged, folder)
+        needed = unmerged.shape.total_numel() * DTYPES[unmerged.config.model.dtype].itemsize
+        if needed > (free := shutil.disk_usage(folder).free):
+            sizes = f"{format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
+            raise NoRoom(f"the merged model needs {sizes}")
         write_merged(unmerged, folder)
         return remarks
     copy_model(open_pretrained(source.model), folder)
@@ -92,12 +94,11 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
 
 
 def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> list[str]:
-    scratch, model = folder / ".merged", source.model
-    remarks: list[str] = []
+    scratch, remarks, model = folder / ".merged", [], source.model
     if model is None:
+        model = scratch
         scratch.mkdir()
         remarks = _write_huggingface(source, scratch)
-        model = scratch
     pretrained = open_pretrained(model)
     path = folder / f"{source.name}-{precision}.gguf"
     remarks += write_gguf(pretrained, path, precision, source.name)
@@ -106,15 +107,6 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     copy_model_card(model, folder, how_to_load + "".join(f"\n{remark}\n" for remark in remarks))
     shutil.rmtree(scratch, ignore_errors=True)
     return remarks
-
-
-def _check_room(unmerged: UnmergedModel, folder: Path) -> None:
-    needed = unmerged.shape.total_numel() * DTYPES[unmerged.config.model.dtype].itemsize
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise NoRoom(
-            f"the merged model needs {format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
-        )
 
 
 FORMATS: dict[str, Callable[[ExportSource, Path], list[str]]] = {

@@ -18,20 +18,16 @@ from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 
 FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
-ROPE_FREQS = "rope_freqs.weight"
 
 
 def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, name: str) -> list[str]:
-    """Converts a merged model tensor by tensor. No more than one tensor is in memory.
-
-    Args:
-        name: the model's name in the file.
+    """Converts a merged model, with one tensor in memory at a time. `name`: the model's name in the file.
 
     Returns:
-        Lines that a person should know about the file.
+        Remarks for the user.
 
     Raises:
-        UserError: GGUF cannot hold something of the model or its tokenizer. The line says what, and which formats can.
+        UserError: GGUF cannot hold something of the model or its tokenizer. The line names it.
     """
     shape, folder = pretrained.shape, str(pretrained.folder)
     config: Any = config_object(pretrained.config)  # with the defaults that config.json leaves out
@@ -49,16 +45,20 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     for key, method in architecture.numbers.items():
         if (value := getattr(config, key)) is not None:
             getattr(writer, method)(value)
-    rope_factors = _add_rope(writer, config.rope_parameters, shape.head_dim, architecture, folder)
+    factors = _add_rope(writer, config.rope_parameters, shape.head_dim, architecture, folder)
     remarks += add_tokenizer(writer, pretrained.folder, shape.vocab_size)
-    _write(writer, pretrained, tensors, rope_factors)
-    return remarks + _tell_f16(tensors, precision)
+    _write(writer, pretrained, tensors, factors)
+    wide = sum(tensor.type is GGMLQuantizationType.F16 for tensor in tensors)
+    if wide and precision == "q8_0":
+        advice = "their rows are no multiple of 32 (prune.channel_multiple: 32 avoids it)"
+        remarks.append(f"{wide} tensors stay f16, {advice}")
+    return remarks
 
 
 def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
     """Returns the divisor of each rotary frequency under Llama 3.1's scaling: (head_dim / 2,), fp32.
 
-    Long wavelengths are stretched by `factor`. Short ones are kept. Those between go smoothly from one to the other
+    Long wavelengths are stretched by `factor`, short ones are kept, and between them the factor changes smoothly
     (rope_type "llama3" of transformers' modeling_rope_utils).
     """
     wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
@@ -69,12 +69,8 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
 
 
 def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) -> list[str]:
-    """Writes the context length, and says so if it is shorter than the model's.
-
-    Within its sliding window a model attends to everything. Most architectures of llama.cpp have no such window.
-    """
-    positions: int = config.max_position_embeddings
-    window: Any = getattr(config, "sliding_window", None)
+    """Writes the context length. A model's sliding window limits it where the architecture has no such window."""
+    positions, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     if architecture.window_period:
         writer.add_sliding_window(window)
     if architecture.window_period or window is None or window >= positions:
@@ -114,15 +110,8 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
 def _add_rope(
     writer: GGUFWriter, rope: dict[str, Any], head_dim: int, architecture: Architecture, where: str
 ) -> Array | None:
-    """Writes the rotary settings. Returns the tensor `rope_freqs.weight` if the scaling needs one.
-
-    Args:
-        rope: `rope_parameters` of the config. Gemma 3 has them for each kind of layer, and scales in full attention
-            alone.
-
-    Raises:
-        UserError: GGUF files of these models cannot hold the scaling. The line names `where`.
-    """
+    """Writes `rope_parameters` of the config. Returns the tensor `rope_freqs.weight` if the scaling needs one."""
+    # Gemma 3 has parameters for each kind of layer, and scales only full attention.
     full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
     rope_type = full["rope_type"]
     part = full.get("partial_rotary_factor", 1.0)
@@ -147,27 +136,17 @@ def _add_rope(
     return llama3_factors(full, head_dim) if rope_type == "llama3" else None
 
 
-def _write(
-    writer: GGUFWriter, pretrained: PretrainedModel, tensors: list[GgufTensor], rope_factors: Array | None
-) -> None:
+def _write(writer: GGUFWriter, pretrained: PretrainedModel, tensors: list[GgufTensor], factors: Array | None) -> None:
     for tensor in tensors:
         # The data type only matters where no raw type is given.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
-    if rope_factors is not None:
-        writer.add_tensor_info(ROPE_FREQS, rope_factors.shape, rope_factors.dtype, rope_factors.nbytes)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in tensors:
         writer.write_tensor_data(read_tensor(pretrained, tensor))
-    if rope_factors is not None:
-        writer.write_tensor_data(rope_factors)
+    if factors is not None:
+        writer.write_tensor_data(factors)
     writer.close()
-
-
-def _tell_f16(tensors: list[GgufTensor], precision: Precision) -> list[str]:
-    """Says how many matrices of a Q8_0 file stay f16."""
-    wide = [t for t in tensors if precision == "q8_0" and t.type is GGMLQuantizationType.F16]
-    if not wide:
-        return []
-    return [f"{len(wide)} tensors stay f16, their rows are no multiple of 32 (prune.channel_multiple: 32 avoids it)"]

@@ -1,8 +1,8 @@
-"""The architectures of llama.cpp that hold a family of models, and what they want otherwise than transformers.
+"""The architectures of llama.cpp that hold a family of models, and where they differ from transformers.
 
-`bash tests/run_heavy.sh` compares each with transformers. llama.cpp has more of them. Some take hidden_size for the
-width of all query heads: qwen2, phi3, starcoder2, cohere2, olmo2. They cannot hold a model whose heads left. So a Qwen2
-or a Phi-3 is written as the LLaMA that computes the same.
+`bash tests/run_heavy.sh` compares each with transformers. llama.cpp's qwen2, phi3, starcoder2, cohere2 and olmo2 take
+hidden_size for the width of all query heads, so they cannot hold a model that lost heads. A Qwen2 or a Phi-3 is written
+as the LLaMA that computes the same.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from loraprune_ds.model.shapes import ModelShape
 
 LINEARS = frozenset(linear.name for linear in ATTENTION + GATED)
 QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
-# A fused linear -> its parts, which llama.cpp has apart.
+# A fused linear -> its parts, which are separate in llama.cpp.
 PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -27,53 +27,29 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Describes how llama.cpp holds a family.
+    """How llama.cpp holds a family."""
 
-    Attributes:
-        uniform: the architecture for layers of one size.
-        unequal: the one for layers that differ, if there is one.
-        neighbours: llama.cpp has the two rows of a rotary pair side by side, where transformers has them half a head
-            apart.
-        activation: the only one that its code computes.
-        biases: the linears whose biases it adds.
-        ropes: the kinds of rotary scaling that it can do.
-        numbers: config field -> method of GGUFWriter, for numbers that llama.cpp reads. A null is not written.
-        norm_offset: what transformers adds to the weight of each norm.
-        window_period: each layer of this number attends to all tokens, the others within a sliding window. 0: no such
-            window.
-        rope_period: each layer of this number has no rotary embedding. 0: all have one.
-        square: linears that it takes for hidden_size x hidden_size, so that no heads may have left.
-        only: config field -> the value that its code computes with.
-        in_turn: the outputs of an expert's gate and up lie in turn in transformers.
-        scaled: the tensor that carries the factor between the two attention scales, if config.json has a scale.
-        odd_depth: with so many layers llama.cpp divides scores by sqrt(hidden_size // query heads). Else it divides
-            them by sqrt(head_dim).
-        partial: it can rotate a part of each head.
-        gating: what its file says of how a router makes weights of scores, if anything.
-        lite: depths at which it takes queries for such that are not latent. Else they must be.
-    """
-
-    uniform: MODEL_ARCH
-    unequal: MODEL_ARCH | None = None
-    neighbours: bool = False
-    activation: str = "silu"
-    biases: frozenset[str] = frozenset()
-    ropes: tuple[str, ...] = ("default",)
-    numbers: Mapping[str, str] = field(default_factory=dict[str, str])
-    norm_offset: float = 0.0
-    window_period: int = 0
-    rope_period: int = 0
-    square: tuple[str, ...] = ()
-    only: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    in_turn: bool = False
-    scaled: str | None = None
-    odd_depth: int = 0
-    partial: bool = False
-    gating: ExpertGatingFuncType | None = None
-    lite: tuple[int, ...] = ()
+    uniform: MODEL_ARCH  # for layers of one size
+    unequal: MODEL_ARCH | None = None  # for layers that differ
+    neighbours: bool = False  # the two rows of a rotary pair are adjacent; transformers has them half a head apart
+    activation: str = "silu"  # the only one that its code computes
+    biases: frozenset[str] = frozenset()  # the linears whose biases it adds
+    ropes: tuple[str, ...] = ("default",)  # the supported kinds of rotary scaling
+    numbers: Mapping[str, str] = field(default_factory=dict[str, str])  # config field, unless null -> GGUFWriter method
+    norm_offset: float = 0.0  # transformers adds it to the weight of each norm
+    window_period: int = 0  # every n-th layer attends to all tokens, the others within a sliding window. 0: no window
+    rope_period: int = 0  # every n-th layer has no rotary embedding. 0: all have one
+    square: tuple[str, ...] = ()  # linears that it takes for hidden_size x hidden_size, so that no heads may be removed
+    only: Mapping[str, Any] = field(default_factory=dict[str, Any])  # config field -> the one value it computes with
+    in_turn: bool = False  # an expert's gate and up outputs alternate in transformers
+    scaled: str | None = None  # the tensor that takes the factor between the two attention scales
+    odd_depth: int = 0  # with this number of layers it divides scores by sqrt(hidden_size // query heads), not head_dim
+    partial: bool = False  # it can rotate a part of each head
+    gating: ExpertGatingFuncType | None = None  # how a router makes weights of scores, where the file must say it
+    lite: tuple[int, ...] = ()  # depths at which queries must not be latent. At all others they must be
 
     def of(self, shape: ModelShape) -> MODEL_ARCH:
-        """Returns the architecture for layers of these sizes. It must be there (`architecture_of`)."""
+        """Returns the architecture for layers of these sizes. `architecture_of` has checked that it exists."""
         found = self.uniform if shape.is_uniform else self.unequal
         assert found is not None
         return found
@@ -186,31 +162,26 @@ def architecture_name(shape: ModelShape) -> str | None:
 
 
 def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
-    """Returns the architecture of a model.
-
-    Args:
-        config: an object of transformers, with all defaults.
+    """Returns the architecture of a model. `config`: an object of transformers, with all defaults.
 
     Raises:
-        UserError: llama.cpp has none, or not for all that this model does. The line names `where`.
+        UserError: llama.cpp has none, or it lacks something that this model does. The line names `where`.
     """
     found = ARCHITECTURES.get(family_name(shape.model_type))
     if found is None:
-        checked = ", ".join(ARCHITECTURES)
-        raise UserError(
-            f"{where}: GGUF is checked in llama.cpp for {checked}, not for {shape.model_type}; {FORMATS_LEFT}"
-        )
+        checked = f"{', '.join(ARCHITECTURES)}, not for {shape.model_type}"
+        raise UserError(f"{where}: GGUF is checked in llama.cpp for {checked}; {FORMATS_LEFT}")
     name = MODEL_ARCH_NAMES[found.uniform]
     if not shape.is_uniform and found.unequal is None:
         raise UserError(f"{where}: all layers of llama.cpp's {name} have one size, and these differ; {FORMATS_LEFT}")
-    for missing in _missing(found, config, shape):
-        raise UserError(f"{where}: GGUF cannot hold {missing} in llama.cpp's {name}; {FORMATS_LEFT}")
+    if missing := _missing(found, config, shape):
+        raise UserError(f"{where}: GGUF cannot hold {missing[0]} in llama.cpp's {name}; {FORMATS_LEFT}")
     return found
 
 
 def _missing(found: Architecture, config: Any, shape: ModelShape) -> list[str]:
-    """Lists what a model does and the architecture does not."""
-    missing = []
+    """Lists the features of a model that the architecture lacks."""
+    layers, missing = len(shape.layers), []
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != found.activation:
         missing.append(f"hidden_act {activation!r}")
@@ -220,18 +191,12 @@ def _missing(found: Architecture, config: Any, shape: ModelShape) -> list[str]:
     missing += [f"{name} with {rows} outputs" for name, rows in outputs.items() if rows != shape.hidden_size]
     given = {key: getattr(config, key, value) for key, value in found.only.items()}
     missing += [f"{key} {value!r}" for key, value in given.items() if value != found.only[key]]
-    if found.lite and (config.q_lora_rank is None or len(shape.layers) in found.lite):
-        missing.append(f"{len(shape.layers)} layers with q_lora_rank {config.q_lora_rank}")
-    if found.window_period and config.layer_types != _layer_types(len(shape.layers), found.window_period):
-        missing.append("this order of layer_types")
-    if found.rope_period and config.no_rope_layers != _ropes(len(shape.layers), found.rope_period):
-        missing.append("this order of no_rope_layers")
+    if found.lite and (config.q_lora_rank is None or layers in found.lite):
+        missing.append(f"{layers} layers with q_lora_rank {config.q_lora_rank}")
+    for period, key, usual, special in (
+        (found.window_period, "layer_types", "sliding_attention", "full_attention"),
+        (found.rope_period, "no_rope_layers", 1, 0),
+    ):
+        if period and getattr(config, key) != [usual if (i + 1) % period else special for i in range(layers)]:
+            missing.append(f"this order of {key}")
     return missing
-
-
-def _layer_types(count: int, period: int) -> list[str]:
-    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
-
-
-def _ropes(count: int, period: int) -> list[int]:
-    return [int((i + 1) % period != 0) for i in range(count)]

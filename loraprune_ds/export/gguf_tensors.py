@@ -1,19 +1,23 @@
-"""The tensors of a GGUF file: their names, and their values as llama.cpp wants them."""
+"""The tensors of a GGUF file: their names, and their values in llama.cpp's layout.
+
+llama.cpp splits fused linears. It stores gate and up separately, each for all experts of a layer, and in `kv_b_proj`
+the rows of keys, transposed because queries are multiplied by them, separately from the rows of values.
+"""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, get_tensor_name_map, quants
 from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
+from torch import Tensor
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_architecture import PARTS, Architecture
-from loraprune_ds.export.gguf_experts import Blocks, expert_parts, latent_parts
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.pretrained import PretrainedModel
@@ -24,49 +28,75 @@ Precision = Literal["f16", "q8_0"]
 MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}
 ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
+BIAS = "_proj_bias"  # ends the name of biases with a row for each expert
+# The last name of a stack -> its parts in llama.cpp. A stock GGUF converter gives the tensors these names, too.
+EXPERT_PARTS = {"gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"), "down": ("mlp.experts.down_proj",)}
+
+
+class Blocks(NamedTuple):
+    """Locates a tensor in a source that has one block after another, for each expert or head.
+
+    Attributes:
+        shape: of one block in the source.
+        take: the slice along each axis of a block.
+        transposed: the slice is transposed afterwards.
+    """
+
+    count: int
+    shape: tuple[int, ...]
+    take: tuple[slice, ...]
+    transposed: bool
+
+    def read(self, read_flat: Callable[[int, int], Tensor]) -> Tensor:
+        """Returns (count, rows, ...). `read_flat`: (start, end) -> these elements of the source."""
+        numel = math.prod(self.shape)
+        blocks = (read_flat(i * numel, (i + 1) * numel).view(self.shape) for i in range(self.count))
+        taken = (block[self.take] for block in blocks)
+        return torch.stack([block.T if self.transposed else block for block in taken])
+
+
+class Part(NamedTuple):
+    """A part of a source tensor that is a tensor in llama.cpp. `start`: its first element in the flat source."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int = 0
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Describes one tensor of the file.
+    """One tensor of the file.
 
     Attributes:
-        source: its name in the pretrained model.
-        name: its name in the GGUF file.
-        shape: (out_features, in_features) or (n,).
-        type: how it is stored.
-        start: its first element in the row-major flat view of the source. A fused linear comes as several tensors.
-        blocks: where it is in the source, if it has a block for each expert or head.
-        heads: query or key heads whose rows must be put in llama.cpp's order. 0 for all other tensors.
+        source: name in the pretrained model.
+        part: where it is in the source, and its shape: (out_features, in_features), or with experts before, or (n,).
+        heads: query or key heads whose rows are stored in llama.cpp's order. 0 for all other tensors.
         offset, factor: values are stored as (value + offset) · factor.
     """
 
     source: str
+    part: Part
     name: str
-    shape: tuple[int, ...]
     type: GGMLQuantizationType
-    start: int = 0
-    blocks: Blocks | None = None
     heads: int = 0
     offset: float = 0.0
     factor: float = 1.0
 
     @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def shape(self) -> tuple[int, ...]:
+        return self.part.shape
 
     @property
     def nbytes(self) -> int:
         block, block_bytes = GGML_QUANT_SIZES[self.type]
-        return self.numel // block * block_bytes
+        return math.prod(self.shape) // block * block_bytes
 
 
 def plan_tensors(
     architecture: Architecture, config: Any, shape: ModelShape, precision: Precision, where: str
 ) -> list[GgufTensor]:
-    """Plans all tensors, in the order they are written. Matrices get `precision`. Norms and biases stay fp32.
-
-    Names are those of gguf-py's own map for the architecture.
+    """Plans all tensors in file order, under gguf-py's names. Matrices get `precision`. Norms and biases stay fp32.
 
     Args:
         config: an object of transformers, with all defaults.
@@ -74,32 +104,28 @@ def plan_tensors(
     Raises:
         UserError: the architecture has no place for a tensor. The line names `where` and the tensor.
     """
-    arch = architecture.of(shape)
+    arch, stored = architecture.of(shape), shape.stored()
     names = get_tensor_name_map(arch, len(shape.layers))
     tensors = []
-    stored = shape.stored()
     for source, size in shape.parameters().items():
-        for part, start, part_size, blocks in _parts(source, size, shape, architecture):
-            if part == source:
-                part = _on_disk(source, stored)
-            name = names.get_name(part, try_suffixes=(".weight", ".bias"))
+        for part in _parts(source, size, shape, architecture):
+            if part.name == source:
+                part = part._replace(name=_on_disk(source, stored))
+            name = names.get_name(part.name, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise UserError(
-                    f"{where}: llama.cpp's {MODEL_ARCH_NAMES[arch]} has no place for {part}; {FORMATS_LEFT}"
-                )
+                arch_name = MODEL_ARCH_NAMES[arch]
+                raise UserError(f"{where}: llama.cpp's {arch_name} has no place for {part.name}; {FORMATS_LEFT}")
             if SHARED_GATE in name:  # a vector there
-                part_size = part_size[1:]
-            module = part.rpartition(".")[0]
+                part = part._replace(shape=part.shape[1:])
+            module = part.name.rpartition(".")[0]
             inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
             tensors.append(
                 GgufTensor(
                     source,
+                    part,
                     name,
-                    part_size,
-                    _type(name, part_size, precision),
-                    start=start,
-                    blocks=blocks,
-                    heads=part_size[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
+                    _type(name, part.shape, precision),
+                    heads=part.shape[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
                     offset=architecture.norm_offset if inner.endswith("norm") else 0.0,
                     factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
                 )
@@ -107,38 +133,15 @@ def plan_tensors(
     return tensors
 
 
-def _parts(
-    source: str, size: tuple[int, ...], shape: ModelShape, architecture: Architecture
-) -> Iterator[tuple[str, int, tuple[int, ...], Blocks | None]]:
-    """Splits a fused tensor. Yields of each part its name, its first element in the whole, and its shape.
-
-    Of what has blocks it yields where they are in the whole besides.
-    """
-    if source.startswith("model.layers."):
-        found = (*expert_parts(source, size, shape, architecture.in_turn), *latent_parts(source, shape))
-        yield from ((name, 0, part_size, blocks) for name, part_size, blocks in found)
-        if found:
-            return
-    linears = {linear.name: linear for linear in shape.family.linears}
-    for fused, parts in PARTS.items():
-        if fused in linears and f".{fused}." in source:
-            start = 0
-            layer = int(source.split(".")[2])
-            for part, rows in zip(parts, shape.part_sizes(layer, linears[fused].parts), strict=True):
-                yield source.replace(fused, part), start, (rows, *size[1:]), None
-                start += math.prod((rows, *size[1:]))
-            return
-    yield source, 0, size, None
-
-
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
-    """Reads a tensor as it lies in the GGUF file. Blocks of Q8_0 come as bytes.
+    """Reads a tensor in the layout of the GGUF file. Q8_0 gives bytes.
 
     Raises:
-        UserError: a value is beyond what its type can hold. The line names file and tensor.
+        UserError: a value is beyond the range of its type. The line names file and tensor.
     """
-    read = partial(pretrained.read_flat, tensor.source, dtype=torch.float32)
-    flat = tensor.blocks.read(read) if tensor.blocks else read(tensor.start, tensor.start + tensor.numel)
+    read, start = partial(pretrained.read_flat, tensor.source, dtype=torch.float32), tensor.part.start
+    blocks = tensor.part.blocks
+    flat = blocks.read(read) if blocks else read(start, start + math.prod(tensor.shape))
     values = flat.view(tensor.shape).numpy()
     if tensor.heads:
         values = permute(values, tensor.heads)
@@ -151,13 +154,66 @@ def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
 
 
 def permute(rows: Array, heads: int) -> Array:
-    """Puts the rows (heads * head_dim, ...) of q_proj or k_proj in llama.cpp's order.
+    """Puts the rows (heads * head_dim, ...) of q_proj or k_proj in the order of llama.cpp's `llama` and its kin.
 
-    The two rows of a rotary pair lie half a head apart in transformers. They lie side by side in llama.cpp's `llama`
-    and its kin.
+    The two rows of a rotary pair are half a head apart in transformers and next to each other in llama.cpp.
     """
     split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
+
+
+def _parts(source: str, size: tuple[int, ...], shape: ModelShape, architecture: Architecture) -> list[Part]:
+    split: list[Part] = []
+    if source.startswith("model.layers."):
+        _, _, layer, inside = source.split(".", 3)
+        split += _expert_parts(int(layer), inside, size, shape, architecture.in_turn)
+        split += _latent_parts(int(layer), inside, shape)
+        split += _fused_parts(int(layer), inside, size, shape)
+    return split or [Part(source, size)]
+
+
+def _expert_parts(layer: int, inside: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool) -> Iterator[Part]:
+    """Splits a stack of experts, or its biases. `in_turn`: outputs of gate and up alternate, else gate's come first."""
+    for stack in (linear for linear in shape.linears(layer) if linear.is_stack):
+        experts = shape.layers[layer][stack.kind]
+        if inside == f"{stack.name}.weight":
+            what, one, transposed = "weight", (size[0] // experts, size[1]), stack.transposed
+        elif inside == f"{stack.name}{BIAS}":
+            what, one, transposed = "bias", size[1:], False
+        else:
+            continue
+        outputs, *inputs = reversed(one) if transposed else one
+        parts = EXPERT_PARTS[stack.name.rpartition(".")[2]]
+        for name, take in zip(parts, _places(len(parts), outputs, in_turn), strict=True):
+            place = (slice(None), take) if transposed else (take,)
+            blocks = Blocks(experts, one, place, transposed)
+            yield Part(f"model.layers.{layer}.{name}.{what}", (experts, outputs // len(parts), *inputs), blocks=blocks)
+
+
+def _places(parts: int, outputs: int, in_turn: bool) -> list[slice]:
+    if parts == 1:
+        return [slice(None)]
+    return [slice(0, None, 2), slice(1, None, 2)] if in_turn else [slice(0, outputs // 2), slice(outputs // 2, None)]
+
+
+def _latent_parts(layer: int, inside: str, shape: ModelShape) -> Iterator[Part]:
+    """Splits the projection of latent keys and values."""
+    if inside == "self_attn.kv_b_proj.weight":
+        heads, rank, both = shape.layers[layer]["heads"], *map(shape.width, ("key_value_rank", "key_and_value"))
+        keys, one = both - shape.width("value"), (both, rank)
+        name = f"model.layers.{layer}.self_attn.{{}}_b_proj.weight"
+        yield Part(name.format("k"), (heads, rank, keys), blocks=Blocks(heads, one, (slice(0, keys),), True))
+        yield Part(name.format("v"), (heads, both - keys, rank), blocks=Blocks(heads, one, (slice(keys, both),), False))
+
+
+def _fused_parts(layer: int, inside: str, size: tuple[int, ...], shape: ModelShape) -> Iterator[Part]:
+    start = 0
+    for linear in shape.family.linears:
+        if linear.name in PARTS and inside.startswith(f"{linear.name}."):
+            for part, rows in zip(PARTS[linear.name], shape.part_sizes(layer, linear.parts), strict=True):
+                part_size = (rows, *size[1:])
+                yield Part(f"model.layers.{layer}.{inside.replace(linear.name, part)}", part_size, start)
+                start += math.prod(part_size)
 
 
 def _on_disk(source: str, stored: Mapping[str, Pieces]) -> str:
@@ -168,7 +224,7 @@ def _on_disk(source: str, stored: Mapping[str, Pieces]) -> str:
 
 
 def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
-    """Returns how a tensor is stored. Routers and the biases of experts stay fp32, like all vectors."""
+    """Returns the type that stores a tensor. Routers and the biases of experts stay fp32, like all vectors."""
     if len(size) == 1 or ROUTER in name or name.endswith(".bias"):
         return GGMLQuantizationType.F32
     wanted = MATRIX_TYPES[precision]

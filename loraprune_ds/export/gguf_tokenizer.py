@@ -1,6 +1,6 @@
-"""Writes the tokenizer of a pretrained model into a GGUF file. llama.cpp then reads the same tokens as transformers.
+"""Writes a tokenizer into a GGUF file, so that llama.cpp reads the same tokens as transformers.
 
-llama.cpp knows two kinds: byte-level BPE with merges, and sentencepiece with scores.
+llama.cpp has two kinds: byte-level BPE with merges, and sentencepiece with scores.
 """
 
 import json
@@ -26,14 +26,14 @@ TEKKEN_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Published in Qwen2's tokenizer.json, and in that of Phi-4-mini.
+# Published in the tokenizer.json of Qwen2 and of Phi-4-mini.
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT4O_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# A byte-level tokenizer cuts text into words before it merges. Its steps -> llama.cpp's name of them (llama-vocab.cpp).
+# The steps by which a byte-level tokenizer cuts text into words before it merges -> their name in llama-vocab.cpp.
 PRE_TOKENIZERS = {
     ("words",): "gpt-2",
     ("digits", "words"): "smollm",
@@ -42,7 +42,7 @@ PRE_TOKENIZERS = {
     (GPT4O_PATTERN, "bytes"): "gpt-4o",
     (TEKKEN_PATTERN, "bytes"): "tekken",
 }
-# So does llama.cpp's own converter, for Qwen2 and its kin.
+# llama.cpp's own converter leaves it out as well, for Qwen2 and its kin.
 NOT_COMPOSED = "llama.cpp does not compose letters and accents (Unicode NFC) before it makes tokens of a text"
 SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE
 SPACE = "▁"  # sentencepiece's
@@ -53,25 +53,18 @@ FORMATS_LEFT = "formats that can: hf, adapter"
 
 @dataclass
 class Vocabulary:
-    """Holds tokens by id, first without those that were added later.
+    """Tokens by id, first without the added ones."""
 
-    Attributes:
-        model, pre: llama.cpp's names of the algorithm and of its way to cut text into words.
-        scores: sentencepiece only. A pair with a higher score merges first.
-        merges: byte-level BPE only, `left right`, first come first.
-        remark: what llama.cpp leaves out, if anything.
-    """
-
-    model: str
-    pre: str
+    model: str  # llama.cpp's name of the algorithm
+    pre: str  # its name of the way to cut text into words
     tokens: list[str]
     types: list[int]
-    scores: list[float] = field(default_factory=list)
-    merges: list[str] = field(default_factory=list)
-    remark: str = ""
+    scores: list[float] = field(default_factory=list)  # of sentencepiece: a pair with a higher score merges first
+    merges: list[str] = field(default_factory=list)  # of byte-level BPE: `left right`, the first one merges first
+    remarks: list[str] = field(default_factory=list)
 
     def fill(self, size: int) -> None:
-        """Appends unused tokens until there are `size` tokens."""
+        """Appends unused tokens up to `size`."""
         for index in range(len(self.tokens), size):
             self.tokens.append(f"[PAD{index}]")
             self.types.append(int(TokenType.UNUSED))
@@ -80,16 +73,13 @@ class Vocabulary:
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str]:
-    """Writes tokens, special tokens and chat template of the tokenizer in `folder`.
+    """Writes tokens, special tokens and chat template of the tokenizer in `folder`. Returns remarks for the user.
 
     Args:
         vocab_size: rows of the embedding. Ids without a token get an unused one.
 
-    Returns:
-        Lines that a person should know about the tokenizer.
-
     Raises:
-        UserError: there is no tokenizer, or llama.cpp cannot do what it does.
+        UserError: there is no tokenizer, or llama.cpp cannot do the same.
     """
     tokenizer = load_tokenizer(folder)
     vocabulary = read_vocabulary(folder)
@@ -107,15 +97,11 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
         writer.add_token_merges(vocabulary.merges)
     _add_special_tokens(writer, tokenizer)
     _add_text_ends(writer, tokenizer, folder)
-    return [vocabulary.remark] if vocabulary.remark else []
+    return vocabulary.remarks
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """Reads `tokenizer.json` or `tokenizer.model`.
-
-    Raises:
-        UserError: llama.cpp cannot do what the tokenizer does.
-    """
+    """Reads `tokenizer.json` or `tokenizer.model`. Raises UserError where llama.cpp cannot do the same."""
     path = folder / "tokenizer.json"
     fast = read_json(path) if path.is_file() else {}
     pre_tokenizer = _steps(fast.get("pre_tokenizer"), "pretokenizers")
@@ -129,12 +115,12 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 
 def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Puts in the added tokens. They are found in a text before anything else is done with it."""
+    """Puts in the added tokens. Both libraries look for these in a text before they do anything else."""
     for index, added in sorted(tokenizer.added_tokens_decoder.items()):
         vocabulary.fill(index + 1)
         if vocabulary.types[index] == TokenType.UNKNOWN:
             continue
-        # llama.cpp compares with the text as it is, which has no sentencepiece spaces yet.
+        # llama.cpp compares with the raw text, which has no sentencepiece spaces yet.
         vocabulary.tokens[index] = added.content if added.special else added.content.replace(SPACE, " ")
         vocabulary.types[index] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         if vocabulary.scores:
@@ -142,23 +128,15 @@ def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
 
 
 def _add_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
-    for index, add in (
-        (tokenizer.bos_token_id, writer.add_bos_token_id),
-        (tokenizer.eos_token_id, writer.add_eos_token_id),
-        (tokenizer.unk_token_id, writer.add_unk_token_id),
-        (tokenizer.pad_token_id, writer.add_pad_token_id),
-    ):
-        if isinstance(index, int):
-            add(index)
+    for key in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        if isinstance(index := getattr(tokenizer, key), int):
+            getattr(writer, f"add_{key}")(index)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
 
 def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the tokens that the tokenizer puts before and after every text.
-
-    It tokenizes a probe to find them, because the settings for this have too many forms.
-    """
+    """Writes whether BOS and EOS surround every text. A probe shows it, as its settings have too many forms."""
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
     whole = tokenizer(PROBE).input_ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -171,7 +149,7 @@ def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def _steps(part: dict[str, Any] | None, of_sequence: str) -> list[dict[str, Any]]:
-    """Returns the steps of a pipeline of tokenizer.json: a single one, those of a `Sequence`, or none."""
+    """Returns the steps of a pipeline of tokenizer.json, which may be one step, a `Sequence` or missing."""
     if part is None:
         return []
     return part[of_sequence] if part["type"] == "Sequence" else [part]
@@ -185,13 +163,12 @@ def _byte_level(fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path:
     tokens = _by_id(fast["model"]["vocab"])
     merges = [" ".join(pair) for pair in _merges(fast)]
     types = [int(TokenType.NORMAL)] * len(tokens)
-    return Vocabulary(
-        "gpt2", PRE_TOKENIZERS[signature], tokens, types, merges=merges, remark=NOT_COMPOSED if normalizer else ""
-    )
+    remarks = [NOT_COMPOSED] if normalizer else []
+    return Vocabulary("gpt2", PRE_TOKENIZERS[signature], tokens, types, merges=merges, remarks=remarks)
 
 
 def _describe(step: dict[str, Any]) -> str:
-    """Names one step of a pre-tokenizer as in PRE_TOKENIZERS."""
+    """Names a step of a pre-tokenizer, as in PRE_TOKENIZERS."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
             return "words" if use_regex else "bytes"
@@ -203,12 +180,12 @@ def _describe(step: dict[str, Any]) -> str:
 
 
 def _by_id(vocabulary: dict[str, int]) -> list[str]:
-    """Returns the tokens in the order of their ids. Ids of added tokens come after and leave no hole before them."""
+    """Returns the tokens in the order of their ids, without a gap: added tokens have later ids."""
     return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def _merges(fast: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns the pairs that merge. Older files have `left right`, newer ones two strings."""
+    """Returns the pairs that merge. Older files have `left right`, newer files two strings."""
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in fast["model"]["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -225,9 +202,9 @@ def _sentencepiece(path: Path) -> Vocabulary:
 
 
 def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
-    """Rebuilds a sentencepiece model of which only transformers' conversion to merges is left.
+    """Rebuilds a sentencepiece model from transformers' conversion to merges.
 
-    The conversion lists every pair of tokens that makes a token, best token first. So a token's score is its place.
+    It lists every pair of tokens that makes a token, best token first, so a token's score is its place.
     """
     tokens, added = _by_id(fast["model"]["vocab"]), {token["content"] for token in fast["added_tokens"]}
     merges = _merges(fast)

@@ -1,9 +1,9 @@
-"""Pushes an export to the hub, with what was measured as the `model-index` of its card.
+"""Pushes an export to the hub, with the measured results as the `model-index` of its card.
 
-The token is the hub's own: `HF_TOKEN`, or that of `hf auth login`.
+The token is the hub's own: `HF_TOKEN`, or the one that `hf auth login` stored.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,12 @@ from loraprune_ds.export.model_card import CARD_FILE
 from loraprune_ds.files import read_json
 from loraprune_ds.model.hub import HUB_ERRORS
 
-TASK = "text-generation"
-
 
 def check_push(repo: str, results: Sequence[Path]) -> None:
     """Checks a push before the export is made.
 
     Raises:
-        UserError: the name cannot be one, there is no token, or a file holds no result.
+        UserError: the name is wrong, there is no token, or a file holds no result.
     """
     try:
         validate_repo_id(repo)
@@ -40,8 +38,8 @@ def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private
     """Puts the results into the export's card and uploads it. Returns the address.
 
     Args:
-        run: folder of the run, whose report has perplexities. Another folder has none.
-        results: files that launch/evaluate.py --json has written. They come after those of the run.
+        run: folder of the run, whose report has perplexities. Any other folder has none.
+        results: files that launch/evaluate.py --json has written.
 
     Raises:
         UserError: the hub refuses, or cannot be reached.
@@ -57,30 +55,28 @@ def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private
 
 
 def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[Path]) -> None:
-    """Writes what was measured into a card's `model-index`: the pruned model, and the dense one beside it."""
+    """Writes the measured results into a card's `model-index`: the pruned model and the dense one."""
     pruned, dense = list[EvalResult](), list[EvalResult]()
     if (run / REPORT_FILE).is_file():
         report = read_json(run / REPORT_FILE)
-        pruned += _of_run(report, "pruned")
-        dense += _of_run(report, "dense")
+        pruned += _run_results(report, "pruned")
+        dense += _run_results(report, "dense")
     for path in results:
         result = read_json(path)
-        pruned += _of_evaluation(result, result)
-        dense += _of_evaluation(result, result["dense"] or {})
+        pruned += _evaluation_results(result, result)
+        dense += _evaluation_results(result, result["dense"] or {})
     card = ModelCard.load(card_file)
     index = [
-        entry for key, found in ((name, pruned), (f"{name}, dense", dense)) if found for entry in _index(key, found)
+        entry
+        for model, found in ((name, pruned), (f"{name}, dense", dense))
+        if found
+        for entry in eval_results_to_model_index(model, found)
     ]
     card.data["model-index"] = index or None
     card.save(card_file)
 
 
-def _index(name: str, results: list[EvalResult]) -> Iterable[Any]:
-    return eval_results_to_model_index(name, results)
-
-
-def _of_run(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
-    """Yields the perplexity of a run's held-out text."""
+def _run_results(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
     value, config = report["perplexity"][which], report["config"]
     data = config.get("data", {})
     if value is not None:
@@ -90,31 +86,27 @@ def _of_run(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
         yield _perplexity(value, text, config.get("evaluate", {}).get("window"))
 
 
-def _of_evaluation(result: dict[str, Any], model: dict[str, Any]) -> Iterator[EvalResult]:
-    """Yields the perplexity and the tasks that launch/evaluate.py has measured of a model."""
+def _evaluation_results(result: dict[str, Any], model: dict[str, Any]) -> Iterator[EvalResult]:
     if model.get("perplexity") is not None:
         yield _perplexity(model["perplexity"], result["text"]["name"], result["protocol"]["window"])
     for task, metrics in ((model.get("tasks") or {}).get("results") or {}).items():
         for metric, value in metrics.items():
             name, _, variant = metric.partition(",")
             if variant and not name.endswith("_stderr") and isinstance(value, int | float):
-                yield EvalResult(
-                    task_type=TASK,
-                    dataset_type=task,
-                    dataset_name=task,
-                    metric_type=name,
-                    metric_value=value,
-                    metric_name=f"{name} ({variant}), lm-eval",
-                )
+                yield _result(task, name, value, f"{name} ({variant}), lm-eval")
 
 
 def _perplexity(value: float, text: str, window: int | None) -> EvalResult:
     how = f", windows of {window} tokens" if window else ""
+    return _result(text, "perplexity", round(value, 4), f"perplexity{how}")
+
+
+def _result(dataset: str, metric: str, value: float, metric_name: str) -> EvalResult:
     return EvalResult(
-        task_type=TASK,
-        dataset_type=text,
-        dataset_name=text,
-        metric_type="perplexity",
-        metric_value=round(value, 4),
-        metric_name=f"perplexity{how}",
+        task_type="text-generation",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        metric_type=metric,
+        metric_value=value,
+        metric_name=metric_name,
     )

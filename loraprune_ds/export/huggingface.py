@@ -5,7 +5,6 @@ each    write_weight_file(staging, ...)       (model/weight_files.py, called by 
 rank 0  write_index(staging, ...), finish_folder(staging, ...), publish(out)
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from importlib import resources
@@ -40,29 +39,20 @@ PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing e
 
 
 def begin(out: Path, mark: str = "") -> Path:
-    """Makes the empty folder that the export is built in, a dot-named sibling of `out`.
-
-    It replaces the one of an attempt that crashed.
-
-    Args:
-        mark: tells it from the one of another process.
+    """Makes the empty staging folder of `out`. `mark` distinguishes those of several processes.
 
     Raises:
-        UserError: `out` is there already and not an empty folder.
+        UserError: `out` exists and is not an empty folder.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
     return whole.begin(out, mark)
 
 
 def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: ModelCard) -> None:
-    """Writes all but the weights: config, modelling file, card, and the tokenizer and generation settings of `dense`.
-
-    Args:
-        dense: folder of the dense model.
-    """
+    """Writes all but the weights: config, modelling file, card, and the `dense` folder's tokenizer and settings."""
     copy_tokenizer(dense, folder)
-    if (exported.renamed or _is_multimodal(dense)) and _has_tokenizer(folder):
+    if (exported.renamed or _is_multimodal(dense)) and has_tokenizer(folder):
         _pin_tokenizer(dense, folder)
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in exported.config.items() if key in TOKEN_IDS}
@@ -74,13 +64,10 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
 
 
 def copy_model(model: PretrainedModel, out: Path, place: Callable[[Path, Path], object] = shutil.copyfile) -> None:
-    """Fills the folder `out` with a model's files of known names. No code comes along but our modelling file.
+    """Fills the folder `out` with a model's files of known names. Our modelling file is the only code in the copy.
 
     Args:
-        place: puts a weight file at another path. It may be a link.
-
-    Raises:
-        UserError: its tokenizer is code of the folder.
+        place: copies or links a weight file to another path.
     """
     for name in weight_file_names(model.folder):
         place(model.folder / name, out / name)
@@ -94,7 +81,7 @@ def copy_model(model: PretrainedModel, out: Path, place: Callable[[Path, Path], 
 
 
 def _write_modelling_file(folder: Path, model_type: str) -> None:
-    """Writes our modelling file for one family. A constant in it says which."""
+    """Writes our modelling file, with the constant in it that names the family."""
     code = resources.files("loraprune_ds.model").joinpath(MODELLING_FILE).read_text(encoding="utf-8")
     code = code.replace(f'FAMILY = "{FAMILY}"', f'FAMILY = "{family_name(model_type)}"')
     (folder / MODELLING_FILE).write_text(code, encoding="utf-8")
@@ -110,18 +97,16 @@ def publish(out: Path, mark: str = "") -> None:
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copies tokenizer, chat template and generation settings from folder `source` to folder `out`.
 
-    Code of a tokenizer stays behind, and so does `auto_map`, which names it.
-
-    What transformers 5 writes and 4.x cannot load gets its older name, which both read. A sentencepiece file that is
-    alone gets the files made of it as well. From that file alone AutoTokenizer forgets to begin a LLaMA's text with
-    BOS, and splits a Mistral's text in another way than the run did.
+    A tokenizer's code stays behind, with the `auto_map` that names it. Names that only transformers 5 reads become
+    their older ones. From a sentencepiece file alone AutoTokenizer forgets a LLaMA's BOS and splits a Mistral's text
+    in another way than the run did, so the files made of it are written as well.
     """
     copy_named(source, out, TOKENIZER_FILES)
     is_alone = (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file()
     if is_alone:
         load_tokenizer(source).save_pretrained(out)
     names_code = AUTO_MAP in _read_tokenizer_config(out)  # without that name AutoTokenizer may choose another class
-    if is_alone or (names_code and _has_tokenizer(out)):
+    if is_alone or (names_code and has_tokenizer(out)):
         _pin_tokenizer(source, out)
     drop_auto_maps(out)
     config = _read_tokenizer_config(out)
@@ -131,24 +116,24 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     if isinstance(config.get("extra_special_tokens"), list):
         portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
     if portable != config:
-        _write_tokenizer_config(out, portable)
+        write_json(out / TOKENIZER_CONFIG, portable)
 
 
 def _is_multimodal(folder: Path) -> bool:
-    """Tells if the text part alone is exported, under the model type of its own class."""
+    """Returns True if only the text part is exported, whose class has another model type."""
     path = folder / "config.json"
     return path.is_file() and read_json(path).get("model_type") in MULTIMODAL
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE))
 
 
 def _pin_tokenizer(source: Path, out: Path) -> None:
     """Makes the copy in `out` read the same tokens as `source`, though its config.json names another model type.
 
-    AutoTokenizer looks at model_type. The same files split text after a special token differently under `llama` and
-    under `mistral`. So the tokenizer as built from `source` is written whole, for a class that adds nothing to it.
+    AutoTokenizer splits text after a special token differently under `llama` and `mistral`. The tokenizer built from
+    `source` is written whole, for a class that adds nothing to it.
     """
     tokenizer = load_tokenizer(source)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -160,13 +145,9 @@ def _pin_tokenizer(source: Path, out: Path) -> None:
         "padding_side": tokenizer.padding_side,
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
     }
-    _write_tokenizer_config(out, _read_tokenizer_config(out) | settings)
+    write_json(out / TOKENIZER_CONFIG, _read_tokenizer_config(out) | settings)
 
 
 def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / TOKENIZER_CONFIG
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _write_tokenizer_config(folder: Path, config: dict[str, Any]) -> None:
-    (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return read_json(path) if path.is_file() else {}

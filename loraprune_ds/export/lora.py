@@ -1,4 +1,4 @@
-"""Writes what LoRA has learned: merged into W, or beside the pruned base as PEFT's adapter."""
+"""Writes the LoRA of a checkpoint: merged into W, or next to the pruned base as PEFT's adapter."""
 
 import json
 from collections.abc import Callable
@@ -14,8 +14,12 @@ from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.export.source import UnmergedModel
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file
 from loraprune_ds.model.dtypes import DTYPES
+<<<<<<< HEAD
 from loraprune_ds.model.experts import as_in_peft, in_peft
 from loraprune_ds.model.pretrained import PretrainedModel
+=======
+from loraprune_ds.model.expert_adapter import as_in_peft, in_peft
+>>>>>>> refs/heads/export
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import as_stored, weight_file_count, write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import CollectedLinear
@@ -29,9 +33,9 @@ def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, d
     """Computes W + scaling·B·A in fp32, a block of rows at a time, and rounds once, to `dtype`.
 
     Args:
-        weight: (out_features, in_features).
-        lora_a: (r, in_features), preferably the fp32 master. A stack of experts has one below the other.
-        lora_b: (out_features, r), the same.
+        weight: (out_features, in_features). In a stack, experts lie one below the other, here and in A and B.
+        lora_a: (r, in_features), preferably the fp32 master.
+        lora_b: (out_features, r).
         scaling: lora_alpha / r.
     """
     experts = len(lora_a) // lora_b.shape[1]
@@ -54,7 +58,7 @@ def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
 
 
 def write_merged(unmerged: UnmergedModel, folder: Path) -> None:
-    """Writes a Hugging Face model with LoRA merged in fp32 and rounded once: what the run would export now."""
+    """Writes the Hugging Face model that the run would export now."""
     scaling = unmerged.config.lora.lora_alpha / unmerged.config.lora.r
 
     def merge(layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +73,7 @@ def write_merged(unmerged: UnmergedModel, folder: Path) -> None:
 
 
 def write_base_and_adapter(unmerged: UnmergedModel, folder: Path) -> None:
-    """Writes `base/`, a Hugging Face model without LoRA, and `adapter/`, the fp32 LoRA as PEFT reads it."""
+    """Writes `base/`, a Hugging Face model without LoRA, and `adapter/`, the fp32 LoRA for PEFT."""
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     base.mkdir()
     _write_model(unmerged, base, lambda layer, tensors: tensors)
@@ -80,19 +84,20 @@ def write_base_and_adapter(unmerged: UnmergedModel, folder: Path) -> None:
 
 def _write_model(unmerged: UnmergedModel, folder: Path, change: Change) -> None:
     """Writes the model layer by layer. No more than one layer is in memory."""
-    layers = len(unmerged.shape.layers)
-    count = weight_file_count(layers)
-    stored, entries = unmerged.shape.stored(), []
+    config, shape, state = unmerged.config, unmerged.shape, unmerged.checkpoint.state
+    layers, stored, dtype = len(shape.layers), shape.stored(), DTYPES[config.model.dtype]
+    count, entries = weight_file_count(layers), []
     for k in range(count):
-        tensors = _read_weight_file(unmerged.base, k, DTYPES[unmerged.config.model.dtype])
-        changed = change(k, tensors) if k < layers else tensors
+        is_layer, prefix = k < layers, f"model.layers.{k}."  # the last file has all that belongs to no layer
+        names = [n for n in shape.parameters() if (n.startswith(prefix) if is_layer else "model.layers." not in n)]
+        tensors = {name: unmerged.base.read_whole(name, dtype) for name in names}
+        changed = change(k, tensors) if is_layer else tensors
         entries.append(write_weight_file(folder, k, count, as_stored(changed, stored)))
     write_index(folder, entries)
-    state = unmerged.checkpoint.state
     card = card_of_run(
-        unmerged.config,
+        config,
         unmerged.dense.shape,
-        unmerged.shape,
+        shape,
         steps=state.step,
         perplexity_dense=state.totals.perplexity_dense,
         perplexity_pruned=state.totals.perplexity,
@@ -100,19 +105,8 @@ def _write_model(unmerged: UnmergedModel, folder: Path, change: Change) -> None:
     finish_folder(folder, unmerged.exported, unmerged.dense.folder, card)
 
 
-def _read_weight_file(pretrained: PretrainedModel, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Reads layer k or, after the last layer, all that belongs to none."""
-    is_layer = k < len(pretrained.shape.layers)
-    prefix = f"model.layers.{k}."
-    tensors = {}
-    for name in pretrained.shape.parameters():
-        if name.startswith(prefix) if is_layer else not name.startswith("model.layers."):
-            tensors[name] = pretrained.read_whole(name, dtype)
-    return tensors
-
-
 def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
-    """Writes the whole LoRA, which is no larger than one decoder layer. PEFT wants it in one file."""
+    """Writes the whole LoRA, which is no larger than one decoder layer, in the one file that PEFT reads."""
     tensors = {
         name_in_file(layer, name): tensor
         for layer in range(len(unmerged.shape.layers))
@@ -126,7 +120,7 @@ def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     linears = list(dict.fromkeys(linear for _, linear in shape.linear_ids()))
     stacks, modules = ([x for x in linears if x.is_stack == stacked] for stacked in (True, False))
-    # PEFT has no dropout on tensors that are no modules. A shared expert has names of its own.
+    # PEFT has no dropout on tensors that are not modules. A shared expert has other names.
     of_experts = {
         "target_modules": [linear.name for linear in modules],
         "target_parameters": [in_peft(stack).tensor for stack in stacks],

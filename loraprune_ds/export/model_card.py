@@ -1,4 +1,4 @@
-"""Writes README.md of an exported model: what was cut, what it cost, how to load it."""
+"""Writes README.md of an exported model: its cut, its perplexity, and how to load it."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,21 +21,21 @@ tags:
 - loraprune
 ---
 
-# {base_model}, pruned
+# {card.base_model}, pruned
 
 A structurally pruned, smaller model: attention heads and {others} were removed while LoRA was tuned. Made
-with loraprune_ds. The licence of {base_model} applies.
+with loraprune_ds. The licence of {card.base_model} applies.
 
 | | dense | pruned | removed |
 |---|---|---|---|
-| parameters (all, each once) | {dense_total:,} | {pruned_total:,} | {removed_total:.2%} |
-| of these in the decoder layers' linears | {dense_linear:,} | {pruned_linear:,} | {removed_linear:.2%} |
+| parameters (all, each once) | {total} |
+| of these in the decoder layers' linears | {linear} |
 | perplexity | {perplexity_dense} | {perplexity_pruned} | |
 
-- Perplexity on: {perplexity_data}
-- Tuned on: {data}, {steps:,} optimizer steps
-- Chosen by: criterion `{criterion}`, ranking `{ranking}`
-- Head size: {head_dim}
+- Perplexity on: {card.perplexity_data}
+- Tuned on: {card.data}, {card.steps:,} optimizer steps
+- Chosen by: criterion `{card.criterion}`, ranking `{card.ranking}`
+- Head size: {card.pruned.head_dim}
 - In llama.cpp: {llama_cpp}
 
 | layers | query heads | key-value heads | {others} |
@@ -50,7 +50,7 @@ The weights are {dtype}, with LoRA merged.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
-model = {loader}
+model = {exported.loader}
 tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 ```
 {remark}"""
@@ -63,24 +63,14 @@ to transformers (4.57 or newer), and `trust_remote_code=True` allows it to run. 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Holds the facts of the README.
-
-    Attributes:
-        base_model: name of the dense model, not a path of this machine.
-        dense, pruned: sizes before and after.
-        criterion, ranking: as in the run config.
-        data: what it was tuned on.
-        steps: optimizer steps of the recovery training.
-        perplexity_data: what perplexity was measured on, and how.
-        perplexity_dense, perplexity_pruned: None if they were not measured.
-    """
+    """The facts of the README. Names contain no path of this machine. A perplexity is None if it was not measured."""
 
     base_model: str
     dense: ModelShape
     pruned: ModelShape
     criterion: str
     ranking: str
-    data: str
+    data: str  # of the recovery training
     steps: int
     perplexity_data: str
     perplexity_dense: float | None
@@ -97,11 +87,7 @@ def card_of_run(
     perplexity_dense: float | None = None,
     perplexity_pruned: float | None = None,
 ) -> ModelCard:
-    """Collects the facts of a run.
-
-    Args:
-        windows: the number of windows that perplexity was measured on, if it is known.
-    """
+    """Collects the facts of a run. `windows`: the number that perplexity was measured on, if it is known."""
     data = _data_name(config.data)
     held_out = Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data}"
     count = "" if windows is None else f"{windows} "
@@ -125,45 +111,37 @@ def model_name(config: ModelConfig) -> str:
 
 
 def _data_name(config: DataConfig) -> str:
-    """Names the data without the folders of this machine."""
     paths = [source.path for source in config.sources]
     return " + ".join("Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name for path in paths)
 
 
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
     """Writes README.md of the exported model in `folder`."""
-    dense, pruned = card.dense, card.pruned
+    dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
+    architecture = architecture_name(pruned)
     text = TEMPLATE.format(
-        base_model=card.base_model,
-        dense_total=dense.total_numel(),
-        pruned_total=pruned.total_numel(),
-        removed_total=1 - pruned.total_numel() / dense.total_numel(),
-        dense_linear=dense.linear_numel(),
-        pruned_linear=pruned.linear_numel(),
-        removed_linear=1 - pruned.linear_numel() / dense.linear_numel(),
+        card=card,
+        exported=exported,
+        dtype=exported.config["dtype"],
+        total=_removed(dense.total_numel(), pruned.total_numel()),
+        linear=_removed(dense.linear_numel(), pruned.linear_numel()),
         perplexity_dense=_perplexity(card.perplexity_dense),
         perplexity_pruned=_perplexity(card.perplexity_pruned),
-        perplexity_data=card.perplexity_data,
-        data=card.data,
-        steps=card.steps,
-        criterion=card.criterion,
-        ranking=card.ranking,
-        dtype=exported.config["dtype"],
-        head_dim=pruned.head_dim,
         others="experts" if pruned.family.mixture else "MLP channels",
-        llama_cpp=_llama_cpp(pruned),
+        llama_cpp=f"as architecture `{architecture}`, by an export to GGUF"
+        if architecture
+        else "no architecture holds it",
         layers="\n".join(_layer_rows(pruned)),
-        loader=exported.loader,
-        trust=", trust_remote_code=True" if exported.trust_remote_code else "",
-        remark=REMARK.format(file=exported.modelling_file) if exported.trust_remote_code else "",
+        trust=", trust_remote_code=True" if trust else "",
+        remark=REMARK.format(file=exported.modelling_file) if trust else "",
     )
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
-    """Writes into `folder` the model card of `source`, the same model in another format.
+    """Writes into `folder` the model card of `source`, the same model in another format, with a new section on loading.
 
-    Only the section on loading is new. A card that is not ours is kept whole. A missing one is not made up.
+    A card that is not ours is kept whole. A missing one is not made up.
     """
     path = source / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -171,13 +149,12 @@ def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
     (folder / CARD_FILE).write_text(f"{facts}\n\n{LOAD_HEADING}\n\n{how_to_load}".lstrip(), encoding="utf-8")
 
 
+def _removed(dense: int, pruned: int) -> str:
+    return f"{dense:,} | {pruned:,} | {1 - pruned / dense:.2%}"
+
+
 def _perplexity(value: float | None) -> str:
     return "not measured" if value is None else format_perplexity(value)
-
-
-def _llama_cpp(shape: ModelShape) -> str:
-    architecture = architecture_name(shape)
-    return f"as architecture `{architecture}`, by an export to GGUF" if architecture else "no architecture holds it"
 
 
 def _layer_rows(shape: ModelShape) -> list[str]:

@@ -19,25 +19,15 @@ from loraprune_ds.model.pretrained import open_for_pruning
 
 @dataclass(frozen=True)
 class ExportSource:
-    """Names the folders that an export can read.
+    """The folders that an export can read. The checkpoints, newest first, have the weights of `model` if it is set."""
 
-    Attributes:
-        name: of the result, for file names.
-        model: folder of the merged model, if there is one.
-        checkpoints: folders of checkpoints, newest first. They have the weights of `model` if there is one.
-    """
-
-    name: str
+    name: str  # for file names
     model: Path | None
     checkpoints: list[Path]
 
 
 class UnmergedModel:
-    """Holds a verified checkpoint, whose LoRA is not merged, with the model it belongs to.
-
-    Attributes:
-        dense: the pretrained model that the run was started from. It has the tokenizer.
-        base: the pruned model without LoRA.
+    """A verified checkpoint and its models: `dense`, which the run began with, and `base`, pruned and without LoRA.
 
     Raises:
         UserError: the dense model is gone or damaged.
@@ -56,11 +46,7 @@ class UnmergedModel:
         return export_config(self.dense.config, self.shape, self.config.model.dtype)
 
     def lora(self, layer: int) -> dict[str, Tensor]:
-        """Reads the fp32 masters of a layer.
-
-        Returns:
-            "{linear}.lora_A" (r, in_features) and "{linear}.lora_B" (out_features, r).
-        """
+        """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
         tensors = load_file(self.checkpoint.folder / layer_file(layer))
         return {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
 
@@ -69,7 +55,7 @@ def find_source(path: Path) -> ExportSource:
     """Looks at the folder of a run, of one of its checkpoints, or of a merged model.
 
     Raises:
-        UserError: it is none of these, or a run that has nothing to export yet.
+        UserError: the folder is none of these, or a run that has nothing to export yet.
     """
     name = path.resolve().name
     if status := read_status(path):
@@ -78,18 +64,14 @@ def find_source(path: Path) -> ExportSource:
         return ExportSource(name, None, [path])
     if (path / "config.json").is_file():
         return ExportSource(name, path, [])
-    what = "holds no run, checkpoint or model" if path.is_dir() else "is no folder"
-    raise UserError(f"{path} {what}")
+    raise UserError(f"{path} {'holds no run, checkpoint or model' if path.is_dir() else 'is no folder'}")
 
 
 def open_newest(checkpoints: list[Path]) -> tuple[UnmergedModel, list[str]]:
-    """Opens the first checkpoint that is whole.
-
-    Returns:
-        It, and lines about the one taken and those passed over.
+    """Opens the first undamaged checkpoint. Returns remarks about it, and about those passed over, as well.
 
     Raises:
-        UserError: none is whole. The line is about the first one.
+        UserError: all are damaged. The line is about the first one.
     """
     remarks: list[str] = []
     for path in checkpoints:
