@@ -269,6 +269,7 @@ def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> N
     [
         ("target: much", "prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got 'much'"),
         ("target: -4B", "prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got '-4B'"),
+        ("target: 4B, target_context: 100", "prune.target_context has no effect without a prune.target in bytes"),
     ],
 )
 def test_a_wrong_target_is_refused(tmp_path: Path, prune: str, message: str) -> None:
