@@ -3,7 +3,7 @@
 srun --ntasks-per-node=1 python launch/preflight.py --nodes node1 node2 --port 29400 --output runs/mine
 
 Each node imports what a run imports, computes on every accelerator and writes where the run will write. Then the
-nodes check that they share this folder. Collectives must pass between all ranks and, by gloo, between all hosts.
+nodes check that they share this folder, and that collectives pass between all hosts (by gloo) and between all ranks.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 try:
     from loraprune_ds.command import Parser, leave
-    from loraprune_ds.errors import UserError, one_line
+    from loraprune_ds.errors import UserError, one_line, require
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
 
@@ -38,14 +38,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="of the run; need not exist")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="accelerators that will be used")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for all nodes to answer")
-    arguments = parser.parse_args()
-    if not 0 < arguments.port < 1 << 16:
-        raise UserError(f"--port must be between 1 and 65535; got {arguments.port}")
-    if arguments.ranks_per_node < 1:
-        raise UserError(f"--ranks-per-node must be at least 1; got {arguments.ranks_per_node}")
-    if not 1 <= arguments.timeout < MOST_SECONDS:
-        raise UserError(f"--timeout must be at least 1 second and below {MOST_SECONDS}; got {arguments.timeout:g}")
-    return arguments
+    given = parser.parse_args()
+    require(0 < given.port < 1 << 16, f"--port must be between 1 and 65535; got {given.port}")
+    require(given.ranks_per_node >= 1, f"--ranks-per-node must be at least 1; got {given.ranks_per_node}")
+    in_range = 1 <= given.timeout < MOST_SECONDS
+    require(in_range, f"--timeout must be at least 1 second and below {MOST_SECONDS}; got {given.timeout:g}")
+    return given
 
 
 def main() -> int:
@@ -61,7 +59,7 @@ def main() -> int:
         check_imports()
         rendezvous = Rendezvous(arguments.nodes, index, arguments.port, arguments.timeout)
     except Unfit as problem:
-        tell(arguments.nodes[index], str(problem))  # the others cannot hear of it
+        tell(arguments.nodes[index], str(problem))  # the other nodes cannot learn of it
         return 1
     fit = check_together(rendezvous, arguments.ranks_per_node, arguments.output)
     if fit and index == 0:
@@ -70,7 +68,7 @@ def main() -> int:
 
 
 def check_together(rendezvous: "Rendezvous", ranks_per_node: int, output: Path) -> bool:
-    """Checks one thing after the other on all nodes, until one of them is not fit."""
+    """Makes one check after the other on all nodes, until a node fails one."""
     with ExitStack() as open_files:
 
         def write_probe() -> None:
@@ -97,11 +95,7 @@ class Rendezvous:
     """Holds the store on the first node, in which the nodes report to each other."""
 
     def __init__(self, nodes: list[str], index: int, port: int, timeout: float) -> None:
-        """Opens the store.
-
-        Raises:
-            Unfit: the first node cannot be reached, or the port is taken there.
-        """
+        """Opens the store, or raises Unfit if the first node cannot be reached or its port is taken."""
         from torch.distributed import (
             DistError,
             TCPStore,  # pyright: ignore[reportPrivateImportUsage]
@@ -116,7 +110,7 @@ class Rendezvous:
             raise Unfit(f"cannot meet the others at {nodes[0]}:{port}: {str(error).splitlines()[0]}") from None
 
     def agree(self, stage: str, check: Callable[[], None]) -> bool:
-        """Tells if every node passes `check`. The first node names those that do not. All nodes call it alike."""
+        """Returns True if every node passes `check`. The first node names those that do not. All nodes must call it."""
         problem = ""
         try:
             check()
@@ -124,41 +118,30 @@ class Rendezvous:
             problem = one_line(error)
         self.store.set(f"{stage} {self.index}", problem)
         if self.index > 0:
-            return self._read_verdict(stage)
-        bad = {index: problem for index, problem in self._read_problems(stage).items() if problem}
-        for index, problem in bad.items():
-            tell(self.nodes[index], problem)
-        self.store.set(f"{stage} all", "unfit" if bad else "fit")
-        self._wait_for_readers(stage)
-        return not bad
-
-    def _read_verdict(self, stage: str) -> bool:
-        # Twice the time: the first node waits that long for the others, and only then tells them.
-        verdict = self._read(f"{stage} all", time.monotonic() + 2 * self.timeout)
-        if verdict is None:
-            tell(self.nodes[self.index], f"{self.nodes[0]} is gone")
-        self.store.set(f"{stage} heard {self.index}", "")
-        return verdict == "fit"
-
-    def _read_problems(self, stage: str) -> dict[int, str]:
-        """Reads what every node has found: an empty text from a node that is fit."""
+            verdict = self._read(f"{stage} all", 2 * self.timeout)  # the first node itself waits once that long
+            if verdict is None:
+                tell(self.nodes[self.index], f"{self.nodes[0]} is gone")
+            self.store.set(f"{stage} heard {self.index}", "")
+            return verdict == "fit"
         deadline = time.monotonic() + self.timeout
-        answers = {index: self._read(f"{stage} {index}", deadline) for index in range(len(self.nodes))}
-        late = f"no answer in {self.timeout:g} s"
-        return {index: late if answer is None else answer for index, answer in answers.items()}
-
-    def _wait_for_readers(self, stage: str) -> None:
-        """Waits until the others have read the verdict, since the store ends with the first node."""
-        deadline = time.monotonic() + VERDICT_READ_WITHIN
+        fit = True
+        for index, node in enumerate(self.nodes):
+            problem = self._read(f"{stage} {index}", deadline - time.monotonic())
+            if problem != "":
+                fit = False
+                tell(node, f"no answer in {self.timeout:g} s" if problem is None else problem)
+        self.store.set(f"{stage} all", "fit" if fit else "unfit")
+        deadline = time.monotonic() + VERDICT_READ_WITHIN  # the store ends with this node
         for index in range(1, len(self.nodes)):
-            self._read(f"{stage} heard {index}", deadline)
+            self._read(f"{stage} heard {index}", deadline - time.monotonic())
+        return fit
 
-    def _read(self, key: str, deadline: float) -> str | None:
-        """Reads what another node has set, or None if it does not until then or the store is gone."""
+    def _read(self, key: str, seconds: float) -> str | None:
+        """Reads what another node has set; None if it comes too late or the store is gone."""
         from torch.distributed import DistError
 
         try:
-            self.store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
+            self.store.wait([key], timedelta(seconds=max(0.1, seconds)))
             return self.store.get(key).decode()
         except DistError:
             return None
@@ -189,11 +172,7 @@ def check_accelerators(ranks: int) -> None:
 
 @contextmanager
 def probe_file(folder: Path) -> Iterator[Path]:
-    """Writes a file into `folder`, or the nearest one above it that exists, and removes it at the end.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a file into `folder`, or the nearest existing folder above it, and removes it at the end."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=existing) as file:
         yield Path(file.name)
@@ -209,7 +188,7 @@ def check_visible(probe: Path, first_node: str) -> None:
 
 
 def check_ranks(rendezvous: Rendezvous, ranks_per_node: int) -> None:
-    """Runs a sum and an all-to-all over one process per accelerator. The first node tells how fast they were."""
+    """Runs a sum and an all-to-all over one process per accelerator. The first node prints how fast they were."""
     from loraprune_ds.zero.device import accelerator
     from loraprune_ds.zero.probe import Probe, bandwidth, probe_node
 
@@ -224,7 +203,7 @@ def check_ranks(rendezvous: Rendezvous, ranks_per_node: int) -> None:
 
 
 def check_hosts(rendezvous: Rendezvous) -> None:
-    """Adds up one number per node by gloo. Ranks use it to wait for a download of another."""
+    """Adds up one number per node by gloo, which ranks use to wait for another rank's download."""
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
@@ -240,14 +219,11 @@ def check_hosts(rendezvous: Rendezvous) -> None:
             world_size=len(rendezvous.nodes),
             timeout=timedelta(seconds=rendezvous.timeout),
         )
-        number = torch.tensor([float(rendezvous.index)])
-        distributed.all_reduce(number)
+        distributed.all_reduce(torch.ones(1))
         distributed.destroy_process_group()
     except RuntimeError as error:
         hint = "GLOO_SOCKET_IFNAME must name the network interface that does"
         raise Unfit(f"gloo does not reach the other nodes, {hint}: {one_line(error)}") from None
-    if number.item() != sum(range(len(rendezvous.nodes))):
-        raise Unfit(f"a sum over the nodes by gloo is {number.item():g}")
 
 
 if __name__ == "__main__":

@@ -33,21 +33,15 @@ find_python() {
   fail "Python 3.11 or newer is missing. Ask for it: sudo apt-get install python3 python3-venv"
 }
 
-# Lists the Debian packages that are missing. None is a compiler: nothing is built, and DeepSpeed's CPU op is not used.
-missing_packages() {
-  "$1" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
-}
-
-install_missing_packages() {
-  local packages
-  mapfile -t packages < <(missing_packages "$1")
-  if ((${#packages[@]} == 0)); then return; fi
+# Debian has Python's venv in a package. No compiler is needed: nothing is built, and DeepSpeed's CPU op is not used.
+install_venv() {
+  if "$1" -c 'import ensurepip, venv' 2>/dev/null; then return; fi
   if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
-    fail "Missing on this machine: ${packages[*]}. Ask for it: sudo apt-get install ${packages[*]}"
+    fail "Missing on this machine: python3-venv. Ask for it: sudo apt-get install python3-venv"
   fi
-  echo "Installing with apt-get: ${packages[*]} (about a minute)"
+  echo "Installing python3-venv with apt-get (about a minute)"
   quietly apt-get update
-  quietly env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${packages[@]}"
+  quietly env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3-venv
 }
 
 # A .venv that was moved or copied here, or made by an older Python, answers something else.
@@ -58,7 +52,7 @@ venv_works() {
 install_project() {
   local extras=$1 python
   python=$(find_python)
-  install_missing_packages "$python"
+  install_venv "$python"
   echo "Setting up .venv, once (2 to 10 minutes, most of it the download of PyTorch)"
   venv_works || quietly "$python" -m venv --clear "$VENV"
   quietly "$VENV/bin/pip" install --editable "$ROOT${extras:+[$extras]}"

@@ -1,4 +1,4 @@
-"""Holds the parts that the commands in launch/ share: ranks, arguments, errors and exits."""
+"""What the commands share: ranks, arguments, errors and exits."""
 
 import argparse
 import logging
@@ -19,10 +19,7 @@ GRACE = 5.0  # seconds that the other ranks stay after an error
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that tells wrong arguments like any other wrong input: by one rank, in one line.
-
-    Its help shows the command as it was typed, such as `launch/plan.py` or `loraprune-ds plan`.
-    """
+    """A parser that reports wrong arguments like any other wrong input. Its help shows the command that was typed."""
 
     def __init__(
         self, description: str | None, parents: Sequence[argparse.ArgumentParser] = (), *, add_help: bool = True
@@ -40,16 +37,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def adopt_srun_ranks() -> None:
-    """Puts into the environment what a launcher would put there, when srun starts every rank without one."""
+    """Sets the environment variables that a launcher would set, if srun starts every rank without one."""
     if "RANK" not in os.environ:
         os.environ |= srun_ranks(os.environ)
 
 
 def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from what srun tells its tasks.
+    """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from srun's variables. Outside a job step it is empty.
 
-    Outside a job step the result is empty. SLURM_NTASKS does not count: a batch script has it too, and what the script
-    runs without srun is one process. MASTER_ADDR and MASTER_PORT stay if they are set.
+    SLURM_NTASKS is not enough: a batch script has it too, and its commands without srun are one process.
     """
     if "SLURM_STEP_NUM_TASKS" not in environment:
         return {}
@@ -68,20 +64,20 @@ def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 def tell(error: UserError, *, agreed: bool = True) -> None:
     """Prints an error in one line: rank 0 for all ranks, or a rank that met it alone.
 
-    The first rank that leaves makes the launcher end the others. So those wait until rank 0 has spoken. A rank that is
-    alive after that tells its error, unless the ranks `agreed` on it.
+    The first rank that exits makes the launcher end the others, so those wait until rank 0 has printed. A rank that is
+    still alive then prints its error, unless the ranks `agreed` on it.
     """
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        _say(f"error: {error}")
-        return
-    time.sleep(GRACE)
-    if not agreed or isinstance(error, RankError):
-        _say(f"error on rank {rank}: {error}")
+    if rank != "0":
+        time.sleep(GRACE)
+        if agreed and not isinstance(error, RankError):
+            return
+    sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
+    sys.stderr.flush()
 
 
 def silence_libraries() -> None:
-    """Silences all but the command itself. Must run before the libraries are imported."""
+    """Silences the libraries. Must run before they are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every rank tells of every retry
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -92,7 +88,7 @@ def silence_libraries() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process at once. An interpreter that shuts down can abort in a thread of gloo (exit code -6)."""
+    """Ends this process immediately. An interpreter that shuts down can abort in a thread of gloo (exit code -6)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -101,28 +97,18 @@ def leave(code: int) -> NoReturn:
 def leave_on_error() -> None:
     """Makes an unexpected error end this process right after its traceback.
 
-    An interpreter that shuts down first can wait for the other ranks. They wait for this one. The launcher would end
-    them all, but it waits for this one's exit code.
+    While an interpreter shuts down it can wait for the other ranks, which wait for this one, while the launcher waits
+    for its exit code.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # torch calls this hook with sys.stderr pointing at a buffer, which would be lost here.
-        text = _marked("".join(traceback.format_exception(kind, error, trace)))
+        text = "".join(traceback.format_exception(kind, error, trace))
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            text = textwrap.indent(text, f"[rank {os.environ.get('RANK', '0')}] ")
         try:
             os.write(2, text.encode(errors="backslashreplace"))
         finally:  # also if the reader of stderr is gone
             os._exit(1)
 
     sys.excepthook = hook
-
-
-def _marked(text: str) -> str:
-    """Marks each line with the rank, if there are several."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return text
-    return textwrap.indent(text, f"[rank {os.environ.get('RANK', '0')}] ")
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

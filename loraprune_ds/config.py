@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from loraprune_ds.config_data import DataConfig
-from loraprune_ds.config_types import (
+from loraprune_ds.config_data import (
     NUMBER,
     STRICT,
     AtLeast0,
     Count,
     CountOr0,
+    DataConfig,
     Fraction,
     LearningRate,
     Part,
@@ -24,6 +24,7 @@ from loraprune_ds.config_types import (
     Positive,
     Size,
     Window,
+    check_settings,
     replace_default,
 )
 from loraprune_ds.errors import UserError, require
@@ -74,7 +75,7 @@ class PruneConfig:
     head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
     criterion: Criterion = "lora"
     ranking: Ranking = "uniform"
-    # l2: of a module's scores. step: of all scores of a step. None: none for fisher and global, else l2
+    # l2: of a module's scores. step: of all scores of a step. None: l2, or none for fisher and global
     normalize: Normalization | None = None
     moving_average: Fraction = 0.9
     prune_every: Count = 10
@@ -96,32 +97,26 @@ class PruneConfig:
         return replace_default(given, "ratio", "target")
 
     def __post_init__(self) -> None:
-        require(
-            (self.ratio is None) != (self.target is None),
-            "give exactly one of prune.ratio and prune.target; null takes one away",
-        )
-        sizes_memory = self.target_amount is not None and self.target_amount.unit == "bytes"
-        for name in ("context", "weight_bits"):
-            _check_effect(self, f"prune.target_{name}", sizes_memory, "a prune.target in bytes, such as 24GiB")
+        if self.target is not None:
+            read_amount(self.target, "prune.target")  # refuses any other form
+        check_settings(self, "prune")
         require(
             self.warmup_fraction + self.cooldown_fraction < 1,
             "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
         )
-        compensates = self.compensate != "none"
-        for name in ("steps", "decay"):
-            _check_effect(self, f"prune.compensate_{name}", compensates, "prune.compensate: least_squares")
 
     @property
     def target_amount(self) -> Amount | None:
-        """Returns what `target` says. None if there is none."""
         return None if self.target is None else read_amount(self.target, "prune.target")
 
     @property
-    def normalization(self) -> Normalization:
-        """Returns the normalization in force: unit norms per module for `uniform`, raw sums for `global`.
+    def sizes_memory(self) -> bool:
+        """Whether `target` is the memory of a server."""
+        return self.target_amount is not None and self.target_amount.unit == "bytes"
 
-        `fisher` has raw sums in both. Its scores compare without norms.
-        """
+    @property
+    def normalization(self) -> Normalization:
+        """Returns the normalization in force. The scores of `fisher` compare without norms, in both rankings."""
         raw = self.ranking == "global" or self.criterion == "fisher"
         return self.normalize or ("none" if raw else "l2")
 
@@ -154,29 +149,21 @@ class TrainConfig:
             f"train.global_batch_size ({self.global_batch_size}) is not a multiple of "
             f"train.micro_batch_size ({self.micro_batch_size})",
         )
-        require((self.steps is None) != (self.epochs is None), "give exactly one of train.steps and train.epochs")
+        check_settings(self, "train")
         if self.steps is not None:
             self.check_warmup(self.steps)
-        distills = self.distill_weight > 0
-        _check_effect(self, "train.distill_temperature", distills, "train.distill_weight")
-        _check_effect(self, "train.distill_top_k", distills, "train.distill_weight")
 
     def check_warmup(self, steps: int) -> None:
-        """Checks the warmup against the steps without the recovery. With epochs, only the data tells these.
-
-        Raises:
-            UserError: the learning rate would never be reached.
-        """
+        """Checks the warmup against the steps without the recovery. With epochs, only the data tells these."""
         require(
-            self.warmup_steps < steps,
-            f"train.warmup_steps must be below the {steps} steps; got {self.warmup_steps}",
+            self.warmup_steps < steps, f"train.warmup_steps must be below the {steps} steps; got {self.warmup_steps}"
         )
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Returns the micro-batches of each rank per step: global batch size / (micro-batch size * world size).
+        """Returns the micro-batches of each rank per step.
 
         Raises:
-            UserError: it is not a whole number. The message lists the world sizes that fit.
+            UserError: the ranks cannot share them. The line lists the world sizes that fit.
         """
         micro_batches = self.global_batch_size // self.micro_batch_size
         if micro_batches % world_size:
@@ -194,7 +181,7 @@ class EvaluateConfig:
 
     window: Window = 128
     max_windows: Count | None = 160
-    batch_size: Count = 8  # windows of a forward pass. Distillation records at least as many samples in one
+    batch_size: Count = 8  # windows of a forward pass, and the fewest samples in one of distillation's
     every: Count | None = None  # steps between evaluations during the run
 
 
@@ -238,27 +225,16 @@ class RunConfig:
             f"data.packing with model.attn_implementation {self.model.attn_implementation} needs "
             "train.micro_batch_size 1, and evaluate.batch_size 1 if train.distill_weight is set",
         )
-        padded = {source.format for source in self.data.sources} != {"text"}
         require(
-            not self.train.group_by_length or padded,
+            not (self.train.group_by_length and self.data.only_text),
             "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
         )
 
     @property
     def recorded_at_once(self) -> int:
-        """Returns the samples of a forward pass that records the dense model's outputs.
-
-        Such a pass keeps nothing for a backward pass, so it may take more than a micro-batch.
-        """
+        """Returns the samples of a pass that records the dense model's outputs. No backward pass follows it."""
         return max(self.train.micro_batch_size, self.evaluate.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plain nested dictionary that `<output_dir>/config.yaml` holds."""
+        """Returns the nested dictionary that `<output_dir>/config.yaml` holds."""
         return dataclasses.asdict(self)
-
-
-def _check_effect(section: Any, name: str, is_read: bool, needed: str) -> None:
-    """Refuses a value that nothing reads. Its user wanted an effect and forgot another setting."""
-    key = name.rpartition(".")[2]
-    is_default = getattr(section, key) == getattr(type(section), key)
-    require(is_read or is_default, f"{name} has no effect without {needed}")

@@ -1,20 +1,85 @@
-"""Describes the data of a run: the `data` section of its YAML."""
+"""Describes the data of a run: the `data` section of its YAML. Holds the types of values that all sections share."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
-from loraprune_ds.config_types import STRICT, Count, Part, Positive, Window, replace_default
 from loraprune_ds.errors import require
 
+
+def _number(value: Any) -> Any:
+    """Reads `1e-4`, which YAML 1.1 takes for a string."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
+NUMBER = BeforeValidator(_number)
+Positive = Annotated[float, Field(gt=0), NUMBER]
+AtLeast0 = Annotated[float, Field(ge=0), NUMBER]
+Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
+Part = Annotated[float, Field(gt=0, lt=1), NUMBER]
+PartOrAll = Annotated[float, Field(gt=0, le=1), NUMBER]
+LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
+Count = Annotated[int, Field(ge=1)]
+CountOr0 = Annotated[int, Field(ge=0)]
+Window = Annotated[int, Field(ge=2)]
+Size = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 DataFormat = Literal["text", "instruction", "chat"]
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+# Exactly one of each pair must be given.
+EITHER = {"prune": ("ratio", "target"), "train": ("steps", "epochs"), "data": ("held_out", "held_out_fraction")}
+MEMORY = (lambda prune: prune.sizes_memory, "a prune.target in bytes, such as 24GiB")
+REFIT = (lambda prune: prune.compensate != "none", "prune.compensate: least_squares")
+DISTILLATION = (lambda train: train.distill_weight > 0, "train.distill_weight")
+ANSWERS = (lambda data: not data.only_text, "data.format instruction or chat")
+# What a setting needs. Without it nothing reads the setting, and its user wanted an effect.
+NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prune.target_context": MEMORY,
+    "prune.target_weight_bits": MEMORY,
+    "prune.compensate_steps": REFIT,
+    "prune.compensate_decay": REFIT,
+    "train.distill_temperature": DISTILLATION,
+    "train.distill_top_k": DISTILLATION,
+    "data.packing": ANSWERS,
+}
+
+
+def check_settings(section: Any, name: str) -> None:
+    """Checks a section against `EITHER` and `NEEDS`.
+
+    Raises:
+        UserError: a setting lacks another one, or excludes it.
+    """
+    one, other = EITHER[name]
+    require(
+        (getattr(section, one) is None) != (getattr(section, other) is None),
+        f"give exactly one of {name}.{one} and {name}.{other}; null takes one away",
+    )
+    for setting, (is_read, needed) in NEEDS.items():
+        of, key = setting.split(".")
+        if of == name and getattr(section, key) != getattr(type(section), key):
+            require(is_read(section), f"{setting} has no effect without {needed}")
+
+
+def replace_default(given: Any, key: str, other: str) -> Any:
+    """Leaves `key` out where only the `other` is given. For a validator that runs before all others."""
+    values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
+    if values.get(other) is None or key in values:
+        return given
+    return ArgsKwargs((), values | {key: None})
 
 
 @dataclass(frozen=True, config=STRICT)
 class MixtureEntry:
-    """Names one of several sources in `data.path`. Keys that are not given are those of `data`."""
+    """Names one of several sources in `data.path`. Missing keys come from `data`."""
 
     path: str
     weight: Positive | None = None  # samples of this source per samples of the others. None: all samples, once
@@ -29,7 +94,7 @@ class MixtureEntry:
 
 @dataclass(frozen=True, config=STRICT)
 class DataSource:
-    """Holds all that reading one source needs. `section` is where the config names it."""
+    """Describes one source. `section` is where the config names it."""
 
     path: str
     name: str | None
@@ -54,7 +119,7 @@ class DataConfig:
     path: str | list[MixtureEntry] = "embedded"
     name: str | None = None  # configuration of a `datasets` dataset
     split: str = "train"
-    format: DataFormat = "text"  # text: documents packed to windows. Of others the loss takes answers only
+    format: DataFormat = "text"  # text: documents packed to windows. The others: only answers enter the loss
     text_field: str = "text"
     prompt_field: str = "instruction"
     input_field: str | None = "input"
@@ -71,20 +136,19 @@ class DataConfig:
         return replace_default(given, "held_out_fraction", "held_out")
 
     def __post_init__(self) -> None:
-        require(
-            (self.held_out is None) != (self.held_out_fraction is None),
-            "give exactly one of data.held_out and data.held_out_fraction; null takes one away",
-        )
-        entries = [] if isinstance(self.path, str) else self.path
         require(self.path != [] and all(source.path for source in self.sources), "data.path, or a path in it, is empty")
-        formats = {source.format for source in self.sources}
-        require(not self.packing or formats != {"text"}, "data.packing has no effect on data.format text")
+        check_settings(self, "data")
+        entries = [] if isinstance(self.path, str) else self.path
         for i, entry in enumerate(entries):
             given = "a weight" if entry.weight is None else "no weight"
             require(
                 (entry.weight is None) == (entries[0].weight is None),
                 f"data.path[{i}].weight: data.path[0] has {given}; give all entries one, or none",
             )
+
+    @property
+    def only_text(self) -> bool:
+        return {source.format for source in self.sources} == {"text"}
 
     @property
     def sources(self) -> list[DataSource]:

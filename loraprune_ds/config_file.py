@@ -1,12 +1,12 @@
 """Reads YAML and `--set` overrides into the frozen dataclasses of `config.py`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line, require
@@ -35,26 +35,17 @@ REMOVED = {  # keys and values of earlier versions, and why
     "logging.tensorboard": "logging.report_to names all that get the records; [] is none",
     "logging.verbose": "DeepSpeed and transformers tell errors only",
 }
-# The values that removed settings had where nobody set them. A run with these is the same run without.
-DEFAULTS_OF_REMOVED: dict[str, Any] = {
-    "prune.min_heads": 1,
-    "prune.min_channels": 1,
-    "prune.compensate_ridge": 0.05,
-    "prune.target_batch": 1,
-    "prune.target_embedding_bits": 16.0,
-    "prune.target_kv_bits": 16.0,
-    "train.recovery_learning_rate": None,
-    "train.weight_decay": 0.0,
-    "train.adam_beta1": 0.9,
-    "train.adam_beta2": 0.999,
-    "train.loss_chunk_tokens": None,
-    "checkpoint.copy_source": False,
-    "logging.progress": True,
-    "logging.verbose": False,
+# The former defaults of removed settings. A run with these is the same run without.
+DEFAULTS_OF_REMOVED: dict[str, dict[str, Any]] = {
+    "prune": {"min_heads": 1, "min_channels": 1, "compensate_ridge": 0.05}
+    | {"target_batch": 1, "target_embedding_bits": 16.0, "target_kv_bits": 16.0},
+    "train": {"recovery_learning_rate": None, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
+    | {"loss_chunk_tokens": None},
+    "checkpoint": {"copy_source": False},
+    "logging": {"progress": True, "verbose": False},
 }
 # Whatever a recorded run had for these, its result is the same without.
 NO_EFFECT_ON_RESULT = ("train.loss_chunk_tokens", "checkpoint.copy_source", "logging.progress", "logging.verbose")
-TYPES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_type": "str"}  # by pydantic's names
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -73,18 +64,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run from YAML. `overrides` are `key=value` or `section.key=value`, values in YAML.
 
     Raises:
-        UserError: no such file, not a mapping, a wrong type or a value out of range. Or an unknown key: the message
-            lists the known ones. Or one of `REMOVED`: the message says why.
+        UserError: the file cannot be read, or a key or value in it is wrong. The line names the key.
     """
     return config_from_dict(read_config(path, overrides))
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads only the keys that the YAML and the overrides give.
-
-    Raises:
-        UserError: no such file, not YAML or not a mapping, or an override has another form.
-    """
+    """Reads only the keys that the YAML and the overrides give. Raises UserError like `load_config`."""
     path = find_shipped(path)
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
@@ -103,18 +89,14 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def find_shipped(path: str | Path) -> Path:
-    """Finds a file as given, or else among those that come with the package. So these serve from any directory."""
+    """Finds a file as given, or else among those that come with the package."""
     given = Path(path).expanduser()
     shipped = SHIPPED / given
     return shipped if shipped.is_file() and not given.exists() else given
 
 
 def config_value(config: RunConfig, dotted: str) -> Any:
-    """Returns the value of `key` or `section.key`.
-
-    Raises:
-        UserError: no such key, or a section.
-    """
+    """Returns the value of `key` or `section.key`. Raises UserError if there is none."""
     value: Any = config.to_dict()
     for key in dotted.split("."):
         value = value.get(key, {}) if isinstance(value, dict) else {}
@@ -123,36 +105,34 @@ def config_value(config: RunConfig, dotted: str) -> Any:
 
 
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
-    """Checks a nested dictionary, such as `RunConfig.to_dict` gives and a checkpoint keeps.
-
-    Raises:
-        UserError: as `load_config`.
-    """
-    return _build(RunConfig, _without(raw, _is_old_default))
+    """Checks a nested dictionary, such as `RunConfig.to_dict` gives. Raises UserError like `load_config`."""
+    return _build(RunConfig, _without_removed(raw))
 
 
 def forget_removed(saved: dict[str, Any]) -> dict[str, Any]:
     """Returns a recorded config without the settings that are gone, where the run is the same without them.
 
     Raises:
-        UserError: one of them had a value that would make it another run.
+        UserError: one of them had a value that made it another run.
     """
-    kept = _without(saved, lambda name, value: name in NO_EFFECT_ON_RESULT or _is_old_default(name, value))
-    for name in DEFAULTS_OF_REMOVED:
-        section, key = name.split(".")
-        if key in (values := kept.get(section) or {}):
+    kept = _without_removed(saved, NO_EFFECT_ON_RESULT)
+    for section, defaults in DEFAULTS_OF_REMOVED.items():
+        values = kept.get(section) or {}
+        for key in (key for key in defaults if key in values):
+            name = f"{section}.{key}"
             raise UserError(f"this run has {name} {values[key]!r}, which is gone: {REMOVED[name]}")
     return kept
 
 
-def _is_old_default(name: str, value: Any) -> bool:
-    return name in DEFAULTS_OF_REMOVED and value == DEFAULTS_OF_REMOVED[name]
+def _without_removed(raw: dict[str, Any], with_any_value: Sequence[str] = ()) -> dict[str, Any]:
+    """Leaves out the removed settings that have their old default, or any value where they are named."""
 
+    def is_dropped(section: str, key: str, value: Any) -> bool:
+        defaults = DEFAULTS_OF_REMOVED.get(section, {})
+        return key in defaults and (value == defaults[key] or f"{section}.{key}" in with_any_value)
 
-def _without(raw: dict[str, Any], is_dropped: Callable[[str, Any], bool]) -> dict[str, Any]:
-    """Returns a copy of a config without the values of `section.key` for which `is_dropped`."""
     return {
-        section: {key: value for key, value in values.items() if not is_dropped(f"{section}.{key}", value)}
+        section: {key: value for key, value in values.items() if not is_dropped(section, key, value)}
         if isinstance(values, dict)
         else values
         for section, values in raw.items()
@@ -160,24 +140,17 @@ def _without(raw: dict[str, Any], is_dropped: Callable[[str, Any], bool]) -> dic
 
 
 def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Returns `saved` with the values of `given` in place of its own, key by key in all sections."""
+    """Returns `saved` with the values of `given` in it, key by key in all sections."""
     merged = dict(saved)
     for key, value in given.items():
         section = saved.get(key)
-        merged[key] = merge(section, value or {}) if isinstance(section, dict) and _is_section(value) else value
+        is_section = isinstance(section, dict) and isinstance(value, dict | None)  # an empty one is None in YAML
+        merged[key] = merge(section, value or {}) if is_section else value
     return merged
 
 
-def _is_section(value: Any) -> bool:
-    return value is None or isinstance(value, dict)  # a section without any keys is None in YAML
-
-
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Puts a `section.key=value` into the nested dictionary of a run.
-
-    Raises:
-        UserError: the override has another form.
-    """
+    """Puts a `section.key=value` into the nested dictionary of a run."""
     dotted, separator, value = override.partition("=")
     require(bool(separator and dotted), f"--set takes key=value, got {override!r}")
     *sections, key = dotted.strip().split(".")
@@ -194,7 +167,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _build(cls: type, raw: Any, prefix: str = "") -> Any:
-    """Makes a section, or the whole run, of a dictionary. An empty section has its defaults."""
+    """Makes a section or the whole run from a dictionary. An empty section gets its defaults."""
     require(isinstance(raw, dict), f"{prefix.rstrip('.')} must be a section of keys, got {raw!r}")
     values = {str(key): value for key, value in raw.items()}
     for f in dataclasses.fields(cls):
@@ -210,50 +183,22 @@ def _build(cls: type, raw: Any, prefix: str = "") -> Any:
 
 
 def _entry_class(kind: Any) -> type | None:
-    """Returns the dataclass whose list a key may hold, if there is one."""
+    """Returns the dataclass of a key that may hold a list of them."""
     items = [item for choice in get_args(kind) if get_origin(choice) is list for item in get_args(choice)]
     return next(filter(dataclasses.is_dataclass, items), None)
 
 
 def _describe(error: ValidationError, cls: type, prefix: str) -> str:
-    """Tells the first problem in one line. A key that is gone goes first, then an unknown one: it may be mistyped."""
+    """Describes the most likely cause in one line: a key that is gone, then an unknown one, then a wrong value."""
     problems = error.errors()
     named = {f"{prefix}{p['loc'][0]}{value}" for p in problems for value in ("", f"={p['input']}")}
     if gone := next((name for name in REMOVED if name in named), None):
         return f"{gone} is gone: {REMOVED[gone]}"
     first = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
-    key = str(first["loc"][0])
+    key = f"{prefix}{first['loc'][0]}"
     match first["type"]:
         case "unexpected_keyword_argument":
-            known = ", ".join(f.name for f in dataclasses.fields(cls))
-            return f"unknown key {prefix}{key}; known keys there: {known}"
+            return f"unknown key {key}; known keys there: {', '.join(f.name for f in dataclasses.fields(cls))}"
         case "missing":
-            return f"the key {prefix}{key} is missing"
-        case "value_error":  # float() of a string
-            wanted = "a number"
-        case "finite_number":
-            wanted = "finite"
-        case kind:
-            wanted = f"of type {TYPES[kind]}" if kind in TYPES else _allowed(cls, key)
-    return f"{prefix}{key} must be {wanted}; got {first['input']!r}"
-
-
-def _allowed(cls: type, key: str) -> str:
-    """Says in words what the JSON schema of `cls` allows for the value of `key`."""
-    schema = TypeAdapter(cls).json_schema()["properties"][key]
-    match schema.get("anyOf", [schema])[0]:  # the second one is null
-        case {"enum": choices}:
-            return f"one of {', '.join(choices)}"
-        case {"items": {"enum": choices}}:
-            return f"a list of {', '.join(choices)}"
-        case {"minimum": low, "maximum": high}:
-            return f"in [{low}, {high}]"
-        case {"minimum": low, "exclusiveMaximum": high}:
-            return f"in [{low}, {high})"
-        case {"exclusiveMinimum": low, "maximum": high}:
-            return f"in ({low}, {high}]"
-        case {"exclusiveMinimum": low, "exclusiveMaximum": high}:
-            return f"in ({low}, {high})"
-        case {"minimum": low}:
-            return f"at least {low}"
-    return "positive"
+            return f"the key {key} is missing"
+    return f"{key} {first['msg'].replace('Input should', 'must')}; got {first['input']!r}"

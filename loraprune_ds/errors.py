@@ -1,20 +1,20 @@
-"""Holds the exceptions that a user should see: a single clear line, no traceback."""
+"""Exceptions that a user sees as one line, without a traceback."""
 
 
 class UserError(Exception):
-    """Input that cannot be used. The message names the key, file, layer or rank at fault."""
+    """Unusable input. The message names the key, file, layer or rank at fault."""
 
     exit_code = 2
 
 
 class RunError(UserError):
-    """A run that went wrong in a way its user can act on (a NaN, ranks that disagree)."""
+    """A failure of a run that its user can act on, such as a NaN."""
 
     exit_code = 1
 
 
 class RankError(RunError):
-    """An error that one rank met alone in the middle of a run. The others wait for it, so it must tell this itself."""
+    """An error that only one rank met during a run. The others are waiting, so this rank must report it."""
 
 
 def require(ok: bool, message: str) -> None:
@@ -24,13 +24,10 @@ def require(ok: bool, message: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the message of an error without line breaks. An error without a message gives its type."""
+    """Returns the message of an error without line breaks, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its type if it has none.
-
-    The rest of a message from the hub or from `datasets` is advice to programmers.
-    """
+    """Returns the first line of an error's message. From the hub and `datasets` the rest is advice to programmers."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

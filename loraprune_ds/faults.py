@@ -1,8 +1,7 @@
-"""Fail-points: places where a test can kill a rank, so that a kill lands where the test wants it.
+"""Fail-points: places where a test can kill a rank.
 
-`LORAPRUNE_FAULT=phase@n:rank:signal` sends the signal when that rank passes the phase for the n-th time. An example
-is `save.before_rename@2:0:9`. With `raise` in place of a signal an error is raised. Without the variable nothing
-happens.
+`LORAPRUNE_FAULT=phase@n:rank:signal`, such as `save.before_rename@2:0:9`, sends the signal when that rank passes the
+phase for the n-th time. With `raise` in place of a signal it raises an error.
 """
 
 import os
@@ -14,7 +13,6 @@ _passed: Counter[str] = Counter()
 
 
 def fail_point(phase: str) -> None:
-    """Sends the signal to this process, or raises, if the variable names this phase, pass and rank."""
     if FAULT is None:
         return
     _passed[phase] += 1

@@ -1,4 +1,4 @@
-"""Small text and JSON files. They appear whole, and the JSON is always valid."""
+"""Small text and JSON files, written atomically. The JSON is always valid."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from loraprune_ds.whole import whole_file
 
 
 def finite(value: Any) -> Any:
-    """Replaces NaN and infinities in a nested value by None, as JSON cannot hold them."""
+    """Replaces NaN and infinities in a nested value by None, because JSON cannot hold them."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -19,10 +19,7 @@ def finite(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one go. A reader sees the old text or the new one.
-
-    It is not forced to the disk, as it may be called on every step.
-    """
+    """Replaces a file atomically. It is not flushed to the disk, because this may run on every step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, lasting=False) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -42,13 +39,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
-    """Reads a JSON file that must hold one object.
-
-    Args:
-        unique_keys: refuse a key that is given twice, in files that people write. Otherwise the last one counts.
+    """Reads a JSON file that must hold one object. With `unique_keys`, a key given twice is an error.
 
     Raises:
-        UserError: it is missing, cannot be read or holds something else. The message names the file.
+        UserError: it is missing, unreadable or holds no object. The message names the file.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -56,7 +50,7 @@ def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique_keys else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # neither text nor JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON
         raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")
@@ -64,6 +58,6 @@ def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
 
 
 def file_identity(path: Path) -> object:
-    """Returns what changes when a file changes. It is not read."""
+    """Returns a value that differs after the file has changed. The file is not read."""
     status = path.stat()
     return str(path.resolve()), status.st_size, status.st_mtime_ns

@@ -29,11 +29,7 @@ class Amount:
 
 
 def read_amount(text: str, key: str) -> Amount:
-    """Reads '4.5B' as parameters, '24GiB' or '24GB' as bytes.
-
-    Raises:
-        UserError: it is neither. The line names the key.
-    """
+    """Reads '4.5B' as parameters, '24GiB' or '24GB' as bytes. Raises UserError, which names the key, for others."""
     match = re.fullmatch(r"(\d+\.?\d*)\s*([a-zA-Z]*)", text.strip())
     number, suffix = match.groups() if match else ("", "")
     scale = ({"": 1.0} | COUNTS | BYTES).get(suffix) if match else None
@@ -76,7 +72,7 @@ def format_percent(fraction: float) -> str:
 
 
 def format_perplexity(perplexity: float | None, digits: int = 2) -> str:
-    """Writes `digits` behind the point. A model that fell apart needs powers of ten."""
+    """Writes 12.3456 as '12.35', or the huge value of a broken model as '1.23e+07'."""
     if perplexity is None or not math.isfinite(perplexity):
         return "-" if perplexity is None else "not finite"
     return f"{perplexity:.{digits}f}" if perplexity < 1e5 else f"{perplexity:.2e}"

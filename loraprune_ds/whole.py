@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, however the process that writes them ends."""
+"""Atomic writes: files and folders that are complete or absent, however the writing process ends."""
 
 import contextlib
 import errno
@@ -26,11 +26,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, *, lasting: bool) -> Iterator[Path]:
-    """Yields a temporary path. What is written there replaces `path` in one go.
-
-    Args:
-        lasting: forces it to the disk. Without it a machine that dies may leave an old or an empty file.
-    """
+    """Yields a temporary path. The file written there replaces `path`, flushed to the disk first if `lasting`."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # another process may write the same file
     yield temporary
     if lasting:
@@ -41,11 +37,7 @@ def whole_file(path: Path, *, lasting: bool) -> Iterator[Path]:
 
 
 def staging_of(target: Path, mark: str = "") -> Path:
-    """Returns the dot-named sibling in which the folder `target` is built.
-
-    Args:
-        mark: tells it from the one of another process that may build the same folder.
-    """
+    """Returns the hidden sibling in which the folder `target` is built. The `mark` is of the process that builds it."""
     return target.with_name(f".{target.name}{mark and '.'}{mark}.partial")
 
 
@@ -59,7 +51,7 @@ def begin(target: Path, mark: str = "") -> Path:
 
 
 def publish(target: Path, mark: str = "") -> None:
-    """Gives a staging folder its name, and makes the name last. Its files must be flushed already."""
+    """Renames a staging folder to its target, durably. Its files must be flushed already."""
     staging = staging_of(target, mark)
     flush(staging)
     staging.rename(target)
@@ -67,9 +59,9 @@ def publish(target: Path, mark: str = "") -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a published folder. It loses its name first, so that nobody finds half of it.
+    """Removes a published folder. It is renamed first, so that no process finds half of it.
 
-    NFS keeps files that somebody still reads. They go with the next removal and are no reason to end a run.
+    NFS keeps files that are still being read. The next removal deletes them.
     """
     doomed = folder.with_name(f".{folder.name}.removed")
     if doomed.exists():
@@ -80,7 +72,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what killed writes and removals have left in `root`."""
+    """Removes what killed processes have left in `root`."""
     for leftover in (*root.glob(".*.removed"), *root.glob(".*.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in root.glob(".*.tmp"):
@@ -88,19 +80,13 @@ def remove_leftovers(root: Path) -> None:
 
 
 def user_cache() -> Path:
-    """Returns the base directory of the XDG specification, which says to ignore a relative value."""
+    """Returns the base directory of the XDG specification, which ignores a relative value."""
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return configured if configured.is_absolute() else Path.home() / ".cache"
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Has `make` fill a new folder, which then appears as `folder`.
-
-    Several processes of a node may call it. One makes the folder, the others wait and find it.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Creates `folder` with the contents that `make` writes. One process does it, the others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.parent / f".{folder.name}.lock"):
         if folder.exists():
@@ -121,7 +107,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process, however it ends
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise  # without a lock every process makes its own, and the first one's is taken

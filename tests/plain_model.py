@@ -59,9 +59,6 @@ class PlainModel:
     def gather_values(self, value: int) -> list[int]:
         return [value]
 
-    def broadcast(self, values: Tensor) -> Tensor:
-        return values
-
     def owner(self, layer: int) -> int:
         return 0
 

@@ -34,12 +34,11 @@ from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.activations import logits, saved_in_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.request import Request, build_request
-from loraprune_ds.plan.stages import training_stage
+from loraprune_ds.plan.stages import logits, saved_in_layer, training_stage
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
@@ -179,7 +178,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         if record is None:
             continue
         after, sent = trainer.model.shape, trainer.model.comm.bytes_sent - sent_before
-        sent -= agreement_bytes(before, world_size, rank)[1]
+        sent -= 3 * 8 * (world_size - 1)  # a digest and two sizes, by all-gather
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
         cuts = [layer_cuts(before, i, k, request.config.lora.r, request.element_size) for i, k in enumerate(keep)]
         cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != after.layers[i]]
@@ -226,17 +225,6 @@ def run_with_second_copy(case: Case) -> dict[str, Any]:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
-def agreement_bytes(shape: ModelShape, world_size: int, rank: int) -> tuple[int, int]:
-    """Returns (per step, per cut) what ranks tell each other besides: reports, digests, sizes, and rank 0's mask.
-
-    In a step every rank sends four fp64 numbers. In a cut it sends three int64, and rank 0 one byte per group.
-    """
-    if world_size == 1:
-        return 0, 0
-    mask = sum(sum(layer.values()) for layer in shape.layers)
-    return 5 * 8 * (world_size - 1), 3 * 8 * (world_size - 1) + (mask if rank == 0 else 0)
-
-
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
     gc.collect()
     terms, _ = split_state(request, trainer.model.shape, stepped=stepped, passed=False)
@@ -259,7 +247,7 @@ def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int)
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
     lora_scored = scores and request.config.prune.criterion in ("lora", "gradient", "magnitude")
     of_lora = 8 * request.lora_shards(shape) * (world_size - 1) if lora_scored else 0
-    agreed = agreement_bytes(shape, world_size, rank)[0]
+    agreed = 5 * 8 * (world_size - 1)  # fp64 numbers for the report
     return {
         "step": step,
         "weights": {"most": planned["weights"], "counted": sent["all_gather_into_tensor"] - of_lora - agreed},
@@ -314,5 +302,5 @@ def saved_activations(case: Case) -> dict[str, int]:
         "counted": sum(kept.values()),
         "layers": sum(layers),
         "last_layer": layers[-1],
-        "logits": logits(shape, batch, None),
+        "logits": logits(shape, batch),
     }

@@ -1,4 +1,4 @@
-"""Prunes in a training loop of one's own, on accelerate: loraprune_ds/hf/README.md."""
+"""Prunes in your own training loop, on accelerate: loraprune_ds/hf/README.md."""
 
 import sys
 

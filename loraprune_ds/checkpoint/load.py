@@ -1,4 +1,4 @@
-"""Finds the newest good checkpoint and gives its parts back. Damaged ones are named and passed over."""
+"""Finds the newest good checkpoint and reads its parts. Damaged ones are named and passed over."""
 
 import hashlib
 from collections.abc import Callable
@@ -33,11 +33,7 @@ class TrainingCheckpoint:
     state: RunState
 
     def shape_folder(self) -> Path:
-        """Returns the folder of its frozen weights. A source that has moved is found by `model.path`.
-
-        Raises:
-            UserError: as `locate_model`.
-        """
+        """Returns the folder of its frozen weights. A source that has moved is found at `model.path`."""
         shape = self.state.shape
         if not shape.is_source:
             return self.folder.parent / shape.folder
@@ -45,27 +41,22 @@ class TrainingCheckpoint:
         return source if source.is_dir() else locate_model(config_from_dict(forget_removed(self.state.config)).model)
 
     def frozen_weights(self, config: RunConfig) -> PretrainedModel:
-        """Opens the model without LoRA, cut as it is in this checkpoint.
-
-        Raises:
-            UserError: as `open_for_pruning`.
-        """
+        """Opens the model without LoRA, with the cuts of this checkpoint."""
         pretrained = open_for_pruning(self.shape_folder(), config)
         if not self.state.shape.is_source:
             return pretrained
         return cut_to(pretrained, keep_from_lists(self.state.kept, pretrained.shape.kinds), config.model.dtype)
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
-        """Returns what the pruner of a model with these kinds of groups goes on from."""
         kept, scores = keep_from_lists(self.state.kept, kinds), read_scores(self.folder, kinds)
         return PrunerState(kept, scores, self.state.updates_since_cut, self.state.moment_tokens)
 
     def moments(self, layer: int) -> dict[str, Tensor]:
-        """Returns the input moments of a layer by linear, as sums over `moment_tokens`; empty if none were recorded."""
+        """Returns the input moments of a layer by linear, as sums over `moment_tokens`, if any were recorded."""
         return read_moments(self.folder, layer)
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
-        """Reads the flat elements [start, end) of a layer's LoRA tensor, and only the rows that hold them."""
+        """Reads the flat elements [start, end) of a layer's LoRA tensor, and only the rows that contain them."""
         with safe_open(self.folder / layout.layer_file(layer), framework="pt") as file:
             view = file.get_slice(name)
             columns = view.get_shape()[1]
@@ -75,10 +66,10 @@ class TrainingCheckpoint:
 
 
 def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -> TrainingCheckpoint | None:
-    """Opens the newest checkpoint under `root` that is whole. The ranks share the reading. Collective.
+    """Opens the newest undamaged checkpoint under `root`. The ranks share the reading. Collective.
 
     Raises:
-        CheckpointMismatch: it is whole, but of another format or of another source model.
+        CheckpointMismatch: it is of another format or of another source model.
     """
     for number in reversed(comm.gather_objects(layout.numbered(root, "step"))[0]):
         try:
@@ -91,21 +82,15 @@ def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -
 
 
 def open_training_checkpoint(folder: Path, comm: "Communicator") -> TrainingCheckpoint:
-    """Verifies one checkpoint and the shape it names. Collective.
-
-    Raises:
-        UserError: something is missing or damaged. All ranks raise the same line.
-        CheckpointMismatch: it is of another format or of another source model. All ranks raise the same line.
-    """
+    """As `check_training_checkpoint`, with the reading shared by the ranks, which raise the same line. Collective."""
     return comm.all_or_raise(lambda: check_training_checkpoint(folder, part=comm.rank, parts=comm.world_size))
 
 
 def check_training_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) -> TrainingCheckpoint:
-    """Verifies one checkpoint and the shape that it names, or the share of one of `parts` readers.
+    """Verifies one checkpoint and the frozen weights that it names, or the share of one of `parts` readers.
 
     Raises:
-        UserError: something is missing or damaged.
-        CheckpointMismatch: it is of another format or of another source model.
+        UserError: something is missing or damaged, or as CheckpointMismatch, of another format or source model.
     """
     checkpoint = TrainingCheckpoint(folder, read_state(folder))
     layout.verify(folder, part=part, parts=parts)
@@ -126,20 +111,13 @@ def _check_source(checkpoint: TrainingCheckpoint) -> None:
         source = checkpoint.shape_folder()
         found = source_digest(open_pretrained(source))
     except UserError as error:
-        raise CheckpointMismatch(
-            f"the model that {checkpoint.folder} was started from cannot be read: {error}"
-        ) from None
+        raise CheckpointMismatch(f"the source model of {checkpoint.folder} cannot be read: {error}") from None
     if found != checkpoint.state.shape.digest:
-        raise CheckpointMismatch(
-            f"{source} is not the model that {checkpoint.folder} was started from: its tensors differ"
-        )
+        raise CheckpointMismatch(f"{source} is not the source model of {checkpoint.folder}: its tensors differ")
 
 
 def source_digest(pretrained: PretrainedModel) -> str:
-    """Identifies a source model by its config and its files' names, sizes and first MiB, which has the tensors' names.
-
-    Reading all of it would take as long as loading it; a file of the same size with other numbers is not noticed.
-    """
+    """Identifies a source model by its config and its files' names, sizes and first MiB with the tensors' names."""
     digest = hashlib.sha256((pretrained.folder / "config.json").read_bytes())
     for path in sorted(set(pretrained.files.values())):
         with path.open("rb") as file:
@@ -149,5 +127,4 @@ def source_digest(pretrained: PretrainedModel) -> str:
 
 
 def source_of(pretrained: PretrainedModel) -> ShapeSource:
-    """The frozen weights of a run that has changed none: it has not cut yet, or has only left some out."""
     return ShapeSource(str(pretrained.folder.resolve()), source_digest(pretrained), is_source=True)

@@ -1,7 +1,4 @@
-"""The parts of a pruner's state: its kept groups, the moving averages of its scores, the input moments of each layer.
-
-The folder of a run's step has them. So has the folder that the callback keeps beside a Trainer's checkpoint.
-"""
+"""A pruner's state in the checkpoints of a run and of the callback: kept groups, score averages, input moments."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,24 +17,22 @@ if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
 
 
 def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[list[int]]]:
-    """Returns the kept groups of each layer and kind, for JSON."""
+    """Returns the kept groups by layer and kind, for JSON."""
     return [[layer[kind].tolist() for kind in kinds] for layer in keep]
 
 
 def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> list[LayerKeep]:
-    """Returns what `keep_to_lists` was given."""
     return [LayerKeep(zip(kinds, map(torch.LongTensor, layer), strict=True)) for layer in lists]
 
 
 def write_scores(staging: "Staging", scores: list[LayerScores] | None) -> None:
-    """Writes the moving averages, float64. Nothing if nothing was scored. On one rank."""
+    """Writes the moving averages in float64, if there are scores. On one rank."""
     if scores is not None:
         tensors = {f"{i}.{kind}": groups for i, layer in enumerate(scores) for kind, groups in layer.items()}
         staging.write(layout.SCORES_FILE, lambda path: save_file(tensors, path))
 
 
 def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> list[LayerScores] | None:
-    """Reads the moving averages. None if nothing was scored."""
     path = folder / layout.SCORES_FILE
     if not path.exists():
         return None
@@ -47,17 +42,15 @@ def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> list[LayerScores] | No
 
 
 def write_moments(staging: "Staging", layer: int, moments: dict[str, Tensor]) -> None:
-    """Writes the input moments of a layer, by linear. Nothing if there are none. On the layer's owner."""
+    """Writes the input moments of a layer by linear, if any. On the layer's owner."""
     if moments:
         staging.write(layout.moments_file(layer), lambda path: save_on_cpu(moments, path))
 
 
 def read_moments(folder: Path, layer: int) -> dict[str, Tensor]:
-    """Reads the input moments of a layer, by linear. Empty if none were written."""
     path = folder / layout.moments_file(layer)
     return load_file(path) if path.exists() else {}
 
 
 def save_on_cpu(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes tensors of any device to one file."""
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)

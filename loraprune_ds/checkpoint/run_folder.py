@@ -1,4 +1,4 @@
-"""The folder of a run: the names in it, and status.json for people, scripts and the next start."""
+"""The names in a run's folder, and status.json."""
 
 import os
 from dataclasses import asdict, dataclass, field
@@ -27,30 +27,17 @@ State = Literal["running", "stopped", "finished", "failed"]
 KINDS = {"step": int, "steps": int, "error": str | None, "updated": str, "mark": str, "job": str | None}
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True)
 class Status:
-    """Describes the state of a run: `step` of `steps` optimizer steps are done.
-
-    A killed process cannot say so: "running" with an old `updated` means that.
-
-    Attributes:
-        error: the one line that a failed run ended with.
-        updated: UTC, ISO 8601.
-        mark: drawn for every start. By it a run knows its own status from the one of another start.
-        job: Slurm's number of the job. By it slurm/job.sh knows if another job has taken the run over.
-    """
+    """The state of a run after `step` of `steps` optimizer steps. A killed run stays "running"."""
 
     state: State
     step: int
     steps: int
     error: str | None = None
-    updated: str = field(default_factory=_now)
-    mark: str = field(default_factory=lambda: uuid4().hex[:8])
-    job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
+    updated: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    mark: str = field(default_factory=lambda: uuid4().hex[:8])  # tells one start from another
+    job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))  # slurm/job.sh compares it
     format: int = FORMAT
 
     def __str__(self) -> str:
@@ -58,16 +45,14 @@ class Status:
 
 
 def write_status(folder: Path, status: Status) -> None:
-    """Replaces status.json."""
     write_json(folder / STATUS_FILE, asdict(status))
 
 
 def read_status(folder: Path) -> Status | None:
-    """Reads the status of the run in this folder; None if there is none.
+    """Reads the status of the run in this folder, if there is a run.
 
     Raises:
-        UserError: status.json is damaged. The message names it.
-        CheckpointMismatch: the run is of another format.
+        UserError: status.json is damaged, or as CheckpointMismatch, of another format.
     """
     path = folder / STATUS_FILE
     if not path.exists():
@@ -84,10 +69,6 @@ def read_status(folder: Path) -> Status | None:
 
 
 def describe_method(report: dict[str, Any]) -> str:
-    """Names criterion and ranking of the run that wrote this report.json.
-
-    Raises:
-        KeyError, TypeError: no run writes such a report.
-    """
+    """Names criterion and ranking of the run that wrote this report.json."""
     prune = report["config"]["prune"]
     return f"{prune['criterion']}, {prune['ranking']}"

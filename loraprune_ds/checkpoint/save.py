@@ -1,11 +1,4 @@
-"""Writes a checkpoint: the LoRA state layer by layer from all ranks, and the frozen weights if they changed.
-
-checkpoints/step-120/    layer-00000.safetensors ...    fp32 LoRA masters and Adam moments of a layer
-                         scores.safetensors             moving averages of the scores, float64
-                         moments-00000.safetensors ...  input moments of a layer, fp32 (README.md)
-                         state.json, manifest.json      everything else, and the checksums of all files
-checkpoints/shape-2/     the frozen weights after the second cut, as a Hugging Face folder (README.md)
-"""
+"""Writes a checkpoint: the LoRA state layer by layer from all ranks, and the frozen weights if they changed."""
 
 import json
 from pathlib import Path
@@ -29,11 +22,7 @@ from loraprune_ds.zero.write import frozen_tensors, write_model
 
 
 def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str, Any], dtype: Dtype) -> ShapeSource:
-    """Publishes the frozen weights as `shape-{cuts}`, in the form in which they are held. Collective.
-
-    Raises:
-        RunError: a rank cannot write. Nothing is published and nothing older is lost.
-    """
+    """Publishes the frozen weights as `shape-{cuts}`, in the form in which the ranks hold them. Collective."""
     with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
         if model.rank == 0:
             stored = config_json | (STORED_INT8 if model.shape.int8 else {})
@@ -48,11 +37,7 @@ def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str
 def save_step(
     model: ShardedModel, root: Path, state: RunState, scores: list[LayerScores] | None, moments: InputMoments | None
 ) -> Path:
-    """Publishes `step-{state.step}`. A layer is written by its owner, which has its input moments. Collective.
-
-    Raises:
-        RunError: a rank cannot write. Nothing is published and nothing older is lost.
-    """
+    """Publishes `step-{state.step}`. Each layer is written by its owner, which has its input moments. Collective."""
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
@@ -60,7 +45,7 @@ def save_step(
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {layer: collect_lora_state(model, layer, model.owner(layer)) for layer in layers}
             for layer, tensors in collected.items():
-                if tensors is not None:  # this rank's; the other owners write theirs at the same time
+                if tensors is not None:  # on the owner. All owners of a round write at the same time
                     staging.write(layout.layer_file(layer), lambda path, lora=tensors: save_on_cpu(lora, path))
                     write_moments(staging, layer, {} if moments is None else moments.of_layer(layer))
             del collected, tensors
@@ -71,10 +56,9 @@ def save_step(
 
 
 def drop_old(root: Path, step: int, keep_last: int) -> None:
-    """Removes what no later start needs, after `step-{step}` was published. On rank 0 only.
+    """Removes old steps, and shapes that no step names, after `step-{step}` was published. On rank 0 only.
 
-    Old steps go, and every shape that no step names any more. So do steps beyond `step`: a damaged checkpoint or a
-    start from an older one has left them. What a killed save or removal has left goes, too.
+    Steps above `step`, left by a start from an older checkpoint, and the remains of killed saves are removed as well.
     """
     remove_leftovers(root)
     steps, shapes = layout.numbered(root, "step"), layout.numbered(root, "shape")

@@ -1,4 +1,4 @@
-"""A folder that the ranks fill at the same time and that appears whole or not at all."""
+"""A folder that all ranks fill at the same time, and that appears in one rename."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -15,13 +15,7 @@ from loraprune_ds.zero.write import LocalWrites
 
 
 class Staging:
-    """Builds one folder. Construction and `publish` are collective.
-
-    It is a context manager. If a save fails it removes what was written, which gives a full disk its space back.
-
-    Args:
-        kind: its name in fail-points.
-    """
+    """Builds one folder. Construction and `publish` are collective. Its files are removed if a `with` block fails."""
 
     def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
         self._mark = comm.draw_mark()
@@ -29,7 +23,7 @@ class Staging:
         self._comm, self._kind = comm, kind
         self._writes = LocalWrites()
         self._sealed: dict[str, dict[str, Any]] = {}
-        empty_cache()  # torch may hold all that is free, and NCCL asks CUDA for the buffers of the gathers to come
+        empty_cache()  # torch may have reserved the memory that NCCL needs for the gathers
         self._writes.do_on_rank_0(comm, self.folder, lambda: whole.begin(target, self._mark))
 
     def __enter__(self) -> "Staging":
@@ -42,7 +36,7 @@ class Staging:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Writes one file on this rank and seals it. Only the writer's own fsync is sure to reach its cache."""
+        """Writes one file on this rank and seals it here, because only the writer's fsync surely flushes its cache."""
 
         def write_and_seal() -> None:
             write(self.folder / name)
@@ -56,15 +50,9 @@ class Staging:
             self.write(name, lambda path: None)
 
     def publish(self) -> None:
-        """Writes the manifest and gives the folder its name. Replaces a folder that an abandoned start has left.
-
-        Raises:
-            RunError: a write failed on some rank. Nothing is published.
-        """
+        """Writes the manifest and renames the folder. If a write failed on some rank, all ranks raise RunError."""
         self._writes.agree(self._comm, self.folder)
-        sealed: dict[str, dict[str, Any]] = {}
-        for part in self._comm.gather_objects(self._sealed):
-            sealed |= part
+        sealed = {name: entry for part in self._comm.gather_objects(self._sealed) for name, entry in part.items()}
         self._writes.do_on_rank_0(self._comm, self.folder, lambda: self._rename(sealed))
 
     def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The part of a checkpoint that is no tensor, as JSON."""
+"""`state.json`, everything in a checkpoint except tensors."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -13,78 +13,45 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class ShapeSource:
-    """Names the place of the frozen weights: `shape-K` beside the steps, or the source, read by its kept groups.
+    """Names the folder of the frozen weights: `shape-K` next to the steps, or the source, of which slices are read."""
 
-    Attributes:
-        folder: name of the shape folder, or the path of the source.
-        digest: checksum of the shape's manifest, or `load.source_digest` of the source.
-        is_source: the weights are those of the model that the run started from, or slices of them.
-    """
-
-    folder: str
-    digest: str
+    folder: str  # the name of the shape folder, or the path of the source
+    digest: str  # of the shape's manifest, or `load.source_digest`
     is_source: bool
 
 
 @dataclass(frozen=True)
 class RunTotals:
-    """Counts what a run has read and measured.
-
-    Attributes:
-        tokens: of all its steps.
-        perplexity_dense: held-out, before the first step.
-        perplexity: held-out, at this very step.
-    """
-
-    tokens: int = 0
-    perplexity_dense: float | None = None
-    perplexity: float | None = None
+    tokens: int = 0  # read in all steps
+    perplexity_dense: float | None = None  # held-out, before the first step
+    perplexity: float | None = None  # held-out, at this step
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Describes a run after `step` optimizer steps, independent of the number of ranks.
-
-    Attributes:
-        totals: tokens read, perplexities measured.
-        adam_step: updates that Adam has made. Fewer than `step` if fp16 steps were skipped.
-        schedule: state of the learning-rate schedule.
-        loss_scale: state of fp16's loss scaler, empty otherwise.
-        kept: per layer, the kept groups of each of the family's kinds, as indices into the dense model.
-        updates_since_cut: scores since the last cut.
-        cuts: made so far; the number of the shape.
-        moment_tokens: tokens that the input moments are sums over; 0 if there are none.
-        resumed_from: steps at which the run was taken up before.
-        config: the resolved run config.
-    """
+    """A run after `step` optimizer steps, independent of the number of ranks."""
 
     step: int
     totals: RunTotals
-    adam_step: int
-    schedule: dict[str, Any]
-    loss_scale: dict[str, Any]
-    kept: list[list[list[int]]]
-    updates_since_cut: int
-    cuts: int
+    adam_step: int  # updates of Adam, fewer than `step` if fp16 steps were skipped
+    schedule: dict[str, Any]  # state of the learning-rate schedule
+    loss_scale: dict[str, Any]  # state of fp16's loss scaler, otherwise empty
+    kept: list[list[list[int]]]  # by layer and kind, as indices into the dense model
+    updates_since_cut: int  # of the scores
+    cuts: int  # made so far, the number of the shape
     shape: ShapeSource
-    resumed_from: list[int]
+    resumed_from: list[int]  # steps of earlier resumes
     config: dict[str, Any]
-    moment_tokens: float = 0.0
+    moment_tokens: float = 0.0  # the tokens that the input moments are sums over
     format: int = field(default=FORMAT)
 
 
 def state_text(state: RunState) -> str:
-    """Returns the text of `state.json`. It has no line breaks: a large model keeps a million groups."""
     return json.dumps(asdict(state)) + "\n"
 
 
 def read_state(folder: Path) -> RunState:
-    """Reads `state.json`.
-
-    Raises:
-        UserError: it is missing or damaged.
-        CheckpointMismatch: it is of another format.
-    """
+    """Reads `state.json`. Raises UserError if it is damaged, and CheckpointMismatch for another format."""
     path = folder / STATE_FILE
     try:
         raw = json.loads(path.read_text())
@@ -102,11 +69,7 @@ def read_state(folder: Path) -> RunState:
 
 
 def newest_state(root: Path) -> RunState | None:
-    """Reads the newest state under `root`, unverified. That is enough to see whose run it is.
-
-    Raises:
-        CheckpointMismatch: it is of another format.
-    """
+    """Reads the newest state under `root` without verifying the checkpoint, to see whose run it is."""
     for number in reversed(numbered(root, "step")):
         try:
             return read_state(step_folder(root, number))

@@ -1,4 +1,4 @@
-"""Says what a run needs before it runs: memory per rank over the whole run, whether that fits, traffic, seconds.
+"""Plans a run before it runs: memory per rank over the whole run, whether that fits, traffic, seconds.
 
 %(prog)s llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80
 %(prog)s path/to/model --config my.yaml --set train.micro_batch_size=4 --nodes 1 --gpus-per-node 8 --json
@@ -49,7 +49,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns the exit code: 0 it fits, 2 unusable input, 3 it does not fit."""
     try:
         arguments = parse_arguments()
         if arguments.explain:

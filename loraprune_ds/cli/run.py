@@ -8,6 +8,7 @@ loraprune-ds run --ranks 2 --config launch/configs/quickstart.yaml              
 import argparse
 import gc
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +20,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.train.launchers import find_launchers
 from loraprune_ds.train.output import inspect_output, resumed_config
 from loraprune_ds.zero.environment import check_ranks, collective_timeout, deterministic_kernels, longest_silence
+from loraprune_ds.zero.launcher import launcher_command
 
 STOPPED_EXIT_CODE = 85  # asked to stop, and saved
-INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped at once
+INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped immediately
 
 if TYPE_CHECKING:
     from loraprune_ds.train.output import Start
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
-    """Reads the command line. `more` have other options."""
+    """Reads the command line, with the options of `more` parsers."""
     parser = Parser(__doc__, more)
     parser.add_argument("--config", required=True, help="YAML file of the run, or a shipped launch/configs/*.yaml")
     parser.add_argument(
@@ -84,15 +86,38 @@ def main() -> int:
     return 0
 
 
+def launch() -> int:
+    """Checks the arguments of `loraprune-ds run`, then becomes DeepSpeed's launcher, which runs `main` on all ranks."""
+    own = Parser(None, add_help=False)
+    own.add_argument("--ranks", type=int, metavar="N", help="processes on this machine (default: one per GPU)")
+    try:
+        chosen, arguments = own.parse_known_args()
+        given = parse_arguments(own)
+        command = launcher_command(__name__, chosen.ranks, os.environ)
+        resumed_config(read_config(given.config, given.set), given.resume)  # before launchers and ranks speak
+    except UserError as error:
+        tell(error)
+        return error.exit_code
+    if given.show is not None:
+        sys.argv[1:] = arguments
+        return main()
+    if chosen.ranks is not None:  # else each rank on a CPU would use all cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // chosen.ranks)))
+    os.execv(command[0], [*command, *arguments])
+
+
 def join_ranks() -> "Communicator":
-    """Returns the ranks of this run, after all have imported what they need. Collective."""
-    check_ranks(os.environ)  # what is wrong is an error before DeepSpeed is imported
+    """Starts the process group, after all imports. Collective."""
+    check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
     collective_timeout(os.environ)
     longest_silence(os.environ)
-    silence_run()
+    silence_libraries()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
+        from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
+
+        quiet_deepspeed()
         import loraprune_ds.train.run  # noqa: F401  # a missing package is an error before other ranks wait
-        from loraprune_ds.zero.engine import start_ranks
     except ImportError as error:  # also of DeepSpeed's private modules
         raise UserError(
             f"{error}; install the versions that pyproject.toml names, as launch/quickstart.sh does"
@@ -101,7 +126,7 @@ def join_ranks() -> "Communicator":
 
 
 def prune(config: RunConfig, comm: "Communicator", start: "Start", launchers: list[int]) -> bool:
-    """Carries out the run on all ranks. Returns False if it was asked to stop. Collective."""
+    """Runs on all ranks. Returns False if it was asked to stop. Collective."""
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
     from loraprune_ds.zero.engine import stop_ranks
@@ -114,15 +139,6 @@ def prune(config: RunConfig, comm: "Communicator", start: "Start", launchers: li
         watch.close()
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
     return finished
-
-
-def silence_run() -> None:
-    """Silences the libraries, so that only the run itself speaks."""
-    silence_libraries()
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from loraprune_ds.zero.engine import quiet_deepspeed
-
-    quiet_deepspeed()
 
 
 def print_summary(folder: Path) -> None:

@@ -33,8 +33,7 @@ from loraprune_ds.model.modeling_pruned import FAMILY
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.text_part import MULTIMODAL
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
-from loraprune_ds.model.weight_files import INDEX_FILE
-from loraprune_ds.model.weight_headers import weight_file_names
+from loraprune_ds.model.weight_files import INDEX_FILE, weight_file_names
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing else, in transformers 4 and 5

@@ -1,15 +1,19 @@
-"""Prunes inside transformers' Trainer and the trainers of TRL. One callback is all that it takes:
+"""Prunes inside transformers' Trainer and the trainers of TRL, by one callback:
 
 trainer = SFTTrainer(..., callbacks=[LoraPruneCallback(PruneConfig(ratio=0.3))])
 """
 
 import math
+import os
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -18,8 +22,9 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.hf.checks import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
-from loraprune_ds.hf.reporters import find_reporters
-from loraprune_ds.report.records import CutRecord
+from loraprune_ds.report.metrics import TensorBoardLog, scalars
+from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
+from loraprune_ds.report.reporters import SERVICES, ModuleLog
 from loraprune_ds.whole import remove
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import check_reshardable
@@ -27,6 +32,7 @@ from loraprune_ds.zero.foreign import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
 LIMIT = "_save_total_limit"  # where the Trainer's arguments keep the user's value while a training lasts
+TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # the Trainer logs them itself
 RESUME = "call trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))"
 
 
@@ -37,8 +43,7 @@ class LoraPruneCallback(TrainerCallback):
     folder `pruning/`.
 
     Args:
-        config: what to cut, when, and by which score.
-        steps: optimizer steps that the schedule is a fraction of. None: all that the Trainer makes.
+        steps: optimizer steps that the schedule is a fraction of. Default: all steps of the Trainer.
         seed: of criterion `random`.
     """
 
@@ -53,18 +58,13 @@ class LoraPruneCallback(TrainerCallback):
 
     @property
     def pruning(self) -> Pruning:
-        """Returns what prunes.
-
-        Raises:
-            UserError: training has not begun.
-        """
+        """The pruning of this training. Raises UserError before training has begun."""
         if self._pruning is None:
             raise UserError("LoraPruneCallback: training has not begun")
         return self._pruning
 
     @property
     def cuts(self) -> list[CutRecord]:
-        """The cuts so far."""
         return self.pruning.cuts
 
     @property
@@ -75,14 +75,14 @@ class LoraPruneCallback(TrainerCallback):
     def resume(self, model: Any, folder: str | Path | None = None) -> str | None:
         """Cuts the dense model to a checkpoint. Call it before `trainer.train(resume_from_checkpoint=...)`. Collective.
 
-        Settings that are not given, and so have their default, come from the checkpoint.
+        Settings that have their default come from the checkpoint.
 
         Args:
             model: `trainer.model`, dense and with LoRA.
-            folder: a checkpoint, or one with checkpoints, of which the newest whole one counts. None: the `output_dir`.
+            folder: a checkpoint, or a folder with some. Default: the `output_dir`.
 
         Returns:
-            The checkpoint, for `resume_from_checkpoint`. None if there is none yet.
+            The newest complete checkpoint, for `resume_from_checkpoint`. None before the first one.
 
         Raises:
             UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
@@ -95,104 +95,86 @@ class LoraPruneCallback(TrainerCallback):
         return str(self._checkpoint.folder)
 
     def save_model(self, folder: str | Path) -> None:
-        """Writes the pruned model with LoRA merged in, after or during training. Collective.
-
-        Raises:
-            UserError: the folder exists and is not empty.
-        """
+        """Writes the pruned model with LoRA merged in. Collective. Raises UserError if the folder is not empty."""
         self.pruning.save_model(folder, self._tokenizer)
 
     def save_base(self, folder: str | Path, adapter: str | Path | None = None) -> None:
         """Writes the pruned base without LoRA. Collective.
 
         Args:
-            adapter: folder that `trainer.save_model` has written. Its adapter then names this base.
-
-        Raises:
-            UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
+            adapter: folder written by `trainer.save_model`. Its adapter then names this base.
         """
         self.pruning.save_base(folder, adapter, self._tokenizer)
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Checks and watches for what DeepSpeed would fail at, not saying why: a checkpoint loaded without `resume`."""
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Checks what DeepSpeed would fail at without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
         if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
             check_reshardable("the DeepSpeed config", plugin.hf_ds_config.config)  # some fail in DeepSpeed's own start
-        if isinstance(model := kwargs.get("model"), nn.Module):
+        if isinstance(model := more.get("model"), nn.Module):
             check_one_dtype(model)
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         """Checks everything, then attaches to the model and its optimizer."""
         require(self._pruning is None, "LoraPruneCallback serves one training; make a new one for the next")
-        model, checkpoint = cast(nn.Module, kwargs["model"]), self._checkpoint
-        find_zero_optimizer(kwargs["optimizer"])
+        model, checkpoint = cast(nn.Module, more["model"]), self._checkpoint
+        find_zero_optimizer(more["optimizer"])
         check_arguments(args, model)
         if self._guard is not None:
             self._guard.remove()
         if state.global_step != (checkpoint.state.step if checkpoint else 0):
             raise UserError(f"training goes on at step {state.global_step}, but pruning does not: {RESUME}")
         plugin = getattr(args, "deepspeed_plugin", None)
-        self._tokenizer = kwargs.get("processing_class")
+        self._tokenizer = more.get("processing_class")
+        sinks: list[Sink] = []
+        if state.is_world_process_zero:
+            resumed_from = checkpoint.state.step if checkpoint else None
+            sinks = find_reporters(args.report_to or (), str(args.output_dir), resumed_from)
         self._pruning = Pruning.attach(
             model,
-            kwargs["optimizer"],
+            more["optimizer"],
             self.config,
             self.steps or state.max_steps,
             seed=self.seed,
             checkpoint=checkpoint,
             ds_config=None if plugin is None else plugin.hf_ds_config.config,
-            sinks=_sinks(args, state, checkpoint),
+            sinks=sinks,
         )
-        # The Trainer would remove old checkpoints before `on_save`, while the new one is not whole yet.
+        # The Trainer would remove old checkpoints before `on_save` has completed the new one.
         self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # kept there by a training that failed
         args.__dict__[LIMIT], args.save_total_limit = self._save_total_limit, None
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Begins an optimizer step."""
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.pruning.begin_step()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Cuts, if it is due. The Trainer logs, evaluates and saves after this."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Makes the cut that is due. The Trainer logs, evaluates and saves after this."""
         self.pruning.end_step()
         _forget_overwritten(args, state, control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Prepares for a checkpoint of the Trainer."""
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         _forget_overwritten(args, state, control)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Takes the loss into the records. It is a mean over the steps since the last log."""
-        history = self.pruning.training.history
-        loss = (logs or {}).get("loss", math.nan)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Adds the loss to the records. It is a mean over the steps since the last log."""
+        history = self.pruning.training.recorder.history
+        loss = (more.get("logs") or {}).get("loss", math.nan)
         if history.steps and history.steps[-1].step == state.global_step and math.isfinite(loss):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Completes the Trainer's checkpoint. Then removes the oldest ones beyond `save_total_limit`."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         self.pruning.save(folder)
         if args.should_save:
-            spared = state.best_model_checkpoint or str(folder)  # by itself the newest one, where files have no times
+            spared = state.best_model_checkpoint or str(folder)  # otherwise the newest, where files have no times
             rotate_checkpoints(str(args.output_dir), self._save_total_limit, spared, use_mtime=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Writes the results, and lets go of the engine. The model can still be saved."""
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Writes the results and detaches from the engine. The model can still be saved."""
         args.save_total_limit = args.__dict__.pop(LIMIT)
         train = {name: getattr(args, name) for name in REPORTED}
         self.pruning.write_results(str(args.output_dir), {"trainer": type(args).__name__, "train": train})
@@ -205,14 +187,49 @@ class LoraPruneCallback(TrainerCallback):
 
 
 def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-    """Makes a checkpoint incomplete that the Trainer is about to write over: it is one of an earlier training."""
+    """Makes a checkpoint of an earlier training incomplete if the Trainer may write over it."""
     old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
-    if control.should_save and args.should_save and old.exists():
+    may_save = control.should_save or args.save_strategy == "best"  # the Trainer decides after its evaluation
+    if may_save and args.should_save and old.exists():
         remove(old)
 
 
-def _sinks(args: TrainingArguments, state: TrainerState, checkpoint: PruningCheckpoint | None) -> list[Any]:
-    if not state.is_world_process_zero:
-        return []
-    resumed_from = checkpoint.state.step if checkpoint else None
-    return find_reporters(args.report_to or (), str(args.output_dir), resumed_from)
+def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int | None) -> list[Sink]:
+    """Makes the sinks of a Trainer's `report_to`, and one that prints a line for each cut.
+
+    A callback cannot add to the Trainer's own log lines, because its reporters have read them before.
+    """
+    sinks: list[Sink] = [CutPrinter()]
+    if "tensorboard" in report_to:
+        root = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(output_dir, "runs")
+        sinks.append(TensorBoardRun(Path(root).expanduser() / "pruning", resumed_from))
+    return sinks + [ModuleLog(name, _warn, curves) for name in SERVICES if name in report_to]
+
+
+def _warn(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def curves(record: Record) -> dict[str, float]:
+    own = {tag: value for tag, value in scalars(record).items() if tag not in TRAINERS_OWN}
+    return {f"pruning/{tag.removeprefix('train/')}": value for tag, value in own.items()}
+
+
+class CutPrinter:
+    """Prints a line for each cut, above a Trainer's progress bar."""
+
+    def write(self, record: Record) -> None:
+        if isinstance(record, CutRecord):
+            _warn(cut_line(record))
+
+    def close(self) -> None: ...
+
+
+class TensorBoardRun(TensorBoardLog):
+    """Writes a separate TensorBoard run, because two writers in one run hide each other's points."""
+
+    curves = staticmethod(curves)
+
+    def write(self, record: Record) -> None:
+        super().write(record)
+        self._writer.flush()

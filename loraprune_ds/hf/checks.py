@@ -1,4 +1,4 @@
-"""Refuses what cannot be pruned inside somebody else's trainer, in one line each and before the first step."""
+"""Refuses trainings that cannot be pruned, in one line each and before the first step."""
 
 import logging
 from collections.abc import Callable
@@ -19,14 +19,10 @@ from loraprune_ds.model.shapes import ModelShape
 
 log = logging.getLogger(__name__)
 
-GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # the others are laid out by the dense counts of a config
-# What a Trainer's arguments must not ask for, and why. An argument that a Trainer does not have asks for nothing.
+GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # others are laid out by the dense counts of a config
+# (argument of a Trainer, whether its value is refused, reason). A Trainer may lack an argument.
 ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "load_best_model_at_end",
-        bool,
-        "the best checkpoint may be from before a cut and no longer fits the model",
-    ),
+    ("load_best_model_at_end", bool, "the best checkpoint may be from before a cut and no longer fits the model"),
     ("auto_find_batch_size", bool, "a second attempt would begin with a model that is cut already"),
     ("torch_compile", bool, "compiled code keeps the sizes from before a cut"),
     ("use_vllm", bool, "vLLM holds the dense model and cannot take smaller weights; generate with transformers"),
@@ -37,11 +33,7 @@ ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def check_arguments(args: Any, model: nn.Module) -> None:
-    """Checks the arguments of a Trainer, and how the model generates.
-
-    Raises:
-        UserError: an argument does not go with cuts.
-    """
+    """Raises UserError for an argument of a Trainer, or a cache of the model, that does not allow cuts."""
     for name, asks, reason in ARGUMENTS:
         value = getattr(args, name, None)
         require(not asks(value), f"{name}={value}: {reason}")
@@ -53,15 +45,14 @@ def check_arguments(args: Any, model: nn.Module) -> None:
 
 
 def refuse_mixture(family: Family, where: str) -> None:
-    """Refuses experts. Their stacks and the LoRA on them are made where a run builds the model."""
+    """Refuses experts, because only a run builds their stacks and the LoRA on them."""
     require(family.mixture is None, f"{where}: mixtures of experts are pruned by launch/run.py, not by the callback")
 
 
 def check_one_dtype(model: nn.Module) -> None:
-    """Checks what DeepSpeed asserts without a word: all that trains in a model that is born sharded has one dtype.
+    """Checks that all trained weights of a model that is born sharded have one dtype. DeepSpeed only asserts it.
 
-    Raises:
-        UserError: LoRA is in fp32, as PEFT makes it by default, and `modules_to_save` are in less.
+    PEFT makes LoRA fp32 by default, but not `modules_to_save`.
     """
     born_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
@@ -73,16 +64,18 @@ def check_one_dtype(model: nn.Module) -> None:
 
 
 def check_model(model: PeftModel, shape: ModelShape) -> None:
-    """Checks that the LoRA of a live model serves the criterion, and that a cut fits all that stands beside it.
+    """Checks that the LoRA of a live model serves the criterion and that a cut fits the rest of the model.
 
     Args:
-        shape: what the model's config declares.
+        shape: as the model's config declares it.
 
     Raises:
-        UserError: it does not. The line names the layer and linear, or PEFT's setting.
+        UserError: the line names the layer and linear, or PEFT's setting.
     """
     refuse_mixture(shape.family, shape.model_type)
-    require(not _is_compiled(model), "a model that torch.compile has taken keeps the sizes from before a cut")
+    optimized: Any = torch._dynamo.OptimizedModule
+    compiled = any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())
+    require(not compiled, "a model that torch.compile has taken keeps the sizes from before a cut")
     base = cast(Any, model.get_base_model())
     quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)
     require(
@@ -101,7 +94,7 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
 
 
 def _check_others(model: PeftModel, shape: ModelShape) -> None:
-    """Checks what trains beside the LoRA of the linears: it must be exported, and a cut must not change it."""
+    """Checks the other trained modules: an export must hold them, and a cut must not change them."""
     layers = decoder_layers(model)
     pruned = {id(layers[i].get_submodule(linear.name)) for i, linear in shape.linear_ids()}
     cut_along = tuple(f".{companion.name.rpartition('.')[0]}" for companion in shape.family.companions)
@@ -110,7 +103,7 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
         require(
             not isinstance(module, BaseTunerLayer) or id(module) in pruned,
             f"{name} has LoRA, but only the linears of the decoder layers may: an export would lose it. Use "
-            "target_modules=linear_names(model), and modules_to_save for what should train whole",
+            "target_modules=linear_names(model), and modules_to_save for modules that train whole",
         )
         if not isinstance(module, AuxiliaryTrainingWrapper):
             continue
@@ -120,11 +113,6 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
             not shape.tie_word_embeddings,
             "modules_to_save with tied embeddings: the exported model would lose one of the two",
         )
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    compiled: Any = torch._dynamo.OptimizedModule
-    return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _check_linear(layer: nn.Module, name: str, where: str, shape: ModelShape) -> None:
@@ -150,7 +138,7 @@ def _check_linear(layer: nn.Module, name: str, where: str, shape: ModelShape) ->
 
 
 def warn_of_rounded_gradients(dtypes: set[torch.dtype]) -> None:
-    """Warns if gradients are not averaged in fp32. The scores then depend a little on ranks and accumulation."""
+    """Warns if gradients are not averaged in fp32."""
     if dtypes != {torch.float32}:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         log.warning(

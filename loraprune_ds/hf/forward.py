@@ -1,4 +1,4 @@
-"""Watches the forward passes of a model whose training belongs to somebody else."""
+"""Watches the forward passes of a model in an external training."""
 
 from contextlib import ExitStack
 from typing import Any, cast
@@ -6,15 +6,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.hf.training import PrunedTraining
+from loraprune_ds.hf.live import PrunedTraining
 from loraprune_ds.model.classes import decoder_layers
 
 
 class ForwardWatch:
-    """Records the forward passes that a backward pass will follow, and counts their tokens.
+    """Records the forward passes that have a backward pass, and counts their tokens.
 
-    A reference, a generation and an evaluation have no backward pass. The hooks are on the decoder, because a trainer
-    with a fused loss calls it without the model around it.
+    A reference, a generation and an evaluation have none. The hooks are on the decoder, because a trainer with a fused
+    loss calls it without the model around it.
 
     Attributes:
         active: an optimizer step is open.
@@ -26,7 +26,8 @@ class ForwardWatch:
         self._tokens = torch.zeros((), dtype=torch.int64, device=self._model.device)
         self._trained = True  # in the last forward pass
         self._recording = ExitStack()
-        decoder = _parent_of_layers(training.peft_model)
+        layers = decoder_layers(training.peft_model)
+        decoder = next(m for m in training.peft_model.modules() if any(child is layers for child in m.children()))
         self._hooks = [
             training.peft_model.register_forward_pre_hook(self._note_mode, prepend=True),  # before DeepSpeed's own
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -34,18 +35,17 @@ class ForwardWatch:
         ]
 
     def take_tokens(self) -> int:
-        """Returns the tokens of this rank since the last call, padding left out."""
+        """Returns this rank's tokens since the last call, without padding."""
         tokens = int(self._tokens)
         self._tokens.zero_()
         return tokens
 
     def close(self) -> None:
-        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def _note_mode(self, module: nn.Module, args: Any) -> None:
-        """Forgets the order of modules where training turns to evaluation and back (`TrainingEngine.infer`)."""
+        """Forgets the order of modules between training and evaluation (`TrainingEngine.infer`)."""
         if module.training != self._trained:
             self._model.forget_trace()
             self._trained = module.training
@@ -62,18 +62,11 @@ class ForwardWatch:
 
 
 def padding_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, Tensor | None]:
-    """Reads the call of a decoder.
+    """Reads the call of a decoder. Returns samples, window and a mask (samples, window) that is False at padding.
 
-    Returns:
-        Samples, window, and a mask (samples, window) that is False at padding. None where no such mask is given, as
-        with packed samples.
+    The mask is None where the call has no such mask, as with packed samples.
     """
     inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
     mask, size = kwargs.get("attention_mask"), tuple(inputs.shape[:2])
     is_padding = isinstance(mask, Tensor) and tuple(mask.shape) == size
     return size[0], size[1], cast(Tensor, mask).bool() if is_padding else None
-
-
-def _parent_of_layers(model: nn.Module) -> nn.Module:
-    layers = decoder_layers(model)
-    return next(module for module in model.modules() if any(child is layers for child in module.children()))

@@ -1,6 +1,7 @@
-"""Reads what pruning must know from a model that is already in memory."""
+"""Reads what pruning must know from a model in memory, and holds the training that prunes it."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,17 +20,32 @@ from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.zero.params import full_shape
+from loraprune_ds.zero.sharded import ShardedModel
+
+
+@dataclass
+class PrunedTraining:
+    """Holds an external training that is pruned. Checkpoints, exports and reports are made from it."""
+
+    peft_model: PeftModel
+    model: ShardedModel  # the same model
+    pruner: Pruner
+    dtype: Dtype  # of the frozen weights
+    steps: int  # of the whole training
+    seed: int
+    recorder: Recorder
+    step: int = 0  # the last one that was made
+    resumed_from: list[int] = field(default_factory=list)
 
 
 def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
-    """Returns the names for PEFT's `target_modules`: all linears of a decoder layer.
+    """Returns the names of all linears of a decoder layer, for PEFT's `target_modules`.
 
     Args:
-        model: a model, or the folder or hub id of one.
-
-    Raises:
-        UserError: its model type is not supported.
+        model: a model, or its folder or hub id. UserError if its type is not supported.
     """
     if isinstance(model, PreTrainedModel):
         model_type, where = model.config.model_type, type(model).__name__
@@ -41,11 +57,7 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:
-    """Finds the PEFT model inside an engine.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Finds the PEFT model inside an engine. Raises UserError if it holds none."""
     found: Any = model
     while not isinstance(found, PeftModel) and hasattr(found, "module"):
         found = found.module
@@ -55,12 +67,9 @@ def find_peft_model(model: nn.Module) -> PeftModel:
 
 
 def base_config(model: PeftModel) -> dict[str, Any]:
-    """Returns the content of the dense model's config.json, as `save_pretrained` would write it.
-
-    `use_cache` is left out. Trainers switch it off while they train.
-    """
+    """Returns the dense model's config.json, as `save_pretrained` would write it."""
     config = json.loads(cast(Any, model.get_base_model()).config.to_json_string())
-    config.pop("use_cache", None)
+    config.pop("use_cache", None)  # trainers switch it off
     return config
 
 
@@ -71,26 +80,15 @@ def model_name(model: PeftModel) -> str:
 
 
 def base_shape(model: PeftModel) -> ModelShape:
-    """Returns the shape that the model's config declares.
-
-    Raises:
-        UserError: as `shape_from_config`.
-    """
+    """Returns the shape that the model's config declares, which stays the dense one after a cut."""
     return shape_from_config(cast(Any, model.get_base_model()).config.to_dict(), model_name(model))
 
 
 def live_shape(model: PeftModel) -> ModelShape:
-    """Returns the shape that the weights have. After a cut the model's config still has the dense one.
-
-    Raises:
-        UserError: as `shape_from_config`.
-    """
+    """Returns the shape of the weights."""
     shape = base_shape(model)
-    return shape.with_layers(tuple(_layer_shape(layer, shape) for layer in decoder_layers(model)))
-
-
-def _layer_shape(layer: nn.Module, shape: ModelShape) -> LayerShape:
-    return LayerShape({kind: _count(layer, shape, kind) for kind in shape.kinds})
+    counts = ({kind: _count(layer, shape, kind) for kind in shape.kinds} for layer in decoder_layers(model))
+    return shape.with_layers(tuple(map(LayerShape, counts)))
 
 
 def _count(layer: nn.Module, shape: ModelShape, kind: Kind) -> int:
@@ -100,11 +98,7 @@ def _count(layer: nn.Module, shape: ModelShape, kind: Kind) -> int:
 
 
 def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
-    """Returns the dtype of the frozen weights.
-
-    Raises:
-        UserError: it is none that weights are exported in.
-    """
+    """Returns the dtype of the frozen weights. Raises UserError if no export can have it."""
     name = f"{shape.linears(0)[0].name}.weight"
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
     found = next((key for key, value in DTYPES.items() if value == dtype), None)

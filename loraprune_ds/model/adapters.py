@@ -25,26 +25,25 @@ from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.lora_product import OneProduct
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS
 
-BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export that keeps the two apart
+BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export with LoRA unmerged
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_config.json"
 VARIANTS = ("use_dora", "use_rslora", "alora_invocation_tokens")  # each computes something else
+PATTERNS = ("rank_pattern", "alpha_pattern")
 STARTS_THAT_CHANGE_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
 WHOLE_LAYER = 4096  # the largest hidden_size of which whole layers are gathered: 0.4 GB in bf16 for LLaMA-7B
 
 
 def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed: int) -> PeftModel:
-    """Wraps the model. A is drawn from `seed` alone, so it is the same on any number of ranks. B is zero.
-
-    The adapters keep the model's dtype, without a silent upcast. Their fp32 masters belong to the optimizer. Linears
-    are named in full, so that no other linear with the same last name is touched.
-    """
+    """Wraps the model. A is drawn from `seed` alone, so it is the same on any number of ranks. B is zero."""
     torch.manual_seed(seed)
     peft_config = PeftLoraConfig(
         r=config.r,
         lora_alpha=cast(int, config.lora_alpha),  # PEFT types it int and divides it as a float
         lora_dropout=config.lora_dropout,
+        # Full names, because other linears can have the same last name.
         target_modules=[f"model.layers.{i}.{linear.name}" for i, linear in shape.linear_ids()],
         bias="none",
         task_type="CAUSAL_LM",
@@ -59,8 +58,8 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
 def gathered_whole(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
     """Lists the modules of a decoder layer that ZeRO-3 gathers as one: the layer itself, or each linear with its LoRA.
 
-    The layer is cheaper for the host: PEFT makes 40 modules of it. But what is gathered together is also copied, so a
-    rank holds it twice for a moment. No cut changes the choice. It would change the order of a sum.
+    One gather per layer costs the host less, but a rank briefly holds the layer twice. Cuts keep hidden_size and with
+    it the choice, because another one would change the order of a sum.
     """
     if shape.hidden_size <= WHOLE_LAYER:
         return [layer]
@@ -68,9 +67,9 @@ def gathered_whole(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
 
 
 def differentiate_input(layer: nn.Module) -> None:
-    """Has the backward pass go on to the input of a decoder layer, although nothing before the first one is trained.
+    """Makes the backward pass reach the input of the first decoder layer, although nothing before it is trained.
 
-    DeepSpeed reduces the gradients of a layer that is gathered whole as soon as the gradient of its input is there.
+    DeepSpeed reduces the gradients of a layer that is gathered as one when the gradient of its input arrives.
     """
 
     def differentiate(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -81,104 +80,86 @@ def differentiate_input(layer: nn.Module) -> None:
 
 
 def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
-    """Checks that a run can start from an existing adapter.
-
-    It must be plain LoRA on all linears of the decoder layers, with the same r and alpha.
+    """Checks that an adapter is plain LoRA on all linears of the decoder layers, with the r and alpha of the config.
 
     Raises:
-        UserError: it cannot. The line names the folder and what does not fit.
+        UserError: a file is missing or damaged, or something does not fit. The line names it.
     """
     found = read_json(folder / ADAPTER_FILE)
-    if found.get("peft_type") != "LORA" or any(map(found.get, VARIANTS)):
-        raise UserError(f"model.adapter {folder} is not a plain LoRA adapter")
-    if found.get("bias", "none") != "none" or found.get("rank_pattern") or found.get("alpha_pattern"):
-        raise UserError(f"model.adapter {folder}: trained biases and per-module ranks or alphas are not supported")
-    if found.get("modules_to_save"):
-        raise UserError(f"model.adapter {folder}: trained modules beside LoRA (modules_to_save) are not supported")
     start = str(found.get("init_lora_weights"))
-    if start.startswith(STARTS_THAT_CHANGE_W):
-        raise UserError(
-            f"model.adapter {folder} began with init_lora_weights {start}, which changes the weights beside it; save "
-            "it with PEFT's path_initial_model_for_weight_conversion, or merge it into its model"
-        )
-    for key, expected in (("r", config.r), ("lora_alpha", config.lora_alpha)):
-        if found.get(key) != expected:
-            raise UserError(
-                f"model.adapter {folder} has {key} {found.get(key)}; the run config says lora.{key} {expected}"
-            )
     targets = found.get("target_modules") or []
-    # A pattern says nothing by itself, unlike a list. Its tensors will (check_adapter_tensors).
     named = last_names([*targets, *(found.get("target_parameters") or [])])
-    needed = last_names(in_peft(x).tensor if x.is_stack else x.name for _, x in shape.linear_ids())
-    missing = set() if isinstance(targets, str) else set(needed) - set(named)
-    if missing:
-        raise UserError(
-            f"model.adapter {folder} has no LoRA on {', '.join(sorted(missing))}; the criterion "
-            "needs it on all linears of a decoder layer"
-        )
+    needed = {in_peft(x).tensor if x.is_stack else x.name.rpartition(".")[2] for _, x in shape.linear_ids()}
+    missing = sorted(needed - set(named))
+    refusals = {
+        "is not a plain LoRA adapter": found.get("peft_type") != "LORA" or any(map(found.get, VARIANTS)),
+        "trains biases, which is not supported": found.get("bias", "none") != "none",
+        "has ranks or alphas per module, which is not supported": any(map(found.get, PATTERNS)),
+        "trains more than LoRA (modules_to_save), which is not supported": found.get("modules_to_save"),
+        f"began with init_lora_weights {start}, which changes the base weights; save it with PEFT's "
+        "path_initial_model_for_weight_conversion, or merge it": start.startswith(STARTS_THAT_CHANGE_W),
+        f"has r {found.get('r')}; the run config says lora.r {config.r}": found.get("r") != config.r,
+        f"has lora_alpha {found.get('lora_alpha')}; the run config says lora.lora_alpha {config.lora_alpha}": (
+            found.get("lora_alpha") != config.lora_alpha
+        ),
+        f"has no LoRA on {', '.join(missing)}; the criterion needs it on all linears of a decoder layer": (
+            missing and not isinstance(targets, str)  # a pattern, whose tensors are checked below
+        ),
+    }
+    for reason, applies in refusals.items():
+        if applies:
+            raise UserError(f"model.adapter {folder} {reason}")
+    _check_tensors(folder / ADAPTER_WEIGHTS, config.r, shape)
 
 
-def check_adapter_tensors(folder: Path, r: int, shape: ModelShape) -> None:
-    """Checks that an existing adapter fits the model of `shape`. Only the file's header is read.
-
-    Raises:
-        UserError: the file is missing or damaged. A tensor is missing, too many or of another shape.
-    """
-    path = folder / "adapter_model.safetensors"
+def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:  # the length of the file fits its header, too
-            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+        with safe_open(path, framework="pt") as file:  # also checks the length of the file
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    expected = _tensor_shapes(shape, r)
+    expected = {
+        name_in_file(layer, name): tuple(factor.shape)
+        for layer in range(len(shape.layers))
+        for name, factor in _factors_in_peft(shape, layer, r).items()
+    }
     if different := sorted(expected.keys() ^ found.keys()):
         verb = "lacks" if different[0] in expected else "has"
         raise UserError(f"{path} does not fit the model: it {verb} {different[0]}")
     for name, sizes in found.items():
         if sizes != expected[name]:
-            raise UserError(f"{path} does not fit the model: {name} has shape {sizes}, not {expected[name]}")
-
-
-def _tensor_shapes(shape: ModelShape, r: int) -> dict[str, list[int]]:
-    """Returns the shapes by the names in PEFT's adapter_model.safetensors."""
-    return {
-        name_in_file(layer, name): list(factor.shape)
-        for layer in range(len(shape.layers))
-        for name, factor in _factors_in_peft(shape, layer, r).items()
-    }
+            raise UserError(f"{path} does not fit the model: {name} has shape {[*sizes]}, not {[*expected[name]]}")
 
 
 def _factors_in_peft(shape: ModelShape, layer: int, r: int) -> dict[str, Tensor]:
-    """Returns the factors of a layer as PEFT has them, without content."""
-    factors: dict[str, Tensor] = {}
-    for linear in shape.linears(layer):
-        for which, size in zip("AB", shape.lora_shapes(layer, linear, r), strict=True):
-            factors[f"{linear.name}.lora_{which}"] = torch.empty(size, device="meta")
+    factors = {
+        f"{linear.name}.lora_{which}": torch.empty(size, device="meta")
+        for linear in shape.linears(layer)
+        for which, size in zip("AB", shape.lora_shapes(layer, linear, r), strict=True)
+    }
     return as_in_peft(factors, shape.linears(layer))
 
 
 def load_adapter(model: PeftModel, folder: Path, shape: ModelShape, r: int) -> None:
     """Copies the weights of a checked adapter into the wrapped model, before ZeRO-3 shards them."""
-    saved, own = load_file(folder / "adapter_model.safetensors"), dict[str, Tensor]()
+    saved, own = load_file(folder / ADAPTER_WEIGHTS), dict[str, Tensor]()
     for layer in range(len(shape.layers)):
         factors = {name: saved[name_in_file(layer, name)] for name in _factors_in_peft(shape, layer, r)}
         factors = from_peft(factors, shape.linears(layer), r)
         own |= {name_in_file(layer, name): factor for name, factor in factors.items()}
     result = set_peft_model_state_dict(model, own)
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    assert not missing, missing
-    assert not result.unexpected_keys, result.unexpected_keys
+    wrong = [name for name in result.missing_keys if "lora_" in name] + result.unexpected_keys
+    assert not wrong, wrong
 
 
 def name_in_file(layer: int, name: str) -> str:
-    """Returns the name of a LoRA factor ("{path}.lora_A") in PEFT's adapter_model.safetensors."""
+    """Returns the name of a LoRA factor ("self_attn.q_proj.lora_A") in PEFT's adapter_model.safetensors."""
     return f"base_model.model.model.layers.{layer}.{name}.weight"
 
 
 def lora_linear(layer: nn.Module, linear: Linear) -> LoraLinear:
-    """Returns PEFT's wrapper around one linear of a decoder layer."""
     module = layer.get_submodule(linear.name)
     assert isinstance(module, LoraLinear)
     return module
@@ -192,14 +173,11 @@ def lora_weights(module: LoraLinear, adapter: str = ADAPTER) -> tuple[nn.Paramet
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Lets the base model alone compute while this is open.
-
-    PEFT's own `disable_adapter` also takes the gradients from LoRA's parameters. ZeRO-3 has its hooks on these.
-    """
+    """Switches LoRA off. PEFT's `disable_adapter` would also set requires_grad of parameters that ZeRO-3 has hooked."""
     modules = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for module in modules:
         module._disable_adapters = True
-        assert module.disable_adapters, "PEFT reads another switch now"
+        assert module.disable_adapters, "PEFT has renamed the switch"
     try:
         yield
     finally:
@@ -208,7 +186,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def last_names(names: Iterable[str]) -> list[str]:
-    """Returns the last parts of names, each once, as PEFT's `target_modules` usually has them."""
+    """Returns the distinct last parts of dotted names, as in PEFT's `target_modules`."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
@@ -220,11 +198,7 @@ def base_parameter(layer: nn.Module, name: str) -> nn.Parameter:
 
 
 def plain_parameter(module: nn.Module, name: str, *, trained: bool) -> nn.Parameter:
-    """Returns a parameter that has no LoRA, past the wrappers of PEFT's `modules_to_save`.
-
-    Args:
-        trained: of a module that is trained whole, its copy that is. Else what it began with.
-    """
+    """Returns a parameter without LoRA. For a module in `modules_to_save`, `trained` selects its trained copy."""
     path, _, attribute = name.rpartition(".")
     found = module.get_submodule(path)
     if isinstance(found, ModulesToSaveWrapper):
@@ -233,7 +207,7 @@ def plain_parameter(module: nn.Module, name: str, *, trained: bool) -> nn.Parame
 
 
 def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) -> None:
-    """Tells a live layer the counts that its forward reads. A config that layers share becomes the layer's own."""
+    """Sets the head counts that a live layer's forward reads. A config that layers share is copied first."""
     for runtime in (x for x in shape.family.runtime if x.kind in counts.kinds):
         path, _, last = runtime.module.rpartition(".")
         holder = layer.get_submodule(path)
@@ -245,7 +219,7 @@ def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) 
 
 
 def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:
-    """Tells a cut linear and its PEFT wrappers their new sizes. repr, merge and save read them."""
+    """Sets the sizes that PEFT reads in repr, merge and save, after a cut of the linear."""
     for holder in (cast(nn.Linear, module.base_layer), module):
         holder.out_features, holder.in_features = out_features, in_features
     for adapter in module.lora_A:

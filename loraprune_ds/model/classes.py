@@ -14,8 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.family import PRUNED, family_name
-from loraprune_ds.model.frozen import Int8
-from loraprune_ds.model.int8_linear import Int8Linear
+from loraprune_ds.model.frozen import Int8, Int8Linear
 from loraprune_ds.model.modeling_pruned import pruned_classes
 from loraprune_ds.model.shapes import ModelShape
 

@@ -23,8 +23,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from loraprune_ds.model.frozen import DENSE, Form, join
-from loraprune_ds.model.int8_linear import HeldLinear, held_tensors
+from loraprune_ds.model.frozen import DENSE, Form, HeldLinear, held_tensors, join
 
 
 class ExpertStack(HeldLinear):

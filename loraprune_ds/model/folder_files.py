@@ -1,4 +1,4 @@
-"""The names of the files that a copy of a model's folder contains. Nothing else is copied."""
+"""The names of all files that a copy of a model's folder may contain."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 from loraprune_ds.files import read_json, write_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# What an export takes from the dense model.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -29,19 +28,18 @@ AUTO_MAP = "auto_map"  # the key by which a JSON file names classes in the folde
 
 
 def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Yields the files of these names. A link to a file counts, as the hub's cache has only links."""
+    """Yields the files with these names, links included: the hub's cache has only links."""
     for pattern in patterns:
         yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
 
 
 def copy_named(source: Path, out: Path, patterns: Sequence[str]) -> None:
-    """Copies the files of these names. What a link points to is copied, too."""
     for path in named_files(source, patterns):
         shutil.copyfile(path, out / path.name)
 
 
 def drop_auto_maps(folder: Path) -> None:
-    """Removes `auto_map` from the settings of tokenizer and processors, as their code does not come along."""
+    """Removes `auto_map` from the settings of tokenizer and processors, because their code is not copied."""
     for path in named_files(folder, (TOKENIZER_CONFIG, *PROCESSOR_FILES)):
         settings = read_json(path)
         if settings.pop(AUTO_MAP, None) is not None:

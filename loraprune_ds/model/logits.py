@@ -1,7 +1,4 @@
-"""Turns the product of a head into the logits of a causal LM, by a factor, a divisor or a soft cap.
-
-Most families do nothing. The table of families names the config fields of the others.
-"""
+"""Turns the product of a head into the logits of a causal LM, with the factor, divisor or soft cap of some families."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +12,12 @@ from loraprune_ds.model.family import FAMILIES, family_name
 
 @dataclass(frozen=True)
 class LogitsTransform:
-    """Describes what happens to the product. None stands for nothing.
-
-    Attributes:
-        scale: a factor.
-        divisor: divides.
-        softcap: c of c · tanh(logits / c), the last of the three.
-    """
-
     scale: float | None = None
     divisor: float | None = None
-    softcap: float | None = None
+    softcap: float | None = None  # c of c · tanh(logits / c), applied last
 
     def apply_(self, product: Tensor) -> Tensor:
-        """Turns the head's product into logits, in place. It rounds exactly as transformers' own models do."""
+        """Turns the head's product into logits, in place and with the same rounding as transformers' models."""
         if self.divisor is not None:
             product.div_(self.divisor)
         if self.scale is not None:
@@ -38,15 +27,12 @@ class LogitsTransform:
         return product
 
     def uncap_(self, gradient: Tensor, logits: Tensor) -> None:
-        """Turns the gradient by logits into that by what the cap was put on, in place: times 1 - (logits / c)².
-
-        Overwrites `logits`, so that no third tensor of this size is made.
-        """
+        """Multiplies a gradient by the cap's slope 1 - (logits / c)², in place. Overwrites `logits` to save memory."""
         if self.softcap is not None:
             gradient.addcmul_(gradient, logits.div_(self.softcap).square_(), value=-1)
 
     def unscale(self, gradient: Tensor) -> Tensor:
-        """Turns the gradient by the scaled product into that by the product. Sums of it can be turned as well."""
+        """Multiplies a gradient (or a sum of gradients) by the slope of factor and divisor."""
         if self.divisor is not None:
             gradient = gradient / self.divisor
         return gradient if self.scale is None else gradient * self.scale
@@ -54,13 +40,9 @@ class LogitsTransform:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """Holds what makes logits of final hidden states. It is frozen.
+    """Computes logits from final hidden states. It is frozen."""
 
-    Attributes:
-        weight: (vocabulary, hidden_size), whole.
-    """
-
-    weight: Tensor
+    weight: Tensor  # (vocabulary, hidden_size), gathered
     transform: LogitsTransform
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -69,7 +51,7 @@ class Head:
 
 
 def logits_transform(config: Any) -> LogitsTransform:
-    """Reads the transform of a model from its config, an object of transformers. That has every default."""
+    """Reads the transform from a config object of transformers, which has all defaults."""
     family = FAMILIES[family_name(config.model_type)]
 
     def value(field: str | None, nothing: float | None) -> float | None:
@@ -80,11 +62,7 @@ def logits_transform(config: Any) -> LogitsTransform:
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
-    """Returns the head of a causal LM.
-
-    Raises:
-        UserError: it has a bias, which no loss here adds.
-    """
+    """Returns the head of a causal LM. Refuses a bias, which the losses would not add."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     if head.bias is not None:

@@ -1,7 +1,7 @@
 """A linear with LoRA as one operation of autograd.
 
-PEFT makes five modules and a dozen operations of it. For narrow layers, that is most of what a step costs the host.
-Here the modules are PEFT's, with their names and parameters. Only the forward pass is another.
+PEFT's forward pass takes a dozen operations, which is most of a step's cost on the host for narrow layers. Only the
+forward pass is replaced. Modules, names and parameters remain PEFT's.
 """
 
 from typing import Any, cast
@@ -10,14 +10,13 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.frozen import Form, join
-from loraprune_ds.model.int8_linear import form_of, held_tensors
+from loraprune_ds.model.frozen import Form, form_of, held_tensors, join
 
-DRAW = 1 << 16  # Dropout draws one of so many numbers per element.
+DRAW = 1 << 16  # dropout draws one of DRAW numbers per element
 
 
 class OneProduct(LoraLinear):
-    """Computes what PEFT's linear does with one adapter."""
+    """PEFT's linear with one adapter. Without dropout the outputs are equal bit by bit. The dropout masks differ."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = cast(nn.Linear, self.base_layer)
@@ -32,12 +31,9 @@ class OneProduct(LoraLinear):
 
 
 class _Product(torch.autograd.Function):
-    """Maps x to x·Wᵀ + bias + s · drop(x)·Aᵀ·Bᵀ. Has gradients for x, A and B.
+    """Maps x to x·Wᵀ + bias + s · drop(x)·Aᵀ·Bᵀ, with gradients for x, A and B.
 
-    Without dropout it has the bits of PEFT's result. With dropout PEFT draws other masks.
-
-    autograd keeps x (its neighbours do, too), a byte of dropout's mask per element, and the narrow drop(x)·Aᵀ. It keeps
-    the parameters themselves, which ZeRO-3 frees and gathers.
+    autograd saves x, the mask, drop(x)·Aᵀ, and the parameters themselves, which ZeRO-3 frees and gathers again.
     """
 
     @staticmethod
@@ -71,13 +67,10 @@ class _Product(torch.autograd.Function):
 
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Draws which elements of x stay.
+    """Returns a uint8 mask in the shape of x, and the exact probability of its ones.
 
-    torch's own dropout draws 32 bits or more per element. On a CPU that is a tenth of a training step. Here an element
-    has 16 of the 64 bits of a draw. So p is rounded down to a multiple of 2⁻¹⁶.
-
-    Returns:
-        The mask in the shape of x, uint8, and the exact probability of its ones.
+    torch's dropout draws at least 32 bits per element, which takes a tenth of a training step on a CPU. Here an element
+    uses 16 bits, so p is rounded down to a multiple of 2⁻¹⁶.
     """
     dropped = int(p * DRAW)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)  # all 64 bits

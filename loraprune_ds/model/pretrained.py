@@ -1,4 +1,4 @@
-"""A pretrained model on disk, checked by its headers and read in parts. So nobody holds a whole model."""
+"""A pretrained model on disk, checked by its headers and read in parts, so that no rank holds a whole model."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,33 +22,31 @@ from loraprune_ds.model.pieces import Pieces
 from loraprune_ds.model.read_shape import check_family, shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config, text_tensors
-from loraprune_ds.model.weight_headers import Headers, read_headers
+from loraprune_ds.model.weight_files import Headers, read_headers
 
 HEAD = "lm_head.weight"
-IGNORED = (".rotary_emb.inv_freq", HEAD)  # the first is computed anew. A tied head is the embedding
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names. An 8-bit weight means nothing without its scales
-INTEGER_TYPES = ("I8",)
-MXFP4 = "_blocks"  # how names of 4-bit experts end
+IGNORED = (".rotary_emb.inv_freq", HEAD)  # recomputed, and a tied head
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
+MXFP4 = "_blocks"  # the end of the names of 4-bit experts
 DEQUANTISE = (
     "dequantise it first: AutoModelForCausalLM.from_pretrained(folder, dtype='bfloat16', "
     "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(other_folder)"
 )
-# In the config.json of a checkpoint's frozen weights that are held, and written, as int8 with scales.
+# In the config.json of a checkpoint whose frozen weights are stored as int8 with scales.
 STORED_INT8 = {"quantization_config": {"quant_method": "loraprune_ds_int8", "block": BLOCK}}
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """Holds a model of a family in family.py.
+    """A model of a family in family.py.
 
     Attributes:
-        folder: has config.json and the tokenizer.
-        config: config.json as it is, or its text part, or as it would be of the model that `slices` leave.
+        config: config.json, or its text part, or the config of the model that `slices` leave.
         shape: the sizes it declares, checked against the tensors on disk.
         files: tensor name -> weight file.
-        stored: tensor name -> its name in the file, if it has another there (`text_part.py`).
-        slices: tensor name -> the part of it that belongs to the model, if not all (`cut_to`).
-        pieces: name of a stack of experts -> the tensors on disk that it consists of, which `files` names instead.
+        stored: tensor name -> its name in the file, where that differs (`text_part.py`).
+        slices: tensor name -> the part of it that belongs to the model, after `cut_to`.
+        pieces: name of a stack of experts -> the tensors on disk that form it, which are the keys of `files`.
     """
 
     folder: Path
@@ -62,7 +60,7 @@ class PretrainedModel:
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Returns the elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
 
-        Only the rows that contain them are read from disk. Rows that lie between two kept ones are read, too.
+        Only the rows that contain them, and rows between two kept ones, are read from disk.
         """
         if name in self.pieces:
             return self._read_pieces(self.pieces[name], start, end, dtype)
@@ -92,14 +90,7 @@ class PretrainedModel:
         return torch.cat(parts)
 
     def read_held(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """As `read_flat`, but of a tensor that the ranks hold (`ModelShape.held`).
-
-        Args:
-            dtype: the model's. int8 weights are int8 all the same, and what is exact is fp32.
-
-        Raises:
-            UserError: a weight has an inf or NaN, which int8 cannot hold.
-        """
+        """As `read_flat`, for a tensor of `ModelShape.held`. int8 weights and fp32 parameters ignore `dtype`."""
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
         if weight not in self._int8 or tensor not in Int8.tensors:
@@ -116,7 +107,7 @@ class PretrainedModel:
             raise UserError(f"{self.files[bad]}: {bad} has an inf or NaN, which int8 cannot hold") from None
 
     def read_whole(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Returns a whole tensor of `ModelShape.parameters`, as the model computes with it."""
+        """Returns one of `ModelShape.parameters`, dequantised."""
         shape = self.shape.parameters()[name]
         if name not in self._int8:
             return self.read_held(name, 0, math.prod(shape), dtype).view(shape)
@@ -132,7 +123,6 @@ class PretrainedModel:
 
     @cached_property
     def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
-        """The weights that are held as int8, by name."""
         shape = self.shape
         return {
             f"model.layers.{i}.{linear.name}.{WEIGHT}": (form, shape.linear_shape(i, linear))
@@ -142,7 +132,7 @@ class PretrainedModel:
 
 
 def _rows(view: Any, start: int, end: int) -> Tensor:
-    """Reads some rows of a tensor on disk. In one of three dimensions those of each matrix follow the last one's."""
+    """Reads some rows of a tensor on disk. Rows of a tensor of three dimensions are counted across its matrices."""
     *matrices, height, _ = (1, *view.get_shape())
     if len(matrices) < 2:
         return view[start:end]
@@ -151,7 +141,7 @@ def _rows(view: Any, start: int, end: int) -> Tensor:
 
 
 def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
-    """Splits ascending rows into blocks that span less than `span`. Yields each with the position of its first row."""
+    """Splits ascending rows into blocks that span less than `span`, each with the position of its first row."""
     at = 0
     while at < len(rows):
         end = int(torch.searchsorted(rows, rows[at] + span))
@@ -160,10 +150,10 @@ def _blocks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
-    """Reads config.json and the headers of all weight files, but no weight. Of a multimodal model only the text part.
+    """Reads config.json and the headers of all weight files. Takes the text part of a multimodal model.
 
     Args:
-        int8: accept the frozen weights of a checkpoint that are stored as they are held, with scales.
+        int8: accept frozen weights that a checkpoint stores as int8 with scales.
 
     Raises:
         UserError: the model is not supported. A file is missing, surplus or damaged. A tensor is missing, surplus or
@@ -176,22 +166,22 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
     headers = read_headers(folder)
     stored = text_tensors(headers, where) if config is not given else {name: name for name in headers}
     on_disk = shape.stored()
-    renamed = {whole.names[0]: name for name, whole in on_disk.items() if len(whole.names) == 1}
+    renamed = {stack.names[0]: name for name, stack in on_disk.items() if len(stack.names) == 1}
     stored = {renamed.get(name, name): in_file for name, in_file in stored.items()}
     headers = {name: headers[in_file] for name, in_file in stored.items()}
     if config is not given and HEAD in headers and shape.tie_word_embeddings:
-        config = config | {"tie_word_embeddings": False}  # as transformers, which then does not tie the two
+        config = config | {"tie_word_embeddings": False}  # as transformers decides
         shape = shape_from_config(config, where)
     expected = shape.held(None, 2)
     for name, (names, size) in on_disk.items():
         expected |= dict.fromkeys([renamed.get(each, each) for each in names], expected.pop(name)._replace(shape=size))
-    further = config.get("num_nextn_predict_layers") or 0  # layers after the last one, which are no part of the model
-    beyond = tuple(f"model.layers.{len(shape.layers) + i}." for i in range(further))
+    extra = config.get("num_nextn_predict_layers") or 0  # layers after the last one, which the model does not use
+    beyond = tuple(f"model.layers.{len(shape.layers) + i}." for i in range(extra))
     _check_tensors(folder, {name: x for name, x in headers.items() if not name.startswith(beyond)}, expected)
     files = {name: headers[name][2] for name in expected}
-    if shape.int8:  # which transformers need not know
+    if shape.int8:  # transformers would not know the method
         config = {key: value for key, value in config.items() if key not in STORED_INT8}
-    pieces = {name: whole for name, whole in on_disk.items() if len(whole.names) > 1}
+    pieces = {name: stack for name, stack in on_disk.items() if len(stack.names) > 1}
     return PretrainedModel(folder, config, shape, files, stored, pieces=pieces)
 
 
@@ -204,7 +194,7 @@ def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Held])
         found, dtype, path = headers[name]
         if found != held.shape:
             raise UserError(f"{path}: {name} has shape {list(found)}; config.json says {list(held.shape)}")
-        if dtype not in (FLOAT_TYPES if held.element_size > 1 else INTEGER_TYPES):
+        if dtype not in (FLOAT_TYPES if held.element_size > 1 else ("I8",)):
             raise UserError(f"{path}: {name} is stored as {dtype}; quantized weights cannot be pruned")
     for name, (_, _, path) in headers.items():
         if name not in expected and not name.endswith(IGNORED):
@@ -212,11 +202,7 @@ def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Held])
 
 
 def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
-    """Opens the model of a run as `open_pretrained`, to be held as `model.frozen` says.
-
-    Raises:
-        UserError: as `open_pretrained`. Or the run asks for what the model does not have.
-    """
+    """Opens the model of a run as `open_pretrained`, and checks that it has everything that the run needs."""
     int8 = config.model.frozen == "int8"
     pretrained = open_pretrained(folder, int8=int8)
     check_family(config, pretrained.shape.family, pretrained.config, str(folder))
@@ -224,27 +210,24 @@ def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
 
 
 def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -> PretrainedModel:
-    """Returns the model that keeps these groups, as if it had been exported and opened.
-
-    Its weights are slices of the files on disk. They are read from there and not stored again.
+    """Returns the model that keeps these groups. Its weights are slices of the files on disk.
 
     Args:
         keep: per layer, the groups of the model on disk that stay.
-        dtype: of the weights, as config.json would name it.
+        dtype: of the weights, as config.json names it.
     """
     dense = pretrained.shape
     left = dense.after(keep)
     if left.layers == dense.layers:
         return pretrained
-    config = export_config(pretrained.config, left, dtype).config
     slices = {
         f"model.layers.{i}.{name}": kept
         for i, layer_keep in enumerate(keep)
         for name, kept, _ in layer_cuts(dense, i, layer_keep)
     }
-    shape = replace(shape_from_config(config, str(pretrained.folder)), int8=dense.int8)
     pieces = {
-        name: whole.keep_rows(slices.pop(name).keep) if name in slices else whole
-        for name, whole in pretrained.pieces.items()
+        name: stack.keep_rows(slices.pop(name).keep) if name in slices else stack
+        for name, stack in pretrained.pieces.items()
     }
-    return replace(pretrained, config=config, shape=shape, slices=slices, pieces=pieces)
+    config = export_config(pretrained.config, left, dtype).config
+    return replace(pretrained, config=config, shape=left, slices=slices, pieces=pieces)

@@ -1,7 +1,4 @@
-"""Counts what autograd keeps of a decoder layer. The layer itself runs on the meta device, without memory or weights.
-
-So no family is known here.
-"""
+"""Counts what autograd saves in a decoder layer, by running the layer on the meta device without memory or weights."""
 
 import json
 from functools import cache
@@ -32,12 +29,12 @@ def saved_by_layer(
     dropout: bool,
     eager: bool = False,
 ) -> int:
-    """Returns the bytes that one decoder layer keeps without checkpointing.
+    """Returns the bytes that one decoder layer saves without gradient checkpointing.
 
     Args:
         source: config.json of the dense model.
         tokens: samples, and the window of each.
-        eager: attention is transformers' own. Else it keeps what a fused kernel keeps.
+        eager: with transformers' eager attention instead of a fused kernel.
     """
     depth = int(source["num_hidden_layers"])
     lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
@@ -48,24 +45,15 @@ def saved_by_layer(
 
 @cache
 def _saved(
-    source: str,
-    shape: ModelShape,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    lora_rank: int,
-    dropout: bool,
-    eager: bool,
+    source: str, shape: ModelShape, size: tuple[int, int], dtype: torch.dtype, rank: int, dropout: bool, eager: bool
 ) -> int:
-    """Counts what autograd keeps of the forward of the only layer, each storage once.
-
-    The layer's first input is its own. The others, such as the rotary angles, belong to all layers.
-    """
+    """Counts the storages that the only layer saves, its input included, the shared rotary angles excluded."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     config = export_config(json.loads(source), shape, "bfloat16").config
     causal_lm: Any = build_on_meta(config, "eager" if eager else FUSED)
     hold_frozen(causal_lm, shape)
     with torch.device("meta"):
-        model = add_lora(causal_lm, shape, LoraConfig(r=lora_rank, lora_dropout=0.5 if dropout else 0.0), seed=0)
+        model = add_lora(causal_lm, shape, LoraConfig(r=rank, lora_dropout=0.5 if dropout else 0.0), seed=0)
     model.to(device="meta", dtype=dtype).train()
     causal_lm.enable_input_require_grads()  # as every layer's but the first
     kept, others = list[Tensor](), list[Tensor](model.parameters())
@@ -94,8 +82,8 @@ def _saved(
 def _fused_attention(
     module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Keeps what sdpa does. Where a sliding window is narrower than the text, that takes a mask in the dtype of the
-    queries, again for every layer. With a mask, every query head has separate keys and values.
+    """Saves what sdpa does. For a sliding window narrower than the text, that includes a mask in the dtype of the
+    queries, and separate keys and values for every query head.
     """
     sliding, window = settings.get("sliding_window"), queries.shape[-2]
     bias = None
@@ -107,7 +95,7 @@ def _fused_attention(
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what it is given, the output and the fp32 log-sum-exp. All are (batch, heads, window, ...)."""
+    """Saves its inputs, the output and the fp32 log-sum-exp. All are (batch, heads, window, ...)."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""Cross-entropy of every token, a chunk of tokens at a time. The logits of a whole batch are never held.
+"""Losses of every token, a chunk of tokens at a time, so that the logits of a whole batch are never in memory.
 
-With a vocabulary of 128,000 and 4,096 tokens the fp32 logits alone are 2 GB. Their gradient is as large. Here the head
-computes logits chunk by chunk. While a chunk is there, it also computes the gradient of each loss by its hidden state.
-Backward only scales that. So logits are computed once, and the frozen head is gathered once.
+With a vocabulary of 128,000 and 4,096 tokens the fp32 logits alone are 2 GB, and their gradient is as large. While the
+logits of a chunk exist, the forward pass also computes the gradient of each loss by its hidden state, and the backward
+pass only scales it. Logits are computed once, and the frozen head is gathered once.
 """
 
 from typing import Any
@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.model.attention import attn_implementation
 from loraprune_ds.model.classes import build_on_meta, hold_frozen, refused_in_one_line
-from loraprune_ds.model.distillation import Distillation, Recording, distilled_losses, record, rows_at_once
+from loraprune_ds.model.distillation import (
+    BUFFERS,
+    Distillation,
+    Recording,
+    chunk_with_gradient,
+    distilled_losses,
+    record,
+)
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.pretrained import PretrainedModel
 
@@ -22,10 +29,7 @@ IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entro
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
-    """Returns (tokens,) int64, ascending: the flat positions in (batch, window) whose next token is supervised.
-
-    On a device it waits for that. So a caller that has the labels on the host asks there, and hands the result on.
-    """
+    """Returns (tokens,) int64, ascending: the flat positions in (batch, window) whose next token is supervised."""
     is_supervised = torch.zeros_like(labels, dtype=torch.bool)
     is_supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return is_supervised.flatten().nonzero().flatten()
@@ -39,82 +43,87 @@ def token_losses(
     distillation: Distillation | None = None,
     supervised: Tensor | None = None,
 ) -> Tensor:
-    """Returns next-token cross-entropies in fp32, (batch, window - 1). 0 where a token is not supervised.
+    """Returns next-token losses in fp32, (batch, window - 1), with 0 where a token is not supervised.
 
-    Only supervised tokens reach the head. They can be differentiated by `hidden`, once. The head is frozen.
+    They can be differentiated by `hidden`, once. The head is frozen, and only supervised tokens reach it.
 
     Args:
         hidden: (batch, window, hidden_size) from the decoder's last norm.
         labels: (batch, window), IGNORE_INDEX where a token is not supervised. Position t predicts label t + 1.
-        chunk_tokens: as `chunk_size` takes it.
-        distillation: what the cross-entropies are mixed with.
-        supervised: `supervised_positions` of the labels, if they are known already.
+        chunk_tokens: as in `chunk_size`.
+        distillation: mixes the cross-entropies with a divergence from a teacher.
+        supervised: `supervised_positions` of the labels, if they are already known.
     """
     positions = supervised_positions(labels) if supervised is None else supervised
     rows, wanted = hidden.flatten(0, 1).index_select(0, positions), labels.flatten().index_select(0, positions + 1)
-    differentiate = torch.is_grad_enabled() and hidden.requires_grad
-    assert not (differentiate and head.weight.requires_grad), "the head is frozen: no gradient of it is computed"
-    losses: Any
-    if distillation is None:
-        chunk = rows_at_once(head, chunk_tokens, buffers=1)
-        losses = _ChunkedLosses.apply(rows, head, wanted, chunk, differentiate)
-    else:
-        losses = distilled_losses(rows, head, wanted, distillation, chunk_tokens)
+    losses = chunked_losses(rows, head, wanted, chunk_tokens, distillation)
     batch, window = labels.shape
     every = torch.zeros(batch * (window - 1), dtype=torch.float32, device=hidden.device)
     return every.index_copy(0, positions - positions // window, losses).view(batch, window - 1)
 
 
-class _ChunkedLosses(torch.autograd.Function):
-    """Maps hidden states (tokens, hidden_size) and labels (tokens,) to losses (tokens,) fp32."""
+def chunked_losses(
+    hidden: Tensor, head: Head, labels: Tensor, chunk_tokens: int | None, distillation: Distillation | None
+) -> Tensor:
+    """As `token_losses`, for hidden states (tokens, hidden_size) and labels (tokens,) of supervised tokens."""
+    differentiate = torch.is_grad_enabled() and hidden.requires_grad
+    assert not (differentiate and head.weight.requires_grad), "the head is frozen: no gradient of it is computed"
+    chunk = chunk_with_gradient(head, chunk_tokens, buffers=1 if distillation is None else BUFFERS)
+    losses: Any = _ChunkedLosses.apply(hidden, head, labels, distillation, chunk, differentiate)
+    return losses
 
+
+class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, chunk: int, differentiate: bool) -> Tensor:
-        weight, transform = head.weight, head.transform
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        distillation: Distillation | None,
+        chunk: int,
+        differentiate: bool,
+    ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if differentiate else None
-        keep = differentiate and transform.softcap is not None  # the slope of a cap is computed from its logits
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits: Tensor | None = head.logits(hidden[rows])
-            probabilities = logits.to(torch.float32, copy=keep)
-            if not keep:
-                logits = None  # before the softmax needs room
-            losses[rows] = _softmax_(probabilities, labels[rows, None])
-            if gradient is not None:
-                probabilities.scatter_add_(1, labels[rows, None], torch.full_like(probabilities[:, :1], -1))
-                if logits is not None:
-                    transform.uncap_(probabilities, logits)
-                    logits = None
-                gradient[rows] = probabilities.to(weight.dtype) @ weight
-            del probabilities  # before the next chunk's are made
+            part = hidden[rows], head, labels[rows, None], None if gradient is None else gradient[rows]
+            if distillation is None:
+                losses[rows] = _cross_entropies(*part)
+            else:
+                losses[rows] = distilled_losses(*part, distillation, rows)
         ctx.save_for_backward(gradient)
-        ctx.transform = transform
+        ctx.transform = head.transform
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         upstream = ctx.transform.unscale(gradients[0])
-        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None, None
 
 
-def _softmax_(logits: Tensor, labels: Tensor) -> Tensor:
-    """Turns fp32 logits (tokens, vocabulary) into probabilities, in place. Returns cross-entropies (tokens,)."""
-    largest = logits.amax(1, keepdim=True)
-    label_logits = logits.gather(1, labels)
-    exponentials = logits.sub_(largest).exp_()
+def _cross_entropies(hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None) -> Tensor:
+    """Returns the losses (tokens,) of a chunk with labels (tokens, 1), and writes their gradient into `gradient`."""
+    keep = gradient is not None and head.transform.softcap is not None  # a cap's slope is computed from its logits
+    logits = head.logits(hidden)
+    probabilities = logits.to(torch.float32, copy=keep)
+    largest, label_logits = probabilities.amax(1, keepdim=True), probabilities.gather(1, labels)
+    exponentials = probabilities.sub_(largest).exp_()
     total = exponentials.sum(1, keepdim=True)
     exponentials.div_(total)
+    if gradient is not None:
+        probabilities.scatter_add_(1, labels, torch.full_like(label_logits, -1))
+        head.transform.uncap_(probabilities, logits)
+        del logits  # before the gradient is rounded
+        gradient.copy_(probabilities.to(head.weight.dtype) @ head.weight)
     return (total.log() + largest - label_logits)[:, 0]
 
 
 class LossHead(nn.Linear):
-    """A head that gives token losses if it is told the labels, logits otherwise.
-
-    The loss is computed inside this module's forward. Only there ZeRO-3 has its weight gathered.
-    """
+    """A head that returns token losses for labels. ZeRO-3 gathers its weight only within this forward."""
 
     def __init__(self, head: nn.Linear, transform: LogitsTransform, chunk_tokens: int | None) -> None:
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
@@ -130,7 +139,7 @@ class LossHead(nn.Linear):
         supervised: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         if labels is None:
-            return super().forward(input)  # the stock forward transforms them
+            return super().forward(input)  # the stock model's forward transforms the logits
         head = Head(self.weight, self.transform)
         if isinstance(distillation, Recording):
             rows = input.flatten(0, 1).index_select(0, supervised_positions(labels))
@@ -139,7 +148,7 @@ class LossHead(nn.Linear):
 
 
 class TokenLosses:
-    """A base class to put before a stock causal LM. Its forward gives token losses if it is told the labels."""
+    """Precedes a stock causal LM as a base class. Its forward returns token losses for labels."""
 
     model: nn.Module
     lm_head: nn.Module
@@ -153,11 +162,9 @@ class TokenLosses:
         position_ids: Tensor | None = None,
         **settings: Any,
     ) -> Any:
-        """Returns losses (batch, window - 1) fp32 for labels (batch, window). Without labels it is the stock forward.
+        """Returns losses (batch, window - 1) fp32 for labels (batch, window), or a teacher's fields for a `Recording`.
 
-        A text begins where `position_ids` (batch, window) do not go on. Attention does not reach beyond it.
-
-        With a `Recording` it returns the fields of a teacher for the supervised tokens (distillation.py).
+        A new text begins where `position_ids` (batch, window) start again. Attention does not reach across texts.
         """
         if labels is None:
             settings["position_ids"] = position_ids
@@ -167,11 +174,7 @@ class TokenLosses:
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -> PreTrainedModel:
-    """Makes `model(input_ids=…, labels=…)` give token losses. Parameters and their names stay.
-
-    Raises:
-        UserError: its head has a bias.
-    """
+    """Makes `model(input_ids=…, labels=…)` return token losses. Parameters keep their names."""
     model.lm_head = LossHead(output_head(model), logits_transform(model.config), chunk_tokens)
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
@@ -179,15 +182,10 @@ def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -
 
 
 def build_for_losses(pretrained: PretrainedModel, attention: str) -> PreTrainedModel:
-    """Builds a pretrained model's modules without weights (classes.build_on_meta).
-
-    Told the labels, the model gives token losses.
-
-    Args:
-        attention: `model.attn_implementation`. Some families get another one (attention.py).
+    """Builds a pretrained model's modules without weights (classes.build_on_meta), with token losses.
 
     Raises:
-        UserError: transformers refuses config.json or this attention implementation, or the head has a bias.
+        UserError: transformers refuses config.json or `model.attn_implementation`, or the head has a bias.
     """
     used = attn_implementation(attention, pretrained.shape.family)
     with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):

@@ -19,11 +19,7 @@ LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer in a local folder. LLaMA's sentencepiece file alone is enough. Code of the folder never runs.
-
-    Raises:
-        UserError: there is none, it cannot be read, or it is code of the folder.
-    """
+    """Loads the tokenizer of a local folder, which may be LLaMA's sentencepiece file alone."""
     sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
     if sentencepiece_only:
         _check_sentencepiece(folder / SENTENCEPIECE_FILE)
@@ -32,23 +28,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except UserError:
         raise
     except Exception as error:  # the Rust library under it raises bare Exception
-        reason = one_line(error)
-        raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
-    # transformers makes an empty tokenizer out of some damaged files and says nothing.
+        raise UserError(f"{folder} has no tokenizer that can be read: {one_line(error)}") from error
+    # transformers silently makes an empty tokenizer from some damaged files.
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{folder}: its tokenizer has no vocabulary")
     return tokenizer
 
 
 def window_start(tokenizer: PreTrainedTokenizerBase, family: Family) -> int | None:
-    """Returns the id that takes the place of each window's first token, which nothing predicts. None: it stays."""
+    """Returns the id that replaces the first token of each window, which nothing predicts, or None."""
     start = tokenizer.bos_token_id if family.windows_begin_with_bos else None
     assert start is None or isinstance(start, int)
     return start
 
 
 def begin_with(windows: Tensor, start: int | None) -> Tensor:
-    """Returns windows (count, window) of token ids, with `start` as the first of each if it is given."""
+    """Returns windows (count, window) of token ids that begin with `start`, if it is given."""
     if start is None:
         return windows
     windows = windows.clone()
@@ -57,10 +52,7 @@ def begin_with(windows: Tensor, start: int | None) -> Tensor:
 
 
 def _check_sentencepiece(path: Path) -> None:
-    """Checks that sentencepiece can read the file.
-
-    transformers would take a damaged one for a tiktoken file, and ask to install that.
-    """
+    """Refuses a damaged file, which transformers would take for a tiktoken file."""
     try:
         SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
@@ -68,7 +60,7 @@ def _check_sentencepiece(path: Path) -> None:
 
 
 def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
-    for family in FAMILIES:  # AutoTokenizer looks at config.json, and must know the model types there
+    for family in FAMILIES:  # AutoTokenizer reads config.json and must know its model type
         AutoConfig.register(PRUNED + family, config_class(PRUNED + family), exist_ok=True)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -82,10 +74,7 @@ def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
-    """Builds the tokenizer from tokenizer.model alone.
-
-    AutoTokenizer does this too, but then no text starts with BOS. LLaMA's must.
-    """
+    """Builds the tokenizer from tokenizer.model alone. AutoTokenizer would leave out the BOS that LLaMA needs."""
     path = folder / TOKENIZER_CONFIG
     given = read_json(path) if path.is_file() else {}
     settings: dict[str, Any] = {"add_bos_token": given.get("add_bos_token") is not False}

@@ -1,19 +1,75 @@
-"""Weight files that different ranks can write on their own, and the index that ties them together."""
+"""A folder's safetensors files: read by their headers, and written by different ranks with an index."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraprune_ds.errors import UserError
+from loraprune_ds.files import read_json
 from loraprune_ds.model.pieces import Pieces
 
 INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_FILES = "model-*-of-*.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
+
+
+def read_headers(folder: Path) -> Headers:
+    """Reads the headers of all weight files, which also checks the length of each."""
+    names = weight_file_names(folder)
+    headers: Headers = {}
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {INDEX_FILE} names it")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path} cannot be read: permission denied")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    view = file.get_slice(name)
+                    if name in headers:
+                        raise UserError(f"{path}: {name} is in {headers[name][2].name}, too")
+                    headers[name] = tuple(view.get_shape()), view.get_dtype(), path
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+    check_no_surplus(folder, WEIGHT_FILES, names, INDEX_FILE)
+    return headers
+
+
+def weight_file_names(folder: Path) -> list[str]:
+    """Lists the weight files of a folder, from its index if it has one."""
+    if (folder / INDEX_FILE).is_file():
+        return indexed_names(folder / INDEX_FILE)
+    names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
+    if not names:
+        raise UserError(f"{folder} has no safetensors files")
+    return names
+
+
+def indexed_names(index: Path) -> list[str]:
+    """Lists the weight files that an index names. All must be in the folder of the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map")
+    for tensor, name in weight_map.items():
+        if Path(str(name)).name != str(name):
+            raise UserError(f"{index}: {tensor} is in {name}; only files beside the index are read")
+    return sorted(set(map(str, weight_map.values())))
+
+
+def check_no_surplus(folder: Path, pattern: str, names: Collection[str], index: str) -> None:
+    """Refuses a weight file that matches `pattern` and that the index does not name."""
+    if surplus := sorted(path for path in folder.glob(pattern) if path.name not in names):
+        raise UserError(f"{surplus[0]} is one weight file too many; {index} does not name it")
 
 
 def weight_file_count(num_layers: int) -> int:
-    """Returns how many files a model has. File k holds layer k. The last one has embedding, final norm and head."""
+    """Returns the number of files of a model: one for each layer, and one for embedding, final norm and head."""
     return num_layers + 1
 
 
@@ -23,24 +79,14 @@ def weight_file_name(index: int, count: int) -> str:
 
 
 def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Writes one weight file. Its tensors have Hugging Face names (`model.layers.3.mlp.up_proj.weight`).
-
-    A tied head is the embedding, so it is not among them.
-
-    Returns:
-        Name -> bytes, the file's entry for `write_index`.
-    """
+    """Writes one weight file without the tied head. Returns its entry for `write_index`: bytes by tensor name."""
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     save_file(on_cpu, folder / weight_file_name(index, count), metadata={"format": "pt"})
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
 def as_stored(tensors: Mapping[str, Tensor], stored: Mapping[str, Pieces]) -> dict[str, Tensor]:
-    """Returns tensors as they are on disk. A stack of experts is one matrix for each there, or has three dimensions.
-
-    Args:
-        stored: `ModelShape.stored`.
-    """
+    """Splits or reshapes stacks of experts into the tensors of a weight file (`ModelShape.stored`)."""
     on_disk: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         names, shape = stored.get(name, Pieces((name,), tensor.shape))

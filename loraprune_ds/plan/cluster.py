@@ -1,4 +1,4 @@
-"""Machines of a run that has not happened yet."""
+"""The machines that a run is planned for."""
 
 import dataclasses
 import math
@@ -8,8 +8,8 @@ from typing import Any
 from loraprune_ds.errors import require
 
 GIB = 1 << 30
-# On 8 H100 of one machine NCCL held 1.06 GB before the first all-to-all and 4.34 GB after it (NVIDIA/nccl #1685). To a
-# rank elsewhere it has two channels with a buffer of 4 MiB each way (its defaults). That was not measured.
+# On 8 H100 of one machine NCCL held 1.06 GB before the first all-to-all and 4.34 GB after it (NVIDIA/nccl #1685). For a
+# rank elsewhere: two channels with a buffer of 4 MiB each way (NCCL's defaults, not measured).
 NCCL_RINGS = 1_060_000_000
 NCCL_PER_NEAR_RANK = (4_340_000_000 - NCCL_RINGS) // 7
 NCCL_PER_FAR_RANK = 2 * 2 * (4 << 20)
@@ -53,12 +53,11 @@ class Cluster:
 
     @property
     def gpu_bytes(self) -> int:
-        """Returns the limit of a rank."""
         return int((self.gpu_memory - self.reserve) * GIB) - self.nccl_bytes
 
     @property
     def nccl_bytes(self) -> int:
-        """Returns what NCCL takes of a GPU: for its rings, and for every other rank."""
+        """The memory of a GPU that NCCL takes for its rings and for every other rank."""
         if self.nccl is not None or self.world_size == 1:
             return int((self.nccl or 0) * GIB)
         near, far = self.gpus_per_node - 1, self.world_size - self.gpus_per_node
@@ -66,18 +65,13 @@ class Cluster:
 
     @property
     def host_bytes(self) -> int:
-        """Returns the limit of a node."""
         return int(self.host_memory * GIB)
 
     def between_nodes(self, per_rank: float, ranks: int) -> float:
-        """Returns the bytes to other nodes, of those that a rank sends evenly to so many ranks, taken node by node."""
+        """Returns the part of `per_rank` bytes that goes to other nodes, if a rank sends them evenly to `ranks`."""
         return per_rank * max(0, ranks - self.gpus_per_node) / max(1, ranks - 1)
 
     def seconds_to_receive(self, per_rank: float, ranks: int) -> float:
-        """Returns the time in which every rank receives `per_rank` bytes, the same for all of so many ranks.
-
-        A byte from another node enters a node once for all its GPUs. The slower link counts: the GPU's own or the
-        network of its node. Latencies are not counted.
-        """
-        per_node = self.between_nodes(per_rank, ranks)
+        """Returns the time in which every rank receives `per_rank` bytes over the slower link, without latencies."""
+        per_node = self.between_nodes(per_rank, ranks)  # a byte enters a node once for all its GPUs
         return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))

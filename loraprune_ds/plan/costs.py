@@ -1,4 +1,4 @@
-"""Bytes sent (at most) and seconds (an estimate) of a step, a cut and the whole run. README.md has the formulas."""
+"""Bytes sent (at most) and seconds (estimates) of a step, a cut and the whole run. README.md has the formulas."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import teacher_pass
 from loraprune_ds.pruning.input_moments import measured_linears, numel_sent
 
-IN_GROUP = "weights_in_group"  # to the ranks of the own group of hpZ. All else goes to all ranks
+IN_GROUP = "weights_in_group"  # inside a group of hpZ. Other bytes go to all ranks
 StepKind = tuple[bool, bool]  # it scores; it measures inputs (`prune.compensate`)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Holds the bytes that a rank sends, by term, those of them that go to other nodes, and seconds."""
+    """Holds the bytes that a rank sends by term, the bytes of these that go to other nodes, and seconds."""
 
     sent: dict[str, int]
     between_nodes: float
@@ -65,20 +65,17 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
 
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
-    """Returns the cost of a cut: a rank sends at most its shards of the layers that get smaller, with LoRA's state.
-
-    With `prune.compensate` the linears that lose inputs also go to their owners, and come back.
-    """
+    """Returns the cost of a cut: shards of the layers that get smaller with LoRA's state, and refitted linears."""
     cut = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
     lora = sum(request.shards(before.layer_lora_sizes(i, request.config.lora.r)) for i in cut)
     sent = sum(request.held_shards(request.held(before, i)) for i in cut) + (12 + request.element_size) * lora
-    for i, x in measured_linears(before, request.measured_layers):
+    for i, x in measured_linears(before, request.measured_layers):  # to the owner and back
         sent += 2 * held_bytes(before.form(x).held(before.linear_shape(i, x), request.element_size).values())
     return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
 
 
 def teacher_cost(request: Request) -> Cost:
-    """Returns the cost of the dense model's pass, without LoRA. Only top logits need the head."""
+    """Returns the cost of the dense model's pass without LoRA, and without the head unless top logits are kept."""
     shape, (batch, batches, _) = request.shape, teacher_pass(request)
     head = 0 if request.config.train.distill_top_k is None else 2 * shape.vocab_size * shape.hidden_size
     per_token = 2 * flops.active_numel(shape) + 2 * _attention_product(request, shape) + head
@@ -86,7 +83,7 @@ def teacher_cost(request: Request) -> Cost:
 
 
 def all_steps(request: Request, final: ModelShape) -> Total:
-    """Adds up all steps, each of its kind. Between the dense and the final shape a cost falls with what is gone."""
+    """Adds up all steps. Between the dense and the final shape costs fall linearly with the parameters."""
     prune, schedule, total = request.config.prune, request.schedule, Total(0, 0, 0)
     kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
     known = {kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds}
@@ -99,7 +96,7 @@ def all_steps(request: Request, final: ModelShape) -> Total:
 
 
 def _gathers(request: Request, shape: ModelShape, passes: int, *, lora: bool = True) -> dict[str, int]:
-    """Returns the bytes of so many passes that gather all weights. Of hpZ's copies LoRA's are new in every step."""
+    """Returns the bytes of passes that gather all weights. hpZ copies LoRA again in every step."""
     others, group = request.world_size - 1, request.fetch_limits.copy_ranks
     factors = lora * request.element_size * request.lora_shards(shape)
     shards = request.held_shards(request.held(shape)) + factors
@@ -124,7 +121,7 @@ def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
 
 
 def _attention_product(request: Request, shape: ModelShape) -> float:
-    """Returns the operations per token of one product of attention: over half a window on average, `eager` over all."""
+    """Returns the operations per token of one product of attention: over half a window, or all of it if eager."""
     return flops.attention_product(shape, request.config.data.window) / (1 if request.batch(1, 1).eager else 2)
 
 

@@ -17,10 +17,9 @@ Terms = dict[str, int]  # bytes by name
 def split_state(
     request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False, passed: bool = True
 ) -> tuple[Terms, Terms]:
-    """Returns the terms (on the GPU, in host memory), once a step, a pass was made at this shape.
+    """Returns the terms (on the GPU, in host memory).
 
-    Until then there are no moments of LoRA, and no second copy of the weights (hpZ). With `measures` input moments are
-    kept if `prune.compensate` asks for them.
+    LoRA has moments once it has `stepped`, and hpZ a second copy of the weights once a pass has gathered them.
     """
     size, e, bucket = request.world_size, request.element_size, request.zero["reduce_bucket_size"]
     r, held = request.config.lora.r, request.held(shape)
@@ -45,11 +44,7 @@ def split_state(
 
 
 def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int]) -> list[int]:
-    """Returns the bytes of the fp32 input moments of `prune.compensate`, by rank.
-
-    They belong to o_proj and down_proj of the layers that the rank owns and that may be cut. A moment is a matrix as
-    wide as the inputs.
-    """
+    """Returns the bytes of the fp32 input moments of `prune.compensate` by rank, which owns some of the open layers."""
     of_ranks = [0] * world_size
     for i, linear in measured_linears(shape, open_layers):
         of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** 2
@@ -57,32 +52,27 @@ def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int])
 
 
 def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True) -> int:
-    """Returns the most bytes that a pass gathers at once, buffers included. Without a backward nothing comes early.
-
-    DeepSpeed fetches ahead up to `stage3_max_live_parameters`, but nothing ahead of a module that is larger. What
-    arrives, that module or a prefetch bucket, is copied out of its buffer. int8 weights are dequantised after that.
-    Linears that are gathered one by one stay while their layer is computed again.
-    """
+    """Returns the most bytes that a pass gathers at the same time, buffers included."""
     (numel, whole), (layer, largest, linear) = _whole(request, shape), _largest(request, shape)
     if request.world_size == 1 and not request.offloads("param"):
         return linear  # a parameter's data is its only shard
     limits = request.fetch_limits.max_live, request.fetch_limits.prefetch_bucket
     live, prefetched = (round(count * trains * whole / numel) for count in limits)
-    if largest > live:
+    if largest > live:  # DeepSpeed fetches nothing ahead of such a module
         live = prefetched = 0
     stays = layer if trains and shape.hidden_size > WHOLE_LAYER else 0
     return min(max(live, stays) + largest + max(largest, prefetched, linear), whole + max(prefetched, linear))
 
 
 def passes_of_weights(request: Request, shape: ModelShape) -> int:
-    """Returns how often a micro-batch gathers the model at most. One that may stay whole is there for its backward."""
+    """Returns how often a micro-batch gathers the model at most. A model that may stay is not gathered again."""
     stays = _whole(request, shape)[0] <= min(request.fetch_limits.max_live, request.fetch_limits.max_reuse_distance)
     again = request.config.train.gradient_checkpointing and shape.hidden_size > WHOLE_LAYER
     return (1 if stays else 2) + again  # a layer that is gathered whole is there when it is computed again
 
 
 def held_bytes(held: Iterable[Held]) -> int:
-    """Counts the bytes of such tensors as a whole."""
+    """Counts the bytes of unsharded tensors."""
     return sum(x.element_size * math.prod(x.shape) for x in held)
 
 
@@ -93,9 +83,8 @@ def _whole(request: Request, shape: ModelShape) -> tuple[int, int]:
 
 
 def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
-    """Returns the bytes of the largest decoder layer, of the most that is gathered as one, and of a dequantised linear.
-
-    The first two are with LoRA. Of a stack one expert is dequantised at a time. Without int8 weights none is.
+    """Returns the bytes of the largest layer and of the largest module gathered as one, with LoRA, and of a linear
+    that is dequantised (0 without int8; one expert of a stack at a time).
     """
     e, r, ends = request.element_size, request.config.lora.r, [math.prod(size) for size in shape.ends.values()]
     one_of_each = list({layer: i for i, layer in enumerate(shape.layers)}.values())

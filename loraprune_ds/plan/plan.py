@@ -20,16 +20,16 @@ PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds the memory of a run, whether it fits or not. Bytes sent and seconds are computed when asked for."""
+    """Holds the memory of a run, and computes bytes sent and seconds when they are read."""
 
     request: Request
-    after: ModelShape  # the first cut
+    after: ModelShape  # after the first cut
     final: ModelShape
     stages: list[Stage]
 
     @cached_property
     def step(self) -> Cost:
-        """Returns the cost of a step before the first cut that scores and measures."""
+        """The cost of a step before the first cut that scores and measures."""
         return step_cost(self.request, self.request.shape, (True, True))
 
     @cached_property
@@ -42,19 +42,18 @@ class Plan:
 
     @cached_property
     def teacher(self) -> Cost:
-        """Returns the cost of the dense model's pass for a distillation."""
         return teacher_cost(self.request)
 
     @cached_property
     def in_all(self) -> Total:
-        """Returns the total of the run. Every cut counts as the first, which is the dearest."""
+        """The total of the run. Every cut counts as the first, which costs most."""
         cuts, steps = len(self.request.schedule.cut_steps()), all_steps(self.request, self.final)
         parts = zip(steps, self.first_cut.total, self.teacher.total, strict=True)
         return Total(*(step + cuts * cut + recorded for step, cut, recorded in parts))
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Returns the most bytes of a checkpoint: LoRA with its state, weights that are not the source's, moments."""
+        """The most bytes of a checkpoint: LoRA with its state, weights unless the source has them, moments."""
         request, dense, measured = self.request, self.request.shape, self.request.measured_layers
         weights = held_bytes(request.held(dense)) if measured else 0
         moments = sum(moment_bytes(dense, request.world_size, measured))
@@ -70,7 +69,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Returns the most that a node's ranks hold in host memory."""
+        """The most that a node's ranks hold in host memory."""
         cluster, held = self.request.cluster, max(sum(stage.host.values()) for stage in self.stages)
         return cluster.gpus_per_node * (int(cluster.host_reserve * GIB) + held)
 
@@ -88,7 +87,7 @@ def make_plan(request: Request) -> Plan:
 
 
 def suggestions(plan: Plan) -> list[dict[str, Any]]:
-    """Plans each change that saves memory alone, then all together, then more GPUs."""
+    """Plans each change that saves memory, then all together, then more GPUs."""
     request, together, plans = plan.request, dict[str, dict[str, Any]](), list[tuple[str, str, Plan]]()
     for name, setting, section, values in _changes(request):
         plans.append((name, setting, make_plan(changed(request, None, **{section: values}))))
@@ -104,30 +103,27 @@ def suggestions(plan: Plan) -> list[dict[str, Any]]:
 
 
 def largest_micro_batch(plan: Plan) -> int | None:
-    """Finds the largest `train.micro_batch_size` that fits. It has the fewest passes per step, with the same result."""
+    """Finds the largest `train.micro_batch_size` that fits, which has the fewest passes per step."""
     batch = plan.request.config.train.global_batch_size // plan.request.world_size
     sizes = (size for size in range(batch, 0, -1) if batch % size == 0)
     return next((n for n in sizes if make_plan(changed(plan.request, train={"micro_batch_size": n})).fits), None)
 
 
 def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, str]:
-    """Returns the plan on the fewest GPUs. If none fits: on the most that were tried, and a line for the user.
-
-    It tries the GPUs of one node like that of `largest`, then whole nodes, of those that can split the global batch.
-    """
+    """Returns the plan on the fewest GPUs; if none fits, on the most that were tried, and a line for the user."""
     plan = None
     for tried in _splittable(request, largest, most_nodes):
         plan = make_plan(tried)
         if plan.fits:
             return plan, ""
-    return plan or make_plan(request), (
-        f"{request.model} fits on no cluster of up to {most_nodes} x {largest.gpus_per_node} GPUs of "
-        f"{largest.gpu_memory:g} GiB with {largest.host_memory:g} GiB of host memory per node, of those that can split "
-        f"train.global_batch_size {request.config.train.global_batch_size}"
-    )
+    gpus = f"{most_nodes} x {largest.gpus_per_node} GPUs of {largest.gpu_memory:g} GiB"
+    host, batch = f"{largest.host_memory:g} GiB of host memory per node", request.config.train.global_batch_size
+    reason = f"{request.model} fits on no cluster of up to {gpus} with {host} that splits the global batch of {batch}"
+    return plan or make_plan(request), reason
 
 
 def _splittable(request: Request, cluster: Cluster, most_nodes: int) -> Iterator[Request]:
+    """Yields the request on 1, 2, … GPUs of a node, then on whole nodes, where they can split the global batch."""
     most, passes = cluster.gpus_per_node, request.micro_batches * request.world_size  # of all ranks in a step
     sizes = [(1, gpus) for gpus in range(1, most + 1)]
     sizes += [(nodes, most) for nodes in range(2, min(most_nodes, MOST_GPUS // most) + 1)]
@@ -140,7 +136,7 @@ def _splittable(request: Request, cluster: Cluster, most_nodes: int) -> Iterator
 
 
 def _changes(request: Request) -> list[tuple[str, str, str, dict[str, Any]]]:
-    """Lists what would save memory and is not set yet: (change, setting, section of the run config, its values)."""
+    """Lists unused changes that save memory: (change, setting, section of the run config, its values)."""
     train, optimizer, both = request.config.train, {"offload_optimizer": PINNED}, {"offload_param": PINNED}
     layer = max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
     live = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}

@@ -14,7 +14,7 @@ COSTS = ("step", "last_step", "first_cut", "teacher")
 
 
 def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
-    """Returns bytes, seconds and counts. A server has `server_gib` for weights and KV cache."""
+    """Returns bytes, seconds and counts, for a server with `server_gib` for weights and KV cache."""
     request, cluster = plan.request, plan.request.cluster
     return {
         "model": request.model,
@@ -51,7 +51,6 @@ def verdict(plan: Plan) -> str:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Lists remarks on this plan."""
     request, nodes, lines = plan.request, plan.request.cluster.nodes, list[str]()
     if not request.steps_known:
         known = "--samples N, or --set train.epochs=null --set train.steps=N"
@@ -67,7 +66,6 @@ def notes(plan: Plan) -> list[str]:
 
 
 def plan_table(plan: Plan, server_gib: float | None = None) -> str:
-    """Returns the lines of memory, bytes, seconds, verdict."""
     request, cluster, train = plan.request, plan.request.cluster, plan.request.config.train
     prune, tokens = request.config.prune, train.micro_batch_size * request.config.data.window
     lines = [
@@ -89,7 +87,6 @@ def plan_table(plan: Plan, server_gib: float | None = None) -> str:
 
 
 def suggestion_rows(suggestions: list[dict[str, Any]]) -> list[str]:
-    """Returns the lines of what to change."""
     sizes = [f"{'fits' if x['fits'] else 'does not fit':<13}{_gib(x['device_bytes']):>8} GiB" for x in suggestions]
     return [f"  {size}  {x['change']}: {x['setting']}" for size, x in zip(sizes, suggestions, strict=True)]
 
@@ -113,7 +110,7 @@ def _memory_rows(plan: Plan) -> list[str]:
 
 
 def _cost_rows(plan: Plan) -> list[str]:
-    """Returns a column per kind of step, the cut and the dense model's pass, and the rows of the whole run."""
+    """Returns a column per kind of step, for the cut and the dense model's pass, and rows for the whole run."""
     request, recorded = plan.request, teacher_pass(plan.request)[-1]
     costs = {name: getattr(plan, name) for name in COSTS if name != "teacher" or recorded}
     rows = [_row("", costs)]

@@ -1,4 +1,4 @@
-"""Describes what is planned: model, run, cluster. It is read without loading a weight."""
+"""Describes the model, run and cluster of a plan. No weight is loaded."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -44,16 +44,15 @@ class PlannedBatch:
 
     @property
     def copy_size(self) -> int:
-        """Returns the bytes of an element beside its fp32 form. An fp32 model has no other form."""
+        """The bytes of an element's 16-bit copy next to its fp32 form. An fp32 model has none."""
         return self.element_size if self.element_size < 4 else 0
 
     @property
     def causal_mask(self) -> int:
-        """Returns the bytes of the mask of eager attention."""
         return self.eager * self.element_size * self.samples * self.window**2
 
     def probabilities(self, shape: ModelShape, layer: LayerShape) -> int:
-        """Counts the elements of one layer's attention probabilities. Only eager attention makes them."""
+        """Counts the elements of one layer's attention probabilities, which only eager attention holds."""
         return self.eager * self.samples * shape.query_heads(layer) * self.window**2
 
 
@@ -90,7 +89,7 @@ class Request:
 
     @property
     def gradient_size(self) -> int:
-        """Returns the bytes of an element of the true gradient when it is formed. fp16 is too narrow for it."""
+        """The bytes of an element of the true gradient when it is formed. fp16 is too narrow for it."""
         return 4 if self.config.model.dtype == "float16" else self.element_size
 
     @cached_property
@@ -99,11 +98,10 @@ class Request:
 
     @property
     def measured_layers(self) -> Sequence[int]:
-        """Returns the layers whose inputs `prune.compensate` measures."""
+        """The layers whose inputs `prune.compensate` measures."""
         return self.limits.open_layers if self.config.prune.compensate != "none" else ()
 
     def batch(self, samples: int, window: int) -> PlannedBatch:
-        """Describes a micro-batch."""
         eager = attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
         return PlannedBatch(samples, window, self.element_size, eager)
 
@@ -112,25 +110,24 @@ class Request:
         return list(shape.held(layer, self.element_size).values())
 
     def lora_shards(self, shape: ModelShape) -> int:
-        """Counts the elements of a rank's shards of all LoRA factors."""
         return self.shards(shape.lora_sizes(self.config.lora.r))
 
     def shards(self, sizes: Iterable[int]) -> int:
-        """Counts the elements of a rank's shards of such tensors."""
+        """Counts the elements of a rank's shards."""
         return sum(partition_numel(numel, self.world_size) for numel in sizes)
 
     def held_shards(self, held: Iterable[Held]) -> int:
-        """Counts the bytes of a rank's shards of such tensors."""
+        """Counts the bytes of a rank's shards."""
         return sum(x.element_size * partition_numel(math.prod(x.shape), self.world_size) for x in held)
 
     def gradient_shards(self, shape: ModelShape) -> int:
-        """Counts the elements of a rank's shards of the true gradient, if that is scored by."""
+        """Counts the elements of a rank's shards of the true gradient, if the criterion needs it."""
         if self.config.prune.criterion != "gradient":
             return 0
         return self.shards(math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
 
     def second_copies(self, held: Iterable[Held]) -> int:
-        """Counts the bytes of a rank's pieces of the second copy of such tensors. 0 without hpZ."""
+        """Counts the bytes of a rank's part of hpZ's second copy. 0 without hpZ."""
         group = self.fetch_limits.copy_ranks
         return self.held_shards(held) * (self.world_size // group) if group > 1 else 0
 
@@ -139,15 +136,12 @@ class Request:
         return self.ds_config["zero_optimization"]
 
     def offloads(self, what: str, *, pinned: bool = False) -> bool:
-        """Tells whether "optimizer" or "param" is in host memory, page-locked or in any."""
+        """Returns True if "optimizer" or "param" is in host memory, and page-locked if `pinned`."""
         found = self.zero.get(f"offload_{what}") or {}
         return found.get("device") == "cpu" and (not pinned or bool(found.get("pin_memory")))
 
     def shape_at(self, target: float) -> ModelShape:
-        """Returns the shape once `target` of the linear parameters is gone.
-
-        What `global` takes depends on scores. Here all layers lose alike.
-        """
+        """Returns the shape once `target` of the linear parameters is gone. With `global` all layers lose the same."""
         dense, open_layers, cut = self.shape, self.limits.open_layers, list(self.shape.layers)
         if self.config.prune.ranking == "uniform":
             cut = [uniform_counts(self.limits, target, self.limits.ratio)] * len(dense.layers)
@@ -167,7 +161,7 @@ def make_request(
     overrides: Sequence[str] = (),
     samples: int | None = None,
 ) -> Request:
-    """Reads everything that a plan rests on. The arguments are those of launch/plan.py, and errors those of a run."""
+    """Reads everything that a plan needs, with the arguments of launch/plan.py. Raises the errors that a run would."""
     if model in LLAMA:
         config_path = config_path or str(SHIPPED / "launch" / "configs" / f"{model}.yaml")
     if config_path is not None:
@@ -212,7 +206,7 @@ def build_request(
 def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:
     """Builds the same request with another cluster, or other values in sections: `train={...}`.
 
-    `deepspeed={...}` are keys of zero_optimization. What hpZ's "auto" means depends on the cluster.
+    `deepspeed={...}` are keys of zero_optimization. hpZ's "auto" depends on the cluster and is resolved again.
     """
     raw, zero, where = request.config.to_dict(), sections.pop("deepspeed", {}), cluster or request.cluster
     for section, values in sections.items():
@@ -224,13 +218,10 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
 
 
 def _read_ds_config(config: RunConfig, shape: ModelShape, cluster: Cluster) -> dict[str, Any]:
-    """Reads DeepSpeed's JSON and replaces every "auto". hpZ must have whole nodes, or equal parts of one."""
+    """Reads DeepSpeed's JSON and replaces every "auto". Groups of hpZ must be whole nodes, or equal parts of one."""
     path, per_node = find_ds_config(config.deepspeed), cluster.gpus_per_node
     resolved = resolve_ds_config(path, config, shape, cluster.world_size, ranks_per_node=per_node)
     size = FetchLimits.from_ds_config(resolved).copy_ranks
-    require(
-        not (size % per_node and per_node % size),
-        f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs; "
-        f"give {per_node}",
-    )
+    bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
+    require(size % per_node == 0 or per_node % size == 0, bad)
     return resolved

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 
 from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
+from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.flops import mlp_width
 from loraprune_ds.model.frozen import Held
+from loraprune_ds.model.saved_activations import saved_by_layer
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.activations import activations, forward_temporaries, logits
 from loraprune_ds.plan.held import Terms, gathered_weights, split_state
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
@@ -37,12 +39,12 @@ class Stage:
 
 
 def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[Stage]:
-    """Plans the memory of the run. Of all cuts the first one has the most. `after` is the shape after it."""
+    """Plans the memory of the run. The first cut needs the most of all cuts; `after` is the shape after it."""
     dense, cut = training_stage("dense", request, request.shape), _cut(request, request.shape, after)
     if request.config.train.distill_weight:
         dense.phases["dense model's pass"] = _recording(request)
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
-    if request.shape.int8:  # what is exported is not. It is evaluated when the run's own model is gone
+    if request.shape.int8:  # the export is not int8, and is evaluated when the run's own model is gone
         stock = changed(request, model={"frozen": None})
         shape = stock.shape_at(stock.schedule.ratio)
         weights = {"weights": stock.held_shards(stock.held(shape))}
@@ -51,7 +53,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
 
 
 def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
-    """Builds the stage of steps, evaluations and the export at a shape. With `scores` the steps score and measure."""
+    """Builds the stage of steps, evaluations and the export at a shape, whose steps may score and measure."""
     state, host = split_state(request, shape, measures=scores)
     gradients = {"weight_gradients": 4 * scores * request.gradient_shards(shape)}
     lora, e = shape.lora_sizes(request.config.lora.r), request.element_size
@@ -73,8 +75,7 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
 def teacher_pass(request: Request) -> tuple[PlannedBatch, int, int]:
     """Plans the dense model's pass for `train.distill_weight`: a batch, the batches of a rank, bytes of all files.
 
-    If the number of samples is not known, there are as many as the steps use. All tokens count as supervised. A rank
-    makes a file at a time. The one with the most decides.
+    If the number of samples is not known, the steps use each sample once. All tokens count as supervised.
     """
     config, hidden_size = request.config, request.shape.hidden_size
     used = request.steps * config.train.global_batch_size if config.train.distill_weight else 0
@@ -82,12 +83,12 @@ def teacher_pass(request: Request) -> tuple[PlannedBatch, int, int]:
     token = token_bytes(config.train.distill_top_k, hidden_size, request.element_size)
     per_file = samples_per_file((config.data.window - 1) * token)
     at_once = min(config.recorded_at_once, per_file)  # a batch never spans two files
-    batches = -(-samples // (per_file * request.world_size)) * -(-min(samples, per_file) // at_once)
+    batches = -(-samples // (per_file * request.world_size)) * -(-min(samples, per_file) // at_once)  # of the busiest
     return request.batch(at_once, config.data.window), batches, samples * (config.data.window - 1) * token
 
 
 def _recording(request: Request) -> Terms:
-    """Returns the terms of that pass. Top logits need a chunk's logits in fp32, twice."""
+    """Returns the terms of the dense model's pass. Top logits need a chunk's logits in fp32, twice."""
     train, shape, (batch, _, _) = request.config.train, request.shape, teacher_pass(request)
     targets = batch.tokens * shape.hidden_size * request.element_size
     if train.distill_top_k is not None:
@@ -97,11 +98,7 @@ def _recording(request: Request) -> Terms:
 
 
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
-    """Builds the stage of a cut. All of the old state is still there.
-
-    Of a layer's shards one leaves, one arrives, one is new. A refit has the whole linear with its LoRA, the system and
-    its factor in float64, its solution, the old and the new weight. It has m outputs. Of its n inputs k stay.
-    """
+    """Builds the stage of a cut, with the whole state from before it."""
     state, host = split_state(request, before, measures=True)
     refit, e, r = 0, request.element_size, request.config.lora.r
     for i, linear in measured_linears(before, request.measured_layers):
@@ -109,13 +106,12 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
         system = 8 * k * k + 12 * k * n + max(12 * k * k, 24 * k * m)
         refit = max(refit, 2 * e * m * (n + k) + 4 * r * (n + m) + system)
     shards = max(request.held_shards(request.held(before, i)) for i in range(len(before.layers)))
-    return Stage("the first cut", state, {"refit": {"refit": refit}, "moving": {"repartition": 3 * shards}}, host)
+    moving = {"repartition": 3 * shards}  # one leaves, one arrives, one is new
+    return Stage("the first cut", state, {"refit": {"refit": refit}, "moving": moving}, host)
 
 
 def _training(request: Request, shape: ModelShape) -> Terms:
-    """Returns the terms of a micro-batch. `distill_weight` has a chunk's logits of both models and the target in fp32,
-    one more with a temperature, and the dense model's outputs for all tokens.
-    """
+    """Returns the terms of a micro-batch. With `distill_weight` there are logits of both models, and the target."""
     train, e = request.config.train, request.element_size
     batch = request.batch(train.micro_batch_size, request.config.data.window)
     head = logits(shape, batch)
@@ -132,12 +128,7 @@ def _training(request: Request, shape: ModelShape) -> Terms:
 
 
 def _observing(request: Request, shape: ModelShape) -> Terms:
-    """Returns what the passes of a step that scores and measures add.
-
-    `gradient` has one linear's whole gradient, as formed, padded and sent, and its shard. `fisher` has three fp32
-    blocks of a linear's inputs, and where dropout replaces them the inputs of stacks of experts. A measured linear has
-    its inputs in fp32 and the half of a moment that is sent.
-    """
+    """Returns the terms of scoring and measuring in the passes of a step."""
     config, terms, e = request.config, Terms(), request.gradient_size
     tokens = config.train.micro_batch_size * config.data.window
     if config.prune.criterion == "gradient":
@@ -145,6 +136,7 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
         terms["whole_gradient"] = 2 * e * widest + (e + 4) * request.shards([widest])
     if config.prune.criterion == "fisher":
         widths = [(x.is_stack, shape.inputs_per_token(i, x)) for i, x in shape.input_linear_ids()]
+        # Dropout replaces the inputs of a stack of experts, so the originals are kept for it.
         kept = sum(n for is_stack, n in widths if is_stack) if config.lora.lora_dropout else 0
         blocks = 12 * min(tokens * max(n for _, n in widths), DEVICE_BLOCK_NUMEL)
         terms["squared_gradients"] = blocks + request.element_size * tokens * kept
@@ -168,11 +160,45 @@ def _evaluation(request: Request, shape: ModelShape) -> Terms:
 
 
 def _scoring(request: Request, shape: ModelShape) -> Terms:
-    """Returns the terms of scoring. LoRA masters and gradients of some layers are there as shards and as factors."""
-    if request.config.prune.criterion in ("fisher", "reap"):
+    """Returns the terms of scoring: LoRA masters and gradients of some layers as shards and as factors, and blocks."""
+    if request.config.prune.criterion == "fisher":
         return {}
     layers = [sum(shape.layer_lora_sizes(i, request.config.lora.r)) for i in range(len(shape.layers))]
     at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
     sizes = {shape.linear_shape(i, x) for i, x in shape.linear_ids()}
     block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in sizes)  # whole rows
     return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}
+
+
+def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
+    """Returns the peak of a micro-batch, without logits."""
+    t, e, h, indices = batch.tokens, batch.element_size, shape.hidden_size, range(len(shape.layers))
+    layers = [saved_in_layer(request, shape, i, batch) for i in indices]
+    checkpointed = len(layers) * e * t * h + max(layers)
+    kept = checkpointed if request.config.train.gradient_checkpointing else sum(layers)
+    # Gradients of the residual, and at the widest place: in the MLP, in eager attention (fp32), or in a norm (fp32).
+    widest = max(max(4 * e * t * mlp_width(shape, i), 8 * batch.probabilities(shape, shape.layers[i])) for i in indices)
+    gradients = 2 * e * t * h + max(widest, 12 * t * h)
+    rotary_angles, last_norm = 2 * e * batch.window * shape.head_dim, 4 * t * h + 4 * t + e * t * h
+    return kept + gradients + rotary_angles + batch.causal_mask + last_norm
+
+
+def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
+    """Returns the bytes at the widest place of a pass without backward, in the MLP or in eager attention."""
+    e = batch.element_size
+    mlp = max(4 * e * batch.tokens * mlp_width(shape, i) for i in range(len(shape.layers)))
+    scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
+    return max(mlp, scores) + batch.causal_mask
+
+
+def logits(shape: ModelShape, batch: PlannedBatch) -> int:
+    """Returns the bytes of a chunk's logits, in the model's dtype and in fp32, and of all tokens' hidden states."""
+    chunk = min(batch.tokens, chunk_size(shape.vocab_size, buffers=1))
+    return chunk * shape.vocab_size * (4 + batch.copy_size) + 2 * batch.tokens * shape.hidden_size * batch.element_size
+
+
+def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
+    """Returns the bytes that autograd keeps of a layer without checkpointing."""
+    lora, size = request.config.lora, (batch.samples, batch.window)
+    options = {"lora_rank": lora.r, "dropout": lora.lora_dropout > 0, "eager": batch.eager}
+    return saved_by_layer(request.source, shape, index, size, DTYPES[request.config.model.dtype], **options)

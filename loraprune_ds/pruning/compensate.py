@@ -1,13 +1,11 @@
-"""Makes up for the inputs that a cut removes, in the linears that lose inputs, such as o_proj and down_proj.
-
-Nothing makes up for experts that leave (model/experts.md). In a mixture it is o_proj that loses heads.
+"""Makes up for the inputs that a cut removes, in the linears that lose inputs (o_proj, down_proj), not for experts.
 
 Let W' = W + s·B·A, K the kept and R the removed columns, and x the inputs of a layer. The kept columns take over what
-they can predict of the removed ones: W[:, K] += ΔW. Here ΔW is the ridge solution
-W'[:, R] · C[R, K] · (C[K, K] + λ·mean(diag C)·I)⁻¹, and C is the mean of x xᵀ.
+they can predict of the removed ones: W[:, K] += ΔW, with the ridge solution
+ΔW = W'[:, R] · C[R, K] · (C[K, K] + λ·mean(diag C)·I)⁻¹, where C is the mean of x xᵀ.
 
-ΔW = 0 is one candidate of the ridge problem. So it makes no layer's output worse on the recorded tokens.
-Rounding to 16 bits could, where inputs share a large common part. An output that would get worse keeps its weights.
+The solution makes no output worse on the recorded tokens, because ΔW = 0 is a candidate. Rounding to 16 bits could,
+where inputs share a large common part, so an output that would get worse keeps its weights.
 """
 
 # torch does not type every method:
@@ -33,27 +31,21 @@ RIDGE = 0.05  # measured with 0.01 too: tests/benchmarks/README.md
 def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
     """Adds ΔW to the kept columns of the weight: (out_features, in_features), in its own dtype.
 
-    Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these, in bytes.
-    4kn + 20k² for the system and its factor.
-    8k² + 4kn + 12(n − k)(k + m) + 8km for the right-hand side.
-    8k² + 24km for the solution.
-    12k² + 4kn + 16km for the check of the rounded solution.
+    `moment` is C or any multiple of it, `ridge` is λ. Raises RunError if C is zero or holds an inf or NaN.
 
-    Args:
-        moment: C or any multiple of it, (in_features, in_features).
-        kept: indices of the inputs that stay.
-        ridge: λ, added to the diagonal as a fraction of its mean.
-
-    Raises:
-        RunError: C holds an inf or NaN, or is zero.
+    Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these bytes: system and
+    factor 4kn + 20k², right-hand side 8k² + 4kn + 12(n − k)(k + m) + 8km, solution 8k² + 24km, check 12k² + 4kn + 16km.
     """
-    removed = removed_columns(len(moment), kept)
+    leaves = torch.ones(len(moment), dtype=torch.bool, device=kept.device).index_fill_(0, kept, False)
+    removed = leaves.nonzero().flatten()
     system = moment.index_select(0, kept).index_select(1, kept).double()
     system.diagonal().add_(ridge * moment.diagonal().double().mean())
     factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(system))
     del system
-    # C[K, R] · W'[:, R]ᵀ: (kept, out_features)
-    right = moment.index_select(0, kept).index_select(1, removed).double() @ _effective(linear, removed).double().T
+    effective = linear.weight.index_select(1, removed).float()
+    effective.addmm_(linear.lora_B, linear.lora_A.index_select(1, removed), alpha=linear.scaling)  # W'[:, R]
+    right = moment.index_select(0, kept).index_select(1, removed).double() @ effective.double().T  # (k, m)
+    del effective
     delta = torch.cholesky_solve(right, factor).T
     if info.item() != 0 or not torch.isfinite(delta).all():
         raise RunError("the second moment of its inputs cannot be inverted")
@@ -61,37 +53,19 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     old = linear.weight.index_select(1, kept)
     new = (old.double() + delta).to(old.dtype)
     del delta
-    worse = _change_of_error(new.double() - old.double(), moment, kept, right) > 0
+    # The change of each output's mean squared error: diag(D·C[K, K]·Dᵀ − 2·D·right), with the rounded step D.
+    step = new.double() - old.double()
+    change = step @ moment.index_select(0, kept).index_select(1, kept).double()
+    worse = change.sub_(right.T, alpha=2).mul_(step).sum(1) > 0
+    del step, change
     new[worse] = old[worse]
     weight = linear.weight.clone()
     weight[:, kept] = new
     return weight
 
 
-def _change_of_error(step: Tensor, moment: Tensor, kept: Tensor, right: Tensor) -> Tensor:
-    """Returns the change of each output's mean squared error, (out_features,): diag(D·C[K, K]·Dᵀ − 2·D·right).
-
-    D is the rounded step (out_features, kept), and right = C[K, R]·W'[:, R]ᵀ.
-    """
-    change = step @ moment.index_select(0, kept).index_select(1, kept).double()
-    return change.sub_(right.T, alpha=2).mul_(step).sum(1)
-
-
-def removed_columns(count: int, kept: Tensor) -> Tensor:
-    """Returns the indices of 0 … count − 1 that are not kept, ascending, on the same device."""
-    mask = torch.ones(count, dtype=torch.bool, device=kept.device)
-    mask[kept] = False
-    return mask.nonzero().flatten()
-
-
-def _effective(linear: CollectedLinear, columns: Tensor) -> Tensor:
-    """Returns columns of W + s·B·A, fp32."""
-    weight = linear.weight.index_select(1, columns).float()
-    return torch.addmm(weight, linear.lora_B, linear.lora_A.index_select(1, columns), alpha=linear.scaling)
-
-
 class Compensator:
-    """Records the inputs before each cut and makes up for those that it removes."""
+    """Records the inputs before each cut and makes up for the inputs that it removes."""
 
     def __init__(
         self, model: PrunableModel, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]
@@ -101,7 +75,7 @@ class Compensator:
         self._records = False
 
     def record_step(self, step: int) -> AbstractContextManager[None]:
-        """Records the inputs of this step, if a cut follows soon enough."""
+        """Records the inputs of this step if a cut follows within `prune.compensate_steps`."""
         self._records = self._schedule.precedes_cut(step, self._config.compensate_steps)
         return self.moments.record_step() if self._records else nullcontext()
 
@@ -110,14 +84,10 @@ class Compensator:
         return self.moments.record_forward(attention_mask) if self._records else nullcontext()
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
-        """Makes up for the cut to `keep` before it happens. Leaves layers alone that lose nothing. Collective."""
+        """Makes up for the cut to `keep` before it happens. Collective."""
         shape = self._model.shape
-        linear_ids = [
-            LinearId(i, linear)
-            for i in range(len(shape.layers))
-            for linear in shape.cut_linears(i, keep[i])
-            if linear.loses_inputs
-        ]
+        cut = ((i, linear) for i, layer in enumerate(keep) for linear in shape.cut_linears(i, layer))
+        linear_ids = [LinearId(i, linear) for i, linear in cut if linear.loses_inputs]
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
             moment = self.moments.sums[linear_id]

@@ -12,29 +12,28 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from loraprune_ds.pruning.prunable_model import Decode, LoraFactors, OwnedShard
 
-# Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU a block of any size
-# costs a dozen kernel launches, and its two fp32 copies may take 64 MiB.
+# Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU fewer blocks need
+# fewer kernel launches, and the two fp32 copies of a block take 64 MiB.
 CPU_BLOCK_NUMEL = 1 << 18
 DEVICE_BLOCK_NUMEL = 1 << 23
 
-# (rows of W in fp32, which it may overwrite; the LoRA factors of those rows; for `gradient` also the rows of W's
-# gradient) -> element importance up to its sign, same shape as the rows.
+# (rows of W in fp32, which it may overwrite; their LoRA factors; for `gradient` also the rows of W's gradient) ->
+# element importance up to its sign, in the shape of the rows.
 ElementCriterion = Callable[..., Tensor]
 
 
 def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """Turns W into W + s·B·A, which the network computes with, in place."""
+    """Turns W into W + s·B·A in place."""
     return weight.addmm_(factors.B, factors.A, alpha=factors.scaling)
 
 
 def gradient_estimate(factors: LoraFactors) -> Tensor:
-    """Returns G = gB·A + B·gA − gB·gA, (out_features, in_features) (LoRAPrune, arXiv 2305.18403, eq. 8).
-
-    It is the change of B·A by one unit SGD step on both. It is one product of twice the rank: gB·(A − gA) + B·gA.
-    """
+    """Returns G = gB·A + B·gA − gB·gA (LoRAPrune, arXiv 2305.18403, eq. 8): the change of B·A by one unit SGD step."""
+    # gB·(A − gA) + B·gA as one product of twice the rank
     return torch.cat([factors.grad_B, factors.B], 1) @ torch.cat([factors.A - factors.grad_A, factors.grad_A])
 
 
@@ -48,11 +47,6 @@ def lora_squared(weight: Tensor, factors: LoraFactors) -> Tensor:
     return lora(weight, factors).square_()
 
 
-def magnitude(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """Returns |W + s·B·A|. Uses no gradient."""
-    return effective_weight(weight, factors)
-
-
 def gradient(weight: Tensor, factors: LoraFactors, weight_gradient: Tensor) -> Tensor:
     """Returns |gW ⊙ (W + s·B·A)|, which `lora` estimates (LLM-Pruner's first order, arXiv 2305.11627)."""
     return effective_weight(weight, factors).mul_(weight_gradient)
@@ -62,7 +56,7 @@ ELEMENT_CRITERIA: dict[str, ElementCriterion] = {
     "lora": lora,
     "lora_squared": lora_squared,
     "gradient": gradient,
-    "magnitude": magnitude,
+    "magnitude": effective_weight,
 }
 
 
@@ -76,13 +70,9 @@ def score_shard(
 ) -> Tensor:
     """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the whole weight.
 
-    Args:
-        weight_gradient: of the owned elements, (len(shard.flat),) fp32, padding allowed. For the criterion `gradient`.
-
-    Returns:
-        (out_features,) or (in_features,) float64 partial sums. Summed over the ranks they are those of the weight.
-        Blocks of rows are scored in fp32 and added up in float64. In the first and last row only the owned elements
-        count, so a row that two ranks share is not counted twice.
+    Blocks of rows are scored in fp32 and added up in float64: (out_features,) or (in_features,). In the first and last
+    row only the owned elements count, so the sums of the ranks add up to the sums of the weight. `weight_gradient` of
+    the owned elements is (len(shard.flat),) fp32, padding allowed.
     """
     columns = shard.shape[1]
     total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=shard.flat.device)
@@ -96,7 +86,9 @@ def score_shard(
         low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
         head, tail = low - row * columns, stop * columns - high
         owned = [shard.flat] if weight_gradient is None else [shard.flat, weight_gradient]
-        held, *given = (_whole_rows(flat[low - start : high - start], head, tail, columns) for flat in owned)
+        parts = (flat[low - start : high - start] for flat in owned)
+        # Zeros stand for what the first and the last row lack.
+        held, *given = ((pad(x, (head, tail)) if head or tail else x).view(-1, columns) for x in parts)
         weight = shard.decode(held, row)
         of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
         importance = criterion(weight, of_rows, *given)
@@ -115,7 +107,7 @@ def score_shard(
 def split_experts(
     shard: OwnedShard, factors: LoraFactors, weight_gradient: Tensor | None = None
 ) -> Iterator[tuple[OwnedShard, LoraFactors, Tensor | None]]:
-    """Yields what this rank owns of the linear of each expert of a stack. Any other linear is one."""
+    """Yields what this rank owns of each expert's linear. A linear that is not a stack counts as one expert."""
     experts = len(factors.A) // factors.B.shape[1]
     rows, columns = shard.shape[0] // experts, shard.shape[1]
     split = (tensor.chunk(experts) for tensor in (factors.A, factors.B, factors.grad_A, factors.grad_B))
@@ -123,18 +115,11 @@ def split_experts(
         origin = shard.start - i * rows * columns  # of the shard, counted from the first element of the expert
         low = min(max(origin, 0), rows * columns)
         high = max(low, min(origin + len(shard.flat), rows * columns))
-        decode = partial(_decode_below, shard.decode, i * rows)
         own = slice(low - origin, high - origin)
         given = None if weight_gradient is None else weight_gradient[own]
-        owned = OwnedShard(shard.flat[own], low, (rows, columns), decode)
+        owned = OwnedShard(shard.flat[own], low, (rows, columns), partial(_decode_below, shard.decode, i * rows))
         yield owned, LoraFactors(*of_expert, scaling=factors.scaling), given
 
 
-def _decode_below(decode: Decode, above: int, rows: Tensor, first: int) -> Tensor:
-    return decode(rows, above + first)
-
-
-def _whole_rows(flat: Tensor, head: int, tail: int, columns: int) -> Tensor:
-    """Returns (rows, columns), with zeros for what the first and the last row lack."""
-    whole = torch.nn.functional.pad(flat, (head, tail)) if head or tail else flat
-    return whole.view(-1, columns)
+def _decode_below(decode: Decode, above: int, held: Tensor, first: int) -> Tensor:
+    return decode(held, above + first)

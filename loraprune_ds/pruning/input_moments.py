@@ -1,7 +1,6 @@
-"""Second moments of the inputs of the linears that lose inputs, such as o_proj and down_proj.
+"""Second moments of the inputs of linears that lose inputs (o_proj, down_proj), from training's own forward passes.
 
-They are recorded in training's own forward passes. A second moment is symmetric. So only its blocks on and right of
-the diagonal are computed and sent.
+A second moment is symmetric, so only its blocks on and right of the diagonal are computed and sent.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,12 +19,12 @@ BLOCK = 1024  # rows of a second moment that are computed at once
 
 
 def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LinearId]:
-    """Lists the linears of some layers, or of all, that lose inputs. A stack of experts loses whole experts."""
+    """Lists the linears of some layers, or of all, that lose inputs. Stacks do not: they lose whole experts."""
     return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
 
 
 def blocks(n: int) -> Iterator[tuple[slice, slice]]:
-    """Yields (rows, columns) of an (n, n) matrix: each band of rows from its diagonal on."""
+    """Yields (rows, columns) of the blocks of an (n, n) matrix: each band of rows from its diagonal on."""
     return ((slice(i, min(i + BLOCK, n)), slice(i, n)) for i in range(0, n, BLOCK))
 
 
@@ -34,47 +33,42 @@ def numel_sent(n: int) -> int:
     return sum((rows.stop - rows.start) * (n - rows.start) for rows, _ in blocks(n))
 
 
-def half_of_product(x: Tensor) -> Tensor:
-    """Returns the blocks of xᵀ·x one after the other, flat. x is (tokens, n)."""
-    n = x.shape[1]
-    half, position = x.new_empty(numel_sent(n)), 0
+def _views(half: Tensor, n: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields the rows, columns and values of each block of a flat half."""
+    position = 0
     for rows, columns in blocks(n):
         height, width = rows.stop - rows.start, n - rows.start
-        block = half[position : position + height * width].view(height, width)
-        torch.mm(x[:, rows].T, x[:, columns], out=block)
+        yield rows, columns, half[position : position + height * width].view(height, width)
         position += height * width
+
+
+def half_of_product(x: Tensor) -> Tensor:
+    """Returns the blocks of xᵀ·x one after the other, flat. x is (tokens, n)."""
+    half = x.new_empty(numel_sent(x.shape[1]))
+    for rows, columns, block in _views(half, x.shape[1]):
+        torch.mm(x[:, rows].T, x[:, columns], out=block)
     return half
 
 
 def add_half(total: Tensor, half: Tensor, weight: float) -> None:
-    """Adds weight · (the symmetric matrix whose blocks these are) to `total`, (n, n)."""
-    n, position = len(total), 0
-    for rows, columns in blocks(n):
-        height, width = rows.stop - rows.start, n - rows.start
-        block = half[position : position + height * width].view(height, width)
+    """Adds weight · (the symmetric matrix with these blocks) to `total`, (n, n)."""
+    for rows, columns, block in _views(half, len(total)):
         total[rows, columns].add_(block, alpha=weight)
-        total[rows.stop :, rows].add_(block[:, height:].T, alpha=weight)
-        position += height * width
+        total[rows.stop :, rows].add_(block[:, len(block) :].T, alpha=weight)
 
 
 class InputMoments:
-    """Keeps moving sums over steps, fp32: of x xᵀ (n, n), over a step's tokens.
+    """Keeps moving sums of x xᵀ over steps, (n, n) fp32, of the `layers` that may be cut.
 
-    `tokens` moves in the same way, so sums / tokens is the mean. Of several steps the last one weighs most.
-
-    Only `layers` are recorded, as no other can be cut. The sums of a layer are whole on its owner and nowhere else.
-    Every rank forms its part for one linear at a time, in the forward pass, and adds it up on the owner at once. So
-    beside its own layers' sums a rank holds half a matrix. With n = intermediate_size that is at most
-    4·n²·(ceil(layers / world_size) + 1/2) bytes, and those of o_proj.
-
-    Attributes:
-        sums: of this rank's layers.
-        tokens: of all ranks; 0 if nothing was recorded.
+    `tokens` moves in the same way, so sums / tokens is the mean. The last step weighs most. Only the owner of a layer
+    holds its sums: every rank forms its part for one linear at a time in the forward pass, and the owner adds it
+    immediately. A rank holds at most 4·n²·(ceil(layers / world_size) + 1/2) bytes for n = intermediate_size, and the
+    sums of o_proj.
     """
 
     def __init__(self, model: PrunableModel, layers: Sequence[int], decay: float) -> None:
-        self.sums: dict[LinearId, Tensor] = {}
-        self.tokens = 0.0
+        self.sums: dict[LinearId, Tensor] = {}  # of this rank's layers
+        self.tokens = 0.0  # of all ranks
         self._model = model
         self._decay = decay
         self._weight = 0.0
@@ -87,7 +81,7 @@ class InputMoments:
 
     @contextmanager
     def record_step(self) -> Generator[None]:
-        """Records the forward passes of a step that `record_forward` is open around. Collective at its end."""
+        """Records the forward passes of a step inside `record_forward`. Collective at its end."""
         decay = self._decay if self.tokens else 0.0
         self._weight, self._own_tokens = 1 - decay, 0
         for value in self.sums.values():
@@ -98,11 +92,7 @@ class InputMoments:
 
     @contextmanager
     def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
-        """Records one micro-batch. Not to be open in its backward pass, which may run the forward again.
-
-        Args:
-            attention_mask: (batch, window) bool, False at padding; None if there is no padding.
-        """
+        """Records one micro-batch. Close it before the backward pass, which may run the forward again."""
         self._active, self._attention_mask = True, attention_mask
         try:
             yield
@@ -110,7 +100,7 @@ class InputMoments:
             self._active, self._attention_mask = False, None
 
     def cut(self, keep: list[LayerKeep]) -> None:
-        """Cuts the sums along with the groups. The model must still have its shape from before the cut."""
+        """Cuts the sums along with the groups. Call it while the model still has its shape from before the cut."""
         shape = self._model.shape
         for layer, layer_keep in enumerate(keep):
             for linear in shape.cut_linears(layer, layer_keep):
@@ -124,7 +114,7 @@ class InputMoments:
         return {linear_id.linear.name: value for linear_id, value in self.sums.items() if linear_id.layer == layer}
 
     def restore(self, read: Callable[[int], dict[str, Tensor]], tokens: float) -> None:
-        """Goes on where a checkpoint left off; `read` gives what `of_layer` gave on whichever rank owned the layer."""
+        """Goes on from a checkpoint. `read` gives what `of_layer` returned on the rank that owned the layer."""
         self.tokens = tokens
         for layer in range(len(self._model.layers)):
             if self._model.owner(layer) == self._model.rank:
@@ -134,7 +124,6 @@ class InputMoments:
                         self.sums[LinearId(layer, linear)] = found[linear.name].to(self._model.device)
 
     def clear(self) -> None:
-        """Forgets everything."""
         self.sums.clear()
         self.tokens = 0.0
 
@@ -149,9 +138,7 @@ class InputMoments:
         with tf32_where_exact(x.dtype, x.device):
             part = half_of_product(rows)
         total = self._model.reduce_to(self._model.owner(linear_id.layer), part)
-        if total is None:
-            return
-        n = x.shape[-1]
-        if linear_id not in self.sums:
-            self.sums[linear_id] = total.new_zeros(n, n)
-        add_half(self.sums[linear_id], total, self._weight)
+        if total is not None:
+            if linear_id not in self.sums:
+                self.sums[linear_id] = total.new_zeros(x.shape[-1], x.shape[-1])
+            add_half(self.sums[linear_id], total, self._weight)

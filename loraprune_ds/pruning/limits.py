@@ -1,7 +1,7 @@
 """Limits on what pruning may take from a layer: protected layers, minimum widths, a cap per layer."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -14,34 +14,21 @@ from loraprune_ds.model.shapes import ModelShape
 
 @dataclass(frozen=True)
 class Limits:
-    """Tells what pruning may take from which layer. Fixed at the start of a run.
-
-    Attributes:
-        dense: the shape before any cut.
-        floor: fewest groups that each layer keeps. A protected layer's floor is its dense count.
-        layer_budget: most linear parameters each layer may lose.
-        multiples: kept counts of a kind are multiples of this, except dense counts.
-        shares: each kind's part of the parameters that leave, where the kinds do not compete.
-        ratio: fraction of the dense linear parameters that is gone at the end.
-    """
+    """Holds the limits on each layer, fixed at the start of a run."""
 
     dense: ModelShape
-    floor: tuple[LayerShape, ...]
-    layer_budget: tuple[int, ...]
-    multiples: Mapping[Kind, int]
-    shares: Mapping[Kind, float]
-    ratio: float
+    floor: tuple[LayerShape, ...]  # fewest groups that each layer keeps: all of a protected layer
+    layer_budget: tuple[int, ...]  # most linear parameters that each layer may lose
+    multiples: Mapping[Kind, int]  # of which kept counts are multiples, unless they are dense counts
+    shares: Mapping[Kind, float]  # each kind's part of the parameters that leave
+    ratio: float  # fraction of the dense linear parameters that is gone at the end
 
     @property
     def open_layers(self) -> list[int]:
-        """The layers that pruning may cut."""
         return [i for i, budget in enumerate(self.layer_budget) if budget > 0]
 
     def blocks(self, layer: int, kind: Kind, count: int) -> list[int]:
-        """Returns the sizes of the blocks that leave one after the other, from `count` groups down to the floor.
-
-        A block has as many groups as lead to the next lower multiple.
-        """
+        """Returns the sizes of the blocks that lead from `count` groups down to the floor, by multiples."""
         multiple, floor = self.multiples[kind], self.floor[layer][kind]
         if count <= floor:
             return []
@@ -49,9 +36,8 @@ class Limits:
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
     def narrowest(self, layer: int) -> Iterator[LayerShape]:
-        """Yields the narrowest shapes of a layer: the fewest groups of the finest kind beside each count of the others.
-
-        What exceeds the layer's budget without any group of the finest kind is left out.
+        """Yields the narrowest shapes within the layer's budget: the fewest groups of the finest kind for each count
+        of the others.
         """
         dense, floor = self.dense.layers[layer], self.floor[layer]
         *coarse, fine = self.dense.kinds
@@ -63,23 +49,18 @@ class Limits:
                 yield LayerShape({**shape, fine: min(max(least, floor[fine]), dense[fine])})
 
     def step_numel(self, kind: Kind) -> int:
-        """Counts the linear parameters of the fewest groups of a kind that leave together."""
+        """Counts the linear parameters of one multiple of a kind."""
         return self.multiples[kind] * self.dense.group_numel(kind)
 
     def lost(self, layer: int, counts: Mapping[Kind, int]) -> int:
-        """Returns the linear parameters that a layer of these counts has lost."""
+        """Counts the linear parameters that a layer with these counts has lost."""
         return self.dense.numel_of(self.dense.layers[layer]) - self.dense.numel_of(counts)
 
 
 def make_limits(config: PruneConfig, dense: ModelShape, ratio: float | None = None) -> Limits:
-    """Makes the limits of a run: protected layers, minimum widths and the cap per layer.
+    """Makes the limits of a run, whose ratio comes from `target.find_ratio` or else is `prune.ratio`.
 
-    Args:
-        ratio: of a config with `prune.target`, from `target.find_ratio`. None: `prune.ratio`.
-
-    Raises:
-        UserError: everything is protected. Or `uniform` meets layers of different shapes. Or `prune.head_ratio` cannot
-            go with `prune.ratio`. Or `prune.ratio` is out of reach. The message then states the largest that is not.
+    Raises UserError if settings conflict, or if the ratio is out of reach. The message then states the largest ratio.
     """
     ratio = config.ratio if ratio is None else ratio
     assert ratio is not None
@@ -89,23 +70,28 @@ def make_limits(config: PruneConfig, dense: ModelShape, ratio: float | None = No
 
 
 def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
-    """Puts a ratio into limits, and the shares that follow from it.
-
-    Raises:
-        UserError: `prune.head_ratio` cannot go with it.
-    """
-    limits = replace(limits, ratio=ratio)
-    if config.head_ratio is None:
-        return limits
-    return replace(limits, shares=_shares(config.head_ratio, limits))
+    """Sets the ratio, and the shares that follow from it. Raises UserError if it conflicts with `prune.head_ratio`."""
+    dense, head_ratio = limits.dense, config.head_ratio
+    if head_ratio is None:
+        return replace(limits, ratio=ratio)
+    numel, removable = _open_numel(limits)
+    heads, most_heads = numel.pop("heads"), removable.pop("heads")
+    others, most_others = sum(numel.values()), sum(removable.values())
+    leaving, of_heads = ratio * dense.linear_numel(), head_ratio * heads
+    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: as near as whole heads come
+    if of_heads > most_heads + half_a_step:
+        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
+    if not of_heads <= leaving <= of_heads + most_others + half_a_step:
+        raise UserError(
+            f"prune.head_ratio {head_ratio} with prune.ratio {ratio} would take {(leaving - of_heads) / others:.1%} of "
+            f"the {' and '.join(numel)}, of which {most_others / others:.1%} may go"
+        )
+    share = of_heads / leaving
+    return replace(limits, ratio=ratio, shares={"heads": share, dense.kinds[-1]: 1 - share})
 
 
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
-    """Makes what limits are without a ratio. The kinds share alike.
-
-    Raises:
-        UserError: as `make_limits`, where a ratio does not matter.
-    """
+    """Makes the limits that do not depend on the ratio. All kinds lose the same part of their parameters."""
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
@@ -114,15 +100,12 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
-    least = {"experts": max(1, dense.least_experts)}
-    floor: list[LayerShape] = []
-    budget: list[int] = []
+    least_experts = max(1, dense.least_experts)
+    least = {kind: _round_up(least_experts if kind == "experts" else 1, n) for kind, n in multiples.items()}
+    floor, budget = list[LayerShape](), list[int]()
     for i, layer in enumerate(dense.layers):
-        cut = LayerShape(
-            (kind, count if kind in dense.family.fixed else min(_round_up(least.get(kind, 1), multiples[kind]), count))
-            for kind, count in layer.items()
-        )
-        floor.append(layer if i in protected else cut)
+        fixed = layer.keys() if i in protected else dense.family.fixed
+        floor.append(LayerShape((kind, n if kind in fixed else min(least[kind], n)) for kind, n in layer.items()))
         # The sliver keeps 0.29 of 100 from being 28.999999999999996.
         budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
     limits = Limits(dense, tuple(floor), tuple(budget), multiples, shares={}, ratio=0.0)
@@ -130,33 +113,26 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
         raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
     if config.ranking == "uniform" and len({dense.layers[i] for i in limits.open_layers}) > 1:
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
-    numel = {kind: _open_numel(limits, dense.layers, kind) for kind in dense.kinds}
+    numel = _open_numel(limits)[0]
     if dense.family.mixture:  # heads are few there, and stay
         numel["heads"] = 0
     return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
 
 
 def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
-    """Returns what the kept counts of each kind divide by.
-
-    Raises:
-        UserError: a layer has fewer channels than that. Or `prune.tensor_parallel` does not divide a dense count, which
-            a protected layer keeps.
-    """
+    """Returns the divisor of the kept counts of each kind. Dense counts must be divisible by the servers too."""
     servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
+    odd = f"prune.tensor_parallel {servers} does not divide the"
     if dense.expert_size % servers:
-        raise UserError(
-            f"prune.tensor_parallel {servers} does not divide the {dense.expert_size} channels of an expert"
-        )
+        raise UserError(f"{odd} {dense.expert_size} channels of an expert")
     for i, layer in enumerate(dense.layers):
         for kind, count in layer.items():
             if kind != "experts" and count % servers:
-                raise UserError(f"prune.tensor_parallel {servers} does not divide the {count} {kind} of layer {i}")
+                raise UserError(f"{odd} {count} {kind} of layer {i}")
         if i not in protected and layer.get("channels", multiple) < multiple:
             keys = f"prune.channel_multiple {config.channel_multiple}"
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
-            has = f"layer {i} has {layer['channels']}"
-            raise UserError(f"{keys} needs at least {multiple} channels, and {has}; choose a smaller one")
+            raise UserError(f"{keys} needs at least {multiple} channels, and layer {i} has {layer['channels']}")
     multiples = {"heads": servers, "channels": multiple}
     return {kind: multiples.get(kind, dense.parts_of(kind)) for kind in dense.kinds}
 
@@ -165,90 +141,43 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _open_numel(limits: Limits, layers: Sequence[LayerShape], kind: Kind | None = None) -> int:
-    """Counts the parameters of a kind, or all, in the open layers."""
-    dense, of_open = limits.dense, [layers[i] for i in limits.open_layers]
-    if kind is None:
-        return sum(map(dense.numel_of, of_open))
-    return sum(layer[kind] for layer in of_open) * dense.group_numel(kind)
-
-
-def _shares(head_ratio: float, limits: Limits) -> dict[Kind, float]:
-    """Returns each kind's part of the parameters that leave, with `prune.head_ratio`.
-
-    Raises:
-        UserError: so many heads may not leave. Or the channels would have to give less than nothing beside them, or
-            more than may leave.
-    """
-    dense, heads = limits.dense, _open_numel(limits, limits.dense.layers, "heads")
-    channels = _open_numel(limits, dense.layers) - heads
-    most_heads, most_channels = _most_heads_and_channels(limits)
-    rest = " and ".join(kind for kind in dense.kinds if kind != "heads")
-    leaving, of_heads = limits.ratio * dense.linear_numel(), head_ratio * heads
-    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: as near as whole heads come
-    if of_heads > most_heads + half_a_step:
-        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
-    if not of_heads <= leaving <= of_heads + most_channels + half_a_step:
-        raise UserError(
-            f"prune.head_ratio {head_ratio} with prune.ratio {limits.ratio} would take "
-            f"{(leaving - of_heads) / channels:.1%} of the {rest}, of which {most_channels / channels:.1%} may go"
-        )
-    share = of_heads / leaving
-    return {"heads": share, dense.kinds[-1]: 1 - share}
-
-
-def _most_heads_and_channels(limits: Limits) -> tuple[int, int]:
-    """Counts the parameters of the open layers' heads, and of the rest, that the floors let go."""
-    dense, floor = limits.dense.layers, limits.floor
-    heads = _open_numel(limits, dense, "heads") - _open_numel(limits, floor, "heads")
-    return heads, _open_numel(limits, dense) - _open_numel(limits, floor) - heads
+def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:
+    """Counts the parameters of each kind in the open layers: all of them, and those above the floors."""
+    kinds = [(kind, limits.dense.group_numel(kind)) for kind in limits.dense.kinds]
+    dense, floor = (
+        {kind: numel * sum(layers[i][kind] for i in limits.open_layers) for kind, numel in kinds}
+        for layers in (limits.dense.layers, limits.floor)
+    )
+    return dense, {kind: dense[kind] - floor[kind] for kind in dense}
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
     """Returns the least and the most parameters that can go, up to a part of a group."""
-    most = _most_uniform(limits) if config.ranking == "uniform" else _most_global(limits)
+    if config.ranking == "uniform":
+        first = limits.open_layers[0]
+        most = len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
+    else:  # scores choose between several ends of a capped layer, so the smallest loss counts
+        most = sum(min(_ends(limits, i)) for i in limits.open_layers)
     if config.head_ratio is None:
         return 0, most
-    of_heads = config.head_ratio * _open_numel(limits, limits.dense.layers, "heads")
-    return of_heads, min(most, of_heads + _most_heads_and_channels(limits)[1])
+    numel, removable = _open_numel(limits)
+    of_heads = config.head_ratio * numel["heads"]
+    return of_heads, min(most, of_heads + sum(removable.values()) - removable["heads"])
 
 
 def _check_reachable(config: PruneConfig, limits: Limits) -> None:
-    dense = limits.dense
-    _, most = reachable(config, limits)
-    # A ratio that equals a cap may miss it by a part of a group. Either ranking promises no more than that.
-    a_step = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
-    near = a_step if config.ranking == "global" else _half_a_step(limits)
+    dense, (_, most) = limits.dense, reachable(config, limits)
+    # A ratio that equals a cap may miss it: `global` by a group, `uniform` by half a multiple of channels per layer.
+    if config.ranking == "global":
+        near = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
+    else:
+        first, fine = limits.open_layers[0], dense.kinds[-1]
+        step = min(limits.multiples[fine], dense.layers[first][fine] - limits.floor[first][fine])
+        near = len(limits.open_layers) * step * dense.group_numel(fine) / 2
     if most == 0 or limits.ratio * dense.linear_numel() > most + near:
-        raise UserError(
-            f"prune.ratio {limits.ratio} is out of reach: with the protected layers, minimum widths and "
-            f"prune.max_layer_ratio at most {math.floor(1e4 * most / dense.linear_numel()) / 1e4} can go"
-        )
-
-
-def _half_a_step(limits: Limits) -> float:
-    """Returns how far from a target `uniform` may end: half a channel (or multiple) in every layer.
-
-    If a multiple is more than may go, no channel leaves, and that many fewer are the step.
-    """
-    first, fine = limits.open_layers[0], limits.dense.kinds[-1]
-    step = min(limits.multiples[fine], limits.dense.layers[first][fine] - limits.floor[first][fine])
-    return len(limits.open_layers) * step * limits.dense.group_numel(fine) / 2
-
-
-def _most_uniform(limits: Limits) -> int:
-    """Returns the largest loss of equal counts."""
-    first = limits.open_layers[0]
-    return len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
-
-
-def _most_global(limits: Limits) -> int:
-    """Returns the largest loss that `global` reaches with any scores.
-
-    Under a cap a layer ends where no group may go any more. There can be several such ends, and the scores decide
-    between them. So each layer counts with its smallest.
-    """
-    return sum(min(_ends(limits, i)) for i in limits.open_layers)
+        largest = math.floor(1e4 * most / dense.linear_numel()) / 1e4
+        cause = f"with the protected layers, minimum widths and prune.max_layer_ratio at most {largest} can go"
+        raise UserError(f"prune.ratio {limits.ratio} is out of reach: {cause}")
 
 
 def _ends(limits: Limits, layer: int) -> Iterator[int]:

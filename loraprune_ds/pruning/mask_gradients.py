@@ -1,17 +1,15 @@
 """The criterion `fisher`: the importance of a group from the gradient of a mask on its inputs.
 
-Imagine a mask m_g = 1 on the inputs of o_proj or down_proj that belong to group g. To remove the group is to set m_g to
-0. At token t the mask has the gradient
+Imagine a mask m_g = 1 on the inputs of o_proj or down_proj that belong to group g. Removing the group sets m_g to 0.
+At token t the mask has the gradient
 
     s_tg = Σ_{j in g} x_tj · ∂L/∂x_tj
 
 The score is Σ_t s_tg², the diagonal of the mask's empirical Fisher information, up to a factor. It estimates the change
-of the loss (Kwon et al., arXiv 2204.00656, section 4; for heads Michel et al., arXiv 1905.10650). So layers, heads and
-channels compare without norms.
+of the loss (Kwon et al., arXiv 2204.00656, section 4; for heads Michel et al., arXiv 1905.10650), so layers, heads and
+channels compare without norms. LoRA's backward forms ∂L/∂x anyway; W and LoRA are not read.
 
-The backward pass of LoRA forms ∂L/∂x anyway. Nothing of W or LoRA is read.
-
-All inputs of an expert's last linear belong to it. So its mask is one on its output. t are the tokens that chose it.
+All inputs of an expert's last linear belong to the expert, so its mask is on its output, and t are its tokens.
 """
 
 # torch does not type every method:
@@ -34,8 +32,8 @@ CPU_BLOCK_NUMEL = 1 << 17  # inputs at a time: their fp32 copies and squares sta
 class MaskGradients(StepRecorder):
     """Records the squared gradient of every group's mask during one step, summed over this rank's tokens.
 
-    L is the step's loss: the mean over the global batch. Each token counts by itself. So the sums over all ranks do not
-    depend on the number of ranks or on accumulation. A padded position adds nothing: its gradient is zero.
+    L is the mean loss over the global batch. Tokens are summed one by one, so the number of ranks and accumulation make
+    no difference. A padded position adds nothing, because its gradient is zero.
     """
 
     def __init__(self, model: PrunableModel) -> None:
@@ -49,11 +47,8 @@ class MaskGradients(StepRecorder):
         return add_over_ranks(self._model, self._linear_ids, self.sums(), step)
 
     def sums(self) -> list[Tensor]:
-        """Returns this rank's part of Σ_t s_tg², (groups,) float64.
-
-        One tensor per linear that loses inputs, layer by layer.
-        """
-        # ZeRO-3 averages over the ranks, so the loss was multiplied by their number. fp16 has a factor besides.
+        """Returns this rank's part of Σ_t s_tg², (groups,) float64 for each linear that reads groups."""
+        # ZeRO-3 averages over the ranks, so the loss was multiplied by their number. fp16 adds a factor.
         scale = self._model.world_size * self._model.loss_scale
         return [self._recorded[linear_id] / scale**2 for linear_id in self._linear_ids]
 
@@ -72,12 +67,7 @@ class MaskGradients(StepRecorder):
 
 
 def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:
-    """Returns Σ_t s_tg², (groups,) fp32.
-
-    Args:
-        inputs, gradient: x and ∂L/∂x, (..., groups · width).
-        width: inputs of one group.
-    """
+    """Returns Σ_t s_tg², (groups,) fp32, from x and ∂L/∂x, (..., groups · width)."""
     inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
     columns, block_numel = inputs.shape[1], CPU_BLOCK_NUMEL if inputs.device.type == "cpu" else DEVICE_BLOCK_NUMEL
     tokens = min(len(inputs), max(1, block_numel // columns))

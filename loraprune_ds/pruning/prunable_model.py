@@ -19,26 +19,24 @@ from loraprune_ds.model.shapes import ModelShape
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """Holds the LoRA of one linear and its loss gradients, averaged over the global batch.
+    """Holds the LoRA of one linear and its loss gradients in fp32, averaged over the global batch, not clipped.
 
-    All are fp32. The gradients are neither clipped nor scaled.
-    Shapes: A and grad_A (r, in_features); B and grad_B (out_features, r). `scaling` is lora_alpha / r.
-    Of a stack of experts all have those of the experts one below the other.
+    For a stack of experts the factors of the experts lie one below the other.
     """
 
-    A: Tensor
-    B: Tensor
+    A: Tensor  # (r, in_features)
+    B: Tensor  # (out_features, r)
     grad_A: Tensor
     grad_B: Tensor
-    scaling: float
+    scaling: float  # lora_alpha / r
 
 
-# (some rows of a weight as they are held, number of the first) -> a new tensor with these rows in fp32
+# (some rows of a weight in the form that holds them, number of the first) -> a new tensor with these rows in fp32
 Decode = Callable[[Tensor, int], Tensor]
 
 
 def in_fp32(rows: Tensor, first: int) -> Tensor:
-    """Decodes rows of a weight that is held as it is."""
+    """Decodes rows of a weight that is held in the model's dtype."""
     return rows.to(torch.float32, copy=True)
 
 
@@ -54,11 +52,7 @@ class OwnedShard:
 
 @dataclass(frozen=True)
 class CollectedLinear:
-    """Holds a whole linear: frozen weight and bias, and the fp32 masters of its LoRA.
-
-    Attributes:
-        held: the tensors of `form` that hold the weight.
-    """
+    """Holds a whole linear: its frozen weight, as the tensors `held` of `form`, its bias, and its LoRA in fp32."""
 
     held: dict[str, Tensor]
     bias: Tensor | None
@@ -102,12 +96,8 @@ class PrunableModel(Protocol):
         """Gathers one 63-bit integer of every rank, in rank order."""
         ...
 
-    def broadcast(self, values: Tensor) -> Tensor:
-        """Gives every rank the tensor of rank 0."""
-        ...
-
     def owner(self, layer: int) -> int:
-        """Returns the rank that holds what is kept whole of a layer. Not collective."""
+        """Returns the rank that holds the whole tensors of a layer. Not collective."""
         ...
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
@@ -128,9 +118,5 @@ class PrunableModel(Protocol):
         ...
 
     def cut(self, keep: list[LayerKeep]) -> int:
-        """Removes all other groups for real: from weights, biases, LoRA, fp32 masters and Adam moments.
-
-        Returns:
-            Bytes that this rank sent to others.
-        """
+        """Removes all other groups from weights, biases, LoRA, masters and Adam moments. Returns the bytes sent."""
         ...

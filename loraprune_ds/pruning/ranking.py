@@ -1,6 +1,6 @@
 """Ranking: from scores and a target to the groups that every layer keeps. Pure and deterministic.
 
-The target is a fraction of the linear parameters of all decoder layers of the *dense* model. Ties keep the lower index.
+A target is a fraction of the linear parameters of all decoder layers of the *dense* model. Ties keep the lower index.
 """
 
 # torch does not type every method:
@@ -8,7 +8,6 @@ The target is a fraction of the linear parameters of all decoder layers of the *
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -26,17 +25,9 @@ def rank_uniform(
 ) -> list[LayerKeep]:
     """Keeps equal counts in every open layer, the best groups of each by its own scores (the paper's ranking).
 
-    The final counts come nearest to `final`. Channels make up for what whole heads cannot. On the way all kinds are
-    cut in proportion, so that no count ever has to grow again.
-
-    Args:
-        scores: of every layer's groups of now. A group with a higher score stays longer.
-        current: the shape of now.
-        target: fraction of the dense linear parameters that should be gone after this cut.
-        final: the same after the last cut.
-
-    Returns:
-        Per layer, indices into its groups of now.
+    The counts come nearest to `target`, the fraction of the dense linear parameters that should be gone after this cut,
+    and in the end to `final`. Channels make up for what whole heads cannot. On the way all kinds are cut in proportion,
+    so no count has to grow again. `scores` and the result belong to the current groups.
     """
     counts = uniform_counts(limits, target, final)
     wanted = [counts if i in limits.open_layers else layer for i, layer in enumerate(current.layers)]
@@ -49,7 +40,7 @@ def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
 
 
 def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerShape:
-    """Returns the counts once `part` of the way from the dense ones to `goal` is due. They never grow with it."""
+    """Returns the counts at a part of the way from the dense ones to `goal`. They never grow with `part`."""
     dense = limits.dense.layers[limits.open_layers[0]]
     counts = {kind: count - round(part * (count - goal[kind])) for kind, count in dense.items()}
     return LayerShape(
@@ -61,24 +52,23 @@ def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerSha
 def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
     """Returns the counts that every open layer keeps at the end, as near to `ratio` as whole groups get.
 
-    Heads give their share as nearly as they can. Floors, the cap or too few channels may then leave the target missed
-    by more than half a step of the channels. In that case heads give another share.
+    Heads give their share as nearly as they can. They give another share if floors, the cap or too few channels would
+    otherwise miss the target by more than half a step of the channels.
     """
     dense, first = limits.dense, limits.open_layers[0]
     layer, (*coarse, fine) = dense.layers[first], dense.kinds
     wanted = ratio * dense.linear_numel() / len(limits.open_layers)  # parameters that each open layer loses
-    # What would stay of the others if each gave just its share.
     share = {kind: layer[kind] - wanted * limits.shares[kind] / dense.group_numel(kind) for kind in coarse}
-    options: list[tuple[float, float, LayerShape]] = []
-    multiple = limits.multiples[fine]
-    near = limits.step_numel(fine) / 2
-    for narrowest in limits.narrowest(first):
+
+    def option(narrowest: LayerShape) -> tuple[float, float, LayerShape]:
+        """Fills the counts up with channels: (distance to the target, distance to the shares, counts)."""
         exact = layer[fine] - (wanted - limits.lost(first, {**narrowest, fine: layer[fine]})) / dense.group_numel(fine)
-        channels = _nearest_multiple(exact, narrowest[fine], layer[fine], multiple)
+        channels = _nearest_multiple(exact, narrowest[fine], layer[fine], limits.multiples[fine])
         counts = LayerShape({**narrowest, fine: channels})
-        distance = max(abs(limits.lost(first, counts) - wanted), near)
-        options.append((distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts))
-    return min(options, key=lambda option: option[:2])[-1]
+        distance = max(abs(limits.lost(first, counts) - wanted), limits.step_numel(fine) / 2)
+        return distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts
+
+    return min(map(option, limits.narrowest(first)), key=lambda found: found[:2])[-1]
 
 
 def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:
@@ -88,7 +78,7 @@ def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) ->
 
 
 def _keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], current: ModelShape) -> list[LayerKeep]:
-    """Keeps so many groups of every layer, those with the highest scores. Among equals the lower index stays."""
+    """Keeps the given number of groups of every layer, those with the highest scores."""
     return [
         LayerKeep(
             (kind, best_first(values, current.parts_of(kind))[: wanted[kind]].sort().values)
@@ -99,24 +89,17 @@ def _keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], 
 
 
 def best_first(scores: Tensor, parts: int) -> Tensor:
-    """Returns the indices of all groups, the best first. Among equals the lower index comes first.
-
-    Args:
-        parts: equal ranges of the groups. The best of each come first, then the second best of each, and so on.
-    """
+    """Returns the indices of all groups: first the best of each of `parts` equal ranges, then the second best, …"""
     ranges = scores.view(parts, len(scores) // parts)
     order = ranges.argsort(descending=True, stable=True) + torch.arange(parts)[:, None] * ranges.shape[1]
     return order.T.flatten()
 
 
 def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, target: float) -> list[LayerKeep]:
-    """Removes the least important groups of all open layers until the budget is spent.
+    """Removes the least important groups of all open layers until the budget is spent. Arguments as `rank_uniform`.
 
-    Heads give their share of the target, channels the rest. The total stops within one group of the target, or one
-    multiple of them. It may pass it by half a multiple of channels more: those that stood in for a head do not come
-    back.
-
-    Args, returns: as `rank_uniform`.
+    Heads give their share of the target, channels the rest. The total ends within one group (or multiple) of the
+    target, or half a multiple of channels beyond, because channels that replaced a head do not come back.
     """
     removal = _Removal(scores, current, limits)
     budget = round(target * limits.dense.linear_numel())
@@ -130,30 +113,22 @@ def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, 
     return _keep_best(scores, removal.left, current)
 
 
-@dataclass
 class _Removal:
-    """Takes blocks of groups one by one, least important first, within the limits.
+    """Takes blocks of groups one by one, least important first, within the limits. It only keeps counts."""
 
-    It keeps counts only. Which groups of a layer go follows from its own scores.
-    """
-
-    scores: list[LayerScores]
-    current: ModelShape
-    limits: Limits
-    left: list[dict[Kind, int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.left = [dict(layer) for layer in self.current.layers]
-        self.lost = [self.limits.lost(i, left) for i, left in enumerate(self.left)]
+    def __init__(self, scores: list[LayerScores], current: ModelShape, limits: Limits) -> None:
+        self.scores, self.current, self.limits = scores, current, limits
+        self.left = [dict(layer) for layer in current.layers]
+        self.lost = [limits.lost(i, left) for i, left in enumerate(self.left)]
 
     def gone_beside(self, kind: Kind) -> int:
-        """Returns the parameters of the other kinds that are gone so far, earlier cuts included."""
+        """Counts the parameters of the other kinds that are gone so far, earlier cuts included."""
         layers = zip(self.limits.dense.layers, self.left, strict=True)
         of_kind = sum(dense[kind] - left[kind] for dense, left in layers) * self.limits.dense.group_numel(kind)
         return sum(self.lost) - of_kind
 
     def take(self, kind: Kind, budget: int) -> None:
-        """Removes groups of a kind while that brings the parameters gone so far nearer to `budget`."""
+        """Removes groups of a kind while that brings the total loss nearer to `budget`."""
         gone, numel = sum(self.lost), self.limits.dense.group_numel(kind)
         for layer, groups in self._candidates(kind):
             if gone + numel / 2 > budget:
@@ -165,12 +140,8 @@ class _Removal:
                 gone += size
 
     def _candidates(self, kind: Kind) -> list[tuple[int, int]]:
-        """Lists (layer, groups) of all blocks of a kind by ascending mean score. Equals: the last layer first.
-
-        The blocks of a layer come in the order in which they must leave, as their scores ascend.
-        """
-        candidates: list[tuple[int, int]] = []
-        means: list[Tensor] = []
+        """Lists (layer, groups) of all blocks of a kind by ascending mean score, in a tie the last layer first."""
+        candidates, means = list[tuple[int, int]](), list[Tensor]()
         for layer in reversed(self.limits.open_layers):
             left, values = self.left[layer][kind], self.scores[layer][kind]
             blocks = self.limits.blocks(layer, kind, left)
@@ -182,7 +153,7 @@ class _Removal:
 
 
 def _block_means(scores: Tensor, blocks: list[int]) -> Tensor:
-    """Returns (blocks,): the mean of each block of ascending scores. All blocks but the first are of one size."""
+    """Returns (blocks,): the mean of each block of ascending scores. All blocks but the first have one size."""
     if not blocks:
         return scores[:0]
     first, rest = scores[: blocks[0]], scores[blocks[0] : sum(blocks)]

@@ -15,56 +15,45 @@ class Schedule:
     """The cubic schedule (Zhu & Gupta, arXiv 1710.01878): ratio · (1 − (1 − t)³) between warm-up and cool-down.
 
     Steps count from 1. Step s is the s-th optimizer update, and a cut follows it.
-
-    Attributes:
-        start: last step of the warm-up. The target is 0 up to here.
-        end: the last step that may cut, where the target is `ratio`.
-        every: steps from one cut to the next.
-        score_every: steps from one scoring to the next.
-        passed_over: steps of these at which no width would change, so that they cut nothing.
     """
 
     ratio: float
-    start: int
-    end: int
-    every: int
+    start: int  # the last step of the warm-up
+    end: int  # the last step that may cut, where the target is `ratio`
+    every: int  # steps from one cut to the next
     score_every: int = 1
-    passed_over: frozenset[int] = frozenset()
+    passed_over: frozenset[int] = frozenset()  # steps that cut nothing because no width would change
 
     def target(self, step: int) -> float:
-        """Returns the fraction of the decoder-layer linear parameters that should be gone after `step`."""
+        """Returns the fraction of the dense linear parameters that should be gone after `step`."""
         t = (step - self.start) / (self.end - self.start)
         return self.ratio * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
     def cut_steps(self) -> list[int]:
-        """Lists every `every`-th step after the warm-up and the one where the cool-down begins, if a width changes."""
+        """Lists every `every`-th step after the warm-up and the last step before the cool-down, if a width changes."""
         return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
 
     @cached_property
     def last_cut(self) -> int:
-        """The last step that cuts. It is before `end` if `end` changes no width."""
+        """The last step that cuts, which may be before `end`."""
         return max(self.cut_steps(), default=self.end)
 
     def is_cut(self, step: int) -> bool:
-        """Tells if a cut follows this step."""
+        """Returns True if a cut follows this step."""
         due = (step - self.start) % self.every == 0 or step == self.end
         return self.start < step <= self.end and due and step not in self.passed_over
 
     def is_scored(self, step: int) -> bool:
-        """Tells if this step scores: each `score_every`-th from the first, and before each cut. None after the last."""
+        """Returns True for each `score_every`-th step and for steps that cut, up to the last cut."""
         return step <= self.last_cut and ((step - 1) % self.score_every == 0 or self.is_cut(step))
 
     def precedes_cut(self, step: int, within: int) -> bool:
-        """Tells if a cut follows one of the next `within` steps, this one included."""
+        """Returns True if a cut follows one of the next `within` steps, this one included."""
         return any(self.is_cut(s) for s in range(step, step + within))
 
 
 def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
-    """Makes the schedule of a run of `steps` optimizer steps.
-
-    Raises:
-        UserError: no step is left between warm-up and cool-down. Or no cut would change a width.
-    """
+    """Makes the schedule of a run of `steps` steps. Raises UserError if no step is left to cut or changes a width."""
     # The sliver keeps 0.29 of 100 steps from being 28.999999999999996.
     start = math.floor(config.warmup_fraction * steps + 1e-6)
     end = steps - math.floor(config.cooldown_fraction * steps + 1e-6)
@@ -73,26 +62,22 @@ def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
     schedule = Schedule(limits.ratio, start, end, config.prune_every, config.score_every)
     schedule = replace(schedule, passed_over=_without_a_change(schedule, config, limits))
     if not schedule.cut_steps():
-        raise UserError(
-            f"prune.ratio {limits.ratio:.6g} is too small to change a width with "
-            f"prune.channel_multiple {config.channel_multiple}; choose a smaller multiple"
-        )
+        multiple = f"prune.channel_multiple {config.channel_multiple}"
+        raise UserError(f"prune.ratio {limits.ratio:.6g} is too small to change a width with {multiple}")
     return schedule
 
 
 def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -> frozenset[int]:
-    """Finds the steps whose cut would leave all widths as they are.
+    """Finds the steps whose cut would change no width of `uniform`.
 
-    The widths of `uniform` are known before. Those of `global` depend on scores. With multiples it waits until each
-    open layer could lose one more, on average. So its cuts are as large as those of `uniform`. Its last one stays.
+    With multiples `global` waits until each open layer could lose one more on average, and keeps the last step.
     """
     fine = limits.dense.kinds[-1]
     if config.ranking == "global" and limits.multiples[fine] == 1:
         return frozenset()
     goal = uniform_goal(limits, schedule.ratio) if config.ranking == "uniform" else None
     block = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
-    unchanged: list[int] = []
-    before = None
+    unchanged, before = list[int](), None
     for step in (0, *schedule.cut_steps()):
         target = schedule.target(step)
         now = round(target / block) if goal is None else counts_on_the_way(limits, goal, target / schedule.ratio)
@@ -103,6 +88,5 @@ def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -
 
 
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:
-    """Returns the whole steps in so many epochs, at least one."""
-    steps = epochs * samples / global_batch_size
-    return max(1, math.floor(steps + 1e-9))  # 0.29 epochs of 100 samples are 29, not 28.999...
+    """Returns the whole steps in some epochs, at least one."""
+    return max(1, math.floor(epochs * samples / global_batch_size + 1e-9))  # 0.29 * 100 is 29, not 28.999...

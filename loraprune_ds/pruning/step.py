@@ -2,30 +2,25 @@
 
 What a trainer does in an optimizer step (train/trainer.py), and what the pruner adds to it:
 
-    with pruner.record_step(step):            what a setting needs of this step is recorded
+    with pruner.record_step(step):            records what the settings need of this step
         for each micro-batch:
             with pruner.record_forward(mask): loss = engine.forward(...)       (pruning/input_moments.py)
             engine.backward(loss)             ZeRO-3 averages the LoRA gradients over ranks and micro-batches
-        pruner.score(step)                    every rank scores the shard of W that it owns. One all-reduce adds the
-                                              scores up             (pruning/importance.py, pruning/criterion.py)
+        pruner.score(step)                    each rank scores its shard of W (pruning/importance.py, criterion.py)
     engine.update()                           the optimizer's own step
     pruner.cut(step)                          at a step of the schedule (pruning/schedule.py):
-                                              rank the groups       (pruning/ranking.py, pruning/limits.py)
-                                              agree on the mask     (`agree`, below)
-                                              make up for the loss  (pruning/compensate.py), if asked to
-                                              cut the model         (zero/sharded.py, zero/reshard.py)
+                                              ranks the groups (pruning/ranking.py, pruning/limits.py), compares the
+                                              masks of all ranks, makes up for the loss if asked to
+                                              (pruning/compensate.py), cuts the model (zero/sharded.py)
 
-Words, each with one meaning everywhere:
-    group       what must leave together: one key-value head with its query heads, one MLP channel, or one expert
-    kind        of a group: heads, channels or experts. The family says which there are (model/family.py)
-    dense       the model before any cut
-    keep        the groups that stay in this cut, as indices into the groups of now
-    kept_of_dense  the groups that are left, as indices into those of the dense model
-    cut         to remove groups: weights, biases, LoRA, masters and Adam moments get smaller
-    reshard     the exchange of shards between the ranks that a cut needs
-    shard       the part of a flat tensor that one rank owns
-    owner       the rank that holds whatever is kept whole of a layer
-    W           the frozen weight of a linear. The number of ranks is `world_size`
+    group          removed together: one key-value head with its query heads, one MLP channel, or one expert
+    kind           heads, channels or experts, as the family has them (model/family.py)
+    dense          the model before any cut
+    keep           the groups that stay in this cut, as indices into the current groups
+    kept_of_dense  the groups that are left, as indices into the groups of the dense model
+    shard          the part of a flat tensor that one rank owns. To reshard is to exchange shards after a cut
+    owner          the rank that holds the whole tensors of a layer, where there are any
+    W              the frozen weight of a linear
 """
 
 import hashlib
@@ -43,59 +38,39 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.compensate import Compensator
-from loraprune_ds.pruning.importance import (
-    GroupSums,
-    LayerScores,
-    MovingAverage,
-    random_scores,
-    score_groups,
-)
+from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.pruning.weight_gradients import WeightGradients
+from loraprune_ds.pruning.taps import WeightGradients
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Describes a cut that was made.
-
-    Attributes:
-        target, reached: the fraction of the dense decoder-layer linear parameters that should be gone, and is.
-        keep: per layer, the groups that stayed, as indices into the groups before this cut.
-        bytes_sent: by this rank to others.
-        seconds: of ranking, agreement, compensation and the cut itself.
-    """
+    """Describes a cut that was made."""
 
     step: int
-    target: float
-    reached: float
+    target: float  # the fraction of the dense decoder-layer linear parameters that should be gone
+    reached: float  # the fraction that is gone
     keep: list[LayerKeep]
-    bytes_sent: int
+    bytes_sent: int  # by this rank
     seconds: float
 
 
 @dataclass(frozen=True)
 class PrunerState:
-    """Holds all that a pruner must save to go on later, but the input moments, which their owners write.
-
-    Attributes:
-        kept_of_dense: per layer, the groups that are left, as indices into the dense model.
-        scores: the moving average per layer; None if nothing was scored yet.
-        updates_since_cut: how often the average was updated since the last cut.
-        moment_tokens: the tokens that the input moments are sums over; 0 if there are none.
-    """
+    """Holds what a pruner needs to go on later, apart from the input moments, which their owners write."""
 
     kept_of_dense: list[LayerKeep]
-    scores: list[LayerScores] | None
+    scores: list[LayerScores] | None  # None: nothing was scored yet
     updates_since_cut: int
-    moment_tokens: float = 0.0
+    moment_tokens: float = 0.0  # that the input moments are sums over
 
 
 class Pruner:
-    """Scores groups while the model trains and removes the least important ones on a schedule."""
+    """Scores groups while the model trains, and removes the least important ones on a schedule."""
 
     def __init__(
         self, model: PrunableModel, config: PruneConfig, schedule: Schedule, limits: Limits, seed: int
@@ -125,48 +100,36 @@ class Pruner:
             yield
 
     def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
-        """Records the inputs of one micro-batch. Open it around its forward pass alone.
-
-        Args:
-            attention_mask: (batch, window) bool, False at padding; None if there is no padding.
-        """
+        """Records one micro-batch, around its forward pass alone. The mask is (batch, window), False at padding."""
         return nullcontext() if self.compensator is None else self.compensator.record_forward(attention_mask)
 
     def score(self, step: int) -> None:
-        """Scores all groups by this step's gradients, if the schedule says so, and updates the moving average.
-
-        Call it between the last backward pass and the update: gradients are averaged then, and not yet clipped.
-        """
+        """Scores all groups, if due. Call it after the last backward, before gradients are clipped."""
         if not self.schedule.is_scored(step):
             return
         fail_point("scoring")
-        model, criterion = self.model, self.config.criterion
-        if criterion == "random":
-            now = [scores.select(keep) for scores, keep in zip(self._random, self.kept_of_dense, strict=True)]
-            self.average.update(now)
+        if self.config.criterion == "random":
+            self.average.update([x.select(keep) for x, keep in zip(self._random, self.kept_of_dense, strict=True)])
             return
-        sums = self.masks.scores(step) if self.masks else score_groups(model, criterion, step, self.gradients)
+        if self.masks is not None:
+            sums = self.masks.scores(step)
+        else:
+            sums = score_groups(self.model, self.config.criterion, step, self.gradients)
         self.average.update(sums.by_layer(self.config.normalization))
         self._unchecked = sums
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:
-        """Cuts the model, if the schedule says so. Call it after each update.
-
-        The scores of the step are looked at here. The update has waited for the device. So that costs nothing.
+        """Cuts the model, if the schedule says so. Call it after each update. Returns None if no width changed.
 
         Args:
             scored: False if the step's gradients overflowed in fp16. The next cut then takes over this one's groups.
-                The last cut has no next and goes by the scores from before.
-
-        Returns:
-            None if nothing was cut: no cut is due, or it would change no width.
+                The last cut has no next one and uses the earlier scores.
 
         Raises:
-            RunError: a score of the step is not finite, or none was updated since the last cut. Or a rank computed
-                another mask.
+            RunError: a score is not finite, no score was updated since the last cut, or a rank computed another mask.
         """
         if self._unchecked is not None:
-            self._unchecked.check()
+            self._unchecked.check()  # at no cost here: the update has waited for the device
             self._unchecked = None
         if not self.schedule.is_cut(step) or (not scored and step < self.schedule.last_cut):
             return None
@@ -175,7 +138,8 @@ class Pruner:
         average = self.average.on_host()
         if average is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
-        keep = agree(self._rank(average, target), self.model, step)
+        keep = self._rank(average, target)
+        agree(keep, self.model, step)
         if self.model.shape.after(keep).layers == self.model.shape.layers:
             return None
         fail_point("cut.agreed")
@@ -193,11 +157,7 @@ class Pruner:
         return PrunerState(self.kept_of_dense, self.average.on_host(), self.average.updates_since_cut, tokens)
 
     def restore(self, state: PrunerState, read_moments: Callable[[int], dict[str, Tensor]]) -> None:
-        """Goes on from a saved state, on any number of ranks.
-
-        Args:
-            read_moments: layer -> its input moments by linear, as `InputMoments.of_layer` gave them to its owner.
-        """
+        """Goes on from a saved state, on any number of ranks. `read_moments` as in `InputMoments.restore`."""
         self.kept_of_dense = state.kept_of_dense
         self.average.scores = state.scores
         self.average.updates_since_cut = state.updates_since_cut
@@ -215,37 +175,19 @@ class Pruner:
         return rank_global(scores, shape, self.limits, target)
 
 
-def agree(keep: list[LayerKeep], model: PrunableModel, step: int) -> list[LayerKeep]:
-    """Gives every rank the choice of rank 0, after all have compared digests of their own.
-
-    Raises:
-        RunError: a rank's digest differs. It is raised on every rank and names that one.
-    """
-    mask = _to_mask(keep, model.shape)
-    digest = int.from_bytes(hashlib.sha256(mask.numpy().tobytes()).digest()[:7], "big")
-    digests = model.gather_values(digest)
+def agree(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:
+    """Compares a digest of the mask over all ranks. Raises RunError on every rank, naming one that differs."""
+    masks = [
+        torch.zeros(count, dtype=torch.uint8).index_fill_(0, kept[kind], 1)
+        for kept, layer in zip(keep, model.shape.layers, strict=True)
+        for kind, count in layer.items()
+    ]
+    digest = hashlib.sha256(torch.cat(masks).numpy().tobytes()).digest()
+    digests = model.gather_values(int.from_bytes(digest[:7], "big"))
     if different := [rank for rank, value in enumerate(digests) if value != digests[0]]:
         raise RunError(f"step {step}: rank {different[0]} computed another mask than rank 0")
-    return _from_mask(model.broadcast(mask), model.shape)
 
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:
     """Keeps every group of every layer."""
     return [LayerKeep((kind, torch.arange(count)) for kind, count in layer.items()) for layer in shape.layers]
-
-
-def _to_mask(keep: list[LayerKeep], shape: ModelShape) -> Tensor:
-    """Returns (all groups of all layers,) uint8: layer by layer, kind by kind."""
-    parts: list[Tensor] = []
-    for layer_keep, layer in zip(keep, shape.layers, strict=True):
-        for kind in shape.kinds:
-            mask = torch.zeros(layer[kind], dtype=torch.uint8)
-            mask[layer_keep[kind]] = 1
-            parts.append(mask)
-    return torch.cat(parts)
-
-
-def _from_mask(mask: Tensor, shape: ModelShape) -> list[LayerKeep]:
-    sizes = [layer[kind] for layer in shape.layers for kind in shape.kinds]
-    groups = (part.nonzero().flatten() for part in torch.split(mask, sizes))
-    return [LayerKeep({kind: next(groups) for kind in shape.kinds}) for _ in shape.layers]

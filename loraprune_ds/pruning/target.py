@@ -1,10 +1,9 @@
-"""Budgets in place of a ratio: what must go so that the model has so many parameters, or fits a server.
+"""Budgets in place of a ratio: a number of parameters, or the memory of a server.
 
 A server holds the weights and the KV cache of all its sequences. Sliding windows count as full attention.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +20,10 @@ BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and bias
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """Counts the bytes that a server holds: weights, and the KV cache of so many tokens of all its sequences."""
+    """Holds the bytes on a server."""
 
     weights: float
-    per_token: float
-    tokens: int
-
-    @property
-    def kv_cache(self) -> float:
-        return self.per_token * self.tokens
+    kv_cache: float
 
     @property
     def total(self) -> float:
@@ -37,17 +31,17 @@ class ServerMemory:
 
 
 def server_memory(config: PruneConfig, shape: ModelShape) -> ServerMemory:
-    """Adds up weights and KV cache of a model under `prune.target_*`."""
+    """Counts the bytes of weights, and of a KV cache of `prune.target_context` tokens."""
     linear = shape.linear_numel()
     weights = linear * config.target_weight_bits / 8 + (shape.total_numel() - linear) * BYTES
-    return ServerMemory(weights, BYTES * cached_numel(shape), config.target_context)
+    return ServerMemory(weights, BYTES * cached_numel(shape) * config.target_context)
 
 
 def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:
-    """Returns the bytes of weights, and the tokens of KV cache for which `memory` has room beside them."""
-    needed = server_memory(config, shape)
-    tokens = max(0, math.floor((memory - needed.weights) / needed.per_token))
-    return {"parameters": shape.total_numel(), "weights": needed.weights, "tokens": tokens}
+    """Returns the bytes of weights, and the tokens of KV cache that fit into the rest of `memory` bytes."""
+    weights = server_memory(config, shape).weights
+    tokens = max(0, math.floor((memory - weights) / (BYTES * cached_numel(shape))))
+    return {"parameters": shape.total_numel(), "weights": weights, "tokens": tokens}
 
 
 def measure(config: PruneConfig, shape: ModelShape) -> float:
@@ -57,41 +51,36 @@ def measure(config: PruneConfig, shape: ModelShape) -> float:
 
 
 def find_ratio(config: PruneConfig, dense: ModelShape) -> float | None:
-    """Finds the ratio that reaches `prune.target`. Without a target it is `prune.ratio`.
+    """Finds the ratio that reaches `prune.target`, or returns `prune.ratio` where there is no target.
 
     `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of it.
-
-    Raises:
-        UserError: nothing would have to go, or the limits keep more. The line says how much.
     """
     amount = config.target_amount
     if amount is None:
         return config.ratio
-    whole, numel = measure(config, dense), dense.linear_numel()
-    if whole <= amount.value:
-        has = amount.format(whole)
+    size, numel = measure(config, dense), dense.linear_numel()
+    if size <= amount.value:
+        has = amount.format(size)
         raise UserError(f"prune.target {config.target} takes nothing from the dense model, which has {has}")
     limits = limits_without_ratio(config, dense)
     least, most = (gone / numel for gone in reachable(config, limits))
-    size = _size_of_uniform if config.ranking == "uniform" else _size_of_global
-
-    def size_at(ratio: float) -> float:
-        return size(config, with_ratio(config, limits, ratio))
-
-    narrowest = size_at(most) if most > 0 else whole
+    size_at = _size_of_uniform if config.ranking == "uniform" else _size_of_global
+    narrowest = size_at(config, with_ratio(config, limits, most)) if most > 0 else size
     if narrowest > amount.value:
-        raise UserError(
-            f"prune.target {config.target} is out of reach: with the protected layers, minimum widths and "
-            f"prune.max_layer_ratio at least {amount.format(narrowest)} stay"
-        )
-    ratio = _least_that_fits(size_at, amount.value, least, most, 1 / numel)
-    if config.head_ratio and ratio - least < 1 / numel:
+        keeps = f"protected layers, minimum widths and prune.max_layer_ratio at least {amount.format(narrowest)} stay"
+        raise UserError(f"prune.target {config.target} is out of reach: with the {keeps}")
+    low, high = least, most
+    while high - low > 0.5 / numel:  # `high` fits
+        middle = (low + high) / 2
+        too_large = size_at(config, with_ratio(config, limits, middle)) > amount.value
+        low, high = (middle, high) if too_large else (low, middle)
+    if config.head_ratio and high - least < 1 / numel:
         raise UserError(f"prune.head_ratio {config.head_ratio} alone takes more than prune.target {config.target} asks")
-    return ratio
+    return high
 
 
 def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) -> dict[str, Any] | None:
-    """Makes the report's entry about the target. None if the run had a ratio."""
+    """Makes the report's entry about the target, or None without a target."""
     amount = config.target_amount
     if amount is None:
         return None
@@ -103,26 +92,15 @@ def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) 
     return entry
 
 
-def _least_that_fits(size_at: Callable[[float], float], target: float, low: float, high: float, step: float) -> float:
-    """Finds by halving where sizes fall to the target. `high` fits."""
-    while high - low > step / 2:
-        middle = (low + high) / 2
-        if size_at(middle) > target:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
 def _size_of_uniform(config: PruneConfig, limits: Limits) -> float:
-    """Returns the size at the widths that `uniform` will end with."""
+    """Returns the size at the final widths of `uniform`."""
     goal, open_layers = uniform_goal(limits, limits.ratio), set(limits.open_layers)
     layers = tuple(goal if i in open_layers else layer for i, layer in enumerate(limits.dense.layers))
     return measure(config, limits.dense.with_layers(layers))
 
 
 def _size_of_global(config: PruneConfig, limits: Limits) -> float:
-    """Returns the size once each kind gave its share. Which layers gave it makes no difference."""
+    """Returns the size once each kind has lost its share, from whichever layers."""
     dense, leaving = limits.dense, limits.ratio * limits.dense.linear_numel()
     size = whole = measure(config, dense)
     for kind, share in limits.shares.items():

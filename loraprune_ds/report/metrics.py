@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -10,21 +10,18 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
 from loraprune_ds.report.records import RECORD_KINDS, CutRecord, EvaluationRecord, History, Record, StepRecord
 
-MOST_CURVES = 8  # with more ranks, TensorBoard shows the least and the most of them
+MOST_CURVES = 8  # ranks that have a curve each
 KIND_OF = {record: kind for kind, record in RECORD_KINDS.items()}
 
 
 class MetricsLog:
-    """Appends one JSON object per record, on a line of its own: `{"kind": "step" | "cut" | "evaluation", ...}`.
-
-    Every line is flushed, so a killed run keeps all but the line it was writing.
-    """
+    """Appends a line of JSON per record: `{"kind": "step" | "cut" | "evaluation", ...}`. Each is flushed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.read_bytes().endswith(b"\n"):
-            write_text(path, _whole_lines(path))  # else more would be glued to the half line of a killed process
+            write_text(path, _complete_lines(path))  # else the next record would join the half line of a killed process
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -33,11 +30,11 @@ class MetricsLog:
         self._file.flush()
 
     def truncate(self) -> None:
-        """Drops all lines. The steps before a first checkpoint are done again, and their lines may be damaged."""
+        """Drops all lines, which may be damaged."""
         self._replace("")
 
     def truncate_to(self, step: int) -> None:
-        """Drops the lines of later steps. A run that goes on from the checkpoint of `step` writes them again.
+        """Drops the lines of later steps. A run that resumes from the checkpoint of `step` writes them again.
 
         Raises:
             UserError: a line of an earlier step is damaged.
@@ -50,7 +47,6 @@ class MetricsLog:
         self._file = self.path.open("a", encoding="utf-8")
 
     def flush(self) -> None:
-        """Forces the lines written so far to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -58,7 +54,6 @@ class MetricsLog:
 
 
 def write_history(path: Path, history: History) -> None:
-    """Writes all records to a new file, in the order of their steps."""
     log = MetricsLog(path)
     log.truncate()
     for record in sorted((*history.steps, *history.cuts, *history.evaluations), key=lambda record: record.step):
@@ -67,18 +62,15 @@ def write_history(path: Path, history: History) -> None:
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Reads all whole lines of a metrics.jsonl, or those up to `last_step`.
+    """Reads the complete lines of a metrics.jsonl, or those up to `last_step`.
 
-    `records.history_from` makes records of them.
-
-    The checkpoint of `last_step` has flushed its lines. Behind them a crash of the machine may have left anything.
+    A checkpoint at `last_step` has flushed its lines. After them a crash of the machine may have left anything.
 
     Raises:
-        UserError: the file does not exist, a line is damaged, or a step has none. The message names the file and the
-            line or step.
+        UserError: the file does not exist, a line is damaged, or a step is missing. The message names the place.
     """
     try:
-        lines = _whole_lines(path).splitlines()
+        lines = _complete_lines(path).splitlines()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     values: list[dict[str, Any]] = []
@@ -97,8 +89,8 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
     return values
 
 
-def _whole_lines(path: Path) -> str:
-    """Reads the text up to its last newline. Behind it is a line that a killed process did not finish."""
+def _complete_lines(path: Path) -> str:
+    """Reads the text up to its last newline. A killed process may have left half a line after it."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1]
 
@@ -110,19 +102,16 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is not valid JSON") from None
     if not isinstance(value, dict) or value.get("kind") not in RECORD_KINDS or not isinstance(value.get("step"), int):
         raise UserError(f"{where} is damaged: it must hold an object with kind and step")
-    missing = {f.name for f in fields(RECORD_KINDS[value["kind"]]) if _is_required(f)} - value.keys()
-    if missing:
+    # Fields with a default are newer than the first versions.
+    known = fields(RECORD_KINDS[value["kind"]])
+    required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
+    if missing := required - value.keys():
         raise UserError(f"{where} is damaged: {', '.join(sorted(missing))} missing")
     return value
 
 
-def _is_required(record_field: Field[Any]) -> bool:
-    """Tells if every line must have it. Fields with a default came later than the first versions."""
-    return record_field.default is MISSING and record_field.default_factory is MISSING
-
-
 def scalars(record: Record) -> dict[str, float]:
-    """Returns the curves that a record has a point of."""
+    """Returns the record's value for each of its curves."""
     match record:
         case StepRecord():
             scalars: dict[str, float] = {
@@ -137,24 +126,18 @@ def scalars(record: Record) -> dict[str, float]:
                 scalars["speed/mfu"] = record.mfu
             if record.grad_norm is not None:
                 scalars["train/grad_norm"] = record.grad_norm
-            scalars |= _by_rank("weight_bytes", record.weight_bytes)
-            scalars |= _by_rank("resident_bytes", record.resident_bytes)
-            scalars |= _by_rank("reserved_bytes", record.reserved_bytes)
+            for name in ("weight_bytes", "resident_bytes", "reserved_bytes"):
+                scalars |= _by_rank(name, getattr(record, name))
             return scalars
         case CutRecord():
-            return {
-                "cut/target": record.target,
-                "cut/reached": record.reached,
-                "cut/removed_fraction": record.removed_fraction,
-                "cut/seconds": record.seconds,
-                "cut/bytes_sent": record.bytes_sent,
-            }
+            curves = ("target", "reached", "removed_fraction", "seconds", "bytes_sent")
+            return {f"cut/{name}": getattr(record, name) for name in curves}
         case EvaluationRecord():
             return {f"perplexity/{record.name}": record.perplexity}
 
 
 def _by_rank(name: str, values: list[int]) -> dict[str, float]:
-    """Returns a value for every rank. With many ranks only the least and the most, because the ranks are alike."""
+    """Returns a value for every rank, or for many ranks only the smallest and the largest one."""
     if len(values) > MOST_CURVES:
         return {f"{name}/min": min(values), f"{name}/max": max(values)}
     return {f"{name}/rank_{rank}": value for rank, value in enumerate(values)}
@@ -175,7 +158,7 @@ class TensorBoardLog:
         for tag, value in self.curves(record).items():
             self._writer.add_scalar(tag, value, record.step)
         if not isinstance(record, StepRecord):
-            self._writer.flush()  # rare and worth seeing at once
+            self._writer.flush()  # rare and worth seeing immediately
 
     def picture(self, path: Path) -> None:
         from matplotlib.image import imread

@@ -1,4 +1,4 @@
-"""Draws the two pictures of a run: which groups every layer kept, and how training went."""
+"""Draws the pictures of a run: the groups that every layer kept, the training, and the load of experts."""
 
 import math
 from collections.abc import Sequence
@@ -46,6 +46,7 @@ MOST_CELLS_APART = 64  # which have a gap between them
 MOST_NUMBERED = 48  # layers whose counts are written down
 # Evaluations on the way need no words.
 NAMES: dict[EvaluationName, str] = {"dense": "dense", "after_last_cut": "after the last cut", "pruned": "exported"}
+LOADS: dict[EvaluationName, str] = {"dense": "Router's load, dense", "after_last_cut": "after the last cut"}
 # The title and colour of a kind.
 PANELS: dict[Kind, tuple[str, str]] = {
     "heads": ("Key-value heads", BLUE),
@@ -55,14 +56,13 @@ PANELS: dict[Kind, tuple[str, str]] = {
 
 
 def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -> None:
-    """Draws which groups of each kind every layer kept, as a strip per layer, and beside it how many."""
+    """Draws which groups of each kind every layer kept, as a strip per layer, and how many."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        height = min(max(0.115 * len(dense.layers), 1.4), 9.0)
-        figure = Figure(figsize=(11, 1.3 + height), layout="constrained")
+        figure = Figure(figsize=(11, _height_of(dense)), layout="constrained")
         most = {kind: max(layer[kind] for layer in dense.layers) for kind in dense.kinds}
         widths = [width for kind in dense.kinds for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)]
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
@@ -72,14 +72,17 @@ def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -
             _draw_strips(strips, [keep[kind].numpy() for keep in kept], had, colour)
             strips.set_title(f"{title}: {sum(have):,} of {sum(had):,} kept ({100 * sum(have) / sum(had):.0f} %)")
             _draw_counts(counts, had, have, colour)
-        axes[0].set_ylabel("decoder layer")
-        axes[0].set_ylim(len(dense.layers) - 0.5, -0.5)
+        axes[0].set(ylabel="decoder layer", ylim=(len(dense.layers) - 0.5, -0.5))
         axes[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
         _save(figure, path)
 
 
+def _height_of(dense: ModelShape) -> float:
+    return 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
+
+
 def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], colour: str) -> None:
-    """Draws a row per layer and a cell per group. Groups share a cell where there are too many to be told apart."""
+    """Draws a row per layer and a cell per group, or per several groups where there are too many."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
@@ -98,28 +101,26 @@ def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], col
     axes.hlines(np.arange(1, len(had)) - 0.5, -0.5, most - 0.5, color="white", lw=0.8)
     if most <= MOST_CELLS_APART:
         axes.vlines(np.arange(1, most) - 0.5, -0.5, len(had) - 0.5, color="white", lw=0.8)
-    axes.set_xlim(-0.5, most - 0.5)
+    label = "number in the dense model, grey is removed" + f", one shade for {together}" * (together > 1)
+    axes.set(xlim=(-0.5, most - 0.5), xlabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("number in the dense model, grey is removed" + f", one shade for {together}" * (together > 1))
 
 
 def _draw_counts(axes: "Axes", had: Sequence[int], have: Sequence[int], colour: str) -> None:
-    """Draws how many groups each layer kept, as bars before what it had, with numbers where there is room."""
+    """Draws how many groups each layer kept, as bars over the dense counts, with numbers where there is room."""
     layers = range(len(had))
     axes.barh(layers, had, height=0.8, color=PALE)
     bars = axes.barh(layers, have, height=0.8, color=colour)
     if len(had) <= MOST_NUMBERED:
         axes.bar_label(bars, [f" {count:,}" for count in have], fontsize=7, color=TEXT, padding=1)
-    axes.set_xlim(0, 1.3 * max(had))  # room for the numbers
-    axes.set_xticks([])
-    axes.set_xlabel("number kept")
+    axes.set(xlim=(0, 1.3 * max(had)), xticks=[], xlabel="number kept")  # with room for the numbers
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(left=False)
 
 
 def draw_training(path: Path, history: History) -> None:
-    """Draws loss, perplexity over what is removed, sparsity, seconds and bytes per rank. The cuts are marked."""
+    """Draws loss, perplexity over the removed part, sparsity, seconds and bytes per rank, with the cuts marked."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -151,28 +152,27 @@ def draw_training(path: Path, history: History) -> None:
 
 def _draw_loss(axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[EvaluationRecord]) -> None:
     """Draws the loss, and the logarithm of held-out perplexities, which is a loss too."""
-    known = [s for s in steps if math.isfinite(s.loss)]  # somebody else's trainer tells not every step's
+    known = [s for s in steps if math.isfinite(s.loss)]  # other trainers report it only for some steps
     axes.plot([s.step for s in known], [s.loss for s in known], color=BLUE, lw=1.2, label="training")
     if measured:
         points = [e.step for e in measured], [math.log(e.perplexity) for e in measured]
         dots: Any = {"color": VERMILION, "ls": "", "marker": "o", "markersize": 5, "zorder": 4, **UNCLIPPED}
         axes.plot(*points, label="held-out text", **dots)
-    axes.set_title("Loss")
-    axes.set_ylabel("nats per token")
+    axes.set(title="Loss", ylabel="nats per token")
     axes.margins(y=0.08)
 
 
 def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence[EvaluationRecord]) -> None:
-    """Draws held-out perplexity over the fraction that is gone, in the order in which it was measured."""
+    """Draws held-out perplexity over the removed fraction, in the order of measurement."""
     removed = [100 * max((c.reached for c in cuts if c.step <= e.step), default=0.0) for e in measured]
     values = [e.perplexity for e in measured]
     axes.plot(removed, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
     if max(values) > LOG_FROM * min(values):
         make_logarithmic(axes)
     axes.margins(y=0.2)
-    axes.set_xlim(-0.05 * max(*removed, 1), 1.6 * max(*removed, 1))  # room for the labels of the last points
-    axes.set_title("Perplexity, held-out text")
-    axes.set_xlabel("% of the decoder's linear layers removed")
+    most = max(*removed, 1)
+    axes.set(xlim=(-0.05 * most, 1.6 * most))  # with room for the labels of the last points
+    axes.set(title="Perplexity, held-out text", xlabel="% of the decoder's linear layers removed")
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # settles where the points are
@@ -184,22 +184,18 @@ def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence
 
 def _draw_sparsity(axes: "Axes", history: History) -> None:
     steps, percent = [s.step for s in history.steps], [100 * s.sparsity for s in history.steps]
-    # A cut follows its step. So the value of a step is drawn up to it, and the curve jumps on the line of the cut.
+    # A cut follows its step: the value of a step is drawn up to it, and the curve jumps on the line of the cut.
     axes.plot(steps, percent, color=BLUE, lw=1.6, drawstyle="steps-pre", label="reached", **UNCLIPPED)
     targets = [100 * c.target for c in history.cuts]
     axes.plot([c.step for c in history.cuts], targets, color=VERMILION, lw=1, ls="--", label="target")
-    axes.set_title("Decoder linear layers")
-    axes.set_ylabel("% removed")
-    axes.set_ylim(0)
+    axes.set(title="Decoder linear layers", ylabel="% removed", ylim=(0, None))
     axes.legend(**LEGEND_ABOVE)
 
 
 def _draw_seconds(axes: "Axes", history: History) -> None:
-    """Draws the seconds of all steps but the first, which is a warm-up several times as long."""
+    """Draws the seconds of all steps but the first, which is a warm-up."""
     axes.plot([s.step for s in history.steps[1:]], [s.seconds for s in history.steps[1:]], color=BLUE, lw=1.3)
-    axes.set_title("Time per step")
-    axes.set_ylabel("seconds")
-    axes.set_ylim(0)
+    axes.set(title="Time per step", ylabel="seconds", ylim=(0, None))
 
 
 def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[int]], colour: str) -> None:
@@ -209,13 +205,51 @@ def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[
     top, bottom = [b / scale for b in most], [b / scale for b in least]
     axes.plot(steps, top, color=colour, lw=1.6, drawstyle="steps-pre")
     axes.fill_between(steps, bottom, top, step="pre", color=colour, alpha=0.25, lw=0)
-    axes.set_title(title)
-    axes.set_ylabel(unit)
-    axes.set_ylim(0, 1.08 * max([*top, 1 / scale]))
+    axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * max([*top, 1 / scale])))
+
+
+def draw_router_load(path: Path, dense: ModelShape, kept: Sequence[LayerKeep], history: History) -> None:
+    """Draws the router's load: a strip per layer and a cell per expert of the dense model, darker with more tokens.
+
+    Without experts, or without both measurements, it draws nothing.
+    """
+    measured = {name: record.expert_choices for name in LOADS if (record := history.evaluation(name))}
+    if len(measured) < len(LOADS) or not all(measured.values()):
+        return
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    all_of_them = [range(layer["experts"]) for layer in dense.layers]
+    places = {"dense": all_of_them, "after_last_cut": [keep["experts"].tolist() for keep in kept]}
+    most = max(map(len, all_of_them))
+    loads = {name: [load(c, at, most) for c, at in zip(measured[name], places[name], strict=True)] for name in LOADS}
+    largest = max(x for strips in loads.values() for strip in strips for x in strip if not math.isnan(x))
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(11, _height_of(dense)), layout="constrained")
+        panels = figure.subplots(1, len(LOADS), sharey=True)
+        shades = LinearSegmentedColormap.from_list("load", ["white", ORANGE, "black"]).with_extremes(bad="#DDDDDD")
+        for axes, (name, title) in zip(panels, LOADS.items(), strict=True):
+            image = axes.imshow(loads[name], cmap=shades, vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+            axes.set(title=title, xlabel="expert of the dense model, grey is removed")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panels[0].set_ylabel("decoder layer")
+        panels[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
+        figure.colorbar(image, ax=panels, label="tokens, 1 is an even share")
+        _save(figure, path)
+
+
+def load(choices: Sequence[int], places: Sequence[int], experts: int) -> list[float]:
+    """Returns the load of each expert of the dense model: 1 is an even share, NaN a removed expert."""
+    strip, total = [math.nan] * experts, max(1, sum(choices))
+    for place, count in zip(places, choices, strict=True):
+        strip[place] = count * len(choices) / total
+    return strip
 
 
 def _mark_cuts(axes: "Axes", cuts: Sequence[CutRecord]) -> None:
-    """Draws a thin line per cut. With many cuts the lines are thinner, so that they do not hide the curve."""
+    """Draws a thin line per cut, thinner with many cuts."""
     width = min(0.8, 24 / max(len(cuts), 1))
     for cut in cuts:
         axes.axvline(cut.step, color=CUT, lw=width, zorder=0)

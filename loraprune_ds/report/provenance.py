@@ -15,7 +15,7 @@ RESULTS = "tests/benchmarks/results"  # a benchmark writes them, they do not cha
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the installed versions, Python's, and the commit if this is a git checkout."""
+    """Returns the installed versions, and the commit if this is a git checkout."""
     return {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
         "commit": commit(CHECKOUT),
@@ -30,12 +30,9 @@ def _version(package: str) -> str | None:
 
 
 def commit(checkout: Path) -> str | None:
-    """Returns the commit, with `-dirty` if files other than results were changed since.
+    """Returns the commit, with `-dirty` if files other than results have changed. None without git or a checkout.
 
-    Only a repository that begins right here counts: an installed copy may lie inside somebody else's.
-
-    Returns:
-        None without git or without a checkout.
+    The repository must begin right here, because an installed copy may lie inside another one.
     """
     if not (checkout / ".git").exists():
         return None
@@ -47,7 +44,6 @@ def commit(checkout: Path) -> str | None:
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:
-    """Asks git. None if git is missing or refuses."""
     try:
         answer = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -56,10 +52,7 @@ def _git(checkout: Path, *arguments: str) -> str | None:
 
 
 def hardware(accelerator: str) -> dict[str, Any]:
-    """Describes this machine, which is rank 0's.
-
-    `instructions` are the widest ones that torch uses, for example "AVX2". `cores` are those that this process may use.
-    """
+    """Describes this machine. `instructions` are the widest ones that torch uses, for example "AVX2"."""
     return {
         "cpu": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,4 @@
-"""Describes the events of a run as three kinds of records. All that people look at is made from them."""
+"""The events of a run as three kinds of records. Reports, pictures and curves are made from them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,13 +20,13 @@ class StepRecord:
 
     Attributes:
         sparsity: fraction of the decoder-layer linear parameters that is gone during this step.
-        tokens: of this step's global batch, padding left out.
+        tokens: of this step's global batch, without padding.
         seconds: wall time of this step, without a cut or an evaluation after it.
-        weight_bytes: of the weights each rank holds, frozen and LoRA: (world_size,).
-        resident_bytes: memory each rank uses now, not its peak: (world_size,).
-        skipped: the gradients overflowed in fp16 and the weights did not change.
-        reserved_bytes: memory that each rank's allocator holds, in use or not: (world_size,). Empty on a CPU.
-        mfu: needed operations (model/flops.py) over what the GPUs could do in these seconds. None if that is unknown.
+        weight_bytes: of each rank's weights, frozen and LoRA: (world_size,).
+        resident_bytes: memory that each rank uses now, not its peak: (world_size,).
+        skipped: the fp16 gradients overflowed and the weights did not change.
+        reserved_bytes: memory that each rank's allocator holds: (world_size,). Empty on a CPU.
+        mfu: needed operations (model/flops.py) over the peak of the GPUs in these seconds. None if that is unknown.
     """
 
     step: int
@@ -50,11 +50,11 @@ class CutRecord:
 
     Attributes:
         target: fraction of the decoder-layer linear parameters that should be gone.
-        reached: the fraction that is gone.
+        reached: fraction that is gone.
         removed_fraction: of all parameters of the model.
         bytes_sent: by all ranks together.
         weight_bytes_before, weight_bytes_after: (world_size,).
-        heads, channels, experts: how many every layer keeps: (num_layers,). Empty for a kind that the family lacks.
+        heads, channels, experts: how many each layer keeps: (num_layers,). Empty for a kind that the family lacks.
     """
 
     step: int
@@ -89,7 +89,7 @@ def cut_record(
 
 
 def cut_line(cut: CutRecord) -> str:
-    """Describes a cut in one line. The weights are those of the fullest rank."""
+    """Describes a cut in one line. The weights are the fullest rank's."""
     before, after = (format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after))
     return (
         f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}) "
@@ -102,9 +102,8 @@ class EvaluationRecord:
     """Describes a measurement of held-out perplexity after `step` steps. Step 0 is before the training.
 
     Attributes:
-        name: the model that was measured. "pruned" is the exported model, read back.
-        tokens: how many were predicted.
-        windows: how many were measured.
+        name: the measured model. "pruned" is the exported model, read back.
+        tokens: number of predictions.
         expert_choices: how often each expert of every layer was chosen. Empty without experts.
     """
 
@@ -121,7 +120,7 @@ RECORD_KINDS: dict[str, type[Record]] = {"step": StepRecord, "cut": CutRecord, "
 
 
 class Sink(Protocol):
-    """Takes records: metrics.jsonl, TensorBoard, the progress display."""
+    """Takes records, for example metrics.jsonl."""
 
     def write(self, record: Record) -> None: ...
 
@@ -130,39 +129,35 @@ class Sink(Protocol):
 
 @runtime_checkable
 class PictureSink(Protocol):
-    """Takes pictures, too."""
-
     def picture(self, path: Path) -> None: ...
 
 
 def show_pictures(sinks: Iterable[Sink], paths: Sequence[Path]) -> None:
     """Sends pictures to all sinks that take them."""
     for sink in sinks:
-        if isinstance(sink, PictureSink):
-            for path in paths:
-                sink.picture(path)
+        for path in paths if isinstance(sink, PictureSink) else ():
+            sink.picture(path)
 
 
 @dataclass(frozen=True)
 class History:
-    """Holds all records of a run so far, those of the processes before a resume too."""
+    """Holds all records of a run so far, including those from before a resume."""
 
     steps: list[StepRecord] = field(default_factory=list)
     cuts: list[CutRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
 
     def perplexity(self, name: EvaluationName) -> float | None:
-        """Returns the latest perplexity of that name. None if it was not measured."""
         found = self.evaluation(name)
         return None if found is None else found.perplexity
 
     def evaluation(self, name: EvaluationName) -> EvaluationRecord | None:
-        """Returns the latest of that name. None if it was not measured."""
+        """Returns the latest measurement of that name."""
         return next((e for e in reversed(self.evaluations) if e.name == name), None)
 
 
 def history_from(metrics: Iterable[dict[str, Any]]) -> History:
-    """Makes records of the lines of metrics.jsonl (`metrics.read_metrics`). Numbers that are null become NaN again."""
+    """Makes records from the lines of metrics.jsonl (`metrics.read_metrics`). Null numbers become NaN."""
     history = History()
     lists: dict[str, list[Any]] = {"step": history.steps, "cut": history.cuts, "evaluation": history.evaluations}
     for line in metrics:

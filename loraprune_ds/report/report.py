@@ -1,10 +1,10 @@
-"""Writes report.json and kept_groups.json: a run and its results, as data."""
+"""Writes report.json and kept_groups.json: the results of a run as data."""
 
 import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,21 @@ from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.provenance import hardware, versions
-from loraprune_ds.report.records import CutRecord, History, StepRecord
+from loraprune_ds.report.records import History, StepRecord
 
+KINDS = ("heads", "channels", "experts")  # which a cut record counts per layer
 QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Describes the model that came out of training.
+    """Describes the model after training.
 
     Attributes:
         pruned: the final shape.
-        kept_of_dense: per layer, the groups that are left, as indices into the dense model.
-        resumed_from: the steps at which the run was taken up again.
-        target: what `prune.target` asked for, and what was reached.
+        kept_of_dense: per layer, the kept groups as indices into the dense model.
+        resumed_from: the steps at which the run was resumed.
+        target: `prune.target` and the size reached.
     """
 
     pruned: ModelShape
@@ -47,7 +48,7 @@ def make_report(
 
     Args:
         config: the settings, with the seed.
-        peak_bytes: the most memory that each rank has used: (world_size,).
+        peak_bytes: peak memory of each rank: (world_size,).
         accelerator: name of the device that the ranks ran on.
     """
     resumed_from = outcome.resumed_from
@@ -61,7 +62,7 @@ def make_report(
         "router_load": _router_load(history),
         "world_size": len(peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
-        "prune_steps": [_prune_step(cut) for cut in history.cuts],
+        "prune_steps": [{k: v for k, v in asdict(cut).items() if k not in KINDS} for cut in history.cuts],
         "seconds_per_step": {
             "before": _seconds_per_step(history, resumed_from, last=first_cut),
             "after": None if last_cut is None else _seconds_per_step(history, resumed_from, after=last_cut),
@@ -79,7 +80,7 @@ def make_report(
 
 
 def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
-    """Counts parameters without LoRA, a tied tensor once. `linear_*` are those that `prune.ratio` is about."""
+    """Counts parameters without LoRA, a tied tensor once. `prune.ratio` is a fraction of `linear_dense`."""
     return {
         "dense": dense.total_numel(),
         "pruned": pruned.total_numel(),
@@ -90,11 +91,8 @@ def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
 
 
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:
-    """Tells what a server can do with the result.
-
-    `tensor_parallel` are the numbers of GPUs that divide the key-value heads and channels of every layer. Experts are
-    divided by their channels.
-    `quantisation_groups` are the group sizes that divide the inputs of every linear.
+    """Returns the numbers of GPUs that divide the heads and channels of every layer, and the group sizes of
+    quantisation that divide the inputs of every linear. Experts are divided by their channels.
     """
     divided = [count for layer in pruned.layers for kind, count in layer.items() if kind != "experts"]
     together = math.gcd(pruned.expert_size, *divided)  # 0 without experts, which every number divides
@@ -106,10 +104,10 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
 
 
 def _router_load(history: History) -> dict[str, Any] | None:
-    """Tells how evenly the router spread the held-out text. None without experts.
+    """Returns how the router spread the held-out text over the experts. None without experts.
 
-    `choices` are by layer and expert. `largest_share` is that of the most chosen expert of a layer, times their number:
-    1 if all are chosen alike, 0 in a layer without experts.
+    `largest_share` is the share of a layer's most chosen expert times the number of experts: 1 if all are chosen
+    equally.
     """
     found: dict[str, Any] = {}
     for name in ("dense", "after_last_cut"):
@@ -121,26 +119,10 @@ def _router_load(history: History) -> dict[str, Any] | None:
     return found or None
 
 
-def _prune_step(cut: CutRecord) -> dict[str, Any]:
-    return {
-        "step": cut.step,
-        "target": cut.target,
-        "reached": cut.reached,
-        "removed_fraction": cut.removed_fraction,
-        "seconds": cut.seconds,
-        "bytes_sent": cut.bytes_sent,
-        "weight_bytes_before": cut.weight_bytes_before,
-        "weight_bytes_after": cut.weight_bytes_after,
-    }
-
-
 def _seconds_per_step(
     history: History, resumed_from: Sequence[int], *, after: int = 0, last: int | None = None
 ) -> float | None:
-    """Returns the median over the steps in (after, last]. None if there are none.
-
-    The first step of every process is a warm-up and does not count. A skipped step updates nothing and does not count.
-    """
+    """Returns the median over the steps in (after, last], without the first step of every process and skipped ones."""
     warm_up = {1, *(step + 1 for step in resumed_from)}
     times = [
         s.seconds
@@ -151,7 +133,6 @@ def _seconds_per_step(
 
 
 def _latest(history: History, last: int | None) -> StepRecord | None:
-    """Returns the latest step up to `last`. None if there is none."""
     return next((s for s in reversed(history.steps) if last is None or s.step <= last), None)
 
 
@@ -160,18 +141,14 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """Reads report.json.
-
-    Raises:
-        UserError: it is missing or damaged; the message names the file.
-    """
+    """Reads report.json. Raises UserError if it is missing or damaged."""
     return read_json(folder / REPORT_FILE)
 
 
 def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: ModelShape) -> None:
-    """Writes per layer which groups of the dense model are left, as indices, and how many it had. One line a layer.
+    """Writes a line per layer: the kept groups as indices into the dense model, and how many that has.
 
-    `heads` are key-value heads, with all query heads that read them. The same input gives the same bytes.
+    `heads` are key-value heads, with all query heads that read them.
     """
     layers = [
         {kind: groups.tolist() for kind, groups in keep.items()} | {f"{kind}_dense": n for kind, n in layer.items()}

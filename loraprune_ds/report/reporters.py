@@ -1,6 +1,6 @@
-"""Sends records to wandb, trackio and mlflow: to a run of our own, or to the one that a Trainer has open.
+"""Sends records to wandb, trackio and mlflow: to a new run, or to the one that a Trainer has opened.
 
-Each service is an optional package. Where it writes is its own business: `WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`.
+The services are optional packages with their own settings, such as `WANDB_MODE=offline` or `MLFLOW_TRACKING_URI`.
 """
 
 import importlib
@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ class Service:
 
     Attributes:
         start: opens a run, by its folder and settings.
-        find_run: finds the run that is open, if one is.
+        find_run: returns the open run or None.
         log: takes values and their step.
-        picture: takes a file, for a run that may have ended since.
+        picture: takes a file and a run, which may have ended already.
         finish: closes the run.
     """
 
@@ -67,21 +67,16 @@ def _picture(module: Any, path: Path, run: Any) -> None:
     module.log({path.stem: module.Image(str(path))})
 
 
+WANDB = Service(
+    start=_start_wandb,
+    find_run=lambda wandb: getattr(wandb, "run", wandb),  # None where it is switched off
+    log=_log,
+    picture=_picture,
+    finish=lambda wandb: wandb.finish(),
+)
 SERVICES = {
-    "wandb": Service(
-        start=_start_wandb,
-        find_run=lambda wandb: getattr(wandb, "run", wandb),  # None where it is switched off
-        log=_log,
-        picture=_picture,
-        finish=lambda wandb: wandb.finish(),
-    ),
-    "trackio": Service(
-        start=_start_trackio,
-        find_run=lambda trackio: trackio,
-        log=_log,
-        picture=_picture,
-        finish=lambda trackio: trackio.finish(),
-    ),
+    "wandb": WANDB,
+    "trackio": replace(WANDB, start=_start_trackio, find_run=lambda trackio: trackio),
     "mlflow": Service(
         start=_start_mlflow,
         find_run=lambda mlflow: mlflow.active_run(),
@@ -93,21 +88,14 @@ SERVICES = {
 
 
 def check_installed(report_to: Iterable[str]) -> None:
-    """Checks that the packages of all services are there.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Checks that the packages of all services are installed."""
     for name in report_to:
         there = name not in SERVICES or importlib.util.find_spec(name) is not None
         require(there, f"logging.report_to names {name}, which is not installed; pip install {name}")
 
 
 class ModuleLog:
-    """Logs to the run that somebody else has opened. Pictures go to the last one that was open.
-
-    An error ends the reports, not the run.
-    """
+    """Logs to a run that was opened elsewhere. An error ends the reports, not the run."""
 
     def __init__(self, name: str, warn: Callable[[str], None], curves: Curves = scalars) -> None:
         self._name, self._service, self._warn, self._curves = name, SERVICES[name], warn, curves
@@ -119,7 +107,7 @@ class ModuleLog:
         self._try(lambda: self._log(values, record.step))
 
     def picture(self, path: Path) -> None:
-        """Sends a picture. The Trainer has ended MLflow's run before."""
+        """Sends a picture, possibly after the Trainer has ended the run."""
         if self._run is not None:
             self._try(lambda: self._service.picture(sys.modules[self._name], path, self._run))
 
@@ -138,11 +126,7 @@ class ModuleLog:
 
 
 class ReportedRun(ModuleLog):
-    """Opens a run of its own, with the settings, and logs to it.
-
-    Raises:
-        RankError: the run cannot be opened.
-    """
+    """Opens a new run with the settings and logs to it. Raises RankError if it cannot be opened."""
 
     def __init__(self, name: str, folder: Path, settings: dict[str, Any], warn: Callable[[str], None]) -> None:
         super().__init__(name, warn)
@@ -159,10 +143,7 @@ class ReportedRun(ModuleLog):
 
 
 def _failure(call: Callable[[], object]) -> str | None:
-    """Calls a service. Returns its error in one line, or None.
-
-    It may be any error. A service passes on those of the libraries below it: trackio has some of sqlite3 and httpx.
-    """
+    """Calls a service. Returns its error in one line, which may be one of a library below it, such as sqlite3."""
     try:
         call()
     except Exception as error:  # noqa: BLE001  # no list of their classes would be complete, and none may end a run
@@ -171,7 +152,7 @@ def _failure(call: Callable[[], object]) -> str | None:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the values of all sections under dotted keys. What is not set is left out."""
+    """Yields the values of all sections under dotted keys, without those that are None."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

@@ -1,6 +1,6 @@
 """Makes the table that people read when a run is over."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,11 @@ RESULT_FILES = (
     (METRICS_FILE, "every step, cut and evaluation"),
     (TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
-SummaryRow = tuple[str, str, str, str]
+SummaryRow = tuple[str, ...]  # four cells
 
 
 def summary_table(report: dict[str, Any], folder: Path) -> str:
-    """Makes the table in plain ASCII, at most 100 columns wide unless the folder's name is long.
-
-    Args:
-        report: the content of report.json.
-    """
+    """Makes the table of a report.json in plain ASCII, at most 100 columns wide unless the folder's name is long."""
     head = ("", "dense", "pruned", "")
     rows = [head, *_parameter_rows(report), *_target_rows(report), _perplexity_row(report), *_cost_rows(report)]
     cuts, ranks = len(report["prune_steps"]), report["world_size"]
@@ -50,7 +46,6 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
 
 
 def _serving_line(serving: dict[str, list[int]]) -> str:
-    """Names the GPUs of a server that can share every layer, and the quantisation groups that fit."""
     gpus = ", ".join(map(str, serving["tensor_parallel"]))
     groups = ", ".join(map(str, serving["quantisation_groups"])) or "none"
     return f"tensor-parallel sizes that divide it: {gpus}; quantisation groups that do: {groups}"
@@ -60,24 +55,16 @@ def _parameter_rows(report: dict[str, Any]) -> list[SummaryRow]:
     params, cuts = report["params"], report["prune_steps"]
     target = f" (target {format_percent(cuts[-1]['target'])})" if cuts else ""
     linear_removed = 1 - params["linear_pruned"] / params["linear_dense"]
+    whole, linear = (
+        [format_count(params[f"{prefix}{name}"]) for name in ("dense", "pruned")] for prefix in ("", "linear_")
+    )
     return [
-        (
-            "parameters, whole model",
-            format_count(params["dense"]),
-            format_count(params["pruned"]),
-            f"{format_percent(params['removed_fraction'])} removed",
-        ),
-        (
-            "  linear layers of the decoder",
-            format_count(params["linear_dense"]),
-            format_count(params["linear_pruned"]),
-            f"{format_percent(linear_removed)} removed{target}",
-        ),
+        ("parameters, whole model", *whole, f"{format_percent(params['removed_fraction'])} removed"),
+        ("  linear layers of the decoder", *linear, f"{format_percent(linear_removed)} removed{target}"),
     ]
 
 
 def _target_rows(report: dict[str, Any]) -> list[SummaryRow]:
-    """Tells what became of a target, if there is one."""
     target = report["target"]
     if target is None:
         return []
@@ -101,37 +88,33 @@ def _cost_rows(report: dict[str, Any]) -> list[SummaryRow]:
     seconds, cuts, resident = report["seconds_per_step"], report["prune_steps"], report["resident_bytes"]
     before = max(cuts[0]["weight_bytes_before"]) if cuts else None
     after = max(cuts[-1]["weight_bytes_after"]) if cuts else None
+    used, still_used = (max(resident[key]) if resident[key] else None for key in ("before", "after"))
     return [
-        (
-            "time per step",
-            "-" if seconds["before"] is None else format_duration(seconds["before"]),
-            "-" if seconds["after"] is None else format_duration(seconds["after"]),
-            _speed_up(seconds["before"], seconds["after"]),
-        ),
-        _bytes_row("weights per rank", before, after),
-        _bytes_row("memory in use per rank", *(max(resident[k]) if resident[k] else None for k in ("before", "after"))),
+        _row("time per step", seconds["before"], seconds["after"], format_duration, _speed_up),
+        _row("weights per rank", before, after, format_bytes, _change),
+        _row("memory in use per rank", used, still_used, format_bytes, _change),
     ]
 
 
-def _bytes_row(name: str, before: int | None, after: int | None) -> SummaryRow:
-    note = "" if before is None or after is None else _change(after / before - 1)
-    return (name, _or_dash(before), _or_dash(after), note)
+def _row(
+    name: str,
+    before: float | None,
+    after: float | None,
+    written: Callable[[float], str],
+    compared: Callable[[float, float], str],
+) -> SummaryRow:
+    cells = ("-" if value is None else written(value) for value in (before, after))
+    return (name, *cells, compared(before, after) if before and after else "")
 
 
-def _or_dash(count: int | None) -> str:
-    return "-" if count is None else format_bytes(count)
-
-
-def _change(fraction: float) -> str:
-    percent = format_percent(abs(fraction))
+def _change(before: float, after: float) -> str:
+    percent = format_percent(abs(after / before - 1))
     if percent == format_percent(0):
         return "unchanged"
-    return f"{percent} {'less' if fraction < 0 else 'more'}"
+    return f"{percent} {'less' if after < before else 'more'}"
 
 
-def _speed_up(before: float | None, after: float | None) -> str:
-    if not before or not after:
-        return ""
+def _speed_up(before: float, after: float) -> str:
     return f"{before / after:.2f}x faster" if before >= after else f"{after / before:.2f}x slower"
 
 
@@ -140,7 +123,6 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _results(folder: Path) -> Iterable[str]:
-    """Lists what is in the folder. The rest may be switched off or not made yet."""
     yield f"results in {folder}"
     for name, what in RESULT_FILES:
         path = folder / name

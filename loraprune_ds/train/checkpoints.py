@@ -3,14 +3,8 @@
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from loraprune_ds.checkpoint.load import (
-    TrainingCheckpoint,
-    find_newest,
-    open_training_checkpoint,
-    source_of,
-)
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, find_newest, open_training_checkpoint, source_of
 from loraprune_ds.checkpoint.pruner_files import keep_to_lists
 from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
@@ -18,7 +12,8 @@ from loraprune_ds.checkpoint.state import STATE_FILE, RunState, RunTotals, Shape
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.pruning.step import Pruner, PrunerState
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import MAY_DIFFER, Start, differences
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
@@ -32,13 +27,12 @@ from loraprune_ds.zero.write import LocalWrites
 def find_checkpoint(
     start: Start, config: RunConfig, comm: Communicator, warnings: list[str]
 ) -> TrainingCheckpoint | None:
-    """Finds the checkpoint to go on from. None to start at step 0. Collective.
+    """Finds the checkpoint to resume from. None to start at step 0. Collective.
 
-    Args:
-        warnings: gets a line for each checkpoint that cannot be used.
+    `warnings` gets a line for each checkpoint that cannot be used.
 
     Raises:
-        UserError: a path was given and no good checkpoint is there, or the checkpoint belongs to another run.
+        UserError: the given path has no good checkpoint, or the checkpoint belongs to another run.
     """
     if start.kind != "resume":
         return None
@@ -46,11 +40,12 @@ def find_checkpoint(
         checkpoint = open_training_checkpoint(start.path, comm)
     else:
         root = _root(Path(config.output_dir) if start.path is None else start.path)
-        # Now, before anything is read in full, and before another run's checkpoints are called damaged.
+        # Before anything is read in full, and before another run's checkpoints are called damaged.
         comm.all_or_raise(lambda: _check_settings(newest_state(root), root, config))
         checkpoint = find_newest(root, comm, warnings.append)
         if checkpoint is None and start.path is not None:
-            raise UserError(f"--resume {start.path}: no usable checkpoint there{_because(warnings)}")
+            because = f" ({warnings[-1]})" if warnings else ""
+            raise UserError(f"--resume {start.path}: no usable checkpoint there{because}")
     if checkpoint is None:
         warnings.append("no usable checkpoint: starting at step 0")
         return None
@@ -59,12 +54,11 @@ def find_checkpoint(
 
 
 def _is_step(path: Path) -> bool:
-    """Tells if this is the folder of a step, even one that lost its state. A run may have any name, even step-1."""
+    """Whether this is the folder of a step, even one that lost its state. A run may have any name, even step-1."""
     return (path / STATE_FILE).is_file() or path.resolve().parent.name == CHECKPOINTS_FOLDER
 
 
 def _root(path: Path) -> Path:
-    """Returns the folder of a run's checkpoints. `path` is that folder or the run's."""
     return path if path.resolve().name == CHECKPOINTS_FOLDER else path / CHECKPOINTS_FOLDER
 
 
@@ -73,19 +67,15 @@ def _check_settings(state: RunState | None, folder: Path, config: RunConfig) -> 
         raise UserError(f"{folder} belongs to a run with other settings: {', '.join(different)}")
 
 
-def _because(warnings: list[str]) -> str:
-    return f" ({warnings[-1]})" if warnings else ""
-
-
 def build_engine(config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:
-    """Builds the sharded training model, fresh or from a checkpoint: its shape first, then the state. Collective."""
+    """Builds the sharded training model, fresh or from a checkpoint. Collective."""
     if checkpoint is None:
         return build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
     state = checkpoint.state
     without_adapter = replace(config, model=replace(config.model, adapter=None))  # its LoRA comes from the checkpoint
     frozen = checkpoint.frozen_weights(config)
     engine = build_training_engine(without_adapter, frozen, prepared.ds_config, prepared.steps)
-    # The family is the dense model's, even where the smaller one had to be described as another.
+    # The dense model's family, even where the config of the smaller model names another.
     engine.model.shape = prepared.pretrained.shape.with_layers(frozen.shape.layers)
     restore_lora_state(engine.model, checkpoint.read_flat, state.adam_step)
     restore_counters(engine, state.step, state.schedule, state.loss_scale)
@@ -95,39 +85,21 @@ def build_engine(config: RunConfig, prepared: Prepared, checkpoint: TrainingChec
 class Checkpoints:
     """Writes the checkpoints of one run."""
 
-    def __init__(
-        self, config: RunConfig, prepared: Prepared, pruner: Pruner, checkpoint: TrainingCheckpoint | None
-    ) -> None:
-        self.config = config
-        self.prepared = prepared
-        self.pruner = pruner
-        self.resumed_from = [*checkpoint.state.resumed_from, checkpoint.state.step] if checkpoint else []
-        self.root = Path(config.output_dir) / CHECKPOINTS_FOLDER
-        self._cuts = prepared.schedule.cut_steps()
-        # The newest shape folder that this run's steps name. It may have gone back behind others under `root`.
+    def __init__(self, context: RunContext, pruner: Pruner) -> None:
+        self.config, self.prepared, self.pruner = context.config, context.prepared, pruner
+        self.root, checkpoint = context.folder / CHECKPOINTS_FOLDER, context.checkpoint
+        self._resumed_from = context.resumed_from
+        self._cuts = self.prepared.schedule.cut_steps()
+        # The newest shape folder of this run's steps. A resume from an older step leaves newer folders in `root`.
         self._published: ShapeSource | None = None
         if checkpoint and checkpoint.folder.parent.resolve() == self.root.resolve():
             self._published = None if checkpoint.state.shape.is_source else checkpoint.state.shape
 
     def save(self, engine: TrainingEngine, step: int, totals: RunTotals) -> None:
-        """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Collective.
-
-        Raises:
-            RunError: a rank cannot write. What was published before is still there.
-        """
-        model, compensator = engine.model, self.pruner.compensator
-        pruner = self.pruner.state()
-        moments = None if compensator is None else compensator.moments
-        save_step(model, self.root, self._state(engine, pruner, step, totals), pruner.scores, moments)
-
-    def drop_old(self, comm: Communicator, step: int) -> None:
-        """Removes what no later start needs, after `step-{step}` was published. Collective."""
-        keep_last = self.config.checkpoint.keep_last
-        LocalWrites().do_on_rank_0(comm, self.root, lambda: drop_old(self.root, step, keep_last))
-
-    def _state(self, engine: TrainingEngine, pruner: PrunerState, step: int, totals: RunTotals) -> RunState:
+        """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Collective."""
+        pruner, compensator = self.pruner.state(), self.pruner.compensator
         schedule, loss_scale = counters(engine)
-        return RunState(
+        state = RunState(
             step=step,
             totals=totals,
             adam_step=adam_step(engine.model),
@@ -138,27 +110,31 @@ class Checkpoints:
             moment_tokens=pruner.moment_tokens,
             cuts=self._cuts_made(step),
             shape=self._shape(engine.model, step),
-            resumed_from=self.resumed_from,
+            resumed_from=self._resumed_from,
             config=self.config.to_dict(),
         )
+        save_step(engine.model, self.root, state, pruner.scores, compensator and compensator.moments)
+
+    def drop_old(self, comm: Communicator, step: int) -> None:
+        """Removes the files that no later start needs, after `step-{step}` was published. Collective."""
+        keep_last = self.config.checkpoint.keep_last
+        LocalWrites().do_on_rank_0(comm, self.root, lambda: drop_old(self.root, step, keep_last))
 
     @cached_property
     def _source(self) -> ShapeSource:
-        """Reads the source once, because the dense weights do not change while a run lasts."""
         return source_of(self.prepared.pretrained)
 
     def _cuts_made(self, step: int) -> int:
         return sum(cut <= step for cut in self._cuts)
 
     def _shape(self, model: ShardedModel, step: int) -> ShapeSource:
-        """Says where the frozen weights of a step are. Writes them if they are nowhere yet. Collective."""
+        """Returns the place of a step's frozen weights, and writes them if no folder has them yet. Collective."""
         cuts = self._cuts_made(step)
-        only_sliced = cuts == 0 or self.config.prune.compensate == "none"
-        if only_sliced:
+        if cuts == 0 or self.config.prune.compensate == "none":  # slices of the dense model
             return self._source
         if self._published is not None and self._published.folder == f"shape-{cuts}":
             return self._published
         dtype = self.config.model.dtype
-        described: dict[str, Any] = export_config(self.prepared.pretrained.config, model.shape, dtype).config
+        described = export_config(self.prepared.pretrained.config, model.shape, dtype).config
         self._published = save_shape(model, self.root, cuts, described, dtype)
         return self._published

@@ -1,14 +1,15 @@
-"""Reads from /proc which processes above this one started it as a rank, and whether a process lives.
+"""Finds the launcher that started this process as a rank. It imports no torch, because it runs before the imports.
 
-Any other parent may end before the run: the shell of `nohup ... &`, or a process outside of the container, which is
-number 0. So a parent counts by what it runs. RANK proves nothing: Kubeflow sets it for process 1 of a container.
+Any other parent may end before the run: the shell of `nohup ... &`, or a process outside of the container. A parent
+counts by the program it runs. RANK proves nothing, because Kubeflow sets it for process 1 of a container.
 """
 
 import contextlib
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+import psutil
 
 LAUNCHERS = {
     "deepspeed.launcher.launch",
@@ -24,32 +25,30 @@ RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}  # th
 
 
 def find_launchers() -> list[int]:
-    """Returns the launcher of this process, if its parent is one, and the `deepspeed` command above it.
-
-    DeepSpeed's launch.py does not watch that command.
-    """
-    launcher = os.getppid()
-    if _program(launcher) not in LAUNCHERS:
-        return []
-    with contextlib.suppress(OSError):  # it has just ended
-        above = int(_stat(launcher)[1])
-        if _program(above) in RUNNERS:
-            return [launcher, above]
-    return [launcher]
+    """Returns the parent, if it is a launcher, and the `deepspeed` command above it, which no launcher watches."""
+    found: list[int] = []
+    process: psutil.Process | None = psutil.Process()
+    with contextlib.suppress(psutil.Error):  # a process that has just ended
+        for known in (LAUNCHERS, RUNNERS):
+            process = process.parent()
+            if process is None or program_of(process.cmdline()) not in known:
+                break
+            found.append(process.pid)
+    return found
 
 
 def is_alive(pid: int) -> bool:
-    """Tells if a process runs. One that has ended and was not waited for is gone."""
+    """Returns False for a process that has ended, also if its parent has not waited for it yet."""
     try:
-        return _stat(pid)[0] != "Z"
-    except OSError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
 def program_of(words: Iterable[str]) -> str:
     """Names what a command line runs: the program, or the script or module that Python runs."""
     rest = iter(words)
-    program = Path(next(rest).partition(":")[0]).name  # slurmstepd: [7001.0]
+    program = Path(next(rest, "").partition(":")[0]).name  # slurmstepd: [7001.0]
     if not program.startswith("python"):
         return program
     for word in rest:
@@ -60,16 +59,3 @@ def program_of(words: Iterable[str]) -> str:
         elif not word.startswith("-"):
             return Path(word).name
     return ""
-
-
-def _program(pid: int) -> str:
-    """Returns "" for a process that is not to be seen. The kernel ends a container with its process 1."""
-    try:
-        return "" if pid <= 1 else program_of(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"))
-    except OSError:
-        return ""
-
-
-def _stat(pid: int) -> list[str]:
-    """Reads /proc/PID/stat behind the program's name, which may hold anything: state, parent and more."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

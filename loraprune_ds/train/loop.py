@@ -1,12 +1,14 @@
 """Goes through the steps of a run: train, cut, evaluate, save, and stop when asked."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.state import RunTotals
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
@@ -15,67 +17,31 @@ from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
-from loraprune_ds.train.prepare import Prepared
-from loraprune_ds.train.profile import profiled
-from loraprune_ds.train.recorder import Recorder
-from loraprune_ds.train.status import RunStatus
-from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
-from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.train.teacher_pass import describe_pass, record_teacher
+from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.stop import NOTHING, STOP
+from loraprune_ds.train.teacher_pass import describe_pass, find_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 
-
-@dataclass(frozen=True)
-class RunContext:
-    """Holds what the parts of a run on one rank share while it lasts."""
-
-    requests: RequestListener
-    comm: Communicator
-    recorder: Recorder
-    status: RunStatus
-
-    def stop_requested(self) -> bool:
-        """Tells if a rank was asked to stop, where no step carries the request and nothing is left to save. Collective.
-
-        Such a request is honoured at once.
-        """
-        if self.requests.agree(self.comm) != STOP:
-            return False
-        self.check_owner()  # the file may ask the other process
-        self.requests.clear(STOP)
-        self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
-        return True
-
-    def check_owner(self) -> None:
-        """Checks that no other process goes on with this run, before something of it is replaced. Collective.
-
-        Raises:
-            RunError: one does. The line is the same on all ranks.
-        """
-        self.comm.on_rank_0(self.status.check_owner)
+PROFILE_FOLDER = "profile"  # traces of single steps, for chrome://tracing or https://ui.perfetto.dev
 
 
 class TrainingLoop:
     """Owns the sharded model while it trains."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        prepared: Prepared,
-        checkpoint: TrainingCheckpoint | None,
-        teacher: Teacher | None,
-        context: RunContext,
-    ) -> None:
-        self.config, self.prepared = config, prepared
-        self.recorder, self.status, self._requests = context.recorder, context.status, context.requests
+    def __init__(self, context: RunContext) -> None:
         self._context = context
+        self.config, self.prepared, checkpoint = context.config, context.prepared, context.checkpoint
+        self.recorder, self.status, self._requests = context.recorder, context.status, context.requests
+        config, prepared = self.config, self.prepared
+        self._teacher = None
+        if config.train.distill_weight and self.status.step < prepared.steps:  # otherwise its files may be gone
+            self._teacher = find_teacher(context)
         self.engine = build_engine(config, prepared, checkpoint)
         self.model = self.engine.model
         self.pruner = Pruner(self.model, config.prune, prepared.schedule, prepared.limits, config.seed)
         if checkpoint:
             self.pruner.restore(checkpoint.pruner_state(self.model.shape.kinds), checkpoint.moments)
-        self._teacher = teacher
         self._trainer = Trainer(
             self.engine,
             self.pruner,
@@ -85,22 +51,22 @@ class TrainingLoop:
             dtype=config.model.dtype,
             seed=config.seed,
             current_request=self._requests.current,
-            teacher=teacher,
+            teacher=self._teacher,
         )
-        self._checkpoints = Checkpoints(config, prepared, self.pruner, checkpoint)
+        self._checkpoints = Checkpoints(context, self.pruner)
         self._totals = checkpoint.state.totals if checkpoint else RunTotals()
-        self.resumed_from = self._checkpoints.resumed_from
 
     def run(self) -> bool:
-        """Makes all steps that are left. Returns False if it was asked to stop before the end, after a checkpoint."""
-        if not self.resumed_from:
+        """Makes all remaining steps. Returns False if it was asked to stop, after a checkpoint."""
+        if not self._context.checkpoint:
             self._evaluate(0, "dense")
         if not self._record_teacher():
             return False
         for step in range(self.status.step + 1, self.prepared.steps + 1):
             self._step(step)
             request = self._trainer.requested
-            if request != NOTHING or self._save_is_due(step):
+            every = self.config.checkpoint.every or self.prepared.steps
+            if request != NOTHING or step % every == 0 or step == self.prepared.steps:
                 self._save(step)
             self.status.update(step)
             self._requests.clear(request)
@@ -110,7 +76,7 @@ class TrainingLoop:
         return True
 
     def _record_teacher(self) -> bool:
-        """Writes the dense model's outputs, if they are needed. Returns False if it was asked to stop meanwhile."""
+        """Writes the dense model's outputs if they are needed. Returns False if it was asked to stop."""
         if self._teacher is None:
             return True
         if self._teacher.to_write:
@@ -118,9 +84,7 @@ class TrainingLoop:
         batch_size, request = self.config.recorded_at_once, self._requests.current
         if record_teacher(self.engine, self._teacher, self.prepared.samples, batch_size, current_request=request):
             return True
-        self._context.check_owner()
-        self._requests.clear(STOP)
-        self.recorder.show("stopped before the first step; go on with --resume auto")
+        self._context.stop()
         return False
 
     def _step(self, step: int) -> None:
@@ -136,10 +100,6 @@ class TrainingLoop:
         elif every is not None and step % every == 0:
             self._evaluate(step, "step")
 
-    def _save_is_due(self, step: int) -> bool:
-        every = self.config.checkpoint.every
-        return step == self.prepared.steps or (every is not None and step % every == 0)
-
     def _save(self, step: int) -> None:
         self._context.check_owner()
         self.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
@@ -150,7 +110,7 @@ class TrainingLoop:
     def _evaluate(self, step: int, name: EvaluationName) -> None:
         windows, batch_size = self.prepared.windows, self.config.evaluate.batch_size
         model = self.model
-        own_passes = range(model.rank, -(-len(windows) // batch_size), model.world_size)  # any other is a repetition
+        own_passes = range(model.rank, -(-len(windows) // batch_size), model.world_size)  # others are repetitions
         with RouterLoad(model.layers, len(own_passes)) as load:
             record = measure_held_out(self.engine.infer, windows, batch_size, model.comm, step=step, name=name)
         record = replace(record, expert_choices=load.sums(model.sum_over_ranks, model.device))
@@ -162,12 +122,10 @@ class TrainingLoop:
 def measure_held_out(
     infer: Callable[..., Any], windows: Tensor, batch_size: int, comm: Communicator, *, step: int, name: EvaluationName
 ) -> EvaluationRecord:
-    """Measures held-out perplexity on all ranks. Draws no random numbers and changes no training state. Collective.
+    """Measures held-out perplexity. Draws no random numbers and changes no training state. Collective.
 
     Args:
-        infer: makes a forward pass.
         windows: (windows, evaluate.window) token ids.
-        batch_size: windows of one forward pass.
     """
     result = measure_perplexity(
         lambda input_ids, labels: infer(input_ids=input_ids, labels=labels),
@@ -175,3 +133,16 @@ def measure_held_out(
         comm,
     )
     return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
+
+
+@contextmanager
+def profiled(config: RunConfig, step: int, rank: int) -> Iterator[None]:
+    """Profiles this step if `logging.profile_steps` names it. Writes `profile/step-N.json` on rank 0."""
+    if rank != 0 or step not in (config.logging.profile_steps or []):
+        yield
+        return
+    with torch.profiler.profile() as profiler:
+        yield
+    folder = Path(config.output_dir) / PROFILE_FOLDER
+    folder.mkdir(exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"step-{step}.json"))

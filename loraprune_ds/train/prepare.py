@@ -1,4 +1,4 @@
-"""Prepares a run before any long work, so that everything wrong with its input is found here."""
+"""Prepares a run before any long work, to find everything that is wrong with its input."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
-from loraprune_ds.model.adapters import check_adapter, check_adapter_tensors
+from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.attention import check_flash_attention, describe_attention
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import held_as
@@ -19,13 +19,12 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
-from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
 from loraprune_ds.pruning.target import find_ratio
 from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.profile import check_profile_steps
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, device_name
@@ -35,30 +34,20 @@ from loraprune_ds.zero.private import check_private_attributes
 
 @dataclass(frozen=True)
 class Prepared:
-    """Holds all that a run needs before any long work, checked.
-
-    Attributes:
-        steps: optimizer steps, the recovery included.
-        windows: (windows, evaluate.window) token ids of the held-out text.
-        ds_config: DeepSpeed's JSON with every "auto" replaced.
-    """
+    """Holds the checked input of a run."""
 
     pretrained: PretrainedModel
     samples: Samples
     order: SampleOrder
-    windows: Tensor
-    steps: int
+    windows: Tensor  # (windows, evaluate.window) token ids of the held-out text
+    steps: int  # including the recovery
     schedule: Schedule
     limits: Limits
-    ds_config: dict[str, Any]
+    ds_config: dict[str, Any]  # with every "auto" replaced
 
 
 def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) -> Prepared:
-    """Checks the whole input on every rank. Collective.
-
-    Raises:
-        UserError: something cannot be used. All ranks raise the same line.
-    """
+    """Checks the whole input on every rank. All raise the same UserError. Collective."""
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
     ranks_per_node = comm.ranks_per_node()
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
@@ -74,19 +63,26 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
 
 
 def _check_before_download(config: RunConfig, world_size: int) -> None:
-    """Checks all that does not depend on the model. A large one may take an hour to download."""
+    """Checks everything that does not depend on the model, which may take an hour to download."""
     check_private_attributes()
     check_dtype(config.model.dtype)
     check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
     check_installed(config.logging.report_to or ())
     if config.train.steps is not None:
-        check_profile_steps(config, config.train.steps + config.train.recovery_steps)
+        _check_profile_steps(config, config.train.steps + config.train.recovery_steps)
+
+
+def _check_profile_steps(config: RunConfig, steps: int) -> None:
+    last = max(config.logging.profile_steps or [0])
+    require(last <= steps, f"logging.profile_steps names step {last}, but the run ends at step {steps}")
 
 
 def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepared:
     pretrained = open_for_pruning(locate_model(config.model), config)
-    _check_adapter(config, pretrained)
+    if config.model.adapter:
+        adapter = Path(config.model.adapter).expanduser()
+        check_adapter(adapter, config.lora, pretrained.shape)
     ds_path = find_ds_config(config.deepspeed)
     ds_config = resolve_ds_config(ds_path, config, pretrained.shape, world_size, ranks_per_node=ranks_per_node)
     limits = make_limits(config.prune, pretrained.shape, find_ratio(config.prune, pretrained.shape))
@@ -97,10 +93,11 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, start=start)
     lengths = loaded.samples.lengths() if config.train.group_by_length else None
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
-    pruning_steps = config.train.steps or order.steps_for_epochs(config.train.epochs or 1)
+    epochs = config.train.epochs or 1
+    pruning_steps = config.train.steps or steps_for_epochs(epochs, loaded.epoch_length, global_batch_size)
     config.train.check_warmup(pruning_steps)
     steps = pruning_steps + config.train.recovery_steps
-    check_profile_steps(config, steps)
+    _check_profile_steps(config, steps)
     return Prepared(
         pretrained=pretrained,
         samples=loaded.samples,
@@ -113,27 +110,20 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     )
 
 
-def _check_adapter(config: RunConfig, pretrained: PretrainedModel) -> None:
-    if config.model.adapter:
-        adapter = Path(config.model.adapter).expanduser()
-        check_adapter(adapter, config.lora, pretrained.shape)
-        check_adapter_tensors(adapter, config.lora.r, pretrained.shape)
-
-
 def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
     """Checks that the model can be built here and is large enough for the settings."""
     shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
-    build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will, to see what is refused
+    build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will
     check_top_k(config.train.distill_top_k, shape.vocab_size)
-    if config.lora.r > shape.hidden_size:
-        raise UserError(f"lora.r {config.lora.r} is above the model's hidden_size {shape.hidden_size}")
+    hidden = shape.hidden_size
+    require(config.lora.r <= hidden, f"lora.r {config.lora.r} is above the model's hidden_size {hidden}")
     for key, window in (("data.window", config.data.window), ("evaluate.window", config.evaluate.window)):
-        if positions is not None and window > positions:
-            raise UserError(f"{key} {window} is longer than the model's {positions} positions")
+        fits = positions is None or window <= positions
+        require(fits, f"{key} {window} is longer than the model's {positions} positions")
 
 
 def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
-    """Describes a run in two or three lines for its start: what is pruned, on what, how far."""
+    """Describes in two or three lines what a run prunes, on which ranks, and how far."""
     dense, train, ratio = prepared.pretrained.shape, config.train, format_percent(prepared.schedule.ratio)
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [

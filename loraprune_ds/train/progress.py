@@ -1,10 +1,12 @@
-"""Shows a run to people: one live line on a terminal, plain lines in a log file. Rank 0 only."""
+"""Shows a run: one live line on a terminal, plain lines in a log file. Rank 0 only."""
 
+import math
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from statistics import fmean
 from typing import TextIO
 
 from tqdm import tqdm
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, StepRecord, cut_line
 from loraprune_ds.units import format_bytes, format_clock, format_percent, format_perplexity
 
+LATEST = 10  # steps that the time left is estimated from, because steps get faster with every cut
 EVALUATED = {
     "dense": "dense model",
     "after_last_cut": "right after the last cut",
@@ -20,37 +23,13 @@ EVALUATED = {
 }
 
 
-class TimeLeft:
-    """Estimates the time left from the latest steps only, because steps get faster with every cut.
-
-    A cut counts as part of the step before it.
-    """
-
-    def __init__(self, window: int = 10) -> None:
-        self._recent: deque[float] = deque(maxlen=window)
-        self._warm = False
-
-    def add_step(self, seconds: float) -> None:
-        if self._warm:
-            self._recent.append(seconds)
-        self._warm = True  # the first step compiles, allocates and records: it tells nothing of the others
-
-    def add_cut(self, seconds: float) -> None:
-        if self._recent:
-            self._recent[-1] += seconds
-
-    def seconds(self, steps_left: int) -> float | None:
-        """Returns None before the second step, when nothing is known."""
-        return steps_left * sum(self._recent) / len(self._recent) if self._recent else None
-
-
 class Progress:
-    """Shows steps as they come. Cuts, evaluations and other lines get a line of their own.
+    """Shows steps as they come, and each cut, evaluation and message on its own line.
 
     Args:
         steps: of the whole run.
-        first: steps that an earlier process of a resumed run has done.
-        stream: standard error unless given. A terminal gets the live line, anything else plain lines.
+        first: steps done before a resume.
+        stream: default standard error. A terminal gets the live line, anything else plain lines.
         every_seconds: least time between two step lines that are not on a terminal.
     """
 
@@ -68,8 +47,9 @@ class Progress:
         self._every_seconds = every_seconds
         self._clock = clock
         self._started = clock()
-        self._last_line: float | None = None
-        self._time_left = TimeLeft()
+        self._last_line = -math.inf  # when it was shown
+        self._latest = deque[float](maxlen=LATEST)  # seconds of each step with its cut
+        self._is_warm = False
         self._bar: tqdm | None = None
         if _can_show_live_line(self._stream):
             self._bar = tqdm(
@@ -87,13 +67,14 @@ class Progress:
             case StepRecord():
                 self._step(record)
             case CutRecord():
-                self._time_left.add_cut(record.seconds)
+                if self._latest:
+                    self._latest[-1] += record.seconds
                 self.show(cut_line(record))
             case EvaluationRecord():
                 self.show(evaluation_line(record))
 
     def show(self, line: str) -> None:
-        """Shows a line of its own, above the live line if there is one."""
+        """Shows a line above the live line."""
         if self._bar is None:
             self._stream.write(line + "\n")
             self._stream.flush()
@@ -101,34 +82,31 @@ class Progress:
             self._bar.write(line, file=self._stream)
 
     def close(self) -> None:
-        """Ends the live line. It stays on the screen as it last was."""
+        """Ends the live line, which stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
     def _step(self, record: StepRecord) -> None:
-        self._time_left.add_step(record.seconds)
+        if self._is_warm:
+            self._latest.append(record.seconds)
+        self._is_warm = True  # the first step compiles, allocates and records
         if record.skipped:
             self.show(f"step {record.step}  skipped: the fp16 gradients overflowed, the loss scale goes down")
         if self._bar is not None:
             self._bar.set_description_str(self._step_line(record), refresh=False)
             self._bar.update(record.step - self._bar.n)
-        elif self._line_is_due(record.step):
+        elif self._clock() - self._last_line >= self._every_seconds or record.step == self.steps:
+            self._last_line = self._clock()
             self.show(self._step_line(record))
 
-    def _line_is_due(self, step: int) -> bool:
-        now = self._clock()
-        due = self._last_line is None or now - self._last_line >= self._every_seconds or step == self.steps
-        if due:
-            self._last_line = now
-        return due
-
     def _step_line(self, record: StepRecord) -> str:
-        left = self._time_left.seconds(self.steps - record.step)
         clock = format_clock(self._clock() - self._started)
+        if self._latest:
+            clock += f", {format_clock((self.steps - record.step) * fmean(self._latest))} left"
         return "  ".join(
             [
                 f"step {record.step:>{len(str(self.steps))}}/{self.steps}",
-                clock if left is None else f"{clock}, {format_clock(left)} left",
+                clock,
                 f"loss {record.loss:.3f}",
                 f"sparsity {format_percent(record.sparsity)}",
                 f"{record.tokens_per_second:,.0f} tok/s",
@@ -140,15 +118,12 @@ class Progress:
 
 
 def _can_show_live_line(stream: TextIO) -> bool:
-    """Tells if the stream is a terminal that has a width.
-
-    The width of `script`'s or a container's terminal may be 0. tqdm would show nothing there.
-    """
+    """Whether the stream is a terminal with a width. tqdm shows nothing where it is 0, as in some containers."""
     if not stream.isatty():
         return False
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
-    except OSError:  # the terminal does not tell its width
+    except OSError:  # an unknown width
         return True
 
 

@@ -1,7 +1,8 @@
-"""Carries out a whole run: prepare, train and cut, export, measure what was exported, report."""
+"""Carries out a whole run: prepare, train and cut, export, measure the export, report."""
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -9,33 +10,41 @@ from pathlib import Path
 import torch
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
+from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RankError
+from loraprune_ds.export.huggingface import begin, finish_folder, publish
+from loraprune_ds.export.lora import merged_tensors
+from loraprune_ds.export.model_card import ModelCard, card_of_run, write_model_card
+from loraprune_ds.faults import fail_point
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.target import describe_target
+from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
-from loraprune_ds.train.finish import finish, write_weights
-from loraprune_ds.train.loop import RunContext, TrainingLoop
+from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.loop import TrainingLoop, measure_held_out
 from loraprune_ds.train.output import Start, check_shared, create_output
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
-from loraprune_ds.train.recorder import Recorder, take_over_metrics
+from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.status import RunStatus
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
-from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.train.teacher_pass import find_teacher
+from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.half_products import fast_half_products
+from loraprune_ds.zero.memory import peak_bytes
+from loraprune_ds.zero.sharded import ShardedModel
+from loraprune_ds.zero.write import write_model
 
 
 def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
-    """Carries out a run, or the rest of one, on all ranks. The results are in `config.output_dir`. Collective.
-
-    Returns:
-        False if it was asked to stop: a checkpoint is there and nothing is exported.
+    """Carries out a run, or the rest of one. False if it was asked to stop, after a checkpoint. Collective.
 
     Raises:
         UserError: the input cannot be used. Nothing was written yet.
-        RunError: the run went wrong; status.json says how.
+        RunError: the run went wrong. status.json names the reason.
     """
     torch.use_deterministic_algorithms(config.train.deterministic)
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
@@ -47,16 +56,15 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
         for line in warnings:
             context.recorder.show(line)
         context.recorder.show(describe_run(config, prepared, comm.world_size))
-        outcome = _train(config, prepared, checkpoint, context)
-        finished = outcome is not None and finish(config, prepared, outcome, context)
+        outcome = _train(context)
+        finished = outcome is not None and _finish(context, outcome)
         context.check_owner()
         context.status.end("finished" if finished else "stopped")
-        comm.barrier()  # the first rank that leaves with another code than 0 makes the launcher end the others
+        comm.barrier()  # a rank that leaves first with another code than 0 makes the launcher end the others
     return finished
 
 
 def _open_output(config: RunConfig, start: Start, checkpoint: TrainingCheckpoint | None, warnings: list[str]) -> None:
-    """Makes `output_dir` ready for this start. On rank 0 only."""
     folder = create_output(config, is_new=start.kind == "fresh")
     warnings += drop_stale_requests(folder)
     if checkpoint:
@@ -67,23 +75,22 @@ def _open_output(config: RunConfig, start: Start, checkpoint: TrainingCheckpoint
 def _open_context(
     config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
 ) -> Iterator[RunContext]:
-    """Opens what a run needs while it lasts, and closes it however the run ends."""
     folder, steps, is_rank_0 = Path(config.output_dir), prepared.steps, comm.rank == 0
     mark = comm.draw_mark()
     first = checkpoint.state.step if checkpoint else 0
     with (
         fast_half_products(config.model.dtype),
         RunStatus(folder, steps, first=first, mark=mark, rank=comm.rank, ranks=comm.world_size) as status,
-        closing(Recorder(config, folder, steps, checkpoint, active=is_rank_0)) as recorder,
+        closing(RunRecorder(config, folder, steps, checkpoint, active=is_rank_0)) as recorder,
         closing(RequestListener(folder, watches_files=is_rank_0)) as requests,
         _full_disk_in_one_line(folder),
     ):
-        yield RunContext(requests, comm, recorder, status)
+        yield RunContext(config, prepared, checkpoint, comm, requests, recorder, status)
 
 
 @contextmanager
 def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Makes one line of a full disk instead of a traceback: a rank's small files may have no room any more."""
+    """Turns a full disk into one line instead of a traceback."""
     try:
         yield
     except OSError as error:
@@ -92,30 +99,76 @@ def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
         raise RankError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
 
 
-def _train(
-    config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, context: RunContext
-) -> Outcome | None:
-    """Trains and cuts the model, then writes its merged weights. No engine is left afterwards. Collective.
-
-    Returns:
-        None if it was asked to stop.
-    """
-    teacher = _find_teacher(config, prepared, checkpoint, context)
-    loop = TrainingLoop(config, prepared, checkpoint, teacher, context)
+def _train(context: RunContext) -> Outcome | None:
+    """Trains and cuts the model, then writes its merged weights. None if it was asked to stop. Collective."""
+    loop = TrainingLoop(context)
     if context.stop_requested() or not loop.run() or context.stop_requested():
         return None
     context.check_owner()
     context.recorder.show("writing the merged model")
-    write_weights(loop.model, Path(config.output_dir), config.model.dtype, context.status.mark)
-    loop.engine.release()  # else it would stand beside the exported model, which is measured next
-    target = describe_target(config.prune, prepared.pretrained.shape, loop.model.shape)
-    return Outcome(loop.model.shape, loop.pruner.kept_of_dense, loop.resumed_from, target)
+    _write_weights(context, loop.model)
+    loop.engine.release()  # or it would take memory next to the exported model, which is measured next
+    target = describe_target(context.config.prune, context.prepared.pretrained.shape, loop.model.shape)
+    return Outcome(loop.model.shape, loop.pruner.kept_of_dense, context.resumed_from, target)
 
 
-def _find_teacher(
-    config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, context: RunContext
-) -> Teacher | None:
-    """Finds the teacher if a step is left that distills. Its files are gone once no step needs them."""
-    if not config.train.distill_weight or context.status.step >= prepared.steps:
-        return None
-    return find_teacher(config, prepared, checkpoint, context.comm)
+def _write_weights(context: RunContext, model: ShardedModel) -> None:
+    """Writes the weights with LoRA merged in, into the staging folder of `model/`. Collective."""
+    target, mark, dtype = context.folder / MODEL_FOLDER, context.status.mark, context.config.model.dtype
+
+    def make_room() -> None:
+        if target.exists():  # of a process that was killed before its report
+            shutil.rmtree(target)
+        begin(target, mark)
+
+    model.comm.on_rank_0(make_room)
+    write_model(model, staging_of(target, mark), dtype, lambda linear: merged_tensors(linear, dtype))
+
+
+def _finish(context: RunContext, outcome: Outcome) -> bool:
+    """Completes the exported model, measures it, and publishes it with the report. False if asked to stop before."""
+    config, comm, recorder, folder = context.config, context.comm, context.recorder, context.folder
+    mark, dense = context.status.mark, context.prepared.pretrained
+    staging = staging_of(folder / MODEL_FOLDER, mark)
+    exported = export_config(dense.config, outcome.pruned, config.model.dtype)
+    comm.on_rank_0(lambda: finish_folder(staging, exported, dense.folder, _model_card(context, outcome)))
+    if context.stop_requested():
+        return False
+    recorder.write(_evaluate_exported(staging, context))
+    peaks = comm.gather_objects(peak_bytes())
+    context.check_owner()
+
+    def publish_all() -> None:
+        write_model_card(staging, _model_card(context, outcome), exported)
+        fail_point("finish.before_rename")
+        publish(folder / MODEL_FOLDER, mark)
+        fail_point("finish.after_rename")
+        recorder.write_results(folder, config.to_dict(), dense.shape, outcome, peaks)
+        shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)  # no step needs it any more
+
+    comm.on_rank_0(publish_all)
+    return True
+
+
+def _evaluate_exported(staging: Path, context: RunContext) -> EvaluationRecord:
+    """Measures the exported model, read back from disk and sharded. Collective."""
+    config, prepared, comm = context.config, context.prepared, context.comm
+    # Every rank opens it: if one cannot, output_dir is not shared.
+    pretrained = comm.all_or_raise(lambda: open_pretrained(staging))
+    model, batch_size = config.model, config.evaluate.batch_size
+    engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config)
+    return measure_held_out(engine, prepared.windows, batch_size, comm, step=prepared.steps, name="pruned")
+
+
+def _model_card(context: RunContext, outcome: Outcome) -> ModelCard:
+    """Makes the export's README, with the perplexities known so far."""
+    prepared, history = context.prepared, context.recorder.history
+    return card_of_run(
+        context.config,
+        prepared.pretrained.shape,
+        outcome.pruned,
+        steps=prepared.steps,
+        windows=len(prepared.windows),
+        perplexity_dense=history.perplexity("dense"),
+        perplexity_pruned=history.perplexity("pruned"),
+    )

@@ -11,10 +11,9 @@ from loraprune_ds.errors import RankError, RunError, UserError, one_line
 
 
 class RunStatus:
-    """Keeps status.json true.
+    """Writes "running" on rank 0 while it is open, and "failed" with one line if an exception passes through.
 
-    Rank 0 writes "running" while this is open, and "failed" with one line if an exception passes through. An error that
-    another rank meets alone is written by that rank. All that rank 0 then sees is a broken connection.
+    An error that another rank meets alone is written by that rank. Rank 0 only sees a broken connection.
 
     Args:
         first: steps that are done already.
@@ -22,8 +21,7 @@ class RunStatus:
     """
 
     def __init__(self, folder: Path, steps: int, *, first: int, mark: str, rank: int = 0, ranks: int = 1) -> None:
-        self.folder = folder
-        self.steps = steps
+        self.folder, self.steps = folder, steps
         self.step = first
         self.mark = mark
         self._rank, self._ranks = rank, ranks
@@ -37,38 +35,36 @@ class RunStatus:
         """Writes the number of steps done.
 
         Raises:
-            RankError: another process goes on with this run, as a second job or because this process seemed lost.
+            RankError: another process continues this run, as a second job or because this process seemed lost.
         """
         self.step = step
         if self._rank == 0:  # one rank is enough: a thousand would read the file at every step
             found = self._check_owner(RankError)
-            if found is None or found.state != "failed":  # else another rank has told why it ends
+            if found is None or found.state != "failed":  # else another rank has written its error
                 self._write("running")
 
     def check_owner(self) -> None:
-        """Checks that no other process goes on with this run. On rank 0 only.
+        """Raises RunError if another process continues this run. On rank 0 only.
 
-        A process on a lost node goes on when the node is found again. By then the run may go on, or be finished, on
-        other nodes.
-
-        Raises:
-            RunError: one does.
+        A process on a lost node wakes up when the node is found again. By then the run may continue on other nodes, or
+        be finished there.
         """
         self._check_owner(RunError)
 
     def end(self, state: Literal["finished", "stopped"]) -> None:
-        """Writes the last word of this process."""
+        """Writes the final state of this process."""
         if self._rank == 0:
             self._write(state)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or (self._rank > 0 and _is_agreed(error)):
+        agreed = isinstance(error, UserError) and not isinstance(error, RankError)  # all ranks raise it
+        if error is None or (self._rank > 0 and agreed):
             return
         found = self._found()
-        if found is None or (found.mark == self.mark and found.state == "running"):  # else another rank told before
-            with suppress(OSError):  # a full disk must not hide what went wrong
+        if found is None or (found.mark == self.mark and found.state == "running"):  # else another rank was first
+            with suppress(OSError):  # a full disk must not hide the error
                 self._write("failed", self._line(error))
 
     def _line(self, error: BaseException) -> str:
@@ -81,18 +77,12 @@ class RunStatus:
         write_status(self.folder, Status(state, self.step, self.steps, error=error, mark=self.mark))
 
     def _found(self) -> Status | None:
-        try:
+        with suppress(UserError):
             return read_status(self.folder)
-        except UserError:
-            return None
+        return None
 
     def _check_owner(self, error: type[RunError]) -> Status | None:
         found = self._found()
         if found is not None and found.mark != self.mark:
             raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
         return found
-
-
-def _is_agreed(error: BaseException) -> bool:
-    """Tells if all ranks raise this error, so that rank 0 can tell it."""
-    return isinstance(error, UserError) and not isinstance(error, RankError)

@@ -1,7 +1,4 @@
-"""Receives requests to stop or save from outside, by files and signals.
-
-A request only sets a flag. The next step carries it to all ranks.
-"""
+"""Receives requests to stop or save, by files and signals. The next step carries them to all ranks."""
 
 import os
 import signal
@@ -17,12 +14,12 @@ STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
 
 NOTHING, SAVE, STOP = 0, 1, 2
-# The files that a request has honoured once its checkpoint is there.
+# The files that a request removes once its checkpoint is there.
 REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
 
 
 class RequestListener:
-    """Tells what somebody asks of this rank. The step finds the largest request of all ranks."""
+    """Keeps the request that this rank has received. A step takes the largest of all ranks."""
 
     def __init__(self, folder: Path, *, watches_files: bool) -> None:
         self._folder = folder
@@ -38,15 +35,11 @@ class RequestListener:
         """Returns NOTHING, SAVE or STOP."""
         if self._signalled:
             return STOP
-        if self._watches_files:
-            if (self._folder / STOP_FILE).exists():
-                return STOP
-            if (self._folder / SAVE_FILE).exists():
-                return SAVE
-        return NOTHING
+        files = ((STOP, STOP_FILE), (SAVE, SAVE_FILE)) if self._watches_files else ()
+        return next((request for request, name in files if (self._folder / name).exists()), NOTHING)
 
     def agree(self, comm: "Communicator") -> int:
-        """Returns the largest request of all ranks, where no step carries it. Collective."""
+        """Returns the largest request of all ranks. Collective."""
         return max(comm.gather_objects(self.current()))
 
     def clear(self, honoured: int) -> None:
@@ -56,7 +49,7 @@ class RequestListener:
                 (self._folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Gives the signals back what they did before, because nobody asks for requests any more."""
+        """Restores the earlier signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -72,11 +65,7 @@ class RequestListener:
 
 
 def drop_stale_requests(folder: Path) -> list[str]:
-    """Removes files that were there before this process started, since they asked an earlier one. On rank 0 only.
-
-    Returns:
-        A line for people about each of them.
-    """
+    """Removes the files of requests to an earlier process. Returns a line about each. On rank 0 only."""
     stale = [name for name in (STOP_FILE, SAVE_FILE) if (folder / name).exists()]
     for name in stale:
         (folder / name).unlink(missing_ok=True)
@@ -84,8 +73,5 @@ def drop_stale_requests(folder: Path) -> list[str]:
 
 
 def _started_by_srun() -> bool:
-    """Tells if srun started this rank itself.
-
-    A launcher in between dies of SIGUSR1 and takes its ranks with it. They must not promise to save on it.
-    """
+    """Whether srun started this rank itself. A launcher in between dies of SIGUSR1 and takes its ranks with it."""
     return "SLURM_PROCID" in os.environ and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys()

@@ -2,10 +2,10 @@
 
 <output_dir>/teacher/targets-00007.safetensors   the fields of a teacher (model/distillation.py) for the supervised
                                                  tokens of some samples, one sample after the other
-                     teacher.json                what the teacher was made from
+                     teacher.json                the data, model and settings that the teacher was made from
 
 All ranks write it once, before the first cut (teacher_pass.py). A file appears whole or not at all, so an interrupted
-pass goes on where it was. Nothing depends on the number of ranks.
+pass continues where it stopped. Nothing depends on the number of ranks.
 """
 
 import json
@@ -41,21 +41,13 @@ IDENTITY_FILE = "teacher.json"
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """Describes what a teacher pass will write.
+    """Describes the files of a teacher pass."""
 
-    Attributes:
-        samples: (needed,) int64 numbers of the samples that the run uses, ascending.
-        offsets: (needed + 1,) int64; sample i has the supervised tokens offsets[i] … offsets[i + 1].
-        recording: what of a token is kept.
-        token_bytes: on disk, of one supervised token.
-        per_file: samples in a file.
-    """
-
-    samples: Tensor
-    offsets: Tensor
+    samples: Tensor  # (needed,) int64 numbers of the samples that the run uses, ascending
+    offsets: Tensor  # (needed + 1,) int64; sample i has the supervised tokens offsets[i] … offsets[i + 1]
     recording: Recording
-    token_bytes: int
-    per_file: int
+    token_bytes: int  # on disk, of one supervised token
+    per_file: int  # samples
 
     @property
     def files(self) -> int:
@@ -63,15 +55,15 @@ class TeacherPlan:
 
     @property
     def bytes(self) -> int:
-        """The size of all files together on disk, without their headers."""
+        """On disk, of all files, without their headers."""
         return int(self.offsets[-1]) * self.token_bytes
 
     def members(self, file: int) -> Tensor:
-        """Returns the numbers of the samples in a file."""
+        """Returns the numbers of a file's samples."""
         return self.samples[file * self.per_file : (file + 1) * self.per_file]
 
     def place(self, sample: int) -> tuple[int, int, int]:
-        """Returns where a sample lies: its file, its first row there, and its number of rows."""
+        """Returns a sample's file, its first row there, and its number of rows."""
         i = int(torch.searchsorted(self.samples, sample))
         file = i // self.per_file
         first = int(self.offsets[i] - self.offsets[file * self.per_file])
@@ -81,12 +73,7 @@ class TeacherPlan:
 def plan_teacher(
     config: TrainConfig, samples: Samples, order: BatchOrder, steps: int, *, hidden_size: int, element_size: int
 ) -> TeacherPlan:
-    """Plans the teacher pass of a run of `steps` steps.
-
-    Args:
-        hidden_size: of the model.
-        element_size: bytes of a number in the model's dtype.
-    """
+    """Plans the teacher pass of a run of `steps` steps. `element_size` are the bytes of a number in its dtype."""
     if steps * config.global_batch_size >= len(samples):
         needed = torch.arange(len(samples))
     else:
@@ -100,60 +87,50 @@ def plan_teacher(
 
 @dataclass(frozen=True)
 class Teacher:
-    """Reads and writes the files of one run's teacher.
-
-    Attributes:
-        weight: w of the loss.
-        identity: what the files were made from, as teacher.json has it.
-        to_write: numbers of the files that were missing when the teacher was found.
-    """
+    """Reads and writes the files of one run's teacher."""
 
     folder: Path
     plan: TeacherPlan
-    weight: float
-    identity: dict[str, Any]
-    to_write: Sequence[int] = ()
+    weight: float  # of the distillation in the loss
+    identity: dict[str, Any]  # the content of teacher.json
+    to_write: Sequence[int] = ()  # files that were missing when the teacher was found
 
     def path(self, file: int) -> Path:
         return self.folder / f"targets-{file:05d}.safetensors"
 
     def begin(self) -> None:
-        """Makes the folder and removes files of another teacher. On rank 0 only."""
+        """Makes the folder and removes another teacher's files. On rank 0 only."""
         if not self.belongs():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             write_json(self.folder / IDENTITY_FILE, self.identity)
 
     def belongs(self) -> bool:
-        """Tells if the folder holds files of this very teacher, all or some."""
+        """Whether the folder holds files of this very teacher, all or some."""
         try:
             return json.loads((self.folder / IDENTITY_FILE).read_text()) == self.identity
         except (OSError, ValueError):
             return False
 
     def missing(self, part: int = 0, parts: int = 1) -> list[int]:
-        """Finds the files that are not there or not whole.
-
-        Looks only at every `parts`-th file, from `part` on, so that ranks can share the work.
-        """
+        """Finds missing or damaged files among every `parts`-th file from `part` on, so ranks can share the work."""
         belongs = self.belongs()
         return [file for file in range(part, self.plan.files, parts) if not (belongs and self.has(file))]
 
     def has(self, file: int) -> bool:
-        """Tells if a file is there and whole."""
-        return _is_whole(self.path(file))
+        """Whether a file is there and its length fits its header. Otherwise opening it fails."""
+        try:
+            with safe_open(self.path(file), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
 
     def write(self, file: int, fields: dict[str, Tensor]) -> None:
-        """Writes a file. It appears whole, and its content lasts when the machine dies."""
         with whole_file(self.path(file), lasting=True) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in fields.items()}, temporary)
 
     def distillation(self, indices: Tensor, device: torch.device) -> Distillation:
-        """Reads what the loss needs for the supervised tokens of these samples, in their order.
-
-        Raises:
-            RankError: a file is missing or damaged.
-        """
+        """Reads the teacher's outputs for the supervised tokens of these samples, in their order."""
         parts = [self._fields(sample) for sample in indices.tolist()]
         fields = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
         if "hidden" in fields:
@@ -174,13 +151,9 @@ class Teacher:
 def make_teacher(
     plan: TeacherPlan, *, weight: float, samples: str, source: str, dtype: str, seed: int, folder: Path
 ) -> Teacher:
-    """Describes the teacher of a run whose files are, or will be, in `folder`.
+    """Describes the teacher of a run. `samples` and `source` are digests of the tuning samples and the dense model.
 
-    Args:
-        weight: `train.distill_weight`.
-        samples, source: digests of the tuning samples and of the dense model.
-        dtype: of the dense model, as `held_as` says it.
-        seed: of the run, which decides which samples it uses.
+    The seed decides the samples that the run uses.
     """
     identity = {
         "samples": samples,
@@ -194,12 +167,3 @@ def make_teacher(
         "temperature": plan.recording.temperature,
     }
     return Teacher(folder, plan, weight, identity)
-
-
-def _is_whole(path: Path) -> bool:
-    """Tells if the length of a safetensors file fits its header. If not, opening it fails."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False

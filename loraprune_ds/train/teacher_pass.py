@@ -1,25 +1,23 @@
-"""Makes the one forward pass of the dense model that a distillation needs, over the samples of a run, on all ranks."""
+"""Makes the forward pass of the dense model over the samples of a run, which a distillation needs, on all ranks."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, source_digest
+from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.checkpoint.run_folder import TEACHER_FOLDER
-from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.dtypes import DTYPES, held_as
+from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.output import wait_until_seen
-from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
 from loraprune_ds.units import format_bytes
@@ -28,23 +26,26 @@ from loraprune_ds.zero.training_engine import TrainingEngine
 from loraprune_ds.zero.write import LocalWrites
 
 
-def find_teacher(
-    config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
-) -> Teacher:
-    """Finds the teacher of a run in its own folder, or in that of the run it goes on from. Collective.
+def find_teacher(context: RunContext) -> Teacher:
+    """Finds the teacher of a run in its own folder, or in the folder of the run it resumes. Collective.
 
     Raises:
         UserError: files are missing though the model is cut already, or they will not fit on the disk.
     """
-    possible = comm.all_or_raise(lambda: _possible_teachers(config, prepared, checkpoint))
-    found = [replace(teacher, to_write=_missing_files(teacher, comm)) for teacher in possible]
+    comm = context.comm
+    possible = comm.all_or_raise(lambda: _possible_teachers(context))
+    found: list[Teacher] = []
+    for teacher in possible:  # a large run has 100,000 files, so the ranks share the work
+        missing = comm.gather_objects(teacher.missing(comm.rank, comm.world_size))
+        found.append(replace(teacher, to_write=sorted(chain.from_iterable(missing))))
     teacher = next((teacher for teacher in found if not teacher.to_write), found[0])
-    comm.all_or_raise(lambda: _check_can_be_written(teacher, Path(config.output_dir), checkpoint))
+    comm.all_or_raise(lambda: _check_can_be_written(teacher, context))
     return teacher
 
 
-def _possible_teachers(config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> list[Teacher]:
-    """Describes the run's own teacher, then that of the run it goes on from if that has another folder."""
+def _possible_teachers(context: RunContext) -> list[Teacher]:
+    """Describes the run's own teacher, then the teacher of the run it resumes if that has another folder."""
+    config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
     plan = plan_teacher(
         config.train,
         prepared.samples,
@@ -60,25 +61,20 @@ def _possible_teachers(config: RunConfig, prepared: Prepared, checkpoint: Traini
         source=source_digest(prepared.pretrained),
         dtype=held_as(config.model),
         seed=config.seed,
-        folder=Path(config.output_dir) / TEACHER_FOLDER,
+        folder=context.folder / TEACHER_FOLDER,
     )
     earlier = own if checkpoint is None else replace(own, folder=checkpoint.folder.parents[1] / TEACHER_FOLDER)
     return [own] if earlier.folder.resolve() == own.folder.resolve() else [own, earlier]
 
 
-def _missing_files(teacher: Teacher, comm: Communicator) -> list[int]:
-    """Finds the missing files. A large run has 100,000 files, so the ranks share the work. Collective."""
-    return sorted(chain.from_iterable(comm.gather_objects(teacher.missing(comm.rank, comm.world_size))))
-
-
-def _check_can_be_written(teacher: Teacher, output: Path, checkpoint: TrainingCheckpoint | None) -> None:
+def _check_can_be_written(teacher: Teacher, context: RunContext) -> None:
     if not teacher.to_write:
         return
-    if checkpoint is not None and checkpoint.state.cuts:
+    if context.checkpoint is not None and context.checkpoint.state.cuts:
         lost = teacher.path(teacher.to_write[0])
         raise UserError(f"{lost} is missing or damaged, and the model that would write it again is cut already")
     needed = teacher.plan.bytes * len(teacher.to_write) // teacher.plan.files
-    free = shutil.disk_usage(output).free
+    free = shutil.disk_usage(context.folder).free
     if needed > free:
         raise UserError(
             f"train.distill_weight: the outputs of the dense model need {format_bytes(needed)} in {teacher.folder}, "
@@ -87,7 +83,7 @@ def _check_can_be_written(teacher: Teacher, output: Path, checkpoint: TrainingCh
 
 
 def describe_pass(teacher: Teacher) -> str:
-    """Says in one line what a teacher pass has to write."""
+    """Describes in one line the files that a teacher pass writes."""
     plan = teacher.plan
     return (
         f"the dense model's outputs for {len(plan.samples)} samples: {format_bytes(plan.bytes)} in {teacher.folder}, "
@@ -103,28 +99,28 @@ def record_teacher(
     *,
     current_request: Callable[[], int] = lambda: NOTHING,
 ) -> bool:
-    """Writes the files that were missing when the teacher was found. Collective.
-
-    Each file is written by one rank, so `world_size` files are written at a time.
+    """Writes the files that were missing when the teacher was found, `world_size` at a time. Collective.
 
     Args:
         batch_size: samples of one forward pass.
-        current_request: tells what somebody asks of this rank now (stop.py).
+        current_request: returns this rank's request (stop.py).
 
     Returns:
-        False if it was asked to stop before the end. The files written so far stay.
-
-    Raises:
-        RunError: a rank cannot write.
+        False if it was asked to stop before the end. The files written by then stay.
     """
-    comm = engine.model.comm
+    comm, missing, writes = engine.model.comm, teacher.to_write, LocalWrites()
     comm.on_rank_0(teacher.begin)
-    if not teacher.to_write:
-        return True
-    writes, missing = LocalWrites(), teacher.to_write
     with adapters_off(engine.model.module):
         for first in range(0, len(missing), comm.world_size):
-            _write_files(engine, teacher, samples, batch_size, missing[first : first + comm.world_size], writes)
+            files = missing[first : first + comm.world_size]  # file i on rank i
+            # All ranks make the same forward passes, which gather the weights. One without a file repeats the first's.
+            file = files[comm.rank] if comm.rank < len(files) else files[0]
+            passes = max(-(-len(teacher.plan.members(number)) // batch_size) for number in files)
+            fields = _file_content(engine, teacher, samples, batch_size, file, passes)
+            if comm.rank < len(files):
+                writes.do(partial(teacher.write, file, fields))
+            fail_point("teacher.file")
+            writes.agree(comm, teacher.folder)
             is_last = first + comm.world_size >= len(missing)
             if max(comm.gather_objects(current_request())) == STOP and not is_last:
                 return False
@@ -132,34 +128,10 @@ def record_teacher(
     return True
 
 
-def _write_files(
-    engine: TrainingEngine,
-    teacher: Teacher,
-    samples: Samples,
-    batch_size: int,
-    files: Sequence[int],
-    writes: LocalWrites,
-) -> None:
-    """Writes these files, file i on rank i. Collective.
-
-    All ranks make the same number of forward passes, because the model gathers its weights in them. A rank without a
-    file repeats the first one's and writes nothing.
-    """
-    comm = engine.model.comm
-    is_mine = comm.rank < len(files)
-    file = files[comm.rank if is_mine else 0]
-    passes = max(-(-len(teacher.plan.members(number)) // batch_size) for number in files)
-    fields = _file_content(engine, teacher, samples, batch_size, file, passes)
-    if is_mine:
-        writes.do(lambda: teacher.write(file, fields))
-    fail_point("teacher.file")
-    writes.agree(comm, teacher.folder)
-
-
 def _file_content(
     engine: TrainingEngine, teacher: Teacher, samples: Samples, batch_size: int, file: int, passes: int
 ) -> dict[str, Tensor]:
-    """Computes the fields of a file, for all its supervised tokens. Makes exactly `passes` forward passes."""
+    """Computes the fields of a file for all its supervised tokens, in exactly `passes` forward passes."""
     device, batches = engine.model.device, teacher.plan.members(file).split(batch_size)
     parts = []
     for i in range(passes):
@@ -167,19 +139,13 @@ def _file_content(
         inputs = {name: tensor.to(device) for name, tensor in samples.inputs(indices).items()}
         fields = engine.infer(**inputs, distillation=teacher.plan.recording)
         if i < len(batches):
-            parts.append({name: _as_on_disk(tensor) for name, tensor in fields.items()})
+            on_disk = {n: tensor.int() if tensor.dtype == torch.int64 else tensor for n, tensor in fields.items()}
+            parts.append({name: tensor.cpu() for name, tensor in on_disk.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _as_on_disk(tensor: Tensor) -> Tensor:
-    return (tensor.int() if tensor.dtype == torch.int64 else tensor).cpu()
-
-
 def _wait_for_files(teacher: Teacher, comm: Communicator) -> None:
-    """Waits until this rank sees the files that it found missing before.
-
-    Its file system may remember for a while that they were not there.
-    """
+    """Waits for the files that this rank found missing. Its file system may remember that for a while."""
     for file in teacher.to_write:
         if file % comm.world_size == comm.rank and not wait_until_seen(partial(teacher.has, file)):
             raise UserError(f"{teacher.path(file)} was written by another rank and cannot be read by this one")

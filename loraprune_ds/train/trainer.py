@@ -1,9 +1,8 @@
-"""Makes one optimizer step on the global batch, with its scores and, when it is due, the cut."""
+"""Makes one optimizer step on the global batch, with its scores and the cut that may follow."""
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,26 +21,34 @@ from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import gather_weight_bytes, reserved_bytes, resident_bytes
+from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_engine import TrainingEngine
 
 
-@dataclass(frozen=True)
-class _RankReports:
-    """Holds what all ranks say of a step, each list in rank order. One collective brings it, if all is well.
+class PruningSteps:
+    """Scores and cuts after each step, for our trainer and for the callback. `dtype` is of the frozen weights."""
 
-    Attributes:
-        losses: each rank's part of the sum of token losses.
-        bad_layers: the first layer with numbers that are not finite, or None.
-        resident_bytes: memory in use now.
-        reserved_bytes: what the allocators hold. Empty on CPUs.
-        request: the largest request of any rank (stop.py).
-    """
+    def __init__(self, model: ShardedModel, pruner: Pruner, dtype: Dtype) -> None:
+        self.weight_bytes = gather_weight_bytes(model)  # (world_size,)
+        self._model, self._pruner = model, pruner
+        self._dtype: Dtype = dtype
+        self._scored = False  # by the last step
 
-    losses: list[float]
-    bad_layers: list[int | None]
-    resident_bytes: list[int]
-    reserved_bytes: list[int]
-    request: int
+    def score(self, step: int, bad_layers: list[int | None], losses: Sequence[float] = ()) -> bool:
+        """Scores the averaged gradients, given the arguments of `decide`. False if the step must be skipped."""
+        self._scored = decide(bad_layers, list(losses), dtype=self._dtype, step=step) == "update"
+        if self._scored:
+            self._pruner.score(step)
+        return self._scored
+
+    def cut(self, step: int) -> CutRecord | None:
+        """Cuts the model if the schedule says so."""
+        before = self.weight_bytes
+        cut = self._pruner.cut(step, scored=self._scored)
+        if cut is None:
+            return None
+        self.weight_bytes = gather_weight_bytes(self._model)
+        return cut_record(cut, self._pruner.limits.dense, self._model, before, self.weight_bytes)
 
 
 class Trainer:
@@ -50,12 +57,7 @@ class Trainer:
     Args:
         dtype: of the frozen weights.
         seed: of the dropout.
-        current_request: tells what somebody asks of this rank now (stop.py).
-        teacher: what is distilled from, if anything.
-
-    Attributes:
-        requested: the largest request of any rank at the last step.
-        weight_bytes: of the weights that each rank holds: (world_size,).
+        current_request: returns this rank's request (stop.py).
     """
 
     def __init__(
@@ -71,18 +73,11 @@ class Trainer:
         current_request: Callable[[], int] = lambda: NOTHING,
         teacher: Teacher | None = None,
     ) -> None:
-        self.engine, self.model = engine, engine.model
-        self.pruner = pruner
-        self.samples = samples
-        self.order = order
-        self.config = config
-        self.requested = NOTHING
-        self.weight_bytes = gather_weight_bytes(self.model)
-        self._dtype: Dtype = dtype
-        self._seed = seed
-        self._current_request = current_request
-        self._teacher = teacher
-        self._scored = False  # by the last step
+        self.engine, self.model, self.pruner = engine, engine.model, pruner
+        self.samples, self.order, self.config = samples, order, config
+        self.requested = NOTHING  # by any rank at the last step
+        self.pruning_steps = PruningSteps(self.model, pruner, dtype)
+        self._seed, self._current_request, self._teacher = seed, current_request, teacher
         self._peak_flops = peak_flops(device_name(), dtype)
 
     def step(self, step: int) -> StepRecord:
@@ -94,47 +89,34 @@ class Trainer:
         learning_rate, sparsity = self.engine.learning_rate, self.pruner.reached()  # before the step changes them
         flops = tokens * needed_flops_per_token(self.model.shape, sum(length**2 for length in texts) / tokens)
         with self.pruner.record_step(step):
-            reports = self._exchange(self._accumulate(step, batch, supervised))
-            skipped = decide(reports.bad_layers, reports.losses, dtype=self._dtype, step=step) == "skip"
-            if not skipped:
-                self.pruner.score(step)
+            rows = self._exchange(self._accumulate(step, batch, supervised))
+            losses = [row[0] for row in rows]
+            skipped = not self.pruning_steps.score(step, self._find_bad_layers(rows), losses)
         grad_norm = self.engine.update(skipped=skipped)
-        self.requested, self._scored = reports.request, not skipped
+        self.requested = int(max(row[3] for row in rows))
         seconds = time.perf_counter() - began
         return StepRecord(
             step=step,
-            loss=sum(reports.losses) / supervised,
+            loss=sum(losses) / supervised,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             sparsity=sparsity,
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
-            weight_bytes=self.weight_bytes,
-            resident_bytes=reports.resident_bytes,
+            weight_bytes=self.pruning_steps.weight_bytes,
+            resident_bytes=[int(row[2]) for row in rows],
             skipped=skipped,
-            reserved_bytes=reports.reserved_bytes,
+            reserved_bytes=[] if is_cpu() else [int(row[4]) for row in rows],
             mfu=self._peak_flops and flops / seconds / self._peak_flops / self.model.world_size,
         )
 
     def cut(self, step: int) -> CutRecord | None:
         """Cuts the model if the schedule says so."""
-        before = self.weight_bytes
-        cut = self.pruner.cut(step, scored=self._scored)
-        if cut is None:
-            return None
-        self.weight_bytes = gather_weight_bytes(self.model)
-        return cut_record(cut, self.pruner.limits.dense, self.model, before, self.weight_bytes)
+        return self.pruning_steps.cut(step)
 
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> Tensor:
-        """Makes the forward and backward passes of this rank's micro-batches.
-
-        ZeRO-3 averages gradients over the ranks. The loss is scaled by `world_size`, so that they become those of the
-        whole batch.
-
-        Returns:
-            This rank's part of the sum of token losses, on the device, in fp64.
-        """
+        """Makes the passes of this rank's micro-batches. Returns its part of the sum of token losses, in fp64."""
         engine, rank, world_size = self.engine, self.model.rank, self.model.world_size
         micro_batches = rank_micro_batches(batch, self.config.micro_batch_size, rank, world_size)
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
@@ -144,7 +126,7 @@ class Trainer:
                 loss = engine.forward(**self._inputs(indices)).sum()
             fail_point("forward")
             total += loss.detach()
-            engine.backward(loss * (world_size / supervised))
+            engine.backward(loss * (world_size / supervised))  # ZeRO-3 averages gradients over the ranks
             fail_point("backward")
             del loss  # a live graph remembers the shapes before a cut
             if number < micro_batches[-1][0]:
@@ -152,7 +134,7 @@ class Trainer:
         return total
 
     def _inputs(self, indices: Tensor) -> dict[str, Any]:
-        """Returns what the model gets of these samples. Nothing of it waits for the device."""
+        """Copies these samples to the device without waiting for it."""
         inputs: dict[str, Any] = self.samples.inputs(indices)
         inputs["supervised"] = supervised_positions(inputs["labels"])
         inputs = {name: to_device(tensor) for name, tensor in inputs.items()}
@@ -160,26 +142,21 @@ class Trainer:
             inputs["distillation"] = self._teacher.distillation(indices, self.model.device)
         return inputs
 
-    def _exchange(self, loss: Tensor) -> _RankReports:
-        """Tells all ranks how this rank's part of the step went, and hears of theirs. Collective.
+    def _exchange(self, loss: Tensor) -> list[list[float]]:
+        """Exchanges in one collective how the step went on each rank. It waits for the device once.
 
-        It waits for the device once. That is the only time in a step, beside DeepSpeed and `settle_shards`.
+        Returns a row per rank: its part of the loss, its sum of gradients, its resident bytes, its request (stop.py),
+        its reserved bytes.
         """
         on_host = torch.tensor([resident_bytes(), self._current_request(), reserved_bytes()], dtype=torch.float64)
         on_device = torch.stack([loss, self.model.gradient_sum().to(loss)])
-        rows = self.model.comm.all_gather(torch.cat([on_device, to_device(on_host)])).tolist()
-        losses = [row[0] for row in rows]
-        is_finite = all(math.isfinite(number) for row in rows for number in row[:2])
-        return _RankReports(
-            losses=losses,
-            bad_layers=[None] * len(rows) if is_finite else self._find_bad_layers(losses[self.model.rank]),
-            resident_bytes=[int(row[2]) for row in rows],
-            request=int(max(row[3] for row in rows)),
-            reserved_bytes=[] if is_cpu() else [int(row[4]) for row in rows],
-        )
+        return self.model.comm.all_gather(torch.cat([on_device, to_device(on_host)])).tolist()
 
-    def _find_bad_layers(self, loss: float) -> list[int | None]:
-        """Finds each rank's first layer with numbers that are not finite. Collective."""
-        bad_layer = self.model.nonfinite_layer() if math.isfinite(loss) else self.model.nonfinite_weights()
+    def _find_bad_layers(self, rows: list[list[float]]) -> list[int | None]:
+        """Finds each rank's first layer with numbers that are not finite. Collective if some are not."""
+        if all(math.isfinite(number) for row in rows for number in row[:2]):
+            return [None] * len(rows)
+        is_finite = math.isfinite(rows[self.model.rank][0])
+        bad_layer = self.model.nonfinite_layer() if is_finite else self.model.nonfinite_weights()
         layers = self.model.gather_values(-1 if bad_layer is None else bad_layer)
         return [None if layer < 0 else layer for layer in layers]

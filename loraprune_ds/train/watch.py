@@ -1,8 +1,9 @@
-"""Notices in a thread that the launcher is gone, or another rank. No collective tells it in time.
+"""Notices in threads that the launcher is gone, or another rank. No collective reports it in time.
 
-The launcher ends the ranks one after the other and gives each 30 s. So ranks that hang in a collective with a dead one
-would stay for minutes. Nobody ends the ranks of a launcher that was killed itself. Without Slurm nobody ends the ranks
-that wait for a lost node (heartbeat.py).
+The launcher ends the ranks one after the other and gives each 30 s, so ranks that hang in a collective with a dead one
+would stay for minutes. A launcher that was killed ends none. Without Slurm, ranks that wait for a lost node wait for
+an hour. For these every rank counts up in a store on rank 0. Rank 0 compares the counts and names a rank whose count
+stands still. The others read that name, and take rank 0 as lost if the store stays silent.
 """
 
 import os
@@ -10,17 +11,25 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraprune_ds.train.heartbeat import Heartbeat
+from torch.distributed import (
+    DistError,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
+
 from loraprune_ds.train.launchers import is_alive
 
 if TYPE_CHECKING:
     from loraprune_ds.zero.comm import Communicator
 
 INTERVAL = 1.0  # seconds
-GRACE = 15.0  # seconds in which a rank that lost another may end with a traceback of its own
+GRACE = 15.0  # seconds in which a rank that lost another may end with its own traceback
+LOOKS = 10  # a rank whose count stands still for this many looks is lost
+PATIENCE = timedelta(seconds=30)  # to open the store
+LOST = "lost"
 
 
 class Watch(threading.Thread):
@@ -28,18 +37,16 @@ class Watch(threading.Thread):
 
     Args:
         silence: seconds after which a rank that gives no sign counts as lost.
-        launchers: process ids, found before the imports. So a launcher that is killed meanwhile is noticed, too.
+        launchers: process ids, found before the imports, so a launcher that is killed meanwhile is noticed, too.
     """
 
     def __init__(self, comm: "Communicator", silence: float, launchers: Sequence[int]) -> None:
         super().__init__(name="watch", daemon=True)
-        self._rank = comm.rank
-        self._silence = silence
+        self._rank, self._silence, self._launchers = comm.rank, silence, launchers
         self._silent_for, self._contacts = 0.0, 0
         here = _pid_namespace()
         everyone = comm.gather_objects((here, os.getpid()))
         self._others = {r: pid for r, (where, pid) in enumerate(everyone) if where == here and r != comm.rank}
-        self._launchers = launchers
         self._closed = threading.Event()
         self._heartbeat = Heartbeat(comm, silence) if comm.world_size > 1 else None
         if self._heartbeat is not None and self._heartbeat.problem and comm.rank == 0:
@@ -64,7 +71,7 @@ class Watch(threading.Thread):
                 self._leave(f"rank {gone[0]} is gone")
 
     def _lost_elsewhere(self) -> str | None:
-        """Says which rank gives no sign any more. Each call counts as one interval, however late it comes."""
+        """Names a rank that gives no sign any more. Each call counts as one interval, however late it comes."""
         heartbeat = self._heartbeat
         if heartbeat is None or heartbeat.problem:
             return None
@@ -94,3 +101,78 @@ def _pid_namespace() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return f"unknown {os.getpid()}"
+
+
+class Heartbeat(threading.Thread):
+    """Counts up until `close`. The constructor starts it and is collective.
+
+    The thread keeps beating while its rank saves, cuts or reads data, which release Python's lock. It counts looks, not
+    seconds, so a job that Slurm suspends and continues loses no rank.
+
+    Args:
+        silence: seconds after which a rank counts as lost.
+
+    Attributes:
+        contacts: beats that the store has answered.
+        lost: the lost rank, once rank 0 has named it.
+        problem: why there is no heartbeat. The same on all ranks.
+    """
+
+    def __init__(self, comm: "Communicator", silence: float) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self.contacts = 0
+        self.lost: str | None = None
+        self._interval = silence / LOOKS
+        self._closed = threading.Event()
+        self._rank = comm.rank
+        self._nodes = comm.gather_objects(os.uname().nodename)
+        self._counts, self._still = [0] * len(self._nodes), [0] * len(self._nodes)
+        host = os.environ["MASTER_ADDR"]
+        self._store = _open_store(host, 0, is_master=True) if comm.rank == 0 else None
+        port = comm.gather_objects(0 if self._store is None else self._store.port)[0]
+        if comm.rank > 0 and port:
+            self._store = _open_store(host, port, is_master=False)
+        if self._store is not None:
+            self._beat(self._store)
+        missing = [rank for rank, contacts in enumerate(comm.gather_objects(self.contacts)) if not contacts]
+        self.problem = f"rank {missing[0]} does not reach a store at {host}:{port}" if missing else None
+        if not missing:
+            self.start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def run(self) -> None:
+        assert self._store is not None
+        while self.lost is None and not self._closed.wait(self._interval):
+            self._beat(self._store)
+
+    def look(self, counts: Sequence[int]) -> str | None:
+        """Compares the counts with the last look. Returns the first lost rank and its node."""
+        for rank, (before, now) in enumerate(zip(self._counts, counts, strict=True)):
+            self._still[rank] = self._still[rank] + 1 if now == before else 0
+        self._counts = list(counts)
+        lost = (rank for rank, still in enumerate(self._still) if still >= LOOKS)
+        return next((f"rank {rank} on {self._nodes[rank]}" for rank in lost), None)
+
+    def _beat(self, store: TCPStore) -> None:
+        try:
+            store.add(str(self._rank), 1)
+            if self._rank == 0 and self.is_alive():  # all ranks have counted once
+                counts = store.multi_get([str(rank) for rank in range(len(self._nodes))])
+                self.lost = self.look([int(count) for count in counts])
+                if self.lost is not None:
+                    store.set(LOST, self.lost)
+            elif store.check([LOST]):
+                self.lost = store.get(LOST).decode()
+        except DistError:
+            return  # rank 0 is gone, or has ended: a rank that still runs notices the silence
+        self.contacts += 1
+
+
+def _open_store(host: str, port: int, *, is_master: bool) -> TCPStore | None:
+    """Opens the store, on a free port if this rank holds it. None if that fails, for example at a firewall."""
+    try:
+        return TCPStore(host, port, is_master=is_master, timeout=PATIENCE, wait_for_workers=False)
+    except DistError:
+        return None

@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import ADAPTER, lora_weights, plain_parameter
-from loraprune_ds.model.int8_linear import form_of
+from loraprune_ds.model.frozen import form_of
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from loraprune_ds.zero.comm import Communicator

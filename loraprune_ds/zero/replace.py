@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.int8_linear import form_of
+from loraprune_ds.model.frozen import form_of
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId
 from loraprune_ds.zero.collect import collect_linear
 from loraprune_ds.zero.comm import Communicator

@@ -12,8 +12,7 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.frozen import Dense
-from loraprune_ds.model.int8_linear import form_of
+from loraprune_ds.model.frozen import Dense, form_of
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
@@ -91,9 +90,6 @@ class ShardedModel:
 
     def gather_values(self, value: int) -> list[int]:
         return self.comm.all_gather(torch.tensor([value], dtype=torch.int64, device=self.device)).flatten().tolist()
-
-    def broadcast(self, values: Tensor) -> Tensor:
-        return self.comm.broadcast(values.to(self.device)).cpu()
 
     def owner(self, layer: int) -> int:
         return layer_owner(layer, self.world_size)

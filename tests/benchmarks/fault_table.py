@@ -211,7 +211,7 @@ def lever_faults(random_moments: int) -> list[Fault]:
         ("finish, before model/ has its name", "finish.before_rename@1:0"),
     ]
     terms = [
-        ("the uncut model's pass", "teacher.file@1:0:15", "stopped before the first step"),
+        ("the uncut model's pass", "teacher.file@1:0:15", "stopped at step 0;"),
         ("cut, refitted and not yet shrunk", "cut.compensated@2:0:15", "stopped at step"),
     ]
     suite = "levers"

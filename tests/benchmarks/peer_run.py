@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.command import leave, leave_on_error
 from loraprune_ds.model.experts import find_experts
-from loraprune_ds.pruning.criterion import effective_weight, magnitude, score_shard
+from loraprune_ds.pruning.criterion import effective_weight, score_shard
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
 from loraprune_ds.pruning.step import Pruner
@@ -58,7 +58,7 @@ class Metric:
     size: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-METRICS = {"wanda": Metric(magnitude, norm), "flap": Metric(squared, variance)}
+METRICS = {"wanda": Metric(effective_weight, norm), "flap": Metric(squared, variance)}
 
 
 class InputSizes(StepRecorder):

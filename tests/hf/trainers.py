@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
         self._recording.close()
         gathered = sum(numel for name, numel in self._calls if name == "all_gather_into_tensor")
         training = self.callback.pruning.training
-        kept, tokens = training.pruner.kept_of_dense, training.history.steps[-1].tokens
+        kept, tokens = training.pruner.kept_of_dense, training.recorder.history.steps[-1].tokens
         self.rows.append({"kept": kept_groups(kept), "tokens": tokens, "gathered": gathered})
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:

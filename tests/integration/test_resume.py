@@ -340,7 +340,8 @@ def change_source(out: Path, **changes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "line"), [(newer_format, f"step-13/state.json has {NEWER}"), (another_source, "is not the model that")]
+    ("change", "line"),
+    [(newer_format, f"step-13/state.json has {NEWER}"), (another_source, "is not the source model of")],
 )
 def test_a_whole_checkpoint_that_does_not_fit_is_not_given_up_for_an_older_one(
     again: Again, change: Callable[[Path], None], line: str

@@ -6,7 +6,7 @@ import pickle
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -19,9 +19,8 @@ from loraprune_ds.config_data import DataSource
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.sources import read_rows
-from loraprune_ds.train.heartbeat import LOOKS, Counts, Heartbeat
 from loraprune_ds.train.prepare import prepare
-from loraprune_ds.train.watch import GRACE, INTERVAL
+from loraprune_ds.train.watch import GRACE, INTERVAL, LOOKS, Heartbeat
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.environment import SILENCE, longest_silence
 from tests.integration.resuming import config_for, write_run
@@ -79,14 +78,23 @@ def test_a_busy_rank_is_not_lost(ranks: RankPool, tmp_path: Path) -> None:
         assert contacts > LOOKS
 
 
-def test_a_count_that_stands_still_is_found_and_one_late_look_is_not() -> None:
-    counts = Counts(["a", "b"])
+class TwoRanks:
+    rank = 0
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        return [mine, mine]
+
+
+def test_a_count_that_stands_still_is_found_and_one_late_look_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    heartbeat = Heartbeat(cast(Any, TwoRanks()), silence=1e6)
     for look in range(LOOKS):
-        assert counts.look([look, 7]) is None  # the first look sees 7 for the first time
-    assert counts.look([99, 8]) is None
+        assert heartbeat.look([look, 7]) is None  # the first look sees 7 for the first time
+    assert heartbeat.look([99, 8]) is None
     for _ in range(LOOKS - 1):
-        assert counts.look([99, 8]) is None
-    assert counts.look([100, 8]) == "rank 1 on b"
+        assert heartbeat.look([99, 8]) is None
+    assert heartbeat.look([100, 8]) == f"rank 1 on {os.uname().nodename}"
+    heartbeat.close()
 
 
 def test_a_job_ends_within_two_minutes_of_a_loss() -> None:

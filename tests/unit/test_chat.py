@@ -108,6 +108,7 @@ def test_qwen3_can_learn_one_answer_of_a_conversation() -> None:
     """Its template takes the thinking out of earlier turns, so a prefix of a conversation is not a prefix."""
     tokenizer = tokenizer_with(trl_templates.qwen3_chat_template)
     assert learnt(Chat(TALKS[1]), tokenizer) == "<think>\n\n</think>\n\ntwo<|im_end|>\n"
+    assert learnt(Chat(TALKS[1]), tokenizer_with(FORGETFUL)) == "two<|im_end|>\n"
     with pytest.raises(UserError, match="its first 2 of 4 messages alone become"):
         labels_of(Chat(TALKS[0]), tokenizer)
 
@@ -192,8 +193,6 @@ def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_pa
 
 def test_a_long_conversation_ends_at_the_window(tmp_path: Path) -> None:
     path = write_json(tmp_path / "chats.jsonl", [{"messages": [user("a"), assistant("word " * 100)]}] * 10)
-    samples = load(path, tokenizer_with(CHATML), window=16).samples
-    assert samples.inputs(numbers(0))["input_ids"].shape == (1, 16)
     samples = load(path, tokenizer_with(CHATML), window=20, max_samples=3).samples
     assert samples.lengths().tolist() == [20] * 3
 
@@ -216,11 +215,9 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     fails(r"refuses a conversation of user", [{"messages": [{"role": "user", "content": 5}]}], tmp_path)
     fails(r"format chat: .*chats\.jsonl has no field messages, nor conv.*; it has text", [{"text": "a"}], tmp_path)
     fails(r"row 1 of .*chats\.jsonl: a conversation must be a list of messages; got 5", [{"messages": 5}], tmp_path)
-    fails(r"a conversation must be a list of messages; got 'hello'", [{"messages": "hello"}], tmp_path)
     fails(r"data\.path: row 2 of .*chats\.jsonl: role 'asistant' is none of system, developer, user, assistant, tool", [
         good, {"messages": [user("a"), {"role": "asistant", "content": "b"}]}], tmp_path)  # fmt: skip
     fails(r"a message must have role and content.*; got 'a'", [{"messages": ["a"]}], tmp_path)
-    fails(r"a message must have role and content.*; got \{'text'", [{"messages": [{"text": "a"}]}], tmp_path)
     fails(r"a message must have role .*; got \{'from': \['gpt'\]", [{"messages": [{"from": ["gpt"]}]}], tmp_path)
     fails(r"tools must be a list or its JSON; got 'f'", [good | {"tools": "f"}], tmp_path)
 
@@ -232,10 +229,6 @@ def test_a_template_may_name_more_roles(tmp_path: Path) -> None:
     assert len(load(path, named).samples) == 18
     with pytest.raises(UserError, match="role 'critic' is none of"):
         load(path, tokenizer_with("{#- there is no critic -#}" + CHATML))
-
-
-def test_a_forgetful_template_is_good_for_one_turn() -> None:
-    assert learnt(Chat(TALKS[1]), tokenizer_with(FORGETFUL)) == "two<|im_end|>\n"
 
 
 def test_a_tokenizer_without_template_is_found_before_anything_is_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, whatever a killed process left."""
+"""Folders that appear in one rename, whatever a killed process left."""
 
 import json
 import os
@@ -42,19 +42,20 @@ def make_step(root: Path, step: int, shape: str) -> Path:
     return target
 
 
-def make_shape(root: Path, number: int) -> Path:
-    folder = root / f"shape-{number}"
-    folder.mkdir(parents=True)
-    return folder
+def make_shapes(root: Path, *numbers: int) -> None:
+    for number in numbers:
+        (root / f"shape-{number}").mkdir(parents=True)
 
 
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def test_nothing_has_its_name_before_it_is_whole(tmp_path: Path) -> None:
+def test_a_folder_has_no_name_before_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "step-4"
+    (whole.begin(target) / "old").write_text("half")  # of a killed save
     staging = whole.begin(target)
+    assert list(staging.iterdir()) == []
     (staging / "a").write_text("1")
     layout.write_manifest(staging, {"a": layout.seal(staging / "a")})
     assert layout.numbered(tmp_path, "step") == []
@@ -62,12 +63,6 @@ def test_nothing_has_its_name_before_it_is_whole(tmp_path: Path) -> None:
     whole.publish(target)
     assert names(tmp_path) == ["step-4"]
     layout.verify(target)
-
-
-def test_what_a_killed_save_left_is_not_mixed_in(tmp_path: Path) -> None:
-    (whole.begin(tmp_path / "step-4") / "old").write_text("half")
-    staging = whole.begin(tmp_path / "step-4")
-    assert list(staging.iterdir()) == []
 
 
 def test_a_file_and_the_name_are_on_the_disk_before_anything_relies_on_them(
@@ -95,7 +90,7 @@ def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypat
 
 
 def test_what_cannot_be_removed_yet_ends_no_run_and_goes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS keeps the files of a folder that somebody reads, under names of its own."""
+    """NFS keeps files that another process still reads."""
     make_step(tmp_path, 4, "/models/source")
     make_step(tmp_path, 8, "/models/source")
     with monkeypatch.context() as patch:
@@ -112,15 +107,11 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"0")
-
-
 @pytest.mark.parametrize(
     ("damage", "name", "word"),
     [
         (flip, "b", "damaged"),
-        (lengthen, "b", "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"0"), "b", "damaged"),
         (Path.unlink, "b", "missing"),
         (Path.unlink, layout.MANIFEST, "missing"),
         (flip, layout.MANIFEST, "damaged"),
@@ -147,39 +138,30 @@ def test_damage_is_named_by_some_reader(
     assert all(str(tmp_path / "step-1" / name) in line and word in line and "\n" not in line for line in lines)
 
 
-def test_old_steps_go_and_shapes_that_none_names(tmp_path: Path) -> None:
+def test_old_steps_are_removed_and_shapes_that_none_names(tmp_path: Path) -> None:
     for number, step in enumerate((4, 8, 12, 16)):
         make_step(tmp_path, step, f"shape-{number // 2}")
-    for number in (0, 1, 2):
-        make_shape(tmp_path, number)
+    make_shapes(tmp_path, 0, 1, 2)
+    for name in (".step-8.partial", ".shape-1.partial", ".step-2.removed"):  # of killed processes
+        (tmp_path / name).mkdir()
     drop_old(tmp_path, 16, keep_last=3)
     assert names(tmp_path) == ["shape-0", "shape-1", "step-12", "step-16", "step-8"]
     drop_old(tmp_path, 16, keep_last=2)
     assert names(tmp_path) == ["shape-1", "step-12", "step-16"]
 
 
-def test_what_belongs_to_a_course_the_run_has_left_goes(tmp_path: Path) -> None:
+def test_steps_after_a_resume_from_an_older_one_are_removed(tmp_path: Path) -> None:
     for step in (4, 8, 12, 16):
         make_step(tmp_path, step, "shape-1")
-    make_shape(tmp_path, 1)
-    make_shape(tmp_path, 2)
+    make_shapes(tmp_path, 1, 2)
     drop_old(tmp_path, 8, keep_last=2)
     assert names(tmp_path) == ["shape-1", "step-4", "step-8"]
 
 
-def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
-    make_step(tmp_path, 4, "/models/source")
-    for name in (".step-8.partial", ".shape-1.partial", ".step-2.removed"):
-        (tmp_path / name).mkdir()
-    drop_old(tmp_path, 4, keep_last=1)
-    assert names(tmp_path) == ["step-4"]
-
-
-def test_no_shape_goes_while_a_step_cannot_say_which_it_names(tmp_path: Path) -> None:
+def test_all_shapes_stay_while_a_damaged_step_may_name_any(tmp_path: Path) -> None:
     (make_step(tmp_path, 4, "shape-0") / STATE_FILE).write_text("{")
     make_step(tmp_path, 8, "shape-1")
-    make_shape(tmp_path, 0)
-    make_shape(tmp_path, 1)
+    make_shapes(tmp_path, 0, 1)
     drop_old(tmp_path, 8, keep_last=2)
     assert names(tmp_path) == ["shape-0", "shape-1", "step-4", "step-8"]
 
@@ -190,12 +172,6 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "step-12").write_text("a file")
     assert layout.numbered(tmp_path, "step") == [9, 10]
     assert layout.numbered(tmp_path / "nowhere", "step") == []
-
-
-def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
-    state = make_state(7, "shape-2")
-    (tmp_path / STATE_FILE).write_text(state_text(state))
-    assert read_state(tmp_path) == state
 
 
 @pytest.mark.parametrize(
@@ -210,8 +186,11 @@ def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"totals": None}, "a field is missing or unknown"),
     ],
 )
-def test_another_state_is_refused_in_one_line(tmp_path: Path, change: dict[str, object], words: str) -> None:
-    raw = json.loads(state_text(make_state(7, "shape-2"))) | change
+def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    state = make_state(7, "shape-2")
+    (tmp_path / STATE_FILE).write_text(state_text(state))
+    assert read_state(tmp_path) == state
+    raw = json.loads(state_text(state)) | change
     (tmp_path / STATE_FILE).write_text(json.dumps(raw))
     with pytest.raises(UserError) as caught:
         read_state(tmp_path)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model import convert_bin, hub
-from loraprune_ds.model.convert_bin import converted, needs_conversion
-from loraprune_ds.model.hub import locate_model
+from loraprune_ds.model import hub
+from loraprune_ds.model.hub import BIN_FILE, BIN_INDEX, converted, locate_model
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.weight_files import write_weight_file
 from tests.oracle.models import make_tiny_llama
 
 SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
+THIRD = "pytorch_model-00003-of-00003.bin"  # of an older download
 FILES = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
 
 
@@ -32,23 +33,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def tensors() -> dict[str, Tensor]:
-    return {}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
-    """Writes two `.bin` files and their index, as transformers saved them. They hold `tensors`."""
+def folder(tmp_path: Path) -> Path:
+    """Writes two `.bin` files and their index, as transformers saved them."""
     folder = make_tiny_llama(tmp_path / "model", seed=1, dtype="bfloat16", **SIZES)
-    tensors |= load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     halves = dict(zip(FILES, (names[::2], names[1::2]), strict=True))
     for file, members in halves.items():
         torch.save({name: tensors[name] for name in members}, folder / file)
     weight_map = {name: file for file, members in halves.items() for name in members}
-    (folder / convert_bin.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+@pytest.fixture
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in FILES for name, tensor in torch.load(folder / file).items()}
 
 
 def written(folder: Path) -> dict[str, Tensor]:
@@ -67,20 +68,20 @@ def test_the_same_tensors(folder: Path, tensors: dict[str, Tensor], monkeypatch:
         mapped.extend(name for name in FILES if f"{folder / name}\n" in Path("/proc/self/maps").read_text())
         return write_weight_file(*given)
 
-    monkeypatch.setattr(convert_bin, "write_weight_file", write)
+    monkeypatch.setattr(hub, "write_weight_file", write)
     found = locate_model(ModelConfig(str(folder)))
     assert mapped == list(FILES)  # one at a time
     pretrained = open_pretrained(found)
     assert set(pretrained.files) == set(pretrained.shape.parameters()) == set(tensors)
     assert_same(written(found), tensors)
     assert (found / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    assert not (found / convert_bin.INDEX).exists()
+    assert not (found / BIN_INDEX).exists()
 
 
 def test_one_file_without_an_index(folder: Path, tensors: dict[str, Tensor]) -> None:
-    for name in (*FILES, convert_bin.INDEX):
+    for name in (*FILES, BIN_INDEX):
         (folder / name).unlink()
-    torch.save(tensors, folder / convert_bin.SINGLE)
+    torch.save(tensors, folder / BIN_FILE)
     assert_same(written(converted(folder)), tensors)
 
 
@@ -92,12 +93,6 @@ def test_tensors_that_share_memory(folder: Path, tensors: dict[str, Tensor]) -> 
     torch.save(tied, folder / FILES[0])
     torch.save(second, folder / FILES[1])
     assert torch.equal(written(converted(folder))["lm_head.weight"], tensors["lm_head.weight"])
-
-
-def test_it_is_done_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = converted(folder)
-    monkeypatch.setattr(convert_bin, "_convert", None)  # not called again
-    assert converted(folder) == first
 
 
 def test_other_weights_are_another_folder(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -113,8 +108,8 @@ def test_other_weights_are_another_folder(folder: Path, tensors: dict[str, Tenso
 
 def _convert_in_a_process(folder: Path, results: Any) -> None:
     made = []
-    original = convert_bin._convert
-    convert_bin._convert = lambda *given: (made.append(1), original(*given))  # type: ignore[assignment]
+    original = hub._convert
+    hub._convert = lambda *given: (made.append(1), original(*given))  # type: ignore[assignment]
     results.put((str(converted(folder)), len(made)))
 
 
@@ -140,7 +135,7 @@ def test_nothing_is_left_of_a_conversion_that_failed(folder: Path, cache: Path, 
             raise OSError(28, "No space left on device")
         return {}
 
-    monkeypatch.setattr(convert_bin, "write_weight_file", fail_at_the_second)
+    monkeypatch.setattr(hub, "write_weight_file", fail_at_the_second)
     with pytest.raises(UserError, match=r"cannot be converted to safetensors in .* No space left on device"):
         converted(folder)
     assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
@@ -158,55 +153,37 @@ class _Code:
         return print, ("a checkpoint must not run code",)
 
 
-def test_what_cannot_be_converted_is_one_line(folder: Path, tensors: dict[str, Tensor], capfd: Any) -> None:
-    path = folder / FILES[1]
-    good = path.read_bytes()
-    path.write_bytes(good[:-200])
-    assert refused(folder).startswith(f"{FILES[1]} ")
-    torch.save(_Code(), path)
-    assert refused(folder) == f"{FILES[1]} holds something other than tensors, or is damaged"
-    damaged_or_old = f"{FILES[1]} is damaged, or older than torch 1.6; load it with torch, and save it again"
-    path.write_bytes(pickle.dumps(_Code()))
-    assert refused(folder) == damaged_or_old
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"data.pkl") + 100] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: path.write_bytes(path.read_bytes()[:-200]), f"{FILES[1]} "),
+    (lambda path: torch.save(_Code(), path), " holds something other than tensors"),
+    (lambda path: path.write_bytes(pickle.dumps(_Code())), " is damaged, or older than torch 1.6;"),
+    (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), " is damaged, or older than torch 1.6;"),
+    (_flip_a_bit, f"{FILES[1]} "),
+    (lambda path: torch.save([1, 2], path), " must hold a dictionary of tensors"),
+    (lambda path: shutil.copy(path.with_name(FILES[0]), path), f": lm_head.weight is in {FILES[0]}, too"),
+    (Path.unlink, f" is missing; {BIN_INDEX} names it"),
+    (lambda path: shutil.copy(path, path.with_name(THIRD)), f"{THIRD} is one weight file too many;"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
+def test_damage_is_one_line(folder: Path, damage: Callable[[Path], object], message: str, capfd: Any) -> None:
+    damage(folder / FILES[1])
+    assert message in refused(folder)
     assert "must not run" not in capfd.readouterr().out
-    torch.save(tensors, path, _use_new_zipfile_serialization=False)
-    assert refused(folder) == damaged_or_old
-    good_bytes = bytearray(good)
-    good_bytes[good.index(b"data.pkl") + 100] ^= 255
-    path.write_bytes(good_bytes)
-    assert refused(folder).startswith(f"{FILES[1]} ")
-    torch.save([1, 2], path)
-    assert refused(folder) == f"{FILES[1]} must hold a dictionary of tensors"
-    torch.save({**torch.load(folder / FILES[0])}, path)
-    assert refused(folder).endswith(f"is in {FILES[0]}, too")
-    path.unlink()
-    assert refused(folder) == f"{FILES[1]} is missing; {convert_bin.INDEX} names it"
-    (folder / convert_bin.INDEX).write_text("{}")
-    assert refused(folder) == f"{convert_bin.INDEX} has no weight_map"
 
 
-@pytest.mark.parametrize("absolute", [False, True])
-def test_an_index_reaches_no_other_folder(folder: Path, tensors: dict[str, Tensor], absolute: bool) -> None:
-    outside = folder.parent / "x.bin"
-    torch.save(tensors, outside)
-    named = str(outside) if absolute else "../x.bin"
-    (folder / convert_bin.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, named)}))
-    first = next(iter(tensors))
-    assert refused(folder) == f"{convert_bin.INDEX}: {first} is in {named}; only files beside the index are read"
-
-
-def test_only_known_files_come_along(folder: Path) -> None:
+def test_only_known_files_are_copied(folder: Path) -> None:
     for name in ("secrets.json", "id.txt"):
         (folder / name).write_text("{}")
     assert {path.suffix for path in converted(folder).iterdir()} == {".json", ".safetensors"}
-    assert not any((converted(folder) / name).exists() for name in ("secrets.json", "id.txt"))
-
-
-def test_a_surplus_file(folder: Path) -> None:
-    """Leaves a file of an older download."""
-    surplus = folder / "pytorch_model-00003-of-00003.bin"
-    shutil.copy(folder / FILES[1], surplus)
-    assert refused(folder) == f"{surplus.name} is one weight file too many; {convert_bin.INDEX} does not name it"
+    assert not (converted(folder) / "secrets.json").exists()
 
 
 @pytest.mark.parametrize("has_safetensors", [False, True])
@@ -231,10 +208,8 @@ def test_a_hub_model_is_downloaded_in_one_format(
     assert (found == snapshot) == has_safetensors
 
 
-def test_safetensors_are_taken_where_there_are_both(folder: Path, tensors: dict[str, Tensor]) -> None:
-    assert needs_conversion(folder)
-    (folder / "adapter_model.safetensors").touch()
-    assert needs_conversion(folder)
+def test_safetensors_are_preferred(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").touch()  # no weights of the model
+    assert locate_model(ModelConfig(str(folder))) != folder
     (folder / "model.safetensors").touch()
-    assert not needs_conversion(folder)
     assert locate_model(ModelConfig(str(folder))) == folder

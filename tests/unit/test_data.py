@@ -35,24 +35,17 @@ def test_ragged_rows_are_padded_to_the_longest_of_a_batch_in_steps_of_8() -> Non
     assert inputs["input_ids"].tolist() == [[3] + [0] * 7, [1, 2] + [0] * 6]
     assert inputs["labels"].tolist() == [[3] + [-100] * 7, [1, 2] + [-100] * 6]
     assert rows.inputs(numbers(0))["input_ids"].shape == (1, 16)
+    narrow = ragged([list(range(1, 10))], window=10)  # no multiple of 8, and never exceeded
+    assert narrow.inputs(numbers(0, 0))["input_ids"].tolist() == [[*range(1, 10), 0]] * 2
 
 
-def test_a_window_that_is_no_multiple_of_8_is_never_exceeded() -> None:
-    rows = ragged([list(range(1, 10))], window=10)
-    assert rows.inputs(numbers(0, 0))["input_ids"].tolist() == [[*range(1, 10), 0]] * 2
-
-
-def test_count_supervised_counts_predictions_once_per_occurrence_and_no_first_token() -> None:
+def test_predictions_and_tokens_are_counted_without_padding_and_first_tokens() -> None:
     samples = masked_samples()
     assert [samples.count_supervised(numbers(i)) for i in range(3)] == [2, 1, 2]
     assert samples.count_supervised(numbers(0, 1, 2, 0)) == 7
     text = torch.ones(3, 5, dtype=torch.int32)
     assert Samples.of_windows(text).count_supervised(numbers(0, 2)) == 8
-
-
-def test_padding_is_no_part_of_a_text() -> None:
-    assert masked_samples().text_lengths(numbers(0, 1, 0)) == [4, 2, 4]
-    text = torch.ones(3, 5, dtype=torch.int32)
+    assert samples.text_lengths(numbers(0, 1, 0)) == [4, 2, 4]
     assert Samples.of_windows(text).text_lengths(numbers(0, 2)) == [5, 5]
 
 
@@ -102,13 +95,6 @@ def test_the_order_depends_on_seed_and_epoch_and_not_on_the_batch_size() -> None
     assert stream(1, 10)[:100] != stream(0, 10)[100:]  # nor on their sum
 
 
-@pytest.mark.parametrize(
-    ("epochs", "samples", "batch", "steps"), [(2, 100, 12, 16), (0.29, 100, 1, 29), (1, 12, 12, 1), (0.01, 12, 12, 1)]
-)
-def test_steps_for_epochs(epochs: float, samples: int, batch: int, steps: int) -> None:
-    assert SampleOrder(samples, batch, seed=0).steps_for_epochs(epochs) == steps
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_ranks_share_the_same_micro_batches_for_every_number_of_ranks(world_size: int) -> None:
     indices = torch.randperm(12)
@@ -144,11 +130,3 @@ def test_a_micro_batch_draws_the_same_dropout_on_every_number_of_ranks() -> None
 
     assert drawn(1) == drawn(2) == drawn(3) == drawn(6)
     assert len(drawn(1)) == 6
-
-
-def test_a_draw_does_not_depend_on_what_was_drawn_before() -> None:
-    seed_dropout(0, 5, 1)
-    first = torch.rand(4)
-    torch.rand(1000)
-    seed_dropout(0, 5, 1)
-    assert torch.equal(torch.rand(4), first)

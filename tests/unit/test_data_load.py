@@ -112,6 +112,7 @@ def test_a_datasets_name_goes_to_datasets_with_its_configuration_and_split(monke
     assert len(data.samples) == 9
     assert "w4" in data.held_out
     assert "w24" in data.held_out
+    assert data.held_out.count("w50") == 1  # the response of the one row
 
 
 def test_a_datasets_name_that_cannot_be_reached_is_one_line() -> None:
@@ -138,9 +139,6 @@ def test_the_fraction_is_of_the_text_and_not_of_the_number_of_documents(tmp_path
     rows = [{"text": "w1 " * (1 + 7 * i % 50)} for i in range(300)] + [{"text": ""}] * 300
     data = load(write_json(tmp_path / "data.json", rows), held_out_fraction=0.2)
     assert data.held_out.count("w1") == pytest.approx(0.2 * sum(1 + 7 * i % 50 for i in range(300)), rel=0.01)
-
-
-def test_a_blank_document_is_not_what_is_held_out(tmp_path: Path) -> None:
     rows = [{"text": ""}, {"text": "w1 " * 100}]
     assert load(write_json(tmp_path / "data.json", rows)).held_out.count("w1") == 10
 
@@ -181,13 +179,6 @@ def test_a_held_out_json_file_is_read_as_rows_and_not_as_prose(tmp_path: Path) -
     )
 
 
-def test_held_out_instructions_are_prompt_and_response(tmp_path: Path) -> None:
-    data = load(write_json(tmp_path / "data.jsonl", INSTRUCTIONS), format="instruction", window=64)
-    assert len(data.samples) == 9
-    assert [data.held_out.count(word) for word in ("w4", "w24", "w50")] == [1, 1, 1]
-    assert "w3" not in data.held_out
-
-
 def test_max_samples_cuts_tuning_and_leaves_the_held_out_text_alone(tmp_path: Path) -> None:
     path = write_json(tmp_path / "data.json", documents(40))
     whole, cut = load(path), load(path, max_samples=3)
@@ -195,12 +186,6 @@ def test_max_samples_cuts_tuning_and_leaves_the_held_out_text_alone(tmp_path: Pa
     assert cut.held_out == whole.held_out
     first = numbers(0, 1, 2)
     assert cut.samples.inputs(first)["input_ids"].equal(whole.samples.inputs(first)["input_ids"])
-
-
-def test_the_same_files_give_the_same_samples(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "data.json", documents(20))
-    assert load(path).samples.digest() == load(path).samples.digest()
-    assert load(path).samples.digest() != load(path, max_samples=3).samples.digest()
 
 
 # What can be wrong
@@ -230,27 +215,19 @@ def test_a_tokenizer_of_another_model_is_found_before_training(tmp_path: Path) -
 
 BAD_FILES = {
     "an empty text": ("a.txt", "", r"a\.txt is empty"),
-    "a blank text": ("a.txt", " \n", r"a\.txt is empty"),
     "an empty jsonl": ("a.jsonl", "\n\n", r"a\.jsonl is empty"),
-    "an empty list": ("a.json", "[]", r"a\.json must hold a list of objects"),
     "an object": ("a.json", '{"text": "w1"}', r"a\.json must hold a list of objects"),
     "broken json": ("a.json", '[\n{"text": "w1"},\n{"text": }]', r"a\.json, line 3, column 10: not valid JSON"),
     "broken jsonl": ("a.jsonl", '{"text": "w1"}\n\n{"text"', r"a\.jsonl, line 3, column 8: not valid JSON"),
     "a line that is no object": ("a.jsonl", '{"text": "w1"}\n"w2"', r"a\.jsonl, line 2: expected an object, got str"),
     "an item that is no object": ("a.json", '[{"text": "w1"}, 3]', r"a\.json, item 1: expected an object, got int"),
     "an unknown field": ("a.json", '[{"body": "w1"}]', r"data\.text_field: .*a\.json has no field 'text'; it has body"),
-    "a field that is no text": (
-        "a.json",
-        '[{"text": "w1"}, {"text": 5}]',
-        r"a\.json, item 1: field 'text' must be text; got 5",
-    ),
     "a line without text": (
         "a.jsonl",
         '{"text": null}\n{"text": ["w1"]}',
         r"a\.jsonl, line 2: field 'text' must be text",
     ),
     "a text that is not UTF-8": ("a.txt", "w1 \xff", r"a\.txt is not UTF-8 text: invalid start byte at byte 3"),
-    "json that is not UTF-8": ("a.json", '[{"text": "\xff"}]', r"a\.json is not UTF-8 text: .* at byte 11"),
     "jsonl that is not UTF-8": ("a.jsonl", '{"text": "\xff"}', r"a\.jsonl is not UTF-8 text: .* at byte 10"),
     "another suffix": ("a.csv", "text\nw1", r"a\.csv must be one of \.txt, \.json, \.jsonl"),
 }
@@ -262,14 +239,10 @@ def test_a_bad_file_is_one_line(name: str, content: str, message: str, tmp_path:
     fails(message, tmp_path / name)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "w1"}')
-    assert list(read_rows(DataConfig(path=str(tmp_path / "a.jsonl")).sources[0])) == [{"text": "w1"}]
-
-
-def test_half_of_a_character_is_replaced(tmp_path: Path) -> None:
-    """JSON can hold one, where a text was cut between the two. Tokenizers take none."""
-    (tmp_path / "a.jsonl").write_text(r'{"text": "w1 \ud83d w2 \ude00 \uD83D\uDE00"}' + "\n")
+def test_a_byte_order_mark_is_dropped_and_half_of_a_character_replaced(tmp_path: Path) -> None:
+    """JSON can hold half of one, where a text was cut. Tokenizers take none."""
+    text = b'\xef\xbb\xbf{"text": "w1 \\ud83d w2 \\ude00 \\uD83D\\uDE00"}\n'
+    (tmp_path / "a.jsonl").write_bytes(text)
     (row,) = read_rows(DataConfig(path=str(tmp_path / "a.jsonl")).sources[0])
     assert row == {"text": "w1 ? w2 ? \N{GRINNING FACE}"}
 

@@ -11,8 +11,7 @@ from loraprune_ds.model.distillation import Recording
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.train.data.order import SampleOrder
-from loraprune_ds.train.data.packing import best_fit, pack_samples
-from loraprune_ds.train.data.samples import Samples, join_samples, starts_of
+from loraprune_ds.train.data.samples import Samples, best_fit, join_samples, pack_samples, starts_of
 from tests.families import TINY, tiny_model
 from tests.unit.test_data import numbers
 
@@ -134,7 +133,7 @@ def test_a_batch_by_length_has_the_same_samples_the_longest_first() -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"packing": True}}, "data.packing has no effect on data.format text"),
+        ({"data": {"packing": True}}, "data.packing has no effect without data.format instruction or chat"),
         ({"train": {"steps": 1, "group_by_length": True}}, "train.group_by_length has no effect on data.format text"),
         (
             {

@@ -8,7 +8,6 @@ from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.data.tokens import (
     TEXTS_AT_ONCE,
-    Instruction,
     collect_rows,
     make_instruction,
     pack_documents,
@@ -89,8 +88,7 @@ def test_text_shorter_than_a_window_gives_no_sample() -> None:
 def mask_prompts(
     pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, window: int, max_samples: int | None = None
 ) -> Samples:
-    instructions = [Instruction(prompt, response) for prompt, response in pairs]
-    return collect_rows(tokenize_instructions(instructions, tokenizer), window, max_samples)
+    return collect_rows(tokenize_instructions(pairs, tokenizer), window, max_samples)
 
 
 MASKED = {
@@ -146,7 +144,7 @@ def test_a_prompt_may_hold_braces_and_headings_and_its_mask_ends_where_the_respo
     tokenizer = make_tokenizer()
     prompt = "Fill {prompt} and {0} ### Answer w1"
     example = make_instruction(prompt, "", "w5 ### Answer w6")
-    assert prompt in example.prompt
-    assert make_instruction(prompt, "{input} w9", "w5").prompt.count("{input} w9") == 1
-    _, labels = rows(mask_prompts([(example.prompt, example.response)], tokenizer, 64))
+    assert prompt in example[0]
+    assert make_instruction(prompt, "{input} w9", "w5")[0].count("{input} w9") == 1
+    _, labels = rows(mask_prompts([example], tokenizer, 64))
     assert [label for label in labels[0] if label != IGNORE_INDEX] == [15, 0, 0, 16, EOS]

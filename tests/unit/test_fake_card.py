@@ -11,8 +11,7 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model import experts
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher
-from loraprune_ds.model.frozen import Int8
-from loraprune_ds.model.int8_linear import Int8Linear
+from loraprune_ds.model.frozen import Int8, Int8Linear
 from loraprune_ds.model.logits import Head, LogitsTransform
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.token_loss import supervised_positions, token_losses

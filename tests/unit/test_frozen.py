@@ -3,7 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, Int8, NotFinite, dequantise
-from loraprune_ds.model.int8_linear import HeldLinear, Int8Linear, form_of
+from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, HeldLinear, Int8, Int8Linear, NotFinite, dequantise, form_of
 from loraprune_ds.model.pretrained import cut_to
+from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.int8 import ScalePlan
 from tests.families import tiny_model
@@ -56,45 +56,29 @@ def test_a_weight_is_rounded_to_the_grid_of_its_block(form: Int8, shape: tuple[i
             assert form.join(tensors)[row, column] == (scale * q).to(dtype)
 
 
-@forms
-@pytest.mark.parametrize("shape", SHAPES)
+@every
 def test_a_cut_commutes_with_it(form: Int8, shape: tuple[int, int]) -> None:
-    weight = weight_of(shape)
-    keep = torch.arange(shape[form.axis])[:: 2 if shape[form.axis] > 2 else 1]
-    cut_first = form.split(weight.index_select(form.axis, keep), torch.bfloat16)
-    cut_last = {
-        name: tensor.index_select(form.axis, keep) for name, tensor in form.split(weight, torch.bfloat16).items()
-    }
-    assert all(torch.equal(cut_first[name], cut_last[name]) for name in form.tensors)
-
-
-@forms
-def test_a_cut_along_the_blocks_would_not_commute(form: Int8) -> None:
-    """The control: what a scale per row or blocks along the inputs would do to o_proj."""
-    weight, other = weight_of((96, 96)), 1 - form.axis
-    keep = torch.arange(0, 96, 2)
-    cut_first = form.split(weight.index_select(other, keep), torch.bfloat16)[WEIGHT]
-    assert not torch.equal(cut_first, form.split(weight, torch.bfloat16)[WEIGHT].index_select(other, keep))
+    """Whole experts leave from a stack, otherwise single rows or columns along the axis without blocks."""
+    weight, axis, step = weight_of(shape), 0 if form.rows else form.axis, form.rows or 1
+    keep = torch.arange(shape[axis]).view(-1, step)[::2].flatten()
+    cut_first, cut_last = (form.split(x, torch.bfloat16) for x in (weight.index_select(axis, keep), weight))
+    for name, kept in form.kept(axis, keep).items():
+        assert torch.equal(cut_first[name], cut_last[name].index_select(axis, kept))
 
 
 @pytest.mark.parametrize(("form", "shape"), OF_STACKS)
-def test_each_expert_has_blocks_of_its_own_and_may_leave(form: Int8, shape: tuple[int, int]) -> None:
-    """Of a stack whose rows lie along the hidden axis. Every other expert stays."""
-    weight, rows = weight_of(shape), form.rows
-    assert rows is not None
-    of_expert = [Int8(1).split(part, torch.bfloat16) for part in weight.split(rows)]
-    whole = form.split(weight, torch.bfloat16)
+def test_each_expert_has_separate_blocks(form: Int8, shape: tuple[int, int]) -> None:
+    weight = weight_of(shape)
+    experts = [Int8(1).split(part, torch.bfloat16) for part in weight.split(form.rows or 0)]
+    stack = form.split(weight, torch.bfloat16)
     for name in form.tensors:
-        assert torch.equal(whole[name], torch.cat([tensors[name] for tensors in of_expert]))
-    assert whole[SCALE].shape == form.scale_shape(shape)
-    assert torch.equal(form.join(whole), torch.cat([Int8(1).join(tensors) for tensors in of_expert]))
-    keep = torch.arange(shape[0]).view(-1, rows)[::2].flatten()
-    for name, kept in form.kept(0, keep).items():
-        assert torch.equal(whole[name].index_select(0, kept), torch.cat([x[name] for x in of_expert[::2]]))
+        assert torch.equal(stack[name], torch.cat([tensors[name] for tensors in experts]))
+    assert stack[SCALE].shape == form.scale_shape(shape)
+    assert torch.equal(form.join(stack), torch.cat([Int8(1).join(tensors) for tensors in experts]))
 
 
 @every
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("world_size", [1, 3, 7])
 def test_every_rank_reads_its_own_part(
     form: Int8, shape: tuple[int, int], world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,9 +92,8 @@ def test_every_rank_reads_its_own_part(
     for name, expected in whole.items():
         for rank in range(world_size):
             start, end = owned_range(expected.numel(), world_size, rank)
-            assert torch.equal(
-                form.read(name, shape, start, end, read, torch.bfloat16), expected.reshape(-1)[start:end]
-            )
+            found = form.read(name, shape, start, end, read, torch.bfloat16)
+            assert torch.equal(found, expected.reshape(-1)[start:end])
 
 
 @every
@@ -151,11 +134,8 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(fam
     tiny_model(family, seed=1).save_pretrained(tmp_path)
     dense = open_int8(tmp_path)
     keep = draw(dense.shape, FEW, MANY)
-    small, held, left = (
-        cut_to(dense, keep, "bfloat16"),
-        dense.shape.held(None, 2),
-        dense.shape.after(keep).held(None, 2),
-    )
+    small, held = cut_to(dense, keep, "bfloat16"), dense.shape.held(None, 2)
+    left = dense.shape.after(keep).held(None, 2)
     cuts = {
         f"model.layers.{i}.{name}": kept
         for i, layer_keep in enumerate(keep)
@@ -179,18 +159,17 @@ def test_a_source_that_is_not_finite_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     read = partial(open_int8(tmp_path).read_held, name, dtype=torch.bfloat16)
     read(0, BLOCK * 23)
-    with pytest.raises(UserError, match=f"{name} has an inf or NaN, which int8 cannot hold"):
+    with pytest.raises(UserError, match=f"{name} has an inf or NaN"):
         read(BLOCK * 23, hidden * 23)
 
 
-def test_so_is_an_expert_that_is_not_finite(tmp_path: Path) -> None:
+def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
     model = tiny_model("qwen3_moe", seed=1)
     model.get_parameter("model.layers.1.mlp.experts.down_proj").data[7, 3, 2] = math.nan
     model.save_pretrained(tmp_path)
-    pretrained, name = open_int8(tmp_path), "model.layers.1.mlp.experts.down.weight"
-    file, expert = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.7.down_proj.weight"
-    with pytest.raises(UserError, match=f"{file}: {expert} has an inf or NaN, which int8 cannot hold"):
-        pretrained.read_whole(name, torch.bfloat16)
+    expert = "model.layers.1.mlp.experts.7.down_proj.weight"
+    with pytest.raises(UserError, match=f"{tmp_path}/model.safetensors: {expert} has an inf or NaN"):
+        open_int8(tmp_path).read_whole("model.layers.1.mlp.experts.down.weight", torch.bfloat16)
 
 
 @forms
@@ -208,10 +187,7 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: 
     assert torch.equal(*outputs)
     for output in outputs:
         output.square().sum().backward()
-    gradients = [given.grad for given in inputs]
-    assert gradients[0] is not None
-    assert gradients[1] is not None
-    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(*(cast(Tensor, given.grad) for given in inputs))
     assert form_of(linear) == form
 
 
@@ -219,7 +195,7 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: 
 def test_a_stack_makes_the_weight_of_one_expert_at_a_time(
     transposed: bool, axis: Literal[0, 1], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experts, inputs, outputs, counts = 4, 70, 45, [3, 0, 2, 6]  # nobody chose the second
+    experts, inputs, outputs, counts = 4, 70, 45, [3, 0, 2, 6]  # no token chose the second
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     form = Int8(axis, shape[0])
     held = form.split(weight_of((experts * shape[0], shape[1])), torch.float32)
@@ -243,8 +219,6 @@ def test_a_stack_makes_the_weight_of_one_expert_at_a_time(
 
 @pytest.mark.parametrize("family", ["phi3", "mixtral", "deepseek_v3", "gpt_oss"])
 def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(family: str, tmp_path: Path) -> None:
-    from loraprune_ds.model.token_loss import build_for_losses
-
     tiny_model(family, seed=1).save_pretrained(tmp_path)
     pretrained = open_int8(tmp_path)
     model = build_for_losses(pretrained, "eager")

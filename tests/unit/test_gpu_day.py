@@ -45,13 +45,6 @@ def test_a_second_call_tries_only_what_failed(
     assert found["versions"]["torch"]
 
 
-def test_no_part_is_begun_when_the_time_is_over(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, called: list[str]
-) -> None:
-    assert call(monkeypatch, tmp_path, "--minutes", "0.1") == 1
-    assert called == []
-
-
 def test_every_part_exists() -> None:
     for part in day.PARTS:
         module, _, function = part.partition(".")
@@ -62,12 +55,6 @@ def test_every_part_exists() -> None:
 def path(tmp_path: Path) -> Path:
     write_json(tmp_path / "part.json", {"card": "cpu"})
     return tmp_path / "part.json"
-
-
-def test_a_part_that_fails_leaves_its_last_lines(path: Path) -> None:
-    error = day.run_part("kernels.none", path, 60)
-    assert error is not None
-    assert "cannot import name 'none'" in error.splitlines()[-1]
 
 
 def alive(pid: int) -> bool:
@@ -87,8 +74,3 @@ def test_a_part_that_is_cut_off_keeps_its_rows_and_nothing_runs_on(path: Path) -
     assert found["rows"] == [{"what": "seconds", "planned": None, "measured": 1.5}]
     while alive(found["pid"]):  # until the test's own time limit
         time.sleep(0.05)
-
-
-def test_this_process_holds_nothing_of_the_card() -> None:
-    assert day.card_name() == "cpu"
-    assert not hasattr(day, "device_name")  # which asks CUDA

@@ -23,11 +23,6 @@ def limits_of(**prune: Any) -> Limits:
     )
 
 
-def test_without_it_both_kinds_give_alike() -> None:
-    goal = uniform_goal(limits_of(), 0.417)
-    assert abs(goal["heads"] / 9 - goal["channels"] / 1536) < 0.5 / 9
-
-
 @pytest.mark.parametrize(("head_ratio", "heads"), [(0.0, 9), (1 / 3, 6), (6 / 9, 3), (0.8, 2)])
 def test_uniform_takes_so_many_heads_and_makes_up_with_channels(head_ratio: float, heads: int) -> None:
     limits = limits_of(head_ratio=head_ratio)

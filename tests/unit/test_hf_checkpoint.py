@@ -1,42 +1,34 @@
-"""A checkpoint of pruning beside a Trainer's: the newest whole one is found. What does not fit is named in one line."""
+"""A checkpoint of pruning: the newest complete one is found, and one that does not fit is named in one line."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
-from loraprune_ds import whole
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.hf import checkpoint, export
+from loraprune_ds.hf import checkpoint, pruning
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
-from loraprune_ds.pruning.step import PrunerState
+from loraprune_ds.hf.pruning import Pruning
+
+COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
+CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)
+STATE = {"step": 5, "steps": 10, "world_size": 2, "seed": 0, "prune": asdict(CONFIG), "dense": [], "kept": []}
+STATE |= {"updates_since_cut": 0, "moment_tokens": 0.0, "shape": None, "resumed_from": [], "format": layout.FORMAT}
 
 
 def saved(folder: Path, **changes: Any) -> Path:
-    """Writes the state of a checkpoint whose tensors do not matter."""
-    state = {
-        "step": 5,
-        "steps": 10,
-        "world_size": 2,
-        "seed": 0,
-        "prune": asdict(PruneConfig(ratio=0.4, channel_multiple=1)),
-        "dense": [],
-        "kept": [],
-        "updates_since_cut": 0,
-        "moment_tokens": 0.0,
-        "shape": None,
-        "resumed_from": [],
-        "format": layout.FORMAT,
-    }
-    (folder / "pruning").mkdir(parents=True)
-    (folder / "pruning/state.json").write_text(json.dumps(state | changes))
-    return folder
+    """Writes the state of a checkpoint whose tensors do not matter. Returns its path."""
+    state = folder / "pruning/state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps(STATE | changes))
+    layout.write_manifest(state.parent, {state.name: layout.seal(state)})
+    return state
 
 
 @pytest.mark.parametrize(
@@ -45,69 +37,47 @@ def saved(folder: Path, **changes: Any) -> Path:
         ({"world_size": 3}, "was saved by 3 ranks"),
         ({"prune": asdict(PruneConfig(ratio=0.3))}, "other settings: ratio"),
         ({"prune": {"ratio": 0.4, "gone": 4}}, "other settings: channel_multiple"),
+        ({"prune": {"ratio": 0.4, "min_heads": 2}}, "prune.min_heads 2, which is gone"),
         ({"format": layout.FORMAT - 1}, f"has format {layout.FORMAT - 1}"),
         ({"surplus": 1}, "is damaged"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    comm = cast(Any, SimpleNamespace(world_size=2, rank=0))
+    saved(tmp_path, **changes)
     with pytest.raises(UserError, match=words):
-        checkpoint._read(saved(tmp_path, **changes), PruneConfig(ratio=0.4, channel_multiple=1), comm)
+        checkpoint._read(tmp_path, CONFIG, COMM)
 
 
-def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
-    comm, config = cast(Any, SimpleNamespace(world_size=2, rank=0)), PruneConfig(ratio=0.4, channel_multiple=1)
-    folder = saved(tmp_path)
-    state = folder / "pruning/state.json"
-    layout.write_manifest(state.parent, {state.name: layout.seal(state)})
-    for given in (PruneConfig(), PruneConfig(ratio=0.4), config):
-        found = PruningCheckpoint(folder, checkpoint._read(folder, given, comm), cast(Any, None))
-        assert found.config == config
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    comm, folder = cast(Any, SimpleNamespace(world_size=2, rank=0)), saved(tmp_path) / "pruning"
-    state = folder / "state.json"
-    layout.write_manifest(folder, {state.name: {"sha256": layout.sha256(state), "bytes": state.stat().st_size}})
-    assert checkpoint._read(tmp_path, PruneConfig(), comm).step == 5
-    state.write_text(state.read_text() + "\n")
+def test_what_is_not_given_comes_from_the_checkpoint_and_damage_is_named(tmp_path: Path) -> None:
+    removed = {"min_heads": 1, "compensate_ridge": 0.05}  # settings of earlier versions, with their old defaults
+    path = saved(tmp_path, prune=asdict(CONFIG) | removed)
+    for given in (PruneConfig(), PruneConfig(ratio=0.4), CONFIG):
+        state = checkpoint._read(tmp_path, given, COMM)
+        assert PruningCheckpoint(tmp_path, state, cast(Any, None)).config == CONFIG
+    path.write_text(path.read_text() + "\n")
     with pytest.raises(UserError, match=r"state\.json is damaged: its checksum differs"):
-        checkpoint._read(tmp_path, PruneConfig(), comm)
+        checkpoint._read(tmp_path, CONFIG, COMM)
 
 
-def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").touch()  # `trainer.save_state()` writes it beside the checkpoints
     assert checkpoint._find(tmp_path / "nothing") is None
-    saved(tmp_path / "checkpoint-3")
-    saved(tmp_path / "checkpoint-12")
+    for step in (3, 12):
+        saved(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-20").mkdir()  # the save was cut short
     assert checkpoint._find(tmp_path) == tmp_path / "checkpoint-12"
     assert checkpoint._find(tmp_path / "checkpoint-3") == tmp_path / "checkpoint-3"
 
 
-@pytest.mark.parametrize(
-    ("left", "reason"),
-    [
-        ([], "its save was cut short"),
-        (["trainer_state.json", whole.staging_of(Path("pruning"), "1a2b").name], "its save was cut short"),
-        (["trainer_state.json"], "its save was cut short, or it was saved without LoraPruneCallback"),
-    ],
-)
-def test_checkpoints_without_pruning_are_refused(tmp_path: Path, left: list[str], reason: str) -> None:
+def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
     for name in ("checkpoint-3", "checkpoint-12"):
         (tmp_path / name).mkdir()
     newest = tmp_path / "checkpoint-12"
-    for name in left:
-        (newest / name).touch()
-    for folder, before in ((newest, ""), (tmp_path, f"no checkpoint in {tmp_path} can be resumed: ")):
-        with pytest.raises(UserError) as caught:
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "trainer_state.json").touch()
+    for folder, lacking in ((newest, newest), (tmp_path, newest), (tmp_path / "moved", tmp_path / "moved")):
+        with pytest.raises(UserError, match=f"^{lacking} has no pruning/: its save was cut short, or it was saved"):
             checkpoint._find(folder)
-        assert str(caught.value) == f"{before}{newest} has no pruning/: {reason}"
-
-
-def test_the_state_of_a_finished_trainer_is_no_checkpoint(tmp_path: Path) -> None:
-    """`trainer.save_state()` writes it beside the checkpoints."""
-    (tmp_path / "trainer_state.json").touch()
-    assert checkpoint._find(saved(tmp_path / "checkpoint-3").parent) == tmp_path / "checkpoint-3"
 
 
 def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
@@ -116,35 +86,22 @@ def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
     """A cut may come before the next score, with `score_every`."""
     monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: None)
     monkeypatch.setattr(checkpoint, "read_metrics", lambda path: [])
-    given: list[PrunerState] = []
-    pruner = SimpleNamespace(restore=lambda state, read: given.append(state))
-    state = cast(Any, SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5, resumed_from=[2]))
-    training = cast(Any, SimpleNamespace(pruner=pruner))
-    checkpoint.PruningCheckpoint(tmp_path, state, cast(Any, SimpleNamespace(kinds=()))).restore(training)
-    assert (given[0].updates_since_cut, given[0].moment_tokens) == (3, 7.0)
+    state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5, resumed_from=[2])
+    training = cast(Any, SimpleNamespace(pruner=Mock(), recorder=Mock()))
+    PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=()))).restore(training)
+    given = training.pruner.restore.call_args.args[0]
+    assert (given.updates_since_cut, given.moment_tokens) == (3, 7.0)
     assert (training.step, training.resumed_from) == (5, [2, 5])
 
 
 def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    told: list[str] = []
-
-    class Comm:
-        def on_rank_0(self, action: Callable[[], Any]) -> Any:
-            try:
-                return action()
-            except OSError as error:
-                told.append(str(error))
-
-        def barrier(self) -> None: ...
-
-    def full(path: Path, value: Any) -> None:
-        raise OSError("no space")
-
-    (tmp_path / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr(export, "write_json", full)
-    monkeypatch.setattr(export, "_write", lambda *args, **kwargs: None)
-    training = cast(Any, SimpleNamespace(model=SimpleNamespace(comm=Comm())))
-    export.save_base(training, tmp_path / "base", tmp_path, None)
-    assert told == ["no space"]
+    monkeypatch.setattr(pruning, "write_export", Mock())
+    training = Mock(_model=Mock())
+    on_rank_0 = training._model.comm.on_rank_0 = Mock(side_effect=[{"r": 4}, UserError("no space")])
+    with pytest.raises(UserError, match="no space"):
+        Pruning.save_base(training, tmp_path / "base", tmp_path)
+    on_rank_0.call_args.args[0]()
+    named = {"r": 4, "base_model_name_or_path": str(tmp_path / "base")}
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == named

@@ -1,18 +1,20 @@
 """What the callback sees of somebody else's training: forward passes that train, and the update, until it lets go."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.forward import ForwardWatch
 from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds.report.records import History
+from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.zero.foreign import before_each_update
 from tests.unit.test_hf_refusals import adapted
 
@@ -66,16 +68,11 @@ def test_references_evaluations_and_passes_between_steps_are_not_recorded() -> N
     watched.model.train()
     watched.model(input_ids=IDS)
     assert (len(watched.masks), watched.forgotten) == (1, 2)
-
-
-def test_a_closed_watch_sees_nothing() -> None:
-    watched = Watched()
-    watched.watch.active = True
     watched.watch.close()
     watched.model(input_ids=IDS)
     watched.model.eval()
     watched.model(input_ids=IDS)
-    assert (watched.masks, watched.forgotten) == ([], 0)
+    assert (len(watched.masks), watched.forgotten) == (1, 2)
 
 
 def test_an_update_comes_after_the_scores_and_alone_when_pruning_has_let_go() -> None:
@@ -88,73 +85,48 @@ def test_an_update_comes_after_the_scores_and_alone_when_pruning_has_let_go() ->
     assert calls == ["scores", "update", "update"]
 
 
-class Attached:
-    """A `Pruning` over stand-ins. `before` is what it does right before an update."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, overflow: bool) -> None:
-        self.scored: list[bool] = []
-        self.let_go: list[str] = []
-        watch = SimpleNamespace(active=False, take_tokens=lambda: 5, close=lambda: self.let_go.append("forward"))
-        monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda _: watch)
-        monkeypatch.setattr("loraprune_ds.hf.pruning.gather_weight_bytes", lambda _: [1])
-        monkeypatch.setattr("loraprune_ds.hf.pruning.gradient_norm", lambda _: 1.0)
-        monkeypatch.setattr("loraprune_ds.hf.pruning.before_each_update", self._before_each_update)
-        sharded = SimpleNamespace(
-            nonfinite_layer=lambda: 0 if overflow else None,
-            comm=SimpleNamespace(all_gather=lambda row: row[None]),
-            device="cpu",
-            rank=0,
-            zero_optimizer=SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}])),
-        )
-        pruner = SimpleNamespace(
-            record_step=lambda _: nullcontext(),
-            score=lambda _: None,
-            cut=lambda _, scored: self.scored.append(scored),
-            reached=lambda: 0.0,
-            schedule=SimpleNamespace(last_cut=0),
-        )
-        history = SimpleNamespace(steps=[], cuts=[])
-        training = SimpleNamespace(model=sharded, pruner=pruner, step=0, dtype="float16", history=history)
-        self.pruning = Pruning(cast(Any, training), ())
-
-    def _before_each_update(self, _: Any, action: Any) -> Any:
-        self.before = action
-        return lambda: self.let_go.append("update")
+def attach(monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False) -> tuple[Pruning, Mock, Callable[[], None]]:
+    """Returns a `Pruning` over stand-ins, its training, and what it does right before an update."""
+    training = Mock(step=0, dtype="float16", recorder=Recorder(History(), []))
+    training.model = Mock(device="cpu", rank=0, zero_optimizer=Mock(optimizer=Mock(param_groups=[{"lr": 0.1}])))
+    training.model.nonfinite_layer.return_value = 0 if overflow else None
+    training.model.comm.all_gather = lambda row: row[None]
+    training.pruner = Mock(schedule=Mock(last_cut=0), record_step=Mock(return_value=nullcontext()))
+    training.pruner.reached.return_value, training.pruner.cut.return_value = 0.0, None
+    watch, update = Mock(active=False, take_tokens=lambda: 5), Mock()
+    monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda _: watch)
+    monkeypatch.setattr("loraprune_ds.train.trainer.gather_weight_bytes", lambda _: [1])
+    monkeypatch.setattr("loraprune_ds.hf.pruning.gradient_norm", lambda _: 1.0)
+    monkeypatch.setattr("loraprune_ds.hf.pruning.before_each_update", update)
+    training.let_go = [watch.close, update.return_value]
+    pruning = Pruning(cast(Any, training))
+    return pruning, training, update.call_args.args[1]
 
 
 @pytest.mark.parametrize("overflow", [False, True])
 def test_a_step_that_overflowed_gives_no_scores(monkeypatch: pytest.MonkeyPatch, *, overflow: bool) -> None:
-    attached = Attached(monkeypatch, overflow=overflow)
-    attached.pruning.begin_step()
-    attached.before()
-    attached.pruning.end_step()
-    assert attached.scored == [not overflow]
-    attached.pruning.close()
-    assert sorted(attached.let_go) == ["forward", "update"]
+    pruning, training, before_update = attach(monkeypatch, overflow=overflow)
+    pruning.begin_step()
+    before_update()
+    pruning.end_step(loss=3.0)
+    training.pruner.cut.assert_called_once_with(1, scored=not overflow)
+    assert training.pruner.score.called != overflow
+    (record,) = training.recorder.history.steps
+    assert (record.step, record.loss, record.tokens, record.skipped) == (1, 3.0, 5, overflow)
+    assert record.grad_norm == (None if overflow else 1.0)
+    pruning.close()
+    assert all(let_go.called for let_go in training.let_go)
 
 
 def test_calls_out_of_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    attached = Attached(monkeypatch, overflow=False)
+    pruning, _, before_update = attach(monkeypatch)
     with pytest.raises(UserError, match="made an update, but begin_step was not called"):
-        attached.before()
-    attached.pruning.begin_step()
+        before_update()
+    pruning.begin_step()
     with pytest.raises(UserError, match="begin_step was called twice in step 1"):
-        attached.pruning.begin_step()
+        pruning.begin_step()
     with pytest.raises(UserError, match="end_step was called in step 1, but the optimizer has made no update"):
-        attached.pruning.end_step()
-    attached.before()
+        pruning.end_step()
+    before_update()
     with pytest.raises(UserError, match="made two updates between begin_step and end_step"):
-        attached.before()
-
-
-def test_the_callback_passes_on_its_schedule_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("loraprune_ds.hf.callback.find_zero_optimizer", lambda zero: zero)
-    monkeypatch.setattr(
-        Pruning, "attach", lambda model, optimizer, config, steps, **more: given.update(more, steps=steps)
-    )
-    callback = LoraPruneCallback(PruneConfig(criterion="random"), steps=7, seed=3)
-    args = SimpleNamespace(report_to=[], output_dir="unused", save_total_limit=None)
-    state = SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=False)
-    callback.on_train_begin(cast(Any, args), cast(Any, state), cast(Any, None), model=adapted(), optimizer=None)
-    assert (given["steps"], given["seed"]) == (7, 3)
+        before_update()

@@ -1,6 +1,5 @@
 """What cannot be pruned inside somebody else's trainer is refused in one line, before the first step."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +14,8 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
-from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model, warn_of_rounded_gradients
+from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model
 from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape
-from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
@@ -25,6 +23,7 @@ from loraprune_ds.zero.foreign import find_zero_optimizer, share_model
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
 ALL = [linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS]
+CONTROL = cast(Any, None)
 
 
 def base(**more: Any) -> LlamaForCausalLM:
@@ -36,26 +35,14 @@ def adapted(base_model: LlamaForCausalLM | None = None, **more: Any) -> PeftMode
     return cast(PeftModel, get_peft_model(base_model or base(), config))
 
 
-def refusal(model: PeftModel) -> str:
-    with pytest.raises(UserError) as caught:
-        check_model(model, base_shape(model))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_plain_lora_on_all_linears_passes() -> None:
-    model = adapted()
+def test_plain_lora_passes_also_beside_another_adapter_and_an_untied_head_that_trains() -> None:
+    model = adapted(modules_to_save=["lm_head"])
     model.add_adapter("ref", LoraConfig(r=4, target_modules=ALL, task_type="CAUSAL_LM"))
     check_model(model, base_shape(model))
     assert live_shape(model) == base_shape(model)
     assert base_dtype(model, base_shape(model)) == "float32"
-
-
-def test_a_cut_tells_all_adapters_their_sizes() -> None:
-    model = adapted()
-    model.add_adapter("ref", LoraConfig(r=4, target_modules=ALL, task_type="CAUSAL_LM"))
     module = cast(Any, model.get_base_model()).model.layers[0].mlp.up_proj
-    set_features(module, 20, 12)
+    set_features(module, 20, 12)  # a cut tells all adapters their sizes
     for adapter in ("default", "ref"):
         assert (module.lora_B[adapter].out_features, module.lora_A[adapter].in_features) == (20, 12)
     assert (module.out_features, module.base_layer.in_features) == (20, 12)
@@ -106,36 +93,31 @@ def tied(**more: Any) -> Callable[[], PeftModel]:
     ],
 )
 def test_a_model_that_cannot_be_pruned_is_named(make: Callable[[], PeftModel], words: str) -> None:
-    assert words in refusal(make())
-
-
-def test_modules_to_save_beside_an_untied_head_pass() -> None:
-    model = adapted(modules_to_save=["lm_head"])
-    check_model(model, base_shape(model))
+    model = make()
+    with pytest.raises(UserError) as caught:
+        check_model(model, base_shape(model))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
     lora: dict[str, Any] = {"target_modules": ALL, "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
     model = get_peft_model(base().bfloat16(), LoraConfig(r=2, **lora))
     begin = LoraPruneCallback(PruneConfig()).on_init_end
-    args, state, control = cast(Any, SimpleNamespace(output_dir="unused")), TrainerState(), cast(Any, None)
-    begin(args, state, control, model=model)  # DeepSpeed casts what is not born sharded
+    args, state = cast(Any, SimpleNamespace(output_dir="unused")), TrainerState()
+    begin(args, state, CONTROL, model=model)  # DeepSpeed casts what is not born sharded
     for parameter in model.parameters():
         cast(Any, parameter).ds_id = 0
     with pytest.raises(UserError, match=r"is in bfloat16 and float32, .* autocast_adapter_dtype=False"):
-        begin(args, state, control, model=model)
+        begin(args, state, CONTROL, model=model)
     model.requires_grad_(False)
-    begin(args, state, control, model=model)
+    begin(args, state, CONTROL, model=model)
 
 
-def test_a_base_of_another_dtype_is_refused() -> None:
-    model = adapted(base())
-    cast(Any, model).to(torch.float64)
+def test_another_dtype_or_no_peft_model_is_refused() -> None:
+    model = adapted().to(torch.float64)
     with pytest.raises(UserError, match=r"is torch\.float64"):
         base_dtype(model, base_shape(model))
-
-
-def test_a_model_without_peft_is_refused() -> None:
     with pytest.raises(UserError, match="needs a PEFT model with LoRA; this is a LlamaForCausalLM"):
         find_peft_model(base())
 
@@ -149,85 +131,65 @@ def test_target_modules_are_a_family_s_linears(tmp_path: Path) -> None:
         linear_names(tmp_path)
 
 
-ASKED = {"cache_implementation": "static"}
-
-
 @pytest.mark.parametrize("name", [name for name, *_ in ARGUMENTS])
-def test_an_argument_that_does_not_go_with_cuts_is_named(name: str) -> None:
-    value = ASKED.get(name, True)
+def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
+    value = "static" if name == "cache_implementation" else True
     with pytest.raises(UserError, match=f"^{name}={value}: "):
         check_arguments(SimpleNamespace(**{name: value}), torch.nn.Linear(1, 1))
 
 
-def test_arguments_that_a_trainer_does_not_have_ask_for_nothing() -> None:
-    check_arguments(SimpleNamespace(cache_implementation=None), base())
-
-
 def test_a_static_cache_of_the_model_is_refused() -> None:
     model = base()
+    check_arguments(SimpleNamespace(cache_implementation=None), model)
     assert model.generation_config is not None
     model.generation_config.cache_implementation = "static"
     with pytest.raises(UserError, match=r"generation_config\.cache_implementation=static"):
         check_arguments(SimpleNamespace(), model)
 
 
-def test_an_optimizer_without_zero_3_is_refused() -> None:
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(UserError, match=r"needs DeepSpeed ZeRO-3 .* the optimizer is AdamW"):
-        find_zero_optimizer(optimizer)
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "name"),
     [("SGD", {"lr": 0.1}, "SGD"), ("Adafactor", {}, "Adafactor"), ("AdamW", {"amsgrad": True}, "AdamW with amsgrad")],
 )
-def test_an_optimizer_whose_state_is_not_adam_s_is_refused(kind: str, options: dict[str, Any], name: str) -> None:
+def test_an_optimizer_without_adam_s_state_or_zero_3_is_refused(kind: str, options: dict[str, Any], name: str) -> None:
     inner = getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(1))], **options)
     model = adapted()
     with pytest.raises(UserError, match=f"the optimizer state of {name} cannot be cut"):
         share_model(model, cast(Any, SimpleNamespace(optimizer=inner)), base_shape(model))
+    with pytest.raises(UserError, match=f"needs DeepSpeed ZeRO-3 .* the optimizer is {kind}"):
+        find_zero_optimizer(inner)
 
 
-@pytest.mark.parametrize(
-    ("zero", "words"),
-    [
-        ({"stage": 2}, "zero_optimization.stage must be 3"),
-        ({"stage": 3, "offload_param": {"device": "nvme"}}, "weights on NVMe"),
-        ({"stage": 3, "zero_quantized_weights": True}, "no flat shards"),
-    ],
-)
-def test_a_deepspeed_config_that_cannot_be_cut_is_refused(zero: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=f"^the DeepSpeed config: .*{words}"):
-        check_reshardable("the DeepSpeed config", {"zero_optimization": zero, "optimizer": {"type": "AdamW"}})
-
-
-def test_an_optimizer_in_the_deepspeed_config_is_the_trainer_s_own_matter() -> None:
-    config = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
+def test_a_deepspeed_config_may_have_an_optimizer_but_no_quantised_weights() -> None:
+    zero: dict[str, Any] = {"stage": 3}
+    config = {"zero_optimization": zero, "optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
     check_reshardable("the DeepSpeed config", config)
-
-
-def test_gradients_in_bf16_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        warn_of_rounded_gradients({torch.float32})
-        assert caplog.messages == []
-        warn_of_rounded_gradients({torch.float32, torch.bfloat16})
-    assert "averaged in bfloat16, float32" in caplog.messages[0]
-    assert '"communication_data_type": "fp32"' in caplog.messages[0]
+    zero["zero_quantized_weights"] = True
+    with pytest.raises(UserError, match=r"^the DeepSpeed config: .*no flat shards"):
+        check_reshardable("the DeepSpeed config", config)
 
 
 # All of it is asked before the first step
 
 
-def refused_start(monkeypatch: pytest.MonkeyPatch, model: PeftModel, inner: Any, **args: Any) -> str:
+def refused_start(
+    monkeypatch: pytest.MonkeyPatch,
+    model: torch.nn.Module,
+    inner: Any,
+    callback: LoraPruneCallback | None = None,
+    step: int = 0,
+    **args: Any,
+) -> str:
     """Begins a training as a Trainer does, over a stand-in for ZeRO-3's optimizer. Returns the refusal."""
     for module in ("callback", "pruning"):
         monkeypatch.setattr(f"loraprune_ds.hf.{module}.find_zero_optimizer", lambda zero: zero)
-    state, zero = TrainerState(max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="the shards' ranks")
+    state, zero = TrainerState(global_step=step, max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="g")
+    begin = (callback or LoraPruneCallback(PruneConfig())).on_train_begin
     with pytest.raises(UserError) as caught:
-        LoraPruneCallback(PruneConfig()).on_train_begin(
+        begin(
             cast(Any, SimpleNamespace(output_dir="unused", report_to=[], **args)),
             state,
-            cast(Any, None),
+            CONTROL,
             model=model,
             optimizer=zero,
         )
@@ -238,67 +200,51 @@ def adam() -> torch.optim.Optimizer:
     return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
 
 
+def plugin(**config: Any) -> Any:
+    return SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+
+
 def test_a_training_begins_with_all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvme = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
-    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=nvme))
+    nvme = plugin(zero_optimization={"stage": 3, "offload_param": {"device": "nvme"}})
     fewer = adapted(target_modules=[name for name in ALL if name != "up_proj"])
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     assert "load_best_model_at_end=True" in refused_start(monkeypatch, adapted(), adam(), load_best_model_at_end=True)
-    assert "weights on NVMe" in refused_start(monkeypatch, adapted(), adam(), deepspeed_plugin=plugin)
+    assert "weights on NVMe" in refused_start(monkeypatch, adapted(), adam(), deepspeed_plugin=nvme)
     assert "layer 0 mlp.up_proj has no LoRA" in refused_start(monkeypatch, fewer, adam())
     assert "the optimizer state of SGD" in refused_start(monkeypatch, adapted(), sgd)
-
-
-def test_shards_on_some_of_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraprune_ds.zero.foreign.dist.get_world_size", lambda group=None: 2 if group else 4)
     assert "ZeRO-3 shards over 2 of 4 ranks" in refused_start(monkeypatch, adapted(), adam())
 
 
-def test_a_schedule_of_other_steps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraprune_ds.hf.callback.find_zero_optimizer", lambda optimizer: optimizer)
-    callback, state = LoraPruneCallback(PruneConfig()), TrainerState(global_step=3, max_steps=10)
+def test_a_resume_needs_the_callback_s_own_and_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = refused_start(monkeypatch, torch.nn.Linear(1, 1), None, step=3)
+    assert line.startswith("training goes on at step 3, but pruning does not: ")
+    assert "pruning.resume" in line
     saved: Any = SimpleNamespace(step=3, steps=20, seed=1)
+    callback = LoraPruneCallback(PruneConfig())
     callback._checkpoint = checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None))
-    with pytest.raises(UserError, match="schedule is of 20 steps, not of 10"):
-        callback.on_train_begin(
-            cast(Any, SimpleNamespace(output_dir="unused", report_to=[])),
-            state,
-            cast(Any, None),
-            model=adapted(),
-            optimizer=None,
-        )
-    with pytest.raises(UserError, match="seed is 1, not 0"):  # in a loop of one's own
-        Pruning.attach(adapted(), None, PruneConfig(criterion="random"), 20, checkpoint=checkpoint)
+    line = refused_start(monkeypatch, adapted(), None, callback, step=3)
+    assert line == "the checkpoint's schedule is of 20 steps, not of 10"
+    callback = LoraPruneCallback(PruneConfig(), steps=20, seed=2)
+    callback._checkpoint = checkpoint
+    assert refused_start(monkeypatch, adapted(), None, callback, step=3) == "the checkpoint's seed is 1, not 2"
 
 
-def test_a_resumed_training_needs_a_resumed_callback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraprune_ds.hf.callback.find_zero_optimizer", lambda optimizer: optimizer)
-    state, control = TrainerState(global_step=3), cast(Any, None)
-    with pytest.raises(UserError, match=r"goes on at step 3, but pruning does not: .*pruning\.resume"):
-        LoraPruneCallback(PruneConfig()).on_train_begin(
-            cast(Any, SimpleNamespace()), state, control, model=torch.nn.Linear(1, 1), optimizer=None
-        )
-
-
-def test_masters_in_bf16_are_refused_before_deepspeed_starts() -> None:
-    """DeepSpeed's own start fails at an assertion, before the training begins."""
-    config = {"zero_optimization": {"stage": 3}, "bf16": {"bf16_master_weights_and_grads": True}}
-    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
-    args = cast(Any, SimpleNamespace(output_dir="out", deepspeed_plugin=plugin))
-    with pytest.raises(UserError, match="LoRA's masters and gradients are fp32"):
-        LoraPruneCallback(PruneConfig()).on_init_end(args, TrainerState(), cast(Any, None))
-
-
-@pytest.mark.parametrize(("rank", "saves"), [(0, True), (0, False), (1, True)])
-def test_a_checkpoint_that_is_written_over_does_not_count_as_whole(tmp_path: Path, rank: int, saves: bool) -> None:
+@pytest.mark.parametrize(
+    ("rank", "strategy", "saves", "forgotten"),
+    [(0, "steps", True, True), (0, "steps", False, False), (1, "steps", True, False), (0, "best", False, True)],
+)
+def test_a_checkpoint_that_is_written_over_does_not_count_as_complete(
+    tmp_path: Path, *, rank: int, strategy: str, saves: bool, forgotten: bool
+) -> None:
     """It has `pruning/` of the training before, until the new one is there."""
     for step in (4, 6):
         (tmp_path / f"checkpoint-{step}" / "pruning").mkdir(parents=True)
     callback = LoraPruneCallback(PruneConfig())
     callback._pruning = cast(Any, SimpleNamespace(end_step=lambda: None))
-    args = cast(Any, SimpleNamespace(output_dir=str(tmp_path), should_save=rank == 0))
+    args = cast(Any, SimpleNamespace(output_dir=str(tmp_path), should_save=rank == 0, save_strategy=strategy))
     callback.on_step_end(args, TrainerState(global_step=4), TrainerControl(should_save=saves))
-    assert (tmp_path / "checkpoint-4" / "pruning").exists() == (rank == 1 or not saves)
+    assert (tmp_path / "checkpoint-4" / "pruning").exists() != forgotten
     assert (tmp_path / "checkpoint-6" / "pruning").exists()
 
 

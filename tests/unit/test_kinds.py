@@ -12,7 +12,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
-from loraprune_ds.pruning.step import _from_mask, _to_mask, all_groups
+from loraprune_ds.pruning.step import all_groups
 from tests.unit.shapes_and_scores import gone
 
 EXPERTS = (Part("experts", "head"),)
@@ -49,14 +49,6 @@ def test_a_group_of_the_third_kind_leaves_with_its_rows(shape: ModelShape) -> No
     left = shape.after([keep, *all_groups(shape)[1:]])
     assert left.layers[0] == LayerShape(heads=4, experts=2, channels=60)
     assert shape.linear_numel() - left.linear_numel() == 4 * shape.group_numel("experts") == 4 * 2 * 4 * 16
-
-
-def test_masks_hold_all_kinds(shape: ModelShape) -> None:
-    keep = [LayerKeep({kind: torch.arange(i % 2, LAYER[kind], 2) for kind in shape.kinds}) for i in range(4)]
-    mask = _to_mask(keep, shape)
-    assert mask.tolist()[:10] == [1, 0, 1, 0, 1, 0, 1, 0, 1, 0]  # heads, then experts
-    for found, given in zip(_from_mask(mask, shape), keep, strict=True):
-        assert all(torch.equal(found[kind], given[kind]) for kind in shape.kinds)
 
 
 def test_averages_follow_a_cut(shape: ModelShape) -> None:

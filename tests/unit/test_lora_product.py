@@ -1,4 +1,4 @@
-"""A linear with LoRA as one operation: PEFT's own linear with the same parameters is the oracle, in fp64."""
+"""A linear with LoRA as one operation against PEFT's linear with the same parameters, in fp64."""
 
 import math
 from typing import Any
@@ -9,8 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.frozen import Int8
-from loraprune_ds.model.int8_linear import Int8Linear, form_of
+from loraprune_ds.model.frozen import Int8, Int8Linear, form_of
 from loraprune_ds.model.lora_product import OneProduct, draw_mask
 from loraprune_ds.pruning.taps import Tap
 
@@ -19,7 +18,7 @@ IN, OUT = 70, 9
 
 
 class SameMask(nn.Dropout):
-    """Is PEFT's dropout with the mask that ours draws."""
+    """PEFT's dropout with our masks."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -84,19 +83,18 @@ def test_without_dropout_the_output_has_the_bits_of_pefts(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 1e-4, 1e-6, 1 - 1e-6])
-def test_dropout_has_its_rate_and_its_mean(p: float) -> None:
+def test_dropout_has_its_rate(p: float) -> None:
     torch.manual_seed(3)
     x = torch.empty(1001, 999)  # no multiple of the 4 elements of a draw
     mask, kept = draw_mask(x, p)
     assert mask.shape == x.shape
     assert 0 <= kept - (1 - p) < 2**-16
-    of_elements = math.sqrt(kept * (1 - kept) / x.numel())  # the deviation of a mean
-    assert abs(mask.double().mean() - kept) <= 4 * of_elements
+    deviation = math.sqrt(kept * (1 - kept) / x.numel())
     for i in range(4):  # the place in a draw
-        assert abs(mask.flatten()[i::4].double().mean() - kept) <= 4 * 2 * of_elements
+        assert abs(mask.flatten()[i::4].double().mean() - kept) <= 4 * 2 * deviation
 
 
-def test_elements_are_drawn_apart() -> None:
+def test_elements_are_drawn_independently() -> None:
     torch.manual_seed(4)
     centred = draw_mask(torch.empty(1 << 20), 0.3)[0].double() - 0.7
     for distance in (1, 2, 3, 4, 8, 64, 576):
@@ -104,26 +102,13 @@ def test_elements_are_drawn_apart() -> None:
         assert abs(correlation) < 5e-3, distance  # five deviations
 
 
-def test_the_seed_decides_the_mask() -> None:
-    def draw(seed: int) -> tuple[Tensor, Tensor]:
+def test_the_seed_decides_the_mask_and_the_numbers_after_it() -> None:
+    drawn = []
+    for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        return draw_mask(torch.empty(9, 7), 0.4)[0], torch.rand(3)  # what is drawn after it belongs to the stream
-
-    first, again, other = draw(0), draw(0), draw(1)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
-
-
-def test_gradients_are_those_of_differences() -> None:
-    ours, _ = pair(bias=True, int8=False)
-    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
-
-    def seeded(x: Tensor, *_: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        return ours.train()(x)
-
-    assert torch.autograd.gradcheck(seeded, (x, *factors(ours)))
+        drawn.append((*draw_mask(torch.empty(9, 7), 0.4)[:1], torch.rand(3)))
+    assert all(map(torch.equal, drawn[0], drawn[1]))
+    assert not torch.equal(drawn[0][0], drawn[2][0])
 
 
 def test_without_the_adapter_the_base_computes() -> None:
@@ -135,7 +120,7 @@ def test_without_the_adapter_the_base_computes() -> None:
 
 @pytest.mark.parametrize("tapped", [False, True])
 def test_keeps_the_input_the_mask_and_a_narrow_product(tapped: bool) -> None:
-    """A tap of pruning/taps.py keeps the same input."""
+    """A tap of pruning/taps.py saves the same input."""
     ours, _ = pair(bias=True, int8=False)
     x = torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True)
     kept: list[Tensor] = []

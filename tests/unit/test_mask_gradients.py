@@ -9,13 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import RunError
-from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.pruning import mask_gradients
 from loraprune_ds.pruning.mask_gradients import squared_gradients
 from tests.families import SIZES, tiny_model
 from tests.numerics.driver import random_lora
-from tests.numerics.test_families import IN_CI
 from tests.oracle.mask_fisher import mask_fisher
 from tests.oracle.models import make_batches
 from tests.unit.plain_training import Batch, PlainRun
@@ -51,7 +48,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected).abs() / expected.abs().max()).max())
 
 
-@pytest.mark.parametrize("family", [name for name in IN_CI if not FAMILIES[name].mixture])
+@pytest.mark.parametrize("family", ["phi3", "gemma2", "starcoder2"])  # fused; four norms, softcap; no gate
 def test_scores_are_those_of_an_explicit_mask(tmp_path: Path, family: str) -> None:
     run, batch = tiny_run(tmp_path, family)
     expected = masked_scores(run, batch)
@@ -88,11 +85,3 @@ def test_any_block_of_tokens_gives_the_same_sums(monkeypatch: pytest.MonkeyPatch
         found = squared_gradients(x, g, 3)
         assert found.dtype == torch.float32
         assert relative(found.double(), exact) < 1e-6  # products are exact in fp32, sums of 21 terms are not
-
-
-def test_a_score_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    run, batch = tiny_run(tmp_path, "llama")
-    with torch.no_grad():
-        run.tensors()["layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
-    with pytest.raises(RunError, match=r"step 1: the score of layer 0 self_attn\.o_proj is not finite"):
-        run.step(1, batch)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from loraprune_ds.errors import UserError
 from loraprune_ds.report.metrics import MetricsLog, TensorBoardLog, read_metrics
 from loraprune_ds.report.records import EvaluationRecord, Record, history_from
-from tests.unit.run_records import cut_record, small_run, step_record
+from tests.unit.run_records import small_run, step_record
 
 
 def in_order() -> list[Record]:
@@ -32,17 +33,9 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     assert history_from(read_metrics(path)) == small_run()
 
 
-def test_each_line_is_on_disk_when_written(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.write(cut_record(4, before=2000, after=1000, reached=0.2))
-    (line,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert (line["kind"], line["step"], line["weight_bytes_after"]) == ("cut", 4, [1000, 900])
-    log.close()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_numbers_json_cannot_hold_are_null(tmp_path: Path, bad: float) -> None:
-    path = written(tmp_path / "metrics.jsonl", [step_record(1, loss=bad), EvaluationRecord(1, "pruned", bad, 1, 1)])
+def test_numbers_json_cannot_hold_are_null(tmp_path: Path) -> None:
+    records: list[Record] = [step_record(1, loss=math.nan), EvaluationRecord(1, "pruned", math.inf, 1, 1)]
+    path = written(tmp_path / "metrics.jsonl", records)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert [lines[0]["loss"], lines[1]["perplexity"]] == [None, None]
     assert math.isnan(history_from(lines).steps[0].loss)
@@ -79,8 +72,7 @@ def test_what_follows_the_checkpoint_may_be_damaged(tmp_path: Path) -> None:
 
 def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
     path = written(tmp_path / "metrics.jsonl", [step_record(1), step_record(2)])
-    text = path.read_text()
-    path.write_text(text[:-20])
+    path.write_text(path.read_text()[:-20])
     assert [line["step"] for line in read_metrics(path)] == [1]
     written(path, [step_record(2)])
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
@@ -99,87 +91,63 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize(
     ("there", "last_step", "missing"),
-    [([1, 2, 4, 5], None, 3), ([2, 3], None, 1), ([1, 2, 5], 5, 3), ([1, 2], 4, 3), ([], 1, 1)],
+    [([1, 2, 4, 5], None, 3), ([2, 3], None, 1), ([1, 2, 5], 5, 3), ([1, 2], 4, 3), ([], 1, 1), ([1, 2, 4], 2, None)],
 )
-def test_a_missing_step_is_named(tmp_path: Path, there: list[int], last_step: int | None, missing: int) -> None:
+def test_a_missing_step_is_named(tmp_path: Path, there: list[int], last_step: int | None, missing: int | None) -> None:
+    """What is missing after the checkpoint is no fault: a crash of the machine may have lost it."""
     path = written(tmp_path / "metrics.jsonl", [EvaluationRecord(0, "dense", 9.0, 1, 1), *map(step_record, there)])
+    if missing is None:
+        assert [line["step"] for line in read_metrics(path, last_step)] == [0, 1, 2]
+        return
     with pytest.raises(UserError, match=rf"metrics\.jsonl is damaged: the line of step {missing} is missing$"):
         read_metrics(path, last_step)
 
 
-def test_what_is_missing_behind_the_checkpoint_is_no_fault(tmp_path: Path) -> None:
-    """A crash of the machine may have lost it."""
-    path = written(tmp_path / "metrics.jsonl", [step_record(1), step_record(2), step_record(4)])
-    assert [line["step"] for line in read_metrics(path, 2)] == [1, 2]
-    assert read_metrics(path, 0) == []
+def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
-        read_metrics(tmp_path / "none.jsonl")
+def log_to(folder: Path, records: Iterable[Record], resumed_from: int | None = None) -> None:
+    log = TensorBoardLog(folder, resumed_from)
+    for record in records:
+        log.write(record)
+    log.close()
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = TensorBoardLog(tmp_path)
-    for record in in_order():
-        log.write(record)
-    log.close()
-    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-    seconds = {e.step: e.value for e in events.Scalars("speed/seconds_per_step")}
-    assert seconds == {s.step: s.seconds for s in small_run().steps}
-    assert [e.value for e in events.Scalars("weight_bytes/rank_1")] == [990] * 10
-    assert [e.step for e in events.Scalars("cut/reached")] == [4, 6]
-    assert events.Scalars("perplexity/pruned")[0].value == pytest.approx(74.23)
+    log_to(tmp_path, in_order())
+    found = scalars_of(tmp_path)
+    assert found["speed/seconds_per_step"] == [(s.step, s.seconds) for s in small_run().steps]
+    assert found["weight_bytes/rank_1"] == [(step, 990) for step in range(1, 11)]
+    assert [step for step, _ in found["cut/reached"]] == [4, 6]
+    assert found["perplexity/pruned"] == [(10, pytest.approx(74.23))]
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("ranks", "expected"), [(8, {f"rank_{rank}": 1000 - rank for rank in range(8)}), (9, {"min": 992, "max": 1000})]
-)
-def test_tensorboard_of_many_ranks_has_the_least_and_the_most(
-    tmp_path: Path, ranks: int, expected: dict[str, float]
-) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = TensorBoardLog(tmp_path)
-    values = [1000 - rank for rank in range(ranks)]
-    log.write(replace(step_record(1), weight_bytes=values, resident_bytes=values))
-    log.close()
-    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-    for name in ("weight_bytes", "resident_bytes"):
-        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(f"{name}/")]
-        assert {tag.removeprefix(f"{name}/"): events.Scalars(tag)[0].value for tag in tags} == expected
+def test_tensorboard_of_a_gpu_and_of_many_ranks(tmp_path: Path) -> None:
+    values = [1000 - rank for rank in range(9)]
+    record = replace(step_record(1), weight_bytes=values, resident_bytes=values[:8], reserved_bytes=[7, 8], mfu=0.25)
+    log_to(tmp_path, [record])
+    found = {tag: value for tag, ((_, value),) in scalars_of(tmp_path).items()}
+    assert {tag: value for tag, value in found.items() if tag.startswith("weight_bytes/")} == {
+        "weight_bytes/min": 992,
+        "weight_bytes/max": 1000,
+    }
+    assert [found[f"resident_bytes/rank_{rank}"] for rank in range(8)] == values[:8]
+    assert (found["reserved_bytes/rank_0"], found["reserved_bytes/rank_1"], found["speed/mfu"]) == (7, 8, 0.25)
+    assert found["speed/tokens_per_second_per_rank"] == pytest.approx(4096 / 9)
 
 
 def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    first = TensorBoardLog(tmp_path)
-    for step in range(1, 6):
-        first.write(step_record(step, loss=1.0))
-    first.close()
-    second = TensorBoardLog(tmp_path, resumed_from=3)
-    second.write(step_record(4, loss=2.0))
-    second.close()
-    losses = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
-    assert [(e.step, e.value) for e in losses] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+    log_to(tmp_path, [step_record(step, loss=1.0) for step in range(1, 6)])
+    log_to(tmp_path, [step_record(4, loss=2.0)], resumed_from=3)
+    assert scalars_of(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
 
 
 def test_lines_of_an_earlier_version_lack_what_came_later(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.write(step_record(1))
-    log.close()
-    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    path = written(tmp_path / "metrics.jsonl", [step_record(1)])
     later = {"reserved_bytes", "mfu", "skipped"}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({k: v for k, v in line.items() if k not in later}) + "\n")
-    assert history_from(read_metrics(tmp_path / "metrics.jsonl")).steps == [step_record(1)]
-
-
-def test_a_gpu_has_curves_of_its_own(tmp_path: Path) -> None:
-    log = TensorBoardLog(tmp_path)
-    log.write(replace(step_record(1), reserved_bytes=[7, 8], mfu=0.25))
-    log.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
-    assert found["speed/mfu"] == 0.25
-    assert found["speed/tokens_per_second_per_rank"] == 2048
-    assert (found["reserved_bytes/rank_0"], found["reserved_bytes/rank_1"]) == (7, 8)
+    line = {key: value for key, value in json.loads(path.read_text()).items() if key not in later}
+    path.write_text(json.dumps(line) + "\n")
+    assert history_from(read_metrics(path)).steps == [step_record(1)]

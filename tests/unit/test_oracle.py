@@ -78,13 +78,7 @@ def planted_layer() -> dict[str, formula.LoraLinear]:
     weights = {name: row[:, None].expand(-1, 5) for name, row in rows.items()}
     weights |= {name: column.expand(5, -1) for name, column in columns.items()}
     return {
-        name: (
-            W,
-            torch.ones(1, W.shape[1]),
-            torch.zeros(W.shape[0], 1),
-            torch.zeros(1, W.shape[1]),
-            torch.ones(W.shape[0], 1),
-        )
+        name: (W, torch.ones(1, W.shape[1]), torch.zeros(len(W), 1), torch.zeros(1, W.shape[1]), torch.ones(len(W), 1))
         for name, W in weights.items()
     }
 
@@ -103,12 +97,8 @@ def test_group_scores_normalised_by_hand() -> None:
     W, *rest = layer["self_attn.v_proj"]
     layer["self_attn.v_proj"] = (torch.zeros_like(W), *rest)  # type: ignore[assignment]  # no norm to divide by
     heads, channels = formula.group_scores(layer, 2.0, 2, 2, 3, normalize=True)
-    close(
-        heads,
-        torch.tensor(
-            [2 * 3 / math.sqrt(58) + 1 / math.sqrt(5), 2 * 7 / math.sqrt(58) + 2 / math.sqrt(5)], dtype=torch.float64
-        ),
-    )
+    expected = [2 * 3 / math.sqrt(58) + 1 / math.sqrt(5), 2 * 7 / math.sqrt(58) + 2 / math.sqrt(5)]
+    close(heads, torch.tensor(expected, dtype=torch.float64))
     close(channels, torch.tensor([3 * 0.6, 3 * 0.8], dtype=torch.float64))
 
 
@@ -131,13 +121,8 @@ def test_cubic_target() -> None:
 
 def test_keep_best_breaks_ties_by_index() -> None:
     scores = torch.tensor([2.0, 5.0, 2.0, 2.0, 7.0])
-    assert [formula.keep_best(scores, n) for n in (1, 2, 3, 4, 5)] == [
-        [4],
-        [1, 4],
-        [0, 1, 4],
-        [0, 1, 2, 4],
-        [0, 1, 2, 3, 4],
-    ]
+    expected = [[4], [1, 4], [0, 1, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4]]
+    assert [formula.keep_best(scores, n) for n in (1, 2, 3, 4, 5)] == expected
     assert formula.cut_gap(scores, 2) == pytest.approx(0.6)
     assert formula.cut_gap(scores, 3) == 0
     assert formula.cut_gap(scores, 5) == math.inf

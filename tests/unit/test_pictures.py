@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report import pictures
-from loraprune_ds.report.pictures import draw_kept_groups, draw_training
-from loraprune_ds.report.records import EvaluationRecord, History
+from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training, load
+from loraprune_ds.report.records import EvaluationName, EvaluationRecord, History
+from tests.families import tiny_config
 from tests.unit.run_records import DENSE, cut_record, small_run, step_record
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib only warns when a layout collapses
@@ -107,8 +109,6 @@ def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list
 
 # Perplexities after each of 10 cuts, from the dense model's on. Then that of the exported model.
 COURSES = {
-    "rising": [22.6 + 0.3 * i for i in range(11)] + [25.4],
-    "falling": [30.0 - i for i in range(11)] + [19.0],
     "a dip": [22.6, 21, 21, 21, 22, 23, 24, 25, 26, 27, 29, 25],
     "a peak": [22.6, 40, 60, 55, 40, 35, 33, 32, 31, 30.5, 30.2, 30.1],
     "steep": [5.68 * 1.8**i for i in range(11)] + [300],
@@ -151,3 +151,32 @@ def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> N
         draw_training(tmp_path / f"{name}.png", history)
         assert is_png(tmp_path / f"{name}.png")
         assert len(figures[-1].axes) == 5  # an infinite perplexity has no place on an axis
+
+
+def test_the_load_is_1_where_all_are_chosen_alike() -> None:
+    strip = load([4, 4, 8], [0, 2, 3], 5)
+    assert [strip[i] for i in (0, 2, 3)] == [0.75, 0.75, 1.5]
+    assert math.isnan(strip[1])
+    assert math.isnan(strip[4])
+
+
+def record(name: EvaluationName, choices: list[list[int]]) -> EvaluationRecord:
+    return EvaluationRecord(0, name, 5.0, 10, 1, choices)
+
+
+def test_a_strip_of_experts_per_layer_before_and_after(tmp_path: Path, figures: list[Any]) -> None:
+    shape = shape_from_config(tiny_config("mixtral", num_local_experts=4).to_dict(), "somewhere")
+    kept = [LayerKeep(heads=torch.arange(5), experts=torch.tensor(experts)) for experts in ([1, 2, 3], [0, 1, 3])]
+    before, after = [[3, 3, 3, 3], [6, 2, 2, 2]], [[2, 2, 8], [4, 4, 4]]
+    history = History(evaluations=[record("dense", before), record("after_last_cut", after)])
+    draw_router_load(tmp_path / "router_load.png", shape, kept, history)
+    assert is_png(tmp_path / "router_load.png")
+    dense, pruned = (axes.get_images()[0].get_array() for axes in figures[0].axes[:2])
+    assert dense.tolist() == [[1, 1, 1, 1], [2, pytest.approx(2 / 3), pytest.approx(2 / 3), pytest.approx(2 / 3)]]
+    assert pruned.filled(-1).tolist() == [[-1, 0.5, 0.5, 2], [1, 1, -1, 1]]
+
+
+def test_a_run_without_experts_has_no_such_picture(tmp_path: Path) -> None:
+    kept = [LayerKeep(heads=torch.arange(4), channels=torch.arange(96)) for _ in DENSE.layers]
+    draw_router_load(tmp_path / "router_load.png", DENSE, kept, small_run())
+    assert not list(tmp_path.iterdir())

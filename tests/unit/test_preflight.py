@@ -30,18 +30,6 @@ from tests.integration.launching import ROOT, clean_environment, free_port
 NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first one
 
 
-def agree(*checks: Callable[[], None], absent: tuple[int, ...] = (), timeout: float = 20) -> list[bool]:
-    """Returns what each node hears. Each is a thread."""
-    port = free_port()
-
-    def be_node(index: int) -> bool:
-        return Rendezvous(NODES, index, port, timeout).agree("stage", checks[index])
-
-    present = [index for index in range(len(NODES)) if index not in absent]
-    with ThreadPoolExecutor(len(NODES)) as pool:
-        return list(pool.map(be_node, present))
-
-
 def fit() -> None:
     pass
 
@@ -50,20 +38,34 @@ def unfit() -> None:
     raise Unfit("2 accelerators\nfor 4 ranks")
 
 
-def test_all_fit(capfd: pytest.CaptureFixture[str]) -> None:
-    assert agree(fit, fit, fit) == [True, True, True]
-    assert capfd.readouterr().err == ""
-
-
-def test_a_bad_node_is_named_once_and_all_hear_of_it(capfd: pytest.CaptureFixture[str]) -> None:
-    assert agree(fit, fit, unfit) == [False, False, False]
-    assert capfd.readouterr().err == "preflight: gpu3: 2 accelerators for 4 ranks\n"
-
-
-def test_a_node_that_does_not_come_is_named(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("checks", "fits", "told"),
+    [
+        ([fit, fit, fit], [True] * 3, ""),
+        ([fit, fit, unfit], [False] * 3, "preflight: gpu3: 2 accelerators for 4 ranks\n"),
+        ([fit, None, fit], [False] * 2, "preflight: gpu2: no answer in 2 s\n"),
+    ],
+    ids=["all fit", "one unfit", "one absent"],
+)
+def test_a_bad_node_is_named_once_and_all_hear_of_it(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    checks: list[Callable[[], None] | None],
+    fits: list[bool],
+    told: str,
+) -> None:
+    """Each node is a thread."""
     monkeypatch.setattr(preflight, "VERDICT_READ_WITHIN", 1.0)
-    assert agree(fit, fit, fit, absent=(1,), timeout=2) == [False, False]
-    assert "preflight: gpu2: no answer in 2 s\n" in capfd.readouterr().err
+    port, timeout = free_port(), 20 if all(checks) else 2
+
+    def be_node(index: int, check: Callable[[], None]) -> bool:
+        return Rendezvous(NODES, index, port, timeout).agree("stage", check)
+
+    with ThreadPoolExecutor(len(NODES)) as pool:
+        nodes = [pool.submit(be_node, index, check) for index, check in enumerate(checks) if check is not None]
+        assert [node.result() for node in nodes] == fits
+    told_by_all = re.findall("^preflight: .*\n", capfd.readouterr().err, re.MULTILINE)  # torch reports waits, too
+    assert "".join(told_by_all) == told
 
 
 def test_the_first_node_cannot_be_reached() -> None:
@@ -71,7 +73,7 @@ def test_the_first_node_cannot_be_reached() -> None:
         Rendezvous(NODES, 1, free_port(), 1)
 
 
-def test_a_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_shared_or_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "VISIBLE_WITHIN", 0.0)
     with probe_file(tmp_path / "runs" / "mine") as file:
         assert file.parent == tmp_path
@@ -79,9 +81,6 @@ def test_a_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(Unfit, match=r"output_dir is not shared: it has no .*, which gpu1 has written"):
         check_visible(file, "gpu1")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), probe_file(tmp_path / "file" / "mine"):
         pass
@@ -119,9 +118,9 @@ def test_every_rank_takes_part_and_the_speed_is_told(capsys: pytest.CaptureFixtu
 
 
 class FakeRanks:
-    """Stands for torch.distributed on rank 0 of two. Rank 1 does what it should, but for one thing."""
+    """Stands for torch.distributed on rank 0 of two. Rank 1 does what it should, except for `wrong`."""
 
-    def __init__(self, *, wrong: str = "") -> None:
+    def __init__(self, wrong: str = "") -> None:
         self.wrong = wrong
         self.ReduceOp = SimpleNamespace(MIN="min")
 
@@ -141,44 +140,24 @@ class FakeRanks:
         pass
 
 
-@pytest.mark.parametrize(
-    ("wrong", "told"), [("sum", "a sum over all ranks is 5"), ("part", "an all-to-all brought wrong numbers")]
-)
-def test_wrong_numbers_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: str, told: str) -> None:
-    monkeypatch.setattr(probe, "distributed", FakeRanks(wrong=wrong))
-    with pytest.raises(ValueError, match=told):
-        probe._exchange(0, 2, "cpu")
-
-
-def test_the_speed_is_that_of_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_numbers_are_seen_and_the_speed_is_the_slowest_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "distributed", FakeRanks())
     assert probe._exchange(0, 2, "cpu") == 0.25
-
-
-def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
-    """Fakes so many GPUs. Returns those that are computed on."""
-    used: list[int] = []
-
-    def device_name(index: int) -> str:
-        used.append(index)
-        return "cpu"
-
-    gpus = SimpleNamespace(device_count=lambda: count, device_name=device_name)
-    monkeypatch.setattr(device, "accelerator", lambda: gpus)
-    monkeypatch.setattr(device, "is_cpu", lambda: False)
-    return used
+    for wrong, told in (("sum", "a sum over all ranks is 5"), ("part", "an all-to-all brought wrong numbers")):
+        monkeypatch.setattr(probe, "distributed", FakeRanks(wrong))
+        with pytest.raises(ValueError, match=told):
+            probe._exchange(0, 2, "cpu")
 
 
 def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = fake_gpus(monkeypatch, 8)
+    used: list[int] = []
+    gpus = SimpleNamespace(device_count=lambda: 8, device_name=lambda index: used.append(index) or "cpu")
+    monkeypatch.setattr(device, "accelerator", lambda: gpus)
+    monkeypatch.setattr(device, "is_cpu", lambda: False)
     check_accelerators(4)
     assert used == [0, 1, 2, 3]
     with pytest.raises(Unfit, match=r"^8 accelerators for 9 ranks$"):
         check_accelerators(9)
-
-
-def test_a_gpu_that_computes_wrong_numbers_is_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpus(monkeypatch, 1)
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *sizes, device: 1.5 * ones(*sizes))
     with pytest.raises(Unfit, match="cpu computes wrong numbers"):
@@ -194,17 +173,15 @@ def test_each_check_is_made_and_the_first_that_fails_ends_them(monkeypatch: pyte
             asked.append(stage)
             return stage != bad
 
-        fit = check_together(cast(Any, SimpleNamespace(agree=agree)), 2, tmp_path)
-        assert fit == (bad is None)
+        assert check_together(cast(Any, SimpleNamespace(agree=agree)), 2, tmp_path) == (bad is None)
         assert asked == stages[: stages.index(bad) + 1 if bad else None]
 
 
 def test_a_rank_that_cannot_take_part_is_named() -> None:
     """The backend of GPUs on a machine without one."""
-    with ThreadPoolExecutor(1) as pool:
-        port = free_port()
-        rendezvous = pool.submit(Rendezvous, ["localhost"], 0, port, 20.0).result()
-        problem = probe_node(Probe("localhost", port, "nccl", 0, 1, 1, 20.0))
+    port = free_port()
+    rendezvous = Rendezvous(["localhost"], 0, port, 20.0)
+    problem = probe_node(Probe("localhost", port, "nccl", 0, 1, 1, 20.0))
     assert problem is not None
     assert problem.startswith("rank 0: ")
     assert "\n" not in problem

@@ -2,8 +2,8 @@
 
 import json
 import random
-import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import read_json
 from loraprune_ds.model import pretrained
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_tiny_llama
 
-SIZES: dict[str, Any] = {
-    "heads": 4,
-    "kv_heads": 2,
-    "head_dim": 6,
-    "hidden": 24,
-    "ffn": 37,
-    "layers": 3,
-    "vocab": 59,
-    "seed": 1,
-}
-WEIGHT = "model.layers.1.mlp.up_proj.weight"
+SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
+WEIGHT, INDEX = "model.layers.1.mlp.up_proj.weight", "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("intact"), **SIZES)
+    return make_tiny_llama(tmp_path_factory.mktemp("intact"), seed=1, **SIZES)
 
 
 @pytest.fixture
@@ -69,32 +59,21 @@ def split(folder: Path) -> Path:
     """Makes two weight files and an index, as larger models have them."""
     tensors = tensors_of(folder)
     names = sorted(tensors)
-    weight_files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for weight_file, members in weight_files.items():
-        save(folder, {name: tensors[name] for name in members}, weight_file)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, members in halves.items():
+        save(folder, {name: tensors[name] for name in members}, file)
     (folder / "model.safetensors").unlink()
-    index = folder / "model.safetensors.index.json"
-    index.write_text(
-        json.dumps({"weight_map": {name: weight_file for weight_file, names in weight_files.items() for name in names}})
-    )
+    index = folder / INDEX
+    index.write_text(json.dumps({"weight_map": {name: file for file, names in halves.items() for name in names}}))
     return index
 
 
 # Reading
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"tie": True},
-        {"biases": True},
-        {"model_type": "mistral", "heads": 3, "kv_heads": 1},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", [{}, {"tie": True}, {"biases": True}, {"model_type": "mistral"}], ids=str)
 def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings: dict[str, Any]) -> None:
-    folder = make_tiny_llama(tmp_path, **{**SIZES, **settings})
+    folder = make_tiny_llama(tmp_path, seed=1, **{**SIZES, **settings})
     stock = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     if settings.get("tie"):
         del stock["lm_head.weight"]
@@ -109,7 +88,9 @@ def test_read_flat_is_a_slice_of_the_flat_tensor(
     folder: Path, monkeypatch: pytest.MonkeyPatch, in_two: bool, chunk: int
 ) -> None:
     monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
-    expected = tensors_of(folder)
+    types = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    expected = {name: tensor.to(types[i % 4]) for i, (name, tensor) in enumerate(tensors_of(folder).items())}
+    save(folder, expected)
     if in_two:
         split(folder)
     opened, draw = open_pretrained(folder), random.Random(chunk)
@@ -123,25 +104,7 @@ def test_read_flat_is_a_slice_of_the_flat_tensor(
         assert torch.equal(shard, expected[name].reshape(-1)[start:end].to(dtype)), (name, start, end)
 
 
-@pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16, torch.float16])
-def test_every_float_type_on_disk_can_be_read(folder: Path, stored: torch.dtype) -> None:
-    tensors = {name: tensor.to(stored) for name, tensor in tensors_of(folder).items()}
-    save(folder, tensors)
-    shard = open_pretrained(folder).read_flat(WEIGHT, 10, 500, torch.float32)
-    assert torch.equal(shard, tensors[WEIGHT].reshape(-1)[10:500].float())
-
-
-def test_the_shards_of_all_ranks_make_up_the_tensor(folder: Path) -> None:
-    opened, expected = open_pretrained(folder), tensors_of(folder)[WEIGHT].reshape(-1)
-    size = -(-len(expected) // 7)
-    shards = [
-        opened.read_flat(WEIGHT, min(r * size, len(expected)), min((r + 1) * size, len(expected)), torch.float32)
-        for r in range(7)
-    ]
-    assert torch.equal(torch.cat(shards), expected)
-
-
-def test_what_the_model_does_not_need_is_ignored(folder: Path) -> None:
+def test_tensors_and_files_that_the_model_does_not_need_are_ignored(folder: Path) -> None:
     save(folder, tensors_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
     save(folder, {"base_model.model.x": torch.ones(2)}, "adapter_model.safetensors")
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_pretrained(folder).files
@@ -149,134 +112,106 @@ def test_what_the_model_does_not_need_is_ignored(folder: Path) -> None:
 
 # Damage
 
-
-@pytest.mark.parametrize("left", [0, 3, 100, -1, -4000])
-def test_a_truncated_file(folder: Path, left: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:left])
-    assert refused(folder).startswith("model.safetensors is damaged: ")
+SINGLE, FIRST, SECOND = "model.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+SURPLUS = ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
 
 
-def test_a_file_of_garbage(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(5000))
-    assert refused(folder).startswith("model.safetensors is damaged: ")
+def truncate(name: str, left: int) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:left])
 
 
-def test_a_missing_tensor(folder: Path) -> None:
-    tensors = tensors_of(folder)
-    del tensors[WEIGHT]
-    save(folder, tensors)
-    assert refused(folder) == f"FOLDER: tensor {WEIGHT} is missing"
+def change(edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
+    """Edits the tensors of the weight file."""
+
+    def damage(folder: Path) -> None:
+        tensors = tensors_of(folder)
+        edit(tensors)
+        save(folder, tensors)
+
+    return damage
 
 
-def test_a_missing_bias_that_the_config_promises(folder: Path) -> None:
-    edit_config(folder, attention_bias=True)
-    assert refused(folder) == "FOLDER: tensor model.layers.0.self_attn.q_proj.bias is missing"
+def stored_as(dtype: torch.dtype) -> Callable[[Path], object]:
+    return change(lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(dtype)}))
 
 
-def test_a_tensor_of_another_shape(folder: Path) -> None:
-    tensors = tensors_of(folder)
-    tensors[WEIGHT] = tensors[WEIGHT].t().contiguous()
-    save(folder, tensors)
-    assert refused(folder) == f"model.safetensors: {WEIGHT} has shape [24, 37]; config.json says [37, 24]"
+def surplus(name: str) -> Callable[[Path], object]:
+    return change(lambda tensors: tensors.update({name: torch.ones(24)}))
 
 
-@pytest.mark.parametrize(
-    ("stored", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8")]
-)
-def test_a_quantized_tensor(folder: Path, stored: torch.dtype, name: str) -> None:
-    """bitsandbytes and fp8 models keep a weight's shape. Read as it is, it would be nonsense."""
-    tensors = tensors_of(folder)
-    tensors[WEIGHT] = tensors[WEIGHT].to(stored)
-    save(folder, tensors)
-    assert refused(folder) == f"model.safetensors: {WEIGHT} is stored as {name}; quantized weights cannot be pruned"
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
 
 
-def test_a_missing_weight_file(folder: Path) -> None:
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    *((truncate(SINGLE, left), f"{SINGLE} is damaged: ") for left in (0, 3, 100, -1, -4000)),
+    (lambda folder: (folder / SINGLE).write_bytes(random.Random(0).randbytes(5000)), f"{SINGLE} is damaged: "),
+    (change(lambda tensors: tensors.pop(WEIGHT)), f"FOLDER: tensor {WEIGHT} is missing"),
+    (
+        lambda folder: edit_config(folder, attention_bias=True),
+        "FOLDER: tensor model.layers.0.self_attn.q_proj.bias is missing",
+    ),
+    (
+        change(lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].t().contiguous()})),
+        f"{SINGLE}: {WEIGHT} has shape [24, 37]; config.json says [37, 24]",
+    ),
+    (stored_as(torch.int8), f"{SINGLE}: {WEIGHT} is stored as I8;"),
+    (stored_as(torch.float8_e4m3fn), f"{SINGLE}: {WEIGHT} is stored as F8_E4M3;"),
+    (stored_as(torch.uint8), f"{SINGLE}: {WEIGHT} is stored as U8;"),
+    *((surplus(name), f"{SINGLE}: {name} has no place in the model") for name in SURPLUS),
+    (
+        lambda folder: save(folder, {WEIGHT: tensors_of(folder)[WEIGHT]}, "more.safetensors"),
+        f"more.safetensors: {WEIGHT} is in {SINGLE}, too",
+    ),
+    (remove(SINGLE), "FOLDER has no safetensors files"),
+    (lambda folder: (folder / SINGLE).rename(folder / "adapter_model.safetensors"), "FOLDER has no safetensors files"),
+    (remove("config.json"), "config.json does not exist"),
+]
+DAMAGE_OF_TWO: list[tuple[Callable[[Path], object], str]] = [
+    (remove(SECOND), f"{SECOND} is missing; {INDEX} names it"),
+    (truncate(FIRST, -1), f"{FIRST} is damaged: "),
+    (
+        lambda folder: shutil.copy(folder / SECOND, folder / "model-00003-of-00003.safetensors"),
+        f"model-00003-of-00003.safetensors is one weight file too many; {INDEX} does not name it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[message for _, message in DAMAGE])
+def test_damage_is_one_line(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(folder)
+    assert refused(folder).startswith(message)
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE_OF_TWO, ids=[message for _, message in DAMAGE_OF_TWO])
+def test_damage_of_two_files_is_one_line(folder: Path, damage: Callable[[Path], object], message: str) -> None:
     split(folder)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    assert refused(folder) == "model-00002-of-00002.safetensors is missing; model.safetensors.index.json names it"
-
-
-def test_a_damaged_weight_file(folder: Path) -> None:
-    split(folder)
-    path = folder / "model-00001-of-00002.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert refused(folder).startswith("model-00001-of-00002.safetensors is damaged: ")
+    damage(folder)
+    assert refused(folder).startswith(message)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "model.safetensors.index.json is not valid JSON: "),
-        ("[]", "model.safetensors.index.json must hold a JSON object"),
-        ("{}", "model.safetensors.index.json has no weight_map"),
-        ('{"weight_map": ["a"]}', "model.safetensors.index.json has no weight_map"),
-        ('{"weight_map": {"a": 7}}', "7 is missing; model.safetensors.index.json names it"),
-        ('{"weight_map": {}}', "model.safetensors.index.json has no weight_map"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', "model.safetensors.index.json: a is in ../x.safetensors; only "),
-        ('{"weight_map": {"a": "/x.safetensors"}}', "model.safetensors.index.json: a is in /x.safetensors; only files"),
+        ("{", "is not valid JSON: "),
+        ("\udcff{}", "is not valid JSON: "),
+        ("[]", "must hold a JSON object"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": ["a"]}', "has no weight_map"),
+        ('{"weight_map": {}}', "has no weight_map"),
     ],
 )
 def test_a_wrong_index(folder: Path, text: str, message: str) -> None:
-    split(folder).write_text(text)
-    assert refused(folder).startswith(message)
+    split(folder).write_text(text, errors="surrogateescape")
+    assert refused(folder).startswith(f"{INDEX} {message}")
 
 
 def test_an_index_reaches_no_other_folder(folder: Path, tmp_path: Path) -> None:
-    """Puts a whole model beside the folder and has the index name its file in three ways."""
     names = tensors_of(folder)
-    (folder / "model.safetensors").rename(tmp_path / "x.safetensors")
+    (folder / SINGLE).rename(tmp_path / "x.safetensors")
     (folder / "within").mkdir()
     shutil.copy(tmp_path / "x.safetensors", folder / "within")
     for named in ("../x.safetensors", str(tmp_path / "x.safetensors"), "within/x.safetensors"):
-        index = folder / "model.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, named)}))
-        assert (
-            refused(folder) == f"{index.name}: {next(iter(names))} is in {named}; only files beside the index are read"
-        )
-
-
-def test_no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    assert refused(folder) == "FOLDER has no safetensors files"
-
-
-def test_a_surplus_weight_file(folder: Path) -> None:
-    index = split(folder)
-    surplus = "model-00003-of-00003.safetensors"
-    shutil.copy(folder / "model-00002-of-00002.safetensors", folder / surplus)
-    assert refused(folder) == f"{surplus} is one weight file too many; {index.name} does not name it"
-
-
-def test_a_tensor_in_two_files(folder: Path) -> None:
-    save(folder, {WEIGHT: tensors_of(folder)[WEIGHT]}, "more.safetensors")
-    assert refused(folder) == f"more.safetensors: {WEIGHT} is in model.safetensors, too"
-
-
-@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
-def test_a_surplus_tensor(folder: Path, name: str) -> None:
-    """config.json has no such layer, or promises no bias. The model would compute something else."""
-    save(folder, tensors_of(folder) | {name: torch.ones(24)})
-    assert refused(folder) == f"model.safetensors: {name} has no place in the model that config.json describes"
-
-
-def test_an_adapters_folder_is_no_model(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    assert refused(folder) == "FOLDER has no safetensors files"
-
-
-def test_no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    assert refused(folder) == "config.json does not exist"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"{", "is not valid JSON"), (b"\xff\xfe{}", "is not valid JSON"), (b"3", "must hold a JSON object")],
-)
-def test_json_that_is_none(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "x.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} {message}"):
-        read_json(path)
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, named)}))
+        first = next(iter(names))
+        assert refused(folder) == f"{INDEX}: {first} is in {named}; only files beside the index are read"

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from loraprune_ds.config import LoggingConfig, RunConfig
-from loraprune_ds.train.profile import profiled
+from loraprune_ds.train.loop import profiled
 
 
 def test_named_steps_leave_a_trace_on_rank_0(tmp_path: Path) -> None:

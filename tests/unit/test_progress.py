@@ -3,10 +3,12 @@
 import io
 import os
 import pty
+from dataclasses import replace
 
 import pytest
 
-from loraprune_ds.train.progress import Progress, TimeLeft
+from loraprune_ds.train import progress
+from loraprune_ds.train.progress import Progress
 from tests.unit.run_records import cut_record, step_record
 
 
@@ -15,42 +17,30 @@ class Terminal(io.StringIO):
         return True
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def steps(progress: Progress, clock: Clock, first: int, last: int, seconds: float) -> None:
-    for step in range(first, last + 1):
-        clock.now += seconds
-        progress.write(step_record(step, seconds=seconds))
+def shown(stream: io.StringIO, steps: int) -> str:
+    """Makes steps of 2 s and a cut after the first one."""
+    now = 0.0
+    progress = Progress(steps, stream=stream, every_seconds=5, clock=lambda: now)
+    for step in range(1, steps + 1):
+        now += 2
+        progress.write(step_record(step, seconds=2))
+        if step == 1:
+            progress.write(cut_record(1, before=2000, after=1000, reached=0.2))
+    progress.close()
+    return stream.getvalue()
 
 
 def test_a_log_file_gets_whole_lines_every_few_seconds() -> None:
-    stream, clock = io.StringIO(), Clock()
-    progress = Progress(12, stream=stream, every_seconds=5, clock=clock)
-    steps(progress, clock, 1, 12, seconds=2.0)
-    progress.close()
-    text = stream.getvalue()
-    assert "\r" not in text
-    assert "\x1b" not in text
-    shown = [line.split("/")[0] for line in text.splitlines()]
-    assert shown == ["step  1", "step  4", "step  7", "step 10", "step 12"]  # the first, one per 5 s, the last
+    text = shown(io.StringIO(), 12)
+    assert not {"\r", "\x1b"} & set(text)
+    lines = [line.split("/")[0] for line in text.splitlines() if "cut to" not in line]
+    assert lines == ["step  1", "step  4", "step  7", "step 10", "step 12"]  # the first, one per 5 s, the last
 
 
 def test_a_terminal_gets_one_live_line() -> None:
-    stream, clock = Terminal(), Clock()
-    progress = Progress(2, stream=stream, clock=clock)
-    steps(progress, clock, 1, 1, seconds=2.0)
-    progress.write(cut_record(1, before=2000, after=1000, reached=0.2))
-    steps(progress, clock, 2, 2, seconds=2.0)
-    progress.close()
-    lines = stream.getvalue().split("\n")
-    assert [line for line in lines if "step 1  cut to 20.0 %" in line] != []
+    lines = shown(Terminal(), 2).split("\n")
     assert "\rstep 0/2" in lines[0]
+    assert [line for line in lines if "step 1  cut to 20.0 %" in line] != []
     assert "step 2/2" in lines[-2]
     assert lines[-1] == ""  # the cursor is on a line of its own
     assert len(lines) == 3  # one line for the cut, one that stays
@@ -59,25 +49,25 @@ def test_a_terminal_gets_one_live_line() -> None:
 def test_a_terminal_without_a_width_gets_whole_lines() -> None:
     """The terminal of `script` and of some containers has none. A live line would be cut to nothing."""
     ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as shown:
-        progress = Progress(2, stream=stream, clock=Clock())
+    with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as seen:
+        progress = Progress(2, stream=stream)
         progress.write(step_record(1))
         progress.close()
-        assert shown.read(1000).startswith(b"step 1/2  ")
+        assert seen.read(1000).startswith(b"step 1/2  ")
 
 
-def test_time_left_follows_the_latest_steps() -> None:
-    time_left = TimeLeft(window=4)
-    assert time_left.seconds(10) is None
-    time_left.add_step(30.0)  # the warm-up tells nothing of the steps to come
-    assert time_left.seconds(10) is None
-    time_left.add_step(4.0)
-    assert time_left.seconds(10) == 40
-    for _ in range(3):
-        time_left.add_step(4.0)
-    assert time_left.seconds(10) == 40
-    for _ in range(4):
-        time_left.add_step(1.0)
-    assert time_left.seconds(10) == 10  # steps are faster after a cut
-    time_left.add_cut(2.0)
-    assert time_left.seconds(10) == pytest.approx(15)  # (4 · 1 + 2) / 4 seconds for each
+def clock(line: str) -> str:
+    return line.split("/100  ")[1].split("  ")[0]
+
+
+def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LATEST", 4)
+    shown = Progress(100, stream=(stream := io.StringIO()), every_seconds=0, clock=lambda: 0.0)
+    left = []
+    for step, seconds in enumerate([30, 4, 4, 4, 4, 1, 1, 1, 1], start=1):  # the first one is a warm-up
+        shown.write(step_record(step, seconds=seconds))
+        left.append(clock(stream.getvalue().splitlines()[-1]))
+    assert left[:2] == ["0:00", "0:00, 6:32 left"]  # 98 steps of 4 s
+    assert left[-1] == "0:00, 1:31 left"
+    shown.write(replace(cut_record(9, before=2000, after=1000, reached=0.2), seconds=4.0))
+    assert clock(shown._step_line(step_record(10))) == "0:00, 3:00 left"  # 90 of (4 · 1 + 4) / 4 s

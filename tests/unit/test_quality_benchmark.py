@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config_file import load_config
-from tests.benchmarks.quality import basis_of, parse_arguments, rows_of
+from tests.benchmarks.quality import basis_of, parse_arguments
 from tests.benchmarks.quality_settings import SETTINGS, select
 from tests.benchmarks.two_four import expanded_model
 from tests.oracle.models import make_tiny_llama
@@ -22,28 +22,6 @@ def test_repeated_heads_compute_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         before, after = (model(input_ids=ids).logits for model in models)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
-
-
-def made_up_run(setting: str, seed: int, test: float) -> dict:
-    params = {"linear_dense": 1000, "linear_pruned": 583}
-    return {
-        "setting": setting,
-        "group": "levers",
-        "seed": seed,
-        "tokens": 81920,
-        "seconds": 100.0,
-        "perplexity": {"validation": 50.0, "test": test, "other": 2 * test},
-        "report": {"params": params},
-    }
-
-
-def test_a_row_has_mean_and_spread_of_its_seeds_alone() -> None:
-    runs = [made_up_run("plain", 0, 90.0), made_up_run("refit", 0, 70.0), made_up_run("plain", 1, 86.0)]
-    plain, refit = rows_of(runs)
-    assert (plain["setting"], plain["seeds"]) == ("plain", [0, 1])
-    assert plain["test"] == {"mean": 88.0, "spread": 4.0}
-    assert refit["other"] == {"mean": 140.0, "spread": 0.0}
-    assert plain["removed_linear_fraction"] == pytest.approx(0.417)
 
 
 def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:

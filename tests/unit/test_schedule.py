@@ -1,4 +1,4 @@
-"""When to cut and how much: the cubic schedule against the oracle's, and the same cuts from both ways to ask."""
+"""When to cut and how much: the cubic schedule against the oracle's."""
 
 import random
 from dataclasses import replace
@@ -32,7 +32,10 @@ def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
 
 
 def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
-    """Rounded borders change a target a little, but not at which step it leaves zero or arrives."""
+    """Rounded borders change a target a little, but not at which step it leaves zero or arrives.
+
+    0.29 · 100 is 28.999999999999996 in floating point.
+    """
     draw = random.Random(0)
     for _ in range(500):
         steps, warmup, cooldown = draw.randint(5, 300), draw.randint(0, 49), draw.randint(0, 49)  # in per cent
@@ -41,14 +44,6 @@ def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
         for step in range(steps + 1):
             assert (schedule.target(step) > 0) == (100 * step > warmup * steps), (steps, warmup, step)
             assert (schedule.target(step) == 0.5) == (100 * step >= (100 - cooldown) * steps), (steps, cooldown, step)
-
-
-def test_target_only_grows_and_ends_exactly() -> None:
-    schedule = Schedule(0.37, 7, 61, 10)
-    targets = [schedule.target(step) for step in range(80)]
-    assert targets == sorted(targets)
-    assert targets[7] == 0 < targets[8]
-    assert targets[60] < targets[61] == targets[79] == 0.37
 
 
 @pytest.mark.parametrize(
@@ -63,7 +58,8 @@ def test_target_only_grows_and_ends_exactly() -> None:
     ],
 )
 def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
-    assert make_schedule(PruneConfig(prune_every=every), steps).cut_steps() == cuts
+    schedule = make_schedule(PruneConfig(prune_every=every), steps)
+    assert schedule.cut_steps() == [step for step in range(2 * steps) if schedule.is_cut(step)] == cuts
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
@@ -88,31 +84,14 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, 
 
 def test_a_ratio_that_changes_no_width_is_refused() -> None:
     config = PruneConfig(ratio=1e-4, channel_multiple=128)
-    with pytest.raises(UserError, match=r"^prune\.ratio 0\.0001 is too small .* prune\.channel_multiple 128; choose"):
+    with pytest.raises(UserError, match=r"^prune\.ratio 0\.0001 is too small .* prune\.channel_multiple 128$"):
         schedules.make_schedule(config, 100, make_limits(config, LLAMA_7B))
-
-
-def test_both_ways_to_ask_agree() -> None:
-    draw = random.Random(1)
-    for _ in range(300):
-        start = draw.randint(0, 20)
-        schedule = Schedule(0.5, start, start + draw.randint(1, 60), draw.randint(1, 30))
-        cuts = schedule.cut_steps()
-        assert [step for step in range(120) if schedule.is_cut(step)] == cuts
-        assert cuts[-1] == schedule.end
-        assert len(set(cuts)) == len(cuts)
 
 
 def test_nothing_is_scored_after_the_last_cut_that_changes_a_width() -> None:
     schedule = Schedule(0.5, 0, 10, 5, passed_over=frozenset({10}))
     assert schedule.last_cut == 5
     assert not any(schedule.is_scored(step) for step in range(6, 11))
-
-
-def test_no_binary_fraction_moves_a_border() -> None:
-    """0.29 · 100 is 28.999999999999996 in floating point."""
-    schedule = make_schedule(PruneConfig(warmup_fraction=0.29, cooldown_fraction=0.29), 100)
-    assert (schedule.start, schedule.end) == (29, 71)
 
 
 def test_a_run_too_short_to_cut_is_refused() -> None:
@@ -127,9 +106,5 @@ def test_scores_every_kth_step_and_before_each_cut(every: int, scored: list[int]
     schedule = make_schedule(PruneConfig(prune_every=3, criterion="gradient", score_every=every), 10)
     assert schedule.cut_steps() == [4, 7, 9]
     assert [step for step in range(1, 11) if schedule.is_scored(step)] == scored
-
-
-def test_steps_that_precede_a_cut() -> None:
-    schedule = make_schedule(PruneConfig(prune_every=3), 10)
     assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=1)] == [4, 7, 9]
     assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=2)] == [3, 4, 6, 7, 8, 9]

@@ -1,4 +1,4 @@
-"""Requests from outside only set a flag; what honours them clears exactly them."""
+"""Requests from outside only set a flag. The step that honours them removes exactly their files."""
 
 import os
 import signal
@@ -10,8 +10,6 @@ import pytest
 from loraprune_ds.train import stop
 from loraprune_ds.train.stop import NOTHING, SAVE, SAVE_FILE, STOP, STOP_FILE, RequestListener, drop_stale_requests
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def requests(tmp_path: Path) -> Iterator[RequestListener]:
@@ -22,18 +20,12 @@ def requests(tmp_path: Path) -> Iterator[RequestListener]:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_files(requests: RequestListener, tmp_path: Path) -> None:
+def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: RequestListener, tmp_path: Path) -> None:
     assert requests.current() == NOTHING
     (tmp_path / SAVE_FILE).touch()
     assert requests.current() == SAVE
     (tmp_path / STOP_FILE).touch()
     assert requests.current() == STOP
-
-
-def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: RequestListener, tmp_path: Path) -> None:
-    (tmp_path / SAVE_FILE).touch()
-    assert requests.current() == SAVE
-    (tmp_path / STOP_FILE).touch()
     requests.clear(SAVE)
     assert requests.current() == STOP
     requests.clear(STOP)
@@ -56,23 +48,16 @@ def test_a_signal_is_a_stop_and_its_echo_the_same_one(requests: RequestListener,
         assert requests.current() == STOP
 
 
-def test_a_second_interrupt_stops_at_once(requests: RequestListener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_second_interrupt_stops_immediately(requests: RequestListener, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(stop.time, "monotonic", lambda: now)
     signal.raise_signal(signal.SIGINT)
     now = 100.9
     signal.raise_signal(signal.SIGINT)  # the launcher's copy of the first
     now = 101.1
+    signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-
-
-def test_terminate_never_stops_at_once(requests: RequestListener, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(stop.time, "monotonic", lambda: now)
-    for now in (100.0, 129.0, 200.0):  # noqa: B007  # read by the lambda
-        signal.raise_signal(signal.SIGTERM)
-    assert requests.current() == STOP
 
 
 @pytest.mark.parametrize(

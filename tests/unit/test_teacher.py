@@ -13,7 +13,7 @@ from loraprune_ds.model.distillation import HiddenTeacher
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.train.data.order import SampleOrder
 from loraprune_ds.train.data.samples import Samples, starts_of
-from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
+from loraprune_ds.train.teacher import Teacher, TeacherPlan, make_teacher, plan_teacher
 
 HIDDEN = 3
 CPU = torch.device("cpu")
@@ -28,18 +28,28 @@ def ragged_samples(lengths: list[int], prompts: list[int]) -> Samples:
     return Samples({"input_ids": ids, "labels": labels}, starts, max(lengths))
 
 
-SAMPLES = ragged_samples([9, 4, 12, 2, 7], [3, 0, 11, 1, 7])
+SAMPLES, ORDER = ragged_samples([9, 4, 12, 2, 7], [3, 0, 11, 1, 7]), SampleOrder(5, 2, 0)
 
 
-def config(**settings: Any) -> TrainConfig:
-    return TrainConfig(**{"steps": 1, "global_batch_size": 2, "micro_batch_size": 1, "distill_weight": 0.5} | settings)
-
-
-def made(folder: Path, steps: int = 10, **settings: Any) -> Teacher:
-    plan = plan_teacher(config(**settings), SAMPLES, SampleOrder(5, 2, 0), steps, hidden_size=HIDDEN, element_size=4)
-    return make_teacher(
-        replace(plan, per_file=2), weight=0.5, samples="a", source="b", dtype="float32", seed=0, folder=folder
+def planned(steps: int = 10, **settings: Any) -> TeacherPlan:
+    config = TrainConfig(
+        **{"steps": 1, "global_batch_size": 2, "micro_batch_size": 1, "distill_weight": 0.5} | settings
     )
+    return plan_teacher(config, SAMPLES, ORDER, steps, hidden_size=HIDDEN, element_size=4)
+
+
+def made(folder: Path, **settings: Any) -> Teacher:
+    plan = replace(planned(**settings), per_file=2)
+    return make_teacher(plan, weight=0.5, samples="a", source="b", dtype="float32", seed=0, folder=folder)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Teacher:
+    """A teacher with the first of three files."""
+    teacher = made(tmp_path / "teacher")
+    teacher.begin()
+    teacher.write(0, {"hidden": torch.arange(9.0 * HIDDEN).view(9, HIDDEN)})
+    return teacher
 
 
 def test_supervised_tokens_and_padding_of_ragged_samples() -> None:
@@ -53,42 +63,25 @@ def test_supervised_tokens_and_padding_of_ragged_samples() -> None:
 
 
 def test_only_samples_of_the_run_are_planned() -> None:
-    order = SampleOrder(5, 2, 0)
-    plan = plan_teacher(config(), SAMPLES, order, 1, hidden_size=HIDDEN, element_size=4)
-    assert plan.samples.tolist() == sorted(order.batch(0).tolist())
-    whole = plan_teacher(config(), SAMPLES, order, 10, hidden_size=HIDDEN, element_size=4)
-    assert whole.samples.tolist() == [0, 1, 2, 3, 4]
-    assert whole.bytes == 11 * HIDDEN * 4
-    top = plan_teacher(config(distill_top_k=2), SAMPLES, order, 10, hidden_size=HIDDEN, element_size=4)
-    assert top.bytes == 11 * (2 * (4 + 4) + 4)  # a log-probability and an id of each, and the rest
+    assert planned(steps=1).samples.tolist() == sorted(ORDER.batch(0).tolist())
+    assert planned().samples.tolist() == [0, 1, 2, 3, 4]
+    assert planned().bytes == 11 * HIDDEN * 4
+    assert planned(distill_top_k=2).bytes == 11 * (2 * (4 + 4) + 4)  # a log-probability and an id each, and the rest
 
 
-def test_every_sample_is_found_where_it_was_written(tmp_path: Path) -> None:
-    teacher = made(tmp_path / "teacher")
-    teacher.begin()
-    rows = torch.arange(11 * HIDDEN, dtype=torch.float32).view(11, HIDDEN)
-    assert teacher.missing() == [0, 1, 2]
-    for file, (start, end) in enumerate([(0, 9), (9, 11), (11, 11)]):
-        teacher.write(file, {"hidden": rows[start:end]})
+def test_every_sample_is_found_where_it_was_written(teacher: Teacher) -> None:
+    assert teacher.missing() == [1, 2]
+    assert [teacher.missing(rank, 2) for rank in range(2)] == [[2], [1]]  # as two ranks look for them
+    teacher.write(1, {"hidden": torch.tensor([[-1.0] * HIDDEN, [-2.0] * HIDDEN])})
+    teacher.write(2, {"hidden": torch.zeros(0, HIDDEN)})
     assert teacher.missing() == []
-    found = teacher.distillation(torch.tensor([2, 0, 4, 1]), CPU).teacher
+    found = teacher.distillation(torch.tensor([3, 0, 4, 1]), CPU).teacher
+    rows = torch.arange(9.0 * HIDDEN).view(9, HIDDEN)
     assert isinstance(found, HiddenTeacher)
-    assert torch.equal(found.hidden, torch.cat([rows[9:10], rows[0:6], rows[6:9]]))
+    assert torch.equal(found.hidden, torch.cat([torch.full((1, HIDDEN), -2.0), rows]))
 
 
-def test_a_temperature_belongs_to_a_teacher(tmp_path: Path) -> None:
-    plain, warm = made(tmp_path), made(tmp_path, distill_temperature=2)
-    assert warm.identity == plain.identity | {"temperature": 2}
-    warm.begin()
-    warm.write(0, {"hidden": torch.zeros(9, HIDDEN)})
-    assert warm.distillation(torch.tensor([0]), CPU).temperature == 2
-    assert (warm.belongs(), plain.belongs()) == (True, False)
-
-
-def test_a_damaged_file_is_missing_and_named(tmp_path: Path) -> None:
-    teacher = made(tmp_path / "teacher")
-    teacher.begin()
-    teacher.write(0, {"hidden": torch.zeros(9, HIDDEN)})
+def test_a_damaged_file_is_missing_and_named(teacher: Teacher) -> None:
     path = teacher.path(0)
     path.write_bytes(path.read_bytes()[:-1])
     assert teacher.missing() == [0, 1, 2]
@@ -96,16 +89,13 @@ def test_a_damaged_file_is_missing_and_named(tmp_path: Path) -> None:
         teacher.distillation(torch.tensor([0]), CPU)
 
 
-def test_files_of_another_teacher_are_replaced(tmp_path: Path) -> None:
-    teacher = made(tmp_path / "teacher")
-    teacher.begin()
-    teacher.write(0, {"hidden": torch.zeros(9, HIDDEN)})
-    same = made(tmp_path / "teacher")
-    same.begin()
-    assert same.missing() == [1, 2]
-    assert [same.missing(rank, 2) for rank in range(2)] == [[2], [1]]  # as two ranks look for them
-    other = replace(teacher, identity=teacher.identity | {"source": "c"})
-    assert not other.belongs()
-    other.begin()
-    assert other.belongs()
-    assert other.missing() == [0, 1, 2]
+def test_files_of_another_teacher_are_replaced(teacher: Teacher) -> None:
+    made(teacher.folder).begin()  # the same one
+    assert teacher.missing() == [1, 2]
+    warm = made(teacher.folder, distill_temperature=2)
+    assert warm.identity == teacher.identity | {"temperature": 2}
+    assert not warm.belongs()
+    warm.begin()
+    assert (warm.belongs(), teacher.belongs(), warm.missing()) == (True, False, [0, 1, 2])
+    warm.write(0, {"hidden": torch.zeros(9, HIDDEN)})
+    assert warm.distillation(torch.tensor([0]), CPU).temperature == 2

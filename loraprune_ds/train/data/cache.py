@@ -1,11 +1,10 @@
-"""Keeps tokenised data on disk, so that one rank of a node makes it once and all others map the same memory.
+"""Keeps tokenised data on disk. One rank of a node makes it, and all ranks map the same memory.
 
 <datasets' cache>/loraprune_ds/<digest>/samples.safetensors   ids and labels
                                         held_out.txt          the text for perplexity
 
-The folder is that of `datasets`: HF_DATASETS_CACHE, or `datasets` in HF_HOME. The digest is that of all that the
-samples depend on: data, settings, tokenizer with its chat template, and the code here. `Dataset.map` could keep them,
-but a start that finds them would take 0.4 s instead of 0.04 on every rank, most of it the import.
+The digest covers the data, settings, tokenizer and the code here. `Dataset.map` has a cache too, but a start that finds
+it takes 0.4 s instead of 0.04 on every rank, most of it for the import.
 """
 
 import dataclasses
@@ -33,11 +32,7 @@ SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
 def cached(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None, make: Callable[[], LoadedData]
 ) -> LoadedData:
-    """Returns what `make` returns for these settings, from the disk if it was made before.
-
-    Raises:
-        UserError: as `make`, or the cache cannot be written or read.
-    """
+    """Returns what `make` returns, from the disk if it was made before with these settings."""
     cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
     folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, start)
     try:

@@ -1,7 +1,7 @@
-"""Tokenises conversations with the tokenizer's own chat template. Only the assistant's turns enter the loss.
+"""Tokenises conversations with the tokenizer's chat template. Only the assistant's turns enter the loss.
 
-A template with `{% generation %}` marks them itself. Without it they are found by comparing prefixes. What the template
-makes of a conversation must begin with what it makes of its first turns. The turn lies between two such prefixes.
+A template with `{% generation %}` marks them. Otherwise a turn lies between two prefixes: the rendered first messages
+before and with it. The whole rendered conversation must begin with both.
 """
 
 import json
@@ -29,7 +29,7 @@ Span = tuple[int, int]  # of characters
 
 @dataclass(frozen=True)
 class Chat:
-    """Holds a conversation. Its first `context` messages are not learnt, whoever said them."""
+    """Holds a conversation. Its first `context` messages are not learnt, whatever their role."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -37,11 +37,7 @@ class Chat:
 
 
 def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
-    """Returns the fields that conversations are read from.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Returns the fields that conversations are read from. Raises UserError if there are none."""
     present = set(known)
     found = next((fields for fields in CHAT_FIELDS if present.issuperset(fields)), None)
     if found is None:
@@ -53,11 +49,7 @@ def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
 
 
 def read_chat(row: Mapping[str, Any]) -> Chat:
-    """Reads a conversation in the forms of TRL and of ShareGPT.
-
-    Raises:
-        UserError: a message has another form.
-    """
+    """Reads a conversation in the forms of TRL and of ShareGPT. Raises UserError for any other form."""
     tools = _tools(row.get(TOOLS))
     if "messages" in row or "conversations" in row:
         return Chat(_messages(row.get("messages") or row.get("conversations")), tools)
@@ -66,7 +58,6 @@ def read_chat(row: Mapping[str, Any]) -> Chat:
 
 
 def _tools(value: Any) -> list[Any] | None:
-    """Reads a list of tools, or the JSON of one."""
     try:
         tools = json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -77,7 +68,7 @@ def _tools(value: Any) -> list[Any] | None:
 
 
 def _messages(value: Any, role: str | None = None) -> list[Message]:
-    """Reads a list of messages. A text is one message of `role` if that is given, and null is none."""
+    """Reads a list of messages. With `role` a text is one message of that role."""
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": value}]
     require(isinstance(value, list | None), f"a conversation must be a list of messages; got {value!r:.80}")
@@ -93,10 +84,10 @@ def _message(value: Any) -> Message:
 
 
 class ChatTemplate:
-    """Renders conversations as text, and tells which characters the assistant says.
+    """Renders conversations as text and finds the characters of the assistant.
 
     Raises:
-        UserError: the tokenizer has no template, or cannot tell which characters a token stands for.
+        UserError: the tokenizer has no template, or no offsets of its tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,11 +101,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
 
     def check_roles(self, chat: Chat) -> None:
-        """Checks that the roles are common ones, or that the template names them. Most templates take any word.
-
-        Raises:
-            UserError: one is not.
-        """
+        """Checks that every role is a common one or stands in the template. Most templates take any word."""
         template = self._tokenizer.get_chat_template(tools=chat.tools)
         for role in {message["role"] for message in chat.messages}.difference(ROLES):
             named = any(quote + role + quote in template for quote in ("'", '"'))
@@ -125,10 +112,10 @@ class ChatTemplate:
         return self._render(chat, len(chat.messages))[0] if chat.messages else ""
 
     def mark(self, chat: Chat) -> tuple[str, list[Span]]:
-        """Returns the text of a conversation, and where in it the assistant's turns lie that are learnt.
+        """Returns the text of a conversation and the spans in it that are learnt.
 
         Raises:
-            UserError: the template refuses the conversation, or its turns cannot be told apart.
+            UserError: the template refuses the conversation, or its turns cannot be found.
         """
         if not chat.messages:
             return "", []
@@ -139,14 +126,12 @@ class ChatTemplate:
             return text, [span for span in spans if span[0] >= begin]
         first = max(1, chat.context)  # nothing prompts a first message
         turns = [i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"]
-        return text, [self._span(chat, i, text) for i in turns]
-
-    def _span(self, chat: Chat, turn: int, text: str) -> Span:
-        """Finds a turn: it lies behind its prompt, and ends where the conversation goes on."""
-        return len(self._prefix(chat, turn, text, prompt=True)), len(self._prefix(chat, turn + 1, text))
+        return text, [
+            (len(self._prefix(chat, i, text, prompt=True)), len(self._prefix(chat, i + 1, text))) for i in turns
+        ]
 
     def _prefix(self, chat: Chat, count: int, text: str, *, prompt: bool = False) -> str:
-        """Returns the text of the first messages. It must be a prefix of `text`, that of the whole conversation."""
+        """Returns the text of the first messages, which must be a prefix of the whole `text`."""
         if count == len(chat.messages):
             return text
         prefix, _ = self._render(chat, count, prompt=prompt)
@@ -154,14 +139,14 @@ class ChatTemplate:
             raise UserError(
                 f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
                 f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "
-                "mark the assistant's turns in chat_template.jinja, or give shorter conversations"
+                "mark the assistant's turns in chat_template.jinja"
             )
         return prefix
 
     def _render(
         self, chat: Chat, count: int, *, prompt: bool = False, mark: bool = False
     ) -> tuple[str, list[Span] | None]:
-        """Renders the first `count` messages. With `mark` the template tells the assistant's characters."""
+        """Renders the first `count` messages. With `mark` the template returns the assistant's spans."""
         try:
             rendered: Any = render_jinja_template(
                 [chat.messages[:count]],
@@ -182,11 +167,7 @@ class ChatTemplate:
 
 
 def check_chats(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, source: DataSource) -> None:
-    """Reads all conversations of a source, which takes seconds, before they are tokenised, which takes minutes.
-
-    Raises:
-        UserError: one has another form or an unknown role. The line names its row.
-    """
+    """Checks all conversations, which takes seconds, before they are tokenised, which takes minutes."""
     template = ChatTemplate(tokenizer)
     for number, row in enumerate(rows, start=1):
         try:
@@ -196,11 +177,7 @@ def check_chats(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenize
 
 
 def tokenize_chats(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedRow]:
-    """Makes ids and labels of conversations. A token is learnt if a character of it is the assistant's.
-
-    Raises:
-        UserError: as `ChatTemplate`.
-    """
+    """Makes ids and labels of conversations. A token is learnt if any of its characters is the assistant's."""
     template = ChatTemplate(tokenizer)
     for batch in in_batches(chats):
         marked = [template.mark(chat) for chat in batch]

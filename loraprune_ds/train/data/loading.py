@@ -14,8 +14,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.train.data.cache import cached
 from loraprune_ds.train.data.chat import ChatTemplate, check_chats, read_chat, tokenize_chats
 from loraprune_ds.train.data.order import mix
-from loraprune_ds.train.data.packing import pack_samples
-from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples
+from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, pack_samples
 from loraprune_ds.train.data.sources import JSON_SUFFIXES, TextRow, TextRows, files_of, read_rows, read_text_file
 from loraprune_ds.train.data.tokens import (
     Instruction,
@@ -37,12 +36,11 @@ def load_samples(
     vocab_size: int,
     start: int | None = None,
 ) -> LoadedData:
-    """Loads samples and held-out text. They are the same on every rank that reads the same files.
+    """Loads samples and held-out text.
 
     Args:
         minimum: samples of one global batch.
-        vocab_size: number of ids that the model knows.
-        start: as `pack_documents` takes it. An instruction begins as the tokenizer begins a text.
+        start: for `pack_documents`. An instruction begins as the tokenizer begins a text.
 
     Raises:
         UserError: the data cannot be read, does not fit the model, or is shorter than one global batch.
@@ -112,12 +110,11 @@ def _check_samples(loaded: LoadedData, config: DataConfig, minimum: int, vocab_s
             + ("" if config.max_samples is None else f"; data.max_samples is {config.max_samples}")
             + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
         )
-    if (largest := samples.largest_id()) >= vocab_size:
+    if (largest := int(samples.columns["input_ids"].max())) >= vocab_size:
         raise UserError(f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
 
 
 def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Reads the text of `data.held_out`. None if the config names no such file."""
     if config.held_out is None:
         return None
     path = Path(config.held_out).expanduser()
@@ -133,8 +130,8 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> st
 def _hold_out(rows: TextRows, source: DataSource, config: DataConfig) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
     """Splits rows into those to tune on and those to hold out, which are spread evenly.
 
-    Documents differ a lot in length. So the fraction is one of their characters, not of their number. If there are too
-    few documents for that, the end of each document is held out.
+    The fraction counts characters of documents, because their lengths differ a lot. If there are too few documents for
+    that, the end of each one is held out.
     """
     fraction, is_text = config.held_out_fraction, source.format == "text"
     if fraction is None:
@@ -153,9 +150,9 @@ def _hold_out(rows: TextRows, source: DataSource, config: DataConfig) -> tuple[I
 
 
 def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
-    """Chooses items whose sizes make up `fraction` of all, spread evenly. Returns their numbers.
+    """Returns the numbers of items whose sizes make up `fraction` of all.
 
-    An item is chosen if it brings the size chosen nearer to `fraction` of the size seen so far.
+    An item is chosen if that brings the chosen size nearer to `fraction` of the size so far.
     """
     chosen, seen, taken = [], 0, 0
     for i, size in enumerate(sizes):
@@ -167,10 +164,9 @@ def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
 
 
 def _split_tail(text: str, fraction: float) -> tuple[str, str]:
-    """Splits a document in two. The second part is about `fraction` of it and begins at a line if one is near."""
+    """Splits off about `fraction` of a document, from the start of a line if one is near."""
     middle = math.floor(len(text) * (1 - fraction))
-    line_end = text.rfind("\n", max(0, middle - LINE_END_WITHIN), middle) + 1
-    cut = line_end or middle
+    cut = text.rfind("\n", max(0, middle - LINE_END_WITHIN), middle) + 1 or middle
     return text[:cut], text[cut:]
 
 
@@ -178,14 +174,9 @@ def _join_text(rows: Iterable[TextRow], source: DataSource, tokenizer: PreTraine
     if source.format == "chat":
         template = ChatTemplate(tokenizer)
         return "\n\n".join(template.render(read_chat(row)) for row in rows)
-    return "\n\n".join(_whole_text_of(row, source) for row in rows)
-
-
-def _whole_text_of(row: TextRow, source: DataSource) -> str:
     if source.format == "text":
-        return _text_of(row, source.text_field)
-    instruction = _instruction_of(row, source)
-    return instruction.prompt + instruction.response
+        return "\n\n".join(_text_of(row, source.text_field) for row in rows)
+    return "\n\n".join("".join(_instruction_of(row, source)) for row in rows)
 
 
 def _instruction_of(row: TextRow, source: DataSource) -> Instruction:

@@ -1,6 +1,7 @@
-"""Holds the tuning samples of a run in memory."""
+"""Holds the tuning samples of a run in memory, and packs several into one window."""
 
 import hashlib
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,16 +17,15 @@ WIDTH_MULTIPLE = 8  # matrix products are fastest at widths that tensor cores di
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Holds N samples of up to `window` tokens, end to end. So short ones take no room for padding.
+    """Holds N samples of up to `window` tokens, end to end and without padding.
 
-    The model needs no attention mask for the padding. It stands behind the tokens of a sample, where causal attention
-    cannot see it, and no label asks for it.
+    The model needs no attention mask: padding follows a sample, where causal attention cannot see it.
 
     Attributes:
-        columns: (total,) integers each, by the name that the model has for them. `labels` are the ids, and IGNORE_INDEX
-            at prompts. Models shift them. `position_ids` are there if samples hold several texts. Each begins at 0.
+        columns: (total,) integers each, by the model's names. `labels` are the ids, or IGNORE_INDEX at prompts. Models
+            shift them. `position_ids` exist if samples hold several texts, and begin at 0 in each.
         starts: (N + 1,) int64. Sample i is starts[i]:starts[i + 1] of each column.
-        left_out: rows that became no samples, because nothing of their answer lies within the window.
+        left_out: rows without a sample, because nothing of their answer lies within the window.
     """
 
     columns: dict[str, Tensor]
@@ -35,7 +35,7 @@ class Samples:
 
     @classmethod
     def of_windows(cls, input_ids: Tensor, labels: Tensor | None = None) -> "Samples":
-        """Makes samples of (N, window) ids without padding. Labels are the ids if they are not given."""
+        """Makes samples of (N, window) ids. Labels are the ids unless given."""
         count, window = input_ids.shape
         ids = input_ids.flatten()
         columns = {"input_ids": ids, "labels": ids if labels is None else labels.flatten()}
@@ -45,10 +45,9 @@ class Samples:
         return len(self.starts) - 1
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        """Returns what the model gets of these samples: each (len(indices), width) int64.
+        """Returns the model's inputs: each (len(indices), width) int64, padded on the right.
 
-        They are padded on the right to the longest of them. The width is rounded up to a multiple of 8, but never above
-        `window`.
+        The width is the longest sample's, rounded up to a multiple of 8 but never above `window`.
         """
         return {name: self._padded(name, indices) for name in self.columns}
 
@@ -58,7 +57,7 @@ class Samples:
         return None if bool(inside.all()) else inside
 
     def lengths(self) -> Tensor:
-        """Returns (N,) int64: the tokens of each sample."""
+        """Returns the tokens of each sample, (N,) int64."""
         return self.starts.diff()
 
     def text_lengths(self, indices: Tensor) -> list[int]:
@@ -70,23 +69,16 @@ class Samples:
         return begins.diff(append=inside.sum()[None]).tolist()
 
     def count_supervised(self, indices: Tensor) -> int:
-        """Counts the predictions of these samples that enter the loss.
-
-        It is the denominator of a step's loss. Each rank knows it without asking the others.
-        """
+        """Counts the predictions of these samples that enter the loss."""
         return int((self._padded("labels", indices)[:, 1:] != IGNORE_INDEX).sum())
 
     def supervised_counts(self) -> Tensor:
-        """Returns (N,) int64: the predictions of each sample that enter the loss."""
+        """Returns the predictions of each sample that enter the loss, (N,) int64."""
         before = starts_of(self.columns["labels"] != IGNORE_INDEX)
         return before[self.starts[1:]] - before[torch.minimum(self.starts[:-1] + 1, self.starts[1:])]
 
-    def largest_id(self) -> int:
-        """Returns the largest token id of all samples."""
-        return int(self.columns["input_ids"].max())
-
     def digest(self) -> str:
-        """Returns the sha256 of all samples, for ranks to compare."""
+        """Returns the sha256 of all samples."""
         digest = hashlib.sha256(repr((sorted(self.columns), self.window)).encode())
         for tensor in (*(self.columns[name] for name in sorted(self.columns)), self.starts):
             digest.update(tensor.contiguous().numpy().data)
@@ -121,7 +113,7 @@ class LoadedData:
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
-    """Puts samples one behind the other. Beside packs, samples of one text get position ids, too."""
+    """Concatenates samples. If some have position ids, the others get them, too."""
     if len(parts) == 1:
         return parts[0]
     names = [name for name in PADDING if any(name in part.columns for part in parts)]
@@ -136,11 +128,50 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
 
 
 def starts_of(lengths: Tensor) -> Tensor:
-    """Returns the starts (N + 1,) of rows of these lengths (N,) that lie end to end."""
+    """Returns the starts (N + 1,) of rows of these lengths (N,), end to end."""
     return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
 
 
 def positions_of(lengths: Tensor) -> Tensor:
-    """Returns the position ids of rows of these lengths that hold one text each."""
+    """Returns the position ids of rows of these lengths, each one text."""
     starts = starts_of(lengths)
     return (torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(lengths)).int()
+
+
+def pack_samples(samples: Samples) -> Samples:
+    """Packs the samples into windows by best fit. Positions restart at 0, so that attention does not cross samples.
+
+    The first token of a sample is not learnt, because the last token of another one precedes it.
+    """
+    packs = best_fit(samples.lengths().tolist(), samples.window)
+    members = torch.tensor([sample for pack in packs for sample in pack], dtype=torch.int64)
+    lengths = samples.lengths()[members]
+    begins, positions = starts_of(lengths), positions_of(lengths)  # of the members, in the packs
+    taken = samples.starts[members].repeat_interleave(lengths) + positions
+    columns = {name: column[taken] for name, column in samples.columns.items()} | {"position_ids": positions}
+    columns["labels"][begins[:-1]] = IGNORE_INDEX
+    ends = torch.tensor([len(pack) for pack in packs], dtype=torch.int64).cumsum(0)
+    return Samples(columns, torch.cat([begins[:1], begins[ends]]), samples.window, samples.left_out)
+
+
+def best_fit(lengths: list[int], window: int) -> list[list[int]]:
+    """Returns packs of sample numbers. The longest goes first, each into the fullest pack with room for it."""
+    packs: list[list[int]] = []
+    open_packs: dict[int, list[int]] = {}  # by room
+    rooms: list[int] = []  # of open packs, ascending
+    for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        i = bisect_left(rooms, lengths[sample])
+        room = rooms[i] if i < len(rooms) else window
+        if i < len(rooms):
+            pack = open_packs[room].pop()
+            if not open_packs[room]:
+                rooms.pop(i)
+        else:
+            pack = len(packs)
+            packs.append([])
+        packs[pack].append(sample)
+        left = room - lengths[sample]
+        if not open_packs.setdefault(left, []):
+            insort(rooms, left)
+        open_packs[left].append(pack)
+    return packs

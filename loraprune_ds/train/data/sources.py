@@ -1,4 +1,4 @@
-"""Reads rows of text from files, from a `datasets` name, or from Python's own help, as `data.path` says."""
+"""Reads the rows of `data.path`: files, a `datasets` name, or Python's own help."""
 
 import json
 import re
@@ -25,7 +25,7 @@ TextRow = Mapping[str, Any]
 
 
 class TextRows(Protocol):
-    """Describes what a list of dictionaries and a `datasets.Dataset` have in common."""
+    """A list of dictionaries or a `datasets.Dataset`."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
@@ -33,10 +33,10 @@ class TextRows(Protocol):
 
 
 def read_rows(source: DataSource) -> TextRows:
-    """Reads all rows of `data.path`. Each has at least the fields that the config names. A text file is one row.
+    """Reads all rows of a source. A text file is one row.
 
     Raises:
-        UserError: nothing is there, a file is empty or not valid JSON (names file and line), or a field is unknown.
+        UserError: nothing is there, a file cannot be read (names file and line), or a field is unknown.
     """
     if source.path == EMBEDDED:
         if source.format != "text":
@@ -53,11 +53,7 @@ def read_rows(source: DataSource) -> TextRows:
 
 
 def source_identity(source: DataSource) -> object:
-    """Returns what changes when the rows of a source change.
-
-    Raises:
-        UserError: nothing is there.
-    """
+    """Returns a value that differs after the rows of a source have changed."""
     if source.path == EMBEDDED:
         return embedded_text()
     files = files_of(source)
@@ -65,10 +61,7 @@ def source_identity(source: DataSource) -> object:
 
 
 def files_of(source: DataSource) -> list[Path] | None:
-    """Finds the files of a source: a file, a glob, or all files of a folder, sorted.
-
-    Returns:
-        None if its path is no local one.
+    """Finds the files of a source: a file, a glob, or all files of a folder, sorted. None: its path is not local.
 
     Raises:
         UserError: it looks like a path, but nothing is there.
@@ -92,13 +85,7 @@ def files_of(source: DataSource) -> list[Path] | None:
 
 
 def read_text_file(path: Path) -> str:
-    """Reads a text file that is not blank.
-
-    Raises:
-        UserError: it does not exist, is not UTF-8 or is blank.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    """Reads a text file. Raises UserError if it is not UTF-8 or blank."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -109,7 +96,7 @@ def read_text_file(path: Path) -> str:
 
 
 def _text_fields(source: DataSource) -> dict[str, str]:
-    """Maps the fields of text that a row must have to the keys of the config that name them."""
+    """Maps the text fields that a row must have to the settings that name them."""
     if source.format == "chat":
         return {}
     if source.format == "text":
@@ -134,7 +121,7 @@ def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
 
 
 def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a file, each with its place. `datasets` would name no line, and read dates as timestamps."""
+    """Yields the rows of a file with their place. `datasets` would name no line, and parse dates."""
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
@@ -174,7 +161,6 @@ def _as_row(value: Any, where: str, source: DataSource) -> TextRow:
 
 
 def _read_fields(source: DataSource, known: set[str]) -> list[str]:
-    """Returns the fields that are read, of those that are known."""
     if source.format == "chat":
         return chat_fields(known, source)
     fields = _text_fields(source)

