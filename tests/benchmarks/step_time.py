@@ -112,6 +112,7 @@ def summarise(
     after_cut_seconds: float,
 ) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in times.items()}
+    weight_bytes = [t.pruning_steps.weight_bytes for t in (dense, small)]
     flops = [flops_per_token(t.model.shape, config.data.window) for t in (dense, small)]
     return {
         "seconds_per_step": median,
