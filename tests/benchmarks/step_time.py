@@ -125,10 +125,7 @@ def summarise(
         "cut_over_step": cut_seconds / median["plain"],
         "step_after_cut_seconds": after_cut_seconds,
         "cut_and_step_after_over_step": (cut_seconds + after_cut_seconds - median["pruned"]) / median["plain"],
-        "weight_bytes_per_rank": {
-            "dense": dense.pruning_steps.weight_bytes,
-            "pruned": small.pruning_steps.weight_bytes,
-        },
+        "weight_bytes_per_rank": {"dense": weight_bytes[0], "pruned": weight_bytes[1]},
         "tokens_per_step": config.train.global_batch_size * config.data.window,
         "world_size": dense.model.world_size,
         "config": config.to_dict(),
