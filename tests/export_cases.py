@@ -6,7 +6,6 @@ The cut is written here a second time, from the architecture alone. It shares no
 import copy
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,24 +150,6 @@ def _select(linear: nn.Module, axis: int, kept: Tensor) -> None:
     linear.weight = nn.Parameter(linear.weight.detach().index_select(axis, kept))
     if axis == 0 and linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach().index_select(0, kept))
-
-
-def mask(model: PreTrainedModel, case: Case) -> None:
-    """Zeroes what the removed groups send into o_proj and down_proj of the dense model. No weight changes."""
-    query_width, _ = widths(case)
-    for layer, (heads, channels) in zip(model.get_submodule("model.layers").children(), kept_groups(case), strict=True):
-        for name, kept in [
-            ("self_attn.o_proj", columns(heads, query_width)),
-            ("mlp.down_proj", torch.tensor(channels)),
-        ]:
-            linear = layer.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            keep = torch.zeros(linear.in_features).index_fill(0, kept, 1.0)
-            linear.register_forward_pre_hook(_times(keep))
-
-
-def _times(keep: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-    return lambda module, args: (args[0] * keep,)
 
 
 def exported_config(model: PreTrainedModel, case: Case) -> tuple[ExportedConfig, ModelShape, ModelShape]:

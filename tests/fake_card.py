@@ -1,8 +1,7 @@
 """A device that stands in for a GPU. Its tensors hold real numbers, and no operation may mix them with the host's.
 
-On a CPU all tensors are on one device. So a tensor that was left there, or a mask that stayed on the host, shows only
-on a GPU. Here they show without one. The device is called "meta". torch runs its autograd anywhere, and the package
-takes it for a GPU, as it is no CPU.
+On a CPU all tensors are on one device, where a mask that stayed on the host goes unnoticed. The device is called
+"meta": torch runs its autograd anywhere, and the package takes it for a GPU because it is not a CPU.
 """
 
 from collections.abc import Iterator
@@ -22,20 +21,12 @@ INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)  
 
 
 class OnCard(Tensor):
-    """Wraps a tensor of the host."""
-
-    held: Tensor
+    held: Tensor  # on the host
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnCard":
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.size(),
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            device=CARD,
-        )
+        layout: Any = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        made = torch.Tensor._make_wrapper_subclass(cls, held.size(), device=CARD, **layout)
         made.held = held
         return made
 
@@ -48,14 +39,14 @@ class OnCard(Tensor):
 
 
 class FakeCard(TorchDispatchMode):
-    """Makes the tensors that are asked for on the card."""
+    """Makes the tensors of the card, which are asked for by its device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
 
 
 class FakeCardNumbers(TorchFunctionMode):
-    """Does so with `torch.tensor`, whose numbers no dispatch ever sees."""
+    """The same for `torch.tensor`, which no dispatch sees."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -66,18 +57,16 @@ class FakeCardNumbers(TorchFunctionMode):
 
 @contextmanager
 def fake_card() -> Iterator[None]:
-    """Has the card while it is open."""
     with FakeCard(), FakeCardNumbers():
         yield
 
 
 def put(tensor: Tensor) -> Tensor:
-    """Copies a tensor of the host to the card."""
     return OnCard(tensor.detach().clone())
 
 
 def take(tensor: Tensor) -> Tensor:
-    """Returns what a tensor of the card, or of the host, holds."""
+    """Returns the host's tensor inside one of the card."""
     return tensor.detach().held if isinstance(tensor, OnCard) else tensor.detach()  # type: ignore[attr-defined]
 
 
@@ -95,7 +84,7 @@ def put_module(module: nn.Module) -> None:
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Runs an operation on the host's tensors inside, and wraps what comes out if it belongs on the card."""
+    """Runs an operation on the host's tensors inside, and wraps the result if it belongs on the card."""
     given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     on_card = [x for x in given if isinstance(x, OnCard)]
     asked = kwargs.get("device")

@@ -29,10 +29,9 @@ from loraprune_ds.config import (
     TrainConfig,
 )
 from loraprune_ds.model import cuts as tensors
-from loraprune_ds.model.config_json import read_config
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import open_for_pruning
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent

@@ -42,7 +42,7 @@ def start_deepspeed(rank: int, world_size: int, folder: Path) -> None:
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),  # zero.Init reads it
         "WORLD_SIZE": str(world_size),
-        # Asked for by DeepSpeed, used by nobody: the ranks meet in a file.
+        # DeepSpeed asks for both, but the ranks meet in a file.
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
         "GLOO_SOCKET_IFNAME": "lo",  # a machine's own name need not resolve
@@ -52,8 +52,7 @@ def start_deepspeed(rank: int, world_size: int, folder: Path) -> None:
 
     torch.set_num_threads(1)
     deepspeed.utils.logger.setLevel("ERROR")
-    # Otherwise it compiles an all-reduce that only its inference uses: half a minute, in a cache that all checkouts
-    # share, where a build cut short by a killed worker leaves a lock that every later one waits for.
+    # As zero/engine.py does it. A build that a killed worker leaves behind would lock the cache of all checkouts.
     deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
     deepspeed.init_distributed(
         dist_backend="gloo",
@@ -72,10 +71,9 @@ class RankPool:
         self._sets: dict[int, _RankSet] = {}
 
     def run(self, world_size: int, function: Callable[..., T], *args: Any, timeout: float = 180) -> list[T]:
-        """Calls `function(*args)` on every rank; the values, in rank order.
+        """Calls `function(*args)` on every rank, and returns the values in rank order.
 
-        `function` is found by name in the worker, so it lives at the top level of a module; arguments and values
-        travel by pickle. Python's and torch's generators are the caller's to seed.
+        The worker finds `function` by name, so it lives at the top level of a module. Arguments and values are pickled.
 
         Raises:
             RankFailure: the traceback of the first rank that failed, the signal that ended one, or, after `timeout`
@@ -136,7 +134,7 @@ class _Worker:
             return _Failure(self.rank, time.monotonic(), report, died=True)
 
     def ask_where(self) -> None:
-        """Has the worker write down its Python stack, which needs no interpreter, even deep inside a collective."""
+        """Makes the worker write down its Python stack, even deep inside a collective."""
         if self.process.pid is not None and self.process.is_alive():
             os.kill(self.process.pid, signal.SIGUSR1)
 
@@ -158,7 +156,6 @@ class _RankSet:
         return self.collect(timeout)
 
     def collect(self, timeout: float) -> list[Any]:
-        """One answer from every rank, in rank order."""
         __tracebackhide__ = True
         waiting = {worker.connection: worker for worker in self.workers}
         answers: dict[int, Any] = {}
@@ -193,7 +190,7 @@ class _RankSet:
 
 
 def _arrivals(waiting: dict[Connection, _Worker], timeout: float) -> Iterator[tuple[int, Any]]:
-    """Ranks and their answers as they come, until all have come or the time is over; those leave `waiting`."""
+    """Yields ranks and their answers as they come, and removes them from `waiting`, until the time is over."""
     deadline = time.monotonic() + timeout
     while waiting and (ready := wait(waiting, max(0.0, deadline - time.monotonic()))):
         for connection in ready:
@@ -208,7 +205,6 @@ def _how_it_ended(exitcode: int | None) -> str:
 
 
 def _serve(connection: Connection, stack: Path, setup: Setup, setup_arguments: tuple[int, int, Path]) -> None:
-    """The worker's life: set up, then one job after the other until the pool goes away."""
     with stack.open("w") as stack_file:
         faulthandler.enable(stack_file)
         faulthandler.register(signal.SIGUSR1, stack_file)
@@ -217,7 +213,7 @@ def _serve(connection: Connection, stack: Path, setup: Setup, setup_arguments: t
         with contextlib.suppress(EOFError):
             while True:
                 connection.send_bytes(_answer(rank, _run_job, (connection.recv_bytes(),)))
-                gc.collect()  # engines are full of cycles; without this they pile up from test to test
+                gc.collect()  # engines are full of cycles and would pile up
 
 
 def _run_job(job: bytes) -> Any:

@@ -17,7 +17,7 @@ from loraprune_ds.pruning.input_moments import InputMoments
 from loraprune_ds.whole import remove, remove_leftovers
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.training_state import collect_lora_state
+from loraprune_ds.zero.training_engine import collect_lora_state
 from loraprune_ds.zero.write import frozen_tensors, write_model
 
 

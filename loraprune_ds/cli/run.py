@@ -19,8 +19,13 @@ from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.launchers import find_launchers
 from loraprune_ds.train.output import inspect_output, resumed_config
-from loraprune_ds.zero.environment import check_ranks, collective_timeout, deterministic_kernels, longest_silence
-from loraprune_ds.zero.launcher import launcher_command
+from loraprune_ds.zero.environment import (
+    check_ranks,
+    collective_timeout,
+    deterministic_kernels,
+    launcher_command,
+    longest_silence,
+)
 
 STOPPED_EXIT_CODE = 85  # asked to stop, and saved
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped immediately

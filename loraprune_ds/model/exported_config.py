@@ -1,27 +1,26 @@
-"""The config.json of a pruned model. It is stock if a stock class can hold the shape. transformers 4 and 5 read it."""
+"""The config.json of a pruned model, which transformers 4 and 5 read. Stock if a stock class can hold the shape."""
 
-import copy
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from loraprune_ds.model.classes import causal_lm_class, config_class
+from loraprune_ds.model.classes import causal_lm_class, config_object
 from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.folder_files import AUTO_MAP
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 
-# Keys about the source's files and its own pruning. They say nothing about this model.
+# Keys about the source's files and its own pruning, not about this model.
 DROPPED = {"_name_or_path", AUTO_MAP, "per_layer_config", "pretraining_tp", "quantization_config"}
 MODELLING_FILE = "modeling_pruned.py"
 OUR_CLASSES = {
-    "AutoConfig": "PrunedConfig",
-    "AutoModel": "PrunedModel",  # vLLM builds the model through this one
-    "AutoModelForCausalLM": "PrunedForCausalLM",
+    "AutoConfig": "modeling_pruned.PrunedConfig",
+    "AutoModel": "modeling_pruned.PrunedModel",  # vLLM builds the model through this one
+    "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM",
 }
-# What transformers assumes where config.json is silent. The Llama and Mistral classes differ in these.
+# The defaults of transformers. The Llama and Mistral classes differ in these.
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 DEFAULT_SLIDING_WINDOW = 4096  # of MistralConfig
 DEFAULT_ROPE_THETA = 10000.0
@@ -30,21 +29,14 @@ OLD_ROPE = {"rope_theta", "rope_scaling"}  # names of transformers 4
 
 @dataclass(frozen=True)
 class ExportedConfig:
-    """Describes a pruned model on disk.
-
-    Attributes:
-        config: the contents of config.json.
-        modelling_file: file of loraprune_ds/model that has to lie beside the weights. None for a stock model.
-        renamed: the model type is not the source's.
-    """
+    """Describes a pruned model on disk."""
 
     config: dict[str, Any]
-    modelling_file: str | None
-    renamed: bool
+    modelling_file: str | None  # of loraprune_ds/model, belongs next to the weights. None for a stock model
+    renamed: bool  # the model type is not the source's
 
     @property
     def trust_remote_code(self) -> bool:
-        """True if transformers must be told to run the file in the folder."""
         return self.modelling_file is not None
 
     @property
@@ -57,12 +49,12 @@ class ExportedConfig:
 def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> ExportedConfig:
     """Describes a model of the source's family with the sizes of `shape`. Weights are stored as `dtype` ("bfloat16").
 
-    It keeps the source's fields and changes only the counts. Uniform layers stay a stock model. Some stock configs of
+    Only the counts differ from the source's fields. Uniform layers stay a stock model. Some stock configs of
     transformers 5 refuse a head count that does not divide hidden_size. A Llama without biases then becomes a Mistral,
-    whose class has the same mathematics and no such check. For the others the shipped modelling file remains.
+    whose class has the same mathematics and no such check. The others get the shipped modelling file.
 
     Args:
-        source: config.json of the model that was pruned. It may itself be the config of a pruned export.
+        source: config.json of the model that was pruned, possibly of a pruned export.
     """
     family = family_name(shape.model_type)
     stock = [family] if shape.is_uniform else []
@@ -77,23 +69,16 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
 
 
 def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a config.json that names no code but our modelling file, and that only where it needs it."""
+    """Removes foreign code from a config.json, and names our modelling file if it is needed."""
     if not str(config["model_type"]).startswith(PRUNED):
         return {key: value for key, value in config.items() if key != AUTO_MAP}
-    return config | {
-        "architectures": [causal_lm_class(config["model_type"]).__name__],
-        AUTO_MAP: {auto: f"{MODELLING_FILE.removesuffix('.py')}.{name}" for auto, name in OUR_CLASSES.items()},
-    }
+    return config | {"architectures": ["PrunedForCausalLM"], AUTO_MAP: OUR_CLASSES}
 
 
 def _is_refused(config: dict[str, Any]) -> bool:
-    """Tells if the stock class does not take these counts.
-
-    Some want a head count that divides hidden_size. Phi-3 computes the length of its long rotary factors from it.
-    """
     try:
-        config_class(config["model_type"]).from_dict(copy.deepcopy(config))  # which changes what it is given
-    except StrictDataclassError:
+        config_object(config)
+    except StrictDataclassError:  # of the head count. Phi-3 computes the length of its long rotary factors from it
         return True
     return False
 
@@ -101,6 +86,8 @@ def _is_refused(config: dict[str, Any]) -> bool:
 def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:
     mixture = shape.family.mixture
     dropped = DROPPED | ({mixture.new_count} if mixture else set())
+    if model_type == "mistral" and model_type != shape.model_type:
+        dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
     config = {key: value for key, value in source.items() if key not in dropped}
     config |= _sizes(shape) | _rope(source, family_name(shape.model_type)) | _family_options(source, shape, model_type)
     config |= {
@@ -112,17 +99,11 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
         # Without a version AutoTokenizer suspects every mistral model of an old tokenizer bug, and warns.
         "transformers_version": version("transformers"),
     }
-    if model_type == "mistral" and model_type != shape.model_type:  # what a Mistral never has
-        config.pop("attention_bias", None)
-        config.pop("mlp_bias", None)
     return config
 
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:
-    """Returns the global sizes and each layer's own.
-
-    The global ones are those of the widest layer. A reader of only these never reserves too little.
-    """
+    """Returns each layer's sizes, and as global ones the widest layer's: a reader of only these reserves enough."""
     widest = LayerShape((kind, max(layer[kind] for layer in shape.layers)) for kind in shape.kinds)
     sizes: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
@@ -144,16 +125,14 @@ def _layer_sizes(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
 
 
 def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
-    """Returns the rotary settings under the names of transformers 4 and of transformers 5.
-
-    4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. 5 prefers a rope_scaling that is not
-    null, and completes it with rope_theta. Else it reads rope_parameters. There Gemma 3 and Olmo 3 have settings for
-    each kind of layer. 4 can scale those of full attention alone.
-    """
+    """Returns the rotary settings under the names of transformers 4 and of transformers 5."""
+    # 4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. 5 prefers a rope_scaling that is not
+    # null, and completes it with rope_theta. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings
+    # for each kind of layer. 4 can scale only full attention.
     given = source.get("rope_scaling") or source.get("rope_parameters") or {}
     full = dict(given.get("full_attention", given))
     if family not in DEFAULT_POSITIONS and (OLD_ROPE & source.keys() or "rope_theta" not in full):
-        return {}  # both versions read what the source says. Where it says nothing, families differ in their defaults
+        return {}  # both versions read the source's settings, and each family has its own defaults
     theta = full.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
     legacy_type = full.pop("type", None)
     rope_type = full.pop("rope_type", None) or legacy_type or "default"
@@ -169,7 +148,7 @@ def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def _family_options(source: dict[str, Any], shape: ModelShape, model_type: str) -> dict[str, Any]:
-    """Returns fields of Llama and Mistral, which may stand for each other and differ in their defaults."""
+    """Returns fields of Llama and Mistral: a Llama may be written as a Mistral, whose defaults differ."""
     family = family_name(shape.model_type)
     if family not in DEFAULT_POSITIONS:
         return {}

@@ -1,11 +1,11 @@
-"""The one table that knows model families: what leaves with a group of a decoder layer, and what else is special.
+"""The one table of model families: the parts of a decoder layer that leave with a group, and all peculiarities.
 
-A decoder layer has groups of several kinds. All of a group leaves together.
+A decoder layer has groups of several kinds. A group leaves as a unit.
   heads     one key-value head with all the query heads that read it. Under MHA it is one head.
   channels  one MLP channel.
-  experts   one expert of a mixture, whole (experts.py).
-A layer holds what belongs to the kinds that it has. So a dense layer among sparse ones has heads and no experts. Its
-MLP stays whole and has no LoRA, because PEFT takes linears of these names for those of experts.
+  experts   one expert of a mixture (experts.py).
+A dense layer among sparse ones has heads and no experts. Its MLP is never cut and has no LoRA, because PEFT mistakes
+linears of these names for experts.
 
 Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another. Each group is
 `width` rows (or columns) wide. That covers separate weights, fused ones (q|k|v, gate|up), biases and norms. All other
@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family_row import Companion, Family, Linear, Linears, Mixture, Part, Runtime, Width
+from loraprune_ds.model.family_row import Companion, Family, Linear, Mixture, Part, Runtime, Width
 
 PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
 
@@ -43,8 +43,8 @@ ATTENTION = (
 )
 GATED = (_rows("mlp.gate_proj", CHANNELS), _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS))
 FUSED_GATED = (_rows("mlp.gate_up_proj", CHANNELS, CHANNELS), _columns("mlp.down_proj", CHANNELS))
-# A norm over the whole projected width. Its weight is sliced, so a cut there is not quite equal to a mask: what is left
-# is divided by the mean square of fewer elements.
+# A norm over the whole projected width. Its weight is sliced, so a cut there is not quite equal to a mask: the mean
+# square that divides the remaining elements is of fewer elements.
 WIDE_NORMS = (
     Companion("self_attn.q_norm.weight", (QUERIES,)),
     Companion("self_attn.k_norm.weight", (KEYS,)),
@@ -53,8 +53,10 @@ WIDE_NORMS = (
 MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
 
 
-def _stacks(experts: str, gate_up: tuple[str, ...], down: tuple[str, ...], *, transposed: bool = False) -> Linears:
-    """Describes the two stacks of gated experts. `gate_up` and `down` are names on disk (`Linear.stored`)."""
+def _stacks(
+    experts: str, gate_up: tuple[str, ...], down: tuple[str, ...], *, transposed: bool = False
+) -> tuple[Linear, ...]:
+    """Returns the two stacks of gated experts. `gate_up` and `down` are names on disk (`Linear.stored`)."""
 
     def stack(name: str, outputs: Width, inputs: Width, stored: tuple[str, ...]) -> Linear:
         rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
@@ -64,7 +66,7 @@ def _stacks(experts: str, gate_up: tuple[str, ...], down: tuple[str, ...], *, tr
 
 
 def _each(block: str, gate: str, up: str, down: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the names on disk where each expert has its own linears."""
+    """Returns these names on disk where each expert has separate linears."""
     gate, up, down = (f"{block}.experts.{{}}.{name}.weight" for name in (gate, up, down))
     return (gate, up), (down,)
 
@@ -82,6 +84,11 @@ def _first(dense: list[int]) -> dict[str, Any]:
     return {"first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}  # those are no part of the model
 
 
+LOCAL_EXPERTS = Mixture("num_local_experts", "intermediate_size")
+GRANITE_STACKS = _stacks(
+    "block_sparse_moe.experts", ("block_sparse_moe.input_linear.weight",), ("block_sparse_moe.output_linear.weight",)
+)
+GPT_OSS_STACKS = _stacks("mlp.experts", ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",), transposed=True)
 EXPERT_STACKS = _stacks("mlp.experts", *_each("mlp", "gate_proj", "up_proj", "down_proj"))
 DENSE_MLP = tuple(f"{linear.name}." for linear in GATED)
 QWEN_MOE = Family(
@@ -131,7 +138,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         (*ATTENTION, *_stacks("mlp.experts", *_each("block_sparse_moe", "w1", "w3", "w2"))),
         (_router("mlp.gate", "block_sparse_moe.gate.weight"),),
-        mixture=Mixture("num_local_experts", "intermediate_size"),
+        mixture=LOCAL_EXPERTS,
     ),
     "qwen3_moe": QWEN_MOE,
     "qwen2_moe": replace(QWEN_MOE, whole=(*DENSE_MLP, "mlp.shared_expert.", "mlp.shared_expert_gate.")),
@@ -158,23 +165,13 @@ FAMILIES: dict[str, Family] = {
         fixed=("heads",),
     ),
     "granitemoe": Family(
-        (
-            *ATTENTION,
-            *_stacks(
-                "block_sparse_moe.experts",
-                ("block_sparse_moe.input_linear.weight",),
-                ("block_sparse_moe.output_linear.weight",),
-            ),
-        ),
+        (*ATTENTION, *GRANITE_STACKS),
         (_router("block_sparse_moe.router", "block_sparse_moe.router.layer.weight"),),
         logit_divisor="logits_scaling",
-        mixture=Mixture("num_local_experts", "intermediate_size"),
+        mixture=LOCAL_EXPERTS,
     ),
     "gpt_oss": Family(
-        (
-            *ATTENTION,
-            *_stacks("mlp.experts", ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",), transposed=True),
-        ),
+        (*ATTENTION, *GPT_OSS_STACKS),
         (
             Companion("self_attn.sinks", (Part("heads", "query_count"),)),
             _router("mlp.router"),
@@ -184,13 +181,12 @@ FAMILIES: dict[str, Family] = {
         ),
         eager_only="attention sinks",
         packs=False,
-        mixture=Mixture("num_local_experts", "intermediate_size"),
+        mixture=LOCAL_EXPERTS,
     ),
 }
 
 
 def family_name(model_type: str) -> str:
-    """Returns the `model_type` of the family, also of an export whose layers have different widths."""
     return model_type.removeprefix(PRUNED)
 
 
@@ -198,10 +194,10 @@ def find_family(model_type: object, where: str, others: str = "") -> Family:
     """Returns the family of a model.
 
     Args:
-        others: what the refusal names beside the families.
+        others: the refusal names this after the families.
 
     Raises:
-        UserError: it is in no family of the table. The line names `where`, the folder, hub id or model.
+        UserError: no family of the table has this model type. The line names `where`, the folder, hub id or model.
     """
     if isinstance(model_type, str) and family_name(model_type) in FAMILIES:
         return FAMILIES[family_name(model_type)]

@@ -29,29 +29,21 @@ class Part:
 class Linear:
     """Describes one LoRA-adapted linear of a decoder layer. A cut makes it smaller and its elements are scored.
 
-    Attributes:
-        name: path inside the decoder layer, as in the weight files.
-        axis: the axis of weight (out_features, in_features) that a cut makes smaller.
-        parts: what lies along that axis. All parts of a linear are of one kind.
-        across: what lies along the other axis.
-        stored: of a stack, what lies on disk for one expert, one after another: names with {} for its number. A name
-            without {} is one tensor of three dimensions, of all experts. A stack has the linears of all experts of a
-            layer, one below the other (experts.py). Empty: it is one linear.
-        transposed: of a stack, the rows of an expert are its inputs.
-        optional: some models of the family lack it.
+    A stack holds the linears of all experts of a layer, one below the other (experts.py).
     """
 
-    name: str
-    axis: Literal[0, 1]
-    parts: tuple[Part, ...]
-    across: Width = "hidden"
+    name: str  # path inside the decoder layer, as in the weight files
+    axis: Literal[0, 1]  # the axis of weight (out_features, in_features) that a cut makes smaller
+    parts: tuple[Part, ...]  # the groups along that axis, all of one kind
+    across: Width = "hidden"  # the width of the other axis
+    # Only of a stack: the names on disk of one expert's tensors in order, with {} for its number. A name without {} is
+    # one tensor of three dimensions, of all experts.
     stored: tuple[str, ...] = ()
-    transposed: bool = False
-    optional: bool = False
+    transposed: bool = False  # of a stack: the rows of an expert are its inputs
+    optional: bool = False  # some models of the family lack it
 
     @property
     def kind(self) -> Kind:
-        """The kind of its groups."""
         return self.parts[0].kind
 
     @property
@@ -60,7 +52,7 @@ class Linear:
 
     @property
     def loses_inputs(self) -> bool:
-        """True if a cut takes its inputs, as those of o_proj and down_proj. A stack of experts does not count."""
+        """True if a cut takes inputs from it, like o_proj and down_proj. Never true of a stack of experts."""
         return self.axis == 1
 
     @property
@@ -75,11 +67,8 @@ class Linear:
 
     @property
     def expert_inputs(self) -> Width:
-        """Returns what one expert of a stack reads."""
+        """The inputs of one expert of a stack."""
         return self.parts[0].width if self.transposed else self.across
-
-
-Linears = tuple[Linear, ...]
 
 
 class LinearId(NamedTuple):
@@ -91,96 +80,55 @@ class LinearId(NamedTuple):
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes a parameter without LoRA that loses rows with the groups: a norm over all heads, or a router.
-
-    Attributes:
-        across: what lies along the second axis. None: it is a vector.
-        stored: its name on disk, if it has another there.
-        exact: it is fp32 in every model.
-    """
+    """Describes a parameter without LoRA that loses rows with the groups: a norm over all heads, or a router."""
 
     name: str
     parts: tuple[Part, ...]
-    across: Width | None = None
-    stored: str | None = None
-    exact: bool = False
+    across: Width | None = None  # the width of the second axis. None: it is a vector
+    stored: str | None = None  # its name on disk, if that differs
+    exact: bool = False  # it is fp32 in every model
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Names a count that a forward reads from a module of the layer, so that it must follow a cut.
+    """Names a count that a forward reads from a module of the layer, so that it must follow a cut."""
 
-    Attributes:
-        module: path inside the decoder layer, of a module or of its config.
-        width: what the module counts per group.
-    """
-
-    module: str
+    module: str  # path inside the decoder layer, of a module or of its config
     attribute: str
     kind: Kind
-    width: Width = "one"
-
-
-def no_dense(layers: list[int]) -> dict[str, Any]:
-    """Describes the dense layers of a family that has none."""
-    assert not layers
-    return {}
+    width: Width = "one"  # the module counts these per group
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Names the fields of config.json about experts.
+    """Names the fields of config.json about experts."""
 
-    Attributes:
-        count: how many there are.
-        size: how wide one is.
-        new_count: the name under which transformers 5 writes `count`. It reads both.
-        dense: the layers without experts -> the fields that say so.
-        grouped: its router first chooses `topk_group` of `n_group` groups of experts, by the best two of each.
-    """
-
-    count: str
-    size: str
-    new_count: str = "num_local_experts"
-    dense: Callable[[list[int]], dict[str, Any]] = no_dense
-    grouped: bool = False
+    count: str  # the number of experts
+    size: str  # the width of one
+    new_count: str = "num_local_experts"  # transformers 5 writes `count` under this name. It reads both
+    dense: Callable[[list[int]], dict[str, Any]] = lambda _: {}  # the layers without experts -> the fields that say so
+    grouped: bool = False  # the router first chooses `topk_group` of `n_group` groups, by the best two of each
 
 
 @dataclass(frozen=True)
 class Family:
-    """Describes a family of decoder-only models.
+    """Describes a family of decoder-only models."""
 
-    Attributes:
-        linears: the LoRA-adapted linears of a decoder layer, in the order of its forward.
-        companions: other parameters that a cut makes smaller.
-        runtime: counts that a forward reads.
-        softcap: config field with the cap c of c · tanh(logits / c), if the family has one.
-        logit_scale: config field with the factor on the logits.
-        logit_divisor: config field with a divisor of the logits.
-        eager_only: what attention has that sdpa lacks.
-        packs: its class keeps packed samples apart by their positions.
-        windows_begin_with_bos: the model predicts badly without BOS, so a window in the middle of a text has it, too.
-        mixture: its MLPs are mixtures of experts.
-        whole: how the names of matrices begin that no cut makes smaller. They have no LoRA.
-        fixed: kinds of which nothing leaves.
-        widths: sizes that config.json has fields for. A width is the sum of its fields.
-        vllm: vLLM's `model_impl` for it. "auto" is vLLM's own class, if there is one.
-    """
-
-    linears: tuple[Linear, ...]
-    companions: tuple[Companion, ...] = ()
-    runtime: tuple[Runtime, ...] = ()
-    softcap: str | None = None
-    logit_scale: str | None = None
-    logit_divisor: str | None = None
-    eager_only: str | None = None
-    packs: bool = True
-    windows_begin_with_bos: bool = False
-    mixture: Mixture | None = None
-    whole: tuple[str, ...] = ()
-    fixed: tuple[Kind, ...] = ()
+    linears: tuple[Linear, ...]  # with LoRA, in the order of the forward
+    companions: tuple[Companion, ...] = ()  # other parameters that a cut makes smaller
+    runtime: tuple[Runtime, ...] = ()  # counts that a forward reads
+    softcap: str | None = None  # config field with the cap c of c · tanh(logits / c)
+    logit_scale: str | None = None  # config field with the factor on the logits
+    logit_divisor: str | None = None  # config field with a divisor of the logits
+    eager_only: str | None = None  # the feature of its attention that sdpa lacks
+    packs: bool = True  # its class keeps packed samples apart by their positions
+    windows_begin_with_bos: bool = False  # it predicts badly without BOS, also in the middle of a text
+    mixture: Mixture | None = None  # its MLPs are mixtures of experts
+    whole: tuple[str, ...] = ()  # prefixes of the matrices that no cut makes smaller. They have no LoRA
+    fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
+    # Sizes that config.json has fields for. A width is the sum of its fields.
     widths: Mapping[Width, tuple[str, ...]] = field(default_factory=dict[Width, tuple[str, ...]])
-    vllm: Literal["auto", "transformers"] = "auto"
+    vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

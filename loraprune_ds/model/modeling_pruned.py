@@ -1,8 +1,8 @@
-"""A stock causal LM whose layers differ in attention heads and MLP width. Structured pruning leaves such a model.
+"""A stock causal LM whose layers differ in attention heads and MLP width, as structured pruning leaves them.
 
 config.json has the sizes of each layer in transformers' own form. It parses that from 5.16 on. 4.x has a plain dict.
     "per_layer_config": {"0": {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1301}, ...}
-A size that a layer does not name is the global one. This file needs nothing but torch and transformers:
+Sizes that a layer does not name are the global ones. This file needs only torch and transformers:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 """
 
@@ -17,7 +17,6 @@ FAMILY = "llama"  # the export writes the model_type of the stock model here
 
 
 def layer_config(config: Any, layer: int) -> Any:
-    """Returns the config with the sizes of one layer."""
     per_layer = getattr(config, "per_layer_config", None)
     if per_layer is not None and not isinstance(per_layer, dict):  # transformers 5 resolves the sizes itself
         return per_layer[layer]
@@ -29,7 +28,7 @@ def layer_config(config: Any, layer: int) -> Any:
 
 
 def rebuild_layers(decoder: nn.Module, config: Any) -> None:
-    """Builds each layer anew at its own size. from_pretrained does that on the meta device, where it costs nothing."""
+    """Rebuilds each layer at its own size. from_pretrained does that on the meta device, where it costs nothing."""
     layers: Any = decoder.get_submodule("layers")
     for i, layer in enumerate(layers):
         layers[i] = type(layer)(layer_config(config, i), i)
@@ -37,7 +36,7 @@ def rebuild_layers(decoder: nn.Module, config: Any) -> None:
 
 def give_config(model: Any, one_size: Any, config: Any) -> None:
     """Gives a model its config. It was built at one size, as transformers 5 warns where a global size is read."""
-    config._attn_implementation = one_size._attn_implementation  # what transformers has chosen
+    config._attn_implementation = one_size._attn_implementation  # chosen by transformers
     model.config = config
 
 
@@ -49,23 +48,23 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
 
     class PrunedConfig(base_config):
         model_type = f"pruned_{family}"
-        # In transformers 5 code that knows one size for all layers reads the global one. Else it would raise.
+        # Code of transformers 5 that knows one size for all layers reads the global one instead of raising.
         allow_global_per_layer_attribute_access = True
 
         def validate(self) -> None:
             """Does nothing. Some stock configs want a head count that divides hidden_size. head_dim is explicit."""
 
         def _rope_scaling_validation(self) -> None:
-            """Does nothing. A Phi-3 of transformers 4 checks its long rotary factors by hidden_size / heads here."""
+            """Does nothing. A Phi-3 of transformers 4 checks its long rotary factors by hidden_size / heads."""
 
     class PerLayer:
         @classmethod
         def _can_set_attn_implementation(cls) -> bool:
-            """Asks the stock class. transformers looks for attention in the file of a class, and this file has none."""
+            """Asks the stock class. transformers looks for attention in the file of a class, not in this one."""
             return base_causal_lm._can_set_attn_implementation()
 
         def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-            """Tells every layer. Each has a config of its own, which must not keep the old implementation."""
+            """Tells every layer. Each has a separate config, which must not keep the old implementation."""
             super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
             model: Any = self
             for module in model.modules():
@@ -98,7 +97,7 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
 
 
 def share_conversions(family: str, model_type: str) -> None:
-    """Has transformers 5 read weight files as those of the family. There experts are stacked as they are read."""
+    """Makes transformers 5 read weight files like the family's, where experts are stacked while they are read."""
     try:
         from transformers import conversion_mapping
     except ImportError:  # transformers 4 has them apart, as the files do

@@ -18,9 +18,8 @@ from loraprune_ds.model.cuts import Slice, layer_cuts
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Held, Int8, Matrix, NotFinite
 from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.pieces import Pieces
 from loraprune_ds.model.read_shape import check_family, shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import ModelShape, Pieces
 from loraprune_ds.model.text_part import text_config, text_tensors
 from loraprune_ds.model.weight_files import Headers, read_headers
 

@@ -1,23 +1,61 @@
 """Reads a model's sizes: its counts from config.json, and every parameter's shape from modules without weights."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub import hf_hub_download
+
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, first_line
+from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, refused_in_one_line
-from loraprune_ds.model.family import find_family
+from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.family import FAMILIES, find_family
 from loraprune_ds.model.family_row import Family, Width
+from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape, Sizes
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
-EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERT_FIELDS = {family.mixture.count for family in FAMILIES.values() if family.mixture}
 REFUSED = ("kv_lora_rank", "linear_num_key_heads")
+# LLaMA (arXiv 2302.13971, table 2). Heads have 128 dimensions, and there are 32,000 tokens.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+LLAMA = {
+    "llama-7b": (4096, 32, 32, 11008),
+    "llama-13b": (5120, 40, 40, 13824),
+    "llama-30b": (6656, 60, 52, 17920),
+    "llama-65b": (8192, 80, 64, 22016),
+}
+
+
+def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
+    """Reads config.json alone. No weight is read or downloaded.
+
+    Args:
+        model: a folder, a hub id, or a name of LLAMA.
+
+    Raises:
+        UserError: the model is not found here or on the hub.
+    """
+    if model in LLAMA:
+        return {"model_type": "llama", "vocab_size": 32_000} | dict(zip(SIZES, LLAMA[model], strict=True))
+    folder = embedded_model_dir() if model == EMBEDDED else Path(model).expanduser()
+    if folder.is_dir():
+        return read_json(folder / "config.json")
+    known = f"a folder, a hub id, or one of {', '.join(LLAMA)}"
+    if model.startswith((".", "~", "/")) or model.count("/") != 1:
+        raise UserError(f"model {model} does not exist; give {known}")
+    try:
+        return read_json(Path(hf_hub_download(model, "config.json", revision=revision)))
+    except HUB_ERRORS as error:
+        reason = first_line(error)
+        raise UserError(f"model {model} is no folder and not available from the hub ({reason}); give {known}") from None
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
-    """Reads `config.json` of a supported model, `per_layer_config` included. Of a multimodal one only the text part.
+    """Reads `config.json` of a supported model or of the text part of a multimodal one, with its `per_layer_config`.
 
     Raises:
         UserError: the model type is not supported. A size is missing or impossible. Key-value heads do not divide query
@@ -45,6 +83,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
     parameters = _meta_parameters(config, where)
+    inside = [_inside(parameters, i) for i in range(num_layers)]
     shape = ModelShape(
         model_type=config["model_type"],
         hidden_size=hidden,
@@ -52,21 +91,24 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         queries_per_group=sizes[0][0] // sizes[0][1]["heads"],
         vocab_size=vocab_size,
         tie_word_embeddings="lm_head.weight" not in parameters,
-        layers=_held_layers(where, [layer for _, layer in sizes], parameters, family),
-        absent=frozenset(
-            x.name for x in family.linears if x.optional and f"model.layers.0.{x.name}.weight" not in parameters
-        ),
+        layers=_layers(where, [layer for _, layer in sizes], inside, family),
+        biases=frozenset(x.name for x in family.linears if any(f"{x.name}.bias" in names for names in inside)),
+        ends={name: size for name, size in parameters.items() if not name.startswith("model.layers.")},
+        absent=frozenset(x.name for x in family.linears if x.optional and f"{x.name}.weight" not in inside[0]),
         widths=widths,
         **of_experts,
     )
-    return _add_parameters(shape, parameters, where)
+    first = {layer.kinds: i for i, layer in reversed([*enumerate(shape.layers)])}
+    shape = replace(shape, layer_others={kinds: _others(shape, i, inside[i]) for kinds, i in first.items()})
+    _check_explained(shape, parameters, where)
+    return shape
 
 
 def check_family(config: RunConfig, family: Family, source: dict[str, Any], where: str) -> None:
-    """Checks that a run asks for nothing that this family lacks, or that would have no effect. `source` is config.json.
+    """Checks that this family can do what a run asks for. `source` is config.json.
 
     Raises:
-        UserError: it does. The line names `where`, the folder or hub id.
+        UserError: it cannot. The line names `where`, the folder or hub id.
     """
     prune = config.prune
     if config.data.packing and not family.packs:
@@ -83,19 +125,19 @@ def check_family(config: RunConfig, family: Family, source: dict[str, Any], wher
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 
-def _meta_parameters(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of all parameters, each once, from modules without weights.
-
-    Raises:
-        UserError: transformers refuses the config. Or the model needs tensors on disk that are no parameters, which
-            nothing here reads or exports.
-    """
+def _meta_parameters(config: dict[str, Any], where: str) -> Sizes:
+    """Returns names and shapes of all parameters, each once, from modules without weights."""
     with refused_in_one_line(where):
         model = build_on_meta(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head under both of its names
-    if buffers := sorted(model.state_dict().keys() - parameters.keys()):
+    if buffers := sorted(model.state_dict().keys() - parameters.keys()):  # nothing here reads or exports these
         raise UserError(f"{where}: weight files hold the buffer {buffers[0]}; such models are not supported")
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _inside(parameters: Sizes, layer: int) -> Sizes:
+    prefix = f"model.layers.{layer}."
+    return {name.removeprefix(prefix): size for name, size in parameters.items() if name.startswith(prefix)}
 
 
 def _find_family(config: dict[str, Any], where: str) -> Family:
@@ -104,25 +146,20 @@ def _find_family(config: dict[str, Any], where: str) -> Family:
     )
     known = {field for fields in family.widths.values() for field in fields}
     refused = {*REFUSED, *(() if family.mixture else EXPERT_FIELDS)} - known
-    if found := next((key for key in refused if config.get(key)), None):
-        raise UserError(f"{where}: config.json has {found}: such layers are not supported")
+    if field := next((key for key in refused if config.get(key)), None):
+        raise UserError(f"{where}: config.json has {field}: such layers are not supported")
     return family
 
 
-def _held_layers(where: str, sizes: list[LayerShape], parameters: Sizes, family: Family) -> tuple[LayerShape, ...]:
-    """Returns the groups that each layer has. It has those of a kind if it has a linear of that kind.
-
-    Kinds that no layer has are left out.
-    """
-    held = [
-        {x.kind for x in family.linears if f"model.layers.{i}.{x.name}.weight" in parameters} for i in range(len(sizes))
-    ]
-    kinds = [kind for kind in family.kinds if any(kind in own for own in held)]
+def _layers(where: str, sizes: list[LayerShape], inside: list[Sizes], family: Family) -> tuple[LayerShape, ...]:
+    """Returns the groups of each layer. It has groups of a kind if it has a linear of that kind."""
+    own = [{x.kind for x in family.linears if f"{x.name}.weight" in names} for names in inside]
+    kinds = [kind for kind in family.kinds if any(kind in of_layer for of_layer in own)]
     if family.mixture and "experts" not in kinds:
         raise UserError(f"{where}: no layer has experts; such a model is saved as one of a dense family")
     return tuple(
-        LayerShape((kind, layer[kind] if kind in own else 0) for kind in kinds)
-        for layer, own in zip(sizes, held, strict=True)
+        LayerShape((kind, layer[kind] if kind in of_layer else 0) for kind in kinds)
+        for layer, of_layer in zip(sizes, own, strict=True)
     )
 
 
@@ -139,7 +176,7 @@ def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int)
 
 
 def _layer_sizes(config: dict[str, Any], defaults: Any, family: Family) -> tuple[int, LayerShape]:
-    """Returns the query heads of a layer, and its groups. Each query head has its own key-value head by default."""
+    """Returns the query heads of a layer, and its groups. By default each query head has its own key-value head."""
     queries = int(config["num_attention_heads"])
     heads = config.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None)) or queries
     counts = config | {"num_key_value_heads": heads}
@@ -155,7 +192,7 @@ def _old_names(config: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _widths(config: dict[str, Any], defaults: Any, family: Family) -> dict[Width, int]:
-    """Returns the family's own widths. A field that is null counts as 0: what it measures is not there."""
+    """Returns the family's own widths. A null field counts as 0."""
     return {
         width: sum(int(config.get(field, getattr(defaults, field)) or 0) for field in fields)
         for width, fields in family.widths.items()
@@ -163,7 +200,7 @@ def _widths(config: dict[str, Any], defaults: Any, family: Family) -> dict[Width
 
 
 def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict[str, Any]:
-    """Returns what a `ModelShape` has of experts. Nothing without them."""
+    """Returns the fields of a `ModelShape` about experts."""
     if family.mixture is None:
         return {}
     groups, chosen = (
@@ -171,7 +208,7 @@ def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict
         for field in ("n_group", "topk_group")
     )
     per_token = int(config["num_experts_per_tok"])
-    of_each = max(2 * family.mixture.grouped, -(-per_token // chosen))  # which the router compares by their best two
+    of_each = max(2 * family.mixture.grouped, -(-per_token // chosen))  # the router compares the best two of each
     return {
         "expert_size": int(config[family.mixture.size]),
         "experts_per_token": per_token,
@@ -180,33 +217,20 @@ def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict
     }
 
 
-def _add_parameters(shape: ModelShape, found: Sizes, where: str) -> ModelShape:
-    """Adds the biases, and the parameters that no cut makes smaller.
-
-    Raises:
-        UserError: a tensor has a shape that the family's table does not explain. Or layers differ in what they hold.
-    """
-    shape = replace(
-        shape,
-        biases=frozenset(x.name for i, x in shape.linear_ids() if f"model.layers.{i}.{x.name}.bias" in found),
-        ends={name: size for name, size in found.items() if not name.startswith("model.layers.")},
-    )
-    first = {layer.kinds: i for i, layer in reversed([*enumerate(shape.layers)])}
-    shape = replace(shape, layer_others={kinds: _whole(shape, i, found) for kinds, i in first.items()})
-    expected = shape.parameters()
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            sizes = [list(some[name]) if name in some else "nothing" for some in (found, expected)]
-            raise UserError(f"{where}: {name} has shape {sizes[0]}, where a {shape.model_type} layer has {sizes[1]}")
-    return shape
-
-
-def _whole(shape: ModelShape, layer: int, found: Sizes) -> Sizes:
-    """Finds what no cut makes smaller in a layer: vectors, and the matrices that the family names."""
-    prefix, cut = f"model.layers.{layer}.", shape.layer_parameters(layer)
-    inside = {name.removeprefix(prefix): size for name, size in found.items() if name.startswith(prefix)}
+def _others(shape: ModelShape, layer: int, inside: Sizes) -> Sizes:
+    """Returns the parameters that no cut makes smaller: vectors, and the matrices that the family names."""
+    cut = _inside(shape.layer_parameters(layer), layer)
     return {
         name: size
         for name, size in inside.items()
-        if (len(size) < 2 or name.startswith(shape.family.whole)) and prefix + name not in cut
+        if (len(size) < 2 or name.startswith(shape.family.whole)) and name not in cut
     }
+
+
+def _check_explained(shape: ModelShape, parameters: Sizes, where: str) -> None:
+    """Refuses tensors that the family's table does not explain, and layers that differ in their tensors."""
+    expected = shape.parameters()
+    for name in sorted(expected.keys() | parameters.keys()):
+        if parameters.get(name) != expected.get(name):
+            sizes = [list(some[name]) if name in some else "nothing" for some in (parameters, expected)]
+            raise UserError(f"{where}: {name} has shape {sizes[0]}, where a {shape.model_type} layer has {sizes[1]}")

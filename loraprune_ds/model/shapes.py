@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,47 +14,48 @@ from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, LinearId, Part, Width
 from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8, Matrix
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
-from loraprune_ds.model.pieces import Pieces, pieces_of
 
 Sizes = Mapping[str, tuple[int, ...]]  # shapes by name
 
 
+class Pieces(NamedTuple):
+    """Names the tensors on disk that make up one parameter, stacked along axis 0. Each has this shape.
+
+    A single one may have three dimensions.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def keep_rows(self, rows: Tensor) -> "Pieces":
+        """Returns the pieces that hold these rows of the parameter. Each piece is kept whole or dropped."""
+        kept: list[int] = cast(Any, rows[:: self.shape[0]] // self.shape[0]).tolist()
+        return self._replace(names=tuple(self.names[i] for i in kept))
+
+
 @dataclass(frozen=True)
 class ModelShape:
-    """Holds all sizes that matter to pruning. Names are those of the Hugging Face config where it has them.
-
-    Attributes:
-        queries_per_group: num_attention_heads / num_key_value_heads, the same in every layer.
-        biases: names of the linears that have a bias, the same in every layer.
-        layer_others: of layers with groups of some kinds, what no cut makes smaller, such as norms. It comes as names
-            inside the layer and shapes.
-        ends: full names and shapes of the parameters outside the layers: embedding, final norm, untied head.
-        expert_size: channels of one expert, if the MLPs are mixtures of experts.
-        experts_per_token: that the router chooses.
-        least_experts: fewest that it can choose from.
-        expert_groups: groups of experts that it chooses from. All have as many.
-        absent: names of linears of the family that the model lacks.
-        widths: what the family's `widths` are in this model.
-        int8: the weights of the linears are held as int8 with scales (frozen.py). In files they may be as they are.
-    """
+    """Holds all sizes that matter to pruning, under the names of the Hugging Face config where it has them."""
 
     model_type: str
     hidden_size: int
     head_dim: int
-    queries_per_group: int
+    queries_per_group: int  # num_attention_heads / num_key_value_heads, the same in every layer
     vocab_size: int
     tie_word_embeddings: bool
     layers: tuple[LayerShape, ...]
-    biases: frozenset[str] = frozenset()
+    biases: frozenset[str] = frozenset()  # names of the linears that have a bias, the same in every layer
+    # The parameters that no cut makes smaller, such as norms, by name inside a layer with groups of these kinds.
     layer_others: Mapping[frozenset[Kind], Sizes] = field(default_factory=dict[frozenset[Kind], Sizes], hash=False)
+    # The parameters outside the layers: embedding, final norm, untied head.
     ends: Sizes = field(default_factory=dict[str, tuple[int, ...]], hash=False)
-    expert_size: int = 0
+    expert_size: int = 0  # channels of one expert
     experts_per_token: int = 0
-    least_experts: int = 0
-    expert_groups: int = 1
-    absent: frozenset[str] = frozenset()
-    widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)
-    int8: bool = False
+    least_experts: int = 0  # the router needs this many
+    expert_groups: int = 1  # groups of experts, of equal size, that the router chooses from
+    absent: frozenset[str] = frozenset()  # names of linears of the family that the model lacks
+    widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)  # of the family's `widths`
+    int8: bool = False  # the ranks hold the weights of the linears as int8 with scales (frozen.py). Files may not
 
     @property
     def family(self) -> Family:
@@ -70,20 +72,18 @@ class ModelShape:
         return tuple(x for x in self.family.linears if x.kind in kinds and x.name not in self.absent)
 
     def companions(self, layer: int) -> tuple[Companion, ...]:
-        """Returns what else gets smaller in a cut of this layer."""
         return tuple(other for other in self.family.companions if other.parts[0].kind in self.layers[layer].kinds)
 
     def others(self, layer: int) -> Sizes:
-        """Returns what no cut makes smaller in this layer, by name inside it."""
+        """Returns the parameters of this layer that no cut makes smaller, by name inside it."""
         return self.layer_others.get(self.layers[layer].kinds, {})
 
     def linear_ids(self, layers: Iterable[int] | None = None) -> list[LinearId]:
-        """Lists the LoRA-adapted linears of some decoder layers, or of all."""
         layers = range(len(self.layers)) if layers is None else layers
         return [LinearId(i, linear) for i in layers for linear in self.linears(i)]
 
     def input_linear_ids(self, layers: Iterable[int] | None = None) -> list[LinearId]:
-        """Lists those whose inputs belong to groups, such as o_proj and down_proj."""
+        """Lists the linears whose inputs belong to groups, such as o_proj and down_proj."""
         return [linear_id for linear_id in self.linear_ids(layers) if linear_id.linear.reads_groups]
 
     def width(self, width: Width) -> int:
@@ -105,11 +105,9 @@ class ModelShape:
         return sum(self.width(part.width) for part in linear.parts)
 
     def part_sizes(self, layer: int, parts: tuple[Part, ...]) -> list[int]:
-        """Returns the rows (or columns) of each part at this layer's current width."""
         return [self.layers[layer][part.kind] * self.width(part.width) for part in parts]
 
     def query_heads(self, layer: LayerShape) -> int:
-        """Counts the query heads of such a layer."""
         return layer["heads"] * self.queries_per_group
 
     def kept_indices(self, layer: int, parts: tuple[Part, ...], keep: LayerKeep) -> Tensor:
@@ -126,7 +124,7 @@ class ModelShape:
         return (width, across) if linear.axis == 0 else (across, width)
 
     def lora_shapes(self, layer: int, linear: Linear, lora_rank: int) -> tuple[Matrix, Matrix]:
-        """Returns the shapes of A (r, in_features) and B (out_features, r). In a stack each expert has its own."""
+        """Returns the shapes of A (r, in_features) and B (out_features, r). A stack has one A per expert."""
         out_features, in_features = self.linear_shape(layer, linear)
         experts = self.layers[layer][linear.kind] if linear.is_stack else 1
         return (experts * lora_rank, in_features), (out_features, lora_rank)
@@ -135,32 +133,26 @@ class ModelShape:
         """Returns the form in which a rank holds the weight of this linear."""
         return DENSE if not self.int8 else Int8(1, self.hidden_size) if linear.rows_are_hidden else Int8(0)
 
-    def has_bias(self, linear: Linear) -> bool:
-        """Tells if this linear has one, in every layer."""
-        return linear.name in self.biases
-
     def lora_sizes(self, lora_rank: int) -> list[int]:
-        """Returns the elements of every LoRA factor, layer by layer."""
         return [numel for i in range(len(self.layers)) for numel in self.layer_lora_sizes(i, lora_rank)]
 
     def layer_lora_sizes(self, layer: int, lora_rank: int) -> list[int]:
-        """Returns those of one layer. Each linear has A, then B."""
+        """Returns the elements of A, then B, of each linear of one layer."""
         return [math.prod(shape) for x in self.linears(layer) for shape in self.lora_shapes(layer, x, lora_rank)]
 
     @cached_property
     def _group_numel(self) -> Mapping[Kind, int]:
-        """The linear parameters of one group of each kind."""
-        found = Counter[Kind]()
+        numel = Counter[Kind]()
         for x in (x for x in self.family.linears if x.name not in self.absent):
-            found[x.kind] += self.group_width(x) * self.width(x.across)
-        return found
+            numel[x.kind] += self.group_width(x) * self.width(x.across)
+        return numel
 
     def group_numel(self, kind: Kind) -> int:
         """Counts the linear parameters that leave with one group, without biases."""
         return self._group_numel[kind]
 
     def numel_of(self, counts: Mapping[Kind, int]) -> int:
-        """Counts the linear parameters of a layer with so many groups, without biases."""
+        """Counts the linear parameters of a layer with these counts of groups, without biases."""
         return sum(count * self.group_numel(kind) for kind, count in counts.items())
 
     def layer_numel(self, layer: int) -> int:
@@ -168,8 +160,7 @@ class ModelShape:
         return self.numel_of(self.layers[layer])
 
     def linear_numel(self) -> int:
-        """Counts the linear parameters of all decoder layers."""
-        return sum(self.layer_numel(i) for i in range(len(self.layers)))
+        return sum(map(self.numel_of, self.layers))
 
     def inputs(self, layer: int, linear: Linear) -> int:
         """Counts the inputs of a linear, or of one expert's."""
@@ -179,14 +170,7 @@ class ModelShape:
         """Counts the numbers that enter a linear for one token, which may choose several experts."""
         return self.inputs(layer, linear) * (self.experts_per_token if linear.is_stack else 1)
 
-    def linear_bytes(self, element_size: int) -> int:
-        """Counts the bytes that hold the linear parameters of all decoder layers, without biases."""
-        linears = ((self.form(x), self.linear_shape(i, x)) for i, x in self.linear_ids())
-        held = (tensor for form, shape in linears for tensor in form.held(shape, element_size).values())
-        return sum(tensor.element_size * math.prod(tensor.shape) for tensor in held)
-
     def total_numel(self) -> int:
-        """Counts all parameters, each once."""
         return sum(math.prod(shape) for shape in self.parameters().values())
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -198,13 +182,12 @@ class ModelShape:
         return shapes | dict(rest)
 
     def layer_parameters(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Returns those of one decoder layer."""
         prefix = f"model.layers.{layer}."
         shapes: dict[str, tuple[int, ...]] = {}
         for linear in self.linears(layer):
             out_features, in_features = self.linear_shape(layer, linear)
             shapes[f"{prefix}{linear.name}.weight"] = (out_features, in_features)
-            if self.has_bias(linear):
+            if linear.name in self.biases:
                 shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
         for companion in self.companions(layer):
             second = () if companion.across is None else (self.width(companion.across),)
@@ -212,21 +195,25 @@ class ModelShape:
         return shapes | {f"{prefix}{name}": size for name, size in self.others(layer).items()}
 
     def stored(self) -> dict[str, Pieces]:
-        """Returns the tensors on disk that hold a parameter, where it is not one of the same name and shape."""
+        """Returns the tensors on disk of each parameter that is not stored under its own name and shape."""
         stored: dict[str, Pieces] = {}
-        for i in range(len(self.layers)):
+        for i, layer in enumerate(self.layers):
             prefix, shapes = f"model.layers.{i}.", self.layer_parameters(i)
             for linear in (x for x in self.linears(i) if x.is_stack):
-                name = f"{prefix}{linear.name}.weight"
-                stored[name] = pieces_of(prefix, linear, self.layers[i][linear.kind], shapes[name])
-            for companion in self.companions(i):
-                if companion.stored:
-                    name = prefix + companion.name
-                    stored[name] = Pieces((prefix + companion.stored,), shapes[name])
+                name, experts = f"{prefix}{linear.name}.weight", layer[linear.kind]
+                rows, columns = shapes[name]
+                names, shape = tuple(prefix + x for x in linear.stored), (experts, rows // experts, columns)
+                if "{}" in names[0]:
+                    names = tuple(x.format(expert) for expert in range(experts) for x in names)
+                    shape = (rows // len(names), columns)
+                stored[name] = Pieces(names, shape)
+            for companion in (x for x in self.companions(i) if x.stored):
+                name = prefix + companion.name
+                stored[name] = Pieces((f"{prefix}{companion.stored}",), shapes[name])
         return stored
 
     def held(self, layer: int | None, element_size: int) -> dict[str, Held]:
-        """Returns what ZeRO-3 shards of the frozen parameters of one layer, or of all, by name.
+        """Returns the frozen tensors that ZeRO-3 shards, by name, of one layer or of all.
 
         Args:
             element_size: of the model's dtype.
@@ -250,7 +237,7 @@ class ModelShape:
         return frozenset(f"model.layers.{i}.{x.name}" for i in layers for x in self.companions(i) if x.exact)
 
     def parts_of(self, kind: Kind) -> int:
-        """Counts the equal ranges of a layer's groups of which each loses as many."""
+        """Counts the equal ranges of a layer's groups that must lose the same number each."""
         return self.expert_groups if kind == "experts" else 1
 
     def cut_kinds(self, layer: int, keep: LayerKeep) -> list[Kind]:
@@ -258,21 +245,18 @@ class ModelShape:
         return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer][kind]]
 
     def cut_linears(self, layer: int, keep: LayerKeep) -> list[Linear]:
-        """Returns the linears of a layer that get smaller."""
         kinds = self.cut_kinds(layer, keep)
         return [linear for linear in self.linears(layer) if linear.kind in kinds]
 
     def after(self, keep: Sequence[LayerKeep]) -> "ModelShape":
-        """Returns what a cut leaves of the model."""
         return self.with_layers(tuple(layer_keep.shape for layer_keep in keep))
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":
-        """Returns the same model with other widths."""
         return replace(self, layers=layers)
 
     @property
     def is_uniform(self) -> bool:
-        """True if all layers with groups of a kind have as many, so that a stock model class can hold them."""
+        """True if all layers with groups of a kind have the same number, so that a stock model class can hold them."""
         return all(len({layer[kind] for layer in self.layers} - {0}) == 1 for kind in self.kinds)
 
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.attention import attn_implementation
-from loraprune_ds.model.classes import build_on_meta, hold_frozen, refused_in_one_line
+from loraprune_ds.model.classes import attn_implementation, build_on_meta, hold_frozen, refused_in_one_line
 from loraprune_ds.model.distillation import (
     BUFFERS,
     Distillation,

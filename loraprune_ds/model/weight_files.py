@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.pieces import Pieces
+from loraprune_ds.model.shapes import Pieces
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"

@@ -9,13 +9,12 @@ from typing import Any
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, load_config
 from loraprune_ds.errors import require
-from loraprune_ds.model.attention import attn_implementation
-from loraprune_ds.model.config_json import LLAMA, read_config
+from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.frozen import Held
 from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.read_shape import check_family, shape_from_config
+from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import text_config
 from loraprune_ds.plan.cluster import Cluster

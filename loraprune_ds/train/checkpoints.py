@@ -19,8 +19,7 @@ from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_training_engine
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.training_engine import TrainingEngine
-from loraprune_ds.zero.training_state import adam_step, counters, restore_counters, restore_lora_state
+from loraprune_ds.zero.training_engine import TrainingEngine, adam_step, counters, restore_counters, restore_lora_state
 from loraprune_ds.zero.write import LocalWrites
 
 

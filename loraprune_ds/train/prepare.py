@@ -11,7 +11,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
-from loraprune_ds.model.attention import check_flash_attention, describe_attention
+from loraprune_ds.model.classes import check_flash_attention, describe_attention
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import held_as
 from loraprune_ds.model.hub import locate_model

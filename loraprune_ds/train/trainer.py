@@ -19,8 +19,8 @@ from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, to_device
-from loraprune_ds.zero.loss_scale import decide
 from loraprune_ds.zero.memory import gather_weight_bytes, reserved_bytes, resident_bytes
+from loraprune_ds.zero.optimizer import decide
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_engine import TrainingEngine
 

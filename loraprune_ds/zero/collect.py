@@ -1,5 +1,6 @@
-"""Gathers one linear, or one tensor, on the rank that owns its layer."""
+"""Gathers whole linears and tensors on the rank that owns their layer, and replaces frozen weights there."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -7,46 +8,13 @@ from deepspeed.utils import safe_get_local_fp32_param
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import ADAPTER, lora_weights, plain_parameter
+from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.frozen import form_of
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import CollectedLinear
+from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.params import full_shape
-
-
-def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> CollectedLinear | None:
-    """Gathers one linear of a decoder layer on rank `owner`. Returns None elsewhere. Collective."""
-    base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-    form = form_of(base)
-    held = {name: collect_tensor(getattr(base, name), owner, comm) for name in form.tensors}
-    bias = None if base.bias is None else collect_tensor(base.bias, owner, comm)
-    masters = [collect_tensor(p, owner, comm, safe_get_local_fp32_param(p)) for p in (a, b)]
-    if comm.rank != owner:
-        return None
-    whole, factors = cast(dict[str, Tensor], held), cast(list[Tensor], masters)
-    return CollectedLinear(whole, bias, *factors, scaling=module.scaling[ADAPTER], form=form)
-
-
-def collect_others(
-    layer: nn.Module, shape: ModelShape, index: int, owner: int, comm: Communicator, trained: bool
-) -> dict[str, Tensor]:
-    """Gathers what a decoder layer has beside its linears on rank `owner`, by name inside the layer. Collective."""
-    names = [*shape.others(index), *(companion.name for companion in shape.companions(index))]
-    return _collect_named({name: plain_parameter(layer, name, trained=trained) for name in names}, owner, comm)
-
-
-def collect_ends(
-    causal_lm: nn.Module, shape: ModelShape, owner: int, comm: Communicator, trained: bool
-) -> dict[str, Tensor]:
-    """Gathers the embedding, the final norm and an untied head on rank `owner`. Empty elsewhere. Collective."""
-    named = {name: plain_parameter(causal_lm, name, trained=trained) for name in shape.ends}
-    return _collect_named(named, owner, comm)
-
-
-def _collect_named(named: dict[str, Any], owner: int, comm: Communicator) -> dict[str, Tensor]:
-    whole = {name: collect_tensor(parameter, owner, comm) for name, parameter in named.items()}
-    return {name: tensor for name, tensor in whole.items() if tensor is not None}
+from loraprune_ds.zero.device import settle_shards
+from loraprune_ds.zero.flat import layer_owner
+from loraprune_ds.zero.params import full_shape, overwrite_shard
 
 
 @torch.no_grad()
@@ -54,7 +22,7 @@ def collect_tensor(parameter: Tensor, owner: int, comm: Communicator, shard: Ten
     """Gathers a whole parameter on rank `owner`. Returns None elsewhere. Collective.
 
     Args:
-        shard: this rank's shard of the parameter's fp32 state. It is gathered instead.
+        shard: this rank's shard of the parameter's fp32 state, to gather instead.
     """
     local = parameter.ds_tensor if shard is None else shard  # type: ignore[attr-defined]
     gathered = comm.gather_to(owner, local.detach().to(comm.device))  # an offloaded shard lies on the host
@@ -62,3 +30,64 @@ def collect_tensor(parameter: Tensor, owner: int, comm: Communicator, shard: Ten
         return None
     shape = full_shape(parameter)
     return gathered.reshape(-1)[: torch.Size(shape).numel()].view(shape)
+
+
+def collect_named(named: dict[str, nn.Parameter], owner: int, comm: Communicator) -> dict[str, Tensor]:
+    """Gathers parameters on rank `owner`. Empty elsewhere. Collective."""
+    tensors = {name: collect_tensor(parameter, owner, comm) for name, parameter in named.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> CollectedLinear | None:
+    """Gathers one linear of a decoder layer on rank `owner`. Returns None elsewhere. Collective."""
+    base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
+    form = form_of(base)
+    held = collect_named({name: getattr(base, name) for name in form.tensors}, owner, comm)
+    bias = None if base.bias is None else collect_tensor(base.bias, owner, comm)
+    masters = [collect_tensor(p, owner, comm, safe_get_local_fp32_param(p)) for p in (a, b)]
+    if comm.rank != owner:
+        return None
+    return CollectedLinear(held, bias, *cast(list[Tensor], masters), scaling=module.scaling[ADAPTER], form=form)
+
+
+@torch.no_grad()
+def replace_weights(
+    layers: nn.ModuleList, linear_ids: Sequence[LinearId], compute: ComputeWeight, comm: Communicator
+) -> None:
+    """Gathers every linear on the owner of its layer, computes there, scatters the result. Collective.
+
+    A round has one linear of each of `world_size` layers, so all owners compute in parallel. All ranks raise a
+    UserError of `compute`.
+    """
+    grouped: dict[tuple[int, str], list[LinearId]] = {}
+    for linear_id in linear_ids:
+        grouped.setdefault((linear_id.layer // comm.world_size, linear_id.linear.name), []).append(linear_id)
+    for ids_of_round in grouped.values():
+        collected: dict[LinearId, CollectedLinear] = {}
+        for linear_id in ids_of_round:
+            module = lora_linear(layers[linear_id.layer], linear_id.linear)
+            linear = collect_linear(module, layer_owner(linear_id.layer, comm.world_size), comm)
+            if linear is not None:
+                collected[linear_id] = linear
+            del linear  # only `collected` holds it, until the results of the round exist
+        results = comm.all_or_raise(
+            lambda collected=collected: {linear_id: compute(linear_id, each) for linear_id, each in collected.items()}
+        )
+        collected.clear()
+        for linear_id in ids_of_round:
+            base = cast(nn.Linear, lora_linear(layers[linear_id.layer], linear_id.linear).base_layer)
+            _install(base, layer_owner(linear_id.layer, comm.world_size), results.pop(linear_id, None), comm)
+    settle_shards()
+
+
+def _install(base: nn.Linear, owner: int, weight: Tensor | None, comm: Communicator) -> None:
+    """Scatters a linear's new weight, which only `owner` has, in the form that holds it."""
+    form = form_of(base)
+    tensors: dict[str, Tensor] = {} if weight is None else {**form.split(weight, weight.dtype)}
+    del weight
+    for name in form.tensors:
+        parameter: Any = getattr(base, name)
+        tensor = tensors.pop(name, None)
+        shard = torch.empty_like(parameter.ds_tensor, device=comm.device)
+        comm.scatter_from(owner, None if tensor is None else tensor.reshape(-1), shard)
+        overwrite_shard(parameter, shard)

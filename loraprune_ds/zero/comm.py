@@ -1,4 +1,4 @@
-"""The collectives of pruning, with a count of what they send. The gathers of a training step are DeepSpeed's own."""
+"""The collectives of pruning, with a count of the bytes sent. The gathers of a training step are DeepSpeed's own."""
 
 import socket
 from collections import Counter
@@ -21,12 +21,7 @@ PATIENCE = timedelta(days=7)
 
 
 class Communicator:
-    """Runs collectives over the ranks that share the model's weights.
-
-    Attributes:
-        device: holds the tensors that are sent.
-        bytes_sent: by this rank to others, so far.
-    """
+    """Runs collectives over the ranks that share the model's weights. Counts the bytes that this rank sends."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -59,12 +54,7 @@ class Communicator:
         return values
 
     def all_to_all(self, outgoing: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Sends flat elements ordered by destination. Returns those received, ordered by source.
-
-        Args:
-            send: elements for each rank.
-            receive: elements from each rank.
-        """
+        """Sends flat elements ordered by destination, `send[rank]` to each rank. Returns them ordered by source."""
         incoming = torch.empty(sum(receive), dtype=outgoing.dtype, device=outgoing.device)
         if self.world_size == 1:
             return incoming.copy_(outgoing)
@@ -73,7 +63,7 @@ class Communicator:
         return incoming
 
     def gather_to(self, owner: int, local: Tensor) -> Tensor | None:
-        """Gathers (n,) of every rank. Returns (world_size, n) on `owner` only, so no other rank holds the whole."""
+        """Gathers (n,) of every rank. Returns (world_size, n) on `owner` only."""
         if self.world_size == 1:
             return local[None]
         into = [torch.empty_like(local) for _ in range(self.world_size)] if self.rank == owner else None
@@ -89,7 +79,7 @@ class Communicator:
         return values if self.rank == owner else None
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
-        """Sums (n,) over all ranks. Returns this rank's shard (ceil(n / world_size),). Zeros pad the last ones."""
+        """Sums (n,) over all ranks. Returns this rank's shard (ceil(n / world_size),), padded with zeros."""
         if self.world_size == 1:
             return values
         size = partition_numel(len(values), self.world_size)
@@ -99,11 +89,11 @@ class Communicator:
         self._count(size * (self.world_size - 1), values.element_size())
         return shard
 
-    def scatter_from(self, owner: int, whole: Tensor | None, shard: Tensor) -> None:
+    def scatter_from(self, owner: int, flat: Tensor | None, shard: Tensor) -> None:
         """Fills every rank's `shard` from a flat tensor that `owner` holds. Padding becomes zero."""
         parts = None
-        if whole is not None:
-            parts = list(_padded(whole, len(shard) * self.world_size).split(len(shard)))
+        if flat is not None:
+            parts = list(_padded(flat, len(shard) * self.world_size).split(len(shard)))
         if self.world_size == 1:
             shard.copy_(cast(list[Tensor], parts)[0])
             return
@@ -125,12 +115,13 @@ class Communicator:
         return max(Counter(self.gather_objects(socket.gethostname())).values())
 
     def all_or_raise(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every rank. If some fail, all raise the error of the lowest of them.
+        """Runs `action` on every rank. If it fails on some, all raise the error of the lowest one.
 
-        Without this a rank with bad input would leave. The others would wait for it in the next collective.
+        This is how ranks agree on an error. Without it a rank with bad input would leave, and the others would wait for
+        it in the next collective.
 
         Raises:
-            UserError: as raised by `action`, or for its OSError. An error of another rank names that rank.
+            UserError: raised by `action`, or for its OSError. An error of another rank names that rank.
         """
         result, error = None, None
         try:
@@ -138,7 +129,7 @@ class Communicator:
         except UserError as caught:
             error = caught
         except OSError as caught:
-            error = UserError(one_line(caught))  # "[Errno 28] No space left on device: '...'" says it all
+            error = UserError(one_line(caught))
         failed = [(rank, e) for rank, e in enumerate(self.gather_objects(error)) if e is not None]
         if failed:
             rank, first = failed[0]
@@ -146,15 +137,12 @@ class Communicator:
         return cast(T, result)
 
     def on_rank_0(self, action: Callable[[], T]) -> T | None:
-        """Runs `action` on rank 0 alone and waits for it. Returns None elsewhere. Raises as `all_or_raise`."""
+        """Runs `action` on rank 0 alone and waits for it. Returns None elsewhere. Raises like `all_or_raise`."""
         return self.all_or_raise(lambda: action() if self.rank == 0 else None)
 
     @contextmanager
     def patient(self) -> Iterator["Communicator"]:
-        """Yields the same ranks with a time limit of days. So one may work for hours while others wait. Collective.
-
-        A collective of the usual group gives up after minutes. So a download or a conversion would end the run.
-        """
+        """Yields the same ranks with a time limit of days, for a download or conversion on one of them. Collective."""
         group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         try:
             yield Communicator(group)
@@ -164,9 +152,8 @@ class Communicator:
     def warm_up(self) -> None:
         """Runs the collectives of a step, a cut and a save once, on a few bytes. Collective.
 
-        NCCL connects two ranks when they first exchange something. It takes its buffers then, beside torch's pool: 1 GB
-        before the first all-to-all of 8 GPUs and 4 GB after it (NVIDIA/nccl #1685). So a lack of memory and a network
-        that does not connect are found before the run, not hours later at the first cut or save.
+        NCCL connects two ranks at their first exchange, and allocates gigabytes of buffers outside torch's pool
+        (NVIDIA/nccl #1685). A lack of memory or a broken network shows before the run, not at the first cut.
         """
         ones, before = torch.ones(self.world_size, device=self.device), self.bytes_sent
         self.all_reduce(ones.clone())
@@ -184,5 +171,5 @@ class Communicator:
 
 
 def _padded(values: Tensor, size: int) -> Tensor:
-    """Adds zeros at the end up to `size`. Copies nothing if none are missing."""
+    """Adds zeros at the end up to `size`. Makes no copy if none are missing."""
     return values if len(values) == size else torch.nn.functional.pad(values, (0, size - len(values)))

@@ -1,9 +1,9 @@
-"""Cuts the parameters of one decoder layer: frozen weights, biases and the LoRA of all adapters, each in place."""
+"""Cuts the parameters of a decoder layer in place: frozen weights, biases and LoRA. Shards travel by all-to-all."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import (
     base_parameter,
@@ -19,27 +19,28 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range
 from loraprune_ds.zero.params import ReadFlat, full_shape, install_shard, overwrite_shard, pad
-from loraprune_ds.zero.reshard import Item, reshard_each_dtype
 
 ParameterCut = tuple[nn.Parameter, ReshardPlan]
+
+
+class Item(NamedTuple):
+    """A flat shard (padding allowed) and the plan of its tensor."""
+
+    shard: Tensor
+    plan: ReshardPlan
 
 
 def parameter_cuts(
     layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep, comm: Communicator
 ) -> list[ParameterCut]:
-    """Lists the parameters of a layer that get smaller, in the same order on every rank. Those cut alike share a plan.
-
-    Args:
-        layer: the decoder layer of this index.
-        shape: of the model before the cut.
-    """
+    """Lists the parameters of layer `index` that get smaller. `shape` is from before the cut."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
     for name, kept, linear in layer_cuts(shape, index, keep):
         found = [(base_parameter(layer, name), kept)]
         if linear:
             module = lora_linear(layer, linear)
-            for adapter in module.lora_A:  # a reference of DPO or GRPO may stand beside the trained one
+            for adapter in module.lora_A:  # the reference model of DPO or GRPO may be a second adapter
                 factors = lora_weights(module, adapter)
                 cut = lora_cuts(linear, module.r[adapter], kept, keep)
                 found += [(factors[which], stays) for which, stays in cut]
@@ -52,7 +53,7 @@ def parameter_cuts(
 
 
 def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> None:
-    """Tells the modules of a layer the sizes that they have after the cut. `shape` is from before it."""
+    """Gives the modules of a layer their sizes after the cut. `shape` is from before it."""
     after = shape.with_layers((*shape.layers[:index], keep.shape, *shape.layers[index + 1 :]))
     for linear in shape.linears(index):
         set_features(lora_linear(layer, linear), *after.linear_shape(index, linear))
@@ -62,17 +63,57 @@ def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) 
 def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
     """Makes the parameters smaller in place. Collective: one all-to-all per dtype."""
     items = [Item(cast(Any, p).ds_tensor.detach().to(comm.device), plan) for p, plan in cuts]
-    shards = reshard_each_dtype(items, comm)  # fp32 LoRA may stand beside a bf16 base
-    for (parameter, plan), shard in zip(cuts, shards, strict=True):
+    for (parameter, plan), shard in zip(cuts, reshard(items, comm), strict=True):
         install_shard(parameter, shard, plan.cut.new_shape)
 
 
 @torch.no_grad()
-def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKeep]) -> None:
-    """Cuts a PEFT model that no engine has taken yet. Collective.
+def reshard(items: list[Item], comm: Communicator) -> list[Tensor]:
+    """Exchanges shards for new, padded ones, in the order of `items`. Collective: one all-to-all per dtype.
 
-    Its parameters may be sharded from birth or whole. A model from `from_pretrained` has both: LoRA is still whole.
+    Peak memory is at most four times the old shards: old, outgoing, incoming and new ones.
     """
+    new: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(item.shard.dtype for item in items):  # LoRA may be fp32 on a bf16 base
+        same = [i for i, item in enumerate(items) if item.shard.dtype == dtype]
+        outgoing, plans = _by_destination([items[i] for i in same]), [items[i].plan for i in same]
+        send, receive = [0] * comm.world_size, [0] * comm.world_size
+        for plan in plans:
+            for counts, total in ((plan.send, send), (plan.receive, receive)):
+                for rank, count in counts.items():
+                    total[rank] += count
+        incoming = comm.all_to_all(outgoing, send, receive)
+        del outgoing
+        new |= zip(same, _by_item(incoming, plans), strict=True)
+        del incoming
+    return [new[i] for i in range(len(items))]
+
+
+def _by_destination(items: list[Item]) -> Tensor:
+    """Orders the kept elements by destination rank, then by item, in one buffer."""
+    parts: list[tuple[int, Tensor]] = []
+    for shard, plan in items:
+        parts += zip(plan.send, plan.take(shard).split(list(plan.send.values())), strict=True)
+    parts.sort(key=lambda part: part[0])  # stable: the items of a rank stay in order
+    return torch.cat([items[0].shard[:0], *(part for _, part in parts)])
+
+
+def _by_item(incoming: Tensor, plans: list[ReshardPlan]) -> list[Tensor]:
+    """Makes the padded new shards from a buffer ordered by source rank, then by item."""
+    order = sorted((source, i) for i, plan in enumerate(plans) for source in plan.receive)
+    arrived = incoming.split([plans[i].receive[source] for source, i in order])
+    parts: list[list[Tensor]] = [[] for _ in plans]
+    for (_, i), part in zip(order, arrived, strict=True):
+        parts[i].append(part)
+    return [
+        torch.cat([*own, incoming.new_zeros(plan.new_partition - sum(plan.receive.values()))])
+        for plan, own in zip(plans, parts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKeep]) -> None:
+    """Cuts a PEFT model before an engine has taken it. Its base may be sharded from birth. Collective."""
     comm = Communicator()
     for index, (layer, layer_keep) in enumerate(zip(decoder_layers(module), keep, strict=True)):
         cuts = parameter_cuts(layer, shape, index, layer_keep, comm)
@@ -86,12 +127,7 @@ def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKee
 
 @torch.no_grad()
 def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat) -> None:
-    """Reads the frozen weights of all decoder layers' linears again, into a PEFT model that no engine has taken yet.
-
-    Args:
-        shape: of the model now.
-        read_flat: as `PretrainedModel.read_flat`.
-    """
+    """Reads the frozen weights of all decoder layers' linears again, before an engine has taken the PEFT model."""
     comm = Communicator()
     for index, layer in enumerate(decoder_layers(module)):
         for linear in shape.linears(index):

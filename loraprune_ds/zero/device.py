@@ -9,7 +9,7 @@ from torch import Tensor
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
 
-# Dense bf16 and fp16 matrix products. NVIDIA's data sheets. The first name that a card's name contains counts.
+# Dense bf16 and fp16 matrix products, from NVIDIA's data sheets. The first entry that a card's name contains counts.
 PEAK_TERAFLOPS = {
     "B200": 2250,
     "GH200": 989,
@@ -26,7 +26,6 @@ PEAK_TERAFLOPS = {
 
 
 def accelerator() -> Any:
-    """Returns DeepSpeed's accelerator. It is never None once it has been asked for."""
     return get_accelerator()
 
 
@@ -35,52 +34,45 @@ def is_cpu() -> bool:
 
 
 def current_device() -> torch.device:
-    """Returns this rank's device."""
     return torch.device(accelerator().current_device_name())
 
 
 def device_name() -> str:
-    """Names the device as a person would."""
+    """Returns the GPU's product name, or the type of the device."""
     return torch.cuda.get_device_name() if accelerator().device_name() == "cuda" else accelerator().device_name()
 
 
 def peak_flops(device: str, dtype: Dtype) -> float | None:
-    """Returns the operations per second of a card's matrix units, from its data sheet, without sparsity.
+    """Returns the operations per second of a card's matrix units. None for an unknown card, a CPU, or float32.
 
     Args:
         device: as `device_name`.
-
-    Returns:
-        None for a card that is not in the table, a CPU, or a dtype of 32 bits.
     """
     known = next((teraflops for name, teraflops in PEAK_TERAFLOPS.items() if name in device), None)
     return None if known is None or dtype == "float32" else known * 1e12
 
 
 def to_device(tensor: Tensor) -> Tensor:
-    """Copies a tensor of the host to this rank's device. It does not wait for that."""
+    """Copies a tensor of the host to this rank's device, asynchronously."""
     return accelerator().pin_memory(tensor).to(current_device(), non_blocking=True)
 
 
 def settle_shards() -> None:
-    """Waits until all that was written into shards is there. It ends every cut, refit, restore and update.
+    """Waits for the device, at the end of every cut, refit, restore and update.
 
-    With `overlap_comm` DeepSpeed gathers on a stream of its own. That stream never waits for the one that computes. So
-    without this a prefetch could read a shard before it is written. On a CPU nothing is asynchronous.
+    With `overlap_comm` DeepSpeed gathers on a separate stream, which never waits for the one that computes: a prefetch
+    could read a shard before it is written.
     """
     accelerator().synchronize()
 
 
 def empty_cache() -> None:
-    """Gives back the device memory that torch keeps for tensors to come. NCCL and CUDA cannot use it otherwise."""
+    """Returns unused device memory, which torch would keep, to NCCL and CUDA."""
     accelerator().empty_cache()
 
 
 def empty_host_cache() -> None:
-    """Gives back the pinned memory that no tensor uses any more.
-
-    torch keeps every block for a tensor of the same size. It rounds sizes up to powers of two and gives none back.
-    """
+    """Frees pinned memory that no tensor uses. torch would keep every block for later tensors of that size."""
     if accelerator().device_name() != "cuda":
         return
     if hasattr(torch.accelerator, "empty_host_cache"):
@@ -90,21 +82,14 @@ def empty_host_cache() -> None:
 
 
 def check_dtype(dtype: str) -> None:
-    """Checks that this rank's device can train in `dtype`.
-
-    Raises:
-        UserError: it cannot. The line names the device.
-    """
+    """Checks that this rank's device can train in `dtype`. Raises a UserError that names the device."""
     supported = {"float16": accelerator().is_fp16_supported, "bfloat16": _computes_bf16}
     if dtype in supported and not supported[dtype]():
         raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")
 
 
 def _computes_bf16() -> bool:
-    """Tells if the device has instructions for bf16.
-
-    A GPU older than Ampere converts back and forth. That is slower than fp16 and fp32.
-    """
+    """Whether the device has instructions for bf16. A GPU older than Ampere emulates them, slower than fp32."""
     if accelerator().device_name() == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return accelerator().is_bf16_supported()

@@ -1,6 +1,7 @@
-"""DeepSpeed's own JSON. What the run config owns is "auto" there and is filled in here. So no number has two owners."""
+"""DeepSpeed's JSON. The run config owns some settings, which are "auto" in the JSON and filled in here."""
 
 import copy
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.shapes import ModelShape
 
-MAX_BUCKET = 50_000_000  # elements. Every rank allocates a reduce bucket whole
+MAX_BUCKET = 50_000_000  # elements. Every rank allocates a full reduce bucket
 
 # Settings that the run config owns.
 OWNED = {
@@ -28,17 +29,16 @@ OWNED = {
     ("curriculum_learning",): "the run config owns the data (data.window)",
     ("data_efficiency",): "the run config owns the data",
 }
-# Settings that cannot work with a cut, whoever trains.
+# Settings that cannot work with a cut, in any trainer.
 REFUSED = {
     ("torch_autocast",): "weights are kept in model.dtype; autocast is not supported",
     ("amp",): "weights are kept in model.dtype; apex is not supported",
     ("zero_optimization", "cpu_offload"): "gone from DeepSpeed; write offload_optimizer: {device: cpu}",
     ("zero_optimization", "cpu_offload_param"): "gone from DeepSpeed; write offload_param: {device: cpu}",
-    ("zero_optimization", "mics_shard_size"): "MiCS has been removed from DeepSpeed; hpZ "
-    "(zero_hpz_partition_size) gathers the weights of forward and backward within a node, too",
+    ("zero_optimization", "mics_shard_size"): "gone from DeepSpeed; use hpZ (zero_hpz_partition_size)",
     ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat shards to reshard",
     ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be resharded",
-    ("zero_optimization", "zero_quantized_gradients"): "scores need the LoRA gradients as they are",
+    ("zero_optimization", "zero_quantized_gradients"): "scores need the exact LoRA gradients",
     ("zero_optimization", "zenflow"): "ZenFlow is not supported",
     ("zero_optimization", "stage3_module_granularity_threshold"): "modules gathered whole are not supported",
     ("zero_optimization", "module_granularity_threshold"): "modules gathered whole are not supported",
@@ -52,24 +52,13 @@ REFUSED = {
     ("compression_training",): "DeepSpeed's own compression is not supported",
     ("progressive_layer_drop",): "layers that are dropped at random are not supported",
 }
-# Settings of which only some values work: those values, and why others do not.
+# Settings of which only some values work: these values, and why others do not.
+_OPTIMIZER = ("zero_optimization", "offload_optimizer")
 ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
-    ("zero_optimization", "offload_optimizer", "device"): (
-        ("none", "cpu"),
-        "masters and moments on NVMe are not in memory when they are cut; use cpu",
-    ),
-    ("zero_optimization", "offload_optimizer", "ratio"): (
-        (1,),
-        "a part of the optimizer on the host needs DeepSpeedCPUAdam beside a second optimizer; offload all of it",
-    ),
-    ("zero_optimization", "offload_optimizer", "super_offload"): (
-        (False,),
-        "SuperOffload has its own optimizer, whose state is not resharded",
-    ),
-    ("zero_optimization", "offload_param", "device"): (
-        ("none", "cpu"),
-        "weights on NVMe are not in memory when they are cut; use cpu",
-    ),
+    (*_OPTIMIZER, "device"): (("none", "cpu"), "masters and moments on NVMe cannot be cut; use cpu"),
+    (*_OPTIMIZER, "ratio"): ((1,), "a part of it would need a second optimizer; offload all of it"),
+    (*_OPTIMIZER, "super_offload"): ((False,), "SuperOffload has its own optimizer, whose state is not resharded"),
+    ("zero_optimization", "offload_param", "device"): (("none", "cpu"), "weights on NVMe cannot be cut; use cpu"),
 }
 # Settings that need all weights in one dtype. DeepSpeed takes either name.
 ONE_DTYPE = (
@@ -85,16 +74,12 @@ SECTIONS = {
     "fp16": DeepSpeedFP16Config,
     "timers.throughput": DeepSpeedThroughputTimerConfig,
 }
-# DeepSpeed's own default is no choice.
+# Defaults of DeepSpeed that change nothing.
 NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
 
 def find_ds_config(path: str) -> Path:
-    """Finds `deepspeed` as given, or else among the shipped ones.
-
-    Raises:
-        UserError: it is in neither place.
-    """
+    """Finds a run config's `deepspeed`, or the shipped file of that name. Raises UserError if neither exists."""
     found = find_shipped(path)
     if not found.is_file():
         raise UserError(f"deepspeed: {path} {'is not a file' if found.exists() else 'does not exist'}")
@@ -110,8 +95,8 @@ def resolve_ds_config(
         ranks_per_node: None if all ranks are on one node.
 
     Raises:
-        UserError: it is not ZeRO-3. A setting does not go with a cut. A value contradicts the run config. Nobody owns
-            an "auto". A key or value has no meaning.
+        UserError: it is not ZeRO-3, a setting does not work with a cut, a value contradicts the run config, an "auto"
+            is not owned by it, or DeepSpeed does not know a key or value.
     """
     path = Path(path)
     raw = read_json(path, unique_keys=True)
@@ -124,18 +109,22 @@ def resolve_ds_config(
     for keys, value in owned.items():
         _fill(path, resolved, keys, value)
     zero = resolved["zero_optimization"]
-    if zero.get(HPZ) == "auto":  # on one node the gathers stay inside it anyway
+    if zero.get(HPZ) == "auto":  # needless on a single node
         zero[HPZ] = ranks_per_node if ranks_per_node and ranks_per_node < world_size else 1
     leftover = _find_auto(resolved, ())
     if leftover:
         raise UserError(f'{path}: {".".join(leftover)} is "auto" but the run config does not own it; give a value')
     _validate(path, resolved)
-    _check_hpz(path, resolved, world_size)
+    size = DeepSpeedZeroConfig(**zero).zero_hpz_partition_size
+    if size < 1 or world_size % size:
+        where = f"{path}: zero_optimization.{HPZ} is {size}"
+        raise UserError(f"{where}, which does not divide {world_size} ranks; give the number of ranks per node")
     return resolved
 
 
 def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict[tuple[str, ...], Any]:
     train = config.train
+    linear_sizes = [math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids()]
     return {
         ("train_batch_size",): train.global_batch_size,
         ("train_micro_batch_size_per_gpu",): train.micro_batch_size,
@@ -143,32 +132,24 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         ("gradient_clipping",): train.max_grad_norm,
         ("bf16", "enabled"): config.model.dtype == "bfloat16",
         ("fp16", "enabled"): config.model.dtype == "float16",
-        # LoRA gradients add up in fp32. Else scores would depend on the number of micro-batches and ranks.
+        # With sums of LoRA gradients in bf16, scores would depend on the number of micro-batches and ranks.
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
-        # It waits for the device at every forward pass and every update. metrics.jsonl has the speed.
+        # It waits for the device at every forward pass and update. metrics.jsonl has the speed.
         ("timers", "throughput", "enabled"): False,
         ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
-        ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW on the host, too, when the optimizer is offloaded
+        ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW also when the optimizer is offloaded
         # Any LoRA gradient fits a bucket of one layer's LoRA. A larger bucket means fewer reduce-scatters.
         ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, config.lora.r),
-        # Two of the largest linears. The next weights arrive while the present ones are used.
-        ("zero_optimization", "stage3_prefetch_bucket_size"): 2 * max(_linear_sizes(shape)),
+        # Two of the largest linears: the next weights arrive while the current ones are used.
+        ("zero_optimization", "stage3_prefetch_bucket_size"): 2 * max(linear_sizes),
     }
 
 
 def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
-    """Returns the elements of the gradient bucket.
-
-    It has room for all of LoRA, up to MAX_BUCKET. It always has room for the LoRA of one layer.
-    """
+    """Returns the elements of the gradient bucket: all of LoRA, up to MAX_BUCKET, but at least one layer's."""
     per_layer = [sum(shape.layer_lora_sizes(i, lora_rank)) for i in range(len(shape.layers))]
     return max(max(per_layer), min(sum(per_layer), MAX_BUCKET))
-
-
-def _linear_sizes(shape: ModelShape) -> list[int]:
-    shapes = [shape.linear_shape(i, linear) for i, linear in shape.linear_ids()]
-    return [out_features * in_features for out_features, in_features in shapes]
 
 
 def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
@@ -179,14 +160,11 @@ def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection[int] = ()) -> None:
-    """Checks that a DeepSpeed config leaves weights and optimizer state in a form that a cut can reshard.
+    """Checks that a DeepSpeed config is ZeRO-3 and has no setting that does not work with a cut.
 
     Args:
         where: the file, or another name of the config.
-        element_sizes: bytes of an element, of all weights that ZeRO-3 shards.
-
-    Raises:
-        UserError: it is not ZeRO-3, or a setting does not go with a cut.
+        element_sizes: the bytes per element that occur among the sharded weights.
     """
     zero = raw.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 3:
@@ -213,7 +191,7 @@ def _refuse(where: str, raw: dict[str, Any], refused: dict[tuple[str, ...], str]
 
 
 def _check_known(path: Path, raw: dict[str, Any], owned: set[str]) -> None:
-    """Refuses unknown keys and bad values. DeepSpeed ignores the first, and fails on the others after loading."""
+    """Refuses unknown keys, which DeepSpeed ignores, and bad values, on which it fails after loading."""
     known = {*owned, *FLAGS, *COUNTS}
     for key, value in raw.items():
         if key not in known and (key,) not in REFUSED | OWNED:
@@ -239,7 +217,7 @@ def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: An
 
 
 def _validate(path: Path, resolved: dict[str, Any]) -> None:
-    """Lets DeepSpeed check its own sections. By itself it would do so only once the model is loaded."""
+    """Makes DeepSpeed check its sections before the model is loaded."""
     for name, section in SECTIONS.items():
         try:
             section(**_look_up(resolved, tuple(name.split("."))))
@@ -247,16 +225,6 @@ def _validate(path: Path, resolved: dict[str, Any]) -> None:
             first = error.errors()[0]
             where = ".".join([name, *map(str, first["loc"])])
             raise UserError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
-
-
-def _check_hpz(path: Path, resolved: dict[str, Any], world_size: int) -> None:
-    """Checks that hpZ's groups divide the ranks. A group, the ranks of a node, shards a second copy of the weights."""
-    size = DeepSpeedZeroConfig(**resolved["zero_optimization"]).zero_hpz_partition_size
-    if size < 1 or world_size % size:
-        raise UserError(
-            f"{path}: zero_optimization.{HPZ} is {size}, which does not divide {world_size} ranks; "
-            "give the number of ranks per node"
-        )
 
 
 def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -271,26 +239,20 @@ def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """Holds the settings of a DeepSpeed JSON for what is gathered when, in elements.
-
-    Attributes:
-        copy_ranks: ranks that share a second copy of the weights (hpZ). 1 if there is none.
-    """
+    """Holds DeepSpeed's settings for gathers, in elements. `copy_ranks` share a second copy of the weights (hpZ)."""
 
     prefetch_bucket: int
     max_live: int
     max_reuse_distance: int
-    persistence_threshold: int
-    copy_ranks: int = 1
+    copy_ranks: int
 
     @classmethod
     def from_ds_config(cls, ds_config: dict[str, Any]) -> "FetchLimits":
-        """Reads a resolved DeepSpeed config. What it does not say is DeepSpeed's default."""
+        """Reads a resolved DeepSpeed config, with DeepSpeed's defaults."""
         settings = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
         return cls(
             prefetch_bucket=int(settings.prefetch_bucket_size),
             max_live=int(settings.max_live_parameters),
             max_reuse_distance=int(settings.max_reuse_distance),
-            persistence_threshold=int(settings.param_persistence_threshold),
             copy_ranks=settings.zero_hpz_partition_size,
         )

@@ -3,22 +3,19 @@
 import logging
 import math
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_module
-from peft import PeftModel
-from torch import nn
 from torch.distributed import distributed_c10d
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import Dtype, RunConfig, TrainConfig
@@ -27,7 +24,6 @@ from loraprune_ds.model.adapters import add_lora, differentiate_input, gathered_
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, is_cpu
@@ -40,17 +36,16 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 
 
 def quiet_deepspeed() -> None:
-    """Lets DeepSpeed log errors only. By default its logger prints to stdout at INFO."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    logging.getLogger("deepspeed").setLevel(logging.ERROR)
+    """Makes DeepSpeed log errors only. By default its logger prints to stdout at INFO."""
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def start_ranks() -> Communicator:
     """Joins the process group that the launcher described in the environment. Without a launcher it has one rank.
 
     Raises:
-        UserError: the ranks cannot meet, for example because the port is taken. Or the environment describes no rank,
-            or this one does not see its device.
+        UserError: the ranks cannot meet, the environment describes no rank, or this rank does not see its device.
     """
     check_ranks(os.environ)
     if "RANK" not in os.environ:
@@ -61,9 +56,11 @@ def start_ranks() -> Communicator:
     if not is_cpu():
         check_local_rank(os.environ, accelerator().device_count())
         accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    _skip_shared_memory_op()
+    # Keeps CPU ranks from compiling DeepSpeed's shared-memory all-reduce, which only its inference uses: half a minute,
+    # a compiler and 70 MB of /dev/shm per rank. Killed midway, it would leave a lock that blocks every later start.
+    deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
     backend = accelerator().communication_backend_name()
-    # DeepSpeed makes more groups, for hpZ for example, without a timeout. They have torch's default.
+    # DeepSpeed makes more groups, for example for hpZ, without a timeout. They get torch's default.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout  # pyright: ignore[reportPrivateImportUsage]
     try:
@@ -78,17 +75,8 @@ def start_ranks() -> Communicator:
     return comm
 
 
-def _skip_shared_memory_op() -> None:
-    """Keeps CPU ranks from compiling DeepSpeed's shared-memory all-reduce, which only its inference uses.
-
-    That would cost half a minute and a compiler. It would need 70 MB of /dev/shm per rank. Killed midway, it would
-    leave a lock that every later start waits for.
-    """
-    deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
-
-
 def stop_ranks() -> None:
-    """Leaves the process group, so that gloo's threads are joined before the interpreter exits."""
+    """Leaves the process group, which joins gloo's threads before the interpreter exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -96,19 +84,15 @@ def stop_ranks() -> None:
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
     """Drops the lines that DeepSpeed and ninja print while this is open."""
-    stdout = sys.stdout
-    with open(os.devnull, "w") as sys.stdout:
-        try:
-            yield
-        finally:
-            sys.stdout = stdout
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
     """Returns the schedule's factor on the learning rate at a 0-based step.
 
-    It warms up linearly. Then it stays, or falls to zero linearly or as a cosine. The recovery, the last of `steps`,
-    has a schedule of its own. It has no warm-up, for Adam's moments are there already.
+    It warms up linearly, then stays, or falls to zero linearly or as a cosine. The recovery at the end of `steps` has a
+    separate schedule without a warm-up, because Adam's moments exist already.
     """
     main = steps - config.recovery_steps
     if config.recovery_steps and step >= main:
@@ -127,29 +111,30 @@ def build_training_engine(
     config: RunConfig, pretrained: PretrainedModel, ds_config: dict[str, Any], steps: int
 ) -> TrainingEngine:
     """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
+    train = config.train
     with quiet_stdout():
         model = _sharded_base(pretrained, config.model.attn_implementation, config.model.dtype, ds_config)
         peft_model = add_lora(model, pretrained.shape, config.lora, config.seed)
         if config.model.adapter:
             load_adapter(peft_model, Path(config.model.adapter).expanduser(), pretrained.shape, config.lora.r)
-        if config.train.gradient_checkpointing:
+        if train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        gather_modules_whole(peft_model, pretrained.shape)
-        optimizer = _optimizer(peft_model, config.train)
-        schedule: Any = LambdaLR(optimizer, lambda step: learning_rate_factor(config.train, steps, step))
+        layers = decoder_layers(peft_model)
+        for module in chain.from_iterable(gathered_whole(layer, pretrained.shape) for layer in layers):
+            set_z3_leaf_module(module, True)  # ZeRO-3's hooks run once for it, not at every module inside
+        differentiate_input(layers[0])
+        optimizer = AdamW(
+            [p for p in peft_model.parameters() if p.requires_grad],
+            lr=train.learning_rate,
+            betas=(0.9, 0.999),
+            eps=train.adam_epsilon,
+            weight_decay=0.0,
+        )
+        schedule: Any = LambdaLR(optimizer, lambda step: learning_rate_factor(train, steps, step))
         engine, *_ = deepspeed.initialize(
             model=peft_model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config, dist_init_required=False
         )
     return TrainingEngine(engine, pretrained.shape)
-
-
-def gather_modules_whole(model: PeftModel, shape: ModelShape) -> None:
-    """Has ZeRO-3 gather and free some modules as one. So its hooks run once, not at every module inside."""
-    layers = decoder_layers(model)
-    for layer in layers:
-        for module in gathered_whole(layer, shape):
-            set_z3_leaf_module(module, True)
-    differentiate_input(layers[0])
 
 
 def build_inference_engine(
@@ -169,24 +154,6 @@ def _sharded_base(
 ) -> Any:
     comm = Communicator()
     model = build_for_losses(pretrained, attn_implementation)
-    shard = partial(
-        shard_at_birth,
-        model,
-        pretrained.read_held,
-        ds_config=ds_config,
-        dtype=DTYPES[dtype],
-        world_size=comm.world_size,
-        rank=comm.rank,
-    )
-    comm.all_or_raise(shard)  # a weight that int8 cannot hold is found here, perhaps by one rank alone
+    # A single rank may find a weight that int8 cannot hold.
+    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.read_held, ds_config, DTYPES[dtype], comm))
     return model
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    return AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(0.9, 0.999),
-        eps=config.adam_epsilon,
-        weight_decay=0.0,
-    )

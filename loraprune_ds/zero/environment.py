@@ -1,5 +1,7 @@
-"""Checks what ranks take from the environment, before DeepSpeed is imported. DeepSpeed would end with a traceback."""
+"""The environment that ranks start in, checked before DeepSpeed is imported, which would end in a traceback."""
 
+import socket
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -16,14 +18,22 @@ NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 HINT = "start deepspeed, torchrun or srun, or unset it"
 
 
+def launcher_command(module: str, ranks: int | None, environment: Mapping[str, str]) -> list[str]:
+    """Returns DeepSpeed's command that starts `module` on this machine, on one rank per GPU if `ranks` is None."""
+    with socket.socket() as probe:  # the launcher's default port may be taken by another run
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--master_port", str(port)]
+    if ranks is not None:
+        require(ranks >= 1, f"--ranks must be at least 1; got {ranks}")
+        chosen = environment.get("CUDA_VISIBLE_DEVICES")  # DeepSpeed would ignore it
+        require(not chosen, f"--ranks and CUDA_VISIBLE_DEVICES={chosen} both choose the GPUs; give one of them")
+        command += ["--num_accelerators", str(ranks)]
+    return [*command, "--module", module]
+
+
 def check_ranks(environment: Mapping[str, str]) -> None:
-    """Checks what the launcher says about this rank. torch would wait for ranks that never come, or end in a traceback.
-
-    Without RANK this is the only rank.
-
-    Raises:
-        UserError: a variable is missing, is no number, or names no rank.
-    """
+    """Checks the launcher's variables. Raises UserError if they describe no rank. Without RANK this is the only one."""
     if "RANK" not in environment:
         size = environment.get("WORLD_SIZE", "1")
         require(size == "1", f"WORLD_SIZE is {size!r}, but RANK is not set; {HINT}")
@@ -38,13 +48,7 @@ def check_ranks(environment: Mapping[str, str]) -> None:
 
 
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:
-    """Returns how long a rank waits for the others: DEEPSPEED_TIMEOUT, in minutes.
-
-    DeepSpeed reads it as it is imported.
-
-    Raises:
-        UserError: it is no such number.
-    """
+    """Returns how long a rank waits for the others: DEEPSPEED_TIMEOUT, in minutes. DeepSpeed reads it when imported."""
     given = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
     minutes = int(given) if given.isdecimal() else 0
     if not 1 <= minutes <= MOST_MINUTES:
@@ -53,11 +57,7 @@ def collective_timeout(environment: Mapping[str, str]) -> timedelta:
 
 
 def longest_silence(environment: Mapping[str, str]) -> float:
-    """Returns the seconds after which a rank that gives no sign counts as lost: LORAPRUNE_SILENCE.
-
-    Raises:
-        UserError: it is no number from 1 to 86,400.
-    """
+    """Returns the seconds after which a silent rank counts as lost: LORAPRUNE_SILENCE."""
     given = environment.get("LORAPRUNE_SILENCE", str(SILENCE))
     try:
         seconds = float(given)
@@ -69,15 +69,15 @@ def longest_silence(environment: Mapping[str, str]) -> float:
 
 
 def deterministic_kernels() -> dict[str, str]:
-    """Returns what cuBLAS and flash-attn read from the environment when they start, for `train.deterministic`."""
+    """Returns the variables that cuBLAS and flash-attn read when they start, for `train.deterministic`."""
     return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 
 def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:
-    """Returns GLOO_SOCKET_IFNAME if only NCCL has been told which network to take. Empty if that is no interface.
+    """Returns GLOO_SOCKET_IFNAME where only NCCL has been told its network. Empty if that names no interface.
 
-    gloo by itself takes the address of the node's own name. On Debian that is 127.0.1.1, where no other node finds it.
-    To NCCL a name is the beginning of one. After "=" it is the whole name, after "^" one to leave out.
+    By default gloo takes the address of the node's name. On Debian it is 127.0.1.1, where no other node finds it.
+    NCCL takes a name as a prefix. After "=" it is the full name, after "^" one to avoid.
     """
     names = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     if environment.get("GLOO_SOCKET_IFNAME") or names.startswith("^"):
@@ -87,11 +87,7 @@ def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES
 
 
 def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
-    """Checks that this rank sees its own device. By DeepSpeed's rule its number is LOCAL_RANK.
-
-    Raises:
-        UserError: it sees too few.
-    """
+    """Checks that this rank sees its own device, whose number is LOCAL_RANK by DeepSpeed's rule."""
     rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
     if int(local_rank) >= devices:
         raise UserError(

@@ -1,11 +1,8 @@
-"""The pure geometry of ZeRO-3's flat shards, and of a cut on them. No communication, no DeepSpeed.
+"""The geometry of ZeRO-3's flat shards, and of a cut on them. It needs no communication and no DeepSpeed.
 
 ZeRO-3 views a tensor as one row-major flat vector of N elements. Rank r owns the shard [r*P, (r+1)*P), with
-P = ceil(N / world_size). The last shards are padded and may be empty.
-
-Removing rows or columns keeps the order of what stays. So the kept elements of a shard [s, e) are again contiguous.
-They are [kept_before(s), kept_before(e)) of the smaller tensor. So every rank knows what to send and receive. It needs
-only shapes and the kept indices for that.
+P = ceil(N / world_size). The last shards are padded and may be empty. A cut keeps the order of the rest, so the kept
+elements of a shard [s, e) are [kept_before(s), kept_before(e)) of the smaller tensor.
 """
 
 # torch does not type all of its methods.
@@ -19,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-GATHERED_NUMEL = 1 << 23  # elements of LoRA's factors and gradients that are gathered at once: 32 MiB, or one layer's
+GATHERED_NUMEL = 1 << 23  # elements of LoRA's factors and gradients in one all-gather: 32 MiB, or one layer
 
 
 def partition_numel(numel: int, world_size: int) -> int:
@@ -34,17 +31,17 @@ def owned_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
 
 
 def layer_owner(layer: int, world_size: int) -> int:
-    """Returns the owner of a layer. It holds what is kept whole: moments, refits, files of a checkpoint."""
+    """Returns the rank that holds the whole tensors of a layer: moments, refits, files of a checkpoint."""
     return layer % world_size
 
 
 def owner_rounds(layers: int, world_size: int) -> list[range]:
-    """Returns rounds of `world_size` layers. A rank owns at most one of a round. So all can work at once."""
+    """Returns rounds of `world_size` layers, each with a different owner, so all owners work in parallel."""
     return [range(first, min(first + world_size, layers)) for first in range(0, layers, world_size)]
 
 
 def gather_rounds(sizes: list[int], most: int) -> list[range]:
-    """Returns rounds of consecutive layers. A round has `most` elements, or one layer."""
+    """Returns rounds of consecutive layers. A round has at most `most` elements, or a single layer."""
     rounds, first, numel = list[range](), 0, 0
     for layer, size in enumerate(sizes):
         if layer > first and numel + size > most:
@@ -54,40 +51,30 @@ def gather_rounds(sizes: list[int], most: int) -> list[range]:
     return [*rounds, range(first, len(sizes))]
 
 
+def overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> Tensor:
+    """Returns the number of elements that two ranges share. Broadcasts."""
+    return (torch.minimum(end_a, end_b) - torch.maximum(start_a, start_b)).clamp(min=0)
+
+
 @dataclass(frozen=True)
 class AxisCut:
-    """Names the rows (axis 0) or columns (axis 1) of a tensor that stay.
+    """Names the rows (axis 0) or columns (axis 1) of a tensor that stay: `keep`, (kept,) int64, ascending."""
 
-    Attributes:
-        shape: the tensor's shape before the cut, one or two dimensions.
-        axis: the axis that gets smaller. 0 for a vector.
-        keep: (kept,) int64, ascending.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # before the cut, one or two dimensions
     axis: int
     keep: Tensor
 
     @property
-    def rows(self) -> int:
-        """Before the cut."""
-        return self.shape[0]
-
-    @property
     def columns(self) -> int:
-        """Before the cut. A vector is one column."""
         return self.shape[1] if len(self.shape) == 2 else 1
 
     @property
     def new_shape(self) -> tuple[int, ...]:
-        """After the cut."""
-        shape = list(self.shape)
-        shape[self.axis] = len(self.keep)
-        return tuple(shape)
+        return (*self.shape[: self.axis], len(self.keep), *self.shape[self.axis + 1 :])
 
     @cached_property
     def counts(self) -> Tensor:
-        """(size of the axis + 1,) int64: how many of `keep` lie before each row or column."""
+        """(size of the axis + 1,) int64: the number of kept rows or columns before each one."""
         counts = torch.zeros(self.shape[self.axis] + 1, dtype=torch.int64)
         counts[self.keep + 1] = 1
         return counts.cumsum_(0)
@@ -98,68 +85,41 @@ class AxisCut:
         row, column = positions // self.columns, positions % self.columns
         if self.axis == 1:
             return row * len(self.keep) + counts[column]
-        row_is_kept = counts[(row + 1).clamp(max=self.rows)] - counts[row]
+        row_is_kept = counts[(row + 1).clamp(max=self.shape[0])] - counts[row]
         return counts[row] * self.columns + column * row_is_kept
 
-
-class Owners:
-    """Holds the borders of all old and new shards. Every rank's plan follows from them.
-
-    Attributes:
-        kept: (world_size + 1,) the kept elements before each old shard. These are old borders in the new flat order.
-        new: (world_size + 1,) the start of each new shard.
-        new_partition: elements of a new shard, padding included.
-    """
-
-    def __init__(self, cut: AxisCut, world_size: int) -> None:
-        old_numel, new_numel = math.prod(cut.shape), math.prod(cut.new_shape)
-        self.new_partition = partition_numel(new_numel, world_size)
+    def borders(self, world_size: int) -> tuple[Tensor, Tensor]:
+        """Returns (world_size + 1,) the borders of the old shards, and of the new ones, both in the new flat order."""
+        old_numel, new_numel = math.prod(self.shape), math.prod(self.new_shape)
         ranks = torch.arange(world_size + 1)
-        self.kept = cut.kept_before((ranks * partition_numel(old_numel, world_size)).clamp(max=old_numel))
-        self.new = (ranks * self.new_partition).clamp(max=new_numel)
-
-    def sent_by(self, ranks: Tensor) -> Tensor:
-        """Returns (ranks, world_size): the elements that each has for every rank, itself included."""
-        start, end = self.kept[ranks, None], self.kept[ranks + 1, None]
-        return overlap(start, end, self.new[None, :-1], self.new[None, 1:])
-
-    def received_by(self, ranks: Tensor) -> Tensor:
-        """Returns (ranks, world_size): the elements that each gets from every rank, itself included."""
-        start, end = self.new[ranks, None], self.new[ranks + 1, None]
-        return overlap(self.kept[None, :-1], self.kept[None, 1:], start, end)
+        old = self.kept_before((ranks * partition_numel(old_numel, world_size)).clamp(max=old_numel))
+        return old, (ranks * partition_numel(new_numel, world_size)).clamp(max=new_numel)
 
 
 def moved_elements(cut: AxisCut, world_size: int) -> Tensor:
-    """Returns (world_size,): the elements that each rank must send. They stay, but another rank owns them now."""
-    owners = Owners(cut, world_size)
-    stays = overlap(owners.kept[:-1], owners.kept[1:], owners.new[:-1], owners.new[1:])
-    return owners.kept.diff() - stays
+    """Returns (world_size,): the kept elements of each rank that belong to another rank after the cut."""
+    old, new = cut.borders(world_size)
+    return old.diff() - overlap(old[:-1], old[1:], new[:-1], new[1:])
 
 
 class ReshardPlan:
-    """Holds what one rank sends and receives when a sharded tensor is cut. Tensors that are cut alike share it.
+    """Holds how many elements one rank sends to and receives from each rank in a cut, itself included, in rank order.
 
-    Attributes:
-        send: elements for each rank that gets any, itself included, in the order of the ranks.
-        receive: elements from each rank that has any, itself included, in the order of the ranks.
-        old, new: (start, end) of the owned shard before and after, each in its own flat order.
-        new_partition: elements of a new shard, padding included.
+    Ranks that get nothing are left out. Tensors with the same cut share a plan.
     """
 
     def __init__(self, cut: AxisCut, world_size: int, rank: int) -> None:
-        owners, this = Owners(cut, world_size), torch.tensor([rank])
+        old, new = cut.borders(world_size)
         self.cut = cut
-        self.old = owned_range(math.prod(cut.shape), world_size, rank)
-        self.new = owned_range(math.prod(cut.new_shape), world_size, rank)
-        self.new_partition = owners.new_partition
-        self.send = _by_rank(owners.sent_by(this)[0])
-        self.receive = _by_rank(owners.received_by(this)[0])
-        self.moved = sum(self.send.values()) - self.send.get(rank, 0)  # elements that change owner, leaving this rank
+        self.owned = owned_range(math.prod(cut.shape), world_size, rank)  # before the cut
+        self.new_partition = partition_numel(math.prod(cut.new_shape), world_size)  # padding included
+        self.send = _by_rank(overlap(old[rank], old[rank + 1], new[:-1], new[1:]))
+        self.receive = _by_rank(overlap(new[rank], new[rank + 1], old[:-1], old[1:]))
         self._keep = cut.keep  # on the device of the last shard
 
     def take(self, shard: Tensor) -> Tensor:
         """Returns the kept elements of this rank's old shard, in flat order: (sum(send),). Never reads padding."""
-        start, end = self.old
+        start, end = self.owned
         columns, position = self.cut.columns, start
         parts: list[Tensor] = []
         self._keep = self._keep.to(shard.device)
@@ -174,7 +134,6 @@ class ReshardPlan:
         return torch.cat(parts) if parts else shard[:0]
 
     def _kept_within(self, first: int, end: int) -> Tensor:
-        """Returns the kept of the rows (or columns) [first, end), counted from `first`."""
         counts = self.cut.counts
         return self._keep[int(counts[first]) : int(counts[end])] - first
 
@@ -182,8 +141,3 @@ class ReshardPlan:
 def _by_rank(counts: Tensor) -> dict[int, int]:
     numbers = cast(list[int], counts.tolist())
     return {rank: count for rank, count in enumerate(numbers) if count}
-
-
-def overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> Tensor:
-    """Counts the elements that two ranges share. Broadcasts."""
-    return (torch.minimum(end_a, end_b) - torch.maximum(start_a, start_b)).clamp(min=0)

@@ -1,6 +1,7 @@
-"""A ZeRO-3 engine that somebody else has started: finds it, checks that it can be pruned, and watches its updates."""
+"""A ZeRO-3 engine of another trainer: finds it, checks that it can be pruned, and watches its updates."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,11 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
-ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # exp_avg and exp_avg_sq, and no state else with a shape
+ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # state with a shape: exp_avg and exp_avg_sq alone
 
 
 def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
-    """Finds DeepSpeed's stage-3 optimizer under the wrappers of accelerate.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Finds DeepSpeed's stage-3 optimizer under the wrappers of accelerate. Raises UserError if there is none."""
     found = optimizer
     while found is not None and not isinstance(found, DeepSpeedZeroOptimizer_Stage3):
         found = getattr(found, "optimizer", None)
@@ -33,10 +30,10 @@ def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
 
 
 def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: ModelShape) -> ShardedModel:
-    """Makes the model that the pruner cuts, beside the engine that trains it.
+    """Makes the model that the pruner cuts while the other trainer's engine trains it.
 
     Raises:
-        UserError: the engine's optimizer or its group of ranks cannot be pruned, or this DeepSpeed cannot.
+        UserError: the engine's optimizer or group of ranks cannot be pruned, or this version of DeepSpeed.
     """
     check_private_attributes()
     inner = zero.optimizer
@@ -60,13 +57,7 @@ def gradient_norm(zero: DeepSpeedZeroOptimizer_Stage3) -> float:
 
 
 def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[], None]) -> Callable[[], None]:
-    """Has `action` run where gradients are averaged and not yet clipped: right before each update of the optimizer.
-
-    The engine calls its optimizer's `step` at the end of an accumulation and at no other time.
-
-    Returns:
-        A function that takes this back.
-    """
+    """Runs `action` right before each update, where gradients are averaged and not yet clipped. Returns an undo."""
     step = zero.step
 
     def act_and_step(*args: Any, **kwargs: Any) -> Any:
@@ -74,8 +65,4 @@ def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[],
         return step(*args, **kwargs)
 
     zero.step = act_and_step
-
-    def take_back() -> None:
-        zero.step = step
-
-    return take_back
+    return partial(setattr, zero, "step", step)

@@ -1,8 +1,7 @@
-"""Matrix products of bf16 and fp16 on a CPU that has no instructions for them.
+"""Matrix products of bf16 and fp16 on a CPU without instructions for them, for example one with AVX2 only.
 
-It has only AVX2, for example. torch then uses a plain loop. That is ten to thirty times slower than fp32
-(tests/benchmarks/README.md). Through fp32 they are the same products. Either way the sums are fp32 and rounded
-once, at the end. So results differ only where the order of a sum decides a rounding.
+torch's own loop is ten to thirty times slower than fp32 (tests/benchmarks/README.md). Either way the sums are fp32 and
+rounded once, at the end. Results differ only where the order of a sum decides a rounding.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ LARGEST_COPY = 2**24  # elements of a weight in fp32 at once: 64 MiB
 
 
 def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
-    """Sends this thread's products in `dtype` through fp32 while open. Does so only if that is faster."""
+    """Computes this thread's products in `dtype` through fp32 while open, but only if that is faster."""
     if not is_cpu():
         return nullcontext()
     native = {
@@ -32,7 +31,7 @@ def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
 
 
 class ThroughFloat32(TorchDispatchMode):
-    """Computes products of half-precision CPU tensors in fp32. Everything else passes."""
+    """Computes products of half-precision CPU tensors in fp32. All other operations pass unchanged."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         product = PRODUCTS.get(func)
@@ -42,7 +41,7 @@ class ThroughFloat32(TorchDispatchMode):
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """Multiplies (n, k) by (k, m), usually a weight. Only some of its columns are in fp32 at a time."""
+    """Multiplies (n, k) by (k, m), usually a weight, with a part of its columns in fp32 at a time."""
     wide = left.float()
     return torch.cat([(wide @ part.float()).to(left.dtype) for part in _columns(right, len(right))], dim=1)
 
@@ -55,15 +54,12 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 
 def _columns(matrix: Tensor, height: int) -> tuple[Tensor, ...]:
-    """Splits off as many columns at a time as make `LARGEST_COPY` elements, each `height` high."""
+    """Splits into groups of columns with at most `LARGEST_COPY` elements, each `height` high."""
     return matrix.split(max(1, LARGEST_COPY // height), dim=1)
 
 
 def _widened(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `operation` on fp32 copies of its half-precision arguments, which are activations.
-
-    Its results are half again. But the log-sum-exp of attention stays fp32, as torch keeps it.
-    """
+    """Returns `operation` on fp32 copies of half-precision activations. Attention's log-sum-exp stays fp32."""
 
     def product(first: Tensor, *args: Any, **kwargs: Any) -> Any:
         wide = operation(first.float(), *map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})

@@ -1,7 +1,6 @@
-"""Counts the bytes that a rank holds, and has the formula for training state."""
+"""Counts the bytes that a rank holds, and predicts those of the training state."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from loraprune_ds.zero.sharded import ShardedModel
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Counts the bytes of the distinct storages behind some tensors. Views and aliases count once."""
+    """Returns the bytes of the storages behind some tensors. Views and aliases count once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
 
@@ -25,7 +24,7 @@ def weight_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def second_copies(module: nn.Module) -> list[Tensor]:
-    """Returns this rank's pieces of hpZ's second copy, of the weights that have one now."""
+    """Returns this rank's shards of hpZ's second copy, for the weights that have one."""
     copies = (cast(Any, p).ds_secondary_tensor for p in module.parameters())
     return [copy for copy in copies if copy is not None]
 
@@ -36,7 +35,7 @@ def gather_weight_bytes(model: ShardedModel) -> list[int]:
 
 
 def state_tensors(model: ShardedModel) -> Iterator[Tensor]:
-    """Yields all that ZeRO-3 holds for training: shards, fp32 masters, Adam moments, gradient buffers."""
+    """Yields everything that ZeRO-3 holds for training: shards, fp32 masters, Adam moments, gradient buffers."""
     zero = model.zero_optimizer
     yield from weight_tensors(model.module)
     for master in zero.fp32_partitioned_groups_flat:
@@ -49,11 +48,7 @@ def state_tensors(model: ShardedModel) -> Iterator[Tensor]:
 def state_terms(
     shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
 ) -> dict[str, int]:
-    """Returns the bytes of what `state_tensors` yields, by part.
-
-    A shard of n elements has ceil(n / world_size) of them. A LoRA factor also has an fp32 master (in an fp32 run too)
-    and an fp32 gradient. Once the optimizer has stepped there are two fp32 moments. The reduce bucket is fp32.
-    """
+    """Returns the bytes of `state_tensors` by part. Masters, moments, gradients and bucket are fp32 in every run."""
     held = shape.held(None, element_size).values()
     lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
     return {
@@ -67,30 +62,21 @@ def state_terms(
 
 
 def resident_bytes() -> int:
-    """Returns the memory that this rank uses now. On a device it is what is allocated there.
-
-    On a CPU it is anonymous and shared pages. File-backed pages can be reclaimed and do not count. Neither does the
-    process's peak. It can only grow and would hide a cut.
-    """
-    if not is_cpu():
-        return int(accelerator().memory_allocated())
-    with open("/proc/self/status") as status:
-        fields = dict(line.split(":", 1) for line in status)
-    return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
+    """Returns the device memory that is allocated now, or a CPU process's anonymous and shared pages."""
+    return _process_bytes("RssAnon", "RssShmem") if is_cpu() else int(accelerator().memory_allocated())
 
 
 def reserved_bytes() -> int:
-    """Returns what torch's allocator holds of the device, in use or not. 0 on a CPU, where it keeps nothing back.
-
-    `nvidia-smi` shows this and what CUDA and NCCL hold beside it.
-    """
+    """Returns the device memory that torch's allocator holds, used or not. 0 on a CPU, where it keeps none."""
     return 0 if is_cpu() else int(accelerator().memory_reserved())
 
 
 def peak_bytes() -> int:
     """Returns the most memory this rank has used: the device allocator's peak, or a CPU process's resident peak."""
-    if not is_cpu():
-        return int(accelerator().max_memory_allocated())
-    with open(f"/proc/{os.getpid()}/status") as status:
+    return _process_bytes("VmHWM") if is_cpu() else int(accelerator().max_memory_allocated())
+
+
+def _process_bytes(*keys: str) -> int:
+    with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
-    return int(fields["VmHWM"].split()[0]) * 1024
+    return sum(int(fields[key].split()[0]) * 1024 for key in keys)

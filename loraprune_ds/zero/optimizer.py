@@ -1,30 +1,23 @@
-"""The optimizer state of LoRA: fp32 masters, Adam moments and averaged gradients as flat shards."""
+"""The optimizer state of LoRA: fp32 masters, Adam moments and averaged gradients as flat shards. fp16's overflow."""
 
 import copy
-from dataclasses import dataclass
-from typing import Any, cast
+import math
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.config import Dtype
+from loraprune_ds.errors import RunError
 from loraprune_ds.zero import private
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass
-class _Slot:
-    """Names the place of a parameter's shard: the flat buffer and the offset in it."""
-
-    group: int
-    offset: int
-
-
 class OptimizerState:
-    """Carries the flat buffers of DeepSpeed's stage-3 optimizer through a change of shapes.
+    """Carries the flat buffers of DeepSpeed's stage-3 optimizer through a cut.
 
-    A smaller shard is written into the old one's slot. So carrying the state needs no copy of all of it. `rebuild` then
-    lays out new, smaller buffers and fills them from the old ones.
+    Smaller shards are written into the old slots, so there is no second copy. `rebuild` then lays out smaller buffers.
     """
 
     def __init__(self, zero_optimizer: Any, parameters: list[nn.Parameter]) -> None:
@@ -32,35 +25,31 @@ class OptimizerState:
         self.parameters = parameters
 
     def keys(self) -> tuple[str, ...]:
-        """Names what must travel with a parameter besides its own shard."""
-        has_moments = bool(self.zero.optimizer.state)  # Adam creates them at its first step
-        return ("master", *MOMENTS) if has_moments else ("master",)
+        """Names the tensors that travel with a parameter's own shard. Adam creates the moments at its first step."""
+        return ("master", *MOMENTS) if self.zero.optimizer.state else ("master",)
 
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """Returns this rank's (padded) fp32 shard of `master`, `exp_avg` or `exp_avg_sq`.
-
-        It is a view of its slot, as long as the parameter's present shard. After a cut the slot is longer.
-        """
-        slot = self._slot(parameter)
-        return self._flat(slot.group, key).narrow(0, slot.offset, parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
+        """Returns a view of this rank's (padded) fp32 shard of `master`, `exp_avg` or `exp_avg_sq`."""
+        group, offset = self._slot(parameter)
+        return self._flat(group, key).narrow(0, offset, parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns this rank's (padded) shard of the averaged gradient, between the last backward and the update.
 
-        DeepSpeed's own call waits for the device at each parameter. Here it has waited: the end of a backward does.
+        DeepSpeed's public call waits for the device at each parameter. The end of a backward has already waited.
         """
         shards = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         return shards[cast(Any, parameter).ds_id].float()
 
     @torch.no_grad()
     def rebuild(self) -> None:
-        """Lays out new flat buffers for the present shapes. Fills them with the carried state. Collective."""
+        """Lays out flat buffers for the current shapes. Fills them with the carried state. Collective."""
         zero, keys = self.zero, self.keys()
         old_flats = [{key: self._flat(i, key) for key in keys} for i in range(len(zero.fp32_partitioned_groups_flat))]
-        old_slots = {id(p): self._slot(p) for p in self.parameters}
-        others = [_beside_moments(state) for state in zero.optimizer.state.values()]
+        old_slots = [self._slot(p) for p in self.parameters]
+        states = list(zero.optimizer.state.values())
         for bucket in zero.ipg_buckets.values():
-            bucket.buffer = None  # it is as large as before. Two of them could outweigh all the rest of a cut
+            bucket.buffer = None  # it keeps its size. Two of them could outweigh everything else in a cut
         for name in private.FLAT_LISTS:
             getattr(zero, name).clear()
         zero.sub_group_to_group_id = {}
@@ -71,33 +60,55 @@ class OptimizerState:
         zero.set_grad_positions()
         zero.averaged_gradients = {}
         zero.zero_grad(set_to_none=True)
-        if others:
-            self.create_moments(others[0])
-        for parameter in self.parameters:
-            old = old_slots[id(parameter)]
+        if states:
+            self.create_moments({key: value for key, value in states[0].items() if key not in MOMENTS})
+        for parameter, (group, offset) in zip(self.parameters, old_slots, strict=True):
             for key in keys:
                 new = self.shard(parameter, key)
-                new.copy_(old_flats[old.group][key].narrow(0, old.offset, new.numel()))
+                new.copy_(old_flats[group][key].narrow(0, offset, new.numel()))
 
     def create_moments(self, others: dict[str, Any]) -> None:
-        """Creates zero moments for every flat buffer. Adam makes its own lazily.
-
-        Args:
-            others: what the optimizer keeps beside them. torch's Adam counts its updates there, on the device if it is
-                fused. DeepSpeed's CPU Adam counts in an int, and its fused Adam elsewhere.
-        """
+        """Creates zero moments for every flat buffer, and a copy of `others`, where most Adams count their updates."""
         for flat in self.zero.fp32_partitioned_groups_flat:
             moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
             self.zero.optimizer.state[flat] = copy.deepcopy(others) | moments
 
-    def _slot(self, parameter: nn.Parameter) -> _Slot:
+    def _slot(self, parameter: nn.Parameter) -> tuple[int, int]:
         group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
-        return _Slot(group, offset)
+        return group, offset
 
     def _flat(self, group: int, key: str) -> Tensor:
         master = self.zero.fp32_partitioned_groups_flat[group]
         return master.detach() if key == "master" else self.zero.optimizer.state[master][key]
 
 
-def _beside_moments(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key not in MOMENTS}
+def unscale(gradient: Tensor, loss_scale: float) -> Tensor:
+    """Returns the gradient of the unscaled loss. The criterion is not linear in it (gB·gA)."""
+    return gradient if loss_scale == 1 else gradient / loss_scale
+
+
+def first_nonfinite(gradients: list[Tensor]) -> int | None:
+    """Returns the index of the first tensor that holds an inf or a NaN. None if all are finite."""
+    return next((i for i, gradient in enumerate(gradients) if not torch.isfinite(gradient).all()), None)
+
+
+def decide(bad_layers: list[int | None], losses: list[float], *, dtype: Dtype, step: int) -> Literal["update", "skip"]:
+    """Decides whether a step's gradients can be scored and applied. fp16 skips a step whose gradients overflowed.
+
+    Args:
+        bad_layers: per rank, the first layer with a non-finite LoRA gradient, or with a non-finite weight if the loss
+            is not finite.
+
+    Raises:
+        RunError: a loss is not finite, or a gradient in a dtype without a loss scale.
+    """
+    if lost := [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
+        weights = [layer for rank in lost if (layer := bad_layers[rank]) is not None]
+        where = f"; the weights of layer {min(weights)} are not finite" if weights else ""
+        raise RunError(f"step {step}: the loss is {losses[lost[0]]} on rank {lost[0]}{where}")
+    found = [layer for layer in bad_layers if layer is not None]
+    if not found:
+        return "update"
+    if dtype == "float16":
+        return "skip"
+    raise RunError(f"step {step}: the LoRA gradient of layer {min(found)} is not finite")

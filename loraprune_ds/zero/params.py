@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,29 +12,29 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus a
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from loraprune_ds.model.frozen import Int8, Matrix
+from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator
-from loraprune_ds.zero.flat import owned_range, partition_numel
+from loraprune_ds.zero.flat import overlap, owned_range, partition_numel
 
 ReadFlat = Callable[[str, int, int, torch.dtype], Tensor]
 
 
 def shard_at_birth(
-    model: nn.Module, read_flat: ReadFlat, *, ds_config: dict[str, Any], dtype: torch.dtype, world_size: int, rank: int
+    model: nn.Module, read_flat: ReadFlat, ds_config: dict[str, Any], dtype: torch.dtype, comm: Communicator
 ) -> None:
-    """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads the shards that it owns from disk.
+    """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only the shards that it owns from disk.
 
-    No tensor is ever whole on a rank and nothing is broadcast. Tied parameters stay one parameter. Buffers go to the
-    device. DeepSpeed leaves them on the host, and each forward pass would wait for a copy.
+    Tied parameters stay one parameter. Buffers go to the device: DeepSpeed leaves them on the host, and each forward
+    pass would wait for a copy.
 
     Args:
-        model: modules with parameters on the meta device.
-        read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a tensor on disk. A weight that is
-            int8 on meta comes as int8, all else in `dtype`.
+        read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a tensor on disk.
     """
-    # With hpZ the first Init makes the group of a node. It is the process's, so a second Init must not make it again.
+    # With hpZ the first Init makes the group of a node, which belongs to the process. A second one must reuse it.
     node_group = groups._get_zero_param_intra_parallel_group()
     init = Init(config_dict_or_path=ds_config, enabled=True, zero_param_parallel_group=node_group)
-    with init:  # has autograd keep no view of a gathered weight until its backward. That stays so after it
+    with init:  # from now on autograd keeps no view of a gathered weight until its backward
         pass
     sharded: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
@@ -41,9 +42,9 @@ def shard_at_birth(
             if parameter is None:
                 continue
             if id(parameter) not in sharded:
-                start, end = owned_range(parameter.numel(), world_size, rank)
+                start, end = owned_range(parameter.numel(), comm.world_size, comm.rank)
                 full_name = f"{module_name}.{name}" if module_name else name
-                shard = pad(read_flat(full_name, start, end, dtype), parameter.numel(), world_size)
+                shard = pad(read_flat(full_name, start, end, dtype), parameter.numel(), comm.world_size)
                 sharded[id(parameter)] = _zero_parameter(init, parameter.shape, shard)
             module._parameters[name] = sharded[id(parameter)]
         for name, buffer in module._buffers.items():
@@ -51,12 +52,11 @@ def shard_at_birth(
 
 
 def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Parameter:
-    # An expanded scalar has the whole tensor's shape and the memory of one element.
+    # An expanded scalar has the shape of the full tensor and the memory of one element.
     parameter = nn.Parameter(shard.new_empty(1, device=init.local_device).expand(shape), requires_grad=False)
     init._convert_to_deepspeed_param(parameter)
     free_param(parameter)
-    # It goes where DeepSpeed would put it. That is the host under parameter offload, else this rank's device.
-    shard = shard.to(init.remote_device)
+    shard = shard.to(init.remote_device)  # the host under parameter offload, otherwise this rank's device
     _install(parameter, accelerator().pin_memory(shard) if init.pin_memory else shard, tuple(shape))
     return parameter
 
@@ -68,9 +68,9 @@ def pad(shard: Tensor, numel: int, world_size: int) -> Tensor:
 
 
 def install_shard(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:
-    """Replaces this rank's shard by a new, padded one. The parameter now has `shape`.
+    """Replaces this rank's shard by a new, padded one on the same device. The parameter now has `shape`.
 
-    The new shard goes where the old one was. No module may be using the parameter, and it must not be gathered.
+    No module may be using the parameter, and it must not be gathered.
     """
     old: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     if old.is_pinned():
@@ -79,10 +79,7 @@ def install_shard(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]
 
 
 def into_pinned(old: Tensor, shard: Tensor) -> Tensor:
-    """Puts a shard into the pinned block of the one before it. If a smaller block is enough, it gets one.
-
-    Pinning takes long. torch rounds blocks up to a power of two. So most cuts would get a block of the same size.
-    """
+    """Puts a shard into the pinned block of the old one, or into a new block if a smaller one (a power of two) fits."""
     block = old.untyped_storage().nbytes()
     if (shard.nbytes - 1).bit_length() < (block - 1).bit_length():
         return accelerator().pin_memory(shard.detach().to(old.device))
@@ -106,10 +103,10 @@ def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> 
 
 
 def overwrite_shard(parameter: nn.Parameter, shard: Tensor) -> None:
-    """Copies new values into this rank's (padded) shard, on the device or the host. The shape stays."""
+    """Copies new values into this rank's (padded) shard."""
     state: Any = parameter
     state.ds_tensor.copy_(shard)
-    state.ds_secondary_tensor = None  # hpZ's copy is of the old values. The next gather makes it anew
+    state.ds_secondary_tensor = None  # hpZ's copy has the old values. The next gather makes a new one
 
 
 def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, int]:
@@ -122,3 +119,31 @@ def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, i
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """Returns the shape of the whole parameter, sharded or not."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class ScalePlan:
+    """Says which scales of an int8 weight each rank needs to read its shard, and which ranks have them."""
+
+    def __init__(self, form: Int8, shape: Matrix, world_size: int) -> None:
+        rows, columns = form.scale_shape(shape)
+        ranks = range(world_size)
+        bands = [form.bands(shape, *owned_range(shape[0] * shape[1], world_size, rank)) for rank in ranks]
+        # (world_size, 2) start and end of the flat scales for each rank's shard of the weight, in whole rows
+        self.needed = torch.tensor([[band.start * columns, band.stop * columns] for band in bands])
+        owned = torch.tensor([owned_range(rows * columns, world_size, rank) for rank in ranks])
+        # (world_size, world_size) scales that a rank (row) has and another (column) needs
+        self.sent = overlap(owned[:, None, 0], owned[:, None, 1], self.needed[None, :, 0], self.needed[None, :, 1])
+
+
+def decode_int8(form: Int8, scale: Any, shape: Matrix, comm: Communicator) -> Callable[[Tensor, int], Tensor]:
+    """Fetches the scales that this rank needs. Returns `OwnedShard.decode` of a weight of `shape`. Collective."""
+    plan, columns = ScalePlan(form, shape, comm.world_size), form.scale_shape(shape)[1]
+    flat, start = owned_flat(scale, comm.world_size, comm.rank)
+    parts = [flat[max(0, low - start) : max(0, high - start)] for low, high in plan.needed.tolist()]
+    send, receive = plan.sent[comm.rank].tolist(), plan.sent[:, comm.rank].tolist()
+    scales = comm.all_to_all(torch.cat(parts).to(comm.device), send, receive).view(-1, columns)
+    return partial(decode_rows, form, scales, int(plan.needed[comm.rank, 0]) // columns)
+
+
+def decode_rows(form: Int8, scales: Tensor, first_band: int, rows: Tensor, first: int) -> Tensor:
+    return form.decode(rows, first, scales, first_band).float()

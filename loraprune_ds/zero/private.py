@@ -1,11 +1,10 @@
 """The exact list of DeepSpeed internals that a cut relies on. A start checks it.
 
-DeepSpeed has no public call that changes the shape of a sharded parameter. Everything in this package that touches
-private state stays within these names. A DeepSpeed that lacks one is refused before any work starts.
+DeepSpeed has no public call that changes the shape of a sharded parameter. All code of this package that touches
+private state uses only these names. A DeepSpeed that lacks one is refused before any work starts.
 
-Four more names are only written. A decorated function of DeepSpeed hides if it still knows them. They are a
-parameter's `ds_numel_aligned`, a shard's `status` and `final_location` (params.py), and
-`deepspeed.ops.__compatible_ops__` (engine.py).
+Four more names are only written, and cannot be checked: a parameter's `ds_numel_aligned`, a shard's `status` and
+`final_location` (params.py), and `deepspeed.ops.__compatible_ops__` (engine.py).
 """
 
 from types import ModuleType
@@ -22,17 +21,7 @@ from deepspeed.utils import groups
 
 from loraprune_ds.errors import UserError
 
-OPTIMIZER_METHODS = (
-    "_create_fp16_partitions_with_defragmentation",
-    "_setup_for_real_optimizer",
-    "set_grad_positions",
-    "get_param_id",
-    "zero_grad",
-    "step",
-    "empty_partition_cache",
-)
-_RELEASE = (deepspeed.__version_major__, deepspeed.__version_minor__)
-# Lists that describe the flat buffers. They are emptied before the optimizer lays these out anew.
+# Lists that describe the flat buffers. They are emptied before the optimizer lays out new ones.
 FLAT_LISTS = (
     "fp16_groups",
     "fp16_partitioned_groups",
@@ -43,8 +32,17 @@ FLAT_LISTS = (
     "fp32_partitioned_groups_flat",
     "next_swappable_fp32_partitioned_groups",
     "groups_padding",
-    # Before 0.19 all sub-groups share one group of ranks, and there are no such lists.
-    *(("sub_group_process_groups", "sub_group_partition_counts") if _RELEASE >= (0, 19) else ()),
+)
+if (deepspeed.__version_major__, deepspeed.__version_minor__) >= (0, 19):  # before, sub-groups share a group of ranks
+    FLAT_LISTS += ("sub_group_process_groups", "sub_group_partition_counts")
+OPTIMIZER_METHODS = (
+    "_create_fp16_partitions_with_defragmentation",
+    "_setup_for_real_optimizer",
+    "set_grad_positions",
+    "get_param_id",
+    "zero_grad",
+    "step",
+    "empty_partition_cache",
 )
 OPTIMIZER_ATTRIBUTES = (
     *FLAT_LISTS,
@@ -62,17 +60,14 @@ OPTIMIZER_ATTRIBUTES = (
     "gradient_accumulation_dtype",
     "_global_grad_norm",
 )
-OFFLOAD_METHODS = ("mark_persistent_parameters", "get_param_coordinator")
+LAYOUT_ATTRIBUTES = ("grad_partitions_flat_buffer", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition")
 OFFLOAD_ATTRIBUTES = ("param_numel_persistence_threshold", "model_persistence_threshold", "persistent_parameters")
 _MANGLED = "_PartitionedParameterCoordinator__"
-COORDINATOR_METHODS = ("is_invalid_trace", "_invalidate_trace", _MANGLED + "params_to_release")
 COORDINATOR_ATTRIBUTES = (
     _MANGLED + "submodule_order",
     _MANGLED + "most_recent_step_id_param_fetched_for",
     _MANGLED + "max_reuse_dist_in_numel",
 )
-GROUPS_FUNCTIONS = ("_get_zero_param_intra_parallel_group",)
-INIT_METHODS = ("_convert_to_deepspeed_param",)
 PARAMETER_ATTRIBUTES = (
     "ds_id",
     "ds_shape",
@@ -84,27 +79,22 @@ PARAMETER_ATTRIBUTES = (
     "ds_secondary_tensor",
     "ds_process_group",
 )
-
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps")
 LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (DeepSpeedZeroOptimizer_Stage3, OPTIMIZER_METHODS),
-    (DeepSpeedZeRoOffload, OFFLOAD_METHODS),
-    (PartitionedParameterCoordinator, COORDINATOR_METHODS),
+    (DeepSpeedZeRoOffload, ("mark_persistent_parameters", "get_param_coordinator")),
+    (PartitionedParameterCoordinator, ("is_invalid_trace", "_invalidate_trace", _MANGLED + "params_to_release")),
     (partitioned_param_coordinator, ("iter_params",)),
-    (Init, INIT_METHODS),
-    (groups, GROUPS_FUNCTIONS),
+    (Init, ("_convert_to_deepspeed_param",)),
+    (groups, ("_get_zero_param_intra_parallel_group",)),
 )
-# Instance attributes exist only on a live engine. The names that a function assigns are in its code object.
+# (class, function, holder, attributes): instance attributes exist only on a live engine, but the code object of the
+# function that assigns them has their names.
 ASSIGNED: tuple[tuple[type | ModuleType, str, str, tuple[str, ...]], ...] = (
     (DeepSpeedZeroOptimizer_Stage3, "__init__", "DeepSpeedZeroOptimizer_Stage3", OPTIMIZER_ATTRIBUTES),
-    (
-        DeepSpeedZeroOptimizer_Stage3,
-        "_setup_for_real_optimizer",
-        "DeepSpeedZeroOptimizer_Stage3",
-        ("grad_partitions_flat_buffer", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"),
-    ),
+    (DeepSpeedZeroOptimizer_Stage3, "_setup_for_real_optimizer", "DeepSpeedZeroOptimizer_Stage3", LAYOUT_ATTRIBUTES),
     (DeepSpeedZeRoOffload, "__init__", "DeepSpeedZeRoOffload", OFFLOAD_ATTRIBUTES),
     (PartitionedParameterCoordinator, "__init__", "PartitionedParameterCoordinator", COORDINATOR_ATTRIBUTES),
     (DeepSpeedEngine, "__init__", "DeepSpeedEngine", ENGINE_COUNTERS),
@@ -120,7 +110,7 @@ def check_private_attributes() -> None:
     """Compares the installed DeepSpeed with the list above.
 
     Raises:
-        UserError: a name is missing. It tells DeepSpeed's version and what is missing.
+        UserError: names are missing. The line has them and DeepSpeed's version.
     """
     missing = [f"{cls.__name__}.{name}" for cls, names in METHODS for name in names if not hasattr(cls, name)]
     for cls, function, holder, names in ASSIGNED:

@@ -1,4 +1,4 @@
-"""The model under pruning as ZeRO-3 holds it. Every rank has a shard of every tensor, which is cut in place."""
+"""The model under pruning as ZeRO-3 holds it. Every rank has a shard of every tensor, and cuts it in place."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,29 +16,25 @@ from loraprune_ds.model.frozen import Dense, form_of
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
+from loraprune_ds.zero.collect import replace_weights
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
+from loraprune_ds.zero.cut import Item, cut_parameters, parameter_cuts, reshard, set_sizes
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
 from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner
-from loraprune_ds.zero.int8 import decode_int8
-from loraprune_ds.zero.loss_scale import first_nonfinite, unscale
-from loraprune_ds.zero.optimizer import OptimizerState
-from loraprune_ds.zero.params import full_shape, owned_flat
+from loraprune_ds.zero.optimizer import OptimizerState, first_nonfinite, unscale
+from loraprune_ds.zero.params import decode_int8, full_shape, owned_flat
 from loraprune_ds.zero.releases import decide_releases
-from loraprune_ds.zero.replace import replace_weights
-from loraprune_ds.zero.reshard import Item, reshard
 
 
 class ShardedModel:
-    """Implements `PrunableModel` over a PEFT LoRA model that ZeRO-3 has sharded, whoever trains it.
+    """Implements `PrunableModel` over a PEFT LoRA model that ZeRO-3 has sharded. Any trainer may train it.
 
-    Under CPU offload the shards and the optimizer state lie on the host. They come to the device to be scored or sent,
-    and go back where they were.
+    Under CPU offload the shards and the optimizer state lie on the host. Scoring and cutting copy them to the device
+    and back.
 
     Args:
-        module: the PEFT model.
         zero_optimizer: DeepSpeed's `DeepSpeedZeroOptimizer_Stage3` of that model.
-        empty_partition_cache: the engine's method. It frees every weight that is gathered.
+        empty_partition_cache: the engine's method. It frees all gathered weights.
     """
 
     def __init__(
@@ -50,26 +46,25 @@ class ShardedModel:
         self.comm = Communicator()
         self.world_size, self.rank, self.device = self.comm.world_size, self.comm.rank, self.comm.device
         self.layers = decoder_layers(module)
-        self._state = OptimizerState(zero_optimizer, [p for p in module.parameters() if p.requires_grad])
+        self.optimizer_state = OptimizerState(zero_optimizer, [p for p in module.parameters() if p.requires_grad])
         self._releases = decide_releases(zero_optimizer.parameter_offload.get_param_coordinator())
         self._empty_partition_cache = empty_partition_cache
 
     @torch.no_grad()
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        """Gathers the averaged LoRA gradients of all layers on every rank, several layers by one all-gather.
+        """Gathers masters and averaged gradients of A and B on every rank, several layers by one all-gather.
 
-        ZeRO-3 has reduce-scattered them at the accumulation boundary. The masters and gradients of A and B travel in
-        one buffer. fp16 gradients are divided by the loss scale.
+        ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 ones are divided by the loss scale.
         """
         modules = self._lora_linears()
         parameters = [[weight for module in layer for weight in lora_weights(module)] for layer in modules]
         sizes = [2 * sum(math.prod(full_shape(p)) for p in layer) for layer in parameters]
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
             of_round = [p for layer in layers for p in parameters[layer]]
-            masters = [self._state.shard(p, "master") for p in of_round]
-            gradients = [unscale(self._state.gradient(p), self.loss_scale) for p in of_round]
-            whole = self._gather(masters + gradients, of_round + of_round)
-            weights, weight_gradients = iter(whole[: len(of_round)]), iter(whole[len(of_round) :])
+            masters = [self.optimizer_state.shard(p, "master") for p in of_round]
+            gradients = [unscale(self.optimizer_state.gradient(p), self.loss_scale) for p in of_round]
+            gathered = self._gather(masters + gradients, of_round + of_round)
+            weights, weight_gradients = iter(gathered[: len(of_round)]), iter(gathered[len(of_round) :])
             for layer in layers:
                 factors = {}
                 for linear, module in zip(self.shape.linears(layer), modules[layer], strict=True):
@@ -105,41 +100,37 @@ class ShardedModel:
         replace_weights(self.layers, linear_ids, compute, self.comm)
 
     def cut(self, keep: list[LayerKeep]) -> int:
-        """Cuts one decoder layer at a time, then lays out the optimizer's flat buffers anew.
+        """Cuts one decoder layer at a time, then rebuilds the optimizer's flat buffers.
 
-        No loss graph may be alive: autograd remembers the shapes from before.
+        No loss graph may be alive: autograd remembers the old shapes.
         """
         before = self.comm.bytes_sent
         self._empty_partition_cache()
         for i, layer_keep in enumerate(keep):
             self._cut_layer(i, layer_keep)
-            empty_host_cache()  # else offloaded weights grow with a cut: shards of the old sizes do not come again
+            empty_host_cache()  # offloaded weights would grow otherwise: no later shard has one of the old sizes
             fail_point("cut.layer")
         self.shape = self.shape.after(keep)
-        self._state.rebuild()
+        self.optimizer_state.rebuild()
         fail_point("cut.rebuilt")
         self._refresh_zero()
         empty_host_cache()
         settle_shards()
         return self.comm.bytes_sent - before
 
-    def optimizer_state(self) -> OptimizerState:
-        """Returns this rank's masters and moments of all LoRA factors."""
-        return self._state
-
     def gradient_sum(self) -> Tensor:
         """Returns the sum of this rank's shards of averaged LoRA gradients. It is not finite if one of them is not."""
         return self.zero_optimizer.grad_partitions_flat_buffer.sum()
 
     def nonfinite_layer(self) -> int | None:
-        """Finds the first layer with an inf or NaN in this rank's shards of averaged LoRA gradients."""
-        if torch.isfinite(self.gradient_sum()):  # one pass when all is well
+        """Returns the first layer with an inf or NaN in this rank's shards of averaged LoRA gradients."""
+        if torch.isfinite(self.gradient_sum()):  # one pass in the usual case
             return None
         weights = [[w for module in layer for w in lora_weights(module)] for layer in self._lora_linears()]
-        return first_nonfinite([torch.cat([self._state.gradient(w) for w in layer]) for layer in weights])
+        return first_nonfinite([torch.cat([self.optimizer_state.gradient(w) for w in layer]) for layer in weights])
 
     def nonfinite_weights(self) -> int | None:
-        """Finds the first layer with an inf or NaN in this rank's shards of weights, frozen or LoRA."""
+        """Returns the first layer with an inf or NaN in this rank's shards of weights, frozen or LoRA."""
         shards = (((i, cast(Any, p).ds_tensor) for p in layer.parameters()) for i, layer in enumerate(self.layers))
         return next((i for layer in shards for i, shard in layer if not torch.isfinite(shard).all()), None)
 
@@ -149,7 +140,7 @@ class ShardedModel:
         return float(self.zero_optimizer.loss_scale)
 
     def forget_trace(self) -> None:
-        """Has ZeRO-3 record anew in which order modules run. It prefetches by that record."""
+        """Makes ZeRO-3 record the order of the modules again, which it prefetches by."""
         coordinator = self.zero_optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
@@ -164,7 +155,7 @@ class ShardedModel:
         return [part.reshape(-1)[: m * n].view(m, n) for part, (m, n) in zip(parts, shapes, strict=True)]
 
     def _cut_layer(self, index: int, keep: LayerKeep) -> None:
-        layer, state = self.layers[index], self._state
+        layer, state = self.layers[index], self.optimizer_state
         cuts = parameter_cuts(layer, self.shape, index, keep, self.comm)
         if not cuts:
             return
@@ -176,11 +167,7 @@ class ShardedModel:
             state.shard(parameter, key).copy_(shard)
 
     def _refresh_zero(self) -> None:
-        """Renews what else DeepSpeed derived from the old sizes.
-
-        The record of the modules' order stays. A cut changes neither the modules nor their parameters, only sizes. In
-        every pass DeepSpeed compares the record with what runs, module by module. So a wrong one could not stay.
-        """
+        """Updates the rest of DeepSpeed's state that depends on sizes. Its record of the modules' order stays valid."""
         offload = self.zero_optimizer.parameter_offload
         for parameter in self.module.parameters():
             cast(Any, parameter).ds_persist = False

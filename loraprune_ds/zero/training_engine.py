@@ -1,23 +1,26 @@
-"""DeepSpeed's engine as our own training loop needs it, beside the model that it prunes."""
+"""DeepSpeed's engine as our own training loop needs it, and the training state that a checkpoint keeps."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
-from loraprune_ds.zero.loss_scale import optimizer_step
+from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.zero.params import overwrite_shard, pad
+from loraprune_ds.zero.private import LOSS_SCALE_FIELDS
 from loraprune_ds.zero.sharded import ShardedModel
+
+# (layer, tensor name, start, end) -> flat fp32 elements [start, end)
+ReadState = Callable[[int, str, int, int], Tensor]
 
 
 class TrainingEngine:
-    """Trains the sharded model through DeepSpeed's engine. Every method is collective.
-
-    Attributes:
-        deepspeed: the `DeepSpeedEngine`.
-        model: the sharded model that it trains.
-    """
+    """Trains the sharded `model` through `deepspeed`, a `DeepSpeedEngine`. Every method is collective."""
 
     def __init__(self, deepspeed: Any, shape: ModelShape) -> None:
         self.deepspeed = deepspeed
@@ -25,11 +28,9 @@ class TrainingEngine:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next update."""
         return float(self.deepspeed.get_lr()[0])
 
     def forward(self, **inputs: Any) -> Any:
-        """Returns the model's output in training."""
         return self.deepspeed(**inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -37,18 +38,11 @@ class TrainingEngine:
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def end_micro_batch(self) -> None:
-        """Counts a micro-batch. It is called after every one of a step but the last."""
+        """Counts a micro-batch. Call it after every one of a step except the last."""
         self.deepspeed.step()  # not a boundary: only counts
 
     def update(self, *, skipped: bool) -> float | None:
-        """Makes the optimizer's update at the end of a step.
-
-        Args:
-            skipped: whether fp16's gradients overflowed.
-
-        Returns:
-            The norm of the gradients before clipping. None where the update was skipped or DeepSpeed has none.
-        """
+        """Makes the update, unless fp16 has `skipped` it. Returns the gradient norm before clipping, or None."""
         optimizer_step(self.deepspeed, skipped=skipped)
         settle_shards()
         norm = None if skipped else self.deepspeed.get_global_grad_norm()
@@ -57,9 +51,8 @@ class TrainingEngine:
     def infer(self, **inputs: Any) -> Any:
         """Makes one forward pass in evaluation mode. It does not change what training gathers.
 
-        DeepSpeed decides which weights to free after which module. A cache of that outlives its record of the modules'
-        order. An evaluation decides to free weights after the forward pass. With that every later step would gather
-        them twice. Nothing is decided in a pass that is being recorded.
+        DeepSpeed caches which weights to free after which module. With the choices of an evaluation every later step
+        would gather weights twice. While a pass is recorded, nothing is cached.
         """
         self.model.forget_trace()
         self.deepspeed.eval()
@@ -70,15 +63,22 @@ class TrainingEngine:
         return outputs
 
     def release(self) -> None:
-        """Frees the model and its optimizer, even if something still refers to them. The engine is of no use then."""
+        """Frees the model and its optimizer, even if they are still referenced. The engine is unusable afterwards."""
         release(self.deepspeed)
 
 
-def release(engine: Any) -> None:
-    """Frees the weights and all that an optimizer has beside them. The engine is of no use afterwards.
+def optimizer_step(engine: Any, *, skipped: bool) -> None:
+    """Makes the update and sets the next learning rate. The schedule counts skipped steps too, DeepSpeed does not."""
+    engine.step()
+    if skipped:
+        engine.lr_scheduler.step()
 
-    Dropping the engine frees nothing. DeepSpeed refers to every module it has run. A list of the process does, and a
-    cache of a class. Every parameter refers to the optimizer. So their memory is given up instead.
+
+def release(engine: Any) -> None:
+    """Frees the weights and the optimizer's state. The engine cannot be used afterwards.
+
+    Dropping the engine frees nothing, because DeepSpeed keeps references: a list of the process and a cache of a class
+    hold every module that ran, and every parameter holds the optimizer.
     """
     engine.empty_partition_cache()
     engine.destroy()  # removes the hooks and waits for the device
@@ -87,8 +87,71 @@ def release(engine: Any) -> None:
         state.ds_tensor.data = state.ds_tensor.new_empty(0)
         state.ds_secondary_tensor = None
     zero = engine.optimizer
-    if inner := vars(zero).get("optimizer"):  # none in an engine that only evaluates
+    if inner := vars(zero).get("optimizer"):  # missing in an engine that only evaluates
         inner.state.clear()
     vars(zero).clear()  # masters, gradients, buckets and flat copies, under any name
     accelerator().empty_cache()
     empty_host_cache()
+
+
+def collect_lora_state(model: ShardedModel, layer: int, owner: int) -> dict[str, Tensor] | None:
+    """Gathers a layer's state on rank `owner`, as "{linear}.lora_A.master". Returns None elsewhere. Collective."""
+    state = model.optimizer_state
+    tensors = {}
+    for name, parameter in _lora_parameters(model, layer):
+        for key in state.keys():
+            tensor = collect_tensor(parameter, owner, model.comm, state.shard(parameter, key))
+            if tensor is not None:
+                tensors[f"{name}.{key}"] = tensor
+    return tensors if model.rank == owner else None
+
+
+@torch.no_grad()
+def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> None:
+    """Reads this rank's shards of the state. The parameters' low-precision copies follow their masters."""
+    state = model.optimizer_state
+    if adam_step:
+        state.create_moments({"step": torch.tensor(float(adam_step))})
+    for layer in range(len(model.layers)):
+        for name, parameter in _lora_parameters(model, layer):
+            numel: int = parameter.ds_numel  # type: ignore[attr-defined]
+            start, end = owned_range(numel, model.world_size, model.rank)
+            for key in state.keys():
+                shard = pad(read(layer, f"{name}.{key}", start, end).to(model.device), numel, model.world_size)
+                state.shard(parameter, key).copy_(shard)
+                if key == "master":
+                    overwrite_shard(parameter, shard)
+    settle_shards()
+
+
+def adam_step(model: ShardedModel) -> int:
+    states = list(model.zero_optimizer.optimizer.state.values())
+    return int(states[0]["step"]) if states else 0
+
+
+def counters(engine: TrainingEngine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the states of the learning-rate schedule and of fp16's loss scaler, both for JSON."""
+    scaler = engine.model.zero_optimizer.loss_scaler
+    loss_scale = {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if scaler.dynamic}
+    return engine.deepspeed.lr_scheduler.state_dict(), loss_scale
+
+
+def restore_counters(engine: TrainingEngine, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]) -> None:
+    """Restores the schedule, the loss scale and DeepSpeed's step counts."""
+    deepspeed = engine.deepspeed
+    deepspeed.lr_scheduler.load_state_dict(schedule)
+    for group, rate in zip(deepspeed.optimizer.param_groups, deepspeed.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    for name, value in loss_scale.items():
+        setattr(deepspeed.optimizer.loss_scaler, name, value)
+    deepspeed.global_steps = step
+    deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
+    deepspeed.global_samples = step * deepspeed.train_batch_size()
+
+
+def _lora_parameters(model: ShardedModel, layer: int) -> list[tuple[str, nn.Parameter]]:
+    named = []
+    for linear in model.shape.linears(layer):
+        a, b = lora_weights(lora_linear(model.layers[layer], linear))
+        named += [(f"{linear.name}.lora_A", a), (f"{linear.name}.lora_B", b)]
+    return named

@@ -1,7 +1,7 @@
-"""Writes a model from the ZeRO-3 ranks. No rank ever holds more than one layer or the ends.
+"""Writes a model from the ZeRO-3 ranks. No rank ever holds more than one layer, or the embedding and head.
 
-A layer is gathered linear by linear. Each gets the form that is written before the next one comes. In a round all
-owners write their weight files at the same time.
+A layer is gathered linear by linear, and each is converted before the next one comes. In a round all owners write
+their weight files at the same time.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import RunError
-from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.errors import RunError, one_line
+from loraprune_ds.model.adapters import lora_linear, plain_parameter
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.weight_files import (
     INDEX_FILE,
@@ -25,20 +25,16 @@ from loraprune_ds.model.weight_files import (
     write_weight_file,
 )
 from loraprune_ds.pruning.prunable_model import CollectedLinear
-from loraprune_ds.zero.collect import collect_ends, collect_linear, collect_others
+from loraprune_ds.zero.collect import collect_linear, collect_named
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
 
-TensorsOf = Callable[[CollectedLinear], dict[str, Tensor]]  # -> the tensors to write: weight and, if any, bias
+TensorsOf = Callable[[CollectedLinear], dict[str, Tensor]]  # -> the tensors to write: weight and perhaps bias
 
 
 class LocalWrites:
-    """Makes the writes of one rank between collectives, and remembers a failure.
-
-    A rank that fails must not leave the others waiting in the next collective. So it writes nothing more and goes on
-    with the collectives. All ranks hear of the failure in `agree`.
-    """
+    """Makes the writes of one rank between collectives. After a failure it stops writing, until `agree` raises."""
 
     def __init__(self) -> None:
         self._error: Exception | None = None
@@ -58,34 +54,22 @@ class LocalWrites:
         self.agree(comm, folder)
 
     def agree(self, comm: Communicator, folder: Path) -> None:
-        """Ends the writes on all ranks, if one of them failed. Collective.
+        """Raises the same RunError on all ranks if a write failed on one of them. Collective."""
 
-        Raises:
-            RunError: a write failed on some rank. The line is the same on all ranks.
-        """
-
-        def tell() -> None:
+        def raise_own_error() -> None:
             if self._error is not None:
-                raise RunError(f"{folder} cannot be written: {' '.join(str(self._error).split())}")
+                raise RunError(f"{folder} cannot be written: {one_line(self._error)}")
 
-        comm.all_or_raise(tell)
+        comm.all_or_raise(raise_own_error)
 
 
 def write_model(
     model: ShardedModel, folder: Path, dtype: Dtype, tensors_of: TensorsOf, *, trained: bool = True
 ) -> list[str]:
-    """Writes all weight files and their index into `folder`. Collective.
-
-    The owner of a layer writes its file. The ends count as one layer more.
+    """Writes all weight files and their index into `folder`. Returns the names of this rank's files. Collective.
 
     Args:
-        trained: take what PEFT's modules_to_save have learned, not what they began with.
-
-    Returns:
-        Names of the files that this rank wrote.
-
-    Raises:
-        RunError: a rank cannot write, for example because the disk is full.
+        trained: write the learned copies of PEFT's modules_to_save, not their initial values.
     """
     count = weight_file_count(len(model.layers))
     mine: dict[int, dict[str, int]] = {}
@@ -108,33 +92,24 @@ def write_model(
 def _file_tensors(
     model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf, trained: bool
 ) -> dict[str, Tensor]:
-    """Gathers layer k on its owner, or after the last layer the ends. Empty elsewhere. Collective."""
-    owner = model.owner(k)
+    """Gathers layer k on its owner. After the last layer come embedding, norm and head. Empty elsewhere. Collective."""
+    shape, owner, exact, tensors = model.shape, model.owner(k), model.shape.exact, dict[str, Tensor]()
     if k < len(model.layers):
-        tensors = _layer_tensors(model, k, owner, tensors_of)
-        others = {
-            f"model.layers.{k}.{name}": tensor
-            for name, tensor in collect_others(model.layers[k], model.shape, k, owner, model.comm, trained).items()
-        }
+        parent, prefix = model.layers[k], f"model.layers.{k}."
+        for linear in shape.linears(k):
+            collected = collect_linear(lora_linear(parent, linear), owner, model.comm)
+            if collected is not None:
+                tensors |= {f"{prefix}{linear.name}.{name}": x for name, x in tensors_of(collected).items()}
+            del collected
+        names = [*shape.others(k), *(companion.name for companion in shape.companions(k))]
     else:
-        causal_lm = cast(Any, model.module).get_base_model()
-        tensors, others = {}, collect_ends(causal_lm, model.shape, owner, model.comm, trained)
-    exact = model.shape.exact
-    others = {name: tensor if name in exact else tensor.to(dtype) for name, tensor in others.items()}
-    return as_stored(tensors | others, model.shape.stored())
-
-
-def _layer_tensors(model: ShardedModel, layer: int, owner: int, tensors_of: TensorsOf) -> dict[str, Tensor]:
-    tensors = {}
-    for linear in model.shape.linears(layer):
-        collected = collect_linear(lora_linear(model.layers[layer], linear), owner, model.comm)
-        if collected is not None:
-            prefix = f"model.layers.{layer}.{linear.name}."
-            tensors |= {prefix + name: tensor for name, tensor in tensors_of(collected).items()}
-        del collected
-    return tensors
+        parent, prefix, names = cast(Any, model.module).get_base_model(), "", list(shape.ends)
+    others = {prefix + name: plain_parameter(parent, name, trained=trained) for name in names}
+    for name, tensor in collect_named(others, owner, model.comm).items():
+        tensors[name] = tensor if name in exact else tensor.to(dtype)
+    return as_stored(tensors, shape.stored())
 
 
 def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:
-    """Returns the tensors of a linear as they are held, without LoRA."""
+    """Returns the stored tensors of a linear, without LoRA."""
     return linear.held | ({} if linear.bias is None else {"bias": linear.bias})

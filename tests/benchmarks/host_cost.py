@@ -35,9 +35,9 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.cut import Item, reshard
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
-from loraprune_ds.zero.reshard import Item, reshard
 from tests.benchmarks.growth import BATCH, WIDTHS, WINDOW, build
 from tests.benchmarks.running import record, run_on_ranks
 from tests.oracle.models import make_tiny_llama

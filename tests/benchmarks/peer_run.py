@@ -150,10 +150,11 @@ def main() -> int:
     parser.add_argument("--peer", choices=[*PEERS, "two-four"], required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
-    from loraprune_ds.train import finish, loop
+    from loraprune_ds.train import loop
+    from loraprune_ds.train import run as train_run
 
     if given.peer == "two-four":
-        cast(Any, loop).Pruner, cast(Any, finish).merged_tensors = CutNothing, merged_where_kept
+        cast(Any, loop).Pruner, cast(Any, train_run).merged_tensors = CutNothing, merged_where_kept
     else:
         cast(Any, loop).Pruner = partial(PeerPruner, given.peer)
     return run.main()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.expert_adapter import as_in_peft
+from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores

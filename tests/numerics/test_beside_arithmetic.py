@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero import params, replace, training_engine, training_state
+from loraprune_ds.zero import collect, params, training_engine
 from loraprune_ds.zero.device import accelerator
-from loraprune_ds.zero.training_state import restore_lora_state
+from loraprune_ds.zero.training_engine import restore_lora_state
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
@@ -119,8 +119,8 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
 
     with (
         patch.object(params, "_install", watched.writing(params._install)),
-        patch.object(replace, "overwrite_shard", watched.writing(params.overwrite_shard)),
-        patch.object(training_state, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        patch.object(collect, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        patch.object(training_engine, "overwrite_shard", watched.writing(params.overwrite_shard)),
         patch.object(training_engine, "optimizer_step", watched.writing(training_engine.optimizer_step)),
         patch.object(accelerator(), "synchronize", watched.settle),
     ):

@@ -31,20 +31,20 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, bool]:
 def test_the_environment_has_it_before_the_ranks_join(
     monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]
 ) -> None:
-    found: dict[str, str | None] = {}
+    found: list[str | None] = []
 
     def join_ranks() -> None:
-        found.update((name, os.environ.get(name)) for name in NAMES)
+        found.extend(os.environ.get(name) for name in NAMES)
         raise Reached("far enough")
 
     for name in NAMES:
-        monkeypatch.setenv(name, "")  # so that it is as before at the end
+        monkeypatch.setenv(name, "")  # so that the test's end restores it
         monkeypatch.delenv(name)
     monkeypatch.setattr(command, "join_ranks", join_ranks)
     monkeypatch.setattr(command, "tell", lambda error, agreed: None)
     monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(config[0])])
     assert command.main() == Reached.exit_code
-    assert list(found.values()) == ([":4096:8", "1"] if config[1] else [None, None])
+    assert found == ([":4096:8", "1"] if config[1] else [None, None])
 
 
 def test_torch_has_it_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]) -> None:

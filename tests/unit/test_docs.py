@@ -36,12 +36,12 @@ def label(path: Path) -> str:
 
 
 def spans(text: str) -> list[str]:
-    """Finds what stands in backticks, outside of code blocks."""
+    """Finds inline code, outside of code blocks."""
     return SPAN.findall(FENCE.sub("", text))
 
 
 def shell_lines(text: str) -> list[str]:
-    """Finds the commands of shell blocks, and all that stands in backticks."""
+    """Finds the commands of shell blocks, and all inline code."""
     blocks = [body.replace("\\\n", " ") for language, body in FENCE.findall(text) if language == "bash"]
     return [re.sub(r"(^|\s)#.*", "", line) for block in blocks for line in block.splitlines()] + spans(text)
 
@@ -83,25 +83,16 @@ def wrong_paths(readme: Path, text: str) -> Iterator[str]:
 
 
 def wrong_commands(readme: Path, text: str) -> Iterator[str]:
-    """Finds scripts and modules of commands that do not exist."""
+    """Finds modules of `python -m` that do not exist. wrong_paths finds scripts."""
     for line in shell_lines(text):
-        words = line.split()
-        for i, word in enumerate(words):
-            rest = words[i + 1 :]
-            if word in ("python", "python3") and rest[:1] == ["-m"]:
-                if not is_module(rest[1]):
-                    yield f"no module {rest[1]}"
-            elif word in ("python", "python3", "bash", "sbatch", "source", "deepspeed", "torchrun"):
-                script = next((w for w in rest if w.endswith(CODE_FILES)), None)
-                if script is not None and not (ROOT / script).is_file():
-                    yield f"no script {script}"
+        yield from (f"no module {name}" for name in re.findall(r"\bpython3? -m ([\w.]+)", line) if not is_module(name))
 
 
 def is_module(name: str) -> bool:
-    path = ROOT.joinpath(*name.split("."))
-    if (ROOT / name.split(".")[0]).is_dir():
-        return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
-    return importlib.util.find_spec(name) is not None
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
 
 
 def defined_names(path: Path) -> set[str]:
@@ -165,10 +156,7 @@ def test_the_first_readme_is_short() -> None:
     text = FIRST.read_text()
     assert len(text.splitlines()) <= MOST_LINES
     assert len(text.split()) <= MOST_WORDS
-
-
-def test_the_first_readme_says_early_where_to_begin_reading() -> None:
-    assert "pruning/step.py" in "\n".join(FIRST.read_text().splitlines()[:60])
+    assert WALK.findall(text)  # or wrong_names has nothing to check
 
 
 def test_every_setting_has_one_row_with_its_default() -> None:
@@ -184,33 +172,18 @@ def test_the_first_readme_shows_settings_with_their_defaults() -> None:
     assert rows.items() <= settings().items()
 
 
-def test_the_readmes_were_found() -> None:
-    folders = {label(path.parent) for path in READMES}
-    assert folders >= {
-        ".",
-        "launch/configs",
-        "slurm",
-        "tests/benchmarks",
-        *(f"loraprune_ds/{p}" for p in ("zero", "plan")),
-    }
-    assert all(list(WALK.findall(FIRST.read_text())))
-
-
 @pytest.mark.parametrize(
     ("check", "text"),
     [
         (broken_links, "[here](gone.md)"),
-        (broken_links, "![a picture](tests/benchmarks/results/gone.png)"),
         (broken_links, "[`code`](launch/gone.py)"),
         (broken_links, "# One\n[there](#two)"),
         (broken_links, "[there](slurm/README.md#no-such-heading)"),
         (wrong_paths, "see `zero/gone.py`"),
-        (wrong_paths, "see `gone/gone.py`"),
         (wrong_paths, "see `tests/gone`"),
         (wrong_paths, "see `gone.py`"),
         (wrong_paths, "```bash\npython launch/run.py --config launch/configs/gone.yaml\n```"),
-        (wrong_commands, "```bash\nDS_ACCELERATOR=cpu deepspeed --quiet launch/gone.py --config x\n```"),
-        (wrong_commands, "run `bash gone.sh --fresh`"),
+        (wrong_paths, "```bash\nDS_ACCELERATOR=cpu deepspeed --quiet launch/gone.py --config x\n```"),
         (wrong_commands, "run `python -m tests.benchmarks.gone`"),
         (wrong_commands, "run `python -m no_such_package`"),
         (wrong_names, "1. [`x`](loraprune_ds/pruning/step.py): `Pruner.gone` does it."),
@@ -221,17 +194,3 @@ def test_the_readmes_were_found() -> None:
 )
 def test_what_does_not_exist_is_found(check: Callable[[Path, str], Iterator[str]], text: str) -> None:
     assert len(list(check(FIRST, text))) == 1
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_what_is_right_is_not_a_fault(check: Callable[[Path, str], Iterator[str]]) -> None:
-    text = """# A - heading, of `two` parts
-[link](#a---heading-of-two-parts) and [web](https://gone.example/x.md), `runs/gone/model`, `path/to/gone`
-1. [`x`](loraprune_ds/pruning/step.py): `Pruner.cut` and `cut`, `agree`
-```bash
-bash launch/quickstart.sh --set prune.ratio=0.3 \\
-  # bash gone.sh
-python -m venv .venv && python -m tests.benchmarks.faults
-```
-"""
-    assert list(check(FIRST, text)) == []

@@ -1,4 +1,4 @@
-"""Checks config.json of a pruned model, for every family, shape and age of the dense model's config.json."""
+"""Checks config.json of a pruned Llama or Mistral, for every shape and age of the dense model's config.json."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
 
+from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
@@ -57,8 +58,6 @@ def test_model_type_and_sizes(source: dict[str, Any], keep: list[tuple[int, int]
     exported = export(source, keep)
     assert exported.config["model_type"] == expected
     assert exported.renamed == (expected != source["model_type"])
-    assert exported.trust_remote_code == expected.startswith("pruned_")
-    assert exported.trust_remote_code == ("trust_remote_code=True" in exported.loader)
     shape = shape_from_config(exported.config, "exported")
     before = shape_from_config(source, "source")
     assert [(layer["heads"], layer["channels"]) for layer in shape.layers] == keep
@@ -66,29 +65,19 @@ def test_model_type_and_sizes(source: dict[str, Any], keep: list[tuple[int, int]
     assert exported.config["head_dim"] == before.head_dim == 4
     assert (shape.hidden_size, shape.vocab_size, shape.queries_per_group) == (48, 100, 3)
     assert exported.config["dtype"] == exported.config["torch_dtype"] == "bfloat16"
+    pruned = expected.startswith("pruned_")
+    assert exported.modelling_file == ("modeling_pruned.py" if pruned else None)
+    assert exported.trust_remote_code == ("trust_remote_code=True" in exported.loader) == pruned
+    for_vllm = exported.config.get("auto_map", {}).get("AutoModel")  # transformers itself loads the other two
+    assert for_vllm == ("modeling_pruned.PrunedModel" if pruned else None)
 
 
 def test_global_sizes_are_those_of_the_widest_layer() -> None:
     config = export(SOURCE, [(1, 30), (3, 2), (2, 1)]).config
     sizes = (config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"])
     assert sizes == (9, 3, 30)
-    assert config["per_layer_config"]["1"] == {
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 2,
-    }
-
-
-def test_auto_map_names_classes_of_the_modelling_file() -> None:
-    for source in (SOURCE, MISTRAL):
-        exported = export(source, PER_LAYER)
-        assert exported.modelling_file == "modeling_pruned.py"
-        assert exported.config["auto_map"] == {
-            "AutoConfig": "modeling_pruned.PrunedConfig",
-            "AutoModel": "modeling_pruned.PrunedModel",
-            "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM",
-        }
-        assert exported.config["architectures"] == ["PrunedForCausalLM"]
+    own = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 2}
+    assert config["per_layer_config"]["1"] == own
 
 
 @pytest.mark.parametrize("source", [SOURCE, MISTRAL])
@@ -104,12 +93,9 @@ def test_a_pruned_export_can_be_pruned_again(source: dict[str, Any]) -> None:
     assert uniform.config.get("sliding_window") == source.get("sliding_window")
 
 
-def test_tied_embeddings_are_stated() -> None:
+def test_tied_embeddings_are_stated_and_stale_fields_leave() -> None:
     assert export(SOURCE | {"tie_word_embeddings": True}, PER_LAYER).config["tie_word_embeddings"] is True
-    assert export(SOURCE, PER_LAYER).config["tie_word_embeddings"] is False  # where the source says nothing
-
-
-def test_nothing_that_is_no_longer_true_is_left() -> None:
+    assert export(SOURCE, PER_LAYER).config["tie_word_embeddings"] is False  # the default
     stale = {"quantization_config": {"bits": 4}, "_name_or_path": "somewhere", "auto_map": {"AutoConfig": "x.Y"}}
     assert not stale.keys() & export(SOURCE | stale, UNIFORM_2).config.keys()
 
@@ -133,20 +119,13 @@ def test_silent_defaults_of_the_source_family_are_written() -> None:
     assert config["num_key_value_heads"] == 5
 
 
-LLAMA3 = {
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
 @pytest.mark.parametrize(
     ("rope", "theta", "rope_type"),
     [
         ({}, 10000.0, "default"),
-        ({"rope_theta": 5000.0}, 5000.0, "default"),
-        ({"rope_theta": 5000.0, "rope_scaling": None}, 5000.0, "default"),
         ({"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}}, 5000.0, "default"),
         ({"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}, 5000.0, "linear"),
         ({"rope_theta": 5000.0, "rope_scaling": {"rope_type": "llama3"} | LLAMA3}, 5000.0, "llama3"),
@@ -160,18 +139,12 @@ def test_rope_in_the_words_of_transformers_4_and_5(
 ) -> None:
     source = SOURCE | rope
     config = export(source, keep).config
-    # 4.x: rope_theta, and rope_scaling without it
-    assert config["rope_theta"] == theta
-    if rope_type == "default":
-        assert config["rope_scaling"] is None
-    else:
-        assert config["rope_scaling"]["rope_type"] == rope_type
-        assert not {"rope_theta", "type"} & config["rope_scaling"].keys()
-    # 5.x, by transformers itself
-    parsed = {"llama": LlamaConfig, "mistral": MistralConfig}[config["model_type"]].from_dict(config)
-    expected = LlamaConfig.from_dict(source).to_dict()["rope_parameters"]
-    expected.pop("type", None)  # an older name that transformers keeps beside rope_type
-    assert parsed.rope_parameters == expected
-    without_legacy = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
-    assert LlamaConfig.from_dict(without_legacy | {"num_attention_heads": 6}).rope_parameters == expected
-    assert parsed.dtype == torch.bfloat16
+    scaling = config["rope_scaling"] or {"rope_type": "default"}  # 4.x
+    assert (config["rope_theta"], scaling["rope_type"]) == (theta, rope_type)
+    assert not {"rope_theta", "type"} & scaling.keys()
+    expected: dict[str, Any] = LlamaConfig.from_dict(source).to_dict()["rope_parameters"]
+    expected.pop("type", None)  # an older name that transformers keeps next to rope_type
+    assert config_object(config).rope_parameters == expected  # 5.x
+    newer = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    assert LlamaConfig.from_dict(newer | {"num_attention_heads": 6}).rope_parameters == expected
+    assert config_object(config).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The whole method with its model on a device of its own. It finds what a GPU would refuse: tensors of two devices."""
+"""The method with its model on a separate device. It finds operations on tensors of two devices, as a GPU would."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,6 @@ from loraprune_ds.model import experts
 from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher
 from loraprune_ds.model.frozen import Int8, Int8Linear
 from loraprune_ds.model.logits import Head, LogitsTransform
-from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.token_loss import supervised_positions, token_losses
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 from tests.fake_card import CARD, OnCard, fake_card, put, put_module, take
@@ -50,7 +49,7 @@ def test_the_card_refuses_what_cuda_refuses() -> None:
 
 
 def padded_batch() -> tuple[Batch, Tensor]:
-    """Returns a batch, and where its tokens are none."""
+    """Returns a batch, and the mask of its real tokens."""
     (batch,) = make_batches(steps=1, samples=SAMPLES, tokens=WINDOW, vocab=SIZES["vocab_size"], seed=3)
     mask = torch.ones(SAMPLES, WINDOW, dtype=torch.bool)
     mask[::2, -PADDED:] = False
@@ -58,7 +57,7 @@ def padded_batch() -> tuple[Batch, Tensor]:
 
 
 def scored_and_refitted(run: PlainRun, *, device: torch.device) -> list[Tensor]:
-    """Makes one step and prepares a cut. Returns scores, and what a refit has changed."""
+    """Makes one step and prepares a cut. Returns scores and refitted weights."""
     (ids, labels), mask = padded_batch()
     pruner = run.pruner
     with pruner.record_step(1):
@@ -88,7 +87,7 @@ def send_by_nccl(*given: Any) -> Tensor:
 
 
 def count_tokens(chosen: Tensor, count: int) -> list[int]:
-    """Counts the tokens of each expert. The package does not on the meta device, as nobody chooses there."""
+    """Counts the tokens of each expert, which the package does not do on the meta device."""
     return torch.bincount(take(chosen), minlength=count).tolist()
 
 
@@ -179,11 +178,3 @@ def test_shards_are_taken_on_their_device(axis: int) -> None:
         with fake_card():
             found = plan.take(put(shard))
         assert torch.equal(take(found), ReshardPlan(AxisCut((6, 7), axis, keep), 3, rank).take(shard))
-
-
-def test_groups_that_stay_are_chosen_on_any_device() -> None:
-    keep = LayerKeep(heads=torch.tensor([0, 2]), channels=torch.tensor([1]))
-    scores = LayerKeep(heads=put(torch.arange(3)), channels=put(torch.arange(4)))
-    with fake_card():
-        left = scores.select(keep)
-    assert [take(left[kind]).tolist() for kind in left] == [[0, 2], [1]]

@@ -1,4 +1,4 @@
-"""Checks config.json of a pruned model of every family: what stays of the source's, and its rotary settings."""
+"""Checks config.json of a pruned model of every family: the source's fields that stay, and its rotary settings."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.classes import config_class
+from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES, UNGATED
 from loraprune_ds.model.read_shape import shape_from_config
@@ -19,15 +19,15 @@ COUNTS = {
     *("n_routed_experts", "num_nextn_predict_layers"),
     *("mlp_only_layers", "decoder_sparse_step"),  # two ways to say which layers are dense
 }
-# The last two stand in files of old models and say nothing of the network.
+# The last two are in files of old models and do not describe the network.
 ABOUT_FILES = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "model_type"),
     *("_name_or_path", "pretraining_tp"),
 }
 OLD_NAMES = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
 UNIFORM, PER_LAYER = [(3, 13), (3, 13)], [(3, 13), (4, 14)]
-NESTED = ["gemma3_text", "olmo3"]  # they have rotary settings for each kind of layer
-LLAMA_AND_MISTRAL = {"llama", "mistral"}  # may stand for each other, so silent defaults are written
+both_counts = pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def source(family: str, **changes: Any) -> dict[str, Any]:
@@ -37,25 +37,22 @@ def source(family: str, **changes: Any) -> dict[str, Any]:
 
 def published(family: str, **rope: Any) -> dict[str, Any]:
     """Returns config.json as transformers 4 saved it, with these rotary settings or none."""
-    now = source(family)
-    return {key: value for key, value in now.items() if key not in OLD_NAMES | {"rope_parameters"}} | rope
+    return {k: value for k, value in source(family).items() if k not in OLD_NAMES | {"rope_parameters"}} | rope
 
 
 def export(config: dict[str, Any], counts: list[tuple[int, int]]) -> dict[str, Any]:
     dense = shape_from_config(config, "source")
-    shape = dense.with_layers(layers_with(dense, *counts))
-    return export_config(config, shape, "bfloat16").config
+    return export_config(config, dense.with_layers(layers_with(dense, *counts)), "bfloat16").config
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the rotary settings as the class of the config reads them."""
-    found = config_class(config["model_type"]).from_dict(copy.deepcopy(config)).rope_parameters
-    found.pop("type", None)  # an older name that transformers keeps beside rope_type
-    return found
+    rope: dict[str, Any] = config_object(config).rope_parameters  # type: ignore[attr-defined]
+    return {key: value for key, value in rope.items() if key != "type"}  # an older name that transformers keeps
 
 
-@pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
-@pytest.mark.parametrize("family", FAMILIES)
+@both_counts
+@every_family
 def test_only_counts_change(family: str, counts: list[tuple[int, int]]) -> None:
     given = source(family) | {"a_field_of_the_future": {"x": [1]}, "auto_map": {"AutoConfig": "x.Y"}}
     before = copy.deepcopy(given)
@@ -68,29 +65,21 @@ def test_only_counts_change(family: str, counts: list[tuple[int, int]]) -> None:
     assert found["dtype"] == "bfloat16"
 
 
-FORMS: dict[str, dict[str, Any]] = {
-    "silent": {},
-    "theta": {"rope_theta": 5000.0},
-    "no_scaling": {"rope_theta": 5000.0, "rope_scaling": None},
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rotary_settings_in_older_words(family: str, form: str) -> None:
-    """Families differ in what they assume where config.json is silent."""
-    given = published(family, **FORMS[form])
+@pytest.mark.parametrize("rope", [{}, {"rope_theta": 5000.0}, {"rope_theta": 5000.0, "rope_scaling": None}], ids=str)
+@every_family
+def test_rotary_settings_in_older_words(family: str, rope: dict[str, Any]) -> None:
+    """The families have different defaults for a config.json without settings."""
+    given = published(family, **rope)
     found = export(given, UNIFORM)
     assert rope_parameters(found) == rope_parameters(given)
-    if family not in LLAMA_AND_MISTRAL:
-        assert {key: value for key, value in found.items() if "rope" in key or "rotary" in key} == {
-            key: value for key, value in given.items() if "rope" in key or "rotary" in key
-        }
+    if family not in ("llama", "mistral"):  # a Llama may be written as a Mistral, with all of its defaults
+        rotary = ({k: value for k, value in x.items() if "rope" in k or "rotary" in k} for x in (found, given))
+        assert next(rotary) == next(rotary)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_rotary_settings_in_newer_words(family: str) -> None:
-    """transformers 4 would overlook these in silence, so the older words are there, too."""
+    """transformers 4 would silently ignore these, so the older words are added."""
     given = source(family)
     found = export(given, UNIFORM)
     full = given["rope_parameters"].get("full_attention", given["rope_parameters"])
@@ -103,25 +92,22 @@ def test_rotary_settings_in_newer_words(family: str) -> None:
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-@pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
-@pytest.mark.parametrize("family", NESTED)
+@both_counts
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
 def test_rotary_settings_for_each_kind_of_layer(family: str, counts: list[tuple[int, int]]) -> None:
     nested = {
         "full_attention": YARN | {"rope_theta": 7000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
     }
-    given = source(family, rope_parameters=nested)
-    assert given["rope_parameters"] == nested
-    found = export(given, counts)
+    found = export(source(family, rope_parameters=nested), counts)
     assert rope_parameters(found) == nested
     assert (found["rope_theta"], found["rope_local_base_freq"], found["rope_scaling"]) == (7000.0, 500.0, YARN)
-    twice = export(found, [(1, 1), (2, 2)])
-    assert rope_parameters(twice) == nested
+    assert rope_parameters(export(found, [(1, 1), (2, 2)])) == nested
 
 
-@pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
+@both_counts
 def test_scaled_gemma_3_of_transformers_4(counts: list[tuple[int, int]]) -> None:
-    """Scales full attention alone, and rotates the other layers by a base of their own."""
+    """Only full attention is scaled, and the other layers have a separate base."""
     linear = {"rope_type": "linear", "factor": 8.0}
     given = published("gemma3_text", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)
     found = rope_parameters(export(given, counts))
@@ -134,27 +120,23 @@ def test_phi_3_with_long_factors() -> None:
     factors = [1.0, 2.0, 3.0]  # one for each pair of the 6 dimensions of a head
     long = {"type": "longrope", "short_factor": factors, "long_factor": factors}
     given = published("phi3", rope_scaling=long, original_max_position_embeddings=16)
-    channels_only = export(given, [(5, 13)] * 2)
-    assert channels_only["model_type"] == "phi3"
+    assert export(given, [(5, 13)] * 2)["model_type"] == "phi3"  # channels alone
     found = export(given, UNIFORM)
-    assert found["model_type"] == "pruned_phi3"
-    assert shape_from_config(found, "exported").head_dim == 6
+    assert (found["model_type"], shape_from_config(found, "exported").head_dim) == ("pruned_phi3", 6)
     assert rope_parameters(found) == rope_parameters(given)
 
 
+@both_counts
 @pytest.mark.parametrize("family", ["cohere2", "phi3", "granite", "qwen2", "olmo2", "starcoder2"])
-def test_head_size_that_the_class_would_compute(family: str) -> None:
-    """Without the field it would be hidden_size / heads, another one after a cut."""
-    given = {key: value for key, value in source(family).items() if key != "head_dim"}
+def test_head_size_that_the_class_would_compute(family: str, counts: list[tuple[int, int]]) -> None:
+    """Without the field it would be hidden_size / heads, which changes in a cut."""
+    found = export({key: value for key, value in source(family).items() if key != "head_dim"}, counts)
     head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
-    for counts in (UNIFORM, PER_LAYER):
-        found = export(given, counts)
-        assert found["head_dim"] == head_dim
-        assert shape_from_config(found, "exported").head_dim == head_dim  # each shape is that of the modules
+    assert found["head_dim"] == shape_from_config(found, "exported").head_dim == head_dim
 
 
 def test_weights_that_are_no_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apertus has two of them in each MLP. An export would not have them."""
+    """Apertus has two of them in each MLP. An export would lack them."""
     monkeypatch.setitem(FAMILIES, "apertus", UNGATED)
     given = SIZES | {"model_type": "apertus", "hidden_act": "xielu"}
     with pytest.raises(UserError, match=r"source: .* buffer model\.layers\.0\.mlp\.act_fn\.beta"):

@@ -1,8 +1,9 @@
-"""Checks the table of families in loraprune_ds/model/README.md. It is written from FAMILIES; this prints it anew:
+"""Checks the table of families in loraprune_ds/model/README.md. This prints it:
 
 python -m tests.unit.test_family_table
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,29 +12,20 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.family_row import Family, Kind
+from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from tests.families import heads_divide_hidden, tiny_config
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 
 README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
-HEADER = (
-    "families",
-    "heads leave from",
-    "channels or experts leave from",
-    "equal layers are stored as",
-    "GGUF",
-    "vLLM",
-    "note",
-)
+HEADER = ("families", "equal layers are stored as", "GGUF", "vLLM", "note")
 LLAMA_STAND_IN = "llama if its heads divide hidden_size, else mistral, or with biases the modelling file"
 IN_VLLM = {"auto": "equal layers", "transformers": 'equal layers, with `model_impl="transformers"`'}
-LONG_FACTORS = "with long rotary factors it needs the modelling file as soon as heads leave"
 
 
 def table() -> str:
-    """Describes every family in Markdown. Families that are alike share a row."""
+    """Describes every family in Markdown. Families with equal cells share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, family in FAMILIES.items():
         rows.setdefault(describe(name, family), []).append(name)
@@ -51,45 +43,27 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
         stored = "a stock model if its heads divide hidden_size, else with the modelling file"
     else:
         stored = "a stock model"
-    kinds = smaller(family, "heads"), smaller(family, "experts" if family.mixture else "channels")
-    vllm = "any layers" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else "no"
-    return *kinds, stored, gguf(name), vllm, "; ".join(notes(name, family))
-
-
-def gguf(name: str) -> str:
-    """Tells which layers a GGUF file of the family can have."""
     found = ARCHITECTURES.get(name)
-    return "no" if found is None else "equal layers" if found.unequal is None else "any layers"
+    gguf = "no" if found is None else "equal layers" if found.unequal is None else "any layers"
+    vllm = "any layers" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else "no"
+    return stored, gguf, vllm, "; ".join(notes(name, family))
 
 
-def smaller(family: Family, kind: Kind) -> str:
-    """Names the modules that a cut of such groups makes smaller."""
-    if kind in family.fixed:
-        return "nothing"
-    linears = [linear.name for linear in family.linears if linear.kind == kind]
-    others = [other.name for other in family.companions if other.parts[0].kind == kind]
-    others = [name.removesuffix(".weight").removesuffix(".bias") for name in others]
-    return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linears + others))
-
-
-def notes(name: str, family: Family) -> list[str]:
-    found = []
+def notes(name: str, family: Family) -> Iterator[str]:
     if family.mixture:
-        found.append("whole [experts](experts.md) leave")
+        yield "whole [experts](experts.md) leave"
     elif family.companions:
-        found.append("its norms run over all heads, so a cut is not quite equal to a mask")
-    whole = [words for part, words in WHOLE.items() if any(part in name for name in family.whole)]
-    if whole:
-        found.append(f"{' and '.join(whole)} stay whole, without LoRA")
+        yield "its norms run over all heads, so a cut is not quite equal to a mask"
+    if whole := [words for part, words in WHOLE.items() if any(part in name for name in family.whole)]:
+        yield f"{' and '.join(whole)} stay whole, without LoRA"
     if family.fixed:
-        found.append(f"its class has no field for fewer {' and '.join(family.fixed)}")
+        yield f"its {' and '.join(family.fixed)} stay, as its class has no field for fewer"
     if family.eager_only:
-        found.append(f"eager attention, as sdpa lacks {family.eager_only}")
+        yield f"eager attention, as sdpa lacks {family.eager_only}"
     if family.windows_begin_with_bos:
-        found.append("perplexity windows begin with BOS")
+        yield "perplexity windows begin with BOS"
     if name == "phi3":
-        found.append(LONG_FACTORS)
-    return found
+        yield "with long rotary factors it needs the modelling file as soon as heads leave"
 
 
 def test_the_readme_has_the_table() -> None:

@@ -3,50 +3,51 @@
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range, partition_numel
+from loraprune_ds.zero.cut import Item, reshard
+from loraprune_ds.zero.flat import AxisCut, ReshardPlan, moved_elements, owned_range, partition_numel
 
 NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class Case:
-    whole: Tensor
+    unpruned: Tensor  # every element is its flat position
     cut: AxisCut
     world_size: int
 
     def shards(self) -> list[Tensor]:
-        """Returns what each rank holds. All have equal lengths, and the padding is poisoned."""
-        size = partition_numel(self.whole.numel(), self.world_size)
-        padding = self.whole.new_full((size * self.world_size - self.whole.numel(),), NAN)
-        return list(torch.cat([self.whole.reshape(-1), padding]).split(size))
+        """Returns each rank's shard. All have equal lengths, and the padding is poisoned."""
+        size = partition_numel(self.unpruned.numel(), self.world_size)
+        padding = self.unpruned.new_full((size * self.world_size - self.unpruned.numel(),), NAN)
+        return list(torch.cat([self.unpruned.reshape(-1), padding]).split(size))
 
     def plans(self) -> list[ReshardPlan]:
         return [ReshardPlan(self.cut, self.world_size, rank) for rank in range(self.world_size)]
 
-    def expected(self) -> Tensor:
-        return self.left().reshape(-1)
-
     def left(self) -> Tensor:
-        return self.whole.index_select(self.cut.axis, self.cut.keep)
+        return self.unpruned.index_select(self.cut.axis, self.cut.keep)
+
+    def owners(self, numel: int) -> Tensor:
+        return torch.arange(numel) // partition_numel(numel, self.world_size)
 
 
 def random_case(draw: random.Random) -> Case:
     shape = (draw.randint(1, 23),) if draw.random() < 0.15 else (draw.randint(1, 23), draw.randint(1, 23))
     axis = draw.randrange(len(shape))
     keep = torch.tensor(sorted(draw.sample(range(shape[axis]), draw.randint(1, shape[axis]))))
-    # Every element tells where it came from.
-    whole = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
-    return Case(whole, AxisCut(shape, axis, keep), draw.randint(1, 9))
+    unpruned = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+    return Case(unpruned, AxisCut(shape, axis, keep), draw.randint(1, 9))
 
 
 def exchange(case: Case, plans: list[ReshardPlan]) -> list[Tensor]:
-    """Returns the new shards, as an all-to-all of what every rank takes would deliver them."""
-    empty = case.whole.reshape(-1)[:0]
+    """Returns the new shards, as an all-to-all would deliver them."""
+    empty = case.unpruned.reshape(-1)[:0]
     outgoing = [
         dict(zip(plan.send, plan.take(shard).split(list(plan.send.values())), strict=True))
         for plan, shard in zip(plans, case.shards(), strict=True)
@@ -55,68 +56,75 @@ def exchange(case: Case, plans: list[ReshardPlan]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_all_ranks_together_select_what_stays(seed: int) -> None:
+def test_all_ranks_together_select_the_kept_elements(seed: int) -> None:
     draw = random.Random(seed)
     for _ in range(1000):
         case = random_case(draw)
-        plans = case.plans()
+        plans, left = case.plans(), case.left()
         for sender, plan in enumerate(plans):
             arrives = {rank: other.receive[sender] for rank, other in enumerate(plans) if sender in other.receive}
             assert plan.send == arrives
             assert all(plan.send.values())
         shards = exchange(case, plans)
-        for plan, shard in zip(plans, shards, strict=True):
-            assert len(shard) == sum(plan.receive.values()) == plan.new[1] - plan.new[0] <= plan.new_partition
-        assert torch.equal(torch.cat(shards), case.expected()), case
-
-
-def test_moved_counts_the_elements_that_change_owner() -> None:
-    draw = random.Random(3)
-    for _ in range(300):
-        case = random_case(draw)
-        plans = case.plans()
-        owner = torch.cat([torch.full((end - start,), rank) for rank, (start, end) in enumerate(p.old for p in plans)])
-        new_owner = torch.cat(
-            [torch.full((end - start,), rank) for rank, (start, end) in enumerate(p.new for p in plans)]
-        )
-        old_owner = owner[case.expected().long()]  # an element's value is its old flat position
-        for rank, plan in enumerate(plans):
-            assert plan.moved == ((old_owner == rank) & (new_owner != rank)).sum()
-
-
-def test_keeping_all_moves_nothing() -> None:
-    cut = AxisCut((5, 7), 1, torch.arange(7))
-    assert [ReshardPlan(cut, 4, rank).moved for rank in range(4)] == [0] * 4
-
-
-def test_kept_before_counts_element_by_element() -> None:
-    draw = random.Random(4)
-    for _ in range(200):
-        case = random_case(draw)
-        stays = torch.isin(case.whole, case.expected())  # an element's value is its old flat position
-        counts = [0, *stays.reshape(-1).cumsum(0).tolist()]
-        assert case.cut.kept_before(torch.arange(case.whole.numel() + 1)).tolist() == counts
-        assert case.cut.new_shape == case.left().shape
+        for rank, (plan, shard) in enumerate(zip(plans, shards, strict=True)):
+            start, end = owned_range(left.numel(), case.world_size, rank)
+            assert len(shard) == sum(plan.receive.values()) == end - start <= plan.new_partition
+        assert torch.equal(torch.cat(shards), left.reshape(-1)), case
+        assert case.cut.new_shape == left.shape
+        old_owner, new_owner = case.owners(case.unpruned.numel())[left.reshape(-1).long()], case.owners(left.numel())
+        moved = old_owner[old_owner != new_owner].bincount(minlength=case.world_size)
+        assert torch.equal(moved_elements(case.cut, case.world_size), moved)
 
 
 def test_a_cut_keeps_the_dtype_and_every_bit() -> None:
-    whole = torch.randn(6, 10).to(torch.bfloat16)
-    case = Case(whole, AxisCut((6, 10), 1, torch.tensor([0, 3, 4, 9])), 3)
+    case = Case(torch.randn(6, 10).to(torch.bfloat16), AxisCut((6, 10), 1, torch.tensor([0, 3, 4, 9])), 3)
     shards = torch.cat(exchange(case, case.plans()))
     assert shards.dtype == torch.bfloat16
-    assert torch.equal(shards, case.expected())
+    assert torch.equal(shards, case.left().reshape(-1))
 
 
 @pytest.mark.parametrize(
     ("numel", "world_size", "ranges"),
     [
         (10, 1, [(0, 10)]),
-        (10, 2, [(0, 5), (5, 10)]),
-        (10, 3, [(0, 4), (4, 8), (8, 10)]),
         (10, 4, [(0, 3), (3, 6), (6, 9), (9, 10)]),
-        (5, 4, [(0, 2), (2, 4), (4, 5), (5, 5)]),  # the last rank owns nothing but padding
+        (5, 4, [(0, 2), (2, 4), (4, 5), (5, 5)]),  # the last rank owns only padding
         (2, 5, [(0, 1), (1, 2), (2, 2), (2, 2), (2, 2)]),
     ],
 )
 def test_owned_ranges(numel: int, world_size: int, ranges: list[tuple[int, int]]) -> None:
     assert [owned_range(numel, world_size, rank) for rank in range(world_size)] == ranges
+
+
+@pytest.mark.parametrize("mask", ["random", "first"])
+@pytest.mark.parametrize(("rows", "columns", "axis"), [(8192, 8192, 0), (8192, 8192, 1), (8192, 22016, 1)])
+def test_no_rank_sends_more_than_its_shard_of_a_65b_model(rows: int, columns: int, axis: int, mask: str) -> None:
+    """A quarter of the channels goes: any of them, or the first ones, which moves all others."""
+    count = (rows, columns)[axis]
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count * 3 // 4].sort().values
+    cut = AxisCut((rows, columns), axis, drawn if mask == "random" else torch.arange(count // 4, count))
+    for world_size in (8, 64, 512):
+        moved = moved_elements(cut, world_size)
+        assert moved.max() <= partition_numel(rows * columns, world_size)
+        plan = ReshardPlan(cut, world_size, world_size // 3)
+        assert sum(plan.send.values()) - plan.send.get(world_size // 3, 0) == moved[world_size // 3]
+
+
+class OneRank:
+    world_size, rank = 1, 0
+
+    def all_to_all(self, outgoing: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        assert send == receive == [len(outgoing)]
+        return outgoing
+
+
+def test_each_dtype_travels_separately_and_returns_in_order() -> None:
+    comm: Any = OneRank()
+    dtypes = [torch.bfloat16, torch.float32, torch.bfloat16, torch.float16]
+    items = [
+        Item(torch.arange(rows * 3).to(dtype), ReshardPlan(AxisCut((rows, 3), 0, torch.arange(1, rows)), 1, 0))
+        for rows, dtype in enumerate(dtypes, start=3)
+    ]
+    for shard, given in zip(reshard(items, comm), items, strict=True):
+        assert shard.dtype == given.shard.dtype
+        assert torch.equal(shard, given.shard[3:])

@@ -18,7 +18,7 @@ from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, HeldLinear, Int8, In
 from loraprune_ds.model.pretrained import cut_to
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.flat import owned_range
-from loraprune_ds.zero.int8 import ScalePlan
+from loraprune_ds.zero.params import ScalePlan
 from tests.families import tiny_model
 from tests.family_cuts import FEW, MANY, draw
 from tests.numerics.int8 import open_int8

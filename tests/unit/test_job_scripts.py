@@ -45,12 +45,7 @@ class Ended:
 def submit(
     folder: Path, script: str, *arguments: str, ranks: str = "true", shown: str = RUNNING, **variables: str
 ) -> Ended:
-    """Runs a script with a fake `srun` and a fake `scontrol`.
-
-    Args:
-        ranks: what the ranks do, in bash.
-        shown: what scontrol shows of the job.
-    """
+    """Runs a script with a fake `srun`, whose ranks run the bash code `ranks`, and a `scontrol` that prints `shown`."""
     bin, started, requeued = folder / "bin", folder / "started", folder / "requeued"
     bin.mkdir()
     (folder / "site.sh").write_text(SITE.format(bin=bin))
@@ -115,31 +110,19 @@ def test_a_job_whose_rank_failed_after_new_steps_starts_again(
 @pytest.mark.parametrize(
     ("before", "after", "code", "given"),
     [
-        (status(6), status(7), 1, {"REQUEUE_FAILED": "0"}),
-        (status(7), status(7), 1, {}),
-        (status(7), status(5), 1, {}),
-        (None, status(7), 2, {}),
-        (None, status(7, "stopped"), 85, {}),
-        (None, status(7, job="8"), 1, {}),
-        (None, status(7, job=None), 1, {}),
-        (None, status(7), 1, {"shown": "JobState=COMPLETING PreemptTime=None Restarts=0"}),
-        (None, status(7), 1, {"shown": "JobState=RUNNING PreemptTime=2026-11-27T01:02:03 Restarts=0"}),
-        (None, status(7), 1, {"shown": "JobState=RUNNING PreemptTime=None Restarts=1"}),
+        pytest.param(status(6), status(7), 1, {"REQUEUE_FAILED": "0"}, id="switched off"),
+        pytest.param(status(7), status(7), 1, {}, id="no further than before"),
+        pytest.param(status(7), status(5), 1, {}, id="less far"),
+        pytest.param(None, status(7), 2, {}, id="bad input"),
+        pytest.param(None, status(7, "stopped"), 85, {}, id="asked to stop"),
+        pytest.param(None, status(7, job="8"), 1, {}, id="taken over by another job"),
+        pytest.param(None, status(7, job=None), 1, {}, id="taken over outside Slurm"),
+        pytest.param(None, status(7), 1, {"shown": RUNNING.replace("RUNNING", "COMPLETING")}, id="cancelled"),
+        pytest.param(None, status(7), 1, {"shown": RUNNING.replace("Time=None", "Time=2026-11-27")}, id="preempted"),
+        pytest.param(None, status(7), 1, {"shown": RUNNING.replace("Restarts=0", "Restarts=1")}, id="on other nodes"),
     ],
-    ids=(
-        "switched off",
-        "no further than before",
-        "less far",
-        "bad input",
-        "asked to stop",
-        "taken over by another job",
-        "taken over outside Slurm",
-        "cancelled",
-        "preempted",
-        "on other nodes already",
-    ),
 )
-def test_a_job_that_would_fail_again_or_is_in_other_hands_does_not(
+def test_a_job_that_would_fail_again_or_belongs_to_another_does_not(
     tmp_path: Path, before: Status | None, after: Status, code: int, given: dict[str, str]
 ) -> None:
     ended = fail_at(tmp_path, before, after, code, **given)

@@ -207,7 +207,7 @@ def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> T
         lora[f"layers.{layer}.{linear.name}.{factor}"].index_fill_(linear.axis, rows, 0)
         if linear.kind == "channels" or linear.axis == 1:
             tensors[f"model.layers.{layer}.{linear.name}.weight"].index_fill_(linear.axis, rows, 0)
-            if linear.axis == 0 and shape.has_bias(linear):
+            if linear.axis == 0 and linear.name in shape.biases:
                 tensors[f"model.layers.{layer}.{linear.name}.bias"].index_fill_(0, rows, 0)
     for path in tiny.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())

@@ -9,8 +9,7 @@ import pytest
 
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.config_json import read_shape
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.held import gathered_weights, split_state
@@ -197,7 +196,7 @@ def test_nccl_takes_more_with_more_ranks() -> None:
 def test_a_config_json_that_is_none_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        read_shape(str(tmp_path))
+        shape_from_config(read_config(str(tmp_path)), str(tmp_path))
 
 
 def test_a_larger_model_and_fewer_ranks_need_more() -> None:

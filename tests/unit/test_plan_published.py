@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.config_file import config_from_dict, load_config
-from loraprune_ds.model.config_json import read_config
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.plan.request import build_request, make_request

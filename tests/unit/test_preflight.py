@@ -3,8 +3,10 @@
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -179,10 +181,12 @@ def test_each_check_is_made_and_the_first_that_fails_ends_them(monkeypatch: pyte
 
 def test_a_rank_that_cannot_take_part_is_named() -> None:
     """The backend of GPUs on a machine without one."""
-    port = free_port()
-    rendezvous = Rendezvous(["localhost"], 0, port, 20.0)
-    problem = probe_node(Probe("localhost", port, "nccl", 0, 1, 1, 20.0))
-    assert problem is not None
-    assert problem.startswith("rank 0: ")
-    assert "\n" not in problem
-    assert rendezvous.index == 0
+    with pytest.raises(RuntimeError, match=r"^rank 1: .+$"):
+        probe_node(Probe("localhost", free_port(), "nccl", 1, 2, 1, 20.0))
+
+
+def test_a_rank_that_dies_or_hangs_gives_no_answer() -> None:
+    ours, theirs = Pipe(duplex=False)
+    assert probe._answer(ours, time.monotonic()) == "no answer"
+    theirs.close()
+    assert probe._answer(ours, time.monotonic() + 20) == "no answer"

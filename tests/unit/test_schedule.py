@@ -9,7 +9,7 @@ import pytest
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.config_json import read_shape
+from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.pruning import schedule as schedules
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
@@ -66,7 +66,7 @@ def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
 @pytest.mark.parametrize(("name", "most"), [("llama-7b", 80), ("llama-65b", 200)])
 def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
     config = replace(load_config(repository() / f"launch/configs/{name}.yaml").prune, ranking=ranking)
-    limits = make_limits(config, read_shape(name))
+    limits = make_limits(config, shape_from_config(read_config(name), name))
     schedule = schedules.make_schedule(config, 40_312, limits)
     cuts = schedule.cut_steps()
     assert 30 < len(cuts) <= most

@@ -3,36 +3,29 @@
 Differences are measured in standard deviations of the logits, as in test_family_proof.py.
 """
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import begin, finish_folder
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.text_part import LAYOUTS, MULTIMODAL
 from tests.export_cases import model_card
 from tests.families import tiny_config
-from tests.family_cuts import FEW, cut_and_export, difference, draw, logits, reopened, with_lora
+from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora
 from tests.gguf_cases import byte_level_tokenizer
 
 TOLERANCE = 1e-5
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
 # The family of the text part, the tower beside it, and whether head and embedding are one.
 TOWERS = {
     "gemma3": ("gemma3_text", "siglip_vision_model", True),
@@ -51,12 +44,12 @@ pytestmark = [
 ]
 
 
-def multimodal(outer: str, **changes: Any) -> PreTrainedModel:
+def multimodal(outer: str) -> PreTrainedModel:
     """Makes a tiny random multimodal model, in evaluation mode."""
     family, tower, tied = TOWERS[outer]
     text = tiny_config(family).to_dict() | {"final_logit_softcapping": None, "tie_word_embeddings": tied}
-    settings: dict[str, Any] = {"tie_word_embeddings": tied} | changes
-    config = AutoConfig.for_model(outer, text_config=text, vision_config=VISION | {"model_type": tower}, **settings)
+    vision = VISION | {"model_type": tower}
+    config = AutoConfig.for_model(outer, text_config=text, vision_config=vision, tie_word_embeddings=tied)
     torch.manual_seed(3)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -76,11 +69,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pr
     return made
 
 
-def edited(source: Path, folder: Path, prefixes: dict[str, str], **changes: Any) -> Path:
-    """Copies a folder. Changes fields of config.json, and tensors that begin with one of `prefixes`."""
+def edited(source: Path, folder: Path, prefixes: dict[str, str]) -> Path:
+    """Copies a folder. Renames the tensors that begin with one of `prefixes`."""
     shutil.copytree(source, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
@@ -94,12 +85,20 @@ def test_every_one_has_a_tiny_model() -> None:
 
 
 @pytest.mark.parametrize("outer", MULTIMODAL)
-def test_the_text_part_is_read(outer: str, models: dict[str, tuple[Path, PreTrainedModel]]) -> None:
+def test_the_text_part_is_read_cut_and_exported(
+    outer: str, models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
+) -> None:
+    """It has the logits of the multimodal model, and its export is a stock model of the text class."""
     folder, whole = models[outer]
     pretrained = open_pretrained(folder)
     family, _, tied = TOWERS[outer]
     assert (pretrained.shape.model_type, pretrained.shape.tie_word_embeddings) == (family, tied)
-    assert difference(logits(reopened(pretrained)), logits(whole)) < TOLERANCE
+    text = reopened(pretrained)
+    assert difference(logits(text), logits(whole)) < TOLERANCE
+    made = cut_and_export(with_lora(text, pretrained.config, outer), tmp_path / "model", FEW, FEW)
+    stock = load(made.folder)
+    assert stock.config.model_type == family
+    assert difference(logits(stock), made.logits) < TOLERANCE
 
 
 def test_other_names_in_the_files(models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> None:
@@ -108,47 +107,14 @@ def test_other_names_in_the_files(models: dict[str, tuple[Path, PreTrainedModel]
     assert difference(logits(reopened(open_pretrained(newer))), logits(whole)) < TOLERANCE
 
 
-@pytest.mark.parametrize("outer", MULTIMODAL)
-def test_a_cut_is_that_of_the_multimodal_model(
-    outer: str, models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
-) -> None:
-    """LoRA is in the text part alone. Its export is a stock model of the text class."""
-    folder, whole = models[outer]
-    pretrained = open_pretrained(folder)
-    network = with_lora(reopened(pretrained), pretrained.config, outer)
-    for factors in (m for name, m in network.model.named_parameters() if "lora_B" in name):
-        factors.data.zero_()  # so that the multimodal model itself, without LoRA, is the reference
-    counts = (FEW, FEW)
-    keep, shape = draw(network.shape, *counts), network.shape
-    made = cut_and_export(network, tmp_path / "model", *counts)
-    stock = AutoModelForCausalLM.from_pretrained(made.folder, dtype="auto", attn_implementation="eager").eval()
-    assert stock.config.model_type == TOWERS[outer][0]
-    layers = next(
-        m for name, m in whole.named_modules() if name.endswith(("language_model.layers", "text_model.layers"))
-    )
-    hooks = []
-    for i, layer in enumerate(layers.children()):
-        for _, linear in shape.input_linear_ids([i]):
-            module: Any = layer.get_submodule(linear.name)
-            stays = torch.zeros(module.in_features)
-            stays[shape.kept_indices(i, linear.parts, keep[i])] = 1
-            hooks.append(module.register_forward_pre_hook(lambda _, inputs, mask=stays: (inputs[0] * mask,)))
-    masked = logits(whole)
-    for hook in hooks:
-        hook.remove()
-    assert difference(masked, logits(whole)) > 0.1
-    assert difference(logits(stock), masked) < TOLERANCE
-
-
-def test_a_head_of_its_own_that_config_json_calls_tied(
+def test_a_separate_head_that_config_json_calls_tied(
     models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
 ) -> None:
     """transformers keeps both if they differ. Where config.json is silent, the class of mistral3 calls them tied."""
     folder, whole = models["mistral3"]
     silent = edited(folder, tmp_path / "silent", {})
-    config = json.loads((silent / "config.json").read_text())
-    del config["tie_word_embeddings"]
-    (silent / "config.json").write_text(json.dumps(config))
+    config = read_json(silent / "config.json")
+    write_json(silent / "config.json", {key: x for key, x in config.items() if key != "tie_word_embeddings"})
     pretrained = open_pretrained(silent)
     assert not pretrained.config["tie_word_embeddings"]
     assert difference(logits(reopened(pretrained)), logits(whole)) < TOLERANCE
@@ -158,12 +124,12 @@ def test_the_tokenizer_does_not_depend_on_the_model_type(tmp_path: Path) -> None
     """AutoTokenizer treats the same files in another way where config.json names another model type."""
     source = byte_level_tokenizer(tmp_path / "source", 400)
     for model_type, pinned in (("gemma3", True), ("gemma3_text", False)):
-        (source / "config.json").write_text(json.dumps({"model_type": model_type}))
+        write_json(source / "config.json", {"model_type": model_type})
         config = tiny_config("gemma3_text").to_dict()
         shape = shape_from_config(config, "somewhere")
         out = begin(tmp_path / model_type)
         finish_folder(out, export_config(config, shape, "float32"), source, model_card(shape, shape))
-        assert ("model_input_names" in json.loads((out / "tokenizer_config.json").read_text())) == pinned
+        assert ("model_input_names" in read_json(out / "tokenizer_config.json")) == pinned
 
 
 def test_sizes_that_a_published_config_leaves_out() -> None:
@@ -182,24 +148,18 @@ def test_sizes_that_a_published_config_leaves_out() -> None:
     assert shape.total_numel() == 3_880_263_168
 
 
-def refusal(config: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as caught:
-        shape_from_config(config, "somewhere")
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_what_is_refused(models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> None:
     llama = tiny_config("llama").to_dict()
-    assert "model_type 'paligemma' is not supported" in refusal({"model_type": "paligemma", "text_config": llama})
-    assert "model_type 'opt' is not supported" in refusal({"model_type": "llava", "text_config": {"model_type": "opt"}})
-    assert "cannot build this model from config.json" in refusal(
-        {"model_type": "llava", "text_config": llama, "vision_config": 3}
-    )
-    folder, _ = models["llava"]
-    other = edited(folder, tmp_path / "other", {"language_model.": "mind."})
-    with pytest.raises(UserError, match=r"its weight files hold no text part under language_model\.model\. or "):
-        open_pretrained(other)
-    part = edited(folder, tmp_path / "part", {"language_model.model.norm.": "norm."})
-    with pytest.raises(UserError, match=r"tensor model\.norm\.weight is missing"):
-        open_pretrained(part)
+    for config, message in [
+        ({"model_type": "paligemma", "text_config": llama}, "model_type 'paligemma' is not supported"),
+        ({"model_type": "llava", "text_config": {"model_type": "opt"}}, "model_type 'opt' is not supported"),
+        ({"model_type": "llava", "text_config": llama, "vision_config": 3}, "cannot build this model from config.json"),
+    ]:
+        with pytest.raises(UserError, match=f"^somewhere: .*{message}.*$"):
+            shape_from_config(config, "somewhere")
+    for prefixes, message in [
+        ({"language_model.": "mind."}, r"its weight files hold no text part under language_model\.model\. or "),
+        ({"language_model.model.norm.": "norm."}, r"tensor model\.norm\.weight is missing"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_pretrained(edited(models["llava"][0], tmp_path / str(len(message)), prefixes))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.train.launchers import LAUNCHERS, RUNNERS, program_of
-from loraprune_ds.zero.launcher import launcher_command
+from loraprune_ds.zero.environment import launcher_command
 from tests.integration.launching import ROOT, clean_environment, free_port
 
 SCRIPT = """

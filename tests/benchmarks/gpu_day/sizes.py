@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loraprune_ds.model.config_json import LLAMA
+from loraprune_ds.model.read_shape import LLAMA
 from loraprune_ds.zero.device import is_cpu
 
 

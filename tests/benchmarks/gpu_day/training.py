@@ -33,7 +33,7 @@ PHASES = (
     ("cut.py", "parameter_cuts"),
     ("flat.py", "take"),
     ("comm.py", "all_to_all"),
-    ("reshard.py", "_by_item"),
+    ("cut.py", "_by_item"),
     ("params.py", "install_shard"),
     ("optimizer.py", "rebuild"),
     ("engine.py", "empty_partition_cache"),
