@@ -47,8 +47,7 @@ def run(config: Path, name: str, *changes: str, resume: Path | None = None) -> E
     folder.mkdir()
     words = [word for change in (f"output_dir={config.parent / name}", *changes) for word in ("--set", change)]
     arguments = ["--config", str(config), *words, *(["--resume", str(resume)] if resume else [])]
-    ended = fork_ranks(arguments, folder, ranks=RANKS, before=watch_second_copies, timeout=400)[0].check()
-    return ended[0]
+    return fork_ranks(arguments, folder, ranks=RANKS, before=watch_second_copies, timeout=400)[0].check()
 
 
 @pytest.mark.parametrize("method", [PLAIN, LEVERS], ids=["plain", "levers"])

@@ -45,7 +45,8 @@ def watched_collectives(see: Callable[[str, list[Tensor]], None]) -> Iterator[No
 
         return wrapped
 
-    with patch.multiple(backend, **{name: watching(name, getattr(backend, name)) for name in COLLECTIVES}):
+    watched: dict[str, Any] = {name: watching(name, getattr(backend, name)) for name in COLLECTIVES}
+    with patch.multiple(backend, **watched):
         yield
 
 

@@ -53,7 +53,7 @@ def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("family", families(*IN_CI))
 def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
     heads_go = FAMILIES[family].mixture and "heads" not in FAMILIES[family].fixed  # else only experts would
-    prune = PRUNE | ({"head_ratio": 0.4} if heads_go else {})
+    prune: dict[str, Any] = PRUNE | ({"head_ratio": 0.4} if heads_go else {})
     job, lora = family_job(tmp_path, family, prune, steps=STEPS)
     config = PruneConfig(channel_multiple=1, **prune)
     rounded, exact = (
