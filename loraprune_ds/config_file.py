@@ -144,8 +144,9 @@ def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     merged = dict(saved)
     for key, value in given.items():
         section = saved.get(key)
-        is_section = isinstance(section, dict) and isinstance(value, dict | None)  # an empty one is None in YAML
-        merged[key] = merge(section, value or {}) if is_section else value
+        if isinstance(section, dict) and isinstance(value, dict | None):  # an empty section is None in YAML
+            value = merge(section, value or {})
+        merged[key] = value
     return merged
 
 

@@ -135,8 +135,9 @@ class PictureSink(Protocol):
 def show_pictures(sinks: Iterable[Sink], paths: Sequence[Path]) -> None:
     """Sends pictures to all sinks that take them."""
     for sink in sinks:
-        for path in paths if isinstance(sink, PictureSink) else ():
-            sink.picture(path)
+        if isinstance(sink, PictureSink):
+            for path in paths:
+                sink.picture(path)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,6 @@ def summarise(
     after_cut_seconds: float,
 ) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in times.items()}
-    weight_bytes = [t.pruning_steps.weight_bytes for t in (dense, small)]
     flops = [flops_per_token(t.model.shape, config.data.window) for t in (dense, small)]
     return {
         "seconds_per_step": median,
@@ -125,7 +124,10 @@ def summarise(
         "cut_over_step": cut_seconds / median["plain"],
         "step_after_cut_seconds": after_cut_seconds,
         "cut_and_step_after_over_step": (cut_seconds + after_cut_seconds - median["pruned"]) / median["plain"],
-        "weight_bytes_per_rank": {"dense": weight_bytes[0], "pruned": weight_bytes[1]},
+        "weight_bytes_per_rank": {
+            "dense": dense.pruning_steps.weight_bytes,
+            "pruned": small.pruning_steps.weight_bytes,
+        },
         "tokens_per_step": config.train.global_batch_size * config.data.window,
         "world_size": dense.model.world_size,
         "config": config.to_dict(),

@@ -20,7 +20,7 @@ from loraprune_ds.evaluate.evaluation_text import EvaluationText
 from loraprune_ds.evaluate.perplexity import PerplexityProtocol
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.train import run as train_run
+from loraprune_ds.train import run
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine
@@ -163,7 +163,7 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
     """Returns the bytes of the exported model's shards, and those alive when it is read back in a run."""
     alive: list[int] = []
     shards: list[int] = []
-    with recording(train_run, live_bytes(), alive, shards):
+    with recording(run, live_bytes(), alive, shards):
         assert run_here(config)
     return shards[0], alive[0]
 
