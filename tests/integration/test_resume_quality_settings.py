@@ -120,7 +120,7 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, t
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "here"), abs=1e-5)
 
 
-def test_recovery_starts_at_the_learning_rate_again(straight: Path) -> None:
+def test_the_recovery_starts_at_the_learning_rate_again(straight: Path) -> None:
     rates = [step["learning_rate"] for step in metrics(straight, "step")]
     assert rates == pytest.approx([5e-3 * (1 - s / STEPS) for s in range(STEPS)] + [5e-3, 2.5e-3])
     assert metrics(straight, "step")[-1]["sparsity"] == pytest.approx(metrics(straight, "cut")[-1]["reached"])
