@@ -14,12 +14,7 @@ from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.export.source import UnmergedModel
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file
 from loraprune_ds.model.dtypes import DTYPES
-<<<<<<< HEAD
 from loraprune_ds.model.experts import as_in_peft, in_peft
-from loraprune_ds.model.pretrained import PretrainedModel
-=======
-from loraprune_ds.model.expert_adapter import as_in_peft, in_peft
->>>>>>> refs/heads/export
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import as_stored, weight_file_count, write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import CollectedLinear
