@@ -125,6 +125,7 @@ def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
     [
         ([0, 9, 9, 9, 9, 9, 9, 9], [1, 9, 1, 9, 1, 9, 1, 9], 1, [8, 4]),  # the worst channel, and the worst block
         ([0] * 4 + [1, 1, 1, 9] + [10] * 4, [0.5] * 4 + [5] * 4 + [10] * 4, 3, [4, 8]),  # the best of two next blocks
+        ([0] * 4 + [1, 9, 9, 9] + [10] * 4, [0.5] * 4 + [5] * 4 + [10] * 4, 3, [8, 4]),  # the worst of two next blocks
     ],
 )
 def test_a_block_of_channels_counts_with_its_mean(

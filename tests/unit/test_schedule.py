@@ -37,8 +37,8 @@ def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
     0.29 · 100 is 28.999999999999996 in floating point.
     """
     draw = random.Random(0)
-    for _ in range(500):
-        steps, warmup, cooldown = draw.randint(5, 300), draw.randint(0, 49), draw.randint(0, 49)  # in per cent
+    drawn = [(draw.randint(5, 300), draw.randint(0, 49), draw.randint(0, 49)) for _ in range(500)]
+    for steps, warmup, cooldown in [(100, 29, 29), *drawn]:  # in per cent
         config = PruneConfig(ratio=0.5, warmup_fraction=warmup / 100, cooldown_fraction=cooldown / 100)
         schedule = make_schedule(config, steps)
         for step in range(steps + 1):
