@@ -36,7 +36,7 @@ LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """Describes a dense model and how many (kv heads, channels) each layer keeps."""
+    """A dense model and how many (kv heads, channels) each layer keeps."""
 
     name: str
     family: str
@@ -55,6 +55,8 @@ MHA = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "h
 GQA = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 53}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 TIED = {"tie_word_embeddings": True}
+NO_WINDOW = {"sliding_window": None}
+UNEQUAL = [(3, 53), (1, 17), (2, 40)]
 
 CASES = [
     Case("mha", "llama", MHA, [(4, 21)] * 3, "llama"),
@@ -63,25 +65,11 @@ CASES = [
     Case("stand_in", "llama", GQA, [(3, 31)] * 3, "mistral", options=TIED | {"rope_parameters": LINEAR}),
     Case("biases_odd_heads", "llama", GQA, [(3, 31)] * 3, "pruned_llama", options=BIASES),
     Case("layers_mha_tied", "llama", MHA, [(5, 37), (1, 1), (5, 20)], "pruned_llama", options=TIED),
-    Case(
-        "layers_gqa_biases",
-        "llama",
-        GQA,
-        [(3, 53), (1, 17), (2, 40)],
-        "pruned_llama",
-        options=BIASES | {"rope_parameters": LLAMA3},
-    ),
+    Case("layers_gqa_biases", "llama", GQA, UNEQUAL, "pruned_llama", options=BIASES | {"rope_parameters": LLAMA3}),
     Case("layers_bf16", "llama", GQA, [(4, 53), (1, 17), (2, 40)], "pruned_llama", dtype="bfloat16"),
     Case("window", "mistral", GQA, [(3, 31)] * 3, "mistral", options={"sliding_window": 5}),
     Case("layers_window", "mistral", GQA, [(3, 53), (1, 17), (4, 40)], "pruned_mistral", options={"sliding_window": 5}),
-    Case(
-        "layers_no_window",
-        "mistral",
-        MHA,
-        [(5, 37), (1, 9), (5, 20)],
-        "pruned_mistral",
-        options={"sliding_window": None},
-    ),
+    Case("layers_no_window", "mistral", MHA, [(5, 37), (1, 9), (5, 20)], "pruned_mistral", options=NO_WINDOW),
 ]
 
 
@@ -111,29 +99,26 @@ def dense_model(case: Case) -> PreTrainedModel:
     return model
 
 
-def kept_groups(case: Case) -> list[tuple[list[int], list[int]]]:
-    """Draws each layer's kept key-value heads and channels: ascending indices into the dense model."""
-    draw = random.Random(case.name)
-    heads, channels = case.sizes["num_key_value_heads"], case.sizes["intermediate_size"]
-    return [(sorted(draw.sample(range(heads), h)), sorted(draw.sample(range(channels), c))) for h, c in case.keep]
-
-
 def widths(case: Case) -> tuple[int, int]:
     """Returns (query columns, key-value columns) of one group of heads."""
     head_dim = case.sizes["head_dim"]
     return case.sizes["num_attention_heads"] // case.sizes["num_key_value_heads"] * head_dim, head_dim
 
 
-def columns(groups: list[int], width: int) -> Tensor:
-    return torch.tensor([group * width + i for group in groups for i in range(width)])
+def kept_columns(model: PreTrainedModel, case: Case) -> Iterator[tuple[nn.Module, Tensor, Tensor, Tensor]]:
+    """Draws the kept groups. Yields each layer with its kept columns of queries, of keys and of channels, ascending."""
+    draw = random.Random(case.name)
+    heads, channels = case.sizes["num_key_value_heads"], case.sizes["intermediate_size"]
+    for layer, (h, c) in zip(model.get_submodule("model.layers").children(), case.keep, strict=True):
+        groups, kept = sorted(draw.sample(range(heads), h)), torch.tensor(sorted(draw.sample(range(channels), c)))
+        queries, keys = (torch.tensor([g * width + i for g in groups for i in range(width)]) for width in widths(case))
+        yield layer, queries, keys, kept
 
 
 def cut(model: PreTrainedModel, case: Case) -> PreTrainedModel:
     """Copies the dense model, still of the stock class. Each layer of the copy holds only its kept groups."""
     model = copy.deepcopy(model)
-    query_width, key_width = widths(case)
-    for layer, (heads, channels) in zip(model.get_submodule("model.layers").children(), kept_groups(case), strict=True):
-        queries, keys, kept = columns(heads, query_width), columns(heads, key_width), torch.tensor(channels)
+    for layer, queries, keys, kept in kept_columns(model, case):
         for name, rows in [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]:
             _select(layer.get_submodule(f"self_attn.{name}"), 0, rows)
         _select(layer.get_submodule("self_attn.o_proj"), 1, queries)

@@ -2,8 +2,8 @@
 
 %(prog)s runs/lora runs/magnitude pruned.json --picture comparison.png
 
-RUN is the folder of a finished run or what launch/evaluate.py --json printed. The latter has a removed fraction if it
-was measured with --dense or is of a run.
+RUN is the folder of a finished run, or the output of launch/evaluate.py --json. The latter has a removed fraction if it
+was measured with --dense, or on a run.
 """
 
 import argparse

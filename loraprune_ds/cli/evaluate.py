@@ -1,4 +1,4 @@
-"""Measures a model: perplexity, zero-shot tasks, parameters, MACs, speed and memory, alone or beside a dense one.
+"""Measures a model: perplexity, zero-shot tasks, parameters, MACs, speed and memory, alone or next to a dense one.
 
 %(prog)s MODEL --text FILE --window 128 --max-windows 160 --dtype float32 --json
 %(prog)s runs/quickstart --dense embedded --dataset wikitext2 --window 2048 --speed
@@ -8,37 +8,38 @@ deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sh
 deepspeed --module loraprune_ds.cli.evaluate MODEL --text FILE --sharded            (without a checkout)
 
 MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, or `embedded`. It can also be the folder
-of a run or of one of its checkpoints. Of an unfinished run the newest good checkpoint is taken.
+of a run or of one of its checkpoints. An unfinished run is measured at its newest good checkpoint.
 
 Perplexity: the text is tokenised once, with the special tokens that the tokenizer adds at its start. It is split into
 windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. With
---sliding S a window begins every S tokens and predicts only what no earlier window held. So every token but the first
-is predicted once. Both numbers are the same on any number of ranks. For a Gemma each window begins with BOS, which
-takes the place of the window's first token.
+--sliding S a window begins every S tokens and predicts only the tokens that no earlier window held, so every token but
+the first is predicted once. Both numbers are the same on any number of ranks. For a Gemma, BOS replaces the first token
+of each window.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TextIO, get_args
+from typing import Any, TextIO, get_args
 
 from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
-from loraprune_ds.evaluate.serving import SERVERS, ServeSettings, find_server
-from loraprune_ds.evaluate.speed_settings import SpeedSettings
+from loraprune_ds.evaluate.serving import find_server
+from loraprune_ds.evaluate.settings import (
+    SERVERS,
+    EvaluationSettings,
+    PerplexityProtocol,
+    ServeSettings,
+    SpeedSettings,
+    TaskSettings,
+)
 from loraprune_ds.zero.environment import check_ranks, collective_timeout
-
-if TYPE_CHECKING:
-    from loraprune_ds.evaluate.settings import EvaluationSettings
-    from loraprune_ds.zero.comm import Communicator
 
 ROUND = fields(SpeedSettings)  # an option each
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
@@ -88,7 +89,8 @@ def main() -> int:
         tell(error, agreed=False)  # lm-eval can fail on one rank alone
         return error.exit_code
     if is_rank_0():
-        write_result(result, stdout, as_json=arguments.json)
+        with stdout:
+            stdout.write(as_text(result, as_json=arguments.json))
     return 0
 
 
@@ -105,13 +107,13 @@ def keep_stdout() -> TextIO:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
-    check_ranks(os.environ)  # what is wrong is an error before DeepSpeed is imported
+    check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
     collective_timeout(os.environ)
     speeds = speed_settings(arguments)
     if not arguments.verbose:
         silence_evaluation()
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
-    from loraprune_ds.cli.serve import serve
+    from loraprune_ds.evaluate.conversion import merged, serve
     from loraprune_ds.evaluate.evaluation import evaluate
     from loraprune_ds.evaluate.result import make_result
     from loraprune_ds.report.provenance import hardware, versions
@@ -137,54 +139,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-@contextmanager
-def merged(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) -> Iterator[list[str]]:
-    """Finds all models and merges those that a run has not merged yet. Their folders are gone afterwards. Collective.
-
-    Yields:
-        The paths of the models to load.
-    """
-    with ExitStack() as stack:
-        scratch = None
-        if is_first_on_node:
-            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="evaluate-")))
-        with comm.patient() as waiting:
-            found = waiting.all_or_raise(
-                lambda: [find_or_merge(path, scratch / str(i)) for i, path in enumerate(paths)] if scratch else None
-            )
-        # The ranks of a node follow its first one.
-        yield next(names for names in reversed(comm.gather_objects(found)[: comm.rank + 1]) if names)
-
-
-def find_or_merge(path: str, out: Path) -> str:
-    """Returns the path of a model to load: `out` for a checkpoint or an unfinished run, else `path` itself."""
-    from loraprune_ds.checkpoint.run_folder import STATUS_FILE
-    from loraprune_ds.checkpoint.state import STATE_FILE
-    from loraprune_ds.evaluate.models import find_model
-    from loraprune_ds.export.formats import NoRoom, export
-    from loraprune_ds.export.source import find_source
-
-    if any((Path(path) / name).is_file() for name in (STATUS_FILE, STATE_FILE)):
-        source = find_source(Path(path))
-        if source.model is None:
-            try:
-                remarks = export(source, "hf", out)
-            except NoRoom as error:
-                raise UserError(f"{path} is to be merged first: {error}; TMPDIR names another folder") from None
-            for remark in remarks:
-                print(f"note: {path}: {remark}", file=sys.stderr)
-            return str(out)
-    find_model(path)
-    return path
-
-
 def make_settings(
     arguments: argparse.Namespace, speed: SpeedSettings | None, serving: ServeSettings | None
-) -> "EvaluationSettings":
-    from loraprune_ds.evaluate.perplexity import PerplexityProtocol
-    from loraprune_ds.evaluate.settings import EvaluationSettings
-    from loraprune_ds.evaluate.zeroshot import TaskSettings
-
+) -> EvaluationSettings:
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
     tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
     return EvaluationSettings(
@@ -200,7 +157,7 @@ def make_settings(
 
 
 def speed_settings(arguments: argparse.Namespace) -> tuple[SpeedSettings | None, ServeSettings | None]:
-    """Checks what is said about speed here and in a server, before anything that takes long."""
+    """Checks the options of speed, here and in a server, before anything that takes long."""
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
     wanted = arguments.speed or arguments.serve is not None
     require(wanted or not rounds, "--prompt, --generated and --rounds have no effect without --speed or --serve")
@@ -217,7 +174,7 @@ def speed_settings(arguments: argparse.Namespace) -> tuple[SpeedSettings | None,
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
-    """Reads the text that the user names. Without a name it is WikiText-2, or none beside other measurements."""
+    """Reads the text that the user names. The default is WikiText-2, or none if tasks or speed are measured."""
     if arguments.text and arguments.split:
         raise UserError("--split is a part of --dataset; --text is read whole")
     if arguments.text:
@@ -245,12 +202,11 @@ def silence_evaluation() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def write_result(result: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
+def as_text(result: dict[str, Any], *, as_json: bool) -> str:
     from loraprune_ds.evaluate.result import result_table
     from loraprune_ds.files import finite
 
-    with out:
-        out.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if as_json else result_table(result))
+    return json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if as_json else result_table(result)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         type=Path,
         metavar="JSON",
-        help="what launch/evaluate.py --json printed about it, for the card on the hub",
+        help="outputs of launch/evaluate.py --json, for the card on the hub",
     )
     return parser.parse_args()
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 2 for what cannot be exported."""
+    """Returns the exit code: 0, or 2 for unusable input."""
     try:
         convert(parse_arguments())
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Results of several models side by side, as one table. They are folders of runs or JSON of launch/evaluate.py."""
+"""Results of several models side by side, in one table: folders of runs, or JSON of launch/evaluate.py."""
 
 import math
 from collections.abc import Sequence
@@ -17,31 +17,22 @@ HEAD = ("result", "method", "parameters", "removed", "perplexity", "dense", "tim
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """Describes one pruned model, from a run or an evaluation.
+    """A pruned model, from a run or an evaluation. None: not measured, not known, or not finite."""
 
-    Attributes:
-        name: of the file or folder it was read from.
-        method: criterion and ranking, which only a run knows.
-        measured_on: text and windows of the perplexities. Only models that agree in it compare.
-        removed_fraction: of all parameters. None where no dense model was named.
-        perplexity, dense_perplexity: None where not measured or not finite.
-        accuracy, dense_accuracy: means over the zero-shot tasks `tasks`.
-    """
-
-    name: str
-    method: str | None
-    measured_on: str | None
+    name: str  # of the file or folder it was read from
+    method: str | None  # criterion and ranking of a run
+    measured_on: str | None  # text and windows of the perplexities, which are comparable only if these agree
     parameters: int
-    removed_fraction: float | None
+    removed_fraction: float | None  # of the dense model's parameters
     perplexity: float | None
     dense_perplexity: float | None
-    accuracy: float | None = None
+    accuracy: float | None = None  # mean over the zero-shot tasks
     dense_accuracy: float | None = None
     tasks: tuple[str, ...] = ()
 
 
 def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
-    """Reads all results and sorts them by what they were measured on, then by size.
+    """Reads all results and sorts them by text, then by size.
 
     Raises:
         UserError: a path is neither the folder of a finished run nor a result of launch/evaluate.py.
@@ -60,12 +51,11 @@ def _read_run(folder: Path) -> ComparedModel:
     report = read_json(path)
     try:
         config, params, perplexity = report["config"], report["params"], report["perplexity"]
+        protocol = config["evaluate"] | {"stride": None}
         return ComparedModel(
             name=folder.name,
             method=describe_method(report),
-            measured_on=_describe(
-                _held_out(config["data"]), None, config["evaluate"] | {"stride": None}, config["model"]["dtype"]
-            ),
+            measured_on=_describe(_held_out(config["data"]), protocol, config["model"]["dtype"]),
             parameters=params["pruned"],
             removed_fraction=params["removed_fraction"],
             perplexity=_finite(perplexity["pruned"]),
@@ -79,7 +69,8 @@ def _held_out(data: dict[str, Any]) -> str:
     """Names the text that a run held out: a file, or a part of its sources."""
     if data["held_out"]:
         return data["held_out"]
-    sources = [data] if isinstance(data["path"], str) else [data | _given(entry) for entry in data["path"]]
+    entries = [{}] if isinstance(data["path"], str) else data["path"]
+    sources = [data | {key: value for key, value in entry.items() if value is not None} for entry in entries]
     names = [
         " ".join(source[key] for key in ("path", "name", "split") if source.get(key) and source[key] != "train")
         for source in sources
@@ -87,19 +78,15 @@ def _held_out(data: dict[str, Any]) -> str:
     return f"a held-out {100 * data['held_out_fraction']:g} % of {' + '.join(names)}"
 
 
-def _given(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if value is not None}
-
-
 def _read_evaluation(path: Path) -> ComparedModel:
     result = read_json(path)
     try:
         text, dense, tasks = result["text"], result["dense"], result["tasks"]
-        on = _describe(text["name"], text["split"], result["protocol"], result["dtype"]) if text else None
+        name = text and f"{text['name']} {text['split'] or ''}".rstrip()
         return ComparedModel(
             name=path.stem,
             method=result["method"],
-            measured_on=on,
+            measured_on=_describe(name, result["protocol"], result["dtype"]) if name else None,
             parameters=result["cost"]["parameters"],
             removed_fraction=result["removed_fraction"],
             perplexity=_finite(result["perplexity"]),
@@ -112,10 +99,10 @@ def _read_evaluation(path: Path) -> ComparedModel:
         raise UserError(f"{path} is not a result of launch/evaluate.py --json: {error!r}") from None
 
 
-def _describe(name: str, split: str | None, protocol: dict[str, Any], dtype: str) -> str:
+def _describe(name: str, protocol: dict[str, Any], dtype: str) -> str:
     most = "" if protocol["max_windows"] is None else f"first {protocol['max_windows']} "
     stride = f" every {protocol['stride']}" if protocol["stride"] else ""
-    return f"{name}{f' {split}' if split else ''}, {most}windows of {protocol['window']}{stride}, {dtype}"
+    return f"{name}, {most}windows of {protocol['window']}{stride}, {dtype}"
 
 
 def _finite(value: float | None) -> float | None:
@@ -123,14 +110,14 @@ def _finite(value: float | None) -> float | None:
 
 
 def comparison_table(models: Sequence[ComparedModel]) -> str:
-    """Builds plain text with a block for each thing that perplexities were measured on."""
+    """Builds plain text with a block for each text that perplexity was measured on. Empty columns are left out."""
     blocks = []
     for measured_on in dict.fromkeys(model.measured_on for model in models):
-        rows = [_row(model) for model in models if model.measured_on == measured_on]
+        rows = [HEAD, *(_row(model) for model in models if model.measured_on == measured_on)]
+        columns = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
+        sides = "".join("<" if column[0] in HEAD[:2] else ">" for column in columns)
         title = f"perplexity on {measured_on}" if measured_on else "no perplexity"
-        table = _without_empty_columns([HEAD, *rows])
-        sides = "".join("<" if name in HEAD[:2] else ">" for name in table[0])
-        blocks.append("\n".join([title, *aligned(table, sides)]))
+        blocks.append("\n".join([title, *aligned(list(zip(*columns, strict=True)), sides)]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -138,23 +125,12 @@ def _row(model: ComparedModel) -> tuple[str, ...]:
     times = None
     if model.perplexity is not None and model.dense_perplexity is not None:
         times = model.perplexity / model.dense_perplexity
+    accuracies = (model.accuracy, model.dense_accuracy)
     return (
         model.name,
         model.method or "-",
         f"{model.parameters:,}",
         "-" if model.removed_fraction is None else f"{100 * model.removed_fraction:.2f} %",
-        format_perplexity(model.perplexity),
-        format_perplexity(model.dense_perplexity),
-        format_perplexity(times),
-        _format_accuracy(model.accuracy),
-        _format_accuracy(model.dense_accuracy),
+        *(format_perplexity(value) for value in (model.perplexity, model.dense_perplexity, times)),
+        *("-" if value is None else f"{value:.4f}" for value in accuracies),
     )
-
-
-def _format_accuracy(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _without_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    columns = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
-    return list(zip(*columns, strict=True))

@@ -1,10 +1,10 @@
 """Results of several models side by side, as one picture of quality against the true removed fraction."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.compare import ComparedModel
@@ -31,30 +31,39 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
 LABEL_OPTIONS: Any = {"color": TEXT, "fontsize": 9}
 LABEL_GAP = 13.0  # points from label to label: more than a line of text
+Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """Holds models whose quality compares."""
+    """Models whose quality is comparable."""
 
+    quality: Literal["perplexity", "accuracy"]
     title: str
-    label: str
-    higher_is_better: bool
     models: list[ComparedModel]
-    value: Callable[[ComparedModel], float | None]
-    dense: Callable[[ComparedModel], float | None]
-    show: Callable[[float], str]
+
+    def value(self, model: ComparedModel) -> float:
+        value = model.perplexity if self.quality == "perplexity" else model.accuracy
+        assert value is not None
+        return value
+
+    def dense(self, model: ComparedModel) -> float | None:
+        return model.dense_perplexity if self.quality == "perplexity" else model.dense_accuracy
+
+    def show(self, value: float) -> str:
+        if self.quality == "accuracy":
+            return f"{value:.3f}"
+        return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
 
 
-@dataclass(frozen=True)
-class _Point:
+class _Point(NamedTuple):
     x: float
     y: float
     model: ComparedModel
 
 
 def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
-    """Draws a panel for each thing perplexities were measured on, and one for accuracy if any was.
+    """Draws a panel for each text that perplexity was measured on, and one for each set of tasks.
 
     Raises:
         UserError: no model has both a quality and a removed fraction, or the file cannot be written.
@@ -68,7 +77,8 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    styles = _styles(models)
+    methods = sorted({model.method for model in models}, key=str)
+    styles = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(8, 4.2 * len(panels)), layout=ConstrainedLayoutEngine(h_pad=0.12))
         for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
@@ -83,46 +93,20 @@ def _panels(models: Sequence[ComparedModel]) -> list[_Panel]:
     panels = []
     for measured_on in dict.fromkeys(model.measured_on for model in models):
         found = [m for m in models if m.measured_on == measured_on and m.perplexity is not None]
-        panels.append(
-            _Panel(
-                title=f"Perplexity on {measured_on}",
-                label="perplexity (lower is better)",
-                higher_is_better=False,
-                models=found,
-                value=lambda model: model.perplexity,
-                dense=lambda model: model.dense_perplexity,
-                show=lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}",
-            )
-        )
+        panels.append(_Panel("perplexity", f"Perplexity on {measured_on}", found))
     for tasks in dict.fromkeys(model.tasks for model in models):
         found = [m for m in models if m.tasks == tasks and m.accuracy is not None]
-        panels.append(
-            _Panel(
-                title=f"Mean accuracy, zero-shot: {', '.join(tasks)}",
-                label="accuracy (higher is better)",
-                higher_is_better=True,
-                models=found,
-                value=lambda model: model.accuracy,
-                dense=lambda model: model.dense_accuracy,
-                show=lambda value: f"{value:.3f}",
-            )
-        )
+        panels.append(_Panel("accuracy", f"Mean accuracy, zero-shot: {', '.join(tasks)}", found))
     return [panel for panel in panels if panel.models]
 
 
-def _styles(models: Sequence[ComparedModel]) -> dict[str | None, tuple[str, str]]:
-    """Chooses colour and marker of every method, the same in all panels."""
-    methods = sorted({model.method for model in models}, key=str)
-    return {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
-
-
-def _draw_panel(axes: "Axes", panel: _Panel, styles: dict[str | None, tuple[str, str]]) -> None:
-    points = [_Point(100 * (m.removed_fraction or 0.0), panel.value(m) or 0.0, m) for m in panel.models]
+def _draw_panel(axes: "Axes", panel: _Panel, styles: Styles) -> None:
+    points = [_Point(100 * (m.removed_fraction or 0.0), panel.value(m), m) for m in panel.models]
     labels: list[tuple[_Point, str]] = []
     for method in dict.fromkeys(model.method for model in panel.models):
         mine = [point for point in points if point.model.method == method]
-        # A line joins models that differ in the ratio alone. Their points need no names.
-        is_curve = method is not None and _far_apart([point.x for point in mine])
+        # A line joins models that differ in the ratio alone, by at least half a percent point. They need no names.
+        is_curve = method is not None and all(after.x - before.x >= 0.5 for before, after in pairwise(mine))
         colour, marker = styles[method]
         at = [point.x for point in mine], [point.y for point in mine]
         axes.plot(*at, color=colour, marker=marker, ls="-" if is_curve else "", lw=1.2, label=method or "evaluated")
@@ -130,7 +114,7 @@ def _draw_panel(axes: "Axes", panel: _Panel, styles: dict[str | None, tuple[str,
     baselines = sorted({float(f"{dense:.4g}") for m in panel.models if (dense := panel.dense(m)) is not None})
     axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
     values = [point.y for point in points] + baselines
-    if not panel.higher_is_better and max(values) > LOG_FROM * min(values):
+    if panel.quality == "perplexity" and max(values) > LOG_FROM * min(values):
         make_logarithmic(axes)
     axes.set_xlim(-1.5, max(2.0, *(point.x for point in points)) * 1.08)
     axes.margins(y=0.14)
@@ -139,25 +123,20 @@ def _draw_panel(axes: "Axes", panel: _Panel, styles: dict[str | None, tuple[str,
         label_point(axes, panel.show(baseline), (0.0, baseline), (8, 7), "left", **LABEL_OPTIONS)
     _label_points(axes, labels, panel)
     axes.set_title(panel.title)
-    axes.set_ylabel(panel.label)
+    axes.set_ylabel(f"{panel.quality} ({'lower' if panel.quality == 'perplexity' else 'higher'} is better)")
     axes.set_xlabel("parameters removed, % of the whole model")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)  # inside it would hide a value
 
 
-def _far_apart(xs: Sequence[float]) -> bool:
-    """Tells if all neighbours among ascending values differ by at least half a percent point."""
-    return all(after - before >= 0.5 for before, after in pairwise(xs))
-
-
 def _label_points(axes: "Axes", labels: Sequence[tuple[_Point, str]], panel: _Panel) -> None:
-    """Writes each label on the side of the point where its curve does not go, and further off where a label is.
+    """Writes each label on the side of its point that the curve avoids, further away where another label is.
 
-    A label stands to the left of its point, unless the point is near the left edge.
+    A label is to the left of its point, unless the point is near the left edge.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # settles the limits, and so where the points are
-    away = -1 if panel.higher_is_better else 1
+    away = -1 if panel.quality == "accuracy" else 1
     placed: list[tuple[float, float]] = []  # (x, y) of labels, in points
     for point, name in sorted(labels, key=lambda label: away * label[0].y):
         x, y = axes.transData.transform((point.x, point.y)) * 72 / figure.dpi

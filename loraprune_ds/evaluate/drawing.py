@@ -1,4 +1,4 @@
-"""The style that all pictures share: colours, labels and the file that is written."""
+"""The style that all pictures share: colours, labels and the file."""
 
 from itertools import product
 from pathlib import Path
@@ -27,8 +27,8 @@ PLOT_STYLE: Any = {  # matplotlib's own type lists all keys, and exists only onc
     "legend.frameon": False,
 }
 
-LOG_FROM = 4.0  # an axis of perplexities is logarithmic if the largest is that many times the smallest
-# Where a label may stand beside its point: distances in points of a font, then directions and the end that lies there.
+LOG_FROM = 4.0  # an axis of perplexities is logarithmic if largest / smallest exceeds this
+# Places of a label near its point: distances in points of a font, then directions and the end of the text that is near.
 DISTANCES = (8, 15, 24, 36)
 DIRECTIONS = ((1, -1, "left"), (1, 1, "left"), (1, 0, "left"), (-1, -1, "right"), (-1, 1, "right"), (-1, 0, "right"))
 
@@ -44,46 +44,31 @@ def make_logarithmic(axes: "Axes") -> None:
 
 
 def label_beside(axes: "Axes", text: str, at: tuple[float, float], **options: Any) -> None:
-    """Writes `text` beside the point `at`, at the nearest place without a curve or another label.
+    """Writes `text` near the point `at`, at the nearest place without a curve or another label.
 
     The figure must be laid out (`draw_without_rendering`), with all its curves.
     """
-    places = [(text, at, (d * x, d * y), side, options) for d, (x, y, side) in product(DISTANCES, DIRECTIONS)]
-    if not any(_fits(axes, *place) for place in places):
-        label_point(axes, *places[0][:4], **options)
-
-
-def _fits(
-    axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float, float], side: str, options: dict[str, Any]
-) -> bool:
-    """Writes a label and takes it back if it lies on something or reaches out of the axes."""
-    taken = [label.get_window_extent() for label in axes.texts]
-    label_point(axes, text, at, offset, side, **options)
-    label = axes.texts[-1]
-    box, inside = label.get_window_extent(), axes.get_window_extent()
+    taken, inside = [label.get_window_extent() for label in axes.texts], axes.get_window_extent()
     curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
-    if (
-        inside.containsx(box.x0)
-        and inside.containsx(box.x1)
-        and inside.containsy(box.y0)
-        and inside.containsy(box.y1)
-        and not box.count_overlaps(taken)
-        and not any(curve.intersects_bbox(box, filled=False) for curve in curves)
-    ):
-        return True
-    label.remove()
-    return False
+    places = [((d * x, d * y), side) for d, (x, y, side) in product(DISTANCES, DIRECTIONS)]
+    for place in places:
+        label_point(axes, text, at, *place, **options)
+        box = axes.texts[-1].get_window_extent()
+        hit = box.count_overlaps(taken) or any(curve.intersects_bbox(box, filled=False) for curve in curves)
+        if not hit and inside.contains(*box.min) and inside.contains(*box.max):
+            return
+        axes.texts[-1].remove()
+    label_point(axes, text, at, *places[0], **options)
 
 
 def label_point(
     axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float, float], side: str, **options: Any
 ) -> None:
-    """Writes `text` beside the point `at`, with a white rim, so that it is readable on a curve.
+    """Writes `text` near the point `at`, in the data's units, with a white rim that makes it readable on a curve.
 
     Args:
-        at: in the data's units.
         offset: from the point, in points of a font.
-        side: the end of the text that lies there: "left" or "right".
+        side: the end of the text that is at the offset: "left" or "right".
         options: of matplotlib's `annotate`.
     """
     from matplotlib.patheffects import withStroke

@@ -1,21 +1,23 @@
-"""One evaluation: a model, or two side by side, on a text, on tasks and against the clock."""
+"""One evaluation: a model, or two side by side, on a text, on tasks, in seconds and in parameters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import mul
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from loraprune_ds.evaluate.cost import ModelCost, count_cost
-from loraprune_ds.evaluate.models import FoundModel, load_model
+from loraprune_ds.evaluate.models import PreparedModel, load_model, prepare_models
 from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity
 from loraprune_ds.evaluate.serving import Served
-from loraprune_ds.evaluate.settings import EvaluationSettings, PreparedModel, prepare_models
+from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.zeroshot import run_tasks
+from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.model.exported_config import DEFAULT_SLIDING_WINDOW
+from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.logits import Head, logits_transform, output_head
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_inference_engine
@@ -24,13 +26,30 @@ from loraprune_ds.zero.training_engine import release
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Holds everything about one model.
+class Macs:
+    """Multiply-accumulates per token of a forward pass, without norms, rotations and activations."""
 
-    Attributes:
-        method: criterion and ranking of a run.
-        removed_fraction: of the dense model's parameters. None where that is unknown.
-    """
+    linear: int  # one per parameter of the decoder layers' linears, without experts that a token does not choose
+    attention: float  # sum over layers of 2 · query heads · head_dim · mean_context
+    head: int  # vocabulary · hidden size. An embedding multiplies nothing
+    total: float
+    mean_context: float  # positions that a token attends to, itself included, averaged over a window and all heads
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Costs of a model on any hardware."""
+
+    parameters: int  # of the whole model. Each tensor counts once, also a tied head
+    linear_parameters: int  # of the decoder layers' linears, without biases
+    weight_bytes: int
+    kv_bytes_per_token: int  # added to the cache: sum over layers of 2 · kv heads · head_dim · element size
+    macs_per_token: Macs
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All results of one model. `removed_fraction`: of the dense model's parameters, None where that is unknown."""
 
     path: str
     kind: str
@@ -45,55 +64,87 @@ class Measurement:
     served: Served | None = None
 
 
-@dataclass(frozen=True)
-class _Quality:
-    perplexity: Perplexity | None = None
-    tasks: dict[str, Any] | None = None
-    model: PreTrainedModel | None = None  # kept if its speed is measured, too, which needs all models at once
-
-
 def evaluate(
     paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds: rounds
 ) -> list[Measurement]:
     """Measures the models that `paths` name. A second one is the dense model that the first is compared with.
 
-    Downloads and conversions are in the cache already, so that no rank waits for hours here. Results of tasks and
-    speed are on rank 0 only. Collective.
+    Results of tasks and speed are on rank 0 only. Collective.
 
     Raises:
-        UserError: some input is wrong. All ranks raise the same line, before anything long.
+        UserError: an input is wrong. All ranks raise the same line, before anything long.
     """
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
-    qualities = []
-    for model in models:
-        with fast_half_products(model.dtype):  # speed is measured outside, by torch's own products
-            qualities.append(_measure_quality(model, settings, comm, progress))
-    speeds: list[Speed] | None = None
-    if speed_settings := settings.speed:
-        loaded = [quality.model for quality in qualities if quality.model is not None]
-        speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed_settings))
     dense = models[1].found.pretrained.shape.total_numel() if len(models) > 1 else None
-    return [
-        _describe(model, settings.protocol.window, dense, quality, speed)
-        for model, quality, speed in zip(models, qualities, speeds or [None] * len(models), strict=True)
-    ]
+    measurements: list[Measurement] = []
+    loaded: list[PreTrainedModel] = []
+    for prepared in models:
+        with fast_half_products(prepared.dtype):  # speed is measured outside, by torch's own products
+            measurement, model = _measure(prepared, dense, settings, comm, progress)
+        measurements.append(measurement)
+        loaded += [model] if model else []
+    if speed := settings.speed:
+        speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed)) or [None] * len(models)
+        measurements = [replace(one, speed=found) for one, found in zip(measurements, speeds, strict=True)]
+    return measurements
 
 
-def _measure_quality(
-    prepared: PreparedModel, settings: EvaluationSettings, comm: Communicator, progress: Progress
-) -> _Quality:
-    """Loads one model and measures its perplexity and tasks."""
-    if not (prepared.batches or settings.tasks or settings.speed):
-        return _Quality()
-    if settings.sharded:
-        return _Quality(_measure_sharded(prepared, comm, progress))
-    model = comm.all_or_raise(lambda: load_model(prepared.found, prepared.dtype, comm.device))
-    perplexity = tasks = None
-    if prepared.batches:
-        perplexity = measure_perplexity(_losses_of(model), prepared.batches, comm, progress)
-    if settings.tasks:
-        tasks = run_tasks(settings.tasks, model, prepared.tokenizer, settings.actual_batch_size, comm)
-    return _Quality(perplexity, tasks, model if settings.speed else None)
+def count_cost(shape: ModelShape, config: dict[str, Any], window: int, element_size: int) -> ModelCost:
+    """Counts the costs on windows of `window` tokens. `config`: of the model, whose layers may have sliding windows."""
+    layers = DynamicCache(config=config_object(config)).layers  # transformers reads there which layers have one
+    contexts = [_mean_context(window, getattr(layer, "sliding_window", None)) for layer in layers]
+    heads = [shape.query_heads(layer) for layer in shape.layers]
+    context = sum(map(mul, contexts, heads)) / sum(heads)
+    linear, head = active_numel(shape), shape.vocab_size * shape.hidden_size
+    attention = attention_product(shape, context)  # two products of one multiply-add each
+    return ModelCost(
+        parameters=shape.total_numel(),
+        linear_parameters=shape.linear_numel(),
+        weight_bytes=shape.total_numel() * element_size,
+        kv_bytes_per_token=cached_numel(shape) * element_size,
+        macs_per_token=Macs(linear, attention, head, linear + attention + head, context),
+    )
+
+
+def _mean_context(window: int, sliding_window: int | None) -> float:
+    """Returns the mean over t = 1 … window of min(t, sliding_window)."""
+    full = min(window, sliding_window or window)
+    return (full * (full + 1) / 2 + (window - full) * full) / window
+
+
+def _measure(
+    prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Communicator, progress: Progress
+) -> tuple[Measurement, PreTrainedModel | None]:
+    """Measures all but speed, which needs all models in memory, and returns the model for that.
+
+    Args:
+        dense: parameters of the dense model, if the user named one.
+    """
+    found, shape = prepared.found, prepared.found.pretrained.shape
+    perplexity = tasks = model = None
+    if settings.sharded and prepared.batches:
+        perplexity = _measure_sharded(prepared, comm, progress)
+    elif prepared.batches or settings.tasks or settings.speed:
+        model = comm.all_or_raise(lambda: load_model(found, prepared.dtype, comm.device))
+        if prepared.batches:
+            perplexity = measure_perplexity(_losses_of(model), prepared.batches, comm, progress)
+        if settings.tasks:
+            tasks = run_tasks(settings.tasks, model, prepared.tokenizer, settings.actual_batch_size, comm)
+    dense = dense or found.dense_parameters
+    element_size = DTYPES[prepared.dtype].itemsize
+    measurement = Measurement(
+        path=found.path,
+        kind=found.kind,
+        method=found.method,
+        model_type=shape.model_type,
+        dtype=prepared.dtype,
+        removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
+        cost=count_cost(shape, found.pretrained.config, settings.protocol.window, element_size),
+        perplexity=perplexity,
+        tasks=tasks,
+        speed=None,
+    )
+    return measurement, model if settings.speed else None
 
 
 def _losses_of(model: PreTrainedModel) -> Losses:
@@ -121,31 +172,3 @@ def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Prog
     perplexity = measure_perplexity(losses, prepared.batches, comm, progress)
     release(engine)  # the next model needs the room
     return perplexity
-
-
-def _describe(
-    prepared: PreparedModel, window: int, dense: int | None, quality: _Quality, speed: Speed | None
-) -> Measurement:
-    """Puts one model's results together. `dense`: parameters of the dense model, if the user named one."""
-    found = prepared.found
-    shape = found.pretrained.shape
-    dense = dense or found.dense_parameters
-    return Measurement(
-        path=found.path,
-        kind=found.kind,
-        method=found.method,
-        model_type=shape.model_type,
-        dtype=prepared.dtype,
-        removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
-        cost=count_cost(shape, window, _sliding_window(found), DTYPES[prepared.dtype].itemsize),
-        perplexity=quality.perplexity,
-        tasks=quality.tasks,
-        speed=speed,
-    )
-
-
-def _sliding_window(found: FoundModel) -> int | None:
-    """Returns the limit of the model's attention. Llama has none, even if its config.json names one."""
-    if not found.pretrained.shape.model_type.endswith("mistral"):
-        return None
-    return found.pretrained.config.get("sliding_window", DEFAULT_SLIDING_WINDOW)

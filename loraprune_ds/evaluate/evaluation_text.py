@@ -11,7 +11,7 @@ from loraprune_ds.errors import UserError, one_line
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Holds a text and where it comes from. A data set has several splits."""
+    """A text and its source: a file, or a split of a data set."""
 
     name: str
     split: str | None
@@ -24,23 +24,19 @@ class EvaluationText:
 
 @dataclass(frozen=True)
 class TextDataset:
-    """Describes a text data set of the Hugging Face hub, with one line in each row.
-
-    Attributes:
-        raw_line: a row's text -> the line of the raw file, with its end.
-    """
+    """A text data set of the Hugging Face hub, with one line in each row."""
 
     path: str
     config: str | None
     revision: str | None
     column: str
-    raw_line: Callable[[str], str]
+    raw_line: Callable[[str], str]  # a row's text -> the line of the raw file, with its end
 
 
 DATASETS = {
     # The rows keep spaces and line ends. Only a blank line, " \n" in wiki.*.raw, is an empty row.
     "wikitext2": TextDataset("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", lambda row: row or " \n"),
-    # This set is published as a script, which `datasets` no longer runs. The hub keeps its output on that branch.
+    # Published as a script, which `datasets` no longer runs. The hub keeps its output on this branch.
     # ptb.*.txt has a space before and after every sentence. The rows are stripped.
     "ptb": TextDataset(
         "ptb-text-only/ptb_text_only", None, "refs/convert/parquet", "sentence", lambda row: f" {row} \n"
@@ -49,11 +45,7 @@ DATASETS = {
 
 
 def read_text(path: Path) -> EvaluationText:
-    """Reads a UTF-8 file. Line ends of any kind become "\\n".
-
-    Raises:
-        UserError: it does not exist, is not text, or is empty.
-    """
+    """Reads a UTF-8 file. Line ends of any kind become "\\n"."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -73,19 +65,13 @@ def load_dataset_text(name: str, split: str) -> EvaluationText:
     Raises:
         UserError: it is not on this machine and the hub cannot be reached.
     """
-    dataset = DATASETS[name]
-    rows = _load_rows(name, dataset, split)
-    return EvaluationText(name, split, "".join(dataset.raw_line(row) for row in rows[dataset.column]))
-
-
-def _load_rows(name: str, dataset: TextDataset, split: str) -> Any:
     import datasets
 
+    dataset = DATASETS[name]
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(dataset.path, dataset.config, revision=dataset.revision, split=split)
+        rows: Any = datasets.load_dataset(dataset.path, dataset.config, revision=dataset.revision, split=split)
     except Exception as error:  # noqa: BLE001  # `datasets` passes on the errors of four libraries
-        reason = one_line(error)
-        raise UserError(
-            f"--dataset {name}: {dataset.path}, split {split}, cannot be had (offline? then --text FILE): {reason}"
-        ) from None
+        advice = "cannot be loaded (offline? then --text FILE)"
+        raise UserError(f"--dataset {name}: {dataset.path}, split {split}, {advice}: {one_line(error)}") from None
+    return EvaluationText(name, split, "".join(dataset.raw_line(row) for row in rows[dataset.column]))

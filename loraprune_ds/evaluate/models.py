@@ -8,51 +8,53 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, REPORT_FILE, Status, describe_method, read_status
 from loraprune_ds.config import Dtype, ModelConfig
 from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.evaluate.perplexity import Batch, make_batches
+from loraprune_ds.evaluate.settings import EvaluationSettings
+from loraprune_ds.evaluate.zeroshot import check_tasks
+from loraprune_ds.export.huggingface import has_tokenizer
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
+from loraprune_ds.model.tokenizer import load_tokenizer, window_start
+from loraprune_ds.zero.device import check_dtype
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """Describes a model whose files are there and fit together. No weight is read yet.
+    """A model whose files exist and fit together. No weight is read yet."""
 
-    Attributes:
-        path: as the user named it.
-        pretrained: the weights. For an adapter, those of its base model.
-        adapter: folder of the LoRA to merge.
-        dense_parameters: of the model that a run began with. None if this is no run.
-        method: criterion and ranking of a run.
-    """
-
-    path: str
+    path: str  # as the user named it
     kind: Literal["checkpoint", "adapter", "run"]
-    pretrained: PretrainedModel
+    pretrained: PretrainedModel  # of an adapter, its base model
     tokenizer_folder: Path
-    adapter: Path | None = None
-    dense_parameters: int | None = None
-    method: str | None = None
+    adapter: Path | None = None  # folder of the LoRA to merge
+    dense_parameters: int | None = None  # of the model that a run began with
+    method: str | None = None  # criterion and ranking of a run
 
-    @property
-    def dtype(self) -> str:
-        """Returns the dtype that its config.json declares, or float32."""
-        config = self.pretrained.config
-        return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model with the input of its measurements."""
+
+    found: FoundModel
+    dtype: Dtype
+    tokenizer: PreTrainedTokenizerBase
+    batches: list[Batch]
 
 
 def find_model(path: str) -> FoundModel:
-    """Finds what `path` names: a folder, `embedded` or a hub id, which is downloaded.
+    """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded.
 
     Raises:
-        UserError: there is nothing that can be evaluated. One line names the file at fault.
+        UserError: there is nothing that can be evaluated. The line names the file at fault.
     """
     if Path(path).is_file():
         raise UserError(f"{path} is a file; a model is a folder or a hub id")
@@ -70,7 +72,6 @@ def find_model(path: str) -> FoundModel:
 
 
 def _find_run(path: str, folder: Path, status: Status) -> FoundModel:
-    """Finds the export of a finished run."""
     if status.state != "finished":
         raise UserError(f"{path} holds an unfinished run ({status}), which has no {MODEL_FOLDER}/ to evaluate yet")
     report_path, model = folder / REPORT_FILE, folder / MODEL_FOLDER
@@ -83,7 +84,7 @@ def _find_run(path: str, folder: Path, status: Status) -> FoundModel:
 
 
 def _find_adapter(path: str, folder: Path) -> FoundModel:
-    """Finds a LoRA adapter and its base model, first beside the adapter, then by its name."""
+    """Finds a LoRA adapter and its base model: in a folder relative to the adapter, or by its name."""
     config = read_json(folder / ADAPTER_FILE)
     base = config.get("base_model_name_or_path")
     if config.get("peft_type") != "LORA":
@@ -92,25 +93,68 @@ def _find_adapter(path: str, folder: Path) -> FoundModel:
         raise UserError(f"{folder / ADAPTER_FILE} names no base_model_name_or_path")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder / 'adapter_model.safetensors'} does not exist")
-    beside = folder / base
+    relative = folder / base
     try:
-        found = find_model(str(beside) if beside.is_dir() else base)
+        found = find_model(str(relative) if relative.is_dir() else base)
     except UserError as error:
         raise UserError(f"base model of adapter {path}: {error}") from None
     if found.adapter:
         raise UserError(f"base model of adapter {path}: {base} is an adapter itself")
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer_folder = folder if has_tokenizer else found.tokenizer_folder
+    tokenizer_folder = folder if has_tokenizer(folder) else found.tokenizer_folder
     return replace(found, path=path, kind="adapter", adapter=folder, tokenizer_folder=tokenizer_folder)
 
 
-def choose_dtype(found: FoundModel, dtype: str | None) -> Dtype:
-    """Returns `dtype`, or the model's own where the user named none.
+def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
+    """Finds all models, checks the settings against them, and tokenises the text for each.
 
     Raises:
-        UserError: nothing is computed in the model's own dtype.
+        UserError: an input is wrong.
     """
-    chosen = dtype or found.dtype
+    if settings.tasks:
+        check_tasks(settings.tasks)
+    models = [_prepare(path, settings) for path in paths]
+    for other in models[1:]:
+        if not _same_tokens(models[0].batches, other.batches):
+            both = f"{paths[0]} and {other.found.path}"
+            raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
+    return models
+
+
+def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
+    found = find_model(path)
+    dtype = choose_dtype(found, settings.dtype)
+    if settings.sharded:
+        check_dtype(dtype)
+        if found.adapter:
+            raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
+    most = found.pretrained.config.get("max_position_embeddings")
+    lengths = [settings.protocol.window] if settings.text else []
+    lengths += [plan.prompt + plan.generated for plan in (settings.speed, settings.serve) if plan]
+    for length in lengths:
+        if most and length > most:
+            raise UserError(f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
+    tokenizer = load_tokenizer(found.tokenizer_folder)
+    batches: list[Batch] = []
+    if settings.text:
+        start = window_start(tokenizer, found.pretrained.shape.family)
+        batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size, start)
+    return PreparedModel(found, dtype, tokenizer, batches)
+
+
+def _same_tokens(ours: list[Batch], theirs: list[Batch]) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(a.input_ids, b.input_ids) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def choose_dtype(found: FoundModel, dtype: str | None) -> Dtype:
+    """Returns `dtype`, or the one that the model's config.json declares, or float32.
+
+    Raises:
+        UserError: nothing computes in the model's own dtype.
+    """
+    config = found.pretrained.config
+    chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     if chosen not in DTYPES:
         raise UserError(f"{found.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
     return cast(Dtype, chosen)

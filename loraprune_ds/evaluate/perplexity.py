@@ -1,8 +1,8 @@
 """Perplexity of a text, which is tokenised once as a whole, on fixed or sliding windows.
 
-The tokenizer adds its special tokens once, at the start of the text. A Gemma predicts badly without BOS. So in its
-family BOS takes the place of each window's first token, which no window predicts. llama.cpp measures the same way.
-Negative log-likelihoods are summed in float64 over all ranks.
+The tokenizer adds its special tokens once, at the start of the text. A Gemma predicts badly without BOS, so BOS
+replaces the first token of each of its windows, which no window predicts. llama.cpp measures the same way. Negative
+log-likelihoods are summed in float64 over all ranks.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.settings import PerplexityProtocol
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import begin_with
 
@@ -24,36 +25,13 @@ if TYPE_CHECKING:  # it imports DeepSpeed
 CHARACTERS_PER_TOKEN = 32  # far more than a tokenizer reaches on prose
 # (input_ids, labels), both (batch, length) -> fp32 token losses (batch, length - 1), 0 where the label is IGNORE_INDEX
 Losses = Callable[[Tensor, Tensor], Tensor]
-# Passes the rounds of a loop on, and shows how far it is.
+# Wraps the rounds of a loop to show its progress.
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True)
-class PerplexityProtocol:
-    """Describes how perplexity is measured.
-
-    Attributes:
-        window: tokens of a window.
-        stride: tokens from one sliding window to the next. None: fixed windows.
-        max_windows: None: all.
-    """
-
-    window: int = 128
-    stride: int | None = None
-    max_windows: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.window < 2:
-            raise UserError(f"--window must be at least 2 tokens; got {self.window}")
-        if self.stride is not None and not 1 <= self.stride < self.window:
-            raise UserError(f"--sliding must be from 1 to one less than --window {self.window}; got {self.stride}")
-        if self.max_windows is not None and self.max_windows < 1:
-            raise UserError(f"--max-windows must be at least 1; got {self.max_windows}")
-
-
-@dataclass(frozen=True)
 class Perplexity:
-    """Holds exp of the mean negative log-likelihood over `tokens` predictions in `windows` windows."""
+    """exp of the mean negative log-likelihood over `tokens` predictions in `windows` windows."""
 
     perplexity: float
     tokens: int
@@ -62,7 +40,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Batch:
-    """Holds windows of equal length, input_ids (rows, length). The last `predicted` tokens of each count."""
+    """Windows of equal length, input_ids (rows, length). The last `predicted` tokens of each count."""
 
     input_ids: Tensor
     predicted: int
@@ -79,9 +57,6 @@ def make_batches(
 
     Args:
         start: the first id of every window (tokenizer.window_start). None: the text's own.
-
-    Raises:
-        UserError: the text is shorter than one window.
     """
     window, stride, most = protocol.window, protocol.stride, protocol.max_windows
     if stride is None:
@@ -94,11 +69,7 @@ def make_batches(
 def split_windows(
     text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_windows: int | None, start: int | None = None
 ) -> Tensor:
-    """Returns (windows, window) int64, side by side. The tail that fills no window is dropped. `start`: as above.
-
-    Raises:
-        UserError: the text is shorter than one window.
-    """
+    """Returns (windows, window) int64, side by side. The tail that fills no window is dropped. `start`: as above."""
     token_ids = tokenize(text, tokenizer, None if max_windows is None else max_windows * window)
     _check_length(token_ids, window)
     count = len(token_ids) // window
@@ -106,16 +77,12 @@ def split_windows(
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> Tensor:
-    """Returns (tokens,) int64 of the whole text, or of a beginning that holds the first `needed` tokens."""
+    """Returns (tokens,) int64 of the whole text, or of a beginning with at least `needed` tokens."""
     if needed is not None and len(text) > (enough := needed * CHARACTERS_PER_TOKEN):
         # A held-out text can have gigabytes, and only its first windows are used.
-        token_ids = _encode(text[:enough], tokenizer)
+        token_ids = tokenize(text[:enough], tokenizer, None)
         if len(token_ids) > needed:
             return token_ids
-    return _encode(text, tokenizer)
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
@@ -125,23 +92,17 @@ def _check_length(token_ids: Tensor, window: int) -> None:
 
 
 def fixed_batches(windows: Tensor, batch_size: int) -> list[Batch]:
-    """Batches windows (count, window) that know nothing of each other, with window − 1 predictions each."""
+    """Batches separate windows (count, window), with window − 1 predictions each."""
     return [Batch(rows, windows.shape[1] - 1) for rows in windows.split(batch_size)]
 
 
 def sliding_batches(
     token_ids: Tensor, window: int, stride: int, max_windows: int | None, batch_size: int
 ) -> list[Batch]:
-    """Batches windows that begin every `stride` < `window` tokens. Every token but the first is predicted once.
+    """Batches windows of token_ids (tokens,) that begin every `stride` < `window` tokens.
 
-    The first window predicts all its tokens. Each later one predicts only those that no earlier window held. So
-    each of them has at least window − stride tokens before it. The last window ends with the text and is shorter.
-
-    Args:
-        token_ids: (tokens,).
-
-    Raises:
-        UserError: the text is shorter than one window.
+    The first window predicts all its tokens but one. Each later window predicts only the tokens that no earlier window
+    held, with at least window − stride tokens before each. The last window ends with the text and may be shorter.
     """
     _check_length(token_ids, window)
     rows = token_ids.unfold(0, window, stride)[:max_windows]
@@ -157,10 +118,10 @@ def sliding_batches(
 def measure_perplexity(
     losses: Losses, batches: list[Batch], comm: "Communicator", progress: Progress = lambda rounds: rounds
 ) -> Perplexity:
-    """Measures the batches, dealt out to the ranks in turn: the same number on any number of ranks. Collective.
+    """Measures the batches, dealt out to the ranks in turn. The result is the same on any number of ranks. Collective.
 
-    All ranks run `losses` equally often, since a sharded model gathers its weights in it. A rank that is out of
-    batches repeats the first one and does not count it.
+    All ranks call `losses` equally often, since a sharded model gathers its weights in it. A rank that has no batch
+    left repeats the first one and does not count it.
     """
     total = torch.zeros(1, dtype=torch.float64, device=comm.device)
     for round_start in progress(range(0, len(batches), comm.world_size)):

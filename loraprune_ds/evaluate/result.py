@@ -1,4 +1,4 @@
-"""The result of an evaluation: as JSON, which launch/compare.py reads again, and as a table for people."""
+"""The result of an evaluation: as JSON, which launch/compare.py reads, and as a table for people."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,11 +16,7 @@ Row = tuple[str, list[str], str]  # name, one cell per column, remark
 def make_result(
     measurements: list[Measurement], settings: EvaluationSettings, world_size: int, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """Builds what `--json` prints: the first model's values, the second's under `dense`, then the settings.
-
-    Args:
-        provenance: more entries, such as versions and hardware.
-    """
+    """Builds the object of `--json`: the first model's values, the second's under `dense`, settings, provenance."""
     text = settings.text
     return {
         **_model_entries(measurements[0]),
@@ -43,7 +39,7 @@ def _model_entries(model: Measurement) -> dict[str, Any]:
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """Builds plain text of at most about 100 columns. The dense model, if there is one, stands to the left."""
+    """Builds plain text of about 100 columns at most. The dense model is on the left."""
     models = [model for model in (result["dense"], result) if model]
     parts = (_size_rows, _quality_rows, _task_rows, _speed_rows, _served_rows)
     rows = [row for part in parts for row in part(models)]
@@ -76,15 +72,15 @@ def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
         [f"{cost['parameters']:,}" for cost in costs],
         "" if removed is None else f"{100 * removed:.1f} % removed",
     )
-    linear = [cost["linear_parameters"] for cost in costs]
-    yield "  in the layers' linears", [f"{count:,}" for count in linear], _less(linear)
-    context = costs[-1]["macs_per_token"]["mean_context"]
-    macs = [cost["macs_per_token"]["total"] / 1e6 for cost in costs]
-    yield f"MACs per token at {context:g} of context, M", [f"{count:,.1f}" for count in macs], _less(macs)
-    weights = [cost["weight_bytes"] / 1e6 for cost in costs]
-    yield "weights, MB", [f"{count:,.1f}" for count in weights], _less(weights)
-    cache = [cost["kv_bytes_per_token"] / 1e3 for cost in costs]
-    yield "key-value cache per token, kB", [f"{count:,.1f}" for count in cache], _less(cache)
+    macs = [cost["macs_per_token"] for cost in costs]
+    context = f"MACs per token at {macs[-1]['mean_context']:g} of context, M"
+    for name, values, form in (
+        ("  in the layers' linears", [cost["linear_parameters"] for cost in costs], ","),
+        (context, [found["total"] / 1e6 for found in macs], ",.1f"),
+        ("weights, MB", [cost["weight_bytes"] / 1e6 for cost in costs], ",.1f"),
+        ("key-value cache per token, kB", [cost["kv_bytes_per_token"] / 1e3 for cost in costs], ",.1f"),
+    ):
+        yield name, [format(value, form) for value in values], _less(values)
 
 
 def _quality_rows(models: list[dict[str, Any]]) -> Iterable[Row]:

@@ -3,7 +3,7 @@
 serve_worker.py JOB     JOB is JSON: server, model, prompt, generated, batch, trust_remote_code, model_impl
 
 It writes a JSON object when the model is loaded, and one for each byte that it reads, with the seconds of a round. When
-nobody can send it a byte any more, it ends at once with all processes of its group, also in the middle of a round.
+its standard input is closed, it kills all processes of its group immediately, even in the middle of a round.
 """
 
 import json
@@ -20,7 +20,7 @@ Round = Callable[[], dict[str, float]]
 
 
 def load_llama_cpp(job: dict[str, Any]) -> tuple[str, Round]:
-    """Returns llama.cpp's version, and a function that reads the prompt and writes the tokens one by one."""
+    """Returns llama.cpp's version, and a function that plays a round: the prompt, then tokens one by one."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     prompt, generated, cores = job["prompt"], job["generated"], len(os.sched_getaffinity(0))
@@ -48,7 +48,7 @@ def load_llama_cpp(job: dict[str, Any]) -> tuple[str, Round]:
 
 
 def load_vllm(job: dict[str, Any]) -> tuple[str, Round]:
-    """Returns vLLM's version, and a function that answers one prompt, and then a batch of them at once."""
+    """Returns vLLM's version, and a function that plays a round: one prompt, then a batch of them."""
     import vllm  # pyright: ignore[reportMissingImports]
 
     prompt, generated, batch = job["prompt"], job["generated"], job["batch"]

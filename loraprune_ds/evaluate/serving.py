@@ -1,7 +1,7 @@
 """Speed of models in the user's own server: llama.cpp or vLLM, in the Python that has it.
 
-Each model has a process of its own. They take turns within every round, as in speed.py, so that other work on the
-machine slows all of them alike.
+Each model has its own process. They take turns within every round, as in speed.py, so that other work on the machine
+slows all of them equally.
 """
 
 import json
@@ -12,74 +12,48 @@ import signal
 import statistics
 import subprocess
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, Literal, NoReturn, get_args
+from typing import IO, Any, NoReturn
 
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.evaluate.speed_settings import SpeedSettings
+from loraprune_ds.evaluate.settings import Server, ServeSettings
 
-Server = Literal["llama.cpp", "vllm"]
-SERVERS: tuple[Server, ...] = get_args(Server)
 MODULES = {"llama.cpp": "llama_cpp", "vllm": "vllm"}
 PYTHONS = {"llama.cpp": "LLAMA_CPP_PYTHON", "vllm": "VLLM_PYTHON"}  # variables that may name the Python
 WORKER = Path(__file__).with_name("serve_worker.py")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings(SpeedSettings):
-    """Describes a round of one sequence, which in vLLM a batch of them follows.
-
-    Attributes:
-        python: of the environment with the server.
-        batch: sequences that vLLM answers at once.
-    """
-
-    server: Server
-    python: str
-    batch: int = 8
-
-
 @dataclass(frozen=True)
 class ServedModel:
-    """Names what a server loads: a GGUF file for llama.cpp, a Hugging Face folder for vLLM.
-
-    Attributes:
-        form: "gguf-f16" for example, or "hf".
-        vocabulary: number of tokens.
-        model_impl: vLLM's choice of an implementation.
-    """
+    """A GGUF file for llama.cpp or a Hugging Face folder for vLLM."""
 
     path: Path
-    form: str
+    form: str  # "gguf-f16" for example, or "hf"
     vocabulary: int
     trust_remote_code: bool = False
-    model_impl: str = "auto"
+    model_impl: str = "auto"  # vLLM's choice of an implementation
 
 
 @dataclass(frozen=True)
 class Served:
-    """Holds medians of one model over the rounds.
-
-    Attributes:
-        batch_tokens_per_second: written by a batch, its prompts' time included. None in llama.cpp.
-    """
+    """Medians of one model over the rounds."""
 
     server: str
     version: str
     form: str
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
-    batch_tokens_per_second: float | None
+    batch_tokens_per_second: float | None  # written by a batch, its prompts' time included. None in llama.cpp
 
 
 def find_server(server: Server, python: str | None) -> str:
-    """Returns the Python that has a server. None is what the server's variable names.
+    """Returns the Python that has a server. `python` defaults to the server's environment variable.
 
     Raises:
-        UserError: none is named, or it has no such server.
+        UserError: no Python is named, or it has no such server.
     """
     named = python or os.environ.get(PYTHONS[server])
     if named is None:
@@ -112,8 +86,8 @@ def measure_serving(models: Sequence[ServedModel], settings: ServeSettings) -> l
     ]
 
 
-class _Worker:
-    """Is a process with one model."""
+class _Worker(AbstractContextManager["_Worker"]):
+    """A process with one model."""
 
     def __init__(self, model: ServedModel, prompt: list[int], settings: ServeSettings) -> None:
         self._model, self._server = model, settings.server
@@ -137,9 +111,6 @@ class _Worker:
             start_new_session=True,  # vLLM starts more processes, which end with it
         )
 
-    def __enter__(self) -> "_Worker":
-        return self
-
     def __exit__(self, *_: object) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -147,7 +118,7 @@ class _Worker:
         self._errors.close()
 
     def play(self) -> dict[str, float]:
-        """Has it play a round. Returns the seconds."""
+        """Plays a round and returns its seconds."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write("\n")
@@ -173,7 +144,7 @@ class _Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Returns this process's environment without what leads to its own packages and ranks."""
+    """Returns the environment without the variables of this process's packages and ranks."""
     own = ("PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {key: value for key, value in os.environ.items() if key not in own}
 

@@ -1,109 +1,94 @@
-"""Settings of an evaluation, and models whose input is checked before any weight is read."""
+"""Settings of an evaluation. Importing them is fast, so wrong options are told before torch is imported."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.evaluation_text import EvaluationText
-from loraprune_ds.evaluate.models import FoundModel, choose_dtype, find_model
-from loraprune_ds.evaluate.perplexity import Batch, PerplexityProtocol, make_batches
-from loraprune_ds.evaluate.serving import ServeSettings
-from loraprune_ds.evaluate.speed_settings import SpeedSettings
-from loraprune_ds.evaluate.zeroshot import TaskSettings, check_tasks
-from loraprune_ds.model.tokenizer import load_tokenizer, window_start
-from loraprune_ds.zero.device import check_dtype
 
-TOKENS_PER_BATCH = 2048  # the default: enough work at once, and logits of some hundred megabytes
+Server = Literal["llama.cpp", "vllm"]
+SERVERS: tuple[Server, ...] = get_args(Server)
+TOKENS_PER_BATCH = 2048  # the default: enough work for one pass, and logits of some hundred megabytes
+
+
+@dataclass(frozen=True)
+class PerplexityProtocol:
+    """Perplexity on windows of `window` tokens: fixed ones, or sliding ones that begin every `stride` tokens."""
+
+    window: int = 128
+    stride: int | None = None
+    max_windows: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.window >= 2, f"--window must be at least 2 tokens; got {self.window}")
+        if self.stride is not None and not 1 <= self.stride < self.window:
+            raise UserError(f"--sliding must be from 1 to one less than --window {self.window}; got {self.stride}")
+        _check_least("--max-windows", self.max_windows, 1)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The zero-shot tasks."""
+
+    names: tuple[str, ...]  # tasks, groups or tags of lm-eval or of `include_path`, paths of task files, or `paper`
+    include_path: Path | None = None
+    fewshot: int | None = None  # None: the default of each task, 0 for the paper's seven
+    limit: int | None = None  # documents per task, for trials
+
+    def __post_init__(self) -> None:
+        _check_least("--num-fewshot", self.fewshot, 0)
+        _check_least("--limit", self.limit, 1)
+        given = {"--num-fewshot": self.fewshot, "--limit": self.limit, "--include-path": self.include_path}
+        for option, value in given.items():
+            require(value is None or bool(self.names), f"{option} has no effect without --tasks")
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """A round of `prompt` random tokens and `generated` greedy ones. `rounds` follow a warm-up."""
+
+    prompt: int = 512
+    generated: int = 32
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for field in fields(SpeedSettings):
+            _check_least(f"--{field.name}", getattr(self, field.name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(SpeedSettings):
+    """A round of one sequence in a server. vLLM then answers `batch` sequences together."""
+
+    server: Server
+    python: str  # of the environment with the server
+    batch: int = 8
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Says what to measure, and how.
-
-    Attributes:
-        text: None: no perplexity.
-        dtype: None: each model's own.
-        batch_size: windows or requests of a task at once on each rank. None: about TOKENS_PER_BATCH.
-        tasks, speed, serve: None: not measured.
-        sharded: ZeRO-3 spreads the weights over the ranks, for models that fit no single device.
-    """
+    """What to measure, and how. Text, tasks, speed or serve that are None are not measured."""
 
     protocol: PerplexityProtocol
     text: EvaluationText | None = None
-    dtype: str | None = None
-    batch_size: int | None = None
+    dtype: str | None = None  # None: each model's own
+    batch_size: int | None = None  # windows, or requests of a task, per pass and rank. None: about TOKENS_PER_BATCH
     tasks: TaskSettings | None = None
     speed: SpeedSettings | None = None
     serve: ServeSettings | None = None
-    sharded: bool = False
+    sharded: bool = False  # ZeRO-3 spreads the weights over the ranks, for models that fit no single device
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"--batch-size must be at least 1; got {self.batch_size}")
+        _check_least("--batch-size", self.batch_size, 1)
         if self.sharded and (self.tasks or self.speed or self.serve):
             raise UserError("--sharded measures perplexity only; --tasks, --speed and --serve need the whole model")
 
     @property
     def actual_batch_size(self) -> int:
-        """Returns `batch_size`, or its default where there is none."""
+        """Returns `batch_size` or its default."""
         return self.batch_size or max(1, TOKENS_PER_BATCH // self.protocol.window)
 
 
-@dataclass(frozen=True)
-class PreparedModel:
-    """Holds what is needed to load and measure a model."""
-
-    found: FoundModel
-    dtype: Dtype
-    tokenizer: PreTrainedTokenizerBase
-    batches: list[Batch]
-
-
-def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
-    """Finds all models and tokenises the text for each.
-
-    Raises:
-        UserError: some input is wrong. The error is one line.
-    """
-    if settings.tasks:
-        check_tasks(settings.tasks)
-    models = [_prepare(path, settings) for path in paths]
-    for other in models[1:]:
-        if not _same_tokens(models[0].batches, other.batches):
-            both = f"{paths[0]} and {other.found.path}"
-            raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
-    return models
-
-
-def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
-    found = find_model(path)
-    dtype = choose_dtype(found, settings.dtype)
-    if settings.sharded:
-        check_dtype(dtype)
-        if found.adapter:
-            raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
-    _check_positions(found, settings)
-    tokenizer = load_tokenizer(found.tokenizer_folder)
-    batches: list[Batch] = []
-    if settings.text:
-        start = window_start(tokenizer, found.pretrained.shape.family)
-        batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size, start)
-    return PreparedModel(found, dtype, tokenizer, batches)
-
-
-def _check_positions(found: FoundModel, settings: EvaluationSettings) -> None:
-    most = found.pretrained.config.get("max_position_embeddings")
-    lengths = [settings.protocol.window] if settings.text else []
-    lengths += [plan.prompt + plan.generated for plan in (settings.speed, settings.serve) if plan]
-    for length in lengths:
-        if most and length > most:
-            raise UserError(f"{found.path} reads at most {most} tokens (max_position_embeddings), not {length}")
-
-
-def _same_tokens(ours: list[Batch], theirs: list[Batch]) -> bool:
-    return len(ours) == len(theirs) and all(
-        torch.equal(a.input_ids, b.input_ids) for a, b in zip(ours, theirs, strict=True)
-    )
+def _check_least(option: str, value: int | None, least: int) -> None:
+    require(value is None or value >= least, f"{option} must be at least {least}; got {value}")

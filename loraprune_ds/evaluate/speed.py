@@ -1,7 +1,6 @@
 """Speed of models at batch size 1: prefill and decode of one sequence.
 
-The models take turns within every round. So other work on the machine slows all of them alike. The medians over the
-rounds are compared.
+The models take turns within every round, so that other work on the machine slows all of them equally.
 """
 
 import inspect
@@ -9,12 +8,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from loraprune_ds.evaluate.speed_settings import SpeedSettings
+from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.zero.device import accelerator, is_cpu
 
 # transformers renamed the argument between the versions that pyproject.toml allows.
@@ -23,21 +23,14 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 
 @dataclass(frozen=True)
 class Speed:
-    """Holds medians of one model over the rounds.
+    """Medians of one model over the rounds."""
 
-    Attributes:
-        prefill_tokens_per_second: for a prompt read at once, with logits of its last token only.
-        decode_tokens_per_second: for tokens written one by one after the prompt, with a key-value cache.
-        peak_bytes: peak of device memory above that before the round, so without the weights. None on a CPU.
-    """
-
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    peak_bytes: int | None
+    prefill_tokens_per_second: float  # of a prompt in one pass, with logits of its last token only
+    decode_tokens_per_second: float  # of tokens written one by one after the prompt, with a key-value cache
+    peak_bytes: int | None  # largest device memory beyond the weights. None on a CPU
 
 
-@dataclass(frozen=True)
-class _Round:
+class _Round(NamedTuple):
     prefill: float  # seconds
     decode: float
     peak_bytes: int | None
@@ -55,7 +48,10 @@ def measure_speed(models: Sequence[PreTrainedModel], settings: SpeedSettings) ->
 def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> _Round:
     """Runs one round: reads `prompt` (1, tokens) and writes `generated` tokens."""
     token_ids = prompt.to(model.device)
-    before = _start_peak()
+    before = None
+    if not is_cpu():
+        accelerator().reset_peak_memory_stats()
+        before = accelerator().memory_allocated()
     cache = {CACHE: DynamicCache(config=model.config), "use_cache": True}  # filled in place
     times = [_now()]
     logits = model(input_ids=token_ids, logits_to_keep=1, **cache).logits
@@ -67,15 +63,8 @@ def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> _Round:
     return _Round(times[1] - times[0], times[2] - times[1], peak)
 
 
-def _start_peak() -> int | None:
-    if is_cpu():
-        return None
-    accelerator().reset_peak_memory_stats()
-    return accelerator().memory_allocated()
-
-
 def _now() -> float:
-    """Returns the seconds, after the device has done all its work."""
+    """Returns the seconds when the device has done all its work."""
     accelerator().synchronize()
     return time.perf_counter()
 

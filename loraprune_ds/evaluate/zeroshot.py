@@ -5,12 +5,12 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.evaluate.settings import TaskSettings
 
 if TYPE_CHECKING:  # launch/compare.py only reads results and need not wait for them
     from torch import Tensor
@@ -21,42 +21,16 @@ if TYPE_CHECKING:  # launch/compare.py only reads results and need not wait for 
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by the names of lm-eval.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 PAPER = "paper"
-INSTALL = "pip install 'lm-eval[hf]'"
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """Says which tasks to run, and how.
-
-    Attributes:
-        names: tasks, groups or tags of lm-eval or of `include_path`, paths of task files, or `paper`.
-        fewshot: None: what each task says, which is 0 for the paper's seven.
-        limit: documents per task, to try things.
-    """
-
-    names: tuple[str, ...]
-    include_path: Path | None = None
-    fewshot: int | None = None
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        for option, value, least in (("--num-fewshot", self.fewshot, 0), ("--limit", self.limit, 1)):
-            if value is not None and value < least:
-                raise UserError(f"{option} must be at least {least}; got {value}")
-            if value is not None and not self.names:
-                raise UserError(f"{option} has no effect without --tasks")
-        if self.include_path and not self.names:
-            raise UserError("--include-path has no effect without --tasks")
 
 
 def check_tasks(settings: TaskSettings) -> None:
-    """Checks that lm-eval is installed and knows the tasks.
+    """Checks that lm-eval is installed and has the tasks.
 
     Raises:
-        UserError: it is not, or does not know one.
+        UserError: it is not installed, or has no such task.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"--tasks needs the package lm-eval: {INSTALL}")
+        raise UserError("--tasks needs the package lm-eval: pip install 'lm-eval[hf]'")
     if settings.include_path and not settings.include_path.is_dir():
         raise UserError(f"--include-path: {settings.include_path} is not a folder")
     known = _task_manager(settings.include_path).all_tasks
@@ -80,7 +54,7 @@ def run_tasks(
         On rank 0 {"results": {task: {metric: value}}, "settings": …}, with lm-eval's names of metrics. Else None.
 
     Raises:
-        UserError: a task's data cannot be had, or its file is wrong.
+        UserError: a task's data cannot be loaded, or its file is wrong.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
@@ -94,13 +68,12 @@ def run_tasks(
             log_samples=False,
         )
     except Exception as error:  # a task file can hold any code, and `datasets` raises anything
-        reason = one_line(error)
-        raise UserError(f"--tasks {' '.join(settings.names)}: {reason}") from error
+        raise UserError(f"--tasks {' '.join(settings.names)}: {one_line(error)}") from error
     return {"results": found["results"], "settings": _settings_used(found)} if comm.rank == 0 else None
 
 
 def mean_accuracy(tasks: dict[str, Any]) -> float | None:
-    """Returns the mean of plain accuracy ("acc") over the tasks that have one, or None if none has."""
+    """Returns the mean of plain accuracy ("acc") over the tasks that have it, or None if none has."""
     accuracies = [metrics["acc,none"] for metrics in tasks["results"].values() if "acc,none" in metrics]
     return sum(accuracies) / len(accuracies) if accuracies else None
 
@@ -108,10 +81,7 @@ def mean_accuracy(tasks: dict[str, Any]) -> float | None:
 def _model_on_ranks(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int, comm: "Communicator"
 ) -> Any:
-    """Wraps a loaded model for lm-eval, on one of several ranks.
-
-    lm-eval itself deals documents out only under `accelerate launch`. For the rest it uses torch.distributed.
-    """
+    """Wraps a loaded model for lm-eval, which deals documents out to ranks only under `accelerate launch`."""
     base: Any = _lm_eval(".models.huggingface").HFLM
 
     class ModelOnRanks(base):
@@ -131,7 +101,7 @@ def _model_on_ranks(
 
 
 def _settings_used(found: dict[str, Any]) -> dict[str, Any]:
-    """Collects all that a number depends on beside model and data."""
+    """Collects all that a result depends on apart from model and data."""
     seeds = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
     return {
         "lm_eval": found["lm_eval_version"],
@@ -156,5 +126,5 @@ def _task_manager(include_path: Path | None) -> Any:
 
 
 def _lm_eval(module: str) -> Any:
-    """Imports a module of lm-eval, which need not be installed where types are checked."""
+    """Imports a module of lm-eval, which may not be installed where types are checked."""
     return importlib.import_module(f"lm_eval{module}")

@@ -14,33 +14,31 @@ from loraprune_ds.evaluate.compare import ComparedModel, comparison_table, read_
 from loraprune_ds.evaluate.compare_picture import draw_comparison
 
 
-def run_report(criterion: str, removed: float, perplexity: float | None) -> dict[str, Any]:
+def run_report(criterion: str, removed: float, perplexity: float | None, **data: Any) -> dict[str, Any]:
+    given = {"path": "embedded", "name": None, "split": "train", "held_out": None, "held_out_fraction": 0.1}
     return {
         "params": {"dense": 1000, "pruned": round(1000 * (1 - removed)), "removed_fraction": removed},
         "perplexity": {"dense": 18.0, "after_last_cut": 90.0, "pruned": perplexity},
         "config": {
             "model": {"dtype": "bfloat16"},
-            "data": {"path": "embedded", "name": None, "split": "train", "held_out": None, "held_out_fraction": 0.1},
+            "data": given | data,
             "prune": {"criterion": criterion, "ranking": "uniform"},
             "evaluate": {"window": 128, "max_windows": 64, "batch_size": 8, "every": None},
         },
     }
 
 
-def evaluation(perplexity: float | None = 60.0, *, removed: float | None = 0.25, tasks: bool = False) -> dict[str, Any]:
-    accuracy = {"results": {"piqa": {"acc,none": 0.5}, "boolq": {"acc,none": 0.7}}} if tasks else None
-    dense = {"perplexity": 50.0, "tasks": {"results": {"piqa": {"acc,none": 0.8}, "boolq": {"acc,none": 0.8}}}}
-    return {
-        "perplexity": perplexity,
-        "method": None,
-        "dtype": "float32",
-        "cost": {"parameters": 750},
-        "removed_fraction": removed,
-        "tasks": accuracy,
-        "dense": dense,
-        "text": {"name": "wikitext2", "split": "test", "sha256": "0"},
-        "protocol": {"window": 128, "stride": 64, "max_windows": None},
-    }
+EVALUATION = {
+    "perplexity": 60.0,
+    "method": None,
+    "dtype": "float32",
+    "cost": {"parameters": 750},
+    "removed_fraction": 0.25,
+    "tasks": {"results": {"piqa": {"acc,none": 0.5}, "boolq": {"acc,none": 0.7}}},
+    "dense": {"perplexity": 50.0, "tasks": {"results": {"piqa": {"acc,none": 0.8}, "boolq": {"acc,none": 0.8}}}},
+    "text": {"name": "wikitext2", "split": "test", "sha256": "0"},
+    "protocol": {"window": 128, "stride": 64, "max_windows": None},
+}
 
 
 def write_run(folder: Path, report: dict[str, Any], state: State = "finished") -> Path:
@@ -58,7 +56,7 @@ def write_evaluation(path: Path, result: dict[str, Any]) -> Path:
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
     return [
-        write_evaluation(tmp_path / "b.json", evaluation(tasks=True)),
+        write_evaluation(tmp_path / "b.json", EVALUATION),
         write_run(tmp_path / "magnitude", run_report("magnitude", 0.4, 45.0)),
         write_run(tmp_path / "lora", run_report("lora", 0.2, 27.0)),
     ]
@@ -88,34 +86,23 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
         dense_accuracy=pytest.approx(0.8),  # type: ignore[arg-type]
         tasks=("piqa", "boolq"),
     )
-
-
-def test_the_table_keeps_apart_what_does_not_compare(paths: list[Path]) -> None:
-    first, second = comparison_table(read_results(paths)).split("\n\n")
+    first, second = comparison_table([lora, magnitude, evaluated]).split("\n\n")
     assert [line.split()[0] for line in first.splitlines()[2:]] == ["lora", "magnitude"]
-    assert [line.split()[0] for line in second.splitlines()[2:]] == ["b"]
+    # The column of methods is empty, so it is left out.
+    assert second.splitlines()[-1].split() == "b 750 25.00 % 60.00 50.00 1.20 0.6000 0.8000".split()
 
 
-def test_other_held_out_texts_have_tables_of_their_own(tmp_path: Path) -> None:
-    """Of two sources, the second has a split of its own."""
-    sources = [{"path": "a", "split": None}, {"path": "b", "split": "test"}]
-    changes = {
-        "plain": {},
-        "part": {"held_out_fraction": 0.25},
-        "file": {"held_out": "c.txt"},
-        "two": {"path": sources},
-    }
-    runs: list[Path] = []
-    for name, changed in changes.items():
-        report = run_report("lora", 0.2, 27.0)
-        report["config"]["data"] |= changed
-        runs.append(write_run(tmp_path / name, report))
-    assert {model.name: str(model.measured_on).partition(",")[0] for model in read_results(runs)} == {
-        "plain": "a held-out 10 % of embedded",
-        "part": "a held-out 25 % of embedded",
-        "file": "c.txt",
-        "two": "a held-out 10 % of a + b test",
-    }
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ({"held_out_fraction": 0.25}, "a held-out 25 % of embedded"),
+        ({"held_out": "c.txt"}, "c.txt"),
+        ({"path": [{"path": "a", "split": None}, {"path": "b", "split": "test"}]}, "a held-out 10 % of a + b test"),
+    ],
+)
+def test_the_held_out_text_is_named(data: dict[str, Any], text: str, tmp_path: Path) -> None:
+    (model,) = read_results([write_run(tmp_path / "run", run_report("lora", 0.2, 27.0, **data))])
+    assert str(model.measured_on).partition(",")[0] == text
 
 
 def test_a_lost_model_is_in_the_table_and_not_in_the_picture(tmp_path: Path) -> None:
@@ -123,9 +110,6 @@ def test_a_lost_model_is_in_the_table_and_not_in_the_picture(tmp_path: Path) -> 
     assert "lost" in comparison_table(read_results([lost]))
     with pytest.raises(UserError, match="nothing to draw: no result has a quality and a removed fraction"):
         draw_comparison(tmp_path / "picture.png", read_results([lost]))
-
-
-# Bad input
 
 
 @pytest.mark.parametrize(
@@ -149,7 +133,7 @@ def test_what_is_no_result_is_one_line(tmp_path: Path, make: Any, message: str) 
 
 
 def drawn(results: list[ComparedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Figure:
-    """Returns the figure as it was saved."""
+    """Returns the figure that was saved."""
     kept: list[Figure] = []
     save = Figure.savefig
 
@@ -178,13 +162,18 @@ def test_methods_are_curves_over_the_removed_percentage(tmp_path: Path, monkeypa
     assert axes.get_yscale() == "log"  # 20 to 200
 
 
+def test_accuracy_has_its_own_panel(paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = drawn(read_results(paths), monkeypatch, tmp_path)
+    assert [axes.get_ylabel().split()[0] for axes in figure.axes] == ["perplexity", "perplexity", "accuracy"]
+    lines: dict[str, Any] = {str(line.get_label()): line for line in figure.axes[-1].lines}
+    assert lines["evaluated"].get_xydata().tolist() == [[25.0, pytest.approx(0.6)]]
+    assert list(lines["dense"].get_ydata()) == [0.8]
+    with pytest.raises(UserError, match=r"^--picture .*\.xyz cannot be written: "):
+        draw_comparison(tmp_path / "picture.xyz", read_results(paths))
+
+
 def test_labels_do_not_lie_on_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = [result for i in range(6) for result in curve(f"run{i}", {0.3 + i / 1e4: 30.0 + i / 10}, None)]
     figure = drawn(results, monkeypatch, tmp_path)
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
-def test_a_picture_that_cannot_be_written_is_one_line(paths: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--picture .*\.xyz cannot be written: "):
-        draw_comparison(tmp_path / "picture.xyz", read_results(paths))

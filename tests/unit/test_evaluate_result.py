@@ -1,4 +1,4 @@
-"""Results become a table for people and an object for programs. Wrong settings are refused."""
+"""Costs are those of real models. Results become a table for people and an object for programs."""
 
 import json
 import math
@@ -6,20 +6,23 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
-from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.cost import count_cost
-from loraprune_ds.evaluate.evaluation import Measurement
+from loraprune_ds.evaluate.evaluation import Measurement, count_cost
 from loraprune_ds.evaluate.evaluation_text import EvaluationText
-from loraprune_ds.evaluate.perplexity import Perplexity, PerplexityProtocol
+from loraprune_ds.evaluate.perplexity import Perplexity
 from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.serving import Served
-from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.speed import Speed
-from loraprune_ds.evaluate.speed_settings import SpeedSettings
-from loraprune_ds.evaluate.zeroshot import TaskSettings
+from loraprune_ds.evaluate.settings import EvaluationSettings, PerplexityProtocol, SpeedSettings
+from loraprune_ds.evaluate.speed import CACHE, Speed
+from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
+from tests.export_cases import CASES, Case, dense_model, exported_config
+from tests.families import tiny_config
 
 SMOLLM: dict[str, Any] = {
     "model_type": "llama",
@@ -47,7 +50,7 @@ DENSE = Measurement(
     model_type="llama",
     dtype="float32",
     removed_fraction=0.0,
-    cost=count_cost(SHAPE, 128, None, 4),
+    cost=count_cost(SHAPE, SMOLLM, 128, 4),
     perplexity=Perplexity(50.0, 20320, 160),
     tasks=TASKS,
     speed=Speed(1000.0, 20.0, 3_000_000),
@@ -58,13 +61,57 @@ PRUNED = replace(
     kind="run",
     method="lora, uniform",
     removed_fraction=0.25,
-    cost=count_cost(SHAPE.with_layers((LayerShape(heads=2, channels=1024),) * 30), 128, None, 4),
+    cost=count_cost(SHAPE.with_layers((LayerShape(heads=2, channels=1024),) * 30), SMOLLM, 128, 4),
     perplexity=Perplexity(75.0, 20320, 160),
     speed=Speed(1500.0, 30.0, 1_500_000),
 )
 SETTINGS = EvaluationSettings(
     PerplexityProtocol(128, None, 160), text=EvaluationText("wikitext2", "test", "text"), speed=SpeedSettings()
 )
+WINDOW = 24
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.becomes.startswith("pruned")], ids=str)
+def test_macs_parameters_and_cache_are_those_of_the_model(case: Case) -> None:
+    exported, _, shape = exported_config(dense_model(case), case)
+    model: Any = causal_lm_class(case.becomes)(config_class(case.becomes).from_dict(exported.config)).eval()
+    input_ids = torch.arange(WINDOW)[None]
+    cache: Any = DynamicCache(config=model.config)
+    # The math kernel multiplies every pair of positions, so its context is the whole window.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(input_ids=input_ids, use_cache=True, **{CACHE: cache})
+    cost = count_cost(shape, exported.config, WINDOW, 4)
+    macs = cost.macs_per_token
+    counted = counter.get_total_flops() / 2 / WINDOW
+    assert counted == macs.linear + macs.head + macs.attention * WINDOW / macs.mean_context
+    assert macs.total == macs.linear + macs.attention + macs.head
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.weight_bytes == 4 * cost.parameters
+    if not case.options.get("sliding_window"):  # such a cache forgets
+        cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert cost.kv_bytes_per_token * WINDOW == cached
+
+
+FULL, SLIDING = (1 + 2 + 3 + 4 + 5 + 6) / 6, (1 + 2 + 3 + 4 + 4 + 4) / 6
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "context"),
+    [
+        ("llama", None, FULL),
+        ("mistral", None, FULL),
+        ("mistral", 4, SLIDING),
+        ("mistral", 100, FULL),
+        ("olmo3", 4, (3 * SLIDING + 1 * FULL) / 4),  # the first layer slides, and has 3 of 4 heads
+        ("gpt_oss", 4, (3 * SLIDING + 1 * FULL) / 4),
+    ],
+)
+def test_context_is_the_mean_over_the_window_and_the_heads(family: str, window: int | None, context: float) -> None:
+    config = tiny_config(family, **({} if family == "llama" else {"sliding_window": window})).to_dict()
+    dense = shape_from_config(config, family)
+    first, second = dense.layers
+    shape = dense.with_layers((LayerShape({**first, "heads": 3}), LayerShape({**second, "heads": 1})))
+    assert count_cost(shape, config, 6, 4).macs_per_token.mean_context == pytest.approx(context)
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -81,23 +128,20 @@ def test_models_are_compared_with_the_dense_one() -> None:
     assert found["perplexity"] == ["50.000", "75.000", "1.500 times"]
     assert found["prefill, tokens/s"] == ["1,000.0", "1,500.0", "1.50 times as fast"]
     assert found["in the layers' linears"] == ["106,168,320", "70,778,880", "33.3 % less"]
+    assert found["weights, MB"] == ["538.1", "396.5", "26.3 % less"]
     assert found["mean acc"] == ["0.6250"] * 2
 
 
-def test_what_a_server_measured_is_kept() -> None:
+def test_measurements_that_were_not_made_have_no_row() -> None:
     served = Served("llama.cpp", "0.3.36", "gguf-q8_0", 100.0, 10.0, None)
-    result = make_result([replace(PRUNED, speed=None, served=served)], SETTINGS, 1, {})
-    assert result["served"]["prefill_tokens_per_second"] == 100.0
-    assert "batch, tokens/s" not in result_table(result)
-
-
-def test_what_was_not_measured_has_no_row() -> None:
     bare = replace(PRUNED, perplexity=None, tasks=None, speed=None, removed_fraction=None)
-    table = result_table(make_result([bare], EvaluationSettings(PerplexityProtocol()), 1, {}))
-    assert "perplexity" not in table
-    assert "tokens/s" not in table
-    assert "removed" not in table
+    settings = EvaluationSettings(PerplexityProtocol())
+    table = result_table(make_result([bare], settings, 1, {}))
+    assert all(word not in table for word in ("perplexity", "tokens/s", "removed"))
     assert rows(table)["parameters"] == ["99,125,568"]
+    found = rows(result_table(make_result([replace(bare, served=served)], settings, 1, {})))
+    assert found["prefill, tokens/s"] == ["100.0"]
+    assert "batch, tokens/s" not in found
 
 
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "not finite"), (math.exp(700), "1.01e+304")])
@@ -115,37 +159,5 @@ def test_the_object_has_the_first_models_values_on_top() -> None:
     assert again["text"]["split"] == "test"
     assert (again["world_size"], again["batch_size"], again["versions"]) == (2, 16, {"torch": "2"})
     assert again["speed_plan"] == {"prompt": 512, "generated": 32, "rounds": 5}
-
-
-def test_an_object_without_a_text_says_so() -> None:
     result = make_result([replace(PRUNED, perplexity=None)], EvaluationSettings(PerplexityProtocol()), 1, {})
     assert [result[key] for key in ("perplexity", "tokens", "windows", "text", "dense")] == [None] * 5
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: PerplexityProtocol(window=1), "--window must be at least 2 tokens; got 1"),
-        (
-            lambda: PerplexityProtocol(128, stride=128),
-            "--sliding must be from 1 to one less than --window 128; got 128",
-        ),
-        (lambda: PerplexityProtocol(128, stride=0), "--sliding must be from 1 to one less than --window 128; got 0"),
-        (lambda: PerplexityProtocol(max_windows=0), "--max-windows must be at least 1; got 0"),
-        (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
-        (
-            lambda: EvaluationSettings(PerplexityProtocol(), tasks=TaskSettings(("piqa",)), sharded=True),
-            "--sharded measures perplexity only; --tasks, --speed and --serve need the whole model",
-        ),
-    ],
-)
-def test_wrong_numbers_name_their_option(make: Any, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        make()
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(("window", "expected"), [(2, 1024), (128, 16), (2048, 1), (4096, 1)])
-def test_a_batch_is_about_two_thousand_tokens(window: int, expected: int) -> None:
-    assert EvaluationSettings(PerplexityProtocol(window)).actual_batch_size == expected
-    assert EvaluationSettings(PerplexityProtocol(window), batch_size=3).actual_batch_size == 3

@@ -12,9 +12,10 @@ from typing import TypeVar
 
 import pytest
 
-from loraprune_ds.cli.serve import served_model
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.serving import Served, ServedModel, ServeSettings, find_server, measure_serving
+from loraprune_ds.evaluate.conversion import served_model
+from loraprune_ds.evaluate.serving import Served, ServedModel, find_server, measure_serving
+from loraprune_ds.evaluate.settings import Server, ServeSettings
 from tests.families import tiny_model
 
 T = TypeVar("T")
@@ -48,10 +49,11 @@ class Llama:
         return 7
 """
 VLLM = """
-import os, time
+import os, subprocess, time
 __version__ = "0.9"
 clock = [0.0]
 time.perf_counter = lambda: clock[0]
+slowness = iter([9.0] * 3 + [1.0] * 3 + [2.0] * 3 + [4.0] * 3)  # a warm-up and three rounds, of three calls each
 
 class SamplingParams:
     def __init__(self, **options):
@@ -61,39 +63,24 @@ class LLM:
     def __init__(self, model, trust_remote_code, model_impl, enable_prefix_caching, **options):
         assert not enable_prefix_caching
         self.model, self.loaded = model, f"{model_impl}, trust {trust_remote_code}"
+        self.engine = subprocess.Popen(["sleep", "300"])  # vLLM starts another process, too
 
     def generate(self, prompts, parameters, use_tqdm):
         with open(os.environ["SAID"], "a") as file:
+            if "BUSY" in os.environ:  # for longer than anyone waits
+                print(os.getpid(), self.engine.pid, file=file, flush=True)
+                time.sleep(300)
             tokens = {len(prompt["prompt_token_ids"]) for prompt in prompts}
             assert parameters.max_tokens == parameters.min_tokens and parameters.ignore_eos
-            clock[0] += len(prompts) * (1 + parameters.max_tokens / 2)
+            clock[0] += len(prompts) * (1 + parameters.max_tokens / 2) * next(slowness)
             file.write(f"{len(prompts)} of {tokens} write {parameters.max_tokens}, {self.loaded}\\n")
-"""
-
-# It starts another process, as vLLM does, and both are busy for longer than anyone waits.
-BUSY = """
-import os, subprocess, time
-__version__ = "0.9"
-
-class SamplingParams:
-    def __init__(self, **options):
-        pass
-
-class LLM:
-    def __init__(self, **options):
-        self.engine = subprocess.Popen(["sleep", "300"])
-
-    def generate(self, prompts, parameters, use_tqdm):
-        with open(os.environ["SAID"], "w") as file:
-            file.write(f"{os.getpid()} {self.engine.pid}")
-        time.sleep(300)
 """
 EVALUATION = """
 import sys
-from loraprune_ds.cli.serve import serve
 from loraprune_ds.command import leave, tell
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.serving import ServeSettings
+from loraprune_ds.evaluate.conversion import serve
+from loraprune_ds.evaluate.settings import ServeSettings
 try:
     serve([sys.argv[2]], ServeSettings(server="vllm", python=sys.argv[1], prompt=5, generated=2, rounds=1), "f16")
 except UserError as error:  # as main() has it
@@ -104,7 +91,7 @@ except UserError as error:  # as main() has it
 
 @pytest.fixture
 def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Returns a Python that has both servers. They write down what they are asked."""
+    """Returns a Python that has both servers. They write down their calls."""
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "llama_cpp.py").write_text(LLAMA_CPP)
@@ -122,9 +109,12 @@ def gguf(name: str, vocabulary: int = 8) -> ServedModel:
     return ServedModel(Path(f"{name}.gguf"), "gguf-f16", vocabulary)
 
 
+def short(server: Server, python: str, **changes: int) -> ServeSettings:
+    return ServeSettings(server=server, python=python, **{"prompt": 5, "generated": 2, "rounds": 1} | changes)
+
+
 def test_models_take_turns_in_llama_cpp(python: str, tmp_path: Path) -> None:
-    settings = ServeSettings(server="llama.cpp", python=python, prompt=5, generated=2, rounds=1)
-    dense, pruned = measure_serving([gguf("dense", 50), gguf("pruned")], settings)
+    dense, pruned = measure_serving([gguf("dense", 50), gguf("pruned")], short("llama.cpp", python))
     said = (tmp_path / "said").read_text().splitlines()
     assert sorted(said[:2]) == ["dense.gguf: context 8", "pruned.gguf: context 8"]
     turn = ["reset", "eval 5", "eval 1", "eval 1"]
@@ -135,28 +125,18 @@ def test_models_take_turns_in_llama_cpp(python: str, tmp_path: Path) -> None:
 
 
 def test_vllm_answers_one_and_a_batch(python: str, tmp_path: Path) -> None:
-    settings = ServeSettings(server="vllm", python=python, prompt=5, generated=2, rounds=1, batch=3)
-    (served,) = measure_serving([ServedModel(tmp_path, "hf", 50, True, "transformers")], settings)
+    model = ServedModel(tmp_path, "hf", 50, True, "transformers")
+    (served,) = measure_serving([model], short("vllm", python, batch=3, rounds=3))
     turn = ["1 of {5} write 1", "1 of {5} write 3", "3 of {5} write 2"]
-    assert (tmp_path / "said").read_text().splitlines() == [f"{said}, transformers, trust True" for said in turn] * 2
-    # The fake takes a second per prompt and half a second per token.
-    assert served == Served("vllm", "0.9", "hf", 5 / 1.5, 2 / 1.0, 3 * 2 / (3 * 2.0))
+    assert (tmp_path / "said").read_text().splitlines() == [f"{said}, transformers, trust True" for said in turn] * 4
+    # The fake takes a second per prompt and half a second per token, twice that in the median round.
+    assert served == Served("vllm", "0.9", "hf", 5 / 3.0, 2 / 2.0, 3 * 2 / (3 * 4.0))
 
 
 @pytest.mark.parametrize(("family", "model_impl"), [("llama", "auto"), ("qwen2", "transformers")])
 def test_vllm_gets_what_fits_the_model(family: str, model_impl: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     assert served_model(str(tmp_path), "hf", tmp_path) == ServedModel(tmp_path, "hf", 97, False, model_impl)
-
-
-def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraprune_ds.evaluate import serving
-
-    seconds = iter([9.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(serving._Worker, "play", lambda self: {"prefill": (s := next(seconds)), "decode": s / 2})
-    settings = ServeSettings(server="llama.cpp", python=python, prompt=10, generated=4, rounds=3)
-    (served,) = measure_serving([gguf("dense")], settings)
-    assert (served.prefill_tokens_per_second, served.decode_tokens_per_second) == (5.0, 4.0)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +148,7 @@ def test_rates_are_medians_after_the_warm_up(python: str, monkeypatch: pytest.Mo
 )
 def test_a_server_that_ends_is_one_line(name: str, line: str, python: str) -> None:
     with pytest.raises(UserError, match=line):
-        measure_serving([gguf(name)], ServeSettings(server="llama.cpp", python=python, prompt=5, generated=2, rounds=1))
+        measure_serving([gguf(name)], short("llama.cpp", python))
 
 
 def test_a_python_without_the_server_is_named(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,11 +166,10 @@ def test_a_python_without_the_server_is_named(python: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_evaluation_that_is_ended_ends_its_server(number: signal.Signals, python: str, tmp_path: Path) -> None:
-    (tmp_path / "packages/vllm.py").write_text(BUSY)
     tiny_model("llama").save_pretrained(tmp_path / "model")
     scratch, said = tmp_path / "scratch", tmp_path / "said"
     scratch.mkdir()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(scratch)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(scratch), "BUSY": "1"}
     command = [sys.executable, "-c", EVALUATION, python, str(tmp_path / "model")]
     evaluation = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     pids = list(map(int, _within(60, lambda: said.read_text().split() if said.exists() else [])))
@@ -217,7 +196,7 @@ def _within(seconds: float, ask: Callable[[], T]) -> T:
 
 
 def _runs(pid: int) -> bool:
-    """Tells if a process is there, and no zombie that nobody has asked about."""
+    """Returns True for a process that is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,17 +1,15 @@
-"""`launch/export.py --push-to-hub`: what a hub gets. The hub is a fake on loopback."""
+"""`launch/export.py --push-to-hub`: the calls of the hub's API, with a fake in its place, and the card."""
 
-import base64
 import json
 import runpy
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 
 from loraprune_ds.checkpoint.run_folder import Status, write_status
 from loraprune_ds.errors import UserError
@@ -33,57 +31,18 @@ EVALUATION = {
 }
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """Answers what an upload of small files asks, and remembers it in `server.seen`."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.seen.append((self.path, self.headers.get("Authorization"), body))  # type: ignore[attr-defined]
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self.answer({"error": "Invalid username or password."}, 401)
-        elif self.path == "/api/repos/create":
-            self.answer({"url": f"http://{self.headers['Host']}/me/small"})
-        elif "/preupload/" in self.path:
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            self.answer({"files": files})
-        elif "/commit/" in self.path:
-            self.answer({"commitUrl": f"http://{self.headers['Host']}/me/small/commit/1", "commitOid": "1"})
-        else:
-            self.answer({})
-
-    def do_GET(self) -> None:
-        self.answer({"id": "me/small", "sha": "0" * 40, "siblings": [], "private": True})
-
-    def answer(self, value: dict[str, Any], status: int = 200) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None: ...
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.seen = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield server
-    server.shutdown()
+def hub(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Stands for HfApi, with the signatures of its methods."""
+    api = create_autospec(HfApi, instance=True)
+    api.create_repo.return_value = "https://hub/me/small"
+    monkeypatch.setattr("loraprune_ds.export.hub.HfApi", lambda: api)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return api
 
 
-def push(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, token: str = TOKEN) -> int:
+def push(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
     """Runs launch/export.py. Returns its exit code."""
-    monkeypatch.setenv("HF_TOKEN", token)
     words = ["export.py", str(folder), "--out", str(folder.parent / "out"), "--push-to-hub", "me/small", *arguments]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
@@ -102,14 +61,6 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def committed(hub: Any) -> dict[str, bytes]:
-    """Returns the files of the last commit."""
-    body = next(body for path, _, body in reversed(hub.seen) if "/commit/" in path)
-    lines = [json.loads(line) for line in body.splitlines()]
-    files = [line["value"] for line in lines if line["key"] == "file"]
-    return {file["path"]: base64.b64decode(file["content"]) for file in files}
-
-
 def model_index(card: str) -> dict[str, dict[str, float]]:
     """Returns metrics by model and data set."""
     found: dict[str, dict[str, float]] = {}
@@ -122,50 +73,43 @@ def model_index(card: str) -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.parametrize("public", [False, True])
 def test_an_upload_is_private_and_has_the_measured_numbers(
-    hub: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    public: bool, hub: Mock, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
-    assert push(monkeypatch, run, "--results", str(tmp_path / "evaluation.json")) == 0
-    out, error = capsys.readouterr()
-    assert out.endswith(f"hub: http://127.0.0.1:{hub.server_port}/me/small\n")
-    created = next(json.loads(body) for path, _, body in hub.seen if path == "/api/repos/create")
-    assert (created["name"], created["organization"], created["visibility"]) == ("small", "me", "private")
-    files = committed(hub)
-    assert files.keys() == {path.name for path in (run / "model").iterdir()}
-    assert all(files[path.name] == path.read_bytes() for path in (run / "model").glob("*.safetensors"))
-    card = files["README.md"].decode()
+    results, out = run.parent / "evaluation.json", run.parent / "out"
+    results.write_text(json.dumps(EVALUATION))
+    assert push(monkeypatch, run, "--results", str(results), *(["--public"] if public else [])) == 0
+    assert capsys.readouterr().out.endswith("hub: https://hub/me/small\n")
+    hub.create_repo.assert_called_once_with("me/small", private=not public, exist_ok=True)
+    (call,) = hub.upload_folder.call_args_list
+    assert (call.kwargs["repo_id"], call.kwargs["folder_path"]) == ("me/small", out)
+    assert {path.name for path in out.iterdir()} == {path.name for path in (run / "model").iterdir()}
+    card = (out / "README.md").read_text()
     assert model_index(card) == {
         "small": {"law.txt perplexity": 25.25, "wikitext-2-raw-v1 perplexity": 51.5, "piqa acc": 0.5},
         "small, dense": {"law.txt perplexity": 22.5, "wikitext-2-raw-v1 perplexity": 40.0, "piqa acc": 0.75},
     }
     assert "## Load it" in card
     assert "- loraprune" in card
-    assert TOKEN not in card + out + error
 
 
-def test_the_text_of_a_mixture_is_named_by_its_sources(tmp_path: Path) -> None:
+def test_the_text_of_a_mixture_is_named_by_its_sources_and_no_measurement_has_no_index(tmp_path: Path) -> None:
     card, data = tmp_path / "README.md", {"path": [{"path": "some/law.txt"}, {"path": "chats"}], "held_out": None}
-    (tmp_path / "report.json").write_text(json.dumps(REPORT | {"config": {"data": data}}))
     card.write_text("---\ntags:\n- pruned\n---\n# Small\n")
+    write_model_index(card, "small", tmp_path, [])
+    assert "model-index" not in card.read_text()
+    (tmp_path / "report.json").write_text(json.dumps(REPORT | {"config": {"data": data}}))
     write_model_index(card, "small", tmp_path, [])
     assert model_index(card.read_text())["small"] == {"law.txt + chats perplexity": 25.25}
 
 
 def test_a_refused_token_is_one_line(
-    hub: Any, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: Mock, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert push(monkeypatch, run, token="hf_wrong") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: --push-to-hub me/small: ")
-    assert error.count("\n") == 1
-
-
-def test_a_card_without_any_measurement_has_no_index(tmp_path: Path) -> None:
-    card = tmp_path / "README.md"
-    card.write_text("---\ntags:\n- pruned\n---\n# Small\n")
-    write_model_index(card, "small", tmp_path, [])
-    assert "model-index" not in card.read_text()
+    hub.create_repo.side_effect = OSError("401 Client Error\n\nInvalid username or password.")
+    assert push(monkeypatch, run) == 2
+    assert capsys.readouterr().err == "error: --push-to-hub me/small: 401 Client Error\n"
 
 
 @pytest.mark.parametrize(
@@ -178,12 +122,7 @@ def test_a_card_without_any_measurement_has_no_index(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_push_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    repo: str,
-    token: str | None,
-    results: dict[str, Any] | None,
-    message: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo: str, token: str | None, results: Any, message: str
 ) -> None:
     monkeypatch.setattr("loraprune_ds.export.hub.get_token", lambda: token)
     path = tmp_path / "evaluation.json"

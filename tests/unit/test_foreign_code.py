@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from loraprune_ds.cli.serve import served_model
 from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.conversion import served_model
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.huggingface import begin, copy_tokenizer
 from loraprune_ds.export.source import find_source

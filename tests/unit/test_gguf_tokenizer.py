@@ -51,15 +51,12 @@ def test_byte_level(pre: str, tmp_path: Path) -> None:
     assert not keys["ggml.add_eos_token"]
 
 
-def test_qwen2_composes_characters_and_llama_cpp_does_not(tmp_path: Path) -> None:
+def test_bos_and_unicode_composition_are_told(tmp_path: Path) -> None:
+    """A Qwen2 composes characters and llama.cpp does not."""
+    assert keys_of(byte_level_tokenizer(tmp_path / "bos", VOCAB, bos=True))["ggml.add_bos_token"]
     folder = byte_level_tokenizer(tmp_path / "tokenizer", VOCAB, "qwen2")
     assert json.loads((folder / "tokenizer.json").read_text())["normalizer"] == {"type": "NFC"}
-    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
-    assert add_tokenizer(writer, folder, VOCAB) == [NOT_COMPOSED]
-
-
-def test_bos_is_seen_by_what_the_tokenizer_does(tmp_path: Path) -> None:
-    assert keys_of(byte_level_tokenizer(tmp_path / "tokenizer", VOCAB, bos=True))["ggml.add_bos_token"]
+    assert add_tokenizer(GGUFWriter(tmp_path / "model.gguf", "llama"), folder, VOCAB) == [NOT_COMPOSED]
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
@@ -88,26 +85,30 @@ def test_merges_give_the_order_that_sentencepiece_had(tmp_path: Path) -> None:
     assert sorted(merged, key=lambda i: -rebuilt.scores[i]) == sorted(merged, key=lambda i: -exact.scores[i])
 
 
-def edit(folder: Path, change: Any) -> Path:
-    path = folder / "tokenizer.json"
-    fast = json.loads(path.read_text())
-    change(fast)
-    path.write_text(json.dumps(fast))
+# Refusals
+
+
+def byte_level(folder: Path) -> Path:
+    return byte_level_tokenizer(folder, VOCAB, bos=True)
+
+
+def from_sentencepiece(folder: Path) -> Path:
+    AutoTokenizer.from_pretrained(sentencepiece_tokenizer(folder.with_name("source"), VOCAB)).save_pretrained(folder)
     return folder
 
 
-def test_merges_that_no_sentencepiece_model_has(tmp_path: Path) -> None:
-    folder = sentencepiece_tokenizer(tmp_path / "tokenizer", VOCAB)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "fast")
-    edit(tmp_path / "fast", lambda fast: fast["model"]["merges"].pop(20))
-    with pytest.raises(UserError, match="its merges are not those of a sentencepiece model; formats that can: hf"):
-        read_vocabulary(tmp_path / "fast")
+def unigram(folder: Path) -> Path:
+    return sentencepiece_tokenizer(folder, 330, "unigram")
 
 
-def test_more_than_the_embedding_has_rows(tmp_path: Path) -> None:
-    folder = byte_level_tokenizer(tmp_path / "tokenizer", VOCAB)
-    with pytest.raises(UserError, match=f"{folder}: its tokenizer has 39. tokens, its model only 300"):
-        keys_of(folder, 300)
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def two_bos(fast: dict[str, Any]) -> None:
+    single = fast["post_processor"]["single"]
+    single.insert(0, single[0])
 
 
 def unknown_split(fast: dict[str, Any]) -> None:
@@ -118,29 +119,28 @@ def normalized(fast: dict[str, Any]) -> None:
     fast["normalizer"] = {"type": "NFKC"}
 
 
-@pytest.mark.parametrize("change", [unknown_split, normalized])
-def test_a_way_to_prepare_text_without_a_name(change: Any, tmp_path: Path) -> None:
-    folder = edit(byte_level_tokenizer(tmp_path / "tokenizer", VOCAB), change)
-    with pytest.raises(UserError, match=r"tokenizer\.json: llama\.cpp has no name for the way .* can: hf, adapter"):
-        keys_of(folder)
+def no_merge(fast: dict[str, Any]) -> None:
+    fast["model"]["merges"].pop(20)
 
 
-def test_unigram_sentencepiece(tmp_path: Path) -> None:
-    folder = sentencepiece_tokenizer(tmp_path / "tokenizer", 330, "unigram")
-    with pytest.raises(UserError, match=r"tokenizer\.model: only sentencepiece models of type BPE"):
-        read_vocabulary(folder)
-
-
-def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    with pytest.raises(UserError, match=f"{tmp_path / 'model'} has no tokenizer that can be read"):
-        keys_of(tmp_path / "model")
-
-
-def test_more_around_a_text_than_bos_and_eos(tmp_path: Path) -> None:
-    def two(fast: dict[str, Any]) -> None:
-        fast["post_processor"]["single"].insert(0, fast["post_processor"]["single"][0])
-
-    folder = edit(byte_level_tokenizer(tmp_path / "tokenizer", VOCAB, bos=True), two)
-    with pytest.raises(UserError, match="more than one BOS and EOS"):
-        keys_of(folder)
+@pytest.mark.parametrize(
+    ("make", "change", "message"),
+    [
+        (byte_level, None, "tokenizer: its tokenizer has 39. tokens, its model only 300"),
+        (byte_level, two_bos, "more than one BOS and EOS around a text; formats that can: hf, adapter"),
+        (byte_level, unknown_split, r"tokenizer\.json: llama\.cpp has no name for the way .* can: hf, adapter"),
+        (byte_level, normalized, r"tokenizer\.json: llama\.cpp has no name for the way .* can: hf, adapter"),
+        (from_sentencepiece, no_merge, "its merges are not those of a sentencepiece model; formats that can: hf"),
+        (unigram, None, r"tokenizer\.model: only sentencepiece models of type BPE"),
+        (empty, None, "tokenizer has no tokenizer that can be read"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused(make: Any, change: Any, message: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "tokenizer")
+    if change:
+        path = folder / "tokenizer.json"
+        fast = json.loads(path.read_text())
+        change(fast)
+        path.write_text(json.dumps(fast))
+    with pytest.raises(UserError, match=message):
+        keys_of(folder, VOCAB if change else 300)

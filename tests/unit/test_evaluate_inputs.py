@@ -1,0 +1,164 @@
+"""Texts, tasks and settings: files are read unchanged, data sets are joined to raw files, wrong options are refused."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+
+from loraprune_ds.cli.evaluate import read_evaluation_text
+from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate import zeroshot
+from loraprune_ds.evaluate.evaluation_text import load_dataset_text, read_text
+from loraprune_ds.evaluate.settings import EvaluationSettings, PerplexityProtocol, SpeedSettings, TaskSettings
+from loraprune_ds.evaluate.zeroshot import PAPER_TASKS, check_tasks, mean_accuracy
+
+TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+
+# Texts
+
+
+def test_a_file_is_one_text_whatever_its_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "unix.txt").write_bytes("one\n\ntwo é\n".encode())
+    (tmp_path / "windows.raw").write_bytes(b"\xef\xbb\xbf" + "one\r\n\r\ntwo é\r\n".encode())
+    unix, windows = read_text(tmp_path / "unix.txt"), read_text(tmp_path / "windows.raw")
+    assert unix.text == windows.text == "one\n\ntwo é\n"
+    assert unix.sha256 == windows.sha256
+    assert (unix.name, unix.split) == ("unix.txt", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no.txt", "does not exist"),
+        ("empty.txt", "is empty"),
+        ("latin.txt", "is not UTF-8 text: byte 3 is wrong"),
+        ("", "cannot be read: Is a directory"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError) as caught:
+        read_text(tmp_path / name)
+    assert str(caught.value) == f"--text: {tmp_path / name} {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "rows", "text", "asked"),
+    [
+        (  # rows keep their line ends. A blank line is a space in the raw file, but an empty row
+            "wikitext2",
+            "text",
+            ["", " = Title = \n", "", " A sentence . \n", " Another . \n", ""],
+            " \n = Title = \n \n A sentence . \n Another . \n \n",
+            ("Salesforce/wikitext", "wikitext-2-raw-v1", "validation"),
+        ),
+        (
+            "ptb",
+            "sentence",
+            ["no it was n't black monday", "but while <unk>"],
+            " no it was n't black monday \n but while <unk> \n",
+            ("ptb-text-only/ptb_text_only", None, "validation"),
+        ),
+    ],
+)
+def test_a_data_set_is_joined_to_its_raw_file(
+    name: str, column: str, rows: list[str], text: str, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def load_dataset(path: str, config: str | None, *, revision: str | None, split: str) -> Any:
+        calls.append((path, config, split))
+        return {column: rows}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = load_dataset_text(name, "validation")
+    assert (found.text, found.name, found.split) == (text, name, "validation")
+    assert calls == [asked]
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach the Hub\n(offline)")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"^--dataset wikitext2: .*--text FILE.*Couldn't reach the Hub \(offline\)$"):
+        load_dataset_text("wikitext2", "test")
+
+
+@pytest.mark.parametrize("option", ["split", "sliding", "max_windows"])
+def test_options_of_a_text_need_one(option: str) -> None:
+    """No text is read if tasks or speed are measured, unless one is named."""
+    given = {"text": None, "dataset": None, "split": None, "sliding": None, "max_windows": None}
+    arguments: Any = SimpleNamespace(**given, tasks=["piqa"], speed=False, serve=None)
+    assert read_evaluation_text(arguments) is None
+    setattr(arguments, option, 3)
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} has no effect without --dataset or --text"):
+        read_evaluation_text(arguments)
+
+
+# Tasks
+
+
+@needs_lm_eval
+def test_tasks_of_the_paper_and_local_ones_are_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(TASK)
+    assert zeroshot._expand(["lambada", "paper", "boolq"]) == ["lambada", *PAPER_TASKS]
+    assert len(PAPER_TASKS) == 7
+    check_tasks(TaskSettings(("paper", "boolq")))
+    check_tasks(TaskSettings(("my_own",), include_path=tmp_path))
+    check_tasks(TaskSettings((str(tmp_path / "mine.yaml"),)))
+    with pytest.raises(UserError, match=r"--include-path: .*nowhere is not a folder"):
+        check_tasks(TaskSettings(("my_own",), include_path=tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"^--tasks: lm-eval knows no task helaswag; did you mean hellaswag"):
+        check_tasks(TaskSettings(("piqa", "helaswag")))
+
+
+def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^--tasks needs the package lm-eval: pip install 'lm-eval\[hf\]'$"):
+        check_tasks(TaskSettings(("piqa",)))
+
+
+def test_mean_accuracy_is_over_the_tasks_that_have_one() -> None:
+    results = {"a": {"acc,none": 0.5, "acc_norm,none": 0.9}, "b": {"acc,none": 0.25}, "c": {"perplexity,none": 7.0}}
+    assert mean_accuracy({"results": results}) == 0.375
+    assert mean_accuracy({"results": {"c": results["c"]}}) is None
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PerplexityProtocol(window=1), "--window must be at least 2 tokens; got 1"),
+        (lambda: PerplexityProtocol(stride=128), "--sliding must be from 1 to one less than --window 128; got 128"),
+        (lambda: PerplexityProtocol(stride=0), "--sliding must be from 1 to one less than --window 128; got 0"),
+        (lambda: PerplexityProtocol(max_windows=0), "--max-windows must be at least 1; got 0"),
+        (lambda: SpeedSettings(generated=0), "--generated must be at least 1; got 0"),
+        (lambda: TaskSettings(("piqa",), fewshot=-1), "--num-fewshot must be at least 0; got -1"),
+        (lambda: TaskSettings((), limit=2), "--limit has no effect without --tasks"),
+        (lambda: TaskSettings((), include_path=Path("x")), "--include-path has no effect without --tasks"),
+        (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
+        (
+            lambda: EvaluationSettings(PerplexityProtocol(), tasks=TaskSettings(("piqa",)), sharded=True),
+            "--sharded measures perplexity only; --tasks, --speed and --serve need the whole model",
+        ),
+    ],
+)
+def test_wrong_numbers_name_their_option(make: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("window", "expected"), [(2, 1024), (128, 16), (2048, 1), (4096, 1)])
+def test_a_batch_is_about_two_thousand_tokens(window: int, expected: int) -> None:
+    assert EvaluationSettings(PerplexityProtocol(window)).actual_batch_size == expected
+    assert EvaluationSettings(PerplexityProtocol(window), batch_size=3).actual_batch_size == 3
