@@ -6,6 +6,7 @@ The cut is written here a second time, from the architecture alone. It shares no
 import copy
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

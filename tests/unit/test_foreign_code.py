@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.conversion import served_model
 from loraprune_ds.export.formats import export as export_format
@@ -22,7 +23,7 @@ from loraprune_ds.hf.live import linear_names
 from loraprune_ds.model.folder_files import TOKENIZER_FILES, copy_named
 from loraprune_ds.model.modeling_pruned import __file__ as OUR_FILE
 from loraprune_ds.model.tokenizer import load_tokenizer
-from tests.export_cases import CASES, VOCAB, cut, dense_model, export, exported_config, model_card
+from tests.export_cases import CASES, VOCAB, cut, dense_model, export, exported_config
 from tests.oracle.models import make_tokenizer
 
 PRUNED = next(case for case in CASES if case.becomes == "pruned_llama" and case.dtype == "float32")
@@ -104,12 +105,16 @@ def test_an_export_from_a_trainer_brings_no_code_of_its_tokenizer(
     folder, out = make("pruned"), tmp_path / "out"
     exported, dense, pruned = exported_config(dense_model(PRUNED), PRUNED)
     monkeypatch.setattr(hf_export, "base_config", lambda _: exported.config)
-    monkeypatch.setattr(hf_export, "_model_card", lambda _: model_card(dense, pruned))
+    monkeypatch.setattr(hf_export, "model_name", lambda _: "base")
     code_for_the_tokenizer(folder)
     tokenizer = SimpleNamespace(save_pretrained=lambda described: copy_named(folder, Path(described), TOKENIZER_FILES))
     base = SimpleNamespace(generation_config=None)
     training: Any = SimpleNamespace(
-        peft_model=SimpleNamespace(get_base_model=lambda: base), model=SimpleNamespace(shape=pruned), dtype="float32"
+        peft_model=SimpleNamespace(get_base_model=lambda: base),
+        model=SimpleNamespace(shape=pruned),
+        pruner=SimpleNamespace(config=PruneConfig(), limits=SimpleNamespace(dense=dense)),
+        dtype="float32",
+        step=3,
     )
     begin(out)
     hf_export._finish(training, out, tokenizer)
