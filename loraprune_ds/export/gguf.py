@@ -72,7 +72,7 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
     """Writes the context length. A model's sliding window limits it where the architecture has no such window."""
     positions, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     if architecture.window_period:
-        writer.add_sliding_window(window)
+        writer.add_sliding_window(int(window))
     if architecture.window_period or window is None or window >= positions:
         writer.add_context_length(positions)
         return []
