@@ -70,7 +70,7 @@ class Case:
 
 
 HERE = "WORK"  # stands for the work folder in settings
-MIXTURE = [{"path": f"{HERE}/text.txt", "weight": 0.7}, {"path": f"{HERE}/held_out.txt", "weight": 0.3}]
+MIXTURE = [{"path": f"{HERE}/text.txt", "weight": 0.7}, {"path": f"{HERE}/more.txt", "weight": 0.3}]
 CRITERIA = ("lora", "lora_squared", "gradient", "magnitude", "random")
 GLOBAL = {"ranking": "global", "ratio": 0.35}
 ALL_LEVERS: Settings = {
@@ -140,6 +140,7 @@ def make_inputs(work: Path, reference: Path) -> None:
     tiny_model(EXPERTS, seed=1, vocab_size=SIZES["vocab"]).save_pretrained(work / "models" / EXPERTS)
     write_text(work / "text.txt", 12_000)
     write_text(work / "held_out.txt", 2_000, start=50_000)
+    write_text(work / "more.txt", 4_000, start=70_000)
     config = json.loads((reference / "ds_configs" / "zero3.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shards the smallest weights, too
     (work / "zero3.json").write_text(json.dumps(config, indent=2))
