@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -114,7 +115,8 @@ def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[Prepa
         check_tasks(settings.tasks)
     models = [_prepare(path, settings) for path in paths]
     for other in models[1:]:
-        if not _same_tokens(models[0].batches, other.batches):
+        pairs = zip_longest(models[0].batches, other.batches)
+        if not all(a and b and torch.equal(a.input_ids, b.input_ids) for a, b in pairs):
             both = f"{paths[0]} and {other.found.path}"
             raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
     return models
@@ -139,12 +141,6 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         start = window_start(tokenizer, found.pretrained.shape.family)
         batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size, start)
     return PreparedModel(found, dtype, tokenizer, batches)
-
-
-def _same_tokens(ours: list[Batch], theirs: list[Batch]) -> bool:
-    return len(ours) == len(theirs) and all(
-        torch.equal(a.input_ids, b.input_ids) for a, b in zip(ours, theirs, strict=True)
-    )
 
 
 def choose_dtype(found: FoundModel, dtype: str | None) -> Dtype:
