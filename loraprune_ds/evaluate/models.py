@@ -106,11 +106,7 @@ def _find_adapter(path: str, folder: Path) -> FoundModel:
 
 
 def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
-    """Finds all models, checks the settings against them, and tokenises the text for each.
-
-    Raises:
-        UserError: an input is wrong.
-    """
+    """Finds all models, checks the settings against them, and tokenises the text for each."""
     if settings.tasks:
         check_tasks(settings.tasks)
     models = [_prepare(path, settings) for path in paths]
@@ -144,11 +140,7 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
 
 
 def choose_dtype(found: FoundModel, dtype: str | None) -> Dtype:
-    """Returns `dtype`, or the one that the model's config.json declares, or float32.
-
-    Raises:
-        UserError: nothing computes in the model's own dtype.
-    """
+    """Returns `dtype`, or the one that the model's config.json declares, or float32."""
     config = found.pretrained.config
     chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     if chosen not in DTYPES:

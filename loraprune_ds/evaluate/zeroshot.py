@@ -25,11 +25,7 @@ SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "ba
 
 
 def check_tasks(settings: TaskSettings) -> None:
-    """Checks that lm-eval is installed and has the tasks.
-
-    Raises:
-        UserError: it is not installed, or has no such task.
-    """
+    """Checks that lm-eval is installed and has the tasks."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs the package lm-eval: pip install 'lm-eval[hf]'")
     if settings.include_path and not settings.include_path.is_dir():
@@ -53,9 +49,6 @@ def run_tasks(
 
     Returns:
         On rank 0 {"results": {task: {metric: value}}, "settings": …}, with lm-eval's names of metrics. Else None.
-
-    Raises:
-        UserError: a task's data cannot be loaded, or its file is wrong.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
