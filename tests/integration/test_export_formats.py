@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGUFReader, LlamaFileType
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
@@ -147,7 +147,7 @@ def test_every_format_has_the_same_card(run: Path, adapter: Path, tmp_path: Path
     gguf = exported(run, "gguf-q8_0", tmp_path / "gguf")
     reader = GGUFReader(gguf / "run-q8_0.gguf")
     assert len(reader.tensors) == len(read_tensors(run / "model"))
-    assert GGMLQuantizationType.Q8_0 in {tensor.tensor_type for tensor in reader.tensors}
+    assert reader.fields["general.file_type"].contents() == LlamaFileType.MOSTLY_Q8_0
     how = {run / "model": "LoRA merged", adapter: "PeftModel.from_pretrained", gguf: 'Llama("path/to/run-q8_0.gguf")'}
     for folder, words in how.items():
         card = (folder / "README.md").read_text()
