@@ -6,7 +6,6 @@ The cut is written here a second time, from the architecture alone. It shares no
 import copy
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,20 +105,13 @@ def widths(case: Case) -> tuple[int, int]:
     return case.sizes["num_attention_heads"] // case.sizes["num_key_value_heads"] * head_dim, head_dim
 
 
-def kept_columns(model: PreTrainedModel, case: Case) -> Iterator[tuple[nn.Module, Tensor, Tensor, Tensor]]:
-    """Draws the kept groups. Yields each layer with its kept columns of queries, of keys and of channels, ascending."""
-    draw = random.Random(case.name)
+def cut(model: PreTrainedModel, case: Case) -> PreTrainedModel:
+    """Copies the dense model, still of the stock class. Each layer of the copy holds only its kept groups."""
+    model, draw = copy.deepcopy(model), random.Random(case.name)
     heads, channels = case.sizes["num_key_value_heads"], case.sizes["intermediate_size"]
     for layer, (h, c) in zip(model.get_submodule("model.layers").children(), case.keep, strict=True):
         groups, kept = sorted(draw.sample(range(heads), h)), torch.tensor(sorted(draw.sample(range(channels), c)))
         queries, keys = (torch.tensor([g * width + i for g in groups for i in range(width)]) for width in widths(case))
-        yield layer, queries, keys, kept
-
-
-def cut(model: PreTrainedModel, case: Case) -> PreTrainedModel:
-    """Copies the dense model, still of the stock class. Each layer of the copy holds only its kept groups."""
-    model = copy.deepcopy(model)
-    for layer, queries, keys, kept in kept_columns(model, case):
         for name, rows in [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]:
             _select(layer.get_submodule(f"self_attn.{name}"), 0, rows)
         _select(layer.get_submodule("self_attn.o_proj"), 1, queries)
@@ -174,6 +166,5 @@ def model_card(dense: ModelShape, pruned: ModelShape) -> ModelCard:
         data="nothing",
         steps=1000,
         perplexity_data="nothing",
-        perplexity_dense=None,
         perplexity_pruned=12.345,
     )

@@ -39,6 +39,7 @@ from loraprune_ds.evaluate.settings import (
     SpeedSettings,
     TaskSettings,
 )
+from loraprune_ds.files import finite
 from loraprune_ds.zero.environment import check_ranks, collective_timeout
 
 ROUND = fields(SpeedSettings)  # an option each
@@ -89,8 +90,11 @@ def main() -> int:
         tell(error, agreed=False)  # lm-eval can fail on one rank alone
         return error.exit_code
     if is_rank_0():
+        from loraprune_ds.evaluate.result import result_table
+
+        text = json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if arguments.json else result_table(result)
         with stdout:
-            stdout.write(as_text(result, as_json=arguments.json))
+            stdout.write(text)
     return 0
 
 
@@ -111,7 +115,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     collective_timeout(os.environ)
     speeds = speed_settings(arguments)
     if not arguments.verbose:
-        silence_evaluation()
+        silence_libraries()  # their bars stay on a terminal
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
     from loraprune_ds.evaluate.conversion import merged, serve
     from loraprune_ds.evaluate.evaluation import evaluate
@@ -192,21 +199,6 @@ def show_progress(rounds: Iterable[int]) -> Iterable[int]:
     from tqdm import tqdm
 
     return tqdm(rounds, desc="perplexity", unit="batch", leave=False, disable=None if is_rank_0() else True)
-
-
-def silence_evaluation() -> None:
-    """Silences the libraries. Their bars stay on a terminal."""
-    silence_libraries()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-
-
-def as_text(result: dict[str, Any], *, as_json: bool) -> str:
-    from loraprune_ds.evaluate.result import result_table
-    from loraprune_ds.files import finite
-
-    return json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if as_json else result_table(result)
 
 
 if __name__ == "__main__":

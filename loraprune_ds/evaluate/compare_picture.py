@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.compare import ComparedModel
@@ -18,7 +18,7 @@ from loraprune_ds.evaluate.drawing import (
     SKY_BLUE,
     TEXT,
     VERMILION,
-    label_point,
+    label_beside,
     make_logarithmic,
     save_picture,
 )
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
-LABEL_OPTIONS: Any = {"color": TEXT, "fontsize": 9}
-LABEL_GAP = 13.0  # points from label to label: more than a line of text
+Label = tuple[str, tuple[float, float]]  # a text and its point
 Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
 
 
@@ -40,26 +39,12 @@ class _Panel:
 
     quality: Literal["perplexity", "accuracy"]
     title: str
-    models: list[ComparedModel]
-
-    def value(self, model: ComparedModel) -> float:
-        value = model.perplexity if self.quality == "perplexity" else model.accuracy
-        assert value is not None
-        return value
-
-    def dense(self, model: ComparedModel) -> float | None:
-        return model.dense_perplexity if self.quality == "perplexity" else model.dense_accuracy
+    models: list[tuple[ComparedModel, float, float | None]]  # and their quality, and the dense model's
 
     def show(self, value: float) -> str:
         if self.quality == "accuracy":
             return f"{value:.3f}"
         return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
-
-
-class _Point(NamedTuple):
-    x: float
-    y: float
-    model: ComparedModel
 
 
 def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
@@ -81,8 +66,12 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
     styles = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(8, 4.2 * len(panels)), layout=ConstrainedLayoutEngine(h_pad=0.12))
-        for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-            _draw_panel(axes, panel, styles)
+        rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        labels = [_draw_panel(axes, panel, styles) for axes, panel in zip(rows, panels, strict=True)]
+        figure.draw_without_rendering()  # settles where the points are
+        for axes, found in zip(rows, labels, strict=True):
+            for text, at in found:
+                label_beside(axes, text, at, color=TEXT, fontsize=9)
         try:
             save_picture(figure, path)
         except (OSError, ValueError) as error:
@@ -92,59 +81,40 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
 def _panels(models: Sequence[ComparedModel]) -> list[_Panel]:
     panels = []
     for measured_on in dict.fromkeys(model.measured_on for model in models):
-        found = [m for m in models if m.measured_on == measured_on and m.perplexity is not None]
+        same = [m for m in models if m.measured_on == measured_on]
+        found = [(m, m.perplexity, m.dense_perplexity) for m in same if m.perplexity is not None]
         panels.append(_Panel("perplexity", f"Perplexity on {measured_on}", found))
     for tasks in dict.fromkeys(model.tasks for model in models):
-        found = [m for m in models if m.tasks == tasks and m.accuracy is not None]
+        same = [m for m in models if m.tasks == tasks]
+        found = [(m, m.accuracy, m.dense_accuracy) for m in same if m.accuracy is not None]
         panels.append(_Panel("accuracy", f"Mean accuracy, zero-shot: {', '.join(tasks)}", found))
     return [panel for panel in panels if panel.models]
 
 
-def _draw_panel(axes: "Axes", panel: _Panel, styles: Styles) -> None:
-    points = [_Point(100 * (m.removed_fraction or 0.0), panel.value(m), m) for m in panel.models]
-    labels: list[tuple[_Point, str]] = []
-    for method in dict.fromkeys(model.method for model in panel.models):
-        mine = [point for point in points if point.model.method == method]
+def _draw_panel(axes: "Axes", panel: _Panel, styles: Styles) -> list[Label]:
+    """Draws the curves. Returns the labels of their points."""
+    labels: list[Label] = []
+    for method in dict.fromkeys(model.method for model, *_ in panel.models):
+        mine = [(model, value) for model, value, _ in panel.models if model.method == method]
+        x, y = [100 * (model.removed_fraction or 0.0) for model, _ in mine], [value for _, value in mine]
         # A line joins models that differ in the ratio alone, by at least half a percent point. They need no names.
-        is_curve = method is not None and all(after.x - before.x >= 0.5 for before, after in pairwise(mine))
+        is_curve = method is not None and all(after - before >= 0.5 for before, after in pairwise(x))
         colour, marker = styles[method]
-        at = [point.x for point in mine], [point.y for point in mine]
-        axes.plot(*at, color=colour, marker=marker, ls="-" if is_curve else "", lw=1.2, label=method or "evaluated")
-        labels += [(point, "" if is_curve else f" {point.model.name}") for point in mine]
-    baselines = sorted({float(f"{dense:.4g}") for m in panel.models if (dense := panel.dense(m)) is not None})
+        axes.plot(x, y, color=colour, marker=marker, ls="-" if is_curve else "", lw=1.2, label=method or "evaluated")
+        names = ["" if is_curve else f" {model.name}" for model, _ in mine]
+        labels += [(panel.show(v) + name, (u, v)) for name, u, v in zip(names, x, y, strict=True)]
+    baselines = sorted({float(f"{dense:.4g}") for *_, dense in panel.models if dense is not None})
     axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
-    values = [point.y for point in points] + baselines
+    values = [value for _, value, _ in panel.models] + baselines
     if panel.quality == "perplexity" and max(values) > LOG_FROM * min(values):
         make_logarithmic(axes)
-    axes.set_xlim(-1.5, max(2.0, *(point.x for point in points)) * 1.08)
+    axes.set_xlim(-1.5, max(2.0, *(x for _, (x, _) in labels)) * 1.08)
     axes.margins(y=0.14)
     for baseline in baselines:
         axes.axhline(baseline, color=GREY, lw=0.8, ls=":", zorder=1)
-        label_point(axes, panel.show(baseline), (0.0, baseline), (8, 7), "left", **LABEL_OPTIONS)
-    _label_points(axes, labels, panel)
+        labels.append((panel.show(baseline), (0.0, baseline)))
     axes.set_title(panel.title)
     axes.set_ylabel(f"{panel.quality} ({'lower' if panel.quality == 'perplexity' else 'higher'} is better)")
     axes.set_xlabel("parameters removed, % of the whole model")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)  # inside it would hide a value
-
-
-def _label_points(axes: "Axes", labels: Sequence[tuple[_Point, str]], panel: _Panel) -> None:
-    """Writes each label on the side of its point that the curve avoids, further away where another label is.
-
-    A label is to the left of its point, unless the point is near the left edge.
-    """
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()  # settles the limits, and so where the points are
-    away = -1 if panel.quality == "accuracy" else 1
-    placed: list[tuple[float, float]] = []  # (x, y) of labels, in points
-    for point, name in sorted(labels, key=lambda label: away * label[0].y):
-        x, y = axes.transData.transform((point.x, point.y)) * 72 / figure.dpi
-        text = panel.show(point.y) + name
-        height = y + away * LABEL_GAP / 2
-        while any(abs(x - px) < 6 * len(text) and abs(height - py) < LABEL_GAP for px, py in placed):
-            height += away
-        placed.append((x, height))
-        to_right = point.x < axes.get_xlim()[1] / 5
-        offset = (6 if to_right else -6, height - y)
-        label_point(axes, text, (point.x, point.y), offset, "left" if to_right else "right", **LABEL_OPTIONS)
+    return labels

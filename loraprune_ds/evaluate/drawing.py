@@ -29,7 +29,7 @@ PLOT_STYLE: Any = {  # matplotlib's own type lists all keys, and exists only onc
 
 LOG_FROM = 4.0  # an axis of perplexities is logarithmic if largest / smallest exceeds this
 # Places of a label near its point: distances in points of a font, then directions and the end of the text that is near.
-DISTANCES = (8, 15, 24, 36)
+DISTANCES = (8, 15, 24, 36, 48, 60)
 DIRECTIONS = ((1, -1, "left"), (1, 1, "left"), (1, 0, "left"), (-1, -1, "right"), (-1, 1, "right"), (-1, 0, "right"))
 
 

@@ -13,7 +13,7 @@ from loraprune_ds.evaluate.serving import Served
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.zeroshot import run_tasks
-from loraprune_ds.model.classes import config_object
+from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.logits import Head, logits_transform, output_head
@@ -91,8 +91,10 @@ def evaluate(
 
 def count_cost(shape: ModelShape, config: dict[str, Any], window: int, element_size: int) -> ModelCost:
     """Counts the costs on windows of `window` tokens. `config`: of the model, whose layers may have sliding windows."""
-    layers = DynamicCache(config=config_object(config)).layers  # transformers reads there which layers have one
-    contexts = [_mean_context(window, getattr(layer, "sliding_window", None)) for layer in layers]
+    made = config_object(config)
+    narrow = _mean_context(window, sliding_window(made))
+    layers = DynamicCache(config=made).layers  # transformers reads there which layers have a sliding window
+    contexts = [narrow if layer.is_sliding else _mean_context(window, None) for layer in layers]
     heads = [shape.query_heads(layer) for layer in shape.layers]
     context = sum(map(mul, contexts, heads)) / sum(heads)
     linear, head = active_numel(shape), shape.vocab_size * shape.hidden_size

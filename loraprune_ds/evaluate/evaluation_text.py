@@ -60,11 +60,7 @@ def read_text(path: Path) -> EvaluationText:
 
 
 def load_dataset_text(name: str, split: str) -> EvaluationText:
-    """Loads a data set of `DATASETS` by name and joins its rows to the text of its raw file.
-
-    Raises:
-        UserError: it is not on this machine and the hub cannot be reached.
-    """
+    """Loads a data set of `DATASETS` by name and joins its rows to the text of its raw file."""
     import datasets
 
     dataset = DATASETS[name]

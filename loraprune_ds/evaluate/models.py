@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -105,16 +106,13 @@ def _find_adapter(path: str, folder: Path) -> FoundModel:
 
 
 def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
-    """Finds all models, checks the settings against them, and tokenises the text for each.
-
-    Raises:
-        UserError: an input is wrong.
-    """
+    """Finds all models, checks the settings against them, and tokenises the text for each."""
     if settings.tasks:
         check_tasks(settings.tasks)
     models = [_prepare(path, settings) for path in paths]
     for other in models[1:]:
-        if not _same_tokens(models[0].batches, other.batches):
+        pairs = zip_longest(models[0].batches, other.batches)
+        if not all(a and b and torch.equal(a.input_ids, b.input_ids) for a, b in pairs):
             both = f"{paths[0]} and {other.found.path}"
             raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
     return models
@@ -141,18 +139,8 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     return PreparedModel(found, dtype, tokenizer, batches)
 
 
-def _same_tokens(ours: list[Batch], theirs: list[Batch]) -> bool:
-    return len(ours) == len(theirs) and all(
-        torch.equal(a.input_ids, b.input_ids) for a, b in zip(ours, theirs, strict=True)
-    )
-
-
 def choose_dtype(found: FoundModel, dtype: str | None) -> Dtype:
-    """Returns `dtype`, or the one that the model's config.json declares, or float32.
-
-    Raises:
-        UserError: nothing computes in the model's own dtype.
-    """
+    """Returns `dtype`, or the one that the model's config.json declares, or float32."""
     config = found.pretrained.config
     chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     if chosen not in DTYPES:

@@ -50,11 +50,7 @@ class Served:
 
 
 def find_server(server: Server, python: str | None) -> str:
-    """Returns the Python that has a server. `python` defaults to the server's environment variable.
-
-    Raises:
-        UserError: no Python is named, or it has no such server.
-    """
+    """Returns the Python that has a server. `python` defaults to the server's environment variable."""
     named = python or os.environ.get(PYTHONS[server])
     if named is None:
         raise UserError(f"--serve {server} needs --serve-python, or {PYTHONS[server]}: a Python with {MODULES[server]}")
@@ -68,11 +64,7 @@ def find_server(server: Server, python: str | None) -> str:
 
 
 def measure_serving(models: Sequence[ServedModel], settings: ServeSettings) -> list[Served]:
-    """Returns one result per model.
-
-    Raises:
-        UserError: a server cannot load a model, or ends.
-    """
+    """Returns one result per model."""
     draw = random.Random(0)
     vocabulary = min(model.vocabulary for model in models)
     prompt = [draw.randrange(vocabulary) for _ in range(settings.prompt)]

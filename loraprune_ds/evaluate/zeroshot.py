@@ -21,14 +21,11 @@ if TYPE_CHECKING:  # launch/compare.py only reads results and need not wait for 
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by the names of lm-eval.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 PAPER = "paper"
+SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
 
 
 def check_tasks(settings: TaskSettings) -> None:
-    """Checks that lm-eval is installed and has the tasks.
-
-    Raises:
-        UserError: it is not installed, or has no such task.
-    """
+    """Checks that lm-eval is installed and has the tasks."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs the package lm-eval: pip install 'lm-eval[hf]'")
     if settings.include_path and not settings.include_path.is_dir():
@@ -52,9 +49,6 @@ def run_tasks(
 
     Returns:
         On rank 0 {"results": {task: {metric: value}}, "settings": …}, with lm-eval's names of metrics. Else None.
-
-    Raises:
-        UserError: a task's data cannot be loaded, or its file is wrong.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
@@ -69,7 +63,18 @@ def run_tasks(
         )
     except Exception as error:  # a task file can hold any code, and `datasets` raises anything
         raise UserError(f"--tasks {' '.join(settings.names)}: {one_line(error)}") from error
-    return {"results": found["results"], "settings": _settings_used(found)} if comm.rank == 0 else None
+    if comm.rank != 0:
+        return None
+    settings = {
+        "lm_eval": found["lm_eval_version"],
+        "fewshot": found["n-shot"],
+        "versions": found["versions"],
+        "documents": found["n-samples"],
+        "max_length": found["max_length"],
+        "chat_template": found.get("chat_template"),
+        **{key: found["config"].get(key) for key in SEEDS},
+    }
+    return {"results": found["results"], "settings": settings}
 
 
 def mean_accuracy(tasks: dict[str, Any]) -> float | None:
@@ -98,20 +103,6 @@ def _model_on_ranks(
             comm.barrier()
 
     return ModelOnRanks()
-
-
-def _settings_used(found: dict[str, Any]) -> dict[str, Any]:
-    """Collects all that a result depends on apart from model and data."""
-    seeds = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
-    return {
-        "lm_eval": found["lm_eval_version"],
-        "fewshot": found["n-shot"],
-        "versions": found["versions"],
-        "documents": found["n-samples"],
-        "max_length": found["max_length"],
-        "chat_template": found.get("chat_template"),
-        **{key: found["config"].get(key) for key in seeds},
-    }
 
 
 def _expand(names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_architecture import Architecture, architecture_of
 from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
-from loraprune_ds.model.classes import config_object
+from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 
@@ -70,9 +70,9 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
 
 def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) -> list[str]:
     """Writes the context length. A model's sliding window limits it where the architecture has no such window."""
-    positions, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+    positions, window = config.max_position_embeddings, sliding_window(config)
     if architecture.window_period:
-        writer.add_sliding_window(int(window))
+        writer.add_sliding_window(int(config.sliding_window))
     if architecture.window_period or window is None or window >= positions:
         writer.add_context_length(positions)
         return []

@@ -162,11 +162,7 @@ def architecture_name(shape: ModelShape) -> str | None:
 
 
 def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
-    """Returns the architecture of a model. `config`: an object of transformers, with all defaults.
-
-    Raises:
-        UserError: llama.cpp has none, or it lacks something that this model does. The line names `where`.
-    """
+    """Returns the architecture of a model. `config`: an object of transformers, with all defaults."""
     found = ARCHITECTURES.get(family_name(shape.model_type))
     if found is None:
         checked = f"{', '.join(ARCHITECTURES)}, not for {shape.model_type}"

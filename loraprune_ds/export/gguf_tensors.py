@@ -100,9 +100,6 @@ def plan_tensors(
 
     Args:
         config: an object of transformers, with all defaults.
-
-    Raises:
-        UserError: the architecture has no place for a tensor. The line names `where` and the tensor.
     """
     arch, stored = architecture.of(shape), shape.stored()
     names = get_tensor_name_map(arch, len(shape.layers))
@@ -134,11 +131,7 @@ def plan_tensors(
 
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
-    """Reads a tensor in the layout of the GGUF file. Q8_0 gives bytes.
-
-    Raises:
-        UserError: a value is beyond the range of its type. The line names file and tensor.
-    """
+    """Reads a tensor in the layout of the GGUF file. Q8_0 gives bytes."""
     read, start = partial(pretrained.read_flat, tensor.source, dtype=torch.float32), tensor.part.start
     blocks = tensor.part.blocks
     flat = blocks.read(read) if blocks else read(start, start + math.prod(tensor.shape))

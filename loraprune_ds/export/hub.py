@@ -19,11 +19,7 @@ from loraprune_ds.model.hub import HUB_ERRORS
 
 
 def check_push(repo: str, results: Sequence[Path]) -> None:
-    """Checks a push before the export is made.
-
-    Raises:
-        UserError: the name is wrong, there is no token, or a file holds no result.
-    """
+    """Checks a push before the export is made."""
     try:
         validate_repo_id(repo)
     except ValueError as error:
@@ -40,9 +36,6 @@ def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private
     Args:
         run: folder of the run, whose report has perplexities. Any other folder has none.
         results: files that launch/evaluate.py --json has written.
-
-    Raises:
-        UserError: the hub refuses, or cannot be reached.
     """
     api = HfApi()
     write_model_index(folder / CARD_FILE, repo.rpartition("/")[2], run, results)

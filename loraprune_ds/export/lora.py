@@ -1,7 +1,6 @@
 """Writes the LoRA of a checkpoint: merged into W, or next to the pruned base as PEFT's adapter."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,8 +19,6 @@ from loraprune_ds.model.weight_files import as_stored, weight_file_count, write_
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 
 MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
-
-Change = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]  # of a layer's frozen tensors before they are written
 
 
 def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -54,30 +51,20 @@ def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
 
 def write_merged(unmerged: UnmergedModel, folder: Path) -> None:
     """Writes the Hugging Face model that the run would export now."""
-    scaling = unmerged.config.lora.lora_alpha / unmerged.config.lora.r
-
-    def merge(layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        lora = unmerged.lora(layer)
-        for linear in unmerged.shape.linears(layer):
-            name = f"model.layers.{layer}.{linear.name}.weight"
-            a, b = lora[f"{linear.name}.lora_A"], lora[f"{linear.name}.lora_B"]
-            tensors[name] = merge_lora(tensors[name], a, b, scaling, tensors[name].dtype)
-        return tensors
-
-    _write_model(unmerged, folder, merge)
+    _write_model(unmerged, folder, merge=True)
 
 
 def write_base_and_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     """Writes `base/`, a Hugging Face model without LoRA, and `adapter/`, the fp32 LoRA for PEFT."""
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     base.mkdir()
-    _write_model(unmerged, base, lambda layer, tensors: tensors)
+    _write_model(unmerged, base, merge=False)
     copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
     adapter.mkdir()
     _write_adapter(unmerged, adapter)
 
 
-def _write_model(unmerged: UnmergedModel, folder: Path, change: Change) -> None:
+def _write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
     """Writes the model layer by layer. No more than one layer is in memory."""
     config, shape, state = unmerged.config, unmerged.shape, unmerged.checkpoint.state
     layers, stored, dtype = len(shape.layers), shape.stored(), DTYPES[config.model.dtype]
@@ -86,8 +73,9 @@ def _write_model(unmerged: UnmergedModel, folder: Path, change: Change) -> None:
         is_layer, prefix = k < layers, f"model.layers.{k}."  # the last file has all that belongs to no layer
         names = [n for n in shape.parameters() if (n.startswith(prefix) if is_layer else "model.layers." not in n)]
         tensors = {name: unmerged.base.read_whole(name, dtype) for name in names}
-        changed = change(k, tensors) if is_layer else tensors
-        entries.append(write_weight_file(folder, k, count, as_stored(changed, stored)))
+        if merge and is_layer:
+            _merge_layer(unmerged, k, tensors)
+        entries.append(write_weight_file(folder, k, count, as_stored(tensors, stored)))
     write_index(folder, entries)
     card = card_of_run(
         config,
@@ -98,6 +86,14 @@ def _write_model(unmerged: UnmergedModel, folder: Path, change: Change) -> None:
         perplexity_pruned=state.totals.perplexity,
     )
     finish_folder(folder, unmerged.exported, unmerged.dense.folder, card)
+
+
+def _merge_layer(unmerged: UnmergedModel, layer: int, tensors: dict[str, Tensor]) -> None:
+    lora, scaling = unmerged.lora(layer), unmerged.config.lora.lora_alpha / unmerged.config.lora.r
+    for linear in unmerged.shape.linears(layer):
+        name = f"model.layers.{layer}.{linear.name}.weight"
+        a, b = lora[f"{linear.name}.lora_A"], lora[f"{linear.name}.lora_B"]
+        tensors[name] = merge_lora(tensors[name], a, b, scaling, tensors[name].dtype)
 
 
 def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:

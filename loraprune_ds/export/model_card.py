@@ -73,8 +73,8 @@ class ModelCard:
     data: str  # of the recovery training
     steps: int
     perplexity_data: str
-    perplexity_dense: float | None
-    perplexity_pruned: float | None
+    perplexity_dense: float | None = None
+    perplexity_pruned: float | None = None
 
 
 def card_of_run(

@@ -52,11 +52,7 @@ class UnmergedModel:
 
 
 def find_source(path: Path) -> ExportSource:
-    """Looks at the folder of a run, of one of its checkpoints, or of a merged model.
-
-    Raises:
-        UserError: the folder is none of these, or a run that has nothing to export yet.
-    """
+    """Looks at the folder of a run, of one of its checkpoints, or of a merged model."""
     name = path.resolve().name
     if status := read_status(path):
         return _find_run(path, name, status)

@@ -66,8 +66,6 @@ def _finish(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
             data="data of its own trainer",
             steps=training.step,
             perplexity_data="not measured",
-            perplexity_dense=None,
-            perplexity_pruned=None,
         )
         finish_folder(staging_of(folder), exported, Path(described), card)
     publish(folder)

@@ -37,6 +37,11 @@ def config_object(config: dict[str, Any]) -> PreTrainedConfig:
     return config_class(config["model_type"]).from_dict(copy.deepcopy(config))
 
 
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Returns the window of the layers that have one. A class without this setting ignores it in config.json."""
+    return getattr(config, "sliding_window", None) or None if hasattr(type(config), "sliding_window") else None
+
+
 def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """Returns the class of the model with its head."""
     if model_type.startswith(PRUNED):

@@ -7,13 +7,12 @@ import shutil
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, LlamaFileType
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
@@ -31,18 +30,9 @@ PROMPT = torch.arange(60).view(3, 20) * 7 % 300
 SAME = 1e-5  # in fp32: the adapter adds LoRA in another order than the merge
 
 
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-
 @pytest.fixture(scope="session")
-def run(finished: Path) -> Run:
-    return Run(finished / "run")
+def run(finished: Path) -> Path:
+    return finished / "run"
 
 
 def export(*arguments: str | Path) -> Ended:
@@ -74,19 +64,19 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def adapter(run: Run) -> Path:
-    return exported(run.folder, "adapter", run.folder.parent / "adapter")
+def adapter(run: Path) -> Path:
+    return exported(run, "adapter", run.parent / "adapter")
 
 
-def test_base_and_adapter_give_the_merged_model(run: Run, adapter: Path) -> None:
+def test_base_and_adapter_give_the_merged_model(run: Path, adapter: Path) -> None:
     base = load(adapter / "base")
     without = logits(base)
     model = PeftModel.from_pretrained(base, str(adapter / "adapter"))
-    merged = logits(load(run.model))
+    merged = logits(load(run / "model"))
     torch.testing.assert_close(logits(model), merged, rtol=0, atol=SAME)
     assert (without - merged).abs().max() > 100 * SAME, "the LoRA has to matter"
     again = model.merge_and_unload()
-    for name, tensor in read_tensors(run.model).items():
+    for name, tensor in read_tensors(run / "model").items():
         torch.testing.assert_close(again.get_parameter(name).detach(), tensor, rtol=0, atol=1e-6)
 
 
@@ -95,27 +85,27 @@ def test_a_run_can_start_from_base_and_adapter(adapter: Path) -> None:
     check_adapter(adapter / "adapter", LoraConfig(r=4), shape)
 
 
-def test_the_finished_model_is_copied(run: Run, tmp_path: Path) -> None:
+def test_the_finished_model_is_copied(run: Path, tmp_path: Path) -> None:
     """Starts a process. It prints one line. The result is in the folder it was started from."""
-    ended = run_to_end([sys.executable, str(EXPORT), str(run.folder)], cwd=tmp_path)
+    ended = run_to_end([sys.executable, str(EXPORT), str(run)], cwd=tmp_path)
     assert (ended.code, ended.out, ended.err) == (0, "hf: run-hf\n", ""), ended.everything
     out = tmp_path / "run-hf"
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
-        path.name: path.read_bytes() for path in run.model.iterdir()
+        path.name: path.read_bytes() for path in (run / "model").iterdir()
     }
 
 
-def test_the_last_checkpoint_is_the_finished_model(run: Run, tmp_path: Path) -> None:
-    out = exported(run.folder / "checkpoints" / f"step-{STEPS}", "hf", tmp_path / "hf")
-    assert read_json(out / "config.json") == read_json(run.model / "config.json")
-    assert_equal_tensors(read_tensors(out), read_tensors(run.model))
+def test_the_last_checkpoint_is_the_finished_model(run: Path, tmp_path: Path) -> None:
+    out = exported(run / "checkpoints" / f"step-{STEPS}", "hf", tmp_path / "hf")
+    assert read_json(out / "config.json") == read_json(run / "model" / "config.json")
+    assert_equal_tensors(read_tensors(out), read_tensors(run / "model"))
 
 
 @pytest.fixture
-def unfinished(run: Run, tmp_path: Path) -> Path:
+def unfinished(run: Path, tmp_path: Path) -> Path:
     """Takes the run back to step 4."""
     folder = tmp_path / "unfinished"
-    shutil.copytree(run.folder, folder)
+    shutil.copytree(run, folder)
     shutil.rmtree(folder / "model")
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS}")
     status = read_json(folder / "status.json") | {"state": "stopped", "step": 4}
@@ -123,26 +113,24 @@ def unfinished(run: Run, tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_unfinished_run_gives_its_newest_checkpoint(run: Run, unfinished: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, unfinished: Path, tmp_path: Path) -> None:
     ended = export(unfinished, "--out", tmp_path / "hf")
     assert ended.code == 0, ended.everything
     assert "taken from step-4" in ended.out
-    shape, last = (open_pretrained(folder).shape for folder in (tmp_path / "hf", run.model))
-    dense = open_pretrained(run.folder.parent / "dense").shape
+    shape, last = (open_pretrained(folder).shape for folder in (tmp_path / "hf", run / "model"))
+    dense = open_pretrained(run.parent / "dense").shape
     assert dense.linear_numel() > shape.linear_numel() > last.linear_numel()
     assert torch.isfinite(logits(load(tmp_path / "hf"))).all()
     tokens = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)("the import statement").input_ids
-    assert tokens == AutoTokenizer.from_pretrained(run.folder.parent / "dense")("the import statement").input_ids
+    assert tokens == AutoTokenizer.from_pretrained(run.parent / "dense")("the import statement").input_ids
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "4 optimizer steps" in card
-    assert (
-        f"| perplexity | {read_json(run.folder / 'report.json')['perplexity']['dense']:.2f} | not measured | |" in card
-    )
+    assert f"| perplexity | {read_json(run / 'report.json')['perplexity']['dense']:.2f} | not measured | |" in card
     exported(unfinished, "gguf-f16", tmp_path / "gguf")
     assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"README.md", "unfinished-f16.gguf"}
 
 
-def test_a_damaged_checkpoint_is_passed_over(run: Run, unfinished: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(run: Path, unfinished: Path, tmp_path: Path) -> None:
     steps = unfinished / "checkpoints"
     shutil.copytree(steps / "step-4", steps / "step-5")
     (steps / "step-5" / "layer-00001.safetensors").write_bytes(b"")
@@ -154,20 +142,13 @@ def test_a_damaged_checkpoint_is_passed_over(run: Run, unfinished: Path, tmp_pat
     check_error(export(unfinished, "--out", tmp_path / "again"), "layer-00001.safetensors is damaged")
 
 
-@pytest.mark.parametrize("precision", ["f16", "q8_0"])
-def test_gguf(run: Run, precision: str, tmp_path: Path) -> None:
-    out = exported(run.folder, f"gguf-{precision}", tmp_path / "gguf")
-    reader = GGUFReader(out / f"run-{precision}.gguf")
-    architecture = reader.get_field("general.architecture")
-    assert architecture is not None
-    assert architecture.contents() == "deci"
-    assert len(reader.tensors) == len(read_tensors(run.model))
-
-
-def test_every_format_has_the_same_card(run: Run, adapter: Path, tmp_path: Path) -> None:
-    report = read_json(run.folder / "report.json")
-    gguf = exported(run.folder, "gguf-f16", tmp_path / "gguf")
-    how = {run.model: "LoRA merged", adapter: "PeftModel.from_pretrained", gguf: 'Llama("path/to/run-f16.gguf")'}
+def test_every_format_has_the_same_card(run: Path, adapter: Path, tmp_path: Path) -> None:
+    report = read_json(run / "report.json")
+    gguf = exported(run, "gguf-q8_0", tmp_path / "gguf")
+    reader = GGUFReader(gguf / "run-q8_0.gguf")
+    assert len(reader.tensors) == len(read_tensors(run / "model"))
+    assert reader.fields["general.file_type"].contents() == LlamaFileType.MOSTLY_Q8_0
+    how = {run / "model": "LoRA merged", adapter: "PeftModel.from_pretrained", gguf: 'Llama("path/to/run-q8_0.gguf")'}
     for folder, words in how.items():
         card = (folder / "README.md").read_text()
         for number in (report["params"]["dense"], report["params"]["pruned"]):
@@ -191,19 +172,19 @@ def no_room(*_: Any) -> None:
     raise SafetensorError("Error while serializing: No space left on device")
 
 
-def test_bad_input_is_one_line(run: Run, unfinished: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     check_error(export(tmp_path, "--out", out), "holds no run, checkpoint or model")
-    check_error(export(run.folder, "--out", "/proc/nowhere/out"), "/proc/nowhere/out cannot be made: [Errno 2]")
+    check_error(export(run, "--out", "/proc/nowhere/out"), "/proc/nowhere/out cannot be made: [Errno 2]")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loraprune_ds.export.lora.write_weight_file", no_room)
         check_error(export(unfinished, "--out", out), f"{out} cannot be made: Error while serializing: No space left")
-    check_error(export(run.model, "--format", "adapter", "--out", out), "model has no checkpoint with its LoRA apart")
-    check_error(export(run.folder, "--out", unfinished), "exists already")
+    check_error(export(run / "model", "--format", "adapter", "--out", out), "model has no checkpoint with its LoRA")
+    check_error(export(run, "--out", unfinished), "exists already")
     shutil.rmtree(unfinished / "checkpoints")
     check_error(export(unfinished, "--out", out), "holds an unfinished run (stopped at step 4 of 6)")
     model = tmp_path / "model"
-    shutil.copytree(run.model, model)
+    shutil.copytree(run / "model", model)
     (model / "tokenizer.json").unlink()
     check_error(export(model, "--format", "gguf-f16", "--out", out), "has no tokenizer")
     next(model.glob("*.safetensors")).write_bytes(b"no")

@@ -140,12 +140,8 @@ def drop_tensor(name: str) -> Spoil:
 
 
 BAD: list[tuple[str, Spoil, str]] = [
-    ("dense", cut_short("model.safetensors"), "{here}/model.safetensors is damaged: "),
     ("dense", drop("config.json"), "{here}/config.json does not exist"),
-    ("dense", change("config.json", model_type="gpt2"), "{here}: model_type 'gpt2' is not supported"),
-    ("dense", change("config.json", intermediate_size=47), "{here}/model.safetensors: model.layers.0.mlp.gate_proj"),
     ("run", change("status.json", state="running", step=3), "{here} holds an unfinished run (running at step 3 of 8)"),
-    ("run", write("status.json", "{"), "{here}/status.json is not valid JSON"),
     ("run", drop("report.json"), "{here}/report.json does not exist"),
     ("run", write("report.json", '{"params": {}}'), "{here}/report.json is damaged: KeyError('"),
     ("run", drop("model/config.json"), "{here}/model/config.json does not exist"),

@@ -98,7 +98,8 @@ FULL, SLIDING = (1 + 2 + 3 + 4 + 5 + 6) / 6, (1 + 2 + 3 + 4 + 4 + 4) / 6
 @pytest.mark.parametrize(
     ("family", "window", "context"),
     [
-        ("llama", None, FULL),
+        ("llama", 4, FULL),  # its class has no window, whatever config.json says
+        ("qwen2_moe", 4, FULL),  # its window is off by default
         ("mistral", None, FULL),
         ("mistral", 4, SLIDING),
         ("mistral", 100, FULL),
@@ -107,7 +108,7 @@ FULL, SLIDING = (1 + 2 + 3 + 4 + 5 + 6) / 6, (1 + 2 + 3 + 4 + 4 + 4) / 6
     ],
 )
 def test_context_is_the_mean_over_the_window_and_the_heads(family: str, window: int | None, context: float) -> None:
-    config = tiny_config(family, **({} if family == "llama" else {"sliding_window": window})).to_dict()
+    config = tiny_config(family).to_dict() | {"sliding_window": window}
     dense = shape_from_config(config, family)
     first, second = dense.layers
     shape = dense.with_layers((LayerShape({**first, "heads": 3}), LayerShape({**second, "heads": 1})))

@@ -16,7 +16,7 @@ from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
-from tests.export_cases import CASES, cut, dense_model, exported_config, model_card
+from tests.export_cases import CASES, dense_model, exported_config, model_card
 from tests.oracle.models import make_tokenizer
 
 MHA = CASES[0]
@@ -151,12 +151,3 @@ def test_a_card_has_the_sizes_and_asks_for_trust_where_layers_differ(tmp_path: P
     assert f"{dense.total_numel():,} | {pruned.total_numel():,} | {removed:.2%}" in text
     assert ("trust_remote_code" in text) == (not alike)
     assert ("| 3–30 | 16 | 16 | 5504 |" if not alike else "| 0–31 | 16 | 16 | 5504 |") in text
-
-
-def test_cut_reference_has_the_declared_shapes() -> None:
-    """Guards the tests' own cut: its sizes are the ones the package's shape declares."""
-    for case in CASES:
-        model = dense_model(case)
-        _, dense, pruned = exported_config(model, case)
-        assert sum(p.numel() for p in model.parameters()) == dense.total_numel()
-        assert sum(p.numel() for p in cut(model, case).parameters()) == pruned.total_numel()

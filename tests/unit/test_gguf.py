@@ -143,6 +143,9 @@ def test_window_and_rope_scaling(models: dict[str, Path], tmp_path: Path) -> Non
     reader, remarks = convert(models["layers_no_window"], tmp_path / "no_window.gguf")
     assert value(reader, "deci.context_length") == 64
     assert remarks == []
+    stray = edit_config(models["mha"], tmp_path / "stray", sliding_window=5)  # LLaMA's class has no window
+    reader, remarks = convert(stray, tmp_path / "stray.gguf")
+    assert (value(reader, "llama.context_length"), remarks) == (64, [])
     reader, _ = convert(models["stand_in"], tmp_path / "linear.gguf")
     assert value(reader, "llama.rope.scaling.type") == "linear"
     assert value(reader, "llama.rope.scaling.factor") == 2.0

@@ -134,6 +134,10 @@ def test_norms_and_attention_scale_of_gemma3(layers: int, divisor: int, convert:
     assert {key: value(reader, f"gemma3.{key}") for key in wanted} == wanted
 
 
+def test_a_window_that_is_off_limits_no_context(convert: Any) -> None:
+    assert value(convert("qwen2_moe")[0], "qwen2moe.context_length") == 64
+
+
 def test_numbers_of_granite(convert: Any) -> None:
     reader, *_ = convert("granite")
     keys = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")

@@ -208,7 +208,14 @@ def test_a_hopeless_model_has_an_infinite_perplexity_and_a_broken_one_none(value
     assert found == pytest.approx(expected, nan_ok=True)
 
 
-def test_low_precision_logits_are_summed_in_fp64_without_a_graph() -> None:
+def test_losses_are_summed_in_fp64() -> None:
+    losses = 600 + torch.rand(8, 31, generator=torch.Generator().manual_seed(1))
+    batches = fixed_batches(token_ids(8 * 32).view(8, 32), 8)
+    found = measure_perplexity(lambda input_ids, labels: losses, batches, rank_of(1, 0)).perplexity
+    assert found == pytest.approx(math.exp(math.fsum(losses.flatten().tolist()) / losses.numel()), rel=1e-9)
+
+
+def test_low_precision_logits_are_enough_and_have_no_graph() -> None:
     windows = token_ids(64 * 32).view(64, 32)
     logits = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
 
