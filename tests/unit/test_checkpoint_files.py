@@ -4,8 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -77,12 +76,8 @@ def test_a_file_and_the_name_are_on_the_disk_before_anything_relies_on_them(
 
 def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step(tmp_path, 4, "shape-1")
-
-    def killed(folder: Path, **_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(whole.shutil, "rmtree", killed)
+        patch.setattr(whole.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             whole.remove(step)
     assert layout.numbered(tmp_path, "step") == []
@@ -194,13 +189,8 @@ def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, change: dict[s
 def test_the_devices_memory_is_given_back_before_the_ranks_gather(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    order: list[str] = []
-
-    def all_or_raise(action: Callable[[], object]) -> object:
-        order.append("collective")
-        return action()
-
-    monkeypatch.setattr(staging, "empty_cache", lambda: order.append("emptied"))
-    comm = SimpleNamespace(rank=0, all_or_raise=all_or_raise, draw_mark=lambda: "1a2b")
-    staging.Staging(cast(Any, comm), tmp_path / "step-1", "step")
-    assert order == ["emptied", "collective"]
+    calls = Mock()
+    calls.comm.configure_mock(rank=0, draw_mark=lambda: "1a2b")
+    monkeypatch.setattr(staging, "empty_cache", calls.empty_cache)
+    staging.Staging(calls.comm, tmp_path / "step-1", "step")
+    assert [name for name, *_ in calls.method_calls][:2] == ["empty_cache", "comm.all_or_raise"]

@@ -65,9 +65,10 @@ def test_partial_sums_add_up_to_the_sums_of_the_whole_weight(monkeypatch: pytest
         assert close(total, oracle(name, weight, factors, gradient).sum(1 - axis)), (shape, world_size, axis, name)
 
 
-def test_bf16_weights_are_scored_in_fp32_and_left_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_scored_in_fp32_and_left_alone(dtype: torch.dtype) -> None:
     weight, factors, gradient = random_linear(torch.Generator().manual_seed(2), (12, 9), 2, 2.0)
-    weight = weight.bfloat16()
+    weight = weight.to(dtype)
     given = (weight, gradient, factors.A, factors.B, factors.grad_A, factors.grad_B)
     before = [t.clone() for t in given]
     for name, element in ELEMENT_CRITERIA.items():

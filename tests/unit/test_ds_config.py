@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from loraprune_ds.config import Dtype, ModelConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.experts import CORRECTION
@@ -101,16 +101,12 @@ def test_the_run_config_fills_in_its_settings(
 
 
 def test_settings_that_change_no_result_stay(tmp_path: Path) -> None:
-    raw = zero3(sub_group_size=1000, reduce_bucket_size=77) | {
-        "fp16": {"initial_scale_power": 8},
-        "timers": {"throughput": {"enabled": True}},
-        "wall_clock_breakdown": True,
-    }
+    raw = zero3(sub_group_size=1000, reduce_bucket_size=77) | {"fp16": {"initial_scale_power": 8}}
+    raw |= {"timers": {"throughput": {"enabled": True}}, "wall_clock_breakdown": True}
     resolved = resolve(tmp_path, raw, with_dtype("float16"))
     assert resolved["fp16"] == {"initial_scale_power": 8, "enabled": True}
     assert resolved["zero_optimization"] == raw["zero_optimization"] | {"stage3_prefetch_bucket_size": 2 * 40 * 16}
-    assert resolved["timers"] == raw["timers"]
-    assert resolved["wall_clock_breakdown"] is True
+    assert {key: resolved[key] for key in ("timers", "wall_clock_breakdown")}.items() <= raw.items()
 
 
 OFFLOAD = {"device": "cpu", "ratio": 0.5}
@@ -211,9 +207,7 @@ def test_a_file_that_is_not_a_json_object(tmp_path: Path, text: str | None, mess
 
 
 def test_the_gradient_bucket_holds_all_of_lora_or_one_layer() -> None:
-    per_layer = LoraConfig().r * (4 * (16 + 16) + 3 * (16 + 40))
-    assert bucket_numel(SHAPE, LoraConfig().r) == 3 * per_layer
-    assert bucket_numel(LLAMA_7B, 8) == 19_988_480
+    assert bucket_numel(SHAPE, 8) == 3 * 8 * (4 * (16 + 16) + 3 * (16 + 40))
     assert bucket_numel(LLAMA_7B, 64) == MAX_BUCKET
     huge = make_shape([(64, 28672)] * 2, hidden=8192, head_dim=128)
     assert bucket_numel(huge, 512) == 512 * (4 * 2 * 8192 + 3 * (8192 + 28672)) > MAX_BUCKET
