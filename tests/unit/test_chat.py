@@ -1,6 +1,7 @@
 """Conversations: their forms, whose tokens are learnt, and TRL's masks of the same templates, token by token."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +16,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import load_tokenizer
-from loraprune_ds.train.data.chat import Chat, ChatTemplate, read_chat, tokenize_chats
+from loraprune_ds.train.data.chat import Chat, read_chat, tokenize_chats
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
+from tests.refusals import refused
 from tests.unit.test_data import numbers
 from tests.unit.test_data_load import write_json
 
@@ -113,14 +115,6 @@ def test_qwen3_can_learn_one_answer_of_a_conversation() -> None:
         labels_of(Chat(TALKS[0]), tokenizer)
 
 
-def test_the_newline_of_the_header_is_the_prompts_though_trl_learns_it_with_qwen2_5() -> None:
-    tokenizer = tokenizer_with(trl_templates.qwen2_5_chat_template)
-    (ids, labels), (_, theirs) = labels_of(Chat(TALKS[1]), tokenizer), trl_labels(TALKS[1], tokenizer)
-    (only,) = [i for i, pair in enumerate(zip(labels, theirs, strict=True)) if pair[0] != pair[1]]
-    assert tokenizer.decode([ids[only]]) == "\n"
-    assert labels[only] == IGNORE_INDEX
-
-
 def test_the_template_alone_brings_special_tokens() -> None:
     tokenizer, adding = tokenizer_with(CHATML), tokenizer_with(CHATML)
     with_bos = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
@@ -136,12 +130,9 @@ def test_only_the_assistants_turns_are_learnt_with_what_ends_them() -> None:
     assert learnt(Chat([assistant("hello"), *TALKS[1]]), tokenizer) == "two<|im_end|>\n"  # nothing prompts the first
     assert learnt(Chat([user("a"), user("b")]), tokenizer) == ""
     assert labels_of(Chat([]), tokenizer) == ([], [])
-
-
-def test_the_turns_of_a_prompt_are_not_learnt_with_generation_either() -> None:
-    tokenizer = tokenizer_with(trl_templates.llama3_training_chat_template)
+    by_generation = tokenizer_with(trl_templates.llama3_training_chat_template)
     chat = read_chat({"prompt": TALKS[0][:3], "completion": TALKS[0][3:]})
-    assert learnt(chat, tokenizer) == "Yes.\n\nIt\tworks<|eot_id|>"
+    assert learnt(chat, by_generation) == "Yes.\n\nIt\tworks<|eot_id|>"
 
 
 # The forms of rows
@@ -191,24 +182,18 @@ def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_pa
     assert len(packed) < 17 == len(packed.text_lengths(numbers(*range(len(packed)))))
 
 
-def test_a_long_conversation_ends_at_the_window(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "chats.jsonl", [{"messages": [user("a"), assistant("word " * 100)]}] * 10)
-    samples = load(path, tokenizer_with(CHATML), window=20, max_samples=3).samples
-    assert samples.lengths().tolist() == [20] * 3
-
-
 # What can be wrong
 
 
-def fails(message: str, rows: list[Any], folder: Path, template: str | None = CHATML) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        load(write_json(folder / "chats.jsonl", rows * 20), tokenizer_with(template))
-    assert "\n" not in str(caught.value)
+def fails(message: str, rows: list[Any], folder: Path, template: str = CHATML) -> None:
+    found = refused(load, write_json(folder / "chats.jsonl", rows * 20), tokenizer_with(template))
+    assert re.search(message, found), found
 
 
 def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     good = {"messages": TALKS[0]}
-    fails(r"needs a chat template, and the tokenizer of .* has none; write one into", [good], tmp_path, None)
+    with pytest.raises(UserError, match=r"needs a chat template, and the tokenizer of .* has none"):
+        load(tmp_path / "missing.jsonl", tokenizer_with(None))  # found before anything is read
     fails(r"template of .* has no \{% generation %\}, and its first 1 of 4", [good], tmp_path, FORGETFUL)
     fails(r"refuses a conversation of system, user: System role", [{"messages": [
         {"role": "system", "content": "s"}, user("a")]}], tmp_path, GEMMA)  # fmt: skip
@@ -218,7 +203,6 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     fails(r"data\.path: row 2 of .*chats\.jsonl: role 'asistant' is none of system, developer, user, assistant, tool", [
         good, {"messages": [user("a"), {"role": "asistant", "content": "b"}]}], tmp_path)  # fmt: skip
     fails(r"a message must have role and content.*; got 'a'", [{"messages": ["a"]}], tmp_path)
-    fails(r"a message must have role .*; got \{'from': \['gpt'\]", [{"messages": [{"from": ["gpt"]}]}], tmp_path)
     fails(r"tools must be a list or its JSON; got 'f'", [good | {"tools": "f"}], tmp_path)
 
 
@@ -229,9 +213,3 @@ def test_a_template_may_name_more_roles(tmp_path: Path) -> None:
     assert len(load(path, named).samples) == 18
     with pytest.raises(UserError, match="role 'critic' is none of"):
         load(path, tokenizer_with("{#- there is no critic -#}" + CHATML))
-
-
-def test_a_tokenizer_without_template_is_found_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs a chat template"):
-        load(tmp_path / "missing.jsonl", tokenizer_with(None))
-    assert ChatTemplate(tokenizer_with(CHATML)).render(Chat(TALKS[1])).startswith("<|im_start|>user\none")

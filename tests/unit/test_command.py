@@ -29,6 +29,7 @@ raise RuntimeError("out of memory")
         ("1", UserError("a"), False, "error on rank 1: a\n"),
         ("0", RankError("a"), True, "error: a\n"),
         ("1", RankError("a"), True, "error on rank 1: a\n"),
+        ("one", UserError("a"), False, "error on rank one: a\n"),
     ],
 )
 def test_what_a_rank_met_alone_it_tells_itself(

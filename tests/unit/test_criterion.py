@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraprune_ds.pruning import criterion
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import LoraFactors
 from tests.oracle import formula
 from tests.unit.split_model import owned_shard
 
@@ -65,33 +65,14 @@ def test_partial_sums_add_up_to_the_sums_of_the_whole_weight(monkeypatch: pytest
         assert close(total, oracle(name, weight, factors, gradient).sum(1 - axis)), (shape, world_size, axis, name)
 
 
-def test_a_gpu_gets_few_large_blocks() -> None:
-    """down_proj of LLaMA-7B on one of 8 ranks, on a device without memory: 5.6 M elements."""
-    out_features, in_features, r = 4096, 11008, 8
-    a, b = (torch.empty(shape, device="meta") for shape in ((r, in_features), (out_features, r)))
-    numel = out_features * in_features // 8
-    shard = OwnedShard(torch.empty(numel, dtype=torch.bfloat16, device="meta"), 3 * numel, (out_features, in_features))
-    blocks = []
-
-    def count(weight: Tensor, factors: LoraFactors) -> Tensor:
-        blocks.append(weight.numel())
-        return ELEMENT_CRITERIA["lora"](weight, factors)
-
-    assert score_shard(shard, LoraFactors(a, b, a, b, 2.0), count, 1).shape == (in_features,)
-    assert blocks == [numel]
-
-
-def test_scoring_leaves_its_input_alone() -> None:
-    weight, factors, gradient = random_linear(torch.Generator().manual_seed(2), (6, 5), 2, 2.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_scored_in_fp32_and_left_alone(dtype: torch.dtype) -> None:
+    weight, factors, gradient = random_linear(torch.Generator().manual_seed(2), (12, 9), 2, 2.0)
+    weight = weight.to(dtype)
     given = (weight, gradient, factors.A, factors.B, factors.grad_A, factors.grad_B)
     before = [t.clone() for t in given]
     for name, element in ELEMENT_CRITERIA.items():
-        score_shard(owned_shard(weight, 1, 0), factors, element, 0, gradient.view(-1) if name == "gradient" else None)
+        of_gradient = gradient.view(-1) if name == "gradient" else None
+        sums = score_shard(owned_shard(weight, 1, 0), factors, element, 1, of_gradient)
+        assert close(sums, oracle(name, weight, factors, gradient).sum(0)), name
         assert all(torch.equal(b, a) for b, a in zip(before, given, strict=True)), name
-
-
-def test_bf16_weights_are_scored_in_fp32() -> None:
-    weight, factors, gradient = random_linear(torch.Generator().manual_seed(3), (12, 9), 2, 2.0)
-    weight = weight.bfloat16()
-    sums = score_shard(owned_shard(weight, 1, 0), factors, ELEMENT_CRITERIA["lora"], 1)
-    assert close(sums, oracle("lora", weight, factors, gradient).sum(0))

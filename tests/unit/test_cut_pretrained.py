@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,18 +25,8 @@ EVEN: Kept = [([0, 2], [1, 2, 3, 30]), ([1, 2], [5, 6, 7, 8]), ([2, 3], [0, 1, 2
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(
-        tmp_path_factory.mktemp("dense"),
-        heads=8,
-        kv_heads=4,
-        head_dim=HEAD_DIM,
-        hidden=48,
-        ffn=37,
-        layers=3,
-        vocab=59,
-        seed=1,
-        biases=request.param,
-    )
+    sizes: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": HEAD_DIM, "hidden": 48, "ffn": 37, "vocab": 59}
+    return make_tiny_llama(tmp_path_factory.mktemp("dense"), layers=3, seed=1, biases=request.param, **sizes)
 
 
 def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
@@ -57,23 +48,15 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kept", [UNEVEN, EVEN], ids=["uneven", "even"])
 def test_every_part_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "READ_CHUNK", chunk)
-    cut, expected = cut_to(open_pretrained(folder), keep_of(kept), "float32"), cut_by_hand(load_tensors(folder), kept)
-    assert cut.shape.parameters() == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    cut = cut_to(open_pretrained(folder), keep_of(kept), "float32")
+    expected = cut_by_hand(load_file(folder / "model.safetensors"), kept)
+    sizes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    assert cut.shape.parameters() == sizes
+    assert {n: tuple(p.shape) for n, p in build_for_losses(cut, "sdpa").named_parameters()} == sizes
     for name, tensor in expected.items():
         flat, numel = tensor.reshape(-1), tensor.numel()
         for start, end in itertools.pairwise(sorted([0, 0, 1, numel // 3, numel // 2, numel, numel])):
             assert torch.equal(cut.read_flat(name, start, end, torch.float32), flat[start:end]), (name, start, end)
-
-
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def test_it_is_built_with_the_sizes_that_are_left(folder: Path) -> None:
-    for kept in (UNEVEN, EVEN):
-        cut = cut_to(open_pretrained(folder), keep_of(kept), "float32")
-        model = build_for_losses(cut, "sdpa")
-        assert {n: tuple(p.shape) for n, p in model.named_parameters()} == cut.shape.parameters()
 
 
 def test_with_nothing_cut_it_is_the_model_on_disk(folder: Path) -> None:

