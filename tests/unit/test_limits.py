@@ -39,6 +39,12 @@ def test_the_first_tenth_and_the_last_layer_are_protected_if_not_said(
         assert limits.floor[i] == limits.dense.layers[i]
 
 
+def test_floors_are_multiples() -> None:
+    prune = {"protected_first": 0, "protected_last": 0, "tensor_parallel": 2, "channel_multiple": 33}
+    limits = limits_of(make_shape([(4, 200), (4, 100), (2, 66)]), ranking="global", **prune)
+    assert [tuple(layer.values()) for layer in limits.floor] == [(2, 66), (2, 66), (2, 66)]
+
+
 MULTIPLE = "prune.channel_multiple"
 
 
