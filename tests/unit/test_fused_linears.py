@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from loraprune_ds.config import Criterion, PruneConfig
-from tests.numerics.driver import random_lora
+from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_batches, make_tiny_llama
-from tests.unit.plain_training import PlainRun
+from tests.unit.plain_training import PlainRun, fresh_lora
 
 STEPS, VOCAB = 4, 97
 FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
@@ -35,18 +34,6 @@ def fuse(llama: Path, folder: Path) -> Path:
     return folder
 
 
-def fresh_lora(folder: Path) -> dict[str, Tensor]:
-    """Draws an adapter with B zero. Linears that Phi-3 fuses share one A."""
-    first = {f"{part}_proj": name.partition(".")[2] for name, parts in FUSED.items() for part in parts}
-    lora: dict[str, Tensor] = {}
-    for name, factor in random_lora(folder).items():
-        *path, linear, side = name.split(".")
-        seed = sum(map(ord, ".".join((*path, first.get(linear, linear)))))
-        drawn = torch.randn(factor.shape, generator=torch.Generator().manual_seed(seed))
-        lora[name] = drawn if side == "lora_A" else torch.zeros_like(factor)
-    return lora
-
-
 @pytest.mark.parametrize("criterion", ["lora", "magnitude"])
 def test_fused_linears_score_as_their_parts(tmp_path: Path, criterion: Criterion) -> None:
     llama = tmp_path / "llama"  # head_dim is hidden_size / heads, as Phi-3 needs it
@@ -55,9 +42,11 @@ def test_fused_linears_score_as_their_parts(tmp_path: Path, criterion: Criterion
     prune = PruneConfig(
         criterion=criterion, ratio=0.4, prune_every=2, protected_first=0, protected_last=0, channel_multiple=1
     )
+    folders = (llama, fuse(llama, tmp_path / "phi3"))
+    loras = [fresh_lora(open_pretrained(folder).shape) for folder in folders]  # the linears of a layer share one A
     split, fused = (
-        PlainRun(folder, fresh_lora(folder), prune, STEPS, learning_rate=0.0, dtype=torch.float64).run(batches)
-        for folder in (llama, fuse(llama, tmp_path / "phi3"))
+        PlainRun(folder, lora, prune, STEPS, learning_rate=0.0, dtype=torch.float64).run(batches)
+        for folder, lora in zip(folders, loras, strict=True)
     )
     assert len(split.cuts) >= 2
     assert fused.kept() == split.kept()

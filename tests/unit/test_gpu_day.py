@@ -62,7 +62,7 @@ def alive(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
-    return state != "Z"  # killed, and not reaped by whoever inherited it
+    return state != "Z"  # killed, and not reaped by its new parent
 
 
 @pytest.mark.timeout(60)

@@ -13,41 +13,29 @@ from loraprune_ds.zero import half_products
 from loraprune_ds.zero.half_products import ThroughFloat32, fast_half_products
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    return functional.linear(x, w)
-
-
-def linear_with_bias(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    return functional.linear(x, w, bias)
-
-
-def scaled_product(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias, x.flatten(0, 1), w.t(), beta=0.5, alpha=2)
-
-
-def batched(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    return torch.bmm(x, w.t().expand(len(x), -1, -1))
-
-
-def batched_with_addition(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    return torch.baddbmm(bias, x, w.t().expand(len(x), -1, -1))
-
-
-def attention(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+def attend(x: Tensor, w: Tensor, mask: Tensor | None = None) -> Tensor:
     heads = functional.linear(x, w).unflatten(-1, (3, -1)).transpose(1, 2)
-    return functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    return functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask, is_causal=mask is None)
 
 
 def masked_attention(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    heads = functional.linear(x, w).unflatten(-1, (3, -1)).transpose(1, 2)
-    mask = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype).masked_fill(torch.eye(x.shape[1]) == 1, -2.0)
-    return functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+    n = x.shape[1]
+    return attend(x, w, torch.zeros(n, n, dtype=x.dtype).masked_fill(torch.eye(n) == 1, -2.0))
 
 
-ALL = (linear, linear_with_bias, scaled_product, batched, batched_with_addition, attention, masked_attention)
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+PRODUCTS: dict[str, Product] = {
+    "linear": lambda x, w, bias: functional.linear(x, w),
+    "linear with bias": functional.linear,
+    "scaled": lambda x, w, bias: torch.addmm(bias, x.flatten(0, 1), w.t(), beta=0.5, alpha=2),
+    "batched": lambda x, w, bias: torch.bmm(x, w.t().expand(len(x), -1, -1)),
+    "batched with addition": lambda x, w, bias: torch.baddbmm(bias, x, w.t().expand(len(x), -1, -1)),
+    "attention": lambda x, w, bias: attend(x, w),
+    "masked attention": masked_attention,
+}
 
 
-def outputs(product: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+def outputs(product: Product, dtype: torch.dtype) -> list[Tensor]:
     """Returns the product and its gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 16, 24), (48, 24), (48,))
@@ -71,8 +59,8 @@ class Halves(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", half_products.HALF)
-@pytest.mark.parametrize("product", ALL)
-def test_same_as_torchs_own_product(product: Callable[..., Tensor], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_same_as_torchs_own_product(product: Product, dtype: torch.dtype) -> None:
     with Halves() as without:
         expected = outputs(product, dtype)
     with Halves() as through, ThroughFloat32():
@@ -85,11 +73,16 @@ def test_same_as_torchs_own_product(product: Callable[..., Tensor], dtype: torch
         assert (mine - torchs).abs().max() <= 4 * torch.finfo(dtype).eps * torchs.abs().max()
 
 
+def test_other_dtypes_are_left_alone() -> None:
+    expected = outputs(PRODUCTS["linear"], torch.float64)
+    with ThroughFloat32():
+        assert all(map(torch.equal, outputs(PRODUCTS["linear"], torch.float64), expected))
+
+
 @pytest.mark.parametrize("columns", [1, 5, 48, 1000])
-@pytest.mark.parametrize("product", [linear, linear_with_bias])
-def test_a_weight_in_parts_is_the_same_product(
-    product: Callable[..., Tensor], columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["linear", "linear with bias"])
+def test_a_weight_in_parts_is_the_same_product(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = PRODUCTS[name]
     with ThroughFloat32():
         whole = outputs(product, torch.bfloat16)
         monkeypatch.setattr(half_products, "LARGEST_COPY", 24 * columns)
@@ -98,21 +91,9 @@ def test_a_weight_in_parts_is_the_same_product(
         torch.testing.assert_close(mine, expected, rtol=2**-8, atol=2**-8)  # one rounding of bf16
 
 
-def test_fp32_is_left_alone() -> None:
-    expected = outputs(linear, torch.float32)
-    with ThroughFloat32():
-        got = outputs(linear, torch.float32)
-    assert all(map(torch.equal, got, expected))
-
-
 @pytest.mark.parametrize(
     ("dtype", "has_instructions", "goes"),
-    [
-        ("bfloat16", False, True),
-        ("bfloat16", True, False),
-        ("float16", False, True),
-        ("float32", False, False),
-    ],
+    [("bfloat16", False, True), ("bfloat16", True, False), ("float16", False, True), ("float32", False, False)],
 )
 def test_only_where_that_is_faster(
     dtype: str, has_instructions: bool, goes: bool, monkeypatch: pytest.MonkeyPatch

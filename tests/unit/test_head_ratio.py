@@ -58,14 +58,8 @@ def test_the_planner_knows(ranking: Ranking) -> None:
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        (
-            {"head_ratio": 0.9, "ratio": 0.1},
-            r"prune.head_ratio 0.9 with prune.ratio 0.1 would take -\d+",
-        ),
-        (
-            {"head_ratio": 0.0, "ratio": 0.75},
-            r"prune.head_ratio 0.0 with prune.ratio 0.75 would take 1\d\d",
-        ),
+        ({"head_ratio": 0.9, "ratio": 0.1}, r"prune.head_ratio 0.9 with prune.ratio 0.1 would take -\d+"),
+        ({"head_ratio": 0.0, "ratio": 0.75}, r"prune.head_ratio 0.0 with prune.ratio 0.75 would take 1\d\d"),
         ({"head_ratio": 0.9, "tensor_parallel": 3}, "is more of the heads than may go: 66.7%"),
         ({"head_ratio": 0.0, "channel_multiple": 900}, r"take 78\.2% of the channels, of which 41\.4% may go"),
     ],

@@ -48,7 +48,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[s
         checkpoint._read(tmp_path, CONFIG, COMM)
 
 
-def test_what_is_not_given_comes_from_the_checkpoint_and_damage_is_named(tmp_path: Path) -> None:
+def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
     removed = {"min_heads": 1, "compensate_ridge": 0.05}  # settings of earlier versions, with their old defaults
     path = saved(tmp_path, prune=asdict(CONFIG) | removed)
     for given in (PruneConfig(), PruneConfig(ratio=0.4), CONFIG):
@@ -60,7 +60,7 @@ def test_what_is_not_given_comes_from_the_checkpoint_and_damage_is_named(tmp_pat
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
-    (tmp_path / "trainer_state.json").touch()  # `trainer.save_state()` writes it beside the checkpoints
+    (tmp_path / "trainer_state.json").touch()  # `trainer.save_state()` writes it next to the checkpoints
     assert checkpoint._find(tmp_path / "nothing") is None
     for step in (3, 12):
         saved(tmp_path / f"checkpoint-{step}")

@@ -1,4 +1,4 @@
-"""What the callback sees of somebody else's training: forward passes that train, and the update, until it lets go."""
+"""The callback's view of a foreign training: forward passes that train, and the update, until it lets go."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""What cannot be pruned inside somebody else's trainer is refused in one line, before the first step."""
+"""A model that cannot be pruned inside a foreign trainer is refused in one line, before the first step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model
-from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape
+from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_shape
 from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
@@ -38,7 +38,7 @@ def adapted(base_model: LlamaForCausalLM | None = None, **more: Any) -> PeftMode
 def test_plain_lora_passes_also_beside_another_adapter_and_an_untied_head_that_trains() -> None:
     model = adapted(modules_to_save=["lm_head"])
     model.add_adapter("ref", LoraConfig(r=4, target_modules=ALL, task_type="CAUSAL_LM"))
-    check_model(model, base_shape(model))
+    check(model)
     assert live_shape(model) == base_shape(model)
     assert base_dtype(model, base_shape(model)) == "float32"
     module = cast(Any, model.get_base_model()).model.layers[0].mlp.up_proj
@@ -48,22 +48,10 @@ def test_plain_lora_passes_also_beside_another_adapter_and_an_untied_head_that_t
     assert (module.out_features, module.base_layer.in_features) == (20, 12)
 
 
-def frozen() -> PeftModel:
-    model = adapted()
-    model.requires_grad_(False)
-    return model
-
-
-def quantised() -> PeftModel:
-    model = adapted()
-    cast(Any, model.get_base_model()).is_quantized = True
-    return model
-
-
-def compiled() -> PeftModel:
-    model = adapted()
-    model.compile()
-    return model
+def check(model: torch.nn.Module) -> None:
+    shape = base_shape(find_peft_model(model))
+    base_dtype(model, shape)
+    check_model(cast(PeftModel, model), shape)
 
 
 def olmo2_that_trains_a_norm() -> PeftModel:
@@ -71,7 +59,16 @@ def olmo2_that_trains_a_norm() -> PeftModel:
     return cast(PeftModel, get_peft_model(model, LoraConfig(r=2, target_modules=ALL, modules_to_save=["q_norm"])))
 
 
-def tied(**more: Any) -> Callable[[], PeftModel]:
+def changed(change: Callable[[Any], object]) -> Callable[[], torch.nn.Module]:
+    def make() -> PeftModel:
+        model = adapted()
+        change(model)
+        return model
+
+    return make
+
+
+def tied(**more: Any) -> Callable[[], torch.nn.Module]:
     return lambda: adapted(base(tie_word_embeddings=True), **more)
 
 
@@ -86,16 +83,18 @@ def tied(**more: Any) -> Callable[[], PeftModel]:
         (tied(target_modules=[*ALL, "lm_head"]), "lm_head has LoRA, but only the linears"),
         (lambda: adapted(base(attention_bias=True, mlp_bias=True), lora_bias=True), "lora_bias"),
         (lambda: get_peft_model(base(), LoraConfig(r=2, target_modules=ALL), "mine"), "must be called 'default'"),
-        (frozen, "is frozen"),
-        (quantised, "quantised"),
-        (compiled, "torch.compile"),
+        (changed(lambda model: model.requires_grad_(False)), "is frozen"),
+        (changed(lambda model: setattr(model.get_base_model(), "is_quantized", True)), "quantised"),
+        (changed(lambda model: model.compile()), "torch.compile"),
+        (changed(lambda model: model.to(torch.float64)), "is torch.float64"),
+        (base, "needs a PEFT model with LoRA; this is a LlamaForCausalLM"),
         (olmo2_that_trains_a_norm, "a cut makes model.layers.0.self_attn.q_norm smaller"),
     ],
 )
-def test_a_model_that_cannot_be_pruned_is_named(make: Callable[[], PeftModel], words: str) -> None:
+def test_a_model_that_cannot_be_pruned_is_named(make: Callable[[], torch.nn.Module], words: str) -> None:
     model = make()
     with pytest.raises(UserError) as caught:
-        check_model(model, base_shape(model))
+        check(model)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -114,37 +113,14 @@ def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
     begin(args, state, CONTROL, model=model)
 
 
-def test_another_dtype_or_no_peft_model_is_refused() -> None:
-    model = adapted().to(torch.float64)
-    with pytest.raises(UserError, match=r"is torch\.float64"):
-        base_dtype(model, base_shape(model))
-    with pytest.raises(UserError, match="needs a PEFT model with LoRA; this is a LlamaForCausalLM"):
-        find_peft_model(base())
-
-
-def test_target_modules_are_a_family_s_linears(tmp_path: Path) -> None:
-    assert linear_names(base()) == ALL
-    base().config.save_pretrained(tmp_path)
-    assert linear_names(tmp_path) == ALL
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="model_type 'gpt2' is not supported"):
-        linear_names(tmp_path)
-
-
-@pytest.mark.parametrize("name", [name for name, *_ in ARGUMENTS])
+@pytest.mark.parametrize("name", [name for name, *_ in ARGUMENTS] + ["generation_config.cache_implementation"])
 def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
-    value = "static" if name == "cache_implementation" else True
+    value, model, args = "static" if "cache" in name else True, base(), SimpleNamespace(cache_implementation=None)
+    check_arguments(args, model)
+    owner = cast(Any, model).generation_config if "." in name else args
+    setattr(owner, name.rpartition(".")[2], value)
     with pytest.raises(UserError, match=f"^{name}={value}: "):
-        check_arguments(SimpleNamespace(**{name: value}), torch.nn.Linear(1, 1))
-
-
-def test_a_static_cache_of_the_model_is_refused() -> None:
-    model = base()
-    check_arguments(SimpleNamespace(cache_implementation=None), model)
-    assert model.generation_config is not None
-    model.generation_config.cache_implementation = "static"
-    with pytest.raises(UserError, match=r"generation_config\.cache_implementation=static"):
-        check_arguments(SimpleNamespace(), model)
+        check_arguments(args, model)
 
 
 @pytest.mark.parametrize(
@@ -181,53 +157,40 @@ def refused_start(
     **args: Any,
 ) -> str:
     """Begins a training as a Trainer does, over a stand-in for ZeRO-3's optimizer. Returns the refusal."""
+    state, zero = TrainerState(global_step=step, max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="g")
+    given = cast(Any, SimpleNamespace(output_dir="unused", report_to=[], **args))
+    begin = (callback or LoraPruneCallback(PruneConfig())).on_train_begin
     for module in ("callback", "pruning"):
         monkeypatch.setattr(f"loraprune_ds.hf.{module}.find_zero_optimizer", lambda zero: zero)
-    state, zero = TrainerState(global_step=step, max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="g")
-    begin = (callback or LoraPruneCallback(PruneConfig())).on_train_begin
     with pytest.raises(UserError) as caught:
-        begin(
-            cast(Any, SimpleNamespace(output_dir="unused", report_to=[], **args)),
-            state,
-            CONTROL,
-            model=model,
-            optimizer=zero,
-        )
+        begin(given, state, CONTROL, model=model, optimizer=zero)
     return str(caught.value)
 
 
-def adam() -> torch.optim.Optimizer:
-    return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-
-
-def plugin(**config: Any) -> Any:
-    return SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
-
-
 def test_a_training_begins_with_all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvme = plugin(zero_optimization={"stage": 3, "offload_param": {"device": "nvme"}})
-    fewer = adapted(target_modules=[name for name in ALL if name != "up_proj"])
-    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    assert "load_best_model_at_end=True" in refused_start(monkeypatch, adapted(), adam(), load_best_model_at_end=True)
-    assert "weights on NVMe" in refused_start(monkeypatch, adapted(), adam(), deepspeed_plugin=nvme)
-    assert "layer 0 mlp.up_proj has no LoRA" in refused_start(monkeypatch, fewer, adam())
-    assert "the optimizer state of SGD" in refused_start(monkeypatch, adapted(), sgd)
+    config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+    nvme = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    adam = torch.optim.AdamW(weights)
+    assert "load_best_model_at_end=True" in refused_start(monkeypatch, adapted(), adam, load_best_model_at_end=True)
+    assert "weights on NVMe" in refused_start(monkeypatch, adapted(), adam, deepspeed_plugin=nvme)
+    assert "layer 0 self_attn.q_proj has no LoRA" in refused_start(monkeypatch, adapted(target_modules=ALL[1:]), adam)
+    assert "the optimizer state of SGD" in refused_start(monkeypatch, adapted(), torch.optim.SGD(weights))
     monkeypatch.setattr("loraprune_ds.zero.foreign.dist.get_world_size", lambda group=None: 2 if group else 4)
-    assert "ZeRO-3 shards over 2 of 4 ranks" in refused_start(monkeypatch, adapted(), adam())
+    assert "ZeRO-3 shards over 2 of 4 ranks" in refused_start(monkeypatch, adapted(), adam)
 
 
 def test_a_resume_needs_the_callback_s_own_and_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     line = refused_start(monkeypatch, torch.nn.Linear(1, 1), None, step=3)
     assert line.startswith("training goes on at step 3, but pruning does not: ")
-    assert "pruning.resume" in line
     saved: Any = SimpleNamespace(step=3, steps=20, seed=1)
-    callback = LoraPruneCallback(PruneConfig())
-    callback._checkpoint = checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None))
-    line = refused_start(monkeypatch, adapted(), None, callback, step=3)
-    assert line == "the checkpoint's schedule is of 20 steps, not of 10"
-    callback = LoraPruneCallback(PruneConfig(), steps=20, seed=2)
-    callback._checkpoint = checkpoint
-    assert refused_start(monkeypatch, adapted(), None, callback, step=3) == "the checkpoint's seed is 1, not 2"
+    for given, expected in (
+        ({}, "the checkpoint's schedule is of 20 steps, not of 10"),
+        ({"steps": 20, "seed": 2}, "the checkpoint's seed is 1, not 2"),
+    ):
+        callback = LoraPruneCallback(PruneConfig(), **given)
+        callback._checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None))
+        assert refused_start(monkeypatch, adapted(), None, callback, step=3) == expected
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_all_reporters_get_the_curves_and_pictures_of_pruning(monkeypatch: pytes
         assert not {"train/loss", "pruning/loss"} & first.keys()  # the Trainer logs these
         assert picture == {"training": f"image of {path}"}
     assert artifacts == [(str(path), "the run")]
-    events = EventAccumulator(str(tmp_path / "runs/pruning")).Reload()  # beside the Trainer's run
+    events = EventAccumulator(str(tmp_path / "runs/pruning")).Reload()  # next to the Trainer's run
     assert [(e.step, round(e.value, 3)) for e in events.Scalars("pruning/sparsity")] == [(5, 0.2)]
     assert [e.step for e in events.Scalars("pruning/cut/bytes_sent")] == [4]
     assert len(events.Images("training")) == 1

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores
 from tests.oracle import formula
@@ -115,18 +114,6 @@ def test_each_step_counts_alike(world_size: int, factor: float) -> None:
             (0.9 * a + 0.1 * c / total, 0.9 * b + 0.1 * d / total) for (a, b), (c, d) in zip(expected, now, strict=True)
         ]
     assert_same(run.package(world_size=world_size, normalization="step"), expected)
-
-
-def test_average_is_cut_along_with_the_groups() -> None:
-    average = MovingAverage(0.9)
-    now = [LayerScores(heads=torch.tensor([1.0, 2, 3]), channels=torch.tensor([4.0, 5]))]
-    average.update(now)
-    assert average.updates_since_cut == 1
-    average.cut([LayerKeep(heads=torch.tensor([0, 2]), channels=torch.tensor([1]))])
-    assert average.updates_since_cut == 0
-    assert average.scores is not None
-    torch.testing.assert_close(average.scores[0]["heads"], torch.tensor([0.1, 0.3]))
-    torch.testing.assert_close(average.scores[0]["channels"], torch.tensor([0.5]))
 
 
 def test_random_scores_are_one_draw_per_group() -> None:

@@ -97,14 +97,23 @@ def fail_at(folder: Path, before: Status | None, after: Status, code: int = 1, *
     return submit(folder, "prune.sbatch", "config.yaml", ranks=ranks, **given)
 
 
-@pytest.mark.parametrize("before", [None, status(6)])
-@pytest.mark.parametrize(("state", "code"), [("running", 137), ("failed", 1)])
+LAST = {"shown": RUNNING.replace("Restarts=0", "Restarts=3"), "SLURM_RESTART_COUNT": "3"}
+ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "35"}  # SLURM_JOB_ID may be the whole array's
+
+
+@pytest.mark.parametrize(
+    ("before", "state", "code", "given", "requeued"),
+    [
+        (None, "running", 137, {}, "7"),
+        (status(6), "failed", 1, {}, "7"),
+        pytest.param(None, "running", 1, ARRAY, "7_35", id="one task of an array"),
+    ],
+)
 def test_a_job_whose_rank_failed_after_new_steps_starts_again(
-    tmp_path: Path, before: Status | None, state: State, code: int
+    tmp_path: Path, before: Status | None, state: State, code: int, given: dict[str, str], requeued: str
 ) -> None:
-    ended = fail_at(tmp_path, before, status(7, state), code)
-    assert ended.requeued == "7", ended.log
-    assert "a rank failed: requeued" in ended.log
+    ended = fail_at(tmp_path, before, status(7, state), code, **given)
+    assert ended.requeued == requeued, ended.log
 
 
 @pytest.mark.parametrize(
@@ -120,6 +129,7 @@ def test_a_job_whose_rank_failed_after_new_steps_starts_again(
         pytest.param(None, status(7), 1, {"shown": RUNNING.replace("RUNNING", "COMPLETING")}, id="cancelled"),
         pytest.param(None, status(7), 1, {"shown": RUNNING.replace("Time=None", "Time=2026-11-27")}, id="preempted"),
         pytest.param(None, status(7), 1, {"shown": RUNNING.replace("Restarts=0", "Restarts=1")}, id="on other nodes"),
+        pytest.param(None, status(7), 1, LAST, id="the last restart"),
     ],
 )
 def test_a_job_that_would_fail_again_or_belongs_to_another_does_not(
@@ -127,16 +137,3 @@ def test_a_job_that_would_fail_again_or_belongs_to_another_does_not(
 ) -> None:
     ended = fail_at(tmp_path, before, after, code, **given)
     assert (ended.requeued, ended.code) == (None, code), ended.log
-
-
-def test_a_task_of_an_array_starts_again_alone(tmp_path: Path) -> None:
-    """Its number may be the array's own, which would start all tasks again."""
-    ended = fail_at(tmp_path, None, status(7), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="35")
-    assert ended.requeued == "7_35", ended.log
-
-
-def test_it_gives_up_after_the_last_restart(tmp_path: Path) -> None:
-    shown = "JobState=RUNNING PreemptTime=None Restarts=3"
-    ended = fail_at(tmp_path, None, status(7), shown=shown, SLURM_RESTART_COUNT="3")
-    assert (ended.requeued, ended.code) == (None, 1), ended.log
-    assert "a rank failed, and MAX_RESTARTS is 3: given up" in ended.log

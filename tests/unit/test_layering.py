@@ -104,17 +104,12 @@ def test_pruning_runs_without_deepspeed() -> None:
     ("part", "line", "faults"),
     [
         ("model", "from loraprune_ds.zero.comm import Communicator", 1),
-        ("model", "from loraprune_ds import zero", 1),
         ("model", "def load():\n    from loraprune_ds.pruning import mask", 1),
-        ("errors", "from loraprune_ds.config import RunConfig", 1),
         ("export", "from loraprune_ds.evaluate.perplexity import perplexity", 1),
         ("train", "from launch.run import main", 1),
-        ("train", "import deepspeed", 1),
         ("launch", "from deepspeed import comm", 1),
         ("zero", "import deepspeed", 0),
-        ("zero", "from loraprune_ds.zero.comm import Communicator", 0),
         ("train", "from loraprune_ds.evaluate.perplexity import perplexity", 0),
-        ("launch", "from loraprune_ds import __version__", 0),
     ],
 )
 def test_a_wrong_import_is_a_fault(part: str, line: str, faults: int) -> None:

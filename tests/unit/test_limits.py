@@ -1,4 +1,4 @@
-"""What pruning may take: protected layers, floors, caps, and a bound on the ratio that really can be reached."""
+"""The limits of pruning: protected layers, floors, caps, and a bound on the ratio that really can be reached."""
 
 import random
 import re
@@ -22,28 +22,26 @@ def limits_of(shape: ModelShape, **prune: Any) -> Limits:
 
 
 @pytest.mark.parametrize(
-    ("layers", "protected"),
-    [(3, [0, 2]), (10, [0, 9]), (11, [0, 1, 10]), (30, [0, 1, 2, 29]), (32, [0, 1, 2, 3, 31]), (70, [*range(7), 69])],
+    ("layers", "prune", "protected"),
+    [
+        *((3, {}, [0, 2]), (10, {}, [0, 9]), (11, {}, [0, 1, 10]), (30, {}, [0, 1, 2, 29]), (32, {}, [0, 1, 2, 3, 31])),
+        (70, {}, [*range(7), 69]),
+        (4, {"protected_first": 0, "protected_last": 0}, []),
+        (30, {"protected_first": 2, "protected_last": 3}, [0, 1, 27, 28, 29]),
+    ],
 )
-def test_the_first_tenth_and_the_last_layer_are_protected(layers: int, protected: list[int]) -> None:
-    limits = limits_of(make_shape([(4, 40)] * layers))
+def test_the_first_tenth_and_the_last_layer_are_protected_if_not_said(
+    layers: int, prune: dict[str, int], protected: list[int]
+) -> None:
+    limits = limits_of(make_shape([(4, 40)] * layers), **prune)
     assert limits.open_layers == [i for i in range(layers) if i not in protected]
     for i in protected:
         assert limits.floor[i] == limits.dense.layers[i]
 
 
-def test_protection_is_a_setting() -> None:
-    assert limits_of(SMOLLM2, protected_first=0, protected_last=0).open_layers == list(range(30))
-    assert limits_of(SMOLLM2, protected_first=2, protected_last=3).open_layers == list(range(2, 27))
-    with pytest.raises(UserError, match=r"^prune\.protected_first and prune\.protected_last protect all 30 layers"):
-        limits_of(SMOLLM2, protected_first=29)
-
-
-def test_floors_are_multiples_and_never_above_what_is_there() -> None:
-    shape = make_shape([(4, 200), (4, 100), (2, 66)])
-    limits = limits_of(
-        shape, ranking="global", protected_first=0, protected_last=0, tensor_parallel=2, channel_multiple=33
-    )
+def test_floors_are_multiples() -> None:
+    prune = {"protected_first": 0, "protected_last": 0, "tensor_parallel": 2, "channel_multiple": 33}
+    limits = limits_of(make_shape([(4, 200), (4, 100), (2, 66)]), ranking="global", **prune)
     assert [tuple(layer.values()) for layer in limits.floor] == [(2, 66), (2, 66), (2, 66)]
 
 
@@ -82,15 +80,6 @@ def test_a_cap_is_a_fraction_of_the_layers_own_parameters() -> None:
     assert limits.layer_budget == (int(0.29 * shape.layer_numel(0)), int(0.29 * shape.layer_numel(1)), 0)
     shape = make_shape([(1, 100)] * 3, hidden=1, head_dim=25)  # 4·25 + 3·100 = 400 parameters; 0.29 · 400 is 115.99…
     assert limits_of(shape, ratio=0.01, protected_first=1, max_layer_ratio=0.29).layer_budget == (0, 116, 0)
-
-
-def test_blocks_lead_down_to_the_floor_by_multiples() -> None:
-    limits = limits_of(make_shape([(4, 173)] * 3), channel_multiple=64)
-    assert limits.blocks(1, "channels", 173) == [45, 64]
-    assert limits.blocks(1, "channels", 128) == [64]
-    assert limits.blocks(1, "channels", 64) == []
-    assert limits.blocks(1, "heads", 4) == [1, 1, 1]
-    assert limits.blocks(0, "channels", 173) == limits.blocks(0, "heads", 4) == []  # protected
 
 
 def test_the_narrowest_shapes_by_trying_them_all() -> None:
@@ -184,12 +173,25 @@ def test_a_ratio_above_it_is_refused(ranking: Ranking) -> None:
         make_limits(PruneConfig(channel_multiple=1, ratio=most + 0.005, **prune), SMOLLM2)
 
 
-def test_a_cap_on_all_layers_can_be_the_ratio() -> None:
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+@pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_7B], ids=["SmolLM2", "LLaMA-7B"])
+def test_a_cap_on_all_layers_can_be_the_ratio(ranking: Ranking, shape: ModelShape) -> None:
     """A cap of a half and a ratio of a half go together, though whole groups stop a little below."""
-    for ranking in ("uniform", "global"):
-        prune = {"ranking": ranking, "protected_first": 0, "protected_last": 0, "max_layer_ratio": 0.5}
-        for shape in (SMOLLM2, LLAMA_7B):
-            make_limits(PruneConfig(ratio=0.5, channel_multiple=1, **prune), shape)
+    limits_of(shape, ratio=0.5, ranking=ranking, protected_first=0, protected_last=0, max_layer_ratio=0.5)
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"ratio": 1e-9, "channel_multiple": 1536, "tensor_parallel": 3}, r"at most 0\.0 can go"),
+        ({"max_layer_ratio": 1e-9}, r"^prune\.max_layer_ratio 1e-09 lets nothing go$"),
+        ({"protected_first": 29}, r"^prune\.protected_first and prune\.protected_last protect all 30 layers"),
+    ],
+)
+def test_limits_that_let_nothing_go_are_refused(ranking: Ranking, prune: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        limits_of(SMOLLM2, ranking=ranking, **prune)
 
 
 def test_channels_that_cannot_go_excuse_no_ratio() -> None:
@@ -201,22 +203,9 @@ def test_channels_that_cannot_go_excuse_no_ratio() -> None:
         limits_of(SMOLLM2, ratio=most + 0.001, **prune)
 
 
-def test_nothing_to_cut_is_refused_even_for_a_tiny_ratio() -> None:
-    for ranking in ("uniform", "global"):
-        config = PruneConfig(ratio=1e-9, channel_multiple=1536, ranking=ranking, tensor_parallel=3)
-        with pytest.raises(UserError, match=r"at most 0\.0 can go"):
-            make_limits(config, SMOLLM2)
-
-
 def test_uniform_refuses_layers_of_different_shapes() -> None:
     shape = make_shape([(4, 40), (4, 40), (3, 40), (4, 40)])
     with pytest.raises(UserError, match=r"^prune\.ranking: uniform needs layers of equal shape.*use global$"):
         limits_of(shape)
     limits_of(shape, ranking="global")
     limits_of(make_shape([(3, 40), (4, 40), (4, 40), (2, 7)]))  # only protected layers differ
-
-
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
-def test_a_cap_below_one_parameter_is_refused(ranking: Ranking) -> None:
-    with pytest.raises(UserError, match=r"^prune\.max_layer_ratio 1e-09 lets nothing go$"):
-        make_limits(PruneConfig(ratio=0.1, channel_multiple=1, ranking=ranking, max_layer_ratio=1e-9), SMOLLM2)

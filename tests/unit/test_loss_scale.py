@@ -1,6 +1,8 @@
 """Overflow: fp16 skips the step, other dtypes stop with a name. The learning rate counts skipped steps."""
 
 import math
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,35 +16,34 @@ from loraprune_ds.zero.engine import learning_rate_factor
 from loraprune_ds.zero.optimizer import decide, first_nonfinite, unscale
 from loraprune_ds.zero.training_engine import optimizer_step
 
-ALL = ("float16", "bfloat16", "float32")
+ALL: tuple[Dtype, ...] = ("float16", "bfloat16", "float32")
 
 
-@pytest.mark.parametrize("dtype", ALL)
-def test_finite_gradients_are_scored_and_applied(dtype: Dtype) -> None:
-    assert decide([None, None], [1.5, 1e300], dtype=dtype, step=3) == "update"
+FINE = [1.0, 2.0, 1e300]
+GRADIENT, LOSS = "^step 3: the LoRA gradient of layer {} is not finite$", "^step 3: the loss is {} on rank 1{}$"
+WEIGHTS = "; the weights of layer 2 are not finite"
 
 
-@pytest.mark.parametrize("bad", [[0, None], [None, 7], [3, 3]])
-def test_fp16_skips_a_step_with_an_overflow_on_any_rank(bad: list[int | None]) -> None:
-    assert decide(bad, [1.0, 2.0], dtype="float16", step=3) == "skip"
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_without_a_loss_scale_a_bad_gradient_stops_the_run(dtype: Dtype) -> None:
-    with pytest.raises(RunError, match=r"^step 12: the LoRA gradient of layer 2 is not finite$"):
-        decide([None, 5, 2], [1.0, 1.0, 1.0], dtype=dtype, step=12)
-    with pytest.raises(RunError, match="layer 0 is"):  # not taken for "none"
-        decide([0], [1.0], dtype=dtype, step=1)
-
-
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_bad_loss_stops_the_run_in_every_dtype(dtype: Dtype, loss: float) -> None:
-    """The loss itself is not scaled, so a lower scale would not help."""
-    with pytest.raises(RunError, match=rf"^step 4: the loss is {loss} on rank 1$"):
-        decide([3, None], [1.0, loss], dtype=dtype, step=4)
-    with pytest.raises(RunError, match=rf"^step 4: the loss is {loss} on rank 1; the weights of layer 2 are not fin"):
-        decide([0, 5, 2], [1.0, loss, loss], dtype=dtype, step=4)
+@pytest.mark.parametrize(
+    ("dtypes", "bad_layers", "losses", "expected"),
+    [
+        (ALL, [None, None, None], FINE, "update"),
+        (["float16"], [0, None, None], FINE, "skip"),
+        (["float16"], [None, 7, None], FINE, "skip"),
+        (["bfloat16", "float32"], [None, 5, 2], FINE, GRADIENT.format(2)),
+        (["bfloat16", "float32"], [0, None, None], FINE, GRADIENT.format(0)),
+        # The loss itself is not scaled, so a lower scale would not help.
+        (ALL, [3, None, None], [1.0, math.nan, 1.0], LOSS.format("nan", "")),
+        (ALL, [0, 5, 2], [1.0, math.inf, math.inf], LOSS.format("inf", WEIGHTS)),
+    ],
+)
+def test_what_a_step_comes_to(
+    dtypes: Iterable[Dtype], bad_layers: list[int | None], losses: list[float], expected: str
+) -> None:
+    for dtype in dtypes:
+        stops = pytest.raises(RunError, match=expected) if expected.startswith("^") else nullcontext()
+        with stops:
+            assert decide(bad_layers, losses, dtype=dtype, step=3) == expected
 
 
 def test_first_nonfinite() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,20 @@ def config(tmp_path: Path) -> RunConfig:
     return RunConfig(output_dir=str(tmp_path / "out"))
 
 
-def nothing(config: RunConfig) -> None:
-    pass
-
-
 def empty(config: RunConfig) -> None:
     Path(config.output_dir).mkdir()
 
 
-def begun(config: RunConfig) -> None:
+def leave(config: RunConfig, state: State = "stopped") -> None:
+    """Leaves a run as one in that state does."""
     create_output(config)
+    write_status(Path(config.output_dir), Status(state, 3, 10))
 
 
-def in_state(state: str) -> Callable[[RunConfig], None]:
-    def make(config: RunConfig) -> None:
-        create_output(config)
-        write_status(Path(config.output_dir), Status(state, 3, 10))  # type: ignore[arg-type]
-
-    return make
+def hit_by_a_power_cut(config: RunConfig) -> None:
+    leave(config, "running")
+    for name in ("status.json", "config.yaml"):
+        (Path(config.output_dir) / name).write_text("")
 
 
 def foreign(config: RunConfig) -> None:
@@ -49,30 +46,25 @@ def foreign(config: RunConfig) -> None:
     (Path(config.output_dir) / "thesis.tex").write_text("")
 
 
-def hit_by_a_power_cut(config: RunConfig) -> None:
-    in_state("running")(config)
-    for name in ("status.json", "config.yaml"):
-        (Path(config.output_dir) / name).write_text("")
-
-
 def of_another_seed(config: RunConfig) -> None:
-    in_state("stopped")(dataclasses.replace(config, seed=5))
+    leave(dataclasses.replace(config, seed=5))
 
 
-CASES = [
-    (nothing, None, "fresh"),
+Make = Callable[[RunConfig], object]
+CASES: list[tuple[Make, str | None, str]] = [
+    (lambda config: None, None, "fresh"),
     (empty, None, "fresh"),
-    (begun, None, "is not empty and holds no run"),
+    (create_output, None, "is not empty and holds no run"),
     (foreign, None, "is not empty and holds no run"),
-    (in_state("running"), None, "holds an unfinished run (running at step 3 of 10); go on with --resume auto"),
-    (in_state("failed"), None, "holds an unfinished run (failed at step 3 of 10)"),
-    (in_state("finished"), None, "finished"),
-    (nothing, "auto", "resume"),
+    (partial(leave, state="running"), None, "holds an unfinished run (running at step 3 of 10)"),
+    (partial(leave, state="failed"), None, "holds an unfinished run (failed at step 3 of 10)"),
+    (partial(leave, state="finished"), None, "finished"),
+    (lambda config: None, "auto", "resume"),
     (empty, "auto", "resume"),
-    (begun, "auto", "resume"),
+    (create_output, "auto", "resume"),
     (foreign, "auto", "is not empty and holds no run"),
-    (in_state("stopped"), "auto", "resume"),
-    (in_state("finished"), "auto", "finished"),
+    (leave, "auto", "resume"),
+    (partial(leave, state="finished"), "auto", "finished"),
     (hit_by_a_power_cut, None, "status.json is not valid JSON"),
     (hit_by_a_power_cut, "auto", "resume"),
     (of_another_seed, "auto", "holds another run (seed differs)"),
@@ -80,9 +72,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("make", "resume", "expected"), CASES)
-def test_start(
-    config: RunConfig, make: Callable[[RunConfig], None], resume: str | None, expected: str, tmp_path: Path
-) -> None:
+def test_start(config: RunConfig, make: Make, resume: str | None, expected: str, tmp_path: Path) -> None:
     make(config)
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     if expected in ("fresh", "resume", "finished"):
@@ -96,28 +86,12 @@ def test_start(
 
 
 def test_another_split_of_the_batch_and_another_way_of_saving_are_the_same_run(config: RunConfig) -> None:
-    in_state("stopped")(config)
-    other = dataclasses.replace(
-        config,
-        train=TrainConfig(steps=100, micro_batch_size=8),
-        checkpoint=dataclasses.replace(config.checkpoint, every=7),
-        logging=LoggingConfig(report_to=[]),
-    )
+    leave(config)
+    train, every = TrainConfig(steps=100, micro_batch_size=8), dataclasses.replace(config.checkpoint, every=7)
+    other = dataclasses.replace(config, train=train, checkpoint=every, logging=LoggingConfig(report_to=[]))
     assert inspect_output(other, "auto") == Start("resume")
     with pytest.raises(UserError, match=r"train\.learning_rate"):
         inspect_output(dataclasses.replace(config, train=TrainConfig(steps=100, learning_rate=1.0)), "auto")
-
-
-def test_a_config_of_an_earlier_version_lacks_keys_that_have_their_defaults(config: RunConfig) -> None:
-    in_state("stopped")(config)
-    path = Path(config.output_dir) / "config.yaml"
-    raw = yaml.safe_load(path.read_text())
-    del raw["prune"]["score_every"], raw["train"]["distill_weight"]
-    path.write_text(yaml.safe_dump(raw))
-    assert inspect_output(config, "auto") == Start("resume")
-    path.write_text(yaml.safe_dump(raw | {"of_a_later_version": 1}))
-    with pytest.raises(UserError, match="of_a_later_version"):
-        inspect_output(config, "auto")
 
 
 FORMAT_5 = {
@@ -131,10 +105,11 @@ FORMAT_5 = {
 
 
 def written_before(config: RunConfig, **sections: dict[str, Any]) -> None:
-    """Leaves a stopped run as the version wrote it that had 14 more settings."""
-    in_state("stopped")(config)
+    """Leaves a stopped run of a version that had 14 more settings and lacked two of the current ones."""
+    leave(config)
     path = Path(config.output_dir) / "config.yaml"
     raw = yaml.safe_load(path.read_text())
+    del raw["prune"]["score_every"], raw["train"]["distill_weight"]
     old = {key: raw[key] | values | sections.get(key, {}) for key, values in FORMAT_5.items()}
     path.write_text(yaml.safe_dump(raw | old))
 
@@ -146,9 +121,16 @@ def test_a_run_with_settings_that_are_gone_goes_on(config: RunConfig) -> None:
     assert inspect_output(resumed, "auto") == Start("resume")
 
 
-def test_a_setting_that_is_gone_and_made_another_run_is_told(config: RunConfig) -> None:
-    written_before(config, train={"weight_decay": 0.1})
-    with pytest.raises(UserError, match=r"^this run has train\.weight_decay 0\.1, which is gone: LoRA trains without"):
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"weight_decay": 0.1}, r"^this run has train\.weight_decay 0\.1, which is gone: LoRA trains without"),
+        ({"of_a_later_version": 1}, "of_a_later_version"),
+    ],
+)
+def test_a_setting_that_made_another_run_is_told(config: RunConfig, section: dict[str, Any], words: str) -> None:
+    written_before(config, train=section)
+    with pytest.raises(UserError, match=words):
         inspect_output(resumed_config({"output_dir": config.output_dir}, "auto"), "auto")
 
 
@@ -189,7 +171,7 @@ def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) 
 @pytest.mark.parametrize("name", ["status.json", "config.yaml"])
 def test_a_run_of_another_format_is_refused_as_such(config: RunConfig, name: str, resume: str | None) -> None:
     """Also if its config has keys that are gone, or is lost."""
-    in_state("stopped")(config)
+    leave(config)
     folder = Path(config.output_dir)
     save_state(folder, format=FORMAT - 1)
     status = read_json(folder / "status.json") | {"format": FORMAT - 1}
@@ -206,14 +188,14 @@ def test_a_run_of_another_format_is_refused_as_such(config: RunConfig, name: str
 def test_a_path_may_lie_in_the_run_or_lead_to_another_for_a_new_folder(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start looks beside the checkpoint itself, not beside a link to it."""
+    """A start looks next to the checkpoint itself, not next to a link to it."""
     other = tmp_path / "other" / "step-3"
     other.mkdir(parents=True)
     (tmp_path / "latest").symlink_to(other)
     assert inspect_output(config, str(tmp_path / "latest")) == Start("resume", other)
     monkeypatch.chdir(other.parent)
     assert inspect_output(config, "step-3") == Start("resume", other)
-    in_state("stopped")(config)
+    leave(config)
     inside = Path(config.output_dir) / "checkpoints"
     inside.mkdir()
     assert inspect_output(config, str(inside)) == Start("resume", inside)

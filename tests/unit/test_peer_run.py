@@ -82,7 +82,7 @@ def test_reap_is_the_mean_of_router_weight_times_output_norm() -> None:
     assert not any(layer["heads"].any() for layer in found)
 
 
-def test_two_of_four_weights_stay_and_a_merge_keeps_the_zeros(tmp_path: Path) -> None:
+def test_two_of_four_weights_stay_and_a_merge_keeps_the_zeros() -> None:
     weight = torch.tensor([[1.0, -2, 3, 4, 0.5, 8, 1, 2]])
     norms = torch.tensor([9.0, 1, 1, 1, 1, 1, 7, 1])
     masked = two_of_four(weight, norms)

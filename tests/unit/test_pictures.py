@@ -14,11 +14,12 @@ from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report import pictures
-from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training, load
-from loraprune_ds.report.records import EvaluationName, EvaluationRecord, History
+from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training
+from loraprune_ds.report.records import EvaluationRecord, History
 from tests.families import tiny_config
 from tests.unit.run_records import DENSE, cut_record, small_run, step_record
 
+Counts = Sequence[tuple[int, int]]  # of heads and channels, per layer
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib only warns when a layout collapses
 
 
@@ -45,7 +46,7 @@ def curve(axes: Any, label: str) -> tuple[list[float], list[float]]:
     return list(line.get_xdata()), list(line.get_ydata())
 
 
-def kept_of(shape: ModelShape, counts: Sequence[tuple[int, int]]) -> list[LayerKeep]:
+def kept_of(shape: ModelShape, counts: Counts) -> list[LayerKeep]:
     """The last groups of each layer."""
     return [
         LayerKeep(heads=torch.arange(layer["heads"] - heads, layer["heads"]), channels=torch.arange(channels))
@@ -67,21 +68,23 @@ def test_kept_groups_has_a_strip_per_layer_and_kind(tmp_path: Path, figures: lis
         assert [bar.get_width() for bar in kept_bars] == kept
 
 
-def test_many_channels_share_a_cell_that_has_the_part_kept(tmp_path: Path, figures: list[Any]) -> None:
-    dense = DENSE.with_layers((LayerShape(heads=4, channels=1000),) * 2)
-    draw_kept_groups(tmp_path / "kept_groups.png", dense, kept_of(dense, [(4, 1000), (2, 500)]))
-    whole, half = figures[0].axes[2].get_images()[0].get_array()
-    assert len(whole) == 334  # 3 to a cell, and the last one alone
-    assert whole.tolist() == [1] * 334
-    assert half.tolist() == [1] * 166 + [pytest.approx(2 / 3)] + [0] * 167
-
-
-def test_layers_of_two_widths_leave_the_rest_of_a_strip_empty(tmp_path: Path, figures: list[Any]) -> None:
-    """A pruned model that was pruned again."""
-    dense = DENSE.with_layers((LayerShape(heads=4, channels=6), LayerShape(heads=2, channels=4)))
-    draw_kept_groups(tmp_path / "kept_groups.png", dense, kept_of(dense, [(4, 6), (1, 3)]))
-    strips = figures[0].axes[2].get_images()[0].get_array()
-    assert np.array_equal(np.ma.filled(strips[1], math.nan), [1, 1, 1, 0, math.nan, math.nan], equal_nan=True)
+@pytest.mark.parametrize(
+    ("layers", "kept", "strips"),
+    [
+        # 3 to a cell, and the last one alone
+        ([(4, 1000)] * 2, [(4, 1000), (2, 500)], [[1] * 334, [1] * 166 + [2 / 3] + [0] * 167]),
+        # a pruned model that was pruned again
+        ([(4, 6), (2, 4)], [(4, 6), (1, 3)], [[1] * 6, [1, 1, 1, 0, math.nan, math.nan]]),
+    ],
+    ids=["many channels share a cell", "a layer of fewer channels"],
+)
+def test_a_strip_has_the_part_kept_of_each_cell(
+    tmp_path: Path, figures: list[Any], layers: Counts, kept: Counts, strips: list[list[float]]
+) -> None:
+    dense = DENSE.with_layers(tuple(LayerShape(heads=heads, channels=channels) for heads, channels in layers))
+    draw_kept_groups(tmp_path / "kept_groups.png", dense, kept_of(dense, kept))
+    found = np.ma.filled(figures[0].axes[2].get_images()[0].get_array(), math.nan)
+    np.testing.assert_allclose(found, strips, rtol=1e-6)
 
 
 def test_eighty_layers_keep_their_strips_apart(tmp_path: Path, figures: list[Any]) -> None:
@@ -107,7 +110,7 @@ def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list
     assert memory.get_lines()[0].get_ydata()[0] == pytest.approx(5.1, abs=1e-6)  # the fullest rank
 
 
-# Perplexities after each of 10 cuts, from the dense model's on. Then that of the exported model.
+# Perplexities after each of 10 cuts, the dense model's first. Then the exported model's.
 COURSES = {
     "a dip": [22.6, 21, 21, 21, 22, 23, 24, 25, 26, 27, 29, 25],
     "a peak": [22.6, 40, 60, 55, 40, 35, 33, 32, 31, 30.5, 30.2, 30.1],
@@ -153,22 +156,15 @@ def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> N
         assert len(figures[-1].axes) == 5  # an infinite perplexity has no place on an axis
 
 
-def test_the_load_is_1_where_all_are_chosen_alike() -> None:
-    strip = load([4, 4, 8], [0, 2, 3], 5)
-    assert [strip[i] for i in (0, 2, 3)] == [0.75, 0.75, 1.5]
-    assert math.isnan(strip[1])
-    assert math.isnan(strip[4])
-
-
-def record(name: EvaluationName, choices: list[list[int]]) -> EvaluationRecord:
-    return EvaluationRecord(0, name, 5.0, 10, 1, choices)
-
-
 def test_a_strip_of_experts_per_layer_before_and_after(tmp_path: Path, figures: list[Any]) -> None:
     shape = shape_from_config(tiny_config("mixtral", num_local_experts=4).to_dict(), "somewhere")
     kept = [LayerKeep(heads=torch.arange(5), experts=torch.tensor(experts)) for experts in ([1, 2, 3], [0, 1, 3])]
     before, after = [[3, 3, 3, 3], [6, 2, 2, 2]], [[2, 2, 8], [4, 4, 4]]
-    history = History(evaluations=[record("dense", before), record("after_last_cut", after)])
+    evaluations = [
+        EvaluationRecord(0, "dense", 5.0, 10, 1, before),
+        EvaluationRecord(6, "after_last_cut", 5.0, 10, 1, after),
+    ]
+    history = History(evaluations=evaluations)
     draw_router_load(tmp_path / "router_load.png", shape, kept, history)
     assert is_png(tmp_path / "router_load.png")
     dense, pruned = (axes.get_images()[0].get_array() for axes in figures[0].axes[:2])

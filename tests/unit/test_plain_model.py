@@ -116,13 +116,18 @@ def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
     assert run.cuts[-1].target == 0.4
 
 
-def test_uniform_heads_for_the_schedules_end(gqa: Tiny) -> None:
+def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(gqa: Tiny) -> None:
     """Each cut is in proportion to the final counts: its own target alone would round to other ones."""
     run = gqa.plain().run(gqa.batches)
-    limits, ratio = run.pruner.limits, run.pruner.schedule.ratio
-    on_the_way = [uniform_counts(limits, cut.target, ratio) for cut in run.cuts]
+    limits, schedule = run.pruner.limits, run.pruner.schedule
+    on_the_way = [uniform_counts(limits, cut.target, schedule.ratio) for cut in run.cuts]
     assert [cut.keep[0].shape for cut in run.cuts] == on_the_way
     assert on_the_way != [uniform_counts(limits, cut.target, cut.target) for cut in run.cuts]
+    assert [cut.target for cut in run.cuts] == [schedule.target(cut.step) for cut in run.cuts]
+    dense, tensors = limits.dense.linear_numel(), run.tensors()
+    left = sum(tensors[f"layers.{i}.{linear.name}.weight"].numel() for i in range(LAYERS) for linear in LLAMA_LINEARS)
+    assert run.cuts[-1].reached == run.pruner.reached() == 1 - left / dense
+    assert run.cuts[-1].reached == pytest.approx(0.3, abs=2 * limits.dense.group_numel("channels") / dense)
 
 
 # What a cut does
@@ -284,14 +289,3 @@ def test_random_pruning_draws_once(gqa: Tiny) -> None:
     first, again = (gqa.plain(replace(UNIFORM, criterion="random")).run(gqa.batches[:n] * 2) for n in (4, 4))
     assert first.kept() == again.kept()
     assert first.averages[0][0][1].argsort().tolist() == first.averages[1][0][1].argsort().tolist()
-
-
-def test_what_a_cut_reports(gqa: Tiny) -> None:
-    run = gqa.plain().run(gqa.batches)
-    dense = run.pruner.limits.dense.linear_numel()
-    for cut in run.cuts:
-        assert cut.target == run.pruner.schedule.target(cut.step)
-    weights = (run.tensors()[f"layers.{i}.{linear.name}.weight"] for i in range(LAYERS) for linear in LLAMA_LINEARS)
-    numel = sum(weight.numel() for weight in weights)
-    assert run.cuts[-1].reached == run.pruner.reached() == 1 - numel / dense
-    assert run.cuts[-1].reached == pytest.approx(0.3, abs=2 * run.pruner.limits.dense.group_numel("channels") / dense)
