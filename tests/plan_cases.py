@@ -179,9 +179,10 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         after, sent = trainer.model.shape, trainer.model.comm.bytes_sent - sent_before
         sent -= 3 * 8 * (world_size - 1)  # a digest and two sizes, by all-gather
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
-        cuts = [layer_cuts(before, i, k, request.config.lora.r, request.element_size) for i, k in enumerate(keep)]
-        cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != after.layers[i]]
-        moved = sum(int(moved_bytes(c, world_size)[rank]) for c in cut_layers) if world_size > 1 else 0
+        given = (request.config.lora.r, request.element_size)
+        changed = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
+        cut_layers = [cut for i in changed for cut in layer_cuts(before, i, keep[i], *given)]
+        moved = sum(int(moved_elements(c, world_size)[rank]) * size for c, size in cut_layers) if world_size > 1 else 0
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
         rows[-1] |= {
             "sent": {"most": cut_cost(request, before, after).sent["cut"], "moved": moved, "counted": sent},
@@ -206,14 +207,6 @@ def layer_cuts(
             for which, stays in tensors.lora_cuts(linear, lora_rank, kept, keep):
                 cuts.append((AxisCut(factors[which], *stays), element_size + 12))
     return cuts
-
-
-def moved_bytes(cuts: list[tuple[AxisCut, int]], world_size: int) -> Tensor:
-    """Returns the (world_size,) bytes that every rank sends for such cuts."""
-    total = torch.zeros(world_size, dtype=torch.int64)
-    for cut, element_size in cuts:
-        total += moved_elements(cut, world_size) * element_size
-    return total
 
 
 def run_with_second_copy(case: Case) -> dict[str, Any]:

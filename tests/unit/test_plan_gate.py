@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.files import read_json
-from tests.benchmarks.plan_measured import RESULT, cases, peaks, save_1b_config
+from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
 from tests.benchmarks.wide_layers import RESULT as WIDE
 from tests.benchmarks.wide_layers import wide_peaks
-
-LOWEST, HIGHEST = 0.97, 1.15  # of the largest measured peak
 
 
 @pytest.mark.parametrize("name", sorted(read_json(RESULT)))
