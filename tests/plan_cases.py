@@ -1,4 +1,4 @@
-"""Runs real ranks beside their plan: what is held, what is sent, and what autograd keeps.
+"""Compares real ranks with their plan: the bytes that they hold and send, and those that autograd keeps.
 
 State is planned to the byte, and so are activations. What a pass gathers and sends is planned as a bound.
 """
@@ -162,7 +162,7 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
 
 
 def run_beside_plan(case: Case) -> dict[str, Any]:
-    """Makes four steps and a cut on this rank. Every planned number stands beside the measured one."""
+    """Makes four steps and a cut on this rank. Returns each planned number with the measured one."""
     gc.collect()
     baseline = resident_bytes()
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -268,7 +268,7 @@ def planned_peak(request: Request, shape: ModelShape, *, scores: bool) -> int:
 
 
 def saved_activations(case: Case) -> dict[str, int]:
-    """Counts the bytes that autograd keeps of one forward pass, weights apart. The formula's stand beside them."""
+    """Counts the bytes that autograd keeps of one forward pass, weights apart. Returns those of the formula, too."""
     world_size = torch.distributed.get_world_size()
     request = case.request(world_size)
     trainer = build(request)

@@ -8,8 +8,8 @@ on CPU ranks. Storages are compared to the byte. The largest peaks before and af
 plan.
 
 Memory is RssAnon + RssShmem, sampled every 5 ms. The baseline is taken off: what the process held after all imports
-and the training of a tiny model. What it holds beside its state when a step begins is no tensor: Python's objects, and
-what kernels and allocator keep. It is added to the plan.
+and the training of a tiny model. When a step begins it also holds Python's objects, and
+what kernels and the allocator keep. That is added to the plan.
 
 Blocks from 128 KiB are given back to the system when freed, so resident memory shows the live tensors. glibc would keep
 more, the longer it runs. The result goes to tests/benchmarks/results/plan_measured.json. The run ends with an error

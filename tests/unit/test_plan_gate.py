@@ -1,7 +1,7 @@
 """Plans every recorded run of `plan_measured.py` and `wide_layers.py` again, and compares the largest peaks.
 
-The runs were on CPU ranks. What a process held beside its state when a step began is added: Python's objects, and what
-the kernels and the allocator keep.
+The runs were on CPU ranks. When a step began a process also held Python's objects, and what kernels and the allocator
+keep. That is added to the plan.
 """
 
 from pathlib import Path

@@ -47,7 +47,7 @@ def test_a_terminal_gets_one_live_line() -> None:
     assert "\rstep 0/2" in lines[0]
     assert [line for line in lines if "step 1  cut to 20.0 %" in line] != []
     assert "step 2/2" in lines[-2]
-    assert lines[-1] == ""  # the cursor is on a line of its own
+    assert lines[-1] == ""  # the cursor is on a new line
     assert len(lines) == 3  # one line for the cut, one that stays
 
 

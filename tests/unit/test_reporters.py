@@ -115,7 +115,7 @@ run.close()
 
 
 def report(name: str, folder: Path, **environment: str) -> None:
-    """Sends a small run, offline, from a process of its own."""
+    """Sends a small run, offline, from a separate process."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     folder.mkdir()

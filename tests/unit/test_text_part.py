@@ -26,7 +26,7 @@ from tests.gguf_cases import byte_level_tokenizer
 TOLERANCE = 1e-5
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
-# The family of the text part, the tower beside it, and whether head and embedding are one.
+# The family of the text part, its tower, and whether head and embedding are one.
 TOWERS = {
     "gemma3": ("gemma3_text", "siglip_vision_model", True),
     "mistral3": ("mistral", "pixtral", False),
