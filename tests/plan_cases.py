@@ -1,4 +1,4 @@
-"""Runs real ranks beside their plan: what is held, what is sent, and what autograd keeps.
+"""Compares real ranks with their plan: the bytes that they hold and send, and those that autograd keeps.
 
 State is planned to the byte, and so are activations. What a pass gathers and sends is planned as a bound.
 """
@@ -162,7 +162,7 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
 
 
 def run_beside_plan(case: Case) -> dict[str, Any]:
-    """Makes four steps and a cut on this rank. Every planned number stands beside the measured one."""
+    """Makes four steps and a cut on this rank. Returns each planned number with the measured one."""
     gc.collect()
     baseline = resident_bytes()
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -179,9 +179,10 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         after, sent = trainer.model.shape, trainer.model.comm.bytes_sent - sent_before
         sent -= 3 * 8 * (world_size - 1)  # a digest and two sizes, by all-gather
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
-        cuts = [layer_cuts(before, i, k, request.config.lora.r, request.element_size) for i, k in enumerate(keep)]
-        cut_layers = [c for i, c in enumerate(cuts) if before.layers[i] != after.layers[i]]
-        moved = sum(int(moved_bytes(c, world_size)[rank]) for c in cut_layers) if world_size > 1 else 0
+        given = (request.config.lora.r, request.element_size)
+        changed = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
+        cut_layers = [cut for i in changed for cut in layer_cuts(before, i, keep[i], *given)]
+        moved = sum(int(moved_elements(c, world_size)[rank]) * size for c, size in cut_layers) if world_size > 1 else 0
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
         rows[-1] |= {
             "sent": {"most": cut_cost(request, before, after).sent["cut"], "moved": moved, "counted": sent},
@@ -206,14 +207,6 @@ def layer_cuts(
             for which, stays in tensors.lora_cuts(linear, lora_rank, kept, keep):
                 cuts.append((AxisCut(factors[which], *stays), element_size + 12))
     return cuts
-
-
-def moved_bytes(cuts: list[tuple[AxisCut, int]], world_size: int) -> Tensor:
-    """Returns the (world_size,) bytes that every rank sends for such cuts."""
-    total = torch.zeros(world_size, dtype=torch.int64)
-    for cut, element_size in cuts:
-        total += moved_elements(cut, world_size) * element_size
-    return total
 
 
 def run_with_second_copy(case: Case) -> dict[str, Any]:
@@ -275,7 +268,7 @@ def planned_peak(request: Request, shape: ModelShape, *, scores: bool) -> int:
 
 
 def saved_activations(case: Case) -> dict[str, int]:
-    """Counts the bytes that autograd keeps of one forward pass, weights apart. The formula's stand beside them."""
+    """Counts the bytes that autograd keeps of one forward pass, weights apart. Returns those of the formula, too."""
     world_size = torch.distributed.get_world_size()
     request = case.request(world_size)
     trainer = build(request)

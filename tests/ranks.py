@@ -64,7 +64,7 @@ def start_deepspeed(rank: int, world_size: int, folder: Path) -> None:
 
 
 class RankPool:
-    """Runs functions on `world_size` ranks at once."""
+    """Runs functions on `world_size` ranks at the same time."""
 
     def __init__(self, setup: Setup = start_deepspeed) -> None:
         self._setup = setup

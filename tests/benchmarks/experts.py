@@ -13,7 +13,6 @@ written to results/experts.json. A second start makes only the missing runs.
 # torch and transformers do not type all that is used here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import argparse
 import json
 import sys
 import tempfile
@@ -25,11 +24,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from loraprune_ds.config import DataConfig
+from loraprune_ds.files import read_json
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.train.data.loading import load_samples
-from tests.benchmarks.running import RESULTS, run_on_ranks
+from tests.benchmarks.running import RESULTS, make_parser, run_quickstart
 
 RESULT = RESULTS / "experts.json"
 EXPERTS, CHOSEN = 8, 4
@@ -42,14 +42,14 @@ PEER = "reap"  # which is no criterion of the package
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--tune", type=int, default=60)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--only", help="part of the names of the runs to make")
     parser.add_argument("--model", type=Path, help="folder to keep the mixture in, or of one that is there")
     arguments = parser.parse_args()
-    rows: dict[str, Any] = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else {}
+    rows: dict[str, Any] = read_json(RESULT)["runs"] if RESULT.exists() else {}
     with tempfile.TemporaryDirectory() as work:
         model: Path = arguments.model or Path(work, "mixture")
         if not (model / "config.json").is_file():
@@ -63,15 +63,16 @@ def main() -> None:
 
 def wanted(model: Path, steps: int) -> dict[str, list[str]]:
     """Returns the settings of every run by its name."""
-    found: dict[str, list[str]] = {}
-    for kept, criterion, once in RUNS:
-        name = f"{kept} of {EXPERTS} experts, {criterion}, {'once' if once else f'{steps} steps'}"
-        found[name] = settings(model, kept, criterion, 4 if once else steps, once=once)
-    return found
+    return {
+        f"{kept} of {EXPERTS} experts, {criterion}, {'once' if once else f'{steps} steps'}": settings(
+            model, kept, criterion, 4 if once else steps, once=once
+        )
+        for kept, criterion, once in RUNS
+    }
 
 
 def settings(model: Path, kept: int, criterion: str, steps: int, *, once: bool) -> list[str]:
-    shape = shape_from_config(json.loads((model / "config.json").read_text()), "mixture")
+    shape = shape_from_config(read_json(model / "config.json"), "mixture")
     of_experts = (EXPERTS - kept) * len(shape.layers) * shape.group_numel("experts")
     changes = [f"prune.ratio={of_experts / shape.linear_numel()}"]
     changes += [PEER] if criterion == PEER else [f"prune.criterion={criterion}"]
@@ -83,13 +84,10 @@ def settings(model: Path, kept: int, criterion: str, steps: int, *, once: bool) 
 
 
 def run(model: Path, changes: list[str], ranks: int, out: Path) -> dict[str, Any]:
-    script = ["tests/benchmarks/peer_run.py", "--peer", PEER] if PEER in changes else ["launch/run.py"]
-    command = [*script, "--config", "launch/configs/quickstart.yaml"]
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        for setting in (f"model.path={model}", f"output_dir={folder}/run", *changes):
-            command += ["--set", setting] if setting != PEER else []
-        run_on_ranks(ranks, *command, stdout=sys.stderr)
-        report = json.loads(Path(folder, "run", "report.json").read_text())
+        settings = (f"model.path={model}", f"output_dir={folder}/run", *(x for x in changes if x != PEER))
+        run_quickstart(ranks, settings, peer=PEER if PEER in changes else "", stdout=sys.stderr)
+        report = read_json(Path(folder, "run", "report.json"))
     report["config"] |= {"output_dir": "run", "model": report["config"]["model"] | {"path": "mixture"}}
     return {key: report[key] for key in ("perplexity", "params", "versions", "hardware", "config")}
 

@@ -10,37 +10,33 @@ Cost per layer should not depend on the depth. A rank's bytes per step come to (
 model at each gather. The result goes to tests/benchmarks/results/growth.json and, as a picture, growth.png.
 """
 
-import argparse
 import gc
-import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.evaluate.drawing import PLOT_STYLE
+from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, VERMILION
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
-from tests.benchmarks.running import RESULTS, record, run_on_ranks
-from tests.numerics.cutting import watched_collectives
+from tests.benchmarks.running import RESULTS, make_parser, record
 from tests.numerics.driver import Consecutive, assemble
 from tests.oracle.models import make_tiny_llama
+from tests.plan_cases import counted_bytes
+from tests.ranks import RankPool
 
 WIDTHS: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 16, "hidden": 128, "ffn": 352, "vocab": 512}
 WARM, MEASURED, WINDOW, BATCH = 2, 2, 32, 4  # DeepSpeed records its fetch trace in the first steps
 CUT_STEP = WARM + MEASURED
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")  # Okabe & Ito
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION)
 PANELS = (
     ("step", "bytes", "MB sent per step", 1e6),
     ("step", "cpu_seconds", "CPU seconds per step", 1),
@@ -52,36 +48,15 @@ PANELS = (
 # On each rank
 
 
-@contextmanager
-def counted_bytes(world_size: int) -> Iterator[list[float]]:
-    """Counts the bytes this rank sends in the collectives of a step, by any caller.
-
-    A ring sends (world_size - 1) / world_size of the moved bytes.
-    """
-    others, sent = (world_size - 1) / world_size, [0.0]
-    share: dict[str, Callable[[list[Tensor]], float]] = {
-        "all_gather_into_tensor": lambda args: args[0].nbytes,  # the output; others send all but 1/world_size
-        "reduce_scatter_tensor": lambda args: args[1].nbytes,
-        "all_reduce": lambda args: 2 * args[0].nbytes,
-    }
-
-    def see(name: str, tensors: list[Tensor]) -> None:
-        if name in share:
-            sent[0] += others * share[name](tensors)
-
-    with watched_collectives(see):
-        yield sent
-
-
-def build(model: Path, comm: Communicator, cut_step: int = CUT_STEP) -> Trainer:
+def build(model: Path, world_size: int, cut_step: int = CUT_STEP) -> Trainer:
     config = RunConfig(
         output_dir="unused",
         model=ModelConfig(path=str(model)),
         prune=PruneConfig(ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
-        train=TrainConfig(steps=cut_step, global_batch_size=BATCH, micro_batch_size=BATCH // comm.world_size),
+        train=TrainConfig(steps=cut_step, global_batch_size=BATCH, micro_batch_size=BATCH // world_size),
     )
     pretrained = open_pretrained(model)
-    ds_config = resolve_ds_config("ds_configs/zero3.json", config, pretrained.shape, comm.world_size)
+    ds_config = resolve_ds_config("ds_configs/zero3.json", config, pretrained.shape, world_size)
     # No weight stays gathered from forward to backward, as in a model that does not fit. DeepSpeed's own limits are far
     # above these small widths.
     ds_config["zero_optimization"]["stage3_max_reuse_distance"] = 0
@@ -90,18 +65,21 @@ def build(model: Path, comm: Communicator, cut_step: int = CUT_STEP) -> Trainer:
     return assemble(config, pretrained, ds_config, Samples.of_windows(ids), Consecutive(BATCH), cut_step, schedule)
 
 
-def measure(model: Path, comm: Communicator) -> dict[str, Any]:
+def measure(model: Path) -> dict[str, Any]:
     gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage twice per cut, over all imports: that does not grow
     torch.manual_seed(0)
-    trainer = build(model, comm)
+    comm = Communicator()
+    trainer = build(model, comm.world_size)
     for step in range(1, WARM + 1):
         trainer.step(step)
     comm.barrier()
     cpu, wall = time.process_time(), time.perf_counter()
-    with counted_bytes(comm.world_size) as sent:
+    with counted_bytes(comm.world_size, comm.rank) as sent:
         for step in range(WARM + 1, CUT_STEP + 1):
             trainer.step(step)
-    step_row = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall, "bytes": sent[0]}
+    step_row = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+    step_row["bytes"] = sum(sent.values())
     comm.barrier()
     cpu, wall = time.process_time(), time.perf_counter()
     cut = trainer.pruner.cut(CUT_STEP)
@@ -111,16 +89,6 @@ def measure(model: Path, comm: Communicator) -> dict[str, Any]:
         "step": {key: value / MEASURED for key, value in step_row.items()},
         "cut": cut_row | {"bytes": cut.bytes_sent},
     }
-
-
-def measure_here(models: list[Path], result: Path) -> None:
-    quiet_deepspeed()
-    comm = start_ranks()
-    gc.freeze()  # DeepSpeed collects garbage twice per cut, over all imports: that does not grow
-    rows = {model.name: comm.gather_objects(measure(model, comm)) for model in models}
-    if comm.rank == 0:
-        result.write_text(json.dumps(rows))
-    stop_ranks()
 
 
 # In the process that starts them
@@ -156,27 +124,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[15, 30, 60])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--models", type=Path, nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.models:
-        measure_here(arguments.models, arguments.result)
-        return
     rows = []
-    with tempfile.TemporaryDirectory(prefix="growth-") as name:
-        folder, found = Path(name), Path(name, "found.json")
-        models = [
-            make_tiny_llama(folder / str(count), layers=count, seed=1, dtype="bfloat16", **WIDTHS)
+    with tempfile.TemporaryDirectory(prefix="growth-") as name, closing(RankPool()) as pool:
+        models = {
+            count: make_tiny_llama(Path(name, str(count)), layers=count, seed=1, dtype="bfloat16", **WIDTHS)
             for count in arguments.layers
-        ]
+        }
         for ranks in arguments.ranks:
-            run_on_ranks(ranks, __file__, "--result", found, "--models", *models)
-            measured = json.loads(found.read_text())
-            rows += [summarise(count, ranks, measured[str(count)]) for count in arguments.layers]
+            for count, model in models.items():
+                rows.append(summarise(count, ranks, pool.run(ranks, measure, model, timeout=3600)))
             record("growth", {"rows": rows, "widths": WIDTHS, "dtype": "bfloat16"})
             draw(rows, RESULTS / "growth.png")
 

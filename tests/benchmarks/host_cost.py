@@ -15,12 +15,11 @@ All of it is measured in some rounds by turns, and the least CPU seconds count. 
 tests/benchmarks/results/host_cost.json.
 """
 
-import argparse
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,16 +30,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from loraprune_ds.config import LoraConfig as Settings
-from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import Item, reshard
-from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
+from tests.benchmarks.gpu_day.engine import SameBatch
 from tests.benchmarks.growth import BATCH, WIDTHS, WINDOW, build
-from tests.benchmarks.running import record, run_on_ranks
+from tests.benchmarks.running import make_parser, record
 from tests.oracle.models import make_tiny_llama
+from tests.ranks import RankPool
 
 RANKS, DEPTHS = 2, (6, 18)
 CUT, LAST = 30, 37  # steps are scored up to the cut
@@ -49,11 +48,6 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 # On each rank
-
-
-class SameBatch:
-    def batch(self, step: int) -> torch.Tensor:
-        return torch.arange(BATCH)
 
 
 def cpu_seconds(comm: Communicator, action: Callable[[], object]) -> float:
@@ -66,8 +60,8 @@ def cpu_seconds(comm: Communicator, action: Callable[[], object]) -> float:
 
 def train(model: Path, comm: Communicator) -> dict[str, float]:
     """Trains with pruning: scored steps, a cut, steps that are not scored."""
-    trainer = build(model, comm, CUT)
-    trainer.order = SameBatch()
+    trainer = build(model, comm.world_size, CUT)
+    trainer.order = SameBatch(BATCH)
     seconds, cut, score = [0.0], 0.0, trainer.pruner.score
     for step in range(1, LAST + 1):
         trainer.pruner.score = score if step in (CUT - 1, CUT) else lambda step: None  # type: ignore[method-assign]
@@ -164,16 +158,14 @@ def exchange(world_size: int, device: str) -> float:
     return LAYERS * (time.process_time() - began)
 
 
-def measure_here(models: list[Path], result: Path, run: str) -> None:
-    quiet_deepspeed()
-    comm = start_ranks()
+def measure(models: list[Path], run: str) -> dict[str, Any]:
     gc.freeze()
+    comm = Communicator()
     found: dict[str, Any] = {"depths": [RUNS[run](model, comm) for model in models]}
     if comm.rank == 0:
         for device in ("cpu", "meta") if run == "pruning" else ():
-            found[f"exchange_on_{device}"] = {ranks: exchange(ranks, device) for ranks in (8, 64, 512)}
-        result.write_text(json.dumps(found))
-    stop_ranks()
+            found[f"exchange_on_{device}"] = {str(ranks): exchange(ranks, device) for ranks in (8, 64, 512)}
+    return found
 
 
 # In the process that starts them
@@ -206,25 +198,17 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--models", type=Path, nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--run", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.models:
-        measure_here(arguments.models, arguments.result, arguments.run)
-        return
     with tempfile.TemporaryDirectory() as name:
-        found = Path(name, "found.json")
         models = [make_tiny_llama(Path(name, str(depth)), layers=depth, seed=depth, **WIDTHS) for depth in DEPTHS]
 
-        def measure(run: str) -> dict[str, Any]:
-            run_on_ranks(RANKS, __file__, "--result", found, "--run", run, "--models", *models)
-            return read_json(found)
+        def measured(run: str) -> dict[str, Any]:
+            with closing(RankPool()) as pool:  # new processes for each
+                return pool.run(RANKS, measure, models, run, timeout=3600)[0]
 
-        rounds = [{run: measure(run) for run in RUNS} for _ in range(arguments.rounds)]
+        rounds = [{run: measured(run) for run in RUNS} for _ in range(arguments.rounds)]
     rows = {ROWS[run]: summarise(found) for run, found in least(rounds).items()}
     record("host_cost", {"rows": rows, "ranks": RANKS, "rounds": arguments.rounds, "depths": DEPTHS, "widths": WIDTHS})
 

@@ -38,14 +38,6 @@ from loraprune_ds.pruning.taps import StepRecorder, hook_inputs
 from tests.benchmarks.two_four import CutNothing, merged_where_kept
 
 
-def squared(weight: Tensor, factors: LoraFactors) -> Tensor:
-    return effective_weight(weight, factors).square_()
-
-
-def norm(tokens: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    return squares.sqrt()
-
-
 def variance(tokens: Tensor, total: Tensor, squares: Tensor) -> Tensor:
     return (squares / tokens - (total / tokens).square()).clamp_(min=0)
 
@@ -58,7 +50,10 @@ class Metric:
     size: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-METRICS = {"wanda": Metric(effective_weight, norm), "flap": Metric(squared, variance)}
+METRICS = {
+    "wanda": Metric(effective_weight, lambda tokens, total, squares: squares.sqrt()),
+    "flap": Metric(lambda weight, factors: effective_weight(weight, factors).square_(), variance),
+}
 
 
 class InputSizes(StepRecorder):

@@ -8,15 +8,14 @@ on CPU ranks. Storages are compared to the byte. The largest peaks before and af
 plan.
 
 Memory is RssAnon + RssShmem, sampled every 5 ms. The baseline is taken off: what the process held after all imports
-and the training of a tiny model. What it holds beside its state when a step begins is no tensor: Python's objects, and
-what kernels and allocator keep. It is added to the plan.
+and the training of a tiny model. When a step begins it also holds Python's objects, and
+what kernels and the allocator keep. That is added to the plan.
 
 Blocks from 128 KiB are given back to the system when freed, so resident memory shows the live tensors. glibc would keep
 more, the longer it runs. The result goes to tests/benchmarks/results/plan_measured.json. The run ends with an error
 if a planned number is off.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -25,18 +24,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig
 
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import training_stage
-from loraprune_ds.report.provenance import hardware, versions
-from tests.benchmarks.running import RESULTS, ROOT
+from tests.benchmarks.running import RESULTS, ROOT, add_to, make_parser
+from tests.benchmarks.wide_layers import write_random_weights
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, planned_peak, run_beside_plan
 from tests.ranks import start_deepspeed
@@ -48,10 +44,10 @@ TINY = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "voca
 LIMITED = {"stage3_max_live_parameters": 200_000_000, "stage3_max_reuse_distance": 100_000_000}
 
 
-def save_1b_config(folder: Path, vocab_size: int = 32_000) -> LlamaConfig:
+def save_1b_config(folder: Path) -> None:
     """Saves TinyLlama's sizes."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
+    LlamaConfig(
+        vocab_size=32_000,
         hidden_size=2048,
         intermediate_size=5632,
         num_hidden_layers=DEPTHS["1b"],
@@ -60,33 +56,7 @@ def save_1b_config(folder: Path, vocab_size: int = 32_000) -> LlamaConfig:
         head_dim=64,
         max_position_embeddings=2048,
         architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(folder)
-    return config
-
-
-def make_random_1b(folder: Path, vocab_size: int = 32_000) -> Path:
-    """Writes the model layer by layer."""
-    config = save_1b_config(folder, vocab_size)
-    shapes = shape_from_config(config.to_dict(), str(folder)).parameters()
-    layers = config.num_hidden_layers
-    count = weight_file_count(layers)
-    generator = torch.Generator().manual_seed(0)
-    entries = []
-    for k in range(count):
-        names = [n for n in shapes if (f".layers.{k}." in n if k < layers else ".layers." not in n)]
-        tensors = {n: _random(n, shapes[n], generator) for n in names}
-        entries.append(write_weight_file(folder, k, count, tensors))
-    write_index(folder, entries)
-    return folder
-
-
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Repeats one row of noise. Memory and traffic do not depend on the values of the weights."""
-    if "norm" in name:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    row = torch.randn(shape[-1], generator=generator) * 0.02
-    return row.to(torch.bfloat16).expand(shape).contiguous()
+    ).save_pretrained(folder)
 
 
 def cases(model: str, folder: Path) -> Case:
@@ -151,14 +121,11 @@ def keep(name: str, request: Request, rows: list[dict[str, Any]]) -> None:
     for when, (planned, measured) in peaks(request, rows).items():
         sizes = f"planned {planned / 1e6:>9.1f} MB  measured {measured / 1e6:>9.1f} MB"
         print(f"{name}, {when} the cut: {sizes}  {planned / measured:.3f}")
-    result = read_json(RESULT) if RESULT.exists() else {}
-    facts = {"versions": versions(), "hardware": hardware("cpu"), "limited": LIMITED}
-    result[name] = {"ranks": rows, "faults": faults(name, request, rows), **facts}
-    write_json(RESULT, dict(sorted(result.items())))
+    add_to(RESULT, name, {"ranks": rows, "faults": faults(name, request, rows), "limited": LIMITED})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["smollm2", "1b"], choices=("smollm2", "1b"))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3])
     arguments = parser.parse_args()
@@ -167,7 +134,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="plan-measured-") as name:
         folder = Path(name)
         if "1b" in arguments.models:
-            make_random_1b(folder / "1b")
+            save_1b_config(folder / "1b")
+            write_random_weights(folder / "1b")
         for model in arguments.models:
             make_tiny_llama(folder / "tiny", layers=DEPTHS[model], dtype="bfloat16", **TINY)  # type: ignore[arg-type]
             for world_size in arguments.ranks:

@@ -29,8 +29,9 @@ from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, PURPL
 from loraprune_ds.evaluate.evaluation_text import read_text
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
+from loraprune_ds.report.metrics import read_metrics
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
-from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, run_on_ranks
+from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, make_parser, run_quickstart
 from tests.benchmarks.two_four import expanded_model, sparse_model
 
 WINDOWS, VALIDATION_WINDOWS = 160, 64
@@ -38,12 +39,12 @@ DENSE = "dense.json"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--tune", type=Path, required=True, help="text to tune on; a tenth of it is held out")
     parser.add_argument("--test", type=Path, required=True, help="text to measure on")
     parser.add_argument("--other", type=Path, help="text of another kind; default: Python's help topics")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="default: runs/quality")
-    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=1, help="a micro-batch is a whole global batch of 8")
@@ -139,10 +140,7 @@ def carry_out(
         "logging.report_to=[]",
         *setting.overrides,
     ]
-    script = ["tests/benchmarks/peer_run.py", "--peer", setting.peer] if setting.peer else ["launch/run.py"]
-    command = [*script, "--config", "launch/configs/quickstart.yaml", "--resume", "auto"]
-    command += [part for value in settings for part in ("--set", value)]
-    run_on_ranks(arguments.ranks, *command)
+    run_quickstart(arguments.ranks, settings, "--resume", "auto", peer=setting.peer)
     report = read_json(folder / "report.json")
     measured = {name: perplexity(str(folder), texts[name]) for name in ("test", "other")}
     report["config"] |= {"output_dir": "run"}  # no folder of this machine
@@ -155,7 +153,8 @@ def carry_out(
         "seed": seed,
         "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
         "perplexity": {"validation": report["perplexity"]["pruned"], **measured},
-        "seconds": sum(record["seconds"] for record in metrics(folder)),
+        # of steps and cuts: of the training alone
+        "seconds": sum(x["seconds"] for x in read_metrics(folder / "metrics.jsonl") if x["kind"] in ("step", "cut")),
         "report": report,
     }
 
@@ -166,12 +165,6 @@ def perplexity(model: str, text: Path) -> float:
     environment = cpu_environment(OMP_NUM_THREADS="2")
     answer = subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     return float(json.loads(answer.stdout)["perplexity"])
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Steps and cuts: the seconds of training alone."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] in ("step", "cut")]
 
 
 def publish(work: Path) -> None:
@@ -250,12 +243,8 @@ def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
         for (text, heading), line in zip(TEXTS_DRAWN.items(), panels, strict=True):
             for axes, (key, suffixes, label, ticks) in zip(line, PANELS, strict=True):
                 for name, (colour, marker, words) in LINES.items():
-                    points = [
-                        row
-                        for n in (name, *(name + suffix for suffix in suffixes))
-                        if (row := by_name.get(n)) is not None
-                    ]
-                    points.sort(key=lambda row: row[key])
+                    names = (name + suffix for suffix in ("", *suffixes))
+                    points = sorted((by_name[n] for n in names if n in by_name), key=lambda row: row[key])
                     axes.errorbar(
                         [row[key] for row in points],
                         [row[text]["mean"] for row in points],

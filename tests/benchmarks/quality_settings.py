@@ -106,18 +106,7 @@ def _settings() -> list[Setting]:
 
 
 SETTINGS = {setting.name: setting for setting in _settings()}
-GROUPS = {  # in the order of the table
-    "levers": "41.7 % removed, 81,920 tokens, learning rate 4e-3",
-    "fisher": "the same, criterion fisher",
-    "quarter": "the same with a quarter of distillation",
-    "quick": "a few steps, with a cut after each",
-    "stock": "the same, no layer protected",
-    "peers": "other methods, without a refit",
-    "int8": "the same with int8 weights",
-    "long": "41.7 % removed, 409,600 tokens, learning rate 2e-3",
-    "light": "14.8 % removed, learning rate 2e-3",
-    "gqa": "grouped-query attention as it is (stock: no layer protected)",
-}
+GROUPS = tuple(dict.fromkeys(setting.group for setting in SETTINGS.values()))
 
 
 def select(groups: Sequence[str], only: Sequence[str] | None) -> list[Setting]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from loraprune_ds.config_data import DataConfig
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
-from tests.benchmarks.running import ROOT, cpu_environment, record
+from tests.benchmarks.running import ROOT, cpu_environment, make_parser, record
 
 WORDS = (18, 60)  # of a request and its answer
 FORMS = ("instruction", "chat")
@@ -74,7 +74,7 @@ def start_twice(form: str, rows: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 40_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)

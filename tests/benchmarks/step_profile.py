@@ -8,7 +8,6 @@ count apart, wherever they are. The rest of a part is Python. The profiler itsel
 the result has the seconds of a step without it, too. The result goes to tests/benchmarks/results/step_profile.json.
 """
 
-import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -26,7 +25,7 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.prepare import prepare
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
-from tests.benchmarks.running import record
+from tests.benchmarks.running import make_parser, record
 from tests.benchmarks.step_time import Timed, short_run
 
 WARM_UP = 4  # steps. DeepSpeed records the order of the modules in the first ones
@@ -117,9 +116,8 @@ def _part(event: Any, forward_part: dict[int, str | None]) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     config = short_run(arguments.model, PruneConfig(prune_every=1, warmup_fraction=0.9, cooldown_fraction=0), 20)
     quiet_deepspeed()

@@ -8,11 +8,9 @@ step of both others. The noise of a shared machine affects all of them. The resu
 It goes to tests/benchmarks/results/step_time.json.
 """
 
-import argparse
 import statistics
 import time
 from dataclasses import replace
-from typing import Any
 
 from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.shapes import ModelShape
@@ -21,7 +19,7 @@ from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.engine import build_training_engine, quiet_deepspeed, start_ranks, stop_ranks
-from tests.benchmarks.running import record
+from tests.benchmarks.running import make_parser, record
 
 
 class Timed(Trainer):
@@ -71,10 +69,9 @@ def flops_per_token(shape: ModelShape, window: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=8, help="rounds that are timed, after one that is not")
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     prune = PruneConfig(ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0, cooldown_fraction=0)
     config = short_run(arguments.model, prune, 4 * arguments.steps + 8)
@@ -85,8 +82,7 @@ def main() -> None:
     config_int8 = replace(config, model=replace(config.model, frozen="int8"))
     int8 = Timed(config_int8, prepare(config_int8, comm, is_first_on_node=comm.rank == 0))
     small.timed_step(scoring=True)
-    cut = small.pruner.schedule
-    small.pruner.schedule = replace(cut, start=0, end=1)  # all of it in one cut: the largest there is
+    small.pruner.schedule = replace(small.pruner.schedule, start=0, end=1)  # all of it in one cut: the largest there is
     cut_record = small.cut(1)
     assert cut_record is not None
     times: dict[str, list[float]] = {"plain": [], "scoring": [], "pruned": [], "int8": []}
@@ -97,41 +93,29 @@ def main() -> None:
         times["int8"].append(int8.timed_step(scoring=False))
     after_cut = times["pruned"][0]  # the first step that the smaller model makes
     timed = {name: values[1:] for name, values in times.items()}
-    result = summarise(timed, config, dense, small, cut_record.seconds, after_cut)
-    if comm.rank == 0:
-        record("step_time", result, device_name())
-    stop_ranks()
-
-
-def summarise(
-    times: dict[str, list[float]],
-    config: RunConfig,
-    dense: Timed,
-    small: Timed,
-    cut_seconds: float,
-    after_cut_seconds: float,
-) -> dict[str, Any]:
-    median = {name: statistics.median(values) for name, values in times.items()}
+    median = {name: statistics.median(values) for name, values in timed.items()}
     flops = [flops_per_token(t.model.shape, config.data.window) for t in (dense, small)]
-    return {
+    result = {
         "seconds_per_step": median,
-        "all_seconds": times,
+        "all_seconds": timed,
         "scoring_over_plain": median["scoring"] / median["plain"],
         "pruned_over_dense": median["pruned"] / median["plain"],
         "pruned_over_dense_flops": flops[1] / flops[0],
         "int8_over_plain": median["int8"] / median["plain"],
-        "cut_seconds": cut_seconds,
-        "cut_over_step": cut_seconds / median["plain"],
-        "step_after_cut_seconds": after_cut_seconds,
-        "cut_and_step_after_over_step": (cut_seconds + after_cut_seconds - median["pruned"]) / median["plain"],
+        "cut_seconds": cut_record.seconds,
+        "cut_over_step": cut_record.seconds / median["plain"],
+        "step_after_cut_seconds": after_cut,
+        "cut_and_step_after_over_step": (cut_record.seconds + after_cut - median["pruned"]) / median["plain"],
         "weight_bytes_per_rank": {
-            "dense": dense.pruning_steps.weight_bytes,
-            "pruned": small.pruning_steps.weight_bytes,
+            name: trainer.pruning_steps.weight_bytes for name, trainer in (("dense", dense), ("pruned", small))
         },
         "tokens_per_step": config.train.global_batch_size * config.data.window,
         "world_size": dense.model.world_size,
         "config": config.to_dict(),
     }
+    if comm.rank == 0:
+        record("step_time", result, device_name())
+    stop_ranks()
 
 
 if __name__ == "__main__":

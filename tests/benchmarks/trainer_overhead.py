@@ -8,10 +8,10 @@ cuts. The first step of a training is a warm-up and does not count. Medians go t
 tests/benchmarks/results/trainer_overhead.json.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,14 @@ from transformers import TrainerCallback
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.hf.callback import LoraPruneCallback
-from tests.benchmarks.running import record
+from tests.benchmarks.running import make_parser, record
 from tests.hf.trainers import arguments, fresh_accelerate, make_trainer
 from tests.numerics.driver import Job, build, tiny_job
 from tests.oracle.models import make_batches
 from tests.ranks import RankPool
 
-SIZES: dict[str, Any] = {
-    "heads": 9,
-    "kv_heads": 3,
-    "head_dim": 64,
-    "hidden": 576,
-    "ffn": 1536,
-    "layers": 6,
-    "vocab": 997,
-}
+SIZES: dict[str, Any] = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "ffn": 1536, "layers": 6}
+SIZES["vocab"] = 997
 PRUNE = {"ratio": 0.3, "prune_every": 1000, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
 
 
@@ -59,8 +52,7 @@ def with_trainer(job: Job, out: Path, *, prunes: bool) -> list[float]:
         callbacks: list[TrainerCallback] = [clock]
         if prunes:
             callbacks.append(LoraPruneCallback(PruneConfig(**job.prune), steps=2 * len(job.batches)))
-        args = arguments(job, out)
-        make_trainer(job, args, *callbacks).train()
+        make_trainer(job, arguments(job, out), *callbacks).train()
         return clock.seconds[1:]
 
 
@@ -79,17 +71,15 @@ def measure(job: Job, out: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
-    pool = RankPool()
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, closing(RankPool()) as pool:
         batches = make_batches(steps=options.steps, samples=8, tokens=128, vocab=SIZES["vocab"], seed=2, masked=False)
         settings = {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-4}
         job = replace(tiny_job(Path(out), PRUNE, steps=1, model=SIZES, **settings), batches=batches)
         times = pool.run(2, measure, job, Path(out), options.rounds, timeout=3600)[0]
-    pool.close()
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     result = {
         "seconds_per_step": median,

@@ -16,8 +16,6 @@ weights. It must be killed.
 script. The result goes to tests/benchmarks/results/wide_layers.json.
 """
 
-import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -34,10 +32,9 @@ from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.held import split_state
 from loraprune_ds.plan.request import build_request
-from loraprune_ds.report.provenance import hardware, versions
 from loraprune_ds.zero.flat import partition_numel
 from tests.benchmarks.memory import Watched, told, watch
-from tests.benchmarks.running import RESULTS, ROOT, cpu_environment
+from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment, make_parser
 from tests.benchmarks.wide_layers_rank import CUTS, STEPS, WINDOW, make_config
 from tests.integration.launching import on_ranks
 from tests.plan_cases import planned_peak
@@ -69,12 +66,10 @@ def config_json(name: str) -> dict[str, Any]:
     return fixed | {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY} | SIZES[name.removesuffix(INT8)]
 
 
-def write_checkpoint(folder: Path, name: str) -> None:
+def write_random_weights(folder: Path) -> None:
     """Writes one file per tensor. Random numbers are drawn once and repeated. No row divides the period."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config_json(name)))
     period = torch.randn((1 << 24) - 3, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    shapes = shape_from_config(config_json(name), name).parameters()
+    shapes = shape_from_config(read_json(folder / "config.json"), str(folder)).parameters()
     entries = []
     for i, (tensor_name, shape) in enumerate(shapes.items()):
         numel = torch.Size(shape).numel()
@@ -92,7 +87,7 @@ def write_ds_config(path: Path, largest_linear: int) -> None:
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": largest_linear,
     }
-    path.write_text(json.dumps(config))
+    write_json(path, config)
 
 
 def run_ranks(folder: Path, limit: int, *, control: bool, int8: bool = False) -> Watched:
@@ -155,13 +150,6 @@ def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str
     return found
 
 
-def measure_control(folder: Path, limit: int) -> dict[str, Any]:
-    """Runs the same with the whole model on the last rank. That rank must be killed."""
-    control = run_ranks(folder, limit, control=True)
-    assert control.killed == f"rank-{RANKS - 1}", control
-    return {"killed": control.killed, "peak_above_imports": control.peaks}
-
-
 def most_extra(ranks: list[dict[str, Any]], phase: str) -> int:
     rows = [row for rank in ranks for name, row in rank["phases"].items() if name.startswith(phase)]
     return int(max(row["extra"] for row in rows))
@@ -181,25 +169,24 @@ def check(result: dict[str, Any], dense: ModelShape) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=NAMES, default=["65b", "65b-int8", "70b"])
     arguments = parser.parse_args()
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="wide-layers-") as scratch:
             folder = Path(scratch)
-            write_checkpoint(folder / "model", name)
-            found = measure(name, folder)
+            (folder / "model").mkdir()
+            write_json(folder / "model" / "config.json", config_json(name))
+            write_random_weights(folder / "model")
+            found = measure(name, folder) | {"world_size": RANKS, "steps": STEPS, "window": WINDOW}
             if name.startswith("tiny"):
                 continue
-            keep(name, found)
+            add_to(RESULT, name, found)
             if not name.endswith(INT8):  # whose whole model would not show
-                keep(name, found | {"control": measure_control(folder, found["limit_above_imports"])})
-
-
-def keep(name: str, found: dict[str, Any]) -> None:
-    """Adds the result of a model to the file, with its origin."""
-    facts = {"world_size": RANKS, "steps": STEPS, "window": WINDOW, "versions": versions(), "hardware": hardware("cpu")}
-    write_json(RESULT, (read_json(RESULT) if RESULT.exists() else {}) | {name: found | facts})
+                control = run_ranks(folder, found["limit_above_imports"], control=True)
+                assert control.killed == f"rank-{RANKS - 1}", control
+                kept = {"killed": control.killed, "peak_above_imports": control.peaks}
+                add_to(RESULT, name, found | {"control": kept})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +38,7 @@ class Cluster:
         cwd: Path | None = None,
         timeout: float = 300,
     ) -> str:
-        """The output of a command on the login node.
-
-        Raises:
-            AssertionError: it failed.
-        """
+        """The output of a command on the login node, which must succeed."""
         ended = subprocess.run(
             [SCRIPT, "exec", *command],
             cwd=cwd or self.folder,
@@ -59,12 +55,11 @@ class Cluster:
         self,
         script: str,
         *arguments: str | Path,
-        options: tuple[str, ...] = (),
+        options: Sequence[str] = (),
         variables: dict[str, str] | None = None,
     ) -> "Job":
         """One of the shipped scripts, by its name in slurm/."""
-        command = ["sbatch", "--parsable", *options, SHIPPED / script, *arguments]
-        answer = self.execute(*command, variables=variables)
+        answer = self.execute("sbatch", "--parsable", *options, SHIPPED / script, *arguments, variables=variables)
         return Job(self, answer.strip())
 
     def cut(self, node: int) -> None:
@@ -102,10 +97,6 @@ class Job:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
-        """
-        Raises:
-            AssertionError: it did not come true in `timeout` seconds.
-        """
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"job {self.number}: not {what} in {timeout:g} s\n{self.log()}"

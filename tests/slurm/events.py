@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,16 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results" / "slurm.json"
 SAVED = 5  # a step after which a checkpoint is there
 
 
-@event("2 nodes, 1 rank each")
-def run_plain(lab: Lab, row: Row) -> None:
-    lab.finish(row, lab.submit("plain"), "plain")
-
-
-@event("2 nodes, 2 ranks each")
-def run_two_per_node(lab: Lab, row: Row) -> None:
-    lab.finish(row, lab.submit("two", RANKS_PER_NODE="2"), "two", 4)
+event("2 nodes, 1 rank each")(lambda lab, row: lab.finish(row, lab.submit("plain"), "plain"))
+event("2 nodes, 2 ranks each")(lambda lab, row: lab.finish(row, lab.submit("two", RANKS_PER_NODE="2"), "two", 4))
 
 
 @event("2 nodes, 2 ranks each, hpZ over the node")
 def run_with_hpz(lab: Lab, row: Row) -> None:
     """Hierarchical partitioning keeps a copy of the weights on each node. It must not change the cut."""
-    settings = read_json(ROOT / "ds_configs" / "zero3.json")["zero_optimization"] | {"zero_hpz_partition_size": 2}
-    change = deepspeed(lab, "hpz.json", read_json(ROOT / "ds_configs" / "zero3.json") | {"zero_optimization": settings})
+    settings = read_json(ROOT / "ds_configs" / "zero3.json")
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 2
+    change = deepspeed(lab, "hpz.json", settings)
     lab.finish(row, lab.submit("hpz", change, RANKS_PER_NODE="2"), "hpz", 4)
 
 
@@ -87,18 +83,6 @@ def reach_time_limit(lab: Lab, row: Row) -> None:
     row.remarks = said(job.log(), "got USR1", "the time is over")
 
 
-# Slurm now and then takes another node for down as well, for a moment.
-@event("node lost", expected_restarts=(1, 2))
-def lose_node(lab: Lab, row: Row) -> None:
-    lose(lab, row, "lost", 1)
-
-
-@event("first node lost", expected_restarts=(1, 2))
-def lose_first_node(lab: Lab, row: Row) -> None:
-    """The one with rank 0 and the batch script."""
-    lose(lab, row, "lost-first", 0)
-
-
 def lose(lab: Lab, row: Row, out: str, which: int) -> None:
     """Unplugs a node's network cable. It stays so until the job has ended on the others."""
     job = started(lab, out, SAVED)
@@ -113,6 +97,11 @@ def lose(lab: Lab, row: Row, out: str, which: int) -> None:
     lab.wait_until_idle(NODES)
     if changed := snapshot(lab.folder / out).items() ^ before.items():
         row.problem = f"changed by what came back with the lost node: {sorted({name for name, _ in changed})}"
+
+
+# Slurm now and then takes another node for down as well, for a moment. The first has rank 0 and the batch script.
+event("node lost", expected_restarts=(1, 2))(partial(lose, out="lost", which=1))
+event("first node lost", expected_restarts=(1, 2))(partial(lose, out="lost-first", which=0))
 
 
 @event("rank killed", expected_restarts=(1,))
@@ -213,16 +202,6 @@ def run_on_login_node(lab: Lab, row: Row, out: Path, command: Sequence[str], ran
     return log
 
 
-@event("sweep of three ratios, at once")
-def sweep_at_once(lab: Lab, row: Row) -> None:
-    sweep(lab, row, "parallel", "20,35,50")
-
-
-@event("sweep of three ratios, one after the other")
-def sweep_in_turn(lab: Lab, row: Row) -> None:
-    sweep(lab, row, "serial", "20,35,50%1")
-
-
 def sweep(lab: Lab, row: Row, out: str, array: str) -> None:
     """Runs three ratios on a node each. Each leaves its own result."""
     options = ("--nodes=1", f"--array={array}")
@@ -238,6 +217,10 @@ def sweep(lab: Lab, row: Row, out: str, array: str) -> None:
         row.same_groups = row.same_groups and found == lab.straight(1, f"prune.ratio=0.{ratio}")
         report = read_json(folder / "report.json")
         row.remarks.append(f"ratio 0.{ratio}: perplexity {report['perplexity']['pruned']:.2f}")
+
+
+event("sweep of three ratios, at once")(partial(sweep, out="parallel", array="20,35,50"))
+event("sweep of three ratios, one after the other")(partial(sweep, out="serial", array="20,35,50%1"))
 
 
 @event("evaluate.sbatch on 2 nodes")

@@ -58,21 +58,23 @@ class Lab:
         self.cluster = cluster
         self.folder = cluster.folder
         self.config = write_run(self.folder, **RUN)
-        self._straight: dict[tuple[int, tuple[str, ...]], bytes] = {}
+        self._straight: dict[tuple[int, tuple[str, ...]], Path] = {}
 
     def submit(self, out: str, *changes: str, options: Sequence[str] = (), **variables: str) -> Job:
         """Submits slurm/prune.sbatch with output_dir `out` and environment variables."""
-        arguments = [word for change in (f"output_dir={self.folder / out}", *changes) for word in ("--set", change)]
-        return self.cluster.submit("prune.sbatch", self.config, *arguments, options=tuple(options), variables=variables)
+        arguments = setting(f"output_dir={self.folder / out}", *changes)
+        return self.cluster.submit("prune.sbatch", self.config, *arguments, options=options, variables=variables)
 
     def straight(self, ranks: int, *changes: str) -> bytes:
         """kept_groups.json of the run without Slurm, on the same number of ranks."""
+        return (self.straight_folder(ranks, *changes) / "kept_groups.json").read_bytes()
+
+    def straight_folder(self, ranks: int, *changes: str) -> Path:
         if (ranks, changes) not in self._straight:
             out = self.folder / f"straight-{len(self._straight)}"
-            arguments = [word for change in (f"output_dir={out}", *changes) for word in ("--set", change)]
-            ended = fork_ranks(["--config", str(self.config), *arguments], self.folder, ranks=ranks, timeout=PATIENCE)
-            ended[0].check()
-            self._straight[ranks, changes] = (out / "kept_groups.json").read_bytes()
+            arguments = ["--config", str(self.config), *setting(f"output_dir={out}", *changes)]
+            fork_ranks(arguments, self.folder, ranks=ranks, timeout=PATIENCE)[0].check()
+            self._straight[ranks, changes] = out
         return self._straight[ranks, changes]
 
     def finish(self, row: Row, job: Job, out: str, ranks: int = 2, *changes: str) -> None:
@@ -108,6 +110,10 @@ class Lab:
                 return
             assert time.monotonic() < deadline, f"not {nodes} nodes idle after {timeout:g} s: {shown.split()}"
             time.sleep(0.5)
+
+
+def setting(*changes: str) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
 
 
 def said(log: str, *words: str) -> list[str]:

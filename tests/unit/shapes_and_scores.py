@@ -3,15 +3,19 @@
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES, LLAMA_LINEARS
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.limits import Limits, make_limits
 
 KINDS = FAMILIES["llama"].kinds
 BY_NAME: dict[str, Linear] = {linear.name: linear for linear in LLAMA_LINEARS}
@@ -63,6 +67,23 @@ def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:
         head_dim=draw.choice([2, 4, 7]),
         queries_per_group=draw.choice([1, 2, 3]),
     )
+
+
+def limits_of(shape: ModelShape, **prune: Any) -> Limits:
+    free = {"ratio": 1e-4, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}
+    return make_limits(PruneConfig(**{**free, **prune}), shape)
+
+
+def random_limits(draw: random.Random, *, uniform: bool, **drawn: list[Any]) -> Limits:
+    """Limits that leave something to cut. `drawn` has the values of more settings to draw from."""
+    choices = {"max_layer_ratio": [0.3, 0.6, 1.0, 1.0], "channel_multiple": [1, 1, 4, 16]}
+    choices |= {"tensor_parallel": [1, 1, 1, 2], "protected_last": [0, 1], **drawn}
+    while True:
+        prune = {name: draw.choice(values) for name, values in choices.items()}
+        try:
+            return limits_of(random_shape(draw, uniform=uniform), **prune)
+        except UserError:
+            continue
 
 
 def keep_of(kept: Iterable[tuple[list[int], list[int]]]) -> list[LayerKeep]:

@@ -1,6 +1,7 @@
 """Checks the arithmetic of the planner, without ranks."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,26 +10,18 @@ import pytest
 
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.read_shape import read_config, shape_from_config
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.held import gathered_weights, split_state
 from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, search, suggestions
-from loraprune_ds.plan.printout import notes, plan_json, plan_table, suggestion_rows
+from loraprune_ds.plan.printout import notes, plan_json, plan_table
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, logits, teacher_pass
-from loraprune_ds.pruning.schedule import steps_for_epochs
 from tests.families import tiny_config
 
-CONFIG = {
+SOURCE = {
     "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "vocab_size": 100,
-}
-SOURCE = CONFIG | {
     "hidden_size": 512,
     "num_hidden_layers": 6,
     "num_attention_heads": 8,
@@ -112,15 +105,10 @@ def test_logits_are_bounded_by_their_chunk() -> None:
 def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: float, steps: int) -> None:
     unknown = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128)
     assert any("--samples" in note for note in notes(make_plan(unknown)))
-    planned = replace_samples(unknown, samples)
-    assert (planned.steps, planned.steps_known) == (steps_for_epochs(epochs, samples, 128), True)
-    assert planned.steps == steps
+    planned = build_request("small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=samples)
+    assert (planned.steps, planned.steps_known) == (steps, True)
     with pytest.raises(UserError, match="--samples 5 is less"):
-        replace_samples(unknown, 5)
-
-
-def replace_samples(plain: Request, samples: int) -> Request:
-    return build_request("small", SOURCE, SMALL, plain.config, plain.cluster, samples=samples)
+        build_request("small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=5)
 
 
 def test_what_a_run_refuses_is_not_planned() -> None:
@@ -133,25 +121,19 @@ def test_what_a_run_refuses_is_not_planned() -> None:
         build_request("small", SOURCE, SMALL, top, Cluster())
 
 
-def pruning(plain: Request, **prune: Any) -> Plan:
-    """The plan of the same run with other values of `prune`."""
-    return make_plan(changed(plain, prune=prune))
-
-
 def test_a_network_between_nodes_makes_a_step_slower() -> None:
     one, two = (make_plan(request(Cluster(nodes, 8 // nodes))) for nodes in (1, 2))
     assert two.step.communication > 2 * one.step.communication
 
 
 def test_an_impossible_cluster_is_refused() -> None:
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"gpu_memory": float("nan")}, "--gpu-memory must be a number above 0; got nan"),
-        ({"gpu_memory": 2.0}, "--gpu-memory 2.0 leaves nothing beside --reserve 3.0"),
-        ({"nodes": 10**6, "gpus_per_node": 8}, "is more than 1048576 GPUs"),
-    ]
-    for wrong, message in cases:
-        with pytest.raises(UserError, match=message):
-            Cluster(**wrong)
+    for wrong, named in (
+        ({"gpu_memory": math.nan}, "nan"),
+        ({"gpu_memory": 2.0}, "--reserve"),
+        ({"nodes": 10**6}, "GPUs"),
+    ):
+        with pytest.raises(UserError, match=named):
+            Cluster(**wrong)  # type: ignore[arg-type]
 
 
 def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) -> Request:
@@ -163,14 +145,12 @@ def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) ->
     return build_request("small", SOURCE, SMALL, config, cluster)
 
 
-def test_hpz_means_nothing_on_one_node_and_follows_the_cluster(tmp_path: Path) -> None:
+def test_hpz_means_nothing_on_one_node_and_follows_whole_nodes(tmp_path: Path) -> None:
     one = with_hpz(tmp_path, "auto", Cluster(1, 4))
     assert make_plan(one).step == make_plan(request(Cluster(1, 4))).step
     assert changed(one, Cluster(2, 2)).fetch_limits.copy_ranks == 2
     assert changed(one, Cluster(2, 8)).fetch_limits.copy_ranks == 8
 
-
-def test_hpz_over_parts_of_nodes_is_refused(tmp_path: Path) -> None:
     assert with_hpz(tmp_path, 8, Cluster(4, 4)).fetch_limits.copy_ranks == 8  # two whole nodes
     with pytest.raises(UserError, match=r"zero_hpz_partition_size is 4, whose groups take parts of nodes of 6 GPUs"):
         with_hpz(tmp_path, 4, Cluster(2, 6), global_batch_size=24)
@@ -183,20 +163,6 @@ def test_nccl_takes_more_with_more_ranks() -> None:
     assert held == sorted(held)
     assert Cluster(4, 8).gpu_bytes == int(77 * GIB) - held[3]
     assert Cluster(4, 8, nccl=1).gpu_bytes == 76 * GIB
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[1, 2]", "config.json must hold a JSON object"),
-        ("{", "config.json is not valid JSON"),
-        (json.dumps(CONFIG | {"per_layer_config": [1, 2]}), "config.json holds a size that is no number"),
-    ],
-)
-def test_a_config_json_that_is_none_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=message):
-        shape_from_config(read_config(str(tmp_path)), str(tmp_path))
 
 
 def test_a_larger_model_and_fewer_ranks_need_more() -> None:
@@ -248,16 +214,13 @@ def test_checkpointing_trades_memory_for_arithmetic() -> None:
 def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
     plan = make_plan(request(tight(2, 40), micro_batch_size=4))
     assert not plan.fits
-    found = suggestions(plan)
-    changes = {x["change"]: x for x in found}
+    changes = {x["change"]: x for x in suggestions(plan)}
     assert changes["one sample at a time"]["device_bytes"] < plan.device_bytes
     assert changes["activation checkpointing"]["device_bytes"] < plan.device_bytes
     offloaded = changes["optimizer and weights on the host"]
     assert offloaded["device_bytes"] < plan.device_bytes
     assert offloaded["host_bytes"] > plan.host_bytes
     assert changes["all of the above"]["device_bytes"] < offloaded["device_bytes"]
-    assert "does not fit on 2 GPUs" in plan_table(plan)
-    assert len(suggestion_rows(found)) == len(found)
 
 
 def test_the_search_finds_the_fewest_gpus_that_can_split_the_batch() -> None:
@@ -288,7 +251,11 @@ def test_the_largest_micro_batch_that_fits_is_proposed() -> None:
 
 def test_settings_of_quality_cost_what_they_hold_and_send() -> None:
     plain = request(Cluster(1, 2), steps=40, global_batch_size=16)
-    lora, fisher, gradient = (pruning(plain, criterion=x) for x in ("lora", "fisher", "gradient"))
+
+    def pruning(**prune: Any) -> Plan:
+        return make_plan(changed(plain, prune=prune))
+
+    lora, fisher, gradient = (pruning(criterion=x) for x in ("lora", "fisher", "gradient"))
     groups = sum(sum(layer.values()) for layer in SMALL.layers)
     assert fisher.step.sent["scoring"] == 8 * groups < lora.step.sent["scoring"]
     assert fisher.last_step == lora.last_step == gradient.last_step
@@ -296,9 +263,9 @@ def test_settings_of_quality_cost_what_they_hold_and_send() -> None:
     tokens = 16 * 64 / 2
     added = (gradient.step.compute - lora.step.compute) * plain.cluster.flops * plain.cluster.utilisation * 1e12
     assert added == pytest.approx(2 * SMALL.linear_numel() * tokens)
-    seldom = pruning(plain, criterion="gradient", score_every=10)
+    seldom = pruning(criterion="gradient", score_every=10)
     assert lora.in_all.bytes_sent < seldom.in_all.bytes_sent < gradient.in_all.bytes_sent
-    refit = pruning(plain, compensate="least_squares")
+    refit = pruning(compensate="least_squares")
     moments = 4 * (512**2 + 1376**2) * 2  # of two of the four layers that may be cut
     assert stage(refit, "dense").state == stage(lora, "dense").state | {"input_moments": moments}
     assert stage(refit, "the first cut").peak_phase == "refit"
@@ -365,6 +332,5 @@ def test_json_holds_what_the_table_shows() -> None:
     found = plan_json(plan, 1.0)
     assert found["parameters"] == SMALL.total_numel()
     assert found["device_bytes"] == max(x["peak"] for x in found["stages"])
-    assert found["costs"]["step"]["at_least"] <= found["costs"]["step"]["at_most"]
     assert json.loads(json.dumps(found, allow_nan=False))["fits"] is True
     assert "small fits on 4 GPUs" in plan_table(plan, 1.0)

@@ -1,7 +1,7 @@
 """Plans every recorded run of `plan_measured.py` and `wide_layers.py` again, and compares the largest peaks.
 
-The runs were on CPU ranks. What a process held beside its state when a step began is added: Python's objects, and what
-the kernels and the allocator keep.
+The runs were on CPU ranks. When a step began a process also held Python's objects, and what kernels and the allocator
+keep. That is added to the plan.
 """
 
 from pathlib import Path
@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.files import read_json
-from tests.benchmarks.plan_measured import RESULT, cases, peaks, save_1b_config
+from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
 from tests.benchmarks.wide_layers import RESULT as WIDE
 from tests.benchmarks.wide_layers import wide_peaks
-
-LOWEST, HIGHEST = 0.97, 1.15  # of the largest measured peak
 
 
 @pytest.mark.parametrize("name", sorted(read_json(RESULT)))

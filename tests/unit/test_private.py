@@ -6,7 +6,6 @@ from typing import Any
 
 import deepspeed
 import pytest
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.zero import private
@@ -21,10 +20,6 @@ def refusal() -> str:
     assert "\n" not in message
     assert message.startswith(f"deepspeed {deepspeed.__version__} lacks what in-place pruning relies on (")
     return message.split("(", 1)[1].rsplit(")", 1)[0]
-
-
-def test_the_installed_deepspeed_has_them_all() -> None:
-    check_private_attributes()
 
 
 @pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls, names in private.METHODS for name in names])
@@ -50,11 +45,6 @@ def test_a_missing_attribute_is_named(
     names = tuple(n for n in getattr(cls, function).__code__.co_names if n != name)
     monkeypatch.setattr(cls, function, FakeFunction(names))
     assert refusal() == f"{holder}.{name}"
-
-
-def test_all_missing_names_are_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private, "METHODS", ((DeepSpeedZeroOptimizer_Stage3, ("gone", "step", "lost")),))
-    assert refusal() == "DeepSpeedZeroOptimizer_Stage3.gone, DeepSpeedZeroOptimizer_Stage3.lost"
 
 
 class FakeFunction:
@@ -83,12 +73,11 @@ def touched(source: str) -> set[str]:
     return found
 
 
-def targets(source: str) -> list[ast.Attribute]:
-    """Finds the attributes that a file assigns."""
-    assigned = [
-        target for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign) for target in node.targets
-    ]
-    return [target for target in assigned if isinstance(target, ast.Attribute)]
+def written_to_engine(source: str) -> set[str]:
+    """Finds the attributes that a file assigns to DeepSpeed's engine."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign))
+    attributes = [x for node in nodes for x in node.targets if isinstance(x, ast.Attribute)]
+    return {x.attr for x in attributes if ast.unparse(x.value).split(".")[-1] == "deepspeed"}
 
 
 def test_everything_the_package_touches_is_checked() -> None:
@@ -98,14 +87,7 @@ def test_everything_the_package_touches_is_checked() -> None:
     used = set().union(*(touched(path.read_text()) for path in files))
     assert used >= {"ds_tensor", "grad_position", "is_invalid_trace", "_setup_for_real_optimizer"}
     assert used - checked - PUBLIC - ONLY_WRITTEN == set()
-    written = {
-        t.attr
-        for path in files
-        for t in targets(path.read_text())
-        if ast.unparse(t.value).split(".")[-1] == "deepspeed"
-    }
-    assert written == set(private.ENGINE_COUNTERS)
+    assert set().union(*(written_to_engine(path.read_text()) for path in files)) == set(private.ENGINE_COUNTERS)
     by_name = {*private.FLAT_LISTS, *private.LOSS_SCALE_FIELDS}  # in loops over the list
     others = "\n".join(path.read_text() for path in files if path.name != "private.py")
     assert {name for name in checked - by_name if not re.search(rf"\b{name}\b", others)} == set()
-    assert touched("engine.optimizer._secret + p.ds_new + q.fine") == {"_secret", "ds_new"}

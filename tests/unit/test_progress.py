@@ -1,13 +1,18 @@
 """Progress in a log file has no live line, on a terminal it has one, and time left follows the latest steps."""
 
 import io
+import json
 import os
 import pty
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
+from loraprune_ds.config import LoggingConfig, RunConfig
 from loraprune_ds.train import progress
+from loraprune_ds.train.loop import profiled
 from loraprune_ds.train.progress import Progress
 from tests.unit.run_records import cut_record, step_record
 
@@ -42,7 +47,7 @@ def test_a_terminal_gets_one_live_line() -> None:
     assert "\rstep 0/2" in lines[0]
     assert [line for line in lines if "step 1  cut to 20.0 %" in line] != []
     assert "step 2/2" in lines[-2]
-    assert lines[-1] == ""  # the cursor is on a line of its own
+    assert lines[-1] == ""  # the cursor is on a new line
     assert len(lines) == 3  # one line for the cut, one that stays
 
 
@@ -71,3 +76,17 @@ def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> 
     assert left[-1] == "0:00, 1:31 left"
     shown.write(replace(cut_record(9, before=2000, after=1000, reached=0.2), seconds=4.0))
     assert clock(shown._step_line(step_record(10))) == "0:00, 3:00 left"  # 90 of (4 · 1 + 4) / 4 s
+
+
+def test_named_steps_leave_a_trace_on_rank_0(tmp_path: Path) -> None:
+    config = RunConfig(str(tmp_path), logging=LoggingConfig(profile_steps=[2, 3]))
+    for step in (1, 2, 3):
+        for rank in (1, 0) if step == 2 else (1,):
+            with profiled(config, step, rank):
+                torch.mm(torch.ones(4, 4), torch.ones(4, 4))
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["step-2.json"]
+    events = json.loads((tmp_path / "profile" / "step-2.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::mm" for event in events)
+    with profiled(RunConfig(str(tmp_path / "none")), 1, 0):
+        pass
+    assert not (tmp_path / "none").exists()

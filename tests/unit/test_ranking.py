@@ -7,36 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global
-from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_shape
-
-
-def limits_of(shape: ModelShape, **prune: Any) -> Limits:
-    free = {"ratio": 1e-4, "channel_multiple": 1, "ranking": "global", "protected_first": 0, "protected_last": 0}
-    return make_limits(PruneConfig(**{**free, **prune}), shape)
-
-
-def random_limits(draw: random.Random) -> tuple[Limits, float]:
-    """Limits, and a ratio that they allow."""
-    while True:
-        prune = {
-            "ratio": draw.uniform(0.02, 0.8),
-            "max_layer_ratio": draw.choice([0.4, 0.6, 1.0, 1.0]),
-            "channel_multiple": draw.choice([1, 1, 4, 16]),
-            "tensor_parallel": draw.choice([1, 1, 1, 2]),
-            "protected_last": draw.choice([0, 1]),
-            "head_ratio": draw.choice([None, None, 0.2]),
-        }
-        try:
-            return limits_of(random_shape(draw, uniform=False), **prune), prune["ratio"]
-        except UserError:
-            continue  # out of reach there
+from tests.unit.shapes_and_scores import SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
 
 
 def check_limits(limits: Limits, shape: ModelShape) -> None:
@@ -51,7 +27,9 @@ def test_every_cut_stops_within_one_group_of_its_target() -> None:
     """Over four cuts in a row, on layers of any shape, with few enough distinct scores that most are tied."""
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     for _ in range(250):
-        limits, ratio = random_limits(draw)
+        ratio = draw.uniform(0.02, 0.8)
+        ratios = [None, None, 0.2]
+        limits = random_limits(draw, uniform=False, ratio=[ratio], ranking=["global"], head_ratio=ratios)
         dense = shape = limits.dense
         steps = {kind: multiple * dense.group_numel(kind) for kind, multiple in limits.multiples.items()}
         allowed = max(steps.values()) + steps["channels"] / 2
@@ -64,7 +42,7 @@ def test_every_cut_stops_within_one_group_of_its_target() -> None:
 
 def test_without_floors_and_caps_it_stops_within_half_a_channel() -> None:
     generator = torch.Generator().manual_seed(2)
-    limits = limits_of(SMOLLM2)
+    limits = limits_of(SMOLLM2, ranking="global")
     for target in (0.1, 0.333, 0.5, 0.7):
         keep = rank_global(random_scores_of(SMOLLM2, generator), SMOLLM2, limits, target)
         off = gone(SMOLLM2.after(keep), SMOLLM2) - target * SMOLLM2.linear_numel()
@@ -85,7 +63,7 @@ def split_groups(scores: list[LayerScores], keep: list[LayerKeep], kind: str) ->
 def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(levels: int | None) -> None:
     generator = torch.Generator().manual_seed(3)
     shape = make_shape([(9, 40), (7, 55), (8, 20), (9, 30)])
-    limits = limits_of(shape)
+    limits = limits_of(shape, ranking="global")
     for _ in range(20):
         scores = random_scores_of(shape, generator, levels=levels)
         # A large minimum in every layer, so that no floor stops anything.
@@ -100,7 +78,7 @@ def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(leve
 def test_heads_keep_to_their_share_over_several_cuts() -> None:
     """Though by their scores all heads would go first: what channels have lost is not heads' to spend."""
     shape = dense = make_shape([(8, 96)] * 4)
-    limits, generator = limits_of(shape), torch.Generator().manual_seed(7)
+    limits, generator = limits_of(shape, ranking="global"), torch.Generator().manual_seed(7)
     for target, heads in ((0.125, 4), (0.25, 8), (0.5, 16)):
         scores = [LayerScores({**x, "heads": x["heads"] * 1e-6}) for x in random_scores_of(shape, generator)]
         shape = shape.after(rank_global(scores, shape, limits, target))
@@ -110,11 +88,9 @@ def test_heads_keep_to_their_share_over_several_cuts() -> None:
 def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
     """Channels end at their floor. Layer 0 has lost its one cheap head by then; its others are dear."""
     shape = make_shape([(8, 16)] * 2, hidden=8, head_dim=2)
-    limits = replace(limits_of(shape), floor=(LayerShape(heads=1, channels=16),) * 2)
-    scores = [
-        LayerScores(heads=torch.tensor([0.0, 90, 91, 92, 93, 94, 95, 96]), channels=torch.ones(16)),
-        LayerScores(heads=torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), channels=torch.ones(16)),
-    ]
+    limits = replace(limits_of(shape, ranking="global"), floor=(LayerShape(heads=1, channels=16),) * 2)
+    heads = ([0.0, 90, 91, 92, 93, 94, 95, 96], [1.0, 2, 3, 4, 5, 6, 7, 8])
+    scores = [LayerScores(heads=torch.tensor(x), channels=torch.ones(16)) for x in heads]
     target = 5 * shape.group_numel("heads") / shape.linear_numel()
     keep = rank_global(scores, shape, limits, target)
     assert [layer["heads"].tolist() for layer in keep] == [[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7]]
@@ -134,7 +110,7 @@ def test_a_block_of_channels_counts_with_its_mean(
     shape = make_shape([(1, len(first))] * 2, hidden=4, head_dim=1)
     scores = [LayerScores(heads=torch.ones(1), channels=torch.tensor(x, dtype=torch.float64)) for x in (first, second)]
     target = blocks * 4 * shape.group_numel("channels") / shape.linear_numel()
-    keep = rank_global(scores, shape, limits_of(shape, channel_multiple=4), target)
+    keep = rank_global(scores, shape, limits_of(shape, ranking="global", channel_multiple=4), target)
     assert [len(layer["channels"]) for layer in keep] == kept
     if blocks == 1:
         assert keep[1]["channels"].tolist() == [1, 3, 5, 7]
@@ -143,7 +119,7 @@ def test_a_block_of_channels_counts_with_its_mean(
 def test_rounding_never_breaks_a_multiple() -> None:
     """The means of blocks of equal scores differ in the last bit; the smaller first block must still leave first."""
     shape = make_shape([(1, 173)] * 2, hidden=4, head_dim=1)
-    limits, generator = limits_of(shape, channel_multiple=64), torch.Generator().manual_seed(8)
+    limits, generator = limits_of(shape, ranking="global", channel_multiple=64), torch.Generator().manual_seed(8)
     target = 45 * shape.group_numel("channels") / shape.linear_numel()
     for value in torch.rand(300, generator=generator, dtype=torch.float64):
         tied = [LayerScores(heads=torch.ones(1), channels=value.expand(173)) for _ in range(2)]

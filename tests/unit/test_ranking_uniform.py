@@ -2,41 +2,19 @@
 
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_uniform, uniform_counts, uniform_goal
 from tests.oracle.formula import keep_best
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, random_shape
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
 
 TARGETS = [0.2, 0.5, 0.75, 0.9, 0.97, 1.0]  # of the final ratio, as on the way there
-
-
-def limits_of(shape: ModelShape, **prune: Any) -> Limits:
-    free = {"ratio": 1e-4, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}
-    return make_limits(PruneConfig(**{**free, **prune}), shape)
-
-
-def random_limits(draw: random.Random) -> Limits:
-    while True:
-        prune = {
-            "max_layer_ratio": draw.choice([0.3, 0.6, 1.0, 1.0]),
-            "channel_multiple": draw.choice([1, 1, 4, 16]),
-            "tensor_parallel": draw.choice([1, 1, 1, 2]),
-            "protected_last": draw.choice([0, 1]),
-        }
-        try:
-            return limits_of(random_shape(draw, uniform=True), **prune)
-        except UserError:
-            continue  # nothing to cut there
 
 
 def error(limits: Limits, counts: LayerShape, ratio: float) -> float:
@@ -60,7 +38,7 @@ def all_counts(limits: Limits) -> list[LayerShape]:
 def test_the_goal_comes_nearest_of_all_counts() -> None:
     draw = random.Random(0)
     for _ in range(400):
-        limits, ratio = random_limits(draw), draw.uniform(0.01, 0.95)
+        limits, ratio = random_limits(draw, uniform=True), draw.uniform(0.01, 0.95)
         goal, allowed = uniform_goal(limits, ratio), all_counts(limits)
         half_a_step = limits.multiples["channels"] * limits.dense.group_numel("channels") / 2
         assert goal in allowed
@@ -105,23 +83,18 @@ def test_a_head_larger_than_what_should_go_stays() -> None:
 def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
     draw, generator = random.Random(1), torch.Generator().manual_seed(1)
     for _ in range(150):
-        limits, ratio = random_limits(draw), draw.uniform(0.05, 0.8)
+        limits, ratio = random_limits(draw, uniform=True), draw.uniform(0.05, 0.8)
         goal, shape = uniform_goal(limits, ratio), limits.dense
         for fraction in TARGETS:
             scores = random_scores_of(shape, generator)
             keep = rank_uniform(scores, shape, limits, fraction * ratio, ratio)
             shape = shape.after(keep)  # indexing would fail if a count grew
-            open_counts = {shape.layers[i] for i in limits.open_layers}
-            assert len(open_counts) == 1
-            (counts,) = open_counts
+            (counts,) = {shape.layers[i] for i in limits.open_layers}
             for kind, multiple in limits.multiples.items():
                 assert counts[kind] >= goal[kind]
                 assert counts[kind] % multiple == 0 or counts[kind] == limits.dense.layers[0][kind]
-            assert all(
-                shape.layers[i] == limits.dense.layers[i]
-                for i in range(len(shape.layers))
-                if i not in limits.open_layers
-            )
+            closed = set(range(len(shape.layers))) - set(limits.open_layers)
+            assert all(shape.layers[i] == limits.dense.layers[i] for i in closed)
         assert counts == goal
 
 

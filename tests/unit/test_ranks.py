@@ -96,11 +96,6 @@ def test_values_come_in_rank_order_from_workers_that_stay(pool: RankPool) -> Non
     assert len({os.getpid(), *(pid for *_, pid in [*first, *single])}) == 5
 
 
-def test_the_first_traceback_is_the_failure(pool: RankPool) -> None:
-    with pytest.raises(RankFailure, match=r"(?s)^rank 1 of 2: .*in fail_in_turn.*ValueError: rank 1 says"):
-        pool.run(2, fail_in_turn, 1, 0.4)
-
-
 def test_a_failure_does_not_wait_for_the_others_and_they_are_replaced(pool: RankPool) -> None:
     before = [pid for *_, pid in pool.run(2, rank_and, None)]
     started = time.monotonic()
@@ -121,22 +116,21 @@ def test_the_deadline_says_where_every_rank_stood(pool: RankPool) -> None:
     assert "in sleep_on" in text[text.index("rank 1 of 2:") :]
 
 
-def test_a_signal_is_the_cause_even_if_a_peer_complains_first(pool: RankPool) -> None:
-    with pytest.raises(RankFailure, match=r"^rank 1 of 2: killed by SIGTERM"):
-        pool.run(2, die_on, 1)
-
-
 @pytest.mark.parametrize(
-    ("function", "report"),
+    ("size", "function", "arguments", "report"),
     [
-        (read_null, r"(?s)killed by SIGSEGV.*in read_null"),
-        (exit_worker, "SystemExit: 3"),
-        (unpicklable, r"(?s)rank 0 of 1.*pickle.*unpicklable"),
+        (1, read_null, (), r"(?s)killed by SIGSEGV.*in read_null"),
+        (1, exit_worker, (), "SystemExit: 3"),
+        (1, unpicklable, (), r"(?s)rank 0 of 1.*pickle.*unpicklable"),
+        (2, fail_in_turn, (1, 0.4), r"(?s)^rank 1 of 2: .*in fail_in_turn.*ValueError: rank 1 says"),
+        (2, die_on, (1,), r"^rank 1 of 2: killed by SIGTERM"),  # even if a peer complains first
     ],
 )
-def test_every_end_of_a_worker_is_a_failure(pool: RankPool, function: Callable[[], Any], report: str) -> None:
+def test_every_end_of_a_worker_is_a_failure(
+    pool: RankPool, size: int, function: Callable[..., Any], arguments: tuple[Any, ...], report: str
+) -> None:
     with pytest.raises(RankFailure, match=report):
-        pool.run(1, function)
+        pool.run(size, function, *arguments)
 
 
 def test_a_dead_worker_is_named_by_the_next_call(pool: RankPool) -> None:

@@ -96,10 +96,12 @@ def test_a_module_that_is_gathered_as_one_is_walked_once(monkeypatch: pytest.Mon
     assert list(listed_once(whole, True))
 
 
-def test_a_decision_is_remembered_and_a_new_one_knows_the_new_sizes() -> None:
+def test_a_decision_is_remembered_and_a_new_one_knows_the_new_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     coordinator, record = live_coordinator(random.Random(3), False, 60)
     decide, again = Releases(coordinator), Releases(coordinator)
+    monkeypatch.setattr(releases, "iter_params", counting := Mock(wraps=releases.iter_params))
     first = [set(decide(module, step)) for step, module in enumerate(record, 1)]
+    assert counting.call_count == 2 * len(record)  # each module for its own decision, and once for the list
     _ = again(record[0], 1)
     for module in record:
         for parameter in module.parameters(recurse=False):
@@ -108,13 +110,3 @@ def test_a_decision_is_remembered_and_a_new_one_knows_the_new_sizes() -> None:
     again.sizes_changed()
     for step, module in enumerate(record[1:], 2):
         assert again(module, step) == FREE_AS_DEEPSPEED(coordinator, module, step)
-
-
-def test_the_record_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    coordinator, record = live_coordinator(random.Random(1), False, 10**9)
-    counting = Mock(wraps=releases.iter_params)
-    monkeypatch.setattr(releases, "iter_params", counting)
-    decide = Releases(coordinator)
-    for step, module in enumerate(record, 1):
-        decide(module, step)
-    assert counting.call_count == 2 * len(record)  # each module for its own decision, and once for the list

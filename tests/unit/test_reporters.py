@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from matplotlib.figure import Figure
@@ -26,42 +26,10 @@ from tests.unit.shapes_and_scores import repository
 SETTINGS = {"seed": 7, "prune": {"ratio": 0.3, "target": None}}
 
 
-class FakeWandb(SimpleNamespace):
-    """Remembers the calls."""
-
-    def __init__(self) -> None:
-        super().__init__(calls=[], run=None)
-
-    def init(self, **kwargs: Any) -> None:
-        self.run = self
-        self.calls.append(("init", kwargs))
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self.calls.append(("axis", step_metric))
-
-    def log(self, values: dict[str, Any]) -> None:
-        self.calls.append(("log", values))
-
-    def Image(self, path: str) -> str:
-        return f"image of {path}"
-
-    def finish(self) -> None:
-        self.calls.append(("finish", None))
-
-
-@pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
-    return fake
-
-
-def test_a_run_sends_its_config_records_and_pictures(
-    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_sends_its_config_records_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", wandb := MagicMock())
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    raw = {"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"]}}
-    config = config_from_dict(raw)
+    config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"]}})
     recorder = RunRecorder(config, tmp_path, 10, None, active=True)
     history = small_run()
     for record in (*history.steps, *history.cuts):
@@ -69,15 +37,16 @@ def test_a_run_sends_its_config_records_and_pictures(
     recorder.show_pictures([tmp_path / "training.png"])
     recorder.close()
     RunRecorder(config, tmp_path, 10, None, active=False).close()  # another rank, which reports nothing
-    (_, opened), (_, axis), *logged, last = wandb.calls
-    assert (opened["config"], opened["name"], axis) == (config.to_dict(), tmp_path.name, STEP_AXIS)
-    assert (opened["project"], opened["dir"]) == ("mine", str(tmp_path))
-    values = [value for _, value in logged]
-    assert [value[STEP_AXIS] for value in values[:-1]] == [r.step for r in (*history.steps, *history.cuts)]
+    opened = {"config": config.to_dict(), "name": tmp_path.name, "project": "mine", "dir": str(tmp_path)}
+    wandb.init.assert_called_once_with(**opened)
+    wandb.define_metric.assert_called_once_with("*", step_metric=STEP_AXIS)
+    *values, picture = (call.args[0] for call in wandb.log.call_args_list)
+    assert [value[STEP_AXIS] for value in values] == [r.step for r in (*history.steps, *history.cuts)]
     assert values[0]["train/loss"] == history.steps[0].loss
     assert values[len(history.steps)]["cut/reached"] == history.cuts[0].reached
-    assert values[-1] == {"training": f"image of {tmp_path / 'training.png'}"}
-    assert last == ("finish", None)
+    assert picture == {"training": wandb.Image.return_value}
+    wandb.Image.assert_called_once_with(str(tmp_path / "training.png"))
+    wandb.finish.assert_called_once_with()
 
 
 @pytest.mark.parametrize(("report_to", "written"), [(None, True), (["tensorboard"], True), ([], False)])
@@ -87,32 +56,18 @@ def test_tensorboard_gets_the_records_by_default(report_to: Any, *, written: boo
     assert (tmp_path / "tensorboard").exists() == written
 
 
-class FakeTrackio(SimpleNamespace):
-    """Has a database that fails in the calls that are named."""
-
-    def __init__(self, *failing: str) -> None:
-        super().__init__(failing=failing, Image=lambda path: path)
-
-    def init(self, **_: Any) -> None:
-        self.fail("init")
-
-    def log(self, values: dict[str, Any]) -> None:
-        self.fail("picture" if "training" in values else "log")
-
-    def finish(self) -> None:
-        self.fail("finish")
-
-    def fail(self, call: str) -> None:
-        if call in self.failing:
-            raise sqlite3.OperationalError("database is locked\nfor good")
+def fake_trackio(failing: str) -> MagicMock:
+    """Has a database that fails in the calls of that name."""
+    fails = {f"{failing}.side_effect": sqlite3.OperationalError("database is locked\nfor good")}
+    return MagicMock(**fails)
 
 
-@pytest.mark.parametrize("failing", ["log", "picture", "finish"])
+@pytest.mark.parametrize("failing", ["log", "Image", "finish"])
 def test_an_error_ends_the_reports_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
 ) -> None:
     """trackio passes on those of sqlite3."""
-    monkeypatch.setitem(sys.modules, "trackio", FakeTrackio(failing))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "trackio", fake_trackio(failing))
     warnings: list[str] = []
     run = ReportedRun("trackio", tmp_path, SETTINGS, warnings.append)
     for step in (1, 2):
@@ -125,7 +80,7 @@ def test_an_error_ends_the_reports_with_one_warning(
 def test_a_service_that_cannot_be_opened_is_one_line_whatever_the_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "trackio", FakeTrackio("init"))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "trackio", fake_trackio("init"))
     with pytest.raises(RankError, match=r"^logging\.report_to trackio: OperationalError: database is locked$"):
         ReportedRun("trackio", tmp_path, SETTINGS, pytest.fail)
     (tmp_path / "mlflow.py").write_text("raise AttributeError('numpy has no bool8')")
@@ -160,7 +115,7 @@ run.close()
 
 
 def report(name: str, folder: Path, **environment: str) -> None:
-    """Sends a small run, offline, from a process of its own."""
+    """Sends a small run, offline, from a separate process."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     folder.mkdir()

@@ -17,6 +17,7 @@ from tests.families import MIXTURES, tiny_config
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
 
 GIB = 2**30
+LIMITS: list[dict[str, Any]] = [{}, {"channel_multiple": 1}, {"channel_multiple": 128}, {"max_layer_ratio": 0.6}]
 
 
 def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
@@ -37,16 +38,7 @@ def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1,
 
 @pytest.mark.parametrize("shape", [LLAMA_7B, SMOLLM2], ids=["llama-7b", "smollm2"])
 @pytest.mark.parametrize("part", [0.55, 0.75, 0.95])
-@pytest.mark.parametrize(
-    "limits",
-    [
-        {},
-        {"channel_multiple": 1},
-        {"channel_multiple": 128, "protected_first": 0, "protected_last": 0},
-        {"max_layer_ratio": 0.6},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
 def test_uniform_ends_within_one_step_below_so_many_parameters(
     shape: ModelShape, part: float, limits: dict[str, Any]
 ) -> None:
@@ -105,13 +97,9 @@ def test_memory_is_weights_and_cache_by_hand() -> None:
     assert memory.kv_cache == 2 * 5 * 4 * 300 * 2
 
 
-def test_a_ratio_stays_as_it_is() -> None:
-    config = PruneConfig(ratio=0.3)
-    assert find_ratio(config, LLAMA_7B) == 0.3
-    assert describe_target(config, LLAMA_7B, LLAMA_7B) is None
-
-
 def test_the_report_tells_what_was_reached() -> None:
+    plain = PruneConfig(ratio=0.3)
+    assert (find_ratio(plain, LLAMA_7B), describe_target(plain, LLAMA_7B, LLAMA_7B)) == (0.3, None)
     pruned = cut_to(LLAMA_7B, target="10GB", target_context=2048)
     entry = describe_target(PruneConfig(target="10GB", target_context=2048), LLAMA_7B, pruned)
     assert entry is not None

@@ -26,7 +26,7 @@ from tests.gguf_cases import byte_level_tokenizer
 TOLERANCE = 1e-5
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
-# The family of the text part, the tower beside it, and whether head and embedding are one.
+# The family of the text part, its tower, and whether head and embedding are one.
 TOWERS = {
     "gemma3": ("gemma3_text", "siglip_vision_model", True),
     "mistral3": ("mistral", "pixtral", False),
@@ -61,11 +61,10 @@ def multimodal(outer: str) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PreTrainedModel]]:
     """Returns each model and the folder that transformers saved it in."""
-    root, made = tmp_path_factory.mktemp("multimodal"), {}
-    for outer in MULTIMODAL:
-        model = multimodal(outer)
-        model.save_pretrained(root / outer)
-        made[outer] = root / outer, model
+    root = tmp_path_factory.mktemp("multimodal")
+    made = {outer: (root / outer, multimodal(outer)) for outer in MULTIMODAL}
+    for folder, model in made.values():
+        model.save_pretrained(folder)
     return made
 
 
@@ -78,10 +77,6 @@ def edited(source: Path, folder: Path, prefixes: dict[str, str]) -> Path:
         tensors[prefixes.get(found, "") + name.removeprefix(found)] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def test_every_one_has_a_tiny_model() -> None:
-    assert TOWERS.keys() == set(MULTIMODAL)
 
 
 @pytest.mark.parametrize("outer", MULTIMODAL)
@@ -133,15 +128,8 @@ def test_the_tokenizer_does_not_depend_on_the_model_type(tmp_path: Path) -> None
 
 
 def test_sizes_that_a_published_config_leaves_out() -> None:
-    """Gemma 3 4B names five fields of its text part. The others are defaults of the class."""
-    text = {
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 34,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 1024,
-    }
+    """Gemma 3 4B names few fields of its text part. The others are defaults of the class."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     shape = shape_from_config({"model_type": "gemma3", "text_config": text}, "somewhere")
     assert (shape.head_dim, shape.queries_per_group, shape.layers[0]["heads"]) == (256, 2, 4)
     assert (shape.vocab_size, shape.tie_word_embeddings) == (262208, True)

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +77,7 @@ def test_a_config_without_bos_gets_none(sentencepiece_model: bytes, tmp_path: Pa
 
 
 BROKEN: dict[str, dict[str, str]] = {
-    "nothing at all": {},
     "only a model config": {"config.json": '{"model_type": "llama"}'},
-    "tokenizer.json cut short": {"tokenizer.json": '{"version": "1.0", "model": {"typ'},
     "tokenizer.json of another make": {"tokenizer.json": "[]"},
     "tokenizer.json the library refuses": {"tokenizer.json": '{"added_tokens": [], "model": {"type": "BPE"}}'},
     "an empty sentencepiece file": {"tokenizer.model": ""},
@@ -97,13 +94,6 @@ def test_a_broken_tokenizer_is_one_line_that_names_the_folder(files: dict[str, s
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.fixture(autouse=True)
-def _quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Hides the training log that sentencepiece writes to the terminal."""
-    yield
-    capfd.readouterr()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -12,9 +12,8 @@ from loraprune_ds.pruning.compensate import refit
 from loraprune_ds.pruning.criterion import lora, score_shard
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LoraFactors, OwnedShard
 from loraprune_ds.zero.device import accelerator, current_device
-from tests.benchmarks.gpu_day.engine import device_bytes
+from tests.benchmarks.gpu_day.engine import device_bytes, sizes
 from tests.benchmarks.gpu_day.found import Found
-from tests.benchmarks.gpu_day.sizes import sizes
 
 REPEATS = 10
 RANK = 8

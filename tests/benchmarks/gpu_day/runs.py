@@ -68,10 +68,9 @@ def beside_cpu(found: Found) -> None:
         for setting, changes in SETTINGS.items():
             changes = [NO_DROPOUT, *(change.replace("MIXTURE", str(mixture)) for change in changes)]
             runs = [folder / f"{setting} {where}" for where in ("card", "cpu")]
-            devices: list[dict[str, str]] = [{}, {"DS_ACCELERATOR": "cpu"}]
             started = [
-                _start(config, *changes, f"output_dir={run}", **environment)
-                for run, environment in zip(runs, devices, strict=True)
+                _start(config, *changes, f"output_dir={runs[0]}"),
+                _start(config, *changes, f"output_dir={runs[1]}", DS_ACCELERATOR="cpu"),
             ]
             try:
                 for process in started:

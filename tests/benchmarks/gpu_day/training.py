@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from cProfile import Profile
 from pstats import Stats
 from typing import Any
@@ -19,9 +18,8 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.memory import peak_bytes
-from tests.benchmarks.gpu_day.engine import device_bytes, make_request, make_trainer
+from tests.benchmarks.gpu_day.engine import Sizes, device_bytes, make_request, make_trainer, sizes
 from tests.benchmarks.gpu_day.found import Found
-from tests.benchmarks.gpu_day.sizes import Sizes, sizes
 
 OVERLAP = "ds_configs/zero3_overlap.json"  # the default would wait at every fetch, of which one rank needs none
 CRITERIA: tuple[Criterion, ...] = ("lora", "gradient")
@@ -154,21 +152,13 @@ def _cut(trainer: Trainer, channels: int) -> dict[str, Any]:
     before = device_bytes()
     keep = [
         LayerKeep(heads=torch.arange(x["heads"]), channels=torch.arange(x["channels"] - channels))
-        for x in _layers(trainer)
+        for x in trainer.model.shape.layers
     ]
-    seconds = _seconds(lambda: trainer.model.cut(keep))
+    began = time.perf_counter()
+    trainer.model.cut(keep)
+    seconds = time.perf_counter() - began
     trainer.pruner.average.scores = None
     return {"seconds": seconds, "before": before, "after": device_bytes()}
-
-
-def _layers(trainer: Trainer) -> Any:
-    return trainer.model.shape.layers
-
-
-def _seconds(act: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    act()
-    return time.perf_counter() - began
 
 
 def _freed(trainer: Trainer, size: Sizes) -> int:
