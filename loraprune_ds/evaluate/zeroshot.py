@@ -65,7 +65,7 @@ def run_tasks(
         raise UserError(f"--tasks {' '.join(settings.names)}: {one_line(error)}") from error
     if comm.rank != 0:
         return None
-    settings = {
+    reported = {
         "lm_eval": found["lm_eval_version"],
         "fewshot": found["n-shot"],
         "versions": found["versions"],
@@ -74,7 +74,7 @@ def run_tasks(
         "chat_template": found.get("chat_template"),
         **{key: found["config"].get(key) for key in SEEDS},
     }
-    return {"results": found["results"], "settings": settings}
+    return {"results": found["results"], "settings": reported}
 
 
 def mean_accuracy(tasks: dict[str, Any]) -> float | None:

@@ -73,6 +73,9 @@ def test_weights_are_scored_in_fp32_and_left_alone(dtype: torch.dtype) -> None:
     before = [t.clone() for t in given]
     for name, element in ELEMENT_CRITERIA.items():
         of_gradient = gradient.view(-1) if name == "gradient" else None
-        sums = score_shard(owned_shard(weight, 1, 0), factors, element, 1, of_gradient)
+        shard = owned_shard(weight, 1, 0)
+        flat = shard.flat.clone()
+        sums = score_shard(shard, factors, element, 1, of_gradient)
+        assert torch.equal(shard.flat, flat), name
         assert close(sums, oracle(name, weight, factors, gradient).sum(0)), name
         assert all(torch.equal(b, a) for b, a in zip(before, given, strict=True)), name

@@ -49,9 +49,10 @@ def test_plain_lora_passes_also_beside_another_adapter_and_an_untied_head_that_t
 
 
 def check(model: torch.nn.Module) -> None:
-    shape = base_shape(find_peft_model(model))
-    base_dtype(model, shape)
-    check_model(cast(PeftModel, model), shape)
+    peft_model = find_peft_model(model)
+    shape = base_shape(peft_model)
+    base_dtype(peft_model, shape)
+    check_model(peft_model, shape)
 
 
 def olmo2_that_trains_a_norm() -> PeftModel:
