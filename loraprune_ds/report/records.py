@@ -1,7 +1,7 @@
 """The events of a run as three kinds of records. Reports, pictures and curves are made from them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -130,14 +130,6 @@ class Sink(Protocol):
 @runtime_checkable
 class PictureSink(Protocol):
     def picture(self, path: Path) -> None: ...
-
-
-def show_pictures(sinks: Iterable[Sink], paths: Sequence[Path]) -> None:
-    """Sends pictures to all sinks that take them."""
-    for sink in sinks:
-        if isinstance(sink, PictureSink):
-            for path in paths:
-                sink.picture(path)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from loraprune_ds.report.records import (
     CutRecord,
     EvaluationRecord,
     History,
+    PictureSink,
     Record,
     Sink,
     StepRecord,
     history_from,
-    show_pictures,
 )
 from loraprune_ds.report.report import Outcome, make_report, write_kept_groups, write_report
 from loraprune_ds.report.reporters import SERVICES, ReportedRun
@@ -66,7 +66,10 @@ class Recorder:
 
     def show_pictures(self, paths: Sequence[Path]) -> None:
         """Sends pictures to the sinks that take them."""
-        show_pictures(self.sinks, paths)
+        for sink in self.sinks:
+            if isinstance(sink, PictureSink):
+                for path in paths:
+                    sink.picture(path)
 
     def close(self) -> None:
         for sink in self.sinks:

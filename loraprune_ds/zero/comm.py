@@ -46,13 +46,6 @@ class Communicator:
             self._count(values.numel(), values.element_size())
         return values
 
-    def broadcast(self, values: Tensor) -> Tensor:
-        """Gives every rank the values of rank 0, in place."""
-        if self.world_size > 1:
-            dist.broadcast(values, 0, group=self.group)
-            self._count(values.numel() if self.rank == 0 else 0, values.element_size())
-        return values
-
     def all_to_all(self, outgoing: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Sends flat elements ordered by destination, `send[rank]` to each rank. Returns them ordered by source."""
         incoming = torch.empty(sum(receive), dtype=outgoing.dtype, device=outgoing.device)

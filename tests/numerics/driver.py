@@ -281,4 +281,6 @@ def gather_everywhere(model: ShardedModel, parameter: Any, shard: Tensor | None 
     if whole is None:
         source = parameter.ds_tensor if shard is None else shard
         whole = torch.empty(tuple(parameter.ds_shape), dtype=source.dtype)
-    return model.comm.broadcast(whole.contiguous()).clone()
+    whole = whole.clone(memory_format=torch.contiguous_format)
+    torch.distributed.broadcast(whole, 0)
+    return whole
