@@ -21,7 +21,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from_peft, in_peft
 from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.lora_product import OneProduct
+from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS
@@ -47,7 +47,7 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         bias="none",
         task_type="CAUSAL_LM",
     )
-    peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: OneProduct})
+    peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
     wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     for parameter in (p for p in wrapped.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(model.dtype)  # beside an int8 weight PEFT leaves it in fp32

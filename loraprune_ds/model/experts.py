@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.frozen import DENSE, Form, HeldLinear, held_tensors, join
+from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, held_tensors, join
 
 
-class ExpertStack(HeldLinear):
+class ExpertStack(FrozenLinear):
     """Holds one linear of every expert: `weight` (experts * rows, columns)."""
 
     def __init__(self, stacked: Tensor, transposed: bool) -> None:
@@ -169,7 +169,7 @@ def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
-def multiply(x: Tensor, counts: list[int], transposed: bool, form: Form, *held: Tensor) -> Tensor:
+def multiply(x: Tensor, counts: list[int], transposed: bool, form: StorageFormat, *held: Tensor) -> Tensor:
     """Maps the tokens (tokens, inputs), in the order of their experts, each by its expert's block of rows.
 
     Args:
@@ -195,7 +195,7 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: list[int], transposed: bool, form: Form, *held: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, counts: list[int], transposed: bool, form: StorageFormat, *held: Tensor) -> Tensor:
         ctx.save_for_backward(x, *held)
         ctx.counts, ctx.transposed, ctx.form = counts, transposed, form
         y = x.new_empty(len(x), held[0].shape[1] if transposed else len(held[0]) // len(counts))
@@ -214,7 +214,7 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply_into(
-    out: Tensor, x: Tensor, counts: list[int], transposed: bool, form: Form, held: Sequence[Tensor]
+    out: Tensor, x: Tensor, counts: list[int], transposed: bool, form: StorageFormat, held: Sequence[Tensor]
 ) -> Tensor:
     """Maps the tokens of each expert by its block (inputs, outputs) if transposed, or by (outputs, inputs)."""
     blocks = (tensor.unflatten(0, (len(counts), -1)) for tensor in held)

@@ -31,7 +31,7 @@ class NotFinite(ValueError):
     """A weight has an inf or NaN, which int8 cannot represent."""
 
 
-class Held(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor that ZeRO-3 shards."""
 
     shape: tuple[int, ...]
@@ -44,9 +44,9 @@ class Dense:
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT,)
 
-    def held(self, shape: Matrix, element_size: int) -> dict[str, Held]:
+    def held(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
         """Returns the tensors that store a weight of `shape`. `element_size` is that of the model's dtype."""
-        return {WEIGHT: Held(shape, element_size)}
+        return {WEIGHT: StoredTensor(shape, element_size)}
 
     def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Computes these tensors from the weight."""
@@ -104,8 +104,8 @@ class Int8:
             return shape[0], -(-shape[1] // BLOCK)
         return self._band_of(shape[0] - 1) + 1, shape[1]
 
-    def held(self, shape: Matrix, element_size: int) -> dict[str, Held]:
-        return {WEIGHT: Held(shape, 1), SCALE: Held(self.scale_shape(shape), element_size)}
+    def held(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
+        return {WEIGHT: StoredTensor(shape, 1), SCALE: StoredTensor(self.scale_shape(shape), element_size)}
 
     @torch.no_grad()
     def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -185,11 +185,11 @@ class Int8:
         return values.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
 
 
-Form = Dense | Int8
+StorageFormat = Dense | Int8
 DENSE = Dense()
 
 
-def join(form: Form, held: Sequence[Tensor]) -> Tensor:
+def join(form: StorageFormat, held: Sequence[Tensor]) -> Tensor:
     """Computes the weight from the tensors that store it, in the order of `form.tensors`."""
     return form.join(dict(zip(form.tensors, held, strict=True)))
 
@@ -220,10 +220,10 @@ def _with_scales(matrix: Tensor, scale: Tensor, hidden: int) -> Iterator[tuple[T
         first += count
 
 
-class HeldLinear(nn.Linear):
+class FrozenLinear(nn.Linear):
     """A linear whose frozen weight may be stored in another form. PEFT wraps it like any linear."""
 
-    form: Form = DENSE
+    form: StorageFormat = DENSE
 
     def hold(self, form: Int8, like: Tensor) -> None:
         """Replaces the weight by the parameters of a form, without values. `like` has the model's dtype and device."""
@@ -234,7 +234,7 @@ class HeldLinear(nn.Linear):
         self.form = form
 
 
-class Int8Linear(HeldLinear):
+class Int8Linear(FrozenLinear):
     """A linear with `weight` (out_features, in_features) int8 and `weight_scale` in the dtype of the bias."""
 
     weight_scale: nn.Parameter
@@ -249,9 +249,9 @@ class Int8Linear(HeldLinear):
         return nn.functional.linear(input, join(self.form, held_tensors(self)), self.bias)
 
 
-def form_of(linear: nn.Module) -> Form:
-    return linear.form if isinstance(linear, HeldLinear) else DENSE
+def storage_format(linear: nn.Module) -> StorageFormat:
+    return linear.form if isinstance(linear, FrozenLinear) else DENSE
 
 
 def held_tensors(linear: nn.Module) -> list[Tensor]:
-    return [getattr(linear, name) for name in form_of(linear).tensors]
+    return [getattr(linear, name) for name in storage_format(linear).tensors]

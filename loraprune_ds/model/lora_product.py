@@ -10,12 +10,12 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.frozen import Form, form_of, held_tensors, join
+from loraprune_ds.model.frozen import StorageFormat, held_tensors, join, storage_format
 
 DRAW = 1 << 16  # dropout draws one of DRAW numbers per element
 
 
-class OneProduct(LoraLinear):
+class FusedLoraLinear(LoraLinear):
     """PEFT's linear with one adapter. Without dropout the outputs are equal bit by bit. The dropout masks differ."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -27,7 +27,7 @@ class OneProduct(LoraLinear):
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         held = held_tensors(base)
-        return _Product.apply(x, a, b, self.scaling[adapter], p, base.bias, form_of(base), *held)  # type: ignore[return-value]
+        return _Product.apply(x, a, b, self.scaling[adapter], p, base.bias, storage_format(base), *held)  # type: ignore[return-value]
 
 
 class _Product(torch.autograd.Function):
@@ -38,7 +38,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, s: float, p: float, bias: Tensor | None, form: Form, *held: Tensor
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        s: float,
+        p: float,
+        bias: Tensor | None,
+        form: StorageFormat,
+        *held: Tensor,
     ) -> Tensor:
         mask, kept = draw_mask(x, p) if p else (None, 1.0)
         s /= kept  # not x, which is wider

@@ -16,7 +16,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.cuts import Slice, layer_cuts
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Held, Int8, Matrix, NotFinite
+from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.read_shape import check_family, shape_from_config
 from loraprune_ds.model.shapes import ModelShape, Pieces
@@ -184,7 +184,7 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
     return PretrainedModel(folder, config, shape, files, stored, pieces=pieces)
 
 
-def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Held]) -> None:
+def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, StoredTensor]) -> None:
     if packed := next((name for name in headers if name.endswith(MXFP4)), None):
         raise UserError(f"{headers[packed][2]}: {packed} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}")
     for name, held in expected.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, LinearId, Part, Width
-from loraprune_ds.model.frozen import DENSE, WEIGHT, Form, Held, Int8, Matrix
+from loraprune_ds.model.frozen import DENSE, WEIGHT, Int8, Matrix, StorageFormat, StoredTensor
 from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 
 Sizes = Mapping[str, tuple[int, ...]]  # shapes by name
@@ -129,7 +129,7 @@ class ModelShape:
         experts = self.layers[layer][linear.kind] if linear.is_stack else 1
         return (experts * lora_rank, in_features), (out_features, lora_rank)
 
-    def form(self, linear: Linear) -> Form:
+    def form(self, linear: Linear) -> StorageFormat:
         """Returns the form in which a rank holds the weight of this linear."""
         return DENSE if not self.int8 else Int8(1, self.hidden_size) if linear.rows_are_hidden else Int8(0)
 
@@ -212,7 +212,7 @@ class ModelShape:
                 stored[name] = Pieces((f"{prefix}{companion.stored}",), shapes[name])
         return stored
 
-    def held(self, layer: int | None, element_size: int) -> dict[str, Held]:
+    def held(self, layer: int | None, element_size: int) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name, of one layer or of all.
 
         Args:
@@ -220,14 +220,14 @@ class ModelShape:
         """
         layers = range(len(self.layers)) if layer is None else [layer]
         forms = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.form(x) for i in layers for x in self.linears(i)}
-        held, exact = dict[str, Held](), self.exact
+        held, exact = dict[str, StoredTensor](), self.exact
         for name, shape in (self.parameters() if layer is None else self.layer_parameters(layer)).items():
             if form := forms.get(name):
                 rows, columns = shape
                 tensors = form.held((rows, columns), element_size)
                 held |= {f"{name.removesuffix(WEIGHT)}{tensor}": value for tensor, value in tensors.items()}
             else:
-                held[name] = Held(shape, 4 if name in exact else element_size)
+                held[name] = StoredTensor(shape, 4 if name in exact else element_size)
         return held
 
     @property

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from loraprune_ds.model.adapters import WHOLE_LAYER
-from loraprune_ds.model.frozen import Held
+from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import Request
 from loraprune_ds.pruning.input_moments import measured_linears
@@ -71,7 +71,7 @@ def passes_of_weights(request: Request, shape: ModelShape) -> int:
     return (1 if stays else 2) + again  # a layer that is gathered whole is there when it is computed again
 
 
-def held_bytes(held: Iterable[Held]) -> int:
+def held_bytes(held: Iterable[StoredTensor]) -> int:
     """Counts the bytes of unsharded tensors."""
     return sum(x.element_size * math.prod(x.shape) for x in held)
 

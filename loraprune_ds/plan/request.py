@@ -12,7 +12,7 @@ from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.model.frozen import Held
+from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config
 from loraprune_ds.model.shapes import ModelShape
@@ -104,7 +104,7 @@ class Request:
         eager = attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
         return PlannedBatch(samples, window, self.element_size, eager)
 
-    def held(self, shape: ModelShape, layer: int | None = None) -> list[Held]:
+    def held(self, shape: ModelShape, layer: int | None = None) -> list[StoredTensor]:
         """Lists what ZeRO-3 shards of the frozen weights of a layer, or of all."""
         return list(shape.held(layer, self.element_size).values())
 
@@ -115,7 +115,7 @@ class Request:
         """Counts the elements of a rank's shards."""
         return sum(partition_numel(numel, self.world_size) for numel in sizes)
 
-    def held_shards(self, held: Iterable[Held]) -> int:
+    def held_shards(self, held: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's shards."""
         return sum(x.element_size * partition_numel(math.prod(x.shape), self.world_size) for x in held)
 
@@ -125,7 +125,7 @@ class Request:
             return 0
         return self.shards(math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
 
-    def second_copies(self, held: Iterable[Held]) -> int:
+    def second_copies(self, held: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's part of hpZ's second copy. 0 without hpZ."""
         group = self.fetch_limits.copy_ranks
         return self.held_shards(held) * (self.world_size // group) if group > 1 else 0

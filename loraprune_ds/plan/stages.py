@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.flops import mlp_width
-from loraprune_ds.model.frozen import Held
+from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.saved_activations import saved_by_layer
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.held import Terms, gathered_weights, split_state
@@ -57,7 +57,7 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
     state, host = split_state(request, shape, measures=scores)
     gradients = {"weight_gradients": 4 * scores * request.gradient_shards(shape)}
     lora, e = shape.lora_sizes(request.config.lora.r), request.element_size
-    copies = {"second_copy_of_lora": request.second_copies(Held((n,), e) for n in lora)}
+    copies = {"second_copy_of_lora": request.second_copies(StoredTensor((n,), e) for n in lora)}
     ends = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     whole_layer = e * max(ends, *(shape.layer_numel(i) for i in range(len(shape.layers))))
     stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)

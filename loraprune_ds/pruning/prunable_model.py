@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.family_row import Linear, LinearId
-from loraprune_ds.model.frozen import DENSE, Form
+from loraprune_ds.model.frozen import DENSE, StorageFormat
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 
@@ -59,7 +59,7 @@ class CollectedLinear:
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
-    form: Form = DENSE
+    form: StorageFormat = DENSE
 
     @cached_property
     def weight(self) -> Tensor:

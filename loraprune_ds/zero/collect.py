@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
-from loraprune_ds.model.frozen import form_of
+from loraprune_ds.model.frozen import storage_format
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import settle_shards
@@ -41,7 +41,7 @@ def collect_named(named: dict[str, nn.Parameter], owner: int, comm: Communicator
 def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> CollectedLinear | None:
     """Gathers one linear of a decoder layer on rank `owner`. Returns None elsewhere. Collective."""
     base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-    form = form_of(base)
+    form = storage_format(base)
     held = collect_named({name: getattr(base, name) for name in form.tensors}, owner, comm)
     bias = None if base.bias is None else collect_tensor(base.bias, owner, comm)
     masters = [collect_tensor(p, owner, comm, safe_get_local_fp32_param(p)) for p in (a, b)]
@@ -82,7 +82,7 @@ def replace_weights(
 
 def _install(base: nn.Linear, owner: int, weight: Tensor | None, comm: Communicator) -> None:
     """Scatters a linear's new weight, which only `owner` has, in the form that holds it."""
-    form = form_of(base)
+    form = storage_format(base)
     tensors: dict[str, Tensor] = {} if weight is None else {**form.split(weight, weight.dtype)}
     del weight
     for name in form.tensors:

@@ -12,7 +12,7 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.frozen import Dense, form_of
+from loraprune_ds.model.frozen import Dense, storage_format
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
@@ -75,7 +75,7 @@ class ShardedModel:
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         base = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer)
         flat, start = owned_flat(base.weight, self.world_size, self.rank)
-        shape, form = cast(tuple[int, int], full_shape(base.weight)), form_of(base)
+        shape, form = cast(tuple[int, int], full_shape(base.weight)), storage_format(base)
         if isinstance(form, Dense):
             return OwnedShard(flat.to(self.device), start, shape)
         return OwnedShard(flat.to(self.device), start, shape, decode_int8(form, base.weight_scale, shape, self.comm))

@@ -17,7 +17,7 @@ from torch import Tensor
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.family import LLAMA_LINEARS
-from loraprune_ds.model.lora_product import OneProduct
+from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -162,7 +162,7 @@ def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> 
             parameter.data = parameter.data.float()
         return model
 
-    with patch.object(engine, "add_lora", add_fp32_lora), patch.object(OneProduct, "forward", LoraLinear.forward):
+    with patch.object(engine, "add_lora", add_fp32_lora), patch.object(FusedLoraLinear, "forward", LoraLinear.forward):
         return cut_once(job, heads, channels)
 
 

@@ -14,7 +14,7 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, HeldLinear, Int8, Int8Linear, dequantise, form_of
+from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, FrozenLinear, Int8, Int8Linear, dequantise, storage_format
 from loraprune_ds.model.pretrained import cut_to
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.flat import owned_range
@@ -180,7 +180,7 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: 
     for output in outputs:
         output.square().sum().backward()
     assert torch.equal(*(cast(Tensor, given.grad) for given in inputs))
-    assert form_of(linear) == form
+    assert storage_format(linear) == form
 
 
 @pytest.mark.parametrize(("transposed", "axis"), [(False, 0), (False, 1), (True, 0), (True, 1)])
@@ -218,4 +218,4 @@ def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(family: str, tm
     expected = {name: (held.shape, held.element_size == 1) for name, held in pretrained.shape.held(None, 2).items()}
     assert found == expected
     layers = decoder_layers(model)
-    assert all(isinstance(layers[i].get_submodule(x.name), HeldLinear) for i, x in pretrained.shape.linear_ids())
+    assert all(isinstance(layers[i].get_submodule(x.name), FrozenLinear) for i, x in pretrained.shape.linear_ids())

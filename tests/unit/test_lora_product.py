@@ -9,8 +9,8 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.frozen import Int8, Int8Linear, form_of
-from loraprune_ds.model.lora_product import OneProduct, draw_mask
+from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format
+from loraprune_ds.model.lora_product import FusedLoraLinear, draw_mask
 from loraprune_ds.pruning.taps import Tap
 
 CONFIG = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.4)
@@ -27,7 +27,7 @@ class SameMask(nn.Dropout):
         return input * mask / kept
 
 
-def pair(*, bias: bool, int8: bool, dtype: torch.dtype = torch.float64) -> tuple[OneProduct, LoraLinear]:
+def pair(*, bias: bool, int8: bool, dtype: torch.dtype = torch.float64) -> tuple[FusedLoraLinear, LoraLinear]:
     """Builds both with the same parameters. PEFT's has the dequantised weight."""
     torch.manual_seed(1)
     dense = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
@@ -35,12 +35,12 @@ def pair(*, bias: bool, int8: bool, dtype: torch.dtype = torch.float64) -> tuple
     base = dense
     if int8:
         base = Int8Linear(dense, Int8(0))
-        tensors = form_of(base).split(dense.weight, dtype)
+        tensors = storage_format(base).split(dense.weight, dtype)
         for name, tensor in tensors.items():
             getattr(base, name).data = tensor
-        dense.weight.data = form_of(base).join(tensors)
+        dense.weight.data = storage_format(base).join(tensors)
     settings: Any = {"config": CONFIG, "r": CONFIG.r, "lora_alpha": CONFIG.lora_alpha}
-    ours, theirs = OneProduct(base, "default", **settings), LoraLinear(dense, "default", **settings)
+    ours, theirs = FusedLoraLinear(base, "default", **settings), LoraLinear(dense, "default", **settings)
     theirs.lora_dropout["default"] = SameMask(CONFIG.lora_dropout)
     for factor, other in zip(factors(ours), factors(theirs), strict=True):
         factor.data = torch.randn_like(factor, dtype=dtype)
