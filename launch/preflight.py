@@ -206,7 +206,7 @@ def check_hosts(rendezvous: Rendezvous) -> None:
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
 
-    from loraprune_ds.zero.environment import gloo_interface
+    from loraprune_ds.command import gloo_interface
 
     os.environ |= gloo_interface(os.environ)
     try:

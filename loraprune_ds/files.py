@@ -1,12 +1,124 @@
 """Small text and JSON files, written atomically. The JSON is always valid."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.whole import whole_file
+from loraprune_ds.faults import fail_point
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without locks, as Lustre can be
+
+
+def flush(path: Path) -> None:
+    """Forces a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, *, lasting: bool) -> Iterator[Path]:
+    """Yields a temporary path. The file written there replaces `path`, flushed to the disk first if `lasting`."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # another process may write the same file
+    yield temporary
+    if lasting:
+        flush(temporary)
+    os.replace(temporary, path)
+    if lasting:
+        flush(path.parent)
+
+
+def staging_of(target: Path, mark: str = "") -> Path:
+    """Returns the hidden sibling in which the folder `target` is built. The `mark` is of the process that builds it."""
+    return target.with_name(f".{target.name}{mark and '.'}{mark}.partial")
+
+
+def begin_folder(target: Path, mark: str = "") -> Path:
+    """Makes the empty staging folder of `target`. Replaces what a crashed attempt left."""
+    staging = staging_of(target, mark)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish_folder(target: Path, mark: str = "") -> None:
+    """Renames a staging folder to its target, durably. Its files must be flushed already."""
+    staging = staging_of(target, mark)
+    flush(staging)
+    staging.rename(target)
+    flush(target.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a published folder. It is renamed first, so that no process finds half of it.
+
+    NFS keeps files that are still being read. The next removal deletes them.
+    """
+    doomed = folder.with_name(f".{folder.name}.removed")
+    if doomed.exists():
+        shutil.rmtree(doomed)  # an earlier removal was killed halfway
+    folder.rename(doomed)
+    fail_point("save.remove_renamed")
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what killed processes have left in `root`."""
+    for leftover in (*root.glob(".*.removed"), *root.glob(".*.partial")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in root.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def user_cache() -> Path:
+    """Returns the base directory of the XDG specification, which ignores a relative value."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return configured if configured.is_absolute() else Path.home() / ".cache"
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Creates `folder` with the contents that `make` writes. One process does it, the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder.parent / f".{folder.name}.lock"):
+        if folder.exists():
+            return
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir()
+            make(made)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                # Another node that shares the file system was faster, and its folder is the same.
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise  # without a lock every process makes its own, and the first one's is taken
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # a waiting process finds the folder, or makes another: both are good
 
 
 def finite(value: Any) -> Any:
@@ -21,7 +133,7 @@ def finite(value: Any) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file atomically. It is not flushed to the disk, because this may run on every step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, lasting=False) as temporary:
+    with atomic_write(path, lasting=False) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

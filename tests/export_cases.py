@@ -17,9 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
-from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 
 VOCAB = 400

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

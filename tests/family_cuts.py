@@ -18,10 +18,9 @@ from loraprune_ds.model.classes import build_on_meta, decoder_layers
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.weight_files import as_stored, write_index, write_weight_file
 from tests.export_cases import model_card
 from tests.families import SIZES, layers_with, tiny_model

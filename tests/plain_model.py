@@ -21,8 +21,7 @@ from loraprune_ds.model.adapters import (
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.cuts import Slice, layer_cuts, lora_cuts
 from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId, LoraFactors, OwnedShard
 
 

@@ -29,15 +29,12 @@ from loraprune_ds.config import (
     TrainConfig,
 )
 from loraprune_ds.model import cuts as tensors
-from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import read_config, shape_from_config
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
-from loraprune_ds.plan.held import split_state
-from loraprune_ds.plan.request import Request, build_request
-from loraprune_ds.plan.stages import logits, saved_in_layer, training_stage
+from loraprune_ds.plan.request import Cluster, Request, build_request
+from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer

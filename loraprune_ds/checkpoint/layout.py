@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+from uuid import uuid4
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.whole import flush
+from loraprune_ds.files import flush, read_json, write_json
 
 # Of everything that a run or a callback resumes from. Every later version reads this format.
 FORMAT = 5
@@ -77,3 +81,138 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         return {name: {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])} for name, e in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is missing or damaged") from None
+
+
+STATUS_FILE = "status.json"
+REPORT_FILE = "report.json"
+MODEL_FOLDER = "model"
+CHECKPOINTS_FOLDER = "checkpoints"
+KEPT_GROUPS_FILE = "kept_groups.json"
+KEPT_GROUPS_PICTURE = "kept_groups.png"
+TRAINING_PICTURE = "training.png"
+ROUTER_PICTURE = "router_load.png"
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+TEACHER_FOLDER = "teacher"
+
+State = Literal["running", "stopped", "finished", "failed"]
+KINDS = {"step": int, "steps": int, "error": str | None, "updated": str, "mark": str, "job": str | None}
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a run after `step` of `steps` optimizer steps. A killed run stays "running"."""
+
+    state: State
+    step: int
+    steps: int
+    error: str | None = None
+    updated: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    mark: str = field(default_factory=lambda: uuid4().hex[:8])  # tells one start from another
+    job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))  # slurm/job.sh compares it
+    format: int = FORMAT
+
+    def __str__(self) -> str:
+        return f"{self.state} at step {self.step} of {self.steps}"
+
+
+def write_status(folder: Path, status: Status) -> None:
+    write_json(folder / STATUS_FILE, asdict(status))
+
+
+def read_status(folder: Path) -> Status | None:
+    """Reads the status of the run in this folder, if there is a run.
+
+    Raises:
+        UserError: status.json is damaged, or as CheckpointMismatch, of another format.
+    """
+    path = folder / STATUS_FILE
+    if not path.exists():
+        return None
+    raw = read_json(path)
+    if raw.get("state") not in get_args(State):
+        raise UserError(f"{path} is damaged: state is {raw.get('state')!r}, not one of {', '.join(get_args(State))}")
+    check_format(raw.get("format", "4 or older"), path)
+    for key, kind in KINDS.items():
+        if not isinstance(raw.get(key), kind):
+            raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
+    values: dict[str, Any] = {key: raw.get(key) for key in ("state", *KINDS)}
+    return Status(**values)
+
+
+def describe_method(report: dict[str, Any]) -> str:
+    """Names criterion and ranking of the run that wrote this report.json."""
+    prune = report["config"]["prune"]
+    return f"{prune['criterion']}, {prune['ranking']}"
+
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class ShapeSource:
+    """Names the folder of the frozen weights: `shape-K` next to the steps, or the source, of which slices are read."""
+
+    folder: str  # the name of the shape folder, or the path of the source
+    digest: str  # of the shape's manifest, or `load.source_digest`
+    is_source: bool
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    tokens: int = 0  # read in all steps
+    perplexity_dense: float | None = None  # held-out, before the first step
+    perplexity: float | None = None  # held-out, at this step
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run after `step` optimizer steps, independent of the number of ranks."""
+
+    step: int
+    totals: RunTotals
+    adam_step: int  # updates of Adam, fewer than `step` if fp16 steps were skipped
+    schedule: dict[str, Any]  # state of the learning-rate schedule
+    loss_scale: dict[str, Any]  # state of fp16's loss scaler, otherwise empty
+    kept: list[list[list[int]]]  # by layer and kind, as indices into the dense model
+    updates_since_cut: int  # of the scores
+    cuts: int  # made so far, the number of the shape
+    shape: ShapeSource
+    resumed_from: list[int]  # steps of earlier resumes
+    config: dict[str, Any]
+    moment_tokens: float = 0.0  # the tokens that the input moments are sums over
+    format: int = field(default=FORMAT)
+
+
+def state_text(state: RunState) -> str:
+    return json.dumps(asdict(state)) + "\n"
+
+
+def read_state(folder: Path) -> RunState:
+    """Reads `state.json`. Raises UserError if it is damaged, and CheckpointMismatch for another format."""
+    path = folder / STATE_FILE
+    try:
+        raw = json.loads(path.read_text())
+        version = int(raw["format"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is missing or damaged") from None
+    check_format(version, path)
+    try:
+        raw["totals"] = RunTotals(**raw["totals"])
+        raw["shape"] = ShapeSource(**raw["shape"])
+        raw["kept"] = [[list(groups) for groups in layer] for layer in raw["kept"]]
+        return RunState(**raw)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: a field is missing or unknown") from None
+
+
+def newest_state(root: Path) -> RunState | None:
+    """Reads the newest state under `root` without verifying the checkpoint, to see whose run it is."""
+    for number in reversed(numbered(root, "step")):
+        try:
+            return read_state(step_folder(root, number))
+        except CheckpointMismatch:
+            raise
+        except UserError:
+            continue
+    return None

@@ -10,9 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import CheckpointMismatch
+from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, ShapeSource, read_state
 from loraprune_ds.checkpoint.pruner_files import keep_from_lists, read_moments, read_scores
-from loraprune_ds.checkpoint.state import RunState, ShapeSource, read_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.model.family_row import Kind
-from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 
 if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
-    from loraprune_ds.checkpoint.staging import Staging
+    from loraprune_ds.checkpoint.save import Staging
 
 
 def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[list[int]]]:

@@ -1,24 +1,78 @@
 """Writes a checkpoint: the LoRA state layer by layer from all ranks, and the frozen weights if they changed."""
 
 import json
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.layout import STATE_FILE, RunState, ShapeSource, read_state, state_text
 from loraprune_ds.checkpoint.pruner_files import save_on_cpu, write_moments, write_scores
-from loraprune_ds.checkpoint.staging import Staging
-from loraprune_ds.checkpoint.state import STATE_FILE, RunState, ShapeSource, read_state, state_text
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
+from loraprune_ds.files import begin_folder, publish_folder, remove_folder, remove_leftovers, staging_of
 from loraprune_ds.model.pretrained import STORED_INT8
+from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.input_moments import InputMoments
-from loraprune_ds.whole import remove, remove_leftovers
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_engine import collect_lora_state
-from loraprune_ds.zero.write import frozen_tensors, write_model
+from loraprune_ds.zero.write import LocalWrites, frozen_tensors, write_model
+
+
+class Staging:
+    """Builds one folder. Construction and `publish` are collective. Its files are removed if a `with` block fails."""
+
+    def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
+        self._mark = comm.draw_mark()
+        self.target, self.folder = target, staging_of(target, self._mark)
+        self._comm, self._kind = comm, kind
+        self._writes = LocalWrites()
+        self._sealed: dict[str, dict[str, Any]] = {}
+        empty_cache()  # torch may have reserved the memory that NCCL needs for the gathers
+        self._writes.do_on_rank_0(comm, self.folder, lambda: begin_folder(target, self._mark))
+
+    def __enter__(self) -> "Staging":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and self._comm.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Writes one file on this rank and seals it here, because only the writer's fsync surely flushes its cache."""
+
+        def write_and_seal() -> None:
+            write(self.folder / name)
+            self._sealed[name] = layout.seal(self.folder / name)
+
+        self._writes.do(write_and_seal)
+
+    def seal(self, names: Iterable[str]) -> None:
+        """Seals files that this rank has written."""
+        for name in names:
+            self.write(name, lambda path: None)
+
+    def publish(self) -> None:
+        """Writes the manifest and renames the folder. If a write failed on some rank, all ranks raise RunError."""
+        self._writes.agree(self._comm, self.folder)
+        sealed = {name: entry for part in self._comm.gather_objects(self._sealed) for name, entry in part.items()}
+        self._writes.do_on_rank_0(self._comm, self.folder, lambda: self._rename(sealed))
+
+    def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:
+        layout.write_manifest(self.folder, sealed)
+        if self.target.exists():
+            remove_folder(self.target)
+        fail_point(f"save.{self._kind}_before_rename")
+        publish_folder(self.target, self._mark)
+        fail_point(f"save.{self._kind}_after_rename")
 
 
 def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str, Any], dtype: Dtype) -> ShapeSource:
@@ -65,7 +119,7 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
     keep = [number for number in steps if number <= step][-keep_last:]
     for number in steps:
         if number not in keep:
-            remove(layout.step_folder(root, number))
+            remove_folder(layout.step_folder(root, number))
             fail_point("save.dropped")
     try:
         named = {read_state(layout.step_folder(root, number)).shape.folder for number in keep}
@@ -73,4 +127,4 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
         return  # a damaged step may name any shape
     for number in shapes:
         if f"shape-{number}" not in named:
-            remove(root / f"shape-{number}")
+            remove_folder(root / f"shape-{number}")

@@ -37,8 +37,7 @@ def main() -> int:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    from loraprune_ds.evaluate.compare import comparison_table, read_results
-    from loraprune_ds.evaluate.compare_picture import draw_comparison
+    from loraprune_ds.evaluate.compare import comparison_table, draw_comparison, read_results
 
     if arguments.picture and arguments.picture.suffix not in PICTURES:
         raise UserError(f"--picture {arguments.picture}: its name must end in {', '.join(PICTURES)}")

@@ -26,21 +26,32 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
+from loraprune_ds.command import (
+    Parser,
+    adopt_srun_ranks,
+    check_ranks,
+    collective_timeout,
+    leave,
+    leave_on_error,
+    silence_libraries,
+    tell,
+)
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.evaluate.evaluation_text import DATASETS, EvaluationText, load_dataset_text, read_text
-from loraprune_ds.evaluate.serving import find_server
 from loraprune_ds.evaluate.settings import (
+    DATASETS,
     SERVERS,
     EvaluationSettings,
+    EvaluationText,
     PerplexityProtocol,
     ServeSettings,
     SpeedSettings,
     TaskSettings,
+    load_dataset_text,
+    read_text,
 )
+from loraprune_ds.evaluate.speed import find_server
 from loraprune_ds.files import finite
-from loraprune_ds.zero.environment import check_ranks, collective_timeout
 
 ROUND = fields(SpeedSettings)  # an option each
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
@@ -120,10 +131,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
-    from loraprune_ds.evaluate.conversion import merged, serve
     from loraprune_ds.evaluate.evaluation import evaluate
+    from loraprune_ds.evaluate.models import merged, serve
     from loraprune_ds.evaluate.result import make_result
-    from loraprune_ds.report.provenance import hardware, versions
+    from loraprune_ds.report.report import hardware, versions
     from loraprune_ds.zero.device import device_name
     from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 

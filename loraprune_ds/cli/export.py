@@ -59,7 +59,7 @@ def convert(arguments: argparse.Namespace) -> None:
     # These imports take seconds. The arguments are checked first.
     from loraprune_ds.export.formats import export
     from loraprune_ds.export.hub import check_push, push
-    from loraprune_ds.export.source import find_source
+    from loraprune_ds.export.lora import find_source
 
     repo: str | None = arguments.push_to_hub
     require(repo is not None or not arguments.public, "--public has no effect without --push-to-hub")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loraprune_ds.command import Parser, silence_libraries, tell
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.request import Cluster
 
 DOES_NOT_FIT_EXIT_CODE = 3
 FORMULAS = Path(__file__).parents[1] / "plan" / "README.md"

@@ -13,19 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraprune_ds.command import Parser, adopt_srun_ranks, leave, leave_on_error, silence_libraries, tell
-from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_value, read_config
-from loraprune_ds.errors import UserError
-from loraprune_ds.train.launchers import find_launchers
-from loraprune_ds.train.output import inspect_output, resumed_config
-from loraprune_ds.zero.environment import (
+from loraprune_ds.command import (
+    Parser,
+    adopt_srun_ranks,
     check_ranks,
     collective_timeout,
     deterministic_kernels,
     launcher_command,
+    leave,
+    leave_on_error,
     longest_silence,
+    silence_libraries,
+    tell,
 )
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import config_value, read_config
+from loraprune_ds.errors import UserError
+from loraprune_ds.train.output import inspect_output, resumed_config
+from loraprune_ds.train.stop import find_launchers
 
 STOPPED_EXIT_CODE = 85  # asked to stop, and saved
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped immediately

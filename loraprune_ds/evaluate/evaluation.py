@@ -9,9 +9,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from loraprune_ds.evaluate.models import PreparedModel, load_model, prepare_models
 from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity
-from loraprune_ds.evaluate.serving import Served
 from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.speed import Speed, measure_speed
+from loraprune_ds.evaluate.speed import Served, Speed, measure_speed
 from loraprune_ds.evaluate.zeroshot import run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.dtypes import DTYPES
@@ -20,8 +19,8 @@ from loraprune_ds.model.logits import Head, logits_transform, output_head
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import fast_half_products
 from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.half_products import fast_half_products
 from loraprune_ds.zero.training_engine import release
 
 

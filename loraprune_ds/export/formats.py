@@ -12,9 +12,8 @@ from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, copy_model, publish
-from loraprune_ds.export.lora import write_base_and_adapter, write_merged
+from loraprune_ds.export.lora import ExportSource, open_newest, write_base_and_adapter, write_merged
 from loraprune_ds.export.model_card import copy_model_card
-from loraprune_ds.export.source import ExportSource, open_newest
 from loraprune_ds.model.adapters import BASE_FOLDER
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, get_token
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 
-from loraprune_ds.checkpoint.run_folder import REPORT_FILE
+from loraprune_ds.checkpoint.layout import REPORT_FILE
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.export.model_card import CARD_FILE
 from loraprune_ds.files import read_json

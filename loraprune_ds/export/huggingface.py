@@ -13,26 +13,26 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from loraprune_ds import whole
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
-from loraprune_ds.files import read_json, write_json
+from loraprune_ds.files import begin_folder, flush, publish_folder, read_json, staging_of, write_json
 from loraprune_ds.model.exported_config import MODELLING_FILE, ExportedConfig, name_our_code
 from loraprune_ds.model.family import PRUNED, family_name
-from loraprune_ds.model.folder_files import (
+from loraprune_ds.model.modeling_pruned import FAMILY
+from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.read_shape import MULTIMODAL
+from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
+from loraprune_ds.model.weight_files import (
     AUTO_MAP,
     DOCUMENTS,
+    INDEX_FILE,
     PROCESSOR_FILES,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
     copy_named,
     drop_auto_maps,
+    weight_file_names,
 )
-from loraprune_ds.model.modeling_pruned import FAMILY
-from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.text_part import MULTIMODAL
-from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
-from loraprune_ds.model.weight_files import INDEX_FILE, weight_file_names
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing else, in transformers 4 and 5
@@ -46,7 +46,7 @@ def begin(out: Path, mark: str = "") -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
-    return whole.begin(out, mark)
+    return begin_folder(out, mark)
 
 
 def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: ModelCard) -> None:
@@ -89,9 +89,9 @@ def _write_modelling_file(folder: Path, model_type: str) -> None:
 
 def publish(out: Path, mark: str = "") -> None:
     """Gives the finished export its name, in one step, once it is on the disk."""
-    for path in whole.staging_of(out, mark).rglob("*"):
-        whole.flush(path)
-    whole.publish(out, mark)
+    for path in staging_of(out, mark).rglob("*"):
+        flush(path)
+    publish_folder(out, mark)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

@@ -19,16 +19,16 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.files import remove_folder
 from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.hf.checks import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.report.metrics import TensorBoardLog, scalars
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog
-from loraprune_ds.whole import remove
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import check_reshardable
-from loraprune_ds.zero.foreign import find_zero_optimizer
+from loraprune_ds.zero.training_engine import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
 LIMIT = "_save_total_limit"  # where the Trainer's arguments keep the user's value while a training lasts
@@ -191,7 +191,7 @@ def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: T
     old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
     may_save = control.should_save or args.save_strategy == "best"  # the Trainer decides after its evaluation
     if may_save and args.should_save and old.exists():
-        remove(old)
+        remove_folder(old)
 
 
 def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int | None) -> list[Sink]:

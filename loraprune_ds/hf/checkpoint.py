@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.layout import METRICS_FILE, STATE_FILE
 from loraprune_ds.checkpoint.pruner_files import (
     keep_from_lists,
     keep_to_lists,
@@ -24,15 +25,12 @@ from loraprune_ds.checkpoint.pruner_files import (
     write_moments,
     write_scores,
 )
-from loraprune_ds.checkpoint.run_folder import METRICS_FILE
-from loraprune_ds.checkpoint.save import save_shape
-from loraprune_ds.checkpoint.staging import Staging
-from loraprune_ds.checkpoint.state import STATE_FILE
+from loraprune_ds.checkpoint.save import Staging, save_shape
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import forget_removed
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.faults import fail_point
-from loraprune_ds.files import read_json
+from loraprune_ds.files import read_json, remove_leftovers
 from loraprune_ds.hf.live import PrunedTraining, base_config, find_peft_model, live_shape
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
@@ -40,7 +38,6 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import PrunerState
 from loraprune_ds.report.metrics import read_metrics, write_history
 from loraprune_ds.report.records import history_from
-from loraprune_ds.whole import remove_leftovers
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_without_engine, overwrite_linears
 

@@ -1,12 +1,14 @@
 """Reads what pruning must know from a model in memory, and holds the training that prunes it."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
@@ -17,9 +19,8 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.family_row import Kind
-from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.zero.params import full_shape
@@ -105,3 +106,65 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     if found is None:
         raise UserError(f"layer 0 {name} is {dtype}; a base of {', '.join(DTYPES)} can be pruned")
     return cast(Dtype, found)
+
+
+class ForwardWatch:
+    """Records the forward passes that have a backward pass, and counts their tokens.
+
+    A reference, a generation and an evaluation have none. The hooks are on the decoder, because a trainer with a fused
+    loss calls it without the model around it.
+
+    Attributes:
+        active: an optimizer step is open.
+    """
+
+    def __init__(self, training: PrunedTraining) -> None:
+        self.active = False
+        self._model, self._pruner = training.model, training.pruner
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self._model.device)
+        self._trained = True  # in the last forward pass
+        self._recording = ExitStack()
+        layers = decoder_layers(training.peft_model)
+        decoder = next(m for m in training.peft_model.modules() if any(child is layers for child in m.children()))
+        self._hooks = [
+            training.peft_model.register_forward_pre_hook(self._note_mode, prepend=True),  # before DeepSpeed's own
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def take_tokens(self) -> int:
+        """Returns this rank's tokens since the last call, without padding."""
+        tokens = int(self._tokens)
+        self._tokens.zero_()
+        return tokens
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note_mode(self, module: nn.Module, args: Any) -> None:
+        """Forgets the order of modules between training and evaluation (`TrainingEngine.infer`)."""
+        if module.training != self._trained:
+            self._model.forget_trace()
+            self._trained = module.training
+
+    def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (self.active and decoder.training and torch.is_grad_enabled()):
+            return
+        samples, window, mask = padding_mask(args, kwargs)
+        self._tokens += samples * window if mask is None else mask.sum()
+        self._recording.enter_context(self._pruner.record_forward(mask))
+
+    def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        self._recording.close()
+
+
+def padding_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, Tensor | None]:
+    """Reads the call of a decoder. Returns samples, window and a mask (samples, window) that is False at padding.
+
+    The mask is None where the call has no such mask, as with packed samples.
+    """
+    inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+    mask, size = kwargs.get("attention_mask"), tuple(inputs.shape[:2])
+    is_padding = isinstance(mask, Tensor) and tuple(mask.shape) == size
+    return size[0], size[1], cast(Tensor, mask).bool() if is_padding else None

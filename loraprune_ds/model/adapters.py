@@ -22,8 +22,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from_peft, in_peft
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.lora_product import FusedLoraLinear
-from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export with LoRA unmerged

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from loraprune_ds.model.family_row import Linear, Part
 from loraprune_ds.model.frozen import WEIGHT
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape, group_indices
+from loraprune_ds.model.shapes import LayerKeep, ModelShape, group_indices
 
 
 class Slice(NamedTuple):

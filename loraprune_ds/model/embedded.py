@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.files import write_json
-from loraprune_ds.whole import make_once, user_cache
+from loraprune_ds.files import make_once, user_cache, write_json
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

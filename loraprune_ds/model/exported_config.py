@@ -8,9 +8,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from loraprune_ds.model.classes import causal_lm_class, config_object
 from loraprune_ds.model.family import PRUNED, family_name
-from loraprune_ds.model.folder_files import AUTO_MAP
-from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.weight_files import AUTO_MAP
 
 # Keys about the source's files and its own pruning, not about this model.
 DROPPED = {"_name_or_path", AUTO_MAP, "per_layer_config", "pretraining_tp", "quantization_config"}

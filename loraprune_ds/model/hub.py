@@ -19,17 +19,19 @@ from torch import Tensor
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, first_line, one_line
-from loraprune_ds.files import file_identity
+from loraprune_ds.files import file_identity, make_once, user_cache
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.folder_files import DOCUMENTS, PROCESSOR_FILES, TOKENIZER_FILES, named_files
 from loraprune_ds.model.weight_files import (
     ADAPTER_WEIGHTS,
+    DOCUMENTS,
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
     check_no_surplus,
     indexed_names,
+    named_files,
     write_index,
     write_weight_file,
 )
-from loraprune_ds.whole import make_once, user_cache
 
 EMBEDDED = "embedded"
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]

@@ -17,10 +17,8 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.cuts import Slice, layer_cuts
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.read_shape import check_family, shape_from_config
-from loraprune_ds.model.shapes import ModelShape, Pieces
-from loraprune_ds.model.text_part import text_config, text_tensors
+from loraprune_ds.model.read_shape import check_family, shape_from_config, text_config, text_tensors
+from loraprune_ds.model.shapes import LayerKeep, ModelShape, Pieces
 from loraprune_ds.model.weight_files import Headers, read_headers
 
 HEAD = "lm_head.weight"
@@ -43,7 +41,7 @@ class PretrainedModel:
         config: config.json, or its text part, or the config of the model that `slices` leave.
         shape: the sizes it declares, checked against the tensors on disk.
         files: tensor name -> weight file.
-        stored: tensor name -> its name in the file, where that differs (`text_part.py`).
+        stored: tensor name -> its name in the file, where that differs (`read_shape.py`).
         slices: tensor name -> the part of it that belongs to the model, after `cut_to`.
         pieces: name of a stack of experts -> the tensors on disk that form it, which are the keys of `files`.
     """

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,40 @@ from torch import Tensor
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, LinearId, Part, Width
 from loraprune_ds.model.frozen import DENSE, WEIGHT, Int8, Matrix, StorageFormat, StoredTensor
-from loraprune_ds.model.per_kind import LayerKeep, LayerShape
+
+T = TypeVar("T")
+
+
+class PerKind(dict[Kind, T]):
+    """Holds one value for each kind, such as `heads=4, channels=37`. Must not change: it is hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+class LayerShape(PerKind[int]):
+    """Holds the counts of groups of one decoder layer, which pruning changes. 0 of a kind that this layer lacks."""
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of which the layer has groups."""
+        return frozenset(kind for kind, count in self.items() if count)
+
+
+class LayerTensors(PerKind[Tensor]):
+    """Holds one value for every group of a decoder layer: (groups,) for each kind."""
+
+    def select(self, keep: "LayerKeep") -> Self:
+        return type(self)((kind, values[keep[kind]]) for kind, values in self.items())
+
+
+class LayerKeep(LayerTensors):
+    """Names the groups that stay in one decoder layer: ascending int64 indices into its current groups."""
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape((kind, len(groups)) for kind, groups in self.items())
+
 
 Sizes = Mapping[str, tuple[int, ...]]  # shapes by name
 

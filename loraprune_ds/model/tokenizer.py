@@ -12,7 +12,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import config_class
 from loraprune_ds.model.family import FAMILIES, PRUNED
 from loraprune_ds.model.family_row import Family
-from loraprune_ds.model.folder_files import AUTO_MAP, TOKENIZER_CONFIG
+from loraprune_ds.model.weight_files import AUTO_MAP, TOKENIZER_CONFIG
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 from loraprune_ds.model import flops
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.held import held_bytes, passes_of_weights
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.stages import teacher_pass
-from loraprune_ds.pruning.input_moments import measured_linears, numel_sent
+from loraprune_ds.plan.stages import held_bytes, passes_of_weights, teacher_pass
+from loraprune_ds.pruning.compensate import measured_linears, numel_sent
 
 IN_GROUP = "weights_in_group"  # inside a group of hpZ. Other bytes go to all ranks
 StepKind = tuple[bool, bool]  # it scores; it measures inputs (`prune.compensate`)

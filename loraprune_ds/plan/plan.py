@@ -7,11 +7,9 @@ from typing import Any
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost, teacher_cost
-from loraprune_ds.plan.held import held_bytes, moment_bytes
-from loraprune_ds.plan.request import Request, changed
-from loraprune_ds.plan.stages import Stage, plan_stages
+from loraprune_ds.plan.request import GIB, MOST_GPUS, Cluster, Request, changed
+from loraprune_ds.plan.stages import Stage, held_bytes, moment_bytes, plan_stages
 
 MOST_NODES = 512  # that --smallest tries without --nodes
 ONE, AGAIN = {"micro_batch_size": 1}, {"gradient_checkpointing": True}

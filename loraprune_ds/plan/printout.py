@@ -5,10 +5,10 @@ from dataclasses import asdict
 from typing import Any
 
 from loraprune_ds.model.dtypes import held_as
-from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.plan import Plan
+from loraprune_ds.plan.request import GIB
 from loraprune_ds.plan.stages import teacher_pass
-from loraprune_ds.pruning.target import describe_target, on_a_server
+from loraprune_ds.pruning.schedule import describe_target, on_a_server
 
 COSTS = ("step", "last_step", "first_cut", "teacher")
 

@@ -8,11 +8,10 @@ The solution makes no output worse on the recorded tokens, because ΔW = 0 is a 
 where inputs share a large common part, so an output that would get worse keeps its weights.
 """
 
-# torch does not type every method:
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -20,10 +19,143 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.pruning.input_moments import InputMoments
+from loraprune_ds.model.dtypes import tf32_where_exact
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.pruning.taps import hook_inputs
+
+BLOCK = 1024  # rows of a second moment that are computed at once
+
+
+def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LinearId]:
+    """Lists the linears of some layers, or of all, that lose inputs. Stacks do not: they lose whole experts."""
+    return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
+
+
+def blocks(n: int) -> Iterator[tuple[slice, slice]]:
+    """Yields (rows, columns) of the blocks of an (n, n) matrix: each band of rows from its diagonal on."""
+    return ((slice(i, min(i + BLOCK, n)), slice(i, n)) for i in range(0, n, BLOCK))
+
+
+def numel_sent(n: int) -> int:
+    """Counts the elements of these blocks: about n² / 2."""
+    return sum((rows.stop - rows.start) * (n - rows.start) for rows, _ in blocks(n))
+
+
+def _views(half: Tensor, n: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields the rows, columns and values of each block of a flat half."""
+    position = 0
+    for rows, columns in blocks(n):
+        height, width = rows.stop - rows.start, n - rows.start
+        yield rows, columns, half[position : position + height * width].view(height, width)
+        position += height * width
+
+
+def half_of_product(x: Tensor) -> Tensor:
+    """Returns the blocks of xᵀ·x one after the other, flat. x is (tokens, n)."""
+    half = x.new_empty(numel_sent(x.shape[1]))
+    for rows, columns, block in _views(half, x.shape[1]):
+        torch.mm(x[:, rows].T, x[:, columns], out=block)
+    return half
+
+
+def add_half(total: Tensor, half: Tensor, weight: float) -> None:
+    """Adds weight · (the symmetric matrix with these blocks) to `total`, (n, n)."""
+    for rows, columns, block in _views(half, len(total)):
+        total[rows, columns].add_(block, alpha=weight)
+        total[rows.stop :, rows].add_(block[:, len(block) :].T, alpha=weight)
+
+
+class InputMoments:
+    """Keeps moving sums of x xᵀ over steps, (n, n) fp32, of the `layers` that may be cut.
+
+    `tokens` moves in the same way, so sums / tokens is the mean. The last step weighs most. Only the owner of a layer
+    holds its sums: every rank forms its part for one linear at a time in the forward pass, and the owner adds it
+    immediately. A rank holds at most 4·n²·(ceil(layers / world_size) + 1/2) bytes for n = intermediate_size, and the
+    sums of o_proj.
+    """
+
+    def __init__(self, model: PrunableModel, layers: Sequence[int], decay: float) -> None:
+        self.sums: dict[LinearId, Tensor] = {}  # of this rank's layers
+        self.tokens = 0.0  # of all ranks
+        self._model = model
+        self._decay = decay
+        self._weight = 0.0
+        self._active = False
+        self._attention_mask: Tensor | None = None
+        self._own_tokens = 0  # of this rank in this step
+        linear_ids = measured_linears(model.shape, layers)
+        self._first = linear_ids[0]
+        hook_inputs(model, linear_ids, self._record)
+
+    @contextmanager
+    def record_step(self) -> Generator[None]:
+        """Records the forward passes of a step inside `record_forward`. Collective at its end."""
+        decay = self._decay if self.tokens else 0.0
+        self._weight, self._own_tokens = 1 - decay, 0
+        for value in self.sums.values():
+            value.mul_(decay)
+        yield
+        own = torch.tensor([self._own_tokens], dtype=torch.int64, device=self._model.device)
+        self.tokens = decay * self.tokens + self._weight * int(self._model.sum_over_ranks(own))
+
+    @contextmanager
+    def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
+        """Records one micro-batch. Close it before the backward pass, which may run the forward again."""
+        self._active, self._attention_mask = True, attention_mask
+        try:
+            yield
+        finally:
+            self._active, self._attention_mask = False, None
+
+    def cut(self, keep: list[LayerKeep]) -> None:
+        """Cuts the sums along with the groups. Call it while the model still has its shape from before the cut."""
+        shape = self._model.shape
+        for layer, layer_keep in enumerate(keep):
+            for linear in shape.cut_linears(layer, layer_keep):
+                linear_id = LinearId(layer, linear)
+                if linear_id in self.sums:
+                    indices = shape.kept_indices(layer, linear.parts, layer_keep).to(self._model.device)
+                    self.sums[linear_id] = self.sums[linear_id].index_select(0, indices).index_select(1, indices)
+
+    def of_layer(self, layer: int) -> dict[str, Tensor]:
+        """Returns one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
+        return {linear_id.linear.name: value for linear_id, value in self.sums.items() if linear_id.layer == layer}
+
+    def restore(self, read: Callable[[int], dict[str, Tensor]], tokens: float) -> None:
+        """Goes on from a checkpoint. `read` gives what `of_layer` returned on the rank that owned the layer."""
+        self.tokens = tokens
+        for layer in range(len(self._model.layers)):
+            if self._model.owner(layer) == self._model.rank:
+                found = read(layer)
+                for linear in self._model.shape.linears(layer):
+                    if linear.name in found:
+                        self.sums[LinearId(layer, linear)] = found[linear.name].to(self._model.device)
+
+    def clear(self) -> None:
+        self.sums.clear()
+        self.tokens = 0.0
+
+    @torch.no_grad()
+    def _record(self, linear_id: LinearId, inputs: Tensor) -> None:
+        if not self._active:
+            return
+        x, mask = inputs.detach(), self._attention_mask
+        rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()  # (tokens, n)
+        if linear_id == self._first:
+            self._own_tokens += len(rows)
+        with tf32_where_exact(x.dtype, x.device):
+            part = half_of_product(rows)
+        total = self._model.reduce_to(self._model.owner(linear_id.layer), part)
+        if total is not None:
+            if linear_id not in self.sums:
+                self.sums[linear_id] = total.new_zeros(x.shape[-1], x.shape[-1])
+            add_half(self.sums[linear_id], total, self._weight)
+
+
+# torch does not type every method:
+
 
 RIDGE = 0.05  # measured with 0.01 too: tests/benchmarks/README.md
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.family_row import Kind, LinearId
-from loraprune_ds.model.per_kind import LayerKeep, LayerTensors
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, LayerTensors, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.taps import WeightGradients

@@ -8,8 +8,7 @@ from itertools import product
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family_row import Kind
-from loraprune_ds.model.per_kind import LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerShape, ModelShape
 
 
 @dataclass(frozen=True)

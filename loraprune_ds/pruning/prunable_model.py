@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.model.frozen import DENSE, StorageFormat
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 
 
 @dataclass(frozen=True)

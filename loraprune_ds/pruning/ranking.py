@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.family_row import Kind
-from loraprune_ds.model.per_kind import LayerKeep, LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 

@@ -4,7 +4,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
 
     with pruner.record_step(step):            records what the settings need of this step
         for each micro-batch:
-            with pruner.record_forward(mask): loss = engine.forward(...)       (pruning/input_moments.py)
+            with pruner.record_forward(mask): loss = engine.forward(...)       (pruning/compensate.py)
             engine.backward(loss)             ZeRO-3 averages the LoRA gradients over ranks and micro-batches
         pruner.score(step)                    each rank scores its shard of W (pruning/importance.py, criterion.py)
     engine.update()                           the optimizer's own step
@@ -35,8 +35,7 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.faults import fail_point
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.limits import Limits

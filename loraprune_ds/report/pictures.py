@@ -18,8 +18,7 @@ from loraprune_ds.evaluate.drawing import (
     save_picture,
 )
 from loraprune_ds.model.family_row import Kind
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, History, StepRecord
 from loraprune_ds.units import format_perplexity
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint.run_folder import (
+from loraprune_ds.checkpoint.layout import (
     KEPT_GROUPS_FILE,
     KEPT_GROUPS_PICTURE,
     METRICS_FILE,

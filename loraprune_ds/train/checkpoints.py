@@ -4,11 +4,17 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from loraprune_ds.checkpoint.layout import (
+    CHECKPOINTS_FOLDER,
+    STATE_FILE,
+    RunState,
+    RunTotals,
+    ShapeSource,
+    newest_state,
+)
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, find_newest, open_training_checkpoint, source_of
 from loraprune_ds.checkpoint.pruner_files import keep_to_lists
-from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
-from loraprune_ds.checkpoint.state import STATE_FILE, RunState, RunTotals, ShapeSource, newest_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import export_config

@@ -1,15 +1,98 @@
 """Holds what the parts of a run share on one rank, from its preparation to its end."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import format_exception_only
+from types import TracebackType
+from typing import Literal
 
+from loraprune_ds.checkpoint.layout import State, Status, read_status, write_status
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import RankError, RunError, UserError, one_line
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
-from loraprune_ds.train.status import RunStatus
 from loraprune_ds.train.stop import STOP, RequestListener
 from loraprune_ds.zero.comm import Communicator
+
+
+class RunStatus:
+    """Writes "running" on rank 0 while it is open, and "failed" with one line if an exception passes through.
+
+    An error that another rank meets alone is written by that rank. Rank 0 only sees a broken connection.
+
+    Args:
+        first: steps that are done already.
+        mark: of this start, the same on all ranks.
+    """
+
+    def __init__(self, folder: Path, steps: int, *, first: int, mark: str, rank: int = 0, ranks: int = 1) -> None:
+        self.folder, self.steps = folder, steps
+        self.step = first
+        self.mark = mark
+        self._rank, self._ranks = rank, ranks
+
+    def __enter__(self) -> "RunStatus":
+        if self._rank == 0:
+            self._write("running")
+        return self
+
+    def update(self, step: int) -> None:
+        """Writes the number of steps done.
+
+        Raises:
+            RankError: another process continues this run, as a second job or because this process seemed lost.
+        """
+        self.step = step
+        if self._rank == 0:  # one rank is enough: a thousand would read the file at every step
+            found = self._check_owner(RankError)
+            if found is None or found.state != "failed":  # else another rank has written its error
+                self._write("running")
+
+    def check_owner(self) -> None:
+        """Raises RunError if another process continues this run. On rank 0 only.
+
+        A process on a lost node wakes up when the node is found again. By then the run may continue on other nodes, or
+        be finished there.
+        """
+        self._check_owner(RunError)
+
+    def end(self, state: Literal["finished", "stopped"]) -> None:
+        """Writes the final state of this process."""
+        if self._rank == 0:
+            self._write(state)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        agreed = isinstance(error, UserError) and not isinstance(error, RankError)  # all ranks raise it
+        if error is None or (self._rank > 0 and agreed):
+            return
+        found = self._found()
+        if found is None or (found.mark == self.mark and found.state == "running"):  # else another rank was first
+            with suppress(OSError):  # a full disk must not hide the error
+                self._write("failed", self._line(error))
+
+    def _line(self, error: BaseException) -> str:
+        if isinstance(error, UserError):
+            return one_line(error)
+        last = " ".join("".join(format_exception_only(error)).split())
+        return f"rank {self._rank}: {last}" if self._ranks > 1 else last
+
+    def _write(self, state: State, error: str | None = None) -> None:
+        write_status(self.folder, Status(state, self.step, self.steps, error=error, mark=self.mark))
+
+    def _found(self) -> Status | None:
+        with suppress(UserError):
+            return read_status(self.folder)
+        return None
+
+    def _check_owner(self, error: type[RunError]) -> Status | None:
+        found = self._found()
+        if found is not None and found.mark != self.mark:
+            raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
+        return found
 
 
 @dataclass(frozen=True)

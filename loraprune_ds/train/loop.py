@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.state import RunTotals
+from loraprune_ds.checkpoint.layout import RunTotals
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
 from loraprune_ds.files import finite

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from loraprune_ds.checkpoint.layout import CheckpointMismatch
-from loraprune_ds.checkpoint.run_folder import CHECKPOINTS_FOLDER, STATUS_FILE, Status, read_status
-from loraprune_ds.checkpoint.state import newest_state
+from loraprune_ds.checkpoint.layout import (
+    CHECKPOINTS_FOLDER,
+    STATUS_FILE,
+    CheckpointMismatch,
+    Status,
+    newest_state,
+    read_status,
+)
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, forget_removed, merge
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import write_text
-from loraprune_ds.whole import remove_leftovers
+from loraprune_ds.files import remove_leftovers, write_text
 
 if TYPE_CHECKING:  # a start that fails on its config need not wait for DeepSpeed's imports
     from loraprune_ds.zero.comm import Communicator

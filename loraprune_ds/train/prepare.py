@@ -19,12 +19,10 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import Limits, make_limits
-from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
-from loraprune_ds.pruning.target import find_ratio
+from loraprune_ds.pruning.schedule import Schedule, find_ratio, make_schedule, steps_for_epochs
 from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
-from loraprune_ds.train.data.order import SampleOrder
-from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.data.samples import SampleOrder, Samples
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, device_name

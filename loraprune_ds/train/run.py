@@ -9,31 +9,30 @@ from pathlib import Path
 
 import torch
 
+from loraprune_ds.checkpoint.layout import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
-from loraprune_ds.checkpoint.run_folder import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RankError
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard, card_of_run, write_model_card
 from loraprune_ds.faults import fail_point
+from loraprune_ds.files import staging_of
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.pruning.target import describe_target
+from loraprune_ds.pruning.schedule import describe_target
 from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
-from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.context import RunContext, RunStatus
 from loraprune_ds.train.loop import TrainingLoop, measure_held_out
 from loraprune_ds.train.output import Start, check_shared, create_output
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
-from loraprune_ds.train.status import RunStatus
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
-from loraprune_ds.whole import staging_of
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import fast_half_products
 from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.half_products import fast_half_products
 from loraprune_ds.zero.memory import peak_bytes
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import write_model

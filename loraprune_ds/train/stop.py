@@ -1,14 +1,70 @@
 """Receives requests to stop or save, by files and signals. The next step carries them to all ranks."""
 
+import contextlib
 import os
+import re
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 if TYPE_CHECKING:
     from loraprune_ds.zero.comm import Communicator
+
+
+LAUNCHERS = {
+    "deepspeed.launcher.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.launch",
+    "slurmstepd",  # starts what srun asks for
+}
+RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}  # the last one by `loraprune-ds run`
+
+
+def find_launchers() -> list[int]:
+    """Returns the parent, if it is a launcher, and the `deepspeed` command above it, which no launcher watches."""
+    found: list[int] = []
+    process: psutil.Process | None = psutil.Process()
+    with contextlib.suppress(psutil.Error):  # a process that has just ended
+        for known in (LAUNCHERS, RUNNERS):
+            process = process.parent()
+            if process is None or program_of(process.cmdline()) not in known:
+                break
+            found.append(process.pid)
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Returns False for a process that has ended, also if its parent has not waited for it yet."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def program_of(words: Iterable[str]) -> str:
+    """Names what a command line runs: the program, or the script or module that Python runs."""
+    rest = iter(words)
+    program = Path(next(rest, "").partition(":")[0]).name  # slurmstepd: [7001.0]
+    if not program.startswith("python"):
+        return program
+    for word in rest:
+        if word in ("-X", "-W"):
+            next(rest, None)
+        elif re.fullmatch(r"-[A-Za-z]*m", word):
+            return next(rest, "")
+        elif not word.startswith("-"):
+            return Path(word).name
+    return ""
+
 
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loraprune_ds.config import TrainConfig
 from loraprune_ds.errors import RankError, one_line
-from loraprune_ds.files import write_json
+from loraprune_ds.files import atomic_write, write_json
 from loraprune_ds.model.distillation import (
     Distillation,
     HiddenTeacher,
@@ -32,9 +32,7 @@ from loraprune_ds.model.distillation import (
     samples_per_file,
     token_bytes,
 )
-from loraprune_ds.train.data.order import BatchOrder
-from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.whole import whole_file
+from loraprune_ds.train.data.samples import BatchOrder, Samples
 
 IDENTITY_FILE = "teacher.json"
 
@@ -126,7 +124,7 @@ class Teacher:
             return False
 
     def write(self, file: int, fields: dict[str, Tensor]) -> None:
-        with whole_file(self.path(file), lasting=True) as temporary:
+        with atomic_write(self.path(file), lasting=True) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in fields.items()}, temporary)
 
     def distillation(self, indices: Tensor, device: torch.device) -> Distillation:

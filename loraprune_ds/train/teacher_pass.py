@@ -9,8 +9,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from loraprune_ds.checkpoint.layout import TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import source_digest
-from loraprune_ds.checkpoint.run_folder import TEACHER_FOLDER
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.adapters import adapters_off

@@ -14,8 +14,7 @@ from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.model.token_loss import supervised_positions
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, StepRecord, cut_record
-from loraprune_ds.train.data.order import BatchOrder, rank_micro_batches, seed_dropout
-from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, to_device

@@ -20,7 +20,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from loraprune_ds.train.launchers import is_alive
+from loraprune_ds.train.stop import is_alive
 
 if TYPE_CHECKING:
     from loraprune_ds.zero.comm import Communicator

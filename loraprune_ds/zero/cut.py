@@ -14,8 +14,7 @@ from loraprune_ds.model.adapters import (
 )
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.cuts import layer_cuts, lora_cuts
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range
 from loraprune_ds.zero.params import ReadFlat, full_shape, install_shard, overwrite_shard, pad

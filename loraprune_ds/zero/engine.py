@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from loraprune_ds.command import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from loraprune_ds.config import Dtype, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import add_lora, differentiate_input, gathered_whole, load_adapter
@@ -27,7 +28,6 @@ from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, is_cpu
-from loraprune_ds.zero.environment import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from loraprune_ds.zero.params import shard_at_birth
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.training_engine import TrainingEngine

@@ -13,8 +13,7 @@ from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.frozen import Dense, storage_format
-from loraprune_ds.model.per_kind import LayerKeep
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.collect import replace_weights
 from loraprune_ds.zero.comm import Communicator

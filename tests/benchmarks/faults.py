@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.report import provenance
-from loraprune_ds.report.provenance import hardware, versions
+from loraprune_ds.report import report
+from loraprune_ds.report.report import hardware, versions
 from tests.benchmarks.fault_suites import EVERY, LEVERS, PLAIN, Suite, make_callback_suite, make_suite, start
 from tests.benchmarks.fault_table import RANKS, Fault, fault_table
 
@@ -48,7 +48,7 @@ class Row:
     seconds_until_gone: float = -1.0
     same_result: bool = False
     problem: str | None = None
-    commit: str | None = field(default_factory=lambda: provenance.commit(ROOT))
+    commit: str | None = field(default_factory=lambda: report.commit(ROOT))
     said: list[str] = field(default_factory=list)
 
     @property

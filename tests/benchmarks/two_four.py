@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.evaluate.evaluation_text import read_text
+from loraprune_ds.evaluate.settings import read_text
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.files import read_json
 from loraprune_ds.model.family import LLAMA_LINEARS

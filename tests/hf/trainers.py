@@ -25,7 +25,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.live import linear_names
 from loraprune_ds.hf.pruning import Pruning
-from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, gather_everywhere

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.checkpoint.run_folder import Status, write_status
+from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
@@ -111,7 +111,7 @@ def state_on_return(config: RunConfig, resume: str, stop_at: int) -> str:
         time.sleep(0.3 if status.state == "stopped" else 0)
         write_status(folder, status)
 
-    with mock.patch("loraprune_ds.train.status.write_status", write_slowly):
+    with mock.patch("loraprune_ds.train.context.write_status", write_slowly):
         run_here(config, resume, stop_at)
     return json.loads((Path(config.output_dir) / "status.json").read_text())["state"]
 

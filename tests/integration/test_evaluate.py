@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraprune_ds.checkpoint.run_folder import Status, write_status
+from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.conversion import find_or_merge
+from loraprune_ds.evaluate.models import find_or_merge
 from loraprune_ds.export.formats import export
-from loraprune_ds.export.source import find_source
+from loraprune_ds.export.lora import find_source
 from tests.integration.launching import ROOT, Ended, Launcher, fork_ranks, on_ranks, read_json, run_to_end
 from tests.oracle.models import make_tiny_llama
 

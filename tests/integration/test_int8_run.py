@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loraprune_ds.export.formats import export
-from loraprune_ds.export.source import ExportSource, find_source
+from loraprune_ds.export.lora import ExportSource, find_source
 from loraprune_ds.model.frozen import SCALE, WEIGHT
 from tests.families import MIXTURES, families
 from tests.integration.resuming import (

@@ -18,7 +18,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.lora_product import FusedLoraLinear
-from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner, agree

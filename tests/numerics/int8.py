@@ -11,8 +11,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
-from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning
+from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.model.weight_files import as_stored, write_index, write_weight_file
 from loraprune_ds.pruning.step import all_groups
 from tests.numerics.cutting import whole_state

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import PADDING_ID
 from loraprune_ds.train.stop import NOTHING, STOP

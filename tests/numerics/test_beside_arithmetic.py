@@ -155,7 +155,7 @@ THEIRS = {
 }
 HOST = (
     "train/data/samples.py",  # ids and labels
-    "train/data/order.py",
+    "train/data/samples.py",
     "model/token_loss.py:supervised_positions",  # of labels that are on the host
 )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.plan.held import moment_bytes
+from loraprune_ds.plan.stages import moment_bytes
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, family_job, tiny_job, train
 from tests.ranks import RankPool

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate import evaluation
-from loraprune_ds.evaluate.evaluation_text import EvaluationText
-from loraprune_ds.evaluate.perplexity import PerplexityProtocol
-from loraprune_ds.evaluate.settings import EvaluationSettings
+from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.train import run
 from loraprune_ds.zero.comm import Communicator

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from safetensors.torch import save_file
 
+from loraprune_ds.command import SILENCE, longest_silence
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_data import DataSource
 from loraprune_ds.errors import UserError
@@ -22,7 +23,6 @@ from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.prepare import prepare
 from loraprune_ds.train.watch import GRACE, INTERVAL, LOOKS, Heartbeat
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.environment import SILENCE, longest_silence
 from tests.integration.resuming import config_for, write_run
 from tests.ranks import RankPool
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.report.provenance import hardware, versions
+from loraprune_ds.report.report import hardware, versions
 from tests.integration.finished_runs import snapshot
 from tests.integration.launching import read_json
 from tests.slurm.cluster import FOR_GOOD, ROOT, Job, obstacle, running_cluster

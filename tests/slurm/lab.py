@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.report import provenance
+from loraprune_ds.report import report
 from tests.integration.launching import fork_ranks, read_json
 from tests.integration.resuming import write_run
 from tests.slurm.cluster import ROOT, Cluster, Job
@@ -39,7 +39,7 @@ class Row:
     seconds: float = 0.0
     remarks: list[str] = field(default_factory=list)
     problem: str | None = None
-    commit: str | None = field(default_factory=lambda: provenance.commit(ROOT))  # when the event began
+    commit: str | None = field(default_factory=lambda: report.commit(ROOT))  # when the event began
 
     @property
     def good(self) -> bool:

@@ -1,7 +1,7 @@
 """A small made-up run for the tests of what a person looks at: 10 steps, cuts after steps 4 and 6, two ranks."""
 
-from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, StepRecord
 
 CONFIG = {

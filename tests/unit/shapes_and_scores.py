@@ -12,8 +12,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES, LLAMA_LINEARS
 from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.per_kind import LayerKeep, LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits, make_limits
 

@@ -8,12 +8,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from loraprune_ds import whole
-from loraprune_ds.checkpoint import layout, staging
-from loraprune_ds.checkpoint.layout import FORMAT
+from loraprune_ds import files
+from loraprune_ds.checkpoint import layout, save
+from loraprune_ds.checkpoint.layout import FORMAT, STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
 from loraprune_ds.checkpoint.save import drop_old
-from loraprune_ds.checkpoint.state import STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
 from loraprune_ds.errors import UserError
+from loraprune_ds.files import begin_folder, publish_folder, remove_folder
 from tests.refusals import refused
 
 
@@ -35,10 +35,10 @@ def make_state(step: int, shape: str) -> RunState:
 
 def make_step(root: Path, step: int, shape: str) -> Path:
     target = layout.step_folder(root, step)
-    staging = whole.begin(target)
+    staging = begin_folder(target)
     (staging / STATE_FILE).write_text(state_text(make_state(step, shape)))
     layout.write_manifest(staging, {STATE_FILE: layout.seal(staging / STATE_FILE)})
-    whole.publish(target)
+    publish_folder(target)
     return target
 
 
@@ -53,14 +53,14 @@ def names(root: Path) -> list[str]:
 
 def test_a_folder_has_no_name_before_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "step-4"
-    (whole.begin(target) / "old").write_text("half")  # of a killed save
-    staging = whole.begin(target)
+    (begin_folder(target) / "old").write_text("half")  # of a killed save
+    staging = begin_folder(target)
     assert list(staging.iterdir()) == []
     (staging / "a").write_text("1")
     layout.write_manifest(staging, {"a": layout.seal(staging / "a")})
     assert layout.numbered(tmp_path, "step") == []
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
-    whole.publish(target)
+    publish_folder(target)
     assert names(tmp_path) == ["step-4"]
     layout.verify(target)
 
@@ -69,7 +69,7 @@ def test_a_file_and_the_name_are_on_the_disk_before_anything_relies_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(whole.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
+    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
     make_step(tmp_path, 4, "shape-1")
     assert synced == [STATE_FILE, layout.MANIFEST, ".step-4.partial", tmp_path.name]
 
@@ -77,11 +77,11 @@ def test_a_file_and_the_name_are_on_the_disk_before_anything_relies_on_them(
 def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step(tmp_path, 4, "shape-1")
     with monkeypatch.context() as patch:
-        patch.setattr(whole.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(files.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            whole.remove(step)
+            remove_folder(step)
     assert layout.numbered(tmp_path, "step") == []
-    whole.remove(make_step(tmp_path, 4, "shape-1"))
+    remove_folder(make_step(tmp_path, 4, "shape-1"))
     assert names(tmp_path) == []
 
 
@@ -118,11 +118,11 @@ def flip(path: Path) -> None:
 def test_damage_is_named_by_some_reader(
     tmp_path: Path, damage: Callable[[Path], object], name: str, word: str, parts: int
 ) -> None:
-    staging = whole.begin(tmp_path / "step-1")
+    staging = begin_folder(tmp_path / "step-1")
     for file in "abc":
         (staging / file).write_text(file)
     layout.write_manifest(staging, {file: layout.seal(staging / file) for file in "abc"})
-    whole.publish(tmp_path / "step-1")
+    publish_folder(tmp_path / "step-1")
     damage(tmp_path / "step-1" / name)
     lines = []
     for part in range(parts):
@@ -191,6 +191,6 @@ def test_the_devices_memory_is_given_back_before_the_ranks_gather(
 ) -> None:
     calls = Mock()
     calls.comm.configure_mock(rank=0, draw_mark=lambda: "1a2b")
-    monkeypatch.setattr(staging, "empty_cache", calls.empty_cache)
-    staging.Staging(calls.comm, tmp_path / "step-1", "step")
+    monkeypatch.setattr(save, "empty_cache", calls.empty_cache)
+    save.Staging(calls.comm, tmp_path / "step-1", "step")
     assert [name for name, *_ in calls.method_calls][:2] == ["empty_cache", "comm.all_or_raise"]

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.train.data.order import SampleOrder, rank_micro_batches, seed_dropout
-from loraprune_ds.train.data.samples import Samples, starts_of
+from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout, starts_of
 
 
 def ragged(ids: list[list[int]], window: int, labels: list[list[int]] | None = None) -> Samples:

@@ -11,8 +11,7 @@ import torch
 from loraprune_ds.config import DataConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.data import loading
-from loraprune_ds.train.data.cache import cached
-from loraprune_ds.train.data.loading import load_samples
+from loraprune_ds.train.data.loading import cached, load_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples
 from tests.refusals import refused
 from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json

@@ -12,8 +12,7 @@ from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import load_samples
-from loraprune_ds.train.data.order import SampleOrder, mix
-from loraprune_ds.train.data.samples import LoadedData
+from loraprune_ds.train.data.samples import LoadedData, SampleOrder, mix
 from tests.refusals import refused
 from tests.unit.test_data import numbers
 from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.dtypes import tf32_where_exact
-from loraprune_ds.pruning import input_moments, taps
-from loraprune_ds.pruning.input_moments import InputMoments
+from loraprune_ds.pruning import compensate, taps
+from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.zero import device, params
 from loraprune_ds.zero.device import check_dtype, empty_host_cache, peak_flops
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
@@ -50,13 +50,13 @@ def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name:
 
 def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    original = input_moments.tf32_where_exact
+    original = compensate.tf32_where_exact
 
     def asking(dtype: torch.dtype, device: torch.device) -> Any:
         asked.append((dtype, device.type))
         return original(dtype, device)
 
-    monkeypatch.setattr(input_moments, "tf32_where_exact", asking)
+    monkeypatch.setattr(compensate, "tf32_where_exact", asking)
     monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
     shape = make_shape([(1, 4)])
     model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)

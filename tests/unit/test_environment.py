@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.command import adopt_srun_ranks, srun_ranks
-from loraprune_ds.errors import UserError
-from loraprune_ds.zero.environment import (
+from loraprune_ds.command import (
     LAUNCHED,
+    adopt_srun_ranks,
     check_local_rank,
     check_ranks,
     collective_timeout,
     gloo_interface,
     launcher_command,
+    srun_ranks,
 )
+from loraprune_ds.errors import UserError
 from tests.integration.launching import ROOT, clean_environment
 from tests.ranks import RankPool
 from tests.refusals import refused

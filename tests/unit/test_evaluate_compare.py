@@ -8,10 +8,9 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
-from loraprune_ds.checkpoint.run_folder import State, Status, write_status
+from loraprune_ds.checkpoint.layout import State, Status, write_status
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.compare import ComparedModel, comparison_table, read_results
-from loraprune_ds.evaluate.compare_picture import draw_comparison
+from loraprune_ds.evaluate.compare import ComparedModel, comparison_table, draw_comparison, read_results
 
 
 def run_report(criterion: str, removed: float, perplexity: float | None, **data: Any) -> dict[str, Any]:

@@ -11,8 +11,14 @@ import pytest
 from loraprune_ds.cli.evaluate import read_evaluation_text
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate import zeroshot
-from loraprune_ds.evaluate.evaluation_text import load_dataset_text, read_text
-from loraprune_ds.evaluate.settings import EvaluationSettings, PerplexityProtocol, SpeedSettings, TaskSettings
+from loraprune_ds.evaluate.settings import (
+    EvaluationSettings,
+    PerplexityProtocol,
+    SpeedSettings,
+    TaskSettings,
+    load_dataset_text,
+    read_text,
+)
 from loraprune_ds.evaluate.zeroshot import PAPER_TASKS, check_tasks, mean_accuracy
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"

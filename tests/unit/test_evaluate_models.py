@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.checkpoint.run_folder import Status, write_status
+from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.models import choose_dtype, find_model, load_model
 from tests.export_cases import CASES, VOCAB, dense_model, export, exported_config

@@ -12,15 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from loraprune_ds.evaluate.evaluation import Measurement, count_cost
-from loraprune_ds.evaluate.evaluation_text import EvaluationText
 from loraprune_ds.evaluate.perplexity import Perplexity
 from loraprune_ds.evaluate.result import make_result, result_table
-from loraprune_ds.evaluate.serving import Served
-from loraprune_ds.evaluate.settings import EvaluationSettings, PerplexityProtocol, SpeedSettings
-from loraprune_ds.evaluate.speed import CACHE, Speed
+from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol, SpeedSettings
+from loraprune_ds.evaluate.speed import CACHE, Served, Speed
 from loraprune_ds.model.classes import causal_lm_class, config_class
-from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape
 from tests.export_cases import CASES, Case, dense_model, exported_config
 from tests.families import tiny_config
 

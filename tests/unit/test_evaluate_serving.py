@@ -13,9 +13,9 @@ from typing import TypeVar
 import pytest
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.conversion import served_model
-from loraprune_ds.evaluate.serving import Served, ServedModel, find_server, measure_serving
+from loraprune_ds.evaluate.models import served_model
 from loraprune_ds.evaluate.settings import Server, ServeSettings
+from loraprune_ds.evaluate.speed import Served, ServedModel, find_server, measure_serving
 from tests.families import tiny_model
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ EVALUATION = """
 import sys
 from loraprune_ds.command import leave, tell
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.conversion import serve
+from loraprune_ds.evaluate.models import serve
 from loraprune_ds.evaluate.settings import ServeSettings
 try:
     serve([sys.argv[2]], ServeSettings(server="vllm", python=sys.argv[1], prompt=5, generated=2, rounds=1), "f16")

@@ -14,9 +14,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION, find_experts
 from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
-from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits

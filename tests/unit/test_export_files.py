@@ -13,8 +13,8 @@ from loraprune_ds.export.huggingface import begin, copy_tokenizer, finish_folder
 from loraprune_ds.export.lora import merge_lora
 from loraprune_ds.export.model_card import write_model_card
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from tests.export_cases import CASES, dense_model, exported_config, model_card
 from tests.oracle.models import make_tokenizer

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi
 
-from loraprune_ds.checkpoint.run_folder import Status, write_status
+from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.hub import check_push, write_model_index
 from tests.export_cases import CASES, dense_model, export

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, MistralConfig
 
 from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
-from loraprune_ds.model.per_kind import LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerShape
 
 LAYERS = 3
 SOURCE: dict[str, Any] = {

@@ -21,9 +21,8 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family, Kind
-from loraprune_ds.model.per_kind import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from tests.families import heads_divide_hidden
 from tests.family_cuts import (
     FEW,

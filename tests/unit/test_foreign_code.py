@@ -12,17 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.conversion import served_model
+from loraprune_ds.evaluate.models import served_model
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.huggingface import begin
-from loraprune_ds.export.source import find_source
+from loraprune_ds.export.lora import find_source
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.hf import export as hf_export
+from loraprune_ds.hf import pruning
 from loraprune_ds.hf.live import linear_names
 from loraprune_ds.model.family import LLAMA_LINEARS
-from loraprune_ds.model.folder_files import TOKENIZER_FILES, copy_named
 from loraprune_ds.model.modeling_pruned import __file__ as OUR_FILE
 from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.model.weight_files import TOKENIZER_FILES, copy_named
 from tests.export_cases import CASES, VOCAB, cut, dense_model, export, exported_config
 from tests.oracle.models import make_tokenizer
 
@@ -104,8 +104,8 @@ def test_an_export_from_a_trainer_brings_no_code_of_its_tokenizer(
     """Such a trainer has run the tokenizer's code. Its export must not fail at the end for that."""
     folder, out = make("pruned"), tmp_path / "out"
     exported, dense, pruned = exported_config(dense_model(PRUNED), PRUNED)
-    monkeypatch.setattr(hf_export, "base_config", lambda _: exported.config)
-    monkeypatch.setattr(hf_export, "model_name", lambda _: "base")
+    monkeypatch.setattr(pruning, "base_config", lambda _: exported.config)
+    monkeypatch.setattr(pruning, "model_name", lambda _: "base")
     code_for_the_tokenizer(folder)
     tokenizer = SimpleNamespace(save_pretrained=lambda described: copy_named(folder, Path(described), TOKENIZER_FILES))
     base = SimpleNamespace(generation_config=None)
@@ -117,7 +117,7 @@ def test_an_export_from_a_trainer_brings_no_code_of_its_tokenizer(
         step=3,
     )
     begin(out)
-    hf_export._finish(training, out, tokenizer)
+    pruning._finish(training, out, tokenizer)
     assert "auto_map" not in read_json(out / "tokenizer_config.json")
     assert load_tokenizer(out)("x").input_ids
 

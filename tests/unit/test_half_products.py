@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraprune_ds.zero import half_products
-from loraprune_ds.zero.half_products import ThroughFloat32, fast_half_products
+from loraprune_ds.zero import device
+from loraprune_ds.zero.device import ThroughFloat32, fast_half_products
 
 
 def attend(x: Tensor, w: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -53,12 +53,12 @@ class Halves(TorchDispatchMode):
         self.seen: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(word in str(func) for word in ("mm", "attention")) and args[0].dtype in half_products.HALF:
+        if any(word in str(func) for word in ("mm", "attention")) and args[0].dtype in device.HALF:
             self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", half_products.HALF)
+@pytest.mark.parametrize("dtype", device.HALF)
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_same_as_torchs_own_product(product: Product, dtype: torch.dtype) -> None:
     with Halves() as without:
@@ -85,7 +85,7 @@ def test_a_weight_in_parts_is_the_same_product(name: str, columns: int, monkeypa
     product = PRODUCTS[name]
     with ThroughFloat32():
         whole = outputs(product, torch.bfloat16)
-        monkeypatch.setattr(half_products, "LARGEST_COPY", 24 * columns)
+        monkeypatch.setattr(device, "LARGEST_COPY", 24 * columns)
         parts = outputs(product, torch.bfloat16)
     for mine, expected in zip(parts, whole, strict=True):
         torch.testing.assert_close(mine, expected, rtol=2**-8, atol=2**-8)  # one rounding of bf16

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.pruning import input_moments
-from loraprune_ds.pruning.input_moments import add_half, half_of_product, numel_sent
+from loraprune_ds.pruning import compensate
+from loraprune_ds.pruning.compensate import add_half, half_of_product, numel_sent
 
 
 def integers(*shape: int, seed: int) -> Tensor:
@@ -15,7 +15,7 @@ def integers(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize(("n", "sent"), [(1, 1), (4, 16), (10, 40 + 24 + 4), (12, 48 + 32 + 16)])
 def test_the_blocks_are_those_of_the_whole_product(monkeypatch: pytest.MonkeyPatch, n: int, sent: int) -> None:
-    monkeypatch.setattr(input_moments, "BLOCK", 4)
+    monkeypatch.setattr(compensate, "BLOCK", 4)
     x, before = integers(20, n, seed=1), integers(n, n, seed=2)
     half, total = half_of_product(x), before.clone()
     assert (len(half), numel_sent(n)) == (sent, sent)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraprune_ds.checkpoint.run_folder import State, Status, write_status
+from loraprune_ds.checkpoint.layout import State, Status, write_status
 from tests.integration.launching import ROOT
 
 RUNNING = "JobState=RUNNING PreemptTime=None Restarts=0"

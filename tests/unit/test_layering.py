@@ -15,7 +15,6 @@ MAX_LINES = 400
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors", "faults"),
-    ("whole",),
     ("files", "units"),
     ("config_data", "command"),
     ("config",),

@@ -10,14 +10,23 @@ from typing import Any
 import pytest
 import yaml
 
-from loraprune_ds.checkpoint.layout import FORMAT, CheckpointMismatch
-from loraprune_ds.checkpoint.run_folder import State, Status, read_status, write_status
-from loraprune_ds.checkpoint.state import RunState, RunTotals, ShapeSource, state_text
+from loraprune_ds.checkpoint.layout import (
+    FORMAT,
+    CheckpointMismatch,
+    RunState,
+    RunTotals,
+    ShapeSource,
+    State,
+    Status,
+    read_status,
+    state_text,
+    write_status,
+)
 from loraprune_ds.config import LoggingConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import read_json
+from loraprune_ds.train.context import RunStatus
 from loraprune_ds.train.output import Start, create_output, inspect_output, resumed_config
-from loraprune_ds.train.status import RunStatus
 
 
 @pytest.fixture
@@ -269,7 +278,7 @@ def test_of_two_jobs_on_one_run_the_first_ends_and_leaves_the_status_alone(tmp_p
 
 
 def test_ranks_that_write_no_status_do_not_read_it_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraprune_ds.train.status.read_status", lambda folder: pytest.fail("read at every step"))
+    monkeypatch.setattr("loraprune_ds.train.context.read_status", lambda folder: pytest.fail("read at every step"))
     with run_status(tmp_path, rank=1, ranks=2) as status:
         status.update(5)
         status.end("finished")
@@ -313,4 +322,4 @@ def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     status = run_status(tmp_path)
-    fail_inside(status, UserError("x"), lambda: monkeypatch.setattr("loraprune_ds.train.status.write_status", full))
+    fail_inside(status, UserError("x"), lambda: monkeypatch.setattr("loraprune_ds.train.context.write_status", full))

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.report import pictures
 from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History

@@ -17,7 +17,7 @@ from loraprune_ds.config import Criterion, PruneConfig, Ranking
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.family_row import Kind
-from loraprune_ds.model.per_kind import LayerKeep
+from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.step import agree, all_groups
 from tests.oracle.dense_trainer import DenseTrainer, Settings

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from loraprune_ds.config import LoggingConfig, RunConfig
-from loraprune_ds.train import progress
+from loraprune_ds.train import recorder
 from loraprune_ds.train.loop import profiled
-from loraprune_ds.train.progress import Progress
+from loraprune_ds.train.recorder import Progress
 from tests.unit.run_records import cut_record, step_record
 
 
@@ -66,7 +66,7 @@ def clock(line: str) -> str:
 
 
 def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "LATEST", 4)
+    monkeypatch.setattr(recorder, "LATEST", 4)
     shown = Progress(100, stream=(stream := io.StringIO()), every_seconds=0, clock=lambda: 0.0)
     left = []
     for step, seconds in enumerate([30, 4, 4, 4, 4, 1, 1, 1, 1], start=1):  # the first one is a warm-up

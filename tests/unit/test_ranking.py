@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.model.per_kind import LayerKeep, LayerShape
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global

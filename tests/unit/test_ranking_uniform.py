@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.model.per_kind import LayerShape
+from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_uniform, uniform_counts, uniform_goal

@@ -10,9 +10,16 @@ import pytest
 import torch
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.report.provenance import RESULTS, commit
 from loraprune_ds.report.records import EvaluationRecord, History
-from loraprune_ds.report.report import Outcome, make_report, read_report, write_kept_groups, write_report
+from loraprune_ds.report.report import (
+    RESULTS,
+    Outcome,
+    commit,
+    make_report,
+    read_report,
+    write_kept_groups,
+    write_report,
+)
 from loraprune_ds.report.summary import summary_table
 from loraprune_ds.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record

@@ -12,9 +12,8 @@ from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.family import ATTENTION, FAMILIES, GATED, LLAMA_LINEARS
 from loraprune_ds.model.family_row import Family, Linear, Part
 from loraprune_ds.model.flops import needed_flops_per_token
-from loraprune_ds.model.per_kind import LayerKeep, LayerShape
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import random_scores
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups

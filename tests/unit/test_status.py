@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loraprune_ds.checkpoint.layout import FORMAT
-from loraprune_ds.checkpoint.run_folder import Status, read_status, write_status
+from loraprune_ds.checkpoint.layout import FORMAT, Status, read_status, write_status
 from loraprune_ds.errors import UserError
 
 

@@ -12,7 +12,7 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
-from loraprune_ds.pruning.target import describe_target, find_ratio, measure, server_memory
+from loraprune_ds.pruning.schedule import describe_target, find_ratio, measure, server_memory
 from tests.families import MIXTURES, tiny_config
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
 

@@ -11,8 +11,7 @@ from loraprune_ds.config import TrainConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.distillation import HiddenTeacher
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.train.data.order import SampleOrder
-from loraprune_ds.train.data.samples import Samples, starts_of
+from loraprune_ds.train.data.samples import SampleOrder, Samples, starts_of
 from loraprune_ds.train.teacher import Teacher, TeacherPlan, make_teacher, plan_teacher
 
 HIDDEN = 3

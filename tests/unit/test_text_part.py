@@ -16,8 +16,7 @@ from loraprune_ds.export.huggingface import begin, finish_folder
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.text_part import LAYOUTS, MULTIMODAL
+from loraprune_ds.model.read_shape import LAYOUTS, MULTIMODAL, shape_from_config
 from tests.export_cases import model_card
 from tests.families import tiny_config
 from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from loraprune_ds.train.launchers import LAUNCHERS, RUNNERS, program_of
-from loraprune_ds.zero.environment import launcher_command
+from loraprune_ds.command import launcher_command
+from loraprune_ds.train.stop import LAUNCHERS, RUNNERS, program_of
 from tests.integration.launching import ROOT, clean_environment, free_port
 
 SCRIPT = """
 import os, signal, sys, time
 from loraprune_ds.train import watch
-from loraprune_ds.train.launchers import find_launchers
+from loraprune_ds.train.stop import find_launchers
 
 watch.INTERVAL, watch.GRACE = 0.05, 0.2
 
@@ -131,7 +131,7 @@ def test_a_process_counts_by_what_it_runs(command: str, program: str) -> None:
 def test_real_launchers_are_found(tmp_path: Path) -> None:
     """Starts torchrun, and DeepSpeed's launcher as `loraprune-ds run` does."""
     module = tmp_path / "a_rank.py"
-    module.write_text("from loraprune_ds.train.launchers import find_launchers\nprint(find_launchers())\n")
+    module.write_text("from loraprune_ds.train.stop import find_launchers\nprint(find_launchers())\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}", str(module)]
     deepspeed = launcher_command("a_rank", 1, {})
     environment = clean_environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}

@@ -1,21 +1,35 @@
 """Reads `data.path`, holds a part of it out, and makes samples of the rest."""
 
+import dataclasses
+import hashlib
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.config_data import DataConfig, DataSource
-from loraprune_ds.errors import UserError, require
-from loraprune_ds.train.data.cache import cached
+from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.files import file_identity, make_once
 from loraprune_ds.train.data.chat import ChatTemplate, check_chats, read_chat, tokenize_chats
-from loraprune_ds.train.data.order import mix
-from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, pack_samples
-from loraprune_ds.train.data.sources import JSON_SUFFIXES, TextRow, TextRows, files_of, read_rows, read_text_file
+from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, mix, pack_samples
+from loraprune_ds.train.data.sources import (
+    JSON_SUFFIXES,
+    TextRow,
+    TextRows,
+    files_of,
+    read_rows,
+    read_text_file,
+    source_identity,
+)
 from loraprune_ds.train.data.tokens import (
     Instruction,
     collect_rows,
@@ -23,6 +37,54 @@ from loraprune_ds.train.data.tokens import (
     pack_documents,
     tokenize_instructions,
 )
+
+SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
+
+
+def cached(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None, make: Callable[[], LoadedData]
+) -> LoadedData:
+    """Returns what `make` returns, from the disk if it was made before with these settings."""
+    cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
+    folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, start)
+    try:
+        if not folder.exists():
+            make_once(folder, lambda made: _write(make(), made))
+        return _read(folder)
+    except (OSError, SafetensorError) as error:  # the second, too, where the disk is full
+        raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
+
+
+def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None) -> str:
+    sources = [source_identity(source) for source in config.sources]
+    held_out = Path(config.held_out or "").expanduser()
+    parts = dataclasses.asdict(config), sources, held_out.is_file() and file_identity(held_out), start
+    digest = hashlib.sha256(repr(parts).encode())
+    with TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted([*Path(scratch).rglob("*.*"), *Path(__file__).parent.glob("*.py")]):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _write(data: LoadedData, folder: Path) -> None:
+    samples = data.samples
+    tensors = samples.columns | {"starts": samples.starts} | ({} if data.epoch is None else {"epoch": data.epoch})
+    if tensors["labels"] is tensors["input_ids"]:
+        del tensors["labels"]
+    save_file(tensors, folder / SAMPLES_FILE, {"window": str(samples.window), "left_out": str(samples.left_out)})
+    (folder / HELD_OUT_FILE).write_bytes(data.held_out.encode())
+
+
+def _read(folder: Path) -> LoadedData:
+    with safe_open(folder / SAMPLES_FILE, framework="pt") as file:
+        columns = {name: file.get_tensor(name) for name in file.keys()}  # they map the file
+        numbers = {name: int(value) for name, value in file.metadata().items()}
+    epoch, starts = columns.pop("epoch", None), columns.pop("starts")
+    columns.setdefault("labels", columns["input_ids"])
+    held_out = (folder / HELD_OUT_FILE).read_bytes().decode()
+    return LoadedData(Samples(columns, starts, **numbers), held_out, epoch)
+
 
 LONGEST_EPOCH = 1_000_000_000  # samples of a mixture, of 8 bytes each
 LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.report.provenance import hardware, versions
+from loraprune_ds.report.report import hardware, versions
 from loraprune_ds.units import aligned
 
 ROOT = Path(__file__).parents[3]

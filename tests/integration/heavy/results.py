@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.report.provenance import hardware, versions
+from loraprune_ds.report.report import hardware, versions
 from tests.benchmarks.running import RESULTS
 
 FILE, MEMORY_FILE = RESULTS / "export_formats.json", RESULTS / "server_memory.json"

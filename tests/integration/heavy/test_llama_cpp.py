@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from loraprune_ds.export import gguf_tensors
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES, architecture_name
-from loraprune_ds.export.source import ExportSource
+from loraprune_ds.export.lora import ExportSource
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.pretrained import open_pretrained

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.whole import make_once
+from loraprune_ds.files import make_once
 
 
 def fill(folder: Path) -> None:
