@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, ShapeSource, read_state
-from loraprune_ds.checkpoint.pruner_files import keep_from_lists, read_moments, read_scores
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning, open_pretrained
+from loraprune_ds.model.shapes import LayerKeep
+from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.step import PrunerState
 
 if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
@@ -127,3 +130,26 @@ def source_digest(pretrained: PretrainedModel) -> str:
 
 def source_of(pretrained: PretrainedModel) -> ShapeSource:
     return ShapeSource(str(pretrained.folder.resolve()), source_digest(pretrained), is_source=True)
+
+
+def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[list[int]]]:
+    """Returns the kept groups by layer and kind, for JSON."""
+    return [[layer[kind].tolist() for kind in kinds] for layer in keep]
+
+
+def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> list[LayerKeep]:
+    return [LayerKeep(zip(kinds, map(torch.LongTensor, layer), strict=True)) for layer in lists]
+
+
+def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> list[LayerScores] | None:
+    path = folder / layout.SCORES_FILE
+    if not path.exists():
+        return None
+    tensors = load_file(path)
+    layers = range(len(tensors) // len(kinds))
+    return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers]
+
+
+def read_moments(folder: Path, layer: int) -> dict[str, Tensor]:
+    path = folder / layout.moments_file(layer)
+    return load_file(path) if path.exists() else {}

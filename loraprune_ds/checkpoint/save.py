@@ -7,9 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import STATE_FILE, RunState, ShapeSource, read_state, state_text
-from loraprune_ds.checkpoint.pruner_files import save_on_cpu, write_moments, write_scores
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
@@ -128,3 +130,20 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
     for number in shapes:
         if f"shape-{number}" not in named:
             remove_folder(root / f"shape-{number}")
+
+
+def write_scores(staging: Staging, scores: list[LayerScores] | None) -> None:
+    """Writes the moving averages in float64, if there are scores. On one rank."""
+    if scores is not None:
+        tensors = {f"{i}.{kind}": groups for i, layer in enumerate(scores) for kind, groups in layer.items()}
+        staging.write(layout.SCORES_FILE, lambda path: save_file(tensors, path))
+
+
+def write_moments(staging: Staging, layer: int, moments: dict[str, Tensor]) -> None:
+    """Writes the input moments of a layer by linear, if any. On the layer's owner."""
+    if moments:
+        staging.write(layout.moments_file(layer), lambda path: save_on_cpu(moments, path))
+
+
+def save_on_cpu(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)

@@ -17,15 +17,8 @@ from torch import nn
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import METRICS_FILE, STATE_FILE
-from loraprune_ds.checkpoint.pruner_files import (
-    keep_from_lists,
-    keep_to_lists,
-    read_moments,
-    read_scores,
-    write_moments,
-    write_scores,
-)
-from loraprune_ds.checkpoint.save import Staging, save_shape
+from loraprune_ds.checkpoint.load import keep_from_lists, keep_to_lists, read_moments, read_scores
+from loraprune_ds.checkpoint.save import Staging, save_shape, write_moments, write_scores
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import forget_removed
 from loraprune_ds.errors import UserError, require

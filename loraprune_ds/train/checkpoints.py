@@ -12,8 +12,13 @@ from loraprune_ds.checkpoint.layout import (
     ShapeSource,
     newest_state,
 )
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, find_newest, open_training_checkpoint, source_of
-from loraprune_ds.checkpoint.pruner_files import keep_to_lists
+from loraprune_ds.checkpoint.load import (
+    TrainingCheckpoint,
+    find_newest,
+    keep_to_lists,
+    open_training_checkpoint,
+    source_of,
+)
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
