@@ -125,7 +125,7 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
         save_file(tensors, path)
 
     with (
-        mock.patch("loraprune_ds.checkpoint.pruner_files.save_file", save_file_if_room),
+        mock.patch("loraprune_ds.checkpoint.save.save_file", save_file_if_room),
         mock.patch("loraprune_ds.model.weight_files.save_file", save_file_if_room),
         pytest.raises(UserError) as caught,
     ):
