@@ -1,7 +1,8 @@
 """Reads YAML and `--set` overrides into the frozen dataclasses of `config.py`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -137,6 +138,27 @@ def _without_removed(raw: dict[str, Any], with_any_value: Sequence[str] = ()) ->
         else values
         for section, values in raw.items()
     }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]) -> list[str]:
+    """Finds the dotted keys whose values differ. Sections and keys in `ignored` do not count.
+
+    Keys that the config of an earlier version lacks have their defaults there. Raises UserError as `forget_removed`.
+    """
+    old = forget_removed(old)
+    with suppress(UserError):  # a key that no version knows is a difference like others
+        old = config_from_dict(old).to_dict()
+    before, after = dict(_dotted(old)), dict(_dotted(new))
+    keys = (key for key in (after | before) if before.get(key) != after.get(key))
+    return [key for key in keys if key not in ignored and key.partition(".")[0] not in ignored]
+
+
+def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

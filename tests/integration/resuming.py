@@ -23,7 +23,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.checkpoints import find_checkpoint
-from loraprune_ds.train.output import inspect_output
+from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.zero.comm import Communicator
@@ -101,7 +101,7 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
         mock.patch.object(RequestListener, "current", current),
         mock.patch.object(RequestListener, "agree", between_steps),
     ):
-        return run(config, Communicator(), inspect_output(config, resume))
+        return run(OutputFolder(config.to_dict(), resume), Communicator())
 
 
 def state_on_return(config: RunConfig, resume: str, stop_at: int) -> str:
@@ -146,7 +146,7 @@ class Found:
 def find_here(config: RunConfig, resume: str) -> Found:
     warnings: list[str] = []
     try:
-        saved = find_checkpoint(inspect_output(config, resume), config, Communicator(), warnings)
+        saved = find_checkpoint(OutputFolder(config.to_dict(), resume), Communicator(), warnings)
     except UserError as error:
         return Found(None, warnings, str(error), error.exit_code)
     return Found(saved.state.step if saved else None, warnings)
