@@ -25,8 +25,7 @@ class MetricsLog:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        line = {"kind": KIND_OF[type(record)], **asdict(record)}
-        self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def truncate(self) -> None:
@@ -54,11 +53,12 @@ class MetricsLog:
 
 
 def write_history(path: Path, history: History) -> None:
-    log = MetricsLog(path)
-    log.truncate()
-    for record in sorted((*history.steps, *history.cuts, *history.evaluations), key=lambda record: record.step):
-        log.write(record)
-    log.close()
+    records = sorted((*history.steps, *history.cuts, *history.evaluations), key=lambda record: record.step)
+    write_text(path, "".join(map(_line, records)))
+
+
+def _line(record: Record) -> str:
+    return json.dumps(finite({"kind": KIND_OF[type(record)], **asdict(record)}), allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
